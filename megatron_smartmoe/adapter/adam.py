@@ -1,0 +1,105 @@
+"""Adam where neither TransformerEngine nor apex is installed, in plain torch.
+
+Megatron then falls back to `torch.optim.AdamW`, which keeps a `step` tensor per parameter. The distributed optimizer
+knows two shapes of state only, one of them with `step` in the parameter group, and cannot load back a checkpoint that
+it saved with AdamW (`KeyError: 'step'`). This Adam has the same update and the state of apex's FusedAdam, so that
+checkpoints work, on CPU and GPU alike, and are interchangeable with runs that have FusedAdam.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+
+
+class TorchAdam(torch.optim.Optimizer):
+    """Adam with decoupled weight decay (Loshchilov and Hutter 2019) over torch's multi-tensor ops.
+
+    Args:
+        params: parameters or groups, as any torch optimizer.
+        lr: learning rate.
+        bias_correction: divide the moments by 1 - beta^t (Kingma and Ba 2015, algorithm 1).
+        betas: decay of the two moments, per step.
+        eps: added to the root of the second moment.
+        adam_w_mode: weight decay is decoupled from the gradient; False adds it to the gradient.
+        weight_decay: per step, times `lr` in adam_w_mode.
+        capturable: refused when True; CUDA graphs of the optimizer need FusedAdam.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        bias_correction: bool = True,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        adam_w_mode: bool = True,
+        weight_decay: float = 0.0,
+        capturable: bool = False,
+    ) -> None:
+        if capturable:
+            raise ValueError("--optimizer-cuda-graph needs FusedAdam: install TransformerEngine or apex")
+        defaults = {
+            "lr": lr,
+            "bias_correction": bias_correction,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+        }
+        super().__init__(params, defaults)
+        self.adam_w_mode = adam_w_mode
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Update every parameter that has a gradient, in place."""
+        loss = closure() if closure is not None else None
+        for group in self.param_groups:
+            if group["params"]:
+                group["step"] = group.get("step", 0) + 1
+                self._step_group(group)
+        return loss
+
+    def _step_group(self, group: dict[str, Any]) -> None:
+        params = [p for p in group["params"] if p.grad is not None]
+        if not params:
+            return
+        for p in params:
+            if not self.state[p]:
+                self.state[p].update(exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+        grads = [p.grad for p in params]
+        exp_avgs = [self.state[p]["exp_avg"] for p in params]
+        exp_avg_sqs = [self.state[p]["exp_avg_sq"] for p in params]
+        beta1, beta2 = group["betas"]
+        lr, decay, step = group["lr"], group["weight_decay"], group["step"]
+        if decay and self.adam_w_mode:
+            torch._foreach_mul_(params, 1 - lr * decay)
+        elif decay:
+            grads = list(torch._foreach_add(grads, params, alpha=decay))
+        torch._foreach_lerp_(exp_avgs, grads, 1 - beta1)
+        torch._foreach_mul_(exp_avg_sqs, beta2)
+        torch._foreach_addcmul_(exp_avg_sqs, grads, grads, 1 - beta2)
+        correction1, correction2 = (1 - beta1**step, 1 - beta2**step) if group["bias_correction"] else (1.0, 1.0)
+        denominators = torch._foreach_sqrt(exp_avg_sqs)
+        torch._foreach_div_(denominators, correction2**0.5)
+        torch._foreach_add_(denominators, group["eps"])
+        torch._foreach_addcdiv_(params, exp_avgs, denominators, -lr / correction1)
+
+
+def install() -> None:
+    """Give Megatron this Adam where it would fall back to torch's. Does nothing where FusedAdam is installed.
+
+    Three names of `megatron.core.optimizer` say which Adam it found; all are read when the optimizer is built.
+    """
+    import megatron.core.optimizer as optimizer
+    import megatron.core.optimizer.distrib_optimizer as distrib_optimizer
+
+    if not optimizer.USING_PYTORCH_OPTIMIZER:
+        return
+    optimizer.Adam, optimizer.USING_PYTORCH_OPTIMIZER = TorchAdam, False
+    distrib_optimizer.Adam, distrib_optimizer.HAVE_APEX_OR_TE, distrib_optimizer.USING_APEX_OPTIMIZER = (
+        TorchAdam,
+        True,
+        True,
+    )

@@ -1,0 +1,125 @@
+"""Flags: Megatron's own, the project's `--smartmoe-*`, and the defaults that this machine needs.
+
+Defaults go in front of the user's flags, so that whatever the user says wins. They are printed with their reason,
+never set silently.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron_smartmoe.errors import ConfigError
+
+DEVICES = ("auto", "cpu", "cuda")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Default:
+    """Flags that this machine or this project needs, and why."""
+
+    flags: tuple[str, ...]
+    reason: str
+
+
+def add_smartmoe_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add the project's flags; passed to Megatron as `extra_args_provider`."""
+    group = parser.add_argument_group("smartmoe", "expert placement for MoE training")
+    group.add_argument(
+        "--smartmoe-device",
+        choices=DEVICES,
+        default="auto",
+        help="cuda: NCCL and GPU kernels. cpu: gloo, through the CPU facade. auto: cuda where there is a GPU.",
+    )
+    group.add_argument(
+        "--smartmoe-run-dir",
+        metavar="DIR",
+        default=None,
+        help="Where metrics.jsonl, arguments.txt and summary.json are written. Default: nowhere.",
+    )
+    return parser
+
+
+def device_from(argv: Sequence[str]) -> str:
+    """The value of --smartmoe-device: it decides what is imported, so it is needed before Megatron can parse."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--smartmoe-device", default="auto")
+    device = str(parser.parse_known_args(list(argv))[0].smartmoe_device)
+    if device not in DEVICES:
+        raise ConfigError("--smartmoe-device", device, f"must be one of {', '.join(DEVICES)}", "Leave it out for auto.")
+    return device
+
+
+def has_transformer_engine() -> bool:
+    """Whether TransformerEngine can be imported here."""
+    return importlib.util.find_spec("transformer_engine") is not None
+
+
+def has_apex() -> bool:
+    """Whether apex can be imported here."""
+    return importlib.util.find_spec("apex") is not None
+
+
+def machine_defaults(*, cpu: bool, transformer_engine: bool, apex: bool) -> list[Default]:
+    """The flags that go in front of the user's on such a machine."""
+    defaults = [
+        Default(
+            flags=("--moe-token-dispatcher-type", "alltoall"),
+            reason="tokens go only to the ranks that own their experts",
+        )
+    ]
+    if not transformer_engine:
+        defaults.append(
+            Default(
+                flags=("--transformer-impl", "local", "--no-persist-layer-norm", "--no-rope-fusion"),
+                reason="TransformerEngine is not installed",
+            )
+        )
+    if not transformer_engine and not apex:
+        defaults.append(
+            Default(
+                flags=("--no-gradient-accumulation-fusion", "--no-masked-softmax-fusion"),
+                reason="neither TransformerEngine nor apex is installed",
+            )
+        )
+    if cpu:
+        defaults.append(
+            Default(
+                flags=("--distributed-backend", "gloo", "--no-bias-swiglu-fusion", "--no-bias-gelu-fusion"),
+                reason="no GPU: gloo, and functions are not compiled",
+            )
+        )
+    return defaults
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose complaints are ConfigErrors, without 900 lines of usage in front."""
+
+    def error(self, message: str) -> None:  # type: ignore[override]
+        """Raise what argparse says as a ConfigError."""
+        field, _, rest = message.removeprefix("argument ").partition(": ")
+        if rest:
+            raise ConfigError(field, rest, "is not a value that this flag takes", "Pass --help for its meaning.")
+        raise ConfigError("command line", message, "cannot be parsed", "Pass --help for the flags.")
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Parse flags with Megatron's own parser. Nothing is validated against anything else yet.
+
+    Raises:
+        ConfigError: an unknown flag (with the nearest known ones) or a value of the wrong type.
+    """
+    from megatron.training.arguments import add_megatron_arguments
+
+    parser = _Parser(prog="pretrain_gpt_moe", allow_abbrev=False)
+    add_smartmoe_arguments(add_megatron_arguments(parser))
+    args, unknown = parser.parse_known_args(list(argv))
+    if unknown:
+        known = [flag for action in parser._actions for flag in action.option_strings]
+        near = difflib.get_close_matches(unknown[0].split("=")[0], known, n=3)
+        hint = f"Did you mean {' or '.join(near)}?" if near else "Pass --help for the flags that exist."
+        raise ConfigError("command line", unknown[0], "is not a flag of Megatron or of smartmoe", hint)
+    return args

@@ -1,0 +1,28 @@
+"""Facade group 4: nothing is compiled while importing.
+
+Megatron decorates small functions with `torch.compile` when it is imported. On a CPU that means one C++ compilation
+each (seconds per function and rank) for functions that are small here. Megatron's own switch,
+`megatron.core.jit.disable_jit_fuser()`, cannot be reached in time: importing it imports, and decorates, everything.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+def install() -> None:
+    """Make `torch.compile` the identity for callers inside Megatron; everybody else compiles as before."""
+    compile_ = torch.compile
+
+    @functools.wraps(compile_)
+    def wrapper(model: Callable[..., Any] | None = None, **kwargs: Any) -> Any:
+        if not sys._getframe(1).f_globals.get("__name__", "").startswith("megatron."):
+            return compile_(model, **kwargs)
+        return model if model is not None else (lambda function: function)
+
+    torch.compile = wrapper

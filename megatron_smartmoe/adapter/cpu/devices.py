@@ -1,0 +1,206 @@
+"""Facade group 1: questions about the device, its memory, its streams and its random state.
+
+On a CPU work happens in program order and in one memory, so each has one exact answer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import time
+import types
+import warnings
+from collections import defaultdict
+from collections.abc import Iterator
+
+import psutil
+import torch
+
+CPU = torch.device("cpu")
+
+
+def install() -> None:
+    """Install every answer of this group."""
+    _quiet_about_the_missing_gpu()
+    _device_queries()
+    _memory_statistics()
+    _streams_and_events()
+    _nvtx()
+    _random_state()
+
+
+def _quiet_about_the_missing_gpu() -> None:
+    """Nobody needs to hear on every rank that a machine without a GPU has none."""
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message="'pin_memory' argument is set as true but no accelerator is found")
+
+
+def _device_queries() -> None:
+    """Megatron passes `current_device()` on as `device=`; a torch.device is as good there as an index.
+
+    `device_count` is one per rank of this node, because Megatron builds its process groups only if it is positive.
+    `is_available` stays False: torch and its libraries must hear the truth (the data loader pins memory otherwise).
+    """
+    properties = types.SimpleNamespace(
+        name="cpu", major=0, minor=0, multi_processor_count=os.cpu_count(), total_memory=psutil.virtual_memory().total
+    )
+    cuda = torch.cuda
+    cuda.current_device = lambda: CPU
+    cuda.device_count = lambda: int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    cuda.set_device = lambda device: None
+    cuda.synchronize = lambda device=None: None
+    cuda.empty_cache = lambda: None
+    cuda.ipc_collect = lambda: None
+    cuda.get_device_capability = lambda device=None: (0, 0)
+    cuda.get_device_name = lambda device=None: "cpu"
+    cuda.get_device_properties = lambda device=None: properties
+    cuda._lazy_init = lambda: None
+    cuda._lazy_call = lambda callable, **kwargs: callable()
+
+
+def _memory_statistics() -> None:
+    """The memory that a rank holds is its resident set; there is no caching allocator to tell apart."""
+    process = psutil.Process()
+
+    def resident_bytes(device: object = None) -> int:
+        return int(process.memory_info().rss)
+
+    peak_bytes = 0
+
+    def max_resident_bytes(device: object = None) -> int:
+        nonlocal peak_bytes
+        peak_bytes = max(peak_bytes, resident_bytes())
+        return peak_bytes
+
+    def statistics(device: object = None) -> dict[str, int]:
+        return defaultdict(int)
+
+    cuda = torch.cuda
+    cuda.memory_allocated = cuda.memory_reserved = resident_bytes
+    cuda.max_memory_allocated = cuda.max_memory_reserved = max_resident_bytes
+    cuda.memory_stats = cuda.memory.memory_stats = statistics
+    cuda.reset_peak_memory_stats = lambda device=None: None
+    cuda.mem_get_info = lambda device=None: (psutil.virtual_memory().available, psutil.virtual_memory().total)
+
+
+class Event:
+    """A point in program order: it has passed as soon as it was recorded."""
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        self._recorded_s = 0.0
+
+    def record(self, stream: object = None) -> None:
+        """Note the time."""
+        self._recorded_s = time.perf_counter()
+
+    def synchronize(self) -> None:
+        """Nothing to wait for."""
+
+    def wait(self, stream: object = None) -> None:
+        """Nothing to wait for."""
+
+    def query(self) -> bool:
+        """Always reached."""
+        return True
+
+    def elapsed_time(self, end_event: Event) -> float:
+        """Milliseconds from this event to `end_event`, as torch.cuda.Event."""
+        return (end_event._recorded_s - self._recorded_s) * 1e3
+
+
+class Stream:
+    """The one stream of a CPU: program order. It is always idle when someone asks."""
+
+    device = CPU
+    cuda_stream = 0
+
+    def __new__(cls, *args: object, **kwargs: object) -> Stream:
+        """Return the only instance."""
+        return _THE_STREAM
+
+    def wait_stream(self, stream: object) -> None:
+        """Program order already holds."""
+
+    def wait_event(self, event: object) -> None:
+        """Program order already holds."""
+
+    def record_event(self, event: Event | None = None) -> Event:
+        """Record and return `event`, or a new one."""
+        event = event or Event()
+        event.record()
+        return event
+
+    def synchronize(self) -> None:
+        """Nothing to wait for."""
+
+    def query(self) -> bool:
+        """Always idle."""
+        return True
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        return None
+
+
+_THE_STREAM: Stream = object.__new__(Stream)
+
+
+def _streams_and_events() -> None:
+    """Side streams exist to overlap work; in program order the overlap is empty and the result the same."""
+    cuda = torch.cuda
+    cuda.Stream, cuda.Event = Stream, Event
+    cuda.current_stream = cuda.default_stream = lambda device=None: _THE_STREAM
+    cuda.set_stream = lambda stream: None
+    cuda.stream = lambda stream: contextlib.nullcontext(stream)
+    torch.Tensor.record_stream = lambda self, stream: None
+
+
+def _nvtx() -> None:
+    """Profiler marks for a profiler that cannot be there."""
+    nvtx = torch.cuda.nvtx
+    nvtx.range_push = nvtx.range_pop = lambda *args, **kwargs: None
+    nvtx.range = lambda *args, **kwargs: contextlib.nullcontext()
+
+
+class _Generators:
+    """`torch.cuda.default_generators`, of which Megatron takes item [index]."""
+
+    def __getitem__(self, index: object) -> torch.Generator:
+        return torch.default_generator
+
+    def __len__(self) -> int:
+        return 1
+
+    def __iter__(self) -> Iterator[torch.Generator]:
+        return iter((torch.default_generator,))
+
+
+def _random_state() -> None:
+    """The "cuda" generator is the CPU generator, so Megatron's RNG tracker forks and restores the real one."""
+    generator = torch.default_generator
+
+    def set_rng_state(new_state: torch.Tensor, device: object = None) -> None:
+        generator.set_state(new_state)
+
+    def manual_seed(seed: int) -> None:
+        generator.manual_seed(int(seed))
+
+    answers = {
+        "get_rng_state": lambda device=None: generator.get_state(),
+        "set_rng_state": set_rng_state,
+        "manual_seed": manual_seed,
+        # torch.manual_seed calls this after seeding the CPU generator itself
+        "manual_seed_all": lambda seed: None,
+        "initial_seed": lambda: generator.initial_seed(),
+    }
+    for name, answer in answers.items():
+        setattr(torch.cuda, name, answer)
+        setattr(torch.cuda.random, name, answer)
+    torch.cuda.default_generators = _Generators()
+    # The tracker warns when the CPU state moves inside a fork, which is what a fork is for here.
+    logging.getLogger("megatron.core.tensor_parallel.random").addFilter(
+        lambda record: "CPU RNG state changed" not in record.getMessage()
+    )

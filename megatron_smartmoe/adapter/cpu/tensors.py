@@ -1,0 +1,103 @@
+"""Facade group 2: where a tensor lives.
+
+`device="cuda"`, a device index, `.cuda()` and `pin_memory` all mean "the accelerator, or the way to it". Without one
+they mean the CPU, where the tensor is already.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from megatron_smartmoe.adapter.cpu.devices import CPU
+
+_FACTORIES = (
+    "tensor as_tensor empty zeros ones full arange linspace eye rand randn randint randperm empty_like zeros_like "
+    "ones_like full_like rand_like randn_like randint_like empty_strided"
+).split()
+
+
+def install() -> None:
+    """Install every redirection of this group."""
+    for name in _FACTORIES:
+        setattr(torch, name, _on_cpu(getattr(torch, name)))
+    _load()
+    _methods()
+    _type_names()
+
+
+def means_accelerator(device: object) -> bool:
+    """Whether a `device=` argument names the accelerator: "cuda", "cuda:1", its torch.device, or a bare index."""
+    if type(device) is str:
+        return device.startswith("cuda")
+    if type(device) is torch.device:
+        return device.type == "cuda"
+    return type(device) is int
+
+
+def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """Wrap a tensor factory: the accelerator becomes the CPU, and there is no pinned memory to ask for."""
+
+    @functools.wraps(factory)
+    def wrapper(*args: Any, **kwargs: Any) -> torch.Tensor:
+        device = kwargs.get("device")
+        if device is not None and device is not CPU and means_accelerator(device):
+            kwargs["device"] = CPU
+        if kwargs.get("pin_memory"):
+            kwargs["pin_memory"] = False
+        return factory(*args, **kwargs)
+
+    return wrapper
+
+
+def _load() -> None:
+    """`torch.load(map_location="cuda")`, when a checkpoint is read back."""
+    load = torch.load
+
+    @functools.wraps(load)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        if isinstance(kwargs.get("map_location"), str | torch.device) and means_accelerator(kwargs["map_location"]):
+            kwargs["map_location"] = CPU
+        return load(*args, **kwargs)
+
+    torch.load = wrapper
+
+
+def _methods() -> None:
+    """`.cuda()` and `.pin_memory()` return the tensor; `.to("cuda")` may still change its dtype."""
+    tensor, to = torch.Tensor, torch.Tensor.to
+    tensor.cuda = tensor.pin_memory = lambda self, *args, **kwargs: self
+    torch.nn.Module.cuda = lambda self, device=None: self
+
+    @functools.wraps(to)
+    def wrapper(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if args and means_accelerator(args[0]):
+            args = (CPU, *args[1:])
+        if means_accelerator(kwargs.get("device")):
+            kwargs["device"] = CPU
+        return to(self, *args, **kwargs)
+
+    tensor.to = wrapper
+
+
+def _type_names() -> None:
+    """Megatron's optimizers compare `param.type()` with "torch.cuda.FloatTensor" and its like.
+
+    Only callers inside Megatron get the disguise; torch and everybody else hear the real name.
+    """
+    type_ = torch.Tensor.type
+
+    @functools.wraps(type_)
+    def wrapper(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        name = type_(self, *args, **kwargs)
+        if isinstance(name, str) and name.startswith("torch.") and not name.startswith("torch.cuda."):
+            caller = sys._getframe(1).f_globals.get("__name__", "")
+            if caller.startswith("megatron."):
+                return "torch.cuda." + name.removeprefix("torch.")
+        return name
+
+    torch.Tensor.type = wrapper

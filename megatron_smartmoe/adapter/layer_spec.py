@@ -1,0 +1,67 @@
+"""The layer spec: Megatron's own, with two modules replaced where TransformerEngine is not used.
+
+`--transformer-impl transformer_engine` gets Megatron's TransformerEngine spec as it is. `--transformer-impl local`
+gets Megatron's local spec with `TorchNorm` (so that MoE runs under tensor parallelism) and `SDPAttention` (so that
+context parallelism runs, without a score matrix). No parameter is renamed, so checkpoints are Megatron's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.transformer.enums import AttnBackend
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.torch_norm import L2Norm
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.training.models.gpt import GPTModelConfig, default_layer_spec
+
+from megatron_smartmoe.adapter.attention import SDPAttention
+from megatron_smartmoe.adapter.norm import TorchNorm
+
+
+def smartmoe_layer_spec(
+    config: GPTModelConfig, vp_stage: int | None = None
+) -> ModuleSpec | TransformerBlockSubmodules:
+    """The spec of one pipeline stage; passed to Megatron as `GPTModelConfig.transformer_layer_spec`."""
+    transformer = config.transformer
+    if transformer.transformer_impl != "local":
+        return default_layer_spec(config, vp_stage)
+    block = get_gpt_decoder_block_spec(
+        transformer,
+        use_transformer_engine=False,
+        normalization=transformer.normalization,
+        qk_l2_norm=transformer.qk_l2_norm,
+        vp_stage=vp_stage,
+    )
+    use_sdpa = transformer.attention_backend not in (AttnBackend.unfused, AttnBackend.local)
+    return replace(
+        block,
+        layer_specs=[_with_torch_modules(spec, use_sdpa) for spec in block.layer_specs],
+        layer_norm=TorchNorm,
+    )
+
+
+def _with_torch_modules(spec: ModuleSpec, use_sdpa: bool) -> ModuleSpec:
+    """A copy of one layer's spec with its norms, and its core attention, replaced."""
+    layer = spec.submodules
+    attention: ModuleSpec = layer.self_attention
+    changes: dict[str, Any] = {
+        name: TorchNorm for name in _norm_fields(attention.submodules) if _is_norm(getattr(attention.submodules, name))
+    }
+    if use_sdpa:
+        changes["core_attention"] = SDPAttention
+    attention = replace(attention, submodules=replace(attention.submodules, **changes))
+    norms = {name: TorchNorm for name in _norm_fields(layer) if _is_norm(getattr(layer, name))}
+    return replace(spec, submodules=replace(layer, self_attention=attention, **norms))
+
+
+def _norm_fields(submodules: object) -> list[str]:
+    return [name for name in vars(submodules) if name.endswith("layernorm")]
+
+
+def _is_norm(module: object) -> bool:
+    """Whether a submodule is a real norm: neither absent, nor the L2 norm, which has no weights to mark."""
+    return module not in (None, IdentityOp, L2Norm)

@@ -1,0 +1,26 @@
+"""Torch's LayerNorm and RMSNorm, with the mark that sequence parallelism needs.
+
+Under sequence parallelism each tensor-parallel rank normalises its own part of the sequence, so the gradients of the
+norm's weights must be summed over the tensor-parallel group. Megatron does that for every parameter that carries
+`sequence_parallel = True`. Its own wrapper of torch's norms refuses sequence parallelism only because nobody sets the
+mark; MoE with tensor parallelism cannot do without. Used through the layer spec where TransformerEngine is absent.
+"""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+
+class TorchNorm:
+    """Builds the norm that `config.normalization` names; called by Megatron's spec as a class."""
+
+    def __new__(  # type: ignore[misc]  # a spec's "class" may build another, as Megatron's own wrapper does
+        cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused: object
+    ) -> torch.nn.Module:
+        """Return the torch norm over the last dimension of `[..., hidden_size]`, its parameters marked."""
+        norm_cls = {"LayerNorm": torch.nn.LayerNorm, "RMSNorm": torch.nn.RMSNorm}[config.normalization]
+        norm = norm_cls(hidden_size, eps=eps)
+        for parameter in norm.parameters():
+            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        return norm

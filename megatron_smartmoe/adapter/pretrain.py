@@ -1,0 +1,172 @@
+"""The entry: `torchrun -m megatron_smartmoe.adapter.pretrain [any Megatron flag...]`.
+
+Megatron's own training loop, from the installed wheel, with this project's layer spec, data and forward step. The
+order matters: where there is no GPU the facade has to be there before Megatron is imported, so imports of Megatron
+live inside the functions. torch_dist checkpoints start a helper process that imports this module again: importing it
+does nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import warnings
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from megatron_smartmoe.adapter.arguments import (
+    add_smartmoe_arguments,
+    device_from,
+    has_apex,
+    has_transformer_engine,
+    machine_defaults,
+    parse,
+)
+from megatron_smartmoe.errors import CompatError, ConfigError, SmartMoEError
+
+EXIT_CONFIG_ERROR = 2
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Train. One call per process; ranks and rendezvous come from torchrun's environment."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    is_rank_0 = int(os.environ.get("RANK", "0")) == 0
+    try:
+        cpu = choose_device(device_from(argv))
+        argv = with_defaults(argv, cpu=cpu, say=is_rank_0)
+        check_flags(argv, cpu=cpu)
+    except SmartMoEError as error:
+        if is_rank_0:
+            print(f"\nerror: {error}\n", file=sys.stderr, flush=True)
+        raise SystemExit(EXIT_CONFIG_ERROR) from None
+    train(argv, cpu=cpu)
+
+
+def choose_device(asked: str) -> bool:
+    """Load the CPU facade when there is no GPU, or when asked. Returns whether this run is on the CPU.
+
+    Raises:
+        CompatError: a GPU was asked for and there is none.
+    """
+    if asked == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks: nothing below may see the GPU
+    _quiet_warnings()
+    import torch
+
+    if torch.cuda.is_available():
+        return False
+    if asked == "cuda":
+        raise CompatError("--smartmoe-device cuda: torch sees no CUDA device here. Leave the flag out to train on the CPU.")
+    from megatron_smartmoe.adapter import cpu
+
+    cpu.install()
+    return True
+
+
+def _quiet_warnings() -> None:
+    """One voice is enough: other ranks do not repeat rank 0's warnings, and what the defaults answer is not said."""
+    if int(os.environ.get("RANK", "0")) != 0:
+        warnings.filterwarnings("ignore")
+    for answered in ("Transformer Engine and Apex are not installed", "Apex is not installed"):
+        warnings.filterwarnings("ignore", message=answered)
+
+
+def with_defaults(argv: Sequence[str], *, cpu: bool, say: bool) -> list[str]:
+    """The flags with this machine's defaults in front, where any later flag beats them; printed if `say`."""
+    defaults = machine_defaults(cpu=cpu, transformer_engine=has_transformer_engine(), apex=has_apex())
+    if say:
+        for default in defaults:
+            print(f"smartmoe: default {' '.join(default.flags)}   ({default.reason})", flush=True)
+    return [flag for default in defaults for flag in default.flags] + list(argv)
+
+
+def check_flags(argv: Sequence[str], *, cpu: bool) -> Namespace:
+    """Parse and check the flags before any process group forms.
+
+    Raises:
+        ConfigError: see `checks.check`.
+    """
+    from megatron_smartmoe.adapter.checks import check
+
+    args = parse(argv)
+    check(args, world_size=int(os.environ.get("WORLD_SIZE", "1")), cpu=cpu)
+    if args.tensor_model_parallel_size > 1 or args.context_parallel_size > 1:
+        # Megatron asserts it before Blackwell: kernels must start in the order in which they were issued.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    return args
+
+
+def train(argv: Sequence[str], *, cpu: bool) -> None:
+    """Parse for good, hook into Megatron's loop, run it, and say how it went."""
+    import torch
+    from megatron.core.enums import ModelType
+    from megatron.training import get_args, pretrain
+    from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
+
+    from megatron_smartmoe.adapter.batch import forward_step
+    from megatron_smartmoe.adapter.datasets import train_valid_test_datasets_provider
+    from megatron_smartmoe.adapter.embeddings import embedding_ranks
+    from megatron_smartmoe.adapter.install import prepare_megatron
+    from megatron_smartmoe.adapter.layer_spec import smartmoe_layer_spec
+    from megatron_smartmoe.adapter.recorder import Recorder
+
+    prepare_megatron(cpu=cpu)
+    args = parse_for_good(argv)
+    run_dir = Path(args.smartmoe_run_dir) if args.smartmoe_run_dir else None
+    recorder = Recorder(run_dir)
+    recorder.listen()
+    model_config = gpt_config_from_args(args)
+    if args.spec is None:
+        model_config.transformer_layer_spec = smartmoe_layer_spec
+    pretrain(
+        pretrain_cfg_container_from_args(args, model_config),
+        train_valid_test_datasets_provider,
+        ModelType.encoder_or_decoder,
+        forward_step,
+        get_embedding_ranks=embedding_ranks,
+    )
+    report(recorder, get_args(), run_dir)
+    torch.distributed.destroy_process_group()
+
+
+def parse_for_good(argv: Sequence[str]) -> Namespace:
+    """Let Megatron parse, validate and set its global variables. Its 900 lines of arguments go to arguments.txt.
+
+    Raises:
+        SystemExit: Megatron refuses the flags (the reason is printed on rank 0).
+    """
+    from megatron.training.arguments import parse_and_validate_args
+
+    sys.argv[1:] = list(argv)
+    run_dir = parse(argv).smartmoe_run_dir
+    with _stdout_to(Path(run_dir) / "arguments.txt" if run_dir else None):
+        return parse_and_validate_args(extra_args_provider=add_smartmoe_arguments)
+
+
+@contextlib.contextmanager
+def _stdout_to(path: Path | None) -> Iterator[None]:
+    if path is None or int(os.environ.get("RANK", "0")) != 0:
+        yield
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8") as file, contextlib.redirect_stdout(file):
+        yield
+    print(f"smartmoe: all of Megatron's arguments are in {path}", flush=True)
+
+
+def report(recorder: Recorder, args: Namespace, run_dir: Path | None) -> None:
+    """Print the summary on rank 0 and write summary.json."""
+    from megatron_smartmoe.adapter import summary
+
+    gathered = recorder.gather()
+    if args.rank == 0:
+        content = summary.summarise(gathered, args)
+        print(summary.render(content, args, run_dir), flush=True)
+        if run_dir is not None:
+            summary.write(content, run_dir)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,36 @@
+"""Megatron's MoE layers in a built model, and the counters on their routers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from megatron.core.transformer.moe.moe_layer import MoELayer
+
+from megatron_smartmoe.runtime.counts import ExpertCounts
+
+
+def moe_layers(model_chunks: list[torch.nn.Module]) -> Iterator[tuple[int, MoELayer]]:
+    """(layer number counted from 0 over the whole model, layer) of every MoE layer on this rank."""
+    for chunk in model_chunks:
+        for module in chunk.modules():
+            if isinstance(module, MoELayer):
+                yield module.layer_number - 1, module
+
+
+def count_tokens(model_chunks: list[torch.nn.Module], counts: ExpertCounts) -> None:
+    """Have every router add what it routes in training to `counts`.
+
+    A pass without gradients (evaluation, the first pass of recomputation) is not counted, so each token counts once.
+    """
+
+    def hook_for(layer: int) -> Any:
+        def hook(router: torch.nn.Module, inputs: Any, output: tuple[torch.Tensor, torch.Tensor]) -> None:
+            if torch.is_grad_enabled():
+                counts.add(layer, output[1])
+
+        return hook
+
+    for layer, module in moe_layers(model_chunks):
+        module.router.register_forward_hook(hook_for(layer))

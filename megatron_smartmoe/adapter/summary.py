@@ -1,0 +1,125 @@
+"""What a person wants to know when a run has ended: one screen, and summary.json for programs."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from argparse import Namespace
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+#from megatron_smartmoe.adapter.corpus.prepare import PreparedCorpus
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerLoad:
+    """How one MoE layer's tokens fell in the last iterations.
+
+    Attributes:
+        layer: number in the model, from 1.
+        share_E: percent of all assignments, per logical expert.
+        expert_imbalance: hottest expert over the mean.
+        rank_imbalance: hottest expert-parallel rank over the mean, experts in their contiguous homes.
+    """
+
+    layer: int
+    share_E: tuple[float, ...]
+    expert_imbalance: float
+    rank_imbalance: float
+
+
+def layer_loads(load_LE: list[list[int]], ep: int) -> list[LayerLoad]:
+    """The load of every layer that routed anything; `load_LE` is assignments `[L, E]`."""
+    loads = []
+    for number, counts in enumerate(load_LE, start=1):
+        total, experts = sum(counts), len(counts)
+        if total:
+            per_rank = [sum(counts[rank * experts // ep : (rank + 1) * experts // ep]) for rank in range(ep)]
+            loads.append(
+                LayerLoad(
+                    layer=number,
+                    share_E=tuple(100 * count / total for count in counts),
+                    expert_imbalance=max(counts) * experts / total,
+                    rank_imbalance=max(per_rank) * ep / total,
+                )
+            )
+    return loads
+
+
+def summarise(gathered: dict[str, Any], args: Namespace) -> dict[str, Any]:
+    """Everything the summary says, as plain data (the content of summary.json)."""
+    seconds = gathered["step_seconds"]
+    step = statistics.median(seconds) if seconds else None
+    corpus = None
+    return {
+        "iterations": gathered["iteration"],
+        "train_loss": gathered["train"].get("lm loss"),
+        "valid_loss": gathered.get("validation", {}).get("lm loss"),
+        "test_loss": gathered.get("test", {}).get("lm loss"),
+        "unigram_entropy": corpus.unigram_entropy_nats if corpus else None,
+        "seconds_per_step": step,
+        "tokens_per_second": args.global_batch_size * args.seq_length / step if step else None,
+        "layers": [vars(load) for load in layer_loads(gathered["load_LE"], args.expert_model_parallel_size)],
+    }
+
+
+def render(summary: dict[str, Any], args: Namespace, run_dir: Path | None) -> str:
+    """The summary as text."""
+    lines = ["", "=" * 100, f"Finished after {summary['iterations']} iterations."]
+    lines += _loss_lines(summary)
+    if summary["tokens_per_second"]:
+        speed = f"{summary['tokens_per_second']:,.0f} tokens/s ({summary['seconds_per_step'] * 1e3:.0f} ms a step, median)"
+        lines.append(f"  speed            {speed}")
+    lines += _load_lines(summary["layers"], args.expert_model_parallel_size)
+    lines += _place_lines(args, run_dir)
+    lines += ["=" * 100]
+    return "\n".join(lines)
+
+
+def _loss_lines(summary: dict[str, Any]) -> list[str]:
+    lines = []
+    if summary["train_loss"] is not None:
+        lines.append(f"  training loss    {summary['train_loss']:.4f} nats per token")
+    if summary["valid_loss"] is not None:
+        lines.append(f"  validation loss  {summary['valid_loss']:.4f} nats per token")
+        if summary["unigram_entropy"]:
+            text = f"  unigram entropy  {summary['unigram_entropy']:.4f} nats per token: what knowing only token frequencies gives"
+            lines.append(text)
+    return lines
+
+
+def _load_lines(layers: list[dict[str, Any]], ep: int) -> list[str]:
+    if not layers:
+        return []
+    experts = range(len(layers[0]["share_E"]))
+    header = "  layer  " + " ".join(f"{f'e{expert}':>5}" for expert in experts) + "   max/mean: expert"
+    lines = ["", "  Load per expert, % of the layer's assignments in the last iterations:", header + f"  EP{ep} rank"]
+    for load in layers:
+        shares = " ".join(f"{share:5.1f}" for share in load["share_E"])
+        lines.append(f"  {load['layer']:5}  {shares}   {load['expert_imbalance']:16.2f}  {load['rank_imbalance']:8.2f}")
+    return lines
+
+
+def _place_lines(args: Namespace, run_dir: Path | None) -> list[str]:
+    places = {
+        "run directory": run_dir,
+        "checkpoints": args.save,
+        "TensorBoard": f"tensorboard --logdir {args.tensorboard_dir}" if args.tensorboard_dir else None,
+    }
+    lines = ["", *(f"  {name:15}  {place}" for name, place in places.items() if place)]
+    if run_dir is not None:
+        script = "scripts/pretrain_gpt_moe.sh"
+        lines += [
+            "",
+            "  Next:",
+            f"    {script} --run-dir {run_dir} --train-iters {2 * (args.train_iters or 0)}   # go on from the checkpoint",
+            f"    {script} --config configs/runs/quickstart.yaml --tensor-model-parallel-size 2 --sequence-parallel",
+            f"    {script} --config configs/runs/quickstart.yaml --dry-run                # see the command it runs",
+        ]
+    return lines
+
+
+def write(summary: dict[str, Any], run_dir: Path) -> None:
+    """Write summary.json."""
+    (run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,34 @@
+"""Errors that a user can act on.
+
+Every message names the field, its value, the rule that it breaks and the way out, so that nobody has to read a
+traceback to mend a command line. Anything else that is raised is a bug of this project.
+"""
+
+from __future__ import annotations
+
+
+class SmartMoEError(Exception):
+    """Base class: catch this to catch everything that the project raises on purpose."""
+
+
+class ConfigError(SmartMoEError):
+    """A flag, a configuration file or an input file is wrong. Raised before any work starts.
+
+    Args:
+        field: the flag or the dotted path of the key, as the user wrote it.
+        value: what the user gave.
+        rule: what it should be, as a statement.
+        way_out: what to type or change instead.
+    """
+
+    def __init__(self, field: str, value: object, rule: str, way_out: str) -> None:
+        self.field, self.value, self.rule, self.way_out = field, value, rule, way_out
+        super().__init__(f"{field} = {value!r}: {rule}. {way_out}")
+
+    def __reduce__(self) -> tuple[type[ConfigError], tuple[str, object, str, str]]:
+        """Pickle by the four parts (the default would replay the joined message as `field`)."""
+        return type(self), (self.field, self.value, self.rule, self.way_out)
+
+
+class CompatError(SmartMoEError):
+    """The installed software (Megatron, torch, a compiler) is not one that the project can work with."""

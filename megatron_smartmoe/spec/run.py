@@ -1,0 +1,105 @@
+"""RunSpec: what a run configuration file (configs/runs/*.yaml) says.
+
+```yaml
+name: quickstart             # names the run directory
+nproc: 4                     # ranks per node; --nproc on the command line beats it
+data:                        # optional: a corpus that is prepared on the first run (see scripts/prepare_data.py)
+  prefix: data/python/corpus
+  python-stdlib: true
+flags:                       # any Megatron flag, without its dashes, in groups of your choice
+  model:
+    num-layers: 4
+    swiglu: true             # true: the flag alone; false: left out; a list: several values
+```
+
+The groups under `flags` are for the reader; their names mean nothing. `{run_dir}` in a value becomes the run
+directory. Flags are not checked here: only Megatron's own parser knows them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron_smartmoe.errors import ConfigError
+from megatron_smartmoe.spec.yaml_io import load_yaml, refuse_unknown_keys
+
+FlagValue = str | bool | list[str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSpec:
+    """One run's configuration.
+
+    Attributes:
+        name: names the run directory.
+        nproc: ranks per node, or None to let the launcher look at the machine.
+        data: options of scripts/prepare_data.py without their dashes, with `prefix`; None: the data exists already.
+        flags: Megatron flag (without dashes) to its value as text, True for a flag that stands alone.
+    """
+
+    name: str
+    nproc: int | None = None
+    data: dict[str, Any] | None = None
+    flags: dict[str, FlagValue] = field(default_factory=dict)
+
+
+def load_run_spec(path: Path) -> RunSpec:
+    """Read and check a run configuration file.
+
+    Raises:
+        ConfigError: unknown key, wrong type, or a flag given in two groups.
+    """
+    content = load_yaml(path)
+    refuse_unknown_keys("", content, ("name", "nproc", "data", "flags"))
+    nproc = content.get("nproc")
+    if nproc is not None and (not isinstance(nproc, int) or isinstance(nproc, bool) or nproc < 1):
+        raise ConfigError("nproc", nproc, "must be a positive whole number of ranks per node", "For example: nproc: 4.")
+    return RunSpec(
+        name=str(content.get("name", path.stem)),
+        nproc=nproc,
+        data=_data(content.get("data")),
+        flags=_flags(content.get("flags") or {}),
+    )
+
+
+def _data(content: Any) -> dict[str, Any] | None:
+    if content is None:
+        return None
+    if not isinstance(content, dict) or "prefix" not in content:
+        raise ConfigError("data", content, "must be a mapping with `prefix`", "For example: data: {prefix: data/my/corpus}.")
+    return content
+
+
+def _flags(content: Any) -> dict[str, FlagValue]:
+    if not isinstance(content, dict):
+        raise ConfigError("flags", content, "must be groups of flags", "For example: flags: {model: {num-layers: 4}}.")
+    flags: dict[str, FlagValue] = {}
+    for group, members in content.items():
+        if not isinstance(members, dict):
+            rule = "must be a group: a mapping of flags to values"
+            raise ConfigError(f"flags.{group}", members, rule, f"Write flags: {{{group}: {{...}}}}.")
+        for name, value in members.items():
+            where = f"flags.{group}.{name}"
+            if name in flags:
+                raise ConfigError(where, value, "is given in another group too", "Keep one of them.")
+            text = _as_text(where, str(name), value)
+            if text is not None:
+                flags[str(name)] = text
+    return flags
+
+
+def _as_text(where: str, name: str, value: Any) -> FlagValue | None:
+    """A flag's value as argparse reads it; None when the flag is left out."""
+    if name.startswith("-"):
+        raise ConfigError(where, value, "is a flag with its dashes", f"Write {name.lstrip('-')}.")
+    if value is None or value is False:
+        return None
+    if value is True:
+        return True
+    if isinstance(value, list):
+        return [str(item) for item in value]
+    if isinstance(value, str | int | float):
+        return str(value)
+    raise ConfigError(where, value, "must be a number, a text, true, false or a list", "See configs/runs/quickstart.yaml.")

@@ -1,0 +1,70 @@
+"""YAML as people mean it: the one reader for every configuration file of the project.
+
+PyYAML follows YAML 1.1, where `3e8` is a string, `no` is False and a repeated key silently wins. Here a number with an
+exponent is a number, only `true` and `false` are booleans, and a repeated key is refused with its line.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_smartmoe.errors import ConfigError
+
+_FLOAT = re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)([eE][-+]?\d+)?$|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$")
+_BOOL = re.compile(r"^(true|True|TRUE|false|False|FALSE)$")
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader with YAML 1.2's booleans and floats, and without repeated keys."""
+
+    yaml_implicit_resolvers = {
+        first: [(tag, regexp) for tag, regexp in resolvers if not tag.endswith((":bool", ":float"))]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Build a dict, refusing a key that the file gives twice."""
+        seen: set[str] = set()
+        for key_node, _ in node.value:
+            key = str(key_node.value)
+            if key in seen:
+                line = key_node.start_mark.line + 1
+                raise ConfigError(f"{key_node.start_mark.name}:{line}", key, "is given twice", "Keep one of them.")
+            seen.add(key)
+        return super().construct_mapping(node, deep=deep)
+
+
+# Resolvers are tried in order, so integers (already there) come before floats.
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", _BOOL, list("tTfF"))
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
+
+
+def load_yaml(path: Path) -> dict[str, Any]:
+    """Read a mapping from a YAML file.
+
+    Raises:
+        ConfigError: the file is missing, is not YAML, is not a mapping, or repeats a key.
+    """
+    if not path.is_file():
+        raise ConfigError("configuration file", str(path), "does not exist", "Check the path; examples are in configs/.")
+    try:
+        with path.open(encoding="utf-8") as file:
+            content = yaml.load(file, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError("configuration file", str(path), f"is not YAML: {error}", "Mend the line it names.") from None
+    if not isinstance(content, dict):
+        raise ConfigError("configuration file", str(path), "must be a mapping of keys to values", "See configs/runs/.")
+    return content
+
+
+def refuse_unknown_keys(where: str, content: Mapping[str, Any], known: tuple[str, ...]) -> None:
+    """Raise ConfigError for the first key of `content` that is not in `known`; `where` is the dotted path so far."""
+    for key in content:
+        if key not in known:
+            path = f"{where}.{key}" if where else str(key)
+            raise ConfigError(path, content[key], "is not a known key", f"Known here: {', '.join(known)}.")
