@@ -9,6 +9,8 @@ from __future__ import annotations
 import argparse
 import difflib
 import importlib.util
+import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -69,7 +71,9 @@ def machine_defaults(*, cpu: bool, transformer_engine: bool, apex: bool) -> list
         Default(
             flags=("--moe-token-dispatcher-type", "alltoall"),
             reason="tokens go only to the ranks that own their experts",
-        )
+        ),
+        Default(flags=("--no-one-logger",), reason="an NVIDIA-internal service"),
+        Default(flags=("--logging-level", "30"), reason="20 for Megatron's INFO lines"),
     ]
     if not transformer_engine:
         defaults.append(
@@ -99,11 +103,30 @@ class _Parser(argparse.ArgumentParser):
     """A parser whose complaints are ConfigErrors, without 900 lines of usage in front."""
 
     def error(self, message: str) -> None:  # type: ignore[override]
-        """Raise what argparse says as a ConfigError."""
+        """Raise what argparse says as a ConfigError: `argument --lr: invalid float value: 'abc'`."""
         field, _, rest = message.removeprefix("argument ").partition(": ")
-        if rest:
-            raise ConfigError(field, rest, "is not a value that this flag takes", "Pass --help for its meaning.")
-        raise ConfigError("command line", message, "cannot be parsed", "Pass --help for the flags.")
+        match = re.fullmatch(r"(invalid [^:]*): '(.*?)'(.*)", rest)
+        value, rule = (match[2], match[1] + match[3]) if match else (None, rest or message)
+        raise ConfigError(field if rest else "command line", value, rule, "--help-megatron says what the flags mean.")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Megatron's own parser with the project's flags."""
+    from megatron.training.arguments import add_megatron_arguments
+
+    parser = _Parser(prog="pretrain_gpt_moe", allow_abbrev=False)
+    return add_smartmoe_arguments(add_megatron_arguments(parser))
+
+
+def help_text() -> str:
+    """What --help of Megatron says. One of its help texts has a bare %, on which argparse stumbles."""
+    parser = build_parser()
+    for action in parser._actions:
+        try:
+            _ = (action.help or "") % vars(action)
+        except (ValueError, TypeError, KeyError):
+            action.help = (action.help or "").replace("%", "%%")
+    return parser.format_help()
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -112,14 +135,13 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     Raises:
         ConfigError: an unknown flag (with the nearest known ones) or a value of the wrong type.
     """
-    from megatron.training.arguments import add_megatron_arguments
-
-    parser = _Parser(prog="pretrain_gpt_moe", allow_abbrev=False)
-    add_smartmoe_arguments(add_megatron_arguments(parser))
+    parser = build_parser()
     args, unknown = parser.parse_known_args(list(argv))
     if unknown:
-        known = [flag for action in parser._actions for flag in action.option_strings]
-        near = difflib.get_close_matches(unknown[0].split("=")[0], known, n=3)
-        hint = f"Did you mean {' or '.join(near)}?" if near else "Pass --help for the flags that exist."
+        near = difflib.get_close_matches(unknown[0].split("=")[0], parser._option_string_actions, n=3)
+        hint = f"Did you mean {' or '.join(near)}?" if near else "--help-megatron lists the flags that exist."
         raise ConfigError("command line", unknown[0], "is not a flag of Megatron or of smartmoe", hint)
+    # As in Megatron's own parse_args: validation reads these.
+    args._is_global_batch_size_explicitly_specified = args.global_batch_size is not None
+    args.rank, args.world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     return args

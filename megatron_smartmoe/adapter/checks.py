@@ -18,13 +18,14 @@ from megatron_smartmoe.adapter.arguments import has_transformer_engine
 from megatron_smartmoe.errors import ConfigError
 
 
-def check(args: argparse.Namespace, *, world_size: int, cpu: bool) -> None:
+def check(args: argparse.Namespace, *, world_size: int, cpu: bool, data_exists: bool = True) -> None:
     """Check parsed flags against each other, the number of ranks, and the files that they name.
 
     Args:
         args: from `arguments.parse`; None where the user said nothing.
         world_size: number of ranks of the job.
         cpu: whether the CPU facade will be used.
+        data_exists: False when the dataset is still to be prepared, so that its files cannot be looked at.
 
     Raises:
         ConfigError: the first rule that is broken.
@@ -34,8 +35,9 @@ def check(args: argparse.Namespace, *, world_size: int, cpu: bool) -> None:
         _check_model(args)
     _check_parallelism(args, world_size)
     _check_batch(args, world_size)
-    _check_data(args)
-    _check_tokenizer(args)
+    if data_exists:
+        _check_data(args)
+        _check_tokenizer(args)
 
 
 def _divides(field: str, value: int, divisor: int, divisor_name: str, way_out: str) -> None:
@@ -53,7 +55,9 @@ def _check_supported(args: argparse.Namespace, *, cpu: bool) -> None:
         raise ConfigError("--logits-load-dir", args.logits_load_dir, rule, "Leave it out.")
     if args.transformer_impl == "transformer_engine" and not has_transformer_engine():
         rule = "needs TransformerEngine, which is not installed"
-        raise ConfigError("--transformer-impl", args.transformer_impl, rule, "Install it, or pass --transformer-impl local.")
+        raise ConfigError(
+            "--transformer-impl", args.transformer_impl, rule, "Install it, or pass --transformer-impl local."
+        )
     if args.transformer_impl == "local":
         _check_local_implementation(args)
     if cpu and args.distributed_backend != "gloo":
@@ -127,7 +131,9 @@ def _check_parallelism(args: argparse.Namespace, world_size: int) -> None:
     sizes = f"{world_size} ranks"
     if world_size % (tp * pp * cp):
         rule = f"{sizes} do not split into TP {tp} x PP {pp} x CP {cp} = {tp * pp * cp}"
-        raise ConfigError("world size", world_size, rule, "Start a multiple of that many ranks (--nproc), or lower one.")
+        raise ConfigError(
+            "world size", world_size, rule, "Start a multiple of that many ranks (--nproc), or lower one."
+        )
     if ep > 1 and args.num_experts is None and not args.use_checkpoint_args:
         rule = "expert parallelism needs experts"
         raise ConfigError("--expert-model-parallel-size", ep, rule, "Pass --num-experts.")
@@ -137,7 +143,9 @@ def _check_parallelism(args: argparse.Namespace, world_size: int) -> None:
     _divides("--num-experts", args.num_experts, ep, "--expert-model-parallel-size", way_out)
     if world_size % (etp * ep * pp):
         rule = f"{sizes} do not split into ETP {etp} x EP {ep} x PP {pp} = {etp * ep * pp}"
-        raise ConfigError("world size", world_size, rule, "Start a multiple of that many ranks (--nproc), or lower one.")
+        raise ConfigError(
+            "world size", world_size, rule, "Start a multiple of that many ranks (--nproc), or lower one."
+        )
     if tp > 1 and not args.sequence_parallel:
         rule = "experts under tensor parallelism need sequence parallelism"
         raise ConfigError("--tensor-model-parallel-size", tp, rule, "Add --sequence-parallel.")
@@ -181,7 +189,9 @@ def _check_data(args: argparse.Namespace) -> None:
 def _check_tokenizer(args: argparse.Namespace) -> None:
     kind, model = args.tokenizer_type, args.tokenizer_model
     if kind is None:
-        way_out = "Pass --tokenizer-type SentencePieceTokenizer --tokenizer-model FILE, or NullTokenizer with --mock-data."
+        way_out = (
+            "Pass --tokenizer-type SentencePieceTokenizer --tokenizer-model FILE, or NullTokenizer with --mock-data."
+        )
         raise ConfigError("--tokenizer-type", None, "is required", way_out)
     if "SentencePiece" in kind and (model is None or not Path(model).is_file()):
         raise ConfigError("--tokenizer-model", model, "is not a file", "Pass the .model file that made the dataset.")
@@ -212,5 +222,5 @@ def _refusal(error: BaseException, said: str) -> ConfigError:
         words = printed[-1]
     else:
         words = traceback.extract_tb(error.__traceback__)[-1].line or type(error).__name__
-    way_out = "Change the flags that it names; scripts/pretrain_gpt_moe.sh --help lists them all."
-    return ConfigError("command line", words, "Megatron refuses these flags", way_out)
+    way_out = "Change the flags that it names; --help-megatron lists all."
+    return ConfigError("Megatron's own check", words, "does not hold for these flags", way_out)

@@ -22,9 +22,7 @@ from megatron_smartmoe.adapter.attention import SDPAttention
 from megatron_smartmoe.adapter.norm import TorchNorm
 
 
-def smartmoe_layer_spec(
-    config: GPTModelConfig, vp_stage: int | None = None
-) -> ModuleSpec | TransformerBlockSubmodules:
+def smartmoe_layer_spec(config: GPTModelConfig, vp_stage: int | None = None) -> ModuleSpec | TransformerBlockSubmodules:
     """The spec of one pipeline stage; passed to Megatron as `GPTModelConfig.transformer_layer_spec`."""
     transformer = config.transformer
     if transformer.transformer_impl != "local":

@@ -11,11 +11,12 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-import warnings
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from megatron_smartmoe.adapter import noise
 from megatron_smartmoe.adapter.arguments import (
     add_smartmoe_arguments,
     device_from,
@@ -24,7 +25,10 @@ from megatron_smartmoe.adapter.arguments import (
     machine_defaults,
     parse,
 )
-from megatron_smartmoe.errors import CompatError, ConfigError, SmartMoEError
+from megatron_smartmoe.errors import CompatError, SmartMoEError
+
+if TYPE_CHECKING:
+    from megatron_smartmoe.adapter.recorder import Recorder
 
 EXIT_CONFIG_ERROR = 2
 
@@ -52,25 +56,19 @@ def choose_device(asked: str) -> bool:
     """
     if asked == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks: nothing below may see the GPU
-    _quiet_warnings()
+    noise.install()
     import torch
 
     if torch.cuda.is_available():
         return False
     if asked == "cuda":
-        raise CompatError("--smartmoe-device cuda: torch sees no CUDA device here. Leave the flag out to train on the CPU.")
+        raise CompatError(
+            "--smartmoe-device cuda: torch sees no CUDA device here. Leave the flag out to train on the CPU."
+        )
     from megatron_smartmoe.adapter import cpu
 
     cpu.install()
     return True
-
-
-def _quiet_warnings() -> None:
-    """One voice is enough: other ranks do not repeat rank 0's warnings, and what the defaults answer is not said."""
-    if int(os.environ.get("RANK", "0")) != 0:
-        warnings.filterwarnings("ignore")
-    for answered in ("Transformer Engine and Apex are not installed", "Apex is not installed"):
-        warnings.filterwarnings("ignore", message=answered)
 
 
 def with_defaults(argv: Sequence[str], *, cpu: bool, say: bool) -> list[str]:
@@ -82,7 +80,7 @@ def with_defaults(argv: Sequence[str], *, cpu: bool, say: bool) -> list[str]:
     return [flag for default in defaults for flag in default.flags] + list(argv)
 
 
-def check_flags(argv: Sequence[str], *, cpu: bool) -> Namespace:
+def check_flags(argv: Sequence[str], *, cpu: bool, data_exists: bool = True) -> Namespace:
     """Parse and check the flags before any process group forms.
 
     Raises:
@@ -91,7 +89,7 @@ def check_flags(argv: Sequence[str], *, cpu: bool) -> Namespace:
     from megatron_smartmoe.adapter.checks import check
 
     args = parse(argv)
-    check(args, world_size=int(os.environ.get("WORLD_SIZE", "1")), cpu=cpu)
+    check(args, world_size=args.world_size, cpu=cpu, data_exists=data_exists)
     if args.tensor_model_parallel_size > 1 or args.context_parallel_size > 1:
         # Megatron asserts it before Blackwell: kernels must start in the order in which they were issued.
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
@@ -140,7 +138,9 @@ def parse_for_good(argv: Sequence[str]) -> Namespace:
     from megatron.training.arguments import parse_and_validate_args
 
     sys.argv[1:] = list(argv)
-    run_dir = parse(argv).smartmoe_run_dir
+    args = parse(argv)
+    noise.lower_voice(args.logging_level)
+    run_dir = args.smartmoe_run_dir
     with _stdout_to(Path(run_dir) / "arguments.txt" if run_dir else None):
         return parse_and_validate_args(extra_args_provider=add_smartmoe_arguments)
 

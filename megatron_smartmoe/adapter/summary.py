@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-#from megatron_smartmoe.adapter.corpus.prepare import PreparedCorpus
+from megatron_smartmoe.adapter.corpus.spec import PreparedCorpus
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +51,7 @@ def summarise(gathered: dict[str, Any], args: Namespace) -> dict[str, Any]:
     """Everything the summary says, as plain data (the content of summary.json)."""
     seconds = gathered["step_seconds"]
     step = statistics.median(seconds) if seconds else None
-    corpus = None
+    corpus = _corpus(args)
     return {
         "iterations": gathered["iteration"],
         "train_loss": gathered["train"].get("lm loss"),
@@ -64,12 +64,21 @@ def summarise(gathered: dict[str, Any], args: Namespace) -> dict[str, Any]:
     }
 
 
+def _corpus(args: Namespace) -> PreparedCorpus | None:
+    """What scripts/prepare_data.py noted of the dataset, where there is just one and it made it."""
+    if args.data_path is None or len(args.data_path) != 1 or not PreparedCorpus.exists(args.data_path[0]):
+        return None
+    return PreparedCorpus.load(args.data_path[0])
+
+
 def render(summary: dict[str, Any], args: Namespace, run_dir: Path | None) -> str:
     """The summary as text."""
     lines = ["", "=" * 100, f"Finished after {summary['iterations']} iterations."]
     lines += _loss_lines(summary)
     if summary["tokens_per_second"]:
-        speed = f"{summary['tokens_per_second']:,.0f} tokens/s ({summary['seconds_per_step'] * 1e3:.0f} ms a step, median)"
+        speed = (
+            f"{summary['tokens_per_second']:,.0f} tokens/s ({summary['seconds_per_step'] * 1e3:.0f} ms a step, median)"
+        )
         lines.append(f"  speed            {speed}")
     lines += _load_lines(summary["layers"], args.expert_model_parallel_size)
     lines += _place_lines(args, run_dir)

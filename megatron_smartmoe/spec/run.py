@@ -68,7 +68,9 @@ def _data(content: Any) -> dict[str, Any] | None:
     if content is None:
         return None
     if not isinstance(content, dict) or "prefix" not in content:
-        raise ConfigError("data", content, "must be a mapping with `prefix`", "For example: data: {prefix: data/my/corpus}.")
+        raise ConfigError(
+            "data", content, "must be a mapping with `prefix`", "For example: data: {prefix: data/my/corpus}."
+        )
     return content
 
 
@@ -102,4 +104,6 @@ def _as_text(where: str, name: str, value: Any) -> FlagValue | None:
         return [str(item) for item in value]
     if isinstance(value, str | int | float):
         return str(value)
-    raise ConfigError(where, value, "must be a number, a text, true, false or a list", "See configs/runs/quickstart.yaml.")
+    raise ConfigError(
+        where, value, "must be a number, a text, true, false or a list", "See configs/runs/quickstart.yaml."
+    )

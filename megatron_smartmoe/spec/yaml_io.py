@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 
@@ -22,7 +22,7 @@ _BOOL = re.compile(r"^(true|True|TRUE|false|False|FALSE)$")
 class _Loader(yaml.SafeLoader):
     """SafeLoader with YAML 1.2's booleans and floats, and without repeated keys."""
 
-    yaml_implicit_resolvers = {
+    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {
         first: [(tag, regexp) for tag, regexp in resolvers if not tag.endswith((":bool", ":float"))]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
@@ -51,7 +51,9 @@ def load_yaml(path: Path) -> dict[str, Any]:
         ConfigError: the file is missing, is not YAML, is not a mapping, or repeats a key.
     """
     if not path.is_file():
-        raise ConfigError("configuration file", str(path), "does not exist", "Check the path; examples are in configs/.")
+        raise ConfigError(
+            "configuration file", str(path), "does not exist", "Check the path; examples are in configs/."
+        )
     try:
         with path.open(encoding="utf-8") as file:
             content = yaml.load(file, Loader=_Loader)

@@ -44,8 +44,8 @@ def install() -> None:
         return
     if "megatron.core" in sys.modules:
         raise CompatError(
-            "The CPU facade must be installed before megatron is imported: call megatron_smartmoe.adapter.cpu.install() "
-            "first in the program."
+            "The CPU facade must be installed before megatron is imported: "
+            "call megatron_smartmoe.adapter.cpu.install() first in the program."
         )
     if torch.cuda.is_available():
         raise CompatError(

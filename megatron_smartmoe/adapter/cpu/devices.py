@@ -10,7 +10,6 @@ import logging
 import os
 import time
 import types
-import warnings
 from collections import defaultdict
 from collections.abc import Iterator
 
@@ -22,18 +21,11 @@ CPU = torch.device("cpu")
 
 def install() -> None:
     """Install every answer of this group."""
-    _quiet_about_the_missing_gpu()
     _device_queries()
     _memory_statistics()
     _streams_and_events()
     _nvtx()
     _random_state()
-
-
-def _quiet_about_the_missing_gpu() -> None:
-    """Nobody needs to hear on every rank that a machine without a GPU has none."""
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", message="'pin_memory' argument is set as true but no accelerator is found")
 
 
 def _device_queries() -> None:

@@ -1,0 +1,39 @@
+// The words that kernels are written in, and the only header of csrc that includes CUDA's. Launches and dynamic shared
+// memory go through macros because their CUDA syntax is no C++: a host compiler can be given other definitions.
+#pragma once
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "launch.h"
+
+#define SMARTMOE_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
+  kernel<<<(grid), (block), (shared_bytes), static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__)
+
+#define SMARTMOE_DYNAMIC_SHARED(type, name)                                \
+  extern __shared__ __align__(16) unsigned char smartmoe_dynamic_shared[]; \
+  type* name = reinterpret_cast<type*>(smartmoe_dynamic_shared)
+
+namespace smartmoe::cuda {
+constexpr unsigned kFullWarp = 0xffffffffu;
+constexpr int kWarpSize = 32;
+
+__device__ __forceinline__ int lane_id() {
+  return static_cast<int>(threadIdx.x) % kWarpSize;
+}
+
+inline LaunchError error_text(cudaError_t error) {
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+// This library carries its own CUDA runtime, linked statically: tell it the device too, torch's guard told only
+// torch's.
+inline LaunchError enter(const Launch& where) {
+  return error_text(cudaSetDevice(where.device));
+}
+
+// The launch's own error (a wrong configuration); errors of the running kernel surface at torch's next synchronisation.
+inline LaunchError leave() {
+  return error_text(cudaGetLastError());
+}
+}  // namespace smartmoe::cuda

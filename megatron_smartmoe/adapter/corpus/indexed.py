@@ -1,0 +1,151 @@
+"""Tokenize in workers, write with Megatron's own IndexedDatasetBuilder in the parent."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from sentencepiece import SentencePieceProcessor
+
+from megatron_smartmoe.adapter.corpus.documents import read_documents
+from megatron_smartmoe.adapter.corpus.sources import Chunk
+
+# sentencepiece's memory is about 65 bytes per character of one call, and its time grows faster than the text.
+LONG_DOCUMENT_CHARACTERS = 2**20
+PART_CHARACTERS = 2**16
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodedChunk:
+    """Tokens of one chunk's documents.
+
+    Args:
+        tokens: int32 [T], the documents behind one another, eod included.
+        lengths: int32 [D], tokens of each document.
+        text_bytes: UTF-8 bytes of the documents.
+        digests: sha256 of each document's text, 32 bytes each, behind one another.
+    """
+
+    tokens: NDArray[np.int32]
+    lengths: NDArray[np.int32]
+    text_bytes: int
+    digests: bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoder:
+    """Tokenize the first documents of a chunk: `(Chunk, number of documents) -> EncodedChunk`, run in the workers.
+
+    Args:
+        processor: the tokenizer (pickles as its model file).
+        eod_id: appended to every document; None for nothing.
+        json_keys: as in CorpusSpec.
+        newline_splits: newline is a piece that merges with nothing, so a text may be cut there without changing its
+            tokens. True for the tokenizers trained here; nothing is known of others.
+    """
+
+    processor: SentencePieceProcessor
+    eod_id: int | None
+    json_keys: tuple[str, ...]
+    newline_splits: bool
+
+    def __call__(self, item: tuple[Chunk, int]) -> EncodedChunk:
+        """Read and tokenize. Bad lines were judged in the scan and are left out here."""
+        chunk, num_documents = item
+        tokens: list[int] = []
+        lengths: list[int] = []
+        digests: list[bytes] = []
+        text_bytes = 0
+        for text in islice(read_documents(chunk, self.json_keys), num_documents):
+            ids = self.encode(text)
+            tokens.extend(ids)
+            lengths.append(len(ids))
+            data = text.encode()
+            text_bytes += len(data)
+            digests.append(hashlib.sha256(data).digest())
+        return EncodedChunk(
+            tokens=np.array(tokens, dtype=np.int32),
+            lengths=np.array(lengths, dtype=np.int32),
+            text_bytes=text_bytes,
+            digests=b"".join(digests),
+        )
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of one document, eod included."""
+        parts = _line_parts(text) if self.newline_splits and len(text) > LONG_DOCUMENT_CHARACTERS else [text]
+        ids = [token for part in parts for token in self.processor.encode(part)]
+        return ids if self.eod_id is None else [*ids, self.eod_id]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Totals:
+    """What was written. `token_counts` int64 [V]; `sha256` hex, over the documents' hashes in order."""
+
+    num_documents: int
+    text_bytes: int
+    token_counts: NDArray[np.int64]
+    sha256: str
+
+
+def write_indexed(encoded: Iterable[EncodedChunk], bin_path: Path, idx_path: Path, vocab_size: int) -> Totals:
+    """Write all chunks, in order, as one Megatron indexed dataset: a sequence and a document per text.
+
+    Raises:
+        OSError: the disk is full or fails; the caller removes what was written.
+    """
+    chunks = iter(encoded)
+    # The first chunk starts the workers, which go on tokenizing during the seconds that Megatron's import takes.
+    first = list(islice(chunks, 1))
+    builder = _new_builder(bin_path, vocab_size)
+    token_counts = np.zeros(vocab_size, dtype=np.int64)
+    documents_hash = hashlib.sha256()
+    num_documents = text_bytes = 0
+    try:
+        for chunk in chain(first, chunks):
+            ends = np.cumsum(chunk.lengths)
+            for stop, length in zip(ends.tolist(), chunk.lengths.tolist(), strict=True):
+                builder.add_document(chunk.tokens[stop - length : stop], [length])
+            token_counts += np.bincount(chunk.tokens, minlength=vocab_size)
+            documents_hash.update(chunk.digests)
+            num_documents += len(chunk.lengths)
+            text_bytes += chunk.text_bytes
+        builder.finalize(str(idx_path))
+    finally:
+        builder.data_file.close()
+    return Totals(
+        num_documents=num_documents,
+        text_bytes=text_bytes,
+        token_counts=token_counts,
+        sha256=documents_hash.hexdigest(),
+    )
+
+
+def entropy_nats(counts: NDArray[np.int64]) -> float:
+    """Entropy of the distribution that `counts` [V] describe, nats."""
+    shares = counts[counts > 0] / counts.sum()
+    return -math.fsum((shares * np.log(shares)).tolist())
+
+
+def _new_builder(bin_path: Path, vocab_size: int) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # That TransformerEngine and apex are missing is of no interest here.
+        from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+    return IndexedDatasetBuilder(str(bin_path), dtype=DType.optimal_dtype(vocab_size))
+
+
+def _line_parts(text: str) -> Iterable[str]:
+    """Cut a text at line ends into parts of about PART_CHARACTERS; together they are the text."""
+    start = 0
+    while start < len(text):
+        newline = text.find("\n", start + PART_CHARACTERS)
+        stop = len(text) if newline < 0 else newline + 1
+        yield text[start:stop]
+        start = stop

@@ -1,0 +1,161 @@
+"""What is asked of data preparation, and what it made."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from megatron_smartmoe.errors import ConfigError
+
+META_FORMAT = "megatron_smartmoe corpus"
+META_VERSION = 1
+TOKENIZER_TYPE = "SentencePieceTokenizer"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorpusSpec:
+    """One request. Exactly one of `tokenizer_model` and `vocab_size` is set.
+
+    Args:
+        output_prefix: what is later given to Megatron's `--data-path`.
+        inputs: files, directories (walked, hidden names left out) or globs. `.jsonl` and `.json` hold one JSON object
+            per line; any other file is one document.
+        python_stdlib: add the text that every Python carries, see `sources.stdlib_spans`.
+        tokenizer_model: a sentencepiece model to use.
+        vocab_size: entries of the tokenizer to train on this corpus.
+        json_keys: keys whose strings, joined by a newline, are the document of a JSON line.
+        append_eod: end every document with the id that Megatron knows as `eod`.
+        max_bytes: keep the first documents, in order, that have at most this many bytes of UTF-8 together.
+        seed: orders the standard library's documents, and picks what the tokenizer is trained on.
+        tokenizer_sample_bytes: at most this much of the corpus, in bytes, is used to train the tokenizer.
+        workers: processes that tokenize; None for one per CPU. Has no influence on the result.
+        on_bad_line: stop and list them, or leave them out and count them.
+        force: replace an existing dataset.
+        quiet: no progress bar.
+        command: the command line, kept in the metadata.
+    """
+
+    output_prefix: Path
+    inputs: tuple[str, ...] = ()
+    python_stdlib: bool = False
+    tokenizer_model: Path | None = None
+    vocab_size: int | None = None
+    json_keys: tuple[str, ...] = ("text",)
+    append_eod: bool = True
+    max_bytes: int | None = None
+    seed: int = 0
+    tokenizer_sample_bytes: int = 32 * 2**20
+    workers: int | None = None
+    on_bad_line: Literal["refuse", "skip"] = "refuse"
+    force: bool = False
+    quiet: bool = False
+    command: tuple[str, ...] = ()
+
+    def request(self) -> dict[str, Any]:
+        """Everything that decides the bytes of the result (JSON values only), so that two requests can be compared."""
+        return {
+            "inputs": [str(Path(item).absolute()) for item in self.inputs],
+            "python_stdlib": self.python_stdlib,
+            "tokenizer_model": None if self.tokenizer_model is None else str(self.tokenizer_model.absolute()),
+            "vocab_size": self.vocab_size,
+            "json_keys": list(self.json_keys),
+            "append_eod": self.append_eod,
+            "max_bytes": self.max_bytes,
+            "seed": self.seed,
+            "tokenizer_sample_bytes": self.tokenizer_sample_bytes,
+            "on_bad_line": self.on_bad_line,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreparedCorpus:
+    """A dataset on disk: `PREFIX.bin`, `PREFIX.idx`, `PREFIX.json` and a tokenizer.
+
+    Args:
+        prefix: for `--data-path`.
+        tokenizer_model: for `--tokenizer-model`, with `--tokenizer-type SentencePieceTokenizer`.
+        vocab_size: entries of the tokenizer, before Megatron pads it.
+        eod_id: the end-of-document id, Megatron's `tokenizer.eod`.
+        append_eod: whether every document ends with it.
+        num_documents, num_tokens: what the dataset holds, eod included.
+        text_bytes: UTF-8 bytes of these documents.
+        unigram_entropy_nats: entropy of the token distribution, nats per token: the loss of a model that knows how
+            frequent each token is and nothing else.
+        num_empty_documents, num_bad_lines: what was left out.
+        bad_lines: the first of these, as `file:line: reason`.
+        input_sha256: hash over the hashes of the documents, in order.
+        request: `CorpusSpec.request()` of the request that made it.
+        command: the command line that made it.
+    """
+
+    prefix: Path
+    tokenizer_model: Path
+    vocab_size: int
+    eod_id: int
+    append_eod: bool
+    num_documents: int
+    num_tokens: int
+    text_bytes: int
+    unigram_entropy_nats: float
+    num_empty_documents: int
+    num_bad_lines: int
+    bad_lines: tuple[str, ...]
+    input_sha256: str
+    request: Mapping[str, Any]
+    command: tuple[str, ...]
+
+    @staticmethod
+    def exists(prefix: str | Path) -> bool:
+        """Whether a whole dataset is there; the `.idx` is put in place last, so it answers for all."""
+        return meta_path(prefix).is_file() and Path(f"{prefix}.idx").is_file()
+
+    @classmethod
+    def load(cls, prefix: str | Path) -> Self:
+        """Read `PREFIX.json`. Raises ConfigError when there is no whole dataset at this prefix."""
+        path = meta_path(prefix)
+        if not cls.exists(prefix):
+            raise ConfigError(
+                "--data-path",
+                str(prefix),
+                "no prepared corpus is here (needs .json and .idx)",
+                f"Make it with scripts/prepare_data.py --output-prefix {prefix}.",
+            )
+        meta = read_meta(path)
+        if meta is None or meta.get("version") != META_VERSION:
+            raise ConfigError(
+                "--data-path",
+                str(path),
+                f"is not the metadata of a prepared corpus, version {META_VERSION}",
+                "Prepare the corpus again with --force.",
+            )
+        fields = {name: meta[name] for name in cls.__dataclass_fields__ if name in meta}
+        fields["tokenizer_model"] = path.parent / meta["tokenizer_model"]
+        fields["bad_lines"], fields["command"] = tuple(meta["bad_lines"]), tuple(meta["command"])
+        return cls(prefix=Path(prefix), **fields)
+
+    def to_json(self) -> str:
+        """The text of `PREFIX.json`. The tokenizer's path is relative to it, so that the directory can be moved."""
+        fields = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "prefix"}
+        try:
+            tokenizer = self.tokenizer_model.absolute().relative_to(self.prefix.absolute().parent, walk_up=True)
+        except ValueError:
+            tokenizer = self.tokenizer_model.absolute()
+        head = {"format": META_FORMAT, "version": META_VERSION, "tokenizer_type": TOKENIZER_TYPE}
+        return json.dumps(head | fields | {"tokenizer_model": str(tokenizer)}, indent=2, ensure_ascii=False) + "\n"
+
+
+def meta_path(prefix: str | Path) -> Path:
+    """Where the metadata of a prefix lies."""
+    return Path(f"{prefix}.json")
+
+
+def read_meta(path: Path) -> dict[str, Any] | None:
+    """The metadata in `path`, or None when the file is something else (perhaps the user's own data)."""
+    try:
+        meta = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return meta if isinstance(meta, dict) and meta.get("format") == META_FORMAT else None

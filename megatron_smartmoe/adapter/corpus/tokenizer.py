@@ -1,0 +1,121 @@
+"""The sentencepiece tokenizer: trained here or given.
+
+Trained here it is BPE with byte fallback, identity normalisation and no whitespace rules, so that source code comes
+back as it went in: `decode(encode(text)) == text` for any text without U+2581 (sentencepiece writes spaces as that
+character, so that it comes back as a space). Newline and tab are pieces of their own. BPE rather than unigram because
+its training counts integers: unigram's EM adds floats, whose sum depends on the number of threads.
+
+Ids: 0 `<unk>`, 1 `<s>`, 2 `</s>`, 3 `<pad>`. Megatron's SentencePieceTokenizer takes `</s>` (`eos_id`) as its `eod`.
+The padding id has to be one that text never has, because Megatron's GPTDataset takes it out of the loss.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import re
+from collections.abc import Iterator, Sequence
+
+from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
+
+from megatron_smartmoe.adapter.corpus.documents import read_documents
+from megatron_smartmoe.adapter.corpus.sources import Chunk
+from megatron_smartmoe.errors import ConfigError
+
+# sentencepiece drops training lines longer than 4192 bytes; a character has at most 4.
+MAX_LINE_CHARACTERS = 1024
+
+
+def train(lines: Iterator[str], vocab_size: int) -> bytes:
+    """Train on lines (without their ends) and return the model file's bytes, the same for the same lines.
+
+    Raises:
+        ConfigError: the lines cannot fill the vocabulary, or it cannot hold their characters.
+    """
+    model = io.BytesIO()
+    try:
+        SentencePieceTrainer.train(
+            sentence_iterator=lines,
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            byte_fallback=True,
+            character_coverage=0.9995,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            add_dummy_prefix=False,
+            allow_whitespace_only_pieces=True,
+            split_digits=True,
+            user_defined_symbols=["\n", "\t"],
+            unk_id=0,
+            bos_id=1,
+            eos_id=2,
+            pad_id=3,
+            num_threads=1,  # It is written into the model file.
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise _translated(str(error), vocab_size) from error
+    return model.getvalue()
+
+
+def load(model: bytes, name: str) -> SentencePieceProcessor:
+    """Load a model and check that Megatron can end documents with it.
+
+    Raises:
+        ConfigError: not a sentencepiece model, or one without `eos`.
+    """
+    processor = SentencePieceProcessor()
+    try:
+        processor.LoadFromSerializedProto(model)
+    except RuntimeError as error:
+        raise ConfigError(
+            "--tokenizer-model", name, "is not a sentencepiece model", "Give a .model file, or --vocab-size to train."
+        ) from error
+    if processor.eos_id() < 0:
+        raise ConfigError(
+            "--tokenizer-model",
+            name,
+            "has no end-of-sentence id (eos_id), which Megatron uses as end of document",
+            "Train the model with an eos_id, or give --vocab-size to train one here.",
+        )
+    return processor
+
+
+def sample_lines(chunks: Sequence[tuple[Chunk, int]], json_keys: tuple[str, ...], seed: int, limit: int) -> list[str]:
+    """The lines that the tokenizer is trained on: of all chunks when they fit, else of chunks picked by `seed`.
+
+    Args:
+        chunks: each with the number of its documents that belong to the corpus.
+        limit: bytes, about.
+    """
+    order = sorted(range(len(chunks)), key=lambda index: hashlib.sha256(f"{seed}:{index}".encode()).digest())
+    lines: list[str] = []
+    room = limit
+    for index in order:
+        chunk, num_documents = chunks[index]
+        for text, _ in zip(read_documents(chunk, json_keys), range(num_documents), strict=False):
+            if room <= 0:
+                return lines
+            part = text[:room]
+            room -= len(part.encode())
+            lines.extend(_cut_lines(part))
+    return lines
+
+
+def _cut_lines(text: str) -> Iterator[str]:
+    for line in text.split("\n"):
+        for start in range(0, len(line), MAX_LINE_CHARACTERS):
+            yield line[start : start + MAX_LINE_CHARACTERS]
+
+
+def _translated(message: str, vocab_size: int) -> ConfigError:
+    """sentencepiece names its own C++ lines; say what the user can do."""
+    if found := re.search(r"too high .* value <= (\d+)", message):
+        rule, way_out = f"this corpus fills at most {found[1]} entries", f"Give {found[1]} or less, or more text."
+    elif found := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
+        rule = f"256 byte entries, the special ones and this corpus' characters need {found[1]}"
+        way_out = f"Give {found[1]} or more."
+    else:
+        rule, way_out = f"sentencepiece cannot train on this corpus ({message})", "Give another size, or more text."
+    return ConfigError("--vocab-size", vocab_size, rule, way_out)

@@ -1,0 +1,51 @@
+"""Run the ranks: their output goes to the terminal and to the run directory, signals go to them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import FrameType
+
+
+def run(
+    command: Sequence[str],
+    environment: Mapping[str, str],
+    log: Path | None,
+    terminate: Callable[[subprocess.Popen[bytes]], object] = subprocess.Popen.terminate,
+) -> int:
+    """Run `command` to its end and return its exit status (128 + N when signal N ended it).
+
+    SIGTERM is handed on; torchrun ends the ranks 30 s after it, which is less than a large checkpoint takes. SIGUSR2
+    is ignored here, and so by torchrun, which inherits that: sent to the whole job it reaches only the ranks, whose
+    `--exit-signal-handler --exit-signal SIGUSR2` then has all the time it needs. Ctrl-C reaches the ranks through the
+    terminal; here it only must not end the launcher before them.
+
+    Args:
+        command: the program and its arguments.
+        environment: added to this process's own.
+        log: where to append the output, besides the terminal; None: only the terminal.
+        terminate: how SIGTERM is handed on.
+    """
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+    child = subprocess.Popen(
+        command, env={**os.environ, **environment}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        terminate(child)
+
+    signal.signal(signal.SIGTERM, forward)
+    signal.signal(signal.SIGINT, lambda number, frame: None)
+    assert child.stdout is not None
+    with (log or Path(os.devnull)).open("ab") as file:
+        for line in child.stdout:
+            file.write(line)
+            file.flush()
+            sys.stdout.buffer.write(line)
+            sys.stdout.buffer.flush()
+    status = child.wait()
+    return 128 - status if status < 0 else status

@@ -1,0 +1,105 @@
+"""The run directory: everything that is needed to know what was run, and to run it again.
+
+```
+runs/quickstart-20260102-030405/
+  config.yaml        name, ranks and flags as merged; give the directory as --run-dir to go on with them
+  command.sh         the exact command, ready to run
+  environment.json   git revision, versions, host, Slurm's variables
+  train.log          what was printed (node1.log, ... for further nodes)
+  arguments.txt      every argument of Megatron after validation
+  metrics.jsonl      a line per logged iteration
+  summary.json       how it ended
+```
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_smartmoe.errors import ConfigError
+from megatron_smartmoe.spec.run import RunSpec
+
+_PACKAGES = ("megatron-smartmoe", "megatron-core", "torch", "transformer-engine", "apex", "numpy", "sentencepiece")
+_CHECKOUT = Path(__file__).resolve().parents[3]
+
+
+def choose(asked: Path | None, name: str, environ: Mapping[str, str] = os.environ) -> Path:
+    """The directory that the user names, else a new one under runs/; the same one on every node of a Slurm job."""
+    if asked is not None:
+        return asked
+    job = environ.get("SLURM_JOB_ID")
+    return Path("runs") / (f"{name}-job{job}" if job else f"{name}-{time.strftime('%Y%m%d-%H%M%S')}")
+
+
+def create(path: Path, spec: RunSpec, command: str) -> None:
+    """Write the directory's files; an existing directory is gone on with.
+
+    Raises:
+        ConfigError: the path cannot be a directory.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError("--run-dir", str(path), error.strerror or "cannot be made", "Choose another.") from None
+    content = {"name": spec.name, "nproc": spec.nproc, "data": spec.data, "flags": {"all": spec.flags}}
+    (path / "config.yaml").write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+    script = path / "command.sh"
+    script.write_text(f"#!/usr/bin/env bash\ncd {Path.cwd()}\n{command}\n", encoding="utf-8")
+    script.chmod(0o755)
+    text = json.dumps(_environment(), indent=2) + "\n"
+    (path / "environment.json").write_text(text, encoding="utf-8")
+
+
+def resolve(spec: RunSpec, flags: dict[str, Any], path: Path, nproc: int) -> RunSpec:
+    """The merged flags as a RunSpec whose `{run_dir}` is still open, so that a copy of the directory works too."""
+    where = str(path)
+    open_flags = {
+        name: [v.replace(where, "{run_dir}") for v in value]
+        if isinstance(value, list)
+        else value.replace(where, "{run_dir}")
+        if isinstance(value, str)
+        else value
+        for name, value in flags.items()
+    }
+    return replace(spec, nproc=nproc, flags=open_flags)
+
+
+def _environment() -> dict[str, Any]:
+    return {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "git": _git("rev-parse", "HEAD"),
+        "git_changes": _git("status", "--short"),
+        "python": platform.python_version(),
+        "versions": {name: _version(name) for name in _PACKAGES},
+        "host": platform.node(),
+        "argv": sys.argv[1:],
+        "slurm": {name: value for name, value in sorted(os.environ.items()) if name.startswith("SLURM_")},
+    }
+
+
+def _git(*arguments: str) -> str | None:
+    """What git says of the project's checkout; None where it is not one."""
+    try:
+        said = subprocess.run(["git", "-C", str(_CHECKOUT), *arguments], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return said.stdout.strip()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

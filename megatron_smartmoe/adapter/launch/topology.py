@@ -1,0 +1,110 @@
+"""Where the ranks of this job run: on this host alone, or on the nodes of a Slurm allocation.
+
+Three situations inside Slurm, told apart by what Slurm itself says:
+
+- the batch script of `sbatch` (no step): with several nodes, start one launcher per node through srun;
+- a task of `srun --ntasks-per-node=1`: this launcher starts the node's ranks through torchrun;
+- a task of `srun` with a task per rank: this process becomes that rank.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from megatron_smartmoe.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Topology:
+    """The ranks of one job, as seen from this process.
+
+    Attributes:
+        num_nodes: nodes of the job.
+        node: this node's number.
+        ranks_per_node: ranks on each node.
+        master_addr: address of node 0; only read when num_nodes > 1 or `rank` is set.
+        master_port: port there.
+        rank: the rank that this process is, when Slurm starts one task per rank; else None.
+        needs_srun: this is a batch script of several nodes: launchers have to be started on them first.
+    """
+
+    num_nodes: int = 1
+    node: int = 0
+    ranks_per_node: int = 1
+    master_addr: str = "127.0.0.1"
+    master_port: int = 29500
+    rank: int | None = None
+    needs_srun: bool = False
+
+    @property
+    def world_size(self) -> int:
+        """Ranks of the job."""
+        return self.num_nodes * self.ranks_per_node
+
+    @property
+    def speaks(self) -> bool:
+        """Whether this process prints and writes the run directory for the job."""
+        return self.node == 0 and not self.rank
+
+
+def find_topology(ranks_per_node: int, environ: Mapping[str, str] = os.environ) -> Topology:
+    """Look where this process runs.
+
+    Args:
+        ranks_per_node: what the user or the machine asks for; a Slurm step with a task per rank has the last word.
+        environ: the environment; Slurm's variables are read from it.
+
+    Raises:
+        ConfigError: the Slurm step has tasks of unequal number on its nodes.
+    """
+    if "SLURM_JOB_ID" not in environ:
+        return Topology(ranks_per_node=ranks_per_node)
+    # A batch script has SLURM_PROCID and SLURM_NTASKS too, as if it were task 0 of the job; STEP variables it has not.
+    if "SLURM_STEP_NUM_TASKS" not in environ:
+        num_nodes = int(environ.get("SLURM_JOB_NUM_NODES", "1"))
+        return Topology(num_nodes=num_nodes, ranks_per_node=ranks_per_node, needs_srun=num_nodes > 1)
+    num_nodes = int(environ["SLURM_STEP_NUM_NODES"])
+    tasks = _tasks_per_node(environ["SLURM_STEP_TASKS_PER_NODE"], num_nodes)
+    rank = int(environ["SLURM_PROCID"]) if tasks > 1 else None
+    return Topology(
+        num_nodes=num_nodes,
+        node=int(environ["SLURM_NODEID"]),
+        ranks_per_node=tasks if tasks > 1 else ranks_per_node,
+        master_addr=_address(environ["SLURM_STEP_NODELIST"]) if num_nodes > 1 else "127.0.0.1",
+        master_port=_port(environ),
+        rank=rank,
+    )
+
+
+def _tasks_per_node(text: str, num_nodes: int) -> int:
+    """Slurm writes `2(x3)` for three nodes of two tasks, and `2,1` for unequal ones."""
+    match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", text)
+    if match is None or int(match[2] or 1) != num_nodes:
+        raise ConfigError(
+            "SLURM_STEP_TASKS_PER_NODE", text, "every node needs the same number of tasks", "Use --ntasks-per-node."
+        )
+    return int(match[1])
+
+
+def _port(environ: Mapping[str, str]) -> int:
+    """A port per job, the same on every node; MASTER_PORT has the last word."""
+    job = int(environ["SLURM_JOB_ID"])
+    return int(environ.get("MASTER_PORT") or 20000 + (job * 7 + int(environ.get("SLURM_STEP_ID", "0"))) % 20000)
+
+
+def _address(nodelist: str) -> str:
+    """The address of the first node: MASTER_ADDR, else what Slurm knows, else the node's name."""
+    if os.environ.get("MASTER_ADDR"):
+        return os.environ["MASTER_ADDR"]
+    first = _scontrol("show", "hostnames", nodelist).split()[0]
+    # Where node names are not host names (tests, clouds), Slurm's NodeAddr is the one that works.
+    match = re.search(r"NodeAddr=(\S+)", _scontrol("show", "node", first, "--oneliner"))
+    return match[1] if match else first
+
+
+def _scontrol(*arguments: str) -> str:
+    return subprocess.run(["scontrol", *arguments], check=True, capture_output=True, text=True).stdout

@@ -1,0 +1,119 @@
+"""Gives every op its implementation under torch.ops.smartmoe, once, when megatron_smartmoe.ops is imported.
+
+Method: load the compiled library when it is there; when it is not, define the ops in torch and let the twins of
+reference.py serve them. A caller sees the same torch.ops names either way, and the fallback says so.
+Alternative: build at the first import, which hides the compiling and its failure inside a job, on every node at once.
+Reason: a job must start at once and the same way everywhere, and a slow op must be found by reading the log.
+
+An op is one name in five places: SCHEMAS here, csrc/ops.cpp, reference.py, fake.py and its kernels.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_smartmoe.errors import CompatError
+from megatron_smartmoe.ops import fake, reference
+
+LIBRARY = Path(__file__).with_name("_smartmoe.so")
+NAMESPACE = "smartmoe"
+SCHEMAS = {
+    "expert_histogram": "(Tensor ids, int num_experts) -> Tensor",
+}
+# how users build it, relative to a checkout
+BUILD_COMMAND = "python megatron_smartmoe/ops/_build.py"
+
+
+class SlowOpsWarning(UserWarning):
+    """An op is served by plain torch although a kernel for it exists."""
+
+
+_torch: Any = torch  # torch.ops is dynamic, and torch.library has no annotations
+
+
+def _warn(text: str) -> None:
+    # one voice per node, not per rank: a library may be missing on one node only
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        warnings.warn(text, SlowOpsWarning, stacklevel=2)
+
+
+def _loud(name: str, twin: Callable[..., Any]) -> Callable[..., Any]:
+    """`twin`, which warns at its first call that it stands in for the CUDA kernel `name`."""
+
+    @functools.cache
+    def warn_once() -> None:
+        _warn(
+            f"{LIBRARY.name} has no CUDA kernels: smartmoe::{name} on a GPU is served by the torch reference. "
+            f"Build it where nvcc is: SMARTMOE_CUDA=1 {BUILD_COMMAND}"
+        )
+
+    @functools.wraps(twin)
+    def serve(*args: Any) -> Any:
+        warn_once()
+        return twin(*args)
+
+    return serve
+
+
+def _has_kernel(name: str, key: str) -> bool:
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", key))
+
+
+def _load(library: Path) -> None:
+    """Loads the compiled library and makes sure that it holds the ops that this package expects.
+
+    Raises:
+        CompatError: the file cannot be loaded, or was built from other sources.
+    """
+    way_out = f"Rebuild it: {BUILD_COMMAND} (or delete it to use the torch reference)"
+    try:
+        _torch.ops.load_library(str(library))
+    except OSError as error:
+        raise CompatError(f"{library} cannot be loaded: {error}. {way_out}") from error
+    for name, schema in SCHEMAS.items():
+        packet = getattr(_torch.ops.smartmoe, name, None)
+        found = str(packet.default._schema) if packet else "nothing"
+        if found != f"{NAMESPACE}::{name}{schema}":
+            raise CompatError(
+                f"{library} has {found} for smartmoe::{name}{schema}: it is of another version. {way_out}"
+            )
+
+
+def _register() -> tuple[Any, str]:
+    """Registers what the library does not bring; returns the owner of the registrations and what serves the ops."""
+    compiled = LIBRARY.exists()
+    if compiled:
+        _load(LIBRARY)
+    else:
+        _warn(
+            f"{LIBRARY.name} is not built: the ops are served by the torch reference, slowly. Build it: {BUILD_COMMAND}"
+        )
+    owner = _torch.library.Library(NAMESPACE, "FRAGMENT")
+    backend = "compiled (cpu)" if compiled else "torch reference"
+    for name, schema in SCHEMAS.items():
+        twin = getattr(reference, name)
+        if not compiled:
+            owner.define(name + schema)
+            owner.impl(name, twin, "CPU")
+            owner.impl(name, twin, "CUDA")
+        elif _has_kernel(name, "CUDA"):
+            backend = "compiled (cpu+cuda)"
+        else:
+            owner.impl(name, _loud(name, twin), "CUDA")
+        _torch.library.register_fake(f"{NAMESPACE}::{name}", getattr(fake, name), lib=owner)
+    return owner, backend
+
+
+_OWNER, _BACKEND = _register()  # the registrations live as long as their owner
+
+
+def backend() -> str:
+    """What serves the ops: "compiled (cpu+cuda)", "compiled (cpu)" (torch on GPU tensors) or "torch reference"."""
+    return _BACKEND

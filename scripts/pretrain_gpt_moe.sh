@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# Pretrain a GPT-MoE: the same line on a laptop, on a GPU node, inside sbatch or srun.
+#
+#   scripts/pretrain_gpt_moe.sh [--config configs/runs/X.yaml] [--nproc N] [--run-dir DIR] [--dry-run] [any Megatron flag...]
+#
+# --help explains the launcher's own flags; what they do is in megatron_smartmoe/adapter/launch/.
+set -euo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+"$root/scripts/setup.sh"
+exec "$root/.venv/bin/python" -m megatron_smartmoe.adapter.launch "$@"

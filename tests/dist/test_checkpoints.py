@@ -1,0 +1,60 @@
+"""torch_dist checkpoints: save, be killed, resume; resume at another parallelism."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.dist.test_parallel_equality import largest_difference
+from tests.support.training import train
+
+pytestmark = pytest.mark.dist
+
+EP2 = "--expert-model-parallel-size 2".split()
+FROM_EP2 = {
+    "EP4": (4, "--expert-model-parallel-size 4"),
+    "EP2xPP2": (4, "--expert-model-parallel-size 2 --pipeline-model-parallel-size 2"),
+    "EP2xTP2": (4, "--expert-model-parallel-size 2 --tensor-model-parallel-size 2 --sequence-parallel"),
+    "EP2xEDP2": (4, "--expert-model-parallel-size 2"),
+}
+OPTIMIZERS = {
+    "plain": [],
+    "distributed": ["--use-distributed-optimizer", "--dist-ckpt-optim-fully-reshardable"],
+}
+
+
+class Saved:
+    """A run of 8 steps at EP2 that saved after step 4, and where."""
+
+    def __init__(self, root: Path, data_flags: list[str], initial_weights: list[str], optimizer: str) -> None:
+        self.flags = [*data_flags, *OPTIMIZERS[optimizer]]
+        self.checkpoint = root / "checkpoint"
+        save = ["--save", str(self.checkpoint), "--save-interval", "4", *EP2]
+        self.losses = train(root / "whole", 2, self.flags, *initial_weights, *save, iterations=8)
+        (self.checkpoint / "latest_checkpointed_iteration.txt").write_text("4")  # as if killed before step 8
+
+    def resume(self, run_dir: Path, world_size: int, *flags: str) -> list[float]:
+        """The losses of steps 5 to 8 after loading."""
+        return train(run_dir, world_size, self.flags, "--load", str(self.checkpoint), *flags, iterations=8)
+
+
+@pytest.fixture(scope="module", params=OPTIMIZERS)
+def saved(
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+    data_flags: list[str],
+    initial_weights: list[str],
+) -> Saved:
+    return Saved(tmp_path_factory.mktemp("saved"), data_flags, initial_weights, request.param)
+
+
+def test_resumed_losses_are_bit_equal(saved: Saved, tmp_path: Path) -> None:
+    assert saved.resume(tmp_path, 2, *EP2) == saved.losses[4:]
+
+
+@pytest.mark.parametrize("mix", FROM_EP2)
+def test_resumed_at_another_parallelism(saved: Saved, mix: str, tmp_path: Path) -> None:
+    world_size, flags = FROM_EP2[mix]
+    losses = saved.resume(tmp_path, world_size, *flags.split())
+    assert largest_difference(losses, saved.losses[4:]) < 1e-6

@@ -1,0 +1,105 @@
+"""Run a function on N gloo ranks: real processes, started from one that has torch and Megatron imported already.
+
+Importing them takes seconds; a fork server does it once (`tests.support.preload`) and every rank is a fork of it.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.context import ForkServerContext, ForkServerProcess
+from pathlib import Path
+from typing import Any
+
+
+def _context() -> ForkServerContext:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.support.preload"])
+    return context
+
+
+def free_port() -> int:
+    """A TCP port that nobody listened on a moment ago."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def run_ranks(
+    function: Callable[..., Any], world_size: int, *args: Any, log_dir: Path, timeout_s: float = 300.0, **kwargs: Any
+) -> list[Any]:
+    """Call `function(*args, **kwargs)` on every rank of a new job and return what each rank returned.
+
+    Args:
+        function: importable by name; it finds RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT in its environment and
+            forms its own process groups.
+        log_dir: each rank's output goes to `rank<N>.log` there.
+        timeout_s: the whole job is killed after that long.
+
+    Raises:
+        AssertionError: a rank failed or hung; the message ends with the log of the first rank that did.
+    """
+    log_dir.mkdir(parents=True, exist_ok=True)
+    port = free_port()
+    ranks = []
+    for rank in range(world_size):
+        environment = {
+            "RANK": str(rank),
+            "WORLD_SIZE": str(world_size),
+            "LOCAL_RANK": str(rank),
+            "LOCAL_WORLD_SIZE": str(world_size),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
+        process = _context().Process(
+            target=_rank_main, args=(function, args, kwargs, environment, log_dir), name=f"rank{rank}"
+        )
+        process.start()
+        ranks.append(process)
+    _wait(ranks, log_dir, timeout_s)
+    return [pickle.loads((log_dir / f"rank{rank}.pickle").read_bytes()) for rank in range(world_size)]
+
+
+def _wait(ranks: list[ForkServerProcess], log_dir: Path, timeout_s: float) -> None:
+    """Wait for all; when one fails, end the others, which would wait for it for ever."""
+    deadline = time.monotonic() + timeout_s
+    failed: list[ForkServerProcess] = []
+    while not failed and any(rank.is_alive() for rank in ranks):
+        time.sleep(0.02)
+        failed = [rank for rank in ranks if rank.exitcode not in (None, 0)]
+        if time.monotonic() > deadline:
+            failed = [rank for rank in ranks if rank.is_alive()]
+    failed = failed or [rank for rank in ranks if rank.exitcode != 0]
+    for rank in ranks:
+        if failed:
+            rank.kill()
+        rank.join()
+    if failed:
+        log = (log_dir / f"{failed[0].name}.log").read_text(errors="replace")
+        raise AssertionError(f"{failed[0].name} failed (of {len(ranks)}); the end of its log:\n{log[-6000:]}")
+
+
+def _rank_main(
+    function: Callable[..., Any], args: Any, kwargs: Any, environment: dict[str, str], log_dir: Path
+) -> None:
+    os.environ.update(environment)
+    multiprocessing.set_start_method("fork", force=True)  # as in a program started by torchrun
+    name = f"rank{environment['RANK']}"
+    log = os.open(log_dir / f"{name}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
+    sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
+    try:
+        result = function(*args, **kwargs)
+        (log_dir / f"{name}.pickle").write_bytes(pickle.dumps(result))
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
