@@ -26,22 +26,12 @@ _RENAMED = {
     "fast_cache_load": "dataloader_fast_cache_load",
     "defer_npy_index_mmap": "dataloader_defer_npy_index_mmap",
 }
-_SAME_NAME = [
-    "split",
-    "multiple_validation_sets",
-    "full_validation",
-    "num_dataset_builder_threads",
-    "mmap_bin_files",
-    "reset_position_ids",
-    "reset_attention_mask",
-    "eod_mask_loss",
-    "object_storage_cache_path",
-    "mid_level_dataset_surplus",
-    "allow_ambiguous_pad_tokens",
-    "context_parallel_size",
-    "data_parallel_size",
-]
-_FIM = ["fim_rate", "fim_spm_rate", "fim_split_sample", "fim_fragment_rate", "fim_no_prefix"]
+_SAME_NAME = (
+    "split multiple_validation_sets full_validation num_dataset_builder_threads mmap_bin_files reset_position_ids "
+    "reset_attention_mask eod_mask_loss object_storage_cache_path mid_level_dataset_surplus allow_ambiguous_pad_tokens "
+    "context_parallel_size data_parallel_size"
+).split()
+_FIM = "fim_rate fim_spm_rate fim_split_sample fim_fragment_rate fim_no_prefix".split()
 
 
 def dataset_config(args: Namespace) -> GPTDatasetConfig:

@@ -93,8 +93,8 @@ def _loss_lines(summary: dict[str, Any]) -> list[str]:
     if summary["valid_loss"] is not None:
         lines.append(f"  validation loss  {summary['valid_loss']:.4f} nats per token")
         if summary["unigram_entropy"]:
-            text = f"  unigram entropy  {summary['unigram_entropy']:.4f} nats per token: what knowing only token frequencies gives"
-            lines.append(text)
+            entropy = f"{summary['unigram_entropy']:.4f} nats per token"
+            lines.append(f"  unigram entropy  {entropy}: the loss of knowing only how frequent each token is")
     return lines
 
 
@@ -118,15 +118,19 @@ def _place_lines(args: Namespace, run_dir: Path | None) -> list[str]:
     }
     lines = ["", *(f"  {name:15}  {place}" for name, place in places.items() if place)]
     if run_dir is not None:
-        script = "scripts/pretrain_gpt_moe.sh"
-        lines += [
-            "",
-            "  Next:",
-            f"    {script} --run-dir {run_dir} --train-iters {2 * (args.train_iters or 0)}   # go on from the checkpoint",
-            f"    {script} --config configs/runs/quickstart.yaml --tensor-model-parallel-size 2 --sequence-parallel",
-            f"    {script} --config configs/runs/quickstart.yaml --dry-run                # see the command it runs",
-        ]
+        lines += ["", "  Next:", *(f"    {line}" for line in _next_steps(args, run_dir))]
     return lines
+
+
+def _next_steps(args: Namespace, run_dir: Path) -> list[str]:
+    script = "scripts/pretrain_gpt_moe.sh"
+    steps = {}
+    if args.save and args.load and args.train_iters:
+        steps["go on from the checkpoint"] = f"{script} --run-dir {run_dir} --train-iters {2 * args.train_iters}"
+    steps["see the exact command"] = f"{script} --run-dir {run_dir} --dry-run"
+    steps["every flag there is"] = f"{script} --help-megatron"
+    width = max(map(len, steps.values()))
+    return [f"{command:{width}}  # {purpose}" for purpose, command in steps.items()]
 
 
 def write(summary: dict[str, Any], run_dir: Path) -> None:

@@ -1,4 +1,4 @@
-"""Imported once by the fork server behind `run_ranks`: what every rank would import, and nothing that starts a thread."""
+"""Imported once by the fork server behind `run_ranks`: what every rank imports, and nothing that starts a thread."""
 
 from megatron_smartmoe.adapter.pretrain import choose_device
 

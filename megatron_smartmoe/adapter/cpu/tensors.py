@@ -15,29 +15,10 @@ import torch
 
 from megatron_smartmoe.adapter.cpu.devices import CPU
 
-_FACTORIES = [
-    "tensor",
-    "as_tensor",
-    "empty",
-    "zeros",
-    "ones",
-    "full",
-    "arange",
-    "linspace",
-    "eye",
-    "rand",
-    "randn",
-    "randint",
-    "randperm",
-    "empty_like",
-    "zeros_like",
-    "ones_like",
-    "full_like",
-    "rand_like",
-    "randn_like",
-    "randint_like",
-    "empty_strided",
-]
+_FACTORIES = (
+    "tensor as_tensor empty zeros ones full arange linspace eye rand randn randint randperm empty_like zeros_like "
+    "ones_like full_like rand_like randn_like randint_like empty_strided"
+).split()
 
 
 def install() -> None:

@@ -15,7 +15,7 @@ from megatron_smartmoe.adapter.launch import flags as flag_lists
 from megatron_smartmoe.adapter.launch import process, run_dir
 from megatron_smartmoe.adapter.launch.topology import Topology, find_topology
 from megatron_smartmoe.errors import ConfigError, SmartMoEError
-from megatron_smartmoe.spec.run import RunSpec, load_run_spec
+from megatron_smartmoe.spec.run import FlagValue, RunSpec, load_run_spec
 
 ENTRY = "megatron_smartmoe.adapter.pretrain"
 EXIT_CONFIG_ERROR = 2
@@ -194,7 +194,7 @@ def make_plan(
     )
 
 
-def _dataset_flags(spec: RunSpec) -> dict[str, flag_lists.FlagValue]:
+def _dataset_flags(spec: RunSpec) -> dict[str, FlagValue]:
     """The flags that read what `data` prepares."""
     if spec.data is None:
         return {}
