@@ -50,6 +50,10 @@ def _check_supported(args: argparse.Namespace, *, cpu: bool) -> None:
     for flag in ("--sft", "--dataloader-inter-document-masking", "--hybrid-context-parallel", "--perform-rl-step"):
         if getattr(args, flag.removeprefix("--").replace("-", "_"), False):
             raise ConfigError(flag, True, "is not part of GPT-MoE pretraining here", "Leave it out.")
+    if args.yaml_cfg is not None:
+        raise ConfigError(
+            "--yaml-cfg", args.yaml_cfg, "Megatron's own YAML is not read here", "Use --config, or flags."
+        )
     if args.logits_load_dir is not None:
         rule = "distillation is not part of GPT-MoE pretraining here"
         raise ConfigError("--logits-load-dir", args.logits_load_dir, rule, "Leave it out.")

@@ -12,6 +12,7 @@ from typing import Any
 
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.transformer.enums import AttnBackend
+from megatron.core.transformer.heterogeneous.heterogeneous_config import HeterogeneousTransformerConfig
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import L2Norm
@@ -25,7 +26,8 @@ from megatron_smartmoe.adapter.norm import TorchNorm
 def smartmoe_layer_spec(config: GPTModelConfig, vp_stage: int | None = None) -> ModuleSpec | TransformerBlockSubmodules:
     """The spec of one pipeline stage; passed to Megatron as `GPTModelConfig.transformer_layer_spec`."""
     transformer = config.transformer
-    if transformer.transformer_impl != "local":
+    special = transformer.experimental_attention_variant or isinstance(transformer, HeterogeneousTransformerConfig)
+    if transformer.transformer_impl != "local" or special:
         return default_layer_spec(config, vp_stage)
     block = get_gpt_decoder_block_spec(
         transformer,

@@ -113,4 +113,4 @@ class Recorder:
         known: list[Any] = [{"train": self.train, "step_seconds": self.step_seconds, **self.evaluated}]
         dist.broadcast_object_list(known, src=dist.get_world_size() - 1)
         load = self.counts.reduced() if self.counts is not None else torch.zeros(0, 0)
-        return {"iteration": self.iteration, "load_LE": load.tolist(), **known[0]}
+        return {"iteration": self.iteration or get_args().iteration, "load_LE": load.tolist(), **known[0]}

@@ -73,7 +73,10 @@ def _corpus(args: Namespace) -> PreparedCorpus | None:
 
 def render(summary: dict[str, Any], args: Namespace, run_dir: Path | None) -> str:
     """The summary as text."""
-    lines = ["", "=" * 100, f"Finished after {summary['iterations']} iterations."]
+    head = f"Finished after {summary['iterations']} iterations."
+    if summary["train_loss"] is None:
+        head += " There was nothing left to train: raise --train-iters to go on."
+    lines = ["", "=" * 100, head]
     lines += _loss_lines(summary)
     if summary["tokens_per_second"]:
         speed = (

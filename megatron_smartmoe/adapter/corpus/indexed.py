@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -15,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from sentencepiece import SentencePieceProcessor
 
+from megatron_smartmoe.adapter import noise
 from megatron_smartmoe.adapter.corpus.documents import read_documents
 from megatron_smartmoe.adapter.corpus.sources import Chunk
 
@@ -135,9 +135,9 @@ def entropy_nats(counts: NDArray[np.int64]) -> float:
 
 
 def _new_builder(bin_path: Path, vocab_size: int) -> Any:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # That TransformerEngine and apex are missing is of no interest here.
-        from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+    noise.install()  # That TransformerEngine, apex or a GPU are missing is of no interest here.
+    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+
     return IndexedDatasetBuilder(str(bin_path), dtype=DType.optimal_dtype(vocab_size))
 
 

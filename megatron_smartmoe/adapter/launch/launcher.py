@@ -148,6 +148,7 @@ def prepare_data(spec: RunSpec, *, dry_run: bool) -> bool:
     if dry_run:
         print(f"# first, once:\n{flag_lists.render(command, {})}\n")
         return False
+    print(f"smartmoe: preparing {prefix}, once", flush=True)
     status = subprocess.run(command, check=False).returncode
     if status:
         raise ConfigError(

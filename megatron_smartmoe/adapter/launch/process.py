@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
+from typing import IO
+
+import psutil
+
+_PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 
 
 def run(
@@ -31,6 +39,7 @@ def run(
         terminate: how SIGTERM is handed on.
     """
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+    _adopt_orphans()
     child = subprocess.Popen(
         command, env={**os.environ, **environment}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
@@ -41,11 +50,38 @@ def run(
     signal.signal(signal.SIGTERM, forward)
     signal.signal(signal.SIGINT, lambda number, frame: None)
     assert child.stdout is not None
+    copier = threading.Thread(target=_copy, args=(child.stdout, log), daemon=True)
+    copier.start()
+    status = child.wait()
+    _end_orphans()
+    copier.join()  # the pipe is closed: nobody is left to hold it
+    return 128 - status if status < 0 else status
+
+
+def _copy(lines: IO[bytes], log: Path | None) -> None:
     with (log or Path(os.devnull)).open("ab") as file:
-        for line in child.stdout:
+        for line in lines:
             file.write(line)
             file.flush()
             sys.stdout.buffer.write(line)
             sys.stdout.buffer.flush()
-    status = child.wait()
-    return 128 - status if status < 0 else status
+
+
+def _adopt_orphans() -> None:
+    """Become the parent of what a killed rank leaves behind (Linux; elsewhere orphans go to init).
+
+    Saving a torch_dist checkpoint starts helper processes. When their rank is killed they live on, hold memory and the
+    output pipe, and nobody would ever end them.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def _end_orphans(grace_s: float = 5.0) -> None:
+    orphans = psutil.Process().children(recursive=True)
+    for orphan in orphans:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            orphan.terminate()
+    for orphan in psutil.wait_procs(orphans, timeout=grace_s)[1]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            orphan.kill()

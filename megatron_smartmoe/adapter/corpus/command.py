@@ -1,0 +1,101 @@
+"""Turn text into a dataset for Megatron: PREFIX.bin, PREFIX.idx, PREFIX.json and, if trained here, a tokenizer.
+
+    python scripts/prepare_data.py --input corpus.jsonl --vocab-size 32000 --output-prefix data/corpus
+    python scripts/prepare_data.py --python-stdlib --max-bytes 8000000 --vocab-size 4096 --output-prefix data/python
+
+Then train with --data-path PREFIX --tokenizer-type SentencePieceTokenizer --tokenizer-model PREFIX.tokenizer.model.
+Trained tokenizers give back any text as it was, except for the character U+2581, which comes back as a space.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_smartmoe.adapter.corpus.prepare import prepare
+from megatron_smartmoe.adapter.corpus.spec import CorpusSpec, PreparedCorpus
+from megatron_smartmoe.errors import SmartMoEError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run; returns the exit status: 0, 2 for a wrong request or input, 1 for a failing disk."""
+    parser = build_parser()
+    options = vars(parser.parse_args(arguments))
+    command = ("prepare_data.py", *(sys.argv[1:] if arguments is None else arguments))
+    options["inputs"] = tuple(options["inputs"])
+    options["json_keys"] = tuple(options["json_keys"])
+    try:
+        corpus = prepare(CorpusSpec(**options, command=command))
+    except SmartMoEError as error:
+        print(f"prepare_data: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"prepare_data: {error}; nothing was written", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("prepare_data: interrupted; nothing was written", file=sys.stderr)
+        return 130
+    print(summary(corpus))
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The flags; their names are those of Megatron's tools/preprocess_data.py where it has them."""
+    parser = argparse.ArgumentParser(
+        prog="prepare_data.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    text = parser.add_argument_group("text")
+    text.add_argument(
+        "--input",
+        dest="inputs",
+        nargs="+",
+        default=[],
+        metavar="PATH",
+        help="files, directories or globs; .jsonl and .json hold a JSON object per line, other files are one document",
+    )
+    text.add_argument(
+        "--python-stdlib", action="store_true", help="use the text that every Python carries: about 10 MB, no download"
+    )
+    text.add_argument(
+        "--json-keys", nargs="+", default=["text"], help="keys of a JSON line, joined by a newline (text)"
+    )
+    text.add_argument("--max-bytes", type=int, help="keep the first documents that have at most this many bytes")
+    text.add_argument("--on-bad-line", choices=("refuse", "skip"), default="refuse", help="default: refuse")
+    tokens = parser.add_argument_group("tokenizer (one of the first two)")
+    tokens.add_argument("--tokenizer-model", type=Path, metavar="FILE", help="a sentencepiece model")
+    tokens.add_argument("--vocab-size", type=int, metavar="N", help="train a model with N entries on this text")
+    tokens.add_argument(
+        "--tokenizer-sample-bytes",
+        type=int,
+        default=CorpusSpec.tokenizer_sample_bytes,
+        metavar="N",
+        help="train it on at most this many bytes, drawn with --seed (default: 32 MiB)",
+    )
+    tokens.add_argument(
+        "--append-eod",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="end every document with Megatron's end-of-document id (default: yes)",
+    )
+    run = parser.add_argument_group("output and running")
+    run.add_argument("--output-prefix", type=Path, required=True, metavar="PREFIX", help="for Megatron's --data-path")
+    run.add_argument("--force", action="store_true", help="replace an existing dataset")
+    run.add_argument("--workers", type=int, metavar="N", help="processes (default: one per CPU)")
+    run.add_argument("--seed", type=int, default=0, help="of the tokenizer's sample and --python-stdlib's order (0)")
+    run.add_argument("--quiet", action="store_true", help="no progress bar")
+    return parser
+
+
+def summary(corpus: PreparedCorpus) -> str:
+    """What was made, and the flags to train on it."""
+    left_out = f"{corpus.num_empty_documents} empty documents and {corpus.num_bad_lines} bad lines left out"
+    return (
+        f"{corpus.prefix}: {corpus.num_documents:,} documents, {corpus.text_bytes:,} bytes,"
+        f" {corpus.num_tokens:,} tokens ({left_out})\n"
+        f"vocabulary {corpus.vocab_size}, end of document {corpus.eod_id},"
+        f" unigram entropy {corpus.unigram_entropy_nats:.4f} nats per token\n"
+        f"--data-path {corpus.prefix} --tokenizer-type SentencePieceTokenizer"
+        f" --tokenizer-model {corpus.tokenizer_model}"
+    )

@@ -1,0 +1,85 @@
+"""kill -9 of a rank in the middle of training: the same command goes on from the checkpoint, exactly."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.support.training import TINY_MODEL, TINY_TRAINING, metrics, train
+
+pytestmark = pytest.mark.dist
+
+ITERATIONS = 24
+FLAGS = ["--expert-model-parallel-size", "2", "--use-distributed-optimizer", "--dist-ckpt-optim-fully-reshardable"]
+SAVING = ["--save", "{run_dir}/checkpoints", "--load", "{run_dir}/checkpoints", "--save-interval", "8"]
+
+
+def launcher(run_dir: Path, data_flags: list[str]) -> list[str]:
+    """The command that a user would give, twice the same."""
+    command = [sys.executable, "-m", "megatron_smartmoe.adapter.launch", "--nproc", "2", "--run-dir", str(run_dir)]
+    return [*command, *TINY_MODEL, *TINY_TRAINING, *data_flags, *FLAGS, *SAVING, "--train-iters", str(ITERATIONS)]
+
+
+def wait_for_checkpoint(run_dir: Path, process: subprocess.Popen[bytes], timeout_s: float = 120) -> None:
+    """Until the first checkpoint is complete and at least one iteration has followed."""
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        assert process.poll() is None, "training ended before it could be killed"
+        done = (run_dir / "checkpoints" / "latest_checkpointed_iteration.txt").exists()
+        if done and metrics(run_dir)[-1]["iteration"] > 8:
+            return
+        time.sleep(0.01)
+    raise AssertionError("no checkpoint in time")
+
+
+def ranks_of(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
+    """The training processes below a launcher."""
+    children = psutil.Process(process.pid).children(recursive=True)
+    return [
+        child
+        for child in children
+        if "--num-layers" in child.cmdline() and "torch.distributed.run" not in child.cmdline()
+    ]
+
+
+def test_a_killed_run_goes_on_exactly(tmp_path: Path, data_flags: list[str]) -> None:
+    run_dir = tmp_path / "killed"
+    process = subprocess.Popen(launcher(run_dir, data_flags), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_for_checkpoint(run_dir, process)
+    victims = ranks_of(process)
+    assert len(victims) == 2
+    victims[1].kill()
+    assert process.wait(120) != 0
+
+    survived = len(metrics(run_dir))
+    assert survived < ITERATIONS
+    done = subprocess.run(launcher(run_dir, data_flags), capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+
+    whole = train(tmp_path / "whole", 2, data_flags, *FLAGS, iterations=ITERATIONS)
+    lines = metrics(run_dir)
+    assert lines[survived]["iteration"] in (9, 17)  # right after a checkpoint
+    assert lines[-1]["iteration"] == ITERATIONS
+    assert all(line["lm loss"] == whole[line["iteration"] - 1] for line in lines)  # before and after the kill
+
+
+def test_no_rank_outlives_the_launcher(tmp_path: Path, data_flags: list[str]) -> None:
+    """SIGTERM to the launcher ends every rank."""
+    process = subprocess.Popen(
+        launcher(tmp_path / "run", data_flags),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=dict(os.environ),
+    )
+    wait_for_checkpoint(tmp_path / "run", process)
+    children = psutil.Process(process.pid).children(recursive=True)
+    process.terminate()
+    assert process.wait(60) != 0
+    _, alive = psutil.wait_procs(children, timeout=35)
+    assert not alive
