@@ -47,7 +47,7 @@ def add_smartmoe_arguments(parser: argparse.ArgumentParser) -> argparse.Argument
 
 def device_from(argv: Sequence[str]) -> str:
     """The value of --smartmoe-device: it decides what is imported, so it is needed before Megatron can parse."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser = _Parser(add_help=False, allow_abbrev=False)
     parser.add_argument("--smartmoe-device", default="auto")
     device = str(parser.parse_known_args(list(argv))[0].smartmoe_device)
     if device not in DEVICES:

@@ -30,6 +30,7 @@ def check(args: argparse.Namespace, *, world_size: int, cpu: bool, data_exists: 
     Raises:
         ConfigError: the first rule that is broken.
     """
+    _check_sizes(args)
     _check_supported(args, cpu=cpu)
     if not args.use_checkpoint_args:  # otherwise the model's shape is still unknown
         _check_model(args)
@@ -43,6 +44,27 @@ def check(args: argparse.Namespace, *, world_size: int, cpu: bool, data_exists: 
 def _divides(field: str, value: int, divisor: int, divisor_name: str, way_out: str) -> None:
     if divisor < 1 or value % divisor:
         raise ConfigError(field, value, f"must be divisible by {divisor_name} = {divisor}", way_out)
+
+
+def _check_sizes(args: argparse.Namespace) -> None:
+    """Sizes that everything below divides by."""
+    for flag in (
+        "--tensor-model-parallel-size",
+        "--pipeline-model-parallel-size",
+        "--context-parallel-size",
+        "--expert-model-parallel-size",
+        "--expert-tensor-parallel-size",
+        "--num-layers-per-virtual-pipeline-stage",
+        "--num-virtual-stages-per-pipeline-rank",
+        "--num-layers",
+        "--num-experts",
+        "--micro-batch-size",
+        "--global-batch-size",
+        "--moe-router-topk",
+    ):
+        value = getattr(args, flag.removeprefix("--").replace("-", "_"))
+        if value is not None and value < 1:
+            raise ConfigError(flag, value, "must be at least 1", "Leave the flag out, or pass a positive number.")
 
 
 def _check_supported(args: argparse.Namespace, *, cpu: bool) -> None:
@@ -117,9 +139,13 @@ def _check_layers(args: argparse.Namespace) -> None:
     )
     if any(option is not None for option in uneven):
         return  # Megatron checks these layouts
-    layers = args.num_layers + args.account_for_embedding_in_pipeline_split + args.account_for_loss_in_pipeline_split
-    way_out = f"Change it, or --pipeline-model-parallel-size {pp}, or pass --decoder-first-pipeline-num-layers."
-    _divides("--num-layers", layers, pp, "--pipeline-model-parallel-size", way_out)
+    extra = args.account_for_embedding_in_pipeline_split + args.account_for_loss_in_pipeline_split
+    layers = args.num_layers + extra
+    if layers % pp:
+        counted = f" (with {extra} counted for embedding and loss)" if extra else ""
+        rule = f"must be divisible by --pipeline-model-parallel-size = {pp}{counted}"
+        way_out = f"Change it, or --pipeline-model-parallel-size {pp}, or pass --decoder-first-pipeline-num-layers."
+        raise ConfigError("--num-layers", args.num_layers, rule, way_out)
     if _is_interleaved(args) and pp < 2:
         rule = "the interleaved schedule needs at least two pipeline stages"
         raise ConfigError("--pipeline-model-parallel-size", pp, rule, "Raise it, or drop the virtual stages.")
@@ -127,6 +153,10 @@ def _check_layers(args: argparse.Namespace) -> None:
         per_stage = args.num_layers_per_virtual_pipeline_stage
         way_out = "Choose a divisor of the layers of one pipeline stage."
         _divides("--num-layers / PP", layers // pp, per_stage, "--num-layers-per-virtual-pipeline-stage", way_out)
+    if args.num_virtual_stages_per_pipeline_rank:
+        stages = args.num_virtual_stages_per_pipeline_rank
+        way_out = "Choose a divisor of the layers of one pipeline stage."
+        _divides("--num-layers / PP", layers // pp, stages, "--num-virtual-stages-per-pipeline-rank", way_out)
 
 
 def _check_parallelism(args: argparse.Namespace, world_size: int) -> None:
@@ -213,7 +243,7 @@ def megatron_verdict(args: argparse.Namespace) -> None:
     try:
         with contextlib.redirect_stdout(said):
             validate_args(args, {})
-    except (AssertionError, ValueError, RuntimeError, NotImplementedError, SystemExit) as error:
+    except (Exception, SystemExit) as error:  # whatever it stumbles over, the flags brought it there
         raise _refusal(error, said.getvalue()) from error
 
 

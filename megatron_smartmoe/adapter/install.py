@@ -15,11 +15,19 @@ from typing import Any
 
 from megatron_smartmoe.errors import CompatError
 
-_MARK = "__smartmoe__"
+_MARK = "__smartmoe__"  # on a wrapper: the keys of all hooks that it and the wrappers below it stand for
 
 
-def rebind(module: ModuleType, name: str, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
-    """Replace `module.name` by `wrap(module.name)`, once.
+def rebind(
+    module: ModuleType, name: str, wrap: Callable[[Callable[..., Any]], Callable[..., Any]], key: object = None
+) -> None:
+    """Replace `module.name` by `wrap(module.name)`; a second call with the same key does nothing.
+
+    Args:
+        module: where the name is looked up at call time.
+        name: of a function.
+        wrap: makes the replacement from the original.
+        key: identifies the hook; hooks with different keys on one name are stacked.
 
     Raises:
         CompatError: the module has no such function; this Megatron is not one that the project knows.
@@ -30,9 +38,10 @@ def rebind(module: ModuleType, name: str, wrap: Callable[[Callable[..., Any]], C
             f"{module.__name__}.{name} does not exist in this Megatron, and the project hooks it. "
             "Use megatron-core 0.19.0 (pip install megatron-core==0.19.0)."
         )
-    if not hasattr(original, _MARK):
+    hooks = getattr(original, _MARK, ())
+    if key not in hooks:
         wrapper = functools.wraps(original)(wrap(original))
-        setattr(wrapper, _MARK, True)
+        setattr(wrapper, _MARK, (*hooks, key))
         setattr(module, name, wrapper)
 
 
@@ -47,7 +56,7 @@ def after(module: ModuleType, name: str, callback: Callable[..., None]) -> None:
 
         return wrapper
 
-    rebind(module, name, wrap)
+    rebind(module, name, wrap, callback)
 
 
 def before(module: ModuleType, name: str, callback: Callable[..., None]) -> None:
@@ -60,7 +69,7 @@ def before(module: ModuleType, name: str, callback: Callable[..., None]) -> None
 
         return wrapper
 
-    rebind(module, name, wrap)
+    rebind(module, name, wrap, callback)
 
 
 def prepare_megatron(*, cpu: bool) -> None:

@@ -90,8 +90,9 @@ def check_flags(argv: Sequence[str], *, cpu: bool, data_exists: bool = True) -> 
 
     args = parse(argv)
     check(args, world_size=args.world_size, cpu=cpu, data_exists=data_exists)
-    if args.tensor_model_parallel_size > 1 or args.context_parallel_size > 1:
-        # Megatron asserts it before Blackwell: kernels must start in the order in which they were issued.
+    if (args.tensor_model_parallel_size > 1 or args.context_parallel_size > 1) and not args.use_megatron_fsdp:
+        # Megatron asserts it before Blackwell: kernels must start in the order in which they were issued. With FSDP
+        # it asserts the opposite.
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     return args
 

@@ -106,7 +106,11 @@ def _load_lines(layers: list[dict[str, Any]], ep: int) -> list[str]:
         return []
     experts = range(len(layers[0]["share_E"]))
     header = "  layer  " + " ".join(f"{f'e{expert}':>5}" for expert in experts) + "   max/mean: expert"
-    lines = ["", "  Load per expert, % of the layer's assignments in the last iterations:", header + f"  EP{ep} rank"]
+    lines = [
+        "",
+        "  Load per expert, % of the layer's assignments in the last iterations:",
+        header + f"  {f'EP{ep} rank':>8}",
+    ]
     for load in layers:
         shares = " ".join(f"{share:5.1f}" for share in load["share_E"])
         lines.append(f"  {load['layer']:5}  {shares}   {load['expert_imbalance']:16.2f}  {load['rank_imbalance']:8.2f}")

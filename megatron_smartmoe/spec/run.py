@@ -57,27 +57,28 @@ def load_run_spec(path: Path) -> RunSpec:
     if nproc is not None and (not isinstance(nproc, int) or isinstance(nproc, bool) or nproc < 1):
         raise ConfigError("nproc", nproc, "must be a positive whole number of ranks per node", "For example: nproc: 4.")
     return RunSpec(
-        name=str(content.get("name", path.stem)),
+        name=str(content.get("name") or path.stem),
         nproc=nproc,
         data=_data(content.get("data")),
-        flags=_flags(content.get("flags") or {}),
+        flags=_flags({} if content.get("flags") is None else content["flags"]),
     )
 
 
 def _data(content: Any) -> dict[str, Any] | None:
     if content is None:
         return None
+    way_out = "For example: data: {prefix: data/my/corpus}."
     if not isinstance(content, dict) or "prefix" not in content:
-        raise ConfigError(
-            "data", content, "must be a mapping with `prefix`", "For example: data: {prefix: data/my/corpus}."
-        )
+        raise ConfigError("data", content, "must be a mapping with `prefix`", way_out)
+    if not isinstance(content["prefix"], str) or not content["prefix"]:
+        raise ConfigError("data.prefix", content["prefix"], "must be the path of a dataset, without .bin", way_out)
     return content
 
 
 def _flags(content: Any) -> dict[str, FlagValue]:
     if not isinstance(content, dict):
         raise ConfigError("flags", content, "must be groups of flags", "For example: flags: {model: {num-layers: 4}}.")
-    flags: dict[str, FlagValue] = {}
+    flags: dict[str, FlagValue | None] = {}
     for group, members in content.items():
         if not isinstance(members, dict):
             rule = "must be a group: a mapping of flags to values"
@@ -86,10 +87,8 @@ def _flags(content: Any) -> dict[str, FlagValue]:
             where = f"flags.{group}.{name}"
             if name in flags:
                 raise ConfigError(where, value, "is given in another group too", "Keep one of them.")
-            text = _as_text(where, str(name), value)
-            if text is not None:
-                flags[str(name)] = text
-    return flags
+            flags[str(name)] = _as_text(where, str(name), value)
+    return {name: value for name, value in flags.items() if value is not None}
 
 
 def _as_text(where: str, name: str, value: Any) -> FlagValue | None:
@@ -101,9 +100,16 @@ def _as_text(where: str, name: str, value: Any) -> FlagValue | None:
     if value is True:
         return True
     if isinstance(value, list):
-        return [str(item) for item in value]
+        return [_scalar_text(item) for item in value]
     if isinstance(value, str | int | float):
-        return str(value)
+        return _scalar_text(value)
     raise ConfigError(
         where, value, "must be a number, a text, true, false or a list", "See configs/runs/quickstart.yaml."
     )
+
+
+def _scalar_text(value: object) -> str:
+    """A number as both an integer flag and a float flag read it: 3e8 is 300000000."""
+    if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
+        return str(int(value))
+    return str(value)

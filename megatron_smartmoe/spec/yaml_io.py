@@ -1,7 +1,8 @@
 """YAML as people mean it: the one reader for every configuration file of the project.
 
 PyYAML follows YAML 1.1, where `3e8` is a string, `no` is False and a repeated key silently wins. Here a number with an
-exponent is a number, only `true` and `false` are booleans, and a repeated key is refused with its line.
+exponent is a number, integers are decimal (no octal 010, no 1:30), only `true` and `false` are booleans, and a repeated
+key is refused with its line.
 """
 
 from __future__ import annotations
@@ -15,7 +16,12 @@ import yaml
 
 from megatron_smartmoe.errors import ConfigError
 
-_FLOAT = re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)([eE][-+]?\d+)?$|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$")
+# A point or an exponent makes a float; 3e8 is one.
+_FLOAT = re.compile(
+    r"^[-+]?(\d[\d_]*\.[\d_]*([eE][-+]?\d+)?|\d[\d_]*[eE][-+]?\d+|\.\d[\d_]*([eE][-+]?\d+)?)$"
+    r"|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$"
+)
+_INT = re.compile(r"^[-+]?(0|[1-9][\d_]*)$")
 _BOOL = re.compile(r"^(true|True|TRUE|false|False|FALSE)$")
 
 
@@ -35,12 +41,20 @@ class _Loader(yaml.SafeLoader):
 
 
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":bool", ":float"))]
+    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":bool", ":int", ":float"))]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-# Resolvers are tried in order, so integers (already there) come before floats.
-_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", _BOOL, list("tTfF"))
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
+
+
+class _Dumper(yaml.SafeDumper):
+    """SafeDumper that quotes what `_Loader` would not read back as text."""
+
+
+_Dumper.yaml_implicit_resolvers = {first: list(found) for first, found in _Loader.yaml_implicit_resolvers.items()}
+for _class in (_Loader, _Dumper):  # resolvers are tried in order: integers before floats
+    _class.add_implicit_resolver("tag:yaml.org,2002:bool", _BOOL, list("tTfF"))
+    _class.add_implicit_resolver("tag:yaml.org,2002:int", _INT, list("-+0123456789"))
+    _class.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
 
 
 def load_yaml(path: Path) -> dict[str, Any]:
@@ -50,17 +64,27 @@ def load_yaml(path: Path) -> dict[str, Any]:
         ConfigError: the file is missing, is not YAML, is not a mapping, or repeats a key.
     """
     if not path.is_file():
-        raise ConfigError(
-            "configuration file", str(path), "does not exist", "Check the path; examples are in configs/."
-        )
+        rule = "is a directory" if path.is_dir() else "does not exist"
+        raise ConfigError("configuration file", str(path), rule, "Check the path; examples are in configs/.")
     try:
         with path.open(encoding="utf-8") as file:
             content = yaml.load(file, Loader=_Loader)
+    except UnicodeDecodeError:
+        raise ConfigError("configuration file", str(path), "is not UTF-8 text", "Check the path.") from None
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 0
+        raise ConfigError(f"{path}:{line}", None, f"is not YAML: {error.problem}", "Mend the line.") from None
     except yaml.YAMLError as error:
-        raise ConfigError("configuration file", str(path), f"is not YAML: {error}", "Mend the line it names.") from None
+        rule = f"is not YAML: {' '.join(str(error).split())}"
+        raise ConfigError("configuration file", str(path), rule, "Mend it.") from None
     if not isinstance(content, dict):
         raise ConfigError("configuration file", str(path), "must be a mapping of keys to values", "See configs/runs/.")
     return content
+
+
+def dump_yaml(content: dict[str, Any]) -> str:
+    """The text that `load_yaml` reads back as `content`, keys in their order."""
+    return yaml.dump(content, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def refuse_unknown_keys(where: str, content: Mapping[str, Any], known: tuple[str, ...]) -> None:

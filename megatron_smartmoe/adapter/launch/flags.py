@@ -43,9 +43,9 @@ def as_mapping(tokens: Sequence[str]) -> dict[str, FlagValue]:
             continue
         if flags:
             _set_last(flags, values)
-        name, _, value = token.removeprefix("--").partition("=")
+        name, equals, value = token.removeprefix("--").partition("=")
         flags.pop(name, None)
-        flags[name], values = True, [value] if value else []
+        flags[name], values = True, [value] if equals else []
     del flags[""]
     return flags
 

@@ -17,19 +17,18 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from megatron_smartmoe.errors import ConfigError
 from megatron_smartmoe.spec.run import RunSpec
+from megatron_smartmoe.spec.yaml_io import dump_yaml
 
 _PACKAGES = ("megatron-smartmoe", "megatron-core", "torch", "transformer-engine", "apex", "numpy", "sentencepiece")
 _CHECKOUT = Path(__file__).resolve().parents[3]
@@ -54,26 +53,12 @@ def create(path: Path, spec: RunSpec, command: str) -> None:
     except OSError as error:
         raise ConfigError("--run-dir", str(path), error.strerror or "cannot be made", "Choose another.") from None
     content = {"name": spec.name, "nproc": spec.nproc, "data": spec.data, "flags": {"all": spec.flags}}
-    (path / "config.yaml").write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+    (path / "config.yaml").write_text(dump_yaml(content), encoding="utf-8")
     script = path / "command.sh"
-    script.write_text(f"#!/usr/bin/env bash\ncd {Path.cwd()}\n{command}\n", encoding="utf-8")
+    script.write_text(f"#!/usr/bin/env bash\ncd {shlex.quote(str(Path.cwd()))}\n{command}\n", encoding="utf-8")
     script.chmod(0o755)
     text = json.dumps(_environment(), indent=2) + "\n"
     (path / "environment.json").write_text(text, encoding="utf-8")
-
-
-def resolve(spec: RunSpec, flags: dict[str, Any], path: Path, nproc: int) -> RunSpec:
-    """The merged flags as a RunSpec whose `{run_dir}` is still open, so that a copy of the directory works too."""
-    where = str(path)
-    open_flags = {
-        name: [v.replace(where, "{run_dir}") for v in value]
-        if isinstance(value, list)
-        else value.replace(where, "{run_dir}")
-        if isinstance(value, str)
-        else value
-        for name, value in flags.items()
-    }
-    return replace(spec, nproc=nproc, flags=open_flags)
 
 
 def _environment() -> dict[str, Any]:

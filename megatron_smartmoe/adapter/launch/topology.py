@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -51,6 +52,11 @@ class Topology:
         return self.node == 0 and not self.rank
 
 
+def speaks_for_the_job(environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether this process is the one that reports errors: not every task of a Slurm step repeats them."""
+    return "SLURM_STEP_NUM_TASKS" not in environ or environ.get("SLURM_PROCID", "0") == "0"
+
+
 def find_topology(ranks_per_node: int, environ: Mapping[str, str] = os.environ) -> Topology:
     """Look where this process runs.
 
@@ -74,7 +80,7 @@ def find_topology(ranks_per_node: int, environ: Mapping[str, str] = os.environ) 
         num_nodes=num_nodes,
         node=int(environ["SLURM_NODEID"]),
         ranks_per_node=tasks if tasks > 1 else ranks_per_node,
-        master_addr=_address(environ["SLURM_STEP_NODELIST"]) if num_nodes > 1 else "127.0.0.1",
+        master_addr=_address(environ, environ["SLURM_STEP_NODELIST"]) if num_nodes > 1 else "127.0.0.1",
         master_port=_port(environ),
         rank=rank,
     )
@@ -92,14 +98,17 @@ def _tasks_per_node(text: str, num_nodes: int) -> int:
 
 def _port(environ: Mapping[str, str]) -> int:
     """A port per job, the same on every node; MASTER_PORT has the last word."""
-    job = int(environ["SLURM_JOB_ID"])
-    return int(environ.get("MASTER_PORT") or 20000 + (job * 7 + int(environ.get("SLURM_STEP_ID", "0"))) % 20000)
+    asked = environ.get("MASTER_PORT")
+    if asked and not asked.isdecimal():
+        raise ConfigError("MASTER_PORT", asked, "must be a port number", "Unset it for one per job, or set a number.")
+    job, step = int(environ["SLURM_JOB_ID"]), int(environ["SLURM_STEP_ID"])
+    return int(asked) if asked else 20000 + (job * 7 + step) % 20000
 
 
-def _address(nodelist: str) -> str:
+def _address(environ: Mapping[str, str], nodelist: str) -> str:
     """The address of the first node: MASTER_ADDR, else what Slurm knows, else the node's name."""
-    if os.environ.get("MASTER_ADDR"):
-        return os.environ["MASTER_ADDR"]
+    if environ.get("MASTER_ADDR"):
+        return environ["MASTER_ADDR"]
     first = _scontrol("show", "hostnames", nodelist).split()[0]
     # Where node names are not host names (tests, clouds), Slurm's NodeAddr is the one that works.
     match = re.search(r"NodeAddr=(\S+)", _scontrol("show", "node", first, "--oneliner"))
@@ -107,4 +116,7 @@ def _address(nodelist: str) -> str:
 
 
 def _scontrol(*arguments: str) -> str:
+    if shutil.which("scontrol") is None:
+        rule = "scontrol, which knows the nodes' addresses, is not on PATH"
+        raise ConfigError("MASTER_ADDR", None, rule, "Load Slurm's programs, or set MASTER_ADDR to the first node.")
     return subprocess.run(["scontrol", *arguments], check=True, capture_output=True, text=True).stdout

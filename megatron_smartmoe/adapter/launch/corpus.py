@@ -1,0 +1,69 @@
+"""The corpus that a run configuration may ask for under `data`: which flags read it, and preparing it once."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+
+from megatron_smartmoe.adapter.corpus.command import build_parser
+from megatron_smartmoe.adapter.corpus.spec import TOKENIZER_TYPE, PreparedCorpus
+from megatron_smartmoe.adapter.launch import flags as flag_lists
+from megatron_smartmoe.errors import ConfigError
+from megatron_smartmoe.spec.run import FlagValue, RunSpec
+
+_OTHER_DATA = ("data-path", "train-data-path", "data-args-path", "per-split-data-args-path", "mock-data")
+
+
+def only_if_read(spec: RunSpec, command_line: Sequence[str]) -> RunSpec:
+    """Without `data` when the user names other data on the command line: what nobody reads is not prepared."""
+    given = {token.split("=")[0] for token in command_line}
+    return replace(spec, data=None) if given & {f"--{name}" for name in _OTHER_DATA} else spec
+
+
+def dataset_flags(spec: RunSpec) -> dict[str, FlagValue]:
+    """Megatron's flags that read the corpus."""
+    if spec.data is None:
+        return {}
+    prefix = str(spec.data["prefix"])
+    model = str(spec.data.get("tokenizer-model") or f"{prefix}.tokenizer.model")
+    return {"data-path": prefix, "tokenizer-type": TOKENIZER_TYPE, "tokenizer-model": model}
+
+
+def exists(spec: RunSpec) -> bool:
+    """Whether there is nothing to prepare."""
+    return spec.data is None or PreparedCorpus.exists(spec.data["prefix"])
+
+
+def preparation(spec: RunSpec) -> list[str]:
+    """The command that prepares the corpus.
+
+    Raises:
+        ConfigError: a key of `data` is not an option of scripts/prepare_data.py.
+    """
+    assert spec.data is not None
+    known = sorted(option.removeprefix("--") for option in build_parser()._option_string_actions)
+    command = [sys.executable, "-m", "megatron_smartmoe.adapter.corpus", "--output-prefix", str(spec.data["prefix"])]
+    for name, value in spec.data.items():
+        if name not in (*known, "prefix"):
+            rule = "is not an option of scripts/prepare_data.py"
+            raise ConfigError(f"data.{name}", value, rule, f"Known here: prefix, {', '.join(known)}.")
+        if name != "prefix" and value not in (None, False):
+            values = value if isinstance(value, list) else [value]
+            command += flag_lists.tokens_of(name, True if value is True else [str(item) for item in values])
+    return command
+
+
+def prepare(spec: RunSpec) -> None:
+    """Prepare it. Nodes and runs that come at the same time wait for the first one: the preparation holds a lock.
+
+    Raises:
+        ConfigError: it could not be prepared; the reason was printed.
+    """
+    assert spec.data is not None
+    print(f"smartmoe: preparing {spec.data['prefix']}, once", flush=True)
+    status = subprocess.run(preparation(spec), check=False).returncode
+    if status:
+        rule = f"could not be prepared (exit status {status})"
+        raise ConfigError("data.prefix", spec.data["prefix"], rule, "See the message above.")
