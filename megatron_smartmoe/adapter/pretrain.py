@@ -167,6 +167,8 @@ def report(recorder: Recorder, args: Namespace, run_dir: Path | None) -> None:
         print(summary.render(content, args, run_dir), flush=True)
         if run_dir is not None:
             summary.write(content, run_dir)
+        if marker := os.environ.get("SMARTMOE_TO_BE_CONTINUED"):
+            Path(marker).unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

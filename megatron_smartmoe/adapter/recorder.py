@@ -7,6 +7,7 @@ more often than Megatron's own log does: losses stay on the device until `--log-
 from __future__ import annotations
 
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.utils import unwrap_model
 from megatron.training import get_args
-from megatron.training.utils import is_last_rank
+from megatron.training.utils import is_last_rank, is_rank0
 
 from megatron_smartmoe.adapter.install import after, before
 from megatron_smartmoe.adapter.routers import count_tokens, moe_layers
@@ -53,6 +54,7 @@ class Recorder:
         after(training, "post_training_step_callbacks", self.on_step_end)
         after(training, "evaluate", self.on_evaluate)
         before(training, "evaluate_and_print_results", self.on_split)
+        after(training, "save_checkpoint_and_time", self.on_save)
 
     def on_model(self, result: tuple[list[torch.nn.Module], Any, Any], *args: Any, **kwargs: Any) -> None:
         """After `setup_model_and_optimizer`: put counters on the routers."""
@@ -90,6 +92,12 @@ class Recorder:
         self.step_seconds.append(seconds)
         speed = {"seconds_per_step": round(seconds, 6), "tokens_per_second": round(tokens_per_step / seconds, 1)}
         self._write({"iteration": iteration, **self.train, **speed})
+
+    def on_save(self, *args: Any, **kwargs: Any) -> None:
+        """After a checkpoint: tell the batch script (scripts/pretrain_gpt_moe.slurm) that the run can be continued."""
+        marker = os.environ.get("SMARTMOE_TO_BE_CONTINUED")
+        if marker and is_rank0():
+            Path(marker).touch()
 
     def on_split(self, prefix: str, *args: Any, **kwargs: Any) -> None:
         """Before `evaluate_and_print_results`: its prefix is the only thing that tells test from validation."""

@@ -28,7 +28,7 @@ def run(
     """Run `command` to its end and return its exit status (128 + N when signal N ended it).
 
     SIGTERM is handed on; torchrun ends the ranks 30 s after it, which is less than a large checkpoint takes. SIGUSR2
-    is ignored here, and so by torchrun, which inherits that: sent to the whole job it reaches only the ranks, whose
+    is handed to the ranks themselves, and torchrun, which starts with it ignored, never hears of it: their
     `--exit-signal-handler --exit-signal SIGUSR2` then has all the time it needs. Ctrl-C reaches the ranks through the
     terminal; here it only must not end the launcher before them.
 
@@ -47,7 +47,13 @@ def run(
     def forward(number: int, frame: FrameType | None) -> None:
         terminate(child)
 
+    def ask_ranks(number: int, frame: FrameType | None) -> None:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for rank in psutil.Process(child.pid).children():
+                rank.send_signal(signal.SIGUSR2)
+
     signal.signal(signal.SIGTERM, forward)
+    signal.signal(signal.SIGUSR2, ask_ranks)
     signal.signal(signal.SIGINT, lambda number, frame: None)
     assert child.stdout is not None
     copier = threading.Thread(target=_copy, args=(child.stdout, log), daemon=True)

@@ -2,7 +2,8 @@
 
 Three situations inside Slurm, told apart by what Slurm itself says:
 
-- the batch script of `sbatch` (no step): with several nodes, start one launcher per node through srun;
+- the batch script of `sbatch`, or the shell of `salloc` (no step): start one launcher per node through srun. With one
+  node too: salloc's shell may be on a login node, and Slurm sends signals to steps;
 - a task of `srun --ntasks-per-node=1`: this launcher starts the node's ranks through torchrun;
 - a task of `srun` with a task per rank: this process becomes that rank.
 """
@@ -30,7 +31,7 @@ class Topology:
         master_addr: address of node 0; only read when num_nodes > 1 or `rank` is set.
         master_port: port there.
         rank: the rank that this process is, when Slurm starts one task per rank; else None.
-        needs_srun: this is a batch script of several nodes: launchers have to be started on them first.
+        needs_srun: this is an allocation but no step: launchers have to be started on them first.
     """
 
     num_nodes: int = 1
@@ -72,7 +73,7 @@ def find_topology(ranks_per_node: int, environ: Mapping[str, str] = os.environ) 
     # A batch script has SLURM_PROCID and SLURM_NTASKS too, as if it were task 0 of the job; STEP variables it has not.
     if "SLURM_STEP_NUM_TASKS" not in environ:
         num_nodes = int(environ.get("SLURM_JOB_NUM_NODES", "1"))
-        return Topology(num_nodes=num_nodes, ranks_per_node=ranks_per_node, needs_srun=num_nodes > 1)
+        return Topology(num_nodes=num_nodes, ranks_per_node=ranks_per_node, needs_srun=True)
     num_nodes = int(environ["SLURM_STEP_NUM_NODES"])
     tasks = _tasks_per_node(environ["SLURM_STEP_TASKS_PER_NODE"], num_nodes)
     rank = int(environ["SLURM_PROCID"]) if tasks > 1 else None

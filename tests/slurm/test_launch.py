@@ -1,0 +1,161 @@
+"""A tiny GPT-MoE trained through Slurm, in every way that the scripts offer; the losses are those of one host.
+
+All runs share one parallelism and one seed, so they start from the same weights and see the same tokens: where a run
+differs, the launch put a rank in the wrong place.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.support.training import TINY_MODEL, TINY_TRAINING, losses, metrics, train
+
+from .cluster import Job, SlurmCluster
+from .config import free_ports
+
+pytestmark = [pytest.mark.slurm, pytest.mark.dist]
+
+ROOT = Path(__file__).parents[2]
+LAUNCHER = ROOT / "scripts" / "pretrain_gpt_moe.sh"
+BATCH_SCRIPT = ROOT / "scripts" / "pretrain_gpt_moe.slurm"
+TIMEOUT_S = 240.0  # a run takes 15 to 30 s alone on two cores
+
+DATA = "--mock-data --tokenizer-type NullTokenizer --vocab-size 255".split()
+EP2_PP2 = "--expert-model-parallel-size 2 --pipeline-model-parallel-size 2".split()
+EP2 = "--expert-model-parallel-size 2 --use-distributed-optimizer --dist-ckpt-optim-fully-reshardable".split()
+SAVING = ["--save", "{run_dir}/checkpoints", "--load", "{run_dir}/checkpoints", "--save-interval", "1000"]
+ITERATIONS = 6
+LONG_ITERATIONS = 40  # enough to be stopped in the middle
+
+
+def tiny(*flags: str, iterations: int = ITERATIONS) -> list[str]:
+    """Megatron's flags of a tiny run."""
+    return [*TINY_MODEL, *TINY_TRAINING, *DATA, "--train-iters", str(iterations), *flags]
+
+
+def own_port() -> dict[str, str]:
+    """A free port for the ranks to meet: all "nodes" are this host, on which others may run the same job number."""
+    return {"MASTER_PORT": str(free_ports(1)[0])}
+
+
+def from_anywhere() -> dict[str, str]:
+    """Environment of a submission from outside the checkout."""
+    return own_port() | {"SMARTMOE_HOME": str(ROOT)}
+
+
+def sbatch_options(tmp_path: Path, *options: str) -> list[str]:
+    return [*options, "--output", str(tmp_path / "job.log"), "--"]
+
+
+def assert_completed(job: Job) -> None:
+    assert (job.state, job.exit_code, job.exit_signal) == ("COMPLETED", 0, 0), job.stdout[-6000:]
+
+
+def assert_same_run(run_dir: Path, output: str, expected: list[float]) -> None:
+    """It ended once, in the eyes of the reader of the log, and learned what it learns on one host."""
+    assert output.count(f"Finished after {ITERATIONS} iterations.") == 1, output[-6000:]
+    assert losses(run_dir) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    """Losses of four ranks, EP 2 x PP 2, without Slurm."""
+    return train(tmp_path_factory.mktemp("here"), 4, DATA, *EP2_PP2, iterations=ITERATIONS)
+
+
+@pytest.fixture(scope="module")
+def expected_long(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    """Losses of two ranks, EP 2, without Slurm and without a stop."""
+    return train(tmp_path_factory.mktemp("here"), 2, DATA, *EP2, iterations=LONG_ITERATIONS)
+
+
+def test_sbatch_trains_on_two_nodes_with_torchrun(slurm: SlurmCluster, tmp_path: Path, expected: list[float]) -> None:
+    run_dir = tmp_path / "run"
+    options = sbatch_options(tmp_path, "--nodes", "2")
+    flags = ["--nproc", "2", "--run-dir", str(run_dir), *tiny(*EP2_PP2)]
+    job = slurm.sbatch(BATCH_SCRIPT, *options, *flags, cwd=ROOT, timeout=TIMEOUT_S)
+    assert_completed(job)
+    assert_same_run(run_dir, job.stdout, expected)
+    assert job.stdout.count("smartmoe: 4 ranks on 2 node(s)") == 1
+
+    assert "num-experts: '8'" in (run_dir / "config.yaml").read_text()
+    assert "--nnodes 2" in (run_dir / "command.sh").read_text()
+    variables = json.loads((run_dir / "environment.json").read_text())["slurm"]
+    assert (variables["SLURM_JOB_ID"], variables["SLURM_JOB_NUM_NODES"]) == (str(job.job_id), "2")
+    assert "Finished after" in (run_dir / "train.log").read_text()
+    assert (run_dir / "node1.log").is_file()
+    assert json.loads((run_dir / "summary.json").read_text())["iterations"] == ITERATIONS
+
+
+def test_srun_trains_with_a_task_per_rank(slurm: SlurmCluster, tmp_path: Path, expected: list[float]) -> None:
+    run_dir = tmp_path / "run"
+    where = ["--nodes", "2", "--ntasks-per-node", "2"]
+    done = slurm.run(
+        "srun", *where, LAUNCHER, "--run-dir", run_dir, *tiny(*EP2_PP2), env=own_port(), cwd=ROOT, timeout=TIMEOUT_S
+    )
+    assert_same_run(run_dir, done.stdout, expected)
+    assert "torch.distributed.run" not in (run_dir / "command.sh").read_text()
+
+
+def test_the_launcher_in_a_batch_script_starts_itself_on_all_nodes(
+    slurm: SlurmCluster, tmp_path: Path, expected: list[float]
+) -> None:
+    run_dir = tmp_path / "run"
+    script = tmp_path / "job.sh"
+    script.write_text(f'#!/bin/bash\nexec {LAUNCHER} "$@"\n')
+    options = sbatch_options(tmp_path, "--nodes", "2", "--ntasks-per-node", "1")
+    flags = ["--nproc", "2", "--run-dir", str(run_dir), *tiny(*EP2_PP2)]
+    job = slurm.sbatch(script, *options, *flags, env=own_port(), cwd=ROOT, timeout=TIMEOUT_S)
+    assert_completed(job)
+    assert_same_run(run_dir, job.stdout, expected)
+    assert (run_dir / "node1.log").is_file()
+
+
+def wait_for_iteration(slurm: SlurmCluster, job_id: int, run_dir: Path, iteration: int) -> None:
+    """Until a job has trained for so many iterations."""
+    deadline = time.monotonic() + TIMEOUT_S
+    while time.monotonic() < deadline:
+        assert slurm.job_record(job_id)["JobState"] in ("PENDING", "CONFIGURING", "RUNNING"), "ended too early"
+        path = run_dir / "metrics.jsonl"
+        if path.exists() and path.read_text().count("\n") >= iteration:
+            return
+        time.sleep(0.2)
+    raise AssertionError(f"iteration {iteration} not reached within {TIMEOUT_S:g} s")
+
+
+def test_a_job_whose_time_is_up_saves_is_queued_again_and_goes_on_exactly(
+    slurm: SlurmCluster, tmp_path: Path, expected_long: list[float]
+) -> None:
+    """USR1 to the batch script is what Slurm sends before the time limit (--signal=B:USR1@300)."""
+    run_dir = tmp_path / "run"
+    flags = ["--nproc", "1", "--run-dir", str(run_dir), *tiny(*EP2, *SAVING, iterations=LONG_ITERATIONS)]
+    options = sbatch_options(tmp_path, "--nodes", "2")
+    job_id = slurm.submit(BATCH_SCRIPT, *options, *flags, env=from_anywhere(), cwd=tmp_path)
+    wait_for_iteration(slurm, job_id, run_dir, 3)
+    slurm.run("scancel", "--batch", "--signal=USR1", str(job_id))
+    job = slurm.wait(job_id, timeout=TIMEOUT_S)
+    assert_completed(job)
+    assert job.record["Restarts"] == "1", job.stdout[-6000:]
+    assert job.stdout.count("The time was up: saved, and queued again.") == 1
+    assert job.stdout.count("Finished after") == 1
+
+    lines = metrics(run_dir)
+    assert [line["iteration"] for line in lines] == list(range(1, LONG_ITERATIONS + 1))  # nothing lost, nothing twice
+    assert losses(run_dir) == expected_long  # bit for bit
+
+
+def test_wrong_flags_end_the_job_with_one_line(slurm: SlurmCluster, tmp_path: Path) -> None:
+    options = sbatch_options(tmp_path, "--nodes", "2")
+    flags = ["--nproc", "2", "--run-dir", str(tmp_path / "run"), *tiny(*EP2_PP2, "--num-experts", "7")]
+    start = time.monotonic()
+    job = slurm.sbatch(BATCH_SCRIPT, *options, *flags, env=from_anywhere(), cwd=tmp_path, timeout=TIMEOUT_S)
+    assert (job.state, job.exit_code) == ("FAILED", 2), job.stdout
+    assert time.monotonic() - start < 60
+    errors = [line for line in job.stdout.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, job.stdout
+    assert "--num-experts" in errors[0]
+    assert not (tmp_path / "run").exists()
