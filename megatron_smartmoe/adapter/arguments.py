@@ -105,8 +105,8 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:  # type: ignore[override]
         """Raise what argparse says as a ConfigError: `argument --lr: invalid float value: 'abc'`."""
         field, _, rest = message.removeprefix("argument ").partition(": ")
-        match = re.fullmatch(r"(invalid [^:]*): '(.*?)'(.*)", rest)
-        value, rule = (match[2], match[1] + match[3]) if match else (None, rest or message)
+        match = re.fullmatch(r"(invalid [^:]*): (['\"])(.*?)\2(.*)", rest)
+        value, rule = (match[3], match[1] + match[4]) if match else (None, rest or message)
         raise ConfigError(field if rest else "command line", value, rule, "--help-megatron says what the flags mean.")
 
 
@@ -136,7 +136,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         ConfigError: an unknown flag (with the nearest known ones) or a value of the wrong type.
     """
     parser = build_parser()
-    args, unknown = parser.parse_known_args(list(argv))
+    try:
+        args, unknown = parser.parse_known_args(list(argv))
+    except KeyError as error:  # some of Megatron's flags look their value up in a table
+        rule = "is not a value that its flag takes"
+        raise ConfigError("command line", error.args[0], rule, "--help-megatron says what the flags mean.") from None
     if unknown:
         near = difflib.get_close_matches(unknown[0].split("=")[0], parser._option_string_actions, n=3)
         hint = f"Did you mean {' or '.join(near)}?" if near else "--help-megatron lists the flags that exist."

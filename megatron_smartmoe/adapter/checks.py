@@ -41,7 +41,7 @@ def check(args: argparse.Namespace, *, world_size: int, cpu: bool, data_exists: 
         _check_tokenizer(args)
 
 
-def _divides(field: str, value: int, divisor: int, divisor_name: str, way_out: str) -> None:
+def _divides(field: str, value: int, divisor: int, divisor_name: str, way_out: str = "Change one of the two.") -> None:
     if divisor < 1 or value % divisor:
         raise ConfigError(field, value, f"must be divisible by {divisor_name} = {divisor}", way_out)
 
@@ -57,6 +57,11 @@ def _check_sizes(args: argparse.Namespace) -> None:
         "--num-layers-per-virtual-pipeline-stage",
         "--num-virtual-stages-per-pipeline-rank",
         "--num-layers",
+        "--hidden-size",
+        "--num-attention-heads",
+        "--num-query-groups",
+        "--seq-length",
+        "--max-position-embeddings",
         "--num-experts",
         "--micro-batch-size",
         "--global-batch-size",
@@ -115,14 +120,16 @@ def _check_model(args: argparse.Namespace) -> None:
         if getattr(args, name) is None and not (name == "num_layers" and args.hybrid_layer_pattern):
             raise ConfigError(flag, None, "is required", f"Pass {flag}, or a --config that has it.")
     tp = args.tensor_model_parallel_size
-    way_out = f"Change it, or --tensor-model-parallel-size {tp}."
-    _divides("--num-attention-heads", args.num_attention_heads, tp, "--tensor-model-parallel-size", way_out)
+    _divides("--num-attention-heads", args.num_attention_heads, tp, "--tensor-model-parallel-size")
+    if args.group_query_attention:
+        groups, heads = args.num_query_groups, args.num_attention_heads
+        _divides("--num-query-groups", groups, tp, "--tensor-model-parallel-size")
+        _divides("--num-attention-heads", heads, groups, "--num-query-groups")
     if args.sequence_parallel:
-        _divides("--seq-length", args.seq_length, tp, "--tensor-model-parallel-size (sequence parallel)", way_out)
+        _divides("--seq-length", args.seq_length, tp, "--tensor-model-parallel-size (sequence parallel)")
     cp = args.context_parallel_size
     if cp > 1:
-        way_out = f"Change it, or --context-parallel-size {cp}."
-        _divides("--seq-length", args.seq_length, 2 * cp, "2 x --context-parallel-size", way_out)
+        _divides("--seq-length", args.seq_length, 2 * cp, "2 x --context-parallel-size")
     if args.num_experts is not None and args.moe_router_topk > args.num_experts:
         rule = f"cannot choose more than --num-experts = {args.num_experts} experts"
         raise ConfigError("--moe-router-topk", args.moe_router_topk, rule, "Lower it.")
@@ -173,8 +180,7 @@ def _check_parallelism(args: argparse.Namespace, world_size: int) -> None:
         raise ConfigError("--expert-model-parallel-size", ep, rule, "Pass --num-experts.")
     if args.num_experts is None:
         return
-    way_out = f"Change it, or --expert-model-parallel-size {ep}."
-    _divides("--num-experts", args.num_experts, ep, "--expert-model-parallel-size", way_out)
+    _divides("--num-experts", args.num_experts, ep, "--expert-model-parallel-size")
     if world_size % (etp * ep * pp):
         rule = f"{sizes} do not split into ETP {etp} x EP {ep} x PP {pp} = {etp * ep * pp}"
         raise ConfigError(
@@ -193,8 +199,7 @@ def _check_batch(args: argparse.Namespace, world_size: int) -> None:
     model_size = args.tensor_model_parallel_size * args.pipeline_model_parallel_size * args.context_parallel_size
     dp = world_size // model_size
     name = f"--micro-batch-size x data-parallel size ({args.micro_batch_size} x {dp})"
-    way_out = "Change one of the two batch sizes."
-    _divides("--global-batch-size", args.global_batch_size, args.micro_batch_size * dp, name, way_out)
+    _divides("--global-batch-size", args.global_batch_size, args.micro_batch_size * dp, name)
 
 
 def _data_prefixes(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
@@ -237,12 +242,14 @@ def megatron_verdict(args: argparse.Namespace) -> None:
     Raises:
         ConfigError: Megatron refuses the flags; its words are the rule.
     """
+    from megatron.training.argument_utils import core_transformer_config_from_args
     from megatron.training.arguments import validate_args
 
     said = io.StringIO()
     try:
         with contextlib.redirect_stdout(said):
             validate_args(args, {})
+            core_transformer_config_from_args(args)  # has rules of its own
     except (Exception, SystemExit) as error:  # whatever it stumbles over, the flags brought it there
         raise _refusal(error, said.getvalue()) from error
 

@@ -56,7 +56,7 @@ def after(module: ModuleType, name: str, callback: Callable[..., None]) -> None:
 
         return wrapper
 
-    rebind(module, name, wrap, callback)
+    rebind(module, name, wrap, ("after", callback))
 
 
 def before(module: ModuleType, name: str, callback: Callable[..., None]) -> None:
@@ -69,7 +69,7 @@ def before(module: ModuleType, name: str, callback: Callable[..., None]) -> None
 
         return wrapper
 
-    rebind(module, name, wrap, callback)
+    rebind(module, name, wrap, ("before", callback))
 
 
 def prepare_megatron(*, cpu: bool) -> None:

@@ -99,10 +99,10 @@ def _as_text(where: str, name: str, value: Any) -> FlagValue | None:
         return None
     if value is True:
         return True
-    if isinstance(value, list):
-        return [_scalar_text(item) for item in value]
-    if isinstance(value, str | int | float):
-        return _scalar_text(value)
+    items = value if isinstance(value, list) else [value]
+    if all(isinstance(item, str | int | float) and not isinstance(item, bool) for item in items):
+        texts = [_scalar_text(item) for item in items]
+        return texts if isinstance(value, list) else texts[0]
     raise ConfigError(
         where, value, "must be a number, a text, true, false or a list", "See configs/runs/quickstart.yaml."
     )

@@ -1,8 +1,8 @@
 """YAML as people mean it: the one reader for every configuration file of the project.
 
-PyYAML follows YAML 1.1, where `3e8` is a string, `no` is False and a repeated key silently wins. Here a number with an
-exponent is a number, integers are decimal (no octal 010, no 1:30), only `true` and `false` are booleans, and a repeated
-key is refused with its line.
+PyYAML follows YAML 1.1, where `3e8` is a string, `no` is False, `010` is 8 and a repeated key silently wins. Here a
+number with an exponent is a number, integers are decimal, dates are texts, only `true` and `false` are booleans, and a
+repeated key is refused with its line.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class _Loader(yaml.SafeLoader):
 
 
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":bool", ":int", ":float"))]
+    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":bool", ":int", ":float", ":timestamp"))]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 
@@ -74,7 +74,7 @@ def load_yaml(path: Path) -> dict[str, Any]:
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 0
         raise ConfigError(f"{path}:{line}", None, f"is not YAML: {error.problem}", "Mend the line.") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a tag's constructor refuses its text
         rule = f"is not YAML: {' '.join(str(error).split())}"
         raise ConfigError("configuration file", str(path), rule, "Mend it.") from None
     if not isinstance(content, dict):
@@ -84,7 +84,7 @@ def load_yaml(path: Path) -> dict[str, Any]:
 
 def dump_yaml(content: dict[str, Any]) -> str:
     """The text that `load_yaml` reads back as `content`, keys in their order."""
-    return yaml.dump(content, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    return yaml.dump(content, Dumper=_Dumper, sort_keys=False)
 
 
 def refuse_unknown_keys(where: str, content: Mapping[str, Any], known: tuple[str, ...]) -> None:

@@ -43,7 +43,8 @@ def preparation(spec: RunSpec) -> list[str]:
         ConfigError: a key of `data` is not an option of scripts/prepare_data.py.
     """
     assert spec.data is not None
-    known = sorted(option.removeprefix("--") for option in build_parser()._option_string_actions)
+    options = {option for option in build_parser()._option_string_actions if option.startswith("--")}
+    known = sorted(option.removeprefix("--") for option in options - {"--help", "--output-prefix"})
     command = [sys.executable, "-m", "megatron_smartmoe.adapter.corpus", "--output-prefix", str(spec.data["prefix"])]
     for name, value in spec.data.items():
         if name not in (*known, "prefix"):
@@ -62,8 +63,9 @@ def prepare(spec: RunSpec) -> None:
         ConfigError: it could not be prepared; the reason was printed.
     """
     assert spec.data is not None
+    command = preparation(spec)
     print(f"smartmoe: preparing {spec.data['prefix']}, once", flush=True)
-    status = subprocess.run(preparation(spec), check=False).returncode
+    status = subprocess.run(command, check=False).returncode
     if status:
         rule = f"could not be prepared (exit status {status})"
         raise ConfigError("data.prefix", spec.data["prefix"], rule, "See the message above.")

@@ -12,7 +12,7 @@ from megatron_smartmoe.adapter.launch import corpus
 from megatron_smartmoe.adapter.launch import flags as flag_lists
 from megatron_smartmoe.adapter.launch.topology import Topology
 from megatron_smartmoe.errors import ConfigError
-from megatron_smartmoe.spec.run import RunSpec
+from megatron_smartmoe.spec.run import FlagValue, RunSpec
 
 ENTRY = "megatron_smartmoe.adapter.pretrain"
 
@@ -36,7 +36,7 @@ def asked_device(spec: RunSpec, command_line: Sequence[str]) -> str:
     """--smartmoe-device of the command line, else of the configuration, else auto."""
     from megatron_smartmoe.adapter.arguments import device_from
 
-    configured = spec.flags.get("smartmoe-device")
+    configured = None if "--no-smartmoe-device" in command_line else spec.flags.get("smartmoe-device")
     return device_from([*(flag_lists.tokens_of("smartmoe-device", configured) if configured else []), *command_line])
 
 
@@ -74,7 +74,8 @@ def make_plan(spec: RunSpec, command_line: Sequence[str], topology: Topology, ru
     from megatron_smartmoe.adapter.pretrain import check_flags, choose_device, with_defaults
 
     cpu = choose_device(asked_device(spec, command_line))
-    config = {**corpus.dataset_flags(spec), **spec.flags}
+    derived = corpus.dataset_flags(spec)
+    config = {**derived, **spec.flags}
     open_tokens = flag_lists.merge(config, command_line, build_parser()._option_string_actions)
     tokens = [token.replace("{run_dir}", str(run_dir)) for token in open_tokens]
     os.environ["WORLD_SIZE"] = str(topology.world_size)
@@ -84,8 +85,13 @@ def make_plan(spec: RunSpec, command_line: Sequence[str], topology: Topology, ru
     return Plan(
         command=[*_program(topology), *tokens, "--smartmoe-run-dir", str(run_dir)],
         environment=_environment(topology, cpu=cpu),
-        spec=replace(spec, nproc=topology.ranks_per_node, flags=flag_lists.as_mapping(open_tokens)),
+        spec=replace(spec, nproc=topology.ranks_per_node, flags=_without(derived, flag_lists.as_mapping(open_tokens))),
     )
+
+
+def _without(derived: dict[str, FlagValue], flags: dict[str, FlagValue]) -> dict[str, FlagValue]:
+    """The flags but those that `data` stands for: dropping `data` later drops them too."""
+    return {name: value for name, value in flags.items() if derived.get(name) != value}
 
 
 def _program(topology: Topology) -> list[str]:

@@ -58,10 +58,17 @@ def run(
     assert child.stdout is not None
     copier = threading.Thread(target=_copy, args=(child.stdout, log), daemon=True)
     copier.start()
-    status = child.wait()
+    status = _wait(child)
     _end_orphans()
     copier.join()  # the pipe is closed: nobody is left to hold it
     return 128 - status if status < 0 else status
+
+
+def _wait(child: subprocess.Popen[bytes]) -> int:
+    """Wait in short turns: Python runs signal handlers between them, also of a signal that came just before a wait."""
+    while True:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return child.wait(timeout=0.5)
 
 
 def _copy(lines: IO[bytes], log: Path | None) -> None:
@@ -88,6 +95,8 @@ def _end_orphans(grace_s: float = 5.0) -> None:
     for orphan in orphans:
         with contextlib.suppress(psutil.NoSuchProcess):
             orphan.terminate()
-    for orphan in psutil.wait_procs(orphans, timeout=grace_s)[1]:
+    deaf = psutil.wait_procs(orphans, timeout=grace_s)[1]
+    for orphan in deaf:
         with contextlib.suppress(psutil.NoSuchProcess):
             orphan.kill()
+    psutil.wait_procs(deaf, timeout=grace_s)

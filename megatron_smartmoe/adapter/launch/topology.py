@@ -100,8 +100,9 @@ def _tasks_per_node(text: str, num_nodes: int) -> int:
 def _port(environ: Mapping[str, str]) -> int:
     """A port per job, the same on every node; MASTER_PORT has the last word."""
     asked = environ.get("MASTER_PORT")
-    if asked and not asked.isdecimal():
-        raise ConfigError("MASTER_PORT", asked, "must be a port number", "Unset it for one per job, or set a number.")
+    if asked and not (asked.isdecimal() and 1 <= int(asked) <= 65535):
+        rule = "must be a port number, 1 to 65535"
+        raise ConfigError("MASTER_PORT", asked, rule, "Unset it for one per job, or set a free one.")
     job, step = int(environ["SLURM_JOB_ID"]), int(environ["SLURM_STEP_ID"])
     return int(asked) if asked else 20000 + (job * 7 + step) % 20000
 
@@ -120,4 +121,8 @@ def _scontrol(*arguments: str) -> str:
     if shutil.which("scontrol") is None:
         rule = "scontrol, which knows the nodes' addresses, is not on PATH"
         raise ConfigError("MASTER_ADDR", None, rule, "Load Slurm's programs, or set MASTER_ADDR to the first node.")
-    return subprocess.run(["scontrol", *arguments], check=True, capture_output=True, text=True).stdout
+    done = subprocess.run(["scontrol", *arguments], check=False, capture_output=True, text=True)
+    if done.returncode:
+        rule = f"`scontrol {' '.join(arguments)}` failed: {done.stderr.strip() or done.returncode}"
+        raise ConfigError("MASTER_ADDR", None, rule, "Set MASTER_ADDR to the first node's address.")
+    return done.stdout

@@ -1,0 +1,126 @@
+"""Wrong input stops the launcher itself: one line on stderr, status 2, no torchrun, nothing created."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support.training import TINY_MODEL, TINY_TRAINING
+
+pytestmark = pytest.mark.dist
+
+ROOT = Path(__file__).parents[2]
+WITHOUT_DATA = [*TINY_MODEL, *TINY_TRAINING, "--train-iters", "1"]
+MODEL = [*WITHOUT_DATA, "--mock-data", "--tokenizer-type", "NullTokenizer"]
+CONFIGS = {
+    "wrong.yaml": "name: wrong\nflags:\n  model:\n    num-layers: 4\n    num-layers: 8\n",
+    "typo.yaml": "data:\n  prefix: data/corpus\n  pythonstdlib: true\n",
+    "not.yaml": "flags:\n  model: {num-layers: 4\n",
+}
+UNKNOWN_KEY = "error: data.pythonstdlib = True: is not an option of scripts/prepare_data.py. Known here: prefix, "
+CASES = {
+    "unknown flag": (
+        [*MODEL, "--vocab-size", "128", "--num-expert", "8"],
+        "error: command line = '--num-expert': is not a flag of Megatron or of smartmoe. "
+        "Did you mean --num-experts or --num-layers or --num-workers?",
+    ),
+    "configuration": (
+        ["--config", "wrong.yaml"],
+        "error: wrong.yaml:5 = 'num-layers': is given twice. Keep one of them.",
+    ),
+    "not YAML": (
+        ["--config", "not.yaml"],
+        "error: not.yaml:3 = None: is not YAML: expected ',' or '}', but got '<stream end>'. Mend the line.",
+    ),
+    "run directory": (
+        [*MODEL, "--vocab-size", "128", "--run-dir", "wrong.yaml"],
+        "error: --run-dir = 'wrong.yaml': File exists. Choose another.",
+    ),
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    path = tmp_path / "work"
+    path.mkdir()
+    for name, text in CONFIGS.items():
+        (path / name).write_text(text)
+    return path
+
+
+TRACE = """
+import os, sys
+from pathlib import Path
+if "torch.distributed.run" in sys.orig_argv:
+    Path(__file__).with_name("started").touch()
+    os._exit(9)
+"""
+
+
+@pytest.fixture
+def started(tmp_path: Path) -> Path:
+    """What a torchrun leaves here instead of running, if one is started."""
+    (tmp_path / "sitecustomize.py").write_text(TRACE)  # Python imports it when it starts
+    return tmp_path / "started"
+
+
+def launch(folder: Path, *argv: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """The launcher in `folder`, whose parent is looked through for `sitecustomize`."""
+    paths = {"PYTHONPATH": f"{folder.parent}{os.pathsep}{ROOT}", "PYTHONDONTWRITEBYTECODE": "1"}
+    environment = {**os.environ, **paths, **variables}
+    command = [sys.executable, "-m", "megatron_smartmoe.adapter.launch", *argv]
+    return subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_wrong_input_stops_the_launcher(name: str, folder: Path, started: Path) -> None:
+    argv, error = CASES[name]
+    done = launch(folder, *argv)
+    assert done.stderr == error + "\n"
+    assert done.stdout == ""
+    assert done.returncode == 2
+    assert_nothing_happened(folder, started)
+
+
+def assert_nothing_happened(folder: Path, started: Path) -> None:
+    assert {path.name for path in folder.iterdir()} == set(CONFIGS)
+    assert not started.exists()
+
+
+@pytest.mark.parametrize("how", ["--dry-run", "--run-dir=run"])
+def test_an_unknown_key_of_the_data_stops_the_launcher(how: str, folder: Path, started: Path) -> None:
+    done = launch(folder, "--config", "typo.yaml", how, *WITHOUT_DATA)
+    assert done.stderr.startswith(UNKNOWN_KEY)
+    assert len(done.stderr.splitlines()) == 1
+    assert done.returncode == 2
+    assert_nothing_happened(folder, started)
+    assert done.stdout == ""
+
+
+@pytest.mark.parametrize("task", ["0", "1"])
+def test_an_error_is_said_by_task_0_of_a_slurm_step(task: str, folder: Path, started: Path) -> None:
+    argv, error = CASES["configuration"]
+    done = launch(folder, *argv, SLURM_JOB_ID="7", SLURM_STEP_NUM_TASKS="2", SLURM_PROCID=task)
+    assert done.stderr == (f"{error}\n" if task == "0" else "")
+    assert done.stdout == ""
+    assert done.returncode == 2
+    assert_nothing_happened(folder, started)
+
+
+def test_good_input_does_start_torchrun(folder: Path, started: Path) -> None:
+    """The trace that the tests above look for does appear."""
+    done = launch(folder, *MODEL, "--vocab-size", "128", "--run-dir", "run")
+    assert started.exists(), done.stdout + done.stderr
+    assert done.returncode == 9
+    assert sorted(path.name for path in (folder / "run").iterdir()) == [
+        "command.sh",
+        "config.yaml",
+        "environment.json",
+        "train.log",
+    ]

@@ -1,0 +1,252 @@
+"""The launcher's story: which configuration, in which order, what a dry run leaves out, who reports errors."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_smartmoe.adapter.launch import launcher
+from megatron_smartmoe.adapter.launch.plan import Plan
+from megatron_smartmoe.adapter.launch.topology import Topology
+from megatron_smartmoe.errors import ConfigError
+from megatron_smartmoe.spec.run import RunSpec, load_run_spec
+
+PYTHON_M = [sys.executable, "-m"]
+
+
+def options(*argv: str) -> Any:
+    return launcher.build_parser().parse_known_args(argv)[0]
+
+
+def test_flags_of_megatron_are_not_taken_for_the_launchers() -> None:
+    argv = ["--nproc", "2", "--num-layers", "4", "--run", "x", "--dry-run"]
+    own, rest = launcher.build_parser().parse_known_args(argv)
+    assert (own.nproc, own.dry_run, own.run_dir) == (2, True, None)
+    assert rest == ["--num-layers", "4", "--run", "x"]
+
+
+def test_a_run_directory_is_its_own_configuration(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("name: before\n")
+    other = tmp_path / "other.yaml"
+    other.write_text("name: other\n")
+    assert launcher.read_spec(options("--run-dir", str(tmp_path))).name == "before"
+    assert launcher.read_spec(options("--run-dir", str(tmp_path), "--config", str(other))).name == "other"
+    assert launcher.read_spec(options("--run-dir", str(tmp_path / "new"))) == RunSpec(name="run")
+    assert launcher.read_spec(options()) == RunSpec(name="run")
+
+
+@pytest.fixture
+def commands(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """The commands that would have been run; each "succeeds"."""
+    started: list[list[str]] = []
+
+    def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        started.append(command)
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(launcher.subprocess, "run", run)
+    return started
+
+
+class Story:
+    """Stands in for planning, preparing and running; notes what happens, in order."""
+
+    def __init__(self) -> None:
+        self.topology = Topology(ranks_per_node=2)
+        self.events: list[str] = []
+        self.ran: tuple[Any, ...] = ()
+
+    def make_plan(self, spec: RunSpec, command_line: list[str], topology: Topology, run_dir: Path) -> Plan:
+        self.events.append(f"plan {' '.join(command_line)} in {run_dir}")
+        return Plan(command=["python", "--x", "1"], environment={"A": "1"}, spec=replace(spec, nproc=2))
+
+    def prepare(self, spec: RunSpec) -> None:
+        assert spec.data is not None
+        assert not Path("here").exists()
+        self.events.append(f"prepare {spec.data['prefix']}")
+
+    def run(self, *args: Any) -> int:
+        assert args[2].parent.is_dir()
+        self.events.append("run")
+        self.ran = args
+        return 7
+
+
+@pytest.fixture
+def story(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Story:
+    story = Story()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(launcher, "ranks_per_node", lambda nproc, spec, command_line: 2)
+    monkeypatch.setattr(launcher, "find_topology", lambda ranks_per_node: story.topology)
+    monkeypatch.setattr(launcher, "make_plan", story.make_plan)
+    monkeypatch.setattr(launcher.corpus, "prepare", story.prepare)
+    monkeypatch.setattr(launcher.process, "run", story.run)
+    monkeypatch.setattr(launcher.run_dir, "_environment", dict)
+    (tmp_path / "a.yaml").write_text("name: mine\ndata: {prefix: data/corpus, seed: 3}\n")
+    return story
+
+
+ARGV = ["--config", "a.yaml", "--run-dir", "here", "--lr", "1"]
+
+
+def test_flags_are_checked_then_data_is_prepared_then_the_ranks_run(
+    story: Story, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert launcher.main(ARGV) == 7
+    assert story.events == ["plan --lr 1 in here", "prepare data/corpus", "run"]
+    assert story.ran == (["python", "--x", "1"], {"A": "1"}, Path("here/train.log"))
+    spec = RunSpec(name="mine", nproc=2, data={"prefix": "data/corpus", "seed": 3})
+    assert load_run_spec(Path("here/config.yaml")) == spec
+    assert Path("here/command.sh").read_text().endswith("\nA=1 python \\\n  --x 1\n")
+    assert capsys.readouterr() == ("smartmoe: 2 ranks on 1 node(s), run directory here\n", "")
+
+
+def test_data_that_exists_is_not_prepared(story: Story) -> None:
+    Path("data").mkdir()
+    for suffix in ("json", "idx"):
+        Path(f"data/corpus.{suffix}").touch()
+    assert launcher.main(ARGV) == 7
+    assert story.events == ["plan --lr 1 in here", "run"]
+
+
+def test_data_that_nobody_reads_is_not_prepared(story: Story) -> None:
+    assert launcher.main([*ARGV, "--mock-data"]) == 7
+    assert story.events == ["plan --lr 1 --mock-data in here", "run"]
+    assert load_run_spec(Path("here/config.yaml")).data is None
+
+
+def test_a_dry_run_checks_and_shows_and_does_nothing(
+    story: Story, commands: list[list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert launcher.main([*ARGV, "--dry-run"]) == 0
+    assert story.events == ["plan --lr 1 in here"]
+    assert commands == []
+    assert [path.name for path in Path().iterdir()] == ["a.yaml"]
+    prepare = " ".join([*PYTHON_M, "megatron_smartmoe.adapter.corpus"])
+    assert capsys.readouterr().out == (
+        f"# first, once:\n{prepare} \\\n  --output-prefix data/corpus \\\n  --seed 3\n\nA=1 python \\\n  --x 1\n"
+    )
+
+
+def test_flags_that_are_wrong_prepare_nothing(
+    story: Story, commands: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise ConfigError("--lr", "x", "is wrong", "Mend it.")
+
+    monkeypatch.setattr(launcher, "make_plan", refuse)
+    assert launcher.main(ARGV) == 2
+    assert (story.events, commands) == ([], [])
+    assert not Path("here").exists()
+
+
+def test_another_node_says_nothing_and_has_its_own_log(story: Story, capsys: pytest.CaptureFixture[str]) -> None:
+    story.topology = Topology(num_nodes=2, node=1, ranks_per_node=2)
+    assert launcher.main([*ARGV, "--dry-run"]) == 0
+    assert launcher.main(ARGV) == 7
+    assert story.ran[2] == Path("here/node1.log")
+    assert list(Path("here").iterdir()) == []
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("node", "events"),
+    [("n1", ["plan --lr 1 in here", "srun 1"]), (None, ["srun 1"])],
+    ids=["batch script", "salloc's shell"],
+)
+def test_a_launcher_per_node_is_started_after_the_check(
+    story: Story, monkeypatch: pytest.MonkeyPatch, node: str | None, events: list[str]
+) -> None:
+    """Where this is a node of the allocation; of the nodes' GPUs a login node knows nothing."""
+
+    def srun(topology: Topology, argv: list[str]) -> int:
+        assert argv == ARGV
+        story.events.append(f"srun {topology.num_nodes}")
+        return 9
+
+    story.topology = Topology(ranks_per_node=2, needs_srun=True)
+    monkeypatch.setattr(launcher, "_srun", srun)
+    monkeypatch.delenv("SLURMD_NODENAME", raising=False)
+    if node:
+        monkeypatch.setenv("SLURMD_NODENAME", node)
+    assert launcher.main(ARGV) == 9
+    assert story.events == events
+    assert not Path("here").exists()
+
+
+def test_a_task_per_rank_becomes_its_rank(story: Story, monkeypatch: pytest.MonkeyPatch) -> None:
+    became: list[Any] = []
+
+    def execv(*args: Any) -> None:
+        became.append((*args, launcher.os.environ["A"]))
+        raise SystemExit
+
+    story.topology = Topology(num_nodes=2, node=1, ranks_per_node=2, rank=3)
+    monkeypatch.setenv("A", "before")
+    monkeypatch.setattr(launcher.os, "execv", execv)
+    with pytest.raises(SystemExit):
+        launcher.main(ARGV)
+    assert became == [("python", ["python", "--x", "1"], "1")]
+    assert story.events[-1] != "run"
+
+
+def test_a_batch_script_starts_a_launcher_per_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran = []
+    monkeypatch.setattr(launcher.shutil, "which", lambda name: f"/bin/{name}")
+    monkeypatch.setattr(launcher.process, "run", lambda *args: ran.append(args) or 7)
+    assert launcher._srun(Topology(num_nodes=2, needs_srun=True), ["--config", "a b.yaml"]) == 7
+    command, environment, log, _ = ran[0]
+    nodes = ["--nodes", "2", "--ntasks", "2", "--ntasks-per-node", "1"]
+    how = ["--cpu-bind=none", "--kill-on-bad-exit=1"]
+    assert command == ["srun", *nodes, *how, *PYTHON_M, "megatron_smartmoe.adapter.launch", "--config", "a b.yaml"]
+    assert (environment, log) == ({}, None)
+
+
+def test_sigterm_goes_to_the_tasks_through_slurm(monkeypatch: pytest.MonkeyPatch, commands: list[list[str]]) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setattr(launcher.shutil, "which", lambda name: f"/bin/{name}")
+    monkeypatch.setattr(launcher.process, "run", lambda command, environment, log, terminate: terminate(None))
+    launcher._srun(Topology(num_nodes=2, needs_srun=True), [])
+    assert commands == [["scancel", "--signal=TERM", "7"]]
+
+
+def test_a_missing_srun_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launcher.shutil, "which", lambda name: None)
+    with pytest.raises(ConfigError) as caught:
+        launcher._srun(Topology(num_nodes=2, needs_srun=True), [])
+    assert str(caught.value) == "SLURM_JOB_NUM_NODES = 2: srun is not on PATH. Load Slurm's programs."
+
+
+WRONG = "error: a.yaml:2 = None: is not YAML: expected ',' or ']', but got '<stream end>'. Mend the line.\n"
+
+
+@pytest.mark.parametrize(
+    ("slurm", "says"),
+    [
+        ({}, WRONG),
+        ({"SLURM_PROCID": "0"}, WRONG),  # a batch script
+        ({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "2"}, WRONG),
+        ({"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2"}, ""),
+    ],
+    ids=["no Slurm", "batch", "task 0", "task 1"],
+)
+def test_an_error_is_one_line_from_one_task(
+    slurm: dict[str, str],
+    says: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("a.yaml").write_text("flags: [1, 2\n")
+    for name in ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in slurm.items():
+        monkeypatch.setenv(name, value)
+    assert launcher.main(["--config", "a.yaml"]) == 2
+    assert capsys.readouterr() == ("", says)

@@ -1,0 +1,118 @@
+"""The run directory: where it is, what is in it, and that it can be run again."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_smartmoe.adapter.launch import run_dir
+from megatron_smartmoe.adapter.launch.flags import render
+from megatron_smartmoe.errors import ConfigError
+from megatron_smartmoe.spec.run import RunSpec, load_run_spec
+
+SPEC = RunSpec(
+    name="quick",
+    nproc=4,
+    data={"prefix": "data/corpus", "max-bytes": 8_000_000, "python-stdlib": True},
+    flags={"lr": "3e-05", "swiglu": True, "betas": ["0.9", "0.95"], "save": "{run_dir}/checkpoints", "split": "9,1,0"},
+)
+
+
+def test_the_directory_that_is_asked_for() -> None:
+    assert run_dir.choose(Path("here"), "quick", {"SLURM_JOB_ID": "7"}) == Path("here")
+
+
+def test_a_slurm_job_has_one_directory_on_every_node() -> None:
+    assert run_dir.choose(None, "quick", {"SLURM_JOB_ID": "7"}) == Path("runs/quick-job7")
+
+
+def test_another_run_has_a_new_directory_with_its_time() -> None:
+    assert re.fullmatch(r"runs/quick-\d{8}-\d{6}", str(run_dir.choose(None, "quick", {})))
+
+
+@pytest.fixture
+def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    path = Path("runs/a")
+    run_dir.create(path, SPEC, render(["echo", "it's", "--x", "a b"], {"A": "1"}))
+    return path
+
+
+def test_it_holds_what_is_needed_to_run_it_again(made: Path) -> None:
+    assert sorted(os.listdir(made)) == ["command.sh", "config.yaml", "environment.json"]
+    assert load_run_spec(made / "config.yaml") == SPEC
+
+
+def test_the_command_runs_from_where_it_was_given(made: Path, tmp_path: Path) -> None:
+    script = made / "command.sh"
+    assert script.read_text().startswith(f"#!/usr/bin/env bash\ncd {tmp_path}\nA=1 echo")
+    done = subprocess.run([script.resolve()], cwd="/", capture_output=True, text=True, check=True)
+    assert done.stdout == "it's --x a b\n"
+
+
+def test_the_command_runs_from_a_directory_with_a_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my runs").mkdir()
+    monkeypatch.chdir(tmp_path / "my runs")
+    run_dir.create(Path("a"), SPEC, "pwd")
+    done = subprocess.run([Path("a/command.sh").resolve()], cwd="/", capture_output=True, text=True, check=False)
+    assert done.stdout == f"{tmp_path}/my runs\n"
+
+
+def test_the_environment_is_noted(made: Path) -> None:
+    noted = json.loads((made / "environment.json").read_text())
+    assert list(noted) == ["time", "git", "git_changes", "python", "versions", "host", "argv", "slurm"]
+    assert noted["versions"]["megatron-core"] == "0.19.0"
+    assert noted["slurm"]["SLURM_JOB_ID"] == "7"
+
+
+def test_no_git_is_no_error(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    run_dir.create(made, SPEC, "true")
+    assert json.loads((made / "environment.json").read_text())["git"] is None
+
+
+def test_an_existing_directory_is_gone_on_with(made: Path) -> None:
+    (made / "metrics.jsonl").write_text("{}\n")
+    run_dir.create(made, RunSpec(name="quick", nproc=2), "true")
+    assert load_run_spec(made / "config.yaml").nproc == 2
+    assert (made / "metrics.jsonl").read_text() == "{}\n"
+
+
+@pytest.mark.parametrize(("path", "why"), [("file", "File exists"), ("file/below", "Not a directory")])
+def test_a_path_that_cannot_be_a_directory(tmp_path: Path, path: str, why: str) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError) as caught:
+        run_dir.create(tmp_path / path, SPEC, "true")
+    assert str(caught.value) == f"--run-dir = '{tmp_path / path}': {why}. Choose another."
+
+
+@given(
+    st.dictionaries(
+        st.from_regex(r"[a-z][a-z-]{0,6}", fullmatch=True),
+        st.one_of(st.just(True), st.sampled_from(["no", "true", "null", "~", "", "1_0", "0x1f", "2026-01-02", "a: b"])),
+    )
+)
+def test_texts_that_yaml_could_take_for_something_else_come_back(flags: dict[str, str | bool]) -> None:
+    assert _there_and_back(RunSpec(name="a", flags=dict(flags))).flags == flags
+
+
+def test_a_text_that_looks_like_a_number_with_an_exponent_comes_back() -> None:
+    spec = RunSpec(name="7e3", flags={"wandb-exp-name": "12e4"})
+    assert _there_and_back(spec) == spec
+
+
+def _there_and_back(spec: RunSpec) -> RunSpec:
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_dir, "_environment", dict)  # git, many times over
+        run_dir.create(Path(folder), spec, "true")
+        return load_run_spec(Path(folder) / "config.yaml")

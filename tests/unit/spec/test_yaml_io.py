@@ -1,0 +1,250 @@
+"""YAML as people mean it: numbers, booleans, repeated keys, and what is said of files that are not YAML."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_smartmoe.errors import ConfigError
+from megatron_smartmoe.spec.yaml_io import dump_yaml, load_yaml, refuse_unknown_keys
+
+
+@pytest.fixture
+def load(tmp_path: Path) -> Any:
+    def load_text(text: str) -> dict[str, Any]:
+        path = tmp_path / "file.yaml"
+        path.write_text(text, encoding="utf-8")
+        return load_yaml(path)
+
+    return load_text
+
+
+@pytest.fixture
+def error_of(load: Any, tmp_path: Path) -> Any:
+    """The message for a text, with the file's path taken out."""
+
+    def message(text: str) -> str:
+        with pytest.raises(ConfigError) as caught:
+            load(text)
+        return str(caught.value).replace(str(tmp_path), "")
+
+    return message
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("3e8", 3e8),
+        ("1e-3", 1e-3),
+        ("-2E+4", -2e4),
+        ("1.5e3", 1500.0),
+        ("1_000.5", 1000.5),
+        (".5", 0.5),
+        ("-.5e2", -50.0),
+        ("5.", 5.0),
+        ("0.1", 0.1),
+        (".inf", math.inf),
+        ("-.inf", -math.inf),
+    ],
+)
+def test_a_number_with_point_or_exponent_is_a_float(load: Any, text: str, value: float) -> None:
+    loaded = load(f"key: {text}")["key"]
+    assert loaded == value
+    assert isinstance(loaded, float)
+
+
+def test_not_a_number(load: Any) -> None:
+    assert math.isnan(load("key: .nan")["key"])
+
+
+@pytest.mark.parametrize(("text", "value"), [("0", 0), ("42", 42), ("-7", -7), ("+7", 7), ("8_000_000", 8_000_000)])
+def test_a_whole_number_stays_one(load: Any, text: str, value: int) -> None:
+    loaded = load(f"key: {text}")["key"]
+    assert loaded == value
+    assert isinstance(loaded, int)
+
+
+@pytest.mark.parametrize(("text", "value"), [("true", True), ("True", True), ("FALSE", False), ("false", False)])
+def test_only_true_and_false_are_booleans(load: Any, text: str, value: bool) -> None:
+    assert load(f"key: {text}")["key"] is value
+
+
+@pytest.mark.parametrize("text", ["no", "No", "NO", "yes", "on", "off", "y", "n", "tRUE"])
+def test_other_words_stay_text(load: Any, text: str) -> None:
+    assert load(f"key: {text}") == {"key": text}
+
+
+@pytest.mark.parametrize("text", ["1.2.3", "e8", "3e", "1e5x", "-e5", ".", "95,5,0", "10k", "--flag", "0.9 0.95"])
+def test_what_only_looks_like_a_number_stays_text(load: Any, text: str) -> None:
+    assert load(f"key: {text}") == {"key": text}
+
+
+@pytest.mark.parametrize("text", ["'3e8'", '"3e8"'])
+def test_quotes_make_text(load: Any, text: str) -> None:
+    assert load(f"key: {text}") == {"key": "3e8"}
+
+
+@given(st.floats(allow_nan=False))
+def test_every_float_that_python_prints_is_read_back(value: float) -> None:
+    text = repr(value).replace("inf", ".inf")
+    assert yaml.load(f"[{text}]", Loader=_loader()) == [value]
+
+
+@given(st.integers(min_value=-(10**30), max_value=10**30))
+def test_every_integer_is_read_back(value: int) -> None:
+    (loaded,) = yaml.load(f"[{value}]", Loader=_loader())
+    assert loaded == value
+    assert type(loaded) is int
+
+
+def _loader() -> Any:
+    from megatron_smartmoe.spec import yaml_io
+
+    return yaml_io._Loader
+
+
+def test_the_rules_are_not_for_other_users_of_yaml() -> None:
+    """The loader is a class of its own: PyYAML itself is left as it was."""
+    assert yaml.safe_load("[3e8, no]") == ["3e8", False]
+
+
+@pytest.mark.parametrize("text", ["010", "-010", "00", "0x1f", "0b11", "0o17", "1:30", "1:30:00", "1:30.5", "-1:30"])
+def test_integers_are_decimal_and_have_no_leading_zero(load: Any, text: str) -> None:
+    """What YAML 1.1 reads as octal, hexadecimal, binary or base 60 is text."""
+    assert load(f"key: {text}") == {"key": text}
+
+
+def test_nesting_lists_and_anchors_work(load: Any) -> None:
+    text = "base: &base {a: 1e3, b: no}\nderived:\n  <<: *base\n  b: [yes, 2]\n"
+    assert load(text) == {"base": {"a": 1000.0, "b": "no"}, "derived": {"a": 1000.0, "b": ["yes", 2]}}
+
+
+def test_a_repeated_key_is_refused_with_its_line(error_of: Any) -> None:
+    assert error_of("a: 1\nb: 2\na: 3\n") == "/file.yaml:3 = 'a': is given twice. Keep one of them."
+
+
+def test_a_repeated_key_is_found_at_any_depth(error_of: Any) -> None:
+    text = "flags:\n  model:\n    lr: 1\n\n    lr: 2\n"
+    assert error_of(text) == "/file.yaml:5 = 'lr': is given twice. Keep one of them."
+
+
+def test_a_repeated_key_is_found_in_a_list(error_of: Any) -> None:
+    assert error_of("a: [{b: 1, b: 2}]\n") == "/file.yaml:1 = 'b': is given twice. Keep one of them."
+
+
+def test_the_same_key_in_two_groups_is_two_keys(load: Any) -> None:
+    assert load("a: {x: 1}\nb: {x: 2}\n") == {"a": {"x": 1}, "b": {"x": 2}}
+
+
+def test_a_missing_file(tmp_path: Path) -> None:
+    path = tmp_path / "absent.yaml"
+    with pytest.raises(ConfigError) as caught:
+        load_yaml(path)
+    assert str(caught.value) == (
+        f"configuration file = '{path}': does not exist. Check the path; examples are in configs/."
+    )
+
+
+def test_a_file_that_is_not_yaml(error_of: Any) -> None:
+    assert error_of("a: 1\nb: [1, 2\n") == (
+        "/file.yaml:3 = None: is not YAML: expected ',' or ']', but got '<stream end>'. Mend the line."
+    )
+
+
+REFUSED = {
+    "a: !!python/object/apply:os.getcwd []": "/file.yaml:1 = None: is not YAML: could not determine a constructor for "
+    "the tag 'tag:yaml.org,2002:python/object/apply:os.getcwd'. Mend the line.",
+    "\n? [a]\n: b\n": "/file.yaml:2 = None: is not YAML: found unhashable key. Mend the line.",
+    "a: 1\nb: c: d\n": "/file.yaml:2 = None: is not YAML: mapping values are not allowed here. Mend the line.",
+    "a: 1\n---\nb: 2\n": "/file.yaml:2 = None: is not YAML: but found another document. Mend the line.",
+    "a: \x07": "configuration file = '/file.yaml': is not YAML: unacceptable character #x0007: special characters are "
+    'not allowed in "/file.yaml", position 3. Mend it.',
+}
+
+
+@pytest.mark.parametrize("text", REFUSED)
+def test_what_yaml_itself_refuses_is_said_in_one_line(error_of: Any, text: str) -> None:
+    assert error_of(text) == REFUSED[text]
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("a: !!int x", "invalid literal for int() with base 10: 'x'"),
+        ("a: !!float x", "could not convert string to float: 'x'"),
+    ],
+)
+def test_a_value_that_its_tag_refuses(error_of: Any, text: str, says: str) -> None:
+    assert error_of(text) == f"configuration file = '/file.yaml': is not YAML: {says}. Mend it."
+
+
+@pytest.mark.parametrize("text", ["2026-01-02", "2026-02-30", "2026-01-02 03:04:05"])
+def test_a_date_is_text(load: Any, text: str) -> None:
+    assert load(f"key: {text}") == {"key": text}
+
+
+@pytest.mark.parametrize("text", ["", "# nothing\n", "- a\n- b\n", "word", "3"])
+def test_a_file_that_is_not_a_mapping(error_of: Any, text: str) -> None:
+    assert error_of(text) == (
+        "configuration file = '/file.yaml': must be a mapping of keys to values. See configs/runs/."
+    )
+
+
+def test_a_file_that_is_not_utf8(tmp_path: Path) -> None:
+    path = tmp_path / "latin.yaml"
+    path.write_bytes(b"name: caf\xe9\n")
+    with pytest.raises(ConfigError) as caught:
+        load_yaml(path)
+    assert str(caught.value) == f"configuration file = '{path}': is not UTF-8 text. Check the path."
+
+
+def test_a_directory_is_called_one(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_yaml(tmp_path)
+    assert str(caught.value) == (
+        f"configuration file = '{tmp_path}': is a directory. Check the path; examples are in configs/."
+    )
+
+
+LOOKS_LIKE_SOMETHING = st.one_of(
+    st.sampled_from(["no", "true", "~", "null", "", "1_0", "0x1f", "010", "1:30", "2026-01-02", "a: b", "# a", "12e4"]),
+    st.text("0123456789eE+-_.:xb", max_size=6),
+)
+TEXTS = st.text(st.characters(exclude_categories=["Cs"]))
+SCALARS = st.one_of(LOOKS_LIKE_SOMETHING, TEXTS, st.booleans(), st.integers(), st.floats(allow_nan=False))
+CONTENT = st.dictionaries(LOOKS_LIKE_SOMETHING, st.one_of(SCALARS, st.none(), st.lists(SCALARS, max_size=3)))
+
+
+@given(CONTENT)
+def test_what_is_written_is_read_back(content: dict[str, Any]) -> None:
+    """Texts stay texts and numbers numbers, whatever they look like; keys keep their order."""
+    read = yaml.load(dump_yaml(content), Loader=_loader())
+    assert repr(read) == repr(content)
+
+
+def test_what_is_written_is_for_people() -> None:
+    content = {"name": "quick", "flags": {"lr": "3e-05", "warmup": "1:30", "betas": [0.9, 2], "swiglu": True}}
+    assert dump_yaml(content) == (
+        "name: quick\nflags:\n  lr: '3e-05'\n  warmup: 1:30\n  betas:\n  - 0.9\n  - 2\n  swiglu: true\n"
+    )
+
+
+def test_unknown_keys_are_refused_with_their_path() -> None:
+    with pytest.raises(ConfigError) as caught:
+        refuse_unknown_keys("nodes.gpu", {"name": "H200", "memmory": 141}, ("name", "memory"))
+    assert str(caught.value) == "nodes.gpu.memmory = 141: is not a known key. Known here: name, memory."
+
+
+def test_unknown_keys_at_the_top_have_no_path() -> None:
+    with pytest.raises(ConfigError, match=r"^flag = None: is not a known key\. Known here: name\.$"):
+        refuse_unknown_keys("", {"flag": None}, ("name",))
+
+
+def test_known_keys_pass() -> None:
+    refuse_unknown_keys("", {"name": 1}, ("name", "nproc"))

@@ -1,0 +1,60 @@
+"""Errors say field, value, rule and way out, and survive the way from a worker process to its parent."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from pathlib import Path
+
+import pytest
+
+from megatron_smartmoe.errors import CompatError, ConfigError, SmartMoEError
+
+
+def test_the_message_is_field_value_rule_and_way_out() -> None:
+    error = ConfigError("--nproc", 0, "must be at least 1", "Pass the number of ranks per node.")
+    assert str(error) == "--nproc = 0: must be at least 1. Pass the number of ranks per node."
+    assert (error.field, error.value, error.rule) == ("--nproc", 0, "must be at least 1")
+    assert error.way_out == "Pass the number of ranks per node."
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"), [("3e8", "'3e8'"), (3e8, "300000000.0"), (None, "None"), (["a"], "['a']"), ("", "''")]
+)
+def test_the_value_shows_its_type(value: object, shown: str) -> None:
+    assert str(ConfigError("a.b", value, "is wrong", "Mend it.")) == f"a.b = {shown}: is wrong. Mend it."
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+@pytest.mark.parametrize("value", [None, "text", 3, Path("runs/a"), {"prefix": ["a", 1]}])
+def test_pickling_keeps_the_four_parts(value: object, protocol: int) -> None:
+    error = ConfigError("data.prefix", value, "is wrong", "Mend it.")
+    again = pickle.loads(pickle.dumps(error, protocol))
+    assert type(again) is ConfigError
+    assert vars(again) == vars(error)
+    assert str(again) == str(error)
+
+
+def test_copying_keeps_the_four_parts() -> None:
+    error = ConfigError("a", [1], "is wrong", "Mend it.")
+    again = copy.deepcopy(error)
+    assert vars(again) == vars(error)
+    assert again.value is not error.value
+
+
+class _Narrow(ConfigError):
+    """A subclass pickles as itself."""
+
+
+def test_a_subclass_pickles_as_itself() -> None:
+    assert type(pickle.loads(pickle.dumps(_Narrow("a", 1, "is wrong", "Mend it.")))) is _Narrow
+
+
+@pytest.mark.parametrize("error", [ConfigError("a", 1, "is wrong", "Mend it."), CompatError("too old")])
+def test_one_base_class_catches_all(error: Exception) -> None:
+    assert isinstance(error, SmartMoEError)
+    assert not isinstance(error, ValueError | RuntimeError)
+
+
+def test_a_compat_error_pickles() -> None:
+    assert str(pickle.loads(pickle.dumps(CompatError("too old")))) == "too old"
