@@ -32,3 +32,11 @@ class ConfigError(SmartMoEError):
 
 class CompatError(SmartMoEError):
     """The installed software (Megatron, torch, a compiler) is not one that the project can work with."""
+
+
+class PlanError(SmartMoEError):
+    """A placement, a split or a trace breaks one of its rules. The message names the offending entry."""
+
+
+class MigrationError(SmartMoEError):
+    """Experts could not be moved; the placement that was in force before stays in force."""

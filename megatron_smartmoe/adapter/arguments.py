@@ -102,6 +102,12 @@ def machine_defaults(*, cpu: bool, transformer_engine: bool, apex: bool) -> list
 class _Parser(argparse.ArgumentParser):
     """A parser whose complaints are ConfigErrors, without 900 lines of usage in front."""
 
+    def _get_value(self, action: argparse.Action, arg_string: str) -> object:
+        try:
+            return super()._get_value(action, arg_string)  # type: ignore[misc]
+        except KeyError:  # some of Megatron's flags look their value up in a table
+            raise argparse.ArgumentError(action, f"invalid value: {arg_string!r}") from None
+
     def error(self, message: str) -> None:  # type: ignore[override]
         """Raise what argparse says as a ConfigError: `argument --lr: invalid float value: 'abc'`."""
         field, _, rest = message.removeprefix("argument ").partition(": ")
@@ -136,11 +142,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         ConfigError: an unknown flag (with the nearest known ones) or a value of the wrong type.
     """
     parser = build_parser()
-    try:
-        args, unknown = parser.parse_known_args(list(argv))
-    except KeyError as error:  # some of Megatron's flags look their value up in a table
-        rule = "is not a value that its flag takes"
-        raise ConfigError("command line", error.args[0], rule, "--help-megatron says what the flags mean.") from None
+    args, unknown = parser.parse_known_args(list(argv))
     if unknown:
         near = difflib.get_close_matches(unknown[0].split("=")[0], parser._option_string_actions, n=3)
         hint = f"Did you mean {' or '.join(near)}?" if near else "--help-megatron lists the flags that exist."

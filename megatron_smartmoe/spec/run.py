@@ -85,7 +85,7 @@ def _flags(content: Any) -> dict[str, FlagValue]:
             raise ConfigError(f"flags.{group}", members, rule, f"Write flags: {{{group}: {{...}}}}.")
         for name, value in members.items():
             where = f"flags.{group}.{name}"
-            if name in flags:
+            if str(name) in flags:
                 raise ConfigError(where, value, "is given in another group too", "Keep one of them.")
             flags[str(name)] = _as_text(where, str(name), value)
     return {name: value for name, value in flags.items() if value is not None}

@@ -72,8 +72,10 @@ def load_yaml(path: Path) -> dict[str, Any]:
     except UnicodeDecodeError:
         raise ConfigError("configuration file", str(path), "is not UTF-8 text", "Check the path.") from None
     except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 0
-        raise ConfigError(f"{path}:{line}", None, f"is not YAML: {error.problem}", "Mend the line.") from None
+        lines = path.read_text(encoding="utf-8").splitlines() or [""]
+        number = min(error.problem_mark.line if error.problem_mark else 0, len(lines) - 1)
+        rule = f"is not YAML: {error.problem}"
+        raise ConfigError(f"{path}:{number + 1}", lines[number], rule, "Mend the line.") from None
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a tag's constructor refuses its text
         rule = f"is not YAML: {' '.join(str(error).split())}"
         raise ConfigError("configuration file", str(path), rule, "Mend it.") from None

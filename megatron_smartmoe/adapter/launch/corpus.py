@@ -36,20 +36,26 @@ def exists(spec: RunSpec) -> bool:
     return spec.data is None or PreparedCorpus.exists(spec.data["prefix"])
 
 
+def check(spec: RunSpec) -> None:
+    """Raises ConfigError for a key of `data` that is not an option of scripts/prepare_data.py."""
+    options = {option for option in build_parser()._option_string_actions if option.startswith("--")}
+    known = sorted(option.removeprefix("--") for option in options - {"--help", "--output-prefix"})
+    for name, value in (spec.data or {}).items():
+        if name not in (*known, "prefix"):
+            rule = "is not an option of scripts/prepare_data.py"
+            raise ConfigError(f"data.{name}", value, rule, f"Known here: prefix, {', '.join(known)}.")
+
+
 def preparation(spec: RunSpec) -> list[str]:
     """The command that prepares the corpus.
 
     Raises:
-        ConfigError: a key of `data` is not an option of scripts/prepare_data.py.
+        ConfigError: see `check`.
     """
     assert spec.data is not None
-    options = {option for option in build_parser()._option_string_actions if option.startswith("--")}
-    known = sorted(option.removeprefix("--") for option in options - {"--help", "--output-prefix"})
+    check(spec)
     command = [sys.executable, "-m", "megatron_smartmoe.adapter.corpus", "--output-prefix", str(spec.data["prefix"])]
     for name, value in spec.data.items():
-        if name not in (*known, "prefix"):
-            rule = "is not an option of scripts/prepare_data.py"
-            raise ConfigError(f"data.{name}", value, rule, f"Known here: prefix, {', '.join(known)}.")
         if name != "prefix" and value not in (None, False):
             values = value if isinstance(value, list) else [value]
             command += flag_lists.tokens_of(name, True if value is True else [str(item) for item in values])

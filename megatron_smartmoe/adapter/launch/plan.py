@@ -74,6 +74,7 @@ def make_plan(spec: RunSpec, command_line: Sequence[str], topology: Topology, ru
     from megatron_smartmoe.adapter.pretrain import check_flags, choose_device, with_defaults
 
     cpu = choose_device(asked_device(spec, command_line))
+    corpus.check(spec)
     derived = corpus.dataset_flags(spec)
     config = {**derived, **spec.flags}
     open_tokens = flag_lists.merge(config, command_line, build_parser()._option_string_actions)

@@ -153,16 +153,16 @@ def test_a_missing_file(tmp_path: Path) -> None:
 
 def test_a_file_that_is_not_yaml(error_of: Any) -> None:
     assert error_of("a: 1\nb: [1, 2\n") == (
-        "/file.yaml:3 = None: is not YAML: expected ',' or ']', but got '<stream end>'. Mend the line."
+        "/file.yaml:2 = 'b: [1, 2': is not YAML: expected ',' or ']', but got '<stream end>'. Mend the line."
     )
 
 
 REFUSED = {
-    "a: !!python/object/apply:os.getcwd []": "/file.yaml:1 = None: is not YAML: could not determine a constructor for "
-    "the tag 'tag:yaml.org,2002:python/object/apply:os.getcwd'. Mend the line.",
-    "\n? [a]\n: b\n": "/file.yaml:2 = None: is not YAML: found unhashable key. Mend the line.",
-    "a: 1\nb: c: d\n": "/file.yaml:2 = None: is not YAML: mapping values are not allowed here. Mend the line.",
-    "a: 1\n---\nb: 2\n": "/file.yaml:2 = None: is not YAML: but found another document. Mend the line.",
+    "a: !!python/object/apply:os.getcwd []": "/file.yaml:1 = 'a: !!python/object/apply:os.getcwd []': is not YAML: "
+    "could not determine a constructor for the tag 'tag:yaml.org,2002:python/object/apply:os.getcwd'. Mend the line.",
+    "\n? [a]\n: b\n": "/file.yaml:2 = '? [a]': is not YAML: found unhashable key. Mend the line.",
+    "a: 1\nb: c: d\n": "/file.yaml:2 = 'b: c: d': is not YAML: mapping values are not allowed here. Mend the line.",
+    "a: 1\n---\nb: 2\n": "/file.yaml:2 = '---': is not YAML: but found another document. Mend the line.",
     "a: \x07": "configuration file = '/file.yaml': is not YAML: unacceptable character #x0007: special characters are "
     'not allowed in "/file.yaml", position 3. Mend it.',
 }

@@ -1,0 +1,27 @@
+"""`smartmoe`: picks the tool and turns errors that a user can act on into one line."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from megatron_smartmoe.cli import simulate
+from megatron_smartmoe.errors import SmartMoEError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status: 0 fine, 1 a replay that differs, 2 wrong input."""
+    parser = argparse.ArgumentParser(prog="smartmoe", description="Tools around MoE training with balanced experts.")
+    tools = parser.add_subparsers(dest="tool", required=True, metavar="TOOL")
+    simulate.add_parser(tools)
+    options = parser.parse_args(arguments)
+    try:
+        return int(options.run(options))
+    except SmartMoEError as error:
+        print(f"smartmoe {options.tool}: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

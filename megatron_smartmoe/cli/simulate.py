@@ -1,0 +1,213 @@
+"""`smartmoe simulate`: what each placement policy would have made of a recorded trace.
+
+The story: read the trace, settle the setting (ranks, nodes, costs), replay every policy, print a table, write JSON.
+`--save-decisions` writes every decision of the smartmoe policy; `--replay` runs again with the settings in such a file
+and says whether the same decisions came out, line by line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from megatron_smartmoe.cli.simulate_table import as_json, as_table
+from megatron_smartmoe.cost.compute import ExpertShape
+from megatron_smartmoe.cost.moe_layer import constants_of
+from megatron_smartmoe.errors import ConfigError
+from megatron_smartmoe.placement.baselines import by_name
+from megatron_smartmoe.placement.homes import HomesOptions
+from megatron_smartmoe.placement.online import OnlineOptions
+from megatron_smartmoe.placement.replicas import ReplicaOptions
+from megatron_smartmoe.placement.simulate.policies import OnlinePolicy, RulePolicy, SimulatedPolicy
+from megatron_smartmoe.placement.simulate.run import PolicyResult, Setting, layer_seconds, lower_bounds, replay
+from megatron_smartmoe.spec.cluster import ClusterSpec, GpuSpec, LinkSpec, load_cluster_spec
+from megatron_smartmoe.spec.placement import Placement
+from megatron_smartmoe.spec.trace import RoutingTrace, load_trace
+
+STATE_BYTES_PER_PARAM = 14  # bf16 weight, fp32 main weight, two fp32 Adam moments
+
+# What is assumed without --cluster; for the predicted times only, the balance does not depend on it.
+DEFAULT_CLUSTER = ClusterSpec(
+    name="8 H100 SXM per node",
+    nodes=1,
+    gpus_per_node=8,
+    gpu=GpuSpec(name="H100", peak_flops=989.4e12, memory_bytes=80e9, memory_bandwidth_bytes_s=3.35e12),
+    intra_node=LinkSpec(bandwidth_bytes_s=450e9, latency_s=5e-6),
+    inter_node=LinkSpec(bandwidth_bytes_s=50e9, latency_s=15e-6),
+)
+
+# Settings that decide what comes out; a decision file repeats them.
+_SETTINGS = ("ep", "spare_slots", "nodes", "homes_interval", "replicas", "warmup", "hidden", "ffn", "cluster")
+
+_LEAST = {"ep": 1, "spare_slots": 0, "homes_interval": 0, "peers_interval": 1, "warmup": 0, "hidden": 1, "ffn": 1}
+
+
+def add_parser(tools: Any) -> None:
+    """Describe the command line."""
+    parser = tools.add_parser("simulate", help="replay a routing trace through placement policies", description=__doc__)
+    add = parser.add_argument
+    add("--trace", type=Path, required=True, help=".npz trace, or the directory of Megatron's --moe-routing-trace-path")
+    add("--ep", type=int, help="ranks of an expert-parallel group; source ranks form groups of this many")
+    add("--spare-slots", type=int, default=0, metavar="K", help="replica slots per rank (default: 0)")
+    text = "nodes of a group; with several, replicas stay on their home's node (default: from --cluster, else 1)"
+    add("--nodes", type=int, metavar="N", help=text)
+    text = "training iterations between two looks at the homes; 0: never (default: 100)"
+    add("--homes-interval", type=int, default=100, metavar="N", help=text)
+    text = "smartmoe plans copies from earlier records, from each micro-batch's own counts, or from these only when "
+    text += "the copies planned earlier leave a rank more than 2%% above the mean (default: history)"
+    add("--replicas", choices=("history", "exact", "auto"), default="history", help=text)
+    add("--policy", default="smartmoe", help="smartmoe, a peer's name, several with commas, or all (default: smartmoe)")
+    text = "training iterations between two plans of a peer that plans from history (default: 1, every record)"
+    add("--peers-interval", type=int, default=1, metavar="N", help=text)
+    text = "records replayed but not counted (default: 25, a fifth of the trace when that is less)"
+    add("--warmup", type=int, metavar="RECORDS", help=text)
+    add("--cluster", type=Path, metavar="YAML", help="machine for the predicted times (default: H100, 8 per node)")
+    add("--hidden", type=int, default=4096, help="model hidden size, for predicted times and bytes (default: 4096)")
+    add("--ffn", type=int, default=1536, help="intermediate size of one expert (default: 1536)")
+    add("--json", type=Path, metavar="FILE", help="write the numbers for programs")
+    add("--plot", type=Path, metavar="FILE", help="draw how often each policy stays below which imbalance (.svg, .png)")
+    add("--save-decisions", type=Path, metavar="FILE", help="write every decision of smartmoe as JSONL")
+    add(
+        "--replay", type=Path, metavar="FILE", help="run with the settings of a decision file and compare, line by line"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run the tool; 1 when a replay differs."""
+    saved = _read_decisions(options) if options.replay else None
+    if options.ep is None:
+        raise ConfigError("--ep", None, "is needed", "Give the number of ranks of an expert-parallel group.")
+    trace = load_trace(options.trace)
+    cluster = load_cluster_spec(Path(options.cluster)) if options.cluster else DEFAULT_CLUSTER
+    setting = _setting(options, trace, cluster)
+    policies = _policies(options, trace, setting, cluster)
+    results = [_with_progress(trace, policy, setting) for policy in policies]
+    bounds = lower_bounds(trace, setting)
+    print(as_table(results, bounds, setting, trace))
+    if options.json:
+        options.json.write_text(json.dumps(as_json(results, bounds, setting, trace), indent=2) + "\n")
+    if options.plot:
+        from megatron_smartmoe.cli.simulate_plot import draw  # matplotlib is slow to import
+
+        draw(results, bounds, options.plot)
+    lines = _decision_lines(options, trace, results)
+    if options.save_decisions:
+        options.save_decisions.write_text("\n".join(lines) + "\n")
+    return _compare(saved, lines) if saved is not None else 0
+
+
+def _setting(options: argparse.Namespace, trace: RoutingTrace, cluster: ClusterSpec) -> Setting:
+    if options.warmup is None:
+        options.warmup = min(25, trace.num_records // 5)
+    if options.warmup >= trace.num_records:
+        rule = f"leaves none of the trace's {trace.num_records} records"
+        raise ConfigError("--warmup", options.warmup, rule, "Leave it out, or choose less.")
+    for flag, least in _LEAST.items():
+        if getattr(options, flag) < least:
+            name = "--" + flag.replace("_", "-")
+            raise ConfigError(name, getattr(options, flag), f"must be at least {least}", "Choose another number.")
+    if trace.num_experts % options.ep:
+        rule = f"must divide the trace's {trace.num_experts} experts"
+        raise ConfigError("--ep", options.ep, rule, "Every rank holds the same number of experts.")
+    num_nodes = options.nodes or (cluster.nodes_of_group(options.ep) if options.cluster else 1)
+    if options.ep % num_nodes:
+        raise ConfigError("--nodes", num_nodes, f"must divide --ep {options.ep}", "Every node has as many ranks.")
+    expert = ExpertShape(hidden=options.hidden, ffn=options.ffn)
+    return Setting(
+        num_ranks=options.ep,
+        spare_slots=options.spare_slots,
+        num_nodes=num_nodes,
+        warmup=options.warmup,
+        constants=constants_of(cluster, expert),
+        state_bytes=STATE_BYTES_PER_PARAM * expert.num_params,
+    )
+
+
+def _policies(
+    options: argparse.Namespace, trace: RoutingTrace, setting: Setting, cluster: ClusterSpec
+) -> list[SimulatedPolicy]:
+    """The policies asked for, ours first."""
+    rules = by_name()
+    names = ["smartmoe", *rules] if options.policy == "all" else options.policy.split(",")
+    for name in names:
+        if name != "smartmoe" and name not in rules:
+            known = ", ".join(["smartmoe", *rules, "all"])
+            raise ConfigError("--policy", name, "is not a known policy", f"Known: {known}.")
+    placement = Placement.contiguous(
+        num_layers=trace.num_layers,
+        num_experts=trace.num_experts,
+        num_ranks=setting.num_ranks,
+        spare_slots=setting.spare_slots,
+    )
+    num_groups = max(1, trace.num_sources // setting.num_ranks)
+    within_node = cluster.replica_scope == "node"
+    online = OnlineOptions(
+        homes_interval=options.homes_interval,
+        replicas=options.replicas,
+        micro_batches=trace.counts.shape[3] if trace.has_micro_batches else 1,
+        state_bytes=setting.state_bytes,
+        migration_bytes_s=(cluster.inter_node if setting.num_nodes > 1 else cluster.intra_node).bandwidth_bytes_s,
+        homes=HomesOptions(num_nodes=setting.num_nodes, replica_scope_is_node=within_node),
+        replica=ReplicaOptions(num_nodes=setting.num_nodes if within_node else 1),
+    )
+    policies: list[SimulatedPolicy] = []
+    for name in names:
+        if name == "smartmoe":
+            policies.append(OnlinePolicy(placement, num_groups, online, layer_seconds(setting)))
+        else:
+            policies.append(RulePolicy(rules[name], placement, num_groups, setting.num_nodes, options.peers_interval))
+    return policies
+
+
+def _with_progress(trace: RoutingTrace, policy: SimulatedPolicy, setting: Setting) -> PolicyResult:
+    records = tqdm(range(trace.num_records), desc=policy.name, unit="record", leave=False, disable=None)
+    return replay(trace, policy, setting, records)
+
+
+def _decision_lines(options: argparse.Namespace, trace: RoutingTrace, results: list[PolicyResult]) -> list[str]:
+    """The settings, then a line per decision; nothing in them depends on the clock."""
+    settings = {name: getattr(options, name) for name in _SETTINGS}
+    settings["cluster"] = str(options.cluster) if options.cluster else None
+    header = {"kind": "simulation", "trace": _digest(trace), **settings}
+    decisions = [decision for result in results if result.name == "smartmoe" for decision in result.decisions]
+    return [json.dumps(header, sort_keys=True), *(decision.to_line() for decision in decisions)]
+
+
+def _digest(trace: RoutingTrace) -> str:
+    shape = f"{trace.counts.shape}".encode()
+    return hashlib.sha256(shape + trace.counts.astype("<u4").tobytes()).hexdigest()[:16]
+
+
+def _read_decisions(options: argparse.Namespace) -> list[str]:
+    """The saved lines; the options take the settings that they were made with."""
+    try:
+        lines = options.replay.read_text(encoding="utf-8").splitlines()
+        header = json.loads(lines[0])
+        settings = {name: header[name] for name in _SETTINGS}
+    except (OSError, ValueError, IndexError, KeyError, TypeError) as error:
+        rule = f"is not a decision file: {error!r}"
+        raise ConfigError("--replay", str(options.replay), rule, "Make one with --save-decisions.") from None
+    for name, value in settings.items():
+        setattr(options, name, value)
+    options.policy = "smartmoe"
+    return list(lines)
+
+
+def _compare(saved: list[str], lines: list[str]) -> int:
+    """Say whether the replay gave the same lines, and where it first did not."""
+    for number, (old, new) in enumerate(zip(saved, lines, strict=False), 1):
+        if old != new:
+            what = "the trace or the settings" if number == 1 else f"decision {number - 1}"
+            print(f"replay: line {number} differs ({what})\n  saved:  {old[:200]}\n  replay: {new[:200]}")
+            return 1
+    if len(saved) != len(lines):
+        print(f"replay: {len(saved) - 1} decisions saved, {len(lines) - 1} made")
+        return 1
+    print(f"replay: all {len(lines) - 1} decisions reproduced")
+    return 0

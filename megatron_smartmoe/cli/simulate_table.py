@@ -1,0 +1,80 @@
+"""The simulator's numbers: a table for people, an object for programs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from megatron_smartmoe.placement.simulate.run import PolicyResult, Setting
+from megatron_smartmoe.placement.types import FloatArray
+from megatron_smartmoe.spec.trace import RoutingTrace
+
+_QUANTILES = {"p50": 0.5, "p95": 0.95, "p99": 0.99}
+
+
+def as_json(
+    results: Sequence[PolicyResult], bounds: FloatArray, setting: Setting, trace: RoutingTrace
+) -> dict[str, Any]:
+    """Everything the table says, by policy."""
+    return {
+        "ep": setting.num_ranks,
+        "spare_slots": setting.spare_slots,
+        "nodes": setting.num_nodes,
+        "records": trace.num_records - setting.warmup,
+        "warmup": setting.warmup,
+        "layers": trace.num_layers,
+        "lower_bound": {"mean": float(bounds.mean()), "worst": float(bounds.max())},
+        "policies": {result.name: _numbers(result, setting) for result in results},
+    }
+
+
+def _numbers(result: PolicyResult, setting: Setting) -> dict[str, Any]:
+    books, imbalance = result.books, result.imbalance
+    quantiles = {name: float(np.quantile(imbalance, q)) for name, q in _QUANTILES.items()}
+    numbers: dict[str, Any] = {
+        "imbalance": {"mean": float(imbalance.mean()), **quantiles, "worst": float(imbalance.max())},
+        "homes": {
+            "experts_moved": books.experts_moved,
+            "bytes_moved": books.experts_moved * setting.state_bytes,
+        },
+        "replicas": {"copies_made": books.copies_made},
+        "slots_changed": books.slots_changed,
+        "plan_ms_per_layer": books.plan_s * 1e3 / max(books.plans, 1),
+        "predicted_layer_ms": float(result.layer_s.mean() * 1e3),
+    }
+    if books.forecast_errors:
+        numbers["forecast_error"] = float(np.mean(books.forecast_errors))
+    return numbers
+
+
+def as_table(results: Sequence[PolicyResult], bounds: FloatArray, setting: Setting, trace: RoutingTrace) -> str:
+    """The same for people. Imbalance is max / mean tokens per rank; 1 is perfect."""
+    content = as_json(results, bounds, setting, trace)
+    head = (
+        f"{trace.num_experts} experts on {setting.num_ranks} ranks, {setting.spare_slots} spare slots, "
+        f"{setting.num_nodes} nodes; {content['records']} records of {trace.num_layers} layers "
+        f"after {setting.warmup} of warm-up"
+    )
+    columns = (
+        "max/mean tokens: mean    p50    p95    p99  worst"
+        " | homes moved     GB |  copies  slots chg | plan ms | layer ms"
+    )
+    lines = [head, "", f"{'policy':<18}{columns}"]
+    for name, numbers in content["policies"].items():
+        imbalance, homes = numbers["imbalance"], numbers["homes"]
+        lines.append(
+            f"{name:<18}{imbalance['mean']:>21.4f}"
+            + "".join(f"{imbalance[key]:>7.3f}" for key in (*_QUANTILES, "worst"))
+            + f" | {homes['experts_moved']:>11}{homes['bytes_moved'] / 1e9:>7.1f}"
+            + f" | {numbers['replicas']['copies_made']:>7}{numbers['slots_changed']:>11}"
+            + f" | {numbers['plan_ms_per_layer']:>7.2f} | {numbers['predicted_layer_ms']:>8.3f}"
+        )
+    bound = content["lower_bound"]
+    lines.append(f"{'lower bound':<18}{bound['mean']:>21.4f}{'':21}{bound['worst']:>7.3f}")
+    for name, numbers in content["policies"].items():
+        if "forecast_error" in numbers:
+            share = numbers["forecast_error"]
+            lines.append(f"{name}: {share:.1%} of the tokens went to other experts than forecast")
+    return "\n".join(lines)

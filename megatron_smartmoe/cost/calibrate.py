@@ -1,0 +1,161 @@
+"""Fit the constants of a MoE layer to measured times, starting from what datasheets say.
+
+Method. The layer's time is linear in its constants, so this is one non-negative least-squares problem (Lawson and
+Hanson 1974), its rows scaled to relative errors. Each constant has one row more that pulls it to its prior, as strong
+as the prior is certain (ridge regression towards the prior; the mean of a Gaussian posterior, kept non-negative). Where
+measurements tell two constants apart they win, a few hundred rows against one; where they cannot (tokens sent and a
+fixed cost at a single micro-batch size, links between nodes in runs on one node) the prior decides, and the model still
+says something sensible about other micro-batch sizes and node counts.
+
+The alternative, plain least squares, gives a collinear column any value: it fits one setting to the same residual and
+is off by half on the next. Which rank is the busiest depends on the constants, hence the few rounds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass, fields
+
+import numpy as np
+from scipy.optimize import nnls  # type: ignore[import-untyped]
+
+from megatron_smartmoe.cost.comm import FloatArray
+from megatron_smartmoe.cost.moe_layer import LayerConstants, LayerFlow, layer_counts, layer_time
+from megatron_smartmoe.errors import PlanError
+
+NOISE = 0.03  # relative standard deviation of one measured layer time
+ROUNDS = 4  # of "find the busiest rank, fit"; the choice of rank settles in two or three
+
+
+def spread_of(prior: LayerConstants) -> LayerConstants:
+    """How far each constant may lie from its prior, as a standard deviation.
+
+    Launch counts are estimates within a factor of two, as are links; what a token and an active expert cost outside
+    the GEMMs is known to an order of magnitude. A shared network card may slow down each GPU's own port (up to what
+    the port costs inside a node) and may be less than full duplex.
+    """
+    shared = prior.inter_node_token_s > 0
+    return LayerConstants(
+        fixed_s=0.5 * prior.fixed_s,
+        source_token_s=10.0 * prior.source_token_s,
+        token_s=prior.token_s,
+        expert_s=10.0 * prior.expert_s,
+        intra_token_s=0.5 * prior.intra_token_s,
+        inter_gpu_token_s=prior.intra_token_s if shared else 0.5 * prior.inter_gpu_token_s,
+        inter_node_token_s=0.5 * prior.inter_node_token_s,
+        inter_node_reverse_token_s=0.5 * prior.inter_node_token_s,
+        intra_copy_s=0.5 * prior.intra_copy_s,
+        inter_copy_s=0.5 * prior.inter_copy_s,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """One layer, forward and backward, as it was routed and how long it took."""
+
+    flow: LayerFlow
+    time_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Residuals:
+    """How far predictions are from measurements.
+
+    Attributes:
+        mape: mean absolute error, relative to the measured time (0.05 is 5%).
+        r2: share of the measured times' variance that the model explains.
+        bias: mean signed relative error.
+        worst: largest absolute relative error.
+        rows: measurements compared.
+    """
+
+    mape: float
+    r2: float
+    bias: float
+    worst: float
+    rows: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """Fitted constants and the residuals on the rows that they were fitted to."""
+
+    constants: LayerConstants
+    residuals: Residuals
+
+
+def calibrate(
+    measurements: Sequence[Measurement], prior: LayerConstants, spread: LayerConstants | None = None
+) -> Calibration:
+    """Fit all constants at once.
+
+    Args:
+        measurements: layers of any settings; more settings tell more constants apart.
+        prior: constants of the datasheets (`moe_layer.constants_of`).
+        spread: each constant's standard deviation around its prior; None takes `spread_of(prior)`. A constant with
+            spread zero keeps its prior.
+
+    Raises:
+        PlanError: no measurement, or a time that is not positive.
+    """
+    time_s = np.array([m.time_s for m in measurements])
+    if len(time_s) == 0:
+        raise PlanError("calibration needs at least one measured layer time, got none")
+    if (time_s <= 0).any():
+        row = int(np.argmax(time_s <= 0))
+        raise PlanError(f"measured time[{row}] = {time_s[row]}: must be positive")
+    names = [field.name for field in fields(LayerConstants)]
+    prior_C, spread_C = np.array(astuple(prior)), np.array(astuple(spread or spread_of(prior)))
+    constants = prior
+    for _ in range(ROUNDS):
+        counts_NC = np.array([_counts(m.flow, constants.half_rate_tokens) for m in measurements])
+        fitted_C = _posterior(counts_NC, time_s, prior_C, spread_C)
+        constants = LayerConstants(**dict(zip(names, fitted_C.tolist(), strict=True)))
+    return Calibration(constants=constants, residuals=residuals(measurements, constants))
+
+
+def residuals(measurements: Sequence[Measurement], constants: LayerConstants) -> Residuals:
+    """Compare the model with measurements that it may or may not have been fitted to."""
+    time_s = np.array([m.time_s for m in measurements])
+    predicted_s = np.array([layer_time(m.flow, constants).total_s for m in measurements])
+    relative = predicted_s / time_s - 1
+    variance = float(((time_s - time_s.mean()) ** 2).sum())
+    return Residuals(
+        mape=float(np.abs(relative).mean()),
+        r2=1 - float(((predicted_s - time_s) ** 2).sum()) / variance if variance > 0 else 0.0,
+        bias=float(relative.mean()),
+        worst=float(np.abs(relative).max()),
+        rows=len(time_s),
+    )
+
+
+def _counts(flow: LayerFlow, half_rate_tokens: float) -> tuple[float, ...]:
+    """What each constant is multiplied with, in the order of LayerConstants' fields."""
+    busy, tokens, copies = layer_counts(flow, half_rate_tokens)
+    source_tokens = float(flow.traffic_RR.sum(axis=1).max())
+    return (
+        1.0,
+        source_tokens,
+        busy.tokens,
+        busy.active_experts,
+        tokens.intra,
+        tokens.inter_gpu,
+        tokens.inter_node,
+        tokens.inter_node_reverse,
+        copies.intra,
+        copies.inter_gpu,
+    )
+
+
+def _posterior(counts_NC: FloatArray, time_N: FloatArray, prior_C: FloatArray, spread_C: FloatArray) -> FloatArray:
+    """Non-negative constants that balance relative errors against distance from the prior."""
+    free_C = spread_C > 0
+    scale_C = spread_C[free_C]
+    remaining_N = time_N - counts_NC[:, ~free_C] @ prior_C[~free_C]
+    rows = counts_NC[:, free_C] * scale_C / (NOISE * time_N)[:, None]
+    target = remaining_N / (NOISE * time_N)
+    pull = np.eye(int(free_C.sum()))
+    solution, _ = nnls(np.vstack([rows, pull]), np.concatenate([target, prior_C[free_C] / scale_C]))
+    fitted_C = prior_C.copy()
+    fitted_C[free_C] = solution * scale_C
+    return fitted_C

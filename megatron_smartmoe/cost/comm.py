@@ -1,0 +1,80 @@
+"""Communication: what the busiest link of an all-to-all, or of replica traffic, has to carry.
+
+Method. An exchange ends when its busiest port has sent or received everything, so a few numbers of a traffic
+matrix matter: the busiest GPU inside a node, the busiest GPU's traffic with other nodes, and the busiest node's traffic
+with other nodes (machines whose GPUs share one network card). A full duplex port's time is the larger of what it sends
+and what it receives; a shared card that stages through host memory also pays for the other direction, which is counted
+apart. Time is alpha-beta (Hockney 1994): latency plus bytes over bandwidth.
+
+The alternative, mean bytes per rank, is what FasterMoE's shadowing and most planners use; with a hot expert the rank
+that hosts it receives several times the mean, and the others wait for it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_smartmoe.spec.cluster import LinkSpec
+from megatron_smartmoe.spec.placement import EMPTY, IntArray
+
+FloatArray = NDArray[np.float64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BusiestPorts:
+    """The most that one port sends or receives, in the unit of the traffic matrix (tokens, expert copies).
+
+    Attributes:
+        intra: one GPU, with GPUs of its own node.
+        inter_gpu: one GPU, with GPUs of other nodes.
+        inter_node: one node, with other nodes.
+        inter_node_reverse: the same node's less busy direction.
+    """
+
+    intra: float
+    inter_gpu: float
+    inter_node: float
+    inter_node_reverse: float
+
+
+def busiest_ports(traffic_RR: FloatArray, num_nodes: int) -> BusiestPorts:
+    """Busiest ports of one exchange; `traffic_RR[source, target]`, what stays on its rank is free."""
+    num_ranks = traffic_RR.shape[0]
+    node_R = np.arange(num_ranks) * num_nodes // num_ranks
+    same_RR = node_R[:, None] == node_R[None, :]
+    other_rank_RR = ~np.eye(num_ranks, dtype=np.bool_)
+    inter_RR = np.where(same_RR, 0.0, traffic_RR)
+    inter_NN = np.zeros((num_nodes, num_nodes))
+    np.add.at(inter_NN, (node_R[:, None], node_R[None, :]), inter_RR)
+    out_N, in_N = inter_NN.sum(axis=1), inter_NN.sum(axis=0)
+    busiest_node = int(np.argmax(np.maximum(out_N, in_N)))
+    return BusiestPorts(
+        intra=_busiest(np.where(same_RR & other_rank_RR, traffic_RR, 0.0)),
+        inter_gpu=_busiest(inter_RR),
+        inter_node=float(max(out_N[busiest_node], in_N[busiest_node])),
+        inter_node_reverse=float(min(out_N[busiest_node], in_N[busiest_node])),
+    )
+
+
+def replica_copies(slots_RS: IntArray, num_experts: int) -> FloatArray:
+    """Copies of expert weights that rank r sends to rank q before the forward pass, `[R, R]`; gradients go back."""
+    num_ranks = slots_RS.shape[0]
+    home_slots = num_experts // num_ranks
+    home_rank_E = np.argsort(slots_RS[:, :home_slots].ravel(), kind="stable") // home_slots
+    rank, slot = np.nonzero(slots_RS[:, home_slots:] != EMPTY)
+    copies_RR = np.zeros((num_ranks, num_ranks))
+    np.add.at(copies_RR, (home_rank_E[slots_RS[rank, slot + home_slots]], rank), 1.0)
+    return copies_RR
+
+
+def transfer_s(num_bytes: float, link: LinkSpec) -> float:
+    """Time of one message of `num_bytes` over `link`; nothing to send takes no time."""
+    return link.latency_s + num_bytes / link.bandwidth_bytes_s if num_bytes > 0 else 0.0
+
+
+def _busiest(traffic_PP: FloatArray) -> float:
+    """The larger of what one port sends (rows) and receives (columns)."""
+    return float(max(traffic_PP.sum(axis=1).max(), traffic_PP.sum(axis=0).max()))

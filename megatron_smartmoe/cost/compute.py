@@ -1,0 +1,85 @@
+"""Compute: the time of a rank's grouped GEMMs from the tokens of each of its experts.
+
+Method. An expert with n > 0 tokens takes `expert_s + n * token_s`: a constant for reading its weights and launching
+its kernels, and the arithmetic of its tokens. That is the efficiency curve n / (n + n_half) with
+n_half = expert_s / token_s: half of the full rate at n_half tokens, all of it far beyond. An expert without tokens is
+skipped and costs nothing. The layer waits for the rank whose sum is largest.
+
+The alternative, a table of measured efficiencies per shape, fits better where it was measured and says nothing
+elsewhere; two constants extrapolate and have a physical meaning each.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+FloatArray = NDArray[np.float64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertShape:
+    """One expert: hidden -> ffn -> hidden, with a second input projection when gated (SwiGLU).
+
+    Attributes:
+        hidden: H.
+        ffn: F, intermediate size of one expert.
+        gated: three matrices instead of two.
+        element_bytes: of weights and activations; 2 for bf16.
+        grad_bytes: of a replica's gradient on its way home; 4 for fp32.
+    """
+
+    hidden: int
+    ffn: int
+    gated: bool = True
+    element_bytes: int = 2
+    grad_bytes: int = 4
+
+    @property
+    def num_params(self) -> int:
+        """Weights of one expert, without biases."""
+        return (3 if self.gated else 2) * self.hidden * self.ffn
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of one copy of the weights."""
+        return self.num_params * self.element_bytes
+
+    @property
+    def gradient_bytes(self) -> int:
+        """Bytes of one copy's gradient."""
+        return self.num_params * self.grad_bytes
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one token's activation in an all-to-all."""
+        return self.hidden * self.element_bytes
+
+    @property
+    def flops_per_token(self) -> float:
+        """Forward and backward: 2 per weight forward, 4 backward."""
+        return 6.0 * self.num_params
+
+
+@dataclass(frozen=True, kw_only=True)
+class BusiestRank:
+    """The rank that the others wait for."""
+
+    rank: int
+    tokens: float
+    active_experts: float
+
+
+def gemm_efficiency(tokens: float, half_rate_tokens: float) -> float:
+    """Share of the full rate that an expert with `tokens` tokens reaches."""
+    return tokens / (tokens + half_rate_tokens) if tokens > 0 else 0.0
+
+
+def busiest_rank(load_ER: FloatArray, half_rate_tokens: float) -> BusiestRank:
+    """The rank with the longest grouped GEMM; `load_ER` tokens of expert e on rank r."""
+    tokens_R = load_ER.sum(axis=0)
+    active_R = (load_ER > 0).sum(axis=0)
+    rank = int(np.argmax(tokens_R + half_rate_tokens * active_R))
+    return BusiestRank(rank=rank, tokens=float(tokens_R[rank]), active_experts=float(active_R[rank]))

@@ -1,0 +1,237 @@
+"""Time of one MoE layer, forward and backward, from its counts, its placement and its constants.
+
+Method. Every term is a count times a constant: tokens of the busiest source, tokens and active experts of the busiest
+rank, bytes over the busiest port of each kind of link, copies of replicas. The counts come from the routing
+(`LayerFlow`), the constants either from datasheets (`constants_of`) or from measured times (`cost.calibrate`). A model
+that is linear in its constants can be fitted without a starting point, and its terms add up and print.
+
+The four all-to-alls (dispatch, combine, and the gradient of each) move the same matrix, twice transposed; ports are
+full duplex, so each takes as long as the busiest port. A replica's weights go out once and its gradient comes back
+once. Overlap is a term of its own, negative: with the all-to-all cut into c chunks, all but one of them may hide behind
+the GEMMs (the smart schedule of FasterMoE, PPoPP 2022), and so may `hidden_replica_share` of replica traffic.
+
+The original SmartMoE predicts from the busiest rank's tokens alone, which cannot tell micro-batch sizes or node counts
+apart.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import numpy as np
+
+from megatron_smartmoe.cost.comm import BusiestPorts, FloatArray, busiest_ports, replica_copies
+from megatron_smartmoe.cost.compute import BusiestRank, ExpertShape, busiest_rank
+from megatron_smartmoe.errors import PlanError
+from megatron_smartmoe.spec.cluster import ClusterSpec
+from megatron_smartmoe.spec.placement import EMPTY, IntArray
+
+ALL_TO_ALLS = 4  # dispatch, combine, and the gradient of each
+# Estimates that hold until `cost.calibrate` replaces the constants made from them; none is measured.
+LAUNCHES_PER_LAYER = 200  # small kernels and collectives: router, permute, exchange of counts, and their backward
+LAUNCH_S = 10e-6  # from one small kernel to the next
+ROWS_MOVED_PER_TOKEN = 8  # permute and unpermute: a row read and one written, forward and backward
+GEMM_EFFICIENCY = 0.6  # of the dense peak, large grouped GEMMs
+LINK_EFFICIENCY = 0.8  # of the nominal bandwidth
+MEMORY_EFFICIENCY = 0.8  # of the nominal bandwidth
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerFlow:
+    """Who computes what and who sends it where, in one layer of one expert-parallel group.
+
+    Attributes:
+        load_ER: tokens of expert e that rank r computes.
+        traffic_RR: tokens that source rank r sends to rank q.
+        copies_RR: replicas that home rank r feeds on rank q.
+        num_nodes: the ranks lie on this many nodes, consecutive ranks together.
+    """
+
+    load_ER: FloatArray
+    traffic_RR: FloatArray
+    copies_RR: FloatArray
+    num_nodes: int = 1
+
+    @classmethod
+    def from_shares(
+        cls, counts_RE: IntArray | FloatArray, share_ER: IntArray | FloatArray, slots_RS: IntArray, num_nodes: int = 1
+    ) -> LayerFlow:
+        """Every source sends an expert's tokens to its copies in proportion to `share_ER` (tokens or any weights)."""
+        total_E = share_ER.sum(axis=1)
+        load_E = counts_RE.sum(axis=0)
+        if ((load_E > 0) & (total_E <= 0)).any():
+            expert = int(np.argmax((load_E > 0) & (total_E <= 0)))
+            raise PlanError(f"expert {expert} has {load_E[expert]} tokens and no share on any rank")
+        fraction_ER = share_ER / np.where(total_E > 0, total_E, 1)[:, None]
+        return cls(
+            load_ER=load_E[:, None] * fraction_ER,
+            traffic_RR=np.asarray(counts_RE @ fraction_ER, dtype=np.float64),
+            copies_RR=replica_copies(slots_RS, counts_RE.shape[1]),
+            num_nodes=num_nodes,
+        )
+
+    @classmethod
+    def from_assignment(cls, assigned_RER: IntArray, slots_RS: IntArray, num_nodes: int = 1) -> LayerFlow:
+        """From tokens of source rank r, expert e, computed on rank q: what an exact split decides."""
+        return cls(
+            load_ER=assigned_RER.sum(axis=0).astype(np.float64),
+            traffic_RR=assigned_RER.sum(axis=1).astype(np.float64),
+            copies_RR=replica_copies(slots_RS, assigned_RER.shape[1]),
+            num_nodes=num_nodes,
+        )
+
+    @classmethod
+    def equal_split(cls, counts_RE: IntArray | FloatArray, slots_RS: IntArray, num_nodes: int = 1) -> LayerFlow:
+        """Every copy of an expert takes the same share; with homes alone this is plain expert parallelism."""
+        copies_ER = np.zeros((counts_RE.shape[1], slots_RS.shape[0]))
+        rank, slot = np.nonzero(slots_RS != EMPTY)
+        np.add.at(copies_ER, (slots_RS[rank, slot], rank), 1.0)
+        return cls.from_shares(counts_RE, copies_ER, slots_RS, num_nodes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerConstants:
+    """Seconds per count, forward and backward together. Linear: `layer_time` is their product with the counts.
+
+    Attributes:
+        fixed_s: per layer: launches and latencies that no count explains.
+        source_token_s: per token of the busiest source rank: router, permute, unpermute.
+        token_s: per token of the busiest rank: GEMMs, activation, sorting by expert.
+        expert_s: per active expert of the busiest rank: its weights' way through memory, its launches.
+        intra_token_s: per token over the busiest GPU's port inside a node, all four all-to-alls.
+        inter_gpu_token_s: per token over the busiest GPU's port between nodes.
+        inter_node_token_s: per token over the busiest node's port; 0 where every GPU has its own card.
+        inter_node_reverse_token_s: per token in that port's less busy direction; 0 for a full duplex port.
+        intra_copy_s: per replica over the busiest port inside a node: weights out, gradient back.
+        inter_copy_s: per replica over the busiest GPU's port between nodes.
+    """
+
+    fixed_s: float = 0.0
+    source_token_s: float = 0.0
+    token_s: float = 0.0
+    expert_s: float = 0.0
+    intra_token_s: float = 0.0
+    inter_gpu_token_s: float = 0.0
+    inter_node_token_s: float = 0.0
+    inter_node_reverse_token_s: float = 0.0
+    intra_copy_s: float = 0.0
+    inter_copy_s: float = 0.0
+
+    @property
+    def half_rate_tokens(self) -> float:
+        """Tokens of one expert at which its GEMMs reach half of their full rate."""
+        return self.expert_s / self.token_s if self.token_s > 0 else 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerTime:
+    """Where the time of a layer goes; `total_s` is the sum of the terms, `hidden_s` is negative or zero."""
+
+    fixed_s: float
+    source_s: float
+    gemm_s: float
+    experts_s: float
+    all_to_all_intra_s: float
+    all_to_all_inter_s: float
+    replicas_s: float
+    hidden_s: float
+
+    @property
+    def total_s(self) -> float:
+        """Time of the layer."""
+        return float(sum(getattr(self, term.name) for term in fields(self)))
+
+    def explain(self) -> str:
+        """The terms, a line each, and their sum."""
+        words = {
+            "fixed_s": "launches and latencies",
+            "source_s": "router, permute (busiest source)",
+            "gemm_s": "grouped GEMM, tokens (busiest rank)",
+            "experts_s": "grouped GEMM, active experts",
+            "all_to_all_intra_s": "all-to-all inside nodes",
+            "all_to_all_inter_s": "all-to-all between nodes",
+            "replicas_s": "replica weights and gradients",
+            "hidden_s": "hidden by overlap",
+        }
+        total_s = self.total_s
+        lines = []
+        for name, what in words.items():
+            term_s = getattr(self, name)
+            lines.append(f"{what:<36} {term_s * 1e3:10.3f} ms {term_s / max(total_s, 1e-300):7.1%}")
+        return "\n".join([*lines, f"{'MoE layer, forward and backward':<36} {total_s * 1e3:10.3f} ms"])
+
+
+def layer_time(
+    flow: LayerFlow,
+    constants: LayerConstants,
+    *,
+    all_to_all_chunks: int = 1,
+    hidden_replica_share: float = 0.0,
+) -> LayerTime:
+    """Time of one layer, forward and backward.
+
+    Args:
+        flow: tokens by expert and rank, and their way there.
+        constants: seconds per count.
+        all_to_all_chunks: pieces that every all-to-all is cut into to overlap with the GEMMs; 1 for no overlap.
+        hidden_replica_share: part of the replica traffic that may run beside the GEMMs, 0 to 1.
+    """
+    busy, tokens, copies = layer_counts(flow, constants.half_rate_tokens)
+    gemm_s = busy.tokens * constants.token_s
+    experts_s = busy.active_experts * constants.expert_s
+    intra_s = tokens.intra * constants.intra_token_s
+    inter_s = (
+        tokens.inter_gpu * constants.inter_gpu_token_s
+        + tokens.inter_node * constants.inter_node_token_s
+        + tokens.inter_node_reverse * constants.inter_node_reverse_token_s
+    )
+    replicas_s = copies.intra * constants.intra_copy_s + copies.inter_gpu * constants.inter_copy_s
+    may_hide_s = (intra_s + inter_s) * (1 - 1 / all_to_all_chunks) + replicas_s * hidden_replica_share
+    return LayerTime(
+        fixed_s=constants.fixed_s,
+        source_s=float(flow.traffic_RR.sum(axis=1).max()) * constants.source_token_s,
+        gemm_s=gemm_s,
+        experts_s=experts_s,
+        all_to_all_intra_s=intra_s,
+        all_to_all_inter_s=inter_s,
+        replicas_s=replicas_s,
+        hidden_s=0.0 - min(may_hide_s, gemm_s + experts_s),
+    )
+
+
+def layer_counts(flow: LayerFlow, half_rate_tokens: float) -> tuple[BusiestRank, BusiestPorts, BusiestPorts]:
+    """What the constants are multiplied with: the busiest rank, and the busiest ports for tokens and for copies."""
+    return (
+        busiest_rank(flow.load_ER, half_rate_tokens),
+        busiest_ports(flow.traffic_RR, flow.num_nodes),
+        busiest_ports(flow.copies_RR, flow.num_nodes),
+    )
+
+
+def constants_of(cluster: ClusterSpec, expert: ExpertShape, *, shared_network_card: bool = False) -> LayerConstants:
+    """Constants from datasheets: what to expect before anything is measured.
+
+    Args:
+        cluster: peaks, bandwidths and latencies.
+        expert: sizes.
+        shared_network_card: the GPUs of a node share one card of `gpus_per_node` times `inter_node`'s bandwidth, and
+            it is what limits them.
+    """
+    gpu, intra, inter = cluster.gpu, cluster.intra_node, cluster.inter_node
+    row_s = expert.token_bytes / (gpu.memory_bandwidth_bytes_s * MEMORY_EFFICIENCY)
+    token_s = expert.flops_per_token / (gpu.peak_flops * GEMM_EFFICIENCY) + ROWS_MOVED_PER_TOKEN * row_s
+    weights_s = expert.weight_bytes / (gpu.memory_bandwidth_bytes_s * MEMORY_EFFICIENCY)
+    copy_bytes = expert.weight_bytes + expert.gradient_bytes
+    inter_token_s = ALL_TO_ALLS * expert.token_bytes / (inter.bandwidth_bytes_s * LINK_EFFICIENCY)
+    latency_s = inter.latency_s if cluster.nodes > 1 else intra.latency_s
+    return LayerConstants(
+        fixed_s=LAUNCHES_PER_LAYER * LAUNCH_S + ALL_TO_ALLS * latency_s,
+        source_token_s=ROWS_MOVED_PER_TOKEN * row_s,
+        token_s=token_s,
+        expert_s=3 * weights_s,  # read forward, read backward, gradient written
+        intra_token_s=ALL_TO_ALLS * expert.token_bytes / (intra.bandwidth_bytes_s * LINK_EFFICIENCY),
+        inter_gpu_token_s=0.0 if shared_network_card else inter_token_s,
+        inter_node_token_s=inter_token_s / cluster.gpus_per_node if shared_network_card else 0.0,
+        intra_copy_s=copy_bytes / (intra.bandwidth_bytes_s * LINK_EFFICIENCY),
+        inter_copy_s=copy_bytes / (inter.bandwidth_bytes_s * LINK_EFFICIENCY),
+    )

@@ -1,0 +1,1 @@
+"""Where experts go: history, replicas, homes, split, policy, and the simulator that replays them. Pure numpy."""

@@ -1,0 +1,68 @@
+"""A decision as it is logged: what it was made from, what it changes, what it promises, and why it was taken or not.
+
+One JSON object per line (`smartmoe.jsonl`). The digests make two runs comparable: equal inputs must give equal plans,
+on every rank and in a replay.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from megatron_smartmoe.placement.types import FloatArray
+from megatron_smartmoe.spec.placement import IntArray, SlotChange
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decision:
+    """One decision.
+
+    Attributes:
+        iteration: training iteration before which it takes effect.
+        kind: which loop decided.
+        group: expert-parallel group, -1 for all of them.
+        inputs: digest of the numbers that it was made from.
+        before: digest of the placement before.
+        after: digest of the placement that was proposed.
+        taken: whether it is now in force.
+        why: in words.
+        changes: slots that the proposal changes.
+        predicted_gain_s: seconds per iteration.
+        realised_gain_s: seconds per iteration, once measured.
+        cost_s: one-time seconds.
+        moved_bytes: expert state that moves for it.
+    """
+
+    iteration: int
+    kind: Literal["homes", "replicas"]
+    group: int
+    inputs: str
+    before: str
+    after: str
+    taken: bool
+    why: str
+    changes: tuple[SlotChange, ...]
+    predicted_gain_s: float | None = None
+    realised_gain_s: float | None = None
+    cost_s: float | None = None
+    moved_bytes: int = 0
+
+    def to_line(self) -> str:
+        """One line of JSON; equal decisions give equal lines."""
+        content: dict[str, Any] = asdict(self)
+        content["changes"] = [[c.layer, c.rank, c.slot, c.before, c.after] for c in self.changes]
+        return json.dumps(content, sort_keys=True)
+
+
+def digest_of(*arrays: FloatArray | IntArray) -> str:
+    """Equal for equal numbers, on every rank and machine; 16 hexadecimal digits."""
+    digest = hashlib.sha256()
+    for array in arrays:
+        whole = np.issubdtype(array.dtype, np.integer)
+        digest.update(f"{array.shape}".encode())
+        digest.update(np.ascontiguousarray(array).astype("<i8" if whole else "<f8").tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,148 @@
+"""What was routed lately, and what to expect: window, forecast with its error, and scenarios to plan for.
+
+Forecast. Three averages run side by side, per layer: the last record, a short and a long exponential one. The one whose
+forecasts have been closest lately is used, so a steady load is averaged and a drifting one is followed; the error is
+kept and reported. Error and distance are total variation: the part of all tokens that would have to choose another
+expert.
+
+Scenarios. A plan is judged on the forecast, the latest records (their micro-batches where they are known apart), and
+perturbed forecasts, each expert up or down by its own factor. How far follows the forecast's measured error, in steps,
+and the pattern never changes: a
+plan that is robust to them stays robust, and copies stay where they are. They are drawn uniformly, not from a normal
+distribution, because a uniform draw needs no transcendental function and so is equal on every machine.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron_smartmoe.errors import PlanError
+from megatron_smartmoe.placement.types import FloatArray
+from megatron_smartmoe.spec.placement import IntArray
+
+_NOISE_SEED = 20230711
+
+
+@dataclass(frozen=True, kw_only=True)
+class HistoryOptions:
+    """How much is remembered.
+
+    Attributes:
+        window: records kept for scenarios.
+        decays: weight of the past in each running average; 0 is the last record alone.
+        error_decay: weight of the past in the running forecast errors.
+        noise: spread of each perturbed forecast, in units of the expected relative error.
+        noise_steps: spreads of that unit; the first that is not below twice the forecast's error is taken, the last at
+            most; `first_step` when nothing is known yet.
+        first_step: see `noise_steps`.
+        micro_batches: micro-batches of the last record among the scenarios, at most.
+    """
+
+    window: int = 2
+    decays: tuple[float, ...] = (0.0, 0.5, 0.9)
+    error_decay: float = 0.8
+    noise: tuple[float, ...] = (1.0, 2.0, 4.0)
+    noise_steps: tuple[float, ...] = (0.01, 0.02, 0.04, 0.06, 0.12, 0.25)
+    first_step: float = 0.06
+    micro_batches: int = 4
+
+    @classmethod
+    def for_ranks(cls, num_ranks: int) -> HistoryOptions:
+        """Fewer scenarios on many ranks, where each of them takes about a millisecond to judge."""
+        return cls() if num_ranks <= 16 else cls(window=1, noise=(1.0, 2.0), micro_batches=2)
+
+
+class History:
+    """Counts of the latest records of every layer of one group of ranks (or of all ranks).
+
+    Args:
+        num_layers: L.
+        num_experts: E.
+        options: how much is remembered.
+    """
+
+    def __init__(self, num_layers: int, num_experts: int, options: HistoryOptions | None = None) -> None:
+        self.options = options or HistoryOptions()
+        self.num_layers, self.num_experts = num_layers, num_experts
+        self.num_records = 0
+        self._window: deque[IntArray] = deque(maxlen=self.options.window)
+        self._average_DLE = np.zeros((len(self.options.decays), num_layers, num_experts))
+        self._error_DL = np.zeros((len(self.options.decays), num_layers))
+
+    def update(self, counts_LME: IntArray) -> FloatArray:
+        """Take in one record, micro-batches apart (M may be 1); returns how wrong the forecast was, per layer."""
+        if counts_LME.ndim != 3 or counts_LME.shape[::2] != (self.num_layers, self.num_experts):
+            want = f"[{self.num_layers}, micro-batches, {self.num_experts}]"
+            raise PlanError(f"a record has shape {counts_LME.shape}: must be {want}")
+        share_LE = _shares(counts_LME.sum(axis=1).astype(np.float64))
+        error_L = _distance(self.forecast_LE(), share_LE) if self.num_records else np.full(self.num_layers, np.nan)
+        decay_D = np.array(self.options.decays)
+        if self.num_records:
+            keep = self.options.error_decay if self.num_records > 1 else 0.0
+            self._error_DL = keep * self._error_DL + (1 - keep) * _distance(self._average_DLE, share_LE)
+        keep_D11 = (decay_D if self.num_records else np.zeros_like(decay_D))[:, None, None]
+        self._average_DLE = keep_D11 * self._average_DLE + (1 - keep_D11) * share_LE
+        self._window.append(counts_LME.copy())
+        self.num_records += 1
+        return error_L
+
+    def forecast_LE(self) -> FloatArray:
+        """Expected share of the tokens for each expert; even shares before the first record."""
+        if not self.num_records:
+            return np.full((self.num_layers, self.num_experts), 1.0 / self.num_experts)
+        best_L = np.argmin(self._error_DL, axis=0)
+        return np.asarray(self._average_DLE[best_L, np.arange(self.num_layers)])
+
+    @property
+    def forecast_error_L(self) -> FloatArray:
+        """Running error of the forecast in use, total variation, per layer."""
+        return np.asarray(self._error_DL.min(axis=0))
+
+    def scenarios_KE(self, layer: int) -> FloatArray:
+        """Loads to be prepared for, in shares: the forecast first, then what was, then perturbed forecasts."""
+        forecast_E = self.forecast_LE()[layer]
+        rows = [forecast_E[None]]
+        for age, counts_LME in enumerate(reversed(self._window)):
+            record_ME = counts_LME[layer].astype(np.float64)
+            if age > 0 or len(record_ME) == 1:
+                record_ME = record_ME.sum(axis=0, keepdims=True)
+            rows.append(_shares(_evenly(record_ME, self.options.micro_batches)))
+        spread = self._expected_spread(layer)
+        spreads = tuple(spread * times for times in self.options.noise)
+        rows.append(forecast_E * noise_factors(spreads, self.num_experts))
+        return _shares(np.concatenate(rows))
+
+    def _expected_spread(self, layer: int) -> float:
+        """Relative error to expect of an expert's load: a step of `noise_steps`, so that it does not change all the
+        time."""
+        steps = self.options.noise_steps
+        if self.num_records < 2:
+            return self.options.first_step
+        twice = 2.0 * float(self.forecast_error_L[layer])
+        return next((step for step in steps if step >= twice), steps[-1])
+
+
+def noise_factors(spreads: tuple[float, ...], num_experts: int) -> FloatArray:
+    """Fixed factors around 1 with the given standard deviations, one row each."""
+    uniform = np.random.default_rng(_NOISE_SEED).random((len(spreads), num_experts))
+    return np.asarray(np.maximum(1 + np.array(spreads)[:, None] * np.sqrt(3.0) * (2 * uniform - 1), 0.0))
+
+
+def _shares(load_NE: FloatArray) -> FloatArray:
+    """Each row divided by its sum; even shares for a row without tokens."""
+    total_N1 = load_NE.sum(axis=-1, keepdims=True)
+    return np.where(total_N1 > 0, load_NE / np.maximum(total_N1, 1e-300), 1.0 / load_NE.shape[-1])
+
+
+def _distance(share_NE: FloatArray, other_NE: FloatArray) -> FloatArray:
+    return np.asarray(0.5 * np.abs(share_NE - other_NE).sum(axis=-1))
+
+
+def _evenly(rows: FloatArray, most: int) -> FloatArray:
+    """At most `most` rows, evenly spaced."""
+    if len(rows) <= most:
+        return rows
+    return rows[np.linspace(0, len(rows) - 1, most).astype(np.int64)]

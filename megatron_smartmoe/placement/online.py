@@ -1,0 +1,214 @@
+"""The planners that training and the simulator share: what the slow and the medium loop decide, from history.
+
+`HomesPlanner` sees the counts of all ranks: homes are the same in every expert-parallel group, because the optimizer
+state of an expert is shared by the groups. `ReplicaPlanner` sees one group's counts and micro-batches: copies live
+and die within an iteration, so every group may have its own. Both are functions of what they observed; neither knows
+a clock, a process group or a device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import numpy as np
+
+from megatron_smartmoe.placement.decisions import Decision, digest_of
+from megatron_smartmoe.placement.exact import exact_replicas
+from megatron_smartmoe.placement.history import History, HistoryOptions
+from megatron_smartmoe.placement.homes import HomesOptions, plan_homes
+from megatron_smartmoe.placement.policy import Policy, PolicyOptions
+from megatron_smartmoe.placement.replicas import ReplicaOptions, plan_replicas, search_space
+from megatron_smartmoe.placement.search import improve
+from megatron_smartmoe.placement.split import binding_cuts, split_graph
+from megatron_smartmoe.placement.types import FloatArray
+from megatron_smartmoe.spec.placement import IntArray, Placement
+
+ReplicaMode = Literal["history", "exact", "auto"]
+LayerSeconds = Callable[[IntArray, IntArray], float]  # (slots_RS, counts_RE of one micro-batch) -> seconds of the layer
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnlineOptions:
+    """Everything the online phase can be told.
+
+    Attributes:
+        homes_interval: iterations between two looks at the homes; 0 leaves them alone.
+        replicas: `history`: copies are planned from earlier iterations, before this one begins; `exact`: from each
+            micro-batch's own counts; `auto`: from history, and from the counts of a micro-batch that history fails.
+        micro_batches: per iteration; what a gain per micro-batch is multiplied with.
+        state_bytes: of one expert's weights, main weights and moments.
+        migration_bytes_s: bandwidth of a rank while experts move.
+        homes: prices of swaps.
+        replica: prices and effort of copies.
+        history: what is remembered; None chooses by the number of ranks.
+        auto_limit: with `auto`, the max / mean above which a micro-batch gets copies planned from its own counts.
+        policy: when a plan is worth it.
+    """
+
+    homes_interval: int = 100
+    replicas: ReplicaMode = "history"
+    micro_batches: int = 1
+    state_bytes: int = 0
+    migration_bytes_s: float = 25e9
+    homes: HomesOptions = field(default_factory=HomesOptions)
+    replica: ReplicaOptions = field(default_factory=ReplicaOptions)
+    history: HistoryOptions | None = None
+    auto_limit: float = 1.02
+    policy: PolicyOptions = field(default_factory=PolicyOptions)
+
+
+class ReplicaPlanner:
+    """The medium loop of one expert-parallel group.
+
+    Args:
+        placement: where things are; its homes are kept.
+        group: number of the group, for the log.
+        options: see OnlineOptions.
+    """
+
+    def __init__(self, placement: Placement, group: int, options: OnlineOptions) -> None:
+        self.placement, self.group, self.options = placement, group, options
+        remembered = options.history or HistoryOptions.for_ranks(placement.num_ranks)
+        self.history = History(placement.num_layers, placement.num_experts, remembered)
+
+    def observe(self, counts_LME: IntArray) -> FloatArray:
+        """Take in what this group routed in one iteration; returns the forecast's error per layer."""
+        return self.history.update(counts_LME)
+
+    def exact_slots(self, layer: int, load_E: IntArray) -> IntArray | None:
+        """Slots with copies for these very tokens of one micro-batch, or None when the present copies are to serve."""
+        slots_RS, home_slots, options = self.placement.slots_LRS[layer], self.placement.home_slots, self.options
+        if options.replicas == "history" or not self.placement.spare_slots:
+            return None
+        if options.replicas == "auto":
+            graph = split_graph(self.placement.hosts_LER[layer], load_E)
+            busiest = binding_cuts(graph, load_E)[0]
+            if busiest * len(slots_RS) <= options.auto_limit * int(load_E.sum()):
+                return None
+        return exact_replicas(load_E, slots_RS, home_slots, options.replica.num_nodes)
+
+    def plan(self, iteration: int) -> Decision | None:
+        """Plan the copies for `iteration` and make them the present placement; None when nothing changes."""
+        if not self.history.num_records or not self.placement.spare_slots:
+            return None
+        before, rows = self.placement, [self.history.scenarios_KE(layer) for layer in range(self.placement.num_layers)]
+        results = [
+            plan_replicas(slots_RS, scenarios_KE, before.home_slots, self.options.replica)
+            for slots_RS, scenarios_KE in zip(before.slots_LRS, rows, strict=True)
+        ]
+        after = replace(before, slots_LRS=np.stack([result.slots_RS for result in results]))
+        if after == before:
+            return None
+        self.placement = after
+        forecast = float(np.mean([result.imbalance_K[0] for result in results]))
+        worst = float(max(result.imbalance_K.max() for result in results))
+        return Decision(
+            iteration=iteration,
+            kind="replicas",
+            group=self.group,
+            inputs=digest_of(before.slots_LRS, *rows),
+            before=before.digest,
+            after=after.digest,
+            taken=True,
+            why=f"max/mean {forecast:.4f} on the forecast, {worst:.4f} at worst",
+            changes=before.diff(after),
+        )
+
+
+class HomesPlanner:
+    """The slow loop.
+
+    Args:
+        num_layers: L.
+        num_experts: E.
+        options: see OnlineOptions.
+        layer_seconds: cost model: seconds of a layer under a slot table and one micro-batch's counts.
+    """
+
+    def __init__(self, num_layers: int, num_experts: int, options: OnlineOptions, layer_seconds: LayerSeconds) -> None:
+        self.options, self.layer_seconds = options, layer_seconds
+        self.history = History(num_layers, num_experts, options.history)
+        self.policy = Policy(options.policy)
+        self._counts_LRE: IntArray | None = None
+        self._last_look: int | None = None
+
+    def observe(self, counts_LRE: IntArray) -> None:
+        """Take in what was routed in one iteration: counts by source rank of a group, mean over groups and
+        micro-batches."""
+        self._counts_LRE = counts_LRE
+        self.history.update(counts_LRE.sum(axis=1)[:, None])
+
+    def due(self, iteration: int) -> bool:
+        """Whether it is time to look at the homes."""
+        interval = self.options.homes_interval
+        if not interval or self._counts_LRE is None:
+            return False
+        return self._last_look is None or iteration - self._last_look >= interval
+
+    def propose(self, iteration: int, placement: Placement) -> tuple[Placement, Decision] | None:
+        """Look at the homes; the proposal with its verdict, or None when nothing should move."""
+        assert self._counts_LRE is not None, "observe before you propose"
+        self._last_look = iteration
+        proposed_LRS, gain_s, cost_s, moved = placement.slots_LRS.copy(), 0.0, 0.0, 0
+        for layer in range(placement.num_layers):
+            slots_RS, layer_gain_s = self._layer(layer, placement)
+            layer_cost_s, experts = self._migration(placement.slots_LRS[layer], slots_RS, placement.home_slots)
+            pays = layer_gain_s * self.options.policy.horizon_iterations > layer_cost_s * self.options.policy.margin
+            if experts and pays:
+                proposed_LRS[layer] = slots_RS
+                gain_s, cost_s, moved = gain_s + layer_gain_s, cost_s + layer_cost_s, moved + experts
+        proposal = replace(placement, slots_LRS=proposed_LRS)
+        if proposal == placement:
+            return None
+        verdict = self.policy.judge(iteration, gain_s, cost_s)
+        decision = Decision(
+            iteration=iteration,
+            kind="homes",
+            group=-1,
+            inputs=digest_of(placement.slots_LRS, self._counts_LRE, self.history.forecast_LE()),
+            before=placement.digest,
+            after=proposal.digest,
+            taken=verdict.take,
+            why=verdict.why,
+            changes=placement.diff(proposal),
+            predicted_gain_s=verdict.gain_s,
+            cost_s=verdict.cost_s,
+            moved_bytes=moved * self.options.state_bytes if verdict.take else 0,
+        )
+        return proposal, decision
+
+    def _layer(self, layer: int, placement: Placement) -> tuple[IntArray, float]:
+        """Slots with better homes for one layer, and the seconds per iteration that they save."""
+        assert self._counts_LRE is not None
+        slots_RS, home_slots, options = placement.slots_LRS[layer], placement.home_slots, self.options
+        scenarios_KE, counts_RE = self.history.scenarios_KE(layer), self._counts_LRE[layer]
+        plan = plan_homes(slots_RS, scenarios_KE[0], home_slots, options.homes)
+        if options.replicas == "exact":
+            kept_RS, found_RS = (
+                exact_replicas(counts_RE.sum(axis=0), homes_RS, home_slots, options.replica.num_nodes)
+                for homes_RS in (slots_RS, plan.slots_RS)
+            )
+        else:
+            kept = plan_replicas(slots_RS, scenarios_KE, home_slots, options.replica)
+            kept_RS, found_RS = kept.slots_RS, kept.slots_RS
+            if plan.swaps:
+                found_RS = plan_replicas(plan.slots_RS, scenarios_KE, home_slots, options.replica).slots_RS
+            elif placement.spare_slots and kept.excess > options.replica.good_enough:
+                space = replace(search_space(placement.num_ranks, home_slots, options.replica), move_homes=True)
+                prices = replace(options.replica.objective, home_price=options.homes.swap_price / 2)
+                found_RS = improve(kept_RS, scenarios_KE, prices, space).slots_RS
+        gain_s = self.layer_seconds(kept_RS, counts_RE) - self.layer_seconds(found_RS, counts_RE)
+        return found_RS, gain_s * options.micro_batches
+
+    def _migration(self, before_RS: IntArray, after_RS: IntArray, home_slots: int) -> tuple[float, int]:
+        """Seconds until the busiest rank has sent and received its experts' state, and how many experts move."""
+        before_E = np.argsort(before_RS[:, :home_slots].ravel()) // home_slots
+        after_E = np.argsort(after_RS[:, :home_slots].ravel()) // home_slots
+        moves_E = before_E != after_E
+        num_ranks = len(before_RS)
+        sent_R = np.bincount(before_E[moves_E], minlength=num_ranks)
+        received_R = np.bincount(after_E[moves_E], minlength=num_ranks)
+        busiest = int(np.maximum(sent_R, received_R).max())
+        return busiest * self.options.state_bytes / self.options.migration_bytes_s, int(moves_E.sum())

@@ -1,0 +1,99 @@
+"""The medium loop: which experts get copies in the spare slots, planned from history, robust to forecast error.
+
+Method. The plan is judged on scenarios (`history.scenarios`): the latest loads and perturbed copies of them. The copies
+that are there are improved by local search; when that is not good enough, a plan built afresh from the latest load
+(`exact.exact_replicas`) and improved the same way replaces it if it is better by more than its changes cost. So copies
+stay where they are as long as they serve, and a load that has jumped is not patched for ever.
+
+Alternatives: planning afresh each time (EPLB, UltraEP) is as good on average and brittle: the plan is perfect for the
+last record only; local search alone gets stuck on patches of patches (1.07 instead of 1.01 for a drifting load on 64
+ranks).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from megatron_smartmoe.placement.cuts import ALL_SETS_UP_TO_RANKS, scaled
+from megatron_smartmoe.placement.exact import exact_replicas
+from megatron_smartmoe.placement.objective import Objective, Space
+from megatron_smartmoe.placement.search import SearchResult, improve
+from megatron_smartmoe.placement.types import FloatArray
+from megatron_smartmoe.spec.placement import EMPTY, BoolArray, IntArray, hosts_of
+
+_FEW_RANKS = 16  # up to here a search to the end fits into a few milliseconds
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplicaOptions:
+    """How replicas are planned.
+
+    Attributes:
+        num_nodes: nodes that the group's ranks lie on when replicas must stay on their home's node, else 1.
+        objective: what a plan is worth; its prices decide how many copies there are and how often they change.
+        good_enough: excess (mean and worst scenario together) up to which the improved copies are kept without a look
+            at a fresh plan.
+        effort: multiplies the candidates of each step; 1 is meant for every iteration of training.
+    """
+
+    num_nodes: int = 1
+    objective: Objective = field(default_factory=lambda: Objective(copy_price=1e-3, change_price=2e-5))
+    good_enough: float = 0.01
+    effort: int = 1
+
+
+def plan_replicas(
+    slots_RS: IntArray, scenarios_KE: FloatArray, home_slots: int, options: ReplicaOptions | None = None
+) -> SearchResult:
+    """New contents of the spare slots; homes stay.
+
+    Args:
+        slots_RS: the slots as they are.
+        scenarios_KE: loads to be prepared for, one a row, the likeliest first (a fresh plan is built for that one).
+        home_slots: columns of homes, E / R.
+        options: prices and effort.
+    """
+    options = options or ReplicaOptions()
+    num_ranks, num_experts = len(slots_RS), scenarios_KE.shape[1]
+    space = search_space(num_ranks, home_slots, options)
+    # On many ranks a step is dear: first find out which plan to start from, then improve that one.
+    first = space if num_ranks <= _FEW_RANKS else replace(space, max_steps=0)
+    kept = improve(slots_RS, scenarios_KE, options.objective, first)
+    if kept.excess <= options.good_enough or slots_RS.shape[1] == home_slots:
+        return kept
+    load_E = scaled(scenarios_KE[:1], num_ranks)[0].astype(np.int64)
+    fresh_RS = exact_replicas(load_E, slots_RS, home_slots, options.num_nodes)
+    fresh = improve(fresh_RS, scenarios_KE, options.objective, first)
+    before_ER = hosts_of(slots_RS, num_experts)
+
+    def cost(result: SearchResult) -> float:
+        return result.excess + _price(result.slots_RS, before_ER, home_slots, options.objective)
+
+    best = fresh if cost(fresh) < cost(kept) - options.objective.min_gain else kept
+    return best if first is space else improve(best.slots_RS, scenarios_KE, options.objective, space)
+
+
+def search_space(num_ranks: int, home_slots: int, options: ReplicaOptions) -> Space:
+    """Few candidates on many ranks, so that the time of a step stays in bounds; see `Space`."""
+    node_R = np.arange(num_ranks) // (num_ranks // options.num_nodes)
+    if num_ranks <= ALL_SETS_UP_TO_RANKS:  # no oracle to ask, a step takes a fraction of a millisecond
+        return Space(home_slots=home_slots, node_R=node_R)
+    if num_ranks <= _FEW_RANKS:
+        return Space(home_slots=home_slots, node_R=node_R, max_steps=12 * options.effort, trials=2 * options.effort)
+    return Space(
+        home_slots=home_slots,
+        node_R=node_R,
+        max_steps=options.effort,
+        max_experts=8 * options.effort,
+        max_slots=16 * options.effort,
+        trials=options.effort,
+    )
+
+
+def _price(slots_RS: IntArray, before_ER: BoolArray, home_slots: int, objective: Objective) -> float:
+    """Price of the copies and of those that are new on their rank."""
+    rank, slot = np.nonzero(slots_RS[:, home_slots:] != EMPTY)
+    expert = slots_RS[rank, slot + home_slots]
+    return float(objective.copy_price * len(expert) + objective.change_price * (~before_ER[expert, rank]).sum())

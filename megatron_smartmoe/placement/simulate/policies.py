@@ -1,0 +1,230 @@
+"""Policies as the simulator drives them: told what was routed, asked for a plan before each record or micro-batch.
+
+`OnlinePolicy` is ours, the planners of `placement.online` exactly as training calls them. `RulePolicy` drives a peer's
+rule. Both keep the same books (`Books`): what moved, how many copies were made, and the time it took to plan.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Protocol, TypeVar
+
+import numpy as np
+
+from megatron_smartmoe.placement.decisions import Decision
+from megatron_smartmoe.placement.online import HomesPlanner, LayerSeconds, OnlineOptions, ReplicaPlanner
+from megatron_smartmoe.placement.plan import LayerPlan, LayerProblem, Rule
+from megatron_smartmoe.spec.placement import EMPTY, BoolArray, IntArray, Placement, hosts_of
+
+T = TypeVar("T")
+
+
+@dataclass(kw_only=True)
+class Books:
+    """What a policy did in the records that count.
+
+    Attributes:
+        experts_moved: experts whose home changed its rank, over layers; homes are the same in every group.
+        copies_made: replicas filled with weights: once per record and group for plans from history, once per
+            micro-batch for plans from the exact load.
+        slots_changed: experts that a rank holds and did not hold in the plan before, over layers and groups.
+        plans: layers planned.
+        plan_s: processor seconds that took, all threads together, so that a busy machine does not show in it.
+        forecast_errors: how wrong each forecast was (total variation), if the policy makes any.
+        homes_s: seconds of looking at the homes, apart: it happens rarely and off the critical path.
+    """
+
+    experts_moved: int = 0
+    copies_made: int = 0
+    slots_changed: int = 0
+    plans: int = 0
+    plan_s: float = 0.0
+    homes_s: float = 0.0
+    forecast_errors: list[float] = field(default_factory=list)
+
+    def timed(self, plans: int, function: Callable[[], T]) -> T:
+        """Call a planning function of `plans` layers and note its time."""
+        begin = time.process_time()
+        result = function()
+        self.plan_s += time.process_time() - begin
+        self.plans += plans
+        return result
+
+
+class SimulatedPolicy(Protocol):
+    """What the simulator asks of a policy."""
+
+    name: str
+    books: Books
+    decisions: list[Decision]
+
+    def before(self, iteration: int) -> None:
+        """Plan for the next record from what was observed."""
+
+    def plan(self, layer: int, group: int, counts_RE: IntArray) -> LayerPlan:
+        """The plan of a layer for a micro-batch of a group, whose counts only an exact rule may use."""
+
+    def homes(self, layer: int) -> IntArray:
+        """Home rank of each expert."""
+
+    def observe(self, counts_LGMRE: IntArray) -> None:
+        """Take in a record."""
+
+
+class OnlinePolicy:
+    """Homes, replicas and split as training runs them.
+
+    Args:
+        placement: at the start.
+        num_groups: expert-parallel groups.
+        options: of the planners.
+        layer_seconds: cost model, for the homes.
+    """
+
+    def __init__(
+        self, placement: Placement, num_groups: int, options: OnlineOptions, layer_seconds: LayerSeconds
+    ) -> None:
+        self.name, self.books, self.decisions = "smartmoe", Books(), list[Decision]()
+        self.options = options
+        self.homes_planner = HomesPlanner(placement.num_layers, placement.num_experts, options, layer_seconds)
+        self.groups = [ReplicaPlanner(placement, group, options) for group in range(num_groups)]
+        self._exact_hosts: dict[tuple[int, int], BoolArray] = {}
+
+    def before(self, iteration: int) -> None:
+        """Look at the homes when it is time, then plan every group's replicas."""
+        num_layers = self.groups[0].placement.num_layers
+        if self.homes_planner.due(iteration):
+            old = self.groups[0].placement
+            begin = time.process_time()
+            found = self.homes_planner.propose(iteration, old)
+            self.books.homes_s += time.process_time() - begin
+            if found is not None:
+                proposal, decision = found
+                self.decisions.append(decision)
+                if decision.taken:
+                    self._adopt(old, proposal)
+        if self.options.replicas == "exact":
+            return
+        for planner in self.groups:
+            old = planner.placement
+            decision_or_none = self.books.timed(num_layers, lambda planner=planner: planner.plan(iteration))  # type: ignore[misc]
+            if decision_or_none is not None:
+                self.decisions.append(decision_or_none)
+                self.books.slots_changed += int((planner.placement.hosts_LER & ~old.hosts_LER).sum())
+            self.books.copies_made += int((planner.placement.slots_LRS[:, :, old.home_slots :] != EMPTY).sum())
+
+    def _adopt(self, old: Placement, proposal: Placement) -> None:
+        """New homes in every group; in the layers concerned every group starts from the proposal's replicas."""
+        self.books.experts_moved += int((old.home_rank_LE != proposal.home_rank_LE).sum())
+        changed_L = (old.home_rank_LE != proposal.home_rank_LE).any(axis=1)
+        for planner in self.groups:
+            slots_LRS = np.where(changed_L[:, None, None], proposal.slots_LRS, planner.placement.slots_LRS)
+            new = replace(planner.placement, slots_LRS=slots_LRS)
+            self.books.slots_changed += int((new.hosts_LER & ~planner.placement.hosts_LER).sum())
+            planner.placement = new
+
+    def plan(self, layer: int, group: int, counts_RE: IntArray) -> LayerPlan:
+        """The group's placement, or one with copies for these very counts; always with the exact split."""
+        planner = self.groups[group]
+        placement, load_E = planner.placement, counts_RE.sum(axis=0)
+        slots_RS = placement.slots_LRS[layer]
+        if self.options.replicas != "history":
+            plans = 1 if self.options.replicas == "exact" else 0  # auto: the plan from history has been counted
+            exact_RS = self.books.timed(plans, lambda: planner.exact_slots(layer, load_E))
+            if exact_RS is not None:
+                slots_RS = exact_RS
+                hosts_ER = hosts_of(slots_RS, placement.num_experts)
+                before_ER = self._exact_hosts.get((layer, group), placement.hosts_LER[layer])
+                self.books.slots_changed += int((hosts_ER & ~before_ER).sum())
+                self.books.copies_made += int((slots_RS[:, placement.home_slots :] != EMPTY).sum())
+                self._exact_hosts[layer, group] = hosts_ER
+        return LayerPlan(slots_RS=slots_RS, split="exact")
+
+    def homes(self, layer: int) -> IntArray:
+        """Home rank of each expert."""
+        return np.asarray(self.groups[0].placement.home_rank_LE[layer])
+
+    def observe(self, counts_LGMRE: IntArray) -> None:
+        """Every group's planner sees its group, the homes' planner the mean of all."""
+        for group, planner in enumerate(self.groups):
+            error_L = planner.observe(counts_LGMRE[:, group].sum(axis=2))
+            self.books.forecast_errors += error_L[np.isfinite(error_L)].tolist()
+        num_parts = counts_LGMRE.shape[1] * counts_LGMRE.shape[2]
+        self.homes_planner.observe(counts_LGMRE.sum(axis=(1, 2)) // num_parts)
+
+
+class RulePolicy:
+    """A peer's rule, from the last record's counts or from each micro-batch's.
+
+    Args:
+        rule: see `placement.plan.Rule`.
+        placement: at the start; its spare slots are what the rule may fill.
+        num_groups: expert-parallel groups; a rule that plans from history plans one placement for all of them.
+        num_nodes: nodes that a group's ranks lie on.
+        interval: iterations between two plans from history.
+    """
+
+    def __init__(self, rule: Rule, placement: Placement, num_groups: int, num_nodes: int, interval: int) -> None:
+        self.rule, self.name, self.books, self.decisions = rule, rule.name, Books(), list[Decision]()
+        self.num_groups, self.num_nodes, self.interval = num_groups, num_nodes, interval
+        self.start, self.spare_slots, self.num_experts = placement, placement.spare_slots, placement.num_experts
+        layers = range(placement.num_layers)
+        self._plans = [LayerPlan(slots_RS=placement.slots_LRS[layer], split="equal") for layer in layers]
+        self._homes = [placement.home_rank_LE[layer] for layer in layers]
+        self._hosts = {(layer, group): placement.hosts_LER[layer] for layer in layers for group in range(num_groups)}
+        self._counts_LRE: IntArray | None = None
+        self._planned_at: int | None = None
+
+    def before(self, iteration: int) -> None:
+        """Plan every layer anew when the interval has passed."""
+        if self.rule.sees == "exact" or self._counts_LRE is None:
+            return
+        if self._planned_at is None or iteration - self._planned_at >= self.interval:
+            self._planned_at = iteration
+            for layer, counts_RE in enumerate(self._counts_LRE):
+                problem = self._problem(layer, counts_RE)
+                plan = self.books.timed(1, lambda problem=problem: self.rule.plan(problem))  # type: ignore[misc]
+                self._plans[layer] = plan
+                self._keep_books(layer, range(self.num_groups), plan)
+        for plan, home_E in zip(self._plans, self._homes, strict=True):
+            self.books.copies_made += self.num_groups * self._copies(plan, home_E)
+
+    def plan(self, layer: int, group: int, counts_RE: IntArray) -> LayerPlan:
+        """The plan from history, or one for these very counts."""
+        if self.rule.sees == "history":
+            return self._plans[layer]
+        problem = self._problem(layer, counts_RE)
+        plan = self.books.timed(1, lambda: self.rule.plan(problem))
+        self._keep_books(layer, [group], plan)
+        self.books.copies_made += self._copies(plan, self._homes[layer])
+        return plan
+
+    def homes(self, layer: int) -> IntArray:
+        """Home rank of each expert: where it was, as long as a copy is there, else its lowest rank."""
+        return np.asarray(self._homes[layer])
+
+    def observe(self, counts_LGMRE: IntArray) -> None:
+        """Remember the last record, all groups and micro-batches together."""
+        self._counts_LRE = np.asarray(counts_LGMRE.sum(axis=(1, 2)))
+
+    def _problem(self, layer: int, counts_RE: IntArray) -> LayerProblem:
+        slots_RS = self._plans[layer].slots_RS if self.rule.sees == "history" else self.start.slots_LRS[layer]
+        return LayerProblem(
+            counts_RE=counts_RE, slots_RS=slots_RS, spare_slots=self.spare_slots, num_nodes=self.num_nodes
+        )
+
+    def _keep_books(self, layer: int, groups: range | list[int], plan: LayerPlan) -> None:
+        hosts_ER = hosts_of(plan.slots_RS, self.num_experts)
+        for group in groups:
+            self.books.slots_changed += int((hosts_ER & ~self._hosts[layer, group]).sum())
+            self._hosts[layer, group] = hosts_ER
+        home_E = self._homes[layer]
+        stays_E = hosts_ER[np.arange(self.num_experts), home_E]
+        self._homes[layer] = np.where(stays_E, home_E, hosts_ER.argmax(axis=1))
+        self.books.experts_moved += int((~stays_E).sum())
+
+    def _copies(self, plan: LayerPlan, home_E: IntArray) -> int:
+        hosts_ER = hosts_of(plan.slots_RS, self.num_experts)
+        return int(hosts_ER.sum() - hosts_ER[np.arange(self.num_experts), home_E].sum())

@@ -1,0 +1,148 @@
+"""ClusterSpec: what a cluster file (configs/clusters/*.yaml) says about machines and links.
+
+```yaml
+name: 2x8-a100
+nodes: 2
+gpus_per_node: 8
+replica_scope: node            # node: replicas stay on the node of their home; group: anywhere among the EP ranks
+gpu:
+  name: A100-SXM4-80GB
+  peak_flops: {value: 312e12, source: NVIDIA A100 datasheet, bf16 dense}
+  memory_bytes: {value: 80e9, source: NVIDIA A100 datasheet}
+  memory_bandwidth_bytes_s: {value: 2.039e12, source: NVIDIA A100 datasheet}
+intra_node: {bandwidth_bytes_s: {value: 300e9, source: ...}, latency_s: {value: 3e-6, source: ...}}
+inter_node: {bandwidth_bytes_s: {value: 25e9, source: ...}, latency_s: {value: 10e-6, source: ...}}
+```
+
+Every hardware number carries the place it comes from: a prediction is worth what its constants are worth. The numbers
+are plain attributes (`cluster.gpu.peak_flops`); their sources lie beside them in `cluster.sources`, by dotted path.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from megatron_smartmoe.errors import ConfigError
+from megatron_smartmoe.spec.yaml_io import load_yaml, refuse_unknown_keys
+
+ReplicaScope = Literal["node", "group"]
+
+_EXAMPLE = "For example: {value: 312e12, source: NVIDIA A100 datasheet}."
+
+
+@dataclass(frozen=True, kw_only=True)
+class GpuSpec:
+    """One accelerator. `peak_flops` is dense, in the training precision."""
+
+    name: str
+    peak_flops: float
+    memory_bytes: float
+    memory_bandwidth_bytes_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinkSpec:
+    """One kind of link, one direction of one GPU: time of n bytes = latency_s + n / bandwidth_bytes_s."""
+
+    bandwidth_bytes_s: float
+    latency_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterSpec:
+    """Machines and links.
+
+    Attributes:
+        nodes: machines of the job.
+        gpus_per_node: ranks on each of them; consecutive ranks share a node.
+        gpu: the accelerator.
+        intra_node: between GPUs of one node.
+        inter_node: between nodes, what one GPU gets of it.
+        replica_scope: `node`: a replica lies on the node of its expert's home; `group`: anywhere in the group.
+        sources: dotted path of each hardware number -> where it comes from.
+    """
+
+    name: str
+    nodes: int
+    gpus_per_node: int
+    gpu: GpuSpec
+    intra_node: LinkSpec
+    inter_node: LinkSpec
+    replica_scope: ReplicaScope = "node"
+    sources: Mapping[str, str] = field(default_factory=dict)
+
+    def nodes_of_group(self, num_ranks: int) -> int:
+        """Nodes that an expert-parallel group of `num_ranks` consecutive ranks lies on."""
+        if num_ranks <= self.gpus_per_node:
+            return 1
+        if num_ranks % self.gpus_per_node:
+            rule = f"ranks of a group that is larger than a node must fill whole nodes of {self.gpus_per_node}"
+            raise ConfigError("expert-parallel ranks", num_ranks, rule, "Choose a multiple of gpus_per_node.")
+        return num_ranks // self.gpus_per_node
+
+
+def load_cluster_spec(path: Path) -> ClusterSpec:
+    """Read and check a cluster file.
+
+    Raises:
+        ConfigError: unknown or missing key, wrong type, or a hardware number without a source.
+    """
+    content = load_yaml(path)
+    known = ("name", "nodes", "gpus_per_node", "gpu", "intra_node", "inter_node", "replica_scope")
+    refuse_unknown_keys("", content, known)
+    scope = content.get("replica_scope", "node")
+    if scope not in ("node", "group"):
+        raise ConfigError("replica_scope", scope, "must be node or group", "Leave it out for node.")
+    sources: dict[str, str] = {}
+    numbers = ("peak_flops", "memory_bytes", "memory_bandwidth_bytes_s")
+    gpu = _section(content, "gpu", ("name", *numbers))
+    links = {}
+    for key in ("intra_node", "inter_node"):
+        section = _section(content, key, ("bandwidth_bytes_s", "latency_s"))
+        links[key] = LinkSpec(
+            bandwidth_bytes_s=_sourced(section, f"{key}.bandwidth_bytes_s", sources),
+            latency_s=_sourced(section, f"{key}.latency_s", sources),
+        )
+    return ClusterSpec(
+        name=str(content.get("name", path.stem)),
+        nodes=_whole(content, "nodes"),
+        gpus_per_node=_whole(content, "gpus_per_node"),
+        gpu=GpuSpec(name=str(gpu.get("name", "?")), **{n: _sourced(gpu, f"gpu.{n}", sources) for n in numbers}),
+        replica_scope=cast(ReplicaScope, scope),
+        sources=sources,
+        **links,
+    )
+
+
+def _section(content: Mapping[str, Any], key: str, known: tuple[str, ...]) -> Mapping[str, Any]:
+    section = content.get(key)
+    if not isinstance(section, dict):
+        raise ConfigError(key, section, "must be a mapping", f"Its keys: {', '.join(known)}.")
+    refuse_unknown_keys(key, section, known)
+    return section
+
+
+def _whole(content: Mapping[str, Any], key: str) -> int:
+    value = content.get(key)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ConfigError(key, value, "must be a positive whole number", f"For example: {key}: 8.")
+    return value
+
+
+def _sourced(section: Mapping[str, Any], path: str, sources: dict[str, str]) -> float:
+    """The number at `path`; its source goes into `sources`."""
+    entry = section.get(path.rpartition(".")[2])
+    if not isinstance(entry, dict):
+        raise ConfigError(path, entry, "must be a mapping of value and source", _EXAMPLE)
+    refuse_unknown_keys(path, entry, ("value", "source"))
+    value, source = entry.get("value"), entry.get("source")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
+        raise ConfigError(f"{path}.value", value, "must be a positive number", _EXAMPLE)
+    if not isinstance(source, str) or not source.strip():
+        raise ConfigError(f"{path}.source", source, "must say where the number comes from", _EXAMPLE)
+    sources[path] = source
+    return float(value)

@@ -1,0 +1,152 @@
+"""`smartmoe simulate`: its numbers, its keys, its replay, its refusals; targets on drawn traces."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from megatron_smartmoe.cli.main import main
+from megatron_smartmoe.spec.synthetic import SyntheticSpec, synthetic_trace
+
+POLICIES = [
+    "smartmoe",
+    "none",
+    "smartmoe2023",
+    "lpt",
+    "eplb",
+    "eplb-hierarchical",
+    "fastermoe",
+    "echo",
+    "ultraep",
+    "moonep",
+]
+
+
+@pytest.fixture(scope="module")
+def trace(tmp_path_factory):
+    """A skewed, slowly drifting load on 16 source ranks, two micro-batches apart."""
+    path = tmp_path_factory.mktemp("trace") / "drift.npz"
+    spec = SyntheticSpec(kind="drifting", num_records=14, num_layers=2, micro_batches=2, skew=1.5, drift=0.02)
+    synthetic_trace(spec).save(path)
+    return path
+
+
+def simulate(trace, tmp_path, *arguments):
+    """Exit status and JSON of one run."""
+    status = main(["simulate", "--trace", str(trace), "--json", str(tmp_path / "out.json"), *arguments])
+    return status, json.loads((tmp_path / "out.json").read_text())
+
+
+def test_every_policy_with_the_promised_keys(trace, tmp_path, capsys):
+    plot = tmp_path / "plot.svg"
+    status, content = simulate(
+        trace, tmp_path, "--ep", "8", "--spare-slots", "1", "--policy", "all", "--plot", str(plot)
+    )
+    assert status == 0
+    assert list(content["policies"]) == POLICIES
+    for numbers in content["policies"].values():
+        assert set(numbers["imbalance"]) == {"mean", "p50", "p95", "p99", "worst"}
+        assert set(numbers["homes"]) == {"experts_moved", "bytes_moved"}
+        assert set(numbers["replicas"]) == {"copies_made"}
+        assert numbers["imbalance"]["mean"] >= content["lower_bound"]["mean"] - 1e-9
+        assert numbers["plan_ms_per_layer"] >= 0
+        assert numbers["predicted_layer_ms"] > 0
+    ours, eplb = content["policies"]["smartmoe"], content["policies"]["eplb"]
+    assert ours["imbalance"]["mean"] <= min(1.005, eplb["imbalance"]["mean"])
+    assert ours["slots_changed"] <= eplb["slots_changed"] / 2
+    assert ours["predicted_layer_ms"] < content["policies"]["none"]["predicted_layer_ms"]
+    assert 0 < ours["forecast_error"] < 0.1
+    assert (content["records"], content["warmup"]) == (12, 2)
+    assert plot.read_text().startswith("<?xml")
+    assert "lower bound" in capsys.readouterr().out
+
+
+def test_exact_load_replicas_are_perfect(trace, tmp_path):
+    _, content = simulate(trace, tmp_path, "--ep", "16", "--spare-slots", "2", "--replicas", "exact")
+    assert content["policies"]["smartmoe"]["imbalance"]["mean"] <= 1.002
+
+
+def test_auto_plans_from_the_counts_when_history_fails(tmp_path):
+    path = tmp_path / "burst.npz"
+    synthetic_trace(SyntheticSpec(kind="burst", num_records=30, num_layers=1, burst_factor=12.0)).save(path)
+    found = {}
+    for mode in ("history", "auto", "exact"):
+        _, content = simulate(path, tmp_path, "--ep", "8", "--spare-slots", "2", "--replicas", mode)
+        found[mode] = content["policies"]["smartmoe"]
+    assert found["history"]["imbalance"]["worst"] > 1.3  # nobody saw it coming
+    assert found["auto"]["imbalance"]["worst"] <= 1.021
+    assert found["auto"]["slots_changed"] < found["exact"]["slots_changed"]
+
+
+def test_without_spare_slots_homes_move_and_reach_the_bound(trace, tmp_path):
+    _, content = simulate(trace, tmp_path, "--ep", "8", "--policy", "smartmoe,lpt,none")
+    ours, lpt, none = (content["policies"][name] for name in ("smartmoe", "lpt", "none"))
+    assert ours["imbalance"]["mean"] <= content["lower_bound"]["mean"] * 1.05
+    assert ours["imbalance"]["mean"] < none["imbalance"]["mean"]
+    assert ours["homes"]["experts_moved"] < lpt["homes"]["experts_moved"] / 4
+
+
+def test_nodes_keep_replicas_at_home_and_homes_balance_the_nodes(trace, tmp_path):
+    _, content = simulate(trace, tmp_path, "--ep", "16", "--spare-slots", "1", "--nodes", "2", "--homes-interval", "1")
+    assert content["nodes"] == 2
+    assert content["policies"]["smartmoe"]["imbalance"]["mean"] <= 1.1
+
+
+def test_a_replay_reproduces_every_decision(trace, tmp_path, capsys):
+    saved = tmp_path / "decisions.jsonl"
+    simulate(trace, tmp_path, "--ep", "8", "--spare-slots", "1", "--save-decisions", str(saved))
+    header, *decisions = [json.loads(line) for line in saved.read_text().splitlines()]
+    assert header["ep"] == 8
+    assert decisions
+    assert {"inputs", "before", "after", "why", "taken", "changes"} <= set(decisions[0])
+    assert main(["simulate", "--trace", str(trace), "--replay", str(saved)]) == 0
+    assert f"all {len(decisions)} decisions reproduced" in capsys.readouterr().out
+    lines = saved.read_text().splitlines()
+    lines[2] = lines[2].replace('"iteration": ', '"iteration": 9')
+    saved.write_text("\n".join(lines) + "\n")
+    assert main(["simulate", "--trace", str(trace), "--replay", str(saved)]) == 1
+    assert "replay: line 3 differs (decision 2)" in capsys.readouterr().out
+    saved.write_text("\n".join(lines[:2]) + "\n")
+    assert main(["simulate", "--trace", str(trace), "--replay", str(saved)]) == 1
+
+
+def test_a_replay_on_another_trace_says_so(trace, tmp_path, capsys):
+    saved, other = tmp_path / "decisions.jsonl", tmp_path / "other.npz"
+    simulate(trace, tmp_path, "--ep", "16", "--spare-slots", "1", "--save-decisions", str(saved))
+    synthetic_trace(SyntheticSpec(kind="uniform", num_records=5, num_layers=2)).save(other)
+    assert main(["simulate", "--trace", str(other), "--replay", str(saved)]) == 1
+    assert "line 1 differs (the trace or the settings)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "--ep = None: is needed"),
+        (["--ep", "5"], "--ep = 5: must divide the trace's 32 experts"),
+        (["--ep", "0"], "--ep = 0: must be at least 1"),
+        (["--ep", "8", "--spare-slots", "-1"], "--spare-slots = -1: must be at least 0"),
+        (["--ep", "8", "--warmup", "14"], "--warmup = 14: leaves none of the trace's 14 records"),
+        (["--ep", "8", "--nodes", "3"], "--nodes = 3: must divide --ep 8"),
+        (["--ep", "8", "--policy", "best"], "--policy = 'best': is not a known policy. Known: smartmoe, none"),
+        (["--ep", "8", "--replay", "/nowhere"], "is not a decision file"),
+        (["--ep", "8", "--cluster", "/nowhere.yaml"], "does not exist"),
+    ],
+)
+def test_wrong_input_is_one_line(trace, arguments, message, capsys):
+    assert main(["simulate", "--trace", str(trace), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.skipif("SMARTMOE_TRACE" not in os.environ, reason="SMARTMOE_TRACE names no recorded trace")
+@pytest.mark.parametrize(
+    ("ep", "spare", "replicas", "limit"),
+    [(4, 1, "history", 1.005), (8, 1, "history", 1.005), (8, 2, "history", 1.003), (16, 1, "history", 1.02),
+     (16, 2, "history", 1.005), (8, 2, "exact", 1.002)],
+)  # fmt: skip
+def test_targets_on_a_recorded_trace(tmp_path, ep, spare, replicas, limit):
+    arguments = ["--ep", str(ep), "--spare-slots", str(spare), "--replicas", replicas]
+    _, content = simulate(Path(os.environ["SMARTMOE_TRACE"]), tmp_path, *arguments)
+    assert content["policies"]["smartmoe"]["imbalance"]["mean"] <= limit

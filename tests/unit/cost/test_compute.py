@@ -1,0 +1,28 @@
+"""The busiest rank is the one with the longest GEMMs, not always the one with the most tokens."""
+
+import numpy as np
+import pytest
+
+from megatron_smartmoe.cost.compute import ExpertShape, busiest_rank, gemm_efficiency
+
+
+def test_few_tokens_in_many_experts_may_take_longer():
+    # Rank 0: 12 tokens in one expert; rank 1: 3 + 3 + 4 = 10 in three. At 2 tokens per active expert: 14 and 16.
+    load_ER = np.array([[12, 0], [0, 3], [0, 3], [0, 4]], dtype=float)
+    assert busiest_rank(load_ER, 0.0).rank == 0
+    busy = busiest_rank(load_ER, 2.0)
+    assert (busy.rank, busy.tokens, busy.active_experts) == (1, 10, 3)
+
+
+def test_efficiency_curve():
+    assert gemm_efficiency(0, 100) == 0
+    assert gemm_efficiency(100, 100) == 0.5
+    assert gemm_efficiency(1e9, 100) == pytest.approx(1.0)
+
+
+def test_expert_sizes():
+    # Three 4 x 6 matrices: 72 weights, 2 bytes each, 6 operations per weight and token.
+    gated = ExpertShape(hidden=4, ffn=6)
+    assert (gated.num_params, gated.weight_bytes, gated.gradient_bytes, gated.token_bytes) == (72, 144, 288, 8)
+    assert gated.flops_per_token == 432
+    assert ExpertShape(hidden=4, ffn=6, gated=False).num_params == 48

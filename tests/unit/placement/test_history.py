@@ -1,0 +1,62 @@
+"""History: cold start, forecasts that follow or average, errors, scenarios."""
+
+import numpy as np
+import pytest
+
+from megatron_smartmoe.errors import PlanError
+from megatron_smartmoe.placement.history import History, HistoryOptions, noise_factors
+
+
+def test_cold_start_expects_even_loads():
+    history = History(2, 4)
+    assert (history.forecast_LE() == 0.25).all()
+    assert np.isnan(history.update(np.ones((2, 1, 4), np.int64))).all()
+    assert history.forecast_error_L.tolist() == [0.0, 0.0]
+
+
+def test_a_steady_load_is_averaged_and_a_drifting_one_is_followed():
+    rng = np.random.default_rng(0)
+    history = History(2, 32)
+    steady = rng.lognormal(0, 1, 32)
+    for step in range(60):
+        drifting = np.roll(np.linspace(1, 9, 32), step // 2)
+        counts = [rng.multinomial(2000, p / p.sum()) for p in (steady, drifting)]
+        error_L = history.update(np.stack(counts)[:, None])
+    forecast_LE = history.forecast_LE()
+    assert np.abs(forecast_LE[0] - steady / steady.sum()).sum() < np.abs(counts[0] / 2000 - steady / steady.sum()).sum()
+    assert forecast_LE[1] == pytest.approx(counts[1] / 2000, abs=0.02)
+    assert error_L == pytest.approx(history.forecast_error_L, abs=0.05)
+
+
+def test_the_error_is_the_part_of_the_tokens_that_went_elsewhere():
+    history = History(1, 4)
+    history.update(np.array([[[4, 0, 0, 0]]]))
+    assert history.update(np.array([[[3, 1, 0, 0]]])).tolist() == [0.25]
+
+
+def test_scenarios_are_shares_with_the_forecast_first():
+    history = History(1, 4, HistoryOptions(window=2, noise=(1.0, 2.0), micro_batches=2))
+    history.update(np.array([[[1, 1, 0, 0], [1, 1, 0, 0], [1, 1, 0, 0]]]))
+    history.update(np.array([[[2, 0, 0, 0], [1, 1, 0, 0], [0, 0, 0, 4]]]))
+    rows_KE = history.scenarios_KE(0)
+    assert rows_KE.shape == (1 + 2 + 1 + 2, 4)  # forecast, 2 of 3 micro-batches, the record before, 2 perturbed
+    assert rows_KE.sum(axis=1) == pytest.approx(1)
+    assert rows_KE[0].tolist() == history.forecast_LE()[0].tolist()
+    assert rows_KE[1].tolist() == [1, 0, 0, 0]
+    assert rows_KE[2].tolist() == [0, 0, 0, 1]
+    assert rows_KE[3].tolist() == [0.5, 0.5, 0, 0]
+
+
+def test_noise_is_the_same_in_every_call_and_has_its_spread():
+    factors = noise_factors((0.1, 0.2), 4096)
+    assert np.array_equal(factors, noise_factors((0.1, 0.2), 4096))
+    assert factors.std(axis=1) == pytest.approx([0.1, 0.2], rel=0.05)
+    assert factors.mean(axis=1) == pytest.approx([1, 1], abs=0.01)
+
+
+def test_a_record_without_tokens_and_one_of_the_wrong_shape():
+    history = History(1, 4)
+    history.update(np.zeros((1, 1, 4), np.int64))
+    assert np.isfinite(history.scenarios_KE(0)).all()
+    with pytest.raises(PlanError, match=r"must be \[1, micro-batches, 4\]"):
+        history.update(np.zeros((1, 4), np.int64))

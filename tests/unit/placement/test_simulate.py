@@ -1,0 +1,92 @@
+"""The replay's books and bounds, on cases small enough to do by hand."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+
+from megatron_smartmoe.cost.moe_layer import LayerConstants
+from megatron_smartmoe.placement.online import OnlineOptions
+from megatron_smartmoe.placement.plan import LayerPlan, LayerProblem
+from megatron_smartmoe.placement.simulate.policies import OnlinePolicy, RulePolicy
+from megatron_smartmoe.placement.simulate.run import Setting, layer_seconds, lower_bounds, replay
+from megatron_smartmoe.spec.placement import EMPTY, Placement
+from megatron_smartmoe.spec.trace import RoutingTrace
+
+
+@dataclass
+class Flipping:
+    """Swaps the homes of ranks 0 and 1 at every call and puts a copy of expert 0 into the free slot of the other
+    rank."""
+
+    sees: str = "history"
+    name: str = "flipping"
+    calls: int = 0
+
+    def plan(self, problem: LayerProblem) -> LayerPlan:
+        self.calls += 1
+        slots = [[0, EMPTY], [1, 0]] if self.calls % 2 else [[1, 0], [0, EMPTY]]
+        return LayerPlan(slots_RS=np.array(slots), split="equal")
+
+
+def trace_of(*records, sources=2):
+    """Each record: tokens of expert 0 and 1 from the first source rank; the others route nothing."""
+    counts = np.zeros((len(records), 1, sources, 2), np.uint32)
+    counts[:, 0, 0] = records
+    return RoutingTrace(counts=counts, iteration=np.arange(len(records)), layer=np.array([0]))
+
+
+def setting(**changes):
+    given = {"num_ranks": 2, "spare_slots": 1, "warmup": 0, "constants": LayerConstants(token_s=1.0), "state_bytes": 7}
+    return Setting(**{**given, **changes})
+
+
+def start():
+    return Placement.contiguous(num_layers=1, num_experts=2, num_ranks=2, spare_slots=1)
+
+
+def test_books_of_a_rule_that_flips():
+    policy = RulePolicy(Flipping(), start(), num_groups=1, num_nodes=1, interval=1)
+    result = replay(trace_of([6, 2], [6, 2], [6, 2]), policy, setting())
+    assert result.imbalance.tolist() == [1.5, 1.25, 1.25]  # 6 | 2, then 3 | 5, then 5 | 3
+    assert result.layer_s.tolist() == [6, 5, 5]
+    books = result.books
+    assert books.plans == 2
+    assert books.slots_changed == 1 + 1  # the copy of expert 0; then expert 1 on rank 0 (expert 0 is on both already)
+    assert books.experts_moved == 1  # expert 0 stays at home: rank 0 keeps a copy
+    assert books.copies_made == 1 + 1
+
+
+def test_only_records_after_warmup_count():
+    policy = RulePolicy(Flipping(), start(), num_groups=1, num_nodes=1, interval=1)
+    result = replay(trace_of([6, 2], [6, 2], [6, 2]), policy, setting(warmup=2))
+    assert result.imbalance.tolist() == [1.25]
+    assert result.books.plans == 1
+
+
+def test_an_interval_keeps_a_plan():
+    rule = Flipping()
+    replay(trace_of(*[[6, 2]] * 7), RulePolicy(rule, start(), num_groups=1, num_nodes=1, interval=3), setting())
+    assert rule.calls == 2  # before iterations 1 and 4
+
+
+def test_an_exact_rule_plans_every_group_and_micro_batch():
+    rule = Flipping(sees="exact")
+    result = replay(trace_of([6, 2], sources=4), RulePolicy(rule, start(), 2, 1, 1), setting())
+    assert rule.calls == 2
+    assert len(result.imbalance) == 2
+
+
+def test_lower_bounds_with_and_without_spare_slots():
+    trace = trace_of([6, 3])
+    assert lower_bounds(trace, setting()).tolist() == [pytest.approx(5 / 4.5)]
+    assert lower_bounds(trace, setting(spare_slots=0)).tolist() == [pytest.approx(6 / 4.5)]
+
+
+def test_ours_reaches_the_bound_on_a_steady_load():
+    policy = OnlinePolicy(start(), 1, OnlineOptions(), layer_seconds(setting()))
+    result = replay(trace_of(*[[6, 2]] * 4), policy, setting(warmup=1))
+    assert result.imbalance.tolist() == [1, 1, 1]
+    assert result.books.copies_made == 3
+    assert result.books.slots_changed == 1
+    assert [decision.kind for decision in result.decisions] == ["replicas"]
