@@ -6,10 +6,14 @@
 
 STABLE_TORCH_LIBRARY(smartmoe, m) {
   m.def("expert_histogram(Tensor ids, int num_experts) -> Tensor");
+  m.def("min_max_split(Tensor counts_RE, Tensor hosts_ER) -> Tensor");
+  m.def("exact_replicas(Tensor load_E, Tensor slots_RS, int home_slots, int num_nodes) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(smartmoe, CPU, m) {
   m.impl("expert_histogram", TORCH_BOX(&smartmoe::cpu::expert_histogram));
+  m.impl("min_max_split", TORCH_BOX(&smartmoe::cpu::min_max_split));
+  m.impl("exact_replicas", TORCH_BOX(&smartmoe::cpu::exact_replicas));
 }
 
 #ifdef SMARTMOE_WITH_CUDA

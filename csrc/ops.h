@@ -10,7 +10,9 @@ using torch::stable::Tensor;
 
 namespace cpu {
 Tensor expert_histogram(const Tensor& ids, int64_t num_experts);
-}
+Tensor min_max_split(const Tensor& counts_RE, const Tensor& hosts_ER);
+Tensor exact_replicas(const Tensor& load_E, const Tensor& slots_RS, int64_t home_slots, int64_t num_nodes);
+}  // namespace cpu
 
 namespace cuda {
 Tensor expert_histogram(const Tensor& ids, int64_t num_experts);

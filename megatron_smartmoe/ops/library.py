@@ -5,7 +5,9 @@ reference.py serve them. A caller sees the same torch.ops names either way, and 
 Alternative: build at the first import, which hides the compiling and its failure inside a job, on every node at once.
 Reason: a job must start at once and the same way everywhere, and a slow op must be found by reading the log.
 
-An op is one name in five places: SCHEMAS here, csrc/ops.cpp, reference.py, fake.py and its kernels.
+An op is one name in five places: SCHEMAS here, csrc/ops.cpp, reference.py, fake.py and its kernels. The host ops have
+no twin in torch: theirs are the numpy functions of megatron_smartmoe.placement, which this package may not import (the
+two are siblings). Without the compiled library they raise a RuntimeError with the command that builds it.
 """
 
 from __future__ import annotations
@@ -26,7 +28,10 @@ LIBRARY = Path(__file__).with_name("_smartmoe.so")
 NAMESPACE = "smartmoe"
 SCHEMAS = {
     "expert_histogram": "(Tensor ids, int num_experts) -> Tensor",
+    "min_max_split": "(Tensor counts_RE, Tensor hosts_ER) -> Tensor",
+    "exact_replicas": "(Tensor load_E, Tensor slots_RS, int home_slots, int num_nodes) -> Tensor",
 }
+HOST_OPS = frozenset({"min_max_split", "exact_replicas"})  # CPU tensors only, compiled only
 # how users build it, relative to a checkout
 BUILD_COMMAND = "python megatron_smartmoe/ops/_build.py"
 
@@ -60,6 +65,35 @@ def _loud(name: str, twin: Callable[..., Any]) -> Callable[..., Any]:
         return twin(*args)
 
     return serve
+
+
+def _refuse(text: str) -> Callable[..., Any]:
+    """An implementation that raises a RuntimeError with this text."""
+
+    def serve(*args: Any) -> Any:
+        raise RuntimeError(text)
+
+    return serve
+
+
+def host_text(name: str) -> str:
+    """The error of a host op that is given tensors of a GPU."""
+    return f"smartmoe::{name} plans on the host: its tensors must be on the CPU. Convert them with .cpu()"
+
+
+def _register_host_op(owner: Any, name: str, compiled: bool) -> None:
+    """Errors instead of a slow second copy: where the library is missing, and for tensors of a GPU."""
+    if not compiled:
+        owner.define(name + SCHEMAS[name])
+        owner.impl(
+            name,
+            _refuse(
+                f"{LIBRARY.name} is not built: smartmoe::{name} has no torch reference to serve it. "
+                f"Build it: {BUILD_COMMAND}"
+            ),
+            "CPU",
+        )
+    owner.impl(name, _refuse(host_text(name)), "CUDA")
 
 
 def _has_kernel(name: str, key: str) -> bool:
@@ -98,15 +132,16 @@ def _register() -> tuple[Any, str]:
     owner = _torch.library.Library(NAMESPACE, "FRAGMENT")
     backend = "compiled (cpu)" if compiled else "torch reference"
     for name, schema in SCHEMAS.items():
-        twin = getattr(reference, name)
-        if not compiled:
+        if name in HOST_OPS:
+            _register_host_op(owner, name, compiled)
+        elif not compiled:
             owner.define(name + schema)
-            owner.impl(name, twin, "CPU")
-            owner.impl(name, twin, "CUDA")
+            owner.impl(name, getattr(reference, name), "CPU")
+            owner.impl(name, getattr(reference, name), "CUDA")
         elif _has_kernel(name, "CUDA"):
             backend = "compiled (cpu+cuda)"
         else:
-            owner.impl(name, _loud(name, twin), "CUDA")
+            owner.impl(name, _loud(name, getattr(reference, name)), "CUDA")
         _torch.library.register_fake(f"{NAMESPACE}::{name}", getattr(fake, name), lib=owner)
     return owner, backend
 

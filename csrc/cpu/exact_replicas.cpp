@@ -1,0 +1,241 @@
+// Replicas from the exact load, the C++ twin of megatron_smartmoe/placement/exact.py, which tells the method: same
+// steps, same order, same choices among equals. What differs is how the state is kept: flat vectors for dictionaries,
+// the donors kept sorted instead of sorted anew, and the largest expert of each rank remembered.
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <numeric>
+#include <optional>
+#include <utility>
+#include <vector>
+
+#include "../checks.h"
+#include "../ops.h"
+#include "ceil_div.h"
+
+namespace smartmoe::cpu {
+namespace {
+constexpr int64_t kEmpty = -1;
+
+using Gap = std::pair<int64_t, int64_t>;  // tokens missing to the mean (negative: surplus), rank
+
+struct Choice {
+  int64_t donor, receiver, expert, tokens;
+};
+
+struct Copy {
+  int64_t expert, tokens;
+};
+
+void insert_sorted(std::vector<Gap>& gaps, Gap gap) {
+  gaps.insert(std::upper_bound(gaps.begin(), gaps.end(), gap), gap);
+}
+
+void remove_sorted(std::vector<Gap>& gaps, Gap gap) {
+  gaps.erase(std::lower_bound(gaps.begin(), gaps.end(), gap));
+}
+
+// The pass over one node: tokens by rank and copy as they would be computed, free slots, copies made.
+class Filling {
+ public:
+  // slots_RS starts at the node's first rank; home_rank_E is scratch of E entries, written for the node's experts.
+  Filling(const int64_t* load_E, const int64_t* slots_RS, int64_t num_ranks, int64_t num_slots, int64_t home_slots,
+          std::vector<int64_t>& home_rank_E)
+      : num_ranks_(num_ranks),
+        num_slots_(num_slots),
+        home_slots_(home_slots),
+        home_rank_E_(home_rank_E),
+        copies_RS_(num_ranks * num_slots),
+        num_copies_R_(num_ranks, home_slots),
+        load_R_(num_ranks, 0),
+        largest_R_(num_ranks) {
+    for (int64_t rank = 0; rank < num_ranks; ++rank) {
+      for (int64_t slot = 0; slot < home_slots; ++slot) {
+        const int64_t expert = slots_RS[rank * num_slots + slot];
+        copies_RS_[rank * num_slots + slot] = {expert, load_E[expert]};
+        home_rank_E_[expert] = rank;
+        load_R_[rank] += load_E[expert];
+      }
+      find_largest(rank);
+    }
+  }
+
+  int64_t total() const { return std::accumulate(load_R_.begin(), load_R_.end(), int64_t{0}); }
+
+  // Makes copies until no rank is above `mean` or no slot helps.
+  void run(int64_t mean) {
+    mean_ = mean;
+    for (int64_t rank = 0; rank < num_ranks_; ++rank) {
+      if (load_R_[rank] < mean && is_free(rank)) gaps_.emplace_back(mean - load_R_[rank], rank);
+      if (load_R_[rank] > mean) donors_.emplace_back(mean - load_R_[rank], rank);
+    }
+    std::sort(gaps_.begin(), gaps_.end());
+    std::sort(donors_.begin(), donors_.end());
+    while (!gaps_.empty()) {
+      std::optional<Choice> choice = fills();
+      if (!choice) choice = overfills();
+      if (!choice) choice = part();
+      if (!choice) break;
+      give(*choice);
+    }
+  }
+
+  // Writes the replicas into the spare slots; new_RS starts at the node's first rank.
+  void write(int64_t* new_RS) const {
+    for (int64_t rank = 0; rank < num_ranks_; ++rank) {
+      for (int64_t slot = home_slots_; slot < num_slots_; ++slot) {
+        const int64_t at = rank * num_slots_ + slot;
+        new_RS[at] = slot < num_copies_R_[rank] ? copies_RS_[at].expert : kEmpty;
+      }
+    }
+  }
+
+ private:
+  bool is_free(int64_t rank) const { return num_copies_R_[rank] < num_slots_; }
+
+  bool holds(int64_t rank, int64_t expert) const {
+    if (home_rank_E_[expert] == rank) return true;
+    const Copy* copies_S = &copies_RS_[rank * num_slots_];
+    for (int64_t slot = home_slots_; slot < num_copies_R_[rank]; ++slot) {
+      if (copies_S[slot].expert == expert) return true;
+    }
+    return false;
+  }
+
+  // The slot with the most tokens of a rank, of equal ones that of the lowest expert.
+  void find_largest(int64_t rank) {
+    const Copy* copies_S = copies_RS_.data() + rank * num_slots_;
+    int64_t best = 0;
+    for (int64_t slot = 1; slot < num_copies_R_[rank]; ++slot) {
+      const bool more = copies_S[slot].tokens > copies_S[best].tokens;
+      const bool equal = copies_S[slot].tokens == copies_S[best].tokens;
+      if (more || (equal && copies_S[slot].expert < copies_S[best].expert)) best = slot;
+    }
+    largest_R_[rank] = best;
+  }
+
+  const Copy& largest(int64_t donor) const { return copies_RS_[donor * num_slots_ + largest_R_[donor]]; }
+
+  // A donor (the highest first) whose surplus fills a gap: the largest such gap.
+  std::optional<Choice> fills() const {
+    for (const auto& [missing, donor] : donors_) {
+      const auto [expert, tokens] = largest(donor);
+      const Gap limit{std::min(-missing, tokens), num_ranks_};
+      for (auto gap = std::upper_bound(gaps_.begin(), gaps_.end(), limit); gap != gaps_.begin();) {
+        --gap;
+        if (!holds(gap->second, expert)) return Choice{donor, gap->second, expert, gap->first};
+      }
+    }
+    return std::nullopt;
+  }
+
+  // A donor with a free slot of its own that fills a gap with more than its surplus, by as little as possible.
+  std::optional<Choice> overfills() const {
+    std::optional<Choice> best;
+    int64_t least = 0;
+    for (const auto& [missing, donor] : donors_) {
+      if (!is_free(donor)) continue;
+      const auto [expert, tokens] = largest(donor);
+      for (const auto& [gap, receiver] : gaps_) {
+        if (gap > tokens || (best && gap + missing >= least)) break;
+        if (holds(receiver, expert)) continue;
+        best = Choice{donor, receiver, expert, gap};
+        least = gap + missing;
+        break;
+      }
+    }
+    return best;
+  }
+
+  // As many tokens as one copy can give to a gap it cannot fill, all of an expert if its rank has a free slot.
+  std::optional<Choice> part() const {
+    std::optional<Choice> best;
+    int64_t most = 0;
+    for (const auto& [missing, donor] : donors_) {
+      const auto [expert, tokens] = largest(donor);
+      const int64_t given = is_free(donor) ? tokens : std::min(-missing, tokens);
+      if (best && given <= most) continue;
+      for (auto gap = gaps_.rbegin(); gap != gaps_.rend(); ++gap) {
+        if (holds(gap->second, expert)) continue;
+        best = Choice{donor, gap->second, expert, std::min(given, gap->first)};
+        most = given;
+        break;
+      }
+    }
+    return best;
+  }
+
+  void give(const Choice& choice) {
+    const auto [donor, receiver, expert, tokens] = choice;
+    remove_sorted(gaps_, {mean_ - load_R_[receiver], receiver});
+    remove_sorted(donors_, {mean_ - load_R_[donor], donor});
+    copies_RS_[donor * num_slots_ + largest_R_[donor]].tokens -= tokens;
+    copies_RS_[receiver * num_slots_ + num_copies_R_[receiver]++] = {expert, tokens};
+    load_R_[donor] -= tokens;
+    load_R_[receiver] += tokens;
+    for (const int64_t rank : {donor, receiver}) {
+      find_largest(rank);
+      if (load_R_[rank] < mean_ && is_free(rank)) insert_sorted(gaps_, {mean_ - load_R_[rank], rank});
+    }
+    // no receiver becomes a donor: it is given at most what is missing
+    if (load_R_[donor] > mean_) insert_sorted(donors_, {mean_ - load_R_[donor], donor});
+  }
+
+  const int64_t num_ranks_, num_slots_, home_slots_;
+  int64_t mean_ = 0;
+  std::vector<int64_t>& home_rank_E_;
+  std::vector<Copy> copies_RS_;  // the homes, then the replicas in the order they were made
+  std::vector<int64_t> num_copies_R_, load_R_, largest_R_;
+  std::vector<Gap> gaps_;    // of the receivers, ascending
+  std::vector<Gap> donors_;  // the highest load first
+};
+
+// What the values must be, and the total load; the indices of the pass rest on it.
+int64_t checked_total(const int64_t* load_E, int64_t num_experts, const int64_t* slots_RS, int64_t num_ranks,
+                      int64_t num_slots, int64_t home_slots) {
+  int64_t total = 0;
+  for (int64_t expert = 0; expert < num_experts; ++expert) {
+    if (load_E[expert] < 0) {
+      fail("load_E[", expert, "] = ", load_E[expert], ": a number of tokens is at least 0. Pass counts of tokens");
+    }
+    total += load_E[expert];
+  }
+  std::vector<bool> seen_E(num_experts, false);
+  for (int64_t rank = 0; rank < num_ranks; ++rank) {
+    for (int64_t slot = 0; slot < home_slots; ++slot) {
+      const int64_t expert = slots_RS[rank * num_slots + slot];
+      if (expert < 0 || expert >= num_experts || seen_E[expert]) {
+        fail("slots_RS[", rank, ", ", slot, "] = ", expert, ": the homes must be each of the ", num_experts,
+             " experts once. Pass a valid placement");
+      }
+      seen_E[expert] = true;
+    }
+  }
+  return total;
+}
+}  // namespace
+
+Tensor exact_replicas(const Tensor& load_E, const Tensor& slots_RS, int64_t home_slots, int64_t num_nodes) {
+  check_replicas(load_E, slots_RS, home_slots, num_nodes);
+  const Tensor dense_E = torch::stable::contiguous(load_E);
+  const Tensor dense_RS = torch::stable::contiguous(slots_RS);
+  const int64_t num_ranks = slots_RS.size(0), num_slots = slots_RS.size(1), num_experts = load_E.size(0);
+  const int64_t* load = dense_E.const_data_ptr<int64_t>();
+  const int64_t* slots = dense_RS.const_data_ptr<int64_t>();
+  const int64_t total = checked_total(load, num_experts, slots, num_ranks, num_slots, home_slots);
+
+  Tensor new_RS = torch::stable::new_empty(dense_RS, {num_ranks, num_slots});
+  int64_t* out = new_RS.mutable_data_ptr<int64_t>();
+  std::copy(slots, slots + num_ranks * num_slots, out);
+  const int64_t per_node = num_ranks / num_nodes;
+  const int64_t mean = ceil_div(total, num_ranks);
+  std::vector<int64_t> home_rank_E(num_experts, -1);
+  for (int64_t node = 0; node < num_nodes; ++node) {
+    const int64_t first = node * per_node * num_slots;
+    Filling filling(load, slots + first, per_node, num_slots, home_slots, home_rank_E);
+    filling.run(std::max(mean, ceil_div(filling.total(), per_node)));
+    filling.write(out + first);
+  }
+  return new_RS;
+}
+}  // namespace smartmoe::cpu

@@ -1,0 +1,273 @@
+// The split with the smallest possible largest rank load, the C++ twin of megatron_smartmoe/placement/split.py, which
+// tells the method: same steps, same order, same choices among equals. What differs is how the state is kept: lists of
+// lists become flat vectors, and a share is named by its position among all copies of the flexible experts.
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <cstring>
+#include <numeric>
+#include <utility>
+#include <vector>
+
+#include "../checks.h"
+#include "../ops.h"
+#include "ceil_div.h"
+
+namespace smartmoe::cpu {
+namespace {
+// 32-bit: positions among the copies, of which there are at most E x R.
+using Index = int32_t;
+
+// The ranks of every expert, ascending: those of expert e are rank_C[begin_E[e]] up to begin_E[e + 1].
+struct Hosts {
+  std::vector<Index> begin_E, rank_C;
+};
+
+// The experts that leave a choice, and who hosts them.
+struct Graph {
+  std::vector<Index> expert_F;            // fewest hosts first, then most tokens, then in order of the experts
+  std::vector<Index> begin_F, rank_C;     // the ranks of flexible expert f, ascending
+  std::vector<Index> flexible_C;          // the flexible expert that copy c is of
+  std::vector<Index> begin_R, on_rank_C;  // the copies on rank r, in order
+};
+
+struct Hop {
+  Index from_rank, at, to;  // the rank that the hop leaves, its copy there, the copy at the new rank
+};
+
+constexpr Index kUnseen = -2;
+constexpr Index kRoot = -1;  // as Hop::from_rank: the path begins here
+
+// Sum over source ranks; a negative count would break the search, so it is refused.
+std::vector<int64_t> total_load(const int64_t* counts_RE, int64_t num_ranks, int64_t num_experts) {
+  std::vector<int64_t> load_E(num_experts, 0);
+  int64_t signs = 0;
+  for (int64_t rank = 0; rank < num_ranks; ++rank) {
+    const int64_t* counts_E = counts_RE + rank * num_experts;
+    for (int64_t expert = 0; expert < num_experts; ++expert) {
+      load_E[expert] += counts_E[expert];
+      signs |= counts_E[expert];
+    }
+  }
+  if (signs >= 0) return load_E;
+  const int64_t at =
+      std::find_if(counts_RE, counts_RE + num_ranks * num_experts, [](int64_t n) { return n < 0; }) - counts_RE;
+  fail("counts_RE[", at / num_experts, ", ", at % num_experts, "] = ", counts_RE[at],
+       ": a number of tokens is at least 0. Pass counts of tokens");
+}
+
+Hosts find_hosts(const uint8_t* hosts_ER, int64_t num_experts, int64_t num_ranks) {
+  Hosts hosts;
+  hosts.begin_E.reserve(num_experts + 1);
+  hosts.rank_C.reserve(2 * num_experts);
+  for (int64_t expert = 0; expert < num_experts; ++expert) {
+    hosts.begin_E.push_back(static_cast<Index>(hosts.rank_C.size()));
+    const uint8_t* row = hosts_ER + expert * num_ranks;
+    int64_t rank = 0;
+    while (rank < num_ranks) {
+      uint64_t eight = 0;  // most are empty: look at eight at once
+      if (rank + 8 <= num_ranks) {
+        std::memcpy(&eight, row + rank, 8);
+        if (eight == 0) {
+          rank += 8;
+          continue;
+        }
+      }
+      const int64_t end = std::min(rank + 8, num_ranks);
+      for (; rank < end; ++rank) {
+        if (row[rank]) hosts.rank_C.push_back(static_cast<Index>(rank));
+      }
+    }
+  }
+  hosts.begin_E.push_back(static_cast<Index>(hosts.rank_C.size()));
+  return hosts;
+}
+
+// Flexible experts are those with tokens and two hosts or more.
+std::vector<Index> flexible_experts(const Hosts& hosts, const std::vector<int64_t>& load_E) {
+  std::vector<Index> expert_F;
+  const auto num_hosts = [&](Index expert) { return hosts.begin_E[expert + 1] - hosts.begin_E[expert]; };
+  for (Index expert = 0; expert < static_cast<Index>(load_E.size()); ++expert) {
+    if (load_E[expert] <= 0) continue;
+    if (num_hosts(expert) == 0) fail("expert ", expert, " has ", load_E[expert], " tokens and no copy on any rank");
+    if (num_hosts(expert) > 1) expert_F.push_back(expert);
+  }
+  std::sort(expert_F.begin(), expert_F.end(), [&](Index a, Index b) {
+    if (num_hosts(a) != num_hosts(b)) return num_hosts(a) < num_hosts(b);
+    if (load_E[a] != load_E[b]) return load_E[a] > load_E[b];
+    return a < b;
+  });
+  return expert_F;
+}
+
+Graph make_graph(const Hosts& hosts, const std::vector<int64_t>& load_E, int64_t num_ranks) {
+  Graph graph;
+  graph.expert_F = flexible_experts(hosts, load_E);
+  graph.begin_F.push_back(0);
+  for (Index f = 0; f < static_cast<Index>(graph.expert_F.size()); ++f) {
+    const Index expert = graph.expert_F[f];
+    for (Index c = hosts.begin_E[expert]; c < hosts.begin_E[expert + 1]; ++c) {
+      graph.rank_C.push_back(hosts.rank_C[c]);
+      graph.flexible_C.push_back(f);
+    }
+    graph.begin_F.push_back(static_cast<Index>(graph.rank_C.size()));
+  }
+  // a counting sort of the copies by their rank
+  graph.begin_R.assign(num_ranks + 1, 0);
+  for (const Index rank : graph.rank_C) ++graph.begin_R[rank + 1];
+  std::partial_sum(graph.begin_R.begin(), graph.begin_R.end(), graph.begin_R.begin());
+  graph.on_rank_C.resize(graph.rank_C.size());
+  std::vector<Index> next_R(graph.begin_R.begin(), graph.begin_R.end() - 1);
+  for (Index c = 0; c < static_cast<Index>(graph.rank_C.size()); ++c) graph.on_rank_C[next_R[graph.rank_C[c]]++] = c;
+  return graph;
+}
+
+// The state of the search: tokens of each copy, load of each rank, and the scratch of a breadth-first pass.
+class Leveling {
+ public:
+  Leveling(const Graph& graph, std::vector<int64_t> load_R, std::vector<int64_t> share_C)
+      : graph_(graph), load_R_(std::move(load_R)), share_C_(std::move(share_C)), hop_R_(load_R_.size()) {
+    reached_.reserve(load_R_.size());
+  }
+
+  const std::vector<int64_t>& share_C() const { return share_C_; }
+
+  // A first split: local tokens stay, the others go to the emptiest hosts up to the bound, a rest to the emptiest.
+  void fill(const std::vector<int64_t>& load_E, int64_t bound) {
+    for (size_t c = 0; c < share_C_.size(); ++c) load_R_[graph_.rank_C[c]] += share_C_[c];
+    std::vector<std::pair<int64_t, Index>> by_load;
+    for (size_t f = 0; f < graph_.expert_F.size(); ++f) {
+      int64_t rest = load_E[graph_.expert_F[f]];
+      by_load.clear();
+      for (Index c = graph_.begin_F[f]; c < graph_.begin_F[f + 1]; ++c) {
+        rest -= share_C_[c];
+        by_load.emplace_back(load_R_[graph_.rank_C[c]], c);
+      }
+      if (rest == 0) continue;
+      std::sort(by_load.begin(), by_load.end());
+      for (const auto& [tokens, c] : by_load) {
+        const int64_t room = std::min(rest, bound - tokens);
+        if (room <= 0) break;
+        add(c, room);
+        rest -= room;
+      }
+      add(by_load.front().second, rest);
+    }
+  }
+
+  // Pushes tokens until no rank is above the bound, raising it only where Hall's condition says so.
+  void level(int64_t bound) {
+    while (reach(bound)) {
+      bool pushed = false;
+      for (const Index rank : reached_) {
+        if (load_R_[rank] < bound) pushed = push(rank, bound) || pushed;
+      }
+      if (pushed) continue;
+      int64_t sum = 0;
+      for (const Index rank : reached_) sum += load_R_[rank];
+      bound = ceil_div(sum, static_cast<int64_t>(reached_.size()));
+    }
+  }
+
+ private:
+  void add(Index c, int64_t tokens) {
+    share_C_[c] += tokens;
+    load_R_[graph_.rank_C[c]] += tokens;
+  }
+
+  // Ranks that tokens of overloaded ranks can get to, breadth first, with the hop that reached each; false if no rank
+  // is above the bound.
+  bool reach(int64_t bound) {
+    reached_.clear();
+    for (Index rank = 0; rank < static_cast<Index>(load_R_.size()); ++rank) {
+      hop_R_[rank].from_rank = load_R_[rank] > bound ? kRoot : kUnseen;
+      if (load_R_[rank] > bound) reached_.push_back(rank);
+    }
+    if (reached_.empty()) return false;
+    seen_F_.assign(graph_.expert_F.size(), 0);
+    for (size_t next = 0; next < reached_.size(); ++next) {  // grows while it is walked
+      const Index rank = reached_[next];
+      for (Index i = graph_.begin_R[rank]; i < graph_.begin_R[rank + 1]; ++i) {
+        const Index at = graph_.on_rank_C[i], f = graph_.flexible_C[at];
+        if (seen_F_[f] || share_C_[at] == 0) continue;
+        seen_F_[f] = 1;
+        for (Index to = graph_.begin_F[f]; to < graph_.begin_F[f + 1]; ++to) {
+          const Index target = graph_.rank_C[to];
+          if (hop_R_[target].from_rank != kUnseen) continue;
+          hop_R_[target] = {rank, at, to};
+          reached_.push_back(target);
+        }
+      }
+    }
+    return true;
+  }
+
+  // Moves as many tokens as the path to `end` takes; false when an earlier push has used it up.
+  bool push(Index end, int64_t bound) {
+    int64_t amount = bound - load_R_[end];
+    Index rank = end;
+    for (; hop_R_[rank].from_rank != kRoot; rank = hop_R_[rank].from_rank) {
+      amount = std::min(amount, share_C_[hop_R_[rank].at]);
+    }
+    amount = std::min(amount, load_R_[rank] - bound);
+    if (amount <= 0) return false;
+    load_R_[rank] -= amount;
+    load_R_[end] += amount;
+    for (rank = end; hop_R_[rank].from_rank != kRoot; rank = hop_R_[rank].from_rank) {
+      share_C_[hop_R_[rank].at] -= amount;
+      share_C_[hop_R_[rank].to] += amount;
+    }
+    return true;
+  }
+
+  const Graph& graph_;
+  std::vector<int64_t> load_R_, share_C_;
+  std::vector<Hop> hop_R_;
+  std::vector<Index> reached_;
+  std::vector<uint8_t> seen_F_;
+};
+
+// Tokens of the experts with one host, written to tokens_ER; returns the load that they put on each rank.
+std::vector<int64_t> place_fixed(const Hosts& hosts, const std::vector<int64_t>& load_E, int64_t num_ranks,
+                                 int64_t* tokens_ER) {
+  std::vector<int64_t> base_R(num_ranks, 0);
+  for (size_t expert = 0; expert < load_E.size(); ++expert) {
+    const Index begin = hosts.begin_E[expert];
+    if (hosts.begin_E[expert + 1] - begin != 1) continue;
+    tokens_ER[static_cast<int64_t>(expert) * num_ranks + hosts.rank_C[begin]] = load_E[expert];
+    base_R[hosts.rank_C[begin]] += load_E[expert];
+  }
+  return base_R;
+}
+}  // namespace
+
+Tensor min_max_split(const Tensor& counts_RE, const Tensor& hosts_ER) {
+  check_split(counts_RE, hosts_ER);
+  const Tensor dense_RE = torch::stable::contiguous(counts_RE);
+  const Tensor dense_ER = torch::stable::contiguous(hosts_ER);
+  const int64_t num_ranks = counts_RE.size(0), num_experts = counts_RE.size(1);
+  const int64_t* counts = dense_RE.const_data_ptr<int64_t>();
+  const std::vector<int64_t> load_E = total_load(counts, num_ranks, num_experts);
+  const Hosts hosts = find_hosts(static_cast<const uint8_t*>(dense_ER.const_data_ptr()), num_experts, num_ranks);
+  const Graph graph = make_graph(hosts, load_E, num_ranks);
+
+  Tensor tokens_ER = torch::stable::new_zeros(dense_RE, {num_experts, num_ranks});
+  int64_t* tokens = tokens_ER.mutable_data_ptr<int64_t>();
+  std::vector<int64_t> base_R = place_fixed(hosts, load_E, num_ranks, tokens);
+  if (graph.expert_F.empty()) return tokens_ER;
+  const int64_t mean = ceil_div(std::accumulate(load_E.begin(), load_E.end(), int64_t{0}), num_ranks);
+  const int64_t bound = std::max(mean, *std::max_element(base_R.begin(), base_R.end()));
+  const int64_t num_copies = static_cast<int64_t>(graph.rank_C.size());
+  std::vector<int64_t> local_C(num_copies);
+  for (int64_t c = 0; c < num_copies; ++c) {
+    local_C[c] = counts[graph.rank_C[c] * num_experts + graph.expert_F[graph.flexible_C[c]]];
+  }
+  Leveling leveling(graph, std::move(base_R), std::move(local_C));
+  leveling.fill(load_E, bound);
+  leveling.level(bound);
+  for (int64_t c = 0; c < num_copies; ++c) {
+    tokens[graph.expert_F[graph.flexible_C[c]] * num_ranks + graph.rank_C[c]] = leveling.share_C()[c];
+  }
+  return tokens_ER;
+}
+}  // namespace smartmoe::cpu

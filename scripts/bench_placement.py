@@ -1,0 +1,175 @@
+#!/usr/bin/env python3
+"""Times the host ops of the placement against their numpy twins, in one process on one core.
+
+    python scripts/bench_placement.py                     256 experts on 64 ranks, 1 and 2 spare slots
+    python scripts/bench_placement.py --ranks 32 --repeats 1000
+
+Every draw is checked: the compiled ops must give the very slots and tokens of the twins. A call is timed with warm
+caches and with its way through the dispatcher. A draw's time is the median of its calls; the table has the median over
+draws of fresh lognormal loads, and the worst draw. The steps:
+
+    split            on copies planned for this load
+    split, drifted   on copies planned before each expert's load changed by a lognormal factor (--drift)
+    copies + split   all that a micro-batch needs: sum of the counts, new copies, who hosts what, split
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from megatron_smartmoe import ops
+from megatron_smartmoe.placement.exact import exact_replicas
+from megatron_smartmoe.placement.split import min_max_split
+from megatron_smartmoe.spec.placement import EMPTY, IntArray, hosts_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class Draw:
+    """One layer's problem.
+
+    Attributes:
+        counts_RE: tokens of source rank r for expert e.
+        slots_RS: homes and empty spare slots.
+        home_slots: columns of homes.
+    """
+
+    counts_RE: IntArray
+    slots_RS: IntArray
+    home_slots: int
+
+
+def draw(rng: np.random.Generator, num_ranks: int, num_experts: int, spare: int, tokens: int, sigma: float) -> Draw:
+    """Counts of a lognormal popularity, drawn token by token, and contiguous homes."""
+    popularity = rng.lognormal(0, sigma, num_experts)
+    home_RH = np.arange(num_experts).reshape(num_ranks, -1)
+    return Draw(
+        counts_RE=rng.multinomial(tokens, popularity / popularity.sum(), size=num_ranks),
+        slots_RS=np.pad(home_RH, ((0, 0), (0, spare)), constant_values=EMPTY),
+        home_slots=num_experts // num_ranks,
+    )
+
+
+def drift(rng: np.random.Generator, problem: Draw, sigma: float) -> Draw:
+    """The same problem with each expert's counts multiplied by a lognormal factor."""
+    factor_E = rng.lognormal(0, sigma, problem.counts_RE.shape[1])
+    return replace(problem, counts_RE=(problem.counts_RE * factor_E).astype(np.int64))
+
+
+def numpy_step(problem: Draw) -> IntArray:
+    """Copies and split by the twins."""
+    counts_RE = problem.counts_RE
+    slots_RS = exact_replicas(counts_RE.sum(axis=0), problem.slots_RS, problem.home_slots)
+    return min_max_split(counts_RE, hosts_of(slots_RS, counts_RE.shape[1]))
+
+
+def compiled_step(counts_RE: torch.Tensor, slots_RS: torch.Tensor, home_slots: int) -> torch.Tensor:
+    """Copies and split by the ops."""
+    new_RS = ops.exact_replicas(counts_RE.sum(0), slots_RS, home_slots)
+    hosts_ER = torch.from_numpy(hosts_of(new_RS.numpy(), counts_RE.shape[1]))
+    return ops.min_max_split(counts_RE, hosts_ER)
+
+
+def check_equal(found: torch.Tensor, expected: IntArray) -> None:
+    """Ends the program when an op and its twin disagree."""
+    if not np.array_equal(found.numpy(), expected):
+        sys.exit("the compiled ops and their twins disagree: tests/unit/ops/test_ops_placement.py finds where")
+
+
+def fewer(repeats: int) -> int:
+    """Calls of a twin, which takes far longer."""
+    return max(1, repeats // 20)
+
+
+def time_us(call: Callable[[], object], repeats: int) -> float:
+    """Median time of a call after one that warms the caches, in us."""
+    call()
+    times_us = []
+    for _ in range(repeats):
+        start_ns = time.perf_counter_ns()
+        call()
+        times_us.append((time.perf_counter_ns() - start_ns) / 1000)
+    return statistics.median(times_us)
+
+
+def time_split(problem: Draw, slots_RS: IntArray, repeats: int) -> tuple[float, float]:
+    """Checks and times the split on some slots, in us: op and twin."""
+    hosts_ER = hosts_of(slots_RS, problem.counts_RE.shape[1])
+    args = torch.from_numpy(problem.counts_RE), torch.from_numpy(hosts_ER)
+    check_equal(ops.min_max_split(*args), min_max_split(problem.counts_RE, hosts_ER))
+    return (
+        time_us(lambda: ops.min_max_split(*args), repeats),
+        time_us(lambda: min_max_split(problem.counts_RE, hosts_ER), fewer(repeats)),
+    )
+
+
+def time_step(problem: Draw, repeats: int) -> tuple[float, float]:
+    """Checks and times copies + split, in us: ops and twins."""
+    args = torch.from_numpy(problem.counts_RE), torch.from_numpy(problem.slots_RS), problem.home_slots
+    check_equal(compiled_step(*args), numpy_step(problem))
+    return time_us(lambda: compiled_step(*args), repeats), time_us(lambda: numpy_step(problem), fewer(repeats))
+
+
+def plan(problem: Draw) -> IntArray:
+    """Slots with the copies for this load, checked."""
+    load_E = problem.counts_RE.sum(axis=0)
+    expected_RS = exact_replicas(load_E, problem.slots_RS, problem.home_slots)
+    found_RS = ops.exact_replicas(torch.from_numpy(load_E), torch.from_numpy(problem.slots_RS), problem.home_slots)
+    check_equal(found_RS, expected_RS)
+    return expected_RS
+
+
+def cpu_name() -> str:
+    """The processor as Linux names it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), platform.machine())
+
+
+def main() -> None:
+    """Prints the table."""
+    parser = argparse.ArgumentParser(description="Time the placement ops against their numpy twins.")
+    parser.add_argument("--ranks", type=int, default=64, help="expert-parallel ranks")
+    parser.add_argument("--experts", type=int, default=256, help="experts of a layer, a multiple of the ranks")
+    parser.add_argument("--tokens", type=int, default=8192, help="tokens x top-k of each source rank")
+    parser.add_argument("--sigma", type=float, default=1.0, help="of the lognormal popularity")
+    parser.add_argument("--drift", type=float, default=0.2, help="sigma of the factor that changes a load afterwards")
+    parser.add_argument("--draws", type=int, default=20, help="fresh loads per line")
+    parser.add_argument("--repeats", type=int, default=200, help="calls timed per draw (a twentieth of them in numpy)")
+    parser.add_argument("--seed", type=int, default=0, help="of the draws")
+    args = parser.parse_args()
+    if not ops.backend().startswith("compiled"):
+        sys.exit("the compiled library is not built: python megatron_smartmoe/ops/_build.py")
+    torch.set_num_threads(1)
+    rng = np.random.default_rng(args.seed)
+    print(
+        f"{cpu_name()}, one core; torch {torch.__version__}, numpy {np.__version__}; {args.experts} experts on "
+        f"{args.ranks} ranks, {args.tokens} tokens x top-k a rank, lognormal sigma {args.sigma}, {args.draws} draws"
+    )
+    print(f"{'spare':>5}  {'step':<14} {'C++ us':>8} {'worst us':>8} {'numpy us':>9} {'times':>6}")
+    for spare in (1, 2):
+        problems = [draw(rng, args.ranks, args.experts, spare, args.tokens, args.sigma) for _ in range(args.draws)]
+        slots = [plan(problem) for problem in problems]
+        drifted = [drift(rng, problem, args.drift) for problem in problems]
+        steps = {
+            "split": [time_split(problem, at, args.repeats) for problem, at in zip(problems, slots, strict=True)],
+            "split, drifted": [time_split(later, at, args.repeats) for later, at in zip(drifted, slots, strict=True)],
+            "copies + split": [time_step(problem, args.repeats) for problem in problems],
+        }
+        for step, times_us in steps.items():
+            cpp_us, numpy_us = (statistics.median(column) for column in zip(*times_us, strict=True))
+            worst_us = max(cpp for cpp, _ in times_us)
+            print(f"{spare:>5}  {step:<14} {cpp_us:>8.1f} {worst_us:>8.1f} {numpy_us:>9.1f} {numpy_us / cpp_us:>6.1f}")
+
+
+if __name__ == "__main__":
+    main()
