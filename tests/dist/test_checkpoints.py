@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from tests.dist.test_parallel_equality import largest_difference
-from tests.support.training import train
+from tests.support.training import TINY_MODEL, TINY_TRAINING, train
 
 pytestmark = pytest.mark.dist
 
@@ -58,3 +60,26 @@ def test_resumed_at_another_parallelism(saved: Saved, mix: str, tmp_path: Path) 
     world_size, flags = FROM_EP2[mix]
     losses = saved.resume(tmp_path, world_size, *flags.split())
     assert largest_difference(losses, saved.losses[4:]) < 1e-6
+
+
+def test_optimizer_state_between_ep_1_and_more_is_refused_before_it_fails(saved: Saved, tmp_path: Path) -> None:
+    """Megatron keeps the experts' optimizer apart only under expert parallelism."""
+    command = [
+        sys.executable,
+        "-m",
+        "megatron_smartmoe.adapter.launch",
+        "--nproc",
+        "1",
+        "--run-dir",
+        str(tmp_path / "x"),
+    ]
+    flags = [*TINY_MODEL, *TINY_TRAINING, *saved.flags, "--load", str(saved.checkpoint), "--train-iters", "8"]
+    done = subprocess.run([*command, *flags], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2
+    folder = saved.checkpoint / "iter_0000004"
+    assert done.stderr == (
+        f"error: --expert-model-parallel-size = 1: the optimizer state in {folder} was saved at 2, and cannot be moved "
+        "between 1 and more than 1. Pass --expert-model-parallel-size 2, or --no-load-optim for the weights alone.\n"
+    )
+    weights_only = saved.resume(tmp_path / "weights", 1, "--no-load-optim", "--no-load-rng")
+    assert largest_difference(weights_only[:1], saved.losses[4:5]) < 1e-6  # the first loss needs no optimizer

@@ -70,6 +70,7 @@ def make_plan(spec: RunSpec, command_line: Sequence[str], topology: Topology, ru
         ConfigError: anything that would stop the ranks.
     """
     from megatron_smartmoe.adapter.arguments import build_parser
+    from megatron_smartmoe.adapter.checkpoint_check import check_load
     from megatron_smartmoe.adapter.checks import megatron_verdict
     from megatron_smartmoe.adapter.pretrain import check_flags, choose_device, with_defaults
 
@@ -81,6 +82,7 @@ def make_plan(spec: RunSpec, command_line: Sequence[str], topology: Topology, ru
     tokens = [token.replace("{run_dir}", str(run_dir)) for token in open_tokens]
     os.environ["WORLD_SIZE"] = str(topology.world_size)
     args = check_flags(with_defaults(tokens, cpu=cpu, say=False), cpu=cpu, data_exists=corpus.exists(spec))
+    check_load(args)
     if not args.use_checkpoint_args:
         megatron_verdict(args)
     return Plan(

@@ -110,7 +110,7 @@ class Megatron:
 
     def __init__(self) -> None:
         self.judged: dict[str, Any] = {}
-        self.args = Namespace(use_checkpoint_args=False)
+        self.args = Namespace(use_checkpoint_args=False, load=None)
 
     def parser(self) -> ArgumentParser:
         parser = ArgumentParser()

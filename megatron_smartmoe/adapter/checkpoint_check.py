@@ -1,0 +1,51 @@
+"""What can be known of a checkpoint before any process group forms: whether its optimizer state fits this run."""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+from pathlib import Path
+
+from megatron_smartmoe.errors import ConfigError
+
+
+def check_load(args: argparse.Namespace) -> None:
+    """Check the checkpoint that --load names against the flags; one that is not there yet is fine.
+
+    With expert parallelism Megatron keeps two optimizers, one for the experts; without it, one. The state of the one
+    arrangement cannot be read into the other (weights can), and it fails late, with a traceback on every rank.
+
+    Raises:
+        ConfigError: the optimizer state was saved with expert parallelism and this run has none, or the reverse.
+    """
+    folder = _latest(args)
+    if folder is None or args.num_experts is None or args.finetune or args.no_load_optim:
+        return
+    saved = _saved_arguments(folder)
+    if saved is None or getattr(saved, "no_save_optim", False):
+        return
+    here, there = args.expert_model_parallel_size, saved.expert_model_parallel_size
+    if (here > 1) != (there > 1):
+        rule = f"the optimizer state in {folder} was saved at {there}, and cannot be moved between 1 and more than 1"
+        way_out = f"Pass --expert-model-parallel-size {there}, or --no-load-optim for the weights alone."
+        raise ConfigError("--expert-model-parallel-size", here, rule, way_out)
+
+
+def _latest(args: argparse.Namespace) -> Path | None:
+    """The folder of the iteration that would be loaded, if it is a torch_dist checkpoint."""
+    if args.load is None:
+        return None
+    tracker = Path(args.load) / "latest_checkpointed_iteration.txt"
+    step = str(args.ckpt_step) if args.ckpt_step else tracker.read_text().strip() if tracker.is_file() else ""
+    folder = Path(args.load) / f"iter_{int(step):07d}" if step.isdecimal() else None
+    return folder if folder is not None and (folder / "metadata.json").is_file() else None
+
+
+def _saved_arguments(folder: Path) -> argparse.Namespace | None:
+    """The arguments of the run that saved it."""
+    from megatron.core.dist_checkpointing.serialization import load_common_state_dict
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that torch.distributed is not there yet
+        saved = load_common_state_dict(str(folder)).get("args")
+    return saved if isinstance(saved, argparse.Namespace) else None
