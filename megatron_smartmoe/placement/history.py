@@ -7,9 +7,9 @@ expert.
 
 Scenarios. A plan is judged on the forecast, the latest records (their micro-batches where they are known apart), and
 perturbed forecasts, each expert up or down by its own factor. How far follows the forecast's measured error, in steps,
-and the pattern never changes: a
-plan that is robust to them stays robust, and copies stay where they are. They are drawn uniformly, not from a normal
-distribution, because a uniform draw needs no transcendental function and so is equal on every machine.
+and the pattern never changes: a plan that is robust to them stays robust, and copies stay where they are. They are
+drawn uniformly, not from a normal distribution, because a uniform draw needs no transcendental function and so is equal
+on every machine.
 """
 
 from __future__ import annotations

@@ -97,8 +97,7 @@ class Rule(Protocol):
 
     @property
     def sees(self) -> Sees:
-        """`history`: planned from an earlier record, kept until the next; `exact`: planned anew for every
-        micro-batch."""
+        """`history`: planned from an earlier record, kept until the next; `exact`: anew for every micro-batch."""
 
     def plan(self, problem: LayerProblem) -> LayerPlan:
         """Plan one layer. A pure function of `problem`: no state, no clock, no unseeded randomness."""

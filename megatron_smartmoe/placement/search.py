@@ -28,8 +28,7 @@ _RESOLUTION = 1e9  # gains closer than this are equal, so that rounding never de
 
 @dataclass(frozen=True, kw_only=True)
 class SearchResult:
-    """Slots found, their exact makespan over the mean load in each scenario, their excess, the number of changes
-    made."""
+    """Slots found, their exact makespan over the mean load in each scenario, their excess, changes made."""
 
     slots_RS: IntArray
     imbalance_K: FloatArray
@@ -52,8 +51,7 @@ class _View:
         self.excess = float(excess(self.locked_KQ[None], self.pool, self.objective)[0])
 
     def ask(self, limit: float = np.inf) -> bool:
-        """Learn the true excess from the oracle; False as soon as it must be above `limit`. The worst scenario
-        first."""
+        """Learn the true excess from the oracle, worst scenario first; False as soon as it must be above `limit`."""
         worst_first = np.argsort(-(self.locked_KQ / self.pool.size_Q).max(axis=1), kind="stable")
         for learned in self.pool.ask_oracle(self.loads_KE[worst_first], self.hosts_ER):
             if learned:

@@ -11,8 +11,7 @@ tokens go to which copy: its own rank first, then its own node, then in rank ord
 Alternatives. Equal shares (EPLB and its kin) leave 5 to 10% on real traces; a linear program (LPLB) finds fractions,
 needs rounding and costs milliseconds; a threshold search (UltraEP) stops within 1%. The graph has one edge per copy
 of a replicated expert (some hundreds), so the exact integer answer is the cheap one. Lists and plain integers instead
-of
-arrays: at this size numpy's call overhead is the larger cost, and the C++ twin reads the same line by line.
+of arrays: at this size numpy's call overhead is the larger cost, and the C++ twin reads the same line by line.
 """
 
 from __future__ import annotations

@@ -33,8 +33,7 @@ class SyntheticSpec:
         tokens_per_source: tokens of one source rank in one micro-batch, each of which chooses `top_k` experts.
         top_k: experts per token; no expert can get more than 1 / top_k of the assignments.
         skew: zipf, one_hot: the busiest rank's (zipf) or expert's (one_hot) load over the mean; lognormal, drifting,
-        burst:
-            sigma of the log popularity.
+            burst: sigma of the log popularity.
         num_ranks: zipf: `skew` is measured over this many ranks of consecutive experts; 0 means over single experts.
         drift: drifting: sigma of the step that log popularity takes from one record to the next.
         burst_factor: burst: how many times more popular a bursting expert becomes.
