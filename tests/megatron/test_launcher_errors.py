@@ -34,7 +34,8 @@ CASES = {
     ),
     "not YAML": (
         ["--config", "not.yaml"],
-        "error: not.yaml:2 = '  model: {num-layers: 4': is not YAML: expected ',' or '}', but got '<stream end>'. Mend the line.",
+        "error: not.yaml:2 = '  model: {num-layers: 4': is not YAML: expected ',' or '}', but got "
+        "'<stream end>'. Mend the line.",
     ),
     "run directory": (
         [*MODEL, "--vocab-size", "128", "--run-dir", "wrong.yaml"],
