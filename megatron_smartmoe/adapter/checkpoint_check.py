@@ -1,4 +1,4 @@
-"""What can be known of a checkpoint before any process group forms: whether its optimizer state fits this run."""
+"""What can be known of a checkpoint before any process group forms: whether its state fits this run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ def check_load(args: argparse.Namespace) -> None:
     arrangement cannot be read into the other (weights can), and it fails late, with a traceback on every rank.
 
     Raises:
-        ConfigError: the optimizer state was saved with expert parallelism and this run has none, or the reverse.
+        ConfigError: the optimizer state was saved with expert parallelism and this run has none, or the reverse; or
+            the learning-rate schedule is another and nothing says which one counts.
     """
     folder = _latest(args)
     if folder is None or args.num_experts is None or args.finetune or args.no_load_optim:
@@ -29,6 +30,19 @@ def check_load(args: argparse.Namespace) -> None:
         rule = f"the optimizer state in {folder} was saved at {there}, and cannot be moved between 1 and more than 1"
         way_out = f"Pass --expert-model-parallel-size {there}, or --no-load-optim for the weights alone."
         raise ConfigError("--expert-model-parallel-size", here, rule, way_out)
+    if not args.override_opt_param_scheduler and not args.use_checkpoint_opt_param_scheduler:
+        _check_schedule(args, saved, folder)
+
+
+def _check_schedule(args: argparse.Namespace, saved: argparse.Namespace, folder: Path) -> None:
+    """Megatron's scheduler asserts that what it computes from these is what the checkpoint holds."""
+    for flag in ("--train-iters", "--train-samples", "--global-batch-size", "--lr", "--min-lr", "--lr-decay-style"):
+        name = flag.removeprefix("--").replace("-", "_")
+        here, there = getattr(args, name), getattr(saved, name, None)
+        if here is not None and there is not None and here != there:
+            rule = f"the learning-rate schedule in {folder} was made with {there!r}"
+            way_out = "Add --override-opt-param-scheduler for these flags' schedule, or "
+            raise ConfigError(flag, here, rule, way_out + "--use-checkpoint-opt-param-scheduler for the saved one.")
 
 
 def _latest(args: argparse.Namespace) -> Path | None:

@@ -133,7 +133,8 @@ def _next_steps(args: Namespace, run_dir: Path) -> list[str]:
     script = "scripts/pretrain_gpt_moe.sh"
     steps = {}
     if args.save and args.load and args.train_iters:
-        steps["go on from the checkpoint"] = f"{script} --run-dir {run_dir} --train-iters {2 * args.train_iters}"
+        more = f"--train-iters {2 * args.train_iters} --override-opt-param-scheduler"
+        steps["go on from the checkpoint"] = f"{script} --run-dir {run_dir} {more}"
     steps["see the exact command"] = f"{script} --run-dir {run_dir} --dry-run"
     steps["every flag there is"] = f"{script} --help-megatron"
     width = max(map(len, steps.values()))

@@ -62,19 +62,29 @@ def test_resumed_at_another_parallelism(saved: Saved, mix: str, tmp_path: Path) 
     assert largest_difference(losses, saved.losses[4:]) < 1e-6
 
 
+def launch(saved: Saved, tmp_path: Path, nproc: str, *flags: str) -> subprocess.CompletedProcess[str]:
+    """The launcher on the saved checkpoint."""
+    command = [sys.executable, "-m", "megatron_smartmoe.adapter.launch", "--nproc", nproc, "--run-dir", tmp_path / "x"]
+    flags = (*TINY_MODEL, *TINY_TRAINING, *saved.flags, "--load", str(saved.checkpoint), *flags)
+    return subprocess.run([*command, *flags], capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_a_longer_run_has_to_say_which_schedule_counts(saved: Saved, tmp_path: Path) -> None:
+    done = launch(saved, tmp_path, "2", *EP2, "--train-iters", "9")
+    assert done.returncode == 2
+    assert done.stderr == (
+        f"error: --train-iters = 9: the learning-rate schedule in {saved.checkpoint / 'iter_0000004'} was made with 8. "
+        "Add --override-opt-param-scheduler for these flags' schedule, or --use-checkpoint-opt-param-scheduler for the "
+        "saved one.\n"
+    )
+    done = launch(saved, tmp_path, "2", *EP2, "--train-iters", "9", "--override-opt-param-scheduler")
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert "Finished after 9 iterations." in done.stdout
+
+
 def test_optimizer_state_between_ep_1_and_more_is_refused_before_it_fails(saved: Saved, tmp_path: Path) -> None:
     """Megatron keeps the experts' optimizer apart only under expert parallelism."""
-    command = [
-        sys.executable,
-        "-m",
-        "megatron_smartmoe.adapter.launch",
-        "--nproc",
-        "1",
-        "--run-dir",
-        str(tmp_path / "x"),
-    ]
-    flags = [*TINY_MODEL, *TINY_TRAINING, *saved.flags, "--load", str(saved.checkpoint), "--train-iters", "8"]
-    done = subprocess.run([*command, *flags], capture_output=True, text=True, timeout=120, check=False)
+    done = launch(saved, tmp_path, "1", "--train-iters", "8")
     assert done.returncode == 2
     folder = saved.checkpoint / "iter_0000004"
     assert done.stderr == (

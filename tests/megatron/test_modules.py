@@ -531,9 +531,12 @@ Finished after 300 iterations.
   TensorBoard      tensorboard --logdir runs/a/tensorboard
 
   Next:
-    scripts/pretrain_gpt_moe.sh --run-dir runs/a --train-iters 600  # go on from the checkpoint
-    scripts/pretrain_gpt_moe.sh --run-dir runs/a --dry-run          # see the exact command
-    scripts/pretrain_gpt_moe.sh --help-megatron                     # every flag there is
+    scripts/pretrain_gpt_moe.sh --run-dir runs/a --train-iters 600 --override-opt-param-scheduler  \
+# go on from the checkpoint
+    scripts/pretrain_gpt_moe.sh --run-dir runs/a --dry-run                                         \
+# see the exact command
+    scripts/pretrain_gpt_moe.sh --help-megatron                                                    \
+# every flag there is
 ===================================================================================================="""
 
 NOTHING_LEFT = "Finished after 0 iterations. There was nothing left to train: raise --train-iters to go on."
