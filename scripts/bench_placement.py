@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
-"""Times the host ops of the placement against their numpy twins, in one process on one core.
+"""Times the host ops of the placement against their numpy twins, in one process on one core; and compares balance.
 
     python scripts/bench_placement.py                     256 experts on 64 ranks, 1 and 2 spare slots
     python scripts/bench_placement.py --ranks 32 --repeats 1000
+    python scripts/bench_placement.py --balance           bursts and drift: ours against EPLB's and UltraEP's rules
 
 Every draw is checked: the compiled ops must give the very slots and tokens of the twins. A call is timed with warm
 caches and with its way through the dispatcher. A draw's time is the median of its calls; the table has the median over
@@ -11,11 +12,16 @@ draws of fresh lognormal loads, and the worst draw. The steps:
     split            on copies planned for this load
     split, drifted   on copies planned before each expert's load changed by a lognormal factor (--drift)
     copies + split   all that a micro-batch needs: sum of the counts, new copies, who hosts what, split
+
+`--balance` replays synthetic traces whose load jumps (one expert 4, 8 or 16 times as popular for a third of every 24,
+12 or 6 records) or drifts (2%, 5% or 20% a record), two seeds each. Its table has the mean of max / mean tokens per
+rank and, behind the stroke, the worst record. It needs no compiled library.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import platform
 import statistics
 import sys
@@ -28,9 +34,19 @@ import numpy as np
 import torch
 
 from megatron_smartmoe import ops
+from megatron_smartmoe.cost.moe_layer import LayerConstants
+from megatron_smartmoe.placement.baselines.eplb import Eplb
+from megatron_smartmoe.placement.baselines.ultraep import UltraEp
 from megatron_smartmoe.placement.exact import exact_replicas
+from megatron_smartmoe.placement.online import OnlineOptions
+from megatron_smartmoe.placement.plan import Rule
+from megatron_smartmoe.placement.simulate.policies import OnlinePolicy, RulePolicy, SimulatedPolicy
+from megatron_smartmoe.placement.simulate.run import Setting, layer_seconds, replay
 from megatron_smartmoe.placement.split import min_max_split
-from megatron_smartmoe.spec.placement import EMPTY, IntArray, hosts_of
+from megatron_smartmoe.placement.types import FloatArray
+from megatron_smartmoe.spec.placement import EMPTY, IntArray, Placement, hosts_of
+from megatron_smartmoe.spec.synthetic import SyntheticSpec, synthetic_trace
+from megatron_smartmoe.spec.trace import RoutingTrace
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,6 +151,66 @@ def cpu_name() -> str:
     return next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), platform.machine())
 
 
+SHAPES = ((32, 4), (32, 8), (32, 16), (64, 16), (256, 64))  # experts, ranks
+BURSTS = ({"burst_factor": 8.0, "burst_every": 12}, {"burst_factor": 4.0, "burst_every": 24},
+          {"burst_factor": 16.0, "burst_every": 6})  # fmt: skip
+DRIFTS = ({"drift": 0.02}, {"drift": 0.05}, {"drift": 0.2})
+RIVALS: dict[str, Rule] = {
+    "EPLB": Eplb(), "UltraEP, history": UltraEp(sees="history"), "UltraEP, exact": UltraEp(),
+}  # fmt: skip
+
+
+def balance_table() -> None:
+    """One line for each kind of load, shape and number of spare slots: all traces of it together."""
+    columns = ["ours, history", "ours, auto", *RIVALS]
+    print(f"{'load':<9}{'experts':>8}{'ranks':>6}{'slots':>6}" + "".join(f"{name:>20}" for name in columns))
+    behind = 0
+    for kind, variants in (("burst", BURSTS), ("drifting", DRIFTS)):
+        for (experts, ranks), spare in itertools.product(SHAPES, (1, 2)):
+            traces = [burst_or_drift(kind, experts, ranks, seed, v) for v in variants for seed in (0, 1)]
+            found = [balance_of(trace, ranks, spare) for trace in traces]
+            behind += sum(f["ours, auto"].mean() > min(f["EPLB"].mean(), f["UltraEP, exact"].mean()) for f in found)
+            line = ""
+            for name in columns:
+                mean = np.mean([f[name].mean() for f in found])
+                line += f"{f'{mean:.4f} / {max(f[name].max() for f in found):.2f}':>20}"
+            print(f"{kind:<9}{experts:>8}{ranks:>6}{spare:>6}{line}", flush=True)
+    print(f"traces on which ours, auto, has a larger mean than EPLB or UltraEP with the exact counts: {behind}")
+
+
+def burst_or_drift(kind: str, experts: int, ranks: int, seed: int, changes: dict[str, float]) -> RoutingTrace:
+    """A trace of 36 records of one layer."""
+    return synthetic_trace(
+        SyntheticSpec(
+            **{"kind": kind, "num_experts": experts, "num_sources": ranks, "seed": seed, **changes},
+            num_records=36,
+            num_layers=1,
+            tokens_per_source=4096,
+        )
+    )
+
+
+def balance_of(trace: RoutingTrace, ranks: int, spare: int) -> dict[str, FloatArray]:
+    """Imbalance of every record and layer after warm-up, by policy; ours with its homes loop, every 100 iterations."""
+    setting = Setting(
+        num_ranks=ranks,
+        spare_slots=spare,
+        warmup=trace.num_records // 5,
+        constants=LayerConstants(token_s=1e-6),
+        state_bytes=0,
+    )
+    start = Placement.contiguous(
+        num_layers=trace.num_layers, num_experts=trace.num_experts, num_ranks=ranks, spare_slots=spare
+    )
+    policies: dict[str, SimulatedPolicy] = {}
+    for mode in ("history", "auto"):
+        options = OnlineOptions(replicas=mode)
+        policies[f"ours, {mode}"] = OnlinePolicy(start, 1, options, layer_seconds(setting))
+    for name, rule in RIVALS.items():
+        policies[name] = RulePolicy(rule, start, num_groups=1, num_nodes=1, interval=1)
+    return {name: replay(trace, policy, setting).imbalance for name, policy in policies.items()}
+
+
 def main() -> None:
     """Prints the table."""
     parser = argparse.ArgumentParser(description="Time the placement ops against their numpy twins.")
@@ -146,7 +222,11 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=20, help="fresh loads per line")
     parser.add_argument("--repeats", type=int, default=200, help="calls timed per draw (a twentieth of them in numpy)")
     parser.add_argument("--seed", type=int, default=0, help="of the draws")
+    parser.add_argument("--balance", action="store_true", help="compare balance under bursts and drift instead")
     args = parser.parse_args()
+    if args.balance:
+        balance_table()
+        return
     if not ops.backend().startswith("compiled"):
         sys.exit("the compiled library is not built: python megatron_smartmoe/ops/_build.py")
     torch.set_num_threads(1)

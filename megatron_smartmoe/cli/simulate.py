@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,17 @@ DEFAULT_CLUSTER = ClusterSpec(
 # Settings that decide what comes out; a decision file repeats them.
 _SETTINGS = ("ep", "spare_slots", "nodes", "homes_interval", "replicas", "warmup", "hidden", "ffn", "cluster")
 
-_LEAST = {"ep": 1, "spare_slots": 0, "homes_interval": 0, "peers_interval": 1, "warmup": 0, "hidden": 1, "ffn": 1}
+_LEAST = {
+    "ep": 1,
+    "nodes": 1,
+    "trace_experts": 1,
+    "spare_slots": 0,
+    "homes_interval": 0,
+    "peers_interval": 1,
+    "warmup": 0,
+    "hidden": 1,
+    "ffn": 1,
+}
 
 
 def add_parser(tools: Any) -> None:
@@ -52,15 +63,20 @@ def add_parser(tools: Any) -> None:
     parser = tools.add_parser("simulate", help="replay a routing trace through placement policies", description=__doc__)
     add = parser.add_argument
     add("--trace", type=Path, required=True, help=".npz trace, or the directory of Megatron's --moe-routing-trace-path")
+    text = "Megatron trace: ranks to read, such as 0-7,16, those of one pipeline stage whose tokens are their own "
+    text += "(default: all)"
+    add("--trace-ranks", type=_ranks, metavar="LIST", help=text)
+    text = "Megatron trace: number of experts (default: highest seen plus one, rounded up to a multiple of 8)"
+    add("--trace-experts", type=int, metavar="E", help=text)
     add("--ep", type=int, help="ranks of an expert-parallel group; source ranks form groups of this many")
     add("--spare-slots", type=int, default=0, metavar="K", help="replica slots per rank (default: 0)")
     text = "nodes of a group; with several, replicas stay on their home's node (default: from --cluster, else 1)"
     add("--nodes", type=int, metavar="N", help=text)
     text = "training iterations between two looks at the homes; 0: never (default: 100)"
     add("--homes-interval", type=int, default=100, metavar="N", help=text)
-    text = "smartmoe plans copies from earlier records, from each micro-batch's own counts, or from these only when "
-    text += "the copies planned earlier leave a rank more than 2%% above the mean (default: history)"
-    add("--replicas", choices=("history", "exact", "auto"), default="history", help=text)
+    text = "where smartmoe's copies come from: history: earlier records; exact: each micro-batch's own counts; auto: "
+    text += "history, and exact for a layer that would else have a rank more than 1%% above the mean (default: auto)"
+    add("--replicas", choices=("history", "exact", "auto"), default="auto", help=text)
     add("--policy", default="smartmoe", help="smartmoe, a peer's name, several with commas, or all (default: smartmoe)")
     text = "training iterations between two plans of a peer that plans from history (default: 1, every record)"
     add("--peers-interval", type=int, default=1, metavar="N", help=text)
@@ -83,7 +99,8 @@ def run(options: argparse.Namespace) -> int:
     saved = _read_decisions(options) if options.replay else None
     if options.ep is None:
         raise ConfigError("--ep", None, "is needed", "Give the number of ranks of an expert-parallel group.")
-    trace = load_trace(options.trace)
+    _check_outputs(options)
+    trace = load_trace(options.trace, num_experts=options.trace_experts, ranks=options.trace_ranks)
     cluster = load_cluster_spec(Path(options.cluster)) if options.cluster else DEFAULT_CLUSTER
     setting = _setting(options, trace, cluster)
     policies = _policies(options, trace, setting, cluster)
@@ -102,6 +119,35 @@ def run(options: argparse.Namespace) -> int:
     return _compare(saved, lines) if saved is not None else 0
 
 
+def _ranks(text: str) -> list[int]:
+    """`0-3,8` -> [0, 1, 2, 3, 8]."""
+    ranks: list[int] = []
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        if not first.isdecimal() or (last and not last.isdecimal()) or (part.endswith("-")):
+            raise argparse.ArgumentTypeError(f"{text!r}: must be ranks and ranges of them, such as 0-7,16")
+        ranks += range(int(first), int(last or first) + 1)
+    return ranks
+
+
+def _check_outputs(options: argparse.Namespace) -> None:
+    """Before minutes of replay: whether what comes out of it can be written."""
+    for flag, path in (
+        ("--json", options.json),
+        ("--plot", options.plot),
+        ("--save-decisions", options.save_decisions),
+    ):
+        if path is not None and not path.parent.is_dir():
+            raise ConfigError(flag, str(path), f"there is no directory {path.parent}", "Create it.")
+    if options.plot is not None:
+        if options.plot.suffix not in (".svg", ".png", ".pdf"):
+            raise ConfigError("--plot", str(options.plot), "must end in .svg, .png or .pdf", "Choose one of them.")
+        if importlib.util.find_spec("matplotlib") is None:
+            raise ConfigError(
+                "--plot", str(options.plot), "needs matplotlib", "pip install matplotlib, or leave it out."
+            )
+
+
 def _setting(options: argparse.Namespace, trace: RoutingTrace, cluster: ClusterSpec) -> Setting:
     if options.warmup is None:
         options.warmup = min(25, trace.num_records // 5)
@@ -109,7 +155,7 @@ def _setting(options: argparse.Namespace, trace: RoutingTrace, cluster: ClusterS
         rule = f"leaves none of the trace's {trace.num_records} records"
         raise ConfigError("--warmup", options.warmup, rule, "Leave it out, or choose less.")
     for flag, least in _LEAST.items():
-        if getattr(options, flag) < least:
+        if getattr(options, flag) is not None and getattr(options, flag) < least:
             name = "--" + flag.replace("_", "-")
             raise ConfigError(name, getattr(options, flag), f"must be at least {least}", "Choose another number.")
     if trace.num_experts % options.ep:

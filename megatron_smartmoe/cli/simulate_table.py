@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_smartmoe.placement.decisions import Decision
 from megatron_smartmoe.placement.simulate.run import PolicyResult, Setting
 from megatron_smartmoe.placement.types import FloatArray
 from megatron_smartmoe.spec.trace import RoutingTrace
@@ -46,7 +47,19 @@ def _numbers(result: PolicyResult, setting: Setting) -> dict[str, Any]:
     }
     if books.forecast_errors:
         numbers["forecast_error"] = float(np.mean(books.forecast_errors))
+        numbers["replans"] = books.replans / max(len(imbalance), 1)
+        numbers["reviews"] = [_review(decision) for decision in result.decisions if decision.kind == "review"]
     return numbers
+
+
+def _review(decision: Decision) -> dict[str, Any]:
+    """What a move of homes promised and what it won, in any record, warm-up too."""
+    return {
+        "iteration": decision.iteration,
+        "predicted_gain_ms": (decision.predicted_gain_s or 0.0) * 1e3,
+        "realised_gain_ms": (decision.realised_gain_s or 0.0) * 1e3,
+        "kept": not decision.changes,
+    }
 
 
 def as_table(results: Sequence[PolicyResult], bounds: FloatArray, setting: Setting, trace: RoutingTrace) -> str:
@@ -77,4 +90,12 @@ def as_table(results: Sequence[PolicyResult], bounds: FloatArray, setting: Setti
         if "forecast_error" in numbers:
             share = numbers["forecast_error"]
             lines.append(f"{name}: {share:.1%} of the tokens went to other experts than forecast")
+            lines.append(f"{name}: copies planned anew from the exact counts in {numbers['replans']:.1%} of the cases")
+        for review in numbers.get("reviews", ()):
+            verdict = "kept" if review["kept"] else "undone"
+            lines.append(
+                f"{name}: homes moved, reviewed at iteration {review['iteration']}: "
+                f"predicted {review['predicted_gain_ms']:.3f} ms an iteration, "
+                f"realised {review['realised_gain_ms']:.3f} ms: {verdict}"
+            )
     return "\n".join(lines)

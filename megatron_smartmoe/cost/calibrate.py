@@ -7,6 +7,10 @@ measurements tell two constants apart they win, a few hundred rows against one; 
 fixed cost at a single micro-batch size, links between nodes in runs on one node) the prior decides, and the model still
 says something sensible about other micro-batch sizes and node counts.
 
+GPUs that share their node's network card reach it through the port that they use inside the node, so what a token costs
+that port is one and the same: the constant of traffic between nodes is pulled towards the fitted one inside the node,
+not towards its own prior. Runs on one node thereby tell half of what two nodes cost.
+
 The alternative, plain least squares, gives a collinear column any value: it fits one setting to the same residual and
 is off by half on the next. Which rank is the busiest depends on the constants, hence the few rounds.
 """
@@ -31,22 +35,26 @@ def spread_of(prior: LayerConstants) -> LayerConstants:
     """How far each constant may lie from its prior, as a standard deviation.
 
     Launch counts are estimates within a factor of two, as are links; what a token and an active expert cost outside
-    the GEMMs is known to an order of magnitude. A shared network card may slow down each GPU's own port (up to what
-    the port costs inside a node) and may be less than full duplex.
+    the GEMMs is known to an order of magnitude. With a shared network card the spread of `inter_gpu_token_s` is that of
+    its distance from `intra_token_s`; the card may be less than full duplex.
     """
-    shared = prior.inter_node_token_s > 0
+    port_s = prior.intra_token_s if _shares_card(prior) else prior.inter_gpu_token_s
     return LayerConstants(
         fixed_s=0.5 * prior.fixed_s,
         source_token_s=10.0 * prior.source_token_s,
         token_s=prior.token_s,
         expert_s=10.0 * prior.expert_s,
         intra_token_s=0.5 * prior.intra_token_s,
-        inter_gpu_token_s=prior.intra_token_s if shared else 0.5 * prior.inter_gpu_token_s,
+        inter_gpu_token_s=0.5 * port_s,
         inter_node_token_s=0.5 * prior.inter_node_token_s,
         inter_node_reverse_token_s=0.5 * prior.inter_node_token_s,
         intra_copy_s=0.5 * prior.intra_copy_s,
         inter_copy_s=0.5 * prior.inter_copy_s,
     )
+
+
+def _shares_card(prior: LayerConstants) -> bool:
+    return prior.inter_node_token_s > 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,9 +115,10 @@ def calibrate(
     names = [field.name for field in fields(LayerConstants)]
     prior_C, spread_C = np.array(astuple(prior)), np.array(astuple(spread or spread_of(prior)))
     constants = prior
+    port = (names.index("inter_gpu_token_s"), names.index("intra_token_s")) if _shares_card(prior) else None
     for _ in range(ROUNDS):
         counts_NC = np.array([_counts(m.flow, constants.half_rate_tokens) for m in measurements])
-        fitted_C = _posterior(counts_NC, time_s, prior_C, spread_C)
+        fitted_C = _posterior(counts_NC, time_s, prior_C, spread_C, port)
         constants = LayerConstants(**dict(zip(names, fitted_C.tolist(), strict=True)))
     return Calibration(constants=constants, residuals=residuals(measurements, constants))
 
@@ -147,15 +156,34 @@ def _counts(flow: LayerFlow, half_rate_tokens: float) -> tuple[float, ...]:
     )
 
 
-def _posterior(counts_NC: FloatArray, time_N: FloatArray, prior_C: FloatArray, spread_C: FloatArray) -> FloatArray:
-    """Non-negative constants that balance relative errors against distance from the prior."""
+def _posterior(
+    counts_NC: FloatArray,
+    time_N: FloatArray,
+    prior_C: FloatArray,
+    spread_C: FloatArray,
+    follows: tuple[int, int] | None,
+) -> FloatArray:
+    """Non-negative constants that balance relative errors against distance from the prior.
+
+    Args:
+        counts_NC: what each constant is multiplied with.
+        time_N: measured times.
+        prior_C: constants to be pulled to.
+        spread_C: how strongly; zero keeps the prior.
+        follows: (constant, another): the first is pulled to where its prior lies from the second's, wherever that is.
+    """
     free_C = spread_C > 0
     scale_C = spread_C[free_C]
     remaining_N = time_N - counts_NC[:, ~free_C] @ prior_C[~free_C]
     rows = counts_NC[:, free_C] * scale_C / (NOISE * time_N)[:, None]
     target = remaining_N / (NOISE * time_N)
-    pull = np.eye(int(free_C.sum()))
-    solution, _ = nnls(np.vstack([rows, pull]), np.concatenate([target, prior_C[free_C] / scale_C]))
+    pull, pulled_to = np.eye(int(free_C.sum())), prior_C[free_C] / scale_C
+    if follows is not None and free_C[list(follows)].all():
+        place_C = np.cumsum(free_C) - 1
+        one, other = (int(place_C[constant]) for constant in follows)
+        pull[one, other] = -scale_C[other] / scale_C[one]
+        pulled_to[one] = (prior_C[follows[0]] - prior_C[follows[1]]) / scale_C[one]
+    solution, _ = nnls(np.vstack([rows, pull]), np.concatenate([target, pulled_to]))
     fitted_C = prior_C.copy()
     fitted_C[free_C] = solution * scale_C
     return fitted_C

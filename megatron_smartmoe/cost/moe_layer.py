@@ -215,13 +215,15 @@ def constants_of(cluster: ClusterSpec, expert: ExpertShape, *, shared_network_ca
         cluster: peaks, bandwidths and latencies.
         expert: sizes.
         shared_network_card: the GPUs of a node share one card of `gpus_per_node` times `inter_node`'s bandwidth, and
-            it is what limits them.
+            it is what limits them. What a GPU exchanges with other nodes then goes through the same port as what it
+            exchanges inside its own, and on through the card.
     """
     gpu, intra, inter = cluster.gpu, cluster.intra_node, cluster.inter_node
     row_s = expert.token_bytes / (gpu.memory_bandwidth_bytes_s * MEMORY_EFFICIENCY)
     token_s = expert.flops_per_token / (gpu.peak_flops * GEMM_EFFICIENCY) + ROWS_MOVED_PER_TOKEN * row_s
     weights_s = expert.weight_bytes / (gpu.memory_bandwidth_bytes_s * MEMORY_EFFICIENCY)
     copy_bytes = expert.weight_bytes + expert.gradient_bytes
+    intra_token_s = ALL_TO_ALLS * expert.token_bytes / (intra.bandwidth_bytes_s * LINK_EFFICIENCY)
     inter_token_s = ALL_TO_ALLS * expert.token_bytes / (inter.bandwidth_bytes_s * LINK_EFFICIENCY)
     latency_s = inter.latency_s if cluster.nodes > 1 else intra.latency_s
     return LayerConstants(
@@ -229,8 +231,8 @@ def constants_of(cluster: ClusterSpec, expert: ExpertShape, *, shared_network_ca
         source_token_s=ROWS_MOVED_PER_TOKEN * row_s,
         token_s=token_s,
         expert_s=3 * weights_s,  # read forward, read backward, gradient written
-        intra_token_s=ALL_TO_ALLS * expert.token_bytes / (intra.bandwidth_bytes_s * LINK_EFFICIENCY),
-        inter_gpu_token_s=0.0 if shared_network_card else inter_token_s,
+        intra_token_s=intra_token_s,
+        inter_gpu_token_s=intra_token_s if shared_network_card else inter_token_s,
         inter_node_token_s=inter_token_s / cluster.gpus_per_node if shared_network_card else 0.0,
         intra_copy_s=copy_bytes / (intra.bandwidth_bytes_s * LINK_EFFICIENCY),
         inter_copy_s=copy_bytes / (inter.bandwidth_bytes_s * LINK_EFFICIENCY),

@@ -37,7 +37,6 @@ class CutPool:
 
     Args:
         num_ranks: R.
-        unit_R: ranks with the same number count as one, e.g. the nodes; None lets every rank count for itself.
     """
 
     def __init__(self, num_ranks: int) -> None:

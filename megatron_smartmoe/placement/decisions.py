@@ -23,7 +23,7 @@ class Decision:
 
     Attributes:
         iteration: training iteration before which it takes effect.
-        kind: which loop decided.
+        kind: which loop decided; `review` is the verdict on an earlier move of homes: it stays, or it is undone.
         group: expert-parallel group, -1 for all of them.
         inputs: digest of the numbers that it was made from.
         before: digest of the placement before.
@@ -31,14 +31,14 @@ class Decision:
         taken: whether it is now in force.
         why: in words.
         changes: slots that the proposal changes.
-        predicted_gain_s: seconds per iteration.
-        realised_gain_s: seconds per iteration, once measured.
+        predicted_gain_s: seconds per iteration; of a review, what the move had promised.
+        realised_gain_s: seconds per iteration that the move saved; only a review knows them.
         cost_s: one-time seconds.
         moved_bytes: expert state that moves for it.
     """
 
     iteration: int
-    kind: Literal["homes", "replicas"]
+    kind: Literal["homes", "replicas", "review"]
     group: int
     inputs: str
     before: str

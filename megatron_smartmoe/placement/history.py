@@ -5,11 +5,15 @@ forecasts have been closest lately is used, so a steady load is averaged and a d
 kept and reported. Error and distance are total variation: the part of all tokens that would have to choose another
 expert.
 
-Scenarios. A plan is judged on the forecast, the latest records (their micro-batches where they are known apart), and
-perturbed forecasts, each expert up or down by its own factor. How far follows the forecast's measured error, in steps,
-and the pattern never changes: a plan that is robust to them stays robust, and copies stay where they are. They are
-drawn uniformly, not from a normal distribution, because a uniform draw needs no transcendental function and so is equal
-on every machine.
+Jumps. A record that is several times further from its forecast than usual begins another regime (a burst, or its end).
+The averages restart there instead of mixing the two, and the regime before stays among the scenarios for a while,
+since bursts end. The record in which a jump happens cannot be foreseen by any rule that sees history alone.
+
+Scenarios. A plan is judged on the forecast, the latest records (their micro-batches where they are known apart), the
+regime before the last jump, and perturbed forecasts, each expert up or down by its own factor. How far follows the
+measured error, in steps, and the pattern never changes: a plan that is robust to them stays robust, and copies stay
+where they are. They are drawn uniformly, not from a normal distribution, because a uniform draw needs no transcendental
+function and so is equal on every machine.
 """
 
 from __future__ import annotations
@@ -21,7 +25,7 @@ import numpy as np
 
 from megatron_smartmoe.errors import PlanError
 from megatron_smartmoe.placement.types import FloatArray
-from megatron_smartmoe.spec.placement import IntArray
+from megatron_smartmoe.spec.placement import BoolArray, IntArray
 
 _NOISE_SEED = 20230711
 
@@ -35,10 +39,13 @@ class HistoryOptions:
         decays: weight of the past in each running average; 0 is the last record alone.
         error_decay: weight of the past in the running forecast errors.
         noise: spread of each perturbed forecast, in units of the expected relative error.
-        noise_steps: spreads of that unit; the first that is not below twice the forecast's error is taken, the last at
-            most; `first_step` when nothing is known yet.
+        noise_steps: spreads of that unit; the first that is not below twice the forecast's error (jumps included) is
+            taken, the last at most; `first_step` when nothing is known yet.
         first_step: see `noise_steps`.
         micro_batches: micro-batches of the last record among the scenarios, at most.
+        jump: a record is a jump when its forecast is this many times further off than usual,
+        least_jump: and at least this far off (total variation).
+        regime_records: records for which the regime before a jump stays among the scenarios.
     """
 
     window: int = 2
@@ -48,6 +55,9 @@ class HistoryOptions:
     noise_steps: tuple[float, ...] = (0.01, 0.02, 0.04, 0.06, 0.12, 0.25)
     first_step: float = 0.06
     micro_batches: int = 4
+    jump: float = 3.0
+    least_jump: float = 0.04
+    regime_records: int = 8
 
     @classmethod
     def for_ranks(cls, num_ranks: int) -> HistoryOptions:
@@ -71,6 +81,9 @@ class History:
         self._window: deque[IntArray] = deque(maxlen=self.options.window)
         self._average_DLE = np.zeros((len(self.options.decays), num_layers, num_experts))
         self._error_DL = np.zeros((len(self.options.decays), num_layers))
+        self._surprise_L = np.zeros(num_layers)  # running error of the forecasts, jumps and all
+        self._regime_LE = np.zeros((num_layers, num_experts))  # the forecast before the last jump
+        self._jumped_at_L = np.full(num_layers, -1)  # number of the record that jumped
 
     def update(self, counts_LME: IntArray) -> FloatArray:
         """Take in one record, micro-batches apart (M may be 1); returns how wrong the forecast was, per layer."""
@@ -79,15 +92,44 @@ class History:
             raise PlanError(f"a record has shape {counts_LME.shape}: must be {want}")
         share_LE = _shares(counts_LME.sum(axis=1).astype(np.float64))
         error_L = _distance(self.forecast_LE(), share_LE) if self.num_records else np.full(self.num_layers, np.nan)
+        jumped_L = self._jumped(error_L)
+        self._remember_regime(jumped_L, share_LE)
         decay_D = np.array(self.options.decays)
         if self.num_records:
             keep = self.options.error_decay if self.num_records > 1 else 0.0
-            self._error_DL = keep * self._error_DL + (1 - keep) * _distance(self._average_DLE, share_LE)
+            fresh_DL = keep * self._error_DL + (1 - keep) * _distance(self._average_DLE, share_LE)
+            # A jump says nothing about which average forecasts best, but much about how robust a plan should be.
+            self._error_DL = np.where(jumped_L, self._error_DL, fresh_DL)
+            self._surprise_L = keep * self._surprise_L + (1 - keep) * error_L
         keep_D11 = (decay_D if self.num_records else np.zeros_like(decay_D))[:, None, None]
         self._average_DLE = keep_D11 * self._average_DLE + (1 - keep_D11) * share_LE
         self._window.append(counts_LME.copy())
         self.num_records += 1
         return error_L
+
+    def _jumped(self, error_L: FloatArray) -> BoolArray:
+        """Layers in which this record begins another regime; never twice in a row, so that a load that always jumps
+        is taken for what it is: hard to forecast."""
+        if self.num_records < 3:
+            return np.zeros(self.num_layers, dtype=np.bool_)
+        limit_L = np.maximum(self.options.jump * self.forecast_error_L, self.options.least_jump)
+        return np.asarray((error_L > limit_L) & (self._jumped_at_L < self.num_records - 1))
+
+    def _remember_regime(self, jumped_L: BoolArray, share_LE: FloatArray) -> None:
+        """Keep the forecast from before a jump and restart the averages: from the regime before, if it is back."""
+        if not jumped_L.any():
+            return
+        before_LE, forecast_LE = self._regime_LE.copy(), self.forecast_LE()
+        back_L = self._regime_known_L & (_distance(before_LE, share_LE) < 0.5 * _distance(forecast_LE, share_LE))
+        start_LE = np.where(back_L[:, None], before_LE, share_LE)
+        self._average_DLE = np.where(jumped_L[:, None], start_LE, self._average_DLE)
+        self._regime_LE = np.where(jumped_L[:, None], forecast_LE, before_LE)
+        self._jumped_at_L = np.where(jumped_L, self.num_records, self._jumped_at_L)
+
+    @property
+    def _regime_known_L(self) -> BoolArray:
+        """Layers with a jump that is not too long ago."""
+        return np.asarray(self._jumped_at_L >= max(self.num_records - self.options.regime_records, 0))
 
     def forecast_LE(self) -> FloatArray:
         """Expected share of the tokens for each expert; even shares before the first record."""
@@ -98,11 +140,11 @@ class History:
 
     @property
     def forecast_error_L(self) -> FloatArray:
-        """Running error of the forecast in use, total variation, per layer."""
+        """Running error of the forecast in use, total variation, per layer; jumps left out."""
         return np.asarray(self._error_DL.min(axis=0))
 
     def scenarios_KE(self, layer: int) -> FloatArray:
-        """Loads to be prepared for, in shares: the forecast first, then what was, then perturbed forecasts."""
+        """Loads to be prepared for, in shares: the forecast first, then what was, perturbed forecasts last."""
         forecast_E = self.forecast_LE()[layer]
         rows = [forecast_E[None]]
         for age, counts_LME in enumerate(reversed(self._window)):
@@ -110,6 +152,8 @@ class History:
             if age > 0 or len(record_ME) == 1:
                 record_ME = record_ME.sum(axis=0, keepdims=True)
             rows.append(_shares(_evenly(record_ME, self.options.micro_batches)))
+        if self._regime_known_L[layer]:
+            rows.append(self._regime_LE[layer][None])
         spread = self._expected_spread(layer)
         spreads = tuple(spread * times for times in self.options.noise)
         rows.append(forecast_E * noise_factors(spreads, self.num_experts))
@@ -121,7 +165,7 @@ class History:
         steps = self.options.noise_steps
         if self.num_records < 2:
             return self.options.first_step
-        twice = 2.0 * float(self.forecast_error_L[layer])
+        twice = 2.0 * float(self._surprise_L[layer])
         return next((step for step in steps if step >= twice), steps[-1])
 
 

@@ -93,7 +93,7 @@ def plan_homes(
         swaps.append((int(flat[second]), int(flat[first])))
         load_U = _unit_loads(home_RH, load_E, unit_R, num_units)
     new_RS = np.concatenate([home_RH, slots_RS[:, home_slots:]], axis=1)
-    _drop_misplaced(new_RS, home_slots, node_R if by_node else np.zeros_like(node_R))
+    drop_misplaced(new_RS, home_slots, node_R if by_node else np.zeros_like(node_R))
     return HomesPlan(slots_RS=new_RS, swaps=tuple(swaps), imbalance_before=before, imbalance_after=float(load_U.max()))
 
 
@@ -135,7 +135,7 @@ def _best_swap(
     return (int(first[best]), int(second[best])) if gain_M[best] > 0 else None
 
 
-def _drop_misplaced(slots_RS: IntArray, home_slots: int, node_R: IntArray) -> None:
+def drop_misplaced(slots_RS: IntArray, home_slots: int, node_R: IntArray) -> None:
     """Clear, in place, replicas that now share a rank with their home or lie on another node than it."""
     home_node_E = np.empty(slots_RS[:, :home_slots].size, dtype=np.int64)
     home_node_E[slots_RS[:, :home_slots]] = node_R[:, None]

@@ -59,46 +59,54 @@ class Moves:
         return slots_RS
 
 
-def clearings(slots_RS: IntArray, start_ER: BoolArray, space: Space, objective: Objective) -> Moves:
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """A slot table, and what decides which changes are allowed and what they cost.
+
+    Attributes:
+        slots_RS: the slots as they are.
+        hosts_ER: whether rank r holds a copy of expert e.
+        start_ER: whether it did when the search began: a copy that is new since then has its price.
+        space: what may be changed.
+        objective: prices.
+    """
+
+    slots_RS: IntArray
+    hosts_ER: BoolArray
+    start_ER: BoolArray
+    space: Space
+    objective: Objective
+
+    def spare(self) -> tuple[IntArray, IntArray]:
+        """Rank and column of every spare slot."""
+        num_ranks, num_slots = self.slots_RS.shape
+        rank = np.repeat(np.arange(num_ranks), num_slots - self.space.home_slots)
+        return rank, np.tile(np.arange(self.space.home_slots, num_slots), num_ranks)
+
+    def homes(self) -> tuple[IntArray, IntArray]:
+        """Rank and column of every home slot."""
+        num_ranks, home_slots = len(self.slots_RS), self.space.home_slots
+        return np.repeat(np.arange(num_ranks), home_slots), np.tile(np.arange(home_slots), num_ranks)
+
+
+def clearings(table: Table) -> Moves:
     """Clear a spare slot; one that is empty already is cleared too, so that every spare slot is there to compare."""
-    rank, slot = _spare(slots_RS, space)
-    return _put(slots_RS, start_ER, rank, slot, np.full(len(rank), EMPTY), space, objective)
+    rank, slot = table.spare()
+    return _put(table, rank, slot, np.full(len(rank), EMPTY))
 
 
-def replacements(
-    slots_RS: IntArray,
-    start_ER: BoolArray,
-    hosts_ER: BoolArray,
-    wanted_E: IntArray,
-    cheap_S: IntArray,
-    space: Space,
-    objective: Objective,
-) -> Moves:
+def replacements(table: Table, wanted_E: IntArray, cheap_S: IntArray) -> Moves:
     """Put an expert of `wanted_E` into a spare slot of `cheap_S` (numbered as in `clearings`) whose rank may hold
     it."""
-    rank, slot = (values[cheap_S] for values in _spare(slots_RS, space))
-    may_CR = (space.allowed_ER(slots_RS) & ~hosts_ER)[wanted_E]
+    rank, slot = (values[cheap_S] for values in table.spare())
+    may_CR = (table.space.allowed_ER(table.slots_RS) & ~table.hosts_ER)[wanted_E]
     which, at = np.nonzero(may_CR[:, rank])
-    return _put(slots_RS, start_ER, rank[at], slot[at], wanted_E[which], space, objective)
+    return _put(table, rank[at], slot[at], wanted_E[which])
 
 
-def _spare(slots_RS: IntArray, space: Space) -> tuple[IntArray, IntArray]:
-    """Rank and column of every spare slot."""
-    num_ranks, num_slots = slots_RS.shape
-    rank = np.repeat(np.arange(num_ranks), num_slots - space.home_slots)
-    return rank, np.tile(np.arange(space.home_slots, num_slots), num_ranks)
-
-
-def _put(
-    slots_RS: IntArray,
-    start_ER: BoolArray,
-    rank: IntArray,
-    slot: IntArray,
-    new: IntArray,
-    space: Space,
-    objective: Objective,
-) -> Moves:
+def _put(table: Table, rank: IntArray, slot: IntArray, new: IntArray) -> Moves:
     """Moves that put expert `new` (or EMPTY) into slot (rank, slot)."""
+    slots_RS, start_ER, objective = table.slots_RS, table.start_ER, table.objective
     old = slots_RS[rank, slot]
     strange_new = (new != EMPTY) & ~start_ER[new, rank]
     strange_old = (old != EMPTY) & ~start_ER[old, rank]
@@ -112,61 +120,42 @@ def _put(
         from_M2=np.stack([nowhere, rank], axis=1),
         to_M2=np.stack([rank, nowhere], axis=1),
         price_M=objective.copy_price * copies + objective.change_price * (strange_new * 1.0 - strange_old),
-        home_slots=space.home_slots,
+        home_slots=table.space.home_slots,
     )
 
 
-def exchanges(
-    slots_RS: IntArray,
-    start_ER: BoolArray,
-    hosts_ER: BoolArray,
-    wanted_E: IntArray,
-    cheap_S: IntArray,
-    space: Space,
-    objective: Objective,
-) -> Moves:
+def exchanges(table: Table, wanted_E: IntArray, cheap_S: IntArray) -> Moves:
     """Exchange a copy of an expert of `wanted_E` with what a spare slot of `cheap_S` on another rank holds."""
-    rank, slot = _spare(slots_RS, space)
-    held = slots_RS[rank, slot]
+    rank, slot = table.spare()
+    held = table.slots_RS[rank, slot]
     wanted_S = np.isin(held, wanted_E)
-    may_ER = space.allowed_ER(slots_RS) & ~hosts_ER
+    may_ER = table.space.allowed_ER(table.slots_RS) & ~table.hosts_ER
     may_SR = np.where((held == EMPTY)[:, None], True, may_ER[held])  # what a slot holds may lie on rank r
     may_SS = may_SR[:, rank]
     cheap = np.isin(np.arange(len(held)), cheap_S)
     pairs_SS = may_SS & may_SS.T & wanted_S[:, None] & cheap & (held[:, None] != held)
     first, second = np.nonzero(pairs_SS & ~(np.tril(pairs_SS) & pairs_SS.T))  # a pair that is there twice counts once
-    return _exchange(slots_RS, rank, slot, first, second, start_ER, space, objective.change_price)
+    return _exchange(table, (rank, slot), first, second, table.objective.change_price)
 
 
-def home_swaps(
-    slots_RS: IntArray, start_ER: BoolArray, hosts_ER: BoolArray, wanted_E: IntArray, space: Space, objective: Objective
-) -> Moves:
+def home_swaps(table: Table, wanted_E: IntArray) -> Moves:
     """Swap the home of an expert of `wanted_E` with another home of the same node."""
-    rank = np.repeat(np.arange(slots_RS.shape[0]), space.home_slots)
-    slot = np.tile(np.arange(space.home_slots), slots_RS.shape[0])
-    held = slots_RS[rank, slot]
+    (rank, slot), node_R = table.homes(), table.space.node_R
+    held = table.slots_RS[rank, slot]
     wanted_S = np.isin(held, wanted_E)
-    first, second = np.nonzero(
-        wanted_S[:, None] & (rank[:, None] != rank) & (space.node_R[rank][:, None] == space.node_R[rank])
-    )
+    first, second = np.nonzero(wanted_S[:, None] & (rank[:, None] != rank) & (node_R[rank][:, None] == node_R[rank]))
     once = ~wanted_S[second] | (first < second)
     first, second = first[once], second[once]
-    swaps = _exchange(slots_RS, rank, slot, first, second, start_ER, space, objective.home_price)
-    already = hosts_ER[swaps.expert_M2, swaps.to_M2]  # a replica waits where the home arrives: one host less
+    swaps = _exchange(table, (rank, slot), first, second, table.objective.home_price)
+    already = table.hosts_ER[swaps.expert_M2, swaps.to_M2]  # a replica waits where the home arrives: one host less
     return Moves(**{**vars(swaps), "to_M2": np.where(already, NOWHERE, swaps.to_M2)})
 
 
 def _exchange(
-    slots_RS: IntArray,
-    rank: IntArray,
-    slot: IntArray,
-    first: IntArray,
-    second: IntArray,
-    start_ER: BoolArray,
-    space: Space,
-    price: float,
+    table: Table, listed: tuple[IntArray, IntArray], first: IntArray, second: IntArray, price: float
 ) -> Moves:
-    """Moves that exchange slots `first` and `second` of the list (rank, slot)."""
+    """Moves that exchange slots `first` and `second` of the list of (ranks, columns)."""
+    (rank, slot), slots_RS, start_ER = listed, table.slots_RS, table.start_ER
     expert_M2 = np.stack([slots_RS[rank[first], slot[first]], slots_RS[rank[second], slot[second]]], axis=1)
     from_M2 = np.stack([rank[first], rank[second]], axis=1)
     to_M2 = from_M2[:, ::-1]
@@ -181,5 +170,5 @@ def _exchange(
         from_M2=from_M2,
         to_M2=to_M2,
         price_M=price * (strange_after.sum(axis=1) - strange_before.sum(axis=1)),
-        home_slots=space.home_slots,
+        home_slots=table.space.home_slots,
     )

@@ -8,7 +8,6 @@ a clock, a process group or a device.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -20,13 +19,13 @@ from megatron_smartmoe.placement.history import History, HistoryOptions
 from megatron_smartmoe.placement.homes import HomesOptions, plan_homes
 from megatron_smartmoe.placement.policy import Policy, PolicyOptions
 from megatron_smartmoe.placement.replicas import ReplicaOptions, plan_replicas, search_space
+from megatron_smartmoe.placement.review import LayerSeconds, MoveReview
 from megatron_smartmoe.placement.search import improve
 from megatron_smartmoe.placement.split import binding_cuts, split_graph
 from megatron_smartmoe.placement.types import FloatArray
-from megatron_smartmoe.spec.placement import IntArray, Placement
+from megatron_smartmoe.spec.placement import BoolArray, IntArray, Placement, hosts_of
 
 ReplicaMode = Literal["history", "exact", "auto"]
-LayerSeconds = Callable[[IntArray, IntArray], float]  # (slots_RS, counts_RE of one micro-batch) -> seconds of the layer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,27 +35,30 @@ class OnlineOptions:
     Attributes:
         homes_interval: iterations between two looks at the homes; 0 leaves them alone.
         replicas: `history`: copies are planned from earlier iterations, before this one begins; `exact`: from each
-            micro-batch's own counts; `auto`: from history, and from the counts of a micro-batch that history fails.
+            micro-batch's own counts; `auto`: from history, and anew from the counts of a micro-batch for a layer that
+            the copies from history leave too unbalanced.
         micro_batches: per iteration; what a gain per micro-batch is multiplied with.
         state_bytes: of one expert's weights, main weights and moments.
         migration_bytes_s: bandwidth of a rank while experts move.
         homes: prices of swaps.
         replica: prices and effort of copies.
         history: what is remembered; None chooses by the number of ranks.
-        auto_limit: with `auto`, the max / mean above which a micro-batch gets copies planned from its own counts.
+        auto_limit: with `auto`, the max / mean above which a layer's copies are planned anew.
         policy: when a plan is worth it.
+        review_records: observed iterations after a move of homes on which it is judged.
     """
 
     homes_interval: int = 100
-    replicas: ReplicaMode = "history"
+    replicas: ReplicaMode = "auto"
     micro_batches: int = 1
     state_bytes: int = 0
     migration_bytes_s: float = 25e9
     homes: HomesOptions = field(default_factory=HomesOptions)
     replica: ReplicaOptions = field(default_factory=ReplicaOptions)
     history: HistoryOptions | None = None
-    auto_limit: float = 1.02
+    auto_limit: float = 1.01
     policy: PolicyOptions = field(default_factory=PolicyOptions)
+    review_records: int = 8
 
 
 class ReplicaPlanner:
@@ -78,16 +80,20 @@ class ReplicaPlanner:
         return self.history.update(counts_LME)
 
     def exact_slots(self, layer: int, load_E: IntArray) -> IntArray | None:
-        """Slots with copies for these very tokens of one micro-batch, or None when the present copies are to serve."""
+        """Slots with copies for these very tokens of one micro-batch, or None when the present copies are to serve.
+
+        With `auto` they serve when they are good enough, and when copies planned anew would be no better.
+        """
         slots_RS, home_slots, options = self.placement.slots_LRS[layer], self.placement.home_slots, self.options
         if options.replicas == "history" or not self.placement.spare_slots:
             return None
-        if options.replicas == "auto":
-            graph = split_graph(self.placement.hosts_LER[layer], load_E)
-            busiest = binding_cuts(graph, load_E)[0]
-            if busiest * len(slots_RS) <= options.auto_limit * int(load_E.sum()):
-                return None
-        return exact_replicas(load_E, slots_RS, home_slots, options.replica.num_nodes)
+        if options.replicas == "exact":
+            return exact_replicas(load_E, slots_RS, home_slots, options.replica.num_nodes)
+        busiest = _busiest(self.placement.hosts_LER[layer], load_E)
+        if busiest * len(slots_RS) <= options.auto_limit * int(load_E.sum()):
+            return None
+        exact_RS = exact_replicas(load_E, slots_RS, home_slots, options.replica.num_nodes)
+        return exact_RS if _busiest(hosts_of(exact_RS, len(load_E)), load_E) < busiest else None
 
     def plan(self, iteration: int) -> Decision | None:
         """Plan the copies for `iteration` and make them the present placement; None when nothing changes."""
@@ -117,8 +123,13 @@ class ReplicaPlanner:
         )
 
 
+def _busiest(hosts_ER: BoolArray, load_E: IntArray) -> int:
+    """Tokens of the busiest rank with the best split."""
+    return binding_cuts(split_graph(hosts_ER, load_E), load_E)[0]
+
+
 class HomesPlanner:
-    """The slow loop.
+    """The slow loop: `observe` every iteration; when `due`, `propose`; after a move, `review` it once it can be judged.
 
     Args:
         num_layers: L.
@@ -133,17 +144,20 @@ class HomesPlanner:
         self.policy = Policy(options.policy)
         self._counts_LRE: IntArray | None = None
         self._last_look: int | None = None
+        self._move: MoveReview | None = None
 
     def observe(self, counts_LRE: IntArray) -> None:
         """Take in what was routed in one iteration: counts by source rank of a group, mean over groups and
         micro-batches."""
         self._counts_LRE = counts_LRE
         self.history.update(counts_LRE.sum(axis=1)[:, None])
+        if self._move is not None:
+            self._move.observe(counts_LRE)
 
     def due(self, iteration: int) -> bool:
-        """Whether it is time to look at the homes."""
+        """Whether it is time to look at the homes; never while a move is under review."""
         interval = self.options.homes_interval
-        if not interval or self._counts_LRE is None:
+        if not interval or self._counts_LRE is None or self._move is not None:
             return False
         return self._last_look is None or iteration - self._last_look >= interval
 
@@ -163,6 +177,8 @@ class HomesPlanner:
         if proposal == placement:
             return None
         verdict = self.policy.judge(iteration, gain_s, cost_s)
+        if verdict.take:
+            self._move = MoveReview(placement, proposal, gain_s, self.options.review_records)
         decision = Decision(
             iteration=iteration,
             kind="homes",
@@ -178,6 +194,48 @@ class HomesPlanner:
             moved_bytes=moved * self.options.state_bytes if verdict.take else 0,
         )
         return proposal, decision
+
+    def abandon(self) -> None:
+        """Forget the move that `propose` wanted: it could not be carried out."""
+        self._move = None
+
+    def review(
+        self, iteration: int, placement: Placement, gain_s: float | None = None
+    ) -> tuple[Placement, Decision] | None:
+        """Judge the last move of homes once enough was seen of it: the placement to go on with, and the verdict.
+
+        Args:
+            iteration: before which the verdict takes effect.
+            placement: as it is now.
+            gain_s: seconds per iteration that the move really saves, from a stopwatch; None asks the cost model, which
+                compares both homes on the counts that were observed since.
+        """
+        move = self._move
+        if move is None or not move.ready:
+            return None
+        self._move = None
+        modelled_s, layers_s = move.gain_s(self.layer_seconds, self.options.replica.num_nodes)
+        gain_s = modelled_s * self.options.micro_batches if gain_s is None else gain_s
+        iteration_s = layers_s * self.options.micro_batches
+        proposal = move.undone(placement, self.options.replica.num_nodes)
+        cost_s, moved = self._migrations(placement, proposal)
+        verdict = self.policy.realised(iteration_s=iteration_s, gain_s=gain_s, cost_s=cost_s)
+        after = placement if verdict.take else proposal
+        return after, Decision(
+            iteration=iteration,
+            kind="review",
+            group=-1,
+            inputs=digest_of(placement.slots_LRS, *move.counts),
+            before=placement.digest,
+            after=after.digest,
+            taken=True,
+            why=verdict.why,
+            changes=placement.diff(after),
+            predicted_gain_s=move.predicted_gain_s,
+            realised_gain_s=gain_s,
+            cost_s=0.0 if verdict.take else cost_s,
+            moved_bytes=0 if verdict.take else moved * self.options.state_bytes,
+        )
 
     def _layer(self, layer: int, placement: Placement) -> tuple[IntArray, float]:
         """Slots with better homes for one layer, and the seconds per iteration that they save."""
@@ -201,6 +259,12 @@ class HomesPlanner:
                 found_RS = improve(kept_RS, scenarios_KE, prices, space).slots_RS
         gain_s = self.layer_seconds(kept_RS, counts_RE) - self.layer_seconds(found_RS, counts_RE)
         return found_RS, gain_s * options.micro_batches
+
+    def _migrations(self, before: Placement, after: Placement) -> tuple[float, int]:
+        """`_migration` of all layers, one after another."""
+        pairs = zip(before.slots_LRS, after.slots_LRS, strict=True)
+        layers = [self._migration(*pair, before.home_slots) for pair in pairs]
+        return sum(cost_s for cost_s, _ in layers), sum(moved for _, moved in layers)
 
     def _migration(self, before_RS: IntArray, after_RS: IntArray, home_slots: int) -> tuple[float, int]:
         """Seconds until the busiest rank has sent and received its experts' state, and how many experts move."""

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_smartmoe.placement.cuts import MEAN_LOAD, CutPool, scaled
-from megatron_smartmoe.placement.moves import Moves, clearings, exchanges, home_swaps, replacements
+from megatron_smartmoe.placement.moves import Moves, Table, clearings, exchanges, home_swaps, replacements
 from megatron_smartmoe.placement.objective import Objective, Space, binding, excess
 from megatron_smartmoe.placement.types import FloatArray
 from megatron_smartmoe.spec.placement import EMPTY, BoolArray, IntArray, hosts_of
@@ -113,20 +113,21 @@ def _step(view: _View, start_ER: BoolArray, space: Space) -> _View | None:
 
 def _kinds(view: _View, start_ER: BoolArray, space: Space) -> Iterator[Moves]:
     """The kinds of change in the order in which they are tried."""
-    slots_RS, hosts_ER, objective = view.slots_RS, view.hosts_ER, view.objective
+    slots_RS, objective = view.slots_RS, view.objective
+    table = Table(slots_RS=slots_RS, hosts_ER=view.hosts_ER, start_ER=start_ER, space=space, objective=objective)
     needed = view.excess > objective.enough
     wanted_E = view.wanted_E(space.max_experts) if needed else np.empty(0, dtype=np.int64)
     if slots_RS.shape[1] > space.home_slots and (needed or objective.copy_price > 0):
-        clear = clearings(slots_RS, start_ER, space, objective)
+        clear = clearings(table)
         missed_M = _judge(clear, view) + clear.price_M
         if needed:
             cheap_S = np.sort(np.argsort(np.rint(missed_M * _RESOLUTION), kind="stable")[: space.max_slots])
-            yield replacements(slots_RS, start_ER, hosts_ER, wanted_E, cheap_S, space, objective)
-            yield exchanges(slots_RS, start_ER, hosts_ER, wanted_E, cheap_S, space, objective)
+            yield replacements(table, wanted_E, cheap_S)
+            yield exchanges(table, wanted_E, cheap_S)
         if objective.copy_price > 0:
             yield clear
     if needed and space.move_homes:
-        yield home_swaps(slots_RS, start_ER, hosts_ER, wanted_E, space, objective)
+        yield home_swaps(table, wanted_E)
 
 
 def _judge(moves: Moves, view: _View) -> FloatArray:

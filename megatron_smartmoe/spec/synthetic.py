@@ -61,10 +61,11 @@ def synthetic_trace(spec: SyntheticSpec) -> RoutingTrace:
     """Draw a trace from a spec.
 
     Raises:
-        ConfigError: unknown kind, or a skew that cannot be reached.
+        ConfigError: unknown kind, a count that is not positive, or a skew or drift that cannot be reached.
     """
     if spec.kind not in _KINDS:
         raise ConfigError("kind", spec.kind, "is not a synthetic trace", f"Known: {', '.join(_KINDS)}.")
+    _check(spec)
     rng = np.random.default_rng(spec.seed)
     popularity_NLE = np.broadcast_to(
         _KINDS[spec.kind](spec, rng), (spec.num_records, spec.num_layers, spec.num_experts)
@@ -79,6 +80,20 @@ def synthetic_trace(spec: SyntheticSpec) -> RoutingTrace:
         layer=np.arange(spec.num_layers, dtype=np.int64),
         meta={"experts": spec.num_experts, "top_k": spec.top_k, "source": "synthetic", "spec": asdict(spec)},
     )
+
+
+def _check(spec: SyntheticSpec) -> None:
+    """Whole numbers that must be positive, and a drift that its skew allows."""
+    names = ("num_records", "num_layers", "num_sources", "num_experts", "micro_batches", "tokens_per_source", "top_k")
+    for name in (*names, "burst_every"):
+        if getattr(spec, name) < 1:
+            raise ConfigError(name, getattr(spec, name), "must be at least 1", "Choose another number.")
+    if spec.top_k > spec.num_experts:
+        rule = f"must not be above num_experts = {spec.num_experts}"
+        raise ConfigError("top_k", spec.top_k, rule, "Choose fewer experts per token.")
+    if spec.kind == "drifting" and 0 < spec.skew < spec.drift:
+        rule = f"must not be above skew = {spec.skew:g}, or popularity spreads further than that"
+        raise ConfigError("drift", spec.drift, rule, "Choose a slower drift or a larger skew.")
 
 
 def _at_most(share_NLE: FloatArray, cap: float) -> FloatArray:

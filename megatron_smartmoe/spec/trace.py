@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import re
+import zipfile
 from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -128,22 +129,31 @@ class RoutingTrace:
         np.savez_compressed(path, counts=counts, iteration=self.iteration, layer=self.layer, meta=json.dumps(meta))
 
 
-def load_trace(path: Path) -> RoutingTrace:
+def load_trace(path: Path, *, num_experts: int | None = None, ranks: Container[int] | None = None) -> RoutingTrace:
     """Read a trace: an `.npz` file, or a directory (or one file) of Megatron's JSONL.
+
+    Args:
+        path: where it is.
+        num_experts: see `from_megatron`; an `.npz` file knows it.
+        ranks: see `from_megatron`; an `.npz` file has no ranks to choose from.
 
     Raises:
         ConfigError: missing, unreadable, or of an unknown version.
         PlanError: its numbers contradict each other.
     """
-    if path.is_dir() or path.suffix == ".jsonl":
-        return from_megatron(path)
+    if path.is_dir() or (path.suffix == ".jsonl" and path.is_file()):
+        return from_megatron(path, num_experts=num_experts, ranks=ranks)
+    for flag, given in (("--trace-experts", num_experts), ("--trace-ranks", ranks)):
+        if given is not None:
+            rule = "is for Megatron's JSONL; an .npz trace has its ranks and experts already"
+            raise ConfigError(flag, given, rule, "Leave it out.")
     if not path.is_file():
         raise ConfigError("--trace", str(path), "does not exist", "Give an .npz file or Megatron's trace directory.")
     try:
         with np.load(path, allow_pickle=False) as content:
             arrays = {name: content[name] for name in ("counts", "iteration", "layer", "meta")}
         meta = json.loads(str(arrays["meta"]))
-    except (KeyError, ValueError, OSError) as error:
+    except (KeyError, ValueError, TypeError, EOFError, OSError, zipfile.BadZipFile) as error:
         rule = f"is not a routing trace: {error}"
         raise ConfigError("--trace", str(path), rule, "It needs counts, iteration, layer and meta.") from None
     if not isinstance(meta, dict) or meta.get("version") != VERSION:
@@ -169,17 +179,25 @@ def from_megatron(path: Path, *, num_experts: int | None = None, ranks: Containe
         path: the directory, or one rank's file.
         num_experts: E; None takes the highest expert seen plus one, rounded up to a multiple of 8.
         ranks: ranks to read; None reads all.
+
+    Raises:
+        ConfigError: no file, no record, a line that is not one of Megatron's, or none of the `ranks`.
+        PlanError: ranks or micro-batches are missing somewhere, or an expert is not below `num_experts`.
     """
     files = [path] if path.is_file() else sorted(path.glob("router_trace_rank*.jsonl"), key=_rank_of)
-    files = [file for file in files if ranks is None or _rank_of(file) in ranks]
     if not files:
         raise ConfigError("--trace", str(path), "has no router_trace_rank*.jsonl", "Run with --moe-routing-trace-path.")
+    there = [_rank_of(file) for file in files]
+    files = [file for file in files if ranks is None or _rank_of(file) in ranks]
+    if not files:
+        way_out = f"There are ranks {', '.join(map(str, there))}."
+        raise ConfigError("--trace-ranks", ranks, f"names no rank of {path.name}", way_out)
     tallies: dict[tuple[int, str, int, int, int], list[NDArray[np.int64]]] = {}
     top_k = 0
     for file in files:
         for record in _records(file):
             key = (record["step"], record["block"], record.get("mtp_idx", 0), record["layer"], record["rank"])
-            experts = np.asarray(record["top_indices"], dtype=np.int64).ravel()
+            experts = record["top_indices"]
             tallies.setdefault(key, []).append(np.bincount(experts[experts >= 0]))
             top_k = max(top_k, int(record["topk"]))
     if not tallies:
@@ -198,10 +216,13 @@ def _records(file: Path) -> Iterator[dict[str, Any]]:
             try:
                 record = json.loads(line)
                 missing = [k for k in ("step", "block", "layer", "rank", "topk", "top_indices") if k not in record]
-            except ValueError:
-                missing = ["valid JSON"]
+                rule = f"lacks {', '.join(missing)}"
+                if not missing:
+                    record["top_indices"] = np.asarray(record["top_indices"], dtype=np.int64).ravel()
+            except (ValueError, TypeError):
+                missing, rule = ["all"], "is not a JSON object with whole numbers in top_indices"
             if missing:
-                where, rule = f"{file.name}:{number}", f"lacks {', '.join(missing)}"
+                where = f"{file.name}:{number}"
                 raise ConfigError(where, line[:60].strip(), rule, "Delete a line that a killed run cut short.")
             yield record
 

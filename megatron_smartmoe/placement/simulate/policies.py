@@ -14,9 +14,10 @@ from typing import Protocol, TypeVar
 import numpy as np
 
 from megatron_smartmoe.placement.decisions import Decision
-from megatron_smartmoe.placement.online import HomesPlanner, LayerSeconds, OnlineOptions, ReplicaPlanner
+from megatron_smartmoe.placement.online import HomesPlanner, OnlineOptions, ReplicaPlanner
 from megatron_smartmoe.placement.plan import LayerPlan, LayerProblem, Rule
-from megatron_smartmoe.spec.placement import EMPTY, BoolArray, IntArray, Placement, hosts_of
+from megatron_smartmoe.placement.review import LayerSeconds
+from megatron_smartmoe.spec.placement import BoolArray, IntArray, Placement, hosts_of
 
 T = TypeVar("T")
 
@@ -27,12 +28,13 @@ class Books:
 
     Attributes:
         experts_moved: experts whose home changed its rank, over layers; homes are the same in every group.
-        copies_made: replicas filled with weights: once per record and group for plans from history, once per
-            micro-batch for plans from the exact load.
-        slots_changed: experts that a rank holds and did not hold in the plan before, over layers and groups.
+        copies_made: replicas filled with weights: anew in every record, since the weights have changed, and within a
+            record when a rank did not hold that replica in the micro-batch before.
+        slots_changed: experts that a rank holds and did not hold in the micro-batch before, over layers and groups.
         plans: layers planned.
         plan_s: processor seconds that took, all threads together, so that a busy machine does not show in it.
         forecast_errors: how wrong each forecast was (total variation), if the policy makes any.
+        replans: layers and micro-batches whose copies were planned from their own counts.
         homes_s: seconds of looking at the homes, apart: it happens rarely and off the critical path.
     """
 
@@ -41,6 +43,7 @@ class Books:
     slots_changed: int = 0
     plans: int = 0
     plan_s: float = 0.0
+    replans: int = 0
     homes_s: float = 0.0
     forecast_errors: list[float] = field(default_factory=list)
 
@@ -51,6 +54,29 @@ class Books:
         self.plan_s += time.process_time() - begin
         self.plans += plans
         return result
+
+
+class Holdings:
+    """What each rank holds, by layer and group, so that changes and copies are counted alike for all policies."""
+
+    def __init__(self, placement: Placement, num_groups: int) -> None:
+        layers, groups = range(placement.num_layers), range(num_groups)
+        self._hosts = {(layer, group): placement.hosts_LER[layer] for layer in layers for group in groups}
+        self._filled: dict[tuple[int, int], BoolArray] = {}  # replicas that have this record's weights
+
+    def next_record(self) -> None:
+        """The optimizer has stepped: every replica's weights are old."""
+        self._filled.clear()
+
+    def hold(self, books: Books, layer: int, group: int, slots_RS: IntArray, home_E: IntArray) -> None:
+        """A micro-batch of this group and layer runs with these slots."""
+        key, hosts_ER = (layer, group), hosts_of(slots_RS, len(home_E))
+        books.slots_changed += int((hosts_ER & ~self._hosts[key]).sum())
+        self._hosts[key] = hosts_ER
+        replicas_ER = hosts_ER.copy()
+        replicas_ER[np.arange(len(home_E)), home_E] = False
+        books.copies_made += int((replicas_ER & ~self._filled.get(key, np.zeros_like(replicas_ER))).sum())
+        self._filled[key] = replicas_ER
 
 
 class SimulatedPolicy(Protocol):
@@ -90,30 +116,28 @@ class OnlinePolicy:
         self.options = options
         self.homes_planner = HomesPlanner(placement.num_layers, placement.num_experts, options, layer_seconds)
         self.groups = [ReplicaPlanner(placement, group, options) for group in range(num_groups)]
-        self._exact_hosts: dict[tuple[int, int], BoolArray] = {}
+        self._holdings = Holdings(placement, num_groups)
 
     def before(self, iteration: int) -> None:
-        """Look at the homes when it is time, then plan every group's replicas."""
-        num_layers = self.groups[0].placement.num_layers
-        if self.homes_planner.due(iteration):
-            old = self.groups[0].placement
-            begin = time.process_time()
-            found = self.homes_planner.propose(iteration, old)
-            self.books.homes_s += time.process_time() - begin
-            if found is not None:
-                proposal, decision = found
-                self.decisions.append(decision)
-                if decision.taken:
-                    self._adopt(old, proposal)
+        """Judge the last move of homes, look at the homes when it is time, then plan every group's replicas."""
+        self._holdings.next_record()
+        begin = time.process_time()
+        placement = self.groups[0].placement
+        found = self.homes_planner.review(iteration, placement)
+        if found is None and self.homes_planner.due(iteration):
+            found = self.homes_planner.propose(iteration, placement)
+        self.books.homes_s += time.process_time() - begin
+        if found is not None:
+            proposal, decision = found
+            self.decisions.append(decision)
+            if decision.taken:
+                self._adopt(placement, proposal)
         if self.options.replicas == "exact":
             return
         for planner in self.groups:
-            old = planner.placement
-            decision_or_none = self.books.timed(num_layers, lambda planner=planner: planner.plan(iteration))  # type: ignore[misc]
-            if decision_or_none is not None:
-                self.decisions.append(decision_or_none)
-                self.books.slots_changed += int((planner.placement.hosts_LER & ~old.hosts_LER).sum())
-            self.books.copies_made += int((planner.placement.slots_LRS[:, :, old.home_slots :] != EMPTY).sum())
+            plan = self.books.timed(placement.num_layers, lambda planner=planner: planner.plan(iteration))  # type: ignore[misc]
+            if plan is not None:
+                self.decisions.append(plan)
 
     def _adopt(self, old: Placement, proposal: Placement) -> None:
         """New homes in every group; in the layers concerned every group starts from the proposal's replicas."""
@@ -121,25 +145,19 @@ class OnlinePolicy:
         changed_L = (old.home_rank_LE != proposal.home_rank_LE).any(axis=1)
         for planner in self.groups:
             slots_LRS = np.where(changed_L[:, None, None], proposal.slots_LRS, planner.placement.slots_LRS)
-            new = replace(planner.placement, slots_LRS=slots_LRS)
-            self.books.slots_changed += int((new.hosts_LER & ~planner.placement.hosts_LER).sum())
-            planner.placement = new
+            planner.placement = replace(planner.placement, slots_LRS=slots_LRS)
 
     def plan(self, layer: int, group: int, counts_RE: IntArray) -> LayerPlan:
         """The group's placement, or one with copies for these very counts; always with the exact split."""
         planner = self.groups[group]
-        placement, load_E = planner.placement, counts_RE.sum(axis=0)
-        slots_RS = placement.slots_LRS[layer]
+        slots_RS = planner.placement.slots_LRS[layer]
         if self.options.replicas != "history":
             plans = 1 if self.options.replicas == "exact" else 0  # auto: the plan from history has been counted
-            exact_RS = self.books.timed(plans, lambda: planner.exact_slots(layer, load_E))
+            exact_RS = self.books.timed(plans, lambda: planner.exact_slots(layer, counts_RE.sum(axis=0)))
             if exact_RS is not None:
                 slots_RS = exact_RS
-                hosts_ER = hosts_of(slots_RS, placement.num_experts)
-                before_ER = self._exact_hosts.get((layer, group), placement.hosts_LER[layer])
-                self.books.slots_changed += int((hosts_ER & ~before_ER).sum())
-                self.books.copies_made += int((slots_RS[:, placement.home_slots :] != EMPTY).sum())
-                self._exact_hosts[layer, group] = hosts_ER
+                self.books.replans += 1
+        self._holdings.hold(self.books, layer, group, slots_RS, self.homes(layer))
         return LayerPlan(slots_RS=slots_RS, split="exact")
 
     def homes(self, layer: int) -> IntArray:
@@ -173,12 +191,13 @@ class RulePolicy:
         layers = range(placement.num_layers)
         self._plans = [LayerPlan(slots_RS=placement.slots_LRS[layer], split="equal") for layer in layers]
         self._homes = [placement.home_rank_LE[layer] for layer in layers]
-        self._hosts = {(layer, group): placement.hosts_LER[layer] for layer in layers for group in range(num_groups)}
+        self._holdings = Holdings(placement, num_groups)
         self._counts_LRE: IntArray | None = None
         self._planned_at: int | None = None
 
     def before(self, iteration: int) -> None:
         """Plan every layer anew when the interval has passed."""
+        self._holdings.next_record()
         if self.rule.sees == "exact" or self._counts_LRE is None:
             return
         if self._planned_at is None or iteration - self._planned_at >= self.interval:
@@ -187,18 +206,16 @@ class RulePolicy:
                 problem = self._problem(layer, counts_RE)
                 plan = self.books.timed(1, lambda problem=problem: self.rule.plan(problem))  # type: ignore[misc]
                 self._plans[layer] = plan
-                self._keep_books(layer, range(self.num_groups), plan)
-        for plan, home_E in zip(self._plans, self._homes, strict=True):
-            self.books.copies_made += self.num_groups * self._copies(plan, home_E)
+                self._move_homes(layer, plan)
 
     def plan(self, layer: int, group: int, counts_RE: IntArray) -> LayerPlan:
         """The plan from history, or one for these very counts."""
-        if self.rule.sees == "history":
-            return self._plans[layer]
-        problem = self._problem(layer, counts_RE)
-        plan = self.books.timed(1, lambda: self.rule.plan(problem))
-        self._keep_books(layer, [group], plan)
-        self.books.copies_made += self._copies(plan, self._homes[layer])
+        plan = self._plans[layer]
+        if self.rule.sees == "exact":
+            problem = self._problem(layer, counts_RE)
+            plan = self.books.timed(1, lambda: self.rule.plan(problem))
+            self._move_homes(layer, plan)
+        self._holdings.hold(self.books, layer, group, plan.slots_RS, self._homes[layer])
         return plan
 
     def homes(self, layer: int) -> IntArray:
@@ -215,16 +232,9 @@ class RulePolicy:
             counts_RE=counts_RE, slots_RS=slots_RS, spare_slots=self.spare_slots, num_nodes=self.num_nodes
         )
 
-    def _keep_books(self, layer: int, groups: range | list[int], plan: LayerPlan) -> None:
+    def _move_homes(self, layer: int, plan: LayerPlan) -> None:
         hosts_ER = hosts_of(plan.slots_RS, self.num_experts)
-        for group in groups:
-            self.books.slots_changed += int((hosts_ER & ~self._hosts[layer, group]).sum())
-            self._hosts[layer, group] = hosts_ER
         home_E = self._homes[layer]
         stays_E = hosts_ER[np.arange(self.num_experts), home_E]
         self._homes[layer] = np.where(stays_E, home_E, hosts_ER.argmax(axis=1))
         self.books.experts_moved += int((~stays_E).sum())
-
-    def _copies(self, plan: LayerPlan, home_E: IntArray) -> int:
-        hosts_ER = hosts_of(plan.slots_RS, self.num_experts)
-        return int(hosts_ER.sum() - hosts_ER[np.arange(self.num_experts), home_E].sum())

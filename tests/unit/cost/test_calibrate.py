@@ -73,6 +73,16 @@ def test_what_was_not_measured_keeps_its_prior():
     assert pinned.token_s == PRIOR.token_s
 
 
+def test_a_shared_cards_port_follows_what_was_measured_inside_the_node():
+    prior = replace(PRIOR, inter_gpu_token_s=PRIOR.intra_token_s)
+    constants = calibrate(measured(np.random.default_rng(2), num_ranks=4, num_nodes=1, tokens=8192), prior).constants
+    assert constants.inter_gpu_token_s == pytest.approx(constants.intra_token_s)
+    assert constants.intra_token_s != pytest.approx(prior.intra_token_s, rel=0.01)
+    own_card = replace(prior, inter_node_token_s=0.0)
+    constants = calibrate(measured(np.random.default_rng(2), num_ranks=4, num_nodes=1, tokens=8192), own_card).constants
+    assert constants.inter_gpu_token_s == pytest.approx(own_card.inter_gpu_token_s)
+
+
 def test_constants_are_never_negative():
     # Times that fall with the load: plain least squares would want a negative constant per token.
     flows = [contiguous_flow([[n, 0], [0, 10]]) for n in (10, 1000, 4000)]

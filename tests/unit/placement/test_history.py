@@ -60,3 +60,38 @@ def test_a_record_without_tokens_and_one_of_the_wrong_shape():
     assert np.isfinite(history.scenarios_KE(0)).all()
     with pytest.raises(PlanError, match=r"must be \[1, micro-batches, 4\]"):
         history.update(np.zeros((1, 4), np.int64))
+
+
+def share_of(counts_E):
+    return pytest.approx(counts_E / np.sum(counts_E), abs=0.02)
+
+
+def test_a_jump_is_followed_at_once_and_the_regime_before_is_kept_and_found_again():
+    rng = np.random.default_rng(0)
+    base, burst = np.ones(8), np.array([8.0, 1, 1, 1, 1, 1, 1, 1])
+    history = History(1, 8, HistoryOptions(regime_records=6))
+
+    def see(popularity):
+        history.update(rng.multinomial(20_000, popularity / popularity.sum())[None, None])
+        return history.scenarios_KE(0)
+
+    calm = [see(base) for _ in range(8)][-1]
+    first = see(burst)
+    assert history.forecast_LE()[0] == share_of(burst)
+    assert len(first) == len(calm) + 1
+    assert any(row == share_of(base) for row in first[3:4])  # after the forecast and the two latest records
+    assert history.forecast_error_L[0] < 0.02  # a jump does not spoil the choice of average
+    see(burst)
+    back = see(base)
+    assert history.forecast_LE()[0] == share_of(base)
+    assert any(row == share_of(burst) for row in back[3:4])
+    later = [see(base) for _ in range(8)][-1]
+    assert len(later) == len(calm)  # forgotten
+
+
+def test_a_load_that_always_jumps_is_hard_to_forecast_and_not_a_jump_each_time():
+    rng = np.random.default_rng(0)
+    history = History(1, 8)
+    for _ in range(20):
+        history.update(rng.multinomial(1000, rng.dirichlet(np.ones(8)))[None, None])
+    assert history.forecast_error_L[0] > 0.1

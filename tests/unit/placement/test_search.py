@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_smartmoe.placement.cuts import MEAN_LOAD, CutPool, scaled
-from megatron_smartmoe.placement.moves import Moves, clearings, exchanges, home_swaps, replacements
+from megatron_smartmoe.placement.moves import Moves, Table, clearings, exchanges, home_swaps, replacements
 from megatron_smartmoe.placement.objective import Objective, Space
 from megatron_smartmoe.placement.search import _judge, _View, improve
 from megatron_smartmoe.placement.split import min_max_split
@@ -52,11 +52,12 @@ def test_a_move_does_what_it_was_judged_for(seed):
     loads_KE = scaled(np.stack([rng.lognormal(0, 1.5, 16) for _ in range(2)]), 4)
     space, objective = Space(home_slots=4, node_R=np.array([0, 0, 1, 1]), move_homes=True), Objective()
     view = _View(slots_RS, loads_KE, CutPool(4), objective)
+    table = Table(slots_RS=slots_RS, hosts_ER=hosts_ER, start_ER=hosts_ER, space=space, objective=objective)
     kinds = [
-        clearings(slots_RS, hosts_ER, space, objective),
-        replacements(slots_RS, hosts_ER, hosts_ER, all_E, np.arange(8), space, objective),
-        exchanges(slots_RS, hosts_ER, hosts_ER, all_E, np.arange(8), space, objective),
-        home_swaps(slots_RS, hosts_ER, hosts_ER, all_E, space, objective),
+        clearings(table),
+        replacements(table, all_E, np.arange(8)),
+        exchanges(table, all_E, np.arange(8)),
+        home_swaps(table, all_E),
     ]
     for moves in kinds:
         judged_M = _judge(moves, view)

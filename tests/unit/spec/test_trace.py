@@ -135,9 +135,17 @@ def test_megatron_refusals_name_the_line(tmp_path):
     file.write_text(megatron_line(0, 1, 0, [[0, 1]]) + megatron_line(1, 1, 0, [[0, 1]]) * 2)
     with pytest.raises(PlanError, match="step 0, decoder layer 1, rank 0 has 1 micro-batches, others have 2"):
         load_trace(file)
+    for wrong in ("5", megatron_line(0, 1, 0, [[0, 1]]).replace("[0, 1]", '["a", 1]').strip()):
+        file.write_text(wrong + "\n")
+        with pytest.raises(ConfigError, match=r"router_trace_rank0\.jsonl:1 = .*: is not a JSON object with whole"):
+            load_trace(file)
     file.write_text("")
     with pytest.raises(ConfigError, match="has no records"):
         load_trace(file)
+    with pytest.raises(ConfigError, match=r"--trace-ranks = \[3\]: names no rank of .*There are ranks 0\."):
+        load_trace(tmp_path, ranks=[3])
+    with pytest.raises(ConfigError, match="does not exist"):
+        load_trace(tmp_path / "router_trace_rank9.jsonl")
 
 
 @pytest.mark.parametrize("kind", ["uniform", "zipf", "lognormal", "drifting", "one_hot", "burst"])
@@ -174,3 +182,9 @@ def test_synthetic_refusals():
         synthetic_trace(SyntheticSpec(kind="one_hot", skew=17))
     with pytest.raises(ConfigError, match="must be between"):
         synthetic_trace(SyntheticSpec(kind="zipf", skew=17))
+    with pytest.raises(ConfigError, match="burst_every = 0: must be at least 1"):
+        synthetic_trace(SyntheticSpec(kind="burst", burst_every=0))
+    with pytest.raises(ConfigError, match="top_k = 64: must not be above num_experts = 32"):
+        synthetic_trace(SyntheticSpec(kind="uniform", top_k=64))
+    with pytest.raises(ConfigError, match=r"drift = 2\.0: must not be above skew = 1"):
+        synthetic_trace(SyntheticSpec(kind="drifting", drift=2.0))

@@ -1,0 +1,78 @@
+"""What a move of homes really saved: the same counts under the homes before and the homes now.
+
+Method. After a move the counts of the next records are kept. When there are enough, each is priced twice with
+the cost model, under the old homes and under the new ones, both with copies planned for these very counts, so that
+nothing but the homes differs. Comparing iteration times before and after the move instead would blame the move for
+whatever else changed, above all the load itself. A gain from a stopwatch can be given to
+`HomesPlanner.review` instead; the verdict is the policy's either way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+
+from megatron_smartmoe.placement.exact import exact_replicas
+from megatron_smartmoe.placement.homes import drop_misplaced
+from megatron_smartmoe.spec.placement import IntArray, Placement
+
+LayerSeconds = Callable[[IntArray, IntArray], float]  # (slots_RS, counts_RE of one micro-batch) -> seconds of the layer
+
+
+class MoveReview:
+    """One move under review.
+
+    Args:
+        before: the placement before it.
+        after: the placement that it made.
+        predicted_gain_s: seconds per iteration that it promised.
+        records: how many records it is judged on.
+    """
+
+    def __init__(self, before: Placement, after: Placement, predicted_gain_s: float, records: int) -> None:
+        self.before, self.after, self.records = before, after, records
+        self.predicted_gain_s = predicted_gain_s
+        self.counts: list[IntArray] = []  # [L, R, E] of each record
+
+    @property
+    def ready(self) -> bool:
+        """Whether enough was seen to judge it."""
+        return len(self.counts) >= self.records
+
+    def observe(self, counts_LRE: IntArray) -> None:
+        """Take in what was routed in one iteration since the move."""
+        if not self.ready:
+            self.counts.append(counts_LRE)
+
+    def gain_s(self, layer_seconds: LayerSeconds, num_nodes: int) -> tuple[float, float]:
+        """Seconds per micro-batch that the move saves over the layers it touched, mean over the records; and what all
+        layers take under it."""
+        home_slots = self.before.home_slots
+        touched_L = (self.before.home_rank_LE != self.after.home_rank_LE).any(axis=1)
+        gain_s, total_s = 0.0, 0.0
+        for counts_LRE in self.counts:
+            for layer, counts_RE in enumerate(counts_LRE):
+                load_E = counts_RE.sum(axis=0)
+                slots_RS = exact_replicas(load_E, self.after.slots_LRS[layer], home_slots, num_nodes)
+                now_s = layer_seconds(slots_RS, counts_RE)
+                total_s += now_s
+                if touched_L[layer]:
+                    slots_RS = exact_replicas(load_E, self.before.slots_LRS[layer], home_slots, num_nodes)
+                    gain_s += layer_seconds(slots_RS, counts_RE) - now_s
+        return gain_s / len(self.counts), total_s / len(self.counts)
+
+    def undone(self, placement: Placement, num_nodes: int) -> Placement:
+        """`placement` with the homes of before in the layers that the move touched; copies stay where they may.
+
+        Args:
+            placement: as it is now.
+            num_nodes: copies stay on their home's node; the ranks lie on this many.
+        """
+        slots_LRS, home_slots = placement.slots_LRS.copy(), placement.home_slots
+        node_R = np.arange(placement.num_ranks) * num_nodes // placement.num_ranks
+        for layer in np.nonzero((self.before.home_rank_LE != self.after.home_rank_LE).any(axis=1))[0]:
+            slots_LRS[layer, :, :home_slots] = self.before.slots_LRS[layer, :, :home_slots]
+            drop_misplaced(slots_LRS[layer], home_slots, node_R)
+        return replace(placement, slots_LRS=slots_LRS)
