@@ -14,6 +14,9 @@ using torch::headeronly::ScalarType;
 
 // A private histogram per block has to fit in shared memory beside enough other blocks: 4096 counters are 16 KiB.
 constexpr int64_t kMaxExperts = 4096;
+// A counting sort keeps 20 bytes per slot in shared memory: 40 KiB, which every GPU grants without asking.
+constexpr int64_t kMaxSlots = 2048;
+constexpr int64_t kMaxRows = 2147483647;  // rows are int32
 
 // Throws the parts joined as one message. std::runtime_error is the one exception that torch's stable ABI turns into a
 // Python error; STD_TORCH_CHECK throws the same, with a source path in front that tells a user nothing.
@@ -41,10 +44,10 @@ inline const char* dtype_name(ScalarType dtype) {
   }
 }
 
-inline void check_ids(const torch::stable::Tensor& ids) {
+inline void check_ids(const torch::stable::Tensor& ids, const char* name = "ids") {
   const ScalarType dtype = ids.scalar_type();
   if (dtype == ScalarType::Int || dtype == ScalarType::Long) return;
-  fail("ids.dtype = ", dtype_name(dtype), ": it must be int32 or int64. Convert it with ids.long()");
+  fail(name, ".dtype = ", dtype_name(dtype), ": it must be int32 or int64. Convert it with ", name, ".long()");
 }
 
 inline void check_num_experts(int64_t num_experts) {

@@ -6,6 +6,8 @@ traceback to mend a command line. Anything else that is raised is a bug of this 
 
 from __future__ import annotations
 
+EXIT_CONFIG_ERROR = 2  # exit status of every command of the project for a wrong command line or file
+
 
 class SmartMoEError(Exception):
     """Base class: catch this to catch everything that the project raises on purpose."""

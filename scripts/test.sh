@@ -17,7 +17,7 @@ step() {
 }
 step ruff check .
 step ruff format --check .
-step clang-format --dry-run --Werror csrc/*.cpp csrc/*.h csrc/*/*
+step clang-format --dry-run --Werror csrc/*.cpp csrc/*.h csrc/*/* tests/support/cuda_emulator/*.h
 step mypy
 step lint-imports --no-logo
 step python -m pytest "$@"

@@ -1,5 +1,8 @@
-// Torch's side of a launch: makes the tensor's device current and finds the stream that torch is using on it.
+// Torch's side of a launch: makes the tensor's device current and finds the stream that torch is using on it. Where the
+// macro is defined already, as by tests/support/cuda_emulator, the Context is another one.
 #pragma once
+#ifndef SMARTMOE_CONTEXT
+#define SMARTMOE_CONTEXT
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/tensor.h>
 
@@ -30,3 +33,4 @@ class Context {
   Launch launch_;
 };
 }  // namespace smartmoe::cuda
+#endif

@@ -1,5 +1,6 @@
-// The words that kernels are written in, and the only header of csrc that includes CUDA's. Launches and dynamic shared
-// memory go through macros because their CUDA syntax is no C++: a host compiler can be given other definitions.
+// The words that kernels are written in. Launches and shared memory go through macros because their CUDA syntax is no
+// C++ that a host compiler could give a meaning to: where the macros are defined already, as by the headers of
+// tests/support/cuda_emulator, kernels and launchers are compiled for the CPU.
 #pragma once
 #include <cuda_runtime.h>
 
@@ -7,6 +8,7 @@
 
 #include "launch.h"
 
+#ifndef SMARTMOE_LAUNCH
 #define SMARTMOE_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
   kernel<<<(grid), (block), (shared_bytes), static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__)
 
@@ -14,12 +16,20 @@
   extern __shared__ __align__(16) unsigned char smartmoe_dynamic_shared[]; \
   type* name = reinterpret_cast<type*>(smartmoe_dynamic_shared)
 
+// `extents` are those of an array, brackets included.
+#define SMARTMOE_SHARED(type, name, extents) __shared__ type name extents
+#endif
+
 namespace smartmoe::cuda {
 constexpr unsigned kFullWarp = 0xffffffffu;
 constexpr int kWarpSize = 32;
 
 __device__ __forceinline__ int lane_id() {
   return static_cast<int>(threadIdx.x) % kWarpSize;
+}
+
+__device__ __forceinline__ int warp_id() {
+  return static_cast<int>(threadIdx.x) / kWarpSize;
 }
 
 inline LaunchError error_text(cudaError_t error) {

@@ -62,7 +62,7 @@ __global__ void __launch_bounds__(kThreads)
 // counts[e] = sum over tiles. Block (kSumExperts, kSumSlices): x is the expert, y a slice of the tiles.
 __global__ void __launch_bounds__(kSumExperts* kSumSlices)
     sum_tiles(const uint32_t* __restrict__ tile_counts, int num_tiles, int num_experts, int64_t* __restrict__ counts) {
-  __shared__ int64_t partial[kSumSlices][kSumExperts];
+  SMARTMOE_SHARED(int64_t, partial, [kSumSlices][kSumExperts]);
   const int expert = static_cast<int>(blockIdx.x) * kSumExperts + static_cast<int>(threadIdx.x);
   const int slice = static_cast<int>(threadIdx.y);
   int64_t sum = 0;

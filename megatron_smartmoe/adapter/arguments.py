@@ -17,6 +17,13 @@ from dataclasses import dataclass
 from megatron_smartmoe.errors import ConfigError
 
 DEVICES = ("auto", "cpu", "cuda")
+HOMES = ("on", "off", "dry", "shuffle")
+EXPERTS = ("grouped_mm", "transformer_engine")
+
+
+def attribute(flag: str) -> str:
+    """The name of a flag's value in parsed arguments: `--num-layers` -> `num_layers`."""
+    return flag.removeprefix("--").replace("-", "_")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +49,98 @@ def add_smartmoe_arguments(parser: argparse.ArgumentParser) -> argparse.Argument
         default=None,
         help="Where metrics.jsonl, arguments.txt and summary.json are written. Default: nowhere.",
     )
+    group.add_argument(
+        "--smartmoe",
+        action="store_true",
+        help="Build the model with this project's MoE layer: experts live in slots, and may change them.",
+    )
+    group.add_argument(
+        "--smartmoe-experts",
+        choices=EXPERTS,
+        default="grouped_mm",
+        help="With --smartmoe. grouped_mm: torch's grouped GEMM. transformer_engine: its grouped linear layers.",
+    )
+    group.add_argument(
+        "--smartmoe-record-trace",
+        metavar="FILE",
+        default=None,
+        help="Write the tokens per expert of every iteration, layer and source rank to this .npz file, for "
+        "`smartmoe simulate` and --smartmoe-replay-trace. Works without --smartmoe too.",
+    )
+    group.add_argument(
+        "--smartmoe-replay-trace",
+        metavar="FILE",
+        default=None,
+        help="BENCHMARKS ONLY: ignore what the routers choose and route as this trace says. Nothing useful is learned.",
+    )
+    _add_homes_arguments(group)
     return parser
+
+
+def _add_homes_arguments(group: argparse._ArgumentGroup) -> None:
+    """Flags of the slow loop: which rank is an expert's home."""
+    group.add_argument(
+        "--smartmoe-homes",
+        choices=HOMES,
+        default="on",
+        help="With --smartmoe and expert parallelism. on: move experts to other ranks when that pays. off: never. dry: "
+        "decide and report, move nothing. shuffle: random homes at every interval, to see for yourself that moving "
+        "experts changes nothing in the training.",
+    )
+    group.add_argument(
+        "--smartmoe-homes-interval",
+        type=int,
+        metavar="ITERATIONS",
+        default=100,
+        help="Iterations between two looks at the homes.",
+    )
+    group.add_argument(
+        "--smartmoe-homes-start",
+        type=int,
+        metavar="ITERATION",
+        default=0,
+        help="No look at the homes up to this iteration: early routing changes fast.",
+    )
+    group.add_argument(
+        "--smartmoe-homes-stop",
+        type=int,
+        metavar="ITERATION",
+        default=None,
+        help="No look at the homes after this iteration. Default: never stop.",
+    )
+    group.add_argument(
+        "--smartmoe-homes-margin",
+        type=float,
+        default=2.0,
+        help="Experts move when the predicted gain over the horizon is above this many times the cost of moving.",
+    )
+    group.add_argument(
+        "--smartmoe-homes-horizon",
+        type=int,
+        metavar="ITERATIONS",
+        default=500,
+        help="Iterations that a move is expected to pay for.",
+    )
+    group.add_argument(
+        "--smartmoe-migration-staging-mib",
+        type=int,
+        metavar="MIB",
+        default=1024,
+        help="Memory of a rank for experts on their way, in MiB. What does not fit is moved in several steps.",
+    )
+    group.add_argument(
+        "--smartmoe-migration-timeout-s",
+        type=float,
+        metavar="SECONDS",
+        default=600.0,
+        help="How long to wait for a rank that does not answer while experts move.",
+    )
+    group.add_argument(
+        "--smartmoe-cluster",
+        metavar="FILE",
+        default=None,
+        help="Prices of this machine (configs/clusters/*.yaml). Default: the shipped file for this GPU, or the CPU.",
+    )
 
 
 def device_from(argv: Sequence[str]) -> str:

@@ -6,7 +6,9 @@ import argparse
 import warnings
 from pathlib import Path
 
+from megatron_smartmoe.adapter.arguments import attribute
 from megatron_smartmoe.errors import ConfigError
+from megatron_smartmoe.spec.placement import Placement
 
 
 def check_load(args: argparse.Namespace) -> None:
@@ -17,7 +19,8 @@ def check_load(args: argparse.Namespace) -> None:
 
     Raises:
         ConfigError: the optimizer state was saved with expert parallelism and this run has none, or the reverse; or
-            the learning-rate schedule is another and nothing says which one counts.
+            its buffers are those of other experts; or the learning-rate schedule is another and nothing says which
+            one counts.
     """
     folder = _latest(args)
     if folder is None or args.num_experts is None or args.finetune or args.no_load_optim:
@@ -30,19 +33,46 @@ def check_load(args: argparse.Namespace) -> None:
         rule = f"the optimizer state in {folder} was saved at {there}, and cannot be moved between 1 and more than 1"
         way_out = f"Pass --expert-model-parallel-size {there}, or --no-load-optim for the weights alone."
         raise ConfigError("--expert-model-parallel-size", here, rule, way_out)
+    _check_layout(args, saved, folder)
     if not args.override_opt_param_scheduler and not args.use_checkpoint_opt_param_scheduler:
         _check_schedule(args, saved, folder)
+
+
+def _check_layout(args: argparse.Namespace, saved: argparse.Namespace, folder: Path) -> None:
+    """Unless it was saved fully reshardable, the distributed optimizer's state is the raw bytes of its buffers."""
+    raw = saved.use_distributed_optimizer and not saved.dist_ckpt_optim_fully_reshardable
+    if not (raw and args.use_distributed_optimizer):
+        return
+    here, there = _experts(args), _experts(saved)
+    if here != there:
+        rule = f"the optimizer state in {folder} is that of {there} buffer by buffer, and this run has {here}"
+        way_out = "Save with --dist-ckpt-optim-fully-reshardable, or pass --no-load-optim for the weights alone."
+        raise ConfigError("--load", args.load, rule, way_out)
+
+
+def _experts(args: argparse.Namespace) -> str:
+    """Whose parameters the experts are made of."""
+    slotted = getattr(args, "smartmoe", False) and args.smartmoe_experts == "grouped_mm"
+    return "slotted experts (--smartmoe)" if slotted else "Megatron's own experts"
 
 
 def _check_schedule(args: argparse.Namespace, saved: argparse.Namespace, folder: Path) -> None:
     """Megatron's scheduler asserts that what it computes from these is what the checkpoint holds."""
     for flag in ("--train-iters", "--train-samples", "--global-batch-size", "--lr", "--min-lr", "--lr-decay-style"):
-        name = flag.removeprefix("--").replace("-", "_")
+        name = attribute(flag)
         here, there = getattr(args, name), getattr(saved, name, None)
         if here is not None and there is not None and here != there:
             rule = f"the learning-rate schedule in {folder} was made with {there!r}"
             way_out = "Add --override-opt-param-scheduler for these flags' schedule, or "
             raise ConfigError(flag, here, rule, way_out + "--use-checkpoint-opt-param-scheduler for the saved one.")
+
+
+def saved_placement(args: argparse.Namespace) -> Placement | None:
+    """Where the experts lived when the checkpoint that --load names was saved, if it says so."""
+    folder = _latest(args)
+    saved = _saved_arguments(folder) if folder is not None else None
+    content = getattr(saved, "smartmoe_placement", None)
+    return Placement.from_json(content) if content is not None else None
 
 
 def _latest(args: argparse.Namespace) -> Path | None:

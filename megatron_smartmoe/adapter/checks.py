@@ -14,7 +14,8 @@ import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_smartmoe.adapter.arguments import has_transformer_engine
+from megatron_smartmoe.adapter.arguments import attribute, has_transformer_engine
+from megatron_smartmoe.adapter.smartmoe_checks import check_smartmoe
 from megatron_smartmoe.errors import ConfigError
 
 
@@ -36,6 +37,7 @@ def check(args: argparse.Namespace, *, world_size: int, cpu: bool, data_exists: 
         _check_model(args)
     _check_parallelism(args, world_size)
     _check_batch(args, world_size)
+    check_smartmoe(args, cpu=cpu)
     if data_exists:
         _check_data(args)
         _check_tokenizer(args)
@@ -67,7 +69,7 @@ def _check_sizes(args: argparse.Namespace) -> None:
         "--global-batch-size",
         "--moe-router-topk",
     ):
-        value = getattr(args, flag.removeprefix("--").replace("-", "_"))
+        value = getattr(args, attribute(flag))
         if value is not None and value < 1:
             raise ConfigError(flag, value, "must be at least 1", "Leave the flag out, or pass a positive number.")
 
@@ -75,7 +77,7 @@ def _check_sizes(args: argparse.Namespace) -> None:
 def _check_supported(args: argparse.Namespace, *, cpu: bool) -> None:
     """Options that need what is not there, or that this entry does not have."""
     for flag in ("--sft", "--dataloader-inter-document-masking", "--hybrid-context-parallel", "--perform-rl-step"):
-        if getattr(args, flag.removeprefix("--").replace("-", "_"), False):
+        if getattr(args, attribute(flag), False):
             raise ConfigError(flag, True, "is not part of GPT-MoE pretraining here", "Leave it out.")
     if args.yaml_cfg is not None:
         raise ConfigError(
@@ -116,7 +118,7 @@ def _is_interleaved(args: argparse.Namespace) -> bool:
 
 def _check_model(args: argparse.Namespace) -> None:
     for flag in ("--num-layers", "--hidden-size", "--num-attention-heads", "--max-position-embeddings", "--seq-length"):
-        name = flag.removeprefix("--").replace("-", "_")
+        name = attribute(flag)
         if getattr(args, name) is None and not (name == "num_layers" and args.hybrid_layer_pattern):
             raise ConfigError(flag, None, "is required", f"Pass {flag}, or a --config that has it.")
     tp = args.tensor_model_parallel_size
@@ -205,7 +207,7 @@ def _check_batch(args: argparse.Namespace, world_size: int) -> None:
 def _data_prefixes(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
     """(flag, prefix) of every dataset that the flags name, weights left out."""
     for flag in ("--data-path", "--train-data-path", "--valid-data-path", "--test-data-path"):
-        for item in getattr(args, flag.removeprefix("--").replace("-", "_")) or ():
+        for item in getattr(args, attribute(flag)) or ():
             try:
                 float(item)
             except ValueError:

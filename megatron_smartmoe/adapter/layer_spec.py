@@ -1,4 +1,7 @@
-"""The layer spec: Megatron's own, with two modules replaced where TransformerEngine is not used.
+"""The layer spec: Megatron's own, with a few modules replaced.
+
+`--smartmoe` puts `SmartMoELayer` in the place of Megatron's MoE layer, with `SlottedExperts` unless TransformerEngine's
+are asked for. Two modules are replaced where TransformerEngine is not used.
 
 `--transformer-impl transformer_engine` gets Megatron's TransformerEngine spec as it is. `--transformer-impl local`
 gets Megatron's local spec with `TorchNorm` (so that MoE runs under tensor parallelism) and `SDPAttention` (so that
@@ -7,23 +10,39 @@ context parallelism runs, without a score matrix). No parameter is renamed, so c
 
 from __future__ import annotations
 
+from argparse import Namespace
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.heterogeneous.heterogeneous_config import HeterogeneousTransformerConfig
 from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import L2Norm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.training.models.gpt import GPTModelConfig, default_layer_spec
 
 from megatron_smartmoe.adapter.attention import SDPAttention
+from megatron_smartmoe.adapter.moe.experts import SlottedExperts
+from megatron_smartmoe.adapter.moe.layer import SmartMoELayer
 from megatron_smartmoe.adapter.norm import TorchNorm
+from megatron_smartmoe.errors import CompatError
+
+Spec = ModuleSpec | TransformerBlockSubmodules
 
 
-def smartmoe_layer_spec(config: GPTModelConfig, vp_stage: int | None = None) -> ModuleSpec | TransformerBlockSubmodules:
+def spec_for(args: Namespace) -> Callable[..., Spec]:
+    """The spec that the flags ask for."""
+    if not args.smartmoe:
+        return layer_spec
+    return partial(smartmoe_layer_spec, slotted=args.smartmoe_experts == "grouped_mm")
+
+
+def layer_spec(config: GPTModelConfig, vp_stage: int | None = None) -> Spec:
     """The spec of one pipeline stage; passed to Megatron as `GPTModelConfig.transformer_layer_spec`."""
     transformer = config.transformer
     special = transformer.experimental_attention_variant or isinstance(transformer, HeterogeneousTransformerConfig)
@@ -42,6 +61,31 @@ def smartmoe_layer_spec(config: GPTModelConfig, vp_stage: int | None = None) -> 
         layer_specs=[_with_torch_modules(spec, use_sdpa) for spec in block.layer_specs],
         layer_norm=TorchNorm,
     )
+
+
+def smartmoe_layer_spec(config: GPTModelConfig, vp_stage: int | None = None, *, slotted: bool = True) -> Spec:
+    """`layer_spec` with this project's MoE layer; `slotted` is False for TransformerEngine's experts.
+
+    Raises:
+        CompatError: the spec's MoE layers are not built as in the Megatron that this project knows.
+    """
+    spec = layer_spec(config, vp_stage)
+    if isinstance(spec, TransformerBlockSubmodules):
+        return replace(spec, layer_specs=[_with_smart_moe(one, slotted) for one in spec.layer_specs])
+    return _with_smart_moe(spec, slotted)
+
+
+def _with_smart_moe(spec: ModuleSpec, slotted: bool) -> ModuleSpec:
+    """A copy of one layer's spec with its MoE layer, if it has one, replaced."""
+    mlp = spec.submodules.mlp
+    if isinstance(mlp, ModuleSpec):
+        return spec  # a dense layer
+    if not isinstance(mlp, partial) or mlp.func is not MoELayer:
+        raise CompatError(f"--smartmoe: this Megatron builds its MoE layers from {mlp}. Use megatron-core 0.19.0.")
+    submodules = mlp.keywords["submodules"]
+    if slotted:
+        submodules = replace(submodules, experts=SlottedExperts)
+    return replace(spec, submodules=replace(spec.submodules, mlp=partial(SmartMoELayer, submodules=submodules)))
 
 
 def _with_torch_modules(spec: ModuleSpec, use_sdpa: bool) -> ModuleSpec:

@@ -25,12 +25,11 @@ from megatron_smartmoe.adapter.arguments import (
     machine_defaults,
     parse,
 )
-from megatron_smartmoe.errors import CompatError, SmartMoEError
+from megatron_smartmoe.errors import EXIT_CONFIG_ERROR, CompatError, SmartMoEError
 
 if TYPE_CHECKING:
     from megatron_smartmoe.adapter.recorder import Recorder
-
-EXIT_CONFIG_ERROR = 2
+    from megatron_smartmoe.adapter.trace_recorder import TraceRecorder
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -108,17 +107,17 @@ def train(argv: Sequence[str], *, cpu: bool) -> None:
     from megatron_smartmoe.adapter.datasets import train_valid_test_datasets_provider
     from megatron_smartmoe.adapter.embeddings import embedding_ranks
     from megatron_smartmoe.adapter.install import prepare_megatron
-    from megatron_smartmoe.adapter.layer_spec import smartmoe_layer_spec
+    from megatron_smartmoe.adapter.layer_spec import spec_for
     from megatron_smartmoe.adapter.recorder import Recorder
 
     prepare_megatron(cpu=cpu)
     args = parse_for_good(argv)
     run_dir = Path(args.smartmoe_run_dir) if args.smartmoe_run_dir else None
     recorder = Recorder(run_dir)
-    recorder.listen()
+    trace_recorder = listen(args, recorder)
     model_config = gpt_config_from_args(args)
     if args.spec is None:
-        model_config.transformer_layer_spec = smartmoe_layer_spec
+        model_config.transformer_layer_spec = spec_for(args)
     pretrain(
         pretrain_cfg_container_from_args(args, model_config),
         train_valid_test_datasets_provider,
@@ -126,8 +125,28 @@ def train(argv: Sequence[str], *, cpu: bool) -> None:
         forward_step,
         get_embedding_ranks=embedding_ranks,
     )
+    if trace_recorder is not None:
+        trace_recorder.flush()
     report(recorder, get_args(), run_dir)
     torch.distributed.destroy_process_group()
+
+
+def listen(args: Namespace, recorder: Recorder) -> TraceRecorder | None:
+    """Hook everything that the flags ask for into Megatron's loop; returns the trace's recorder, if there is one."""
+    from megatron_smartmoe.adapter.balance import Balancer
+    from megatron_smartmoe.adapter.replay import RoutingReplay
+    from megatron_smartmoe.adapter.trace_recorder import TraceRecorder
+
+    if args.smartmoe_replay_trace is not None:  # first: the others count what it forces
+        RoutingReplay(Path(args.smartmoe_replay_trace)).listen()
+    recorder.listen()
+    if args.smartmoe and args.smartmoe_homes != "off" and args.expert_model_parallel_size > 1:
+        Balancer(recorder.run_dir).listen()
+    if args.smartmoe_record_trace is None:
+        return None
+    trace_recorder = TraceRecorder(Path(args.smartmoe_record_trace))
+    trace_recorder.listen()
+    return trace_recorder
 
 
 def parse_for_good(argv: Sequence[str]) -> Namespace:

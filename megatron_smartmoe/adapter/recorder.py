@@ -33,6 +33,7 @@ class Recorder:
     """
 
     def __init__(self, run_dir: Path | None) -> None:
+        self.run_dir = run_dir
         self._metrics = run_dir / "metrics.jsonl" if run_dir is not None else None
         self._loss: dict[str, torch.Tensor] = {}
         self._last_logged = (0, time.perf_counter())

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from megatron.core import parallel_state as mpu
 from megatron.core.transformer.moe.moe_layer import MoELayer
 
 from megatron_smartmoe.runtime.counts import ExpertCounts
@@ -17,6 +18,15 @@ def moe_layers(model_chunks: list[torch.nn.Module]) -> Iterator[tuple[int, MoELa
         for module in chunk.modules():
             if isinstance(module, MoELayer):
                 yield module.layer_number - 1, module
+
+
+def source_rank() -> int:
+    """The place of this rank's tokens among its pipeline stage's: groups of expert-parallel ranks one after another.
+
+    Ranks that share their tokens (expert tensor parallelism) have the same.
+    """
+    ep_size, ep_rank = mpu.get_expert_model_parallel_world_size(), mpu.get_expert_model_parallel_rank()
+    return int(mpu.get_expert_data_parallel_rank() * ep_size + ep_rank)
 
 
 def count_tokens(model_chunks: list[torch.nn.Module], counts: ExpertCounts) -> None:

@@ -1,8 +1,9 @@
 """Kernels as torch ops: torch.ops.smartmoe.* from the compiled library, or from torch where it is not built.
 
-T tokens, K_top top-k, E experts, R ranks, S slots of a rank. Every op has a twin that says what it computes, and a fake
-kernel for torch.compile. The twin of a kernel is in reference.py; those of the host ops, min_max_split and
-exact_replicas, are the numpy functions of that name in megatron_smartmoe.placement. `backend()` tells what serves them.
+T tokens, K_top top-k, E experts, R ranks, S slots of a rank, N rows sorted by slot, H hidden size. Every op has a twin
+that says what it computes, and a fake kernel for torch.compile. The twin of a kernel is in reference.py; those of the
+host ops, min_max_split and exact_replicas, are the numpy functions of that name in megatron_smartmoe.placement.
+`backend()` tells what serves them.
 """
 
 from __future__ import annotations
@@ -12,7 +13,16 @@ from torch import Tensor
 
 from megatron_smartmoe.ops.library import SlowOpsWarning, backend
 
-__all__ = ["SlowOpsWarning", "backend", "exact_replicas", "expert_histogram", "min_max_split"]
+__all__ = [
+    "SlowOpsWarning",
+    "backend",
+    "dispatch_map",
+    "exact_replicas",
+    "expert_histogram",
+    "min_max_split",
+    "permute",
+    "unpermute",
+]
 
 
 def expert_histogram(ids: Tensor, num_experts: int) -> Tensor:
@@ -80,3 +90,73 @@ def exact_replicas(load_E: Tensor, slots_RS: Tensor, home_slots: int, num_nodes:
     """
     new_RS: Tensor = torch.ops.smartmoe.exact_replicas(load_E, slots_RS, home_slots, num_nodes)
     return new_RS
+
+
+def dispatch_map(ids_TK: Tensor, slot_of_E: Tensor, num_slots: int) -> tuple[Tensor, Tensor]:
+    """Sorts the choices of tokens by the slot of the chosen expert: a stable counting sort, with the table fused in.
+
+    Rows are ordered by slot, within a slot by token, within a token by choice: Megatron's `permute` has the same order.
+    A token that chooses an expert twice has two rows. The same bits on every run; the host never waits for the GPU.
+
+    Args:
+        ids_TK: logical experts that tokens chose, int32 or int64 [T, K_top], in an order of choices that the caller
+            picks; T x K_top below 2^31. Ids outside [0, E), such as -1, are dropped.
+        slot_of_E: the slot of each logical expert, int32 or int64 [E]. Experts whose slot is outside [0, num_slots)
+            are dropped. E may differ from num_slots.
+        num_slots: slots to sort into, 1 to 2048.
+
+    Returns:
+        rows_TK: row of the permuted buffer for each choice, int32 [T, K_top]; -1 where it was dropped. The others are
+            0..N-1, each once, with N the sum of tokens_S: T x K_top if nothing was dropped.
+        tokens_S: rows of each slot, int64 [num_slots].
+
+    Raises:
+        RuntimeError: a dtype, shape, number or device is another.
+    """
+    rows_TK, tokens_S = torch.ops.smartmoe.dispatch_map(ids_TK, slot_of_E, num_slots)
+    return rows_TK, tokens_S
+
+
+def permute(x_TH: Tensor, rows_TK: Tensor, num_rows: int) -> Tensor:
+    """Copies each token's row to the places of its choices: y[rows[t, j]] = x[t].
+
+    Its gradient is `unpermute` without weights: summed in the order of the choices, in float32 (float64 for float64).
+
+    Args:
+        x_TH: a row per token, [T, H], any dtype and strides; floating point for a gradient.
+        rows_TK: `dispatch_map`'s rows, int32 [T, K_top]: no row twice. Choices with a row outside [0, num_rows), such
+            as -1, are skipped.
+        num_rows: N, rows of the result. At least the sum of tokens_S keeps every choice; the host knows it as
+            T x K_top where nothing is dropped, and may pass that also where something is.
+
+    Returns:
+        y_NH: [num_rows, H] in the dtype of x_TH. Rows that no choice names are zero.
+
+    Raises:
+        RuntimeError: a dtype, shape, number or device is another.
+    """
+    y_NH: Tensor = torch.ops.smartmoe.permute(x_TH, rows_TK, num_rows)
+    return y_NH
+
+
+def unpermute(y_NH: Tensor, rows_TK: Tensor, weights_TK: Tensor | None = None) -> Tensor:
+    """Sums each token's rows back: x[t] = sum over j of weights[t, j] * y[rows[t, j]], or without weights.
+
+    Summed in float32 (float64 for float64) as ((0 + choice 0) + choice 1) + ..., rounded once at the end. The order is
+    that of the choices, not of the slots, so any placement of the experts gives the same bits. Megatron's `unpermute`
+    adds in the order of slots and in the dtype of the rows: in float32 the two agree for two choices, not for more.
+
+    Args:
+        y_NH: rows sorted by slot, float16, bfloat16, float32 or (CPU only) float64 [N, H], any strides.
+        rows_TK: `dispatch_map`'s rows, int32 [T, K_top]. Choices with a row outside [0, N) add nothing.
+        weights_TK: a factor per choice, [T, K_top] in float32 or in the dtype of y_NH; None for a plain sum.
+
+    Returns:
+        x_TH: [T, H] in the dtype of y_NH. Gradients flow to y_NH and to weights_TK, whose dot products are summed in
+        float32 and rounded once to its dtype.
+
+    Raises:
+        RuntimeError: a dtype, shape or device is another.
+    """
+    x_TH: Tensor = torch.ops.smartmoe.unpermute(y_NH, rows_TK, weights_TK)
+    return x_TH

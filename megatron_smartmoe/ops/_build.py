@@ -209,7 +209,8 @@ def plan(tools: Toolchain, root: Path, cache: Path) -> list[Job]:
     """
     target = "-DTORCH_TARGET_VERSION=0x{:02x}{:02x}000000000000".format(*TORCH_TARGET)
     cxx = (*tools.cxx, "-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", target)
-    cxx += ("-isystem", f"{tools.torch}/include")
+    # no fused multiply-add: the CPU kernels round as torch does, so that their twins give the same bits
+    cxx += ("-ffp-contract=off", "-isystem", f"{tools.torch}/include")
     stamps = [tools.torch_version, _stamp(tools.cxx[0])]
     sources: list[tuple[Path, tuple[str, ...]]] = []
     folders = ["csrc", "csrc/cpu"]

@@ -5,7 +5,8 @@ reference.py serve them. A caller sees the same torch.ops names either way, and 
 Alternative: build at the first import, which hides the compiling and its failure inside a job, on every node at once.
 Reason: a job must start at once and the same way everywhere, and a slow op must be found by reading the log.
 
-An op is one name in five places: SCHEMAS here, csrc/ops.cpp, reference.py, fake.py and its kernels. The host ops have
+An op is one name in five places: SCHEMAS here, csrc/ops.cpp, reference.py, fake.py and its kernels; one with a
+gradient is in autograd.py too. The host ops have
 no twin in torch: theirs are the numpy functions of megatron_smartmoe.placement, which this package may not import (the
 two are siblings). Without the compiled library they raise a RuntimeError with the command that builds it.
 """
@@ -22,7 +23,7 @@ from typing import Any
 import torch
 
 from megatron_smartmoe.errors import CompatError
-from megatron_smartmoe.ops import fake, reference
+from megatron_smartmoe.ops import autograd, fake, reference
 
 LIBRARY = Path(__file__).with_name("_smartmoe.so")
 NAMESPACE = "smartmoe"
@@ -30,6 +31,10 @@ SCHEMAS = {
     "expert_histogram": "(Tensor ids, int num_experts) -> Tensor",
     "min_max_split": "(Tensor counts_RE, Tensor hosts_ER) -> Tensor",
     "exact_replicas": "(Tensor load_E, Tensor slots_RS, int home_slots, int num_nodes) -> Tensor",
+    "dispatch_map": "(Tensor ids_TK, Tensor slot_of_E, int num_slots) -> (Tensor, Tensor)",
+    "permute": "(Tensor x_TH, Tensor rows_TK, int num_rows) -> Tensor",
+    "unpermute": "(Tensor y_NH, Tensor rows_TK, Tensor? weights_TK) -> Tensor",
+    "unpermute_backward": "(Tensor grad_TH, Tensor y_NH, Tensor rows_TK, Tensor weights_TK) -> (Tensor, Tensor)",
 }
 HOST_OPS = frozenset({"min_max_split", "exact_replicas"})  # CPU tensors only, compiled only
 # how users build it, relative to a checkout
@@ -143,6 +148,8 @@ def _register() -> tuple[Any, str]:
         else:
             owner.impl(name, _loud(name, getattr(reference, name)), "CUDA")
         _torch.library.register_fake(f"{NAMESPACE}::{name}", getattr(fake, name), lib=owner)
+    for name, (backward, save) in autograd.FORMULAS.items():
+        _torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=save, lib=owner)
     return owner, backend
 
 

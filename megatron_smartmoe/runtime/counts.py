@@ -1,13 +1,17 @@
 """Tokens per logical expert and layer, counted where they are routed, reduced only when somebody asks.
 
 Each MoE layer adds one `[E]` vector per micro-batch on its own device: no host round trip, no communication. The sum
-over ranks is one all-reduce of `[L, E]` numbers at the moment of the question.
+over ranks is one all-reduce, at the moment of the question or, for the decisions, once per interval and asynchronous.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 
 
 class ExpertCounts:
@@ -19,7 +23,7 @@ class ExpertCounts:
         device: where the routers run.
     """
 
-    def __init__(self, num_layers: int, num_experts: int, device: torch.device | str) -> None:
+    def __init__(self, num_layers: int, num_experts: int, device: torch.device | str | int) -> None:
         self.local_LE = torch.zeros(num_layers, num_experts, dtype=torch.int64, device=device)
 
     def add(self, layer: int, routing_map_TE: torch.Tensor) -> None:
@@ -35,3 +39,71 @@ class ExpertCounts:
         total_LE = self.local_LE.clone()
         dist.all_reduce(total_LE, group=group)
         return total_LE.cpu()
+
+
+@dataclass(frozen=True, kw_only=True)
+class CountsShape:
+    """Axes of what the decisions are made from.
+
+    Attributes:
+        rows: of `ExpertCounts`, those of the model's MoE layers, in order; the same on every rank.
+        num_ranks: R, of an expert-parallel group.
+        ep_rank: of this rank.
+        windows: W, pieces that an interval's counts are kept in, so that the load's drift can be seen.
+    """
+
+    rows: tuple[int, ...]
+    num_ranks: int
+    ep_rank: int
+    windows: int
+
+
+class IntervalCounts:
+    """Counts of one decision interval in windows of iterations, and their reduction over all ranks.
+
+    The reduction starts at the end of an interval and is waited for one iteration later: it has that long to run beside
+    the training step. NCCL runs it on its own stream, gloo in its own thread.
+
+    Args:
+        counts: where the routers count; emptied here after each iteration.
+        shape: see CountsShape.
+    """
+
+    def __init__(self, counts: ExpertCounts, shape: CountsShape) -> None:
+        self._counts, self._shape = counts, shape
+        device, num_experts = counts.local_LE.device, counts.local_LE.shape[1]
+        self._rows = torch.tensor(shape.rows, device=device)
+        sizes = (shape.windows, len(shape.rows), shape.num_ranks, num_experts)
+        self._sums_WLRE = torch.zeros(sizes, dtype=torch.int64, device=device)
+        self._iterations_W = [0] * shape.windows
+        self._pending: tuple[dist.Work, torch.Tensor, list[int]] | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the counts are."""
+        return self._sums_WLRE.device
+
+    def end_iteration(self, window: int) -> None:
+        """Add what this iteration counted to a window of the interval, on the device."""
+        self._sums_WLRE[window, :, self._shape.ep_rank] += self._counts.local_LE.index_select(0, self._rows)
+        self._iterations_W[window] += 1
+        self._counts.reset()
+
+    def start_reduction(self) -> None:
+        """End the interval: start adding up over all ranks. A collective call."""
+        total_WLRE = self._sums_WLRE.clone()
+        work = dist.all_reduce(total_WLRE, async_op=True)
+        assert work is not None
+        self._pending = (work, total_WLRE, self._iterations_W)
+        self._sums_WLRE.zero_()
+        self._iterations_W = [0] * self._shape.windows
+
+    def reduced(self) -> list[NDArray[np.float64]] | None:
+        """The interval whose reduction was started, on the host: mean counts `[L, R, E]` of an iteration of each
+        window, over all groups; None when none was started."""
+        if self._pending is None:
+            return None
+        (work, total_WLRE, iterations_W), self._pending = self._pending, None
+        work.wait()
+        sums_WLRE = total_WLRE.cpu().numpy().astype(np.float64)
+        return [sums_LRE / n for sums_LRE, n in zip(sums_WLRE, iterations_W, strict=True) if n]

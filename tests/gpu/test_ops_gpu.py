@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from hypothesis import given, settings
+from torch import Tensor
 
 from megatron_smartmoe import ops
 from megatron_smartmoe.ops import reference
+from tests.unit.ops.dispatch_cases import Routing, Rows, assert_near, permuted_rows, routings
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: the CUDA kernels cannot run here"),
 ]
 
+KERNELS: Any = torch.ops.smartmoe
 STEP = 2048  # ids that a block takes at a time; 512 blocks at most
 
 
@@ -95,3 +101,133 @@ def test_histogram_errors_are_those_of_the_cpu() -> None:
 def test_opcheck() -> None:
     ids = torch.randint(-1, 9, (13, 4), device="cuda")
     torch.library.opcheck(torch.ops.smartmoe.expert_histogram.default, (ids, 8))
+
+
+def put(tensor: Tensor) -> Tensor:
+    """On the GPU with the strides it has, so that views stay views."""
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cuda").copy_(tensor)
+
+
+@given(routings())
+@settings(deadline=None, max_examples=200)
+def test_map_equals_its_twin(case: Routing) -> None:
+    found = ops.dispatch_map(put(case.ids_TK), put(case.slot_of_E), case.num_slots)
+    expected = reference.dispatch_map(case.ids_TK, case.slot_of_E, case.num_slots)
+    for on_gpu, on_cpu in zip(found, expected, strict=True):
+        assert torch.equal(on_gpu.cpu(), on_cpu)
+
+
+@pytest.mark.parametrize(("num_tokens", "num_choices"), [(16384, 8), (16384, 2), (70_000, 8), (1, 16)])
+def test_map_of_many_choices(num_tokens: int, num_choices: int) -> None:
+    ids = torch.randint(-1, 130, (num_tokens, num_choices), device="cuda")
+    slot_of = torch.randperm(128, device="cuda")
+    for _ in range(2):  # the same bits every time
+        for on_gpu, expected in zip(
+            ops.dispatch_map(ids, slot_of, 128), reference.dispatch_map(ids.cpu(), slot_of.cpu(), 128), strict=True
+        ):
+            assert torch.equal(on_gpu.cpu(), expected)
+
+
+def assert_rows_near(found: Tensor, expected: Tensor) -> None:
+    """A GPU fuses multiplications and additions: one rounding less for each, one more or less at the end."""
+    rtol = 2 * torch.finfo(found.dtype).eps
+    torch.testing.assert_close(found.cpu(), expected, rtol=rtol, atol=1e-4)
+
+
+@given(permuted_rows((torch.float16, torch.bfloat16, torch.float32)))
+@settings(deadline=None, max_examples=200)
+def test_rows_equal_their_twins(case: Rows) -> None:
+    x_TH, y_NH, rows_TK, weights_TK = put(case.x_TH), put(case.y_NH), put(case.rows_TK), put(case.weights_TK)
+    y = ops.permute(x_TH, rows_TK, case.num_rows)
+    assert torch.equal(y.cpu(), reference.permute(case.x_TH, case.rows_TK, case.num_rows))
+    plain = ops.unpermute(y_NH, rows_TK)
+    assert torch.equal(plain.cpu(), reference.unpermute(case.y_NH, case.rows_TK, None))
+    weighted = ops.unpermute(y_NH, rows_TK, weights_TK)
+    assert_rows_near(weighted, reference.unpermute(case.y_NH, case.rows_TK, case.weights_TK))
+    grad_y, grad_weights = KERNELS.unpermute_backward(x_TH, y_NH, rows_TK, weights_TK)
+    expected = reference.unpermute_backward(case.x_TH, case.y_NH, case.rows_TK, case.weights_TK)
+    assert torch.equal(grad_y.cpu(), expected[0])
+    assert_near(grad_weights.cpu(), expected[1], case)
+
+
+@pytest.mark.parametrize("num_choices", [2, 4, 8])
+def test_sums_do_not_depend_on_the_placement(num_choices: int) -> None:
+    ids = torch.rand(500, 64, device="cuda").topk(num_choices, dim=1).indices
+    factor_E = torch.randn(64, 1024, device="cuda").bfloat16()
+    x_TH, weights = torch.randn(500, 1024, device="cuda").bfloat16(), torch.rand(ids.shape, device="cuda")
+    sums = []
+    for slot_of_E in (torch.arange(64, device="cuda"), torch.randperm(64, device="cuda")):
+        rows_TK, tokens_S = ops.dispatch_map(ids, slot_of_E, 64)
+        factors = factor_E[torch.argsort(slot_of_E)].repeat_interleave(tokens_S, dim=0)
+        sums.append(ops.unpermute(ops.permute(x_TH, rows_TK, ids.numel()) * factors, rows_TK, weights))
+    assert torch.equal(*sums)
+
+
+def test_more_elements_than_32_bits_count() -> None:
+    tokens, hidden = 300_000, 8192
+    if torch.cuda.mem_get_info()[0] < 4 * tokens * hidden * 2:
+        pytest.skip("less than 20 GB of free device memory")
+    rows_TK = torch.arange(tokens - 1, -1, -1, device="cuda", dtype=torch.int32)[:, None]
+    x_TH = torch.arange(tokens, device="cuda")[:, None].expand(tokens, hidden).to(torch.bfloat16)
+    y_NH = ops.permute(x_TH, rows_TK, tokens)
+    assert torch.equal(y_NH, x_TH.flip(0))
+    assert torch.equal(ops.unpermute(y_NH, rows_TK), x_TH)
+
+
+def test_dispatch_in_a_graph_and_without_waiting() -> None:
+    ids, slot_of = torch.randint(0, 16, (3000, 2), device="cuda"), torch.randperm(16, device="cuda")
+    x_TH, weights = torch.randn(3000, 512, device="cuda"), torch.rand(3000, 2, device="cuda")
+
+    def dispatch() -> Tensor:
+        rows_TK, _ = ops.dispatch_map(ids, slot_of, 16)
+        return ops.unpermute(ops.permute(x_TH, rows_TK, ids.numel()), rows_TK, weights)
+
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        dispatch()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = dispatch()
+    ids.copy_(torch.randint(0, 16, ids.shape, device="cuda"))
+    graph.replay()
+    assert torch.equal(captured, dispatch())
+
+
+def test_gradients_flow() -> None:
+    ids, slot_of = torch.randint(-1, 8, (100, 4)), torch.randperm(8)
+    results = []
+    for device in ("cpu", "cuda"):
+        torch.manual_seed(0)
+        x_TH = torch.randn(100, 40).to(device).requires_grad_()
+        weights = torch.rand(100, 4).to(device).requires_grad_()
+        rows_TK, _ = ops.dispatch_map(ids.to(device), slot_of.to(device), 8)
+        ops.unpermute(ops.permute(x_TH, rows_TK, 400).square(), rows_TK, weights).sum().backward()
+        results.append((x_TH.grad, weights.grad))
+    for on_cpu, on_gpu in zip(*results, strict=True):
+        torch.testing.assert_close(on_gpu.cpu(), on_cpu, rtol=1e-5, atol=1e-4)
+
+
+def test_two_devices_and_float64_are_refused() -> None:
+    ids = torch.zeros(2, 2, dtype=torch.int64, device="cuda:0")
+    text = r"^slot_of_E\.device = cpu: it must be cuda:0, as ids_TK has it\."
+    with pytest.raises(RuntimeError, match=text):
+        ops.dispatch_map(ids, torch.arange(3), 3)
+    y_NH = torch.zeros(4, 8, dtype=torch.float64, device="cuda")
+    with pytest.raises(
+        RuntimeError, match=r"^y_NH\.dtype = float64: on a GPU it must be float16, bfloat16 or float32\."
+    ):
+        ops.unpermute(y_NH, ids.int())
+
+
+@pytest.mark.parametrize("hidden", [40, 13])
+def test_tiny_dispatch(hidden: int) -> None:
+    """Small enough for compute-sanitizer: every kernel once, with dropped choices and rows that no choice names."""
+    ids, slot_of = torch.randint(-1, 5, (70, 3), device="cuda"), torch.randperm(5, device="cuda")
+    rows_TK, _ = ops.dispatch_map(ids, slot_of, 5)
+    x_TH = torch.randn(70, hidden, device="cuda").bfloat16().requires_grad_()
+    weights = torch.rand(70, 3, device="cuda").requires_grad_()
+    ops.unpermute(ops.permute(x_TH, rows_TK, 215), rows_TK, weights).sum().backward()
+    assert x_TH.grad is not None
+    assert torch.isfinite(x_TH.grad).all()

@@ -14,10 +14,8 @@ from megatron_smartmoe.adapter.launch import corpus, process, run_dir
 from megatron_smartmoe.adapter.launch import flags as flag_lists
 from megatron_smartmoe.adapter.launch.plan import make_plan, ranks_per_node
 from megatron_smartmoe.adapter.launch.topology import Topology, find_topology, speaks_for_the_job
-from megatron_smartmoe.errors import ConfigError, SmartMoEError
+from megatron_smartmoe.errors import EXIT_CONFIG_ERROR, ConfigError, SmartMoEError
 from megatron_smartmoe.spec.run import RunSpec, load_run_spec
-
-EXIT_CONFIG_ERROR = 2
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,0 +1,55 @@
+// Rows that no choice names, found without a cleared table and without a host synchronisation.
+//
+// Method: choice_of_row[r] is believed only if rows[choice_of_row[r]] is r, which garbage cannot fake. A warp tests 32
+// rows, a row per lane, and then clears those that fail together.
+// Alternative: clear all of y beforehand. Where nothing was dropped, and that is the rule, it writes every byte twice.
+#include "rows.h"
+#include "zero_rows.h"
+
+namespace smartmoe::cuda {
+namespace {
+constexpr int kThreads = 256;
+constexpr int64_t kMaxBlocks = 1024;
+
+template <class Vector>
+__global__ void __launch_bounds__(kThreads)
+    zero_unnamed_rows(const int32_t* __restrict__ rows, int64_t num_choices, const int32_t* __restrict__ choice_of_row,
+                      Vector* __restrict__ y, int64_t num_rows, int64_t vectors) {
+  const int64_t stride = static_cast<int64_t>(gridDim.x) * kThreads;
+  const int64_t warp_begin = static_cast<int64_t>(blockIdx.x) * kThreads + warp_id() * kWarpSize;
+  // `begin` is the same for the whole warp, so all 32 lanes reach every __ballot_sync
+  for (int64_t begin = warp_begin; begin < num_rows; begin += stride) {
+    const int64_t row = begin + lane_id();
+    bool unnamed = false;
+    if (row < num_rows) {
+      const int32_t choice = choice_of_row[row];
+      unnamed = choice < 0 || choice >= num_choices || rows[choice] != row;
+    }
+    unsigned left = __ballot_sync(kFullWarp, unnamed);
+    for (; left != 0; left &= left - 1) {
+      Vector* to = y + (begin + __ffs(static_cast<int>(left)) - 1) * vectors;
+      for (int64_t c = lane_id(); c < vectors; c += kWarpSize) to[c] = Vector{};
+    }
+  }
+}
+
+template <class Vector>
+LaunchError launch(const int32_t* rows, int64_t num_choices, const int32_t* choice_of_row, void* y, int64_t num_rows,
+                   int64_t row_bytes, const Launch& where) {
+  const int64_t blocks = (num_rows + kThreads - 1) / kThreads;
+  SMARTMOE_LAUNCH(zero_unnamed_rows<Vector>, dim3(static_cast<unsigned>(blocks < kMaxBlocks ? blocks : kMaxBlocks)),
+                  dim3(kThreads), 0, where.stream, rows, num_choices, choice_of_row, static_cast<Vector*>(y), num_rows,
+                  row_bytes / static_cast<int64_t>(sizeof(Vector)));
+  return leave();
+}
+}  // namespace
+
+LaunchError launch_zero_unnamed_rows(const int32_t* rows, int64_t num_choices, const int32_t* choice_of_row, void* y,
+                                     int64_t num_rows, int64_t row_bytes, const Launch& where) {
+  if (num_rows == 0 || row_bytes == 0) return nullptr;
+  if (const LaunchError error = enter(where)) return error;
+  if (row_bytes % kVectorBytes == 0 && is_aligned(y, kVectorBytes))
+    return launch<uint4>(rows, num_choices, choice_of_row, y, num_rows, row_bytes, where);
+  return launch<uint8_t>(rows, num_choices, choice_of_row, y, num_rows, row_bytes, where);
+}
+}  // namespace smartmoe::cuda

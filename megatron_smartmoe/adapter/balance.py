@@ -1,0 +1,191 @@
+"""The homes loop in Megatron: builds the controller when the model is there, and calls it after each training step."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state as mpu
+from megatron.core.num_microbatches_calculator import get_num_microbatches
+from megatron.core.utils import unwrap_model
+from megatron.training import get_args
+
+from megatron_smartmoe.adapter.checkpoint_check import saved_placement
+from megatron_smartmoe.adapter.decision_log import DecisionLog
+from megatron_smartmoe.adapter.install import after, rebind
+from megatron_smartmoe.adapter.machine import expert_shape, machine, nodes_of_group, state_bytes
+from megatron_smartmoe.adapter.mover import ExpertMover, home_slots_of, with_home_slots
+from megatron_smartmoe.adapter.routers import count_tokens, moe_layers
+from megatron_smartmoe.cost.moe_layer import LINK_EFFICIENCY, constants_of
+from megatron_smartmoe.placement.online import HomesPlanner, OnlineOptions
+from megatron_smartmoe.placement.policy import PolicyOptions
+from megatron_smartmoe.placement.replicas import ReplicaOptions
+from megatron_smartmoe.placement.simulate.run import Setting, layer_seconds
+from megatron_smartmoe.runtime.controller import Controller, ControllerOptions
+from megatron_smartmoe.runtime.counts import CountsShape, ExpertCounts, IntervalCounts
+from megatron_smartmoe.spec.placement import Placement
+
+WINDOWS = 4  # records that an interval is observed in: enough to see a drift, few enough to keep
+MIB = 2**20
+
+
+class Balancer:
+    """Listens to one training run.
+
+    Args:
+        run_dir: where smartmoe.jsonl goes, or None for nowhere.
+    """
+
+    def __init__(self, run_dir: Path | None) -> None:
+        self._run_dir = run_dir
+        self._controller: Controller | None = None
+
+    def listen(self) -> None:
+        """Hook into Megatron's loop."""
+        import megatron.training.training as training
+
+        after(training, "setup_model_and_optimizer", self.on_model)
+        after(training, "post_training_step_callbacks", self.on_step_end)
+        rebind(training, "save_checkpoint", self._in_logical_order, key=self)
+
+    def on_model(self, result: tuple[list[Any], Any, Any], *args: Any, **kwargs: Any) -> None:
+        """After `setup_model_and_optimizer`: build the controller; go on with the placement of the checkpoint."""
+        options = get_args()
+        model_chunks, optimizer = result[0], result[1]
+        chunks = unwrap_model(model_chunks)
+        numbers = _all_layer_numbers([number for number, _ in moe_layers(chunks)])
+        counts = ExpertCounts(max(numbers) + 1, options.num_experts, torch.cuda.current_device())
+        count_tokens(chunks, counts)
+        num_ranks, windows = mpu.get_expert_model_parallel_world_size(), min(WINDOWS, options.smartmoe_homes_interval)
+        mover = ExpertMover(
+            {numbers.index(number): layer for number, layer in moe_layers(chunks)},
+            model_chunks,
+            optimizer,
+            staging_bytes=options.smartmoe_migration_staging_mib * MIB,
+            timeout_s=options.smartmoe_migration_timeout_s,
+        )
+        shape = CountsShape(
+            rows=tuple(numbers),
+            num_ranks=num_ranks,
+            ep_rank=mpu.get_expert_model_parallel_rank(),
+            windows=windows,
+        )
+        self._controller = Controller(
+            _controller_options(options, windows),
+            _planner(options, len(numbers), num_ranks, windows),
+            IntervalCounts(counts, shape),
+            mover,
+            DecisionLog(self._run_dir, dry=options.smartmoe_homes == "dry"),
+            Placement.contiguous(num_layers=len(numbers), num_experts=options.num_experts, num_ranks=num_ranks),
+        )
+        self._restore(options, mover)
+
+    def _restore(self, options: Namespace, mover: ExpertMover) -> None:
+        """A checkpoint holds experts in logical order; its placement is a hint, taken if it fits this run."""
+        controller = self._controller
+        assert controller is not None
+        hint = [saved_placement(options) if options.rank == 0 and options.iteration else None]
+        dist.broadcast_object_list(hint, src=0)
+        saved, present = hint[0], controller.placement
+        if saved is None or options.smartmoe_homes == "dry":
+            return
+        if (saved.num_layers, saved.num_experts, saved.num_ranks) != (
+            present.num_layers,
+            present.num_experts,
+            present.num_ranks,
+        ):
+            return
+        wanted = with_home_slots(present, home_slots_of(saved))
+        if wanted != present:
+            moved = mover.move(present, wanted)
+            controller.placement = moved.placement
+            if options.rank == 0:
+                text = moved.failure or f"experts are back where they were: {moved.wire_bytes / MIB:.1f} MiB moved"
+                print(f"smartmoe: checkpoint of iteration {options.iteration}: {text}", flush=True)
+
+    def on_step_end(self, result: Any, *args: Any, **kwargs: Any) -> None:
+        """After `post_training_step_callbacks`: the slow loop."""
+        assert self._controller is not None
+        self._controller.step(args[3])
+
+    def _in_logical_order(self, save_checkpoint: Callable[..., Any]) -> Callable[..., Any]:
+        """Around `save_checkpoint`: what it writes is in logical order, and the placement goes along as a hint.
+
+        torch_dist maps slots to logical experts in the index and moves nothing. Formats that write the optimizer's
+        buffers as they lie need the experts at home; asynchronous saves have copied them before the call returns.
+        """
+
+        @functools.wraps(save_checkpoint)
+        def save(*args: Any, **kwargs: Any) -> Any:
+            options, controller = get_args(), self._controller
+            if controller is None:
+                return save_checkpoint(*args, **kwargs)
+            options.smartmoe_placement = controller.placement.to_json()
+            with controller.at_home() if saves_slots(options) else contextlib.nullcontext():
+                return save_checkpoint(*args, **kwargs)
+
+        return save
+
+
+def saves_slots(options: Namespace) -> bool:
+    """Whether a checkpoint would hold experts in the order of the slots, so that they must be at home for it."""
+    raw_buffers = options.use_distributed_optimizer and not options.dist_ckpt_optim_fully_reshardable
+    return (
+        options.ckpt_format != "torch_dist"
+        or (raw_buffers and not options.no_save_optim)
+        or options.ckpt_assume_constant_structure
+        or options.smartmoe_experts != "grouped_mm"
+    )
+
+
+def _all_layer_numbers(numbers: list[int]) -> list[int]:
+    """The MoE layers of the whole model, whichever stage they are on."""
+    everybody: list[list[int]] = [[]] * dist.get_world_size()
+    dist.all_gather_object(everybody, numbers)
+    return sorted({number for stage in everybody for number in stage})
+
+
+def _controller_options(options: Namespace, windows: int) -> ControllerOptions:
+    return ControllerOptions(
+        mode=options.smartmoe_homes,
+        interval=options.smartmoe_homes_interval,
+        first=options.smartmoe_homes_start,
+        last=options.smartmoe_homes_stop,
+        windows=windows,
+        seed=options.seed,
+        micro_batches=get_num_microbatches(),
+        groups=mpu.get_expert_data_parallel_world_size(),
+    )
+
+
+def _planner(options: Namespace, num_layers: int, num_ranks: int, windows: int) -> HomesPlanner:
+    """The planner with this machine's prices."""
+    cluster, num_nodes, shape = machine(options), nodes_of_group(num_ranks), expert_shape(options)
+    link = cluster.intra_node if num_nodes == 1 else cluster.inter_node
+    setting = Setting(
+        num_ranks=num_ranks,
+        num_nodes=num_nodes,
+        constants=constants_of(cluster, shape),
+        state_bytes=state_bytes(options),
+    )
+    online = OnlineOptions(
+        homes_interval=1,  # the controller asks once an interval
+        replicas="history",
+        micro_batches=get_num_microbatches(),
+        state_bytes=setting.state_bytes,
+        migration_bytes_s=link.bandwidth_bytes_s * LINK_EFFICIENCY,
+        replica=ReplicaOptions(num_nodes=num_nodes),
+        policy=PolicyOptions(
+            horizon_iterations=options.smartmoe_homes_horizon,
+            margin=options.smartmoe_homes_margin,
+            rest_iterations=options.smartmoe_homes_interval,
+        ),
+        review_records=windows,
+    )
+    return HomesPlanner(num_layers, options.num_experts, online, layer_seconds(setting))

@@ -1,0 +1,75 @@
+"""Telling of decisions: a line for people, `smartmoe.jsonl` for programs, TensorBoard scalars for curves."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from megatron.training import get_tensorboard_writer, get_wandb_writer
+from megatron.training.utils import is_rank0
+
+from megatron_smartmoe.placement.decisions import Decision
+from megatron_smartmoe.runtime.controller import Moved
+
+
+class DecisionLog:
+    """Rank 0 prints and writes the file; the rank that has Megatron's TensorBoard writer writes the scalars.
+
+    Args:
+        run_dir: where `smartmoe.jsonl` goes, or None for nowhere.
+        dry: nothing is moved, whatever is decided.
+    """
+
+    def __init__(self, run_dir: Path | None, *, dry: bool) -> None:
+        self._path = run_dir / "smartmoe.jsonl" if run_dir is not None else None
+        self._dry = dry
+
+    def decided(self, decision: Decision, before: float, after: float, moved: Moved | None) -> None:
+        """See `runtime.controller.Reporter`."""
+        if moved is not None and moved.failure is None:
+            decision = replace(decision, moved_bytes=moved.wire_bytes)
+        if is_rank0():
+            print(self._line(decision, before, after, moved), flush=True)
+            if self._path is not None:
+                with self._path.open("a", encoding="utf-8") as file:
+                    file.write(decision.to_line() + "\n")
+        scalars = {"smartmoe/imbalance": after if moved is not None else before}
+        if decision.predicted_gain_s is not None:
+            scalars["smartmoe/predicted gain (ms)"] = decision.predicted_gain_s * 1e3
+        if decision.realised_gain_s is not None:
+            scalars["smartmoe/realised gain (ms)"] = decision.realised_gain_s * 1e3
+        if moved is not None:
+            scalars["smartmoe/migration (MiB)"] = moved.wire_bytes / 2**20
+            scalars["smartmoe/migration (s)"] = moved.seconds
+        self._write_scalars(scalars, decision.iteration)
+
+    def _line(self, decision: Decision, before: float, after: float, moved: Moved | None) -> str:
+        """` smartmoe: iteration 100 | homes: ... | max/mean tokens per rank 1.33 -> 1.02 | ... |`"""
+        experts = len({(change.layer, change.after) for change in decision.changes})
+        parts = [f"smartmoe: iteration {decision.iteration:8d}"]
+        if decision.kind == "review":
+            parts.append(f"review of the last move: {decision.why}")
+        elif moved is None:
+            would = "would move" if decision.taken and self._dry else "not moved"
+            parts.append(f"homes: {experts} experts {would}")
+        else:
+            parts.append(f"homes: {experts} experts moved")
+        parts.append(f"max/mean tokens per rank {before:.3f} -> {after:.3f}")
+        if decision.kind != "review":
+            parts.append(decision.why)
+        if moved is not None:
+            parts.append(f"{moved.wire_bytes / 2**20:.1f} MiB in {moved.seconds:.2f} s")
+        return " " + " | ".join(parts) + " |"
+
+    def trouble(self, iteration: int, text: str) -> None:
+        """See `runtime.controller.Reporter`; every rank that has something to say says it."""
+        if is_rank0() or not text.startswith("the ranks"):
+            print(f" smartmoe: iteration {iteration:8d} | WARNING: {text} |", flush=True)
+
+    @staticmethod
+    def _write_scalars(scalars: dict[str, float], iteration: int) -> None:
+        if (writer := get_tensorboard_writer()) is not None:
+            for name, value in scalars.items():
+                writer.add_scalar(name, value, iteration)
+        if (wandb := get_wandb_writer()) is not None:
+            wandb.log(scalars, iteration)

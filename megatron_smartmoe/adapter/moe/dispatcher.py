@@ -1,0 +1,103 @@
+"""SlotDispatcher: Megatron's all-to-all dispatcher on slots, with this project's kernels for its two permutations.
+
+What differs from `MoEAlltoAllTokenDispatcher`:
+- tokens are sorted by slot, not by expert; the table from experts to slots is fused into the sort;
+- the combine adds a token's k results in the order of its logical experts. Megatron adds them in the order of the
+  slots, so that moving an expert would change the last bits for k > 2. With homes in logical order both are the same.
+"""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_smartmoe.ops import dispatch_map, permute, unpermute
+
+
+def chosen_experts(routing_map_TE: torch.Tensor, top_k: int) -> torch.Tensor:
+    """The experts of each token in ascending order, int64 `[T, top_k]`; E where a token has fewer (it was dropped).
+
+    One top-k over distinct keys: no tie, no host synchronisation, and no sort of all E.
+    """
+    num_experts = routing_map_TE.shape[1]
+    keys_E = torch.arange(num_experts, 0, -1, dtype=torch.int32, device=routing_map_TE.device)
+    return num_experts - (routing_map_TE * keys_E).topk(top_k, dim=1).values.long()
+
+
+class SlotDispatcher(MoEAlltoAllTokenDispatcher):
+    """Dispatches to slots.
+
+    Args:
+        num_local_experts: S, home slots of this rank.
+        local_expert_indices: the slots of this rank.
+        config: of the transformer.
+        pg_collection: with the groups `ep`, `expt_tp` and `tp_ep`.
+        counts_on_device: whether the experts want their tokens per slot on the device, not on the host.
+
+    Attributes:
+        slot_of_expert_E: int64, on the device; the layer sets it before each dispatch.
+    """
+
+    slot_of_expert_E: torch.Tensor
+
+    def __init__(
+        self,
+        num_local_experts: int,
+        local_expert_indices: list[int],
+        config: TransformerConfig,
+        pg_collection: ProcessGroupCollection,
+        counts_on_device: bool,
+    ) -> None:
+        super().__init__(num_local_experts, local_expert_indices, config, pg_collection)
+        self._counts_on_device = counts_on_device
+
+    def dispatch_preprocess(
+        self, hidden_states: torch.Tensor, routing_map: torch.Tensor, probs: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sort this rank's tokens by slot.
+
+        Args:
+            hidden_states: `[..., H]`, T tokens.
+            routing_map: which logical experts each token chose, bool `[T, E]`.
+            probs: their weights, `[T, E]`.
+
+        Returns:
+            Rows `[N, H]` in the order of the slots, and their weights `[N]`.
+        """
+        self.hidden_shape = hidden_states.shape
+        self.probs = probs
+        tokens_TH = hidden_states.view(-1, self.hidden_shape[-1])
+        ids_TK = chosen_experts(routing_map, self.config.moe_router_topk)
+        self.rows_TK, tokens_S = dispatch_map(ids_TK, self.slot_of_expert_E, self.num_experts)
+        # Megatron's preprocess adds up the rows of a map to counts; the counts are known, so they are its only row
+        self.tokens_per_expert = self._tokens_on_device_S = self.preprocess(tokens_S.unsqueeze(0))
+        if self.config.moe_expert_capacity_factor is None:
+            self.num_out_tokens = ids_TK.numel()
+        if self.shared_experts is not None:
+            self.shared_experts.pre_forward_comm(hidden_states)
+        self.tokens_per_expert = self._maybe_dtoh_and_synchronize("before_permutation_1", self.tokens_per_expert)
+        num_rows = int(self.num_out_tokens)
+        weights_TK = probs.gather(1, ids_TK.clamp(max=self.num_experts - 1))
+        return permute(tokens_TH, self.rows_TK, num_rows), self._sorted(weights_TK, num_rows)
+
+    def dispatch_postprocess(
+        self, global_input_tokens: torch.Tensor, global_probs: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Megatron's, except that experts which count on the device get their counts there."""
+        tokens, on_host_S, probs = super().dispatch_postprocess(global_input_tokens, global_probs)
+        return tokens, self._tokens_on_device_S if self._counts_on_device else on_host_S, probs
+
+    def _sorted(self, weights_TK: torch.Tensor, num_rows: int) -> torch.Tensor:
+        """The weights in the order of the rows, `[N]`; those of dropped choices, which have row -1, are left out."""
+        rows = self.rows_TK.flatten()
+        rows = torch.where(rows < 0, num_rows, rows)
+        return weights_TK.new_zeros(num_rows + 1).scatter(0, rows, weights_TK.flatten())[:num_rows]
+
+    def combine_postprocess(self, permutated_local_input_tokens: torch.Tensor) -> torch.Tensor:
+        """Add up each token's results in the order of its experts, and the shared experts' output."""
+        output = unpermute(permutated_local_input_tokens, self.rows_TK, None).view(self.hidden_shape)
+        if self.shared_experts is not None:
+            output = output + self.shared_experts.get_output()
+        return output

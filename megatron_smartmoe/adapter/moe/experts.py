@@ -1,0 +1,192 @@
+"""Slotted experts: the home experts of a rank in two parameters, slot-major, computed by grouped GEMMs.
+
+One expert is one contiguous piece of each parameter, so that it can be sent, received and copied without packing. A
+rank's home slots are `weight1` `[S, F1, H]` and `weight2` `[S, H, F2]`, where F2 = ffn / ETP and F1 = F2, or 2 x F2 for
+a gated activation (gate rows first). Megatron's TEGroupedMLP has the same GEMMs with a parameter per expert;
+SequentialMLP has a GEMM per expert. On disk all three look alike (see `slot_sharding`), so their checkpoints load into
+each other.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.activations import quick_gelu
+from megatron.core.fusions.fused_bias_geglu import weighted_bias_quick_geglu_impl
+from megatron.core.fusions.fused_bias_swiglu import weighted_bias_swiglu_impl
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.layers import (
+    _initialize_affine_weight_cpu,
+    _initialize_affine_weight_gpu,
+    set_tensor_model_parallel_attributes,
+)
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
+
+from megatron_smartmoe.adapter.moe.slot_sharding import SlotSharding
+
+_EXTRA_STATE = "extra_state_of_experts"  # in a sharded state dict; in no checkpoint
+
+
+def grouped_linear(rows_NK: torch.Tensor, weight_SMK: torch.Tensor, ends_S: torch.Tensor) -> torch.Tensor:
+    """Rows of slot s times `weight_SMK[s]` transposed, `[N, M]`; `ends_S` int32 is where each slot's rows end."""
+    return F.grouped_mm(rows_NK, weight_SMK.transpose(1, 2), offs=ends_S)
+
+
+class SlottedExperts(MegatronModule):
+    """The experts whose home is this rank; a drop-in for Megatron's SequentialMLP and TEGroupedMLP, without biases.
+
+    Args:
+        num_local_experts: S, home slots of this rank.
+        config: of the transformer.
+        pg_collection: with the groups `ep`, `expt_tp` and `expt_dp`.
+        name: of the module; Megatron passes it to every builder, nothing here needs it.
+
+    Attributes:
+        weight1: `[S, F1, H]`.
+        weight2: `[S, H, F2]`.
+        experts_in_slots: logical expert in each home slot; at the start those of a contiguous placement.
+    """
+
+    def __init__(
+        self,
+        num_local_experts: int,
+        config: TransformerConfig,
+        pg_collection: ProcessGroupCollection | None = None,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(config=config)
+        assert pg_collection is not None, "Megatron's MoELayer passes the process groups"
+        self.num_local_experts = num_local_experts
+        self.ep_group, self.tp_group, self.dp_group = pg_collection.ep, pg_collection.expt_tp, pg_collection.expt_dp
+        first = self.ep_group.rank() * num_local_experts
+        self.experts_in_slots = list(range(first, first + num_local_experts))
+        self._gated = bool(config.gated_linear_unit)
+        hidden, ffn = config.moe_latent_size or config.hidden_size, config.moe_ffn_hidden_size
+        local_ffn = ffn // self.tp_group.size()
+        self.weight1 = self._parameter(local_ffn * (2 if self._gated else 1), hidden, partition_dim=1)
+        self.weight2 = self._parameter(hidden, local_ffn, partition_dim=2)
+        if config.perform_initialization:
+            self._initialize(hidden, ffn)
+
+    def _parameter(self, rows: int, columns: int, *, partition_dim: int) -> torch.nn.Parameter:
+        """An empty parameter `[S, rows, columns]`, marked as Megatron's own expert weights are."""
+        config = self.config
+        device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
+        weight = torch.empty(self.num_local_experts, rows, columns, dtype=config.params_dtype, device=device)
+        parameter = torch.nn.Parameter(weight)
+        stride = 2 if partition_dim == 1 and self._gated else 1
+        set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=partition_dim, stride=stride)
+        tp_differs = config.expert_tensor_parallel_size != config.tensor_model_parallel_size
+        own_group = config.expert_model_parallel_size > 1 or tp_differs
+        parameter.allreduce = not own_group  # type: ignore[attr-defined]  # Megatron: reduced over expert-data ranks
+        return parameter
+
+    def _initialize(self, hidden: int, ffn: int) -> None:
+        """Draw the weights in the order in which Megatron's experts do: seed for seed the same model."""
+        config = self.config
+        for slot in range(self.num_local_experts):
+            sizes = (
+                (self.weight1.data[slot], ffn * (2 if self._gated else 1), hidden, 0, config.init_method),
+                (self.weight2.data[slot], hidden, ffn, 1, config.output_layer_init_method),
+            )
+            for weight, out_size, in_size, partition_dim, init_method in sizes:
+                stride = 2 if partition_dim == 0 and self._gated else 1
+                if not config.use_cpu_initialization:
+                    _initialize_affine_weight_gpu(weight, init_method, partition_dim, stride=stride, is_expert=True)
+                    continue
+                _initialize_affine_weight_cpu(
+                    weight,
+                    out_size,
+                    in_size,
+                    weight.shape[partition_dim],
+                    partition_dim,
+                    init_method,
+                    stride=stride,
+                    params_dtype=config.params_dtype,
+                    rank=self.tp_group.rank(),
+                    world_size=self.tp_group.size(),
+                )
+
+    def forward(
+        self, tokens_NH: torch.Tensor, tokens_per_expert: torch.Tensor, probs_N: torch.Tensor
+    ) -> tuple[torch.Tensor, None]:
+        """Compute the experts.
+
+        Args:
+            tokens_NH: rows sorted by slot.
+            tokens_per_expert: rows of each slot, int64 `[S]`; on the device of the rows, so that nobody waits for it.
+            probs_N: weight of each row, multiplied into the activation as Megatron does.
+
+        Returns:
+            `[N, H]` in the order of the rows (under expert tensor parallelism: a partial sum), and no bias.
+        """
+        if self.config.moe_apply_probs_on_input:
+            tokens_NH = (probs_N.unsqueeze(-1) * tokens_NH).to(tokens_NH.dtype)
+            probs_N = torch.ones_like(probs_N)
+        ends_S = tokens_per_expert.to(tokens_NH.device, non_blocking=True).cumsum(0).to(torch.int32)
+        inner_NF = grouped_linear(tokens_NH, self.weight1, ends_S)
+        output_NH = grouped_linear(self._activate(inner_NF, probs_N.unsqueeze(-1)), self.weight2, ends_S)
+        return output_NH, None
+
+    def _activate(self, inner_NF: torch.Tensor, probs_N1: torch.Tensor) -> torch.Tensor:
+        """The activation times the router's probability, through Megatron's fused functions where it would use them."""
+        config = self.config
+        if config.bias_activation_fusion and self._gated and config.activation_func is F.silu:
+            return weighted_bias_swiglu_impl(inner_NF, None, probs_N1, config.activation_func_fp8_input_store)
+        if config.bias_activation_fusion and self._gated and config.activation_func is quick_gelu:
+            return weighted_bias_quick_geglu_impl(
+                inner_NF,
+                None,
+                probs_N1,
+                config.activation_func_fp8_input_store,
+                config.glu_linear_offset,
+                config.activation_func_clamp_value,
+            )
+        if self._gated:
+            gate, linear = inner_NF.chunk(2, dim=-1)
+            if (limit := config.activation_func_clamp_value) is not None:
+                gate, linear = gate.clamp(max=limit), linear.clamp(min=-limit, max=limit)
+            activated = config.activation_func(gate) * (linear + config.glu_linear_offset)
+        else:
+            activated = config.activation_func(inner_NF)
+        return (activated * probs_N1).to(activated.dtype)
+
+    def backward_dw(self) -> None:
+        """Nothing: weight gradients are never delayed (`--delay-wgrad-compute` is refused at start-up)."""
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """The parameters as Megatron's checkpoints hold them: a tensor per expert, under SequentialMLP's keys."""
+        singleton = bool(ensure_metadata_has_dp_cp_group(metadata).get("singleton_local_shards"))
+        replica_id = (0, 0, self.dp_group.rank())
+        state: dict[str, Any] = {}
+        for name, linear, parameter, tp_axis in (
+            ("weight1", "linear_fc1", self.weight1, 0),
+            ("weight2", "linear_fc2", self.weight2, 1),
+        ):
+            sharding = SlotSharding(
+                linear=linear,
+                experts=self.experts_in_slots,
+                num_experts=self.num_local_experts * self.ep_group.size(),
+                tp_axis=tp_axis,
+                tp_rank=self.tp_group.rank(),
+                tp_size=self.tp_group.size(),
+                gated=self._gated and linear == "linear_fc1",
+                offsets=tuple(sharded_offsets),
+                singleton=singleton,
+            )
+            state[f"{prefix}{name}"] = sharding.factory(parameter, f"{prefix}experts", replica_id)
+            for slot, extra in sharding.extra_states(f"{prefix}experts", self.dp_group.rank()).items():
+                state[f"{prefix}{_EXTRA_STATE}.{slot}"] = extra
+        return state
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        """Torch's, without the empty extra states that checkpoints have for Megatron's sake."""
+        for key in [key for key in state_dict if key.startswith(f"{prefix}{_EXTRA_STATE}.")]:
+            del state_dict[key]
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

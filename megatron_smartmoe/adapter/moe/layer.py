@@ -1,0 +1,74 @@
+"""SmartMoELayer: Megatron's MoE layer with a table between logical experts and the slots where they live.
+
+The router, its losses, its bias, dropping and every statistic know logical experts only. Between routing and dispatch
+a table on the device, `slot_of_expert_E`, says which slot each expert is in: slot s of the layer is home slot s % S of
+expert-parallel rank s // S. With the all-to-all dispatcher the lookup is part of the counting sort that dispatch needs
+anyway (see `SlotDispatcher`). Megatron's other dispatchers (allgather, flex, and all-to-all padded to capacity) get
+the router's columns in the order of the slots instead.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_smartmoe.adapter.moe.dispatcher import SlotDispatcher
+from megatron_smartmoe.adapter.moe.experts import SlottedExperts
+
+
+class SmartMoELayer(MoELayer):
+    """A drop-in for Megatron's MoELayer; no parameter or buffer of it is saved that Megatron's does not have.
+
+    Attributes:
+        slot_of_expert_E: int64, the slot of each logical expert; change it only through `set_homes`.
+    """
+
+    slot_of_expert_E: torch.Tensor
+    expert_of_slot_E: torch.Tensor
+
+    def __init__(
+        self, config: TransformerConfig, *args: Any, pg_collection: ProcessGroupCollection | None = None, **kwargs: Any
+    ) -> None:
+        super().__init__(config, *args, pg_collection=pg_collection, **kwargs)
+        identity = torch.arange(self.config.num_moe_experts, device=self.router.weight.device)
+        self.register_buffer("slot_of_expert_E", identity, persistent=False)
+        self.register_buffer("expert_of_slot_E", identity.clone(), persistent=False)
+        self._fused = config.moe_token_dispatcher_type == "alltoall" and not config.moe_pad_expert_input_to_capacity
+        if self._fused:
+            self.token_dispatcher = SlotDispatcher(
+                self.num_local_experts,
+                self.local_expert_indices,
+                config,
+                pg_collection or get_default_pg_collection(),
+                counts_on_device=isinstance(self.experts, SlottedExperts),
+            )
+            if self.shared_experts is not None and self.shared_expert_overlap:
+                self.token_dispatcher.set_shared_experts(self.shared_experts)
+
+    def set_homes(self, slot_of_expert_E: torch.Tensor) -> None:
+        """Tell the layer where its experts live now. Moves no weights.
+
+        Args:
+            slot_of_expert_E: a permutation of the slots, int64 `[E]`, on the CPU.
+        """
+        expert_of_slot_E = torch.argsort(slot_of_expert_E)
+        self.slot_of_expert_E.copy_(slot_of_expert_E)  # in place: captured graphs and the dispatcher hold the tensor
+        self.expert_of_slot_E.copy_(expert_of_slot_E)
+        first = self.local_expert_indices[0]
+        self.experts.experts_in_slots = expert_of_slot_E[first : first + self.num_local_experts].tolist()
+
+    def preprocess(
+        self, hidden_states: torch.Tensor, probs: torch.Tensor, routing_map: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Megatron's preprocess, on columns in the order of the slots where the dispatcher does not look them up."""
+        if self._fused:
+            self.token_dispatcher.slot_of_expert_E = self.slot_of_expert_E  # the tensor may have been moved: .cuda()
+        else:
+            probs = probs.index_select(1, self.expert_of_slot_E)
+            routing_map = routing_map.index_select(1, self.expert_of_slot_E)
+        return super().preprocess(hidden_states, probs, routing_map)

@@ -1,0 +1,177 @@
+"""Where Megatron's optimizers keep the state of a parameter: main weight, moments, and which rank holds which part.
+
+Three optimizers, and chains of them, are known. `FP32Optimizer`: state keyed by the parameter, which is its own main
+weight. `Float16OptimizerWithFloat16Params`: an fp32 main weight per bf16/fp16 parameter, state keyed by it.
+`DistributedOptimizer`: flat shards over the expert-data-parallel group, cut bucket by bucket without regard for
+parameters; the shards of all ranks follow from the buffer's layout, which is equal on all expert-parallel ranks, so
+nobody has to ask. Whatever keeps state elsewhere or in another form is refused by name.
+
+The tensors are looked up anew for each migration, since loading a checkpoint replaces them. `step` is one number for
+all parameters and does not move. Neither does the loss scale of fp16: moments and main weights are of unscaled
+gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.fp8_utils import is_float8tensor
+from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.layer_wise_optimizer import LayerWiseDistributedOptimizer
+from megatron.core.optimizer.optimizer import (
+    ChainedOptimizer,
+    Float16OptimizerWithFloat16Params,
+    FP32Optimizer,
+    MegatronOptimizer,
+)
+
+from megatron_smartmoe.errors import CompatError, ConfigError
+
+MAIN = "main"  # the name of the fp32 main weight among the states
+_WAY_OUT = "Leave it away, or set --smartmoe-homes off."
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParameterState:
+    """The optimizer's state of one parameter.
+
+    Attributes:
+        shards: elements [start, stop) of the flat parameter that each rank of `group` holds; None when every rank holds
+            all of it.
+        group_ranks: global ranks of the shards; None when every rank holds all of it.
+        own_start: first element that this rank holds.
+        tensors: flat views of what this rank holds, by name: `main` (16-bit parameters only), `exp_avg`, ...; empty
+            before the first step, and where this rank holds nothing.
+    """
+
+    shards: tuple[tuple[int, int], ...] | None
+    group_ranks: tuple[int, ...] | None
+    own_start: int
+    tensors: dict[str, torch.Tensor]
+
+
+def check_optimizer(optimizer: MegatronOptimizer, model_chunks: Iterable[torch.nn.Module]) -> None:
+    """Refuse what keeps expert state where it cannot be moved from.
+
+    Raises:
+        ConfigError: names the flag.
+    """
+    for chunk in model_chunks:
+        ddp = getattr(chunk, "ddp_config", None)
+        if getattr(ddp, "use_megatron_fsdp", False) or type(chunk).__name__ == "TorchFullyShardedDataParallel":
+            raise _refusal("--use-megatron-fsdp", True, "experts cannot move between ranks when FSDP shards the model")
+        if any(is_float8tensor(parameter) for parameter in chunk.parameters()):
+            raise _refusal("--fp8-param-gather", True, "experts whose weights are stored in fp8 cannot move yet")
+    for one in _chained(optimizer):
+        _check_one(one)
+
+
+def _check_one(optimizer: Any) -> None:
+    config = optimizer.config
+    if isinstance(optimizer, LayerWiseDistributedOptimizer) or getattr(
+        config, "use_layer_wise_distributed_optimizer", False
+    ):
+        raise _refusal(
+            "--optimizer", config.optimizer, "the layer-wise optimizer gives whole parameters to single ranks"
+        )
+    if isinstance(getattr(optimizer, "optimizer", None), HybridDeviceOptimizer) or config.optimizer_cpu_offload:
+        raise _refusal("--optimizer-cpu-offload", True, "the state of experts is kept on the CPU, in another order")
+    if config.use_precision_aware_optimizer:
+        rule = "its main weights and moments are kept scaled and in parts inside the fused optimizer"
+        raise _refusal("--use-precision-aware-optimizer", True, rule)
+    if not isinstance(optimizer, FP32Optimizer | Float16OptimizerWithFloat16Params | DistributedOptimizer):
+        rule = f"{type(optimizer).__name__} is not an optimizer whose state can be moved"
+        raise _refusal("--optimizer", config.optimizer, rule)
+
+
+def _refusal(flag: str, value: object, rule: str) -> ConfigError:
+    return ConfigError(flag, value, rule, _WAY_OUT)
+
+
+def parameter_states(
+    optimizer: MegatronOptimizer, parameters: Iterable[torch.nn.Parameter]
+) -> dict[torch.nn.Parameter, ParameterState]:
+    """The state of parameters of this rank, as it is now.
+
+    Raises:
+        CompatError: no optimizer has one of them, or its state has a shape that cannot be cut with it.
+    """
+    homes: dict[int, Any] = {}  # which optimizer, and which of its buffers, by the identity of what it optimizes
+    for one in _chained(optimizer):
+        if isinstance(one, DistributedOptimizer):
+            homes |= {id(p): (one, buffer) for buffer in one.buffers for p in buffer.param_index_map}
+        else:
+            homes |= {id(p): (one, None) for group in one.optimizer.param_groups for p in group["params"]}
+    states = {}
+    for parameter in parameters:
+        main = getattr(parameter, "main_param", None)
+        main = parameter if main is None or id(parameter) in homes else main
+        if id(main) not in homes:
+            raise CompatError(f"no optimizer has the expert parameter of shape {tuple(parameter.shape)}")
+        one, buffer = homes[id(main)]
+        if buffer is not None:
+            states[parameter] = _sharded(one, buffer, parameter)
+        else:
+            tensors = _tensors(one, parameter, main)
+            states[parameter] = ParameterState(shards=None, group_ranks=None, own_start=0, tensors=tensors)
+    return states
+
+
+def _chained(optimizer: MegatronOptimizer) -> Iterator[Any]:
+    """The optimizers at the ends of the chain; those without parameters are left out."""
+    if isinstance(optimizer, ChainedOptimizer) and not isinstance(optimizer, LayerWiseDistributedOptimizer):
+        for one in optimizer.chained_optimizers:
+            yield from _chained(one)
+    elif not getattr(optimizer, "is_stub_optimizer", False):
+        yield optimizer
+
+
+def _sharded(optimizer: Any, buffer: Any, parameter: torch.nn.Parameter) -> ParameterState:
+    """Every rank's shard of a parameter: its part of each bucket's equal pieces."""
+    start, stop, bucket_id = buffer.param_index_map[parameter]
+    bucket = buffer.buckets[bucket_id]
+    group = optimizer.data_parallel_group
+    size = bucket.grad_data.numel() // group.size()
+    shards = []
+    for rank in range(group.size()):
+        low, high = bucket.offset + rank * size, bucket.offset + (rank + 1) * size
+        low, high = max(low, start), min(high, stop)
+        shards.append((low - start, high - start) if low < high else (0, 0))
+    own = shards[group.rank()]
+    held = parameter in optimizer.model_param_gbuf_map
+    if held:
+        megatrons = optimizer._get_model_param_range_map(parameter)["param"]
+        if own != (megatrons.start, megatrons.end):
+            raise CompatError(f"this Megatron cuts optimizer state otherwise: {megatrons} instead of {own}")
+    elif own != (0, 0):
+        raise CompatError(f"this Megatron cuts optimizer state otherwise: nothing instead of {own}")
+    tensors = {}
+    if held:
+        group_index, order = optimizer.model_param_group_index_map[parameter]
+        main = optimizer.optimizer.param_groups[group_index]["params"][order]
+        tensors = _tensors(optimizer, parameter, main)
+    return ParameterState(
+        shards=tuple(shards),
+        group_ranks=tuple(torch.distributed.get_process_group_ranks(group)),
+        own_start=own[0],
+        tensors=tensors,
+    )
+
+
+def _tensors(optimizer: Any, parameter: torch.nn.Parameter, main: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Main weight (unless it is the parameter itself) and the state that belongs to it, element by element."""
+    tensors = {} if parameter.dtype == torch.float32 else {MAIN: main.detach().view(-1)}
+    for name, value in optimizer.optimizer.state.get(main, {}).items():
+        if not isinstance(value, torch.Tensor) or (name == "step" and value.numel() == 1):
+            continue
+        if value.numel() != main.numel() or not value.is_contiguous():
+            raise CompatError(
+                f"the optimizer's state {name!r} of an expert has {value.numel()} elements and the weight "
+                f"{main.numel()}: it cannot be cut and moved with the expert"
+            )
+        tensors[name] = value.detach().view(-1)
+    return tensors

@@ -1,0 +1,44 @@
+"""Gradients of the ops that have one: what torch.library.register_autograd is given, by the op's name.
+
+permute and unpermute are each other's gradient. Only a weighted unpermute needs an op of its own, which reads each row
+once for both gradients. Sums over a token's choices go in the order of the choices here as well, so a gradient does not
+depend on where the experts live.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def _save_permute(ctx: Any, inputs: tuple[Tensor, Tensor, int], output: Tensor) -> None:
+    ctx.save_for_backward(inputs[1])
+
+
+def _permute_backward(ctx: Any, grad_NH: Tensor) -> tuple[Tensor, None, None]:
+    (rows_TK,) = ctx.saved_tensors
+    return torch.ops.smartmoe.unpermute(grad_NH, rows_TK, None), None, None
+
+
+def _save_unpermute(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
+    y_NH, rows_TK, weights_TK = inputs
+    ctx.num_rows = y_NH.shape[0]
+    # without weights the gradient needs no row of y_NH: the activations are not kept alive
+    ctx.save_for_backward(*((rows_TK,) if weights_TK is None else (rows_TK, y_NH, weights_TK)))
+
+
+def _unpermute_backward(ctx: Any, grad_TH: Tensor) -> tuple[Tensor, None, Tensor | None]:
+    rows_TK, *weighted = ctx.saved_tensors
+    if not weighted:
+        return torch.ops.smartmoe.permute(grad_TH, rows_TK, ctx.num_rows), None, None
+    y_NH, weights_TK = weighted
+    grad_NH, grad_TK = torch.ops.smartmoe.unpermute_backward(grad_TH, y_NH, rows_TK, weights_TK)
+    return grad_NH, None, grad_TK
+
+
+FORMULAS = {
+    "permute": (_permute_backward, _save_permute),
+    "unpermute": (_unpermute_backward, _save_unpermute),
+}

@@ -1,0 +1,85 @@
+"""Counts of many iterations on the device, and their way to the rank that writes the routing trace.
+
+Each iteration's counts stay where they were counted. Every `capacity` iterations all ranks send theirs to one rank:
+one gather per window, none per step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+
+_WINDOW_BYTES = 256 * 2**20  # what the writing rank may have to hold of one window
+_LONGEST_WINDOW = 100
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where a rank's counts belong in the trace: its source rank, and the layers that it has (rows of its counts)."""
+
+    source: int
+    layers: tuple[int, ...]
+
+
+class TraceBuffer:
+    """Counts of this rank, iteration by iteration.
+
+    Args:
+        place: of this rank's counts. Ranks with the same source are added up (expert tensor parallelism).
+        num_experts: E.
+        device: where the routers run.
+        writer: global rank that gets everything.
+    """
+
+    def __init__(self, place: Place, num_experts: int, device: torch.device | str | int, writer: int = 0) -> None:
+        self._writer, self._is_writer = writer, dist.get_rank() == writer
+        self._places = self._gathered(place)
+        cells = sum(len(other.layers) for other in self._broadcast_places()) * num_experts
+        self.capacity = max(1, min(_LONGEST_WINDOW, _WINDOW_BYTES // (8 * max(1, cells))))
+        self._counts_NLE = torch.zeros(self.capacity, len(place.layers), num_experts, dtype=torch.int64, device=device)
+        self._iterations: list[int] = []
+
+    def add(self, iteration: int, counts_LE: torch.Tensor) -> None:
+        """Keep the counts of one iteration, `[layers of this rank, E]`, on the device."""
+        self._counts_NLE[len(self._iterations)] = counts_LE
+        self._iterations.append(iteration)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether `collect` has to be called before the next `add`."""
+        return len(self._iterations) == self.capacity
+
+    def collect(self) -> tuple[list[int], NDArray[np.int64], list[int]] | None:
+        """Empty the buffers of all ranks. A collective call.
+
+        Returns:
+            On the writer: iterations, counts `[N, L, source ranks, E]`, global layer numbers; elsewhere None.
+        """
+        iterations, self._iterations = self._iterations, []
+        parts = self._gathered(self._counts_NLE[: len(iterations)].cpu().numpy())
+        if parts is None or self._places is None:
+            return None
+        layers = sorted({layer for place in self._places for layer in place.layers})
+        num_sources = 1 + max(place.source for place in self._places)
+        shape = (len(iterations), len(layers), num_sources, self._counts_NLE.shape[-1])
+        counts = np.zeros(shape, dtype=np.int64)
+        for place, part_NLE in zip(self._places, parts, strict=True):
+            rows = [layers.index(layer) for layer in place.layers]
+            counts[:, rows, place.source] += part_NLE
+        return iterations, counts, layers
+
+    def _gathered(self, value: Any) -> list[Any] | None:
+        everything: list[Any] | None = [None] * dist.get_world_size() if self._is_writer else None
+        dist.gather_object(value, everything, dst=self._writer)
+        return everything
+
+    def _broadcast_places(self) -> list[Place]:
+        places = [self._places]
+        dist.broadcast_object_list(places, src=self._writer)
+        assert places[0] is not None
+        return places[0]

@@ -1,0 +1,124 @@
+"""Moving experts changes nothing but where they live: not the losses, not a weight, not a moment."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.dist.test_smartmoe_layer import EP2, UNCLIPPED
+from tests.support.checkpoints import different, tensors
+from tests.support.training import losses, metrics, train
+
+pytestmark = pytest.mark.dist
+
+PP2 = "--pipeline-model-parallel-size 2"
+DISTRIBUTED = "--use-distributed-optimizer --dist-ckpt-optim-fully-reshardable"
+OVERLAP = f"{DISTRIBUTED} --overlap-grad-reduce --overlap-param-gather"
+MIXES = {
+    "EP2": (2, EP2),
+    "EP2, bf16": (2, f"{EP2} --bf16"),
+    "EP2xEDP2, distributed optimizer, bf16": (4, f"{EP2} {DISTRIBUTED} --bf16"),
+    "EP2xEDP2, overlapped": (4, f"{EP2} {OVERLAP}"),
+    "PP2xVPP2xEP2": (4, f"{PP2} --num-layers-per-virtual-pipeline-stage 1 {EP2}"),
+    "ETP2xEP2": (4, f"--tensor-model-parallel-size 2 --sequence-parallel {EP2}"),
+    "EP2, full recompute": (
+        2,
+        f"{EP2} --recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
+    ),
+}
+SHUFFLE = "--smartmoe --smartmoe-homes shuffle --smartmoe-homes-interval 2".split()
+STAY = "--smartmoe --smartmoe-homes off".split()
+
+
+def decisions(run_dir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_dir / "smartmoe.jsonl").read_text().splitlines()]
+
+
+def compare(root: Path, world_size: int, data_flags: list[str], flags: str, iterations: int, every: int) -> int:
+    """Train with and without forced migrations; everything must be equal. Returns the number of migrations."""
+    runs = {"shuffled": [*SHUFFLE, "--smartmoe-homes-interval", str(every)], "stayed": STAY}
+    for name, homes in runs.items():
+        save = ["--save", str(root / name / "saved"), "--save-interval", str(iterations)]
+        train(root / name, world_size, data_flags, *flags.split(), *UNCLIPPED, *homes, *save, iterations=iterations)
+    assert losses(root / "shuffled") == losses(root / "stayed")
+    saved = {name: tensors(root / name / "saved", iterations) for name in runs}
+    assert not different(saved["shuffled"], saved["stayed"])
+    assert any("exp_avg_sq" in name and "experts" in name for name in saved["stayed"])
+    return len(decisions(root / "shuffled"))
+
+
+@pytest.mark.parametrize("mix", MIXES)
+def test_random_migrations_change_nothing(mix: str, tmp_path: Path, data_flags: list[str]) -> None:
+    world_size, flags = MIXES[mix]
+    assert compare(tmp_path, world_size, data_flags, flags, iterations=8, every=2) == 3
+
+
+def test_200_steps_with_a_migration_every_5(tmp_path: Path, data_flags: list[str]) -> None:
+    flags = f"{PP2} {EP2} {OVERLAP} --global-batch-size 4"
+    assert compare(tmp_path, 8, data_flags, flags, iterations=200, every=5) == 39
+
+
+def test_resuming_goes_on_where_the_experts_were(tmp_path: Path, data_flags: list[str]) -> None:
+    """Saved after a migration, killed, resumed: the placement is restored, and the curve goes on exactly."""
+    flags = [*EP2.split(), *DISTRIBUTED.split(), *UNCLIPPED, *SHUFFLE]
+    save = ["--save", str(tmp_path / "saved"), "--save-interval", "4"]
+    whole = train(tmp_path / "whole", 4, data_flags, *flags, *save, iterations=8)
+    (tmp_path / "saved" / "latest_checkpointed_iteration.txt").write_text("4")
+    resumed = train(tmp_path / "resumed", 4, data_flags, *flags, "--load", str(tmp_path / "saved"), iterations=8)
+    assert resumed == whole[4:]
+    assert "experts are back where they were" in (tmp_path / "resumed" / "ranks" / "rank0.log").read_text()
+    whole_decisions = {d["iteration"]: d for d in decisions(tmp_path / "whole")}
+    first = decisions(tmp_path / "resumed")[0]
+    assert first["before"] == whole_decisions[first["iteration"]]["before"]
+
+
+def test_raw_optimizer_buffers_are_saved_at_home(tmp_path: Path, data_flags: list[str]) -> None:
+    """dp_reshardable checkpoints hold buffers as they lie: experts go home for them, and back."""
+    flags = [*EP2.split(), "--use-distributed-optimizer", *UNCLIPPED]
+    save = ["--save", str(tmp_path / "saved"), "--save-interval", "4"]
+    shuffled = train(tmp_path / "shuffled", 4, data_flags, *flags, *SHUFFLE, *save, iterations=8)
+    assert shuffled == train(tmp_path / "stayed", 4, data_flags, *flags, *STAY, iterations=8)
+    (tmp_path / "saved" / "latest_checkpointed_iteration.txt").write_text("4")
+    load = ["--load", str(tmp_path / "saved")]
+    resumed = train(tmp_path / "resumed", 4, data_flags, *flags, *STAY, *load, iterations=8)
+    assert resumed == shuffled[4:]
+
+
+def test_a_dry_run_decides_and_moves_nothing(tmp_path: Path, data_flags: list[str]) -> None:
+    """Prices at which moving always pays: `on` moves, `dry` says that it would."""
+    cheap = ["--smartmoe-homes-interval", "2", "--smartmoe-homes-horizon", "1000000", "--smartmoe"]
+    flags = [*EP2.split(), *UNCLIPPED, *cheap]
+    runs = {
+        mode: train(tmp_path / mode, 2, data_flags, *flags, "--smartmoe-homes", mode, iterations=8)
+        for mode in ("on", "dry", "off")
+    }
+    assert runs["on"] == runs["dry"] == runs["off"]
+    log = {mode: (tmp_path / mode / "ranks" / "rank0.log").read_text() for mode in runs}
+    assert " experts moved | max/mean tokens per rank" in log["on"]
+    assert " experts would move | max/mean tokens per rank" in log["dry"]
+    assert " experts moved |" not in log["dry"]
+    first = decisions(tmp_path / "on")[0]
+    assert first["taken"]
+    assert first["why"].startswith("pays: ")
+    assert first["moved_bytes"] > 0
+    assert not (tmp_path / "off" / "smartmoe.jsonl").exists()
+
+
+def test_a_move_that_does_not_pay_is_refused(tmp_path: Path, data_flags: list[str]) -> None:
+    dear = ["--smartmoe-homes-interval", "2", "--smartmoe-homes-margin", "1e9", "--smartmoe"]
+    train(tmp_path, 2, data_flags, *EP2.split(), *dear, iterations=6)
+    assert not (tmp_path / "smartmoe.jsonl").exists() or not any(d["moved_bytes"] for d in decisions(tmp_path))
+
+
+def test_too_little_staging_memory_stops_the_move_not_the_training(tmp_path: Path, data_flags: list[str]) -> None:
+    wide = ["--moe-ffn-hidden-size", "2048", "--smartmoe-migration-staging-mib", "1"]
+    flags = [*EP2.split(), *UNCLIPPED, *wide]
+    moved = train(tmp_path / "moved", 2, data_flags, *flags, *SHUFFLE, iterations=4)
+    assert moved == train(tmp_path / "stayed", 2, data_flags, *flags, *STAY, iterations=4)
+    log = (tmp_path / "moved" / "ranks" / "rank0.log").read_text()
+    assert "--smartmoe-migration-staging-mib" in log
+    assert "WARNING" in log
+    assert len(metrics(tmp_path / "moved")) == 4

@@ -1,0 +1,344 @@
+"""What goes wrong in a migration is seen, and either nothing has moved or everybody knows that training must stop.
+
+One job of four ranks (EP2 x EDP2, bf16, distributed optimizer) runs all cases; what its ranks found is judged here.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.support.experts import Job, Mix
+from tests.support.ranks import run_ranks
+
+pytestmark = pytest.mark.dist
+
+MIX = Mix(edp=2, bf16=True, distributed=True, overlap=True)
+
+
+def error_of(function: Callable[[], Any]) -> str | None:
+    """Text of the project's error that a call ends with, after its class; None when it ends well."""
+    from megatron_smartmoe.errors import SmartMoEError
+
+    try:
+        function()
+    except SmartMoEError as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def unchanged_by(job: Job, migrate: Callable[[], Any]) -> bool:
+    """The check that every migration of `test_migration` passes."""
+    before = job.fingerprints()
+    migrate()
+    return job.fingerprints() == before
+
+
+def good() -> bool:
+    job = Job(MIX)
+    job.step()
+    return unchanged_by(job, lambda: job.migrate(job.random_homes(1), job.exchange()))
+
+
+def moments_left_out() -> bool:
+    """As the original SmartMoE: weights (here even main weights) move, moments stay."""
+    job = Job(MIX)
+    job.step()
+    full = job.states.states
+
+    def without_moments() -> dict[int, Any]:
+        return {layer: keep(state, lambda name: "exp_avg" not in name) for layer, state in full().items()}
+
+    def migrate() -> None:
+        with mock.patch.object(job.states, "states", without_moments):
+            job.migrate(job.random_homes(1), job.exchange())
+
+    return unchanged_by(job, migrate)
+
+
+def keep(state: Any, wanted: Callable[[str], bool]) -> Any:
+    """A layer's state with some tensors only."""
+    from megatron_smartmoe.placement.transfers import LayerLayout
+    from megatron_smartmoe.runtime.state import LayerState
+
+    chosen = [index for index, tensor in enumerate(state.layout.tensors) if wanted(tensor.name)]
+    return LayerState(
+        layout=LayerLayout(layer=state.layout.layer, tensors=tuple(state.layout.tensors[index] for index in chosen)),
+        shards=tuple(state.shards[index] for index in chosen),
+        pieces=tuple(tuple(pieces[index] for index in chosen) for pieces in state.pieces),
+    )
+
+
+def moments_swapped() -> bool:
+    """exp_avg is written where exp_avg_sq belongs, and the reverse."""
+    from megatron_smartmoe.runtime.exchange_memory import Staging
+
+    job = Job(MIX)
+    job.step()
+    names = [tensor.name for tensor in next(iter(job.states.states().values())).layout.tensors]
+    other = {"exp_avg": "exp_avg_sq", "exp_avg_sq": "exp_avg"}
+
+    def swapped(staging: Any, row: int) -> torch.Tensor:
+        moved = staging._step.transfers
+        parameter, _, kind = names[int(moved.tensor[row])].rpartition("/")
+        tensor = names.index(f"{parameter}/{other[kind]}") if kind in other else int(moved.tensor[row])
+        return staging._state.run_bytes(int(moved.to_slot[row]), tensor, int(moved.start[row]), int(moved.stop[row]))
+
+    def migrate() -> None:
+        with mock.patch.object(Staging, "_target", swapped):
+            job.migrate(job.random_homes(1), job.exchange())
+
+    return unchanged_by(job, migrate)
+
+
+def one_rank_does_not_commit() -> bool:
+    job = Job(MIX)
+    job.step()
+    exchange = job.exchange()
+    if dist.get_rank() == 1:
+        exchange._commit = lambda staging: None
+    return unchanged_by(job, lambda: job.migrate(job.random_homes(1), exchange))
+
+
+def weights_not_gathered() -> bool:
+    """--overlap-param-gather leaves stale weights after a step; without the forced gather they would be moved."""
+    job = Job(MIX)
+    job.step()
+    with mock.patch.object(job.ddp, "start_param_sync"):
+        job.migrate(job.random_homes(1), job.exchange())
+    return job.main_weights_agree()
+
+
+def a_bit_flips() -> dict[str, Any]:
+    """On rank 2, in the second step; the first stands, nothing of the second is written, later ones work."""
+    job = Job(MIX)
+    job.step()
+    before = job.fingerprints()
+    steps: list[int] = []
+
+    def flip(point: str, step: Any, chunk: torch.Tensor | None) -> None:
+        if point == "received" and dist.get_rank() == 2 and step.layer == 1:
+            chunk[len(chunk) // 2] ^= 16
+
+    exchange = job.exchange(probe=flip)
+    set_homes = job.set_homes
+    job.set_homes = lambda step: (steps.append(step.layer), set_homes(step))  # type: ignore[method-assign, func-returns-value]
+    wanted = job.random_homes(1)
+    error = error_of(lambda: job.migrate(wanted, exchange))
+    facts = {"error": error, "committed": list(steps), "unchanged": job.fingerprints() == before}
+    exchange._probe = lambda point, step, chunk: None
+    job.migrate(wanted, exchange)
+    return facts | {"again": job.fingerprints() == before, "arrived": bool((job.homes_LE == wanted).all())}
+
+
+def plans_differ() -> dict[str, Any]:
+    job = Job(MIX)
+    job.step()
+    before = job.fingerprints()
+    homes = job.random_homes(1 if dist.get_rank() < 3 else 2)
+    error = error_of(lambda: job.migrate(homes, job.exchange()))
+    return {"error": error, "unchanged": job.fingerprints() == before}
+
+
+def staging_is_bounded() -> dict[str, Any]:
+    """Memory for about one expert's swap at a time; what is really allocated is measured."""
+    job = Job(MIX)
+    job.step()
+    largest: list[int] = []
+    empty = torch.empty
+
+    def measured(*args: Any, **kwargs: Any) -> torch.Tensor:
+        if kwargs.get("dtype") == torch.uint8:
+            largest.append(int(args[0]))
+        return empty(*args, **kwargs)
+
+    wanted = job.homes_LE.copy()
+    for row in wanted:
+        row[[0, 5]] = row[[5, 0]]
+        row[[1, 4]] = row[[4, 1]]
+    bound = 50_000
+    exchange = job.exchange(staging_bytes=bound)
+    before = job.fingerprints()
+    with mock.patch("torch.empty", measured):
+        plan, report = job.migrate(wanted, exchange)
+    return {
+        "bound": bound,
+        "allocated": max(largest),
+        "peak": report.peak_staging_bytes,
+        "steps": report.steps,
+        "layers": len(wanted),
+        "cut": max(-(-m.nbytes // step.chunk_bytes) for step in plan.steps for m in step.messages),
+        "unchanged": job.fingerprints() == before,
+        "too_small": error_of(lambda: job.migrate(job.random_homes(1), job.exchange(staging_bytes=5_000))),
+    }
+
+
+def gradients_are_there() -> dict[str, str | None]:
+    """What is refused at each point of an iteration."""
+    job = Job(MIX)
+    job.step()  # the first iteration reduces at its end, the others as gradients come
+    facts = {"after the step": error_of(lambda: job.states.prepare(gradients_spent=True))}
+    facts["not said to be spent"] = error_of(lambda: job.states.prepare(gradients_spent=False))
+    job.ddp.zero_grad_buffer()
+    facts["zeroed"] = error_of(lambda: job.states.prepare(gradients_spent=False))
+    with job.ddp.no_sync():
+        job.micro_batch(0)
+        facts["between micro-batches"] = error_of(lambda: job.states.prepare(gradients_spent=True))
+    job.micro_batch(1)
+    facts["reduction on its way"] = error_of(lambda: job.states.prepare(gradients_spent=True))
+    job.ddp.finish_grad_sync()
+    facts["before the optimizer"] = error_of(lambda: job.states.prepare(gradients_spent=False))
+    job.optimizer.step()
+    return facts
+
+
+def a_peer_is_slow() -> dict[str, Any]:
+    """Rank 1 sleeps in the middle of a step. The others give up, nobody has written, and training goes on."""
+
+    def sleep(point: str, step: Any, chunk: torch.Tensor | None) -> None:
+        if point == "staged" and dist.get_rank() == 1:
+            time.sleep(6)
+
+    job = Job(MIX, timeout_s=2)
+    job.step()
+    job.states.prepare(gradients_spent=True)
+    before = [p.clone() for p in pieces(job)]
+    homes = job.homes_LE.copy()
+    exchange = job.exchange(probe=sleep)
+    error = error_of(lambda: job.migrate(job.random_homes(1), exchange))
+    written = any(not torch.equal(a, b) for a, b in zip(before, pieces(job), strict=True))
+    later = error_of(lambda: exchange.execute(None, {}, job.set_homes))
+    prepared = error_of(lambda: job.states.prepare(gradients_spent=True))
+    job.step()
+    moved = bool((job.homes_LE != homes).any())
+    return {"error": error, "written": written, "moved": moved, "later": later, "prepared": prepared}
+
+
+def a_peer_is_gone() -> dict[str, Any]:
+    """Rank 1's process ends in the middle of a step, and its connections with it. The last case, therefore."""
+
+    def die(point: str, step: Any, chunk: torch.Tensor | None) -> None:
+        if point == "staged" and dist.get_rank() == 1:
+            raise Gone
+
+    job = Job(MIX)
+    job.step()
+    job.states.prepare(gradients_spent=True)
+    before = [p.clone() for p in pieces(job)]
+    try:
+        error = error_of(lambda: job.migrate(job.random_homes(1), job.exchange(probe=die)))
+    except Gone:
+        return {}
+    return {"error": error, "written": any(not torch.equal(a, b) for a, b in zip(before, pieces(job), strict=True))}
+
+
+class Gone(Exception):
+    """Ends a rank's part in the job."""
+
+
+def pieces(job: Job) -> list[torch.Tensor]:
+    return [piece for state in job.states.states().values() for row in state.pieces for piece in row]
+
+
+CASES = [
+    good,
+    moments_left_out,
+    moments_swapped,
+    one_rank_does_not_commit,
+    weights_not_gathered,
+    a_bit_flips,
+    plans_differ,
+    staging_is_bounded,
+    gradients_are_there,
+    a_peer_is_slow,
+    a_peer_is_gone,
+]
+
+
+def run_cases() -> dict[str, Any]:
+    return {case.__name__: case() for case in CASES}
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each rank found in each case."""
+    return run_ranks(run_cases, MIX.world_size, log_dir=tmp_path_factory.mktemp("faults"), timeout_s=200)
+
+
+def of(found: list[dict[str, Any]], case: Callable[[], Any]) -> list[Any]:
+    return [rank[case.__name__] for rank in found]
+
+
+def test_a_good_migration_passes_the_check(found: list[dict[str, Any]]) -> None:
+    assert of(found, good) == [True] * 4
+
+
+@pytest.mark.parametrize("fault", [moments_left_out, moments_swapped, one_rank_does_not_commit, weights_not_gathered])
+def test_mutation_is_caught(fault: Callable[[], bool], found: list[dict[str, Any]]) -> None:
+    """The same check as above says no, on every rank; stale weights are seen on the ranks that receive some."""
+    if fault is weights_not_gathered:
+        assert not all(of(found, fault))
+    else:
+        assert of(found, fault) == [False] * 4
+
+
+def test_a_flipped_bit_stops_its_step_on_every_rank(found: list[dict[str, Any]]) -> None:
+    for facts in of(found, a_bit_flips):
+        assert facts["error"].startswith("MigrationError: layer 1: ")
+        assert "messages arrived with another checksum, the first from rank " in facts["error"]
+        assert "to rank 2; nothing of this step is committed, its experts stay where they are." in facts["error"]
+        assert facts["committed"] == [0]
+        assert facts["unchanged"]
+        assert facts["again"]
+        assert facts["arrived"]
+
+
+def test_different_plans_move_nothing(found: list[dict[str, Any]]) -> None:
+    for facts in of(found, plans_differ):
+        assert facts["error"].startswith("MigrationError: the ranks have different migration plans (digest ")
+        assert facts["unchanged"]
+
+
+def test_staging_memory_is_bounded(found: list[dict[str, Any]]) -> None:
+    for facts in of(found, staging_is_bounded):
+        assert facts["allocated"] == facts["peak"] <= facts["bound"]
+        assert facts["steps"] > facts["layers"]  # a layer's change was cut into steps
+        assert facts["cut"] > 1  # and a message into chunks
+        assert facts["unchanged"]
+        assert "--smartmoe-migration-staging-mib allows 0.00476837" in facts["too_small"]
+
+
+def test_gradients_are_not_lost(found: list[dict[str, Any]]) -> None:
+    for facts in of(found, gradients_are_there):
+        assert facts == {
+            "after the step": None,
+            "not said to be spent": "MigrationError: gradients of experts wait for the optimizer; experts stay",
+            "zeroed": None,
+            "between micro-batches": "MigrationError: micro-batches of this iteration are still to come; experts stay",
+            "reduction on its way": "MigrationError: a gradient reduction of experts is on its way; experts stay",
+            "before the optimizer": "MigrationError: gradients of experts wait for the optimizer; experts stay",
+        }
+
+
+def test_a_slow_peer_is_named_and_nothing_is_written(found: list[dict[str, Any]]) -> None:
+    for rank, facts in enumerate(of(found, a_peer_is_slow)):
+        late = ("CommitUnknownError: layer 0: ",) if rank == 1 else ()  # it may meet the others' last words
+        assert facts["error"].startswith(("PeerError: layer 0: agreeing on the commit: ", *late))
+        assert rank == 1 or "--smartmoe-migration-timeout-s" in facts["error"]
+        assert not facts["written"]
+        assert not facts["moved"]
+        assert facts["prepared"].startswith("MigrationError: the ranks of this stage cannot reach each other")
+        assert facts["later"].startswith("MigrationError: no migration any more, an earlier one broke the connections")
+
+
+def test_a_dead_peer_is_an_error_and_nothing_is_written(found: list[dict[str, Any]]) -> None:
+    for rank, facts in enumerate(of(found, a_peer_is_gone)):
+        if rank != 1:
+            assert facts["error"].startswith("PeerError: layer 0: agreeing on the commit: ")
+            assert not facts["written"]

@@ -1,0 +1,79 @@
+"""Optimizers and precisions whose expert state cannot be moved are refused by the flag's name, before training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from tests.support.ranks import run_ranks
+
+pytestmark = pytest.mark.dist
+
+REFUSED = {
+    "precision-aware": "--use-precision-aware-optimizer = True: its main weights and moments are kept scaled and in "
+    "parts inside the fused optimizer. Leave it away, or set --smartmoe-homes off.",
+    "offload": "--optimizer-cpu-offload = True: the state of experts is kept on the CPU, in another order. "
+    "Leave it away, or set --smartmoe-homes off.",
+    "layer-wise": "--optimizer = 'muon': the layer-wise optimizer gives whole parameters to single ranks. "
+    "Leave it away, or set --smartmoe-homes off.",
+    "unknown": "--optimizer = 'adam': Lamb is not an optimizer whose state can be moved. "
+    "Leave it away, or set --smartmoe-homes off.",
+    "fsdp": "--use-megatron-fsdp = True: experts cannot move between ranks when FSDP shards the model. "
+    "Leave it away, or set --smartmoe-homes off.",
+    "one rank": "--expert-model-parallel-size = 1: all experts are at home on the one rank. "
+    "Use at least 2, or set --smartmoe-homes off.",
+}
+
+
+def texts() -> dict[str, str]:
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+    from megatron.core.optimizer.layer_wise_optimizer import LayerWiseDistributedOptimizer
+    from megatron.core.optimizer.optimizer import ChainedOptimizer, FP32Optimizer
+
+    from megatron_smartmoe.adapter.optimizer import check_optimizer
+    from megatron_smartmoe.errors import SmartMoEError
+    from tests.support.experts import Job, Mix
+
+    def optimizer(kind: Any, **config: Any) -> Any:
+        """An optimizer as it stands at the end of a chain, without its construction."""
+        usual = {"optimizer": "adam", "optimizer_cpu_offload": False, "use_precision_aware_optimizer": False}
+        one = object.__new__(kind)
+        one.config, one.is_stub_optimizer = SimpleNamespace(**usual | config), False
+        chain = object.__new__(ChainedOptimizer)
+        chain.chained_optimizers = [one]
+        return chain
+
+    class Lamb:
+        pass
+
+    class Chunk(SimpleNamespace):
+        def parameters(self) -> list[Any]:
+            return []
+
+    fsdp = [Chunk(ddp_config=SimpleNamespace(use_megatron_fsdp=True))]
+    calls = {
+        "precision-aware": lambda: check_optimizer(
+            optimizer(DistributedOptimizer, use_precision_aware_optimizer=True), []
+        ),
+        "offload": lambda: check_optimizer(optimizer(DistributedOptimizer, optimizer_cpu_offload=True), []),
+        "layer-wise": lambda: check_optimizer(optimizer(LayerWiseDistributedOptimizer, optimizer="muon"), []),
+        "unknown": lambda: check_optimizer(optimizer(Lamb), []),
+        "fsdp": lambda: check_optimizer(optimizer(FP32Optimizer), fsdp),
+        "one rank": lambda: Job(Mix(ep=1)),
+    }
+    found = {}
+    for name, call in calls.items():
+        try:
+            call()
+        except SmartMoEError as error:
+            found[name] = str(error)
+    check_optimizer(optimizer(FP32Optimizer), [Chunk()])
+    return found
+
+
+def test_what_cannot_be_moved_is_refused_by_name(tmp_path: Path) -> None:
+    (found,) = run_ranks(texts, 1, log_dir=tmp_path)
+    assert found == REFUSED

@@ -1,0 +1,62 @@
+"""Recording what a run routes, and forcing a run to route what was recorded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_smartmoe.spec.trace import RoutingTrace, load_trace
+from tests.support.training import train
+
+pytestmark = pytest.mark.dist
+
+EP2 = "--expert-model-parallel-size 2".split()
+PP2 = "--pipeline-model-parallel-size 2".split()
+TOKENS = 64 * 8  # sequence length x global batch of the tiny model
+TOP_K = 2
+
+
+@pytest.fixture(scope="module")
+def stock_trace(tmp_path_factory: pytest.TempPathFactory, data_flags: list[str]) -> Path:
+    """Of a stock run at EP2 x PP2: 3 iterations, 4 layers on two stages, 2 source ranks."""
+    folder = tmp_path_factory.mktemp("trace")
+    record = ["--smartmoe-record-trace", str(folder / "trace.npz")]
+    train(folder, 4, data_flags, *EP2, *PP2, *record, iterations=3)
+    return folder / "trace.npz"
+
+
+def test_every_layer_rank_and_iteration_is_recorded(stock_trace: Path) -> None:
+    trace = load_trace(stock_trace)
+    assert trace.counts.shape == (3, 4, 2, 8)
+    assert trace.iteration.tolist() == [1, 2, 3]
+    assert trace.layer.tolist() == [0, 1, 2, 3]
+    assert trace.meta["top_k"] == TOP_K
+    assert (trace.counts.sum(axis=-1) == TOKENS // 2 * TOP_K).all()
+    assert len({trace.counts[0, layer].tobytes() for layer in range(4)}) == 4
+
+
+def test_smartmoe_routes_what_stock_megatron_routes(stock_trace: Path, tmp_path: Path, data_flags: list[str]) -> None:
+    record = ["--smartmoe-record-trace", str(tmp_path / "trace.npz"), "--smartmoe"]
+    train(tmp_path, 4, data_flags, *EP2, *PP2, *record, iterations=3)
+    assert np.array_equal(load_trace(tmp_path / "trace.npz").counts, load_trace(stock_trace).counts)
+
+
+@pytest.mark.parametrize("flags", [[], ["--smartmoe"]], ids=["stock", "smartmoe"])
+def test_a_replay_routes_what_was_recorded(tmp_path: Path, data_flags: list[str], flags: list[str]) -> None:
+    counts = np.random.default_rng(0).dirichlet(np.full(8, 0.5), size=(3, 4, 2))
+    wanted = np.round(counts * 10_000).astype(np.uint32)
+    trace = RoutingTrace(counts=wanted, iteration=np.arange(3), layer=np.arange(4))
+    trace.save(tmp_path / "wanted.npz")
+    files = ["--smartmoe-replay-trace", str(tmp_path / "wanted.npz"), "--smartmoe-record-trace", "{}"]
+    files[-1] = str(tmp_path / "got.npz")
+    train(tmp_path, 2, data_flags, *EP2, *files, *flags, iterations=3)
+    got = load_trace(tmp_path / "got.npz").counts.astype(np.int64)
+    assert (got.sum(axis=-1) == TOKENS // 2 * TOP_K).all()
+    share = np.minimum(wanted / wanted.sum(axis=-1, keepdims=True), 1 / TOP_K)
+    small = wanted.max(axis=-1, keepdims=True) / wanted.sum(axis=-1, keepdims=True) < 1 / TOP_K
+    micro_batches = 4  # each is rounded for itself
+    assert (np.abs(got - share * TOKENS // 2 * TOP_K) <= micro_batches)[np.broadcast_to(small, got.shape)].all()
+    log = (tmp_path / "ranks" / "rank0.log").read_text()
+    assert "WARNING: --smartmoe-replay-trace" in log

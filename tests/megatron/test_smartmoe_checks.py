@@ -1,0 +1,132 @@
+"""Wrong `--smartmoe-*` command lines: each rule of `smartmoe_checks.py` with its whole text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megatron_smartmoe.spec.trace import RoutingTrace
+from tests.megatron.test_checks import Case, judge
+from tests.support.ranks import run_ranks
+
+pytestmark = pytest.mark.dist
+
+ONE_OUT = "Leave one of the two out."
+TE = "--transformer-impl transformer_engine"
+CASES = {
+    "all well": Case(flags="--smartmoe", verdict=True),
+    "without experts": Case(
+        flags="--smartmoe",
+        without=("--num-experts",),
+        says="--smartmoe = True: needs a model with experts. Pass --num-experts, or leave it out.",
+    ),
+    "FSDP": Case(
+        flags="--smartmoe --use-megatron-fsdp",
+        says="--use-megatron-fsdp = True: does not go with --smartmoe: its parameters are sharded in a layout of its "
+        f"own. {ONE_OUT}",
+    ),
+    "optimizer on the CPU": Case(
+        flags="--smartmoe --optimizer-cpu-offload",
+        says="--optimizer-cpu-offload = True: does not go with --smartmoe: the experts' optimizer state is looked up "
+        f"on the device. {ONE_OUT}",
+    ),
+    "inference": Case(
+        flags="--smartmoe --transformer-impl inference_optimized",
+        te=True,
+        says="--transformer-impl = 'inference_optimized': does not go with --smartmoe, which trains. Pass local or "
+        "transformer_engine.",
+    ),
+    "CUDA graphs": Case(
+        flags="--smartmoe --cuda-graph-impl local",
+        says="--cuda-graph-impl = 'local': does not go with --smartmoe: its dispatcher has not been captured yet. "
+        "Leave it out.",
+    ),
+    "biases": Case(
+        flags="--smartmoe",
+        without=("--disable-bias-linear",),
+        says="--disable-bias-linear = False: is needed: --smartmoe-experts grouped_mm has no biases. Add "
+        "--disable-bias-linear.",
+    ),
+    "fp8": Case(
+        flags=f"--smartmoe {TE} --fp8-format hybrid",
+        te=True,
+        says="--fp8-format = 'hybrid': does not go with --smartmoe-experts grouped_mm, which computes in bf16, fp16 "
+        "and fp32. Leave it out, or pass --smartmoe-experts transformer_engine.",
+    ),
+    "delayed weight gradients": Case(
+        flags=f"--smartmoe {TE} --delay-wgrad-compute",
+        te=True,
+        says="--delay-wgrad-compute = True: does not go with --smartmoe-experts grouped_mm: weight gradients cannot be "
+        f"delayed. {ONE_OUT}",
+    ),
+    "rows that are not aligned": Case(
+        flags="--smartmoe --hidden-size 60 --distributed-backend nccl",
+        cpu=False,
+        says="--hidden-size = 60: must be a multiple of 8 on every rank (expert tensor parallelism: 1). Choose another "
+        "size.",
+    ),
+    "TransformerEngine's experts without it": Case(
+        flags="--smartmoe --smartmoe-experts transformer_engine",
+        says="--smartmoe-experts = 'transformer_engine': needs TransformerEngine, --transformer-impl "
+        "transformer_engine and --moe-grouped-gemm. Add them, or leave --smartmoe-experts out.",
+    ),
+    "experts without --smartmoe": Case(
+        flags="--smartmoe-experts transformer_engine",
+        says="--smartmoe-experts = 'transformer_engine': needs --smartmoe. Add --smartmoe.",
+    ),
+    "a trace of no kind": Case(
+        flags="--smartmoe-record-trace trace.json",
+        says="--smartmoe-record-trace = 'trace.json': must end in .npz. Pass trace.json.npz.",
+    ),
+    "no trace": Case(
+        flags="--smartmoe-replay-trace nowhere.npz",
+        says="--smartmoe-replay-trace = 'nowhere.npz': does not exist. Give an .npz file or Megatron's trace "
+        "directory.",
+    ),
+    "a trace of other experts": Case(
+        flags="--smartmoe-replay-trace {data}/six.npz",
+        says="--smartmoe-replay-trace = '{data}/six.npz': has 6 experts, and --num-experts is 8. Replay a trace of the "
+        "same number of experts.",
+    ),
+    "a trace of other ranks": Case(
+        flags="--smartmoe-replay-trace {data}/eight.npz --expert-model-parallel-size 2",
+        ranks=2,
+        says="--expert-model-parallel-size = 2: does not divide the trace's 3 source ranks, nor they it. Choose a "
+        "divisor or a multiple of the source ranks.",
+    ),
+    "a trace and a capacity": Case(
+        flags="--smartmoe-replay-trace {data}/eight.npz --moe-expert-capacity-factor 1.0",
+        says="--moe-expert-capacity-factor = 1.0: replays assignments before dropping, and a capacity would not be "
+        "applied. Leave it out.",
+    ),
+    "micro-batches and recomputation": Case(
+        flags="--smartmoe-replay-trace {data}/micro.npz --recompute-granularity full",
+        says="--smartmoe-replay-trace = '{data}/micro.npz': keeps micro-batches apart, and full recomputation routes "
+        "each of them twice. Leave --recompute-granularity full out.",
+    ),
+}
+
+
+def judge_all(data: Path) -> dict[str, str | None]:
+    return {name: judge(case, data) for name, case in CASES.items()}
+
+
+@pytest.fixture(scope="module")
+def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    data = tmp_path_factory.mktemp("checks")
+    for name, shape in (("six", (1, 1, 3, 6)), ("eight", (1, 1, 3, 8)), ("micro", (1, 1, 1, 2, 8))):
+        counts = np.ones(shape, dtype=np.uint32)
+        RoutingTrace(counts=counts, iteration=np.zeros(1, np.int64), layer=np.zeros(1, np.int64)).save(
+            data / f"{name}.npz"
+        )
+    results: dict[str, Any] = run_ranks(judge_all, 1, data, log_dir=data / "log")[0]
+    return results | {"data": str(data)}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_each_rule_says_field_value_rule_and_way_out(name: str, said: dict[str, Any]) -> None:
+    expected = CASES[name].says
+    assert said[name] == (expected and expected.replace("{data}", said["data"]))

@@ -1,0 +1,281 @@
+// Runs the kernels of csrc/cuda and their launchers on the CPU and compares with loops that say what they do. Without
+// torch, so that it can be built with a sanitizer.
+//
+//   check OP SEEDS     OP: histogram, dispatch_map, permute, unpermute, backward or all; SEEDS: orders of the threads
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cmath>
+#include <random>
+#include <string>
+
+#include "dispatch_map.h"
+#include "expert_histogram.h"
+#include "permute.h"
+#include "unpermute.h"
+#include "unpermute_backward.h"
+
+using namespace smartmoe::cuda;
+
+namespace {
+const Launch kHere{0, nullptr};
+
+#define EXPECT(condition)                                                                                       \
+  if (!(condition)) {                                                                                           \
+    std::printf("WRONG line %d, seed %d: %s\n", __LINE__, static_cast<int>(cuda_emulator::seed()), #condition); \
+    std::exit(1);                                                                                               \
+  }
+
+// Exactly `count` elements up to the end of an allocation, so that a sanitizer sees one too many; full of garbage; not
+// a multiple of 16 bytes away from it when `offset` elements lie before.
+template <class T>
+class Array {
+ public:
+  explicit Array(size_t count, size_t offset = 0) : count_(count), offset_(offset) {
+    if (posix_memalign(&memory_, 16, (count + offset) * sizeof(T) + (count + offset == 0)) != 0) std::abort();
+    std::memset(memory_, 0x5A, (count + offset) * sizeof(T));
+  }
+  ~Array() { std::free(memory_); }
+  Array(const Array&) = delete;
+  T* data() const { return static_cast<T*>(memory_) + offset_; }
+  size_t size() const { return count_; }
+  T& operator[](size_t i) const { return data()[i]; }
+
+ private:
+  void* memory_ = nullptr;
+  size_t count_, offset_;
+};
+
+using Random = std::mt19937;
+
+int64_t below(Random& random, int64_t bound) {
+  return static_cast<int64_t>(random() % static_cast<uint64_t>(bound));
+}
+
+void check_histogram(int64_t num_ids, int num_experts) {
+  Random random(7);
+  Array<int64_t> ids(static_cast<size_t>(num_ids)), counts(static_cast<size_t>(num_experts));
+  std::vector<int64_t> expected(counts.size(), 0);
+  for (size_t i = 0; i < ids.size(); ++i) {
+    ids[i] = below(random, num_experts + 2) - 1;
+    if (ids[i] >= 0 && ids[i] < num_experts) ++expected[static_cast<size_t>(ids[i])];
+  }
+  const auto tiles = static_cast<size_t>(expert_histogram_num_tiles(num_ids));
+  Array<uint32_t> tile_counts(tiles * counts.size());
+  EXPECT(launch_expert_histogram(ids.data(), true, num_ids, num_experts, tile_counts.data(), counts.data(), kHere) ==
+         nullptr);
+  for (size_t e = 0; e < counts.size(); ++e) EXPECT(counts[e] == expected[e]);
+}
+
+// only: the expert that all tokens choose, or -1 for any.
+template <class Id>
+void check_dispatch_map(int64_t num_choices, int num_experts, int num_slots, int num_tiles, int only = -1) {
+  Random random(11);
+  Array<Id> ids(static_cast<size_t>(num_choices)), slot_of(static_cast<size_t>(num_experts));
+  for (size_t i = 0; i < ids.size(); ++i)
+    ids[i] = static_cast<Id>(only >= 0 ? only : below(random, num_experts + 2) - 1);
+  for (int e = 0; e < num_experts; ++e)
+    slot_of[static_cast<size_t>(e)] = static_cast<Id>((e * 7 + 3) % (num_slots + 1) - (e % 5 == 4 ? 1 : 0));
+  if (num_tiles == 0) num_tiles = dispatch_map_num_tiles(num_choices);
+  const auto slots = static_cast<size_t>(num_slots);
+  Array<uint32_t> tile_counts(static_cast<size_t>(num_tiles) * slots);
+  Array<int32_t> rows(ids.size());
+  Array<int64_t> tokens(slots);
+  EXPECT(launch_dispatch_map({ids.data(), sizeof(Id) == 8}, num_choices, {slot_of.data(), sizeof(Id) == 8}, num_experts,
+                             num_slots, num_tiles, tile_counts.data(), rows.data(), tokens.data(), kHere) == nullptr);
+  int32_t next_row = 0;
+  for (int s = 0; s < num_slots; ++s) {
+    const int32_t first_row = next_row;
+    for (size_t i = 0; i < ids.size(); ++i) {
+      const bool known = ids[i] >= 0 && ids[i] < num_experts;
+      if (known && slot_of[static_cast<size_t>(ids[i])] == s) EXPECT(rows[i] == next_row++);
+    }
+    EXPECT(tokens[static_cast<size_t>(s)] == next_row - first_row);
+  }
+  int32_t kept = 0;
+  for (size_t i = 0; i < rows.size(); ++i) kept += rows[i] != -1;
+  EXPECT(kept == next_row);
+}
+
+float value(float x) {
+  return x;
+}
+float value(__half x) {
+  return __half2float(x);
+}
+float value(__nv_bfloat16 x) {
+  return __bfloat162float(x);
+}
+void set(float& to, float x) {
+  to = x;
+}
+void set(__half& to, float x) {
+  to = __float2half_rn(x);
+}
+void set(__nv_bfloat16& to, float x) {
+  to = __float2bfloat16_rn(x);
+}
+template <class T>
+constexpr FloatType kType = std::is_same_v<T, float>    ? FloatType::kFloat32
+                            : std::is_same_v<T, __half> ? FloatType::kFloat16
+                                                        : FloatType::kBFloat16;
+
+// Tokens, their choices and rows: the map has dropped and foreign rows, and some rows that no choice names.
+struct Shape {
+  int64_t tokens;
+  int choices;
+  int64_t hidden;
+  size_t offset = 0;  // elements that the buffers of rows are away from 16-byte alignment
+};
+
+template <class T>
+struct Problem {
+  explicit Problem(const Shape& s)
+      : shape(s),
+        num_rows(s.tokens * s.choices + 37),
+        rows(static_cast<size_t>(s.tokens * s.choices)),
+        choice_of(static_cast<size_t>(num_rows), -1),
+        x(static_cast<size_t>(s.tokens * s.hidden), s.offset),
+        y(static_cast<size_t>(num_rows * s.hidden), s.offset),
+        weights(rows.size()),
+        scratch(static_cast<size_t>(num_rows)) {
+    Random random(13);
+    std::vector<int32_t> order(static_cast<size_t>(num_rows));
+    for (size_t i = 0; i < order.size(); ++i) order[i] = static_cast<int32_t>(i);
+    std::shuffle(order.begin(), order.end(), random);
+    for (size_t i = 0; i < rows.size(); ++i) {
+      const int64_t draw = below(random, 12);
+      rows[i] = draw == 0 ? -1 : draw == 1 ? static_cast<int32_t>(num_rows) : order[i];
+      if (draw > 1) choice_of[static_cast<size_t>(rows[i])] = static_cast<int64_t>(i);
+      weights[i] = static_cast<float>(below(random, 1000)) / 500.0f;
+    }
+    for (size_t i = 0; i < x.size(); ++i) set(x[i], static_cast<float>(below(random, 2001) - 1000) / 300.0f);
+    for (size_t i = 0; i < y.size(); ++i) set(y[i], static_cast<float>(below(random, 2001) - 1000) / 300.0f);
+    // scratch may hold anything, also what could be a choice
+    for (size_t i = 0; i < scratch.size(); ++i) scratch[i] = static_cast<int32_t>(below(random, num_rows));
+  }
+
+  bool named(size_t choice) const { return rows[choice] >= 0 && rows[choice] < num_rows; }
+  size_t row_at(size_t choice) const { return static_cast<size_t>(rows[choice] * shape.hidden); }
+  size_t token_at(size_t choice) const {
+    return static_cast<size_t>(static_cast<int64_t>(choice) / shape.choices * shape.hidden);
+  }
+
+  Shape shape;
+  int64_t num_rows;
+  Array<int32_t> rows;
+  std::vector<int64_t> choice_of;
+  Array<T> x, y;
+  Array<float> weights;
+  Array<int32_t> scratch;
+};
+
+template <class T>
+void check_permute(const Shape& shape) {
+  const Problem<T> p(shape);
+  Array<T> y(p.y.size(), shape.offset);
+  EXPECT(launch_permute(p.x.data(), p.rows.data(), shape.tokens, shape.choices, y.data(), p.num_rows,
+                        shape.hidden * static_cast<int64_t>(sizeof(T)), p.scratch.data(), kHere) == nullptr);
+  const auto hidden = static_cast<size_t>(shape.hidden);
+  for (size_t r = 0; r < p.choice_of.size(); ++r) {
+    for (size_t h = 0; h < hidden; ++h) {
+      const bool named = p.choice_of[r] >= 0;
+      const float expected = named ? value(p.x[p.token_at(static_cast<size_t>(p.choice_of[r])) + h]) : 0.0f;
+      EXPECT(value(y[r * hidden + h]) == expected);
+    }
+  }
+}
+
+template <class T>
+void check_unpermute(const Shape& shape, bool weighted) {
+  const Problem<T> p(shape);
+  Array<T> x(p.x.size(), shape.offset);
+  EXPECT(launch_unpermute(p.y.data(), kType<T>, p.num_rows, p.rows.data(), weighted ? p.weights.data() : nullptr,
+                          FloatType::kFloat32, shape.tokens, shape.choices, x.data(), shape.hidden, kHere) == nullptr);
+  const auto choices = static_cast<size_t>(shape.choices), hidden = static_cast<size_t>(shape.hidden);
+  for (size_t t = 0; t < static_cast<size_t>(shape.tokens); ++t) {
+    for (size_t h = 0; h < hidden; ++h) {
+      float sum = 0.0f;
+      for (size_t j = t * choices; j < (t + 1) * choices; ++j) {
+        if (p.named(j)) sum += (weighted ? p.weights[j] : 1.0f) * value(p.y[p.row_at(j) + h]);
+      }
+      T expected;
+      set(expected, sum);
+      EXPECT(value(x[t * hidden + h]) == value(expected));
+    }
+  }
+}
+
+template <class T>
+void check_backward(const Shape& shape) {
+  const Problem<T> p(shape);
+  Array<T> grad_y(p.y.size(), shape.offset);
+  Array<float> grad_weights(p.rows.size());
+  EXPECT(launch_unpermute_backward(p.x.data(), p.y.data(), kType<T>, p.num_rows, p.rows.data(), p.weights.data(),
+                                   FloatType::kFloat32, shape.tokens, shape.choices, grad_y.data(), grad_weights.data(),
+                                   shape.hidden, p.scratch.data(), kHere) == nullptr);
+  const auto hidden = static_cast<size_t>(shape.hidden);
+  for (size_t r = 0; r < p.choice_of.size(); ++r) {
+    const auto choice = static_cast<size_t>(p.choice_of[r]);
+    for (size_t h = 0; h < hidden; ++h) {
+      T expected;
+      set(expected, p.choice_of[r] < 0 ? 0.0f : value(p.x[p.token_at(choice) + h]) * p.weights[choice]);
+      EXPECT(value(grad_y[r * hidden + h]) == value(expected));
+    }
+  }
+  for (size_t j = 0; j < p.rows.size(); ++j) {
+    double dot = 0.0, size = 0.0;
+    for (size_t h = 0; p.named(j) && h < hidden; ++h) {
+      const double term = double{value(p.x[p.token_at(j) + h])} * value(p.y[p.row_at(j) + h]);
+      dot += term, size += std::fabs(term);
+    }
+    EXPECT(std::fabs(grad_weights[j] - dot) <= 1e-5 * size);
+  }
+}
+
+void check_rows(const std::string& op, const Shape& shape) {
+  if (op == "permute") {
+    check_permute<__nv_bfloat16>(shape);
+    check_permute<float>(shape);
+  } else if (op == "unpermute") {
+    check_unpermute<__nv_bfloat16>(shape, true);
+    check_unpermute<__half>(shape, false);
+    check_unpermute<float>(shape, true);
+  } else {
+    check_backward<__nv_bfloat16>(shape);
+    check_backward<float>(shape);
+  }
+}
+
+void check(const std::string& op) {
+  if (op == "histogram") {
+    for (const int64_t ids : {0, 700, 5000}) check_histogram(ids, ids == 700 ? 8 : 40);
+  } else if (op == "dispatch_map") {
+    check_dispatch_map<int64_t>(0, 4, 4, 0);
+    check_dispatch_map<int32_t>(1, 1, 1, 0);
+    check_dispatch_map<int32_t>(700, 8, 12, 0);
+    check_dispatch_map<int64_t>(2500, 300, 300, 0);
+    check_dispatch_map<int64_t>(600, 7, 7, 0, 3);
+    check_dispatch_map<int64_t>(6500, 16, 16, 2);
+  } else {
+    for (const Shape& shape : {Shape{5, 1, 8}, Shape{9, 2, 520}, Shape{3, 3, 40}, Shape{4, 8, 1040}, Shape{6, 2, 24, 1},
+                               Shape{20, 5, 136}, Shape{3, 6, 13}, Shape{7, 4, 2056}, Shape{300, 1, 8}}) {
+      check_rows(op, shape);
+    }
+  }
+}
+}  // namespace
+
+int main(int argc, char** argv) {
+  const std::string op = argc > 1 ? argv[1] : "all";
+  const int seeds = argc > 2 ? std::atoi(argv[2]) : 1;
+  for (int s = 0; s < seeds; ++s) {
+    cuda_emulator::seed() = static_cast<uint64_t>(s);
+    for (const char* one : {"histogram", "dispatch_map", "permute", "unpermute", "backward"}) {
+      if (op == one || op == "all") check(one);
+    }
+  }
+  std::printf("ok, %d seeds\n", seeds);
+  return 0;
+}

@@ -1,0 +1,35 @@
+// torch.ops.smartmoe_emulated.*: the ops of csrc/ops.cpp with their CUDA kernels, launchers and glue, on CPU tensors.
+#include "ops.h"
+
+#include <cuda_runtime.h>
+#include <torch/csrc/stable/library.h>
+
+namespace {
+// Draws the order of the threads of later launches.
+void set_seed(int64_t seed) {
+  cuda_emulator::seed() = static_cast<uint64_t>(seed);
+}
+}  // namespace
+
+STABLE_TORCH_LIBRARY(smartmoe_emulated, m) {
+  m.def("set_seed(int seed) -> ()");
+  m.def("expert_histogram(Tensor ids, int num_experts) -> Tensor");
+  m.def("dispatch_map(Tensor ids_TK, Tensor slot_of_E, int num_slots) -> (Tensor, Tensor)");
+  m.def("permute(Tensor x_TH, Tensor rows_TK, int num_rows) -> Tensor");
+  m.def("unpermute(Tensor y_NH, Tensor rows_TK, Tensor? weights_TK) -> Tensor");
+  m.def(
+      "unpermute_backward(Tensor grad_TH, Tensor y_NH, Tensor rows_TK, Tensor weights_TK) -> "
+      "(Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(smartmoe_emulated, CPU, m) {
+  m.impl("expert_histogram", TORCH_BOX(&smartmoe::cuda::expert_histogram));
+  m.impl("dispatch_map", TORCH_BOX(&smartmoe::cuda::dispatch_map));
+  m.impl("permute", TORCH_BOX(&smartmoe::cuda::permute));
+  m.impl("unpermute", TORCH_BOX(&smartmoe::cuda::unpermute));
+  m.impl("unpermute_backward", TORCH_BOX(&smartmoe::cuda::unpermute_backward));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(smartmoe_emulated, CompositeExplicitAutograd, m) {
+  m.impl("set_seed", TORCH_BOX(&set_seed));
+}

@@ -1,0 +1,65 @@
+"""Runs whose experts live elsewhere from the first step on: same model, other homes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from tests.support.ranks import run_ranks
+from tests.support.training import TINY_MODEL, TINY_TRAINING, losses
+
+
+def train_with_homes(
+    run_dir: Path,
+    world_size: int,
+    data_flags: list[str],
+    *flags: str,
+    iterations: int,
+    seed: int,
+    move_weights: bool = True,
+) -> list[float]:
+    """As `training.train`, with random homes in every layer from the start, drawn from `seed`.
+
+    Args:
+        move_weights: False leaves the weights where they were, which is wrong.
+    """
+    argv = [*TINY_MODEL, *TINY_TRAINING, *data_flags, "--train-iters", str(iterations), *flags]
+    argv += ["--smartmoe-run-dir", str(run_dir)]
+    run_ranks(_main, world_size, argv, seed, move_weights, log_dir=run_dir / "ranks")
+    return losses(run_dir)
+
+
+def _main(argv: list[str], seed: int, move_weights: bool) -> None:
+    from megatron_smartmoe.adapter.pretrain import choose_device, main
+
+    choose_device("cpu")
+    import megatron.training.training as training
+
+    from megatron_smartmoe.adapter.install import after
+
+    def on_model(result: tuple[list[Any], Any, Any], *args: Any, **kwargs: Any) -> None:
+        scatter_homes(result[0], seed, move_weights)
+        result[1].reload_model_params()
+
+    after(training, "setup_model_and_optimizer", on_model)
+    main(argv)
+
+
+def scatter_homes(chunks: list[Any], seed: int, move_weights: bool) -> None:
+    """Give every layer random homes; before the first step weights are all there is to move."""
+    import torch
+    import torch.distributed as dist
+    from megatron.core.utils import unwrap_model
+
+    from megatron_smartmoe.adapter.routers import moe_layers
+
+    for number, layer in moe_layers(unwrap_model(chunks)):
+        num_experts = layer.config.num_moe_experts
+        slot_of_expert_E = torch.randperm(num_experts, generator=torch.Generator().manual_seed(seed + number))
+        layer.set_homes(slot_of_expert_E)
+        if not move_weights:
+            continue
+        for weight in (layer.experts.weight1, layer.experts.weight2):
+            parts = [torch.empty_like(weight.data) for _ in range(layer.ep_group.size())]
+            dist.all_gather(parts, weight.data.contiguous(), group=layer.ep_group)
+            weight.data.copy_(torch.cat(parts)[layer.experts.experts_in_slots])

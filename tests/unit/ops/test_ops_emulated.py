@@ -1,0 +1,106 @@
+"""The CUDA kernels, their launchers and torch's glue, executed on the CPU by tests/support/cuda_emulator."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_smartmoe.ops import reference
+from tests.support import emulator
+from tests.unit.ops.dispatch_cases import Routing, Rows, assert_near, permuted_rows, routings
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
+CUDA_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+SEEDS = st.integers(0, 5)  # of the order of the threads
+
+
+@pytest.fixture(scope="module")
+def kernels() -> Any:
+    torch.ops.load_library(str(emulator.ops_library()))
+    return torch.ops.smartmoe_emulated
+
+
+@given(case=routings(), seed=SEEDS)
+@settings(deadline=None, max_examples=60)
+def test_the_map_is_that_of_the_twin(kernels: Any, case: Routing, seed: int) -> None:
+    kernels.set_seed(seed)
+    args = (case.ids_TK, case.slot_of_E, case.num_slots)
+    for found, expected in zip(kernels.dispatch_map(*args), reference.dispatch_map(*args), strict=True):
+        assert found.dtype == expected.dtype
+        assert torch.equal(found, expected)
+
+
+def test_the_map_of_many_choices(kernels: Any) -> None:
+    """64 tiles, most of them with two steps."""
+    kernels.set_seed(1)
+    generator = torch.Generator().manual_seed(0)
+    args = torch.randint(-1, 70, (20_000, 12), generator=generator), torch.randperm(64, generator=generator), 64
+    for found, expected in zip(kernels.dispatch_map(*args), reference.dispatch_map(*args), strict=True):
+        assert torch.equal(found, expected)
+
+
+@given(case=permuted_rows(CUDA_DTYPES), seed=SEEDS)
+@settings(deadline=None, max_examples=80)
+def test_rows_have_the_bits_of_the_twins(kernels: Any, case: Rows, seed: int) -> None:
+    """Also of the sums: the order of the choices is that of the CPU kernels. A GPU may fuse and round once less."""
+    kernels.set_seed(seed)
+    y_NH = kernels.permute(case.x_TH, case.rows_TK, case.num_rows)
+    assert torch.equal(y_NH, reference.permute(case.x_TH, case.rows_TK, case.num_rows))
+    for weights_TK in (None, case.weights_TK):
+        x_TH = kernels.unpermute(case.y_NH, case.rows_TK, weights_TK)
+        assert torch.equal(x_TH, reference.unpermute(case.y_NH, case.rows_TK, weights_TK))
+    args = (case.x_TH, case.y_NH, case.rows_TK, case.weights_TK)
+    (grad_y, grad_weights), expected = kernels.unpermute_backward(*args), reference.unpermute_backward(*args)
+    assert torch.equal(grad_y, expected[0])
+    assert_near(grad_weights, expected[1], case)
+
+
+@given(seed=SEEDS, num_ids=st.sampled_from([0, 1, 31, 2047, 2049, 5000]), num_experts=st.sampled_from([1, 8, 33, 4096]))
+@settings(deadline=None, max_examples=20)
+def test_the_histogram_is_that_of_the_twin(kernels: Any, seed: int, num_ids: int, num_experts: int) -> None:
+    kernels.set_seed(seed)
+    for dtype in (torch.int32, torch.int64):
+        ids = torch.randint(-2, num_experts + 2, (num_ids,), dtype=dtype)
+        assert torch.equal(kernels.expert_histogram(ids, num_experts), reference.expert_histogram(ids, num_experts))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.float64])
+def test_permute_moves_any_bytes(kernels: Any, dtype: torch.dtype) -> None:
+    rows_TK = torch.tensor([[4, 0], [-1, 2], [3, 7]], dtype=torch.int32)
+    for hidden in (1, 3, 16, 70):
+        x_TH = torch.arange(3 * hidden).reshape(3, hidden).to(dtype)
+        assert torch.equal(kernels.permute(x_TH, rows_TK, 6), reference.permute(x_TH, rows_TK, 6))
+
+
+def test_float64_is_refused(kernels: Any) -> None:
+    y_NH, rows_TK = torch.zeros(2, 4, dtype=torch.float64), torch.zeros(1, 2, dtype=torch.int32)
+    rule = "it must be float16, bfloat16 or float32. Convert it with"
+    text = rf"^y_NH\.dtype = float64: on a GPU {rule} y_NH\.float\(\)$"
+    with pytest.raises(RuntimeError, match=text):
+        kernels.unpermute(y_NH, rows_TK, None)
+
+
+def has_sanitizer(mode: str, folder: Path) -> bool:
+    source = folder / "empty.cpp"
+    source.write_text("int main() { return 0; }\n")
+    command = ["g++", str(source), *emulator.MODES[mode], "-o", str(folder / mode)]
+    built = subprocess.run(command, capture_output=True, check=False).returncode == 0
+    return built and subprocess.run([str(folder / mode)], capture_output=True, check=False).returncode == 0
+
+
+@pytest.mark.parametrize(("mode", "seeds"), [("plain", 6), ("thread", 2), ("address", 1)])
+def test_every_mode_finds_nothing(mode: str, seeds: int, tmp_path: Path) -> None:
+    if not has_sanitizer(mode, tmp_path):
+        pytest.skip(f"g++ cannot build and run a program with {' '.join(emulator.MODES[mode])}")
+    command = [str(emulator.check_program(mode)), "all", str(seeds)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    assert done.stdout == f"ok, {seeds} seeds\n"
+    assert done.stderr == ""
