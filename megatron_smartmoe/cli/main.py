@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from megatron_smartmoe.cli import simulate
+from megatron_smartmoe.cli import plan, simulate
 from megatron_smartmoe.errors import SmartMoEError
 
 
@@ -14,6 +14,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0 fine, 1 a replay that differs, 2 wrong input."""
     parser = argparse.ArgumentParser(prog="smartmoe", description="Tools around MoE training with balanced experts.")
     tools = parser.add_subparsers(dest="tool", required=True, metavar="TOOL")
+    plan.add_parser(tools)
     simulate.add_parser(tools)
     options = parser.parse_args(arguments)
     try:

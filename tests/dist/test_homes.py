@@ -70,14 +70,13 @@ def test_resuming_goes_on_where_the_experts_were(tmp_path: Path, data_flags: lis
     resumed = train(tmp_path / "resumed", 4, data_flags, *flags, "--load", str(tmp_path / "saved"), iterations=8)
     assert resumed == whole[4:]
     assert "experts are back where they were" in (tmp_path / "resumed" / "ranks" / "rank0.log").read_text()
-    whole_decisions = {d["iteration"]: d for d in decisions(tmp_path / "whole")}
-    first = decisions(tmp_path / "resumed")[0]
-    assert first["before"] == whole_decisions[first["iteration"]]["before"]
+    left = next(decision["before"] for decision in decisions(tmp_path / "whole") if decision["iteration"] > 4)
+    assert decisions(tmp_path / "resumed")[0]["before"] == left
 
 
 def test_raw_optimizer_buffers_are_saved_at_home(tmp_path: Path, data_flags: list[str]) -> None:
     """dp_reshardable checkpoints hold buffers as they lie: experts go home for them, and back."""
-    flags = [*EP2.split(), "--use-distributed-optimizer", *UNCLIPPED]
+    flags = [*EP2.split(), "--use-distributed-optimizer", "--bf16", *UNCLIPPED]  # Megatron cannot load these in fp32
     save = ["--save", str(tmp_path / "saved"), "--save-interval", "4"]
     shuffled = train(tmp_path / "shuffled", 4, data_flags, *flags, *SHUFFLE, *save, iterations=8)
     assert shuffled == train(tmp_path / "stayed", 4, data_flags, *flags, *STAY, iterations=8)

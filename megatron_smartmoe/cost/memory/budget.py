@@ -1,0 +1,96 @@
+"""All of a rank's memory, stage by stage, in parts that add up, against what the GPU has."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from megatron_smartmoe.cost.memory.activations import activation_bytes
+from megatron_smartmoe.cost.memory.buffers import largest_state_bytes
+from megatron_smartmoe.spec.cluster import GpuSpec
+from megatron_smartmoe.spec.model import ModelSpec
+from megatron_smartmoe.spec.parallel import ParallelSpec, chunks
+
+RESERVED_BYTES = 3e9  # CUDA context, NCCL's buffers, cuBLAS workspaces: an estimate
+FRAGMENTATION = 0.04  # of the memory, lost between blocks: an estimate
+STAGED_EXPERTS = 2  # experts whose state lies in staging buffers while homes move, one in, one out
+STATE_BYTES = 12  # fp32 main parameter and two moments
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryBudget:
+    """Bytes of the fullest rank of one stage; `total` is the sum of the parts."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    expert_activations: float
+    logits: float
+    working: float
+    replicas: float
+    staging: float
+    reserved: float
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return float(sum(getattr(self, part.name) for part in fields(self)))
+
+    def parts(self) -> list[tuple[str, float]]:
+        """(what, bytes) of every part that is not zero."""
+        return [(WORDS[f.name], getattr(self, f.name)) for f in fields(self) if getattr(self, f.name)]
+
+
+WORDS = {
+    "weights": "weights",
+    "gradients": "gradients",
+    "optimizer": "main weights and moments",
+    "activations": "activations",
+    "expert_activations": "experts' activations, busiest rank",
+    "logits": "logits",
+    "working": "one layer at work, dispatch buffers",
+    "replicas": "replica slots",
+    "staging": "staging for moved experts",
+    "reserved": "CUDA, NCCL, fragmentation",
+}
+
+
+def memory_budget(model: ModelSpec, spec: ParallelSpec, gpu: GpuSpec, hot: float) -> tuple[MemoryBudget, int]:
+    """(fullest stage's budget, which stage); `hot` is the busiest rank's tokens over the mean."""
+    found = [stage_budget(model, spec, gpu, stage, hot) for stage in _candidates(spec)]
+    at = max(range(len(found)), key=lambda i: found[i].total)
+    return found[at], _candidates(spec)[at]
+
+
+def _candidates(spec: ParallelSpec) -> tuple[int, ...]:
+    """Stages that may be the fullest: the first holds the most micro-batches, the last the logits; all if uneven."""
+    if spec.layers_of_chunk is not None:
+        return tuple(range(spec.pp))
+    return tuple(sorted({0, min(1, spec.pp - 1), spec.pp - 1}))
+
+
+def stage_budget(model: ModelSpec, spec: ParallelSpec, gpu: GpuSpec, stage: int, hot: float) -> MemoryBudget:
+    """One stage."""
+    dense, expert = largest_state_bytes(model, spec, stage)
+    state = dense + expert
+    kept = activation_bytes(model, spec, stage, hot)
+    matrices = 3 if model.gated else 2
+    numel = matrices * model.hidden * model.moe.ffn // spec.etp
+    moe_layers = sum(
+        sum(model.has_experts(layer) for layer in chunk.layers) + chunk.mtp_layers * model.has_experts(model.layers)
+        for chunk in chunks(model, spec)
+        if chunk.stage == stage
+    )
+    moves = spec.homes_interval > 0 and spec.ep > 1
+    return MemoryBudget(
+        weights=state.params,
+        gradients=state.gradients,
+        optimizer=state.main_params + state.moments,
+        activations=kept.layers,
+        expert_activations=kept.experts,
+        logits=kept.logits,
+        working=kept.working,
+        replicas=float(spec.spare_slots * moe_layers * numel * (spec.element_bytes + spec.grad_bytes)),
+        staging=float(STAGED_EXPERTS * numel * (spec.element_bytes + STATE_BYTES)) if moves else 0.0,
+        reserved=RESERVED_BYTES + FRAGMENTATION * gpu.memory_bytes,
+    )

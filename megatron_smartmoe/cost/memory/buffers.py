@@ -1,0 +1,238 @@
+"""Bytes of parameters, gradients and optimizer state on one rank: Megatron's allocation, to the byte.
+
+Method. Megatron's DistributedDataParallel lays a chunk's gradients into one contiguous buffer per kind (dense, expert),
+in reverse order of registration. With the distributed optimizer the parameters lie in a twin of that buffer, every
+parameter starts at a multiple of 64 elements, and a bucket ends at a multiple of lcm(data-parallel ranks, 128); buckets
+are cut when they reach `max(40e6, 1e6 x ranks)` elements, only on the first stage's first chunk and only when
+gradients are reduced while the backward pass runs; a tied embedding gets a bucket to itself. Each data-parallel rank
+owns an equal slice of every bucket; fp32 main parameters and both moments exist for the parameters' part of it only, so
+ranks differ by a few elements. Without the distributed optimizer there is no padding and every rank holds everything.
+
+Source: `param_layout.py`, `distrib_optimizer.py`, `param_and_grad_buffer.py`, `training.py` of megatron-core 0.19.0.
+The real allocation of short runs is compared with this, rank by rank, in tests/megatron/test_memory_bytes.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_smartmoe.cost.memory.parameters import Parameter, Sharding, chunk_parameters, layer_parameters
+from megatron_smartmoe.spec.model import ModelSpec
+from megatron_smartmoe.spec.parallel import Chunk, ParallelSpec, chunks
+
+PARAM_ALIGNMENT = 64  # elements
+BUCKET_ALIGNMENT = 128  # elements
+MAIN_BYTES = 4  # of an fp32 main parameter
+MOMENT_BYTES = 8  # of Adam's two fp32 moments
+
+IntArray = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One buffer.
+
+    Attributes:
+        total: elements with padding.
+        owned_D: parameters' elements in the slices of each of the data-parallel ranks.
+    """
+
+    total: int
+    owned_D: IntArray
+
+
+@dataclass(frozen=True, kw_only=True)
+class StateBytes:
+    """Static memory of one rank, in bytes. `total` is the sum of the parts."""
+
+    params: int = 0
+    gradients: int = 0
+    main_params: int = 0
+    moments: int = 0
+
+    def __add__(self, other: StateBytes) -> StateBytes:
+        return StateBytes(
+            params=self.params + other.params,
+            gradients=self.gradients + other.gradients,
+            main_params=self.main_params + other.main_params,
+            moments=self.moments + other.moments,
+        )
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.params + self.gradients + self.main_params + self.moments
+
+
+def layout(params: Sequence[Parameter], bucket_size: int | None, num_ranks: int) -> Layout:
+    """Lay `params` (registration order) into one buffer of the distributed optimizer, sliced over `num_ranks`."""
+    starts, ends, buckets = [], [], []
+    start = bucket_start = end = 0
+    in_bucket = False
+
+    def close(at: int) -> int:
+        divisor = math.lcm(num_ranks, BUCKET_ALIGNMENT)
+        bucket_end = -(-at // divisor) * divisor
+        buckets.append((bucket_start, bucket_end))
+        return bucket_end
+
+    for param in reversed(params):
+        start = -(-start // PARAM_ALIGNMENT) * PARAM_ALIGNMENT
+        if param.shared and in_bucket:
+            start = bucket_start = close(start)
+            in_bucket = False
+        end = start + param.numel
+        starts.append(start)
+        ends.append(end)
+        in_bucket = True
+        start = end
+        if param.shared or (bucket_size is not None and end - bucket_start >= bucket_size):
+            start = bucket_start = close(end)
+            in_bucket = False
+    if in_bucket:
+        close(end)
+    return Layout(buckets[-1][1] if buckets else 0, _owned(starts, ends, buckets, num_ranks))
+
+
+def _owned(starts: list[int], ends: list[int], buckets: list[tuple[int, int]], num_ranks: int) -> IntArray:
+    """Parameters' elements in each rank's slices: covered elements up to a point, interpolated at the slices' ends."""
+    owned_D = np.zeros(num_ranks, dtype=np.int64)
+    if not starts:
+        return owned_D
+    point_P = np.stack([starts, ends], axis=1).ravel()
+    sizes_P = np.asarray(ends) - np.asarray(starts)
+    after_P = np.cumsum(sizes_P)
+    covered_P = np.stack([after_P - sizes_P, after_P], axis=1).ravel()
+    for begin, end in buckets:
+        bounds = begin + np.arange(num_ranks + 1) * ((end - begin) // num_ranks)
+        owned_D += np.diff(np.rint(np.interp(bounds, point_P, covered_P)).astype(np.int64))
+    return owned_D
+
+
+@dataclass(frozen=True)
+class _Key:
+    """What the static memory of a chunk depends on; launches that share it share the result."""
+
+    sharding: Sharding
+    chunk: Chunk
+    dense_ranks: int
+    expert_ranks: int
+    bucket_size: int | None
+    distributed: bool
+    element_bytes: int
+    grad_bytes: int
+
+
+def state_bytes_by_kind(
+    model: ModelSpec, spec: ParallelSpec, chunk: Chunk
+) -> tuple[list[StateBytes], list[StateBytes]]:
+    """(dense, expert) static memory, each entry one data-parallel (one EDP) rank's slice."""
+    return _slices(model, _key(model, spec, chunk))
+
+
+def largest_state_bytes(model: ModelSpec, spec: ParallelSpec, stage: int) -> tuple[StateBytes, StateBytes]:
+    """(dense, expert) static memory of the fullest rank of a pipeline stage, all its chunks together."""
+    dense_sum, expert_sum = StateBytes(), StateBytes()
+    for chunk in chunks(model, spec):
+        if chunk.stage == stage:
+            dense, expert = _largest(model, _key(model, spec, chunk))
+            dense_sum, expert_sum = dense_sum + dense, expert_sum + expert
+    return dense_sum, expert_sum
+
+
+def least_state_bytes(model: ModelSpec, spec: ParallelSpec) -> float:
+    """A lower bound of the first stage's static memory, without embedding and padding; quick where `layout` is not."""
+    sharding = Sharding.of(spec)
+    sums = {kind: _layer_numel(model, sharding, kind) for kind in (False, True)}
+    dense = expert = 0
+    for chunk in chunks(model, spec):
+        for layer in chunk.layers if chunk.stage == 0 else ():
+            one = sums[model.has_experts(layer)]
+            dense, expert = dense + one[0], expert + one[1]
+    whole = spec.element_bytes + spec.grad_bytes
+    state = MOMENT_BYTES + (MAIN_BYTES if spec.element_bytes < MAIN_BYTES else 0)
+    shards = (spec.dp * spec.cp, spec.edp) if spec.distributed_optimizer else (1, 1)
+    return dense * (whole + state / shards[0]) + expert * (whole + state / shards[1])
+
+
+@lru_cache(maxsize=4096)
+def _layer_numel(model: ModelSpec, sharding: Sharding, experts: bool) -> tuple[int, int]:
+    """(dense, expert) elements of one layer on one rank."""
+    params = layer_parameters(model, sharding, experts)
+    total = sum(param.numel for param in params)
+    expert = sum(param.numel for param in params if param.expert)
+    return total - expert, expert
+
+
+def _key(model: ModelSpec, spec: ParallelSpec, chunk: Chunk) -> _Key:
+    first = chunk.stage == 0 and chunk.virtual == 0
+    dense_ranks = spec.dp * spec.cp
+    # What depends on the layer's place is only whether it has experts: renumber, so that equal chunks share a key.
+    return _Key(
+        sharding=Sharding.of(spec),
+        chunk=_canonical(model, chunk),
+        dense_ranks=dense_ranks,
+        expert_ranks=spec.edp,
+        bucket_size=max(40_000_000, 1_000_000 * dense_ranks) if first and spec.overlap_grad_reduce else None,
+        distributed=spec.distributed_optimizer,
+        element_bytes=spec.element_bytes,
+        grad_bytes=spec.grad_bytes,
+    )
+
+
+def _canonical(model: ModelSpec, chunk: Chunk) -> Chunk:
+    first_moe = next(layer for layer in range(model.layers) if model.has_experts(layer))
+    dense = next((layer for layer in range(model.layers) if not model.has_experts(layer)), first_moe)
+    layers = tuple(first_moe if model.has_experts(layer) else dense for layer in chunk.layers)
+    return replace(chunk, stage=0, virtual=0, layers=layers)
+
+
+@lru_cache(maxsize=20_000)
+def _largest(model: ModelSpec, key: _Key) -> tuple[StateBytes, StateBytes]:
+    dense, expert = _slices(model, key)
+    return max(dense, key=lambda part: part.total), max(expert, key=lambda part: part.total)
+
+
+def _slices(model: ModelSpec, key: _Key) -> tuple[list[StateBytes], list[StateBytes]]:
+    sharding = key.sharding
+    spec = ParallelSpec(
+        gpus=sharding.tp * sharding.ep * sharding.etp,  # not read: only the sizes of parameters are wanted
+        tp=sharding.tp,
+        ep=sharding.ep,
+        etp=sharding.etp,
+        implementation="local" if sharding.local else "transformer_engine",
+    )
+    params = chunk_parameters(model, spec, key.chunk)
+    dense = _buffer([p for p in params if not p.expert], key.dense_ranks, key)
+    expert = _buffer([p for p in params if p.expert], key.expert_ranks, key)
+    return dense, expert
+
+
+def _buffer(params: list[Parameter], num_ranks: int, key: _Key) -> list[StateBytes]:
+    """One kind's buffer, a StateBytes per data-parallel rank."""
+    has_main = key.element_bytes < MAIN_BYTES  # fp32 weights are their own main parameters
+    if not key.distributed:
+        numel = sum(param.numel for param in params)
+        one = StateBytes(
+            params=numel * key.element_bytes,
+            gradients=numel * key.grad_bytes,
+            main_params=numel * MAIN_BYTES * has_main,
+            moments=numel * MOMENT_BYTES,
+        )
+        return [one] * num_ranks
+    laid = layout(params, key.bucket_size, num_ranks)
+    return [
+        StateBytes(
+            params=laid.total * key.element_bytes,
+            gradients=laid.total * key.grad_bytes,
+            main_params=owned * MAIN_BYTES * has_main,
+            moments=owned * MOMENT_BYTES,
+        )
+        for owned in laid.owned_D.tolist()
+    ]

@@ -1,0 +1,102 @@
+"""The handful of constants between a datasheet and a step's time, and what they make of a cluster.
+
+Method. A machine reaches a share of each of its peaks; the shares are the model's only free constants, each between 0
+and 1 and each with a prior. They scale the cluster before `moe_layer.constants_of` sees it, so the MoE layer's time
+comes from the one cost model that the trainer uses too. Measured runs move the shares (scripts/validate_planner.py).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from megatron_smartmoe.cost.compute import ExpertShape
+from megatron_smartmoe.cost.moe_layer import (
+    GEMM_EFFICIENCY,
+    LINK_EFFICIENCY,
+    MEMORY_EFFICIENCY,
+    LayerConstants,
+    constants_of,
+)
+from megatron_smartmoe.spec.cluster import ClusterSpec, LinkSpec
+from megatron_smartmoe.spec.model import ModelSpec
+from megatron_smartmoe.spec.parallel import ParallelSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepConstants:
+    """Shares of the datasheets' peaks, and a few counts. Estimates until measured; none is.
+
+    Attributes:
+        gemm: large matrix products, of the dense peak.
+        attention: fused attention, of the same peak.
+        memory: kernels bound by memory, of the nominal bandwidth.
+        ring_intra: all-gather, reduce-scatter, all-reduce inside a node, of a GPU's links.
+        ring_inter: the same between nodes.
+        all_to_all_intra: token exchange inside a node.
+        all_to_all_inter: the same between nodes.
+        launch_s: from one small kernel to the next, where the GPU waits for it.
+        launches_per_layer: such kernels of a layer without its experts, forward and backward.
+        step_s: once a step: clipping, logging, data.
+        row_passes: H-wide rows read or written per token and layer by norms, residuals and activations, both ways.
+        fused_attention: scores never reach memory.
+        hidden_grad_share: of the backward pass of one micro-batch that gradient traffic may hide behind.
+        hidden_p2p_share: of the sends between stages that the interleaved schedule hides.
+    """
+
+    gemm: float = GEMM_EFFICIENCY
+    attention: float = 0.4
+    memory: float = MEMORY_EFFICIENCY
+    ring_intra: float = 0.7
+    ring_inter: float = 0.8
+    all_to_all_intra: float = LINK_EFFICIENCY
+    all_to_all_inter: float = LINK_EFFICIENCY
+    launch_s: float = 10e-6
+    launches_per_layer: float = 60.0
+    step_s: float = 10e-3
+    row_passes: float = 24.0
+    fused_attention: bool = True
+    hidden_grad_share: float = 0.5
+    hidden_p2p_share: float = 0.8
+
+
+def layer_constants(
+    cluster: ClusterSpec, model: ModelSpec, spec: ParallelSpec, constants: StepConstants, *, shared_card: bool = False
+) -> LayerConstants:
+    """Constants of the MoE layer: per token that reaches a rank's expert-tensor group, per expert, per copy.
+
+    With ETP > 1 a rank computes 1 / ETP of every expert on the tokens of ETP ranks, hence the factor.
+    """
+    gpu = replace(
+        cluster.gpu,
+        peak_flops=cluster.gpu.peak_flops * constants.gemm / GEMM_EFFICIENCY,
+        memory_bandwidth_bytes_s=cluster.gpu.memory_bandwidth_bytes_s * constants.memory / MEMORY_EFFICIENCY,
+    )
+    scaled = replace(
+        cluster,
+        gpu=gpu,
+        nodes=spec_nodes(cluster, spec.ep * spec.etp),
+        intra_node=_scaled(cluster.intra_node, constants.all_to_all_intra / LINK_EFFICIENCY),
+        inter_node=_scaled(cluster.inter_node, constants.all_to_all_inter / LINK_EFFICIENCY),
+    )
+    found = constants_of(scaled, expert_shape(model, spec), shared_network_card=shared_card)
+    return replace(found, token_s=found.token_s * spec.etp)
+
+
+def expert_shape(model: ModelSpec, spec: ParallelSpec) -> ExpertShape:
+    """One expert as one rank holds it."""
+    return ExpertShape(
+        hidden=model.hidden,
+        ffn=model.moe.ffn // spec.etp,
+        gated=model.gated,
+        element_bytes=spec.element_bytes,
+        grad_bytes=spec.grad_bytes,
+    )
+
+
+def spec_nodes(cluster: ClusterSpec, consecutive_ranks: int) -> int:
+    """Nodes that a group of consecutive ranks touches."""
+    return max(1, -(-consecutive_ranks // cluster.gpus_per_node))
+
+
+def _scaled(link: LinkSpec, share: float) -> LinkSpec:
+    return replace(link, bandwidth_bytes_s=link.bandwidth_bytes_s * share)

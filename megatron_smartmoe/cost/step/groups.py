@@ -1,0 +1,54 @@
+"""Collectives of a process group: where its ranks lie, and how long a ring takes among them.
+
+Method. Ranks are numbered `tp-cp-ep-dp-pp`, so a group is `size` ranks with a fixed stride; `members_per_node` of them
+share a node. A ring that crosses nodes goes through every member's own card, so a node's part of the group brings
+`members_per_node` cards (hierarchical rings of NCCL reach the same). An all-gather or a reduce-scatter of n bytes over
+p ranks takes n (p - 1) / p over the bandwidth (Thakur, Rabenseifner, Gropp 2005) and 1 + log2(p) latencies, as trees
+and pipelined rings do; an all-reduce is both.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from megatron_smartmoe.cost.step.constants import StepConstants
+from megatron_smartmoe.spec.cluster import ClusterSpec
+
+
+@dataclass(frozen=True)
+class Group:
+    """Ranks that talk: `size` of them, `stride` apart."""
+
+    size: int
+    stride: int
+
+    def members_per_node(self, cluster: ClusterSpec) -> int:
+        """How many of them share a node."""
+        return min(self.size, max(1, cluster.gpus_per_node // self.stride))
+
+    def crosses_nodes(self, cluster: ClusterSpec) -> bool:
+        """Whether any two of them lie on different nodes."""
+        return self.size > self.members_per_node(cluster)
+
+
+def ring_s(num_bytes: float, group: Group, cluster: ClusterSpec, constants: StepConstants) -> float:
+    """Seconds of one all-gather or reduce-scatter whose whole result (or input) is `num_bytes`."""
+    if group.size < 2 or num_bytes <= 0:
+        return 0.0
+    bandwidth = cluster.intra_node.bandwidth_bytes_s * constants.ring_intra
+    latency_s = cluster.intra_node.latency_s
+    if group.crosses_nodes(cluster):
+        members = group.members_per_node(cluster)
+        cards = members * cluster.inter_node.bandwidth_bytes_s * constants.ring_inter
+        bandwidth = min(bandwidth, cards) if members > 1 else cards
+        latency_s = cluster.inter_node.latency_s
+    return latency_s * (1 + math.log2(group.size)) + num_bytes * (group.size - 1) / group.size / bandwidth
+
+
+def send_s(num_bytes: float, stride: int, cluster: ClusterSpec, constants: StepConstants) -> float:
+    """Seconds of one message between ranks `stride` apart."""
+    between = stride >= cluster.gpus_per_node
+    link = cluster.inter_node if between else cluster.intra_node
+    share = constants.ring_inter if between else constants.ring_intra
+    return link.latency_s + num_bytes / (link.bandwidth_bytes_s * share)

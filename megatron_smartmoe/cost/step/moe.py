@@ -1,0 +1,70 @@
+"""The MoE layer inside a step: the layer model's terms, averaged over layers and records of a load, for one launch.
+
+`moe_layer.layer_time` prices every flow; here is only what a launch adds to it: expert tensor parallelism gathers the
+busiest rank's tokens over its ETP group, replicas planned from history move once a step and not once a micro-batch,
+and a cut all-to-all reads the experts' weights once more per cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+from megatron_smartmoe.cost.moe_layer import ALL_TO_ALLS, LayerConstants, LayerFlow, LayerTime, layer_time
+from megatron_smartmoe.cost.step.constants import StepConstants
+from megatron_smartmoe.cost.step.groups import Group, ring_s
+from megatron_smartmoe.spec.cluster import ClusterSpec
+from megatron_smartmoe.spec.model import ModelSpec
+from megatron_smartmoe.spec.parallel import ParallelSpec
+
+LAUNCHES_PER_CUT = 24  # of a cut all-to-all: its collectives and the grouped GEMMs, both ways
+
+
+@dataclass(frozen=True)
+class MoETimes:
+    """One MoE layer of one micro-batch, forward and backward, in seconds.
+
+    Attributes:
+        layer: the layer model's terms, replicas left out.
+        replicas_s: copies out and gradients back, once.
+        expert_tensor_s: gathering and scattering over the ETP group.
+        cuts_s: what cutting the all-to-all costs.
+    """
+
+    layer: LayerTime
+    replicas_s: float
+    expert_tensor_s: float
+    cuts_s: float
+
+    @property
+    def total_s(self) -> float:
+        """All but the replicas, which may move once a step."""
+        return self.layer.total_s + self.expert_tensor_s + self.cuts_s
+
+
+def moe_times(
+    flows: Sequence[LayerFlow],
+    layer: LayerConstants,
+    model: ModelSpec,
+    spec: ParallelSpec,
+    cluster: ClusterSpec,
+    constants: StepConstants,
+) -> MoETimes:
+    """Mean over `flows`, each the layer under one record of the load at this launch's tokens per rank."""
+    times = [layer_time(flow, layer, all_to_all_chunks=spec.overlap_degree) for flow in flows]
+    mean = {f.name: sum(getattr(time, f.name) for time in times) / len(times) for f in fields(LayerTime)}
+    replicas_s = mean["replicas_s"]
+    mean["replicas_s"] = 0.0
+    busiest = sum(float(flow.load_ER.sum(axis=0).max()) for flow in flows) / len(flows)
+    gathered = busiest * spec.etp * model.hidden * spec.element_bytes
+    tensor_s = ALL_TO_ALLS * ring_s(gathered, Group(spec.etp, 1), cluster, constants)
+    per_cut_s = mean["experts_s"] + LAUNCHES_PER_CUT * constants.launch_s
+    return MoETimes(LayerTime(**mean), replicas_s, tensor_s, (spec.overlap_degree - 1) * per_cut_s)
+
+
+def forward_again_s(times: MoETimes) -> float:
+    """What recomputing the layer in the backward pass adds: a third of the arithmetic, half of everything else."""
+    layer = times.layer
+    arithmetic_s = (layer.gemm_s + layer.experts_s) / 3
+    moved_s = (layer.source_s + layer.fixed_s + layer.all_to_all_intra_s + layer.all_to_all_inter_s) / 2
+    return arithmetic_s + moved_s + (times.expert_tensor_s + layer.hidden_s + times.cuts_s) / 2

@@ -1,0 +1,302 @@
+"""A plan as Megatron flags, and a user's flags as a plan: the only file of the planner that spells Megatron's flags.
+
+`megatron_flags` gives everything that decides the model's shape, where it lies and how it is scheduled; learning
+rate, data and checkpoints are the user's. `parallel_from_flags` reads back what it writes, and the same from any
+command line: flags that do not concern the planner are left alone.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+from megatron_smartmoe.errors import ConfigError
+from megatron_smartmoe.spec.model import ModelSpec
+from megatron_smartmoe.spec.parallel import ParallelSpec, Recompute, Replicas
+
+HOMES_INTERVAL = 100  # default of --smartmoe-homes-interval
+RECOMPUTE_FLAGS: dict[Recompute, list[str]] = {
+    "none": [],
+    "act": ["--recompute-granularity", "selective", "--recompute-modules", "layernorm", "moe_act"],
+    "moe": ["--recompute-granularity", "selective", "--recompute-modules", "moe"],
+    "full": ["--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1"],
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanFlags:
+    """The flags of one plan, in groups.
+
+    Attributes:
+        model: shape of the model.
+        parallel: where it lies.
+        training: batch, precision, recomputation.
+        smartmoe: this project's own.
+    """
+
+    model: list[str]
+    parallel: list[str]
+    training: list[str]
+    smartmoe: list[str]
+
+    @property
+    def megatron(self) -> list[str]:
+        """All flags of Megatron."""
+        return [*self.model, *self.parallel, *self.training]
+
+    @property
+    def all(self) -> list[str]:
+        """Everything, in one list."""
+        return [*self.megatron, *self.smartmoe]
+
+    def lines(self) -> list[str]:
+        """A group a line, quoted for a shell."""
+        groups = (self.model, self.parallel, self.training, self.smartmoe)
+        return [shlex.join(group) for group in groups if group]
+
+
+def megatron_flags(model: ModelSpec, spec: ParallelSpec, *, cpu: bool = False) -> PlanFlags:
+    """The flags of a plan.
+
+    Args:
+        model: what is trained.
+        spec: how it is spread.
+        cpu: for the CPU ranks of a machine without GPUs, where TransformerEngine's options do not exist.
+    """
+    return PlanFlags(
+        model=[*_shape(model), *_latent(model), *_moe(model)],
+        parallel=_parallel(model, spec),
+        training=_training(spec, cpu=cpu),
+        smartmoe=_smartmoe(model, spec),
+    )
+
+
+def _pairs(**values: Any) -> list[str]:
+    """`num_layers=4` as `--num-layers 4`; True is the flag alone; None, False and "" are left out."""
+    found: list[str] = []
+    for name, value in values.items():
+        if value is None or value is False or value == "":
+            continue
+        flag = "--" + name.replace("_", "-")
+        found.extend([flag] if value is True else [flag, f"{value:g}" if isinstance(value, float) else str(value)])
+    return found
+
+
+def _shape(model: ModelSpec) -> list[str]:
+    grouped = model.query_groups != model.heads and not model.latent
+    return _pairs(
+        num_layers=model.layers,
+        hidden_size=model.hidden,
+        ffn_hidden_size=model.ffn,
+        num_attention_heads=model.heads,
+        group_query_attention=grouped,
+        num_query_groups=model.query_groups if grouped else None,
+        kv_channels=None if model.latent else model.head_dim,
+        seq_length=model.seq_length,
+        max_position_embeddings=model.seq_length,
+        vocab_size=model.vocab,
+        position_embedding_type=model.position,
+        rotary_base=model.rope_base if model.position == "rope" else None,
+        normalization=model.norm,
+        swiglu=model.gated,
+        disable_bias_linear=not model.bias,
+        add_qkv_bias=model.qkv_bias and not model.bias,
+        qk_layernorm=model.qk_norm,
+        untie_embeddings_and_output_weights=not model.tied,
+        attention_dropout=float(model.dropout),
+        hidden_dropout=float(model.dropout),
+        mtp_num_layers=model.mtp_layers or None,
+    )
+
+
+def _latent(model: ModelSpec) -> list[str]:
+    latent = model.latent
+    if latent is None:
+        return []
+    return _pairs(
+        multi_latent_attention=True,
+        q_lora_rank=latent.q_rank or None,
+        kv_lora_rank=latent.kv_rank,
+        qk_head_dim=latent.qk_head_dim,
+        qk_pos_emb_head_dim=latent.qk_rope_dim,
+        v_head_dim=latent.v_head_dim,
+    )
+
+
+def _moe(model: ModelSpec) -> list[str]:
+    moe = model.moe
+    pattern = "".join("1" if model.has_experts(layer) else "0" for layer in range(model.layers))
+    layer_freq = None if "0" not in pattern else f"([{','.join(pattern)}])"
+    return _pairs(
+        num_experts=moe.experts,
+        moe_router_topk=moe.top_k,
+        moe_ffn_hidden_size=moe.ffn,
+        moe_shared_expert_intermediate_size=moe.shared_ffn or None,
+        moe_layer_freq=layer_freq,
+        moe_router_score_function=moe.score_function if moe.score_function != "softmax" else None,
+        moe_router_pre_softmax=moe.pre_softmax or (moe.top_k == 1 and moe.score_function == "softmax"),
+        moe_router_enable_expert_bias=moe.expert_bias,
+        moe_router_num_groups=moe.groups or None,
+        moe_router_group_topk=moe.group_top_k or None,
+        moe_router_topk_scaling_factor=moe.scaling_factor or None,
+        moe_router_load_balancing_type=moe.balancing,
+        moe_aux_loss_coeff=moe.aux_loss_coeff or None,
+        moe_expert_capacity_factor=moe.capacity_factor or None,
+        moe_router_dtype="fp32",
+        moe_token_dispatcher_type="alltoall",
+    )
+
+
+def _parallel(model: ModelSpec, spec: ParallelSpec) -> list[str]:
+    even = spec.layers_of_chunk is None
+    return _pairs(
+        tensor_model_parallel_size=spec.tp,
+        sequence_parallel=spec.tp > 1,
+        pipeline_model_parallel_size=spec.pp,
+        pipeline_model_parallel_layout=None if even else layout_text(model, spec),
+        num_virtual_stages_per_pipeline_rank=spec.vpp if even and spec.vpp > 1 else None,
+        context_parallel_size=spec.cp if spec.cp > 1 else None,
+        expert_model_parallel_size=spec.ep,
+        expert_tensor_parallel_size=spec.etp,
+        use_distributed_optimizer=spec.distributed_optimizer,
+        overlap_grad_reduce=spec.overlap_grad_reduce,
+        overlap_param_gather=spec.overlap_param_gather,
+    )
+
+
+def _training(spec: ParallelSpec, *, cpu: bool) -> list[str]:
+    grouped = spec.implementation == "transformer_engine" and not cpu
+    return [
+        *_pairs(
+            micro_batch_size=spec.micro_batch,
+            global_batch_size=spec.global_batch,
+            bf16=spec.precision == "bf16",
+            grad_reduce_in_bf16=spec.precision == "bf16" and not spec.grad_reduce_in_fp32,
+            moe_grouped_gemm=grouped,
+            moe_permute_fusion=grouped,
+        ),
+        *RECOMPUTE_FLAGS[spec.recompute],
+    ]
+
+
+def _smartmoe(model: ModelSpec, spec: ParallelSpec) -> list[str]:
+    if not (spec.homes_interval or spec.replicas != "off" or spec.overlap_degree > 1):
+        return []
+    return _pairs(
+        smartmoe=True,
+        smartmoe_experts="transformer_engine" if model.bias else None,  # the other kind has no biases
+        smartmoe_spare_slots=spec.spare_slots,
+        smartmoe_replicas=spec.replicas,
+        smartmoe_homes=None if spec.homes_interval else "off",
+        smartmoe_homes_interval=spec.homes_interval or None,
+        smartmoe_overlap_degree=spec.overlap_degree,
+    )
+
+
+def layout_text(model: ModelSpec, spec: ParallelSpec) -> str:
+    """Megatron's text of an uneven split, `Ett|ttt|...|tmL`: embedding, layers, prediction blocks, loss."""
+    sizes = spec.layers_of_chunk or ()
+    parts = ["t" * size for size in sizes]
+    parts[0] = "E" + parts[0]
+    parts[-1] += "m" * model.mtp_layers + "L"
+    return "|".join(parts)
+
+
+_SIZES = {
+    "--tensor-model-parallel-size": "tp",
+    "--pipeline-model-parallel-size": "pp",
+    "--expert-model-parallel-size": "ep",
+    "--expert-tensor-parallel-size": "etp",
+    "--context-parallel-size": "cp",
+    "--num-virtual-stages-per-pipeline-rank": "vpp",
+    "--micro-batch-size": "micro_batch",
+    "--global-batch-size": "global_batch",
+    "--smartmoe-spare-slots": "spare_slots",
+    "--smartmoe-homes-interval": "homes_interval",
+}
+_SWITCHES = {
+    "--use-distributed-optimizer": "distributed_optimizer",
+    "--overlap-grad-reduce": "overlap_grad_reduce",
+    "--overlap-param-gather": "overlap_param_gather",
+}
+
+
+def parallel_from_flags(words: Sequence[str], model: ModelSpec, gpus: int) -> ParallelSpec:
+    """The launch that a command line describes; Megatron's defaults where it says nothing.
+
+    Raises:
+        ConfigError: a size that is not a number, or a layout that Megatron would not read.
+    """
+    said = _said(words)
+    values: dict[str, Any] = {"gpus": gpus, "global_batch": model.global_batch}
+    for flag, name in _SIZES.items():
+        if flag in said:
+            values[name] = _number(flag, said[flag])
+    values.setdefault("etp", values.get("tp", 1))  # Megatron's default
+    for flag, name in _SWITCHES.items():
+        values[name] = flag in said
+    values["precision"] = "bf16" if "--bf16" in said or "--fp16" in said else "fp32"
+    values["grad_reduce_in_fp32"] = "--grad-reduce-in-bf16" not in said
+    values["recompute"] = _recompute(said)
+    values["replicas"] = cast(Replicas, " ".join(said.get("--smartmoe-replicas", [])) or "off")
+    degree = " ".join(said.get("--smartmoe-overlap-degree", [])) or "1"
+    values["overlap_degree"] = 1 if degree == "auto" else _number("--smartmoe-overlap-degree", [degree])
+    if "--transformer-impl" in said and said["--transformer-impl"] == ["local"]:
+        values["implementation"] = "local"
+    if "--pipeline-model-parallel-layout" in said:
+        values["layers_of_chunk"] = _layers_of_layout("".join(said["--pipeline-model-parallel-layout"]))
+        values["vpp"] = len(values["layers_of_chunk"]) // values.get("pp", 1)
+    if "--num-layers-per-virtual-pipeline-stage" in said:
+        each = _number("--num-layers-per-virtual-pipeline-stage", said["--num-layers-per-virtual-pipeline-stage"])
+        values["vpp"] = max(1, model.layers // values.get("pp", 1) // each)
+    if said.get("--smartmoe-homes") == ["off"] or "--smartmoe" not in said:
+        values["homes_interval"] = 0
+    else:
+        values.setdefault("homes_interval", HOMES_INTERVAL)
+    return ParallelSpec(**values)
+
+
+def _said(words: Sequence[str]) -> dict[str, list[str]]:
+    """Flag -> its values; the last of a repeated flag wins, as in argparse."""
+    said: dict[str, list[str]] = {}
+    flag = ""
+    for word in words:
+        if word.startswith("--"):
+            flag, _, value = word.partition("=")
+            said[flag] = [value] if value else []
+        elif flag:
+            said[flag].append(word)
+    return said
+
+
+def _number(flag: str, values: list[str]) -> int:
+    text = " ".join(values)
+    if not text.isdigit() or int(text) < 0:
+        raise ConfigError(flag, text, "must be a whole number", "Change it.")
+    return int(text)
+
+
+def _recompute(said: dict[str, list[str]]) -> Recompute:
+    granularity = " ".join(said.get("--recompute-granularity", []))
+    modules = said.get("--recompute-modules", [])
+    if granularity == "full":
+        return "full"
+    if granularity == "selective" and ("moe" in modules or "mlp" in modules):
+        return "moe"
+    if granularity == "selective" and ("moe_act" in modules or "layernorm" in modules):
+        return "act"
+    return "none"  # `core_attn`: fused attention keeps nothing that it would recompute
+
+
+def _layers_of_layout(text: str) -> tuple[int, ...]:
+    """Layers of each chunk of Megatron's layout text, multiplications unrolled."""
+    plain = text.replace(",", "")
+    for pattern in (r"\(([^)]+)\)\*(\d+)", r"(.)\*(\d+)"):
+        plain = re.sub(pattern, lambda match: match[1] * int(match[2]), plain)
+    if set(plain) - set("Etm|L"):
+        way_out = "For example: Ett|ttt|ttL."
+        raise ConfigError("--pipeline-model-parallel-layout", text, "may hold E, t, m, L and | only", way_out)
+    return tuple(part.count("t") for part in plain.split("|"))

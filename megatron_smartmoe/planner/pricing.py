@@ -1,0 +1,148 @@
+"""The price of one launch: memory of the fullest rank and time of a step, under every scenario of the load.
+
+Everything that several launches share is computed once: how a load falls on an expert-parallel group (`LoadModel`), one
+MoE layer at a number of tokens, one stage's buffers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from functools import lru_cache
+
+import numpy as np
+
+from megatron_smartmoe.cost.memory.budget import MemoryBudget, memory_budget
+from megatron_smartmoe.cost.memory.buffers import least_state_bytes
+from megatron_smartmoe.cost.moe_layer import LayerFlow
+from megatron_smartmoe.cost.step.constants import StepConstants, layer_constants, spec_nodes
+from megatron_smartmoe.cost.step.dense import tokens_of
+from megatron_smartmoe.cost.step.moe import MoETimes, moe_times
+from megatron_smartmoe.cost.step.step import StepTime, step_time
+from megatron_smartmoe.planner.load import Balance, LoadModel, scaled
+from megatron_smartmoe.spec.cluster import ClusterSpec
+from megatron_smartmoe.spec.model import ModelSpec
+from megatron_smartmoe.spec.parallel import ParallelSpec
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """A launch and its price.
+
+    Attributes:
+        spec: the launch.
+        time: terms of the step, the mean over scenarios by their weights.
+        scenario_s: seconds of the step under each scenario.
+        memory: bytes of the fullest rank.
+        stage: the stage that it is on.
+        hot: the busiest rank's tokens over the mean, in the worst scenario.
+    """
+
+    spec: ParallelSpec
+    time: StepTime
+    scenario_s: tuple[float, ...]
+    memory: MemoryBudget
+    stage: int
+    hot: float
+
+    @property
+    def expected_s(self) -> float:
+        """Seconds of a step, mean over scenarios."""
+        return self.time.total_s
+
+    @property
+    def worst_s(self) -> float:
+        """Seconds of a step under the worst scenario."""
+        return max(self.scenario_s)
+
+
+class Pricing:
+    """Prices launches of one model on one cluster under one load.
+
+    Args:
+        model: what is trained.
+        cluster: machines and links.
+        loads: scenarios.
+        constants: shares of the peaks that are reached.
+    """
+
+    def __init__(
+        self, model: ModelSpec, cluster: ClusterSpec, loads: LoadModel, constants: StepConstants | None = None
+    ) -> None:
+        self.model, self.cluster, self.loads = model, cluster, loads
+        self.constants = constants or StepConstants()
+        self._layers: dict[tuple[object, ...], list[list[MoETimes]]] = {}
+        self._ideal = lru_cache(maxsize=100_000)(self._ideal_layer)
+
+    def plan(self, spec: ParallelSpec) -> Plan:
+        """The whole price."""
+        hot = self.hot(spec)
+        memory, stage = memory_budget(self.model, spec, self.cluster.gpu, hot)
+        times = [step_time(self.model, spec, self.cluster, self.constants, moe) for moe in self._moe(spec)]
+        weights = [scenario.weight for scenario in self.loads.scenarios]
+        total = sum(weights)
+        mean = {
+            f.name: sum(w * getattr(time, f.name) for w, time in zip(weights, times, strict=True)) / total
+            for f in fields(StepTime)
+        }
+        return Plan(spec, StepTime(**mean), tuple(time.total_s for time in times), memory, stage, hot)
+
+    def hot(self, spec: ParallelSpec) -> float:
+        """The busiest rank's tokens over the mean, in the worst scenario."""
+        return max(fallen.hot for fallen in self.loads.fallen(self.balance(spec)))
+
+    def memory(self, spec: ParallelSpec) -> float:
+        """Bytes of the fullest rank."""
+        return memory_budget(self.model, spec, self.cluster.gpu, self.hot(spec))[0].total
+
+    def least_memory(self, spec: ParallelSpec) -> float:
+        """A lower bound: everything recomputed, a load that falls evenly, no spare slots."""
+        state = least_state_bytes(self.model, spec)
+        if state > self.cluster.gpu.memory_bytes:
+            return state
+        least = replace(spec, recompute="full", spare_slots=0, replicas="off", homes_interval=0, overlap_degree=1)
+        return memory_budget(self.model, least, self.cluster.gpu, 1.0)[0].total
+
+    def least_s(self, spec: ParallelSpec) -> float:
+        """A lower bound of the step: nothing recomputed, a load that falls evenly, all but a quarter of the all-to-all
+        hidden for nothing."""
+        moe = self._ideal(spec.ep, spec.etp, spec.tp, spec.cp, spec.micro_batch, spec.precision)
+        return step_time(self.model, spec, self.cluster, self.constants, [moe]).total_s
+
+    def balance(self, spec: ParallelSpec) -> Balance:
+        """What of the launch decides how a load falls."""
+        nodes = spec_nodes(self.cluster, spec.ep * spec.etp)
+        slots = spec.spare_slots if spec.replicas != "off" else 0
+        return Balance(spec.ep, nodes, slots, spec.homes_interval > 0)
+
+    def _moe(self, spec: ParallelSpec) -> list[list[MoETimes]]:
+        """One MoE layer per part of the model, for each scenario."""
+        key = (self.balance(spec), spec.etp, spec.tp, spec.cp, spec.micro_batch, spec.overlap_degree, spec.precision)
+        if key not in self._layers:
+            tokens = self._assignments(spec)
+            layer = layer_constants(self.cluster, self.model, spec, self.constants)
+            self._layers[key] = [
+                [
+                    moe_times([scaled(flow, tokens)], layer, self.model, spec, self.cluster, self.constants)
+                    for flow in fallen.flows
+                ]
+                for fallen in self.loads.fallen(self.balance(spec))
+            ]
+        return self._layers[key]
+
+    def _assignments(self, spec: ParallelSpec) -> float:
+        """Assignments of one rank and micro-batch."""
+        return tokens_of(self.model, spec) / spec.tp * self.model.moe.top_k
+
+    def _ideal_layer(self, ep: int, etp: int, tp: int, cp: int, micro_batch: int, precision: str) -> MoETimes:
+        """A layer whose load falls evenly, its all-to-all cut into four for free."""
+        spec = ParallelSpec(gpus=1, tp=tp, ep=ep, etp=etp, cp=cp, micro_batch=micro_batch)
+        if precision == "fp32":
+            spec = replace(spec, precision="fp32")
+        experts, tokens = self.model.moe.experts, self._assignments(spec)
+        counts_RE = np.full((ep, experts), tokens / experts)
+        slots_RS = np.arange(experts).reshape(ep, -1)
+        flow = LayerFlow.equal_split(counts_RE, slots_RS, num_nodes=spec_nodes(self.cluster, ep * etp))
+        layer = layer_constants(self.cluster, self.model, spec, self.constants)
+        cut = replace(spec, overlap_degree=4) if ep > 1 else spec
+        times = moe_times([flow], layer, self.model, cut, self.cluster, self.constants)
+        return replace(times, cuts_s=0.0, replicas_s=0.0)

@@ -1,0 +1,78 @@
+"""Loads: what scenarios say, and what balancing makes of them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from megatron_smartmoe.errors import ConfigError
+from megatron_smartmoe.planner.load import (
+    Balance,
+    LoadModel,
+    scaled,
+    scenarios_from_model,
+    scenarios_from_skew,
+    scenarios_from_trace,
+    zipf,
+)
+from megatron_smartmoe.spec.synthetic import SyntheticSpec, synthetic_trace
+from tests.unit.planner.cases import SMALL
+
+
+def test_skew_is_the_hottest_experts_load_over_the_mean() -> None:
+    expected, worst = scenarios_from_skew(SMALL, 3.0, "x")
+    np.testing.assert_allclose(expected.share_PE.max(axis=1) * 16, 3.0, rtol=1e-6)
+    np.testing.assert_allclose(worst.share_PE.max(axis=1) * 16, 5.0, rtol=1e-6)
+    np.testing.assert_allclose(expected.share_PE.sum(axis=1), 1.0)
+
+
+def test_zipf_of_an_even_share_is_even() -> None:
+    np.testing.assert_allclose(zipf(16, 1 / 16), 1 / 16)
+
+
+@pytest.mark.parametrize("skew", [0.5, 8.1])
+def test_impossible_skew_is_refused(skew: float) -> None:
+    with pytest.raises(ConfigError, match=r"--skew = .*must be between 1 and 8"):
+        scenarios_from_skew(SMALL, skew, "x")
+
+
+def test_a_trace_must_have_the_models_experts() -> None:
+    trace = synthetic_trace(SyntheticSpec(kind="uniform", num_experts=32, num_records=4))
+    with pytest.raises(ConfigError, match="has 32 experts, the model 16"):
+        scenarios_from_trace(SMALL, trace)
+
+
+def test_a_traces_worst_record_is_worse() -> None:
+    spec = SyntheticSpec(kind="burst", num_experts=16, num_records=40, skew=0.5, num_layers=6)
+    median, worst = scenarios_from_trace(SMALL, synthetic_trace(spec))
+    assert worst.share_PE.max() > median.share_PE.max()
+    assert median.share_PE.shape == (4, 16)
+
+
+def test_balancing_lowers_the_busiest_rank_and_loses_no_token() -> None:
+    loads = LoadModel(scenarios_from_skew(SMALL, 5.0, "x"))
+    plain = loads.fallen(Balance(8, 2, 0, False))[0]
+    homes = loads.fallen(Balance(8, 2, 0, True))[0]
+    copies = loads.fallen(Balance(8, 2, 1, True))[0]
+    assert plain.hot >= homes.hot > copies.hot
+    assert copies.hot < 1.2
+    for fallen in (plain, homes, copies):
+        for flow in fallen.flows:
+            assert flow.load_ER.sum() == pytest.approx(8)  # a unit per rank
+            np.testing.assert_allclose(flow.traffic_RR.sum(axis=1), 1.0)
+            np.testing.assert_allclose(flow.traffic_RR.sum(axis=0), flow.load_ER.sum(axis=0))
+
+
+def test_scaled_keeps_copies() -> None:
+    flow = LoadModel(scenarios_from_skew(SMALL, 5.0, "x")).fallen(Balance(8, 2, 1, True))[0].flows[0]
+    big = scaled(flow, 1000.0)
+    np.testing.assert_allclose(big.load_ER, flow.load_ER * 1000)
+    assert big.copies_RR is flow.copies_RR
+
+
+def test_what_is_assumed_depends_on_the_router() -> None:
+    assert "a balanced router" in scenarios_from_model(SMALL)[0].name
+    free = replace(SMALL, moe=replace(SMALL.moe, balancing="none"))
+    assert scenarios_from_model(free)[0].share_PE.max() > scenarios_from_model(SMALL)[0].share_PE.max()

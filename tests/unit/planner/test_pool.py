@@ -1,0 +1,72 @@
+"""The pool: every switchable setting priced, saved, read back; a switch needs a margin and a pause."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from megatron_smartmoe.errors import ConfigError
+from megatron_smartmoe.planner.pool import Pool, Setting, choose, make_pool
+from megatron_smartmoe.planner.space import SpaceOptions
+from megatron_smartmoe.spec.parallel import ParallelSpec
+from tests.unit.planner.cases import pricing
+
+SPEC = ParallelSpec(
+    gpus=8, ep=4, pp=2, global_batch=64, spare_slots=1, replicas="history", homes_interval=100, micro_batch=2
+)
+OFF = Setting(homes_interval=0, spare_slots=0, replicas="off", overlap_degree=1)
+ON = replace(OFF, spare_slots=1, replicas="history")
+
+
+@pytest.fixture(scope="module")
+def pool() -> Pool:
+    prices = pricing(5.0)
+    return make_pool(prices.plan(SPEC), prices, SpaceOptions())
+
+
+def test_it_holds_every_setting_once_fastest_first(pool: Pool) -> None:
+    settings = [entry.setting for entry in pool.entries]
+    assert len(set(settings)) == len(settings) == 2 * 3 * 3  # intervals x (off, history, exact) x degrees
+    seconds = [entry.expected_s for entry in pool.entries]
+    assert seconds == sorted(seconds)
+
+
+def test_the_plans_own_setting_has_the_plans_price(pool: Pool) -> None:
+    own = Setting(homes_interval=100, spare_slots=1, replicas="history", overlap_degree=1)
+    price = next(entry.expected_s for entry in pool.entries if entry.setting == own)
+    assert price == pytest.approx(pricing(5.0).plan(SPEC).expected_s)
+
+
+def test_it_reads_back_what_it_saved(pool: Pool, tmp_path: Path) -> None:
+    pool.save(tmp_path / "pool.json")
+    assert Pool.from_json(json.loads((tmp_path / "pool.json").read_text())) == pool
+
+
+def test_another_version_is_refused(pool: Pool) -> None:
+    with pytest.raises(ConfigError, match="only version 1 is known"):
+        Pool.from_json({**pool.to_json(), "version": 2})
+
+
+def test_it_switches_for_more_than_the_margin() -> None:
+    switch = choose(OFF, {OFF: 1.0, ON: 0.9}, measured_s=1.1, since_switch=50)
+    assert switch.switched
+    assert switch.setting == ON
+    assert switch.why == "homes0-K0-off-ov1 takes 1.100 s, homes0-K1-history-ov1 should take 0.990 s (10.0%)"
+
+
+@pytest.mark.parametrize(
+    ("other_s", "since", "why"),
+    [
+        (0.99, 50, "wins 1.0%, below 2%"),
+        (0.5, 3, "3 iterations since the last switch, too few"),
+        (1.2, 50, "wins 0.0%"),
+    ],
+)
+def test_it_stays(other_s: float, since: int, why: str) -> None:
+    switch = choose(OFF, {OFF: 1.0, ON: other_s}, measured_s=1.0, since_switch=since)
+    assert not switch.switched
+    assert switch.setting == OFF
+    assert why in switch.why

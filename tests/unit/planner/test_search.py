@@ -1,0 +1,93 @@
+"""The search finds what pricing the whole space finds, and every point that it leaves out has a reason."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from megatron_smartmoe.errors import ConfigError
+from megatron_smartmoe.planner.search import RECOMPUTE, SearchResult, search
+from megatron_smartmoe.planner.space import Rejected, SpaceOptions, shapes
+from megatron_smartmoe.spec.parallel import violation
+from tests.unit.planner.cases import CLUSTER, SMALL, pricing
+
+SPACE = SpaceOptions(micro_batches=(1, 2), spare_slots=(0, 1), overlap_degrees=(1, 2), max_virtual=2)
+
+
+@pytest.fixture(scope="module")
+def result() -> SearchResult:
+    return search(pricing(), 8, SPACE, limit=3)
+
+
+def test_the_best_are_those_of_the_whole_space(result: SearchResult) -> None:
+    """Priced without any bound: every shape, slot, degree and recomputation that fits."""
+    prices = pricing()
+    seconds = []
+    for shape in shapes(SMALL, CLUSTER, 8, SPACE):
+        if isinstance(shape, Rejected):
+            continue
+        best = float("inf")
+        for slots in (0, 1) if shape.ep > 1 else (0,):
+            for degree in (1, 2) if shape.ep > 1 else (1,):
+                for mode in RECOMPUTE:
+                    spec = replace(
+                        shape,
+                        spare_slots=slots,
+                        replicas="history" if slots else "off",
+                        overlap_degree=degree,
+                        recompute=mode,
+                    )
+                    plan = prices.plan(spec)
+                    if plan.memory.total <= CLUSTER.gpu.memory_bytes:
+                        best = min(best, plan.expected_s)
+        seconds.append(best)
+    assert [plan.expected_s for plan in result.best] == pytest.approx(sorted(seconds)[:3])
+
+
+def test_every_point_is_accounted_for(result: SearchResult) -> None:
+    assert len(result.best) + len(result.rejected) == result.shapes
+    assert all(rejected.reason for rejected in result.rejected)
+
+
+def test_bounds_are_bounds() -> None:
+    prices = pricing()
+    for plan in search(prices, 8, SPACE, limit=20).best:
+        shape = replace(plan.spec, spare_slots=0, replicas="off", overlap_degree=1, recompute="none")
+        assert prices.least_s(shape) <= plan.expected_s * (1 + 1e-12)
+        assert prices.least_memory(shape) <= plan.memory.total
+
+
+def test_terms_add_up_and_scenarios_average(result: SearchResult) -> None:
+    weights = (0.8, 0.2)
+    for plan in result.best:
+        assert sum(seconds for _, seconds in plan.time.terms()) == pytest.approx(plan.expected_s)
+        mean = sum(w * s for w, s in zip(weights, plan.scenario_s, strict=True))
+        assert mean == pytest.approx(plan.expected_s)
+        assert sum(size for _, size in plan.memory.parts()) == pytest.approx(plan.memory.total)
+
+
+def test_no_plan_breaks_a_rule_or_the_memory(result: SearchResult) -> None:
+    for plan in [*result.best, *result.pareto]:
+        assert violation(SMALL, plan.spec) is None
+        assert plan.memory.total <= CLUSTER.gpu.memory_bytes
+
+
+def test_pareto_trades_time_for_memory(result: SearchResult) -> None:
+    sizes = [plan.memory.total for plan in result.pareto]
+    assert sizes == sorted(sizes, reverse=True)
+    assert result.pareto[0].expected_s == result.best[0].expected_s
+
+
+def test_replicas_pay_under_skew_only() -> None:
+    assert (
+        search(pricing(5.0), 8, SPACE).best[0].expected_s
+        < search(pricing(5.0), 8, replace(SPACE, spare_slots=(0,))).best[0].expected_s
+    )
+    assert search(pricing(1.0), 8, SPACE).best[0].spec.spare_slots == 0
+
+
+def test_nothing_fits_says_how_far() -> None:
+    tiny = replace(CLUSTER, gpu=replace(CLUSTER.gpu, memory_bytes=4e9))
+    with pytest.raises(ConfigError, match=r"no launch fits: the smallest needs .* GB per GPU, there are 4.0 GB"):
+        search(pricing(cluster=tiny), 8, SPACE)
