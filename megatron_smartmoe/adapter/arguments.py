@@ -14,6 +14,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from megatron_smartmoe.adapter.replica_arguments import add_replica_arguments
 from megatron_smartmoe.errors import ConfigError
 
 DEVICES = ("auto", "cpu", "cuda")
@@ -61,6 +62,14 @@ def add_smartmoe_arguments(parser: argparse.ArgumentParser) -> argparse.Argument
         help="With --smartmoe. grouped_mm: torch's grouped GEMM. transformer_engine: its grouped linear layers.",
     )
     group.add_argument(
+        "--smartmoe-overlap-degree",
+        metavar="D",
+        default="1",
+        help="With --smartmoe and expert parallelism: cut dispatch and combine into D groups of ranks; the rows of one "
+        "group travel while the experts compute another's. From 1, which cuts nothing, to the number of "
+        "expert-parallel ranks. auto: chosen by predicted time. Default: 1.",
+    )
+    group.add_argument(
         "--smartmoe-record-trace",
         metavar="FILE",
         default=None,
@@ -74,6 +83,7 @@ def add_smartmoe_arguments(parser: argparse.ArgumentParser) -> argparse.Argument
         help="BENCHMARKS ONLY: ignore what the routers choose and route as this trace says. Nothing useful is learned.",
     )
     _add_homes_arguments(group)
+    add_replica_arguments(group)
     return parser
 
 

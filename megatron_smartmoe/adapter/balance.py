@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from argparse import Namespace
 from collections.abc import Callable
@@ -19,14 +18,11 @@ from megatron.training import get_args
 from megatron_smartmoe.adapter.checkpoint_check import saved_placement
 from megatron_smartmoe.adapter.decision_log import DecisionLog
 from megatron_smartmoe.adapter.install import after, rebind
-from megatron_smartmoe.adapter.machine import expert_shape, machine, nodes_of_group, state_bytes
 from megatron_smartmoe.adapter.mover import ExpertMover, home_slots_of, with_home_slots
+from megatron_smartmoe.adapter.prices import online_options, online_setting
 from megatron_smartmoe.adapter.routers import count_tokens, moe_layers
-from megatron_smartmoe.cost.moe_layer import LINK_EFFICIENCY, constants_of
-from megatron_smartmoe.placement.online import HomesPlanner, OnlineOptions
-from megatron_smartmoe.placement.policy import PolicyOptions
-from megatron_smartmoe.placement.replicas import ReplicaOptions
-from megatron_smartmoe.placement.simulate.run import Setting, layer_seconds
+from megatron_smartmoe.placement.online import HomesPlanner
+from megatron_smartmoe.placement.simulate.run import layer_seconds
 from megatron_smartmoe.runtime.controller import Controller, ControllerOptions
 from megatron_smartmoe.runtime.counts import CountsShape, ExpertCounts, IntervalCounts
 from megatron_smartmoe.spec.placement import Placement
@@ -78,11 +74,16 @@ class Balancer:
         )
         self._controller = Controller(
             _controller_options(options, windows),
-            _planner(options, len(numbers), num_ranks, windows),
+            _planner(options, len(numbers), windows),
             IntervalCounts(counts, shape),
             mover,
             DecisionLog(self._run_dir, dry=options.smartmoe_homes == "dry"),
-            Placement.contiguous(num_layers=len(numbers), num_experts=options.num_experts, num_ranks=num_ranks),
+            Placement.contiguous(
+                num_layers=len(numbers),
+                num_experts=options.num_experts,
+                num_ranks=num_ranks,
+                spare_slots=options.smartmoe_spare_slots,
+            ),
         )
         self._restore(options, mover)
 
@@ -127,8 +128,14 @@ class Balancer:
             if controller is None:
                 return save_checkpoint(*args, **kwargs)
             options.smartmoe_placement = controller.placement.to_json()
-            with controller.at_home() if saves_slots(options) else contextlib.nullcontext():
+            if not saves_slots(options):
                 return save_checkpoint(*args, **kwargs)
+            with controller.at_home() as at_home:
+                result = save_checkpoint(*args, **kwargs)
+            if at_home.wire_bytes and options.rank == 0:
+                moved = f"{at_home.wire_bytes / MIB:.1f} MiB in {at_home.seconds:.2f} s"
+                print(f" smartmoe: checkpoint | experts moved home and back: {moved} |", flush=True)
+            return result
 
         return save
 
@@ -164,28 +171,7 @@ def _controller_options(options: Namespace, windows: int) -> ControllerOptions:
     )
 
 
-def _planner(options: Namespace, num_layers: int, num_ranks: int, windows: int) -> HomesPlanner:
+def _planner(options: Namespace, num_layers: int, windows: int) -> HomesPlanner:
     """The planner with this machine's prices."""
-    cluster, num_nodes, shape = machine(options), nodes_of_group(num_ranks), expert_shape(options)
-    link = cluster.intra_node if num_nodes == 1 else cluster.inter_node
-    setting = Setting(
-        num_ranks=num_ranks,
-        num_nodes=num_nodes,
-        constants=constants_of(cluster, shape),
-        state_bytes=state_bytes(options),
-    )
-    online = OnlineOptions(
-        homes_interval=1,  # the controller asks once an interval
-        replicas="history",
-        micro_batches=get_num_microbatches(),
-        state_bytes=setting.state_bytes,
-        migration_bytes_s=link.bandwidth_bytes_s * LINK_EFFICIENCY,
-        replica=ReplicaOptions(num_nodes=num_nodes),
-        policy=PolicyOptions(
-            horizon_iterations=options.smartmoe_homes_horizon,
-            margin=options.smartmoe_homes_margin,
-            rest_iterations=options.smartmoe_homes_interval,
-        ),
-        review_records=windows,
-    )
-    return HomesPlanner(num_layers, options.num_experts, online, layer_seconds(setting))
+    online = online_options(options, review_records=windows)
+    return HomesPlanner(num_layers, options.num_experts, online, layer_seconds(online_setting(options)))

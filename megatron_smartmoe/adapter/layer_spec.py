@@ -1,7 +1,8 @@
 """The layer spec: Megatron's own, with a few modules replaced.
 
 `--smartmoe` puts `SmartMoELayer` in the place of Megatron's MoE layer, with `SlottedExperts` unless TransformerEngine's
-are asked for. Two modules are replaced where TransformerEngine is not used.
+are asked for; where its all-to-alls are cut it is an `OverlappedMoELayer`. Two modules are replaced where
+TransformerEngine is not used.
 
 `--transformer-impl transformer_engine` gets Megatron's TransformerEngine spec as it is. `--transformer-impl local`
 gets Megatron's local spec with `TorchNorm` (so that MoE runs under tensor parallelism) and `SDPAttention` (so that
@@ -29,7 +30,9 @@ from megatron.training.models.gpt import GPTModelConfig, default_layer_spec
 from megatron_smartmoe.adapter.attention import SDPAttention
 from megatron_smartmoe.adapter.moe.experts import SlottedExperts
 from megatron_smartmoe.adapter.moe.layer import SmartMoELayer
+from megatron_smartmoe.adapter.moe.overlap import OverlappedMoELayer
 from megatron_smartmoe.adapter.norm import TorchNorm
+from megatron_smartmoe.adapter.overlap_degree import OverlapDegree
 from megatron_smartmoe.errors import CompatError
 
 Spec = ModuleSpec | TransformerBlockSubmodules
@@ -39,7 +42,8 @@ def spec_for(args: Namespace) -> Callable[..., Spec]:
     """The spec that the flags ask for."""
     if not args.smartmoe:
         return layer_spec
-    return partial(smartmoe_layer_spec, slotted=args.smartmoe_experts == "grouped_mm")
+    slotted = args.smartmoe_experts == "grouped_mm"
+    return partial(smartmoe_layer_spec, slotted=slotted, overlap_degree=OverlapDegree(args))
 
 
 def layer_spec(config: GPTModelConfig, vp_stage: int | None = None) -> Spec:
@@ -63,19 +67,31 @@ def layer_spec(config: GPTModelConfig, vp_stage: int | None = None) -> Spec:
     )
 
 
-def smartmoe_layer_spec(config: GPTModelConfig, vp_stage: int | None = None, *, slotted: bool = True) -> Spec:
-    """`layer_spec` with this project's MoE layer; `slotted` is False for TransformerEngine's experts.
+def smartmoe_layer_spec(
+    config: GPTModelConfig,
+    vp_stage: int | None = None,
+    *,
+    slotted: bool = True,
+    overlap_degree: Callable[[], int] = lambda: 1,
+) -> Spec:
+    """`layer_spec` with this project's MoE layer.
+
+    Args:
+        config: of the model.
+        vp_stage: of the virtual pipeline.
+        slotted: False for TransformerEngine's experts.
+        overlap_degree: says into how many pieces each all-to-all is cut; asked when the process groups exist.
 
     Raises:
         CompatError: the spec's MoE layers are not built as in the Megatron that this project knows.
     """
-    spec = layer_spec(config, vp_stage)
+    spec, degree = layer_spec(config, vp_stage), overlap_degree()
     if isinstance(spec, TransformerBlockSubmodules):
-        return replace(spec, layer_specs=[_with_smart_moe(one, slotted) for one in spec.layer_specs])
-    return _with_smart_moe(spec, slotted)
+        return replace(spec, layer_specs=[_with_smart_moe(one, slotted, degree) for one in spec.layer_specs])
+    return _with_smart_moe(spec, slotted, degree)
 
 
-def _with_smart_moe(spec: ModuleSpec, slotted: bool) -> ModuleSpec:
+def _with_smart_moe(spec: ModuleSpec, slotted: bool, overlap_degree: int) -> ModuleSpec:
     """A copy of one layer's spec with its MoE layer, if it has one, replaced."""
     mlp = spec.submodules.mlp
     if isinstance(mlp, ModuleSpec):
@@ -85,7 +101,8 @@ def _with_smart_moe(spec: ModuleSpec, slotted: bool) -> ModuleSpec:
     submodules = mlp.keywords["submodules"]
     if slotted:
         submodules = replace(submodules, experts=SlottedExperts)
-    return replace(spec, submodules=replace(spec.submodules, mlp=partial(SmartMoELayer, submodules=submodules)))
+    layer = SmartMoELayer if overlap_degree == 1 else partial(OverlappedMoELayer, overlap_degree=overlap_degree)
+    return replace(spec, submodules=replace(spec.submodules, mlp=partial(layer, submodules=submodules)))
 
 
 def _with_torch_modules(spec: ModuleSpec, use_sdpa: bool) -> ModuleSpec:

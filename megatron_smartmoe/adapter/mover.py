@@ -16,7 +16,7 @@ from megatron_smartmoe.errors import MigrationError
 from megatron_smartmoe.placement.migration import MigrationStep, plan_migration
 from megatron_smartmoe.runtime.controller import Moved
 from megatron_smartmoe.runtime.exchange import CommitUnknownError, ExpertExchange, MigrationReport
-from megatron_smartmoe.spec.placement import IntArray, Placement
+from megatron_smartmoe.spec.placement import EMPTY, IntArray, Placement
 
 
 def home_slots_of(placement: Placement) -> IntArray:
@@ -26,10 +26,11 @@ def home_slots_of(placement: Placement) -> IntArray:
 
 
 def with_home_slots(placement: Placement, slot_LE: IntArray) -> Placement:
-    """The placement with other homes and the same replicas."""
+    """The placement with other homes, and without replicas: those are planned anew before the next iteration."""
     slots_LRS = placement.slots_LRS.copy()
     homes_LE = np.argsort(slot_LE, axis=1)
     slots_LRS[:, :, : placement.home_slots] = homes_LE.reshape(len(slot_LE), placement.num_ranks, -1)
+    slots_LRS[:, :, placement.home_slots :] = EMPTY
     return replace(placement, slots_LRS=slots_LRS)
 
 
@@ -74,7 +75,7 @@ class ExpertMover:
             raise
         except MigrationError as error:
             failure = str(error)
-        return self._agreed(before, slot_LE, report, failure)
+        return self._agreed(before, after, slot_LE, report, failure)
 
     def _execute(self, slot_LE: IntArray, wanted_LE: IntArray) -> MigrationReport:
         """Move this stage's experts, step by step; `slot_LE` follows what was committed."""
@@ -95,7 +96,9 @@ class ExpertMover:
 
         return self._exchange.execute(plan, states, on_commit)
 
-    def _agreed(self, before: Placement, slot_LE: IntArray, report: MigrationReport, failure: str | None) -> Moved:
+    def _agreed(
+        self, before: Placement, after: Placement, slot_LE: IntArray, report: MigrationReport, failure: str | None
+    ) -> Moved:
         """What all stages together have done: a stage that failed has kept its old homes, or some of them."""
         table_LE = torch.full(slot_LE.shape, -1, dtype=torch.int64)
         rows = sorted(self._layers)
@@ -107,8 +110,10 @@ class ExpertMover:
         sent_bytes, failures = totals.tolist()
         if failures and failure is None:
             failure = f"{failures} other ranks could not move their experts; what they say is in their logs"
+        reached_LE = table_LE.cpu().numpy()
+        arrived = np.array_equal(reached_LE, home_slots_of(after))
         return Moved(
-            placement=with_home_slots(before, table_LE.cpu().numpy()),
+            placement=after if arrived else with_home_slots(before, reached_LE),
             wire_bytes=sent_bytes,
             seconds=report.seconds,
             failure=failure,

@@ -135,6 +135,8 @@ def listen(args: Namespace, recorder: Recorder) -> TraceRecorder | None:
     """Hook everything that the flags ask for into Megatron's loop; returns the trace's recorder, if there is one."""
     from megatron_smartmoe.adapter.balance import Balancer
     from megatron_smartmoe.adapter.replay import RoutingReplay
+    from megatron_smartmoe.adapter.replica_arguments import replicas_mode
+    from megatron_smartmoe.adapter.replica_loop import ReplicaLoop
     from megatron_smartmoe.adapter.trace_recorder import TraceRecorder
 
     if args.smartmoe_replay_trace is not None:  # first: the others count what it forces
@@ -142,6 +144,8 @@ def listen(args: Namespace, recorder: Recorder) -> TraceRecorder | None:
     recorder.listen()
     if args.smartmoe and args.smartmoe_homes != "off" and args.expert_model_parallel_size > 1:
         Balancer(recorder.run_dir).listen()
+    if args.smartmoe and replicas_mode(args) != "off":
+        ReplicaLoop(recorder.run_dir).listen()
     if args.smartmoe_record_trace is None:
         return None
     trace_recorder = TraceRecorder(Path(args.smartmoe_record_trace))

@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 
 from megatron_smartmoe.adapter.arguments import attribute, has_transformer_engine
+from megatron_smartmoe.adapter.overlap_checks import check_overlap
+from megatron_smartmoe.adapter.replica_checks import check_replicas
 from megatron_smartmoe.errors import ConfigError
 from megatron_smartmoe.spec.cluster import load_cluster_spec
 from megatron_smartmoe.spec.trace import load_trace
@@ -45,6 +47,8 @@ def check_smartmoe(args: argparse.Namespace, *, cpu: bool) -> None:
             _needs_experts(args, flag, getattr(args, attribute(flag)))
     _check_record(args)
     _check_replay(args)
+    check_replicas(args)
+    check_overlap(args)
     if not args.smartmoe:
         if args.smartmoe_experts != "grouped_mm":
             raise ConfigError("--smartmoe-experts", args.smartmoe_experts, "needs --smartmoe", "Add --smartmoe.")

@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from megatron_smartmoe.cli.plan_table import as_json, as_table, breakdown, rejections
+from megatron_smartmoe.cli.plan_table import as_table, breakdown, rejections
 from megatron_smartmoe.errors import ConfigError
 from megatron_smartmoe.planner.alternatives import alternatives
 from megatron_smartmoe.planner.explain import explain, why
@@ -27,6 +27,7 @@ from megatron_smartmoe.planner.load import (
     scenarios_from_skew,
     scenarios_from_trace,
 )
+from megatron_smartmoe.planner.plan_json import as_json
 from megatron_smartmoe.planner.pool import make_pool
 from megatron_smartmoe.planner.pricing import Pricing
 from megatron_smartmoe.planner.search import SearchResult, search

@@ -1,16 +1,13 @@
-"""What `smartmoe plan` prints and writes."""
+"""What `smartmoe plan` prints."""
 
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
 
 from megatron_smartmoe.planner.explain import GB, memory_lines, time_lines
-from megatron_smartmoe.planner.flags import PlanFlags
-from megatron_smartmoe.planner.pool import Pool
+from megatron_smartmoe.planner.plan_json import mfu
 from megatron_smartmoe.planner.pricing import Plan, Pricing
 from megatron_smartmoe.planner.search import SearchResult
-from megatron_smartmoe.spec.parallel import ParallelSpec
 
 REASONS = 8  # kinds of rejection that are printed
 
@@ -36,27 +33,6 @@ def _row(number: int, plan: Plan, pricing: Pricing) -> str:
     text = f"{number:3} {plan.spec.label():<40} {total_s:8.3f} {plan.worst_s:8.3f} {tokens:9.0f} "
     text += f"{mfu(plan, pricing):6.1%} {plan.memory.total / GB:6.1f} "
     return text + " ".join(f"{value:7.3f}" for value in (dense, experts, exchange, tensor, time.bubble_s, rest))
-
-
-def mfu(plan: Plan, pricing: Pricing) -> float:
-    """Share of the peak that the model's own arithmetic takes: 6 per active weight and token, and attention."""
-    model = pricing.model
-    matrices = 3 if model.gated else 2
-    attention = model.hidden * (model.query_size + model.value_size + 2 * model.query_groups * model.head_dim)
-    if model.latent:
-        latent = model.latent
-        attention = model.hidden * (latent.q_rank + latent.kv_rank + latent.qk_rope_dim + model.value_size)
-        attention += (latent.q_rank or model.hidden) * model.query_size
-        attention += latent.kv_rank * model.heads * (latent.qk_head_dim + latent.v_head_dim)
-    blocks = model.layers + model.mtp_layers
-    active = blocks * attention + model.num_moe_layers * matrices * model.hidden * (
-        model.moe.top_k * model.moe.ffn + model.moe.shared_ffn
-    )
-    active += (blocks - model.num_moe_layers) * matrices * model.hidden * model.ffn
-    active += (1 + model.mtp_layers) * model.vocab * model.hidden
-    scores = blocks * model.seq_length * (model.query_size + model.value_size) / 2  # causal
-    flops = 6.0 * (active + scores) * model.tokens_per_step
-    return float(flops / (plan.expected_s * plan.spec.gpus * pricing.cluster.gpu.peak_flops))
 
 
 def breakdown(plan: Plan, pricing: Pricing) -> str:
@@ -87,46 +63,3 @@ def _kind(reason: str) -> str:
     if reason.startswith("needs"):
         return "too big"
     return "breaks a rule: " + reason.split(" = ")[0].split(" does not")[0].rstrip("0123456789 ")
-
-
-def as_json(
-    result: SearchResult, pricing: Pricing, flags: list[PlanFlags], pool: Pool | None, question: dict[str, Any]
-) -> dict[str, Any]:
-    """Everything, for programs."""
-    return {
-        "version": 1,
-        "question": question,
-        "best": [plan_json(plan, pricing, one) for plan, one in zip(result.best, flags, strict=True)],
-        "pareto": [
-            {"launch": p.spec.label(), "expected_s": p.expected_s, "memory_bytes": p.memory.total}
-            for p in result.pareto
-        ],
-        "rejected": [{"launch": r.spec.label(), **_sizes(r.spec), "reason": r.reason} for r in result.rejected],
-        "pool": pool.to_json() if pool else None,
-        "shapes": result.shapes,
-        "priced": result.priced,
-        "seconds": result.seconds,
-    }
-
-
-def _sizes(spec: ParallelSpec) -> dict[str, int]:
-    return {name: getattr(spec, name) for name in ("tp", "pp", "vpp", "ep", "etp", "cp", "micro_batch")}
-
-
-def plan_json(plan: Plan, pricing: Pricing, flags: PlanFlags) -> dict[str, Any]:
-    """One plan."""
-    names = [scenario.name for scenario in pricing.loads.scenarios]
-    return {
-        "launch": plan.spec.label(),
-        "spec": plan.spec.to_json(),
-        "expected_s": plan.expected_s,
-        "worst_s": plan.worst_s,
-        "scenario_s": dict(zip(names, plan.scenario_s, strict=True)),
-        "time_s": dict(plan.time.terms()),
-        "memory_bytes": {"sum": plan.memory.total, **dict(plan.memory.parts())},
-        "stage": plan.stage,
-        "hot": plan.hot,
-        "tokens_per_s_per_gpu": pricing.model.tokens_per_step / plan.expected_s / plan.spec.gpus,
-        "mfu": mfu(plan, pricing),
-        "flags": {"megatron": flags.megatron, "smartmoe": flags.smartmoe},
-    }

@@ -208,6 +208,12 @@ def layer_counts(flow: LayerFlow, half_rate_tokens: float) -> tuple[BusiestRank,
     )
 
 
+def copy_tokens(constants: LayerConstants, *, between_nodes: bool) -> float:
+    """Tokens of the busiest rank that take as long as a replica's way there and back."""
+    copy_s = constants.inter_copy_s if between_nodes else constants.intra_copy_s
+    return copy_s / (constants.token_s + constants.intra_token_s)
+
+
 def constants_of(cluster: ClusterSpec, expert: ExpertShape, *, shared_network_card: bool = False) -> LayerConstants:
     """Constants from datasheets: what to expect before anything is measured.
 

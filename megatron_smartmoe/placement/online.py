@@ -1,9 +1,9 @@
 """The planners that training and the simulator share: what the slow and the medium loop decide, from history.
 
 `HomesPlanner` sees the counts of all ranks: homes are the same in every expert-parallel group, because the optimizer
-state of an expert is shared by the groups. `ReplicaPlanner` sees one group's counts and micro-batches: copies live
-and die within an iteration, so every group may have its own. Both are functions of what they observed; neither knows
-a clock, a process group or a device.
+state of an expert is shared by the groups. `online_replicas.ReplicaPlanner` sees one group's counts and micro-batches:
+copies live and die within an iteration, so every group may have its own. Both are functions of what they observed;
+neither knows a clock, a process group or a device.
 """
 
 from __future__ import annotations
@@ -21,9 +21,7 @@ from megatron_smartmoe.placement.policy import Policy, PolicyOptions
 from megatron_smartmoe.placement.replicas import ReplicaOptions, plan_replicas, search_space
 from megatron_smartmoe.placement.review import LayerSeconds, MoveReview
 from megatron_smartmoe.placement.search import improve
-from megatron_smartmoe.placement.split import binding_cuts, split_graph
-from megatron_smartmoe.placement.types import FloatArray
-from megatron_smartmoe.spec.placement import BoolArray, IntArray, Placement, hosts_of
+from megatron_smartmoe.spec.placement import IntArray, Placement
 
 ReplicaMode = Literal["history", "exact", "auto"]
 
@@ -61,71 +59,27 @@ class OnlineOptions:
     review_records: int = 8
 
 
-class ReplicaPlanner:
-    """The medium loop of one expert-parallel group.
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LayerLook:
+    """What the homes loop found for one layer.
 
-    Args:
-        placement: where things are; its homes are kept.
-        group: number of the group, for the log.
-        options: see OnlineOptions.
+    Attributes:
+        layer: its row in the placement.
+        slots_RS: with better homes, or as they are.
+        gain_s: seconds per iteration that they save.
+        cost_s: one-time seconds of moving there.
+        experts: that would move to another rank.
     """
 
-    def __init__(self, placement: Placement, group: int, options: OnlineOptions) -> None:
-        self.placement, self.group, self.options = placement, group, options
-        remembered = options.history or HistoryOptions.for_ranks(placement.num_ranks)
-        self.history = History(placement.num_layers, placement.num_experts, remembered)
+    layer: int
+    slots_RS: IntArray
+    gain_s: float
+    cost_s: float
+    experts: int
 
-    def observe(self, counts_LME: IntArray) -> FloatArray:
-        """Take in what this group routed in one iteration; returns the forecast's error per layer."""
-        return self.history.update(counts_LME)
-
-    def exact_slots(self, layer: int, load_E: IntArray) -> IntArray | None:
-        """Slots with copies for these very tokens of one micro-batch, or None when the present copies are to serve.
-
-        With `auto` they serve when they are good enough, and when copies planned anew would be no better.
-        """
-        slots_RS, home_slots, options = self.placement.slots_LRS[layer], self.placement.home_slots, self.options
-        if options.replicas == "history" or not self.placement.spare_slots:
-            return None
-        if options.replicas == "exact":
-            return exact_replicas(load_E, slots_RS, home_slots, options.replica.num_nodes)
-        busiest = _busiest(self.placement.hosts_LER[layer], load_E)
-        if busiest * len(slots_RS) <= options.auto_limit * int(load_E.sum()):
-            return None
-        exact_RS = exact_replicas(load_E, slots_RS, home_slots, options.replica.num_nodes)
-        return exact_RS if _busiest(hosts_of(exact_RS, len(load_E)), load_E) < busiest else None
-
-    def plan(self, iteration: int) -> Decision | None:
-        """Plan the copies for `iteration` and make them the present placement; None when nothing changes."""
-        if not self.history.num_records or not self.placement.spare_slots:
-            return None
-        before, rows = self.placement, [self.history.scenarios_KE(layer) for layer in range(self.placement.num_layers)]
-        results = [
-            plan_replicas(slots_RS, scenarios_KE, before.home_slots, self.options.replica)
-            for slots_RS, scenarios_KE in zip(before.slots_LRS, rows, strict=True)
-        ]
-        after = replace(before, slots_LRS=np.stack([result.slots_RS for result in results]))
-        if after == before:
-            return None
-        self.placement = after
-        forecast = float(np.mean([result.imbalance_K[0] for result in results]))
-        worst = float(max(result.imbalance_K.max() for result in results))
-        return Decision(
-            iteration=iteration,
-            kind="replicas",
-            group=self.group,
-            inputs=digest_of(before.slots_LRS, *rows),
-            before=before.digest,
-            after=after.digest,
-            taken=True,
-            why=f"max/mean {forecast:.4f} on the forecast, {worst:.4f} at worst",
-            changes=before.diff(after),
-        )
-
-
-def _busiest(hosts_ER: BoolArray, load_E: IntArray) -> int:
-    """Tokens of the busiest rank with the best split."""
-    return binding_cuts(split_graph(hosts_ER, load_E), load_E)[0]
+    def pays(self, options: PolicyOptions) -> bool:
+        """Whether moving this layer's experts alone is worth it."""
+        return bool(self.experts) and self.gain_s * options.horizon_iterations > self.cost_s * options.margin
 
 
 class HomesPlanner:
@@ -162,20 +116,22 @@ class HomesPlanner:
         return self._last_look is None or iteration - self._last_look >= interval
 
     def propose(self, iteration: int, placement: Placement) -> tuple[Placement, Decision] | None:
-        """Look at the homes; the proposal with its verdict, or None when nothing should move."""
+        """Look at the homes; the proposal with its verdict, or None when no layer has a better place for an expert.
+
+        The proposal is made of the layers whose moves pay, each for itself. When none does, it is made of those that
+        have better homes all the same, so that the verdict says why they are left alone.
+        """
         assert self._counts_LRE is not None, "observe before you propose"
         self._last_look = iteration
-        proposed_LRS, gain_s, cost_s, moved = placement.slots_LRS.copy(), 0.0, 0.0, 0
-        for layer in range(placement.num_layers):
-            slots_RS, layer_gain_s = self._layer(layer, placement)
-            layer_cost_s, experts = self._migration(placement.slots_LRS[layer], slots_RS, placement.home_slots)
-            pays = layer_gain_s * self.options.policy.horizon_iterations > layer_cost_s * self.options.policy.margin
-            if experts and pays:
-                proposed_LRS[layer] = slots_RS
-                gain_s, cost_s, moved = gain_s + layer_gain_s, cost_s + layer_cost_s, moved + experts
-        proposal = replace(placement, slots_LRS=proposed_LRS)
-        if proposal == placement:
+        looks = [self._look(layer, placement) for layer in range(placement.num_layers)]
+        found = [look for look in looks if look.pays(self.options.policy)] or [look for look in looks if look.experts]
+        if not found:
             return None
+        proposed_LRS = placement.slots_LRS.copy()
+        for look in found:
+            proposed_LRS[look.layer] = look.slots_RS
+        proposal = replace(placement, slots_LRS=proposed_LRS)
+        gain_s, cost_s = sum(look.gain_s for look in found), sum(look.cost_s for look in found)
         verdict = self.policy.judge(iteration, gain_s, cost_s)
         if verdict.take:
             self._move = MoveReview(placement, proposal, gain_s, self.options.review_records)
@@ -191,7 +147,7 @@ class HomesPlanner:
             changes=placement.diff(proposal),
             predicted_gain_s=verdict.gain_s,
             cost_s=verdict.cost_s,
-            moved_bytes=moved * self.options.state_bytes if verdict.take else 0,
+            moved_bytes=sum(look.experts for look in found) * self.options.state_bytes if verdict.take else 0,
         )
         return proposal, decision
 
@@ -237,6 +193,11 @@ class HomesPlanner:
             moved_bytes=0 if verdict.take else moved * self.options.state_bytes,
         )
 
+    def _look(self, layer: int, placement: Placement) -> LayerLook:
+        slots_RS, gain_s = self._layer(layer, placement)
+        cost_s, experts = self._migration(placement.slots_LRS[layer], slots_RS, placement.home_slots)
+        return LayerLook(layer=layer, slots_RS=slots_RS, gain_s=gain_s, cost_s=cost_s, experts=experts)
+
     def _layer(self, layer: int, placement: Placement) -> tuple[IntArray, float]:
         """Slots with better homes for one layer, and the seconds per iteration that they save."""
         assert self._counts_LRE is not None
@@ -249,10 +210,11 @@ class HomesPlanner:
                 for homes_RS in (slots_RS, plan.slots_RS)
             )
         else:
-            kept = plan_replicas(slots_RS, scenarios_KE, home_slots, options.replica)
+            tokens = int(counts_RE.sum()) * options.micro_batches / placement.num_ranks
+            kept = plan_replicas(slots_RS, scenarios_KE, home_slots, options.replica, tokens)
             kept_RS, found_RS = kept.slots_RS, kept.slots_RS
             if plan.swaps:
-                found_RS = plan_replicas(plan.slots_RS, scenarios_KE, home_slots, options.replica).slots_RS
+                found_RS = plan_replicas(plan.slots_RS, scenarios_KE, home_slots, options.replica, tokens).slots_RS
             elif placement.spare_slots and kept.excess > options.replica.good_enough:
                 space = replace(search_space(placement.num_ranks, home_slots, options.replica), move_homes=True)
                 prices = replace(options.replica.objective, home_price=options.homes.swap_price / 2)

@@ -25,7 +25,8 @@ class PolicyOptions:
         rest_iterations: after a plan was taken, none is taken for this long.
         backoff_factor: after each loss in a row the rest grows by this factor.
         max_rest_iterations: and never beyond this.
-        tolerance: a realised gain above minus this share of the iteration is no loss; measurements are noisy.
+        tolerance: a realised gain above minus this share of the iteration is no loss: the noise of a stopwatch. The
+            cost model has none.
     """
 
     horizon_iterations: int = 500
@@ -33,7 +34,7 @@ class PolicyOptions:
     rest_iterations: int = 50
     backoff_factor: float = 2.0
     max_rest_iterations: int = 10_000
-    tolerance: float = 0.01
+    tolerance: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,12 +96,25 @@ class Policy:
         return Verdict(take=take, why=why, gain_s=gain_s, cost_s=cost_s, horizon_iterations=horizon)
 
     def realised(self, iteration_s: float, gain_s: float, cost_s: float = 0.0) -> Verdict:
-        """Whether to keep a plan that was taken: `gain_s` is what it really saves of an iteration of `iteration_s`."""
-        floor_s = -self.options.tolerance * iteration_s
-        keep = gain_s >= floor_s
-        self.losses = 0 if keep else self.losses + 1
+        """Whether to keep a plan that was taken: it is undone when it lost, and when undoing it pays as any move must.
+
+        Args:
+            iteration_s: seconds of an iteration, which the tolerance is a share of.
+            gain_s: seconds per iteration that the plan really saves.
+            cost_s: one-time seconds of undoing it.
+        """
+        lost_s = max(0.0, -gain_s - self.options.tolerance * iteration_s)
+        undo_s, price_s = lost_s * self.options.horizon_iterations, cost_s * self.options.margin
+        keep = lost_s == 0 or undo_s <= price_s
+        self.losses = 0 if lost_s == 0 else self.losses + 1
+        realised = f"realised {gain_s * 1e3:.3f} ms per iteration"
+        if keep and lost_s:
+            realised += f", but undoing does not pay: {undo_s:.3f} s against {price_s:.3f} s"
         what = "kept" if keep else f"revert, and rest {self.rest_iterations} iterations"
-        why = f"{what}: realised {gain_s * 1e3:.3f} ms per iteration, a loss begins at {floor_s * 1e3:.3f} ms"
         return Verdict(
-            take=keep, why=why, gain_s=gain_s, cost_s=cost_s, horizon_iterations=self.options.horizon_iterations
+            take=keep,
+            why=f"{what}: {realised}",
+            gain_s=gain_s,
+            cost_s=cost_s,
+            horizon_iterations=self.options.horizon_iterations,
         )

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from megatron_smartmoe.cost.comm import busiest_ports, replica_copies
 from megatron_smartmoe.placement.cuts import ALL_SETS_UP_TO_RANKS, CutPool, scaled
 from megatron_smartmoe.placement.exact import exact_replicas
 from megatron_smartmoe.placement.objective import Objective, Space
@@ -43,16 +44,23 @@ class ReplicaOptions:
         good_enough: excess (mean and worst scenario together) up to which the improved copies are kept without a look
             at a fresh plan.
         effort: multiplies the candidates of each step; 1 is meant for every iteration of training.
+        copy_price_tokens: what the busiest rank must be spared in an iteration, in tokens, for one replica over the
+            busiest port. A layer whose copies save less makes none. 0 makes every copy that improves the balance.
     """
 
     num_nodes: int = 1
     objective: Objective = field(default_factory=lambda: Objective(copy_price=1e-3, change_price=2e-5))
     good_enough: float = 0.01
     effort: int = 1
+    copy_price_tokens: float = 0.0
 
 
 def plan_replicas(
-    slots_RS: IntArray, scenarios_KE: FloatArray, home_slots: int, options: ReplicaOptions | None = None
+    slots_RS: IntArray,
+    scenarios_KE: FloatArray,
+    home_slots: int,
+    options: ReplicaOptions | None = None,
+    rank_tokens: float = 0.0,
 ) -> SearchResult:
     """New contents of the spare slots; homes stay.
 
@@ -61,8 +69,26 @@ def plan_replicas(
         scenarios_KE: loads to be prepared for, one a row, the likeliest first (a fresh plan is built for that one).
         home_slots: columns of homes, E / R.
         options: prices and effort.
+        rank_tokens: mean tokens per rank of an iteration, which a price in tokens is compared with.
     """
     options = options or ReplicaOptions()
+    found = _best_replicas(slots_RS, scenarios_KE, home_slots, options)
+    if not options.copy_price_tokens or (found.slots_RS[:, home_slots:] == EMPTY).all():
+        return found
+    bare_RS = found.slots_RS.copy()
+    bare_RS[:, home_slots:] = EMPTY
+    load_KR = scenarios_KE[:, bare_RS[:, :home_slots]].sum(axis=2)
+    alone_K = load_KR.max(axis=1) / load_KR.mean(axis=1)
+    saved_tokens = float(alone_K[0] - found.imbalance_K[0]) * rank_tokens
+    if copies_pay(found.slots_RS, home_slots, saved_tokens, options.copy_price_tokens):
+        return found
+    return replace(found, slots_RS=bare_RS, imbalance_K=alone_K)
+
+
+def _best_replicas(
+    slots_RS: IntArray, scenarios_KE: FloatArray, home_slots: int, options: ReplicaOptions
+) -> SearchResult:
+    """The best copies, whether they pay or not."""
     num_ranks, num_experts = len(slots_RS), scenarios_KE.shape[1]
     space, objective = search_space(num_ranks, home_slots, options), options.objective
     many = num_ranks > _FEW_RANKS
@@ -88,6 +114,19 @@ def plan_replicas(
     if not many or best.excess <= options.good_enough:
         return best
     return improve(best.slots_RS, scenarios_KE, objective, space, pool)
+
+
+def copies_pay(slots_RS: IntArray, home_slots: int, saved_tokens: float, price_tokens: float) -> bool:
+    """Whether a layer's replicas spare the busiest rank more than their way costs.
+
+    Args:
+        slots_RS: homes and replicas.
+        home_slots: columns of homes.
+        saved_tokens: of the busiest rank.
+        price_tokens: of one replica over the busiest rank's port, weights out and gradients back.
+    """
+    copies_RR = replica_copies(slots_RS, slots_RS[:, :home_slots].size)
+    return saved_tokens > price_tokens * busiest_ports(copies_RR, num_nodes=1).intra
 
 
 def fill_spare_slots(slots_RS: IntArray, load_E: IntArray, space: Space) -> IntArray:

@@ -12,6 +12,7 @@ from megatron_smartmoe.spec.model import ModelSpec
 from megatron_smartmoe.spec.parallel import ParallelSpec, violation
 
 GB = 1e9
+UNTOLD = 0.002  # of the step: a difference that is not worth a word
 
 
 def explain(plan: Plan, pricing: Pricing, against: Plan | None = None) -> str:
@@ -97,7 +98,7 @@ def compare(plan: Plan, other: Plan) -> list[str]:
     difference = {what: theirs.get(what, 0.0) - mine.get(what, 0.0) for what in {**mine, **theirs}}
     lines = [f"Against {other.spec.label()} ({other.expected_s:.3f} s, {other.memory.total / GB:.1f} GB):"]
     for what, seconds in sorted(difference.items(), key=lambda entry: -abs(entry[1])):
-        if abs(seconds) >= 0.002 * plan.expected_s:
+        if abs(seconds) >= UNTOLD * plan.expected_s:
             lines.append(f"  {what:<44} {seconds:+10.4f} s")
     return [*lines, f"  {'step':<44} {other.expected_s - plan.expected_s:+10.4f} s"]
 
@@ -113,15 +114,23 @@ def why(best: Plan, others: Sequence[Plan], pricing: Pricing) -> list[str]:
         share = best.time.all_to_all_intra_s + best.time.all_to_all_inter_s
         lines.append(f"EP {spec.ep} keeps the all-to-all {where}: {share / best.expected_s:.1%} of the step.")
     for other in others:
-        lines.append(_sentence(best, other))
+        lines.append(sentence(best, other))
     return lines
 
 
-def _sentence(best: Plan, other: Plan) -> str:
+def sentence(best: Plan, other: Plan) -> str:
     """Why another plan is slower: its two largest losses."""
     mine, theirs = dict(best.time.terms()), dict(other.time.terms())
     losses = sorted(((theirs.get(w, 0.0) - mine.get(w, 0.0), w) for w in {**mine, **theirs}), reverse=True)
-    words = " and ".join(f"{what} (+{seconds:.3f} s)" for seconds, what in losses[:2] if seconds > 0)
+    told = [(seconds, what) for seconds, what in losses[:2] if seconds > UNTOLD * best.expected_s]
+    words = " and ".join(f"{what} (+{short_time(seconds)})" for seconds, what in told)
     slower = other.expected_s / best.expected_s - 1
     fits = "" if other.memory.total <= best.memory.total * 1.02 else f"; it needs {other.memory.total / GB:.1f} GB"
     return f"{other.spec.label()} is {slower:.1%} slower, by {words or 'small differences'}{fits}."
+
+
+def short_time(seconds: float) -> str:
+    """`1.23 s`, `456 ms` or `7.8 ms`."""
+    if seconds >= 1:
+        return f"{seconds:.2f} s"
+    return f"{seconds * 1e3:.0f} ms" if seconds >= 0.1 else f"{seconds * 1e3:.1f} ms"

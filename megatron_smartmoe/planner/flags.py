@@ -1,5 +1,6 @@
-"""A plan as Megatron flags, and a user's flags as a plan: the only file of the planner that spells Megatron's flags.
+"""A plan as Megatron flags, and a user's flags as a plan.
 
+Megatron's flags are spelled here, in constraints.py and in model_flags.py, and nowhere else in the planner.
 `megatron_flags` gives everything that decides the model's shape, where it lies and how it is scheduled; learning
 rate, data and checkpoints are the user's. `parallel_from_flags` reads back what it writes, and the same from any
 command line: flags that do not concern the planner are left alone.
@@ -7,13 +8,12 @@ command line: flags that do not concern the planner are left alone.
 
 from __future__ import annotations
 
-import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
-from megatron_smartmoe.errors import ConfigError
+from megatron_smartmoe.planner.words import layers_of_layout, number, recompute_of, said
 from megatron_smartmoe.spec.model import ModelSpec
 from megatron_smartmoe.spec.parallel import ParallelSpec, Recompute, Replicas
 
@@ -72,6 +72,19 @@ def megatron_flags(model: ModelSpec, spec: ParallelSpec, *, cpu: bool = False) -
         training=_training(spec, cpu=cpu),
         smartmoe=_smartmoe(model, spec),
     )
+
+
+def launch_flags(model: ModelSpec, spec: ParallelSpec) -> list[str]:
+    """What `--parallel auto` adds to a user's flags: where the model lies, the micro-batch, recomputation, copies."""
+    return [
+        *_parallel(model, spec),
+        *_pairs(micro_batch_size=spec.micro_batch),
+        *RECOMPUTE_FLAGS[spec.recompute],
+        *_pairs(
+            smartmoe_spare_slots=spec.spare_slots or None,
+            smartmoe_overlap_degree=spec.overlap_degree if spec.overlap_degree > 1 else None,
+        ),
+    ]
 
 
 def _pairs(**values: Any) -> list[str]:
@@ -176,7 +189,7 @@ def _training(spec: ParallelSpec, *, cpu: bool) -> list[str]:
             bf16=spec.precision == "bf16",
             grad_reduce_in_bf16=spec.precision == "bf16" and not spec.grad_reduce_in_fp32,
             moe_grouped_gemm=grouped,
-            moe_permute_fusion=grouped,
+            moe_permute_fusion=grouped and not spec.spare_slots,
         ),
         *RECOMPUTE_FLAGS[spec.recompute],
     ]
@@ -230,73 +243,30 @@ def parallel_from_flags(words: Sequence[str], model: ModelSpec, gpus: int) -> Pa
     Raises:
         ConfigError: a size that is not a number, or a layout that Megatron would not read.
     """
-    said = _said(words)
+    given = said(words)
     values: dict[str, Any] = {"gpus": gpus, "global_batch": model.global_batch}
     for flag, name in _SIZES.items():
-        if flag in said:
-            values[name] = _number(flag, said[flag])
+        if flag in given:
+            values[name] = number(flag, given[flag])
     values.setdefault("etp", values.get("tp", 1))  # Megatron's default
     for flag, name in _SWITCHES.items():
-        values[name] = flag in said
-    values["precision"] = "bf16" if "--bf16" in said or "--fp16" in said else "fp32"
-    values["grad_reduce_in_fp32"] = "--grad-reduce-in-bf16" not in said
-    values["recompute"] = _recompute(said)
-    values["replicas"] = cast(Replicas, " ".join(said.get("--smartmoe-replicas", [])) or "off")
-    degree = " ".join(said.get("--smartmoe-overlap-degree", [])) or "1"
-    values["overlap_degree"] = 1 if degree == "auto" else _number("--smartmoe-overlap-degree", [degree])
-    if "--transformer-impl" in said and said["--transformer-impl"] == ["local"]:
+        values[name] = flag in given
+    values["precision"] = "bf16" if "--bf16" in given or "--fp16" in given else "fp32"
+    values["grad_reduce_in_fp32"] = "--grad-reduce-in-bf16" not in given
+    values["recompute"] = recompute_of(given)
+    values["replicas"] = cast(Replicas, " ".join(given.get("--smartmoe-replicas", [])) or "off")
+    degree = " ".join(given.get("--smartmoe-overlap-degree", [])) or "1"
+    values["overlap_degree"] = 1 if degree == "auto" else number("--smartmoe-overlap-degree", [degree])
+    if "--transformer-impl" in given and given["--transformer-impl"] == ["local"]:
         values["implementation"] = "local"
-    if "--pipeline-model-parallel-layout" in said:
-        values["layers_of_chunk"] = _layers_of_layout("".join(said["--pipeline-model-parallel-layout"]))
+    if "--pipeline-model-parallel-layout" in given:
+        values["layers_of_chunk"] = layers_of_layout("".join(given["--pipeline-model-parallel-layout"]))
         values["vpp"] = len(values["layers_of_chunk"]) // values.get("pp", 1)
-    if "--num-layers-per-virtual-pipeline-stage" in said:
-        each = _number("--num-layers-per-virtual-pipeline-stage", said["--num-layers-per-virtual-pipeline-stage"])
+    if "--num-layers-per-virtual-pipeline-stage" in given:
+        each = number("--num-layers-per-virtual-pipeline-stage", given["--num-layers-per-virtual-pipeline-stage"])
         values["vpp"] = max(1, model.layers // values.get("pp", 1) // each)
-    if said.get("--smartmoe-homes") == ["off"] or "--smartmoe" not in said:
+    if given.get("--smartmoe-homes") == ["off"] or "--smartmoe" not in given:
         values["homes_interval"] = 0
     else:
         values.setdefault("homes_interval", HOMES_INTERVAL)
     return ParallelSpec(**values)
-
-
-def _said(words: Sequence[str]) -> dict[str, list[str]]:
-    """Flag -> its values; the last of a repeated flag wins, as in argparse."""
-    said: dict[str, list[str]] = {}
-    flag = ""
-    for word in words:
-        if word.startswith("--"):
-            flag, _, value = word.partition("=")
-            said[flag] = [value] if value else []
-        elif flag:
-            said[flag].append(word)
-    return said
-
-
-def _number(flag: str, values: list[str]) -> int:
-    text = " ".join(values)
-    if not text.isdigit() or int(text) < 0:
-        raise ConfigError(flag, text, "must be a whole number", "Change it.")
-    return int(text)
-
-
-def _recompute(said: dict[str, list[str]]) -> Recompute:
-    granularity = " ".join(said.get("--recompute-granularity", []))
-    modules = said.get("--recompute-modules", [])
-    if granularity == "full":
-        return "full"
-    if granularity == "selective" and ("moe" in modules or "mlp" in modules):
-        return "moe"
-    if granularity == "selective" and ("moe_act" in modules or "layernorm" in modules):
-        return "act"
-    return "none"  # `core_attn`: fused attention keeps nothing that it would recompute
-
-
-def _layers_of_layout(text: str) -> tuple[int, ...]:
-    """Layers of each chunk of Megatron's layout text, multiplications unrolled."""
-    plain = text.replace(",", "")
-    for pattern in (r"\(([^)]+)\)\*(\d+)", r"(.)\*(\d+)"):
-        plain = re.sub(pattern, lambda match: match[1] * int(match[2]), plain)
-    if set(plain) - set("Etm|L"):
-        way_out = "For example: Ett|ttt|ttL."
-        raise ConfigError("--pipeline-model-parallel-layout", text, "may hold E, t, m, L and | only", way_out)
-    return tuple(part.count("t") for part in plain.split("|"))

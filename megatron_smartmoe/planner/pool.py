@@ -17,7 +17,8 @@ from typing import Any, cast
 
 from megatron_smartmoe.errors import ConfigError
 from megatron_smartmoe.planner.pricing import Plan, Pricing
-from megatron_smartmoe.planner.space import SpaceOptions
+from megatron_smartmoe.planner.space import SpaceOptions, overlap_degrees
+from megatron_smartmoe.spec.model import ModelSpec
 from megatron_smartmoe.spec.parallel import Replicas
 
 VERSION = 1
@@ -102,7 +103,7 @@ def make_pool(plan: Plan, pricing: Pricing, options: SpaceOptions) -> Pool:
     spec, entries = plan.spec, []
     weights = [scenario.weight for scenario in pricing.loads.scenarios]
     names = [scenario.name for scenario in pricing.loads.scenarios]
-    for setting in _settings(plan, options):
+    for setting in _settings(pricing.model, plan, options):
         priced = pricing.plan(replace(spec, **asdict(setting)))
         mean = sum(w * s for w, s in zip(weights, priced.scenario_s, strict=True)) / sum(weights)
         scenario_s = dict(zip(names, priced.scenario_s, strict=True))
@@ -111,7 +112,7 @@ def make_pool(plan: Plan, pricing: Pricing, options: SpaceOptions) -> Pool:
     return Pool(launch=spec.label(), entries=tuple(entries))
 
 
-def _settings(plan: Plan, options: SpaceOptions) -> list[Setting]:
+def _settings(model: ModelSpec, plan: Plan, options: SpaceOptions) -> list[Setting]:
     spec = plan.spec
     if spec.ep == 1:
         return [Setting(homes_interval=0, spare_slots=0, replicas="off", overlap_degree=1)]
@@ -123,7 +124,7 @@ def _settings(plan: Plan, options: SpaceOptions) -> list[Setting]:
         Setting(homes_interval=interval, spare_slots=used, replicas=mode, overlap_degree=degree)
         for interval in intervals
         for used, mode in modes
-        for degree in options.overlap_degrees
+        for degree in overlap_degrees(model, spec, options)
     ]
 
 

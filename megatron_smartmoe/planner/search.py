@@ -21,12 +21,15 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from megatron_smartmoe.errors import ConfigError
+from megatron_smartmoe.planner import space
 from megatron_smartmoe.planner.pricing import Plan, Pricing
-from megatron_smartmoe.planner.space import Rejected, SpaceOptions, shapes
-from megatron_smartmoe.spec.parallel import ParallelSpec, Recompute
+from megatron_smartmoe.planner.space import RECOMPUTE, Rejected, SpaceOptions, shapes
+from megatron_smartmoe.spec.parallel import ParallelSpec
+
+__all__ = ["RECOMPUTE", "Ranking", "SearchResult", "search"]
 
 Ranking = Literal["expected", "worst"]
-RECOMPUTE: tuple[Recompute, ...] = ("none", "act", "moe", "full")  # by time
+LOOKED_AT = 500  # launches, for the nearest miss when nothing fits
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,7 +94,6 @@ def search(
     options, began = options or SpaceOptions(), time.perf_counter()
     rejected: list[Rejected] = []
     bounded, count, memory_bytes = [], 0, pricing.cluster.gpu.memory_bytes
-    nearest = float("inf")
     for point in shapes(pricing.model, pricing.cluster, gpus, options):
         count += 1
         if isinstance(point, Rejected):
@@ -99,8 +101,7 @@ def search(
             continue
         least = pricing.least_memory(point)
         if least > memory_bytes:
-            nearest = min(nearest, least)
-            rejected.append(Rejected(point, _too_big(least, memory_bytes)))
+            rejected.append(Rejected(point, _too_big(least, memory_bytes), least))
         else:
             bounded.append((pricing.least_s(point), count, point))
     bounded.sort(key=lambda entry: entry[:2])
@@ -116,7 +117,7 @@ def search(
         else:
             kept.add(found)
     if not kept.plans:
-        raise _nothing_fits(pricing, gpus, rejected, nearest)
+        raise _nothing_fits(pricing, gpus, options, rejected)
     best = kept.best()
     rejected.extend(_lost(plan, best, kept) for plan in kept.plans if plan not in best)
     return SearchResult(best, _pareto(kept.plans), rejected, count, len(kept.plans), time.perf_counter() - began)
@@ -126,25 +127,25 @@ def _settle(shape: ParallelSpec, pricing: Pricing, options: SpaceOptions, kept: 
     """The best spare slots, overlap and recomputation for one shape."""
     best: Plan | None = None
     least = float("inf")
-    for spare_slots in options.spare_slots if shape.ep > 1 else (0,):
+    for spare_slots in space.spare_slots(pricing.model, shape, options):
         slotted = replace(shape, spare_slots=spare_slots, replicas="history" if spare_slots else "off")
-        spec, used = _first_that_fits(slotted, pricing)
+        spec, used = _first_that_fits(slotted, pricing, options)
         if spec is None:
             least = min(least, used)
             continue
-        for degree in options.overlap_degrees if shape.ep > 1 else (1,):
+        for degree in space.overlap_degrees(pricing.model, spec, options):
             plan = pricing.plan(replace(spec, overlap_degree=degree))
             if best is None or kept.seconds(plan) < kept.seconds(best):
                 best = plan
     if best is None:
-        return Rejected(shape, _too_big(least, pricing.cluster.gpu.memory_bytes) + ", at the load's worst")
+        return Rejected(shape, _too_big(least, pricing.cluster.gpu.memory_bytes) + ", at the load's worst", least)
     return best
 
 
-def _first_that_fits(spec: ParallelSpec, pricing: Pricing) -> tuple[ParallelSpec | None, float]:
+def _first_that_fits(spec: ParallelSpec, pricing: Pricing, options: SpaceOptions) -> tuple[ParallelSpec | None, float]:
     """The recomputation that costs the least time among those that fit; else None and the smallest memory."""
     least = float("inf")
-    for mode in RECOMPUTE:
+    for mode in options.recompute:
         if mode == "act" and spec.implementation == "local":
             continue
         tried = replace(spec, recompute=mode)
@@ -181,10 +182,16 @@ def _pareto(plans: list[Plan]) -> list[Plan]:
     return found
 
 
-def _nothing_fits(pricing: Pricing, gpus: int, rejected: list[Rejected], nearest: float) -> ConfigError:
-    has = pricing.cluster.gpu.memory_bytes / 1e9
-    if nearest < float("inf"):
-        rule = f"no launch fits: the smallest needs {nearest / 1e9:.1f} GB per GPU, there are {has:.1f} GB"
+def _nothing_fits(pricing: Pricing, gpus: int, options: SpaceOptions, rejected: list[Rejected]) -> ConfigError:
+    """The nearest miss where memory is what misses; else why the simplest launch is out."""
+    has = pricing.cluster.gpu.memory_bytes
+    misses = [(one.needs_bytes, at) for at, one in enumerate(rejected) if one.needs_bytes is not None]
+    if misses:
+        # What put them out are bounds of different strength: the likely ones are counted in full.
+        near = [replace(rejected[at].spec, recompute=options.recompute[-1]) for _, at in sorted(misses)[:LOOKED_AT]]
+        needs, at = min((pricing.memory(spec), at) for at, spec in enumerate(near))
+        rule = f"no launch fits: the smallest needs {needs / 1e9:.1f} GB per GPU, there are {has / 1e9:.1f} GB"
+        rule += f" ({(needs - has) / 1e9:.1f} GB too much: {near[at].label()})"
         return ConfigError("--gpus", gpus, rule, "Use more GPUs, or a smaller model or sequence.")
-    reason = rejected[-1].reason if rejected else "the space is empty"
+    reason = rejected[0].reason if rejected else "the space is empty"  # the first point is the simplest
     return ConfigError("--gpus", gpus, f"no launch is possible: {reason}", "Use another number of GPUs.")

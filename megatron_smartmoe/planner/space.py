@@ -8,12 +8,14 @@ too.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 
 from megatron_smartmoe.spec.cluster import ClusterSpec
 from megatron_smartmoe.spec.model import ModelSpec
-from megatron_smartmoe.spec.parallel import Implementation, ParallelSpec, Precision, violation
+from megatron_smartmoe.spec.parallel import Implementation, ParallelSpec, Precision, Recompute, violation
+
+RECOMPUTE: tuple[Recompute, ...] = ("none", "act", "moe", "full")  # by time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,29 +26,48 @@ class SpaceOptions:
         micro_batches: samples of a micro-batch that are tried.
         spare_slots: replica slots per rank that are tried.
         overlap_degrees: cuts of the all-to-all that are tried.
+        recompute: modes that are tried, by time.
         max_virtual: chunks per stage.
         min_sequence: tokens of a sequence that context parallelism leaves to a rank.
         homes_interval: iterations between two looks at the homes; 0 plans without the slow loop.
         precision: of training.
         implementation: whose layers.
+        fixed: sizes that are given (`tp`, `pp`, `vpp`, `ep`, `etp`, `cp`); nothing else is tried for them.
+        layers_of_chunk: the layers of each chunk where they are given; needs fixed `pp` and `vpp`.
+        distributed_optimizer: of every launch.
+        overlap_grad_reduce: of every launch.
+        overlap_param_gather: of every launch.
+        grad_reduce_in_fp32: of every launch.
+        expert_parallel: True for EP > 1 only, False for EP 1 only, None for both.
+        ffn_multiple: that a rank's part of an expert's inner size must be of, for the kernels that will run.
     """
 
     micro_batches: tuple[int, ...] = (1, 2, 4, 8)
     spare_slots: tuple[int, ...] = (0, 1, 2)
     overlap_degrees: tuple[int, ...] = (1, 2, 4)
+    recompute: tuple[Recompute, ...] = RECOMPUTE
     max_virtual: int = 8
     min_sequence: int = 2048
     homes_interval: int = 100
     precision: Precision = "bf16"
     implementation: Implementation = "transformer_engine"
+    fixed: Mapping[str, int] = field(default_factory=dict)
+    layers_of_chunk: tuple[int, ...] | None = None
+    distributed_optimizer: bool = True
+    overlap_grad_reduce: bool = True
+    overlap_param_gather: bool = True
+    grad_reduce_in_fp32: bool = True
+    expert_parallel: bool | None = None
+    ffn_multiple: int = 1
 
 
 @dataclass(frozen=True)
 class Rejected:
-    """A point that is out, and why."""
+    """A point that is out, and why; where memory is the reason, the least that it needs."""
 
     spec: ParallelSpec
     reason: str
+    needs_bytes: float | None = None
 
 
 def shapes(
@@ -54,19 +75,25 @@ def shapes(
 ) -> Iterator[ParallelSpec | Rejected]:
     """Every shape of the space: a launch that Megatron accepts, or a rejected point."""
     for spec in _points(model, cluster, gpus, options):
-        reason = violation(model, spec) or _limit(spec, cluster)
+        reason = against(model, cluster, spec, options)
         yield Rejected(spec, reason) if reason else spec
+
+
+def against(model: ModelSpec, cluster: ClusterSpec, spec: ParallelSpec, options: SpaceOptions) -> str | None:
+    """The first rule or limit that puts a launch out, or None; memory is for the search."""
+    return violation(model, spec) or _limit(spec, cluster) or _unable(model, spec, options)
 
 
 def _points(model: ModelSpec, cluster: ClusterSpec, gpus: int, options: SpaceOptions) -> Iterator[ParallelSpec]:
     tensor = [size for size in divisors(gpus) if size <= cluster.gpus_per_node and model.heads % size == 0]
     context = [size for size in divisors(gpus) if model.seq_length // size >= options.min_sequence or size == 1]
-    for pp in (size for size in divisors(gpus) if size <= model.layers):
+    for pp in _given(options, "pp", [size for size in divisors(gpus) if size <= model.layers]):
+        expert = [size for size in divisors(model.moe.experts) if gpus % (pp * size) == 0]
         for vpp, layout in _splits(model, pp, options):
-            for tp in tensor:
-                for cp in context:
-                    for ep in (size for size in divisors(model.moe.experts) if gpus % (pp * size) == 0):
-                        for etp in sorted({1, tp}):
+            for tp in _given(options, "tp", tensor):
+                for cp in _given(options, "cp", context):
+                    for ep in _given(options, "ep", expert):
+                        for etp in _given(options, "etp", sorted({1, tp})):
                             for micro_batch in options.micro_batches:
                                 yield ParallelSpec(
                                     gpus=gpus,
@@ -82,19 +109,31 @@ def _points(model: ModelSpec, cluster: ClusterSpec, gpus: int, options: SpaceOpt
                                     homes_interval=options.homes_interval if ep > 1 and not model.mtp_layers else 0,
                                     precision=options.precision,
                                     implementation=options.implementation,
-                                    grad_reduce_in_fp32=True,
+                                    distributed_optimizer=options.distributed_optimizer,
+                                    overlap_grad_reduce=options.overlap_grad_reduce,
+                                    overlap_param_gather=options.overlap_param_gather,
+                                    grad_reduce_in_fp32=options.grad_reduce_in_fp32,
                                 )
+
+
+def _given(options: SpaceOptions, name: str, sizes: list[int]) -> list[int]:
+    """The size that is given, also one that breaks a rule: the rule is then the reason; else `sizes`."""
+    return [options.fixed[name]] if name in options.fixed else sizes
 
 
 def _splits(model: ModelSpec, pp: int, options: SpaceOptions) -> Iterator[tuple[int, tuple[int, ...] | None]]:
     """(VPP, layout): even splits, and an uneven one where the layers do not divide or the end is heavy."""
-    for vpp in range(1, options.max_virtual + 1 if pp > 1 else 2):
+    if options.layers_of_chunk is not None:
+        yield options.fixed["vpp"], options.layers_of_chunk
+        return
+    for vpp in _given(options, "vpp", list(range(1, options.max_virtual + 1 if pp > 1 else 2))):
         total = pp * vpp
-        if total > model.layers:
+        if total > model.layers and "vpp" not in options.fixed:
             return
-        if model.layers % total == 0:
+        if model.layers % total == 0 or "vpp" in options.fixed:
             yield vpp, None
-        if pp > 1 and (model.layers % total or model.mtp_layers) and vpp <= 2:
+        by_number = vpp > 1 and "vpp" in options.fixed  # Megatron takes the number or a layout, not both
+        if pp > 1 and (model.layers % total or model.mtp_layers) and vpp <= 2 and not by_number:
             layout = uneven_layout(model, total)
             if layout is not None:
                 yield vpp, layout
@@ -121,6 +160,38 @@ def _limit(spec: ParallelSpec, cluster: ClusterSpec) -> str | None:
     if group > per_node and per_node % spec.etp:
         return f"ETP {spec.etp} does not fit evenly into a node of {per_node}"
     return None
+
+
+def _unable(model: ModelSpec, spec: ParallelSpec, options: SpaceOptions) -> str | None:
+    """What the layers that will run cannot do."""
+    if spec.implementation == "local" and model.mtp_layers and spec.tp > 1:
+        return "prediction blocks with sequence parallelism need TransformerEngine's norm"
+    if options.expert_parallel is not None and options.expert_parallel != (spec.ep > 1):
+        return "the checkpoint needs EP > 1" if options.expert_parallel else "the checkpoint needs EP 1"
+    if not spare_slots(model, spec, options) or not overlap_degrees(model, spec, options):
+        return f"EP {spec.ep} is too small for these spare slots or overlap degrees, or the model does not allow them"
+    if model.moe.ffn // spec.etp % options.ffn_multiple:
+        return f"ETP {spec.etp} leaves a rank an inner size that is no multiple of {options.ffn_multiple}"
+    return None
+
+
+def spare_slots(model: ModelSpec, spec: ParallelSpec, options: SpaceOptions) -> tuple[int, ...]:
+    """Those that are tried and fit: no rank needs more copies than other ranks have experts.
+
+    Training copies neither experts with biases nor prediction blocks' nor those that drop tokens.
+    """
+    others = model.moe.experts - model.moe.experts // spec.ep
+    if model.bias or model.mtp_layers or model.moe.capacity_factor:
+        others = 0
+    return tuple(slots for slots in options.spare_slots if slots <= others)
+
+
+def overlap_degrees(model: ModelSpec, spec: ParallelSpec, options: SpaceOptions) -> tuple[int, ...]:
+    """Those that are tried and fit: an all-to-all among EP ranks is cut into at most as many pieces.
+
+    With biases experts are TransformerEngine's, which training does not run on pieces.
+    """
+    return tuple(degree for degree in options.overlap_degrees if degree <= (1 if model.bias else spec.ep))
 
 
 def divisors(number: int) -> list[int]:

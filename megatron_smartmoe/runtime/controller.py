@@ -121,7 +121,7 @@ class Controller:
         proposal, decision = found
         before, after = self._imbalance(self.placement), self._imbalance(proposal)
         moved = None
-        if decision.taken and self.options.mode != "dry":
+        if decision.taken and proposal != self.placement and self.options.mode != "dry":
             moved = self._carry_out(iteration, proposal)
         self._reporter.decided(decision, before, after, moved)
 
@@ -220,12 +220,21 @@ class Controller:
 
 
 class AtHome:
-    """Moves all experts to their logical homes, and back."""
+    """Moves all experts to their logical homes, and back.
+
+    Attributes:
+        wire_bytes: moved by both moves together, of all ranks.
+        seconds: that both took on this rank: how long a checkpoint is held up.
+
+    Raises:
+        MigrationError: they cannot be moved; a checkpoint written now would be in the wrong order.
+    """
 
     def __init__(self, controller: Controller) -> None:
         self._controller, self._before = controller, controller.placement
+        self.wire_bytes, self.seconds = 0, 0.0
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> AtHome:
         placement = self._before
         home = Placement.contiguous(
             num_layers=placement.num_layers,
@@ -234,6 +243,7 @@ class AtHome:
             spare_slots=placement.spare_slots,
         )
         self._move(home, "experts could not be moved home for the checkpoint")
+        return self
 
     def __exit__(self, *error: object) -> None:
         self._move(self._before, "experts could not be moved back after the checkpoint")
@@ -244,5 +254,7 @@ class AtHome:
             return
         moved = controller._mover.move(controller.placement, target)
         controller.placement = moved.placement
+        self.wire_bytes += moved.wire_bytes
+        self.seconds += moved.seconds
         if moved.failure is not None:
             raise MigrationError(f"{complaint}: {moved.failure}")

@@ -26,7 +26,7 @@ CASES = {
     "unknown flag": (
         [*MODEL, "--vocab-size", "128", "--num-expert", "8"],
         "error: command line = '--num-expert': is not a flag of Megatron or of smartmoe. "
-        "Did you mean --num-experts or --num-layers or --num-workers?",
+        "Did you mean --num-experts or --smartmoe-experts or --num-layers?",
     ),
     "configuration": (
         ["--config", "wrong.yaml"],

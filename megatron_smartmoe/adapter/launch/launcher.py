@@ -1,4 +1,4 @@
-"""The launcher's story: read, merge, prepare, check, write the run directory, run."""
+"""The launcher's story: read, plan if asked to, merge, check, prepare, write the run directory, run."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_smartmoe.adapter.launch import corpus, process, run_dir
 from megatron_smartmoe.adapter.launch import flags as flag_lists
@@ -16,6 +17,9 @@ from megatron_smartmoe.adapter.launch.plan import make_plan, ranks_per_node
 from megatron_smartmoe.adapter.launch.topology import Topology, find_topology, speaks_for_the_job
 from megatron_smartmoe.errors import EXIT_CONFIG_ERROR, ConfigError, SmartMoEError
 from megatron_smartmoe.spec.run import RunSpec, load_run_spec
+
+if TYPE_CHECKING:
+    from megatron_smartmoe.adapter.launch.auto import Planned
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,18 +42,29 @@ def launch(argv: list[str]) -> int:
     if topology.needs_srun and "SLURMD_NODENAME" not in os.environ:
         return _srun(topology, argv)  # salloc's shell, perhaps on a login node: its GPUs say nothing of the nodes'
     directory = run_dir.choose(options.run_dir, spec.name)
+    planned = None
+    if options.parallel == "auto":
+        from megatron_smartmoe.adapter.launch.auto import plan_parallel  # the planner takes time to import
+
+        planned = plan_parallel(spec, command_line, topology, directory)
+        spec, command_line = planned.spec, planned.command_line
     plan = make_plan(spec, command_line, topology, directory)
     if topology.needs_srun:  # after the check: wrong flags are said once, before any node starts
         return _srun(topology, argv)
     text = flag_lists.render(plan.command, plan.environment)
     if options.dry_run:
         if topology.speaks:
+            _say(planned, "# ")
             _show(spec, text)
         return 0
+    if topology.speaks:
+        _say(planned, "smartmoe: ")
     if not corpus.exists(spec):
         corpus.prepare(spec)
     if topology.speaks:
         run_dir.create(directory, plan.spec, text)
+        if planned is not None:
+            planned.save(directory)
         where = f"{topology.world_size} ranks on {topology.num_nodes} node(s)"
         print(f"smartmoe: {where}, run directory {directory}", flush=True)
     if topology.rank is not None:
@@ -58,6 +73,12 @@ def launch(argv: list[str]) -> int:
     directory.mkdir(parents=True, exist_ok=True)  # another node may have come first
     log = directory / ("train.log" if topology.node == 0 else f"node{topology.node}.log")
     return process.run(plan.command, plan.environment, log)
+
+
+def _say(planned: Planned | None, prefix: str) -> None:
+    """Print what was planned, if anything was."""
+    for line in planned.lines if planned is not None else ():
+        print(prefix + line, flush=True)
 
 
 def _show(spec: RunSpec, command: str) -> None:
@@ -87,6 +108,14 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="default: a new directory under runs/. An existing one is gone on with, from its own config.yaml unless "
         "--config is given",
+    )
+    parser.add_argument(
+        "--parallel",
+        choices=("given", "auto"),
+        default="given",
+        help="auto: plan the parallel strategy for this machine. Parallel flags of the command line are kept, those of "
+        "the configuration are replaced; prices are those of --smartmoe-cluster FILE, else of the shipped file for "
+        "this GPU or the CPU. default: given, nothing is planned",
     )
     parser.add_argument("--dry-run", action="store_true", help="check everything, print the exact command, run nothing")
     parser.add_argument("--help-megatron", action="store_true", help="list every flag of Megatron")

@@ -4,6 +4,7 @@
 runs/quickstart-20260102-030405/
   config.yaml        name, ranks and flags as merged; give the directory as --run-dir to go on with them
   command.sh         the exact command, ready to run
+  plan.json          with --parallel auto: the launch that was chosen, the others, and why; kept when gone on with
   environment.json   git revision, versions, host, Slurm's variables
   train.log          what was printed (node1.log, ... for further nodes; with a Slurm task per rank, Slurm has it)
   arguments.txt      every argument of Megatron after validation

@@ -9,6 +9,7 @@ What differs from `MoEAlltoAllTokenDispatcher`:
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -88,6 +89,33 @@ class SlotDispatcher(MoEAlltoAllTokenDispatcher):
         """Megatron's, except that experts which count on the device get their counts there."""
         tokens, on_host_S, probs = super().dispatch_postprocess(global_input_tokens, global_probs)
         return tokens, self._tokens_on_device_S if self._counts_on_device else on_host_S, probs
+
+    def traffic(self) -> tuple[list[int], torch.Tensor]:
+        """Who sends what, for a layer that exchanges the rows itself; waits for the counts as Megatron's exchange does.
+
+        Returns:
+            Rows that this rank sends to each rank `[R]`, and rows that arrive at each of the P expert-tensor ranks from
+            each rank for each slot, `[P, R, slots]` on the host.
+        """
+        for point in ("before_ep_alltoall", "before_permutation_2", "before_finish"):
+            self.tokens_per_expert = self._maybe_dtoh_and_synchronize(point, self.tokens_per_expert)
+        num_slots, self.tokens_per_expert = len(self.tokens_per_expert), None
+        sent_R = [int(size) for size in self.input_splits]
+        if self.num_local_experts == 1:  # Megatron keeps the counts of this rank alone then
+            return sent_R, self._arriving_at_all().unsqueeze(2).cpu()
+        arriving_PRS = self.num_global_tokens_per_local_expert.view(self.tp_size, len(sent_R), -1)
+        # with --moe-permute-fusion Megatron leaves them on the device, else they are on the host already
+        return sent_R, arriving_PRS[:, :, :num_slots].cpu()
+
+    def _arriving_at_all(self) -> torch.Tensor:
+        """Rows that arrive at each of the P expert-tensor ranks from each rank, `[P, R]`."""
+        arriving_R = torch.as_tensor(self.output_splits)
+        if self.tp_size == 1:
+            return arriving_R.unsqueeze(0)
+        arriving_R = arriving_R.to(self.rows_TK.device)
+        arriving = arriving_R.new_empty(self.tp_size * self.ep_size)
+        dist.all_gather_into_tensor(arriving, arriving_R, group=self.tp_group)
+        return arriving.view(self.tp_size, self.ep_size)
 
     def _sorted(self, weights_TK: torch.Tensor, num_rows: int) -> torch.Tensor:
         """The weights in the order of the rows, `[N]`; those of dropped choices, which have row -1, are left out."""

@@ -27,6 +27,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
 
 from megatron_smartmoe.adapter.moe.slot_sharding import SlotSharding
+from megatron_smartmoe.runtime.replica_slots import SpareSlots
 
 _EXTRA_STATE = "extra_state_of_experts"  # in a sharded state dict; in no checkpoint
 
@@ -49,7 +50,10 @@ class SlottedExperts(MegatronModule):
         weight1: `[S, F1, H]`.
         weight2: `[S, H, F2]`.
         experts_in_slots: logical expert in each home slot; at the start those of a contiguous placement.
+        spare_slots: slots for copies of other ranks' experts, or None. They are no parameters and are never saved.
     """
+
+    spare_slots: SpareSlots | None = None
 
     def __init__(
         self,
@@ -119,6 +123,7 @@ class SlottedExperts(MegatronModule):
         Args:
             tokens_NH: rows sorted by slot.
             tokens_per_expert: rows of each slot, int64 `[S]`; on the device of the rows, so that nobody waits for it.
+                With copies in use: `[S + K]`, home slots first, on the host.
             probs_N: weight of each row, multiplied into the activation as Megatron does.
 
         Returns:
@@ -127,10 +132,31 @@ class SlottedExperts(MegatronModule):
         if self.config.moe_apply_probs_on_input:
             tokens_NH = (probs_N.unsqueeze(-1) * tokens_NH).to(tokens_NH.dtype)
             probs_N = torch.ones_like(probs_N)
-        ends_S = tokens_per_expert.to(tokens_NH.device, non_blocking=True).cumsum(0).to(torch.int32)
-        inner_NF = grouped_linear(tokens_NH, self.weight1, ends_S)
-        output_NH = grouped_linear(self._activate(inner_NF, probs_N.unsqueeze(-1)), self.weight2, ends_S)
-        return output_NH, None
+        if len(tokens_per_expert) == self.num_local_experts:
+            return self._compute(tokens_NH, tokens_per_expert, probs_N, self.weight1, self.weight2), None
+        assert self.spare_slots is not None, "rows for copies, and no spare slots"
+        copied1, copied2 = self.spare_slots.weights()
+        home_S, spare_K = tokens_per_expert.split([self.num_local_experts, self.spare_slots.num_slots])
+        rows = [int(home_S.sum()), int(spare_K.sum())]
+        (home_NH, spare_NH), (home_probs_N, spare_probs_N) = tokens_NH.split(rows), probs_N.split(rows)
+        outputs = (
+            self._compute(home_NH, home_S, home_probs_N, self.weight1, self.weight2),
+            self._compute(spare_NH, spare_K, spare_probs_N, copied1, copied2),
+        )
+        return torch.cat(outputs), None
+
+    def _compute(
+        self,
+        tokens_NH: torch.Tensor,
+        tokens_S: torch.Tensor,
+        probs_N: torch.Tensor,
+        weight1: torch.Tensor,
+        weight2: torch.Tensor,
+    ) -> torch.Tensor:
+        """One set of slots and its rows, `[N, H]`."""
+        ends_S = tokens_S.to(tokens_NH.device, non_blocking=True).cumsum(0).to(torch.int32)
+        inner_NF = grouped_linear(tokens_NH, weight1, ends_S)
+        return grouped_linear(self._activate(inner_NF, probs_N.unsqueeze(-1)), weight2, ends_S)
 
     def _activate(self, inner_NF: torch.Tensor, probs_N1: torch.Tensor) -> torch.Tensor:
         """The activation times the router's probability, through Megatron's fused functions where it would use them."""

@@ -26,6 +26,7 @@ class SmartMoELayer(MoELayer):
 
     Attributes:
         slot_of_expert_E: int64, the slot of each logical expert; change it only through `set_homes`.
+        experts_by_slot: the logical expert of every slot of the layer, on the host.
     """
 
     slot_of_expert_E: torch.Tensor
@@ -38,6 +39,7 @@ class SmartMoELayer(MoELayer):
         identity = torch.arange(self.config.num_moe_experts, device=self.router.weight.device)
         self.register_buffer("slot_of_expert_E", identity, persistent=False)
         self.register_buffer("expert_of_slot_E", identity.clone(), persistent=False)
+        self.experts_by_slot = list(range(len(identity)))
         self._fused = config.moe_token_dispatcher_type == "alltoall" and not config.moe_pad_expert_input_to_capacity
         if self._fused:
             self.token_dispatcher = SlotDispatcher(
@@ -59,8 +61,9 @@ class SmartMoELayer(MoELayer):
         expert_of_slot_E = torch.argsort(slot_of_expert_E)
         self.slot_of_expert_E.copy_(slot_of_expert_E)  # in place: captured graphs and the dispatcher hold the tensor
         self.expert_of_slot_E.copy_(expert_of_slot_E)
+        self.experts_by_slot = expert_of_slot_E.tolist()
         first = self.local_expert_indices[0]
-        self.experts.experts_in_slots = expert_of_slot_E[first : first + self.num_local_experts].tolist()
+        self.experts.experts_in_slots = self.experts_by_slot[first : first + self.num_local_experts]
 
     def preprocess(
         self, hidden_states: torch.Tensor, probs: torch.Tensor, routing_map: torch.Tensor

@@ -14,6 +14,7 @@ RESERVED_BYTES = 3e9  # CUDA context, NCCL's buffers, cuBLAS workspaces: an esti
 FRAGMENTATION = 0.04  # of the memory, lost between blocks: an estimate
 STAGED_EXPERTS = 2  # experts whose state lies in staging buffers while homes move, one in, one out
 STATE_BYTES = 12  # fp32 main parameter and two moments
+COPY_GRADIENT_BYTES = 4  # the gradients of a replica are added up in fp32 whatever the others are
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +91,7 @@ def stage_budget(model: ModelSpec, spec: ParallelSpec, gpu: GpuSpec, stage: int,
         expert_activations=kept.experts,
         logits=kept.logits,
         working=kept.working,
-        replicas=float(spec.spare_slots * moe_layers * numel * (spec.element_bytes + spec.grad_bytes)),
+        replicas=float(spec.spare_slots * moe_layers * numel * (spec.element_bytes + COPY_GRADIENT_BYTES)),
         staging=float(STAGED_EXPERTS * numel * (spec.element_bytes + STATE_BYTES)) if moves else 0.0,
         reserved=RESERVED_BYTES + FRAGMENTATION * gpu.memory_bytes,
     )

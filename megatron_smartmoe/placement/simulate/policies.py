@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
 import numpy as np
 
 from megatron_smartmoe.placement.decisions import Decision
-from megatron_smartmoe.placement.online import HomesPlanner, OnlineOptions, ReplicaPlanner
+from megatron_smartmoe.placement.online import HomesPlanner, OnlineOptions
+from megatron_smartmoe.placement.online_replicas import ReplicaPlanner
 from megatron_smartmoe.placement.plan import LayerPlan, LayerProblem, Rule
 from megatron_smartmoe.placement.review import LayerSeconds
 from megatron_smartmoe.spec.placement import BoolArray, IntArray, Placement, hosts_of
@@ -140,12 +141,10 @@ class OnlinePolicy:
                 self.decisions.append(plan)
 
     def _adopt(self, old: Placement, proposal: Placement) -> None:
-        """New homes in every group; in the layers concerned every group starts from the proposal's replicas."""
+        """New homes in every group; each plans its replicas for them."""
         self.books.experts_moved += int((old.home_rank_LE != proposal.home_rank_LE).sum())
-        changed_L = (old.home_rank_LE != proposal.home_rank_LE).any(axis=1)
         for planner in self.groups:
-            slots_LRS = np.where(changed_L[:, None, None], proposal.slots_LRS, planner.placement.slots_LRS)
-            planner.placement = replace(planner.placement, slots_LRS=slots_LRS)
+            planner.rehome(proposal)
 
     def plan(self, layer: int, group: int, counts_RE: IntArray) -> LayerPlan:
         """The group's placement, or one with copies for these very counts; always with the exact split."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from dataclasses import replace
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from megatron_smartmoe.adapter.launch import launcher
+from megatron_smartmoe.adapter.launch import auto, launcher
 from megatron_smartmoe.adapter.launch.plan import Plan
 from megatron_smartmoe.adapter.launch.topology import Topology
 from megatron_smartmoe.errors import ConfigError
@@ -104,6 +105,47 @@ def test_flags_are_checked_then_data_is_prepared_then_the_ranks_run(
     assert load_run_spec(Path("here/config.yaml")) == spec
     assert Path("here/command.sh").read_text().endswith("\nA=1 python \\\n  --x 1\n")
     assert capsys.readouterr() == ("smartmoe: 2 ranks on 1 node(s), run directory here\n", "")
+
+
+@pytest.fixture
+def planner(story: Story, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stands in for the planner."""
+
+    def plan_parallel(spec: RunSpec, command_line: list[str], topology: Topology, run_dir: Path) -> auto.Planned:
+        story.events.append(f"choose for {topology.world_size} ranks")
+        planned = replace(spec, flags={"tensor-model-parallel-size": "2"})
+        return auto.Planned(spec=planned, command_line=["--lr", "2"], lines=["TP 2", " why"], content={"version": 1})
+
+    monkeypatch.setattr(auto, "plan_parallel", plan_parallel)
+
+
+AUTO = [*ARGV, "--parallel", "auto"]
+
+
+def test_a_plan_comes_first_and_stays_beside_the_run(
+    story: Story, planner: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert launcher.main(AUTO) == 7
+    assert story.events == ["choose for 2 ranks", "plan --lr 2 in here", "prepare data/corpus", "run"]
+    assert load_run_spec(Path("here/config.yaml")).flags == {"tensor-model-parallel-size": "2"}
+    assert json.loads(Path("here/plan.json").read_text()) == {"version": 1}
+    assert capsys.readouterr().out.splitlines()[:2] == ["smartmoe: TP 2", "smartmoe:  why"]
+
+
+def test_a_dry_run_shows_the_plan_as_comments(story: Story, planner: None, capsys: pytest.CaptureFixture[str]) -> None:
+    assert launcher.main([*AUTO, "--dry-run"]) == 0
+    assert capsys.readouterr().out.startswith("# TP 2\n#  why\n# first, once:\n")
+    assert [path.name for path in Path().iterdir()] == ["a.yaml"]
+
+
+def test_another_node_plans_too_and_says_nothing(
+    story: Story, planner: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    story.topology = Topology(num_nodes=2, node=1, ranks_per_node=2)
+    assert launcher.main(AUTO) == 7
+    assert story.events[:2] == ["choose for 4 ranks", "plan --lr 2 in here"]
+    assert list(Path("here").iterdir()) == []
+    assert capsys.readouterr() == ("", "")
 
 
 def test_data_that_exists_is_not_prepared(story: Story) -> None:

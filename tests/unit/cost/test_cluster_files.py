@@ -21,5 +21,6 @@ def test_a_cluster_file(file):
     assert len(cluster.sources) == 7
     assert cluster.intra_node.bandwidth_bytes_s > cluster.inter_node.bandwidth_bytes_s
     constants = constants_of(cluster, ExpertShape(hidden=4096, ffn=1536))
-    assert 20 < constants.half_rate_tokens < 2000
+    least = 1 if file.stem == "cpu" else 20  # a GPU needs many tokens to reach half its rate
+    assert least < constants.half_rate_tokens < 2000
     assert constants.inter_gpu_token_s > constants.intra_token_s

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from megatron_smartmoe.placement.decisions import digest_of
 from megatron_smartmoe.placement.homes import HomesOptions
-from megatron_smartmoe.placement.online import HomesPlanner, OnlineOptions, ReplicaPlanner
+from megatron_smartmoe.placement.online import HomesPlanner, OnlineOptions
+from megatron_smartmoe.placement.online_replicas import ReplicaPlanner
 from megatron_smartmoe.placement.plan import LayerPlan, rank_loads
 from megatron_smartmoe.placement.policy import PolicyOptions
 from megatron_smartmoe.spec.placement import Placement
@@ -79,9 +80,23 @@ def test_a_move_that_does_not_pay_is_logged_and_not_taken():
     options = OnlineOptions(state_bytes=10**12, policy=PolicyOptions(horizon_iterations=1))
     homes = HomesPlanner(2, 32, options, lambda slots_RS, counts_RE: busiest(slots_RS, counts_RE) * 1e-9)
     homes.observe(counts_LGMRE[:, 0, 0])
-    assert homes.propose(1, start) is None
+    found = homes.propose(1, start)
+    assert found is not None
+    proposal, decision = found
+    assert proposal != start
+    assert not decision.taken
+    assert decision.why.startswith("does not pay: ")
+    assert decision.moved_bytes == 0
+    assert decision.changes
     assert not homes.due(50)
     assert homes.due(101)
+
+
+def test_homes_that_cannot_be_better_are_not_spoken_of():
+    start = Placement.contiguous(num_layers=1, num_experts=8, num_ranks=4)
+    homes = HomesPlanner(1, 8, OnlineOptions(), lambda slots_RS, counts_RE: busiest(slots_RS, counts_RE) * 1e-9)
+    homes.observe(np.ones((1, 4, 8), dtype=np.int64))
+    assert homes.propose(1, start) is None
 
 
 def test_before_anything_was_seen_nothing_is_planned():

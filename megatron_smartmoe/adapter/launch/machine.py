@@ -1,0 +1,76 @@
+"""What the planner asks of the machine: its cluster file, a rank's memory, and the size of the vocabulary."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from dataclasses import replace
+from pathlib import Path
+
+from megatron_smartmoe.adapter.launch.topology import Topology
+from megatron_smartmoe.errors import ConfigError
+from megatron_smartmoe.spec.cluster import ClusterSpec
+from megatron_smartmoe.spec.run import RunSpec
+
+_SAME_MEMORY = 0.9  # of the file's: a device with less is another product
+_EXTRA_TOKENS = {"NullTokenizer": 1}  # that a tokenizer adds to --vocab-size
+
+
+def find_machine(args: Namespace, topology: Topology, *, cpu: bool) -> tuple[ClusterSpec, str]:
+    """The cluster file of this machine with the job's nodes and ranks, and who says how much memory a rank has.
+
+    Raises:
+        ConfigError: no file is shipped for this GPU, or its memory is far from the file's on several nodes.
+    """
+    from megatron_smartmoe.adapter.machine import machine
+
+    cluster = machine(args)
+    cluster = replace(cluster, nodes=topology.num_nodes, gpus_per_node=topology.ranks_per_node)
+    file = f"cluster file {cluster.name}"
+    if cpu:
+        return cluster, file
+    device_bytes, file_bytes = device_memory_bytes(topology.ranks_per_node), cluster.gpu.memory_bytes
+    if topology.num_nodes > 1:  # each node plans for itself, and must see what the others see
+        if device_bytes < _SAME_MEMORY * file_bytes:
+            rule = f"the GPUs here have {device_bytes / 1e9:.1f} GB, {file} says {file_bytes / 1e9:.1f} GB"
+            way_out = "Pass --smartmoe-cluster FILE with this memory_bytes, the same on every node."
+            raise ConfigError("--smartmoe-cluster", args.smartmoe_cluster, rule, way_out)
+        return cluster, file
+    if args.smartmoe_cluster is not None and file_bytes <= device_bytes:  # a user may leave room for others
+        return cluster, file
+    return replace(cluster, gpu=replace(cluster.gpu, memory_bytes=float(device_bytes))), "the device's own"
+
+
+def device_memory_bytes(ranks: int) -> int:
+    """The smallest memory among the devices of this node's ranks."""
+    import torch
+
+    return min(int(torch.cuda.get_device_properties(at).total_memory) for at in range(ranks))
+
+
+def vocabulary(spec: RunSpec, args: Namespace) -> int:
+    """Entries of the vocabulary: what the flags say, what the corpus will have, else what the tokenizer's file says.
+
+    In this order, so that a node that comes while another one prepares the corpus plans for the same size.
+
+    Raises:
+        ConfigError: nobody says it.
+    """
+    if getattr(args, "padded_vocab_size", None):
+        return int(args.padded_vocab_size)
+    if args.vocab_size:
+        return int(args.vocab_size) + _EXTRA_TOKENS.get(args.tokenizer_type, 0)
+    if spec.data is not None and spec.data.get("vocab-size"):
+        return int(spec.data["vocab-size"])
+    if "SentencePiece" in (args.tokenizer_type or "") and args.tokenizer_model:
+        return _pieces(args.tokenizer_model)
+    rule = "is needed by --parallel auto, which does not open this kind of tokenizer"
+    raise ConfigError("--vocab-size", None, rule, "Pass the tokenizer's number of entries.")
+
+
+def _pieces(name: str) -> int:
+    """Entries of a sentencepiece model."""
+    if not Path(name).is_file():
+        raise ConfigError("--tokenizer-model", name, "is not a file", "Pass the .model file that made the dataset.")
+    from sentencepiece import SentencePieceProcessor
+
+    return int(SentencePieceProcessor(model_file=name).get_piece_size())

@@ -1,0 +1,77 @@
+"""This run's prices: what the planners of homes and replicas are told about the machine and the model."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from dataclasses import replace
+
+from megatron.core import parallel_state as mpu
+from megatron.core.num_microbatches_calculator import get_num_microbatches
+
+from megatron_smartmoe.adapter.machine import expert_shape, machine, nodes_of_group, state_bytes
+from megatron_smartmoe.adapter.replica_arguments import replicas_mode
+from megatron_smartmoe.cost.moe_layer import LINK_EFFICIENCY, constants_of, copy_tokens
+from megatron_smartmoe.placement.online import OnlineOptions
+from megatron_smartmoe.placement.policy import PolicyOptions
+from megatron_smartmoe.placement.replicas import ReplicaOptions
+from megatron_smartmoe.placement.simulate.run import Setting
+
+
+def online_setting(options: Namespace) -> Setting:
+    """The cost model's view of one expert-parallel group.
+
+    Copies from history are fetched once for all micro-batches of an iteration, so that one bears a share of the price.
+    """
+    num_ranks = mpu.get_expert_model_parallel_world_size()
+    constants = constants_of(machine(options), expert_shape(options))
+    if replicas_mode(options) == "history":
+        shares = get_num_microbatches()
+        constants = replace(
+            constants, intra_copy_s=constants.intra_copy_s / shares, inter_copy_s=constants.inter_copy_s / shares
+        )
+    return Setting(
+        num_ranks=num_ranks,
+        num_nodes=nodes_of_group(num_ranks),
+        constants=constants,
+        state_bytes=state_bytes(options),
+    )
+
+
+def online_options(options: Namespace, review_records: int) -> OnlineOptions:
+    """What the planners are told.
+
+    Args:
+        options: Megatron's.
+        review_records: records after a move of homes on which it is judged.
+    """
+    cluster = machine(options)
+    num_nodes = nodes_of_group(mpu.get_expert_model_parallel_world_size())
+    link = cluster.intra_node if num_nodes == 1 else cluster.inter_node
+    return OnlineOptions(
+        homes_interval=1,  # the controller asks once an interval
+        replicas="exact" if replicas_mode(options) == "exact" else "history",
+        micro_batches=get_num_microbatches(),
+        state_bytes=state_bytes(options),
+        migration_bytes_s=link.bandwidth_bytes_s * LINK_EFFICIENCY,
+        replica=ReplicaOptions(num_nodes=scope_nodes(options), copy_price_tokens=copy_price_tokens(options)),
+        policy=PolicyOptions(
+            horizon_iterations=options.smartmoe_homes_horizon,
+            margin=options.smartmoe_homes_margin,
+            rest_iterations=options.smartmoe_homes_interval,
+        ),
+        review_records=review_records,
+    )
+
+
+def scope_nodes(options: Namespace) -> int:
+    """Nodes that replicas are bound to; 1 lets them lie anywhere in the group."""
+    if options.smartmoe_replicas_scope == "group":
+        return 1
+    return nodes_of_group(mpu.get_expert_model_parallel_world_size())
+
+
+def copy_price_tokens(options: Namespace) -> float:
+    """Tokens that the busiest rank must be spared for a replica, --smartmoe-replicas-margin included."""
+    constants = constants_of(machine(options), expert_shape(options))
+    between_nodes = nodes_of_group(mpu.get_expert_model_parallel_world_size()) > scope_nodes(options)
+    return float(options.smartmoe_replicas_margin * copy_tokens(constants, between_nodes=between_nodes))

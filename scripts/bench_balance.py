@@ -1,0 +1,200 @@
+#!/usr/bin/env python3
+"""What balancing is worth in a training step: routing replayed from a trace, balancing off and on, in one table.
+
+    OMP_NUM_THREADS=1 .venv/bin/python scripts/bench_balance.py --trace F.npz [--ep 2 4 8] [--steps N] [--first RECORD]
+
+Real training on gloo ranks, one thread each, through the real entry; only what the routers choose is the trace's. The
+model is small and its experts are not, so that expert compute dominates as it does on GPUs. Variants:
+
+    off         --smartmoe, nothing is balanced
+    stock       Megatron's own MoE layer
+    homes       experts move to other ranks when that pays
+    history     one spare slot a rank, copies planned from earlier iterations
+    exact       one spare slot a rank, copies planned from each micro-batch's counts
+    ultraep     the same executor, copies and shares by UltraEP's rule, one spare slot, exact counts
+    fastermoe   the same executor, shadows by FasterMoE's rule (with this machine's constants), memory for all of them
+
+Reported for a step: wall time; the CPU time of the busiest rank, which is what the wall would be with a core for each
+rank, and the only honest figure when there are more ranks than cores; and max / mean tokens per rank as the experts saw
+it. Medians over the steps after the warm-up, the busiest rank of every step. UltraEP, EPLB and others that relocate
+homes every time are in `smartmoe simulate`; here homes stay, because a move must carry the optimizer's state along.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+HIDDEN, FFN = 256, 1024
+MODEL = (
+    f"--num-layers 2 --hidden-size {HIDDEN} --num-attention-heads 4 --ffn-hidden-size {FFN} --seq-length 512 "
+    f"--max-position-embeddings 512 --position-embedding-type rope --normalization RMSNorm --swiglu "
+    f"--disable-bias-linear --untie-embeddings-and-output-weights --attention-dropout 0 --hidden-dropout 0 "
+    f"--moe-ffn-hidden-size {FFN} --moe-router-load-balancing-type none --moe-router-dtype fp32"
+).split()
+TRAINING = (
+    "--micro-batch-size 1 --lr 1e-4 --lr-decay-style constant --eval-iters 0 --eval-interval 100000 "
+    "--log-interval 1 --logging-level 40 --rerun-mode disabled --mock-data --tokenizer-type NullTokenizer "
+    "--vocab-size 1023 --num-workers 0"
+).split()
+WARM_UP = 5  # steps
+OURS = ["--smartmoe", "--smartmoe-homes", "off"]
+SPARE = [*OURS, "--smartmoe-spare-slots", "1", "--smartmoe-replicas-margin", "0"]
+EXACT = [*SPARE, "--smartmoe-replicas", "exact"]
+VARIANTS = {
+    "off": OURS,
+    "stock": [],
+    "homes": ["--smartmoe", "--smartmoe-homes-interval", "5"],
+    "history": SPARE,
+    "exact": EXACT,
+    "ultraep": EXACT,
+    "fastermoe": EXACT,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Steps:
+    """Seconds of each step of each rank, `[step, rank]`, and max / mean tokens per rank by step."""
+
+    wall: np.ndarray
+    cpu: np.ndarray
+    balance: list[float]
+
+    def row(self) -> tuple[float, float, float]:
+        """Medians over the steps of the slowest rank's wall and CPU time, and the mean balance."""
+        wall, cpu = (statistics.median(times[WARM_UP:].max(axis=1)) for times in (self.wall, self.cpu))
+        return wall, cpu, float(np.mean(self.balance[WARM_UP:])) if self.balance else float("nan")
+
+
+def run(variant: str, trace: Path, ranks: int, steps: int, experts: int, top_k: int) -> Steps:
+    """One training run."""
+    with tempfile.TemporaryDirectory() as run_dir:
+        flags = [*MODEL, *TRAINING, *VARIANTS[variant], "--num-experts", str(experts)]
+        flags += ["--moe-router-topk", str(top_k), "--expert-model-parallel-size", str(ranks)]
+        flags += ["--global-batch-size", str(ranks), "--train-iters", str(steps), "--smartmoe-run-dir", run_dir]
+        flags += ["--smartmoe-replay-trace", str(trace)]
+        if variant == "fastermoe":
+            flags += ["--smartmoe-spare-slots", str(experts - experts // ranks)]
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--standalone"]
+        command += [__file__, "--rank", variant, run_dir, "--", *flags]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise SystemExit(done.stdout[-2000:] + done.stderr[-6000:])
+        times = np.stack([np.load(Path(run_dir) / f"times{rank}.npy") for rank in range(ranks)], axis=1)
+        lines = Path(run_dir) / "balance-stage0-group0.jsonl"
+        balance = [float(np.mean(json.loads(line)["split"])) for line in lines.open()] if lines.exists() else []
+    return Steps(wall=times[..., 0], cpu=times[..., 1], balance=balance)
+
+
+def rank_main(variant: str, run_dir: str, flags: list[str]) -> None:
+    """What every rank runs: Megatron's pretraining, with a stopwatch around each step."""
+    from megatron_smartmoe.adapter.pretrain import choose_device, main
+
+    choose_device("auto")
+    import megatron.training.training as training
+
+    from megatron_smartmoe.adapter.install import after, before
+
+    started: list[tuple[float, float]] = []
+    times: list[tuple[float, float]] = []
+    before(training, "train_step", lambda *args, **kwargs: started.append((time.perf_counter(), time.process_time())))
+
+    def stop(*args: Any, **kwargs: Any) -> None:
+        wall, cpu = started[-1]
+        times.append((time.perf_counter() - wall, time.process_time() - cpu))
+
+    after(training, "train_step", stop)
+    if variant in ("ultraep", "fastermoe"):
+        follow_rule(variant)
+    main(flags)
+    np.save(Path(run_dir) / f"times{os.environ['RANK']}.npy", np.array(times))
+
+
+def follow_rule(name: str) -> None:
+    """Have the executor place copies and split tokens by a peer's rule."""
+    import megatron_smartmoe.adapter.moe.replica_dispatcher as dispatcher
+    import megatron_smartmoe.adapter.replica_loop as loop
+    from megatron_smartmoe.placement.baselines.fastermoe import FasterMoE
+    from megatron_smartmoe.placement.baselines.ultraep import UltraEp
+    from megatron_smartmoe.placement.plan import LayerPlan, LayerProblem, Rule, tokens_by_rank
+    from megatron_smartmoe.placement.split import assign_sources
+
+    machine = FasterMoE(
+        hidden=HIDDEN, ffn_factor=1.5 * FFN / HIDDEN, network_bytes_s=1.4e9, gpu_flops=46e9, element_bytes=4
+    )  # 1.5: three matrices of SwiGLU for FasterMoE's two
+    rule: Rule = machine if name == "fastermoe" else UltraEp()
+    latest: list[LayerPlan] = []
+
+    def exact_slots(counts_RE: Any, slots_RS: Any, home_slots: int, **prices: Any) -> Any:
+        num_slots = slots_RS.shape[1]
+        problem = LayerProblem(counts_RE=counts_RE, slots_RS=slots_RS, spare_slots=num_slots - home_slots)
+        plan = rule.plan(problem)
+        latest[:] = [plan]
+        assert (plan.slots_RS[:, :home_slots] == slots_RS[:, :home_slots]).all(), f"{name} moves homes"
+        missing = num_slots - plan.slots_RS.shape[1]
+        return np.pad(plan.slots_RS, ((0, 0), (0, missing)), constant_values=-1)
+
+    def split_tokens(counts_RE: Any, slots_RS: Any, home_slots: int, num_nodes: int = 1) -> Any:
+        tokens_ER = _whole(tokens_by_rank(latest[0], counts_RE), counts_RE.sum(axis=0))
+        return assign_sources(counts_RE, slots_RS, tokens_ER, num_nodes)
+
+    loop.exact_slots = exact_slots
+    dispatcher.split_tokens = split_tokens
+
+
+def _whole(tokens_ER: np.ndarray, load_E: np.ndarray) -> np.ndarray:
+    """Whole tokens with the same sum for every expert, the largest remainders rounded up."""
+    whole_ER = np.floor(tokens_ER + 1e-9).astype(np.int64)
+    for expert, missing in enumerate(load_E - whole_ER.sum(axis=1)):
+        whole_ER[expert, np.argsort(whole_ER[expert] - tokens_ER[expert], kind="stable")[:missing]] += 1
+    return whole_ER
+
+
+def main() -> None:
+    """Run every variant and print the table."""
+    if sys.argv[1:2] == ["--rank"]:
+        rank_main(sys.argv[2], sys.argv[3], sys.argv[5:])
+        return
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--trace", type=Path, required=True)
+    parser.add_argument("--ep", type=int, nargs="+", default=[2, 4, 8])
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--first", type=int, default=100, help="record of the trace that the runs begin with")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    options = parser.parse_args()
+    from megatron_smartmoe.spec.trace import RoutingTrace, load_trace
+
+    whole = load_trace(options.trace)
+    part = slice(options.first, options.first + options.steps)
+    with tempfile.TemporaryDirectory() as folder:
+        cut = Path(folder) / "cut.npz"
+        RoutingTrace(
+            counts=whole.counts[part], iteration=whole.iteration[part], layer=whole.layer, meta=whole.meta
+        ).save(cut)
+        print(
+            f"{'EP':>3} {'variant':<10} {'wall ms':>9} {'busiest rank CPU ms':>20} {'off / this':>11} {'max/mean':>9}"
+        )
+        for ranks in options.ep:
+            off = float("nan")
+            for variant in options.variants:
+                steps = run(variant, cut, ranks, options.steps, whole.num_experts, int(whole.meta["top_k"]))
+                wall, cpu, balance = steps.row()
+                off = cpu if variant == "off" else off
+                line = f"{ranks:>3} {variant:<10} {wall * 1e3:>9.1f} {cpu * 1e3:>20.1f} {off / cpu:>11.2f}"
+                print(f"{line} {balance:>9.4f}" if balance == balance else f"{line} {'-':>9}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

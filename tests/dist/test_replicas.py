@@ -1,0 +1,171 @@
+"""Copies of experts change nothing but who computes: the losses stay what they are without them.
+
+Not bit for bit: an expert's gradient is a sum over tokens, and copies sum some of them apart. Everything else is equal:
+each token's output, and the order in which its experts' outputs are added.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.dist.test_smartmoe_layer import EP2, UNCLIPPED
+from tests.support.checkpoints import tensors
+from tests.support.replicas import ALWAYS, FAULTS, balance, train_with_fault
+from tests.support.training import train
+
+pytestmark = pytest.mark.dist
+
+HISTORY = [*ALWAYS, "--smartmoe-homes", "off"]
+EXACT = [*HISTORY, "--smartmoe-replicas", "exact"]
+MOVING = [*ALWAYS, "--smartmoe-homes", "shuffle", "--smartmoe-homes-interval", "2"]
+WITHOUT = ["--smartmoe", "--smartmoe-homes", "off"]
+TOLERANCE = 1e-5  # of losses, relative
+
+PP2 = "--pipeline-model-parallel-size 2"
+VPP2 = f"{PP2} --num-layers-per-virtual-pipeline-stage 1"
+TP2 = "--tensor-model-parallel-size 2 --sequence-parallel"
+OVERLAP = "--use-distributed-optimizer --dist-ckpt-optim-fully-reshardable --overlap-grad-reduce --overlap-param-gather"
+FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
+MIXES = {
+    "EP4": (4, "--expert-model-parallel-size 4", HISTORY),
+    "PP2xVPP2xEP2, overlapped, exact": (4, f"{VPP2} {EP2} {OVERLAP}", EXACT),
+    "EP2xEDP2, overlapped, homes move": (4, f"{EP2} {OVERLAP}", MOVING),
+    "TP2xEP2xETP2": (4, f"{TP2} {EP2}", HISTORY),
+    "TP2xEP2xETP2, exact, experts recomputed": (
+        4,
+        f"{TP2} {EP2} --recompute-granularity selective --recompute-modules moe",
+        EXACT,
+    ),
+    "CP2xEP2, full recompute, shared experts": (
+        4,
+        f"--context-parallel-size 2 {EP2} {FULL} --moe-shared-expert-intermediate-size 64",
+        HISTORY,
+    ),
+}
+
+
+def distance(losses: list[float], expected: list[float]) -> float:
+    """Largest relative difference."""
+    assert len(losses) == len(expected) > 0
+    return max(abs(a - b) / b for a, b in zip(losses, expected, strict=True))
+
+
+@pytest.mark.parametrize("mix", MIXES)
+def test_copies_change_no_loss(mix: str, tmp_path: Path, data_flags: list[str]) -> None:
+    world_size, flags, copies = MIXES[mix]
+    common = [*data_flags], *flags.split(), *UNCLIPPED
+    expected = train(tmp_path / "without", world_size, *common, *WITHOUT, iterations=6)
+    found = train(tmp_path / "with", world_size, *common, *copies, iterations=6)
+    assert distance(found, expected) < TOLERANCE
+    last = balance(tmp_path / "with")[-1]
+    assert np.sum(last["copies"]) > 0
+    assert np.mean(last["split"]) < np.mean(last["homes"])
+
+
+def test_200_steps_with_copies(tmp_path: Path, data_flags: list[str]) -> None:
+    """At a learning rate at which rounding errors stay small: top-k routing is chaotic, and at 1e-3 a learning rate that
+    differs in its last bit alone takes the losses 4e-3 apart in 200 steps."""
+    flags = [*EP2.split(), "--global-batch-size", "4", "--lr", "1e-4"]
+    expected = train(tmp_path / "without", 2, data_flags, *flags, *WITHOUT, iterations=200)
+    found = train(tmp_path / "with", 2, data_flags, *flags, *HISTORY, iterations=200)
+    assert distance(found, expected) < TOLERANCE
+
+
+def first_moments(
+    run_dir: Path, data_flags: list[str], *flags: str, fault: str | None = None
+) -> dict[str, torch.Tensor]:
+    """Adam's first moments after one step, a tenth of its gradients; they show what losses hide."""
+    save = ["--save", str(run_dir / "saved"), "--save-interval", "1"]
+    common = [data_flags, *EP2.split(), *UNCLIPPED, *flags, *save]
+    if fault is None:
+        train(run_dir, 2, *common, iterations=1)
+    else:
+        train_with_fault(run_dir, 2, *common, iterations=1, fault=fault)
+    return {name: tensor for name, tensor in tensors(run_dir / "saved", 1).items() if "exp_avg." in name}
+
+
+@pytest.fixture(scope="module")
+def moments_without_copies(tmp_path_factory: pytest.TempPathFactory, data_flags: list[str]) -> dict[str, torch.Tensor]:
+    return first_moments(tmp_path_factory.mktemp("without"), data_flags, *WITHOUT)
+
+
+def largest_error(moments: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
+    """Over the largest gradient of the same tensor."""
+    assert moments.keys() == expected.keys() != set()
+    errors = [(moments[name] - tensor).abs().max() / tensor.abs().max() for name, tensor in expected.items()]
+    return float(max(errors))
+
+
+def test_gradients_are_those_without_copies(
+    tmp_path: Path, data_flags: list[str], moments_without_copies: dict[str, torch.Tensor]
+) -> None:
+    moments = first_moments(tmp_path, data_flags, *EXACT)
+    assert np.sum(balance(tmp_path)[0]["copies"]) > 0
+    assert largest_error(moments, moments_without_copies) <= 1e-6
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_in_the_gradients_shows(
+    fault: str, tmp_path: Path, data_flags: list[str], moments_without_copies: dict[str, torch.Tensor]
+) -> None:
+    moments = first_moments(tmp_path, data_flags, *EXACT, fault=fault)
+    assert largest_error(moments, moments_without_copies) > 1e-3
+
+
+def test_a_run_can_be_repeated_bit_for_bit(tmp_path: Path, data_flags: list[str]) -> None:
+    flags = ["--expert-model-parallel-size", "4", *HISTORY]
+    first = train(tmp_path / "first", 4, data_flags, *flags, iterations=6)
+    assert train(tmp_path / "second", 4, data_flags, *flags, iterations=6) == first
+    files = [tmp_path / run / "replicas-stage0-group0.jsonl" for run in ("first", "second")]
+    assert files[0].read_bytes() == files[1].read_bytes() != b""
+
+
+def test_the_simulator_foretells_the_balance(tmp_path: Path, data_flags: list[str]) -> None:
+    """The trace of a run, replayed offline by the same planner: the same max / mean in every layer, to the last bit."""
+    from megatron_smartmoe.cost.moe_layer import LayerConstants
+    from megatron_smartmoe.placement.online import OnlineOptions
+    from megatron_smartmoe.placement.simulate.policies import OnlinePolicy
+    from megatron_smartmoe.placement.simulate.run import Setting, replay
+    from megatron_smartmoe.spec.placement import Placement
+    from megatron_smartmoe.spec.trace import load_trace
+
+    trace_file = tmp_path / "trace.npz"
+    flags = [
+        "--expert-model-parallel-size",
+        "4",
+        "--global-batch-size",
+        "4",
+        "--smartmoe-record-trace",
+        str(trace_file),
+    ]
+    train(tmp_path / "run", 4, data_flags, *flags, *HISTORY, iterations=6)
+    trace = load_trace(trace_file)
+    placement = Placement.contiguous(num_layers=4, num_experts=8, num_ranks=4, spare_slots=1)
+    options = OnlineOptions(homes_interval=0, replicas="history")
+    policy = OnlinePolicy(placement, 1, options, lambda slots_RS, counts_RE: 0.0)
+    setting = Setting(num_ranks=4, spare_slots=1, warmup=0, constants=LayerConstants(token_s=1.0), state_bytes=0)
+    foretold = replay(trace, policy, setting).imbalance
+    assert np.ravel([line["split"] for line in balance(tmp_path / "run")]).tolist() == foretold.tolist()
+
+
+def test_the_memory_is_what_the_planner_says(tmp_path: Path, data_flags: list[str]) -> None:
+    """K slots of weights and float32 gradients for every layer, and nothing else that stays."""
+    train(tmp_path, 2, data_flags, *EP2.split(), *HISTORY, iterations=2)
+    log = (tmp_path / "ranks" / "rank0.log").read_text()
+    parameters = 3 * 64 * 96  # of a SwiGLU expert
+    mib = 4 * 1 * parameters * (4 + 4) / 2**20
+    assert f"copies by history, {mib:.1f} MiB on this rank" in log
+
+
+def test_copies_that_do_not_pay_are_not_made(tmp_path: Path, data_flags: list[str]) -> None:
+    flags = [*EP2.split(), "--smartmoe-homes", "off", "--smartmoe"]
+    dear = ["--smartmoe-spare-slots", "1", "--smartmoe-replicas-margin", "1e6"]
+    expected = train(tmp_path / "without", 2, data_flags, *flags, iterations=4)
+    assert train(tmp_path / "with", 2, data_flags, *flags, *dear, iterations=4) == expected
+    last = balance(tmp_path / "with")[-1]
+    assert not np.any(last["copies"])
+    assert np.max(last["homes"]) > 1.05

@@ -1,0 +1,92 @@
+"""`--smartmoe-spare-slots` and its kin: what is refused, with its whole text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.megatron.test_checks import Case, judge
+from tests.support.ranks import run_ranks
+
+EP4 = "--expert-model-parallel-size 4"
+ONE = f"--smartmoe {EP4} --smartmoe-spare-slots 1"
+NOT_WITH = "does not go with --smartmoe-spare-slots"
+OUT = "or leave the spare slots out."
+CASES = {
+    "all well": Case(flags=ONE, ranks=4, verdict=True),
+    "exact, homes moving, virtual stages": Case(
+        flags=f"{ONE} --smartmoe-replicas exact --pipeline-model-parallel-size 2 "
+        "--num-layers-per-virtual-pipeline-stage 1 --num-layers 4",
+        ranks=8,
+    ),
+    "expert tensor parallelism": Case(
+        flags=f"{ONE} --tensor-model-parallel-size 2 --sequence-parallel --expert-tensor-parallel-size 2", ranks=8
+    ),
+    "slots that stay empty": Case(flags=f"{ONE} --smartmoe-replicas off", ranks=4),
+    "fewer than none": Case(
+        flags=f"--smartmoe {EP4} --smartmoe-spare-slots -1",
+        ranks=4,
+        says="--smartmoe-spare-slots = -1: must be at least 0. Leave it out for no copies.",
+    ),
+    "no slots": Case(
+        flags=f"--smartmoe {EP4} --smartmoe-replicas exact",
+        ranks=4,
+        says="--smartmoe-replicas = 'exact': needs spare slots to put copies in. Add --smartmoe-spare-slots 1, or leave "
+        "it out.",
+    ),
+    "without --smartmoe": Case(
+        flags=f"{EP4} --smartmoe-spare-slots 1",
+        ranks=4,
+        says="--smartmoe-spare-slots = 1: needs --smartmoe. Add --smartmoe, or leave it out.",
+    ),
+    "one rank": Case(
+        flags="--smartmoe --smartmoe-spare-slots 1",
+        says="--smartmoe-spare-slots = 1: needs expert parallelism: on one rank there is nothing to balance. Pass "
+        "--expert-model-parallel-size, or leave it out.",
+    ),
+    "more than there are experts": Case(
+        flags=f"--smartmoe {EP4} --num-experts 8 --smartmoe-spare-slots 7",
+        ranks=4,
+        says="--smartmoe-spare-slots = 7: must be at most 6, the experts of the other ranks. Pass a smaller number; 1 "
+        "or 2 are mostly enough.",
+    ),
+    "another dispatcher": Case(
+        flags=f"{ONE} --moe-token-dispatcher-type allgather",
+        ranks=4,
+        says=f"--moe-token-dispatcher-type = 'allgather': {NOT_WITH}. Pass alltoall, {OUT}",
+    ),
+    "TransformerEngine's experts": Case(
+        flags=f"{ONE} --smartmoe-experts transformer_engine",
+        ranks=4,
+        says=f"--smartmoe-experts = 'transformer_engine': {NOT_WITH}. Pass grouped_mm, {OUT}",
+    ),
+    "padding to capacity": Case(
+        flags=f"{ONE} --moe-expert-capacity-factor 1.0 --moe-pad-expert-input-to-capacity",
+        ranks=4,
+        says=f"--moe-pad-expert-input-to-capacity = True: {NOT_WITH}: every expert gets as many rows as the next, there "
+        "is nothing to balance. Leave one of the two out.",
+    ),
+    "a negative margin": Case(
+        flags=f"{ONE} --smartmoe-replicas-margin -1",
+        ranks=4,
+        says="--smartmoe-replicas-margin = -1.0: must be at least 0. 1 is the default.",
+    ),
+}
+
+
+def judge_all(data: Path) -> dict[str, str | None]:
+    return {name: judge(case, data) for name, case in CASES.items()}
+
+
+@pytest.fixture(scope="module")
+def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str | None]:
+    data = tmp_path_factory.mktemp("checks")
+    results: dict[str, str | None] = run_ranks(judge_all, 1, data, log_dir=data / "log")[0]
+    return results
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("name", CASES)
+def test_each_rule_says_field_value_rule_and_way_out(name: str, said: dict[str, str | None]) -> None:
+    assert said[name] == CASES[name].says

@@ -1,0 +1,59 @@
+"""Runs with copies of experts, and with faults in how their gradients go home."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tests.support.ranks import run_ranks
+from tests.support.training import TINY_MODEL, TINY_TRAINING, losses
+
+ALWAYS = ("--smartmoe", "--smartmoe-spare-slots", "1", "--smartmoe-replicas-margin", "0")
+
+
+def train_with_fault(
+    run_dir: Path, world_size: int, data_flags: list[str], *flags: str, iterations: int, fault: str
+) -> list[float]:
+    """As `training.train`, with one of `FAULTS` in the way home of the copies' gradients."""
+    argv = [*TINY_MODEL, *TINY_TRAINING, *data_flags, "--train-iters", str(iterations), *flags]
+    run_ranks(_main, world_size, [*argv, "--smartmoe-run-dir", str(run_dir)], fault, log_dir=run_dir / "ranks")
+    return losses(run_dir)
+
+
+def balance(run_dir: Path) -> list[dict[str, Any]]:
+    """The lines of the first group of the first stage."""
+    return [json.loads(line) for line in (run_dir / "balance-stage0-group0.jsonl").read_text().splitlines()]
+
+
+def _dropped(send: Any, copies: Any, gradients: Any, totals: Any) -> None:
+    send(copies[:-1], gradients, totals)
+
+
+def _twice(send: Any, copies: Any, gradients: Any, totals: Any) -> None:
+    send(copies, gradients, totals)
+    send(copies[:1], gradients, totals)
+
+
+def _wrong_home(send: Any, copies: Any, gradients: Any, totals: Any) -> None:
+    from dataclasses import replace
+
+    first, *rest = copies
+    other = (first.home_slot + 1) % len(totals[0])
+    send([replace(first, home_slot=other), *rest], gradients, totals)
+
+
+FAULTS = {"dropped": _dropped, "counted twice": _twice, "returned to the wrong home": _wrong_home}
+
+
+def _main(argv: list[str], fault: str) -> None:
+    from megatron_smartmoe.adapter.pretrain import main
+    from megatron_smartmoe.runtime.replica_wire import ReplicaWire
+
+    send = ReplicaWire.return_gradients
+
+    def faulty(wire: Any, copies: Any, gradients: Any, totals: Any) -> None:
+        FAULTS[fault](lambda *args: send(wire, *args), list(copies), gradients, totals)
+
+    ReplicaWire.return_gradients = faulty  # type: ignore[method-assign]
+    main(argv)

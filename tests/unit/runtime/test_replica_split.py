@@ -1,0 +1,104 @@
+"""Every rank works out the same split, and every choice's row goes to a slot that holds its expert."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_smartmoe.ops import reference
+from megatron_smartmoe.runtime.replica_split import (
+    copies_of,
+    exact_slots,
+    homes_only,
+    piece_shifts,
+    shifted_rows,
+    split_tokens,
+)
+from megatron_smartmoe.spec.placement import EMPTY, IntArray
+
+RANKS, EXPERTS, SPARE, HOME_SLOTS = 4, 8, 1, 2
+
+
+def skewed_counts(seed: int, tokens: int = 40) -> IntArray:
+    """`[R, E]`, the first expert with about a third of everything."""
+    generator = np.random.default_rng(seed)
+    share_E = generator.dirichlet(np.array([4.0, 1, 1, 1, 1, 1, 1, 1]))
+    return generator.multinomial(tokens, share_E, size=RANKS)
+
+
+def planned(counts_RE: IntArray, *, limit: float = 1.01, price_tokens: float = 0.0, num_nodes: int = 1) -> IntArray:
+    homes_RS = homes_only(EXPERTS, RANKS, SPARE)
+    return exact_slots(counts_RE, homes_RS, HOME_SLOTS, num_nodes=num_nodes, limit=limit, price_tokens=price_tokens)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_every_token_goes_to_a_copy_of_its_expert(seed: int) -> None:
+    counts_RE = skewed_counts(seed)
+    slots_RS = planned(counts_RE)
+    sent_RRS = split_tokens(counts_RE, slots_RS, HOME_SLOTS)
+    for expert in range(EXPERTS):
+        assert (sent_RRS[:, slots_RS == expert].sum(axis=1) == counts_RE[:, expert]).all()
+    assert not sent_RRS[:, slots_RS == EMPTY].any()
+    alone_R = counts_RE.sum(axis=0).reshape(RANKS, -1).sum(axis=1)
+    assert sent_RRS.sum(axis=(0, 2)).max() <= alone_R.max()
+
+
+def test_copies_in_plenty_balance_to_the_token() -> None:
+    counts_RE = skewed_counts(0)
+    slots_RS = exact_slots(
+        counts_RE, homes_only(EXPERTS, RANKS, 3), HOME_SLOTS, num_nodes=1, limit=1.0, price_tokens=0.0
+    )
+    load_R = split_tokens(counts_RE, slots_RS, HOME_SLOTS).sum(axis=(0, 2))
+    assert load_R.max() == -(-int(counts_RE.sum()) // RANKS)
+
+
+def test_no_copies_for_what_is_balanced_or_does_not_pay() -> None:
+    even_RE = np.full((RANKS, EXPERTS), 5)
+    assert copies_of(planned(even_RE), HOME_SLOTS) == ()
+    skewed_RE = skewed_counts(0)
+    assert copies_of(planned(skewed_RE), HOME_SLOTS)
+    assert copies_of(planned(skewed_RE, price_tokens=1000.0), HOME_SLOTS) == ()
+    assert copies_of(planned(skewed_RE, limit=4.0), HOME_SLOTS) == ()
+
+
+def test_copies_stay_on_the_node_of_their_home() -> None:
+    for copy in copies_of(planned(skewed_counts(3), num_nodes=2), HOME_SLOTS):
+        assert copy.home_rank // 2 == copy.rank // 2
+        assert copy.home_rank != copy.rank
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_rows_are_sent_in_the_order_of_ranks_and_slots(seed: int) -> None:
+    """Against the plain way: for every choice, the slot whose rows it is among, looked up one by one."""
+    counts_RE = skewed_counts(seed)
+    slots_RS = planned(counts_RE)
+    sent_RRS = split_tokens(counts_RE, slots_RS, HOME_SLOTS)
+    for source in range(RANKS):
+        ids = np.repeat(np.arange(EXPERTS), counts_RE[source])
+        ids_TK = torch.from_numpy(np.random.default_rng(seed).permutation(ids)).reshape(-1, 2)
+        identity_E = torch.arange(EXPERTS)
+        rows_TK, _ = reference.dispatch_map(ids_TK, identity_E, EXPERTS)
+        moved_TK = shifted_rows(rows_TK, *piece_shifts(sent_RRS[source], slots_RS))
+        assert sorted(moved_TK.flatten().tolist()) == list(range(ids_TK.numel()))
+        slot_of_row = np.repeat(slots_RS.ravel(), sent_RRS[source].ravel())
+        assert slot_of_row[moved_TK.numpy()].tolist() == ids_TK.tolist()
+
+
+def test_dropped_choices_stay_dropped() -> None:
+    slots_RS = homes_only(EXPERTS, RANKS, SPARE)
+    slots_RS[3, 2] = 0
+    sent_RS = np.zeros((RANKS, 3), dtype=np.int64)
+    sent_RS[0, 0], sent_RS[3, 2] = 1, 1
+    rows_TK = torch.tensor([[0, -1], [1, -1]], dtype=torch.int32)
+    assert shifted_rows(rows_TK, *piece_shifts(sent_RS, slots_RS)).tolist() == [[0, -1], [1, -1]]
+    sent_RS[1, 0] = 1  # a row of expert 2, between the two pieces of expert 0 on the way, behind them in the map
+    rows_TK = torch.tensor([[0, 2], [1, -1]], dtype=torch.int32)
+    assert shifted_rows(rows_TK, *piece_shifts(sent_RS, slots_RS)).tolist() == [[0, 1], [2, -1]]
+
+
+def test_a_rank_without_tokens_moves_nothing() -> None:
+    slots_RS = homes_only(EXPERTS, RANKS, SPARE)
+    rows_TK = torch.full((3, 2), -1, dtype=torch.int32)
+    lengths_P, shifts_P = piece_shifts(np.zeros((RANKS, 3), dtype=np.int64), slots_RS)
+    assert torch.equal(shifted_rows(rows_TK, lengths_P, shifts_P), rows_TK)
