@@ -22,10 +22,10 @@ def check_load(args: argparse.Namespace) -> None:
             its buffers are those of other experts; or the learning-rate schedule is another and nothing says which
             one counts.
     """
-    folder = _latest(args)
+    folder = latest_checkpoint(args)
     if folder is None or args.num_experts is None or args.finetune or args.no_load_optim:
         return
-    saved = _saved_arguments(folder)
+    saved = saved_arguments(folder)
     if saved is None or getattr(saved, "no_save_optim", False):
         return
     here, there = args.expert_model_parallel_size, saved.expert_model_parallel_size
@@ -69,13 +69,13 @@ def _check_schedule(args: argparse.Namespace, saved: argparse.Namespace, folder:
 
 def saved_placement(args: argparse.Namespace) -> Placement | None:
     """Where the experts lived when the checkpoint that --load names was saved, if it says so."""
-    folder = _latest(args)
-    saved = _saved_arguments(folder) if folder is not None else None
+    folder = latest_checkpoint(args)
+    saved = saved_arguments(folder) if folder is not None else None
     content = getattr(saved, "smartmoe_placement", None)
     return Placement.from_json(content) if content is not None else None
 
 
-def _latest(args: argparse.Namespace) -> Path | None:
+def latest_checkpoint(args: argparse.Namespace) -> Path | None:
     """The folder of the iteration that would be loaded, if it is a torch_dist checkpoint."""
     if args.load is None:
         return None
@@ -85,7 +85,7 @@ def _latest(args: argparse.Namespace) -> Path | None:
     return folder if folder is not None and (folder / "metadata.json").is_file() else None
 
 
-def _saved_arguments(folder: Path) -> argparse.Namespace | None:
+def saved_arguments(folder: Path) -> argparse.Namespace | None:
     """The arguments of the run that saved it."""
     from megatron.core.dist_checkpointing.serialization import load_common_state_dict
 

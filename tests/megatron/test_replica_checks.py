@@ -32,8 +32,8 @@ CASES = {
     "no slots": Case(
         flags=f"--smartmoe {EP4} --smartmoe-replicas exact",
         ranks=4,
-        says="--smartmoe-replicas = 'exact': needs spare slots to put copies in. Add --smartmoe-spare-slots 1, or leave "
-        "it out.",
+        says="--smartmoe-replicas = 'exact': needs spare slots to put copies in. Add --smartmoe-spare-slots 1, or "
+        "leave it out.",
     ),
     "without --smartmoe": Case(
         flags=f"{EP4} --smartmoe-spare-slots 1",
@@ -64,8 +64,8 @@ CASES = {
     "padding to capacity": Case(
         flags=f"{ONE} --moe-expert-capacity-factor 1.0 --moe-pad-expert-input-to-capacity",
         ranks=4,
-        says=f"--moe-pad-expert-input-to-capacity = True: {NOT_WITH}: every expert gets as many rows as the next, there "
-        "is nothing to balance. Leave one of the two out.",
+        says=f"--moe-pad-expert-input-to-capacity = True: {NOT_WITH}: every expert gets as many rows as the next, "
+        "there is nothing to balance. Leave one of the two out.",
     ),
     "a negative margin": Case(
         flags=f"{ONE} --smartmoe-replicas-margin -1",

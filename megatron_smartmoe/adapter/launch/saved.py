@@ -48,8 +48,8 @@ def limits_of_checkpoint(args: Namespace, options: SpaceOptions) -> Constraints:
 
 def _saved(args: Namespace) -> Namespace | None:
     """The arguments of the run whose optimizer state will be loaded, if any will."""
-    folder = checkpoint_check._latest(args)
+    folder = checkpoint_check.latest_checkpoint(args)
     if folder is None or args.finetune or args.no_load_optim:
         return None
-    saved = checkpoint_check._saved_arguments(folder)
+    saved = checkpoint_check.saved_arguments(folder)
     return None if saved is None or getattr(saved, "no_save_optim", False) else saved

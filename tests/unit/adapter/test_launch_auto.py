@@ -177,8 +177,8 @@ SAVED = Namespace(
 
 
 def limits(monkeypatch: pytest.MonkeyPatch, given: Namespace = ARGS, **changes: Any) -> Constraints:
-    monkeypatch.setattr(checkpoint_check, "_latest", lambda _: Path("c"))
-    monkeypatch.setattr(checkpoint_check, "_saved_arguments", lambda _: Namespace(**{**vars(SAVED), **changes}))
+    monkeypatch.setattr(checkpoint_check, "latest_checkpoint", lambda _: Path("c"))
+    monkeypatch.setattr(checkpoint_check, "saved_arguments", lambda _: Namespace(**{**vars(SAVED), **changes}))
     return saved.limits_of_checkpoint(given, SpaceOptions())
 
 
