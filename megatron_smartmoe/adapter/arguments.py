@@ -14,6 +14,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from megatron_smartmoe.adapter.pool_arguments import add_pool_arguments
 from megatron_smartmoe.adapter.replica_arguments import add_replica_arguments
 from megatron_smartmoe.errors import ConfigError
 
@@ -84,6 +85,7 @@ def add_smartmoe_arguments(parser: argparse.ArgumentParser) -> argparse.Argument
     )
     _add_homes_arguments(group)
     add_replica_arguments(group)
+    add_pool_arguments(group)
     return parser
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from argparse import Namespace
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,17 @@ from megatron.training import get_args
 from megatron_smartmoe.adapter.checkpoint_check import saved_placement
 from megatron_smartmoe.adapter.decision_log import DecisionLog
 from megatron_smartmoe.adapter.install import after, rebind
-from megatron_smartmoe.adapter.mover import ExpertMover, home_slots_of, with_home_slots
+from megatron_smartmoe.adapter.mover import ExpertMover, home_slots_of, with_home_slots, with_spare_slots
 from megatron_smartmoe.adapter.prices import online_options, online_setting
-from megatron_smartmoe.adapter.routers import count_tokens, moe_layers
-from megatron_smartmoe.placement.online import HomesPlanner
+from megatron_smartmoe.adapter.replica_arguments import REPLICAS
+from megatron_smartmoe.adapter.routers import all_layer_numbers, count_tokens, moe_layers
+from megatron_smartmoe.placement.online import HomesPlanner, ReplicaMode
+from megatron_smartmoe.placement.review import LayerSeconds
 from megatron_smartmoe.placement.simulate.run import layer_seconds
+from megatron_smartmoe.planner.pool import Setting
 from megatron_smartmoe.runtime.controller import Controller, ControllerOptions
 from megatron_smartmoe.runtime.counts import CountsShape, ExpertCounts, IntervalCounts
-from megatron_smartmoe.spec.placement import Placement
+from megatron_smartmoe.spec.placement import IntArray, Placement
 
 WINDOWS = 4  # records that an interval is observed in: enough to see a drift, few enough to keep
 MIB = 2**20
@@ -41,6 +45,7 @@ class Balancer:
     def __init__(self, run_dir: Path | None) -> None:
         self._run_dir = run_dir
         self._controller: Controller | None = None
+        self._layer_seconds: dict[str, LayerSeconds] = {}  # by mode of the copies
 
     def listen(self) -> None:
         """Hook into Megatron's loop."""
@@ -55,7 +60,7 @@ class Balancer:
         options = get_args()
         model_chunks, optimizer = result[0], result[1]
         chunks = unwrap_model(model_chunks)
-        numbers = _all_layer_numbers([number for number, _ in moe_layers(chunks)])
+        numbers = all_layer_numbers([number for number, _ in moe_layers(chunks)])
         counts = ExpertCounts(max(numbers) + 1, options.num_experts, torch.cuda.current_device())
         count_tokens(chunks, counts)
         num_ranks, windows = mpu.get_expert_model_parallel_world_size(), min(WINDOWS, options.smartmoe_homes_interval)
@@ -85,6 +90,8 @@ class Balancer:
                 spare_slots=options.smartmoe_spare_slots,
             ),
         )
+        # all of them now: a cluster file that is edited while the run goes on must not matter
+        self._layer_seconds = {mode: layer_seconds(online_setting(options, mode)) for mode in REPLICAS}
         self._restore(options, mover)
 
     def _restore(self, options: Namespace, mover: ExpertMover) -> None:
@@ -114,6 +121,24 @@ class Balancer:
         """After `post_training_step_callbacks`: the slow loop."""
         assert self._controller is not None
         self._controller.step(args[3])
+
+    @property
+    def homes_LRH(self) -> IntArray:
+        """The logical expert in each home slot, of all MoE layers of the model."""
+        assert self._controller is not None
+        placement = self._controller.placement
+        return placement.slots_LRS[:, :, : placement.home_slots]
+
+    def switch_to(self, setting: Setting) -> None:
+        """Look at the homes, or leave them alone, as a setting of the pool says; and plan them for its copies."""
+        controller = self._controller
+        assert controller is not None
+        controller.paused = setting.homes_interval == 0
+        controller.placement = with_spare_slots(controller.placement, setting.spare_slots)
+        planner = controller.planner
+        mode: ReplicaMode = "exact" if setting.replicas == "exact" else "history"
+        planner.options = replace(planner.options, replicas=mode)
+        planner.layer_seconds = self._layer_seconds[setting.replicas]
 
     def _in_logical_order(self, save_checkpoint: Callable[..., Any]) -> Callable[..., Any]:
         """Around `save_checkpoint`: what it writes is in logical order, and the placement goes along as a hint.
@@ -149,13 +174,6 @@ def saves_slots(options: Namespace) -> bool:
         or options.ckpt_assume_constant_structure
         or options.smartmoe_experts != "grouped_mm"
     )
-
-
-def _all_layer_numbers(numbers: list[int]) -> list[int]:
-    """The MoE layers of the whole model, whichever stage they are on."""
-    everybody: list[list[int]] = [[]] * dist.get_world_size()
-    dist.all_gather_object(everybody, numbers)
-    return sorted({number for stage in everybody for number in stage})
 
 
 def _controller_options(options: Namespace, windows: int) -> ControllerOptions:

@@ -30,9 +30,7 @@ class DecisionLog:
             decision = replace(decision, moved_bytes=moved.wire_bytes)
         if is_rank0():
             print(self._line(decision, before, after, moved), flush=True)
-            if self._path is not None:
-                with self._path.open("a", encoding="utf-8") as file:
-                    file.write(decision.to_line() + "\n")
+            self._append(decision)
         scalars = {"smartmoe/imbalance": after if moved is not None else before}
         if decision.predicted_gain_s is not None:
             scalars["smartmoe/predicted gain (ms)"] = decision.predicted_gain_s * 1e3
@@ -42,6 +40,25 @@ class DecisionLog:
             scalars["smartmoe/migration (MiB)"] = moved.wire_bytes / 2**20
             scalars["smartmoe/migration (s)"] = moved.seconds
         self._write_scalars(scalars, decision.iteration)
+
+    def switched(self, decision: Decision, index: int) -> None:
+        """A switch between settings of the pool, or the verdict on one.
+
+        Args:
+            decision: with the settings' names.
+            index: of the setting in force, for the curve.
+        """
+        if is_rank0():
+            self._append(decision)
+        scalars = {"smartmoe/pool setting": float(index)}
+        if decision.realised_gain_s is not None:
+            scalars["smartmoe/pool realised gain (ms)"] = decision.realised_gain_s * 1e3
+        self._write_scalars(scalars, decision.iteration)
+
+    def _append(self, decision: Decision) -> None:
+        if self._path is not None:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(decision.to_line() + "\n")
 
     def _line(self, decision: Decision, before: float, after: float, moved: Moved | None) -> str:
         """` smartmoe: iteration 100 | homes: ... | max/mean tokens per rank 1.33 -> 1.02 | ... |`"""

@@ -33,17 +33,24 @@ from megatron_smartmoe.adapter.moe.layer import SmartMoELayer
 from megatron_smartmoe.adapter.moe.overlap import OverlappedMoELayer
 from megatron_smartmoe.adapter.norm import TorchNorm
 from megatron_smartmoe.adapter.overlap_degree import OverlapDegree
+from megatron_smartmoe.adapter.pool_settings import may_cut as pool_may_cut
 from megatron_smartmoe.errors import CompatError
 
 Spec = ModuleSpec | TransformerBlockSubmodules
 
 
-def spec_for(args: Namespace) -> Callable[..., Spec]:
-    """The spec that the flags ask for."""
+def spec_for(args: Namespace, overlap_degree: OverlapDegree | None = None) -> Callable[..., Spec]:
+    """The spec that the flags ask for.
+
+    Args:
+        args: Megatron's, after validation.
+        overlap_degree: that others ask too; None for one of its own.
+    """
     if not args.smartmoe:
         return layer_spec
     slotted = args.smartmoe_experts == "grouped_mm"
-    return partial(smartmoe_layer_spec, slotted=slotted, overlap_degree=OverlapDegree(args))
+    degree = overlap_degree or OverlapDegree(args)
+    return partial(smartmoe_layer_spec, slotted=slotted, overlap_degree=degree, may_cut=pool_may_cut(args))
 
 
 def layer_spec(config: GPTModelConfig, vp_stage: int | None = None) -> Spec:
@@ -73,6 +80,7 @@ def smartmoe_layer_spec(
     *,
     slotted: bool = True,
     overlap_degree: Callable[[], int] = lambda: 1,
+    may_cut: bool = False,
 ) -> Spec:
     """`layer_spec` with this project's MoE layer.
 
@@ -81,17 +89,20 @@ def smartmoe_layer_spec(
         vp_stage: of the virtual pipeline.
         slotted: False for TransformerEngine's experts.
         overlap_degree: says into how many pieces each all-to-all is cut; asked when the process groups exist.
+        may_cut: whether they may come to be cut later: then the layer can do both.
 
     Raises:
         CompatError: the spec's MoE layers are not built as in the Megatron that this project knows.
     """
     spec, degree = layer_spec(config, vp_stage), overlap_degree()
+    cuts = may_cut or degree > 1
+    layer = partial(OverlappedMoELayer, overlap_degree=degree) if cuts else SmartMoELayer
     if isinstance(spec, TransformerBlockSubmodules):
-        return replace(spec, layer_specs=[_with_smart_moe(one, slotted, degree) for one in spec.layer_specs])
-    return _with_smart_moe(spec, slotted, degree)
+        return replace(spec, layer_specs=[_with_smart_moe(one, slotted, layer) for one in spec.layer_specs])
+    return _with_smart_moe(spec, slotted, layer)
 
 
-def _with_smart_moe(spec: ModuleSpec, slotted: bool, overlap_degree: int) -> ModuleSpec:
+def _with_smart_moe(spec: ModuleSpec, slotted: bool, layer: Callable[..., SmartMoELayer]) -> ModuleSpec:
     """A copy of one layer's spec with its MoE layer, if it has one, replaced."""
     mlp = spec.submodules.mlp
     if isinstance(mlp, ModuleSpec):
@@ -101,7 +112,6 @@ def _with_smart_moe(spec: ModuleSpec, slotted: bool, overlap_degree: int) -> Mod
     submodules = mlp.keywords["submodules"]
     if slotted:
         submodules = replace(submodules, experts=SlottedExperts)
-    layer = SmartMoELayer if overlap_degree == 1 else partial(OverlappedMoELayer, overlap_degree=overlap_degree)
     return replace(spec, submodules=replace(spec.submodules, mlp=partial(layer, submodules=submodules)))
 
 

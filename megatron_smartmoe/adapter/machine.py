@@ -13,8 +13,8 @@ from megatron.core import parallel_state as mpu
 from megatron_smartmoe.cost.compute import ExpertShape
 from megatron_smartmoe.errors import ConfigError
 from megatron_smartmoe.spec.cluster import ClusterSpec, load_cluster_spec
+from megatron_smartmoe.spec.shipped import CLUSTERS, fitting_cluster, shipped_clusters
 
-CLUSTERS = Path(__file__).parents[2] / "configs" / "clusters"
 _MOMENT_BYTES = 4
 _MOMENTS = 2  # of Adam
 
@@ -30,13 +30,12 @@ def machine(options: Namespace) -> ClusterSpec:
     if not torch.cuda.is_available():
         return load_cluster_spec(CLUSTERS / "cpu.yaml")
     name = torch.cuda.get_device_name()
-    specs = [load_cluster_spec(path) for path in sorted(CLUSTERS.glob("*.yaml"))]
-    fitting = [spec for spec in specs if spec.gpu.name.split("-")[0].lower() in name.lower().replace("-", " ").split()]
-    if not fitting:
-        known = ", ".join(sorted({spec.gpu.name for spec in specs}))
-        way_out = f"Pass --smartmoe-cluster FILE, made after one of configs/clusters (known: {known})."
+    fitting = fitting_cluster(name)
+    if fitting is None:
+        known = ", ".join(sorted({spec.gpu.name for spec in shipped_clusters()}))
+        way_out = f"Measure it: smartmoe calibrate --output FILE, then pass --smartmoe-cluster FILE (shipped: {known})."
         raise ConfigError("--smartmoe-cluster", None, f"no file is shipped for {name}", way_out)
-    return fitting[0]
+    return fitting
 
 
 def nodes_of_group(num_ranks: int) -> int:

@@ -118,3 +118,10 @@ class ExpertMover:
             seconds=report.seconds,
             failure=failure,
         )
+
+
+def with_spare_slots(placement: Placement, spare_slots: int) -> Placement:
+    """The same homes with this many empty spare slots."""
+    homes_LRS = placement.slots_LRS[:, :, : placement.home_slots]
+    spare = ((0, 0), (0, 0), (0, spare_slots))
+    return replace(placement, slots_LRS=np.pad(homes_LRS, spare, constant_values=EMPTY))

@@ -27,11 +27,15 @@ def check_overlap(args: argparse.Namespace) -> None:
             return
     if not args.smartmoe:
         raise ConfigError(FLAG, value, "needs --smartmoe", "Add --smartmoe, or leave it out.")
-    _check_companions(args)
+    check_companions(args)
 
 
-def _check_companions(args: argparse.Namespace) -> None:
-    """Options of which some values do not go with cut all-to-alls."""
+def check_companions(args: argparse.Namespace) -> None:
+    """Options of which some values do not go with cut all-to-alls: for a run that cuts them, or may come to.
+
+    Raises:
+        ConfigError: the first rule that is broken.
+    """
     kind, dispatcher = args.smartmoe_experts, args.moe_token_dispatcher_type
     two_batches = getattr(args, "overlap_moe_expert_parallel_comm", False)
     padded = args.moe_pad_expert_input_to_capacity

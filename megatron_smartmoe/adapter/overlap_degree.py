@@ -84,16 +84,16 @@ def predicted_seconds(options: Namespace, cluster: ClusterSpec, num_nodes: int) 
     counts_RE = np.full((ranks, experts), tokens * options.moe_router_topk / experts)
     homes = Placement.contiguous(num_layers=1, num_experts=experts, num_ranks=ranks, spare_slots=0)
     flow = LayerFlow.equal_split(counts_RE, homes.slots_LRS[0], num_nodes)
-    model, constants = _model(options), StepConstants()
+    model, constants = run_model(options), StepConstants.of(cluster)
     seconds = {}
     for degree in range(1, min(ranks, MOST) + 1):
-        spec = _parallel(options, degree)
+        spec = run_parallel(options, degree)
         prices = layer_constants(cluster, model, spec, constants)
         seconds[degree] = moe_times([flow], prices, model, spec, cluster, constants).total_s
     return seconds
 
 
-def _model(options: Namespace) -> ModelSpec:
+def run_model(options: Namespace) -> ModelSpec:
     """The model as far as its MoE layers' time knows it."""
     return ModelSpec(
         name="this run",
@@ -111,7 +111,8 @@ def _model(options: Namespace) -> ModelSpec:
     )
 
 
-def _parallel(options: Namespace, degree: int) -> ParallelSpec:
+def run_parallel(options: Namespace, degree: int) -> ParallelSpec:
+    """How this run is spread, as far as its MoE layers' time knows it."""
     return ParallelSpec(
         gpus=options.world_size,
         tp=options.tensor_model_parallel_size,

@@ -28,6 +28,7 @@ from megatron_smartmoe.adapter.arguments import (
 from megatron_smartmoe.errors import EXIT_CONFIG_ERROR, CompatError, SmartMoEError
 
 if TYPE_CHECKING:
+    from megatron_smartmoe.adapter.overlap_degree import OverlapDegree
     from megatron_smartmoe.adapter.recorder import Recorder
     from megatron_smartmoe.adapter.trace_recorder import TraceRecorder
 
@@ -108,16 +109,18 @@ def train(argv: Sequence[str], *, cpu: bool) -> None:
     from megatron_smartmoe.adapter.embeddings import embedding_ranks
     from megatron_smartmoe.adapter.install import prepare_megatron
     from megatron_smartmoe.adapter.layer_spec import spec_for
+    from megatron_smartmoe.adapter.overlap_degree import OverlapDegree
     from megatron_smartmoe.adapter.recorder import Recorder
 
     prepare_megatron(cpu=cpu)
     args = parse_for_good(argv)
     run_dir = Path(args.smartmoe_run_dir) if args.smartmoe_run_dir else None
     recorder = Recorder(run_dir)
-    trace_recorder = listen(args, recorder)
+    overlap_degree = OverlapDegree(args)
+    trace_recorder = listen(args, recorder, overlap_degree)
     model_config = gpt_config_from_args(args)
     if args.spec is None:
-        model_config.transformer_layer_spec = spec_for(args)
+        model_config.transformer_layer_spec = spec_for(args, overlap_degree)
     pretrain(
         pretrain_cfg_container_from_args(args, model_config),
         train_valid_test_datasets_provider,
@@ -131,21 +134,27 @@ def train(argv: Sequence[str], *, cpu: bool) -> None:
     torch.distributed.destroy_process_group()
 
 
-def listen(args: Namespace, recorder: Recorder) -> TraceRecorder | None:
+def listen(args: Namespace, recorder: Recorder, overlap_degree: OverlapDegree) -> TraceRecorder | None:
     """Hook everything that the flags ask for into Megatron's loop; returns the trace's recorder, if there is one."""
     from megatron_smartmoe.adapter.balance import Balancer
+    from megatron_smartmoe.adapter.pool_loop import PoolLoop
+    from megatron_smartmoe.adapter.pool_settings import modes_of
     from megatron_smartmoe.adapter.replay import RoutingReplay
-    from megatron_smartmoe.adapter.replica_arguments import replicas_mode
     from megatron_smartmoe.adapter.replica_loop import ReplicaLoop
     from megatron_smartmoe.adapter.trace_recorder import TraceRecorder
 
     if args.smartmoe_replay_trace is not None:  # first: the others count what it forces
         RoutingReplay(Path(args.smartmoe_replay_trace)).listen()
     recorder.listen()
+    balancer = replicas = None
     if args.smartmoe and args.smartmoe_homes != "off" and args.expert_model_parallel_size > 1:
-        Balancer(recorder.run_dir).listen()
-    if args.smartmoe and replicas_mode(args) != "off":
-        ReplicaLoop(recorder.run_dir).listen()
+        balancer = Balancer(recorder.run_dir)
+        balancer.listen()
+    if args.smartmoe and (modes := modes_of(args)) != {"off"}:
+        replicas = ReplicaLoop(recorder.run_dir, modes)
+        replicas.listen()
+    if args.smartmoe_pool is not None:  # after the loops whose settings it changes
+        PoolLoop(recorder.run_dir, balancer, replicas, overlap_degree).listen()
     if args.smartmoe_record_trace is None:
         return None
     trace_recorder = TraceRecorder(Path(args.smartmoe_record_trace))

@@ -10,21 +10,25 @@ from megatron.core.num_microbatches_calculator import get_num_microbatches
 
 from megatron_smartmoe.adapter.machine import expert_shape, machine, nodes_of_group, state_bytes
 from megatron_smartmoe.adapter.replica_arguments import replicas_mode
-from megatron_smartmoe.cost.moe_layer import LINK_EFFICIENCY, constants_of, copy_tokens
+from megatron_smartmoe.cost.moe_layer import constants_of, copy_tokens, exchange_bytes_s
 from megatron_smartmoe.placement.online import OnlineOptions
 from megatron_smartmoe.placement.policy import PolicyOptions
 from megatron_smartmoe.placement.replicas import ReplicaOptions
 from megatron_smartmoe.placement.simulate.run import Setting
 
 
-def online_setting(options: Namespace) -> Setting:
+def online_setting(options: Namespace, mode: str | None = None) -> Setting:
     """The cost model's view of one expert-parallel group.
 
     Copies from history are fetched once for all micro-batches of an iteration, so that one bears a share of the price.
+
+    Args:
+        options: Megatron's.
+        mode: how copies are planned; None for what the flags say.
     """
     num_ranks = mpu.get_expert_model_parallel_world_size()
     constants = constants_of(machine(options), expert_shape(options))
-    if replicas_mode(options) == "history":
+    if (mode or replicas_mode(options)) == "history":
         shares = get_num_microbatches()
         constants = replace(
             constants, intra_copy_s=constants.intra_copy_s / shares, inter_copy_s=constants.inter_copy_s / shares
@@ -46,13 +50,12 @@ def online_options(options: Namespace, review_records: int) -> OnlineOptions:
     """
     cluster = machine(options)
     num_nodes = nodes_of_group(mpu.get_expert_model_parallel_world_size())
-    link = cluster.intra_node if num_nodes == 1 else cluster.inter_node
     return OnlineOptions(
         homes_interval=1,  # the controller asks once an interval
         replicas="exact" if replicas_mode(options) == "exact" else "history",
         micro_batches=get_num_microbatches(),
         state_bytes=state_bytes(options),
-        migration_bytes_s=link.bandwidth_bytes_s * LINK_EFFICIENCY,
+        migration_bytes_s=exchange_bytes_s(cluster, between_nodes=num_nodes > 1),
         replica=ReplicaOptions(num_nodes=scope_nodes(options), copy_price_tokens=copy_price_tokens(options)),
         policy=PolicyOptions(
             horizon_iterations=options.smartmoe_homes_horizon,

@@ -29,9 +29,17 @@ def check_replicas(args: argparse.Namespace) -> None:
     if mode not in (None, "off") and slots == 0:
         rule = "needs spare slots to put copies in"
         raise ConfigError("--smartmoe-replicas", mode, rule, "Add --smartmoe-spare-slots 1, or leave it out.")
-    if replicas_mode(args) == "off":
-        return
-    _check_slots(args, slots)
+    if replicas_mode(args) != "off":
+        check_copies(args)
+
+
+def check_copies(args: argparse.Namespace) -> None:
+    """Check that copies are possible at all: for a run that makes them, or may come to.
+
+    Raises:
+        ConfigError: the first rule that is broken.
+    """
+    _check_slots(args, args.smartmoe_spare_slots)
     for flag, reason in _NOT_WITH_REPLICAS.items():
         if value := getattr(args, attribute(flag), None):
             rule = f"does not go with --smartmoe-spare-slots: {reason}"

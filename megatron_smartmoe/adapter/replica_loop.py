@@ -6,6 +6,9 @@ share homes (expert data parallelism) may have different copies.
 
 The planner knows logical experts, the dispatchers know an expert by its home slot; `by_home` translates. So a history
 stays true when homes move.
+
+A pool of settings may change between iterations how copies are planned and how many of the spare slots are used
+(`switch_to`); the slots' memory stays what the flags say.
 """
 
 from __future__ import annotations
@@ -48,13 +51,14 @@ class ReplicaLoop:
 
     Args:
         run_dir: where the decisions go, or None for nowhere.
+        modes: how copies may come to be planned; None for what the flags say and nothing else.
 
     Attributes:
         layers: this rank's MoE layers.
     """
 
-    def __init__(self, run_dir: Path | None) -> None:
-        self._run_dir = run_dir
+    def __init__(self, run_dir: Path | None, modes: frozenset[str] | None = None) -> None:
+        self._run_dir, self._modes = run_dir, modes
         self.layers: list[SmartMoELayer] = []
         self._tallies: list[LayerTally] = []
         self._planner: ReplicaPlanner | None = None
@@ -71,27 +75,45 @@ class ReplicaLoop:
     def on_model(self, result: tuple[list[Any], Any, Any], *args: Any, **kwargs: Any) -> None:
         """After `setup_model_and_optimizer`: give every layer its spare slots."""
         options = get_args()
-        mode = replicas_mode(options)
+        self._mode = mode = replicas_mode(options)
+        self._used_slots = options.smartmoe_spare_slots
+        remembers = "history" in (self._modes or (mode,))
         self._iteration = options.iteration
         self._fetch_early = not options.overlap_param_gather
         self._wire = ReplicaWire(_own_group(mpu.get_expert_model_parallel_group()))
         self.layers = [layer for _, layer in moe_layers(unwrap_model(result[0]))]
         self._tallies = [LayerTally() for _ in self.layers]
-        price = copy_price_tokens(options)
+        self._price_tokens = copy_price_tokens(options)  # once: the cluster file may be edited while the run goes on
         for layer, tally in zip(self.layers, self._tallies, strict=True):
-            self._equip(layer, tally, mode, options)
-        if mode == "history" and self.layers:
+            self._equip(layer, tally, options, keeps=remembers)
+        if remembers and self.layers:
             group = mpu.get_expert_data_parallel_rank()
             self._planner = ReplicaPlanner(self._placement(options), group, online_options(options, review_records=1))
         if options.rank == 0:
             spare_bytes = sum(layer.experts.spare_slots.nbytes for layer in self.layers)
+            must = f"a copy must spare the busiest rank {self._price_tokens:,.0f} tokens"
             print(
                 f"smartmoe: {options.smartmoe_spare_slots} spare slots a rank and layer, copies by {mode}, "
-                f"{spare_bytes / MIB:.1f} MiB on this rank; a copy must spare the busiest rank {price:,.0f} tokens",
+                f"{spare_bytes / MIB:.1f} MiB on this rank; {must}",
                 flush=True,
             )
 
-    def _equip(self, layer: SmartMoELayer, tally: LayerTally, mode: str, options: Namespace) -> None:
+    def switch_to(self, mode: str, used_slots: int) -> None:
+        """Plan copies another way from the next iteration on; between iterations, and on all ranks alike.
+
+        Args:
+            mode: one of REPLICAS, and of this loop's modes.
+            used_slots: of the spare slots; the others stay empty.
+        """
+        options = get_args()
+        self._mode, self._used_slots = mode, used_slots
+        for layer in self.layers:
+            layer.experts.spare_slots.keep(mode == "history")
+            layer.token_dispatcher.plan_with(self._exact_planner(options) if mode == "exact" else None)
+        if self._planner is not None:
+            self._planner.placement = self._placement(options)
+
+    def _equip(self, layer: SmartMoELayer, tally: LayerTally, options: Namespace, *, keeps: bool) -> None:
         """Spare slots for the experts, and a dispatcher that knows them."""
         experts = layer.experts
         weights = (experts.weight1, experts.weight2)
@@ -100,8 +122,9 @@ class ReplicaLoop:
             options.smartmoe_spare_slots,
             self._wire,
             lambda: [weight.main_grad for weight in weights],
-            keeps=mode == "history",
+            keeps=keeps,
         )
+        experts.spare_slots.keep(self._mode == "history")
         layer.token_dispatcher = ReplicaDispatcher(
             layer.num_local_experts,
             layer.local_expert_indices,
@@ -110,7 +133,7 @@ class ReplicaLoop:
             spare=experts.spare_slots,
             num_nodes=nodes_of_group(self._wire.num_ranks),
             fetch_early=self._fetch_early,
-            plan=self._exact_planner(options) if mode == "exact" else None,
+            plan=self._exact_planner(options) if self._mode == "exact" else None,
             listener=tally.add,
         )
         if layer.shared_experts is not None and layer.shared_expert_overlap:
@@ -120,13 +143,15 @@ class ReplicaLoop:
     def _exact_planner(self, options: Namespace) -> Planner:
         """Copies for the counts of one micro-batch, experts by their homes."""
         home_slots = options.num_experts // self._wire.num_ranks
-        homes_RS = homes_only(options.num_experts, self._wire.num_ranks, options.smartmoe_spare_slots)
-        num_nodes, price_tokens = scope_nodes(options), copy_price_tokens(options)
+        homes_RS = homes_only(options.num_experts, self._wire.num_ranks, self._used_slots)
+        unused = options.smartmoe_spare_slots - self._used_slots
+        num_nodes, price_tokens = scope_nodes(options), self._price_tokens
 
         def plan(counts_RE: IntArray) -> IntArray:
-            return exact_slots(
+            slots_RS = exact_slots(
                 counts_RE, homes_RS, home_slots, num_nodes=num_nodes, limit=BALANCED, price_tokens=price_tokens
             )
+            return with_empty_slots(slots_RS, unused)
 
         return plan
 
@@ -134,7 +159,7 @@ class ReplicaLoop:
         """The homes as the layers have them now, and empty spare slots."""
         expert_LE = np.array([layer.experts_by_slot for layer in self.layers])
         homes_LRS = expert_LE.reshape(len(self.layers), self._wire.num_ranks, -1)
-        spare = ((0, 0), (0, 0), (0, options.smartmoe_spare_slots))
+        spare = ((0, 0), (0, 0), (0, self._used_slots))
         return Placement(slots_LRS=np.pad(homes_LRS, spare, constant_values=EMPTY), num_experts=options.num_experts)
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
@@ -142,13 +167,16 @@ class ReplicaLoop:
         self._iteration += 1
         if self._planner is None:
             return
+        if self._mode != "history":  # it looks on, so that it knows the load when it is asked, and where homes are
+            self._planner.placement = self._placement(get_args())
+            return
         problem = self._plan(self._planner)
         if problem is not None:
             self._planner.placement = self._placement(get_args())
             print(f" smartmoe: iteration {self._iteration:8d} | WARNING: no copies: {problem} |", flush=True)
-        num_passes = get_num_microbatches()
+        num_passes, unused = get_num_microbatches(), get_args().smartmoe_spare_slots - self._used_slots
         for layer, slots_RS in zip(self.layers, self._planner.placement.slots_LRS, strict=True):
-            by_home_RS = by_home(slots_RS, layer.experts.num_local_experts)
+            by_home_RS = with_empty_slots(by_home(slots_RS, layer.experts.num_local_experts), unused)
             layer.token_dispatcher.slots_RS = by_home_RS
             used = layer.experts.spare_slots.use(by_home_RS, num_passes=num_passes)
             if used is not None and self._fetch_early:
@@ -216,6 +244,11 @@ def by_home(slots_RS: IntArray, home_slots: int) -> IntArray:
     """
     home_E = np.argsort(slots_RS[:, :home_slots].ravel())
     return np.where(slots_RS == EMPTY, EMPTY, home_E[slots_RS])
+
+
+def with_empty_slots(slots_RS: IntArray, unused: int) -> IntArray:
+    """A slot table with this many more spare slots, all of them empty."""
+    return np.pad(slots_RS, ((0, 0), (0, unused)), constant_values=EMPTY)
 
 
 def _tell_whether_training(layer: torch.nn.Module, inputs: Any) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 from megatron.core.transformer.moe.moe_layer import MoELayer
 
@@ -18,6 +19,17 @@ def moe_layers(model_chunks: list[torch.nn.Module]) -> Iterator[tuple[int, MoELa
         for module in chunk.modules():
             if isinstance(module, MoELayer):
                 yield module.layer_number - 1, module
+
+
+def all_layer_numbers(numbers: list[int]) -> list[int]:
+    """The MoE layers of the whole model, whichever stage they are on. A collective call of all ranks.
+
+    Args:
+        numbers: of those on this rank.
+    """
+    everybody: list[list[int]] = [[]] * dist.get_world_size()
+    dist.all_gather_object(everybody, numbers)
+    return sorted({number for stage in everybody for number in stage})
 
 
 def source_rank() -> int:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from megatron_smartmoe.adapter.arguments import attribute, has_transformer_engine
 from megatron_smartmoe.adapter.overlap_checks import check_overlap
+from megatron_smartmoe.adapter.pool_checks import check_pool
 from megatron_smartmoe.adapter.replica_checks import check_replicas
 from megatron_smartmoe.errors import ConfigError
 from megatron_smartmoe.spec.cluster import load_cluster_spec
@@ -49,6 +50,7 @@ def check_smartmoe(args: argparse.Namespace, *, cpu: bool) -> None:
     _check_replay(args)
     check_replicas(args)
     check_overlap(args)
+    check_pool(args)
     if not args.smartmoe:
         if args.smartmoe_experts != "grouped_mm":
             raise ConfigError("--smartmoe-experts", args.smartmoe_experts, "needs --smartmoe", "Add --smartmoe.")

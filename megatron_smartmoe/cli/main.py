@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from megatron_smartmoe.cli import plan, simulate
+from megatron_smartmoe.cli import calibrate, plan, simulate
 from megatron_smartmoe.errors import SmartMoEError
 
 
@@ -16,6 +16,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     tools = parser.add_subparsers(dest="tool", required=True, metavar="TOOL")
     plan.add_parser(tools)
     simulate.add_parser(tools)
+    calibrate.add_parser(tools)
     options = parser.parse_args(arguments)
     try:
         return int(options.run(options))

@@ -84,7 +84,7 @@ def run(options: argparse.Namespace) -> int:
     print("\nWhy not another:")
     print("\n".join("  " + line for line in why(result.best[0], alternatives(result.best[0], pricing), pricing)))
     print(f"\n{rejections(result)}\n\nFlags of 1:\n{_paste(flags[0])}")
-    print(f"\nsearched in {result.seconds:.1f} s; times rest on datasheets and estimates until they are calibrated")
+    print(f"\nsearched in {result.seconds:.1f} s; {_ground(cluster)}")
     if options.json:
         question = {"model": str(options.model), "cluster": str(options.cluster), "gpus": gpus}
         content = as_json(result, pricing, flags, pool, question)
@@ -144,6 +144,13 @@ def _space(options: argparse.Namespace) -> SpaceOptions:
         overlap_degrees=(1,) if options.no_overlap else default.overlap_degrees,
         homes_interval=options.homes_interval,
     )
+
+
+def _ground(cluster: ClusterSpec) -> str:
+    """What the times rest on."""
+    if "gemm" in cluster.efficiency:
+        return f"times rest on the measurements in the cluster file {cluster.name}"
+    return "times rest on datasheets and estimates until they are calibrated (smartmoe calibrate)"
 
 
 def _cut(result: SearchResult, top: int) -> None:

@@ -27,7 +27,8 @@ from megatron_smartmoe.spec.cluster import ClusterSpec
 from megatron_smartmoe.spec.placement import EMPTY, IntArray
 
 ALL_TO_ALLS = 4  # dispatch, combine, and the gradient of each
-# Estimates that hold until `cost.calibrate` replaces the constants made from them; none is measured.
+# Estimates that hold until `cost.calibrate` replaces the constants made from them; none is measured. The three
+# efficiencies give way to those of the cluster file, which `smartmoe calibrate` sets to 1 for what it measured.
 LAUNCHES_PER_LAYER = 200  # small kernels and collectives: router, permute, exchange of counts, and their backward
 LAUNCH_S = 10e-6  # from one small kernel to the next
 ROWS_MOVED_PER_TOKEN = 8  # permute and unpermute: a row read and one written, forward and backward
@@ -215,31 +216,41 @@ def copy_tokens(constants: LayerConstants, *, between_nodes: bool) -> float:
 
 
 def constants_of(cluster: ClusterSpec, expert: ExpertShape, *, shared_network_card: bool = False) -> LayerConstants:
-    """Constants from datasheets: what to expect before anything is measured.
+    """Constants of a cluster file: from datasheets, what to expect before anything is measured.
 
     Args:
-        cluster: peaks, bandwidths and latencies.
+        cluster: peaks, bandwidths and latencies, and the shares of them that are known to be reached.
         expert: sizes.
         shared_network_card: the GPUs of a node share one card of `gpus_per_node` times `inter_node`'s bandwidth, and
             it is what limits them. What a GPU exchanges with other nodes then goes through the same port as what it
             exchanges inside its own, and on through the card.
     """
-    gpu, intra, inter = cluster.gpu, cluster.intra_node, cluster.inter_node
-    row_s = expert.token_bytes / (gpu.memory_bandwidth_bytes_s * MEMORY_EFFICIENCY)
-    token_s = expert.flops_per_token / (gpu.peak_flops * GEMM_EFFICIENCY) + ROWS_MOVED_PER_TOKEN * row_s
-    weights_s = expert.weight_bytes / (gpu.memory_bandwidth_bytes_s * MEMORY_EFFICIENCY)
+    gpu, latency_s = cluster.gpu, (cluster.inter_node if cluster.nodes > 1 else cluster.intra_node).latency_s
+    memory_bytes_s = gpu.memory_bandwidth_bytes_s * cluster.efficiency.get("memory", MEMORY_EFFICIENCY)
+    flops = gpu.peak_flops * cluster.efficiency.get("gemm", GEMM_EFFICIENCY)
+    intra_bytes_s = exchange_bytes_s(cluster, between_nodes=False)
+    inter_bytes_s = exchange_bytes_s(cluster, between_nodes=True)
+    row_s = expert.token_bytes / memory_bytes_s
+    token_s = expert.flops_per_token / flops + ROWS_MOVED_PER_TOKEN * row_s
     copy_bytes = expert.weight_bytes + expert.gradient_bytes
-    intra_token_s = ALL_TO_ALLS * expert.token_bytes / (intra.bandwidth_bytes_s * LINK_EFFICIENCY)
-    inter_token_s = ALL_TO_ALLS * expert.token_bytes / (inter.bandwidth_bytes_s * LINK_EFFICIENCY)
-    latency_s = inter.latency_s if cluster.nodes > 1 else intra.latency_s
+    intra_token_s = ALL_TO_ALLS * expert.token_bytes / intra_bytes_s
+    inter_token_s = ALL_TO_ALLS * expert.token_bytes / inter_bytes_s
     return LayerConstants(
         fixed_s=LAUNCHES_PER_LAYER * LAUNCH_S + ALL_TO_ALLS * latency_s,
         source_token_s=ROWS_MOVED_PER_TOKEN * row_s,
         token_s=token_s,
-        expert_s=3 * weights_s,  # read forward, read backward, gradient written
+        expert_s=gpu.weight_passes * (expert.weight_bytes / memory_bytes_s),
         intra_token_s=intra_token_s,
         inter_gpu_token_s=intra_token_s if shared_network_card else inter_token_s,
         inter_node_token_s=inter_token_s / cluster.gpus_per_node if shared_network_card else 0.0,
-        intra_copy_s=copy_bytes / (intra.bandwidth_bytes_s * LINK_EFFICIENCY),
-        inter_copy_s=copy_bytes / (inter.bandwidth_bytes_s * LINK_EFFICIENCY),
+        intra_copy_s=copy_bytes / intra_bytes_s,
+        inter_copy_s=copy_bytes / inter_bytes_s,
     )
+
+
+def exchange_bytes_s(cluster: ClusterSpec, *, between_nodes: bool) -> float:
+    """Bytes a second that one GPU reaches, in each direction, when it exchanges tokens, copies or experts."""
+    if between_nodes:
+        share = cluster.efficiency.get("all_to_all_inter", LINK_EFFICIENCY)
+        return cluster.inter_node.bandwidth_bytes_s * share
+    return cluster.intra_node.bandwidth_bytes_s * cluster.efficiency.get("all_to_all_intra", LINK_EFFICIENCY)

@@ -23,11 +23,12 @@ class Decision:
 
     Attributes:
         iteration: training iteration before which it takes effect.
-        kind: which loop decided; `review` is the verdict on an earlier move of homes: it stays, or it is undone.
+        kind: which loop decided; `review` is the verdict on an earlier move of homes: it stays, or it is undone. `pool`
+            is a switch between settings of the pool.
         group: expert-parallel group, -1 for all of them.
         inputs: digest of the numbers that it was made from.
-        before: digest of the placement before.
-        after: digest of the placement that was proposed.
+        before: digest of the placement before; of a switch, the setting's name.
+        after: digest of the placement that was proposed; of a switch, the setting's name.
         taken: whether it is now in force.
         why: in words.
         changes: slots that the proposal changes.
@@ -38,7 +39,7 @@ class Decision:
     """
 
     iteration: int
-    kind: Literal["homes", "replicas", "review"]
+    kind: Literal["homes", "replicas", "review", "pool"]
     group: int
     inputs: str
     before: str

@@ -13,7 +13,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from megatron_smartmoe.errors import ConfigError
 from megatron_smartmoe.planner.pricing import Plan, Pricing
@@ -23,6 +23,7 @@ from megatron_smartmoe.spec.parallel import Replicas
 
 VERSION = 1
 MARGIN = 0.02  # of the step, that another setting must win
+NEARLY = 0.005  # of the best prediction, which another setting may miss if less has to change for it
 SETTLE_ITERATIONS = 20  # after a switch, before the next look
 
 
@@ -93,6 +94,35 @@ class Pool:
         )
         return cls(launch=str(content["launch"]), entries=entries)
 
+    @property
+    def settings(self) -> tuple[Setting, ...]:
+        """All settings, fastest first."""
+        return tuple(entry.setting for entry in self.entries)
+
+    @classmethod
+    def load(cls, path: Path, field: str) -> Pool:
+        """Read a pool from its own file or from a plan's that has one in it.
+
+        Args:
+            path: of what `save`, `smartmoe plan --json` or `--parallel auto` wrote.
+            field: that named the file, for the error.
+
+        Raises:
+            ConfigError: it cannot be read, or it is no pool.
+        """
+        way_out = "Make one with smartmoe plan --pool FILE, or pass auto."
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ConfigError(field, str(path), f"cannot be read as JSON: {error}", way_out) from None
+        try:
+            pool = cls.from_json(content.get("pool", content))
+        except (KeyError, TypeError, ValueError, AttributeError):
+            raise ConfigError(field, str(path), "holds no pool", way_out) from None
+        if not pool.entries:
+            raise ConfigError(field, str(path), "holds a pool without settings", way_out)
+        return pool
+
     def save(self, path: Path) -> None:
         """Write the file."""
         path.write_text(json.dumps(self.to_json(), indent=2) + "\n", encoding="utf-8")
@@ -130,10 +160,18 @@ def _settings(model: ModelSpec, plan: Plan, options: SpaceOptions) -> list[Setti
 
 @dataclass(frozen=True, kw_only=True)
 class Switch:
-    """What to run next, and why."""
+    """What to run next, and why.
+
+    Attributes:
+        setting: to run.
+        switched: whether it is another one than before.
+        reason: of what kind the reason is: the last switch is too recent, nothing wins enough, or another setting does.
+        why: in words, with the numbers.
+    """
 
     setting: Setting
     switched: bool
+    reason: Literal["settling", "margin", "gain"]
     why: str
 
 
@@ -156,13 +194,30 @@ def choose(
         margin: share of the step that a switch must win.
     """
     if since_switch < SETTLE_ITERATIONS:
-        return Switch(setting=now, switched=False, why=f"{since_switch} iterations since the last switch, too few")
+        why = f"{since_switch} iterations since the last switch, too few"
+        return Switch(setting=now, switched=False, reason="settling", why=why)
     scale = measured_s / predicted_s[now]
-    best = min(predicted_s, key=lambda setting: (predicted_s[setting], setting.key))
+    best = _nearest_of_the_best(now, predicted_s)
     gain = 1 - predicted_s[best] / predicted_s[now]
-    if best == now or gain <= margin:
-        return Switch(
-            setting=now, switched=False, why=f"best alternative {best.key} wins {gain:.1%}, below {margin:.0%}"
-        )
+    if best == now:
+        return Switch(setting=now, switched=False, reason="margin", why="no other setting is predicted to be faster")
+    if gain <= margin:
+        why = f"best alternative {best.key} wins {gain:.1%}, below {margin:.0%}"
+        return Switch(setting=now, switched=False, reason="margin", why=why)
     why = f"{now.key} takes {measured_s:.3f} s, {best.key} should take {predicted_s[best] * scale:.3f} s ({gain:.1%})"
-    return Switch(setting=best, switched=True, why=why)
+    return Switch(setting=best, switched=True, reason="gain", why=why)
+
+
+def _nearest_of_the_best(now: Setting, predicted_s: Mapping[Setting, float]) -> Setting:
+    """Of the settings that are nearly the fastest, the one for which the fewest things change; then the fastest.
+
+    So that homes, say, are not left alone because a prediction rounds in favour of it.
+    """
+    limit_s = min(predicted_s.values()) * (1 + NEARLY)
+    present = asdict(now)
+
+    def order(setting: Setting) -> tuple[int, float, str]:
+        changes = sum(value != present[name] for name, value in asdict(setting).items())
+        return changes, predicted_s[setting], setting.key
+
+    return min((setting for setting, each in predicted_s.items() if each <= limit_s), key=order)

@@ -62,14 +62,14 @@ class Pricing:
         model: what is trained.
         cluster: machines and links.
         loads: scenarios.
-        constants: shares of the peaks that are reached.
+        constants: shares of the peaks that are reached; None: those of the cluster file, else the priors.
     """
 
     def __init__(
         self, model: ModelSpec, cluster: ClusterSpec, loads: LoadModel, constants: StepConstants | None = None
     ) -> None:
         self.model, self.cluster, self.loads = model, cluster, loads
-        self.constants = constants or StepConstants()
+        self.constants = constants or StepConstants.of(cluster)
         self._layers: dict[tuple[object, ...], list[list[MoETimes]]] = {}
         self._ideal = lru_cache(maxsize=100_000)(self._ideal_layer)
 

@@ -95,7 +95,12 @@ class Controller:
         mover: moves.
         reporter: tells.
         placement: in force at the start; of all MoE layers of the model.
+
+    Attributes:
+        paused: whether homes are left alone for now; what is routed is observed all the same.
     """
+
+    paused = False
 
     def __init__(
         self,
@@ -113,7 +118,7 @@ class Controller:
 
     def step(self, iteration: int) -> None:
         """After training step `iteration` (counted from 1), between its optimizer step and the next forward pass."""
-        if not self._observe(iteration) or not self._is_on(iteration):
+        if not self._observe(iteration) or self.paused or not self._is_on(iteration):
             return
         found = self._decide(iteration)
         if found is None:

@@ -127,6 +127,13 @@ class SpareSlots:
         self._sums = self._buffers(torch.float32) if keeps else None
         self.in_use: CopiesInUse | None = None
 
+    def keep(self, keeps: bool) -> None:
+        """Whether copies stay for an iteration from now on; between iterations only. Buffers once made are kept, so
+        that memory does not come and go with the mode."""
+        self._keeps, self.in_use = keeps, None
+        if keeps and self._weights is None:
+            self._weights, self._sums = self._buffers(), self._buffers(torch.float32)
+
     @property
     def nbytes(self) -> int:
         """Bytes of the buffers that stay."""
@@ -146,8 +153,8 @@ class SpareSlots:
                 copies,
                 self.wire,
                 homes=self._homes,
-                spares=self._weights or self._buffers(),
-                sums=self._sums,
+                spares=(self._weights if self._keeps else None) or self._buffers(),
+                sums=self._sums if self._keeps else None,
                 totals=self._totals,
                 num_passes=num_passes,
             )

@@ -12,10 +12,17 @@ gpu:
   memory_bandwidth_bytes_s: {value: 2.039e12, source: NVIDIA A100 datasheet}
 intra_node: {bandwidth_bytes_s: {value: 300e9, source: ...}, latency_s: {value: 3e-6, source: ...}}
 inter_node: {bandwidth_bytes_s: {value: 25e9, source: ...}, latency_s: {value: 10e-6, source: ...}}
+efficiency:                    # optional: shares of the peaks above that training reaches
+  gemm: {value: 0.62, source: ...}
 ```
 
 Every hardware number carries the place it comes from: a prediction is worth what its constants are worth. The numbers
 are plain attributes (`cluster.gpu.peak_flops`); their sources lie beside them in `cluster.sources`, by dotted path.
+
+A datasheet states peaks, of which training reaches a share; what is measured is reached in full. `efficiency` says
+which it is: a share that is named there replaces the cost model's prior (`cost.moe_layer`, `cost.step.constants`), so a
+measured number (share 1) is discounted nowhere. A file without the section keeps every prior. The alternative, to
+divide measured numbers by the priors, writes peaks that nobody saw and that change meaning with the priors.
 """
 
 from __future__ import annotations
@@ -27,21 +34,38 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from megatron_smartmoe.errors import ConfigError
-from megatron_smartmoe.spec.yaml_io import load_yaml, refuse_unknown_keys
+from megatron_smartmoe.spec.yaml_io import dump_yaml, load_yaml, refuse_unknown_keys
 
 ReplicaScope = Literal["node", "group"]
+
+SHARES = ("gemm", "attention", "memory", "ring_intra", "ring_inter", "all_to_all_intra", "all_to_all_inter")
+WEIGHT_PASSES = 3.0  # read forward, read backward, gradient written
+RESERVED_BYTES = 3e9  # CUDA context, NCCL's buffers, cuBLAS workspaces: an estimate
+_OPTIONAL = ("weight_passes", "reserved_bytes")  # of a GPU
 
 _EXAMPLE = "For example: {value: 312e12, source: NVIDIA A100 datasheet}."
 
 
 @dataclass(frozen=True, kw_only=True)
 class GpuSpec:
-    """One accelerator. `peak_flops` is dense, in the training precision."""
+    """One accelerator.
+
+    Attributes:
+        name: of the product.
+        peak_flops: dense, in the training precision; operations a second.
+        memory_bytes: what one rank may use.
+        memory_bandwidth_bytes_s: read and written bytes together.
+        weight_passes: an active expert takes as long as its weights need to cross memory so many times, forward and
+            backward, before its first token; optional in a file.
+        reserved_bytes: of its memory, what libraries take before anything is trained; optional in a file.
+    """
 
     name: str
     peak_flops: float
     memory_bytes: float
     memory_bandwidth_bytes_s: float
+    weight_passes: float = WEIGHT_PASSES
+    reserved_bytes: float = RESERVED_BYTES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +88,8 @@ class ClusterSpec:
         inter_node: between nodes, what one GPU gets of it.
         replica_scope: `node`: a replica lies on the node of its expert's home; `group`: anywhere in the group.
         sources: dotted path of each hardware number -> where it comes from.
+        efficiency: shares of the peaks that training reaches, by the names of `SHARES`; one that is missing is left to
+            the cost model's prior.
     """
 
     name: str
@@ -74,6 +100,7 @@ class ClusterSpec:
     inter_node: LinkSpec
     replica_scope: ReplicaScope = "node"
     sources: Mapping[str, str] = field(default_factory=dict)
+    efficiency: Mapping[str, float] = field(default_factory=dict)
 
     def nodes_of_group(self, num_ranks: int) -> int:
         """Nodes that an expert-parallel group of `num_ranks` consecutive ranks lies on."""
@@ -89,17 +116,18 @@ def load_cluster_spec(path: Path) -> ClusterSpec:
     """Read and check a cluster file.
 
     Raises:
-        ConfigError: unknown or missing key, wrong type, or a hardware number without a source.
+        ConfigError: unknown or missing key, wrong type, a share above 1, or a hardware number without a source.
     """
     content = load_yaml(path)
-    known = ("name", "nodes", "gpus_per_node", "gpu", "intra_node", "inter_node", "replica_scope")
+    known = ("name", "nodes", "gpus_per_node", "gpu", "intra_node", "inter_node", "replica_scope", "efficiency")
     refuse_unknown_keys("", content, known)
     scope = content.get("replica_scope", "node")
     if scope not in ("node", "group"):
         raise ConfigError("replica_scope", scope, "must be node or group", "Leave it out for node.")
     sources: dict[str, str] = {}
-    numbers = ("peak_flops", "memory_bytes", "memory_bandwidth_bytes_s")
-    gpu = _section(content, "gpu", ("name", *numbers))
+    numbers: tuple[str, ...] = ("peak_flops", "memory_bytes", "memory_bandwidth_bytes_s")
+    gpu = _section(content, "gpu", ("name", *numbers, *_OPTIONAL))
+    numbers = (*numbers, *(name for name in _OPTIONAL if name in gpu))
     links = {}
     for key in ("intra_node", "inter_node"):
         section = _section(content, key, ("bandwidth_bytes_s", "latency_s"))
@@ -113,9 +141,55 @@ def load_cluster_spec(path: Path) -> ClusterSpec:
         gpus_per_node=_whole(content, "gpus_per_node"),
         gpu=GpuSpec(name=str(gpu.get("name", "?")), **{n: _sourced(gpu, f"gpu.{n}", sources) for n in numbers}),
         replica_scope=cast(ReplicaScope, scope),
+        efficiency=_efficiency(content, sources),
         sources=sources,
         **links,
     )
+
+
+def cluster_as_yaml(cluster: ClusterSpec, comment: str = "") -> str:
+    """The text of a file that `load_cluster_spec` reads back, numbers to 4 digits; `comment` goes on top."""
+    lines = [f"# {line}".rstrip() for line in comment.splitlines()]
+    head: dict[str, object] = {
+        "name": cluster.name,
+        "nodes": cluster.nodes,
+        "gpus_per_node": cluster.gpus_per_node,
+        "replica_scope": cluster.replica_scope,
+    }
+    lines += dump_yaml(head).splitlines()
+    gpu, links = cluster.gpu, {"intra_node": cluster.intra_node, "inter_node": cluster.inter_node}
+    lines += ["gpu:", f"  {dump_yaml({'name': gpu.name}).strip()}"]
+    for name in ("peak_flops", "memory_bytes", "memory_bandwidth_bytes_s", *_OPTIONAL):
+        if name not in _OPTIONAL or f"gpu.{name}" in cluster.sources:  # without a source it is the default
+            lines += _entry(cluster, f"gpu.{name}", getattr(gpu, name))
+    for key, link in links.items():
+        lines.append(f"{key}:")
+        lines += _entry(cluster, f"{key}.bandwidth_bytes_s", link.bandwidth_bytes_s)
+        lines += _entry(cluster, f"{key}.latency_s", link.latency_s)
+    if cluster.efficiency:
+        lines.append("efficiency:")
+    for name, share in cluster.efficiency.items():
+        lines += _entry(cluster, f"efficiency.{name}", share)
+    return "\n".join(lines) + "\n"
+
+
+def _entry(cluster: ClusterSpec, path: str, value: float) -> list[str]:
+    """The lines of one number and its source."""
+    source = cluster.sources.get(path, "unknown").replace("'", "''")
+    return [f"  {path.rpartition('.')[2]}:", f"    value: {value:.4g}", f"    source: '{source}'"]
+
+
+def _efficiency(content: Mapping[str, Any], sources: dict[str, str]) -> dict[str, float]:
+    """The shares that a file names."""
+    if "efficiency" not in content:
+        return {}
+    section = _section(content, "efficiency", SHARES)
+    shares = {name: _sourced(section, f"efficiency.{name}", sources) for name in section}
+    for name, share in shares.items():
+        if share > 1:
+            way_out = "Leave it out for the model's prior; 1 says that the number above is what training reaches."
+            raise ConfigError(f"efficiency.{name}.value", share, "must be a share, above 0 and at most 1", way_out)
+    return shares
 
 
 def _section(content: Mapping[str, Any], key: str, known: tuple[str, ...]) -> Mapping[str, Any]:

@@ -193,6 +193,14 @@ def test_what_is_chosen_passes_megatrons_checks(name: str, said: dict[str, Said]
     assert choice(printed)
 
 
+def test_a_launch_with_more_to_switch_than_homes_gets_the_pool(said: dict[str, Said]) -> None:
+    """Spare slots and pieces were asked for; whether there is anything to switch depends on the EP that was chosen."""
+    _, printed, _ = said["copies and pieces"]
+    assert ("--smartmoe-pool auto" in printed) is ("EP1" not in choice(printed))
+    assert "--smartmoe-pool" not in said["moved experts"][1]
+    assert "--smartmoe-pool" not in said["recomputed"][1]
+
+
 def test_the_command_line_is_kept_and_the_configuration_replaced(said: dict[str, Said]) -> None:
     status, printed, errors = said["kept"]
     assert (status, errors) == (0, "")

@@ -24,6 +24,7 @@ from megatron_smartmoe.adapter.launch.machine import find_machine, vocabulary
 from megatron_smartmoe.adapter.launch.plan import asked_device
 from megatron_smartmoe.adapter.launch.saved import limits_of_checkpoint
 from megatron_smartmoe.adapter.launch.topology import Topology
+from megatron_smartmoe.adapter.pool_arguments import AUTO, FLAG
 from megatron_smartmoe.errors import ConfigError
 from megatron_smartmoe.planner.auto import Choice, Question, choose_again, choose_launch, describe, to_json
 from megatron_smartmoe.planner.constraints import (
@@ -35,6 +36,7 @@ from megatron_smartmoe.planner.constraints import (
 )
 from megatron_smartmoe.planner.flags import launch_flags
 from megatron_smartmoe.planner.model_flags import model_from_arguments
+from megatron_smartmoe.spec.parallel import ParallelSpec
 from megatron_smartmoe.spec.run import FlagValue, RunSpec
 
 PLAN_FILE = "plan.json"
@@ -88,7 +90,7 @@ def plan_parallel(spec: RunSpec, command_line: Sequence[str], topology: Topology
     choice, heading = _choice(question, directory / PLAN_FILE)
     flags = flag_lists.as_mapping(launch_flags(model, choice.plan.spec))
     return Planned(
-        spec=replace(spec, flags={**config, **flags}),
+        spec=replace(spec, flags={**_with_pool(config, args, choice.plan.spec), **flags}),
         command_line=own,
         lines=[heading, *describe(choice, question, memory_from, _replaced(spec, command_line, flags))],
         content=None if choice.result is None else to_json(choice, question),
@@ -116,6 +118,18 @@ def _constraints(args: Namespace, words: Sequence[str], *, cpu: bool) -> Constra
     asked = constraints_from_flags(words, limits.options)
     given = {**limits.given, **asked.given}
     return Constraints(options=asked.options, given=given, kept=(*asked.kept, *limits.kept))
+
+
+def _with_pool(config: dict[str, FlagValue], args: Namespace, plan: ParallelSpec) -> dict[str, FlagValue]:
+    """The configuration's flags with `--smartmoe-pool auto` where the plan leaves more than the homes to switch, and
+    without it where there is nothing. A pool that the user names stays; `--no-smartmoe-pool` takes ours away."""
+    flag, asked = FLAG.removeprefix("--"), args.smartmoe_pool
+    if not args.smartmoe or asked not in (None, AUTO):
+        return config
+    copies = plan.spare_slots > 0 and args.smartmoe_replicas != "off"
+    if plan.ep > 1 and not args.mtp_num_layers and (asked or copies or plan.overlap_degree > 1):
+        return {**config, flag: AUTO}
+    return {name: value for name, value in config.items() if name != flag}
 
 
 def _replaced(spec: RunSpec, command_line: Sequence[str], flags: dict[str, FlagValue]) -> list[str]:

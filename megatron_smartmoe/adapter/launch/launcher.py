@@ -40,7 +40,7 @@ def launch(argv: list[str]) -> int:
     spec = corpus.only_if_read(read_spec(options), command_line)
     topology = find_topology(ranks_per_node(options.nproc, spec, command_line))
     if topology.needs_srun and "SLURMD_NODENAME" not in os.environ:
-        return _srun(topology, argv)  # salloc's shell, perhaps on a login node: its GPUs say nothing of the nodes'
+        return srun(topology, argv)  # salloc's shell, perhaps on a login node: its GPUs say nothing of the nodes'
     directory = run_dir.choose(options.run_dir, spec.name)
     planned = None
     if options.parallel == "auto":
@@ -50,7 +50,7 @@ def launch(argv: list[str]) -> int:
         spec, command_line = planned.spec, planned.command_line
     plan = make_plan(spec, command_line, topology, directory)
     if topology.needs_srun:  # after the check: wrong flags are said once, before any node starts
-        return _srun(topology, argv)
+        return srun(topology, argv)
     text = flag_lists.render(plan.command, plan.environment)
     if options.dry_run:
         if topology.speaks:
@@ -131,12 +131,12 @@ def read_spec(options: argparse.Namespace) -> RunSpec:
     return RunSpec(name="run")
 
 
-def _srun(topology: Topology, argv: Sequence[str]) -> int:
-    """Start one launcher per node of the allocation."""
+def srun(topology: Topology, argv: Sequence[str], module: str = __package__) -> int:
+    """Start one launcher, or another module, per node of the allocation."""
     if shutil.which("srun") is None:
         raise ConfigError("SLURM_JOB_NUM_NODES", topology.num_nodes, "srun is not on PATH", "Load Slurm's programs.")
     nodes = ["--nodes", str(topology.num_nodes), "--ntasks", str(topology.num_nodes), "--ntasks-per-node", "1"]
-    command = ["srun", *nodes, "--cpu-bind=none", "--kill-on-bad-exit=1", sys.executable, "-m", __package__, *argv]
+    command = ["srun", *nodes, "--cpu-bind=none", "--kill-on-bad-exit=1", sys.executable, "-m", module, *argv]
 
     def terminate(child: object) -> None:  # srun itself would kill its tasks at once; this way they hear SIGTERM
         subprocess.run(["scancel", "--signal=TERM", os.environ["SLURM_JOB_ID"]], check=False)

@@ -32,7 +32,8 @@ def find_machine(args: Namespace, topology: Topology, *, cpu: bool) -> tuple[Clu
     if topology.num_nodes > 1:  # each node plans for itself, and must see what the others see
         if device_bytes < _SAME_MEMORY * file_bytes:
             rule = f"the GPUs here have {device_bytes / 1e9:.1f} GB, {file} says {file_bytes / 1e9:.1f} GB"
-            way_out = "Pass --smartmoe-cluster FILE with this memory_bytes, the same on every node."
+            way_out = "Pass --smartmoe-cluster FILE with this memory_bytes, the same on every node; "
+            way_out += "smartmoe calibrate writes one."
             raise ConfigError("--smartmoe-cluster", args.smartmoe_cluster, rule, way_out)
         return cluster, file
     if args.smartmoe_cluster is not None and file_bytes <= device_bytes:  # a user may leave room for others

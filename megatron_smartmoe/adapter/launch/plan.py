@@ -86,8 +86,8 @@ def make_plan(spec: RunSpec, command_line: Sequence[str], topology: Topology, ru
     if not args.use_checkpoint_args:
         megatron_verdict(args)
     return Plan(
-        command=[*_program(topology), *tokens, "--smartmoe-run-dir", str(run_dir)],
-        environment=_environment(topology, cpu=cpu),
+        command=[*program(topology), *tokens, "--smartmoe-run-dir", str(run_dir)],
+        environment=rank_environment(topology, cpu=cpu),
         spec=replace(spec, nproc=topology.ranks_per_node, flags=_without(derived, flag_lists.as_mapping(open_tokens))),
     )
 
@@ -97,19 +97,19 @@ def _without(derived: dict[str, FlagValue], flags: dict[str, FlagValue]) -> dict
     return {name: value for name, value in flags.items() if derived.get(name) != value}
 
 
-def _program(topology: Topology) -> list[str]:
-    """What starts the ranks: torchrun, or, where Slurm starts each of them, the entry itself."""
+def program(topology: Topology, entry: str = ENTRY) -> list[str]:
+    """What starts the ranks of module `entry`: torchrun, or, where Slurm starts each of them, the module itself."""
     if topology.rank is not None:
-        return [sys.executable, "-m", ENTRY]
+        return [sys.executable, "-m", entry]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(topology.ranks_per_node)]
     if topology.num_nodes == 1:
-        return [*torchrun, "--standalone", "--module", ENTRY]
+        return [*torchrun, "--standalone", "--module", entry]
     where = ["--nnodes", str(topology.num_nodes), "--node-rank", str(topology.node)]
     master = ["--master-addr", topology.master_addr, "--master-port", str(topology.master_port)]
-    return [*torchrun, *where, *master, "--module", ENTRY]
+    return [*torchrun, *where, *master, "--module", entry]
 
 
-def _environment(topology: Topology, *, cpu: bool) -> dict[str, str]:
+def rank_environment(topology: Topology, *, cpu: bool) -> dict[str, str]:
     """Variables of the ranks; what the user has set already stays."""
     threads = max(1, (os.cpu_count() or 1) // topology.ranks_per_node) if cpu else 1
     environment = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}

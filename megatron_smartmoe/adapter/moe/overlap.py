@@ -62,22 +62,30 @@ class OverlappedMoELayer(SmartMoELayer):
     """A SmartMoELayer whose all-to-alls overlap with the experts; same parameters, same checkpoints.
 
     Args:
-        overlap_degree: D, pieces of each all-to-all; 1 to the number of expert-parallel ranks.
+        overlap_degree: D, pieces of each all-to-all; 1 to the number of expert-parallel ranks. With 1, which only a
+            pool of settings asks for, the layer does what a SmartMoELayer does.
     """
 
     def __init__(self, config: TransformerConfig, *args: Any, overlap_degree: int, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
-        self._peers = peer_groups(self.ep_group.rank(), self.ep_group.size(), overlap_degree)
-        self._targets = [peers.targets for peers in self._peers]
+        self.cut_into(overlap_degree)
         self._sent_R: list[int] = []  # rows to each rank, from `dispatch` to `combine` of one micro-batch
 
-    def dispatch(self, hidden_states: torch.Tensor, probs: torch.Tensor) -> tuple[list[_Piece], None]:
-        """Post the dispatch of every piece.
+    def cut_into(self, overlap_degree: int) -> None:
+        """Change the degree; between iterations, and on all ranks alike."""
+        self.overlap_degree = overlap_degree
+        self._peers = peer_groups(self.ep_group.rank(), self.ep_group.size(), overlap_degree)
+        self._targets = [peers.targets for peers in self._peers]
+
+    def dispatch(self, hidden_states: torch.Tensor, probs: torch.Tensor) -> Any:
+        """Post the dispatch of every piece; returns the pieces, and None for their weights.
 
         Args:
             hidden_states: rows `[N, H]` in the order of the ranks that they go to.
             probs: their weights `[N]`.
         """
+        if self.overlap_degree == 1:
+            return super().dispatch(hidden_states, probs)
         dispatcher = self.token_dispatcher
         shared = dispatcher.shared_experts
         if shared is not None:  # as in Megatron's dispatcher: they start beside the dispatch, on a stream of their own
@@ -102,11 +110,14 @@ class OverlappedMoELayer(SmartMoELayer):
         there, back = RowExchange(self.ep_group, sent_R, received_R), RowExchange(self.ep_group, received_R, sent_R)
         return _Piece(counts_PQS=counts_PQS, there=there, back=back, rows=there.start(*rows))
 
-    def routed_experts_compute(self, hidden_states: list[_Piece], probs: None) -> tuple[list[_Returning], None]:
-        """Compute each piece when it is there and start its way back."""
+    def routed_experts_compute(self, hidden_states: Any, probs: Any) -> Any:
+        """Compute each piece when it is there and start its way back; returns what returns, and no bias."""
+        if self.overlap_degree == 1:
+            return super().routed_experts_compute(hidden_states, probs)
+        pieces: list[_Piece] = hidden_states
         returning = []
         with _copies_fetched_once(self.experts):
-            for piece in hidden_states:
+            for piece in pieces:
                 rows = piece.rows if piece.there is None else piece.there.finish(*piece.rows)
                 output_NH = self._compute(piece.counts_PQS, *rows)
                 back = (output_NH,) if piece.back is None else piece.back.start(output_NH)
@@ -140,14 +151,18 @@ class OverlappedMoELayer(SmartMoELayer):
         output_NH, _ = self.experts(rows_NH, tokens_S, weights_N)
         return sort_chunks_by_idxs(output_NH, counts_QS.T.ravel(), to_sources)[0]
 
-    def combine(self, output: list[_Returning]) -> torch.Tensor:
+    def combine(self, output: Any) -> torch.Tensor:
         """Wait for every piece; `[N, H]` in the order of the ranks, as it was sent."""
+        if self.overlap_degree == 1:
+            combined: torch.Tensor = super().combine(output)
+            return combined
+        returning: list[_Returning] = output
         shared = self.token_dispatcher.shared_experts
         if shared is not None:
             shared.wait_current_stream()
             shared.linear_fc2_forward()
             shared.post_forward_comm()
-        rows = [(piece.rows if piece.back is None else piece.back.finish(*piece.rows))[0] for piece in output]
+        rows = [(piece.rows if piece.back is None else piece.back.finish(*piece.rows))[0] for piece in returning]
         return join(rows, self._sent_R, self._targets)
 
 

@@ -75,6 +75,15 @@ class ReplicaDispatcher(SlotDispatcher):
         self.sort_input_by_local_experts = chunks.T.ravel()
         self.restore_output_by_local_experts = chunks.view(self.num_local_experts, -1).T.ravel()
 
+    def plan_with(self, plan: Planner | None) -> None:
+        """Plan copies another way from the next iteration on, and drop those that serve now.
+
+        Args:
+            plan: as for the constructor.
+        """
+        self._plan, self.slots_RS = plan, self._homes_RS
+        self._spare.in_use = None
+
     def dispatch_preprocess(
         self, hidden_states: torch.Tensor, routing_map: torch.Tensor, probs: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:

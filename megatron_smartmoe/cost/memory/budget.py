@@ -10,7 +10,6 @@ from megatron_smartmoe.spec.cluster import GpuSpec
 from megatron_smartmoe.spec.model import ModelSpec
 from megatron_smartmoe.spec.parallel import ParallelSpec, chunks
 
-RESERVED_BYTES = 3e9  # CUDA context, NCCL's buffers, cuBLAS workspaces: an estimate
 FRAGMENTATION = 0.04  # of the memory, lost between blocks: an estimate
 STAGED_EXPERTS = 2  # experts whose state lies in staging buffers while homes move, one in, one out
 STATE_BYTES = 12  # fp32 main parameter and two moments
@@ -93,5 +92,5 @@ def stage_budget(model: ModelSpec, spec: ParallelSpec, gpu: GpuSpec, stage: int,
         working=kept.working,
         replicas=float(spec.spare_slots * moe_layers * numel * (spec.element_bytes + COPY_GRADIENT_BYTES)),
         staging=float(STAGED_EXPERTS * numel * (spec.element_bytes + STATE_BYTES)) if moves else 0.0,
-        reserved=RESERVED_BYTES + FRAGMENTATION * gpu.memory_bytes,
+        reserved=gpu.reserved_bytes + FRAGMENTATION * gpu.memory_bytes,
     )

@@ -1,13 +1,15 @@
-"""The handful of constants between a datasheet and a step's time, and what they make of a cluster.
+"""The handful of constants between a cluster file and a step's time, and what they make of a cluster.
 
 Method. A machine reaches a share of each of its peaks; the shares are the model's only free constants, each between 0
-and 1 and each with a prior. They scale the cluster before `moe_layer.constants_of` sees it, so the MoE layer's time
-comes from the one cost model that the trainer uses too. Measured runs move the shares (scripts/validate_planner.py).
+and 1 and each with a prior, which a cluster file may replace (its `efficiency`). They scale the cluster before
+`moe_layer.constants_of` sees it, so the MoE layer's time comes from the one cost model that the trainer uses too.
+Measured runs move the shares (scripts/validate_planner.py).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from megatron_smartmoe.cost.compute import ExpertShape
 from megatron_smartmoe.cost.moe_layer import (
@@ -17,14 +19,14 @@ from megatron_smartmoe.cost.moe_layer import (
     LayerConstants,
     constants_of,
 )
-from megatron_smartmoe.spec.cluster import ClusterSpec, LinkSpec
+from megatron_smartmoe.spec.cluster import SHARES, ClusterSpec, LinkSpec
 from megatron_smartmoe.spec.model import ModelSpec
 from megatron_smartmoe.spec.parallel import ParallelSpec
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepConstants:
-    """Shares of the datasheets' peaks, and a few counts. Estimates until measured; none is.
+    """Shares of the peaks in the cluster file, and a few counts. Estimates until measured; none is.
 
     Attributes:
         gemm: large matrix products, of the dense peak.
@@ -58,6 +60,18 @@ class StepConstants:
     hidden_grad_share: float = 0.5
     hidden_p2p_share: float = 0.8
 
+    @classmethod
+    def of(cls, cluster: ClusterSpec) -> StepConstants:
+        """The shares that the cluster file names, and the priors of the others.
+
+        A file that names `gemm` and not `attention` leaves their ratio as it was: attention is a share of the same
+        peak, and a peak that was measured with matrix products is lower than a datasheet's.
+        """
+        shares: dict[str, Any] = dict(cluster.efficiency)
+        if "gemm" in shares and "attention" not in shares:
+            shares["attention"] = cls.attention * shares["gemm"] / cls.gemm
+        return replace(cls(), **shares)
+
 
 def layer_constants(
     cluster: ClusterSpec, model: ModelSpec, spec: ParallelSpec, constants: StepConstants, *, shared_card: bool = False
@@ -68,15 +82,16 @@ def layer_constants(
     """
     gpu = replace(
         cluster.gpu,
-        peak_flops=cluster.gpu.peak_flops * constants.gemm / GEMM_EFFICIENCY,
-        memory_bandwidth_bytes_s=cluster.gpu.memory_bandwidth_bytes_s * constants.memory / MEMORY_EFFICIENCY,
+        peak_flops=cluster.gpu.peak_flops * constants.gemm,
+        memory_bandwidth_bytes_s=cluster.gpu.memory_bandwidth_bytes_s * constants.memory,
     )
     scaled = replace(
         cluster,
         gpu=gpu,
         nodes=spec_nodes(cluster, spec.ep * spec.etp),
-        intra_node=_scaled(cluster.intra_node, constants.all_to_all_intra / LINK_EFFICIENCY),
-        inter_node=_scaled(cluster.inter_node, constants.all_to_all_inter / LINK_EFFICIENCY),
+        intra_node=_scaled(cluster.intra_node, constants.all_to_all_intra),
+        inter_node=_scaled(cluster.inter_node, constants.all_to_all_inter),
+        efficiency=dict.fromkeys(SHARES, 1.0),  # taken off above
     )
     found = constants_of(scaled, expert_shape(model, spec), shared_network_card=shared_card)
     return replace(found, token_s=found.token_s * spec.etp)

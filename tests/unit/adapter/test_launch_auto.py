@@ -95,7 +95,7 @@ def test_a_file_of_another_product_is_refused(gpus: Any) -> None:
         machine.find_machine(ARGS, NODES, cpu=False)
     assert str(caught.value) == (
         f"--smartmoe-cluster = None: the GPUs here have 40.0 GB, {FILE} says 80.0 GB. "
-        "Pass --smartmoe-cluster FILE with this memory_bytes, the same on every node."
+        "Pass --smartmoe-cluster FILE with this memory_bytes, the same on every node; smartmoe calibrate writes one."
     )
 
 

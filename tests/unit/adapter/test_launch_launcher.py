@@ -212,7 +212,7 @@ def test_a_launcher_per_node_is_started_after_the_check(
         return 9
 
     story.topology = Topology(ranks_per_node=2, needs_srun=True)
-    monkeypatch.setattr(launcher, "_srun", srun)
+    monkeypatch.setattr(launcher, "srun", srun)
     monkeypatch.delenv("SLURMD_NODENAME", raising=False)
     if node:
         monkeypatch.setenv("SLURMD_NODENAME", node)
@@ -241,7 +241,7 @@ def test_a_batch_script_starts_a_launcher_per_node(monkeypatch: pytest.MonkeyPat
     ran = []
     monkeypatch.setattr(launcher.shutil, "which", lambda name: f"/bin/{name}")
     monkeypatch.setattr(launcher.process, "run", lambda *args: ran.append(args) or 7)
-    assert launcher._srun(Topology(num_nodes=2, needs_srun=True), ["--config", "a b.yaml"]) == 7
+    assert launcher.srun(Topology(num_nodes=2, needs_srun=True), ["--config", "a b.yaml"]) == 7
     command, environment, log, _ = ran[0]
     nodes = ["--nodes", "2", "--ntasks", "2", "--ntasks-per-node", "1"]
     how = ["--cpu-bind=none", "--kill-on-bad-exit=1"]
@@ -253,14 +253,14 @@ def test_sigterm_goes_to_the_tasks_through_slurm(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setattr(launcher.shutil, "which", lambda name: f"/bin/{name}")
     monkeypatch.setattr(launcher.process, "run", lambda command, environment, log, terminate: terminate(None))
-    launcher._srun(Topology(num_nodes=2, needs_srun=True), [])
+    launcher.srun(Topology(num_nodes=2, needs_srun=True), [])
     assert commands == [["scancel", "--signal=TERM", "7"]]
 
 
 def test_a_missing_srun_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launcher.shutil, "which", lambda name: None)
     with pytest.raises(ConfigError) as caught:
-        launcher._srun(Topology(num_nodes=2, needs_srun=True), [])
+        launcher.srun(Topology(num_nodes=2, needs_srun=True), [])
     assert str(caught.value) == "SLURM_JOB_NUM_NODES = 2: srun is not on PATH. Load Slurm's programs."
 
 

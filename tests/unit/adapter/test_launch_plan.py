@@ -251,25 +251,25 @@ def test_a_run_directory_says_the_same_again(megatron: Megatron) -> None:
 
 
 def test_one_node_needs_no_rendezvous() -> None:
-    assert plan._program(Topology(ranks_per_node=4)) == [*TORCHRUN, "--standalone", *MODULE]
+    assert plan.program(Topology(ranks_per_node=4)) == [*TORCHRUN, "--standalone", *MODULE]
 
 
 def test_several_nodes_meet_at_the_first() -> None:
-    command = plan._program(Topology(ranks_per_node=4, **NODES))  # type: ignore[arg-type]
+    command = plan.program(Topology(ranks_per_node=4, **NODES))  # type: ignore[arg-type]
     where = ["--nnodes", "2", "--node-rank", "1", "--master-addr", "n1", "--master-port", "20049"]
     assert command == [*TORCHRUN, *where, *MODULE]
 
 
 def test_a_task_per_rank_needs_no_torchrun() -> None:
     topology = Topology(ranks_per_node=4, rank=5, **NODES)  # type: ignore[arg-type]
-    assert plan._program(topology) == [*PYTHON_M, "megatron_smartmoe.adapter.pretrain"]
+    assert plan.program(topology) == [*PYTHON_M, "megatron_smartmoe.adapter.pretrain"]
 
 
 def test_a_task_per_rank_hears_what_torchrun_would_say(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_LOCALID", "1")
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     topology = Topology(ranks_per_node=4, rank=5, **NODES)  # type: ignore[arg-type]
-    environment = plan._environment(topology, cpu=False)
+    environment = plan.rank_environment(topology, cpu=False)
     assert environment == {
         "OMP_NUM_THREADS": "1",
         "RANK": "5",
@@ -287,15 +287,15 @@ def test_a_task_per_rank_hears_what_torchrun_would_say(monkeypatch: pytest.Monke
 def test_cpu_ranks_share_the_cores(monkeypatch: pytest.MonkeyPatch, cpu: bool, ranks: int, threads: str) -> None:
     monkeypatch.setattr(os, "cpu_count", lambda: 16)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    assert plan._environment(Topology(ranks_per_node=ranks), cpu=cpu) == {"OMP_NUM_THREADS": threads}
+    assert plan.rank_environment(Topology(ranks_per_node=ranks), cpu=cpu) == {"OMP_NUM_THREADS": threads}
 
 
 def test_threads_that_the_user_set_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
-    assert plan._environment(Topology(ranks_per_node=2), cpu=True) == {"OMP_NUM_THREADS": "7"}
+    assert plan.rank_environment(Topology(ranks_per_node=2), cpu=True) == {"OMP_NUM_THREADS": "7"}
 
 
 def test_threads_that_the_user_set_stay_in_a_task_per_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
     monkeypatch.setenv("SLURM_LOCALID", "0")
-    assert plan._environment(Topology(ranks_per_node=2, rank=0), cpu=True)["OMP_NUM_THREADS"] == "7"
+    assert plan.rank_environment(Topology(ranks_per_node=2, rank=0), cpu=True)["OMP_NUM_THREADS"] == "7"

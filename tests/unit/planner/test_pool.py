@@ -62,7 +62,7 @@ def test_it_switches_for_more_than_the_margin() -> None:
     [
         (0.99, 50, "wins 1.0%, below 2%"),
         (0.5, 3, "3 iterations since the last switch, too few"),
-        (1.2, 50, "wins 0.0%"),
+        (1.2, 50, "no other setting is predicted to be faster"),
     ],
 )
 def test_it_stays(other_s: float, since: int, why: str) -> None:
@@ -70,3 +70,14 @@ def test_it_stays(other_s: float, since: int, why: str) -> None:
     assert not switch.switched
     assert switch.setting == OFF
     assert why in switch.why
+
+
+def test_of_equals_it_takes_the_one_that_changes_least() -> None:
+    """Whether homes move is no matter of the copies; without this the name would decide."""
+    now, both = replace(ON, homes_interval=100), OFF
+    copies_alone = replace(OFF, homes_interval=100)
+    switch = choose(now, {now: 1.0, both: 0.8999, copies_alone: 0.9}, measured_s=1.0, since_switch=50)
+    assert switch.setting == copies_alone
+    clearly = choose(now, {now: 1.0, both: 0.89, copies_alone: 0.9}, measured_s=1.0, since_switch=50)
+    assert clearly.setting == both
+    assert not choose(now, {now: 1.0, both: 0.999}, measured_s=1.0, since_switch=50, margin=0.0).switched

@@ -84,6 +84,24 @@ def test_weights_go_out_and_gradients_come_home(num_passes: int, keeps: bool, tm
         assert result["bytes"] == (2 * one if keeps else 0)
 
 
+def _modes() -> list[bool]:
+    """Whether two sets of copies in a row share their memory: kept, for a micro-batch each, and kept again."""
+    spare, _, _ = _setup()
+    before, shared = spare.nbytes, []
+    for keeps in (True, False, True):
+        spare.keep(keeps)
+        assert spare.in_use is None
+        first, second = (spare.use(SLOTS, num_passes=1) for _ in range(2))
+        shared.append(first.spares[0].data_ptr() == second.spares[0].data_ptr())
+        assert spare.nbytes == before
+    return shared
+
+
+def test_the_mode_changes_and_the_memory_stays(tmp_path: Path) -> None:
+    """Copies of micro-batches that are in flight at the same time must not overwrite each other."""
+    assert run_ranks(_modes, 2, log_dir=tmp_path) == [[True, False, True]] * 2
+
+
 def _again() -> Any:
     """An iteration that is run again from zeroed gradients, as Megatron does when it looks for silent faults."""
     spare, home, _ = _setup()

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from megatron_smartmoe.errors import ConfigError
-from megatron_smartmoe.spec.cluster import load_cluster_spec
+from megatron_smartmoe.spec.cluster import RESERVED_BYTES, WEIGHT_PASSES, cluster_as_yaml, load_cluster_spec
+from megatron_smartmoe.spec.shipped import fitting_cluster
 
 GOOD = """
 name: two-boxes
@@ -58,12 +59,67 @@ def test_nodes_of_a_group(tmp_path):
         ("{value: 312e12, ", "{value: -1, ", "gpu.peak_flops.value = -1: must be a positive number"),
         ("{value: 312e12, ", "{value: .inf, ", "gpu.peak_flops.value = inf: must be a positive number"),
         ("{value: 312e12, ", "{value: 1, unit: F, ", "gpu.peak_flops.unit = 'F': is not a known key"),
+        (
+            "nodes: 2\n",
+            "nodes: 2\nefficiency: 0.5\n",
+            "efficiency = 0.5: must be a mapping. Its keys: gemm, attention,",
+        ),
+        ("nodes: 2\n", "nodes: 2\nefficiency: {gem: 1}\n", "efficiency.gem = 1: is not a known key"),
+        ("nodes: 2\n", "nodes: 2\nefficiency: {gemm: 1}\n", "efficiency.gemm = 1: must be a mapping of value and"),
+        (
+            "nodes: 2\n",
+            "nodes: 2\nefficiency: {gemm: {value: 1.2, source: s}}\n",
+            "efficiency.gemm.value = 1.2: must be a share, above 0 and at most 1. Leave it out for the model's prior",
+        ),
     ],
 )
 def test_a_wrong_entry_is_named_by_its_path(tmp_path, old, new, message):
     assert old in GOOD
     with pytest.raises(ConfigError, match=re.escape(message)):
         load(tmp_path, GOOD.replace(old, new, 1))
+
+
+MEASURED = (
+    GOOD.replace("  memory_bytes:", '  weight_passes: {value: 4.5, source: "measured: it\'s so"}\n  memory_bytes:')
+    + "efficiency: {gemm: {value: 1, source: measured}, ring_inter: {value: 0.25, source: measured}}\n"
+)
+
+
+def test_an_old_file_leaves_everything_to_the_priors(tmp_path):
+    cluster = load(tmp_path, GOOD)
+    assert cluster.efficiency == {}
+    assert cluster.gpu.weight_passes == WEIGHT_PASSES
+    assert cluster.gpu.reserved_bytes == RESERVED_BYTES
+
+
+def test_a_measured_file_says_what_is_reached(tmp_path):
+    cluster = load(tmp_path, MEASURED)
+    assert cluster.efficiency == {"gemm": 1.0, "ring_inter": 0.25}
+    assert cluster.gpu.weight_passes == 4.5
+    assert cluster.sources["efficiency.gemm"] == "measured"
+
+
+@pytest.mark.parametrize("text", [GOOD, MEASURED], ids=["datasheets", "measured"])
+def test_what_is_written_is_read_back(tmp_path, text):
+    cluster = load(tmp_path, text)
+    written = cluster_as_yaml(cluster, "a comment\nof two lines")
+    assert written.startswith("# a comment\n# of two lines\nname: ")
+    assert load(tmp_path, written) == cluster
+
+
+@pytest.mark.parametrize(
+    ("device", "name"),
+    [
+        ("NVIDIA H100 80GB HBM3", "2x8-h100-sxm"),
+        ("H100-80GB-HBM3", "2x8-h100-sxm"),  # as smartmoe calibrate writes it
+        ("NVIDIA A100-SXM4-80GB", "2x8-a100-sxm4-80gb"),
+        (None, "cpu"),
+        ("NVIDIA GeForce RTX 4090", None),
+    ],
+)
+def test_the_shipped_file_for_a_device(device, name):
+    found = fitting_cluster(device)
+    assert (found and found.name) == name
 
 
 def test_a_missing_section_is_named(tmp_path):

@@ -1,0 +1,1 @@
+"""What one machine costs, from what was measured on it: `smartmoe calibrate` without the measuring."""

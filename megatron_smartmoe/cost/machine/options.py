@@ -1,0 +1,149 @@
+"""The options of `smartmoe calibrate`: the command and the ranks that measure share them, neither imports the other."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from megatron_smartmoe.errors import ConfigError
+
+# Amounts by device: (hidden, ffn, experts), tokens per expert, bytes that a rank holds in a collective, bytes copied.
+_SHAPE = {"cuda": (4096, 1536, 8), "cpu": (256, 512, 2)}
+_TOKENS = {"cuda": (16, 64, 256, 1024, 4096), "cpu": (2, 8, 32, 128, 512)}
+_SIZES = {
+    "cuda": (8 << 10, 128 << 10, 1 << 20, 8 << 20, 64 << 20, 256 << 20),
+    "cpu": (1 << 10, 16 << 10, 128 << 10, 1 << 20, 4 << 20, 16 << 20),
+}
+_COPIES = {"cuda": (128 << 20, 256 << 20, 512 << 20), "cpu": (32 << 20, 64 << 20, 128 << 20)}  # beyond the caches
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrateOptions:
+    """What to measure and where to write it; None takes the device's default.
+
+    Attributes:
+        output: the cluster file to write.
+        overwrite: also when it exists.
+        name: of the cluster; None: the file's stem.
+        nproc: ranks per node; None: one per GPU, on a CPU one per core.
+        device: auto, or cpu on a machine with GPUs.
+        compare: a cluster file to compare with; None: the shipped one for this device, if there is one.
+        hidden, ffn, experts: shape of an expert, and experts of a rank.
+        tokens: per expert.
+        sizes: bytes of a rank's buffer in a collective.
+        repeats: of each point.
+    """
+
+    output: Path = Path("cluster.yaml")
+    overwrite: bool = False
+    name: str | None = None
+    nproc: int | None = None
+    device: str = "auto"
+    compare: Path | None = None
+    hidden: int | None = None
+    ffn: int | None = None
+    experts: int | None = None
+    tokens: tuple[int, ...] | None = None
+    sizes: tuple[int, ...] | None = None
+    repeats: int = 9
+
+    @classmethod
+    def of(cls, parsed: argparse.Namespace) -> CalibrateOptions:
+        """From the command line.
+
+        Raises:
+            ConfigError: a number below 1, fewer than two amounts, or an output that exists.
+        """
+        found = cls(**{name: getattr(parsed, name) for name in cls.__dataclass_fields__})
+        for name in ("nproc", "hidden", "ffn", "experts", "repeats"):
+            value = getattr(found, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"--{name}", value, "must be at least 1", "Leave it out for the default.")
+        for name in ("tokens", "sizes"):
+            values = getattr(found, name)
+            if values is not None and len(set(values)) < 2:
+                raise ConfigError(f"--{name}", values, "a line needs two different amounts", "Give more, with commas.")
+        if found.output.exists() and not found.overwrite:
+            raise ConfigError("--output", str(found.output), "exists already", "Name another file, or add --overwrite.")
+        return found
+
+    def for_device(self, kind: str) -> CalibrateOptions:
+        """With the defaults of `cuda` or `cpu` filled in."""
+        hidden, ffn, experts = _SHAPE[kind]
+        return replace(
+            self,
+            hidden=self.hidden or hidden,
+            ffn=self.ffn or ffn,
+            experts=self.experts or experts,
+            tokens=self.tokens or _TOKENS[kind],
+            sizes=self.sizes or _SIZES[kind],
+        )
+
+
+def copy_sizes(kind: str) -> tuple[int, ...]:
+    """Bytes to copy in the memory of `cuda` or `cpu`."""
+    return _COPIES[kind]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Describe the command line."""
+    default = CalibrateOptions()
+    add = parser.add_argument
+    add(
+        "--output",
+        type=Path,
+        default=default.output,
+        metavar="YAML",
+        help="cluster file to write (default: %(default)s)",
+    )
+    add("--overwrite", action="store_true", help="write it also when it exists")
+    add("--name", help="of the cluster (default: the file's name)")
+    text = "ranks per node, all measuring at the same time (default: one per GPU; without a GPU one per core)"
+    add("--nproc", type=int, metavar="N", help=text)
+    add("--device", choices=("auto", "cpu"), default="auto", help="cpu: measure CPU ranks on a machine with GPUs")
+    text = "cluster file to compare with and to take unmeasured links from (default: the shipped one for this device)"
+    add("--compare", type=Path, metavar="YAML", help=text)
+    add("--hidden", type=int, metavar="H", help=f"hidden size of an expert (default: {_both(_SHAPE, 0)})")
+    add("--ffn", type=int, metavar="F", help=f"intermediate size of an expert, gated (default: {_both(_SHAPE, 1)})")
+    add("--experts", type=int, metavar="E", help=f"experts of a rank (default: {_both(_SHAPE, 2)})")
+    text = f"tokens per expert, with commas (default: {_list(_TOKENS, 'cuda')}; CPU: {_list(_TOKENS, 'cpu')})"
+    add("--tokens", type=_amounts, metavar="LIST", help=text)
+    text = f"bytes of a rank's buffer, with commas (default: {_list(_SIZES, 'cuda')}; CPU: {_list(_SIZES, 'cpu')})"
+    add("--sizes", type=_amounts, metavar="LIST", help=text)
+    add("--repeats", type=int, default=default.repeats, metavar="N", help="times of each point (default: %(default)s)")
+
+
+def as_argv(options: CalibrateOptions) -> list[str]:
+    """The command line that says the same."""
+    argv: list[str] = []
+    default = CalibrateOptions()
+    for name in CalibrateOptions.__dataclass_fields__:
+        value: Any = getattr(options, name)
+        if value == getattr(default, name):
+            continue
+        argv.append(f"--{name}")
+        if value is not True:
+            argv.append(",".join(str(each) for each in value) if isinstance(value, tuple) else str(value))
+    return argv
+
+
+def _both(table: Mapping[str, tuple[int, ...]], at: int) -> str:
+    return f"{table['cuda'][at]}; CPU: {table['cpu'][at]}"
+
+
+def _list(table: Mapping[str, tuple[int, ...]], kind: str) -> str:
+    return ",".join(str(value) for value in table[kind])
+
+
+def _amounts(text: str) -> tuple[int, ...]:
+    """Positive whole numbers with commas between them; 4e6 is one."""
+    try:
+        values = tuple(sorted({int(float(part)) for part in text.split(",") if part.strip()}))
+    except (ValueError, OverflowError):
+        values = ()
+    if not values or values[0] < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of positive whole numbers, such as 8,64,512")
+    return values
