@@ -113,6 +113,25 @@ def _check_alignment(args: argparse.Namespace) -> None:
             raise ConfigError(flag, value, rule, "Choose another size.")
 
 
+def _check_staging(args: argparse.Namespace) -> None:
+    """One expert must fit beside the two chunks that take a quarter, or nothing could ever move."""
+    ffn = args.moe_ffn_hidden_size or args.ffn_hidden_size
+    if not ffn or not args.hidden_size:
+        return  # from a checkpoint
+    half = args.bf16 or args.fp16
+    etp = args.expert_tensor_parallel_size or args.tensor_model_parallel_size
+    state_bytes = 0 if args.use_distributed_optimizer else 12 if half else 8  # else a part of it is on each rank
+    numel = (3 if args.swiglu else 2) * (args.moe_latent_size or args.hidden_size) * ffn // etp
+    least_mib = -(-numel * ((2 if half else 4) + state_bytes) * 4 // 3 // 2**20)
+    if args.smartmoe_migration_staging_mib < least_mib:
+        raise ConfigError(
+            "--smartmoe-migration-staging-mib",
+            args.smartmoe_migration_staging_mib,
+            f"must be at least {least_mib}, or no expert of this model could ever move",
+            "Leave it out for its default, or pass --smartmoe-homes off.",
+        )
+
+
 def _check_homes(args: argparse.Namespace) -> None:
     """Numbers of the homes loop, and optimizers whose state cannot be moved."""
     for flag, least in (
@@ -132,6 +151,7 @@ def _check_homes(args: argparse.Namespace) -> None:
         load_cluster_spec(Path(args.smartmoe_cluster))
     if args.smartmoe_homes == "off" or args.expert_model_parallel_size == 1:
         return
+    _check_staging(args)
     for flag, reason in _NOT_WITH_HOMES.items():
         if getattr(args, attribute(flag), False):
             rule = f"does not go with --smartmoe-homes {args.smartmoe_homes}: {reason}"

@@ -140,18 +140,6 @@ def plan_migration(
     )
 
 
-def least_staging_bytes(layouts: Sequence[LayerLayout], *, num_ranks: int) -> int:
-    """Staging memory without which not even two experts can change places between two ranks. For start-up checks."""
-    most = 0
-    for layout in layouts:
-        held_SD = np.zeros((layout.home_slots, layout.edp_size), dtype=np.int64)
-        for tensor in layout.tensors:
-            for group in tensor.copies:
-                held_SD[:, group] += (tensor.held_SC2[..., 1] - tensor.held_SC2[..., 0]) * tensor.itemsize
-        most = max(most, int(held_SD.max()) + ALIGNMENT_BYTES * num_ranks * layout.edp_size)
-    return -(-most * 4 // 3)
-
-
 def _check_tables(before_LE: IntArray, after_LE: IntArray, layouts: Sequence[LayerLayout], num_ranks: int) -> None:
     if before_LE.shape != after_LE.shape or len(before_LE) != len(layouts):
         raise PlanError(f"homes {before_LE.shape} and {after_LE.shape} for {len(layouts)} layers")

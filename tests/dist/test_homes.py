@@ -74,6 +74,18 @@ def test_resuming_goes_on_where_the_experts_were(tmp_path: Path, data_flags: lis
     assert decisions(tmp_path / "resumed")[0]["before"] == left
 
 
+@pytest.mark.parametrize("raw", [False, True])
+def test_an_asynchronous_save_while_a_migration_is_due(raw: bool, tmp_path: Path, data_flags: list[str]) -> None:
+    """Experts move after the same step that is saved, while the checkpoint is still being written."""
+    optimizer = ["--use-distributed-optimizer", "--bf16"] + ([] if raw else ["--dist-ckpt-optim-fully-reshardable"])
+    flags = [*EP2.split(), *optimizer, *UNCLIPPED, *SHUFFLE]
+    save = ["--save", str(tmp_path / "saved"), "--save-interval", "4", "--async-save"]
+    whole = train(tmp_path / "whole", 4, data_flags, *flags, *save, iterations=6)
+    (tmp_path / "saved" / "latest_checkpointed_iteration.txt").write_text("4")
+    resumed = train(tmp_path / "resumed", 4, data_flags, *flags, "--load", str(tmp_path / "saved"), iterations=6)
+    assert resumed == whole[4:]
+
+
 def test_raw_optimizer_buffers_are_saved_at_home(tmp_path: Path, data_flags: list[str]) -> None:
     """dp_reshardable checkpoints hold buffers as they lie: experts go home for them, and back."""
     flags = [*EP2.split(), "--use-distributed-optimizer", "--bf16", *UNCLIPPED]  # Megatron cannot load these in fp32
@@ -113,7 +125,7 @@ def test_a_move_that_does_not_pay_is_refused(tmp_path: Path, data_flags: list[st
 
 
 def test_too_little_staging_memory_stops_the_move_not_the_training(tmp_path: Path, data_flags: list[str]) -> None:
-    wide = ["--moe-ffn-hidden-size", "2048", "--smartmoe-migration-staging-mib", "1"]
+    wide = ["--moe-ffn-hidden-size", "2048", "--smartmoe-migration-staging-mib", "7"]  # for one expert
     flags = [*EP2.split(), *UNCLIPPED, *wide]
     moved = train(tmp_path / "moved", 2, data_flags, *flags, *SHUFFLE, iterations=4)
     assert moved == train(tmp_path / "stayed", 2, data_flags, *flags, *STAY, iterations=4)

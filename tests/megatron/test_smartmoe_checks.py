@@ -39,6 +39,12 @@ CASES = {
         says="--transformer-impl = 'inference_optimized': does not go with --smartmoe, which trains. Pass local or "
         "transformer_engine.",
     ),
+    "staging memory for less than an expert": Case(
+        flags="--smartmoe --expert-model-parallel-size 2 --moe-ffn-hidden-size 2048 --smartmoe-migration-staging-mib 1",
+        ranks=2,
+        says="--smartmoe-migration-staging-mib = 1: must be at least 6, or no expert of this model could ever move. "
+        "Leave it out for its default, or pass --smartmoe-homes off.",
+    ),
     "CUDA graphs": Case(
         flags="--smartmoe --cuda-graph-impl local",
         says="--cuda-graph-impl = 'local': does not go with --smartmoe: its dispatcher has not been captured yet. "
