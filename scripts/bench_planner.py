@@ -60,6 +60,13 @@ MIXES: dict[str, tuple[int, str]] = {
 }
 
 
+def words_of(name: str) -> list[str]:
+    """The flags of a mix; those of `bench_layer` say EP 2."""
+    flags = MIXES[name][1].split()
+    single = [] if "--expert-model-parallel-size" in flags else ["--expert-model-parallel-size", "1"]
+    return [*MODEL, *single, *flags]
+
+
 def predicted_s(ranks: int, flags: list[str], cluster: Path) -> float:
     """Seconds of a step by the planner."""
     from megatron_smartmoe.adapter.pretrain import choose_device, with_defaults
@@ -86,17 +93,14 @@ def main() -> None:
     files = {int(ranks): Path(file) for ranks, file in (text.split("=", 1) for text in options.cluster)}
     os.environ["WORLD_SIZE"] = "1"
     predicted, measured = {}, {name: list[float]() for name in MIXES}
-    for name, (ranks, flags) in MIXES.items():
+    for name, (ranks, _) in MIXES.items():
         os.environ["WORLD_SIZE"] = str(ranks)
-        predicted[name] = predicted_s(ranks, [*MODEL, *flags.split()], files.get(ranks, cpu))
+        predicted[name] = predicted_s(ranks, words_of(name), files.get(ranks, cpu))
     for variable in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
         os.environ.pop(variable, None)
     for _ in range(options.rounds):
-        for name, (ranks, flags) in MIXES.items():
-            words = [word for word in [*MODEL, *flags.split()] if word]
-            if "--expert-model-parallel-size" not in flags:
-                words += ["--expert-model-parallel-size", "1"]  # the benchmark's own flags say 2
-            measured[name].append(step_seconds(words, options.iterations, ranks))
+        for name, (ranks, _) in MIXES.items():
+            measured[name].append(step_seconds(words_of(name), options.iterations, ranks))
     report(predicted, {name: statistics.median(seconds) for name, seconds in measured.items()}, options.json)
 
 

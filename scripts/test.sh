@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that must hold before a change lands: style, types, who imports whom, and the tests.
 #
-#   scripts/test.sh                  all of it, about 10 minutes on 2 cores
+#   scripts/test.sh                  all of it, about 17 minutes on 2 cores
 #   scripts/test.sh tests/unit -x    the checks, and these tests (arguments are pytest's)
 #
 # What a machine cannot run (a GPU, Slurm) is skipped with its reason, and counted in the last lines.

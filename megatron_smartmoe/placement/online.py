@@ -175,7 +175,7 @@ class HomesPlanner:
         iteration_s = layers_s * self.options.micro_batches
         proposal = move.undone(placement, self.options.replica.num_nodes)
         cost_s, moved = self._migrations(placement, proposal)
-        verdict = self.policy.realised(iteration_s=iteration_s, gain_s=gain_s, cost_s=cost_s)
+        verdict = self.policy.realised(iteration_s, gain_s, cost_s, iteration)
         after = placement if verdict.take else proposal
         return after, Decision(
             iteration=iteration,

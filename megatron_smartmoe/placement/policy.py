@@ -95,18 +95,21 @@ class Policy:
             self.last_taken = iteration
         return Verdict(take=take, why=why, gain_s=gain_s, cost_s=cost_s, horizon_iterations=horizon)
 
-    def realised(self, iteration_s: float, gain_s: float, cost_s: float = 0.0) -> Verdict:
+    def realised(self, iteration_s: float, gain_s: float, cost_s: float = 0.0, iteration: int | None = None) -> Verdict:
         """Whether to keep a plan that was taken: it is undone when it lost, and when undoing it pays as any move must.
 
         Args:
             iteration_s: seconds of an iteration, which the tolerance is a share of.
             gain_s: seconds per iteration that the plan really saves.
             cost_s: one-time seconds of undoing it.
+            iteration: before which it is undone; None counts the rest from when it was taken.
         """
         lost_s = max(0.0, -gain_s - self.options.tolerance * iteration_s)
         undo_s, price_s = lost_s * self.options.horizon_iterations, cost_s * self.options.margin
         keep = lost_s == 0 or undo_s <= price_s
         self.losses = 0 if lost_s == 0 else self.losses + 1
+        if not keep and iteration is not None:
+            self.last_taken = iteration
         realised = f"realised {gain_s * 1e3:.3f} ms per iteration"
         if keep and lost_s:
             realised += f", but undoing does not pay: {undo_s:.3f} s against {price_s:.3f} s"

@@ -86,6 +86,16 @@ def test_a_loss_is_undone_only_where_undoing_pays():
     assert not policy.realised(iteration_s=1.0, gain_s=-0.01, cost_s=0.4).take
 
 
+def test_the_rest_begins_when_a_loss_is_undone():
+    policy = Policy(PolicyOptions(rest_iterations=50))
+    assert policy.judge(0, gain_s=1.0, cost_s=0.0).take
+    assert not policy.realised(iteration_s=1.0, gain_s=-0.2, iteration=50).take
+    refused = policy.judge(100, gain_s=1.0, cost_s=0.0)
+    assert not refused.take
+    assert refused.why.startswith("resting: 50 of 100 iterations after 1 losses in a row; ")
+    assert policy.judge(150, gain_s=1.0, cost_s=0.0).take
+
+
 def test_what_a_stopwatch_cannot_tell_from_nothing_is_no_loss():
     policy = Policy(PolicyOptions(rest_iterations=50, tolerance=0.01))
     assert policy.realised(iteration_s=1.0, gain_s=-0.009).take
