@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from megatron_smartmoe.errors import MigrationError
 from megatron_smartmoe.placement.decisions import Decision, digest_of
 from megatron_smartmoe.placement.online import HomesPlanner
+from megatron_smartmoe.runtime.agreement import digest_bounds, is_one_digest
 from megatron_smartmoe.runtime.counts import IntervalCounts
 from megatron_smartmoe.spec.placement import Placement
 
@@ -192,13 +193,13 @@ class Controller:
         return after, decision
 
     def _all_agree(self, found: tuple[Placement, Decision] | None, problem: str | None) -> bool:
-        """Compare what the ranks decided: one all-reduce of two numbers."""
+        """Compare what the ranks decided: one all-reduce."""
         text = "nothing" if found is None else found[1].inputs + found[1].after + str(found[1].taken)
-        number = int(hashlib.sha256(text.encode()).hexdigest()[:15], 16)
-        bounds = torch.tensor([number, -number, int(problem is not None)], device=self._counts.device)
-        dist.all_reduce(bounds, op=dist.ReduceOp.MAX)
-        highest, lowest, problems = bounds.tolist()
-        return bool(highest == -lowest and not problems)
+        bounds = digest_bounds(hashlib.sha256(text.encode()).hexdigest(), self._counts.device)
+        told = torch.cat([bounds, bounds.new_tensor([problem is not None])])
+        dist.all_reduce(told, op=dist.ReduceOp.MAX)
+        *digests, problems = told.tolist()
+        return is_one_digest(digests) and not problems
 
     def _carry_out(self, iteration: int, proposal: Placement) -> Moved:
         """Move the experts; what could not be moved is where it was."""

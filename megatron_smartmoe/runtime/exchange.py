@@ -31,6 +31,7 @@ import torch.distributed as dist
 
 from megatron_smartmoe.errors import MigrationError
 from megatron_smartmoe.placement.migration import MigrationPlan, MigrationStep
+from megatron_smartmoe.runtime.agreement import digest_bounds, is_one_digest
 from megatron_smartmoe.runtime.exchange_memory import Arena, Staging, chunk_checksum
 from megatron_smartmoe.runtime.exchange_wire import Batch, PeerError, Wire, turns
 from megatron_smartmoe.runtime.state import LayerState
@@ -121,11 +122,9 @@ class ExpertExchange:
 
     def _compare(self, plan: MigrationPlan) -> None:
         """All ranks must have the same plan; the first rank that has another one would otherwise hang or corrupt."""
-        half = int(plan.digest[:15], 16)  # 60 bits
-        bounds = torch.tensor([half, -half], dtype=torch.int64, device=self._device)
+        bounds = digest_bounds(plan.digest, self._device)
         self._wire.all_reduce(bounds, "comparing plans", dist.ReduceOp.MAX)
-        highest, lowest = bounds.tolist()
-        if highest != -lowest:
+        if not is_one_digest(bounds.tolist()):
             raise MigrationError(
                 f"the ranks have different migration plans (digest {plan.digest} on rank {dist.get_rank()}); "
                 "nothing was moved. Their homes, their layouts or their flags differ."

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from megatron_smartmoe.runtime.agreement import digest_bounds, is_one_digest
 from megatron_smartmoe.runtime.replica_split import Copy
 
 
@@ -85,12 +86,10 @@ class ReplicaWire:
 
     def agrees(self, digest: str) -> bool:
         """Whether all ranks of the group have the same digest (hexadecimal). A collective call; the host waits."""
-        number = int(digest[:15], 16)  # 60 bits
         device = torch.cuda.current_device() if dist.get_backend(self._group) == "nccl" else "cpu"
-        bounds = torch.tensor([number, -number], device=device)
+        bounds = digest_bounds(digest, device)
         dist.all_reduce(bounds, op=dist.ReduceOp.MAX, group=self._group)
-        highest, lowest = bounds.tolist()
-        return bool(highest == -lowest)
+        return is_one_digest(bounds.tolist())
 
     def _operation(self, kind: object, data: torch.Tensor, peer: int) -> dist.P2POp:
         return dist.P2POp(kind, data.detach(), self._ranks[peer], self._group)
