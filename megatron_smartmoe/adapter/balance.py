@@ -19,7 +19,7 @@ from megatron.training import get_args
 from megatron_smartmoe.adapter.checkpoint_check import saved_placement
 from megatron_smartmoe.adapter.decision_log import DecisionLog
 from megatron_smartmoe.adapter.install import after, rebind
-from megatron_smartmoe.adapter.mover import ExpertMover, home_slots_of, with_home_slots, with_spare_slots
+from megatron_smartmoe.adapter.mover import ExpertMover, with_home_slots, with_spare_slots
 from megatron_smartmoe.adapter.prices import online_options, online_setting
 from megatron_smartmoe.adapter.replica_arguments import REPLICAS
 from megatron_smartmoe.adapter.routers import all_layer_numbers, count_tokens, moe_layers
@@ -109,7 +109,7 @@ class Balancer:
             present.num_ranks,
         ):
             return
-        wanted = with_home_slots(present, home_slots_of(saved))
+        wanted = with_home_slots(present, saved.home_slot_LE)
         if wanted != present:
             moved = mover.move(present, wanted)
             controller.placement = moved.placement
@@ -126,8 +126,7 @@ class Balancer:
     def homes_LRH(self) -> IntArray:
         """The logical expert in each home slot, of all MoE layers of the model."""
         assert self._controller is not None
-        placement = self._controller.placement
-        return placement.slots_LRS[:, :, : placement.home_slots]
+        return self._controller.placement.homes_LRH
 
     def switch_to(self, setting: Setting) -> None:
         """Look at the homes, or leave them alone, as a setting of the pool says; and plan them for its copies."""

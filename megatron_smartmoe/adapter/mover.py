@@ -16,13 +16,7 @@ from megatron_smartmoe.errors import MigrationError
 from megatron_smartmoe.placement.migration import MigrationStep, plan_migration
 from megatron_smartmoe.runtime.controller import Moved
 from megatron_smartmoe.runtime.exchange import CommitUnknownError, ExpertExchange, MigrationReport
-from megatron_smartmoe.spec.placement import EMPTY, IntArray, Placement
-
-
-def home_slots_of(placement: Placement) -> IntArray:
-    """Global home slot of every expert, `[L, E]`."""
-    homes_LE = placement.slots_LRS[:, :, : placement.home_slots].reshape(placement.num_layers, -1)
-    return np.argsort(homes_LE, axis=1)
+from megatron_smartmoe.spec.placement import EMPTY, IntArray, Placement, with_empty_slots
 
 
 def with_home_slots(placement: Placement, slot_LE: IntArray) -> Placement:
@@ -67,10 +61,10 @@ class ExpertMover:
 
     def move(self, before: Placement, after: Placement) -> Moved:
         """See `runtime.controller.Mover`; between an optimizer step and the next forward pass."""
-        slot_LE, failure = home_slots_of(before), None
+        slot_LE, failure = before.home_slot_LE.copy(), None
         report = MigrationReport()
         try:
-            report = self._execute(slot_LE, home_slots_of(after))
+            report = self._execute(slot_LE, after.home_slot_LE)
         except CommitUnknownError:
             raise
         except MigrationError as error:
@@ -111,7 +105,7 @@ class ExpertMover:
         if failures and failure is None:
             failure = f"{failures} other ranks could not move their experts; what they say is in their logs"
         reached_LE = table_LE.cpu().numpy()
-        arrived = np.array_equal(reached_LE, home_slots_of(after))
+        arrived = np.array_equal(reached_LE, after.home_slot_LE)
         return Moved(
             placement=after if arrived else with_home_slots(before, reached_LE),
             wire_bytes=sent_bytes,
@@ -122,6 +116,4 @@ class ExpertMover:
 
 def with_spare_slots(placement: Placement, spare_slots: int) -> Placement:
     """The same homes with this many empty spare slots."""
-    homes_LRS = placement.slots_LRS[:, :, : placement.home_slots]
-    spare = ((0, 0), (0, 0), (0, spare_slots))
-    return replace(placement, slots_LRS=np.pad(homes_LRS, spare, constant_values=EMPTY))
+    return replace(placement, slots_LRS=with_empty_slots(placement.homes_LRH, spare_slots))

@@ -38,7 +38,7 @@ from megatron_smartmoe.runtime.replica_slots import SpareSlots
 from megatron_smartmoe.runtime.replica_split import exact_slots, homes_only
 from megatron_smartmoe.runtime.replica_tally import LayerTally, balance_line, imbalance
 from megatron_smartmoe.runtime.replica_wire import ReplicaWire
-from megatron_smartmoe.spec.placement import EMPTY, IntArray, Placement
+from megatron_smartmoe.spec.placement import EMPTY, IntArray, Placement, with_empty_slots
 
 MIB = 2**20
 BALANCED = 1.01  # max / mean tokens per rank up to which a micro-batch needs no copies
@@ -157,10 +157,18 @@ class ReplicaLoop:
 
     def _placement(self, options: Namespace) -> Placement:
         """The homes as the layers have them now, and empty spare slots."""
+        slots_LRS = with_empty_slots(self._homes_LRH(), self._used_slots)
+        return Placement(slots_LRS=slots_LRS, num_experts=options.num_experts)
+
+    def _homes_LRH(self) -> IntArray:
+        """Expert in each home slot, as the layers have it now."""
         expert_LE = np.array([layer.experts_by_slot for layer in self.layers])
-        homes_LRS = expert_LE.reshape(len(self.layers), self._wire.num_ranks, -1)
-        spare = ((0, 0), (0, 0), (0, self._used_slots))
-        return Placement(slots_LRS=np.pad(homes_LRS, spare, constant_values=EMPTY), num_experts=options.num_experts)
+        return expert_LE.reshape(len(self.layers), self._wire.num_ranks, -1)
+
+    def _follow_homes(self, planner: ReplicaPlanner) -> None:
+        """Tell the planner when homes have moved."""
+        if not np.array_equal(self._homes_LRH(), planner.placement.homes_LRH):
+            planner.rehome(self._placement(get_args()))
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
         """Before `train_step`: plan this iteration's copies and start to fetch their weights."""
@@ -168,7 +176,7 @@ class ReplicaLoop:
         if self._planner is None:
             return
         if self._mode != "history":  # it looks on, so that it knows the load when it is asked, and where homes are
-            self._planner.placement = self._placement(get_args())
+            self._follow_homes(self._planner)
             return
         problem = self._plan(self._planner)
         if problem is not None:
@@ -186,7 +194,7 @@ class ReplicaLoop:
         """Plan, and see that the group's ranks agree; None, or why this iteration goes without copies."""
         problem, decision = None, None
         try:
-            planner.rehome(self._placement(get_args()))
+            self._follow_homes(planner)
             decision = planner.plan(self._iteration)
         except Exception as error:  # whatever it is, the training goes on without copies
             problem = f"{type(error).__name__}: {error}"
@@ -214,8 +222,8 @@ class ReplicaLoop:
             return
         if self._planner is not None:
             load_LME = np.stack([np.stack([micro.load_E for micro in record]) for record in records])
-            slots_LE = np.argsort(self._planner.placement.slots_LRS[:, :, : self._home_slots].reshape(len(records), -1))
-            self._planner.observe(np.take_along_axis(load_LME, slots_LE[:, None], axis=2))
+            slot_LE = self._planner.placement.home_slot_LE
+            self._planner.observe(np.take_along_axis(load_LME, slot_LE[:, None], axis=2))
         if self._iteration % options.log_interval:
             return
         self._write(
@@ -230,10 +238,6 @@ class ReplicaLoop:
                 flush=True,
             )
 
-    @property
-    def _home_slots(self) -> int:
-        return int(self.layers[0].experts.num_local_experts)
-
 
 def by_home(slots_RS: IntArray, home_slots: int) -> IntArray:
     """A slot table with every expert named by its home: expert e is then at home in slot e % S of rank e // S.
@@ -244,11 +248,6 @@ def by_home(slots_RS: IntArray, home_slots: int) -> IntArray:
     """
     home_E = np.argsort(slots_RS[:, :home_slots].ravel())
     return np.where(slots_RS == EMPTY, EMPTY, home_E[slots_RS])
-
-
-def with_empty_slots(slots_RS: IntArray, unused: int) -> IntArray:
-    """A slot table with this many more spare slots, all of them empty."""
-    return np.pad(slots_RS, ((0, 0), (0, unused)), constant_values=EMPTY)
 
 
 def _tell_whether_training(layer: torch.nn.Module, inputs: Any) -> None:

@@ -56,7 +56,7 @@ class ReplicaPlanner:
     def rehome(self, homes: Placement) -> None:
         """Take over homes that have moved; replicas stay where they may."""
         slots_LRS, home_slots = self.placement.slots_LRS.copy(), self.placement.home_slots
-        slots_LRS[:, :, :home_slots] = homes.slots_LRS[:, :, :home_slots]
+        slots_LRS[:, :, :home_slots] = homes.homes_LRH
         num_ranks, num_nodes = self.placement.num_ranks, self.options.replica.num_nodes
         for slots_RS in slots_LRS:
             drop_misplaced(slots_RS, home_slots, np.arange(num_ranks) * num_nodes // num_ranks)

@@ -23,7 +23,7 @@ from megatron_smartmoe.placement.exact import exact_replicas
 from megatron_smartmoe.placement.homes import HomesOptions, plan_homes
 from megatron_smartmoe.placement.split import assign_sources, min_max_split
 from megatron_smartmoe.spec.model import ModelSpec
-from megatron_smartmoe.spec.placement import EMPTY, IntArray, hosts_of
+from megatron_smartmoe.spec.placement import EMPTY, IntArray, hosts_of, with_empty_slots
 from megatron_smartmoe.spec.trace import RoutingTrace
 
 FloatArray = NDArray[np.float64]
@@ -151,7 +151,7 @@ class LoadModel:
         counts_RE = np.ascontiguousarray(np.broadcast_to(counts_E, (num_ranks, experts)))
         home_slots = experts // num_ranks
         slots_RS = np.arange(experts).reshape(num_ranks, home_slots)
-        slots_RS = np.pad(slots_RS, ((0, 0), (0, balance.spare_slots)), constant_values=EMPTY)
+        slots_RS = with_empty_slots(slots_RS, balance.spare_slots)
         if balance.homes and num_ranks > 1:
             slots_RS = self._homes(slots_RS, counts_E, home_slots, balance)
         replica_nodes = balance.nodes if self.within_node else 1

@@ -29,7 +29,7 @@ from megatron_smartmoe.runtime.replica_split import exact_slots, split_tokens
 from megatron_smartmoe.spec.cluster import ClusterSpec
 from megatron_smartmoe.spec.model import ModelSpec
 from megatron_smartmoe.spec.parallel import ParallelSpec
-from megatron_smartmoe.spec.placement import EMPTY, IntArray
+from megatron_smartmoe.spec.placement import EMPTY, IntArray, with_empty_slots
 
 BALANCED = 1.01  # max / mean tokens per rank up to which a micro-batch needs no copies
 
@@ -101,13 +101,9 @@ def _homes(setting: Setting, load: PoolLoad, history: History, prices: PoolPrice
         return load.homes_LRH
     home_slots, moved = load.homes_LRH.shape[2], []
     for layer, homes_RH in enumerate(load.homes_LRH):
-        slots_RS = _with_spare(homes_RH, setting)
+        slots_RS = with_empty_slots(homes_RH, setting.spare_slots)
         moved.append(plan_homes(slots_RS, history.scenarios_KE(layer)[0], home_slots, prices.homes).slots_RS)
     return np.stack(moved)[:, :, :home_slots]
-
-
-def _with_spare(homes_RH: IntArray, setting: Setting) -> IntArray:
-    return np.pad(homes_RH, ((0, 0), (0, setting.spare_slots)), constant_values=EMPTY)
 
 
 def _seconds(setting: Setting, flows: Sequence[LayerFlow], prices: PoolPrices) -> float:
@@ -134,7 +130,7 @@ def _flows(
     """Who computes what in every layer and micro-batch of the sample."""
     flows = []
     for layer, homes_RH in enumerate(homes_LRH):
-        slots_RS, home_slots = _with_spare(homes_RH, setting), homes_RH.shape[1]
+        slots_RS, home_slots = with_empty_slots(homes_RH, setting.spare_slots), homes_RH.shape[1]
         if setting.replicas == "history":
             rank_tokens = float(load.totals_ILE[-2, layer].sum()) / len(homes_RH)
             scenarios_KE = history.scenarios_KE(layer)

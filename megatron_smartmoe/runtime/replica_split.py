@@ -18,7 +18,7 @@ import torch
 from megatron_smartmoe import ops
 from megatron_smartmoe.placement import exact, split
 from megatron_smartmoe.placement.replicas import copies_pay
-from megatron_smartmoe.spec.placement import EMPTY, IntArray, hosts_of
+from megatron_smartmoe.spec.placement import EMPTY, IntArray, hosts_of, with_empty_slots
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +35,7 @@ class Copy:
 def homes_only(num_experts: int, num_ranks: int, spare_slots: int) -> IntArray:
     """The slots `[R, S + K]` without any replica."""
     homes_RS = np.arange(num_experts, dtype=np.int64).reshape(num_ranks, -1)
-    return np.pad(homes_RS, ((0, 0), (0, spare_slots)), constant_values=EMPTY)
+    return with_empty_slots(homes_RS, spare_slots)
 
 
 def copies_of(slots_RS: IntArray, home_slots: int) -> tuple[Copy, ...]:

@@ -66,7 +66,7 @@ class Placement:
         if num_ranks < 1 or num_experts % num_ranks:
             raise PlanError(f"{num_experts} experts cannot be shared evenly by {num_ranks} ranks")
         home_RH = np.arange(num_experts).reshape(num_ranks, -1)
-        slots_RS = np.pad(home_RH, ((0, 0), (0, spare_slots)), constant_values=EMPTY)
+        slots_RS = with_empty_slots(home_RH, spare_slots)
         return cls(slots_LRS=np.broadcast_to(slots_RS, (num_layers, *slots_RS.shape)), num_experts=num_experts)
 
     @property
@@ -89,11 +89,22 @@ class Placement:
         """Spare slots per rank."""
         return int(self.slots_LRS.shape[2]) - self.home_slots
 
+    @property
+    def homes_LRH(self) -> IntArray:
+        """Expert in each home slot."""
+        return self.slots_LRS[:, :, : self.home_slots]
+
+    @cached_property
+    def home_slot_LE(self) -> IntArray:
+        """Home slot of each expert, counted over all ranks: h % H of rank h // H."""
+        slot_LE = np.argsort(self.homes_LRH.reshape(self.num_layers, -1), axis=1)
+        slot_LE.setflags(write=False)
+        return slot_LE
+
     @cached_property
     def home_rank_LE(self) -> IntArray:
         """Rank that owns each expert's optimizer state."""
-        home_LRH = self.slots_LRS[:, :, : self.home_slots]
-        return np.argsort(home_LRH.reshape(self.num_layers, -1), axis=1) // self.home_slots
+        return self.home_slot_LE // self.home_slots
 
     @cached_property
     def hosts_LER(self) -> BoolArray:
@@ -151,6 +162,11 @@ class Placement:
         if content.get("digest") != placement.digest:
             raise PlanError(f"placement digest = {content.get('digest')!r}: its slots give {placement.digest!r}")
         return placement
+
+
+def with_empty_slots(slots: IntArray, number: int) -> IntArray:
+    """A slot table `[..., S]` with so many more spare slots behind the others, all of them empty."""
+    return np.pad(slots, [(0, 0)] * (slots.ndim - 1) + [(0, number)], constant_values=EMPTY)
 
 
 def hosts_of(slots_RS: IntArray, num_experts: int) -> BoolArray:
