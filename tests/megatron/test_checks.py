@@ -9,23 +9,18 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 
-from megatron_smartmoe.adapter import arguments, checks
-from megatron_smartmoe.errors import ConfigError, SmartMoEError
+from megatron_smartmoe.adapter import arguments
+from megatron_smartmoe.errors import ConfigError
+from tests.support.checks import Case, judge, judge_all
 from tests.support.ranks import run_ranks
-from tests.support.training import TINY_MODEL, TINY_TRAINING
 
 pytestmark = pytest.mark.dist
 
-GOOD = [*TINY_MODEL, *TINY_TRAINING, "--train-iters", "10"]
-DATA = "--mock-data --tokenizer-type NullTokenizer --vocab-size 128".split()
 PP2, TP2 = "--pipeline-model-parallel-size 2", "--tensor-model-parallel-size 2 --sequence-parallel"
 VPP = f"{PP2} --num-layers-per-virtual-pipeline-stage"
 CHECKPOINT_ARGS = "--use-checkpoint-args --load /nowhere"
@@ -35,20 +30,6 @@ MORE_RANKS = "Start a multiple of that many ranks (--nproc), or lower one."
 MEANING = "--help-megatron says what the flags mean."
 NO_FLAG = "is not a flag of Megatron or of smartmoe."
 MEGATRON_SAYS = "does not hold for these flags. Change the flags that it names; --help-megatron lists all."
-
-
-@dataclass(frozen=True, kw_only=True)
-class Case:
-    """A command line, where it is judged, and what is said of it (None: it passes)."""
-
-    flags: str = ""  # behind GOOD and DATA, so they win; {data} becomes a folder with datasets, good and bad
-    says: str | None = None
-    without: tuple[str, ...] = ()  # flags of GOOD and DATA that are left out, with their values
-    ranks: int = 1
-    cpu: bool = True
-    data_exists: bool = True
-    te: bool = False  # TransformerEngine is installed
-    verdict: bool = False  # ask Megatron too
 
 
 def required(flag: str) -> Case:
@@ -384,47 +365,6 @@ GROUPS = {
 CASES = {f"{group}: {name}": case for group, cases in GROUPS.items() for name, case in cases.items()}
 
 
-def without(flags: Iterable[str], tokens: Iterable[str]) -> list[str]:
-    """`tokens` without those flags and their values."""
-    kept, keep = [], True
-    for token in tokens:
-        keep = token not in flags if token.startswith("--") else keep
-        kept += [token] if keep else []
-    return kept
-
-
-def judge(case: Case, data: Path) -> str | None:
-    """What is said of a case's command line; in a rank, where the facade is installed."""
-    from megatron_smartmoe.adapter import pretrain
-
-    os.environ["WORLD_SIZE"] = str(case.ranks)
-    os.environ.pop("CUDA_DEVICE_MAX_CONNECTIONS", None)  # check_flags sets it
-    user = [*without(case.without, [*GOOD, *DATA]), *case.flags.replace("{data}", str(data)).split()]
-    te, apex = mock.Mock(return_value=case.te), mock.Mock(return_value=False)
-    with mock.patch.multiple(pretrain, has_transformer_engine=te, has_apex=apex):
-        argv = pretrain.with_defaults(user, cpu=case.cpu, say=False)
-    with mock.patch.object(checks, "has_transformer_engine", return_value=case.te):
-        return said_by(lambda: _check(argv, case))
-
-
-def _check(argv: list[str], case: Case) -> None:
-    from megatron_smartmoe.adapter.pretrain import check_flags
-
-    args = check_flags(argv, cpu=case.cpu, data_exists=case.data_exists)
-    if case.verdict:
-        checks.megatron_verdict(args)
-
-
-def said_by(check: Callable[[], object]) -> str | None:
-    try:
-        check()
-    except SmartMoEError as error:
-        return str(error)
-    except Exception as error:
-        return f"a traceback: {error!r}"
-    return None
-
-
 def parsed(user: list[str]) -> dict[str, Any]:
     """The values of some arguments, machine defaults and the user's flags together."""
     from megatron_smartmoe.adapter.pretrain import with_defaults
@@ -451,7 +391,7 @@ def everything(data: Path) -> dict[str, Any]:
     """All that needs the facade, in one rank."""
     beaten = "--transformer-impl transformer_engine --moe-token-dispatcher-type allgather --logging-level 10"
     return {
-        **{name: judge(case, data) for name, case in CASES.items()},
+        **judge_all(CASES, data),
         "defaults alone": parsed([]),
         "defaults beaten": parsed([*beaten.split(), "--distributed-backend", "nccl", "--num-layers", "2"]),
         "help": help_through_the_launcher(),
@@ -469,13 +409,12 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     for name in ("good.bin", "good.idx", "no_index.bin", "list"):
         (data / name).touch()
     results: dict[str, Any] = run_ranks(everything, 1, data, log_dir=folder)[0]
-    return results | {"data": str(data)}
+    return results
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_each_rule_says_field_value_rule_and_way_out(name: str, said: dict[str, Any]) -> None:
-    expected = CASES[name].says
-    assert said[name] == (expected and expected.replace("{data}", said["data"]))
+    assert said[name] == CASES[name].says
 
 
 def test_the_defaults_of_a_machine_without_gpu_reach_megatron(said: dict[str, Any]) -> None:

@@ -5,15 +5,13 @@ from __future__ import annotations
 from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from megatron_smartmoe.adapter.overlap_degree import explain, fewest_pieces, predicted_seconds
 from megatron_smartmoe.spec.cluster import load_cluster_spec
-from tests.megatron.test_checks import Case, judge
-from tests.support.ranks import run_ranks
+from tests.support.checks import Case, said_of
 
 CLUSTERS = Path(__file__).parents[2] / "configs" / "clusters"
 EP4 = "--expert-model-parallel-size 4"
@@ -98,20 +96,14 @@ OPTIONS = Namespace(
 )
 
 
-def judge_all(data: Path) -> dict[str, str | None]:
-    return {name: judge(case, data) for name, case in CASES.items()}
-
-
 @pytest.fixture(scope="module")
-def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    data = tmp_path_factory.mktemp("checks")
-    results: dict[str, Any] = run_ranks(judge_all, 1, data, log_dir=data / "log")[0]
-    return results
+def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str | None]:
+    return said_of(CASES, tmp_path_factory.mktemp("checks"))
 
 
 @pytest.mark.dist
 @pytest.mark.parametrize("name", CASES)
-def test_each_rule_says_field_value_rule_and_way_out(name: str, said: dict[str, Any]) -> None:
+def test_each_rule_says_field_value_rule_and_way_out(name: str, said: dict[str, str | None]) -> None:
     assert said[name] == CASES[name].says
 
 

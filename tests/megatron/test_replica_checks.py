@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
-from tests.megatron.test_checks import Case, judge
-from tests.support.ranks import run_ranks
+from tests.support.checks import Case, said_of
 
 EP4 = "--expert-model-parallel-size 4"
 ONE = f"--smartmoe {EP4} --smartmoe-spare-slots 1"
@@ -75,15 +72,9 @@ CASES = {
 }
 
 
-def judge_all(data: Path) -> dict[str, str | None]:
-    return {name: judge(case, data) for name, case in CASES.items()}
-
-
 @pytest.fixture(scope="module")
 def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str | None]:
-    data = tmp_path_factory.mktemp("checks")
-    results: dict[str, str | None] = run_ranks(judge_all, 1, data, log_dir=data / "log")[0]
-    return results
+    return said_of(CASES, tmp_path_factory.mktemp("checks"))
 
 
 @pytest.mark.dist
