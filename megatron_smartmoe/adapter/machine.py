@@ -1,4 +1,4 @@
-"""What this run's machine and experts cost: the cluster file that fits, and sizes from Megatron's arguments."""
+"""This run's machine: the cluster file that fits, and the nodes of a group."""
 
 from __future__ import annotations
 
@@ -10,13 +10,9 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 
-from megatron_smartmoe.cost.compute import ExpertShape
 from megatron_smartmoe.errors import ConfigError
 from megatron_smartmoe.spec.cluster import ClusterSpec, load_cluster_spec
 from megatron_smartmoe.spec.shipped import CLUSTERS, fitting_cluster, shipped_clusters
-
-_MOMENT_BYTES = 4
-_MOMENTS = 2  # of Adam
 
 
 def machine(options: Namespace) -> ClusterSpec:
@@ -45,21 +41,3 @@ def nodes_of_group(num_ranks: int) -> int:
     found = sorted(set(nodes))
     even = num_ranks % len(found) == 0 and nodes == [node for node in found for _ in range(num_ranks // len(found))]
     return len(found) if even else num_ranks
-
-
-def expert_shape(options: Namespace) -> ExpertShape:
-    """Sizes of one expert as this rank computes it."""
-    ffn = options.moe_ffn_hidden_size // options.expert_tensor_parallel_size
-    return ExpertShape(
-        hidden=options.moe_latent_size or options.hidden_size,
-        ffn=ffn,
-        gated=options.swiglu,
-        element_bytes=options.params_dtype.itemsize,
-    )
-
-
-def state_bytes(options: Namespace) -> int:
-    """Bytes that move with an expert: weights, fp32 main weights where they are apart, and Adam's moments."""
-    weight_bytes = options.params_dtype.itemsize
-    main_bytes = 0 if weight_bytes == _MOMENT_BYTES else _MOMENT_BYTES
-    return expert_shape(options).num_params * (weight_bytes + main_bytes + _MOMENTS * _MOMENT_BYTES)

@@ -14,7 +14,7 @@ import numpy as np
 import torch.distributed as dist
 
 from megatron_smartmoe.adapter.machine import machine, nodes_of_group
-from megatron_smartmoe.adapter.overlap_checks import AUTO
+from megatron_smartmoe.adapter.overlap_checks import AUTO, MOST_PIECES
 from megatron_smartmoe.cost.moe_layer import LayerFlow
 from megatron_smartmoe.cost.step.constants import StepConstants, layer_constants
 from megatron_smartmoe.cost.step.moe import moe_times
@@ -22,8 +22,6 @@ from megatron_smartmoe.spec.cluster import ClusterSpec
 from megatron_smartmoe.spec.model import ModelSpec, MoESpec
 from megatron_smartmoe.spec.parallel import ParallelSpec
 from megatron_smartmoe.spec.placement import Placement
-
-MOST = 8  # pieces that are tried: a ninth would hide another 1/72 of the all-to-alls at best
 
 NEARLY = 0.01  # of the best time
 
@@ -86,7 +84,7 @@ def predicted_seconds(options: Namespace, cluster: ClusterSpec, num_nodes: int) 
     flow = LayerFlow.equal_split(counts_RE, homes.slots_LRS[0], num_nodes)
     model, constants = run_model(options), StepConstants.of(cluster)
     seconds = {}
-    for degree in range(1, min(ranks, MOST) + 1):
+    for degree in range(1, min(ranks, MOST_PIECES) + 1):
         spec = run_parallel(options, degree)
         prices = layer_constants(cluster, model, spec, constants)
         seconds[degree] = moe_times([flow], prices, model, spec, cluster, constants).total_s

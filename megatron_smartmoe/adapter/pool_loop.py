@@ -29,11 +29,10 @@ from megatron_smartmoe.adapter.machine import machine, nodes_of_group
 from megatron_smartmoe.adapter.moe.overlap import OverlappedMoELayer
 from megatron_smartmoe.adapter.overlap_degree import OverlapDegree, run_model, run_parallel
 from megatron_smartmoe.adapter.pool_settings import pool_settings, starting_setting
-from megatron_smartmoe.adapter.prices import copy_price_tokens, scope_nodes
+from megatron_smartmoe.adapter.prices import replica_options
 from megatron_smartmoe.adapter.replica_loop import ReplicaLoop
-from megatron_smartmoe.adapter.routers import all_layer_numbers, moe_layers
+from megatron_smartmoe.adapter.routers import all_layer_numbers, count_tokens, moe_layers
 from megatron_smartmoe.placement.decisions import Decision, digest_of
-from megatron_smartmoe.placement.replicas import ReplicaOptions
 from megatron_smartmoe.planner.pool import SETTLE_ITERATIONS, Setting
 from megatron_smartmoe.runtime.pool import Measured, PoolVerdict, Switchboard, SwitchboardOptions, with_setting
 from megatron_smartmoe.runtime.pool_prediction import PoolLoad, PoolPrices, moe_seconds
@@ -79,7 +78,8 @@ class PoolLoop:
     def on_model(self, result: tuple[list[Any], Any, Any], *args: Any, **kwargs: Any) -> None:
         """After `setup_model_and_optimizer`: count, and start with the setting that the flags say."""
         options = get_args()
-        own = list(moe_layers(unwrap_model(result[0])))
+        chunks = unwrap_model(result[0])
+        own = list(moe_layers(chunks))
         self._layers = [layer for _, layer in own if isinstance(layer, OverlappedMoELayer)]
         self._numbers = all_layer_numbers([number for number, _ in own])
         self._sample = _spread(len(self._numbers), LAYERS)
@@ -90,9 +90,7 @@ class PoolLoop:
             micro_batches=min(MICRO_BATCHES, get_num_microbatches()),
             device=torch.cuda.current_device(),
         )
-        for number, layer in own:
-            if number in self._counts.layers:
-                layer.router.register_forward_hook(_counting(self._counts, number))
+        count_tokens(chunks, self._counts, self._counts.layers)
         now = starting_setting(options, self._degree())
         self._settings = with_setting(pool_settings(options), now)
         rest = SwitchboardOptions(rest_iterations=options.smartmoe_pool_interval)
@@ -193,16 +191,6 @@ class PoolLoop:
         self._log.switched(decision, self._settings.index(verdict.setting))
 
 
-def _counting(counts: RecentCounts, number: int) -> Any:
-    """A hook on a router; a pass without gradients (evaluation, before recomputation) does not count."""
-
-    def hook(router: torch.nn.Module, inputs: Any, output: tuple[torch.Tensor, torch.Tensor]) -> None:
-        if torch.is_grad_enabled():
-            counts.add(number, output[1])
-
-    return hook
-
-
 def _spread(length: int, most: int) -> list[int]:
     """At most `most` of the numbers below `length`, evenly spaced."""
     found: list[int] = np.unique(np.linspace(0, length - 1, min(length, most)).round().astype(int)).tolist()
@@ -229,6 +217,6 @@ def _prices(options: Namespace, num_layers: int, *, homes_move: bool) -> PoolPri
         num_nodes=nodes_of_group(spec.ep),
         micro_batches=micro_batches,
         layers_in_a_row=num_layers / spec.pp * in_a_row,
-        replica=ReplicaOptions(num_nodes=scope_nodes(options), copy_price_tokens=copy_price_tokens(options)),
+        replica=replica_options(options),
         homes_move=homes_move,
     )

@@ -13,8 +13,6 @@ from megatron_smartmoe.adapter.replica_arguments import replicas_mode
 from megatron_smartmoe.planner.pool import Pool, Setting
 from megatron_smartmoe.spec.parallel import Replicas
 
-MOST_PIECES = 8  # of `auto`: a ninth would hide another 1/72 of the all-to-alls at best
-
 
 def pool_settings(args: argparse.Namespace) -> tuple[Setting, ...]:
     """The settings that --smartmoe-pool names; none without it.
@@ -72,4 +70,5 @@ def _degrees(args: argparse.Namespace) -> list[int]:
     if asked == "1":
         return [1]
     given = set() if asked == overlap_checks.AUTO else {int(asked)}
-    return sorted({1, *given, *(2**power for power in range(1, 4) if 2**power <= min(MOST_PIECES, ranks))})
+    most = min(overlap_checks.MOST_PIECES, ranks)
+    return sorted({1, *given, *(2**power for power in range(1, most.bit_length()))})

@@ -8,7 +8,8 @@ from dataclasses import replace
 from megatron.core import parallel_state as mpu
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 
-from megatron_smartmoe.adapter.machine import expert_shape, machine, nodes_of_group, state_bytes
+from megatron_smartmoe.adapter.expert_sizes import expert_shape, state_bytes
+from megatron_smartmoe.adapter.machine import machine, nodes_of_group
 from megatron_smartmoe.adapter.replica_arguments import replicas_mode
 from megatron_smartmoe.cost.moe_layer import constants_of, copy_tokens, exchange_bytes_s
 from megatron_smartmoe.placement.online import OnlineOptions
@@ -56,7 +57,7 @@ def online_options(options: Namespace, review_records: int) -> OnlineOptions:
         micro_batches=get_num_microbatches(),
         state_bytes=state_bytes(options),
         migration_bytes_s=exchange_bytes_s(cluster, between_nodes=num_nodes > 1),
-        replica=ReplicaOptions(num_nodes=scope_nodes(options), copy_price_tokens=copy_price_tokens(options)),
+        replica=replica_options(options),
         policy=PolicyOptions(
             horizon_iterations=options.smartmoe_homes_horizon,
             margin=options.smartmoe_homes_margin,
@@ -64,6 +65,11 @@ def online_options(options: Namespace, review_records: int) -> OnlineOptions:
         ),
         review_records=review_records,
     )
+
+
+def replica_options(options: Namespace) -> ReplicaOptions:
+    """Where copies may lie, and what one costs."""
+    return ReplicaOptions(num_nodes=scope_nodes(options), copy_price_tokens=copy_price_tokens(options))
 
 
 def scope_nodes(options: Namespace) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from megatron.core import parallel_state as mpu
 from megatron.core.transformer.moe.moe_layer import MoELayer
 
 from megatron_smartmoe.runtime.counts import ExpertCounts
+from megatron_smartmoe.runtime.recent_counts import RecentCounts
 
 
 def moe_layers(model_chunks: list[torch.nn.Module]) -> Iterator[tuple[int, MoELayer]]:
@@ -41,10 +42,19 @@ def source_rank() -> int:
     return int(mpu.get_expert_data_parallel_rank() * ep_size + ep_rank)
 
 
-def count_tokens(model_chunks: list[torch.nn.Module], counts: ExpertCounts) -> None:
+def count_tokens(
+    model_chunks: list[torch.nn.Module],
+    counts: ExpertCounts | RecentCounts,
+    layers: Container[int] | None = None,
+) -> None:
     """Have every router add what it routes in training to `counts`.
 
     A pass without gradients (evaluation, the first pass of recomputation) is not counted, so each token counts once.
+
+    Args:
+        model_chunks: of this rank.
+        counts: is told of each micro-batch of each layer.
+        layers: numbers of those that are counted; None for all.
     """
 
     def hook_for(layer: int) -> Any:
@@ -55,4 +65,5 @@ def count_tokens(model_chunks: list[torch.nn.Module], counts: ExpertCounts) -> N
         return hook
 
     for layer, module in moe_layers(model_chunks):
-        module.router.register_forward_hook(hook_for(layer))
+        if layers is None or layer in layers:
+            module.router.register_forward_hook(hook_for(layer))

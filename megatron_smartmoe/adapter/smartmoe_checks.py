@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from megatron_smartmoe.adapter.arguments import attribute, has_transformer_engine
+from megatron_smartmoe.adapter.expert_sizes import expert_shape, state_bytes
 from megatron_smartmoe.adapter.overlap_checks import check_overlap
 from megatron_smartmoe.adapter.pool_checks import check_pool
 from megatron_smartmoe.adapter.replica_checks import check_replicas
@@ -115,14 +116,11 @@ def _check_alignment(args: argparse.Namespace) -> None:
 
 def _check_staging(args: argparse.Namespace) -> None:
     """One expert must fit beside the two chunks that take a quarter, or nothing could ever move."""
-    ffn = args.moe_ffn_hidden_size or args.ffn_hidden_size
-    if not ffn or not args.hidden_size:
+    if not (args.moe_ffn_hidden_size or args.ffn_hidden_size) or not args.hidden_size:
         return  # from a checkpoint
-    half = args.bf16 or args.fp16
-    etp = args.expert_tensor_parallel_size or args.tensor_model_parallel_size
-    state_bytes = 0 if args.use_distributed_optimizer else 12 if half else 8  # else a part of it is on each rank
-    numel = (3 if args.swiglu else 2) * (args.moe_latent_size or args.hidden_size) * ffn // etp
-    least_mib = -(-numel * ((2 if half else 4) + state_bytes) * 4 // 3 // 2**20)
+    # Of the distributed optimizer's state each rank holds a part, which may be none.
+    least_bytes = expert_shape(args).weight_bytes if args.use_distributed_optimizer else state_bytes(args)
+    least_mib = -(-least_bytes * 4 // 3 // 2**20)
     if args.smartmoe_migration_staging_mib < least_mib:
         raise ConfigError(
             "--smartmoe-migration-staging-mib",

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from megatron_smartmoe.planner.pricing import Plan, Pricing
-from megatron_smartmoe.planner.search import RECOMPUTE
+from megatron_smartmoe.planner.space import RECOMPUTE
 from megatron_smartmoe.spec.parallel import ParallelSpec, violation
 
 

@@ -23,10 +23,8 @@ from typing import Literal
 from megatron_smartmoe.errors import ConfigError
 from megatron_smartmoe.planner import space
 from megatron_smartmoe.planner.pricing import Plan, Pricing
-from megatron_smartmoe.planner.space import RECOMPUTE, Rejected, SpaceOptions, shapes
+from megatron_smartmoe.planner.space import Rejected, SpaceOptions, shapes
 from megatron_smartmoe.spec.parallel import ParallelSpec
-
-__all__ = ["RECOMPUTE", "Ranking", "SearchResult", "search"]
 
 Ranking = Literal["expected", "worst"]
 LOOKED_AT = 500  # launches, for the nearest miss when nothing fits

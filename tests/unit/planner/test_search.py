@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 
 from megatron_smartmoe.errors import ConfigError
-from megatron_smartmoe.planner.search import RECOMPUTE, SearchResult, search
-from megatron_smartmoe.planner.space import Rejected, SpaceOptions, shapes
+from megatron_smartmoe.planner.search import SearchResult, search
+from megatron_smartmoe.planner.space import RECOMPUTE, Rejected, SpaceOptions, shapes
 from megatron_smartmoe.spec.parallel import violation
 from tests.unit.planner.cases import CLUSTER, SMALL, pricing
 
