@@ -22,10 +22,7 @@ from megatron_smartmoe.planner.flags import PlanFlags, megatron_flags, parallel_
 from megatron_smartmoe.planner.load import (
     SKEWS,
     LoadModel,
-    Scenario,
-    scenarios_from_model,
-    scenarios_from_skew,
-    scenarios_from_trace,
+    scenarios_of,
 )
 from megatron_smartmoe.planner.plan_json import as_json
 from megatron_smartmoe.planner.pool import make_pool
@@ -35,7 +32,6 @@ from megatron_smartmoe.planner.space import SpaceOptions
 from megatron_smartmoe.spec.cluster import ClusterSpec, load_cluster_spec
 from megatron_smartmoe.spec.model import ModelSpec, load_model_spec
 from megatron_smartmoe.spec.parallel import violation
-from megatron_smartmoe.spec.trace import load_trace
 
 
 def add_parser(tools: Any) -> None:
@@ -67,7 +63,7 @@ def add_parser(tools: Any) -> None:
 def run(options: argparse.Namespace) -> int:
     """Run the tool."""
     model, cluster, gpus = _question(options)
-    pricing = Pricing(model, cluster, LoadModel(_scenarios(options, model), **_scope(cluster)))
+    pricing = Pricing(model, cluster, LoadModel(scenarios_of(model, options.trace, options.skew), **_scope(cluster)))
     space = _space(options)
     if options.explain:
         return _explain_flags(options, pricing, space, gpus)
@@ -115,22 +111,6 @@ def _question(options: argparse.Namespace) -> tuple[ModelSpec, ClusterSpec, int]
         raise ConfigError("--homes-interval", options.homes_interval, "must be at least 0", "0 never moves them.")
     nodes = -(-gpus // cluster.gpus_per_node)
     return model, replace(cluster, nodes=nodes), gpus
-
-
-def _scenarios(options: argparse.Namespace, model: ModelSpec) -> list[Scenario]:
-    if options.trace:
-        return scenarios_from_trace(model, load_trace(options.trace))
-    if options.skew is None:
-        return scenarios_from_model(model)
-    if options.skew in SKEWS:
-        most = model.moe.experts / model.moe.top_k
-        return scenarios_from_skew(model, min(SKEWS[options.skew], most), f"--skew {options.skew}")
-    try:
-        skew = float(options.skew)
-    except ValueError:
-        rule = f"must be a number or one of {', '.join(SKEWS)}"
-        raise ConfigError("--skew", options.skew, rule, "1 is even, 3 gives one expert three times the mean.") from None
-    return scenarios_from_skew(model, skew, "--skew")
 
 
 def _scope(cluster: ClusterSpec) -> dict[str, bool]:

@@ -16,7 +16,7 @@ from megatron_smartmoe.planner.alternatives import alternatives
 from megatron_smartmoe.planner.constraints import Constraints
 from megatron_smartmoe.planner.explain import GB, sentence, short_time, why
 from megatron_smartmoe.planner.flags import megatron_flags
-from megatron_smartmoe.planner.load import LoadModel, scenarios_from_model
+from megatron_smartmoe.planner.load import LoadModel, Scenario, scenarios_from_model
 from megatron_smartmoe.planner.plan_json import as_json
 from megatron_smartmoe.planner.pool import make_pool
 from megatron_smartmoe.planner.pricing import Plan, Pricing
@@ -39,11 +39,13 @@ class Question:
         model: with its batch.
         cluster: nodes and ranks per node are the job's, memory is a rank's.
         constraints: what the user's flags leave open.
+        scenarios: of the load; None for those that the model's config suggests.
     """
 
     model: ModelSpec
     cluster: ClusterSpec
     constraints: Constraints
+    scenarios: Sequence[Scenario] | None = None
 
     @property
     def ranks(self) -> int:
@@ -51,9 +53,10 @@ class Question:
         return self.cluster.nodes * self.cluster.gpus_per_node
 
     def pricing(self) -> Pricing:
-        """Prices under the load that the model's config suggests."""
+        """Prices under the load."""
         within_node = self.cluster.replica_scope == "node"
-        loads = LoadModel(scenarios_from_model(self.model), replica_scope_is_node=within_node)
+        scenarios = scenarios_from_model(self.model) if self.scenarios is None else self.scenarios
+        loads = LoadModel(scenarios, replica_scope_is_node=within_node)
         return Pricing(self.model, self.cluster, loads)
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +25,7 @@ from megatron_smartmoe.placement.homes import HomesOptions, plan_homes
 from megatron_smartmoe.placement.split import assign_sources, min_max_split
 from megatron_smartmoe.spec.model import ModelSpec
 from megatron_smartmoe.spec.placement import EMPTY, IntArray, hosts_of, with_empty_slots
-from megatron_smartmoe.spec.trace import RoutingTrace
+from megatron_smartmoe.spec.trace import RoutingTrace, load_trace
 
 FloatArray = NDArray[np.float64]
 
@@ -54,12 +55,39 @@ class Balance:
     homes: bool
 
 
+def scenarios_of(model: ModelSpec, trace: Path | None, skew: str | None, prefix: str = "--") -> list[Scenario]:
+    """The load that a command line asks for: a recorded one, a skew, or what the model suggests.
+
+    Args:
+        model: what is trained.
+        trace: file or directory of a routing trace.
+        skew: a number, or a name of `SKEWS`.
+        prefix: of the flags' names, `--trace` and `--skew`, in errors.
+
+    Raises:
+        ConfigError: a trace of another model or none at all, or a skew that is no number or impossible.
+    """
+    if trace is not None:
+        return scenarios_from_trace(model, load_trace(trace), f"{prefix}trace")
+    if skew is None:
+        return scenarios_from_model(model)
+    flag, most = f"{prefix}skew", model.moe.experts / model.moe.top_k
+    if skew in SKEWS:
+        return scenarios_from_skew(model, min(SKEWS[skew], most), f"{flag} {skew}")
+    try:
+        hottest = float(skew)
+    except ValueError:
+        rule = f"must be a number or one of {', '.join(SKEWS)}"
+        raise ConfigError(flag, skew, rule, "1 is even, 3 gives one expert three times the mean.") from None
+    if not 1.0 <= hottest <= most:
+        rule = f"must be between 1 and {most:g}: no expert can get more than every token"
+        raise ConfigError(flag, hottest, rule, f"Choose another, or one of {', '.join(SKEWS)}.")
+    return scenarios_from_skew(model, hottest, flag)
+
+
 def scenarios_from_skew(model: ModelSpec, skew: float, source: str) -> list[Scenario]:
     """Zipf loads whose hottest expert has `skew` times the mean; the worst is `WORST_FACTOR` as far from even."""
     most = model.moe.experts / model.moe.top_k
-    if not 1.0 <= skew <= most:
-        rule = f"must be between 1 and {most:g}: no expert can get more than every token"
-        raise ConfigError("--skew", skew, rule, f"Choose another, or one of {', '.join(SKEWS)}.")
     worst = min(most, 1 + (skew - 1) * WORST_FACTOR)
     rng = np.random.default_rng(0)
 
@@ -85,11 +113,16 @@ def zipf(experts: int, hottest_share: float) -> FloatArray:
     return np.asarray(share_E / share_E.sum())
 
 
-def scenarios_from_trace(model: ModelSpec, trace: RoutingTrace) -> list[Scenario]:
-    """The median record and the one at the 95th percentile of imbalance, layers in `PARTS` places."""
+def scenarios_from_trace(model: ModelSpec, trace: RoutingTrace, flag: str = "--trace") -> list[Scenario]:
+    """The median record and the one at the 95th percentile of imbalance, layers in `PARTS` places.
+
+    Raises:
+        ConfigError: naming `flag`, if the trace is of another number of experts.
+    """
     if trace.num_experts != model.moe.experts:
         rule = f"has {trace.num_experts} experts, the model {model.moe.experts}"
-        raise ConfigError("--trace", trace.num_experts, rule, "Record one with this model, or use --skew.")
+        way_out = f"Record one with this model, or use {flag.replace('trace', 'skew')}."
+        raise ConfigError(flag, trace.num_experts, rule, way_out)
     axes = tuple(range(2, trace.counts.ndim - 1))
     load_NLE = trace.counts.sum(axis=axes, dtype=np.float64)
     load_NLE /= np.maximum(load_NLE.sum(axis=-1, keepdims=True), 1)

@@ -18,6 +18,7 @@ from megatron_smartmoe.planner.model_flags import model_from_arguments
 from megatron_smartmoe.spec.model import ModelSpec, load_model_spec
 from megatron_smartmoe.spec.parallel import ParallelSpec
 from megatron_smartmoe.spec.run import load_run_spec
+from megatron_smartmoe.spec.synthetic import SyntheticSpec, synthetic_trace
 from tests.support.ranks import run_ranks
 from tests.support.training import TINY_MODEL, TINY_TRAINING, metrics
 
@@ -138,6 +139,11 @@ LAUNCHES = {
 }
 
 
+TRACE = Path("traces") / "burst.npz"
+LOADS = {
+    "for a skew": (["--parallel-skew", "3"], "--parallel-skew: hottest expert 3x; worst: hottest expert 4x"),
+    "for a trace": (["--parallel-trace", str(TRACE)], "trace, median record; trace, worst 5%"),
+}
 ERRORS = {
     "nothing fits": (
         [*QUICKSTART, "--hidden-size", "8192", "--moe-ffn-hidden-size", "32768"],
@@ -160,6 +166,11 @@ ERRORS = {
         "error: --decoder-first-pipeline-num-layers = '1': is not a split that --parallel auto can search with.",
         "or leave --parallel auto out.",
     ),
+    "a trace of another model": (
+        [*QUICKSTART, "--num-experts", "4", "--parallel-trace", str(TRACE)],
+        "error: --parallel-trace = 8: has 8 experts, the model 4.",
+        " Record one with this model, or use --parallel-skew.",
+    ),
     "no cluster file": (
         [*QUICKSTART, "--smartmoe-cluster", "absent.yaml"],
         "error: ",
@@ -175,6 +186,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("dry")
     (path / "broken").mkdir()
     (path / "broken" / "plan.json").write_text("{")
+    (path / TRACE).parent.mkdir()
+    spec = SyntheticSpec(kind="burst", num_experts=8, num_records=20, num_layers=2)
+    synthetic_trace(spec).save(path / TRACE)
     return path
 
 
@@ -182,6 +196,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def said(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Said]:
     cases = {name: ["--nproc", "4", *MODEL, *flags.split()] for name, flags in LAUNCHES.items()}
     cases |= {name: argv for name, (argv, _, _) in ERRORS.items()} | {"kept": KEPT, "no plan": NO_PLAN}
+    cases |= {name: ["--nproc", "4", *MODEL, *argv] for name, (argv, _) in LOADS.items()}
     found: dict[str, Said] = run_ranks(_launched, 1, cases, folder, log_dir=tmp_path_factory.mktemp("logs"))[0]
     return found
 
@@ -213,6 +228,14 @@ def test_the_command_line_is_kept_and_the_configuration_replaced(said: dict[str,
     subprocess.run(["bash", "-n"], input=printed, text=True, check=True)
 
 
+@pytest.mark.parametrize("name", LOADS)
+def test_it_plans_for_the_load_that_is_asked_for(name: str, said: dict[str, Said]) -> None:
+    status, printed, errors = said[name]
+    assert (status, errors) == (0, "")
+    assert f"#   load      {LOADS[name][1]}\n" in printed
+    assert "--parallel-" not in printed.split("choice")[1]  # the launcher's own flags stay with it
+
+
 @pytest.mark.parametrize("name", ERRORS)
 def test_wrong_input_is_one_line(name: str, said: dict[str, Said]) -> None:
     _, begins, holds = ERRORS[name]
@@ -230,4 +253,4 @@ def test_a_file_that_is_no_plan_is_refused(said: dict[str, Said]) -> None:
 
 
 def test_dry_runs_leave_nothing(said: dict[str, Said], folder: Path) -> None:
-    assert sorted(path.name for path in folder.iterdir()) == ["broken"]
+    assert sorted(path.name for path in folder.iterdir()) == ["broken", TRACE.parent.name]

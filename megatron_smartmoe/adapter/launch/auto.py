@@ -35,11 +35,13 @@ from megatron_smartmoe.planner.constraints import (
     without_refusals,
 )
 from megatron_smartmoe.planner.flags import launch_flags
+from megatron_smartmoe.planner.load import scenarios_of
 from megatron_smartmoe.planner.model_flags import model_from_arguments
 from megatron_smartmoe.spec.parallel import ParallelSpec
 from megatron_smartmoe.spec.run import FlagValue, RunSpec
 
 PLAN_FILE = "plan.json"
+PREFIX = "--parallel-"  # of the launcher's flags that say more of it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +68,17 @@ class Planned:
             part.replace(directory / PLAN_FILE)
 
 
-def plan_parallel(spec: RunSpec, command_line: Sequence[str], topology: Topology, directory: Path) -> Planned:
+@dataclass(frozen=True)
+class Load:
+    """The load that the user wants to be planned for: a trace, a skew, or neither."""
+
+    trace: Path | None = None
+    skew: str | None = None
+
+
+def plan_parallel(
+    spec: RunSpec, command_line: Sequence[str], topology: Topology, directory: Path, load: Load = Load()
+) -> Planned:
     """Plan, or take the plan of an existing run directory again.
 
     Raises:
@@ -86,7 +98,8 @@ def plan_parallel(spec: RunSpec, command_line: Sequence[str], topology: Topology
     constraints = _constraints(args, flag_lists.merge(followed, command_line, known), cpu=cpu)
     model = replace(model_from_arguments(vars(args), spec.name), vocab=vocabulary(spec, args))
     cluster, memory_from = find_machine(args, topology, cpu=cpu)
-    question = Question(model=model, cluster=cluster, constraints=constraints)
+    scenarios = scenarios_of(model, load.trace, load.skew, PREFIX)
+    question = Question(model=model, cluster=cluster, constraints=constraints, scenarios=scenarios)
     choice, heading = _choice(question, directory / PLAN_FILE)
     flags = flag_lists.as_mapping(launch_flags(model, choice.plan.spec))
     return Planned(

@@ -37,6 +37,7 @@ def launch(argv: list[str]) -> int:
     options, command_line = build_parser().parse_known_args(argv)
     if options.help_megatron:
         return _help_megatron()
+    _check_load(options)
     spec = corpus.only_if_read(read_spec(options), command_line)
     topology = find_topology(ranks_per_node(options.nproc, spec, command_line))
     if topology.needs_srun and "SLURMD_NODENAME" not in os.environ:
@@ -44,9 +45,10 @@ def launch(argv: list[str]) -> int:
     directory = run_dir.choose(options.run_dir, spec.name)
     planned = None
     if options.parallel == "auto":
-        from megatron_smartmoe.adapter.launch.auto import plan_parallel  # the planner takes time to import
+        from megatron_smartmoe.adapter.launch.auto import Load, plan_parallel  # the planner takes time to import
 
-        planned = plan_parallel(spec, command_line, topology, directory)
+        load = Load(options.parallel_trace, options.parallel_skew)
+        planned = plan_parallel(spec, command_line, topology, directory, load)
         spec, command_line = planned.spec, planned.command_line
     plan = make_plan(spec, command_line, topology, directory)
     if topology.needs_srun:  # after the check: wrong flags are said once, before any node starts
@@ -117,9 +119,23 @@ def build_parser() -> argparse.ArgumentParser:
         "the configuration are replaced; prices are those of --smartmoe-cluster FILE, else of the shipped file for "
         "this GPU or the CPU. default: given, nothing is planned",
     )
+    load = parser.add_mutually_exclusive_group()
+    text = "of --parallel auto: plan for the load of this routing trace (.npz, or Megatron's trace directory)"
+    load.add_argument("--parallel-trace", type=Path, metavar="FILE", help=text)
+    text = "of --parallel auto: plan for a hottest expert of S times the mean, or for: even, mild, uneven, strong"
+    load.add_argument("--parallel-skew", metavar="S", help=f"{text} (default: from how the router is balanced)")
     parser.add_argument("--dry-run", action="store_true", help="check everything, print the exact command, run nothing")
     parser.add_argument("--help-megatron", action="store_true", help="list every flag of Megatron")
     return parser
+
+
+def _check_load(options: argparse.Namespace) -> None:
+    """A load is planned for, or it is not said."""
+    for name in ("trace", "skew"):
+        value = getattr(options, f"parallel_{name}")
+        if value is not None and options.parallel != "auto":
+            rule = "says what load to plan for, and nothing is planned"
+            raise ConfigError(f"--parallel-{name}", str(value), rule, "Add --parallel auto, or leave it out.")
 
 
 def read_spec(options: argparse.Namespace) -> RunSpec:

@@ -111,8 +111,11 @@ def test_flags_are_checked_then_data_is_prepared_then_the_ranks_run(
 def planner(story: Story, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stands in for the planner."""
 
-    def plan_parallel(spec: RunSpec, command_line: list[str], topology: Topology, run_dir: Path) -> auto.Planned:
+    def plan_parallel(
+        spec: RunSpec, command_line: list[str], topology: Topology, run_dir: Path, load: auto.Load
+    ) -> auto.Planned:
         story.events.append(f"choose for {topology.world_size} ranks")
+        story.events += [f"under a skew of {load.skew}"] if load.skew else []
         planned = replace(spec, flags={"tensor-model-parallel-size": "2"})
         return auto.Planned(spec=planned, command_line=["--lr", "2"], lines=["TP 2", " why"], content={"version": 1})
 
@@ -130,6 +133,14 @@ def test_a_plan_comes_first_and_stays_beside_the_run(
     assert load_run_spec(Path("here/config.yaml")).flags == {"tensor-model-parallel-size": "2"}
     assert json.loads(Path("here/plan.json").read_text()) == {"version": 1}
     assert capsys.readouterr().out.splitlines()[:2] == ["smartmoe: TP 2", "smartmoe:  why"]
+
+
+def test_the_load_to_plan_for_is_the_planners(story: Story, planner: None, capsys: pytest.CaptureFixture[str]) -> None:
+    assert launcher.main([*AUTO, "--parallel-skew", "3"]) == 7
+    assert story.events[:3] == ["choose for 2 ranks", "under a skew of 3", "plan --lr 2 in here"]
+    assert launcher.main([*ARGV, "--parallel-trace", "t.npz"]) == 2
+    rule = "says what load to plan for, and nothing is planned. Add --parallel auto, or leave it out."
+    assert capsys.readouterr().err == f"error: --parallel-trace = 't.npz': {rule}\n"
 
 
 def test_a_dry_run_shows_the_plan_as_comments(story: Story, planner: None, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from megatron_smartmoe.planner.load import (
     scenarios_from_model,
     scenarios_from_skew,
     scenarios_from_trace,
+    scenarios_of,
     zipf,
 )
 from megatron_smartmoe.spec.synthetic import SyntheticSpec, synthetic_trace
@@ -32,10 +34,19 @@ def test_zipf_of_an_even_share_is_even() -> None:
     np.testing.assert_allclose(zipf(16, 1 / 16), 1 / 16)
 
 
-@pytest.mark.parametrize("skew", [0.5, 8.1])
-def test_impossible_skew_is_refused(skew: float) -> None:
+@pytest.mark.parametrize("skew", ["0.5", "8.1"])
+def test_impossible_skew_is_refused(skew: str) -> None:
     with pytest.raises(ConfigError, match=r"--skew = .*must be between 1 and 8"):
-        scenarios_from_skew(SMALL, skew, "x")
+        scenarios_of(SMALL, None, skew)
+
+
+def test_a_load_is_a_trace_a_skew_or_what_the_model_suggests(tmp_path: Path) -> None:
+    path = tmp_path / "trace.npz"
+    synthetic_trace(SyntheticSpec(kind="uniform", num_experts=16, num_records=4)).save(path)
+    names = [scenarios_of(SMALL, *load)[0].name for load in ((path, None), (None, "strong"), (None, None))]
+    assert names == ["trace, median record", "--skew strong: hottest expert 6x", scenarios_from_model(SMALL)[0].name]
+    with pytest.raises(ConfigError, match=r"^--parallel-skew = 'lots': must be a number or one of even, mild"):
+        scenarios_of(SMALL, None, "lots", "--parallel-")
 
 
 def test_a_trace_must_have_the_models_experts() -> None:
