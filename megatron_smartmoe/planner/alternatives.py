@@ -40,7 +40,7 @@ def alternatives(best: Plan, pricing: Pricing) -> list[Plan]:
 def _fitting(spec: ParallelSpec, pricing: Pricing) -> ParallelSpec:
     for mode in RECOMPUTE:
         tried = replace(spec, recompute=mode)
-        if mode == "act" and spec.implementation == "local":
+        if not spec.recomputes(mode, pricing.model):
             continue
         if pricing.memory(tried) <= pricing.cluster.gpu.memory_bytes:
             return tried

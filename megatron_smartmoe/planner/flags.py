@@ -196,7 +196,7 @@ def _training(spec: ParallelSpec, *, cpu: bool) -> list[str]:
 
 
 def _smartmoe(model: ModelSpec, spec: ParallelSpec) -> list[str]:
-    if not (spec.homes_interval or spec.replicas != "off" or spec.overlap_degree > 1):
+    if not spec.smartmoe:
         return []
     return _pairs(
         smartmoe=True,

@@ -132,7 +132,10 @@ def _settle(shape: ParallelSpec, pricing: Pricing, options: SpaceOptions, kept: 
             least = min(least, used)
             continue
         for degree in space.overlap_degrees(pricing.model, spec, options):
-            plan = pricing.plan(replace(spec, overlap_degree=degree))
+            cut = replace(spec, overlap_degree=degree)
+            if not cut.recomputes(cut.recompute, pricing.model):
+                continue  # cutting takes other experts
+            plan = pricing.plan(cut)
             if best is None or kept.seconds(plan) < kept.seconds(best):
                 best = plan
     if best is None:
@@ -144,7 +147,7 @@ def _first_that_fits(spec: ParallelSpec, pricing: Pricing, options: SpaceOptions
     """The recomputation that costs the least time among those that fit; else None and the smallest memory."""
     least = float("inf")
     for mode in options.recompute:
-        if mode == "act" and spec.implementation == "local":
+        if not spec.recomputes(mode, pricing.model):
             continue
         tried = replace(spec, recompute=mode)
         used = pricing.memory(tried)

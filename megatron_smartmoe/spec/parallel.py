@@ -96,6 +96,16 @@ class ParallelSpec:
         """Of a gradient in its buffer."""
         return 4 if self.grad_reduce_in_fp32 else self.element_bytes
 
+    @property
+    def smartmoe(self) -> bool:
+        """Whether the launch balances or overlaps: with `--smartmoe`, and its experts."""
+        return bool(self.homes_interval or self.replicas != "off" or self.overlap_degree > 1)
+
+    def recomputes(self, mode: Recompute, model: ModelSpec) -> bool:
+        """Whether Megatron can recompute so; the experts' activation only in TransformerEngine's grouped GEMM."""
+        own_experts = self.smartmoe and not model.bias  # those of `--smartmoe` have no biases
+        return mode != "act" or (self.implementation == "transformer_engine" and not own_experts)
+
     def label(self) -> str:
         """Short and complete enough to tell two plans apart."""
         parts = [f"TP{self.tp}", f"PP{self.pp}"]
@@ -192,7 +202,7 @@ def _pipeline(model: ModelSpec, spec: ParallelSpec) -> str | None:
             return f"PP x VPP = {total} does not divide {model.layers} layers evenly"
     elif len(spec.layers_of_chunk) != total or sum(spec.layers_of_chunk) != model.layers:
         return f"layers_of_chunk must be {total} numbers that sum to {model.layers}"
-    if spec.recompute == "act" and spec.implementation == "local":
+    if not spec.recomputes(spec.recompute, model):
         return "recomputation of the experts' activation needs TransformerEngine's grouped GEMM"
     return None
 
