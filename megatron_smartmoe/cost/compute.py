@@ -11,6 +11,7 @@ elsewhere; two constants extrapolate and have a physical meaning each.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -77,9 +78,29 @@ def gemm_efficiency(tokens: float, half_rate_tokens: float) -> float:
     return tokens / (tokens + half_rate_tokens) if tokens > 0 else 0.0
 
 
-def busiest_rank(load_ER: FloatArray, half_rate_tokens: float) -> BusiestRank:
-    """The rank with the longest grouped GEMM; `load_ER` tokens of expert e on rank r."""
+def busiest_rank(load_ER: FloatArray, half_rate_tokens: float, ranks_per_device: float = 1.0) -> BusiestRank:
+    """The rank with the longest grouped GEMM; `load_ER` tokens of expert e on rank r.
+
+    Where ranks share what computes, its numbers shrink to what takes as long while all of them work (`time_shared`).
+    """
     tokens_R = load_ER.sum(axis=0)
     active_R = (load_ER > 0).sum(axis=0)
-    rank = int(np.argmax(tokens_R + half_rate_tokens * active_R))
-    return BusiestRank(rank=rank, tokens=float(tokens_R[rank]), active_experts=float(active_R[rank]))
+    work_R = tokens_R + half_rate_tokens * active_R
+    rank = int(np.argmax(work_R))
+    faster = time_shared(work_R.tolist(), ranks_per_device) / max(float(work_R[rank]), 1e-300)
+    return BusiestRank(rank=rank, tokens=float(tokens_R[rank]) * faster, active_experts=float(active_R[rank]) * faster)
+
+
+def time_shared(work_R: Sequence[float], ranks_per_device: float) -> float:
+    """When the last of several ranks is done that begin together and share what computes.
+
+    Args:
+        work_R: seconds that each rank's work takes while all ranks work.
+        ranks_per_device: how many times as fast a rank is alone; k of R ranks are min(this, R / k) times as fast, as
+            cores are shared out by a scheduler. With 1 it is the longest work.
+    """
+    done_s, before, ranks = 0.0, 0.0, len(work_R)
+    for waiting, work in enumerate(sorted(work_R)):
+        done_s += (work - before) / max(1.0, min(ranks_per_device, ranks / (ranks - waiting)))
+        before = work
+    return done_s

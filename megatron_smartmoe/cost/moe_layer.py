@@ -23,10 +23,11 @@ import numpy as np
 from megatron_smartmoe.cost.comm import BusiestPorts, FloatArray, busiest_ports, replica_copies
 from megatron_smartmoe.cost.compute import BusiestRank, ExpertShape, busiest_rank
 from megatron_smartmoe.errors import PlanError
-from megatron_smartmoe.spec.cluster import ClusterSpec
+from megatron_smartmoe.spec.cluster import ClusterSpec, LinkSpec
 from megatron_smartmoe.spec.placement import EMPTY, IntArray
 
 ALL_TO_ALLS = 4  # dispatch, combine, and the gradient of each
+EXCHANGES = 6  # as collectives: dispatch sends probabilities apart from tokens, and so do its gradients
 # Estimates that hold until `cost.calibrate` replaces the constants made from them; none is measured. The three
 # efficiencies give way to those of the cluster file, which `smartmoe calibrate` sets to 1 for what it measured.
 LAUNCHES_PER_LAYER = 200  # small kernels and collectives: router, permute, exchange of counts, and their backward
@@ -168,6 +169,7 @@ def layer_time(
     *,
     all_to_all_chunks: int = 1,
     hidden_replica_share: float = 0.0,
+    ranks_per_device: float = 1.0,
 ) -> LayerTime:
     """Time of one layer, forward and backward.
 
@@ -176,8 +178,9 @@ def layer_time(
         constants: seconds per count.
         all_to_all_chunks: pieces that every all-to-all is cut into to overlap with the GEMMs; 1 for no overlap.
         hidden_replica_share: part of the replica traffic that may run beside the GEMMs, 0 to 1.
+        ranks_per_device: ranks that share what computes, as `GpuSpec` has it.
     """
-    busy, tokens, copies = layer_counts(flow, constants.half_rate_tokens)
+    busy, tokens, copies = layer_counts(flow, constants.half_rate_tokens, ranks_per_device)
     gemm_s = busy.tokens * constants.token_s
     experts_s = busy.active_experts * constants.expert_s
     intra_s = tokens.intra * constants.intra_token_s
@@ -200,10 +203,12 @@ def layer_time(
     )
 
 
-def layer_counts(flow: LayerFlow, half_rate_tokens: float) -> tuple[BusiestRank, BusiestPorts, BusiestPorts]:
+def layer_counts(
+    flow: LayerFlow, half_rate_tokens: float, ranks_per_device: float = 1.0
+) -> tuple[BusiestRank, BusiestPorts, BusiestPorts]:
     """What the constants are multiplied with: the busiest rank, and the busiest ports for tokens and for copies."""
     return (
-        busiest_rank(flow.load_ER, half_rate_tokens),
+        busiest_rank(flow.load_ER, half_rate_tokens, ranks_per_device),
         busiest_ports(flow.traffic_RR, flow.num_nodes),
         busiest_ports(flow.copies_RR, flow.num_nodes),
     )
@@ -215,17 +220,20 @@ def copy_tokens(constants: LayerConstants, *, between_nodes: bool) -> float:
     return copy_s / (constants.token_s + constants.intra_token_s)
 
 
-def constants_of(cluster: ClusterSpec, expert: ExpertShape, *, shared_network_card: bool = False) -> LayerConstants:
+def constants_of(
+    cluster: ClusterSpec, expert: ExpertShape, *, ranks: int = 2, shared_network_card: bool = False
+) -> LayerConstants:
     """Constants of a cluster file: from datasheets, what to expect before anything is measured.
 
     Args:
         cluster: peaks, bandwidths and latencies, and the shares of them that are known to be reached.
         expert: sizes.
+        ranks: that exchange tokens; alone, a rank waits for nobody.
         shared_network_card: the GPUs of a node share one card of `gpus_per_node` times `inter_node`'s bandwidth, and
             it is what limits them. What a GPU exchanges with other nodes then goes through the same port as what it
             exchanges inside its own, and on through the card.
     """
-    gpu, latency_s = cluster.gpu, (cluster.inter_node if cluster.nodes > 1 else cluster.intra_node).latency_s
+    gpu, link = cluster.gpu, cluster.inter_node if cluster.nodes > 1 else cluster.intra_node
     memory_bytes_s = gpu.memory_bandwidth_bytes_s * cluster.efficiency.get("memory", MEMORY_EFFICIENCY)
     flops = gpu.peak_flops * cluster.efficiency.get("gemm", GEMM_EFFICIENCY)
     intra_bytes_s = exchange_bytes_s(cluster, between_nodes=False)
@@ -236,7 +244,7 @@ def constants_of(cluster: ClusterSpec, expert: ExpertShape, *, shared_network_ca
     intra_token_s = ALL_TO_ALLS * expert.token_bytes / intra_bytes_s
     inter_token_s = ALL_TO_ALLS * expert.token_bytes / inter_bytes_s
     return LayerConstants(
-        fixed_s=LAUNCHES_PER_LAYER * LAUNCH_S + ALL_TO_ALLS * latency_s,
+        fixed_s=LAUNCHES_PER_LAYER * LAUNCH_S + exchange_latency_s(link, ranks),
         source_token_s=ROWS_MOVED_PER_TOKEN * row_s,
         token_s=token_s,
         expert_s=gpu.weight_passes * (expert.weight_bytes / memory_bytes_s),
@@ -246,6 +254,11 @@ def constants_of(cluster: ClusterSpec, expert: ExpertShape, *, shared_network_ca
         intra_copy_s=copy_bytes / intra_bytes_s,
         inter_copy_s=copy_bytes / inter_bytes_s,
     )
+
+
+def exchange_latency_s(link: LinkSpec, ranks: int) -> float:
+    """What a layer's exchanges take without a token: the all-to-alls, and their sizes, which all ranks gather first."""
+    return EXCHANGES * link.all_to_all_latency_of(ranks) + link.ring_latency_of(ranks) if ranks > 1 else 0.0
 
 
 def exchange_bytes_s(cluster: ClusterSpec, *, between_nodes: bool) -> float:

@@ -6,6 +6,10 @@ the median of its repeats. The points of a series take turns: a moment in which 
 falls on one repeat of all points, not on all repeats of one. What is short is called many times in a row (`TURN_S`), so
 that neither the clock nor the way out of the barrier is what is measured. On a GPU CUDA events tell the time from the
 first kernel to the last, gaps between launches included, as in training; every point is called untimed first.
+
+CPU ranks sleep until a message arrives and come back late to cores that others use, so that a collective between
+matrix products takes two to three times as long as one of many in a row. Theirs are measured between products, whose
+time alone, measured in turns with them, is taken off. A GPU's stream has no scheduler in between.
 """
 
 from __future__ import annotations
@@ -15,7 +19,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -26,6 +30,7 @@ from megatron_smartmoe.cost.compute import ExpertShape
 from megatron_smartmoe.cost.machine.measured import COLLECTIVES, Measured, Point, Series
 
 TURN_S = 10e-3  # least time of one repeat
+CALLS_BETWEEN_PRODUCTS = 8  # of one repeat: products vary by more than a short collective takes
 MOST_CALLS = 1000  # of one repeat
 _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
@@ -72,13 +77,13 @@ class Bench:
     repeats: int
     say: Callable[[str], object] = field(default=lambda text: None)
 
-    def series(self, tasks: Sequence[Task]) -> Series:
-        """Time every task; collective."""
+    def series(self, tasks: Sequence[Task], least_calls: int = 1) -> Series:
+        """Time every task, each repeat of at least so many calls; collective."""
         calls = []
         for task in tasks:
             task.call()  # allocates, connects, chooses kernels
             once_s = self._slowest([self._turn(task.call, 1)])[0]
-            calls.append(max(1, min(MOST_CALLS, math.ceil(TURN_S / max(once_s, 1e-9)))))
+            calls.append(max(least_calls, min(MOST_CALLS, math.ceil(TURN_S / max(once_s, 1e-9)))))
         turns = [
             [self._turn(task.call, number) / number for task, number in zip(tasks, calls, strict=True)]
             for _ in range(self.repeats)
@@ -132,14 +137,13 @@ def measure(plan: Plan, bench: Bench, how: str) -> Measured:
     gemm = bench.series([_gemm(plan, bench, tokens) for tokens in plan.tokens])
     bench.say("copies")
     copy = bench.series([_copy(size, bench) for size in plan.copy_bytes])
-    links, members = {}, {}
+    links, members, on_gpu = {}, {}, bench.device.type == "cuda"
     for link, group in bench.links.items():
         members[link] = dist.get_world_size(group)
         for operation in COLLECTIVES:
             bench.say(f"{operation}, {link}")
-            links[operation, link] = bench.series(
-                [_collective(operation, size, group, bench) for size in plan.sizes_bytes]
-            )
+            tasks = [_collective(operation, size, group, bench) for size in plan.sizes_bytes]
+            links[operation, link] = bench.series(tasks) if on_gpu else _between_products(tasks, plan, bench)
     return Measured(
         device=device_name(bench.device),
         memory_bytes=_memory_bytes(bench, per_node),
@@ -153,6 +157,7 @@ def measure(plan: Plan, bench: Bench, how: str) -> Measured:
         members=members,
         how=how,
         repeats=bench.repeats,
+        ranks_per_device=_ranks_per_device(plan, bench, per_node),
         extra=_host_to_device(plan, bench),
     )
 
@@ -192,6 +197,27 @@ def _gemm(plan: Plan, bench: Bench, tokens: int) -> Task:
     return Task(tokens, both_ways, 1 / count)
 
 
+def _ranks_per_device(plan: Plan, bench: Bench, per_node: int) -> float:
+    """How many times as fast a node's first rank multiplies when its others wait: they may share cores."""
+    if bench.device.type == "cuda" or per_node == 1:
+        return 1.0
+    bench.say("matrix products of one rank alone")
+    all_at_once = _gemm(plan, bench, max(plan.tokens))
+    first = dist.get_rank(bench.world) % per_node == 0
+    alone = replace(all_at_once, call=all_at_once.call if first else lambda: None)
+    together_s, alone_s = (point.time_s for point in bench.series([all_at_once, alone]).points)
+    return max(1.0, together_s / alone_s)
+
+
+def _between_products(tasks: Sequence[Task], plan: Plan, bench: Bench) -> Series:
+    """The tasks' times, each call after a product, less the product's."""
+    product = _gemm(plan, bench, plan.tokens[len(plan.tokens) // 2]).call
+    both = [replace(task, call=lambda task=task: (product(), task.call())) for task in tasks]
+    *points, alone = bench.series([*both, Task(1.0, product)], CALLS_BETWEEN_PRODUCTS).points
+    least_s = 1e-7  # nothing is free, whatever the noise says
+    return Series(points=tuple(replace(point, time_s=max(point.time_s - alone.time_s, least_s)) for point in points))
+
+
 def _copy(size: int, bench: Bench) -> Task:
     """A copy inside the device's memory; bytes read and written."""
     source = torch.zeros(size, device=bench.device, dtype=torch.uint8)
@@ -225,6 +251,8 @@ def _collective(operation: str, size: int, group: dist.ProcessGroup, bench: Benc
         return Task(crossing, lambda: dist.all_to_all_single(other, buffer, group=group))
     if operation == "all_reduce":
         return Task(2 * crossing, lambda: dist.all_reduce(buffer, group=group))
+    if operation == "ring":
+        return Task(2 * crossing, lambda: _ring(buffer, group))
     assert operation == "send_recv", operation
     following, previous = (dist.get_global_rank(group, (rank + step) % ranks) for step in (1, -1))
 
@@ -236,6 +264,13 @@ def _collective(operation: str, size: int, group: dist.ProcessGroup, bench: Benc
             work.wait()
 
     return Task(num_bytes, shift)
+
+
+def _ring(buffer: torch.Tensor, group: dist.ProcessGroup) -> None:
+    """Both of the collectives that are one round: each rank is left with a part, then with everything."""
+    part = buffer.chunk(dist.get_world_size(group))[dist.get_rank(group)].clone()
+    dist.reduce_scatter_tensor(part, buffer, group=group)
+    dist.all_gather_into_tensor(buffer, part, group=group)
 
 
 def _memory_bytes(bench: Bench, ranks_per_node: int) -> float:

@@ -38,10 +38,22 @@ from megatron_smartmoe.spec.yaml_io import dump_yaml, load_yaml, refuse_unknown_
 
 ReplicaScope = Literal["node", "group"]
 
-SHARES = ("gemm", "attention", "memory", "ring_intra", "ring_inter", "all_to_all_intra", "all_to_all_inter")
+SHARES = (
+    "gemm",
+    "attention",
+    "memory",
+    "ring_intra",
+    "ring_inter",
+    "all_reduce_intra",
+    "all_reduce_inter",
+    "all_to_all_intra",
+    "all_to_all_inter",
+)
 WEIGHT_PASSES = 3.0  # read forward, read backward, gradient written
 RESERVED_BYTES = 3e9  # CUDA context, NCCL's buffers, cuBLAS workspaces: an estimate
-_OPTIONAL = ("weight_passes", "reserved_bytes")  # of a GPU
+_OPTIONAL_GPU = ("weight_passes", "reserved_bytes", "ranks_per_device")
+_LINK = ("bandwidth_bytes_s", "latency_s")
+_OPTIONAL_LINK = ("ring_latency_s", "all_to_all_latency_s")
 
 _EXAMPLE = "For example: {value: 312e12, source: NVIDIA A100 datasheet}."
 
@@ -58,6 +70,9 @@ class GpuSpec:
         weight_passes: an active expert takes as long as its weights need to cross memory so many times, forward and
             backward, before its first token; optional in a file.
         reserved_bytes: of its memory, what libraries take before anything is trained; optional in a file.
+        ranks_per_device: ranks that share what computes, and the rates above are those of a rank while all of them
+            work: one that works alone is so many times as fast. 1 for a GPU; CPU ranks share cores, and where one of
+            them waits another one's work goes on; optional in a file.
     """
 
     name: str
@@ -66,14 +81,36 @@ class GpuSpec:
     memory_bandwidth_bytes_s: float
     weight_passes: float = WEIGHT_PASSES
     reserved_bytes: float = RESERVED_BYTES
+    ranks_per_device: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class LinkSpec:
-    """One kind of link, one direction of one GPU: time of n bytes = latency_s + n / bandwidth_bytes_s."""
+    """One kind of link, one direction of one GPU: time of n bytes = latency_s + n / bandwidth_bytes_s.
+
+    Attributes:
+        bandwidth_bytes_s: of the operation that makes most of it.
+        latency_s: of one message.
+        ring_latency_s: of each of the p - 1 steps of an all-gather or reduce-scatter among p ranks; None: they go by
+            trees, 1 + log2(p) messages deep. Optional in a file.
+        all_to_all_latency_s: of each of the p - 1 exchanges of an all-to-all; None: all at once, one message's.
+            Optional in a file.
+    """
 
     bandwidth_bytes_s: float
     latency_s: float
+    ring_latency_s: float | None = None
+    all_to_all_latency_s: float | None = None
+
+    def ring_latency_of(self, ranks: int) -> float:
+        """Seconds that an all-gather or reduce-scatter of next to nothing takes."""
+        if self.ring_latency_s is None:
+            return self.latency_s * (1 + math.log2(ranks))
+        return self.ring_latency_s * (ranks - 1)
+
+    def all_to_all_latency_of(self, ranks: int) -> float:
+        """Seconds that an all-to-all of next to nothing takes."""
+        return self.latency_s if self.all_to_all_latency_s is None else self.all_to_all_latency_s * (ranks - 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,20 +163,23 @@ def load_cluster_spec(path: Path) -> ClusterSpec:
         raise ConfigError("replica_scope", scope, "must be node or group", "Leave it out for node.")
     sources: dict[str, str] = {}
     numbers: tuple[str, ...] = ("peak_flops", "memory_bytes", "memory_bandwidth_bytes_s")
-    gpu = _section(content, "gpu", ("name", *numbers, *_OPTIONAL))
-    numbers = (*numbers, *(name for name in _OPTIONAL if name in gpu))
+    gpu = _section(content, "gpu", ("name", *numbers, *_OPTIONAL_GPU))
+    numbers = (*numbers, *(name for name in _OPTIONAL_GPU if name in gpu))
+    found = {name: _sourced(gpu, f"gpu.{name}", sources) for name in numbers}
+    shared = found.get("ranks_per_device", 1.0)
+    if shared < 1:
+        rule = "must be at least 1: how many times as fast a rank is when the others wait"
+        raise ConfigError("gpu.ranks_per_device.value", shared, rule, "Leave it out where ranks share nothing.")
     links = {}
     for key in ("intra_node", "inter_node"):
-        section = _section(content, key, ("bandwidth_bytes_s", "latency_s"))
-        links[key] = LinkSpec(
-            bandwidth_bytes_s=_sourced(section, f"{key}.bandwidth_bytes_s", sources),
-            latency_s=_sourced(section, f"{key}.latency_s", sources),
-        )
+        section = _section(content, key, (*_LINK, *_OPTIONAL_LINK))
+        named = (*_LINK, *(name for name in _OPTIONAL_LINK if name in section))
+        links[key] = LinkSpec(**{name: _sourced(section, f"{key}.{name}", sources) for name in named})
     return ClusterSpec(
         name=str(content.get("name", path.stem)),
         nodes=_whole(content, "nodes"),
         gpus_per_node=_whole(content, "gpus_per_node"),
-        gpu=GpuSpec(name=str(gpu.get("name", "?")), **{n: _sourced(gpu, f"gpu.{n}", sources) for n in numbers}),
+        gpu=GpuSpec(name=str(gpu.get("name", "?")), **found),
         replica_scope=cast(ReplicaScope, scope),
         efficiency=_efficiency(content, sources),
         sources=sources,
@@ -159,13 +199,14 @@ def cluster_as_yaml(cluster: ClusterSpec, comment: str = "") -> str:
     lines += dump_yaml(head).splitlines()
     gpu, links = cluster.gpu, {"intra_node": cluster.intra_node, "inter_node": cluster.inter_node}
     lines += ["gpu:", f"  {dump_yaml({'name': gpu.name}).strip()}"]
-    for name in ("peak_flops", "memory_bytes", "memory_bandwidth_bytes_s", *_OPTIONAL):
-        if name not in _OPTIONAL or f"gpu.{name}" in cluster.sources:  # without a source it is the default
+    for name in ("peak_flops", "memory_bytes", "memory_bandwidth_bytes_s", *_OPTIONAL_GPU):
+        if name not in _OPTIONAL_GPU or f"gpu.{name}" in cluster.sources:  # without a source it is the default
             lines += _entry(cluster, f"gpu.{name}", getattr(gpu, name))
     for key, link in links.items():
         lines.append(f"{key}:")
-        lines += _entry(cluster, f"{key}.bandwidth_bytes_s", link.bandwidth_bytes_s)
-        lines += _entry(cluster, f"{key}.latency_s", link.latency_s)
+        for name in (*_LINK, *_OPTIONAL_LINK):
+            value = getattr(link, name)
+            lines += [] if value is None else _entry(cluster, f"{key}.{name}", value)
     if cluster.efficiency:
         lines.append("efficiency:")
     for name, share in cluster.efficiency.items():

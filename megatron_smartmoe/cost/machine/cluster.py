@@ -5,26 +5,34 @@ Method. Each series becomes a line (`cost.machine.line`), each line two numbers 
 - gemm: peak_flops, operations of a token over its time; weight_passes, an expert's fixed time over the time that its
   weights need to cross memory once (fixed time over a token's is the half-rate point);
 - copy: memory_bandwidth_bytes_s;
-- all_to_all, all_reduce, send_recv: bandwidth_bytes_s, the best of the three; latency_s, the all-to-all's.
+- all_to_all, ring (reduce-scatter and all-gather), all_reduce, send_recv: bandwidth_bytes_s, the best of the four;
+  latency_s, a message's; inside a node also the latencies of a ring's and an all-to-all's steps.
+- gpu.ranks_per_device: how many times as fast a CPU rank's products are when the others wait.
 
 What is measured is reached: `efficiency` is 1 for gemm and memory, and says for a link which part of its best rate the
-all-to-all and the ring (all_reduce) reach, so that the cost model discounts nothing twice. What could not be measured
-(links between nodes on one node) comes from a file that fits the device, or from an estimate; its source says so, and
-it keeps the model's priors.
+all-to-all, the ring and the all-reduce reach, so that the cost model discounts nothing twice. What could not be
+measured (links between nodes on one node) comes from a file that fits the device, or from an estimate; its source says
+so, and it keeps the model's priors.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 from megatron_smartmoe.cost.machine.line import LineFit
 from megatron_smartmoe.cost.machine.measured import COLLECTIVES, LINKS, Measured, Series
 from megatron_smartmoe.spec.cluster import ClusterSpec, GpuSpec, LinkSpec
 
-_SHARE_OF = {"all_to_all": "all_to_all", "all_reduce": "ring"}  # the model has no share of its own for messages
-_WORDS = {"all_to_all": "all_to_all_single", "all_reduce": "all_reduce", "send_recv": "send to the next rank"}
+_SHARED = ("all_to_all", "ring", "all_reduce")  # the model has no share of its own for messages
+_WORDS = {
+    "all_to_all": "all_to_all_single",
+    "ring": "reduce_scatter and all_gather",
+    "all_reduce": "all_reduce",
+    "send_recv": "send to the next rank",
+}
 _ESTIMATES = {  # where nothing was measured and no file fits
     "intra": (LinkSpec(bandwidth_bytes_s=25e9, latency_s=10e-6), "PCIe 4.0 x16, about 25 GB/s in each direction"),
     "inter": (LinkSpec(bandwidth_bytes_s=12.5e9, latency_s=20e-6), "one 100 Gb/s card per GPU"),
@@ -122,6 +130,12 @@ def _gpu(measured: Measured, lines: Mapping[str, LineFit], sources: dict[str, st
         memory_bytes=measured.memory_bytes,
         memory_bandwidth_bytes_s=bandwidth,
     )
+    if measured.ranks_per_device > 1:
+        sources["gpu.ranks_per_device"] = (
+            f"measured: {what}, {measured.gemm.points[-1].units:g} tokens per expert, one of {measured.ranks_per_node} "
+            f"ranks of a node alone over all at once on {measured.cores_per_node} cores; {measured.how}"
+        )
+        found = replace(found, ranks_per_device=measured.ranks_per_device)
     if passes <= 0:
         return found  # the model's prior is a better guess than none
     half = f"half of the full rate at {gemm.fixed_s / gemm.unit_s:.3g} tokens per expert"
@@ -137,20 +151,33 @@ def _link(
     best = min(COLLECTIVES, key=lambda op: found[op].unit_s)
     among = f"among {measured.members[link]} ranks"
     sources[f"{link}_node.bandwidth_bytes_s"] = _source(measured, f"{_WORDS[best]} {among}", found[best])
-    latency_of = "all_to_all" if found["all_to_all"].fixed_s > 0 else max(found, key=lambda op: found[op].fixed_s)
-    others = ", ".join(f"{found[op].fixed_s * 1e6:.3g} us of {_WORDS[op]}" for op in COLLECTIVES if op != latency_of)
-    sources[f"{link}_node.latency_s"] = _source(
-        measured, f"{_WORDS[latency_of]} {among} (beside {others})", found[latency_of]
-    )
-    for op, share in _SHARE_OF.items():
-        shares[f"{share}_{link}"] = found[best].unit_s / found[op].unit_s
-        sources[f"efficiency.{share}_{link}"] = _source(
-            measured, f"{_WORDS[op]} {among}, over {_WORDS[best]}", found[op]
-        )
+    latency_of = next((op for op in ("send_recv", "all_to_all") if found[op].fixed_s > 0), "ring")
+    sources[f"{link}_node.latency_s"] = _source(measured, f"{_WORDS[latency_of]} {among}", found[latency_of])
+    for op in _SHARED:
+        shares[f"{op}_{link}"] = found[best].unit_s / found[op].unit_s
+        sources[f"efficiency.{op}_{link}"] = _source(measured, f"{_WORDS[op]} {among}, over {_WORDS[best]}", found[op])
     return LinkSpec(
         bandwidth_bytes_s=1 / found[best].unit_s,
         latency_s=max(found[latency_of].fixed_s, 1e-9),  # a file wants a positive one
+        **_steps(measured, link, found, sources),
     )
+
+
+def _steps(
+    measured: Measured, link: str, found: Mapping[str, LineFit], sources: dict[str, str]
+) -> dict[str, float | None]:
+    """Latencies of the steps of collectives; between nodes groups are larger than any that is measured: trees."""
+    steps: dict[str, float | None] = {}
+    if link == "inter":
+        return steps
+    others = measured.members[link] - 1
+    for op, collectives in (("ring", 2), ("all_to_all", 1)):
+        if found[op].fixed_s > 0:
+            name = f"{op}_latency_s"
+            steps[name] = found[op].fixed_s / collectives / others
+            what = f"{_WORDS[op]} among {others + 1} ranks, of each of its {collectives * others} steps"
+            sources[f"{link}_node.{name}"] = _source(measured, what, found[op])
+    return steps
 
 
 def _unmeasured(link: str, nominal: ClusterSpec | None, sources: dict[str, str]) -> LinkSpec:
@@ -203,7 +230,8 @@ def _rounded(cluster: ClusterSpec) -> ClusterSpec:
         return float(f"{value:.4g}") if math.isfinite(value) else value
 
     def link(spec: LinkSpec) -> LinkSpec:
-        return LinkSpec(bandwidth_bytes_s=four(spec.bandwidth_bytes_s), latency_s=four(spec.latency_s))
+        numbers: dict[str, Any] = {name: value and four(value) for name, value in asdict(spec).items()}
+        return LinkSpec(**numbers)
 
     gpu = cluster.gpu
     return replace(
@@ -214,6 +242,7 @@ def _rounded(cluster: ClusterSpec) -> ClusterSpec:
             memory_bytes=four(gpu.memory_bytes),
             memory_bandwidth_bytes_s=four(gpu.memory_bandwidth_bytes_s),
             weight_passes=four(gpu.weight_passes),
+            ranks_per_device=four(gpu.ranks_per_device),
         ),
         intra_node=link(cluster.intra_node),
         inter_node=link(cluster.inter_node),

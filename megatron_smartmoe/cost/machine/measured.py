@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from megatron_smartmoe.cost.compute import ExpertShape
 from megatron_smartmoe.cost.machine.line import LineFit, fit_line
 
-COLLECTIVES = ("all_to_all", "all_reduce", "send_recv")
+COLLECTIVES = ("all_to_all", "ring", "all_reduce", "send_recv")
 LINKS = ("intra", "inter")
 
 
@@ -33,7 +33,8 @@ class Series:
 
     gemm: tokens per expert, and the time of one expert, forward and backward. copy: bytes read and written.
     Collectives: bytes through the busiest port in one direction, so that operations are comparable: n (R - 1) / R of an
-    all-to-all whose ranks hold n bytes each, twice that of an all-reduce of n bytes, n of a message.
+    all-to-all whose ranks hold n bytes each, twice that of an all-reduce of n bytes and of a ring (reduce-scatter and
+    all-gather of n bytes), n of a message.
     """
 
     points: tuple[Point, ...]
@@ -61,6 +62,7 @@ class Measured:
         gemm, copy: see Series.
         links: collectives by (collective, link); absent where there was nobody to talk to.
         members: ranks of each collective, by link.
+        ranks_per_device: how many times as fast products are when one rank of a node works alone; 1 on GPUs.
         extra: bandwidths that have no place in a cluster file, bytes a second by what was measured.
         how: backend, torch version, precision and date, as text for the sources.
         repeats: of each point.
@@ -78,4 +80,5 @@ class Measured:
     members: Mapping[str, int]
     how: str
     repeats: int
+    ranks_per_device: float = 1.0
     extra: Mapping[str, float] = field(default_factory=dict)

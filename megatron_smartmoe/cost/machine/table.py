@@ -65,6 +65,8 @@ def _numbers(measured: Measured, fit: MachineFit) -> str:
             says = _si(1 / line.unit_s, "B/s") + (f" after {_si(line.fixed_s, 's')}" if line.fixed_s else "")
         poor = "  POOR" if line.poor else ""
         rows.append(f"  {key:<17} {says}; line off by {line.residual:.1%}, worst {line.worst:.1%}{poor}")
+    if measured.ranks_per_device > 1:
+        rows.append(f"  {'one rank alone':<17} {measured.ranks_per_device:.2f} times as fast: ranks share cores")
     rows += [f"  {what:<17} {_si(rate, 'B/s')} (not in the file)" for what, rate in measured.extra.items()]
     rows.append(f"  {'memory':<17} {_si(measured.memory_bytes, 'B')} for each rank")
     return "\n".join(["lines:", *rows])

@@ -32,8 +32,10 @@ class StepConstants:
         gemm: large matrix products, of the dense peak.
         attention: fused attention, of the same peak.
         memory: kernels bound by memory, of the nominal bandwidth.
-        ring_intra: all-gather, reduce-scatter, all-reduce inside a node, of a GPU's links.
+        ring_intra: all-gather and reduce-scatter inside a node, of a GPU's links.
         ring_inter: the same between nodes.
+        all_reduce_intra: all-reduce inside a node, each of its halves; None: as the ring.
+        all_reduce_inter: the same between nodes.
         all_to_all_intra: token exchange inside a node.
         all_to_all_inter: the same between nodes.
         launch_s: from one small kernel to the next, where the GPU waits for it.
@@ -50,6 +52,8 @@ class StepConstants:
     memory: float = MEMORY_EFFICIENCY
     ring_intra: float = 0.7
     ring_inter: float = 0.8
+    all_reduce_intra: float | None = None
+    all_reduce_inter: float | None = None
     all_to_all_intra: float = LINK_EFFICIENCY
     all_to_all_inter: float = LINK_EFFICIENCY
     launch_s: float = 10e-6
@@ -72,6 +76,12 @@ class StepConstants:
             shares["attention"] = cls.attention * shares["gemm"] / cls.gemm
         return replace(cls(), **shares)
 
+    @property
+    def all_reduce_shares(self) -> tuple[float, float]:
+        """Of the bandwidth inside a node and between nodes."""
+        intra, inter = self.all_reduce_intra, self.all_reduce_inter
+        return self.ring_intra if intra is None else intra, self.ring_inter if inter is None else inter
+
 
 def layer_constants(
     cluster: ClusterSpec, model: ModelSpec, spec: ParallelSpec, constants: StepConstants, *, shared_card: bool = False
@@ -93,7 +103,7 @@ def layer_constants(
         inter_node=_scaled(cluster.inter_node, constants.all_to_all_inter),
         efficiency=dict.fromkeys(SHARES, 1.0),  # taken off above
     )
-    found = constants_of(scaled, expert_shape(model, spec), shared_network_card=shared_card)
+    found = constants_of(scaled, expert_shape(model, spec), ranks=spec.ep, shared_network_card=shared_card)
     return replace(found, token_s=found.token_s * spec.etp)
 
 

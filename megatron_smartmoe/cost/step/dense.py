@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_smartmoe.cost.step.constants import StepConstants
-from megatron_smartmoe.cost.step.groups import Group, ring_s
+from megatron_smartmoe.cost.step.groups import Group, all_reduce_s, ring_s
 from megatron_smartmoe.spec.cluster import ClusterSpec
 from megatron_smartmoe.spec.model import ModelSpec
 from megatron_smartmoe.spec.parallel import ParallelSpec
@@ -18,6 +18,7 @@ from megatron_smartmoe.spec.parallel import ParallelSpec
 PASSES = 3.0  # forward, and backward for the input and for the weights
 SCORE_PASSES = 14.0  # over the scores, unfused, both ways: product, mask, softmax, dropout, and their gradients
 LOGIT_PASSES = 8.0  # over the fp32 logits: cast, maximum, exponential, gradient
+LOSS_REDUCTIONS = 3.0  # over the vocabulary: maximum, the label's logit, sum of exponentials
 TENSOR_COLLECTIVES = 5.0  # per sequence-parallel block: 2 forward, 2 backward, 1 gathered again for the weights
 
 
@@ -48,13 +49,13 @@ def dense_times(model: ModelSpec, spec: ParallelSpec, cluster: ClusterSpec, cons
     rows_s = machine.rows(constants.row_passes * tokens / tp, hidden)
     launches_s = constants.launches_per_layer * constants.launch_s
     attention_s = PASSES * _projections(model, spec, machine, tokens) + core_s + rows_s + launches_s
-    block_s = 0.0
-    if tp > 1:
-        whole = tokens * hidden * spec.element_bytes
-        block_s = TENSOR_COLLECTIVES * ring_s(whole, Group(tp, 1), cluster, constants)
+    whole, tensor_group = tokens * hidden * spec.element_bytes, Group(tp, 1)
+    block_s = TENSOR_COLLECTIVES * ring_s(whole, tensor_group, cluster, constants)
     vocab = model.padded_vocab(tp)
     logits_s = machine.memory(LOGIT_PASSES * tokens * vocab / tp * 4)
     loss_s = PASSES * machine.gemm(tokens, hidden, vocab / tp) + logits_s
+    # Embedding and logits make the collectives of one block between them; the loss reduces three numbers per token.
+    loss_s += block_s + LOSS_REDUCTIONS * all_reduce_s(4.0 * tokens, tensor_group, cluster, constants)
     return DenseTimes(
         attention_s=attention_s,
         dense_mlp_s=PASSES * _mlp(model, model.ffn / tp, machine, tokens),

@@ -4,12 +4,11 @@ Method. Ranks are numbered `tp-cp-ep-dp-pp`, so a group is `size` ranks with a f
 share a node. A ring that crosses nodes goes through every member's own card, so a node's part of the group brings
 `members_per_node` cards (hierarchical rings of NCCL reach the same). An all-gather or a reduce-scatter of n bytes over
 p ranks takes n (p - 1) / p over the bandwidth (Thakur, Rabenseifner, Gropp 2005) and 1 + log2(p) latencies, as trees
-and pipelined rings do; an all-reduce is both.
+and pipelined rings do, or p - 1 where the cluster file knows a ring's; an all-reduce is both.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from megatron_smartmoe.cost.step.constants import StepConstants
@@ -34,16 +33,25 @@ class Group:
 
 def ring_s(num_bytes: float, group: Group, cluster: ClusterSpec, constants: StepConstants) -> float:
     """Seconds of one all-gather or reduce-scatter whose whole result (or input) is `num_bytes`."""
+    return _collective_s(num_bytes, group, cluster, (constants.ring_intra, constants.ring_inter))
+
+
+def all_reduce_s(num_bytes: float, group: Group, cluster: ClusterSpec, constants: StepConstants) -> float:
+    """Seconds of one all-reduce of `num_bytes`: a reduce-scatter and an all-gather."""
+    return 2 * _collective_s(num_bytes, group, cluster, constants.all_reduce_shares)
+
+
+def _collective_s(num_bytes: float, group: Group, cluster: ClusterSpec, shares: tuple[float, float]) -> float:
+    """`num_bytes` once round the group, at these shares of the bandwidth inside a node and between nodes."""
     if group.size < 2 or num_bytes <= 0:
         return 0.0
-    bandwidth = cluster.intra_node.bandwidth_bytes_s * constants.ring_intra
-    latency_s = cluster.intra_node.latency_s
+    intra, inter = shares
+    bandwidth, link = cluster.intra_node.bandwidth_bytes_s * intra, cluster.intra_node
     if group.crosses_nodes(cluster):
         members = group.members_per_node(cluster)
-        cards = members * cluster.inter_node.bandwidth_bytes_s * constants.ring_inter
-        bandwidth = min(bandwidth, cards) if members > 1 else cards
-        latency_s = cluster.inter_node.latency_s
-    return latency_s * (1 + math.log2(group.size)) + num_bytes * (group.size - 1) / group.size / bandwidth
+        cards = members * cluster.inter_node.bandwidth_bytes_s * inter
+        bandwidth, link = (min(bandwidth, cards) if members > 1 else cards), cluster.inter_node
+    return link.ring_latency_of(group.size) + num_bytes * (group.size - 1) / group.size / bandwidth
 
 
 def send_s(num_bytes: float, stride: int, cluster: ClusterSpec, constants: StepConstants) -> float:

@@ -10,7 +10,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
-from megatron_smartmoe.cost.moe_layer import ALL_TO_ALLS, LayerConstants, LayerFlow, LayerTime, layer_time
+from megatron_smartmoe.cost.moe_layer import (
+    ALL_TO_ALLS,
+    EXCHANGES,
+    LayerConstants,
+    LayerFlow,
+    LayerTime,
+    layer_time,
+)
 from megatron_smartmoe.cost.step.constants import StepConstants
 from megatron_smartmoe.cost.step.groups import Group, ring_s
 from megatron_smartmoe.spec.cluster import ClusterSpec
@@ -51,13 +58,16 @@ def moe_times(
     constants: StepConstants,
 ) -> MoETimes:
     """Mean over `flows`, each the layer under one record of the load at this launch's tokens per rank."""
-    times = [layer_time(flow, layer, all_to_all_chunks=spec.overlap_degree) for flow in flows]
+    shared = cluster.gpu.ranks_per_device
+    times = [layer_time(flow, layer, all_to_all_chunks=spec.overlap_degree, ranks_per_device=shared) for flow in flows]
     mean = {f.name: sum(getattr(time, f.name) for time in times) / len(times) for f in fields(LayerTime)}
     replicas_s = mean["replicas_s"]
     mean["replicas_s"] = 0.0
     busiest = sum(float(flow.load_ER.sum(axis=0).max()) for flow in flows) / len(flows)
     gathered = busiest * spec.etp * model.hidden * spec.element_bytes
-    tensor_s = ALL_TO_ALLS * ring_s(gathered, Group(spec.etp, 1), cluster, constants)
+    tensor_group = Group(spec.etp, 1)
+    tensor_s = ALL_TO_ALLS * ring_s(gathered, tensor_group, cluster, constants)
+    tensor_s += (EXCHANGES - ALL_TO_ALLS) * ring_s(1.0, tensor_group, cluster, constants)  # the probabilities
     per_cut_s = mean["experts_s"] + LAUNCHES_PER_CUT * constants.launch_s
     return MoETimes(LayerTime(**mean), replicas_s, tensor_s, (spec.overlap_degree - 1) * per_cut_s)
 

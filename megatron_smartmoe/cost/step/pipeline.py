@@ -10,18 +10,35 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from megatron_smartmoe.cost.compute import time_shared
 
-def schedule_s(stage_s: Sequence[float], micro_batches: int, virtual: int) -> tuple[float, float, int]:
+
+def schedule_s(
+    stage_s: Sequence[float], micro_batches: int, virtual: int, ranks_per_device: float = 1.0
+) -> tuple[float, float, int]:
     """(all of it, bubble, slowest stage): the bubble is what the slowest stage waits.
+
+    Where stages share what computes (CPU ranks on fewer cores), the others are `ranks_per_device` times as fast while
+    one waits: if the stages wait in turn, for the sum of what each of them waits; but nothing is done before all work
+    has been shared out. The bubble may be negative then: the slowest stage is faster than it would be beside others
+    that never wait.
 
     Args:
         stage_s: forward and backward of one micro-batch on each stage, all its chunks.
         micro_batches: m.
         virtual: chunks per stage.
+        ranks_per_device: see `GpuSpec`.
     """
     slowest = max(range(len(stage_s)), key=lambda stage: stage_s[stage])
     bubble_s = (sum(stage_s) - stage_s[slowest]) / virtual
-    return micro_batches * stage_s[slowest] + bubble_s, bubble_s, slowest
+    work_s = micro_batches * stage_s[slowest]
+    total_s = work_s + bubble_s
+    if ranks_per_device > 1 and len(stage_s) > 1:
+        works_s = [micro_batches * each for each in stage_s]
+        waiting_s = min(sum(total_s - each for each in works_s), total_s)
+        saved_s = (1 - 1 / ranks_per_device) * waiting_s
+        total_s = max(total_s - saved_s, time_shared(works_s, ranks_per_device))
+    return total_s, total_s - work_s, slowest
 
 
 def in_flight(stage: int, stages: int, virtual: int, micro_batches: int) -> int:

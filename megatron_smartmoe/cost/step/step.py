@@ -10,7 +10,7 @@ single formula (12 L H^2 over peak) cannot tell two plans apart.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
 
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from megatron_smartmoe.cost.memory.buffers import largest_state_bytes
 from megatron_smartmoe.cost.step.constants import StepConstants
 from megatron_smartmoe.cost.step.dense import DenseTimes, dense_times, tokens_of
-from megatron_smartmoe.cost.step.groups import Group, ring_s, send_s
+from megatron_smartmoe.cost.step.groups import Group, all_reduce_s, ring_s, send_s
 from megatron_smartmoe.cost.step.moe import MoETimes, forward_again_s
 from megatron_smartmoe.cost.step.pipeline import schedule_s
 from megatron_smartmoe.spec.cluster import ClusterSpec
@@ -116,7 +116,7 @@ def step_time(
     terms_ST[:, _AT["loss_s"]] += held.losses_S * dense.loss_s + held.mtp_S * dense.mtp_extra_s
     terms_ST[:, _AT["pipeline_comm_s"]] += _sends(model, spec, cluster, constants)
     micro_S = terms_ST.sum(axis=1).tolist()
-    _, bubble_s, slowest = schedule_s(micro_S, spec.micro_batches, spec.vpp)
+    _, bubble_s, slowest = schedule_s(micro_S, spec.micro_batches, spec.vpp, cluster.gpu.ranks_per_device)
     copies_s = float(held.experts_SN[slowest] @ np.array([one.replicas_s for one in moe]))
     times = 1 if spec.replicas in ("history", "off") else spec.micro_batches
     return StepTime(
@@ -230,14 +230,16 @@ def _after(
     dense, expert = largest_state_bytes(model, spec, stage)
     dense_group, expert_group = Group(spec.dp * spec.cp, spec.tp), Group(spec.edp, spec.etp * spec.ep)
 
-    def rings(dense_bytes: float, expert_bytes: float) -> float:
-        return ring_s(dense_bytes, dense_group, cluster, constants) + ring_s(
+    def both(collective_s: Callable[..., float], dense_bytes: float, expert_bytes: float) -> float:
+        return collective_s(dense_bytes, dense_group, cluster, constants) + collective_s(
             expert_bytes, expert_group, cluster, constants
         )
 
-    grads_s, params_s = rings(dense.gradients, expert.gradients), rings(dense.params, expert.params)
-    if not spec.distributed_optimizer:
-        grads_s, params_s = 2 * grads_s, 0.0  # an all-reduce, and every rank updates everything
+    if spec.distributed_optimizer:
+        grads_s = both(ring_s, dense.gradients, expert.gradients)
+        params_s = both(ring_s, dense.params, expert.params)
+    else:  # every rank updates everything
+        grads_s, params_s = both(all_reduce_s, dense.gradients, expert.gradients), 0.0
     backward_s, forward_s = micro_s * 2 / 3, micro_s / 3
     shown_grads_s, shown_params_s = grads_s, params_s
     if spec.overlap_grad_reduce:

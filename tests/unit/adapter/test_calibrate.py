@@ -59,7 +59,8 @@ def test_the_ranks_write_a_cluster_file(written: tuple[Path, str]) -> None:
     cluster = load_cluster_spec(path)
     assert (cluster.name, cluster.nodes, cluster.gpus_per_node, cluster.replica_scope) == ("mine", 1, 2, "group")
     assert cluster.gpu.name == "CPU-thread"
-    assert {"gemm", "memory", "all_to_all_intra", "ring_intra"} == set(cluster.efficiency)
+    assert {"gemm", "memory", "all_to_all_intra", "ring_intra", "all_reduce_intra"} == set(cluster.efficiency)
+    assert 1 <= cluster.gpu.ranks_per_device < 3
     assert "2 ranks at once on 1 x" in cluster.sources["gpu.peak_flops"]
     assert cluster.sources["inter_node.latency_s"].startswith("not measured, one node: estimate: TCP")
     assert "measuring all_to_all, intra ..." in printed

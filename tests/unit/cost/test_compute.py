@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from megatron_smartmoe.cost.compute import ExpertShape, busiest_rank, gemm_efficiency
+from megatron_smartmoe.cost.compute import ExpertShape, busiest_rank, gemm_efficiency, time_shared
 
 
 def test_few_tokens_in_many_experts_may_take_longer():
@@ -12,6 +12,27 @@ def test_few_tokens_in_many_experts_may_take_longer():
     assert busiest_rank(load_ER, 0.0).rank == 0
     busy = busiest_rank(load_ER, 2.0)
     assert (busy.rank, busy.tokens, busy.active_experts) == (1, 10, 3)
+
+
+@pytest.mark.parametrize(
+    ("work_R", "shared", "seconds"),
+    [
+        ([1.0, 4.0, 2.0], 1.0, 4.0),  # a device each: the longest
+        ([2.0, 2.0, 2.0, 2.0], 2.0, 2.0),  # four ranks on two cores, always all busy
+        ([1.0, 1.0, 3.0, 3.0], 2.0, 2.0),  # two of them left: a core each, twice as fast
+        ([0.0, 0.0, 0.0, 4.0], 2.0, 2.0),  # one alone uses one core, not both
+        ([0.0, 4.0], 1.25, 3.2),
+    ],
+)
+def test_ranks_that_share_cores_take_over_those_that_wait(work_R, shared, seconds):
+    assert time_shared(work_R, shared) == pytest.approx(seconds)
+
+
+def test_a_hot_rank_costs_less_where_cores_are_shared():
+    load_ER = np.diag([10.0, 10.0, 30.0, 30.0])
+    busy = busiest_rank(load_ER, 0.0, ranks_per_device=2.0)
+    assert (busy.rank, busy.tokens) == (2, pytest.approx(20.0))
+    assert busy.active_experts == pytest.approx(20 / 30)
 
 
 def test_efficiency_curve():

@@ -16,7 +16,7 @@ from megatron_smartmoe.cost.moe_layer import (
     exchange_bytes_s,
 )
 from megatron_smartmoe.cost.step.constants import StepConstants, layer_constants
-from megatron_smartmoe.cost.step.groups import Group, ring_s
+from megatron_smartmoe.cost.step.groups import Group, all_reduce_s, ring_s
 from megatron_smartmoe.spec.cluster import cluster_as_yaml, load_cluster_spec
 from megatron_smartmoe.spec.model import load_model_spec
 from megatron_smartmoe.spec.parallel import ParallelSpec
@@ -27,8 +27,8 @@ EXPERT = ExpertShape(hidden=1024, ffn=512)
 FLOPS, MEMORY_S, EXPERT_S = 500e12, 2.5e12, 12e-6  # what the machine below does
 LATENCY_S = {"intra": 8e-6, "inter": 20e-6}
 RATES = {  # bytes a second, by link and operation
-    "intra": {"all_to_all": 300e9, "all_reduce": 240e9, "send_recv": 400e9},
-    "inter": {"all_to_all": 40e9, "all_reduce": 45e9, "send_recv": 30e9},
+    "intra": {"all_to_all": 300e9, "ring": 240e9, "all_reduce": 320e9, "send_recv": 400e9},
+    "inter": {"all_to_all": 40e9, "ring": 36e9, "all_reduce": 45e9, "send_recv": 30e9},
 }
 
 
@@ -64,23 +64,30 @@ def test_the_file_says_what_was_measured(tmp_path):
     assert (cluster.name, cluster.nodes, cluster.gpus_per_node, cluster.replica_scope) == ("mine", 2, 8, "node")
     assert cluster.gpu.peak_flops == pytest.approx(FLOPS, rel=1e-3)
     assert cluster.gpu.memory_bandwidth_bytes_s == pytest.approx(MEMORY_S, rel=1e-3)
-    assert cluster.intra_node.bandwidth_bytes_s == pytest.approx(400e9, rel=1e-3)  # the best of three operations
+    assert cluster.intra_node.bandwidth_bytes_s == pytest.approx(400e9, rel=1e-3)  # the best of four operations
     assert cluster.inter_node.bandwidth_bytes_s == pytest.approx(45e9, rel=1e-3)
     assert cluster.intra_node.latency_s == pytest.approx(8e-6, rel=1e-3)
+    assert cluster.intra_node.all_to_all_latency_s == pytest.approx(8e-6 / 7, rel=1e-3)
+    assert cluster.intra_node.ring_latency_s == pytest.approx(8e-6 / 14, rel=1e-3)  # there and back in 8 us
+    assert cluster.inter_node.ring_latency_s is None  # groups there grow beyond what was measured
+    assert cluster.gpu.ranks_per_device == 1
     assert cluster.efficiency == pytest.approx(
         {
             "gemm": 1,
             "memory": 1,
             "all_to_all_intra": 3 / 4,
             "ring_intra": 0.6,
+            "all_reduce_intra": 0.8,
             "all_to_all_inter": 8 / 9,
-            "ring_inter": 1,
+            "ring_inter": 0.8,
+            "all_reduce_inter": 1,
         },
         rel=1e-3,
     )
     for path, source in cluster.sources.items():
         assert source.startswith("measured: ") or path in ("efficiency.gemm", "efficiency.memory"), path
-    assert "all_to_all_single among 8 ranks" in cluster.sources["intra_node.latency_s"]
+    assert "send to the next rank among 8 ranks" in cluster.sources["intra_node.latency_s"]
+    assert "among 8 ranks, of each of its 14 steps" in cluster.sources["intra_node.ring_latency_s"]
     assert "line off by 0.0% on average" in cluster.sources["gpu.peak_flops"]
     assert "torch 2.11.0, 2026-11-21" in cluster.sources["gpu.peak_flops"]
 
@@ -104,7 +111,9 @@ def test_the_step_model_does_too():
     assert (shares.gemm, shares.memory) == (1.0, 1.0)
     assert shares.attention == pytest.approx(0.4 / 0.6)  # as far from the products as before
     ring = ring_s(8e9, Group(8, 1), cluster, shares)
-    assert ring == pytest.approx(8e9 * 7 / 8 / 240e9 + 4 * 8e-6, rel=2e-3)
+    assert ring == pytest.approx(8e9 * 7 / 8 / 240e9 + 8e-6 / 2, rel=2e-3)
+    reduced = all_reduce_s(8e9, Group(8, 1), cluster, shares)
+    assert reduced == pytest.approx(2 * 8e9 * 7 / 8 / 320e9 + 8e-6, rel=2e-3)
     model = load_model_spec(CONFIGS / "models" / "olmoe.yaml")
     spec = ParallelSpec(gpus=16, ep=16, global_batch=64)
     expert = ExpertShape(
@@ -128,7 +137,7 @@ def test_a_link_that_nobody_could_measure_is_the_shipped_files():
     assert fit.cluster.inter_node == NOMINAL.inter_node
     source = fit.cluster.sources["inter_node.bandwidth_bytes_s"]
     assert source.startswith("not measured, one node: NVIDIA DGX H100 datasheet")
-    assert not {"all_to_all_inter", "ring_inter"} & set(fit.cluster.efficiency)
+    assert not any(share.endswith("_inter") for share in fit.cluster.efficiency)
     assert exchange_bytes_s(fit.cluster, between_nodes=True) == exchange_bytes_s(NOMINAL, between_nodes=True)
     assert any("links between nodes: not measured" in warning for warning in fit.warnings)
 
@@ -146,6 +155,17 @@ def test_no_cost_of_an_expert_leaves_the_prior():
     fit = fit_machine(measured(gemm=line(0.0, 1e-9, (16, 256, 4096))), NOMINAL)
     assert fit.cluster.gpu.weight_passes == NOMINAL.gpu.weight_passes
     assert "gpu.weight_passes" not in fit.cluster.sources
+
+
+def test_ranks_that_share_cores_are_faster_alone(tmp_path):
+    found = measured(links=("intra",), device="CPU-thread", ranks_per_node=8, cores_per_node=4, ranks_per_device=1.9)
+    fit = fit_machine(found, None)
+    path = tmp_path / "cpu.yaml"
+    path.write_text(cluster_as_yaml(fit.cluster))
+    assert load_cluster_spec(path).gpu.ranks_per_device == 1.9
+    source = fit.cluster.sources["gpu.ranks_per_device"]
+    assert "4096 tokens per expert, one of 8 ranks of a node alone over all at once on 4 cores" in source
+    assert "one rank alone    1.90 times as fast: ranks share cores" in as_table(found, fit, None)
 
 
 def test_warnings_name_the_series():

@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_smartmoe.cost.moe_layer import LayerTime
+from megatron_smartmoe.cost.moe_layer import EXCHANGES, LayerTime
 from megatron_smartmoe.cost.step.constants import StepConstants, layer_constants
 from megatron_smartmoe.cost.step.dense import dense_times
-from megatron_smartmoe.cost.step.groups import Group, ring_s, send_s
+from megatron_smartmoe.cost.step.groups import Group, all_reduce_s, ring_s, send_s
 from megatron_smartmoe.cost.step.moe import MoETimes
 from megatron_smartmoe.cost.step.pipeline import in_flight, schedule_s
 from megatron_smartmoe.cost.step.step import StepTime, step_time
@@ -65,6 +65,31 @@ def test_equal_stages_have_the_usual_bubble() -> None:
 
 def test_the_slowest_stage_sets_the_pace() -> None:
     assert schedule_s([1.0, 3.0, 1.0], 10, 1) == (32.0, 2.0, 1)
+
+
+def test_bubbles_are_filled_where_stages_share_cores() -> None:
+    # Four stages on two cores: 16 units of work at half speed each, two at a time.
+    assert schedule_s([1.0] * 4, 4, 1, ranks_per_device=2.0) == (4.0, 0.0, 0)
+    # Two that get in each other's way a little: the two units in which one waits take 2 / 1.25.
+    total_s, bubble_s, _ = schedule_s([1.0] * 2, 4, 1, ranks_per_device=1.25)
+    assert (total_s, bubble_s) == (pytest.approx(3 + 2 / 1.25), pytest.approx(0.6))
+    # A slow last stage goes on alone, faster.
+    assert schedule_s([1.0, 3.0], 10, 1, ranks_per_device=2.0)[:2] == (20.0, -10.0)
+    assert schedule_s([2.0], 10, 1, ranks_per_device=2.0) == (20.0, 0.0, 0)
+
+
+def test_an_all_reduce_is_two_rings_unless_it_was_measured() -> None:
+    group = Group(4, 1)
+    ring = ring_s(1e9, group, CLUSTER, CONSTANTS)
+    assert all_reduce_s(1e9, group, CLUSTER, CONSTANTS) == pytest.approx(2 * ring)
+    faster = replace(CONSTANTS, all_reduce_intra=2 * CONSTANTS.ring_intra)
+    assert all_reduce_s(1e9, group, CLUSTER, faster) == pytest.approx(ring, rel=0.01)
+
+
+def test_alone_a_rank_exchanges_nothing() -> None:
+    alone, four = (layer_constants(CLUSTER, SMALL, replace(SPEC, ep=ep), CONSTANTS).fixed_s for ep in (1, 4))
+    link = CLUSTER.intra_node
+    assert four - alone == pytest.approx(EXCHANGES * link.latency_s + link.ring_latency_of(4))
 
 
 @pytest.mark.parametrize(

@@ -71,6 +71,11 @@ def test_nodes_of_a_group(tmp_path):
             "nodes: 2\nefficiency: {gemm: {value: 1.2, source: s}}\n",
             "efficiency.gemm.value = 1.2: must be a share, above 0 and at most 1. Leave it out for the model's prior",
         ),
+        (
+            "  memory_bytes:",
+            "  ranks_per_device: {value: 0.5, source: s}\n  memory_bytes:",
+            "gpu.ranks_per_device.value = 0.5: must be at least 1: how many times as fast a rank is when the others",
+        ),
     ],
 )
 def test_a_wrong_entry_is_named_by_its_path(tmp_path, old, new, message):
@@ -80,7 +85,11 @@ def test_a_wrong_entry_is_named_by_its_path(tmp_path, old, new, message):
 
 
 MEASURED = (
-    GOOD.replace("  memory_bytes:", '  weight_passes: {value: 4.5, source: "measured: it\'s so"}\n  memory_bytes:')
+    GOOD.replace(
+        "  memory_bytes:",
+        '  weight_passes: {value: 4.5, source: "measured: it\'s so"}\n'
+        "  ranks_per_device: {value: 2, source: measured}\n  memory_bytes:",
+    ).replace("intra_node: {", "intra_node: {ring_latency_s: {value: 1e-6, source: measured}, ")
     + "efficiency: {gemm: {value: 1, source: measured}, ring_inter: {value: 0.25, source: measured}}\n"
 )
 
@@ -90,12 +99,16 @@ def test_an_old_file_leaves_everything_to_the_priors(tmp_path):
     assert cluster.efficiency == {}
     assert cluster.gpu.weight_passes == WEIGHT_PASSES
     assert cluster.gpu.reserved_bytes == RESERVED_BYTES
+    assert cluster.gpu.ranks_per_device == 1
+    assert cluster.intra_node.ring_latency_of(8) == pytest.approx(4 * 3e-6)  # a tree of messages
+    assert cluster.intra_node.all_to_all_latency_of(8) == 3e-6
 
 
 def test_a_measured_file_says_what_is_reached(tmp_path):
     cluster = load(tmp_path, MEASURED)
     assert cluster.efficiency == {"gemm": 1.0, "ring_inter": 0.25}
-    assert cluster.gpu.weight_passes == 4.5
+    assert (cluster.gpu.weight_passes, cluster.gpu.ranks_per_device) == (4.5, 2)
+    assert cluster.intra_node.ring_latency_of(8) == pytest.approx(7e-6)
     assert cluster.sources["efficiency.gemm"] == "measured"
 
 
