@@ -107,9 +107,6 @@ def _check_local_implementation(args: argparse.Namespace) -> None:
         raise ConfigError("--moe-grouped-gemm", True, rule, "Leave it out, or install TransformerEngine.")
     if args.fp8:
         raise ConfigError("--fp8-format", args.fp8, "needs TransformerEngine", "Pass --bf16, or install it.")
-    if args.mtp_num_layers and args.sequence_parallel:
-        rule = "multi-token prediction with sequence parallelism needs TransformerEngine's norm"
-        raise ConfigError("--mtp-num-layers", args.mtp_num_layers, rule, "Use TP 1, or install TransformerEngine.")
 
 
 def _is_interleaved(args: argparse.Namespace) -> bool:

@@ -28,6 +28,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.training.models.gpt import GPTModelConfig, default_layer_spec
 
 from megatron_smartmoe.adapter.attention import SDPAttention
+from megatron_smartmoe.adapter.install import rebind
 from megatron_smartmoe.adapter.moe.experts import SlottedExperts
 from megatron_smartmoe.adapter.moe.layer import SmartMoELayer
 from megatron_smartmoe.adapter.moe.overlap import OverlappedMoELayer
@@ -66,12 +67,29 @@ def layer_spec(config: GPTModelConfig, vp_stage: int | None = None) -> Spec:
         qk_l2_norm=transformer.qk_l2_norm,
         vp_stage=vp_stage,
     )
-    use_sdpa = transformer.attention_backend not in (AttnBackend.unfused, AttnBackend.local)
-    return replace(
-        block,
-        layer_specs=[_with_torch_modules(spec, use_sdpa) for spec in block.layer_specs],
-        layer_norm=TorchNorm,
-    )
+    layer_specs = [_with_torch_modules(spec, _uses_sdpa(config)) for spec in block.layer_specs]
+    return replace(block, layer_specs=layer_specs, layer_norm=TorchNorm)
+
+
+def install_prediction_blocks() -> None:
+    """Give layers of multi-token prediction the modules of `layer_spec`: Megatron makes their spec by itself.
+
+    Raises:
+        CompatError: this Megatron makes it elsewhere.
+    """
+    import megatron.training.models.gpt as gpt
+
+    def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
+        def mtp_block_spec(config: GPTModelConfig, *args: Any, **kwargs: Any) -> Any:
+            block = original(config, *args, **kwargs)
+            if block is None or config.transformer.transformer_impl != "local":
+                return block
+            use_sdpa = _uses_sdpa(config)
+            return replace(block, layer_specs=[_with_torch_prediction(spec, use_sdpa) for spec in block.layer_specs])
+
+        return mtp_block_spec
+
+    rebind(gpt, "mtp_block_spec", wrap)
 
 
 def smartmoe_layer_spec(
@@ -127,6 +145,18 @@ def _with_torch_modules(spec: ModuleSpec, use_sdpa: bool) -> ModuleSpec:
     attention = replace(attention, submodules=replace(attention.submodules, **changes))
     norms = {name: TorchNorm for name in _norm_fields(layer) if _is_norm(getattr(layer, name))}
     return replace(spec, submodules=replace(layer, self_attention=attention, **norms))
+
+
+def _with_torch_prediction(spec: ModuleSpec, use_sdpa: bool) -> ModuleSpec:
+    """A copy of a prediction layer's spec with its norms, and those and the attention of its layer, replaced."""
+    norms = {name: TorchNorm for name in vars(spec.submodules) if name.endswith("norm")}
+    layer = _with_torch_modules(spec.submodules.mtp_model_layer, use_sdpa)
+    return replace(spec, submodules=replace(spec.submodules, mtp_model_layer=layer, **norms))
+
+
+def _uses_sdpa(config: GPTModelConfig) -> bool:
+    """Unless the user asks for Megatron's own attention."""
+    return config.transformer.attention_backend not in (AttnBackend.unfused, AttnBackend.local)
 
 
 def _norm_fields(submodules: object) -> list[str]:

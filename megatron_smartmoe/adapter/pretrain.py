@@ -108,7 +108,7 @@ def train(argv: Sequence[str], *, cpu: bool) -> None:
     from megatron_smartmoe.adapter.datasets import train_valid_test_datasets_provider
     from megatron_smartmoe.adapter.embeddings import embedding_ranks
     from megatron_smartmoe.adapter.install import prepare_megatron
-    from megatron_smartmoe.adapter.layer_spec import spec_for
+    from megatron_smartmoe.adapter.layer_spec import install_prediction_blocks, spec_for
     from megatron_smartmoe.adapter.overlap_degree import OverlapDegree
     from megatron_smartmoe.adapter.recorder import Recorder
 
@@ -120,6 +120,7 @@ def train(argv: Sequence[str], *, cpu: bool) -> None:
     trace_recorder = listen(args, recorder, overlap_degree)
     model_config = gpt_config_from_args(args)
     if args.spec is None:
+        install_prediction_blocks()
         model_config.transformer_layer_spec = spec_for(args, overlap_degree)
     pretrain(
         pretrain_cfg_container_from_args(args, model_config),

@@ -164,8 +164,6 @@ def _limit(spec: ParallelSpec, cluster: ClusterSpec) -> str | None:
 
 def _unable(model: ModelSpec, spec: ParallelSpec, options: SpaceOptions) -> str | None:
     """What the layers that will run cannot do."""
-    if spec.implementation == "local" and model.mtp_layers and spec.tp > 1:
-        return "prediction blocks with sequence parallelism need TransformerEngine's norm"
     if options.expert_parallel is not None and options.expert_parallel != (spec.ep > 1):
         return "the checkpoint needs EP > 1" if options.expert_parallel else "the checkpoint needs EP 1"
     if not spare_slots(model, spec, options) or not overlap_degrees(model, spec, options):

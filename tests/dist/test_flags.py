@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.dist.test_parallel_equality import FP32_TOLERANCE, largest_difference
-from tests.support.training import train
+from tests.dist.test_parallel_equality import FP32_TOLERANCE, MIXES, largest_difference
+from tests.support.training import INITIAL_WEIGHTS, train
 
 pytestmark = pytest.mark.dist
 
@@ -38,6 +38,19 @@ def test_same_losses(
 ) -> None:
     losses = train(tmp_path, 2, data_flags, *initial_weights, *EP2, *SAME_LOSSES[way].split(), iterations=8)
     assert largest_difference(losses, reference_losses) < FP32_TOLERANCE
+
+
+def test_prediction_blocks_train_the_same_model(tmp_path: Path) -> None:
+    """Under tensor parallelism their norms must be marked, and latent attention wants a core of its own shapes."""
+    flags = [*VARIANTS["multi-token prediction"].split(), *VARIANTS["multi-latent attention"].split()]
+    weights = tmp_path / "weights"
+    train(tmp_path / "first", 1, MOCK_DATA, *flags, "--save", str(weights), "--save-interval", "1", iterations=1)
+    flags += ["--load", str(weights), *INITIAL_WEIGHTS]
+    reference = train(tmp_path / "one", 1, MOCK_DATA, *flags, iterations=4)
+    for mix in ("TP2+SP", "PP2"):
+        world_size, mix_flags = MIXES[mix]
+        losses = train(tmp_path / mix, world_size, MOCK_DATA, *flags, *mix_flags.split(), iterations=4)
+        assert largest_difference(losses, reference) < FP32_TOLERANCE
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -94,13 +94,7 @@ SUPPORTED = {
         flags="--fp8-format hybrid",
         says="--fp8-format = 'hybrid': needs TransformerEngine. Pass --bf16, or install it.",
     ),
-    "mtp with sp": Case(
-        flags=f"{TP2} --mtp-num-layers 1",
-        ranks=2,
-        says="--mtp-num-layers = 1: multi-token prediction with sequence parallelism needs TransformerEngine's norm. "
-        "Use TP 1, or install TransformerEngine.",
-    ),
-    "mtp alone": Case(flags="--mtp-num-layers 1"),
+    "mtp with sp": Case(flags=f"{TP2} --mtp-num-layers 1", ranks=2),
     "nccl without gpu": Case(
         flags="--distributed-backend nccl",
         says="--distributed-backend = 'nccl': there is no GPU, so the backend must be gloo. Leave the flag out.",
