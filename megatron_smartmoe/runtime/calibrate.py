@@ -214,8 +214,13 @@ def _between_products(tasks: Sequence[Task], plan: Plan, bench: Bench) -> Series
     product = _gemm(plan, bench, plan.tokens[len(plan.tokens) // 2]).call
     both = [replace(task, call=lambda task=task: (product(), task.call())) for task in tasks]
     *points, alone = bench.series([*both, Task(1.0, product)], CALLS_BETWEEN_PRODUCTS).points
-    least_s = 1e-7  # nothing is free, whatever the noise says
-    return Series(points=tuple(replace(point, time_s=max(point.time_s - alone.time_s, least_s)) for point in points))
+    return Series(points=tuple(_less(point, alone.time_s) for point in points))
+
+
+def _less(point: Point, time_s: float) -> Point:
+    """A point without the time of something else, which its repeats still vary by."""
+    left_s = max(point.time_s - time_s, 1e-7)  # nothing is free, whatever the noise says
+    return replace(point, time_s=left_s, spread=point.spread * point.time_s / left_s)
 
 
 def _copy(size: int, bench: Bench) -> Task:

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_smartmoe.cost.compute import ExpertShape
-from megatron_smartmoe.cost.machine.measured import COLLECTIVES, Measured
+from megatron_smartmoe.cost.machine.measured import COLLECTIVES, Measured, Point
 from megatron_smartmoe.runtime import calibrate
 from megatron_smartmoe.runtime.calibrate import Bench, Plan, Task, measure
 from tests.support.ranks import run_ranks
@@ -78,7 +78,8 @@ def test_every_series_has_its_points(case: str, link: str, measured: list[dict[s
     assert set(found.links) == {(operation, link) for operation in COLLECTIVES}
     amounts = {
         "all_to_all": [500, 2048],  # half of the buffer stays
-        "all_reduce": [1000, 4096],  # twice: reduced, then gathered
+        "ring": [1000, 4096],  # half of it twice: reduced, then gathered
+        "all_reduce": [1000, 4096],  # the same
         "send_recv": [1000, 4096],
     }
     for operation, expected in amounts.items():
@@ -89,6 +90,8 @@ def test_every_series_has_its_points(case: str, link: str, measured: list[dict[s
         assert all(0 < point.time_s < 10 and point.spread >= 0 for point in series.points)
     assert found.memory_bytes > 1e8
     assert found.extra == {}
+    assert found.ranks_per_device >= 1
+    assert case == "one node" or found.ranks_per_device == 1  # alone on its node
 
 
 @pytest.mark.dist
@@ -103,6 +106,13 @@ def test_points_take_turns_and_the_slowest_rank_counts(measured: list[dict[str, 
         # A call to warm up and one to count each, then rounds.
         assert order[: 4 + 2 * REPEATS] == [0, 0, 1, 1, *([0, 1] * REPEATS)]
         assert medians == [3.0, 1.5]
+
+
+def test_what_a_product_takes_is_no_part_of_a_collective() -> None:
+    point = Point(units=8.0, time_s=3.0, spread=0.1)
+    left = calibrate._less(point, 2.0)
+    assert (left.units, left.time_s, left.spread) == (8.0, 1.0, pytest.approx(0.3))
+    assert calibrate._less(point, 3.5).time_s == 1e-7  # noise; a line wants a positive time
 
 
 def test_a_container_may_have_less_memory_than_the_machine(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
