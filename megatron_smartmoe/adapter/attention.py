@@ -3,7 +3,8 @@
 Megatron's own `DotProductAttention` builds the full score matrix and refuses context parallelism; TransformerEngine's
 handles both and may not be installed. This module is the plain-torch answer: queries stay where they are, keys and
 values are gathered over the context-parallel group (Megatron's `--cp-comm-type all_gather`), and a mask over global
-positions keeps it causal. Its memory grows with the whole sequence's keys and values, not with the score matrix.
+positions keeps it causal. Its memory grows with the whole sequence's keys and values, not with the score matrix, where
+torch has a fused kernel; on a CPU it has none for dropout, nor for values of another width than queries (MLA).
 """
 
 from __future__ import annotations

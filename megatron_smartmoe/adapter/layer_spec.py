@@ -21,6 +21,7 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.heterogeneous.heterogeneous_config import HeterogeneousTransformerConfig
 from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import L2Norm
@@ -123,14 +124,20 @@ def smartmoe_layer_spec(
 def _with_smart_moe(spec: ModuleSpec, slotted: bool, layer: Callable[..., SmartMoELayer]) -> ModuleSpec:
     """A copy of one layer's spec with its MoE layer, if it has one, replaced."""
     mlp = spec.submodules.mlp
-    if isinstance(mlp, ModuleSpec):
-        return spec  # a dense layer
+    if isinstance(mlp, ModuleSpec) or _is_dense(mlp):
+        return spec
     if not isinstance(mlp, partial) or mlp.func is not MoELayer:
         raise CompatError(f"--smartmoe: this Megatron builds its MoE layers from {mlp}. Use megatron-core 0.19.0.")
     submodules = mlp.keywords["submodules"]
     if slotted:
         submodules = replace(submodules, experts=SlottedExperts)
     return replace(spec, submodules=replace(spec.submodules, mlp=partial(layer, submodules=submodules)))
+
+
+def _is_dense(mlp: object) -> bool:
+    """Whether a layer's MLP is built by one of Megatron's dense classes, through their `as_mlp_submodule`."""
+    maker = getattr(mlp.func, "__self__", None) if isinstance(mlp, partial) else None
+    return isinstance(maker, type) and issubclass(maker, MLP)
 
 
 def _with_torch_modules(spec: ModuleSpec, use_sdpa: bool) -> ModuleSpec:

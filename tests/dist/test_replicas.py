@@ -40,9 +40,10 @@ MIXES = {
         f"{TP2} {EP2} --recompute-granularity selective --recompute-modules moe",
         EXACT,
     ),
-    "CP2xEP2, full recompute, shared experts": (
+    "CP2xEP2, full recompute, shared experts, dense first layer": (
         4,
-        f"--context-parallel-size 2 {EP2} {FULL} --moe-shared-expert-intermediate-size 64",
+        f"--context-parallel-size 2 {EP2} {FULL} --moe-shared-expert-intermediate-size 64 "
+        "--moe-layer-freq ([0]*1+[1]*3)",
         HISTORY,
     ),
 }

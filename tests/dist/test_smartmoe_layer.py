@@ -23,7 +23,10 @@ EP2 = "--expert-model-parallel-size 2"
 MORE_MIXES = {
     **MIXES,
     "EP2, MoE recompute": (2, f"{EP2} --recompute-granularity selective --recompute-modules moe"),
-    "EP2, shared experts": (2, f"{EP2} --moe-shared-expert-intermediate-size 64"),
+    "EP2, shared experts, dense first layer": (
+        2,
+        f"{EP2} --moe-shared-expert-intermediate-size 64 --moe-layer-freq ([0]*1+[1]*3)",
+    ),
     "EP2, top-4": (2, f"{EP2} --moe-router-topk 4"),
     "EP2, aux loss, expert bias": (
         2,
