@@ -156,7 +156,8 @@ def _how(backend: str, dtype: torch.dtype) -> str:
     version = f"torch {torch.__version__}"
     if backend == "nccl":
         version += f", NCCL {'.'.join(str(part) for part in torch.cuda.nccl.version())}"
-    threads = f"{torch.get_num_threads()} threads a rank, " if backend == "gloo" else ""
+    number = torch.get_num_threads()
+    threads = f"{number} thread{'s' * (number > 1)} a rank, " if backend == "gloo" else ""
     return f"{backend}, {str(dtype).removeprefix('torch.')}, {threads}{version}, {datetime.date.today().isoformat()}"
 
 
