@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from megatron_smartmoe.planner.pricing import Plan, Pricing
+from megatron_smartmoe.planner.search import first_that_fits
 from megatron_smartmoe.planner.space import RECOMPUTE
 from megatron_smartmoe.spec.parallel import ParallelSpec, violation
 
@@ -38,10 +39,5 @@ def alternatives(best: Plan, pricing: Pricing) -> list[Plan]:
 
 
 def _fitting(spec: ParallelSpec, pricing: Pricing) -> ParallelSpec:
-    for mode in RECOMPUTE:
-        tried = replace(spec, recompute=mode)
-        if not spec.recomputes(mode, pricing.model):
-            continue
-        if pricing.memory(tried) <= pricing.cluster.gpu.memory_bytes:
-            return tried
-    return replace(spec, recompute="full")
+    fitting, _ = first_that_fits(spec, pricing, RECOMPUTE)
+    return fitting or replace(spec, recompute="full")

@@ -16,7 +16,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -24,7 +24,7 @@ from megatron_smartmoe.errors import ConfigError
 from megatron_smartmoe.planner import space
 from megatron_smartmoe.planner.pricing import Plan, Pricing
 from megatron_smartmoe.planner.space import Rejected, SpaceOptions, shapes
-from megatron_smartmoe.spec.parallel import ParallelSpec
+from megatron_smartmoe.spec.parallel import ParallelSpec, Recompute
 
 Ranking = Literal["expected", "worst"]
 LOOKED_AT = 500  # launches, for the nearest miss when nothing fits
@@ -127,7 +127,7 @@ def _settle(shape: ParallelSpec, pricing: Pricing, options: SpaceOptions, kept: 
     least = float("inf")
     for spare_slots in space.spare_slots(pricing.model, shape, options):
         slotted = replace(shape, spare_slots=spare_slots, replicas="history" if spare_slots else "off")
-        spec, used = _first_that_fits(slotted, pricing, options)
+        spec, used = first_that_fits(slotted, pricing, options.recompute)
         if spec is None:
             least = min(least, used)
             continue
@@ -143,10 +143,13 @@ def _settle(shape: ParallelSpec, pricing: Pricing, options: SpaceOptions, kept: 
     return best
 
 
-def _first_that_fits(spec: ParallelSpec, pricing: Pricing, options: SpaceOptions) -> tuple[ParallelSpec | None, float]:
-    """The recomputation that costs the least time among those that fit; else None and the smallest memory."""
+def first_that_fits(
+    spec: ParallelSpec, pricing: Pricing, modes: Sequence[Recompute]
+) -> tuple[ParallelSpec | None, float]:
+    """The launch with the first of the modes of recomputation (cheapest first) that fits, and its bytes; else None and
+    the smallest memory."""
     least = float("inf")
-    for mode in options.recompute:
+    for mode in modes:
         if not spec.recomputes(mode, pricing.model):
             continue
         tried = replace(spec, recompute=mode)
