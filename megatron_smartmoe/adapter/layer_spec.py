@@ -57,10 +57,9 @@ def spec_for(args: Namespace, overlap_degree: OverlapDegree | None = None) -> Ca
 
 def layer_spec(config: GPTModelConfig, vp_stage: int | None = None) -> Spec:
     """The spec of one pipeline stage; passed to Megatron as `GPTModelConfig.transformer_layer_spec`."""
-    transformer = config.transformer
-    special = transformer.experimental_attention_variant or isinstance(transformer, HeterogeneousTransformerConfig)
-    if transformer.transformer_impl != "local" or special:
+    if not _is_plain_local(config):
         return default_layer_spec(config, vp_stage)
+    transformer = config.transformer
     block = get_gpt_decoder_block_spec(
         transformer,
         use_transformer_engine=False,
@@ -83,7 +82,7 @@ def install_prediction_blocks() -> None:
     def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
         def mtp_block_spec(config: GPTModelConfig, *args: Any, **kwargs: Any) -> Any:
             block = original(config, *args, **kwargs)
-            if block is None or config.transformer.transformer_impl != "local":
+            if block is None or not _is_plain_local(config):
                 return block
             use_sdpa = _uses_sdpa(config)
             return replace(block, layer_specs=[_with_torch_prediction(spec, use_sdpa) for spec in block.layer_specs])
@@ -159,6 +158,13 @@ def _with_torch_prediction(spec: ModuleSpec, use_sdpa: bool) -> ModuleSpec:
     norms = {name: TorchNorm for name in vars(spec.submodules) if name.endswith("norm")}
     layer = _with_torch_modules(spec.submodules.mtp_model_layer, use_sdpa)
     return replace(spec, submodules=replace(spec.submodules, mtp_model_layer=layer, **norms))
+
+
+def _is_plain_local(config: GPTModelConfig) -> bool:
+    """Whether the layers are Megatron's local ones, of one kind: those whose modules are replaced."""
+    transformer = config.transformer
+    special = transformer.experimental_attention_variant or isinstance(transformer, HeterogeneousTransformerConfig)
+    return transformer.transformer_impl == "local" and not special
 
 
 def _uses_sdpa(config: GPTModelConfig) -> bool:
