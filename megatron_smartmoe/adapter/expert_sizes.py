@@ -5,7 +5,7 @@ from __future__ import annotations
 from argparse import Namespace
 
 from megatron_smartmoe.cost.compute import ExpertShape
-from megatron_smartmoe.cost.memory.buffers import MAIN_BYTES, MOMENT_BYTES
+from megatron_smartmoe.cost.memory.buffers import expert_state_bytes
 
 
 def expert_shape(options: Namespace) -> ExpertShape:
@@ -21,6 +21,4 @@ def expert_shape(options: Namespace) -> ExpertShape:
 
 def state_bytes(options: Namespace) -> int:
     """Bytes that move with an expert: weights, fp32 main weights where they are apart, and Adam's moments."""
-    expert = expert_shape(options)
-    main_bytes = 0 if expert.element_bytes == MAIN_BYTES else MAIN_BYTES
-    return expert.weight_bytes + expert.num_params * (main_bytes + MOMENT_BYTES)
+    return expert_state_bytes(expert_shape(options))

@@ -35,13 +35,12 @@ from megatron_smartmoe.adapter.replica_arguments import replicas_mode
 from megatron_smartmoe.adapter.routers import moe_layers
 from megatron_smartmoe.placement.online_replicas import ReplicaPlanner
 from megatron_smartmoe.runtime.replica_slots import SpareSlots
-from megatron_smartmoe.runtime.replica_split import exact_slots, homes_only
+from megatron_smartmoe.runtime.replica_split import BALANCED, exact_slots, homes_only
 from megatron_smartmoe.runtime.replica_tally import LayerTally, balance_line, imbalance
 from megatron_smartmoe.runtime.replica_wire import ReplicaWire
 from megatron_smartmoe.spec.placement import EMPTY, IntArray, Placement, with_empty_slots
 
 MIB = 2**20
-BALANCED = 1.01  # max / mean tokens per rank up to which a micro-batch needs no copies
 DECISIONS_FILE = "replicas-stage{stage}-group{group}.jsonl"
 BALANCE_FILE = "balance-stage{stage}-group{group}.jsonl"
 

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from megatron_smartmoe.cli.simulate_table import as_json, as_table
 from megatron_smartmoe.cost.compute import ExpertShape
+from megatron_smartmoe.cost.memory.buffers import expert_state_bytes
 from megatron_smartmoe.cost.moe_layer import constants_of
 from megatron_smartmoe.errors import ConfigError
 from megatron_smartmoe.placement.baselines import by_name
@@ -29,8 +30,6 @@ from megatron_smartmoe.placement.simulate.run import PolicyResult, Setting, laye
 from megatron_smartmoe.spec.cluster import ClusterSpec, GpuSpec, LinkSpec, load_cluster_spec
 from megatron_smartmoe.spec.placement import Placement
 from megatron_smartmoe.spec.trace import RoutingTrace, load_trace
-
-STATE_BYTES_PER_PARAM = 14  # bf16 weight, fp32 main weight, two fp32 Adam moments
 
 # What is assumed without --cluster; for the predicted times only, the balance does not depend on it.
 DEFAULT_CLUSTER = ClusterSpec(
@@ -171,7 +170,7 @@ def _setting(options: argparse.Namespace, trace: RoutingTrace, cluster: ClusterS
         num_nodes=num_nodes,
         warmup=options.warmup,
         constants=constants_of(cluster, expert),
-        state_bytes=STATE_BYTES_PER_PARAM * expert.num_params,
+        state_bytes=expert_state_bytes(expert),
     )
 
 

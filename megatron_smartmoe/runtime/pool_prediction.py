@@ -25,13 +25,11 @@ from megatron_smartmoe.placement.history import History
 from megatron_smartmoe.placement.homes import HomesOptions, plan_homes
 from megatron_smartmoe.placement.replicas import ReplicaOptions, plan_replicas
 from megatron_smartmoe.planner.pool import Setting
-from megatron_smartmoe.runtime.replica_split import exact_slots, split_tokens
+from megatron_smartmoe.runtime.replica_split import BALANCED, exact_slots, split_tokens
 from megatron_smartmoe.spec.cluster import ClusterSpec
 from megatron_smartmoe.spec.model import ModelSpec
 from megatron_smartmoe.spec.parallel import ParallelSpec
 from megatron_smartmoe.spec.placement import EMPTY, IntArray, with_empty_slots
-
-BALANCED = 1.01  # max / mean tokens per rank up to which a micro-batch needs no copies
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

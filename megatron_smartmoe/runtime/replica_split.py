@@ -20,6 +20,8 @@ from megatron_smartmoe.placement import exact, split
 from megatron_smartmoe.placement.replicas import copies_pay
 from megatron_smartmoe.spec.placement import EMPTY, IntArray, hosts_of, with_empty_slots
 
+BALANCED = 1.01  # max / mean tokens per rank up to which a micro-batch needs no copies
+
 
 @dataclass(frozen=True, kw_only=True)
 class Copy:

@@ -57,7 +57,7 @@ class Placement:
         object.__setattr__(self, "slots_LRS", slots_LRS)
         _check_shape(slots_LRS, self.num_experts)
         _check_range(slots_LRS, self.num_experts)
-        _check_homes(slots_LRS[:, :, : self.home_slots], self.num_experts)
+        _check_homes(self.homes_LRH, self.num_experts)
         _check_one_copy_per_rank(slots_LRS)
 
     @classmethod

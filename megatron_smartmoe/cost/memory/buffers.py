@@ -22,6 +22,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_smartmoe.cost.compute import ExpertShape
 from megatron_smartmoe.cost.memory.parameters import Parameter, Sharding, chunk_parameters, layer_parameters
 from megatron_smartmoe.spec.model import ModelSpec
 from megatron_smartmoe.spec.parallel import Chunk, ParallelSpec, chunks
@@ -136,6 +137,16 @@ def state_bytes_by_kind(
     return _slices(model, _key(model, spec, chunk))
 
 
+def optimizer_bytes(element_bytes: int) -> int:
+    """Of one parameter: Adam's moments, and an fp32 main parameter unless the model's own is one."""
+    return MOMENT_BYTES + (MAIN_BYTES if element_bytes < MAIN_BYTES else 0)
+
+
+def expert_state_bytes(expert: ExpertShape) -> int:
+    """What moves with an expert: its weights, and what the optimizer has of them."""
+    return expert.weight_bytes + expert.num_params * optimizer_bytes(expert.element_bytes)
+
+
 def largest_state_bytes(model: ModelSpec, spec: ParallelSpec, stage: int) -> tuple[StateBytes, StateBytes]:
     """(dense, expert) static memory of the fullest rank of a pipeline stage, all its chunks together."""
     dense_sum, expert_sum = StateBytes(), StateBytes()
@@ -156,7 +167,7 @@ def least_state_bytes(model: ModelSpec, spec: ParallelSpec) -> float:
             one = sums[model.has_experts(layer)]
             dense, expert = dense + one[0], expert + one[1]
     whole = spec.element_bytes + spec.grad_bytes
-    state = MOMENT_BYTES + (MAIN_BYTES if spec.element_bytes < MAIN_BYTES else 0)
+    state = optimizer_bytes(spec.element_bytes)
     shards = (spec.dp * spec.cp, spec.edp) if spec.distributed_optimizer else (1, 1)
     return dense * (whole + state / shards[0]) + expert * (whole + state / shards[1])
 

@@ -17,7 +17,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_smartmoe.cost.memory.buffers import largest_state_bytes
+from megatron_smartmoe.cost.memory.buffers import MOMENT_BYTES, largest_state_bytes
 from megatron_smartmoe.cost.step.constants import StepConstants
 from megatron_smartmoe.cost.step.dense import DenseTimes, dense_times, tokens_of
 from megatron_smartmoe.cost.step.groups import Group, all_reduce_s, ring_s, send_s
@@ -30,7 +30,6 @@ from megatron_smartmoe.spec.parallel import ParallelSpec, chunks
 FloatArray = NDArray[np.float64]
 
 OPTIMIZER_BYTES = 32  # per owned parameter: gradient, main weight and moments read, three written, weight written
-MOMENT_BYTES = 8  # of Adam's two fp32 moments
 
 
 @dataclass(frozen=True, kw_only=True)
