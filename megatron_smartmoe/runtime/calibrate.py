@@ -257,7 +257,8 @@ def _collective(operation: str, size: int, group: dist.ProcessGroup, bench: Benc
     if operation == "all_reduce":
         return Task(2 * crossing, lambda: dist.all_reduce(buffer, group=group))
     if operation == "ring":
-        return Task(2 * crossing, lambda: _ring(buffer, group))
+        part = torch.zeros(elements // ranks, device=bench.device, dtype=bench.dtype)
+        return Task(2 * crossing, lambda: _ring(buffer, part, group))
     assert operation == "send_recv", operation
     following, previous = (dist.get_global_rank(group, (rank + step) % ranks) for step in (1, -1))
 
@@ -271,9 +272,8 @@ def _collective(operation: str, size: int, group: dist.ProcessGroup, bench: Benc
     return Task(num_bytes, shift)
 
 
-def _ring(buffer: torch.Tensor, group: dist.ProcessGroup) -> None:
+def _ring(buffer: torch.Tensor, part: torch.Tensor, group: dist.ProcessGroup) -> None:
     """Both of the collectives that are one round: each rank is left with a part, then with everything."""
-    part = buffer.chunk(dist.get_world_size(group))[dist.get_rank(group)].clone()
     dist.reduce_scatter_tensor(part, buffer, group=group)
     dist.all_gather_into_tensor(buffer, part, group=group)
 

@@ -229,22 +229,13 @@ def _rounded(cluster: ClusterSpec) -> ClusterSpec:
     def four(value: float) -> float:
         return float(f"{value:.4g}") if math.isfinite(value) else value
 
-    def link(spec: LinkSpec) -> LinkSpec:
-        numbers: dict[str, Any] = {name: value and four(value) for name, value in asdict(spec).items()}
-        return LinkSpec(**numbers)
+    def numbers(spec: GpuSpec | LinkSpec) -> dict[str, Any]:
+        return {name: four(value) for name, value in asdict(spec).items() if isinstance(value, float)}
 
-    gpu = cluster.gpu
     return replace(
         cluster,
-        gpu=replace(
-            gpu,
-            peak_flops=four(gpu.peak_flops),
-            memory_bytes=four(gpu.memory_bytes),
-            memory_bandwidth_bytes_s=four(gpu.memory_bandwidth_bytes_s),
-            weight_passes=four(gpu.weight_passes),
-            ranks_per_device=four(gpu.ranks_per_device),
-        ),
-        intra_node=link(cluster.intra_node),
-        inter_node=link(cluster.inter_node),
+        gpu=replace(cluster.gpu, **numbers(cluster.gpu)),
+        intra_node=replace(cluster.intra_node, **numbers(cluster.intra_node)),
+        inter_node=replace(cluster.inter_node, **numbers(cluster.inter_node)),
         efficiency={name: four(share) for name, share in cluster.efficiency.items()},
     )
