@@ -19,11 +19,7 @@ from megatron_smartmoe.errors import ConfigError
 from megatron_smartmoe.planner.alternatives import alternatives
 from megatron_smartmoe.planner.explain import explain, why
 from megatron_smartmoe.planner.flags import PlanFlags, megatron_flags, parallel_from_flags
-from megatron_smartmoe.planner.load import (
-    SKEWS,
-    LoadModel,
-    scenarios_of,
-)
+from megatron_smartmoe.planner.load import SKEWS, LoadModel, scenarios_of
 from megatron_smartmoe.planner.plan_json import as_json
 from megatron_smartmoe.planner.pool import make_pool
 from megatron_smartmoe.planner.pricing import Pricing

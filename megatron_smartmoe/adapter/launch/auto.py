@@ -77,7 +77,7 @@ class Load:
 
 
 def plan_parallel(
-    spec: RunSpec, command_line: Sequence[str], topology: Topology, directory: Path, load: Load = Load()
+    spec: RunSpec, command_line: Sequence[str], topology: Topology, directory: Path, load: Load
 ) -> Planned:
     """Plan, or take the plan of an existing run directory again.
 

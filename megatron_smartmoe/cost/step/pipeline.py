@@ -33,7 +33,7 @@ def schedule_s(
     bubble_s = (sum(stage_s) - stage_s[slowest]) / virtual
     work_s = micro_batches * stage_s[slowest]
     total_s = work_s + bubble_s
-    if ranks_per_device > 1 and len(stage_s) > 1:
+    if ranks_per_device > 1:
         works_s = [micro_batches * each for each in stage_s]
         waiting_s = min(sum(total_s - each for each in works_s), total_s)
         saved_s = (1 - 1 / ranks_per_device) * waiting_s
