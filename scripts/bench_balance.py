@@ -105,7 +105,7 @@ def rank_main(variant: str, run_dir: str, flags: list[str]) -> None:
     choose_device("auto")
     import megatron.training.training as training
 
-    from megatron_smartmoe.adapter.install import after, before
+    from megatron_smartmoe.adapter.hooks import after, before
 
     started: list[tuple[float, float]] = []
     times: list[tuple[float, float]] = []
@@ -124,12 +124,12 @@ def rank_main(variant: str, run_dir: str, flags: list[str]) -> None:
 
 def follow_rule(name: str) -> None:
     """Have the executor place copies and split tokens by a peer's rule."""
+    import megatron_smartmoe.adapter.loops.replicas as loop
     import megatron_smartmoe.adapter.moe.replica_dispatcher as dispatcher
-    import megatron_smartmoe.adapter.replica_loop as loop
-    from megatron_smartmoe.placement.baselines.fastermoe import FasterMoE
-    from megatron_smartmoe.placement.baselines.ultraep import UltraEp
-    from megatron_smartmoe.placement.plan import LayerPlan, LayerProblem, Rule, tokens_by_rank
+    from megatron_smartmoe.placement.layer_plan import LayerPlan, LayerProblem, Rule, tokens_by_rank
     from megatron_smartmoe.placement.split import assign_sources
+    from megatron_smartmoe.simulate.baselines.fastermoe import FasterMoE
+    from megatron_smartmoe.simulate.baselines.ultraep import UltraEp
 
     machine = FasterMoE(
         hidden=HIDDEN, ffn_factor=1.5 * FFN / HIDDEN, network_bytes_s=1.4e9, gpu_flops=46e9, element_bytes=4

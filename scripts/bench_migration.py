@@ -26,8 +26,8 @@ import torch.multiprocessing as mp
 
 from megatron_smartmoe.placement.migration import CHUNK_BYTES, MigrationPlan, plan_migration
 from megatron_smartmoe.placement.transfers import LayerLayout, TensorLayout
-from megatron_smartmoe.runtime.exchange import ExpertExchange, MigrationReport
-from megatron_smartmoe.runtime.state import LayerState
+from megatron_smartmoe.runtime.migration.exchange import ExpertExchange, MigrationReport
+from megatron_smartmoe.runtime.migration.expert_tensors import LayerState
 
 TIMEOUT_S = 120.0
 

@@ -35,18 +35,19 @@ import torch
 
 from megatron_smartmoe import ops
 from megatron_smartmoe.cost.moe_layer import LayerConstants
-from megatron_smartmoe.placement.baselines.eplb import Eplb
-from megatron_smartmoe.placement.baselines.ultraep import UltraEp
-from megatron_smartmoe.placement.exact import exact_replicas
-from megatron_smartmoe.placement.online import OnlineOptions
-from megatron_smartmoe.placement.plan import Rule
-from megatron_smartmoe.placement.simulate.policies import OnlinePolicy, RulePolicy, SimulatedPolicy
-from megatron_smartmoe.placement.simulate.run import Setting, layer_seconds, replay
+from megatron_smartmoe.placement.exact_replicas import exact_replicas
+from megatron_smartmoe.placement.homes_planner import OnlineOptions
+from megatron_smartmoe.placement.layer_cost import layer_seconds
+from megatron_smartmoe.placement.layer_plan import Rule
 from megatron_smartmoe.placement.split import min_max_split
-from megatron_smartmoe.placement.types import FloatArray
-from megatron_smartmoe.spec.placement import EMPTY, IntArray, Placement, hosts_of
-from megatron_smartmoe.spec.synthetic import SyntheticSpec, synthetic_trace
+from megatron_smartmoe.simulate.baselines.eplb import Eplb
+from megatron_smartmoe.simulate.baselines.ultraep import UltraEp
+from megatron_smartmoe.simulate.policies import OnlinePolicy, RulePolicy, SimulatedPolicy
+from megatron_smartmoe.simulate.run import SimulationSetup, replay
+from megatron_smartmoe.spec.arrays import FloatArray, IntArray
+from megatron_smartmoe.spec.placement import EMPTY, Placement, hosts_of
 from megatron_smartmoe.spec.trace import RoutingTrace
+from tests.support.synthetic import SyntheticSpec, synthetic_trace
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,7 +193,7 @@ def burst_or_drift(kind: str, experts: int, ranks: int, seed: int, changes: dict
 
 def balance_of(trace: RoutingTrace, ranks: int, spare: int) -> dict[str, FloatArray]:
     """Imbalance of every record and layer after warm-up, by policy; ours with its homes loop, every 100 iterations."""
-    setting = Setting(
+    setting = SimulationSetup(
         num_ranks=ranks,
         spare_slots=spare,
         warmup=trace.num_records // 5,
@@ -205,7 +206,7 @@ def balance_of(trace: RoutingTrace, ranks: int, spare: int) -> dict[str, FloatAr
     policies: dict[str, SimulatedPolicy] = {}
     for mode in ("history", "auto"):
         options = OnlineOptions(replicas=mode)
-        policies[f"ours, {mode}"] = OnlinePolicy(start, 1, options, layer_seconds(setting))
+        policies[f"ours, {mode}"] = OnlinePolicy(start, 1, options, layer_seconds(setting.pricing))
     for name, rule in RIVALS.items():
         policies[name] = RulePolicy(rule, start, num_groups=1, num_nodes=1, interval=1)
     return {name: replay(trace, policy, setting).imbalance for name, policy in policies.items()}

@@ -77,7 +77,7 @@ def predicted_s(ranks: int, flags: list[str], cluster: Path) -> float:
     from megatron_smartmoe.adapter.pretrain import choose_device, with_defaults
 
     choose_device("cpu")
-    from megatron_smartmoe.adapter.arguments import parse
+    from megatron_smartmoe.adapter.flags.parser import parse
 
     words = [*BASE, *TRAINING, *flags]
     args = parse(with_defaults(words, cpu=True, say=False))
@@ -89,7 +89,15 @@ def predicted_s(ranks: int, flags: list[str], cluster: Path) -> float:
 def calibrated(ranks: int, folder: Path) -> Path:
     """The cluster file of so many ranks of this machine."""
     file = folder / f"{ranks}.yaml"
-    command = [sys.executable, "-m", "megatron_smartmoe.adapter.calibrate", "--device", "cpu", "--nproc", str(ranks)]
+    command = [
+        sys.executable,
+        "-m",
+        "megatron_smartmoe.adapter.launch.calibrate",
+        "--device",
+        "cpu",
+        "--nproc",
+        str(ranks),
+    ]
     subprocess.run([*command, "--output", str(file)], check=True, stdout=subprocess.DEVNULL)
     return file
 

@@ -1,4 +1,4 @@
-// Replicas from the exact load, the C++ twin of megatron_smartmoe/placement/exact.py, which tells the method: same
+// Replicas from the exact load, the C++ twin of megatron_smartmoe/placement/exact_replicas.py, which tells the method: same
 // steps, same order, same choices among equals. What differs is how the state is kept: flat vectors for dictionaries,
 // the donors kept sorted instead of sorted anew, and the largest expert of each rank remembered.
 #include <torch/csrc/stable/ops.h>

@@ -16,8 +16,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_smartmoe.adapter import noise
-from megatron_smartmoe.adapter.arguments import (
+from megatron_smartmoe.adapter import log_filters
+from megatron_smartmoe.adapter.flags.parser import (
     add_smartmoe_arguments,
     device_from,
     has_apex,
@@ -28,9 +28,9 @@ from megatron_smartmoe.adapter.arguments import (
 from megatron_smartmoe.errors import EXIT_CONFIG_ERROR, CompatError, SmartMoEError
 
 if TYPE_CHECKING:
-    from megatron_smartmoe.adapter.overlap_degree import OverlapDegree
-    from megatron_smartmoe.adapter.recorder import Recorder
-    from megatron_smartmoe.adapter.trace_recorder import TraceRecorder
+    from megatron_smartmoe.adapter.moe.overlap_degree import OverlapDegree
+    from megatron_smartmoe.adapter.records.metrics import Recorder
+    from megatron_smartmoe.adapter.records.trace import TraceRecorder
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -56,7 +56,7 @@ def choose_device(asked: str) -> bool:
     """
     if asked == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks: nothing below may see the GPU
-    noise.install()
+    log_filters.install()
     import torch
 
     if torch.cuda.is_available():
@@ -86,7 +86,7 @@ def check_flags(argv: Sequence[str], *, cpu: bool, data_exists: bool = True) -> 
     Raises:
         ConfigError: see `checks.check`.
     """
-    from megatron_smartmoe.adapter.checks import check
+    from megatron_smartmoe.adapter.flags.megatron_checks import check
 
     args = parse(argv)
     check(args, world_size=args.world_size, cpu=cpu, data_exists=data_exists)
@@ -107,10 +107,10 @@ def train(argv: Sequence[str], *, cpu: bool) -> None:
     from megatron_smartmoe.adapter.batch import forward_step
     from megatron_smartmoe.adapter.datasets import train_valid_test_datasets_provider
     from megatron_smartmoe.adapter.embeddings import embedding_ranks
-    from megatron_smartmoe.adapter.install import prepare_megatron
-    from megatron_smartmoe.adapter.layer_spec import install_prediction_blocks, spec_for
-    from megatron_smartmoe.adapter.overlap_degree import OverlapDegree
-    from megatron_smartmoe.adapter.recorder import Recorder
+    from megatron_smartmoe.adapter.hooks import prepare_megatron
+    from megatron_smartmoe.adapter.moe.layer_spec import install_prediction_blocks, spec_for
+    from megatron_smartmoe.adapter.moe.overlap_degree import OverlapDegree
+    from megatron_smartmoe.adapter.records.metrics import Recorder
 
     prepare_megatron(cpu=cpu)
     args = parse_for_good(argv)
@@ -137,12 +137,12 @@ def train(argv: Sequence[str], *, cpu: bool) -> None:
 
 def listen(args: Namespace, recorder: Recorder, overlap_degree: OverlapDegree) -> TraceRecorder | None:
     """Hook everything that the flags ask for into Megatron's loop; returns the trace's recorder, if there is one."""
-    from megatron_smartmoe.adapter.balance import Balancer
-    from megatron_smartmoe.adapter.pool_loop import PoolLoop
-    from megatron_smartmoe.adapter.pool_settings import modes_of
-    from megatron_smartmoe.adapter.replay import RoutingReplay
-    from megatron_smartmoe.adapter.replica_loop import ReplicaLoop
-    from megatron_smartmoe.adapter.trace_recorder import TraceRecorder
+    from megatron_smartmoe.adapter.flags.pool_settings import modes_of
+    from megatron_smartmoe.adapter.loops.homes import Balancer
+    from megatron_smartmoe.adapter.loops.pool import PoolLoop
+    from megatron_smartmoe.adapter.loops.replicas import ReplicaLoop
+    from megatron_smartmoe.adapter.records.replay import RoutingReplay
+    from megatron_smartmoe.adapter.records.trace import TraceRecorder
 
     if args.smartmoe_replay_trace is not None:  # first: the others count what it forces
         RoutingReplay(Path(args.smartmoe_replay_trace)).listen()
@@ -173,7 +173,7 @@ def parse_for_good(argv: Sequence[str]) -> Namespace:
 
     sys.argv[1:] = list(argv)
     args = parse(argv)
-    noise.lower_voice(args.logging_level)
+    log_filters.lower_voice(args.logging_level)
     run_dir = args.smartmoe_run_dir
     with _stdout_to(Path(run_dir) / "arguments.txt" if run_dir else None):
         return parse_and_validate_args(extra_args_provider=add_smartmoe_arguments)
@@ -192,7 +192,7 @@ def _stdout_to(path: Path | None) -> Iterator[None]:
 
 def report(recorder: Recorder, args: Namespace, run_dir: Path | None) -> None:
     """Print the summary on rank 0 and write summary.json."""
-    from megatron_smartmoe.adapter import summary
+    from megatron_smartmoe.adapter.records import summary
 
     gathered = recorder.gather()
     if args.rank == 0:

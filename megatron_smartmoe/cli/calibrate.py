@@ -4,7 +4,7 @@ One rank per GPU (on a CPU, one per core) measures, all at the same time: the ex
 expert, copies in memory, and all-to-all, all-reduce and messages inside nodes and between them. A line is fitted
 through each, robustly; the file says for every number what was measured, how, and how far the line is off. On several
 nodes, run it in a Slurm allocation, or start the ranks with
-`torchrun --nnodes N ... -m megatron_smartmoe.adapter.calibrate [the same options]`.
+`torchrun --nnodes N ... -m megatron_smartmoe.adapter.launch.calibrate [the same options]`.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import subprocess
 import sys
 from typing import Any
 
-from megatron_smartmoe.cost.machine.options import CalibrateOptions, add_arguments, as_argv
+from megatron_smartmoe.calibrate.options import CalibrateOptions, add_arguments, as_argv
 
 # Not imported: it imports torch, which no other tool here needs.
-_MODULE = "megatron_smartmoe.adapter.calibrate"
+_MODULE = "megatron_smartmoe.adapter.launch.calibrate"
 
 
 def add_parser(tools: Any) -> None:

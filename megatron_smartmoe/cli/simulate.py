@@ -21,12 +21,13 @@ from megatron_smartmoe.cost.compute import ExpertShape
 from megatron_smartmoe.cost.memory.buffers import expert_state_bytes
 from megatron_smartmoe.cost.moe_layer import constants_of
 from megatron_smartmoe.errors import ConfigError
-from megatron_smartmoe.placement.baselines import by_name
-from megatron_smartmoe.placement.homes import HomesOptions
-from megatron_smartmoe.placement.online import OnlineOptions
-from megatron_smartmoe.placement.replicas import ReplicaOptions
-from megatron_smartmoe.placement.simulate.policies import OnlinePolicy, RulePolicy, SimulatedPolicy
-from megatron_smartmoe.placement.simulate.run import PolicyResult, Setting, layer_seconds, lower_bounds, replay
+from megatron_smartmoe.placement.homes_planner import OnlineOptions
+from megatron_smartmoe.placement.layer_cost import layer_seconds
+from megatron_smartmoe.placement.plan_homes import HomesOptions
+from megatron_smartmoe.placement.plan_replicas import ReplicaOptions
+from megatron_smartmoe.simulate.baselines import by_name
+from megatron_smartmoe.simulate.policies import OnlinePolicy, RulePolicy, SimulatedPolicy
+from megatron_smartmoe.simulate.run import PolicyResult, SimulationSetup, lower_bounds, replay
 from megatron_smartmoe.spec.cluster import ClusterSpec, GpuSpec, LinkSpec, load_cluster_spec
 from megatron_smartmoe.spec.placement import Placement
 from megatron_smartmoe.spec.trace import RoutingTrace, load_trace
@@ -147,7 +148,7 @@ def _check_outputs(options: argparse.Namespace) -> None:
             )
 
 
-def _setting(options: argparse.Namespace, trace: RoutingTrace, cluster: ClusterSpec) -> Setting:
+def _setting(options: argparse.Namespace, trace: RoutingTrace, cluster: ClusterSpec) -> SimulationSetup:
     if options.warmup is None:
         options.warmup = min(25, trace.num_records // 5)
     if options.warmup >= trace.num_records:
@@ -164,7 +165,7 @@ def _setting(options: argparse.Namespace, trace: RoutingTrace, cluster: ClusterS
     if options.ep % num_nodes:
         raise ConfigError("--nodes", num_nodes, f"must divide --ep {options.ep}", "Every node has as many ranks.")
     expert = ExpertShape(hidden=options.hidden, ffn=options.ffn)
-    return Setting(
+    return SimulationSetup(
         num_ranks=options.ep,
         spare_slots=options.spare_slots,
         num_nodes=num_nodes,
@@ -175,7 +176,7 @@ def _setting(options: argparse.Namespace, trace: RoutingTrace, cluster: ClusterS
 
 
 def _policies(
-    options: argparse.Namespace, trace: RoutingTrace, setting: Setting, cluster: ClusterSpec
+    options: argparse.Namespace, trace: RoutingTrace, setting: SimulationSetup, cluster: ClusterSpec
 ) -> list[SimulatedPolicy]:
     """The policies asked for, ours first."""
     rules = by_name()
@@ -204,13 +205,13 @@ def _policies(
     policies: list[SimulatedPolicy] = []
     for name in names:
         if name == "smartmoe":
-            policies.append(OnlinePolicy(placement, num_groups, online, layer_seconds(setting)))
+            policies.append(OnlinePolicy(placement, num_groups, online, layer_seconds(setting.pricing)))
         else:
             policies.append(RulePolicy(rules[name], placement, num_groups, setting.num_nodes, options.peers_interval))
     return policies
 
 
-def _with_progress(trace: RoutingTrace, policy: SimulatedPolicy, setting: Setting) -> PolicyResult:
+def _with_progress(trace: RoutingTrace, policy: SimulatedPolicy, setting: SimulationSetup) -> PolicyResult:
     records = tqdm(range(trace.num_records), desc=policy.name, unit="record", leave=False, disable=None)
     return replay(trace, policy, setting, records)
 

@@ -11,8 +11,8 @@ matplotlib.use("Agg")  # no display on a login node
 import matplotlib.pyplot as plt
 import numpy as np
 
-from megatron_smartmoe.placement.simulate.run import PolicyResult
-from megatron_smartmoe.placement.types import FloatArray
+from megatron_smartmoe.simulate.run import PolicyResult
+from megatron_smartmoe.spec.arrays import FloatArray
 
 # Okabe and Ito (2008): told apart by everyone.
 _COLOURS = (

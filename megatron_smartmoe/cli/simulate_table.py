@@ -8,15 +8,15 @@ from typing import Any
 import numpy as np
 
 from megatron_smartmoe.placement.decisions import Decision
-from megatron_smartmoe.placement.simulate.run import PolicyResult, Setting
-from megatron_smartmoe.placement.types import FloatArray
+from megatron_smartmoe.simulate.run import PolicyResult, SimulationSetup
+from megatron_smartmoe.spec.arrays import FloatArray
 from megatron_smartmoe.spec.trace import RoutingTrace
 
 _QUANTILES = {"p50": 0.5, "p95": 0.95, "p99": 0.99}
 
 
 def as_json(
-    results: Sequence[PolicyResult], bounds: FloatArray, setting: Setting, trace: RoutingTrace
+    results: Sequence[PolicyResult], bounds: FloatArray, setting: SimulationSetup, trace: RoutingTrace
 ) -> dict[str, Any]:
     """Everything the table says, by policy."""
     return {
@@ -31,7 +31,7 @@ def as_json(
     }
 
 
-def _numbers(result: PolicyResult, setting: Setting) -> dict[str, Any]:
+def _numbers(result: PolicyResult, setting: SimulationSetup) -> dict[str, Any]:
     books, imbalance = result.books, result.imbalance
     quantiles = {name: float(np.quantile(imbalance, q)) for name, q in _QUANTILES.items()}
     numbers: dict[str, Any] = {
@@ -62,7 +62,7 @@ def _review(decision: Decision) -> dict[str, Any]:
     }
 
 
-def as_table(results: Sequence[PolicyResult], bounds: FloatArray, setting: Setting, trace: RoutingTrace) -> str:
+def as_table(results: Sequence[PolicyResult], bounds: FloatArray, setting: SimulationSetup, trace: RoutingTrace) -> str:
     """The same for people. Imbalance is max / mean tokens per rank; 1 is perfect."""
     content = as_json(results, bounds, setting, trace)
     head = (

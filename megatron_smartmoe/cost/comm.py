@@ -15,12 +15,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
+from megatron_smartmoe.spec.arrays import FloatArray, IntArray
 from megatron_smartmoe.spec.cluster import LinkSpec
-from megatron_smartmoe.spec.placement import EMPTY, IntArray
-
-FloatArray = NDArray[np.float64]
+from megatron_smartmoe.spec.placement import EMPTY
 
 
 @dataclass(frozen=True, kw_only=True)

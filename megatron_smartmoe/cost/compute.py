@@ -15,9 +15,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
-FloatArray = NDArray[np.float64]
+from megatron_smartmoe.spec.arrays import FloatArray
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,8 +2,9 @@
 
 Method. Every term is a count times a constant: tokens of the busiest source, tokens and active experts of the busiest
 rank, bytes over the busiest port of each kind of link, copies of replicas. The counts come from the routing
-(`LayerFlow`), the constants either from datasheets (`constants_of`) or from measured times (`cost.calibrate`). A model
-that is linear in its constants can be fitted without a starting point, and its terms add up and print.
+(`LayerFlow`), the constants either from datasheets (`constants_of`) or from measured times
+(`scripts.validation.layer_fit`). A model that is linear in its constants can be fitted without a starting point, and
+its terms add up and print.
 
 The four all-to-alls (dispatch, combine, and the gradient of each) move the same matrix, twice transposed; ports are
 full duplex, so each takes as long as the busiest port. A replica's weights go out once and its gradient comes back
@@ -20,16 +21,17 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
-from megatron_smartmoe.cost.comm import BusiestPorts, FloatArray, busiest_ports, replica_copies
+from megatron_smartmoe.cost.comm import BusiestPorts, busiest_ports, replica_copies
 from megatron_smartmoe.cost.compute import BusiestRank, ExpertShape, busiest_rank
 from megatron_smartmoe.errors import PlanError
+from megatron_smartmoe.spec.arrays import FloatArray, IntArray
 from megatron_smartmoe.spec.cluster import ClusterSpec, LinkSpec
-from megatron_smartmoe.spec.placement import EMPTY, IntArray
+from megatron_smartmoe.spec.placement import EMPTY
 
 ALL_TO_ALLS = 4  # dispatch, combine, and the gradient of each
 EXCHANGES = 6  # as collectives: dispatch sends probabilities apart from tokens, and so do its gradients
-# Estimates that hold until `cost.calibrate` replaces the constants made from them; none is measured. The three
-# efficiencies give way to those of the cluster file, which `smartmoe calibrate` sets to 1 for what it measured.
+# Estimates that hold until `scripts.validation.layer_fit` replaces the constants made from them; none is measured. The
+# three efficiencies give way to those of the cluster file, which `smartmoe calibrate` sets to 1 for what it measured.
 LAUNCHES_PER_LAYER = 200  # small kernels and collectives: router, permute, exchange of counts, and their backward
 LAUNCH_S = 10e-6  # from one small kernel to the next
 ROWS_MOVED_PER_TOKEN = 8  # permute and unpermute: a row read and one written, forward and backward

@@ -70,7 +70,7 @@ def min_max_split(counts_RE: Tensor, hosts_ER: Tensor) -> Tensor:
 def exact_replicas(load_E: Tensor, slots_RS: Tensor, home_slots: int, num_nodes: int = 1) -> Tensor:
     """Plans the replicas of one micro-batch from the exact load of each expert.
 
-    The same slots as megatron_smartmoe.placement.exact.exact_replicas, its numpy twin, which tells the method. On the
+    The same slots as `placement.exact_replicas.exact_replicas`, its numpy twin, which explains the method. On the
     host, one thread; there is no slow version of it here.
 
     Args:

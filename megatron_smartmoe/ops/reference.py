@@ -4,7 +4,7 @@ They say what an op means, they are what its kernels are tested against, and the
 does. On any device, without a host synchronisation; slower than the kernels and with more memory.
 
 The host ops have none here: min_max_split is megatron_smartmoe.placement.split.min_max_split and exact_replicas is
-megatron_smartmoe.placement.exact.exact_replicas, both in numpy.
+megatron_smartmoe.placement.exact_replicas.exact_replicas, both in numpy.
 """
 
 from __future__ import annotations

@@ -13,8 +13,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from megatron_smartmoe.placement.types import FloatArray
-from megatron_smartmoe.spec.placement import IntArray, SlotChange
+from megatron_smartmoe.spec.arrays import FloatArray, IntArray
+from megatron_smartmoe.spec.placement import SlotChange
 
 
 @dataclass(frozen=True, kw_only=True)

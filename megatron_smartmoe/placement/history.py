@@ -24,8 +24,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_smartmoe.errors import PlanError
-from megatron_smartmoe.placement.types import FloatArray
-from megatron_smartmoe.spec.placement import BoolArray, IntArray
+from megatron_smartmoe.spec.arrays import FloatArray, IntArray
+from megatron_smartmoe.spec.placement import BoolArray
 
 _NOISE_SEED = 20230711
 

@@ -20,7 +20,7 @@ import numpy as np
 
 from megatron_smartmoe.errors import MigrationError, PlanError
 from megatron_smartmoe.placement.transfers import LayerLayout, Transfers, transfers_of
-from megatron_smartmoe.spec.placement import IntArray
+from megatron_smartmoe.spec.arrays import IntArray
 
 ALIGNMENT_BYTES = 16  # each message starts at a multiple of it in staging memory
 CHUNK_BYTES = 8 << 20  # a message is sent in chunks of at most this; two are packed at a time

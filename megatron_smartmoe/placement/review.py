@@ -14,9 +14,10 @@ from dataclasses import replace
 
 import numpy as np
 
-from megatron_smartmoe.placement.exact import exact_replicas
-from megatron_smartmoe.placement.homes import drop_misplaced
-from megatron_smartmoe.spec.placement import IntArray, Placement
+from megatron_smartmoe.placement.exact_replicas import exact_replicas
+from megatron_smartmoe.placement.plan_homes import drop_misplaced
+from megatron_smartmoe.spec.arrays import IntArray
+from megatron_smartmoe.spec.placement import Placement
 
 LayerSeconds = Callable[[IntArray, IntArray], float]  # (slots_RS, counts_RE of one micro-batch) -> seconds of the layer
 

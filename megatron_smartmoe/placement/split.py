@@ -21,7 +21,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_smartmoe.errors import PlanError
-from megatron_smartmoe.spec.placement import EMPTY, BoolArray, IntArray
+from megatron_smartmoe.spec.arrays import IntArray
+from megatron_smartmoe.spec.placement import EMPTY, BoolArray
 
 _Hop = tuple[int, int, int, int]  # from rank, flexible expert, its share index there, its share index at the new rank
 

@@ -18,7 +18,8 @@ from functools import cached_property
 import numpy as np
 
 from megatron_smartmoe.errors import PlanError
-from megatron_smartmoe.spec.placement import BoolArray, IntArray
+from megatron_smartmoe.spec.arrays import IntArray
+from megatron_smartmoe.spec.placement import BoolArray
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -15,19 +15,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from megatron_smartmoe.cost.comm import replica_copies
 from megatron_smartmoe.cost.moe_layer import LayerFlow
 from megatron_smartmoe.errors import ConfigError
-from megatron_smartmoe.placement.exact import exact_replicas
-from megatron_smartmoe.placement.homes import HomesOptions, plan_homes
+from megatron_smartmoe.placement.exact_replicas import exact_replicas
+from megatron_smartmoe.placement.plan_homes import HomesOptions, plan_homes
 from megatron_smartmoe.placement.split import assign_sources, min_max_split
+from megatron_smartmoe.spec.arrays import FloatArray, IntArray
 from megatron_smartmoe.spec.model import ModelSpec
-from megatron_smartmoe.spec.placement import EMPTY, IntArray, hosts_of, with_empty_slots
+from megatron_smartmoe.spec.placement import EMPTY, hosts_of, with_empty_slots
 from megatron_smartmoe.spec.trace import RoutingTrace, load_trace
-
-FloatArray = NDArray[np.float64]
 
 PARTS = 4  # of the model, each with a load of its own
 SOURCE_TOKENS = 1 << 14  # assignments of one source rank, the resolution of a popularity

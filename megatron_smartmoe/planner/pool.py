@@ -28,7 +28,7 @@ SETTLE_ITERATIONS = 20  # after a switch, before the next look
 
 
 @dataclass(frozen=True, kw_only=True)
-class Setting:
+class PoolSetting:
     """What can be changed without a restart.
 
     Attributes:
@@ -53,7 +53,7 @@ class Setting:
 class PoolEntry:
     """A setting and its price: seconds of a step under each scenario, and the mean by their weights."""
 
-    setting: Setting
+    setting: PoolSetting
     scenario_s: Mapping[str, float]
     expected_s: float
 
@@ -86,7 +86,7 @@ class Pool:
             raise ConfigError("pool.version", content.get("version"), rule, "Plan again with smartmoe plan --pool.")
         entries = tuple(
             PoolEntry(
-                setting=Setting(**entry["setting"]),
+                setting=PoolSetting(**entry["setting"]),
                 scenario_s=dict(entry["scenario_s"]),
                 expected_s=float(entry["expected_s"]),
             )
@@ -95,7 +95,7 @@ class Pool:
         return cls(launch=str(content["launch"]), entries=entries)
 
     @property
-    def settings(self) -> tuple[Setting, ...]:
+    def settings(self) -> tuple[PoolSetting, ...]:
         """All settings, fastest first."""
         return tuple(entry.setting for entry in self.entries)
 
@@ -142,16 +142,16 @@ def make_pool(plan: Plan, pricing: Pricing, options: SpaceOptions) -> Pool:
     return Pool(launch=spec.label(), entries=tuple(entries))
 
 
-def _settings(model: ModelSpec, plan: Plan, options: SpaceOptions) -> list[Setting]:
+def _settings(model: ModelSpec, plan: Plan, options: SpaceOptions) -> list[PoolSetting]:
     spec = plan.spec
     if spec.ep == 1:
-        return [Setting(homes_interval=0, spare_slots=0, replicas="off", overlap_degree=1)]
+        return [PoolSetting(homes_interval=0, spare_slots=0, replicas="off", overlap_degree=1)]
     modes: list[tuple[int, Replicas]] = [(0, "off")]
     for used in range(1, spec.spare_slots + 1):
         modes += [(used, "history"), (used, "exact")]
     intervals = sorted({0, spec.homes_interval})
     return [
-        Setting(homes_interval=interval, spare_slots=used, replicas=mode, overlap_degree=degree)
+        PoolSetting(homes_interval=interval, spare_slots=used, replicas=mode, overlap_degree=degree)
         for interval in intervals
         for used, mode in modes
         for degree in overlap_degrees(model, spec, options)
@@ -169,15 +169,15 @@ class Switch:
         why: in words, with the numbers.
     """
 
-    setting: Setting
+    setting: PoolSetting
     switched: bool
     reason: Literal["settling", "margin", "gain"]
     why: str
 
 
 def choose(
-    now: Setting,
-    predicted_s: Mapping[Setting, float],
+    now: PoolSetting,
+    predicted_s: Mapping[PoolSetting, float],
     *,
     measured_s: float,
     since_switch: int,
@@ -208,7 +208,7 @@ def choose(
     return Switch(setting=best, switched=True, reason="gain", why=why)
 
 
-def _nearest_of_the_best(now: Setting, predicted_s: Mapping[Setting, float]) -> Setting:
+def _nearest_of_the_best(now: PoolSetting, predicted_s: Mapping[PoolSetting, float]) -> PoolSetting:
     """Of the settings that are nearly the fastest, the one for which the fewest things change; then the fastest.
 
     So that homes, say, are not left alone because a prediction rounds in favour of it.
@@ -216,7 +216,7 @@ def _nearest_of_the_best(now: Setting, predicted_s: Mapping[Setting, float]) -> 
     limit_s = min(predicted_s.values()) * (1 + NEARLY)
     present = asdict(now)
 
-    def order(setting: Setting) -> tuple[int, float, str]:
+    def order(setting: PoolSetting) -> tuple[int, float, str]:
         changes = sum(value != present[name] for name, value in asdict(setting).items())
         return changes, predicted_s[setting], setting.key
 

@@ -21,9 +21,9 @@ from numpy.typing import NDArray
 
 from megatron_smartmoe.errors import MigrationError
 from megatron_smartmoe.placement.decisions import Decision, digest_of
-from megatron_smartmoe.placement.online import HomesPlanner
-from megatron_smartmoe.runtime.agreement import digest_bounds, is_one_digest
+from megatron_smartmoe.placement.homes_planner import HomesPlanner
 from megatron_smartmoe.runtime.counts import IntervalCounts
+from megatron_smartmoe.runtime.digest import digest_bounds, is_one_digest
 from megatron_smartmoe.spec.placement import Placement
 
 HomesMode = Literal["on", "dry", "shuffle"]

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from megatron_smartmoe.spec.placement import IntArray
+from megatron_smartmoe.spec.arrays import IntArray
 
 
 class RecentCounts:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from megatron_smartmoe.spec.placement import IntArray
+from megatron_smartmoe.spec.arrays import IntArray
 
 
 def scaled_counts(counts_E: NDArray[Any], num_tokens: int, top_k: int) -> IntArray:

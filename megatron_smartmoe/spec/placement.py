@@ -18,10 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_smartmoe.errors import PlanError
+from megatron_smartmoe.spec.arrays import IntArray
 
 EMPTY = -1  # a spare slot without a replica
 
-IntArray = NDArray[np.int64]
 BoolArray = NDArray[np.bool_]
 
 

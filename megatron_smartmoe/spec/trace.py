@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_smartmoe.errors import ConfigError, PlanError
-from megatron_smartmoe.spec.placement import IntArray
+from megatron_smartmoe.spec.arrays import IntArray
 
 VERSION = 1
 

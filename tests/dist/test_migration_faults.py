@@ -65,7 +65,7 @@ def moments_left_out() -> bool:
 def keep(state: Any, wanted: Callable[[str], bool]) -> Any:
     """A layer's state with some tensors only."""
     from megatron_smartmoe.placement.transfers import LayerLayout
-    from megatron_smartmoe.runtime.state import LayerState
+    from megatron_smartmoe.runtime.migration.expert_tensors import LayerState
 
     chosen = [index for index, tensor in enumerate(state.layout.tensors) if wanted(tensor.name)]
     return LayerState(
@@ -77,7 +77,7 @@ def keep(state: Any, wanted: Callable[[str], bool]) -> Any:
 
 def moments_swapped() -> bool:
     """exp_avg is written where exp_avg_sq belongs, and the reverse."""
-    from megatron_smartmoe.runtime.exchange_memory import Staging
+    from megatron_smartmoe.runtime.migration.staging import Staging
 
     job = Job(MIX)
     job.step()

@@ -24,7 +24,7 @@ DIES_AFTER = 4  # iterations: the first migration is done by then, and the check
 def train_and_die(argv: list[str], point: str, victim: int) -> None:
     """Train until a migration reaches `point` (see ExpertExchange), where the victim kills itself."""
     from megatron_smartmoe.adapter.pretrain import choose_device, main
-    from megatron_smartmoe.runtime.exchange import ExpertExchange
+    from megatron_smartmoe.runtime.migration.exchange import ExpertExchange
 
     choose_device("cpu")
     from megatron.training import get_args

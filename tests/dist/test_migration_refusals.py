@@ -33,7 +33,7 @@ def texts() -> dict[str, str]:
     from megatron.core.optimizer.layer_wise_optimizer import LayerWiseDistributedOptimizer
     from megatron.core.optimizer.optimizer import ChainedOptimizer, FP32Optimizer
 
-    from megatron_smartmoe.adapter.optimizer import check_optimizer
+    from megatron_smartmoe.adapter.migration.optimizer_state import check_optimizer
     from megatron_smartmoe.errors import SmartMoEError
     from tests.support.experts import Job, Mix
 

@@ -69,7 +69,7 @@ def test_losses_are_those_without_overlap(case: str, losses_of: Losses) -> None:
 def _watched(argv: list[str], log: str) -> list[str]:
     """A run of the entry that returns what this rank's exchanges did, in order: `post 3`, `land 3`, numbered."""
     from megatron_smartmoe.adapter.pretrain import main
-    from megatron_smartmoe.runtime.async_exchange import RowExchange
+    from megatron_smartmoe.runtime.chunked_all_to_all import RowExchange
 
     numbers: dict[RowExchange, int] = {}  # holds every exchange, so that none is taken for another
     events: list[str] = []

@@ -128,9 +128,9 @@ def test_a_run_can_be_repeated_bit_for_bit(tmp_path: Path, data_flags: list[str]
 def test_the_simulator_foretells_the_balance(tmp_path: Path, data_flags: list[str]) -> None:
     """The trace of a run, replayed offline by the same planner: the same max / mean in every layer, to the last bit."""
     from megatron_smartmoe.cost.moe_layer import LayerConstants
-    from megatron_smartmoe.placement.online import OnlineOptions
-    from megatron_smartmoe.placement.simulate.policies import OnlinePolicy
-    from megatron_smartmoe.placement.simulate.run import Setting, replay
+    from megatron_smartmoe.placement.homes_planner import OnlineOptions
+    from megatron_smartmoe.simulate.policies import OnlinePolicy
+    from megatron_smartmoe.simulate.run import SimulationSetup, replay
     from megatron_smartmoe.spec.placement import Placement
     from megatron_smartmoe.spec.trace import load_trace
 
@@ -148,7 +148,7 @@ def test_the_simulator_foretells_the_balance(tmp_path: Path, data_flags: list[st
     placement = Placement.contiguous(num_layers=4, num_experts=8, num_ranks=4, spare_slots=1)
     options = OnlineOptions(homes_interval=0, replicas="history")
     policy = OnlinePolicy(placement, 1, options, lambda slots_RS, counts_RE: 0.0)
-    setting = Setting(num_ranks=4, spare_slots=1, warmup=0, constants=LayerConstants(token_s=1.0), state_bytes=0)
+    setting = SimulationSetup(num_ranks=4, spare_slots=1, warmup=0, constants=LayerConstants(token_s=1.0), state_bytes=0)
     foretold = replay(trace, policy, setting).imbalance
     assert np.ravel([line["split"] for line in balance(tmp_path / "run")]).tolist() == foretold.tolist()
 

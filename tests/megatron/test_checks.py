@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from megatron_smartmoe.adapter import arguments
+from megatron_smartmoe.adapter.flags import parser
 from megatron_smartmoe.errors import ConfigError
 from tests.support.checks import Case, judge, judge_all
 from tests.support.ranks import run_ranks
@@ -363,7 +363,7 @@ def parsed(user: list[str]) -> dict[str, Any]:
     """The values of some arguments, machine defaults and the user's flags together."""
     from megatron_smartmoe.adapter.pretrain import with_defaults
 
-    args = arguments.parse(with_defaults(user, cpu=True, say=False))
+    args = parser.parse(with_defaults(user, cpu=True, say=False))
     names = ("transformer_impl", "moe_token_dispatcher_type", "logging_level", "distributed_backend", "num_layers")
     return {name: getattr(args, name) for name in names}
 
@@ -473,7 +473,7 @@ REASONS = {
 def test_each_machine_gets_the_defaults_it_needs(
     cpu: bool, transformer_engine: bool, apex: bool, expected: set[str]
 ) -> None:
-    defaults = arguments.machine_defaults(cpu=cpu, transformer_engine=transformer_engine, apex=apex)
+    defaults = parser.machine_defaults(cpu=cpu, transformer_engine=transformer_engine, apex=apex)
     found = {flag: default.reason for default in defaults for flag in default.flags}
     assert {flag: found[flag] for flag in found if flag in REASONS} == {flag: REASONS[flag] for flag in expected}
     assert found["--no-one-logger"] == "an NVIDIA-internal service"
@@ -500,16 +500,16 @@ def test_defaults_are_printed_with_their_reasons(capsys: pytest.CaptureFixture[s
     ],
 )
 def test_the_device_is_known_before_megatron_parses(argv: list[str], device: str) -> None:
-    assert arguments.device_from(argv) == device
+    assert parser.device_from(argv) == device
 
 
 def test_a_wrong_device_is_refused() -> None:
     with pytest.raises(ConfigError) as caught:
-        arguments.device_from(["--smartmoe-device", "tpu"])
+        parser.device_from(["--smartmoe-device", "tpu"])
     assert str(caught.value) == "--smartmoe-device = 'tpu': must be one of auto, cpu, cuda. Leave it out for auto."
 
 
 def test_a_device_without_its_value_is_a_config_error() -> None:
     with pytest.raises(ConfigError) as caught:
-        arguments.device_from(["--smartmoe-device"])
+        parser.device_from(["--smartmoe-device"])
     assert str(caught.value) == f"--smartmoe-device = None: expected one argument. {MEANING}"

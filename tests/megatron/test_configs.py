@@ -103,7 +103,7 @@ def test_mock_data_on_the_command_line_drops_the_data(config: Path, folder: Path
 
 
 def _judge(argv: list[str], world_size: int) -> dict[str, Any]:
-    from megatron_smartmoe.adapter.checks import megatron_verdict
+    from megatron_smartmoe.adapter.flags.megatron_checks import megatron_verdict
     from megatron_smartmoe.adapter.pretrain import check_flags, with_defaults
 
     os.environ["WORLD_SIZE"] = str(world_size)

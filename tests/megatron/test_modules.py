@@ -18,7 +18,9 @@ from unittest import mock
 import pytest
 import torch
 
-from megatron_smartmoe.adapter import adam, install, noise, summary
+from megatron_smartmoe.adapter import hooks, log_filters
+from megatron_smartmoe.adapter.local import adam
+from megatron_smartmoe.adapter.records import summary
 from megatron_smartmoe.errors import CompatError
 from tests.support.ranks import run_ranks
 
@@ -43,7 +45,7 @@ def transformer_config(**changes: Any) -> Any:
 
 
 def norms_are_marked() -> None:
-    from megatron_smartmoe.adapter.norm import TorchNorm
+    from megatron_smartmoe.adapter.local.norm import TorchNorm
 
     kinds = {"LayerNorm": torch.nn.LayerNorm, "RMSNorm": torch.nn.RMSNorm}
     for kind, norm_cls in kinds.items():
@@ -61,7 +63,7 @@ def norm_is_megatrons() -> None:
     """Same numbers as Megatron's own local norm."""
     from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
-    from megatron_smartmoe.adapter.norm import TorchNorm
+    from megatron_smartmoe.adapter.local.norm import TorchNorm
 
     x = torch.randn(SEQUENCE, BATCH, 32)
     for kind in ("LayerNorm", "RMSNorm"):
@@ -72,7 +74,7 @@ def norm_is_megatrons() -> None:
 def zigzag_is_megatrons_order() -> None:
     from megatron.core.utils import get_batch_on_this_cp_rank
 
-    from megatron_smartmoe.adapter.attention import zigzag_positions
+    from megatron_smartmoe.adapter.local.attention import zigzag_positions
 
     for size in (1, 2, 4):
         local = 16 // size
@@ -91,7 +93,7 @@ def attentions(**changes: Any) -> tuple[Any, Any]:
     from megatron.core.transformer.dot_product_attention import DotProductAttention
     from megatron.core.transformer.enums import AttnMaskType
 
-    from megatron_smartmoe.adapter.attention import SDPAttention
+    from megatron_smartmoe.adapter.local.attention import SDPAttention
 
     config = transformer_config(**{name: value for name, value in changes.items() if name != "softmax_scale"})
     arguments = {
@@ -144,7 +146,7 @@ def attention_drops_out_in_training_only() -> None:
 def attention_refuses_what_it_does_not_have() -> None:
     from megatron.core.transformer.enums import AttnMaskType
 
-    from megatron_smartmoe.adapter.attention import SDPAttention, _refuse_unsupported
+    from megatron_smartmoe.adapter.local.attention import SDPAttention, _refuse_unsupported
 
     refused = {
         "--window-size": {"window_size": (4, 0)},
@@ -161,7 +163,7 @@ def attention_refuses_what_it_does_not_have() -> None:
 
 
 def attentions_ours(**changes: Any) -> Any:
-    from megatron_smartmoe.adapter.attention import SDPAttention
+    from megatron_smartmoe.adapter.local.attention import SDPAttention
 
     return SDPAttention(transformer_config(**changes), 1, attention_mask_type(), "self")
 
@@ -191,11 +193,11 @@ def the_loop_is_prepared_once() -> None:
     import megatron.core.datasets.utils as utils
     import megatron.training.training as training
 
-    install.prepare_megatron(cpu=True)
+    hooks.prepare_megatron(cpu=True)
     hooked = training.initialize_megatron, utils.compile_helpers
     assert utils.compile_helpers() is None  # no `make`
     assert training.initialize_megatron.keywords == {"allow_no_cuda": True}
-    install.prepare_megatron(cpu=True)
+    hooks.prepare_megatron(cpu=True)
     assert (training.initialize_megatron, utils.compile_helpers) == hooked
 
 
@@ -340,14 +342,14 @@ def module() -> Any:
 
 def test_rebinding_is_done_once(module: Any) -> None:
     for _ in range(2):
-        install.rebind(module, "double", lambda call: lambda x: call(x) + 1)
+        hooks.rebind(module, "double", lambda call: lambda x: call(x) + 1)
     assert module.double(3) == 7
     assert module.double.__doc__ == "Twice x."
 
 
 def test_a_name_that_is_missing_is_said(module: Any) -> None:
     with pytest.raises(CompatError) as caught:
-        install.rebind(module, "triple", lambda call: call)
+        hooks.rebind(module, "triple", lambda call: call)
     assert str(caught.value) == (
         "megatron.some_module.triple does not exist in this Megatron, and the project hooks it. "
         "Use megatron-core 0.19.0 (pip install megatron-core==0.19.0)."
@@ -356,7 +358,7 @@ def test_a_name_that_is_missing_is_said(module: Any) -> None:
 
 def test_after_hears_the_result_and_the_arguments(module: Any) -> None:
     heard: list[Any] = []
-    install.after(module, "double", lambda *args, **kwargs: heard.append((args, kwargs)))
+    hooks.after(module, "double", lambda *args, **kwargs: heard.append((args, kwargs)))
     assert module.double(3, plus=1) == 7
     assert heard == [((7, 3), {"plus": 1})]
 
@@ -364,23 +366,23 @@ def test_after_hears_the_result_and_the_arguments(module: Any) -> None:
 def test_before_comes_before(module: Any) -> None:
     heard: list[Any] = []
     module.double = lambda x: heard.append("call") or 2 * x
-    install.before(module, "double", lambda x: heard.append(x))
+    hooks.before(module, "double", lambda x: heard.append(x))
     assert module.double(3) == 6
     assert heard == [3, "call"]
 
 
 def test_two_hooks_on_one_name_both_hear(module: Any) -> None:
     heard: list[str] = []
-    install.before(module, "double", lambda x: heard.append("before"))
-    install.after(module, "double", lambda result, x: heard.append("after"))
-    install.before(module, "double", lambda x: heard.append("before, second"))
-    install.after(module, "double", lambda result, x: heard.append(f"after, second: {result}"))
+    hooks.before(module, "double", lambda x: heard.append("before"))
+    hooks.after(module, "double", lambda result, x: heard.append("after"))
+    hooks.before(module, "double", lambda x: heard.append("before, second"))
+    hooks.after(module, "double", lambda result, x: heard.append(f"after, second: {result}"))
     assert module.double(3) == 6
     assert heard == ["before, second", "before", "after", "after, second: 6"]
     assert module.double.__doc__ == "Twice x."
 
 
-@pytest.mark.parametrize("hook", [install.before, install.after])
+@pytest.mark.parametrize("hook", [hooks.before, hooks.after])
 def test_a_hook_that_is_given_again_hears_once(module: Any, hook: Callable[..., None]) -> None:
     heard: list[str] = []
 
@@ -402,8 +404,8 @@ def test_one_function_can_hear_before_and_after(module: Any) -> None:
     def callback(*args: int) -> None:
         heard.append(args)
 
-    install.before(module, "double", callback)
-    install.after(module, "double", callback)
+    hooks.before(module, "double", callback)
+    hooks.after(module, "double", callback)
     module.double(3)
     assert heard == [(3,), (6, 3)]
 
@@ -414,14 +416,14 @@ def test_one_function_can_hear_before_and_after(module: Any) -> None:
 @pytest.fixture
 def quiet(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Install the filters and undo them."""
-    loggers = {name: logging.getLogger(name) for name in noise._LOG_LINES}
+    loggers = {name: logging.getLogger(name) for name in log_filters._LOG_LINES}
     filters = {name: list(logger.filters) for name, logger in loggers.items()}
     with warnings.catch_warnings():
         warnings.resetwarnings()
 
         def install_as(rank: int) -> None:
             monkeypatch.setenv("RANK", str(rank))
-            noise.install()
+            log_filters.install()
 
         yield install_as
     for name, logger in loggers.items():
@@ -436,9 +438,9 @@ def warned(text: str) -> bool:
 
 def test_warnings_that_always_come_are_not_shown(quiet: Any) -> None:
     quiet(0)
-    assert not any(warned(f"{start} and so on.") for start in noise._WARNINGS)
+    assert not any(warned(f"{start} and so on.") for start in log_filters._WARNINGS)
     assert warned("Loss is NaN")
-    assert warned(f"Note: {next(iter(noise._WARNINGS))}")
+    assert warned(f"Note: {next(iter(log_filters._WARNINGS))}")
 
 
 def test_other_ranks_show_no_warnings(quiet: Any) -> None:
@@ -448,22 +450,22 @@ def test_other_ranks_show_no_warnings(quiet: Any) -> None:
 
 def test_log_lines_that_always_come_are_not_shown(quiet: Any, caplog: pytest.LogCaptureFixture) -> None:
     quiet(0)
-    for name, (part, _) in noise._LOG_LINES.items():
+    for name, (part, _) in log_filters._LOG_LINES.items():
         logging.getLogger(name).warning("%s: %s", part, "and so on")
         logging.getLogger(name).warning("news")
         logging.getLogger("another").warning(part)
-    assert [record.name for record in caplog.records if record.getMessage() == "news"] == list(noise._LOG_LINES)
+    assert [record.name for record in caplog.records if record.getMessage() == "news"] == list(log_filters._LOG_LINES)
     assert not [record for record in caplog.records if record.getMessage().endswith("and so on")]
-    assert len(caplog.records) == 2 * len(noise._LOG_LINES)
+    assert len(caplog.records) == 2 * len(log_filters._LOG_LINES)
 
 
 def test_the_logging_level_counts_at_once() -> None:
     root = logging.getLogger()
     before = root.level
     try:
-        noise.lower_voice(40)
+        log_filters.lower_voice(40)
         assert root.level == 40
-        noise.lower_voice(None)
+        log_filters.lower_voice(None)
         assert root.level == 40
     finally:
         root.setLevel(before)

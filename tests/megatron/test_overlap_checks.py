@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_smartmoe.adapter.overlap_degree import explain, fewest_pieces, predicted_seconds
+from megatron_smartmoe.adapter.moe.overlap_degree import explain, fewest_pieces, predicted_seconds
 from megatron_smartmoe.spec.cluster import load_cluster_spec
 from tests.support.checks import Case, said_of
 

@@ -18,8 +18,8 @@ from megatron_smartmoe.planner.model_flags import model_from_arguments
 from megatron_smartmoe.spec.model import ModelSpec, load_model_spec
 from megatron_smartmoe.spec.parallel import ParallelSpec
 from megatron_smartmoe.spec.run import load_run_spec
-from megatron_smartmoe.spec.synthetic import SyntheticSpec, synthetic_trace
 from tests.support.ranks import run_ranks
+from tests.support.synthetic import SyntheticSpec, synthetic_trace
 from tests.support.training import TINY_MODEL, TINY_TRAINING, metrics
 
 pytestmark = pytest.mark.dist
@@ -33,7 +33,7 @@ QUICKSTART = ["--config", str(ROOT / "configs" / "runs" / "quickstart.yaml")]
 
 
 def _parsed(models: list[ModelSpec]) -> list[ModelSpec]:
-    from megatron_smartmoe.adapter.arguments import build_parser
+    from megatron_smartmoe.adapter.flags.parser import build_parser
 
     parser, found = build_parser(), []
     for model in models:

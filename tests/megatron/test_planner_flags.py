@@ -52,9 +52,9 @@ def _judge(lists: list[tuple[list[str], int]]) -> list[dict[str, Any]]:
         setattr(moe_utils, name, len)  # what is there with TransformerEngine
     moe_utils.fused_sort_chunks_by_index_with_probs = len
     transformer_config.is_te_min_version = lambda *_, **__: True
-    import megatron_smartmoe.adapter.arguments as arguments
-    import megatron_smartmoe.adapter.checks as checks
-    import megatron_smartmoe.adapter.smartmoe_checks as smartmoe_checks
+    import megatron_smartmoe.adapter.flags.megatron_checks as checks
+    import megatron_smartmoe.adapter.flags.parser as arguments
+    import megatron_smartmoe.adapter.flags.smartmoe_checks as smartmoe_checks
 
     smartmoe_checks.has_transformer_engine = lambda: True  # type: ignore[assignment]
     checks.has_transformer_engine = arguments.has_transformer_engine = lambda: True  # type: ignore[assignment]

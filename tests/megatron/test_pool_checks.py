@@ -9,18 +9,18 @@ from typing import Any
 
 import pytest
 
-from megatron_smartmoe.planner.pool import Setting
+from megatron_smartmoe.planner.pool import PoolSetting
 from tests.support.checks import Case, said_of
 
 LAUNCH = "--smartmoe --expert-model-parallel-size 4"
 FILE = f"{LAUNCH} --smartmoe-pool {{data}}"
-GOOD = Setting(homes_interval=100, spare_slots=1, replicas="history", overlap_degree=2)
+GOOD = PoolSetting(homes_interval=100, spare_slots=1, replicas="history", overlap_degree=2)
 FILES = {
     "good": [GOOD],
-    "seven": [Setting(homes_interval=100, spare_slots=0, replicas="off", overlap_degree=7)],
-    "often": [Setting(homes_interval=50, spare_slots=0, replicas="off", overlap_degree=1)],
-    "slotless": [Setting(homes_interval=0, spare_slots=0, replicas="exact", overlap_degree=1)],
-    "unknown": [Setting(homes_interval=0, spare_slots=1, replicas="auto", overlap_degree=1)],
+    "seven": [PoolSetting(homes_interval=100, spare_slots=0, replicas="off", overlap_degree=7)],
+    "often": [PoolSetting(homes_interval=50, spare_slots=0, replicas="off", overlap_degree=1)],
+    "slotless": [PoolSetting(homes_interval=0, spare_slots=0, replicas="exact", overlap_degree=1)],
+    "unknown": [PoolSetting(homes_interval=0, spare_slots=1, replicas="auto", overlap_degree=1)],
     "empty": [],
 }
 MAKE = "Make one with smartmoe plan --pool FILE, or pass auto."
@@ -132,7 +132,7 @@ def test_each_rule_says_field_value_rule_and_way_out(name: str, said: dict[str, 
 
 
 def keys(**flags: Any) -> list[str]:
-    from megatron_smartmoe.adapter.pool_settings import pool_settings
+    from megatron_smartmoe.adapter.flags.pool_settings import pool_settings
 
     given: dict[str, Any] = {
         "smartmoe_pool": "auto",

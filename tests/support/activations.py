@@ -27,7 +27,7 @@ def _count(argv: list[str]) -> dict[str, Any]:
     from megatron.training import get_args
     from megatron.training.theoretical_memory_usage import NUM_BYTES_IN_MEGABYTE, report_theoretical_memory
 
-    from megatron_smartmoe.adapter.install import rebind
+    from megatron_smartmoe.adapter.hooks import rebind
     from megatron_smartmoe.adapter.pretrain import main
 
     found: dict[str, Any] = {"bytes": 0, "expert_rows": 0}

@@ -25,7 +25,7 @@ def _count(argv: list[str]) -> dict[str, Any]:
     from megatron.training import get_args
     from megatron.training.theoretical_memory_usage import compute_weight_and_optimizer_memory
 
-    from megatron_smartmoe.adapter.install import after
+    from megatron_smartmoe.adapter.hooks import after
     from megatron_smartmoe.adapter.pretrain import main
 
     held: dict[str, Any] = {}

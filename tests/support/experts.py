@@ -56,8 +56,8 @@ class Job:
         from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
         from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
-        from megatron_smartmoe.adapter import adam
-        from megatron_smartmoe.adapter.expert_state import ExpertStates
+        from megatron_smartmoe.adapter.local import adam
+        from megatron_smartmoe.adapter.migration.expert_state import ExpertStates
 
         adam.install()
         self.mix, self.timeout_s = mix, timeout_s
@@ -138,7 +138,7 @@ class Job:
 
     def exchange(self, staging_bytes: int = 1 << 20, probe: Any = None) -> Any:
         """An exchange over the ranks of this pipeline stage."""
-        from megatron_smartmoe.runtime.exchange import ExpertExchange
+        from megatron_smartmoe.runtime.migration.exchange import ExpertExchange
 
         return ExpertExchange(
             group=self.states.group,
@@ -177,7 +177,7 @@ class Job:
 
     def fingerprints(self) -> dict[int, list[list[int]]]:
         """Of every tensor of every expert of this stage, `[E][tensors]` by layer."""
-        from megatron_smartmoe.runtime.state import fingerprints
+        from megatron_smartmoe.runtime.migration.expert_tensors import fingerprints
 
         self.states.prepare(gradients_spent=True)
         return {

@@ -35,7 +35,7 @@ def _main(argv: list[str], seed: int, move_weights: bool) -> None:
     choose_device("cpu")
     import megatron.training.training as training
 
-    from megatron_smartmoe.adapter.install import after
+    from megatron_smartmoe.adapter.hooks import after
 
     def on_model(result: tuple[list[Any], Any, Any], *args: Any, **kwargs: Any) -> None:
         scatter_homes(result[0], seed, move_weights)
@@ -51,7 +51,7 @@ def scatter_homes(chunks: list[Any], seed: int, move_weights: bool) -> None:
     import torch.distributed as dist
     from megatron.core.utils import unwrap_model
 
-    from megatron_smartmoe.adapter.routers import moe_layers
+    from megatron_smartmoe.adapter.moe.routers import moe_layers
 
     for number, layer in moe_layers(unwrap_model(chunks)):
         num_experts = layer.config.num_moe_experts

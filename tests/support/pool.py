@@ -20,7 +20,7 @@ def train_switching(
 
 def _main(argv: list[str], settings: list[str]) -> None:
     from megatron_smartmoe.adapter.pretrain import main
-    from megatron_smartmoe.runtime.pool import PoolVerdict, Switchboard
+    from megatron_smartmoe.runtime.pool.switchboard import PoolVerdict, Switchboard
 
     turn = iter(settings)
 

@@ -9,7 +9,7 @@ import torch  # noqa: E402
 
 import megatron_smartmoe.adapter.batch  # noqa: E402
 import megatron_smartmoe.adapter.datasets  # noqa: E402
-import megatron_smartmoe.adapter.layer_spec  # noqa: E402
-import megatron_smartmoe.adapter.recorder  # noqa: E402, F401
+import megatron_smartmoe.adapter.moe.layer_spec  # noqa: E402
+import megatron_smartmoe.adapter.records.metrics  # noqa: E402, F401
 
 torch.set_num_threads(1)

@@ -48,7 +48,7 @@ FAULTS = {"dropped": _dropped, "counted twice": _twice, "returned to the wrong h
 
 def _main(argv: list[str], fault: str) -> None:
     from megatron_smartmoe.adapter.pretrain import main
-    from megatron_smartmoe.runtime.replica_wire import ReplicaWire
+    from megatron_smartmoe.runtime.replicas.wire import ReplicaWire
 
     send = ReplicaWire.return_gradients
 

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from sentencepiece import SentencePieceProcessor
 
-from megatron_smartmoe.adapter import noise
+from megatron_smartmoe.adapter import log_filters
 from megatron_smartmoe.adapter.corpus.documents import read_documents
 from megatron_smartmoe.adapter.corpus.sources import Chunk
 
@@ -135,7 +135,7 @@ def entropy_nats(counts: NDArray[np.int64]) -> float:
 
 
 def _new_builder(bin_path: Path, vocab_size: int) -> Any:
-    noise.install()  # That TransformerEngine, apex or a GPU are missing is of no interest here.
+    log_filters.install()  # That TransformerEngine, apex or a GPU are missing is of no interest here.
     from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
     return IndexedDatasetBuilder(str(bin_path), dtype=DType.optimal_dtype(vocab_size))

@@ -17,14 +17,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from megatron_smartmoe.adapter.flags.pool_arguments import AUTO, FLAG
 from megatron_smartmoe.adapter.launch import corpus
 from megatron_smartmoe.adapter.launch import flags as flag_lists
-from megatron_smartmoe.adapter.launch.auto_space import space_options
+from megatron_smartmoe.adapter.launch.checkpoint_limits import limits_of_checkpoint
 from megatron_smartmoe.adapter.launch.machine import find_machine, vocabulary
 from megatron_smartmoe.adapter.launch.plan import asked_device
-from megatron_smartmoe.adapter.launch.saved import limits_of_checkpoint
+from megatron_smartmoe.adapter.launch.search_space import space_options
 from megatron_smartmoe.adapter.launch.topology import Topology
-from megatron_smartmoe.adapter.pool_arguments import AUTO, FLAG
 from megatron_smartmoe.errors import ConfigError
 from megatron_smartmoe.planner.auto import Choice, Question, choose_again, choose_launch, describe, to_json
 from megatron_smartmoe.planner.constraints import (
@@ -84,7 +84,7 @@ def plan_parallel(
     Raises:
         ConfigError: the machine is unknown, nothing fits, or a flag cannot be planned with.
     """
-    from megatron_smartmoe.adapter.arguments import build_parser, parse
+    from megatron_smartmoe.adapter.flags.parser import build_parser, parse
     from megatron_smartmoe.adapter.pretrain import choose_device, with_defaults
 
     cpu = choose_device(asked_device(spec, command_line))

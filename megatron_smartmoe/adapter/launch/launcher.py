@@ -161,7 +161,7 @@ def srun(topology: Topology, argv: Sequence[str], module: str = __package__) -> 
 
 
 def _help_megatron() -> int:
-    from megatron_smartmoe.adapter.arguments import help_text
+    from megatron_smartmoe.adapter.flags.parser import help_text
     from megatron_smartmoe.adapter.pretrain import choose_device
 
     choose_device("auto")

@@ -34,7 +34,7 @@ class Plan:
 
 def asked_device(spec: RunSpec, command_line: Sequence[str]) -> str:
     """--smartmoe-device of the command line, else of the configuration, else auto."""
-    from megatron_smartmoe.adapter.arguments import device_from
+    from megatron_smartmoe.adapter.flags.parser import device_from
 
     configured = None if "--no-smartmoe-device" in command_line else spec.flags.get("smartmoe-device")
     return device_from([*(flag_lists.tokens_of("smartmoe-device", configured) if configured else []), *command_line])
@@ -69,9 +69,9 @@ def make_plan(spec: RunSpec, command_line: Sequence[str], topology: Topology, ru
     Raises:
         ConfigError: anything that would stop the ranks.
     """
-    from megatron_smartmoe.adapter.arguments import build_parser
-    from megatron_smartmoe.adapter.checkpoint_check import check_load
-    from megatron_smartmoe.adapter.checks import megatron_verdict
+    from megatron_smartmoe.adapter.flags.checkpoint_check import check_load
+    from megatron_smartmoe.adapter.flags.megatron_checks import megatron_verdict
+    from megatron_smartmoe.adapter.flags.parser import build_parser
     from megatron_smartmoe.adapter.pretrain import check_flags, choose_device, with_defaults
 
     cpu = choose_device(asked_device(spec, command_line))

@@ -7,9 +7,9 @@ what comes back. With D = 3:
     wire     dispatch 0 | dispatch 1 | dispatch 2 | combine 0 | combine 1 | combine 2
     compute                experts 0 |  experts 1 |  experts 2 |
 
-The backward pass is the mirror image (see `runtime.async_exchange`). The experts compute each piece by itself, so the
-gradient of a weight is a sum of D products instead of one: losses agree with D = 1 to rounding, not to the bit. A run
-that is repeated is bit-equal.
+The backward pass is the mirror image (see `runtime.chunked_all_to_all`). The experts compute each piece by itself, so
+the gradient of a weight is a sum of D products instead of one: losses agree with D = 1 to rounding, not to the bit. A
+run that is repeated is bit-equal.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_smartmoe.adapter.moe.experts import SlottedExperts
 from megatron_smartmoe.adapter.moe.layer import SmartMoELayer
-from megatron_smartmoe.runtime.async_exchange import PeerGroup, RowExchange, cut, join, peer_groups
-from megatron_smartmoe.runtime.replica_slots import SpareSlots
+from megatron_smartmoe.runtime.chunked_all_to_all import PeerGroup, RowExchange, cut, join, peer_groups
+from megatron_smartmoe.runtime.replicas.slots import SpareSlots
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,7 @@
 
 Megatron's dropless dispatch gathers the counts of all ranks and brings sums of them to the host. Here the counts come
 to the host whole and a little earlier, before the permutation: the one synchronisation is moved, none is added. From
-them every rank computes the same split (see `runtime.replica_split`); the rows that a rank receives are sorted by its
+them every rank computes the same split (see `runtime.replicas.split`); the rows that a rank receives are sorted by its
 home slots first and its spare slots after them.
 """
 
@@ -18,9 +18,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_smartmoe.adapter.moe.dispatcher import SlotDispatcher, chosen_experts
 from megatron_smartmoe.ops import dispatch_map, permute
-from megatron_smartmoe.runtime.replica_slots import SpareSlots
-from megatron_smartmoe.runtime.replica_split import homes_only, piece_shifts, shifted_rows, split_tokens
-from megatron_smartmoe.spec.placement import IntArray
+from megatron_smartmoe.runtime.replicas.slots import SpareSlots
+from megatron_smartmoe.runtime.replicas.split import homes_only, piece_shifts, shifted_rows, split_tokens
+from megatron_smartmoe.spec.arrays import IntArray
 
 Planner = Callable[[IntArray], IntArray]
 Listener = Callable[[IntArray, IntArray], None]

@@ -14,14 +14,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
-from megatron_smartmoe.cost.memory import kept_fused, kept_local
-from megatron_smartmoe.cost.memory.kept import LayerTensors, Rank, total
+from megatron_smartmoe.cost.memory import saved_te, saved_torch
+from megatron_smartmoe.cost.memory.saved_tensors import LayerTensors, Rank, total
 from megatron_smartmoe.cost.step.pipeline import in_flight
 from megatron_smartmoe.spec.model import ModelSpec
 from megatron_smartmoe.spec.parallel import Chunk, ParallelSpec, chunks
 
-_LAYER = {"transformer_engine": kept_fused.layer, "local": kept_local.layer}
-_ENDS = {"transformer_engine": kept_fused.ends, "local": kept_local.ends}
+_LAYER = {"transformer_engine": saved_te.layer, "local": saved_torch.layer}
+_ENDS = {"transformer_engine": saved_te.ends, "local": saved_torch.ends}
 
 
 @dataclass(frozen=True)

@@ -20,10 +20,10 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
-from numpy.typing import NDArray
 
 from megatron_smartmoe.cost.compute import ExpertShape
 from megatron_smartmoe.cost.memory.parameters import Parameter, Sharding, chunk_parameters, layer_parameters
+from megatron_smartmoe.spec.arrays import IntArray
 from megatron_smartmoe.spec.model import ModelSpec
 from megatron_smartmoe.spec.parallel import Chunk, ParallelSpec, chunks
 
@@ -31,8 +31,6 @@ PARAM_ALIGNMENT = 64  # elements
 BUCKET_ALIGNMENT = 128  # elements
 MAIN_BYTES = 4  # of an fp32 main parameter
 MOMENT_BYTES = 8  # of Adam's two fp32 moments
-
-IntArray = NDArray[np.int64]
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 Method. A machine reaches a share of each of its peaks; the shares are the model's only free constants, each between 0
 and 1 and each with a prior, which a cluster file may replace (its `efficiency`). They scale the cluster before
 `moe_layer.constants_of` sees it, so the MoE layer's time comes from the one cost model that the trainer uses too.
-Measured runs move the shares (scripts/validate_planner.py).
+Measured runs move the shares (scripts/validation/validate_planner.py).
 """
 
 from __future__ import annotations

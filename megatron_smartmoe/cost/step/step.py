@@ -15,7 +15,6 @@ from dataclasses import dataclass, fields
 from functools import lru_cache
 
 import numpy as np
-from numpy.typing import NDArray
 
 from megatron_smartmoe.cost.memory.buffers import MOMENT_BYTES, largest_state_bytes
 from megatron_smartmoe.cost.step.constants import StepConstants
@@ -23,11 +22,10 @@ from megatron_smartmoe.cost.step.dense import DenseTimes, dense_times, tokens_of
 from megatron_smartmoe.cost.step.groups import Group, all_reduce_s, ring_s, send_s
 from megatron_smartmoe.cost.step.moe import MoETimes, forward_again_s
 from megatron_smartmoe.cost.step.pipeline import schedule_s
+from megatron_smartmoe.spec.arrays import FloatArray
 from megatron_smartmoe.spec.cluster import ClusterSpec
 from megatron_smartmoe.spec.model import ModelSpec
 from megatron_smartmoe.spec.parallel import ParallelSpec, chunks
-
-FloatArray = NDArray[np.float64]
 
 OPTIMIZER_BYTES = 32  # per owned parameter: gradient, main weight and moments read, three written, weight written
 

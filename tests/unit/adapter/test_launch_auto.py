@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from megatron_smartmoe.adapter import checkpoint_check
-from megatron_smartmoe.adapter.launch import auto, auto_space, machine, saved
+from megatron_smartmoe.adapter.flags import checkpoint_check
+from megatron_smartmoe.adapter.launch import auto, checkpoint_limits, machine, search_space
 from megatron_smartmoe.adapter.launch.topology import Topology
 from megatron_smartmoe.errors import ConfigError
 from megatron_smartmoe.planner.constraints import Constraints
@@ -133,13 +133,13 @@ def test_an_unknown_vocabulary_is_asked_for() -> None:
 
 
 def test_a_gpu_with_transformer_engine() -> None:
-    space = auto_space.space_options(ARGS, cpu=False)
+    space = search_space.space_options(ARGS, cpu=False)
     assert space == SpaceOptions(spare_slots=(0,), overlap_degrees=(1,), homes_interval=0)
 
 
 def test_cpu_ranks() -> None:
     local = args(bf16=False, transformer_impl="local", moe_grouped_gemm=False, smartmoe=True)
-    space = auto_space.space_options(local, cpu=True)
+    space = search_space.space_options(local, cpu=True)
     assert (space.precision, space.implementation, space.homes_interval) == ("fp32", "local", 40)
     assert (space.overlap_grad_reduce, space.overlap_param_gather, space.distributed_optimizer) == (False, False, True)
     assert space.recompute == ("none", "moe", "full")
@@ -161,7 +161,7 @@ def test_cpu_ranks() -> None:
     ],
 )
 def test_what_depends_on_the_flags(changes: dict[str, Any], field: str, value: Any) -> None:
-    assert getattr(auto_space.space_options(args(**changes), cpu=False), field) == value
+    assert getattr(search_space.space_options(args(**changes), cpu=False), field) == value
 
 
 # --- a checkpoint
@@ -179,7 +179,7 @@ SAVED = Namespace(
 def limits(monkeypatch: pytest.MonkeyPatch, given: Namespace = ARGS, **changes: Any) -> Constraints:
     monkeypatch.setattr(checkpoint_check, "latest_checkpoint", lambda _: Path("c"))
     monkeypatch.setattr(checkpoint_check, "saved_arguments", lambda _: Namespace(**{**vars(SAVED), **changes}))
-    return saved.limits_of_checkpoint(given, SpaceOptions())
+    return checkpoint_limits.limits_of_checkpoint(given, SpaceOptions())
 
 
 def test_optimizer_state_keeps_its_kind(monkeypatch: pytest.MonkeyPatch) -> None:

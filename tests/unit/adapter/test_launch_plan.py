@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from megatron_smartmoe.adapter import arguments, checks, pretrain
+from megatron_smartmoe.adapter import pretrain
+from megatron_smartmoe.adapter.flags import megatron_checks, parser
 from megatron_smartmoe.adapter.launch import corpus, plan
 from megatron_smartmoe.adapter.launch.topology import Topology
 from megatron_smartmoe.errors import ConfigError
@@ -136,8 +137,8 @@ def megatron(monkeypatch: pytest.MonkeyPatch) -> Megatron:
     megatron = Megatron()
     monkeypatch.setenv("WORLD_SIZE", "unknown")  # the plan sets it; this puts it back
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setattr(arguments, "build_parser", megatron.parser)
-    monkeypatch.setattr(checks, "megatron_verdict", megatron.verdict)
+    monkeypatch.setattr(parser, "build_parser", megatron.parser)
+    monkeypatch.setattr(megatron_checks, "megatron_verdict", megatron.verdict)
     monkeypatch.setattr(pretrain, "choose_device", megatron.choose_device)
     monkeypatch.setattr(pretrain, "check_flags", megatron.check_flags)
     monkeypatch.setattr(pretrain, "with_defaults", lambda argv, *, cpu, say: ["--default", str(cpu), str(say), *argv])

@@ -10,8 +10,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from megatron_smartmoe.calibrate.options import CalibrateOptions, add_arguments, as_argv
 from megatron_smartmoe.cli.main import main
-from megatron_smartmoe.cost.machine.options import CalibrateOptions, add_arguments, as_argv
 
 
 def options_of(*argv: str) -> CalibrateOptions:
@@ -36,7 +36,7 @@ def test_it_starts_the_module_that_measures(started: list[list[str]], tmp_path: 
     output = str(tmp_path / "mine.yaml")
     assert main(["calibrate", "--nproc", "2", "--tokens", "64,8,8", "--output", output, "--sizes", "1e3,4e6"]) == 3
     (command,) = started
-    assert command[:3] == [sys.executable, "-m", "megatron_smartmoe.adapter.calibrate"]
+    assert command[:3] == [sys.executable, "-m", "megatron_smartmoe.adapter.launch.calibrate"]
     assert options_of(*command[3:]) == options_of(
         "--nproc", "2", "--tokens", "8,64", "--output", output, "--sizes", "1000,4000000"
     )

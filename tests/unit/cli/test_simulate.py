@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_smartmoe.cli.main import main
-from megatron_smartmoe.spec.synthetic import SyntheticSpec, synthetic_trace
+from tests.support.synthetic import SyntheticSpec, synthetic_trace
 
 POLICIES = [
     "smartmoe",

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from megatron_smartmoe.errors import MigrationError, PlanError
 from megatron_smartmoe.placement.migration import MigrationPlan, plan_migration
 from megatron_smartmoe.placement.transfers import LayerLayout, TensorLayout
-from megatron_smartmoe.spec.placement import IntArray
+from megatron_smartmoe.spec.arrays import IntArray
 
 R, S, D = 3, 4, 2
 NUMEL = 30

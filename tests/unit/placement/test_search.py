@@ -5,10 +5,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_smartmoe.placement.cuts import MEAN_LOAD, CutPool, scaled
-from megatron_smartmoe.placement.moves import Moves, Table, clearings, exchanges, home_swaps, replacements
-from megatron_smartmoe.placement.objective import Objective, Space
-from megatron_smartmoe.placement.search import _judge, _View, improve
+from megatron_smartmoe.placement.search.cuts import MEAN_LOAD, CutPool, scaled
+from megatron_smartmoe.placement.search.improve import _judge, _View, improve
+from megatron_smartmoe.placement.search.moves import Moves, Table, clearings, exchanges, home_swaps, replacements
+from megatron_smartmoe.placement.search.objective import Objective, Space
 from megatron_smartmoe.placement.split import min_max_split
 from megatron_smartmoe.spec.placement import EMPTY, Placement, hosts_of
 from tests.unit.placement.cases import contiguous_slots, random_counts, random_slots

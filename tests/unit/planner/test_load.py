@@ -19,7 +19,7 @@ from megatron_smartmoe.planner.load import (
     scenarios_of,
     zipf,
 )
-from megatron_smartmoe.spec.synthetic import SyntheticSpec, synthetic_trace
+from tests.support.synthetic import SyntheticSpec, synthetic_trace
 from tests.unit.planner.cases import SMALL
 
 

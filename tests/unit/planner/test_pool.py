@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_smartmoe.errors import ConfigError
-from megatron_smartmoe.planner.pool import Pool, Setting, choose, make_pool
+from megatron_smartmoe.planner.pool import Pool, PoolSetting, choose, make_pool
 from megatron_smartmoe.planner.space import SpaceOptions
 from megatron_smartmoe.spec.parallel import ParallelSpec
 from tests.unit.planner.cases import pricing
@@ -17,7 +17,7 @@ from tests.unit.planner.cases import pricing
 SPEC = ParallelSpec(
     gpus=8, ep=4, pp=2, global_batch=64, spare_slots=1, replicas="history", homes_interval=100, micro_batch=2
 )
-OFF = Setting(homes_interval=0, spare_slots=0, replicas="off", overlap_degree=1)
+OFF = PoolSetting(homes_interval=0, spare_slots=0, replicas="off", overlap_degree=1)
 ON = replace(OFF, spare_slots=1, replicas="history")
 
 
@@ -35,7 +35,7 @@ def test_it_holds_every_setting_once_fastest_first(pool: Pool) -> None:
 
 
 def test_the_plans_own_setting_has_the_plans_price(pool: Pool) -> None:
-    own = Setting(homes_interval=100, spare_slots=1, replicas="history", overlap_degree=1)
+    own = PoolSetting(homes_interval=100, spare_slots=1, replicas="history", overlap_degree=1)
     price = next(entry.expected_s for entry in pool.entries if entry.setting == own)
     assert price == pytest.approx(pricing(5.0).plan(SPEC).expected_s)
 

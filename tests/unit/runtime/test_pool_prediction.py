@@ -11,13 +11,13 @@ import pytest
 from megatron_smartmoe.cost.moe_layer import LayerFlow
 from megatron_smartmoe.cost.step.constants import StepConstants, layer_constants
 from megatron_smartmoe.cost.step.moe import moe_times
-from megatron_smartmoe.placement.replicas import ReplicaOptions
-from megatron_smartmoe.planner.pool import Setting
-from megatron_smartmoe.runtime.pool_prediction import PoolLoad, PoolPrices, moe_seconds
+from megatron_smartmoe.placement.plan_replicas import ReplicaOptions
+from megatron_smartmoe.planner.pool import PoolSetting
+from megatron_smartmoe.runtime.pool.prediction import PoolLoad, PoolPrices, moe_seconds
+from megatron_smartmoe.spec.arrays import IntArray
 from megatron_smartmoe.spec.cluster import load_cluster_spec
 from megatron_smartmoe.spec.model import ModelSpec, MoESpec
 from megatron_smartmoe.spec.parallel import ParallelSpec
-from megatron_smartmoe.spec.placement import IntArray
 
 RANKS, EXPERTS, TOKENS = 4, 16, 64_000  # tokens of a rank and micro-batch
 CLUSTER = load_cluster_spec(Path(__file__).parents[3] / "configs" / "clusters" / "h100-sxm.yaml")
@@ -37,7 +37,7 @@ MODEL = ModelSpec(
 )
 SPEC = ParallelSpec(gpus=RANKS, ep=RANKS, micro_batch=1, global_batch=64)
 PRICES = PoolPrices(model=MODEL, spec=SPEC, cluster=CLUSTER, num_nodes=1, micro_batches=16, layers_in_a_row=32.0)
-OFF = Setting(homes_interval=0, spare_slots=0, replicas="off", overlap_degree=1)
+OFF = PoolSetting(homes_interval=0, spare_slots=0, replicas="off", overlap_degree=1)
 HISTORY = replace(OFF, spare_slots=1, replicas="history")
 EXACT = replace(OFF, spare_slots=1, replicas="exact")
 

@@ -6,10 +6,16 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_smartmoe.planner.pool import Setting
-from megatron_smartmoe.runtime.pool import Measured, PoolVerdict, Switchboard, SwitchboardOptions, step_seconds
+from megatron_smartmoe.planner.pool import PoolSetting
+from megatron_smartmoe.runtime.pool.switchboard import (
+    Measured,
+    PoolVerdict,
+    Switchboard,
+    SwitchboardOptions,
+    step_seconds,
+)
 
-OFF = Setting(homes_interval=0, spare_slots=0, replicas="off", overlap_degree=1)
+OFF = PoolSetting(homes_interval=0, spare_slots=0, replicas="off", overlap_degree=1)
 EXACT = replace(OFF, spare_slots=1, replicas="exact")
 HISTORY = replace(OFF, spare_slots=1, replicas="history")
 MOE = {OFF: 0.5, EXACT: 0.4, HISTORY: 0.45}  # seconds of a step's MoE layers
@@ -23,7 +29,7 @@ def board() -> Switchboard:
     return Switchboard(OFF, 0, SwitchboardOptions(rest_iterations=100))
 
 
-def look(at: Switchboard, iteration: int, measured: Measured, moe: dict[Setting, float] = MOE) -> PoolVerdict:
+def look(at: Switchboard, iteration: int, measured: Measured, moe: dict[PoolSetting, float] = MOE) -> PoolVerdict:
     return at.look(iteration, measured, lambda: moe)
 
 

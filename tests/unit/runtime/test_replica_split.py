@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from megatron_smartmoe.ops import reference
-from megatron_smartmoe.runtime.replica_split import (
+from megatron_smartmoe.runtime.replicas.split import (
     copies_of,
     exact_slots,
     homes_only,
@@ -15,7 +15,8 @@ from megatron_smartmoe.runtime.replica_split import (
     shifted_rows,
     split_tokens,
 )
-from megatron_smartmoe.spec.placement import EMPTY, IntArray
+from megatron_smartmoe.spec.arrays import IntArray
+from megatron_smartmoe.spec.placement import EMPTY
 
 RANKS, EXPERTS, SPARE, HOME_SLOTS = 4, 8, 1, 2
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from megatron_smartmoe.errors import ConfigError, PlanError
-from megatron_smartmoe.spec.synthetic import SyntheticSpec, synthetic_trace
 from megatron_smartmoe.spec.trace import RoutingTrace, from_megatron, load_trace
+from tests.support.synthetic import SyntheticSpec, synthetic_trace
 
 
 def small(**changes):

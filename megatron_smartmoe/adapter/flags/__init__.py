@@ -1,0 +1,1 @@
+"""The command line: the parser, the flags of this project, and the checks of both before any rank starts."""

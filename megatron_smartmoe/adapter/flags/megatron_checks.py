@@ -1,0 +1,266 @@
+"""Start-up checks: what is wrong with a command line, before any process group forms.
+
+Megatron checks most of this too, by assertions that come one rank at a time and late. The rules here are Megatron
+0.19's own, said with the flag, its value, the rule and the way out; whatever they let through, Megatron still judges
+(see `megatron_verdict`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+
+from megatron_smartmoe.adapter.flags.parser import attribute, has_transformer_engine
+from megatron_smartmoe.adapter.flags.smartmoe_checks import check_smartmoe
+from megatron_smartmoe.errors import ConfigError
+
+
+def check(args: argparse.Namespace, *, world_size: int, cpu: bool, data_exists: bool = True) -> None:
+    """Check parsed flags against each other, the number of ranks, and the files that they name.
+
+    Args:
+        args: from `arguments.parse`; None where the user said nothing.
+        world_size: number of ranks of the job.
+        cpu: whether the CPU facade will be used.
+        data_exists: False when the dataset is still to be prepared, so that its files cannot be looked at.
+
+    Raises:
+        ConfigError: the first rule that is broken.
+    """
+    _check_sizes(args)
+    _check_supported(args, cpu=cpu)
+    if not args.use_checkpoint_args:  # otherwise the model's shape is still unknown
+        _check_model(args)
+    _check_parallelism(args, world_size)
+    _check_batch(args, world_size)
+    check_smartmoe(args, cpu=cpu)
+    if data_exists:
+        _check_data(args)
+        _check_tokenizer(args)
+
+
+def _divides(field: str, value: int, divisor: int, divisor_name: str, way_out: str = "Change one of the two.") -> None:
+    if divisor < 1 or value % divisor:
+        raise ConfigError(field, value, f"must be divisible by {divisor_name} = {divisor}", way_out)
+
+
+def _check_sizes(args: argparse.Namespace) -> None:
+    """Sizes that everything below divides by."""
+    for flag in (
+        "--tensor-model-parallel-size",
+        "--pipeline-model-parallel-size",
+        "--context-parallel-size",
+        "--expert-model-parallel-size",
+        "--expert-tensor-parallel-size",
+        "--num-layers-per-virtual-pipeline-stage",
+        "--num-virtual-stages-per-pipeline-rank",
+        "--num-layers",
+        "--hidden-size",
+        "--num-attention-heads",
+        "--num-query-groups",
+        "--seq-length",
+        "--max-position-embeddings",
+        "--num-experts",
+        "--micro-batch-size",
+        "--global-batch-size",
+        "--moe-router-topk",
+    ):
+        value = getattr(args, attribute(flag))
+        if value is not None and value < 1:
+            raise ConfigError(flag, value, "must be at least 1", "Leave the flag out, or pass a positive number.")
+
+
+def _check_supported(args: argparse.Namespace, *, cpu: bool) -> None:
+    """Options that need what is not there, or that this entry does not have."""
+    for flag in ("--sft", "--dataloader-inter-document-masking", "--hybrid-context-parallel", "--perform-rl-step"):
+        if getattr(args, attribute(flag), False):
+            raise ConfigError(flag, True, "is not part of GPT-MoE pretraining here", "Leave it out.")
+    if args.yaml_cfg is not None:
+        raise ConfigError(
+            "--yaml-cfg", args.yaml_cfg, "Megatron's own YAML is not read here", "Use --config, or flags."
+        )
+    if args.logits_load_dir is not None:
+        rule = "distillation is not part of GPT-MoE pretraining here"
+        raise ConfigError("--logits-load-dir", args.logits_load_dir, rule, "Leave it out.")
+    if args.transformer_impl == "transformer_engine" and not has_transformer_engine():
+        rule = "needs TransformerEngine, which is not installed"
+        raise ConfigError(
+            "--transformer-impl", args.transformer_impl, rule, "Install it, or pass --transformer-impl local."
+        )
+    if args.transformer_impl == "local":
+        _check_local_implementation(args)
+    if cpu and args.distributed_backend != "gloo":
+        rule = "there is no GPU, so the backend must be gloo"
+        raise ConfigError("--distributed-backend", args.distributed_backend, rule, "Leave the flag out.")
+    if cpu and _is_interleaved(args) and not args.overlap_p2p_comm:
+        rule = "the interleaved schedule with batched sends gives wrong results on gloo"
+        raise ConfigError("--no-overlap-p2p-communication", True, rule, "Leave the flag out.")
+
+
+def _check_local_implementation(args: argparse.Namespace) -> None:
+    if args.moe_grouped_gemm:
+        rule = "grouped GEMM experts need TransformerEngine's implementation"
+        raise ConfigError("--moe-grouped-gemm", True, rule, "Leave it out, or install TransformerEngine.")
+    if args.fp8:
+        raise ConfigError("--fp8-format", args.fp8, "needs TransformerEngine", "Pass --bf16, or install it.")
+
+
+def _is_interleaved(args: argparse.Namespace) -> bool:
+    return bool(args.num_layers_per_virtual_pipeline_stage or args.num_virtual_stages_per_pipeline_rank)
+
+
+def _check_model(args: argparse.Namespace) -> None:
+    for flag in ("--num-layers", "--hidden-size", "--num-attention-heads", "--max-position-embeddings", "--seq-length"):
+        name = attribute(flag)
+        if getattr(args, name) is None and not (name == "num_layers" and args.hybrid_layer_pattern):
+            raise ConfigError(flag, None, "is required", f"Pass {flag}, or a --config that has it.")
+    tp = args.tensor_model_parallel_size
+    _divides("--num-attention-heads", args.num_attention_heads, tp, "--tensor-model-parallel-size")
+    if args.group_query_attention:
+        groups, heads = args.num_query_groups, args.num_attention_heads
+        _divides("--num-query-groups", groups, tp, "--tensor-model-parallel-size")
+        _divides("--num-attention-heads", heads, groups, "--num-query-groups")
+    if args.sequence_parallel:
+        _divides("--seq-length", args.seq_length, tp, "--tensor-model-parallel-size (sequence parallel)")
+    cp = args.context_parallel_size
+    if cp > 1:
+        _divides("--seq-length", args.seq_length, 2 * cp, "2 x --context-parallel-size")
+    if args.num_experts is not None and args.moe_router_topk > args.num_experts:
+        rule = f"cannot choose more than --num-experts = {args.num_experts} experts"
+        raise ConfigError("--moe-router-topk", args.moe_router_topk, rule, "Lower it.")
+    _check_layers(args)
+
+
+def _check_layers(args: argparse.Namespace) -> None:
+    pp = args.pipeline_model_parallel_size
+    uneven = (
+        args.decoder_first_pipeline_num_layers,
+        args.decoder_last_pipeline_num_layers,
+        args.pipeline_model_parallel_layout,
+        args.hybrid_layer_pattern,
+    )
+    if any(option is not None for option in uneven):
+        return  # Megatron checks these layouts
+    extra = args.account_for_embedding_in_pipeline_split + args.account_for_loss_in_pipeline_split
+    layers = args.num_layers + extra
+    if layers % pp:
+        counted = f" (with {extra} counted for embedding and loss)" if extra else ""
+        rule = f"must be divisible by --pipeline-model-parallel-size = {pp}{counted}"
+        way_out = f"Change it, or --pipeline-model-parallel-size {pp}, or pass --decoder-first-pipeline-num-layers."
+        raise ConfigError("--num-layers", args.num_layers, rule, way_out)
+    if _is_interleaved(args) and pp < 2:
+        rule = "the interleaved schedule needs at least two pipeline stages"
+        raise ConfigError("--pipeline-model-parallel-size", pp, rule, "Raise it, or drop the virtual stages.")
+    if args.num_layers_per_virtual_pipeline_stage:
+        per_stage = args.num_layers_per_virtual_pipeline_stage
+        way_out = "Choose a divisor of the layers of one pipeline stage."
+        _divides("--num-layers / PP", layers // pp, per_stage, "--num-layers-per-virtual-pipeline-stage", way_out)
+    if args.num_virtual_stages_per_pipeline_rank:
+        stages = args.num_virtual_stages_per_pipeline_rank
+        way_out = "Choose a divisor of the layers of one pipeline stage."
+        _divides("--num-layers / PP", layers // pp, stages, "--num-virtual-stages-per-pipeline-rank", way_out)
+
+
+def _check_parallelism(args: argparse.Namespace, world_size: int) -> None:
+    tp, pp, cp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size, args.context_parallel_size
+    ep, etp = args.expert_model_parallel_size, args.expert_tensor_parallel_size or args.tensor_model_parallel_size
+    sizes = f"{world_size} ranks"
+    if world_size % (tp * pp * cp):
+        rule = f"{sizes} do not split into TP {tp} x PP {pp} x CP {cp} = {tp * pp * cp}"
+        raise ConfigError(
+            "world size", world_size, rule, "Start a multiple of that many ranks (--nproc), or lower one."
+        )
+    if ep > 1 and args.num_experts is None and not args.use_checkpoint_args:
+        rule = "expert parallelism needs experts"
+        raise ConfigError("--expert-model-parallel-size", ep, rule, "Pass --num-experts.")
+    if args.num_experts is None:
+        return
+    _divides("--num-experts", args.num_experts, ep, "--expert-model-parallel-size")
+    if world_size % (etp * ep * pp):
+        rule = f"{sizes} do not split into ETP {etp} x EP {ep} x PP {pp} = {etp * ep * pp}"
+        raise ConfigError(
+            "world size", world_size, rule, "Start a multiple of that many ranks (--nproc), or lower one."
+        )
+    if tp > 1 and not args.sequence_parallel:
+        rule = "experts under tensor parallelism need sequence parallelism"
+        raise ConfigError("--tensor-model-parallel-size", tp, rule, "Add --sequence-parallel.")
+
+
+def _check_batch(args: argparse.Namespace, world_size: int) -> None:
+    if args.micro_batch_size is None:
+        raise ConfigError("--micro-batch-size", None, "is required", "Pass --micro-batch-size 1, for example.")
+    if args.global_batch_size is None:
+        return  # Megatron then takes micro-batch size x data-parallel size
+    model_size = args.tensor_model_parallel_size * args.pipeline_model_parallel_size * args.context_parallel_size
+    dp = world_size // model_size
+    name = f"--micro-batch-size x data-parallel size ({args.micro_batch_size} x {dp})"
+    _divides("--global-batch-size", args.global_batch_size, args.micro_batch_size * dp, name)
+
+
+def _data_prefixes(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
+    """(flag, prefix) of every dataset that the flags name, weights left out."""
+    for flag in ("--data-path", "--train-data-path", "--valid-data-path", "--test-data-path"):
+        for item in getattr(args, attribute(flag)) or ():
+            try:
+                float(item)
+            except ValueError:
+                yield flag, item
+
+
+def _check_data(args: argparse.Namespace) -> None:
+    prefixes = list(_data_prefixes(args))
+    from_file = args.data_args_path or args.per_split_data_args_path
+    if not prefixes and not args.mock_data and not from_file:
+        way_out = "Make one with scripts/prepare_data.py and pass --data-path PREFIX, or pass --mock-data."
+        raise ConfigError("--data-path", None, "no dataset is named", way_out)
+    for flag, prefix in prefixes:
+        for suffix in (".bin", ".idx"):
+            if "://" not in prefix and not Path(prefix + suffix).is_file():
+                way_out = "Check the prefix (without .bin), or make the dataset with scripts/prepare_data.py."
+                raise ConfigError(flag, prefix, f"there is no file {prefix + suffix}", way_out)
+
+
+def _check_tokenizer(args: argparse.Namespace) -> None:
+    kind, model = args.tokenizer_type, args.tokenizer_model
+    if kind is None:
+        way_out = (
+            "Pass --tokenizer-type SentencePieceTokenizer --tokenizer-model FILE, or NullTokenizer with --mock-data."
+        )
+        raise ConfigError("--tokenizer-type", None, "is required", way_out)
+    if "SentencePiece" in kind and (model is None or not Path(model).is_file()):
+        raise ConfigError("--tokenizer-model", model, "is not a file", "Pass the .model file that made the dataset.")
+
+
+def megatron_verdict(args: argparse.Namespace) -> None:
+    """Let Megatron validate `args` (which it changes), its own output held back.
+
+    Raises:
+        ConfigError: Megatron refuses the flags; its words are the rule.
+    """
+    from megatron.training.argument_utils import core_transformer_config_from_args
+    from megatron.training.arguments import validate_args
+
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(said):
+            validate_args(args, {})
+            core_transformer_config_from_args(args)  # has rules of its own
+    except (Exception, SystemExit) as error:  # whatever it stumbles over, the flags brought it there
+        raise _refusal(error, said.getvalue()) from error
+
+
+def _refusal(error: BaseException, said: str) -> ConfigError:
+    """Megatron's words: the assertion's message, else what it printed last, else the assertion itself."""
+    printed = [line for line in said.splitlines() if line.strip()]
+    if str(error).strip() and not isinstance(error, SystemExit):
+        words = str(error).strip()
+    elif isinstance(error, SystemExit) and printed:
+        words = printed[-1]
+    else:
+        words = traceback.extract_tb(error.__traceback__)[-1].line or type(error).__name__
+    way_out = "Change the flags that it names; --help-megatron lists all."
+    return ConfigError("Megatron's own check", words, "does not hold for these flags", way_out)

@@ -1,0 +1,1 @@
+"""What replaces TransformerEngine and apex where they are not installed: attention, norm and Adam in plain torch."""

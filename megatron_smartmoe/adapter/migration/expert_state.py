@@ -1,0 +1,240 @@
+"""The experts of this rank as the exchange sees them: from Megatron's modules and optimizer to layouts and pieces.
+
+Three kinds of expert modules are known. In `SlottedExperts` an expert is a row of two 3-D parameters; in SequentialMLP
+and TEGroupedMLP every expert has parameters of its own. Either way an expert is a list of (parameter, flat range), and
+what the optimizer holds of that range is its state.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from megatron_smartmoe.adapter.migration.optimizer_state import MAIN, ParameterState, check_optimizer, parameter_states
+from megatron_smartmoe.errors import CompatError, ConfigError, MigrationError
+from megatron_smartmoe.placement.transfers import LayerLayout, TensorLayout
+from megatron_smartmoe.runtime.migration.expert_tensors import LayerState
+from megatron_smartmoe.spec.arrays import IntArray
+
+_EMPTY = {1: torch.uint8, 2: torch.int16, 4: torch.float32, 8: torch.float64}
+_PER_EXPERT = re.compile(r"(?P<kind>.*\.(?:weight|bias))(?P<slot>\d+)")  # TEGroupedMLP: linear_fc1.weight3
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Piece:
+    """Elements [start, stop) of a flat parameter: one of the weights of the expert in a slot."""
+
+    name: str
+    parameter: torch.nn.Parameter
+    start: int
+    stop: int
+
+
+def slot_pieces(experts: torch.nn.Module, num_slots: int) -> list[list[Piece]]:
+    """The weights of the expert in each home slot, in the same order for every slot.
+
+    Raises:
+        CompatError: the module keeps its experts in none of the known ways.
+    """
+    slots: list[list[Piece]] = [[] for _ in range(num_slots)]
+    for name, parameter in experts.named_parameters():
+        head, _, rest = name.removeprefix("local_experts.").partition(".")
+        match = _PER_EXPERT.fullmatch(name)
+        if name.startswith("local_experts."):
+            slots[int(head)].append(Piece(name=rest, parameter=parameter, start=0, stop=parameter.numel()))
+        elif match:
+            piece = Piece(name=match["kind"], parameter=parameter, start=0, stop=parameter.numel())
+            slots[int(match["slot"])].append(piece)
+        elif parameter.dim() == 3 and len(parameter) == num_slots:
+            size = parameter.numel() // num_slots
+            for slot, pieces in enumerate(slots):
+                pieces.append(Piece(name=name, parameter=parameter, start=slot * size, stop=(slot + 1) * size))
+        else:
+            raise CompatError(
+                f"{type(experts).__name__}.{name} {tuple(parameter.shape)}: not known how it is cut in experts"
+            )
+    kinds = {tuple((piece.name, piece.stop - piece.start) for piece in pieces) for pieces in slots}
+    if len(kinds) != 1 or not slots[0]:
+        raise CompatError(
+            f"{type(experts).__name__}: the {num_slots} experts of a rank do not have the same parameters"
+        )
+    return slots
+
+
+class ExpertStates:
+    """Layouts and live state of all experts of this pipeline stage.
+
+    Args:
+        layers: layer number and experts module of each MoE layer of this rank.
+        model_chunks: as Megatron's training loop has them, wrapped for data parallelism.
+        optimizer: Megatron's.
+        timeout_s: of the group for migrations.
+
+    Attributes:
+        group: all ranks of this pipeline stage; made for migrations alone.
+        workers: global ranks of the grid of this rank, w = ep_rank * D + edp_rank.
+        ep_rank: of this rank.
+        num_ranks: R.
+
+    Raises:
+        ConfigError: an optimizer or a precision whose state cannot be moved; names the flag.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[tuple[int, torch.nn.Module]],
+        model_chunks: Sequence[Any],
+        optimizer: Any,
+        *,
+        timeout_s: float,
+    ) -> None:
+        check_optimizer(optimizer, model_chunks)
+        ep_group = parallel_state.get_expert_model_parallel_group()
+        self.ep_rank, self.num_ranks = ep_group.rank(), ep_group.size()
+        if self.num_ranks == 1:
+            way_out = "Use at least 2, or set --smartmoe-homes off."
+            raise ConfigError("--expert-model-parallel-size", 1, "all experts are at home on the one rank", way_out)
+        self._modules, self._chunks, self._optimizer = dict(layers), list(model_chunks), optimizer
+        if len(self._modules) != len(layers):
+            raise CompatError("two MoE layers have the same number")
+        self._edp_group = parallel_state.get_expert_data_parallel_group()
+        self.workers = self._grid(ep_group)
+        self.group = self._stage_group(timeout_s)
+        self._states: tuple[tuple[str, int], ...] = ()  # name and item size of what the optimizer keeps, once known
+        self._copies: tuple[tuple[int, ...], ...] = ()
+
+    def _grid(self, ep_group: dist.ProcessGroup) -> list[int]:
+        """Ranks `[R, D]`, flattened: each expert-data-parallel peer tells its expert-parallel group, once."""
+        columns: list[list[int]] = [[]] * self._edp_group.size()
+        dist.all_gather_object(columns, dist.get_process_group_ranks(ep_group), group=self._edp_group)
+        return np.array(columns).T.ravel().tolist()
+
+    @staticmethod
+    def _stage_group(timeout_s: float) -> dist.ProcessGroup:
+        """A group of all ranks with this pipeline rank; all ranks of the job create all of them."""
+        stages: list[int] = [0] * dist.get_world_size()
+        dist.all_gather_object(stages, parallel_state.get_pipeline_model_parallel_rank())
+        members = defaultdict(list)
+        for rank, stage in enumerate(stages):
+            members[stage].append(rank)
+        groups = {
+            stage: dist.new_group(ranks, timeout=timedelta(seconds=timeout_s))
+            for stage, ranks in sorted(members.items())
+        }
+        return groups[stages[dist.get_rank()]]
+
+    def prepare(self, *, gradients_spent: bool) -> None:
+        """Bring weights and gradients into a state in which experts can be moved. A collective call of the stage.
+
+        With --overlap-param-gather the weights are stale after the optimizer's step until the next forward pass; the
+        all-gather that waits for it is done here. With --overlap-grad-reduce no reduction may be on its way.
+
+        Args:
+            gradients_spent: the caller knows that the optimizer has used the gradients (right after a training step).
+                Otherwise they must be zero: a migration does not move gradients.
+
+        Raises:
+            MigrationError: in the middle of an iteration, or gradients are there, or an earlier failure has closed the
+                connections.
+        """
+        problem = next(filter(None, (self._gradients_in_use(chunk, gradients_spent) for chunk in self._chunks)), None)
+        anywhere = torch.tensor([0 if problem is None else 1], device=self.device)
+        try:
+            dist.all_reduce(anywhere, op=dist.ReduceOp.MAX, group=self.group)
+        except RuntimeError as error:
+            raise MigrationError(f"the ranks of this stage cannot reach each other for migrations: {error}") from error
+        if anywhere.item():
+            raise MigrationError(f"{problem or 'another rank is in the middle of an iteration'}; experts stay")
+        for chunk in self._chunks:
+            if chunk.ddp_config.overlap_param_gather:
+                chunk.start_param_sync(force_sync=True)
+
+    def _gradients_in_use(self, chunk: Any, spent: bool) -> str | None:
+        for bucket_group in chunk.expert_parallel_bucket_groups:
+            if bucket_group.grad_reduce_handle is not None:
+                return "a gradient reduction of experts is on its way"
+            if not bucket_group.is_last_microbatch:
+                return "micro-batches of this iteration are still to come"
+        if not spent and any(buffer.grad_data.count_nonzero() for buffer in chunk.expert_parallel_buffers):
+            return "gradients of experts wait for the optimizer"
+        return None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the experts are."""
+        return next((p.device for module in self._modules.values() for p in module.parameters()), torch.device("cpu"))
+
+    def states(self) -> dict[int, LayerState]:
+        """Layouts and pieces of every layer, as they are now. A collective call of the stage."""
+        slots = {layer: slot_pieces(module, module.num_local_experts) for layer, module in self._modules.items()}
+        parameters = {p.parameter: None for layer in slots.values() for pieces in layer for p in pieces}
+        held = parameter_states(self._optimizer, parameters)
+        if not self._states:
+            self._learn(held)
+        return {layer: self._layer_state(layer, pieces, held) for layer, pieces in slots.items()}
+
+    def _learn(self, held: dict[torch.nn.Parameter, ParameterState]) -> None:
+        """What state there is, and which ranks hold a copy of it together.
+
+        A rank whose shards hold nothing of any expert cannot know the first, and a rank of one optimizer instance not
+        the second, so it is gathered, until the optimizer has made its state in its first step.
+        """
+        names = {(name, t.itemsize) for state in held.values() for name, t in state.tensors.items() if name != MAIN}
+        edp_ranks = dist.get_process_group_ranks(self._edp_group)
+        sharing = next((s.group_ranks for s in held.values() if s.group_ranks), None)
+        mine = tuple(edp_ranks.index(r) for r in sharing) if sharing else (self._edp_group.rank(),)
+        everybody: list[Any] = [None] * self.group.size()
+        dist.all_gather_object(everybody, (names, mine), group=self.group)
+        self._states = tuple(sorted(set().union(*(names for names, _ in everybody))))
+        self._copies = tuple(sorted({shared for _, shared in everybody}))
+
+    def _layer_state(
+        self, layer: int, slots: list[list[Piece]], held: dict[torch.nn.Parameter, ParameterState]
+    ) -> LayerState:
+        """Layout and pieces of one layer: for each parameter of an expert its weight, then what the optimizer keeps."""
+        tensors: list[TensorLayout] = []
+        columns: list[list[torch.Tensor]] = []
+        own = self._edp_group.rank()
+        replicas = tuple((rank,) for rank in range(self._edp_group.size()))
+        for pieces in zip(*slots, strict=True):  # the same piece of the expert in every slot
+            weight, numel = pieces[0].parameter, pieces[0].stop - pieces[0].start
+            whole = {"copies": replicas, "held_SC2": np.tile(np.array([0, numel]), (len(slots), 1, 1))}
+            tensors.append(TensorLayout(name=pieces[0].name, numel=numel, itemsize=weight.itemsize, **whole))
+            columns.append([p.parameter.detach().view(-1)[p.start : p.stop] for p in pieces])
+            sharded = held[weight].shards is not None
+            where = {"copies": self._copies, "held_SC2": _shards_of(pieces, held)} if sharded else whole
+            main = [] if weight.dtype == torch.float32 else [(MAIN, 4)]
+            for name, itemsize in [*main, *self._states]:
+                tensors.append(TensorLayout(name=f"{pieces[0].name}/{name}", numel=numel, itemsize=itemsize, **where))
+                columns.append([_held_here(piece, held[piece.parameter], name, itemsize) for piece in pieces])
+        shards = tuple(next(group.index(own) for group in t.copies if own in group) for t in tensors)
+        layout = LayerLayout(layer=layer, tensors=tuple(tensors))
+        return LayerState(layout=layout, shards=shards, pieces=tuple(zip(*columns, strict=True)))
+
+
+def _shards_of(pieces: Sequence[Piece], held: dict[torch.nn.Parameter, ParameterState]) -> IntArray:
+    """Elements of each piece that each shard holds, `[S, C, 2]`."""
+    rows = []
+    for piece in pieces:
+        shards = held[piece.parameter].shards or ()
+        cut = [(max(low, piece.start), min(high, piece.stop)) for low, high in shards]
+        rows.append([(low - piece.start, high - piece.start) if low < high else (0, 0) for low, high in cut])
+    return np.array(rows, dtype=np.int64)
+
+
+def _held_here(piece: Piece, state: ParameterState, name: str, itemsize: int) -> torch.Tensor:
+    """What this rank holds of a piece's state; an empty tensor for nothing."""
+    tensor = state.tensors.get(name)
+    if tensor is None:
+        return torch.empty(0, dtype=_EMPTY[itemsize], device=piece.parameter.device)
+    first = state.own_start
+    return tensor[max(piece.start - first, 0) : max(piece.stop - first, 0)]

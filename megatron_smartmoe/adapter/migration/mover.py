@@ -1,0 +1,120 @@
+"""Moving experts between the ranks of each pipeline stage: from placements to slots, plans and Megatron's modules."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from megatron_smartmoe.adapter.migration.expert_state import ExpertStates
+from megatron_smartmoe.adapter.moe.layer import SmartMoELayer
+from megatron_smartmoe.errors import MigrationError
+from megatron_smartmoe.placement.migration import MigrationStep, plan_migration
+from megatron_smartmoe.runtime.controller import Moved
+from megatron_smartmoe.runtime.migration.exchange import CommitUnknownError, ExpertExchange, MigrationReport
+from megatron_smartmoe.spec.arrays import IntArray
+from megatron_smartmoe.spec.placement import EMPTY, Placement, with_empty_slots
+
+
+def with_home_slots(placement: Placement, slot_LE: IntArray) -> Placement:
+    """The placement with other homes, and without replicas: those are planned anew before the next iteration."""
+    slots_LRS = placement.slots_LRS.copy()
+    homes_LE = np.argsort(slot_LE, axis=1)
+    slots_LRS[:, :, : placement.home_slots] = homes_LE.reshape(len(slot_LE), placement.num_ranks, -1)
+    slots_LRS[:, :, placement.home_slots :] = EMPTY
+    return replace(placement, slots_LRS=slots_LRS)
+
+
+class ExpertMover:
+    """Carries out changes of homes on this rank's layers.
+
+    Args:
+        layers: MoE layers of this rank, by their row in the placement.
+        model_chunks: as Megatron's loop has them.
+        optimizer: Megatron's.
+        staging_bytes: memory for what arrives.
+        timeout_s: how long to wait for a peer.
+    """
+
+    def __init__(
+        self,
+        layers: Mapping[int, SmartMoELayer],
+        model_chunks: Sequence[Any],
+        optimizer: Any,
+        *,
+        staging_bytes: int,
+        timeout_s: float,
+    ) -> None:
+        self._layers = dict(layers)
+        modules = [(row, layer.experts) for row, layer in self._layers.items()]
+        self._states = ExpertStates(modules, model_chunks, optimizer, timeout_s=timeout_s)
+        self._exchange = ExpertExchange(
+            group=self._states.group,
+            workers=self._states.workers,
+            device=self._states.device,
+            staging_bytes=staging_bytes,
+            timeout_s=timeout_s,
+        )
+
+    def move(self, before: Placement, after: Placement) -> Moved:
+        """See `runtime.controller.Mover`; between an optimizer step and the next forward pass."""
+        slot_LE, failure = before.home_slot_LE.copy(), None
+        report = MigrationReport()
+        try:
+            report = self._execute(slot_LE, after.home_slot_LE)
+        except CommitUnknownError:
+            raise
+        except MigrationError as error:
+            failure = str(error)
+        return self._agreed(before, after, slot_LE, report, failure)
+
+    def _execute(self, slot_LE: IntArray, wanted_LE: IntArray) -> MigrationReport:
+        """Move this stage's experts, step by step; `slot_LE` follows what was committed."""
+        self._states.prepare(gradients_spent=True)
+        states = self._states.states()
+        rows = sorted(self._layers)
+        plan = plan_migration(
+            slot_LE[rows],
+            wanted_LE[rows],
+            [states[row].layout for row in rows],
+            num_ranks=self._states.num_ranks,
+            staging_bytes=self._exchange.staging_bytes,
+        )
+
+        def on_commit(step: MigrationStep) -> None:
+            slot_LE[step.layer, list(step.experts)] = step.to_slot
+            self._layers[step.layer].set_homes(torch.from_numpy(slot_LE[step.layer].copy()))
+
+        return self._exchange.execute(plan, states, on_commit)
+
+    def _agreed(
+        self, before: Placement, after: Placement, slot_LE: IntArray, report: MigrationReport, failure: str | None
+    ) -> Moved:
+        """What all stages together have done: a stage that failed has kept its old homes, or some of them."""
+        table_LE = torch.full(slot_LE.shape, -1, dtype=torch.int64)
+        rows = sorted(self._layers)
+        table_LE[rows] = torch.from_numpy(slot_LE[rows])
+        table_LE = table_LE.to(self._states.device)
+        dist.all_reduce(table_LE, op=dist.ReduceOp.MAX)
+        totals = torch.tensor([report.sent_bytes, failure is not None], dtype=torch.int64, device=table_LE.device)
+        dist.all_reduce(totals)
+        sent_bytes, failures = totals.tolist()
+        if failures and failure is None:
+            failure = f"{failures} other ranks could not move their experts; what they say is in their logs"
+        reached_LE = table_LE.cpu().numpy()
+        arrived = np.array_equal(reached_LE, after.home_slot_LE)
+        return Moved(
+            placement=after if arrived else with_home_slots(before, reached_LE),
+            wire_bytes=sent_bytes,
+            seconds=report.seconds,
+            failure=failure,
+        )
+
+
+def with_spare_slots(placement: Placement, spare_slots: int) -> Placement:
+    """The same homes with this many empty spare slots."""
+    return replace(placement, slots_LRS=with_empty_slots(placement.homes_LRH, spare_slots))

@@ -1,0 +1,1 @@
+"""What a run records: metrics, routing trace, summary; and the replay of a recorded trace."""

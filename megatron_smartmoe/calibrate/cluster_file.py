@@ -1,0 +1,241 @@
+"""A cluster file made of measurements.
+
+Method. Each series becomes a line (`calibrate.line`), each line two numbers of the file:
+
+- gemm: peak_flops, operations of a token over its time; weight_passes, an expert's fixed time over the time that its
+  weights need to cross memory once (fixed time over a token's is the half-rate point);
+- copy: memory_bandwidth_bytes_s;
+- all_to_all, ring (reduce-scatter and all-gather), all_reduce, send_recv: bandwidth_bytes_s, the best of the four;
+  latency_s, a message's; inside a node also the latencies of a ring's and an all-to-all's steps.
+- gpu.ranks_per_device: how many times as fast a CPU rank's products are when the others wait.
+
+What is measured is reached: `efficiency` is 1 for gemm and memory, and says for a link which part of its best rate the
+all-to-all, the ring and the all-reduce reach, so that the cost model discounts nothing twice. What could not be
+measured (links between nodes on one node) comes from a file that fits the device, or from an estimate; its source says
+so, and it keeps the model's priors.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from megatron_smartmoe.calibrate.line import LineFit
+from megatron_smartmoe.calibrate.measured import COLLECTIVES, LINKS, Measured, Series
+from megatron_smartmoe.spec.cluster import ClusterSpec, GpuSpec, LinkSpec
+
+_SHARED = ("all_to_all", "ring", "all_reduce")  # the model has no share of its own for messages
+_WORDS = {
+    "all_to_all": "all_to_all_single",
+    "ring": "reduce_scatter and all_gather",
+    "all_reduce": "all_reduce",
+    "send_recv": "send to the next rank",
+}
+_ESTIMATES = {  # where nothing was measured and no file fits
+    "intra": (LinkSpec(bandwidth_bytes_s=25e9, latency_s=10e-6), "PCIe 4.0 x16, about 25 GB/s in each direction"),
+    "inter": (LinkSpec(bandwidth_bytes_s=12.5e9, latency_s=20e-6), "one 100 Gb/s card per GPU"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class MachineFit:
+    """What the measurements say.
+
+    Attributes:
+        cluster: the file's content.
+        lines: of every series, by its name ("gemm", "all_to_all intra").
+        half_rate_tokens: tokens of one expert at which its products reach half of the full rate.
+        warnings: what a reader of the numbers should know.
+    """
+
+    cluster: ClusterSpec
+    lines: Mapping[str, LineFit]
+    half_rate_tokens: float
+    warnings: tuple[str, ...]
+
+
+def all_series(measured: Measured) -> dict[str, Series]:
+    """Every series by its name, in the order of a table."""
+    links = {f"{op} {link}": measured.links[op, link] for link in LINKS for op in COLLECTIVES if _has(measured, link)}
+    return {"gemm": measured.gemm, "copy": measured.copy, **links}
+
+
+def fit_machine(measured: Measured, nominal: ClusterSpec | None = None, name: str = "measured") -> MachineFit:
+    """Make the cluster file's content of the measurements.
+
+    Args:
+        measured: by the ranks of one job.
+        nominal: a file for this device, if there is one: what could not be measured comes from there.
+        name: of the cluster.
+
+    Raises:
+        PlanError: a series with fewer than two different amounts.
+    """
+    lines = {key: series.fit() for key, series in all_series(measured).items()}
+    sources: dict[str, str] = {}
+    shares = {"gemm": 1.0, "memory": 1.0}
+    gpu = _gpu(measured, lines, sources)
+    reserved = "gpu.reserved_bytes"
+    if nominal is not None and reserved in nominal.sources:
+        gpu, sources[reserved] = replace(gpu, reserved_bytes=nominal.gpu.reserved_bytes), nominal.sources[reserved]
+    links = {}
+    for link in LINKS:
+        if _has(measured, link):
+            links[link] = _link(measured, link, lines, sources, shares)
+        else:
+            links[link] = _unmeasured(link, nominal, sources)
+    for share in ("gemm", "memory"):
+        sources[f"efficiency.{share}"] = "the number above is measured: what training reaches, not a peak to discount"
+    cluster = ClusterSpec(
+        name=name,
+        nodes=measured.nodes,
+        gpus_per_node=measured.ranks_per_node,
+        gpu=gpu,
+        intra_node=links["intra"],
+        inter_node=links["inter"],
+        replica_scope="node" if nominal is None else nominal.replica_scope,
+        sources=sources,
+        efficiency=shares,
+    )
+    gemm = lines["gemm"]
+    half_rate = gemm.fixed_s / gemm.unit_s
+    return MachineFit(
+        cluster=_rounded(cluster),
+        lines=lines,
+        half_rate_tokens=half_rate,
+        warnings=tuple(_warnings(measured, lines, half_rate)),
+    )
+
+
+def _has(measured: Measured, link: str) -> bool:
+    return measured.members.get(link, 1) > 1
+
+
+def _gpu(measured: Measured, lines: Mapping[str, LineFit], sources: dict[str, str]) -> GpuSpec:
+    """The device's numbers, and their sources."""
+    gemm, copy, expert = lines["gemm"], lines["copy"], measured.expert
+    kind = "gated" if expert.gated else "plain"
+    what = f"grouped_mm of {kind} {expert.hidden} x {expert.ffn} experts, forward and backward"
+    amounts = ", ".join(f"{point.units:g}" for point in measured.gemm.points)
+    sources["gpu.peak_flops"] = _source(measured, f"{what}, {amounts} tokens per expert", gemm)
+    sources["gpu.memory_bytes"] = f"measured: what the device has for each rank; {measured.how}"
+    sources["gpu.memory_bandwidth_bytes_s"] = _source(measured, "copy in memory, read and written bytes", copy)
+    bandwidth = 1 / copy.unit_s
+    passes = gemm.fixed_s * bandwidth / expert.weight_bytes
+    found = GpuSpec(
+        name=measured.device,
+        peak_flops=expert.flops_per_token / gemm.unit_s,
+        memory_bytes=measured.memory_bytes,
+        memory_bandwidth_bytes_s=bandwidth,
+    )
+    if measured.ranks_per_device > 1:
+        sources["gpu.ranks_per_device"] = (
+            f"measured: {what}, {measured.gemm.points[-1].units:g} tokens per expert, one of {measured.ranks_per_node} "
+            f"ranks of a node alone over all at once on {measured.cores_per_node} cores; {measured.how}"
+        )
+        found = replace(found, ranks_per_device=measured.ranks_per_device)
+    if passes <= 0:
+        return found  # the model's prior is a better guess than none
+    half = f"half of the full rate at {gemm.fixed_s / gemm.unit_s:.3g} tokens per expert"
+    sources["gpu.weight_passes"] = _source(measured, f"{what}; {half}", gemm)
+    return replace(found, weight_passes=passes)
+
+
+def _link(
+    measured: Measured, link: str, lines: Mapping[str, LineFit], sources: dict[str, str], shares: dict[str, float]
+) -> LinkSpec:
+    """One link's numbers, and the shares of its bandwidth that the operations reach."""
+    found = {op: lines[f"{op} {link}"] for op in COLLECTIVES}
+    best = min(COLLECTIVES, key=lambda op: found[op].unit_s)
+    among = f"among {measured.members[link]} ranks"
+    sources[f"{link}_node.bandwidth_bytes_s"] = _source(measured, f"{_WORDS[best]} {among}", found[best])
+    latency_of = next((op for op in ("send_recv", "all_to_all") if found[op].fixed_s > 0), "ring")
+    sources[f"{link}_node.latency_s"] = _source(measured, f"{_WORDS[latency_of]} {among}", found[latency_of])
+    for op in _SHARED:
+        shares[f"{op}_{link}"] = found[best].unit_s / found[op].unit_s
+        sources[f"efficiency.{op}_{link}"] = _source(measured, f"{_WORDS[op]} {among}, over {_WORDS[best]}", found[op])
+    return LinkSpec(
+        bandwidth_bytes_s=1 / found[best].unit_s,
+        latency_s=max(found[latency_of].fixed_s, 1e-9),  # a file wants a positive one
+        **_steps(measured, link, found, sources),
+    )
+
+
+def _steps(
+    measured: Measured, link: str, found: Mapping[str, LineFit], sources: dict[str, str]
+) -> dict[str, float | None]:
+    """Latencies of the steps of collectives; between nodes groups are larger than any that is measured: trees."""
+    steps: dict[str, float | None] = {}
+    if link == "inter":
+        return steps
+    others = measured.members[link] - 1
+    for op, collectives in (("ring", 2), ("all_to_all", 1)):
+        if found[op].fixed_s > 0:
+            name = f"{op}_latency_s"
+            steps[name] = found[op].fixed_s / collectives / others
+            what = f"{_WORDS[op]} among {others + 1} ranks, of each of its {collectives * others} steps"
+            sources[f"{link}_node.{name}"] = _source(measured, what, found[op])
+    return steps
+
+
+def _unmeasured(link: str, nominal: ClusterSpec | None, sources: dict[str, str]) -> LinkSpec:
+    """A link that nobody could measure: from the file that fits, else an estimate."""
+    why = "not measured, one rank per node" if link == "intra" else "not measured, one node"
+    spec, estimate = _ESTIMATES[link]
+    for number in ("bandwidth_bytes_s", "latency_s"):
+        path = f"{link}_node.{number}"
+        source = f"estimate: {estimate}" if nominal is None else nominal.sources.get(path, "unknown")
+        sources[path] = f"{why}: {source}"
+    if nominal is None:
+        return spec
+    return nominal.intra_node if link == "intra" else nominal.inter_node
+
+
+def _source(measured: Measured, what: str, line: LineFit) -> str:
+    """Where a number comes from: what, by whom, how well the line fits, with what, when."""
+    ranks = measured.nodes * measured.ranks_per_node
+    who = f"{ranks} ranks at once on {measured.nodes} x {measured.cores_per_node} cores" if ranks > 1 else "one rank"
+    fit = f"line off by {line.residual:.1%} on average, {line.worst:.1%} at worst"
+    return f"measured: {what}; {who}, medians of {measured.repeats}; {fit}; {measured.how}"
+
+
+def _warnings(measured: Measured, lines: Mapping[str, LineFit], half_rate: float) -> list[str]:
+    """What a reader of the numbers should know."""
+    found = []
+    for key, series in all_series(measured).items():
+        line = lines[key]
+        if line.poor:
+            text = f"{key}: the line is off by {line.residual:.0%} on average, {line.worst:.0%} at worst"
+            found.append(f"{text}; measure again on a quiet machine, or with other amounts")
+        noisy = [point for point in series.points if point.spread > 0.5]
+        if len(noisy) * 2 > len(series.points):
+            found.append(f"{key}: repeats differ by more than half of their median; --repeats more of them")
+    largest = max(point.units for point in measured.gemm.points)
+    if largest < 2 * half_rate:
+        found.append(
+            f"gemm: half of the full rate at {half_rate:.0f} tokens, measured up to {largest:.0f}: add --tokens"
+        )
+    for link, words in (("intra", "inside a node"), ("inter", "between nodes")):
+        if not _has(measured, link):
+            found.append(f"links {words}: not measured, there was nobody to talk to; see their source in the file")
+    return found
+
+
+def _rounded(cluster: ClusterSpec) -> ClusterSpec:
+    """As the file will say it: 4 digits."""
+
+    def four(value: float) -> float:
+        return float(f"{value:.4g}") if math.isfinite(value) else value
+
+    def numbers(spec: GpuSpec | LinkSpec) -> dict[str, Any]:
+        return {name: four(value) for name, value in asdict(spec).items() if isinstance(value, float)}
+
+    return replace(
+        cluster,
+        gpu=replace(cluster.gpu, **numbers(cluster.gpu)),
+        intra_node=replace(cluster.intra_node, **numbers(cluster.intra_node)),
+        inter_node=replace(cluster.inter_node, **numbers(cluster.inter_node)),
+        efficiency={name: four(share) for name, share in cluster.efficiency.items()},
+    )

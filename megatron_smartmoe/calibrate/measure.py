@@ -1,0 +1,296 @@
+"""Measure a machine: matrix products of experts, copies, collectives. Every rank calls `measure`, at the same time.
+
+Method. Before each repeat the ranks wait for each other, so that ranks that share cores, memory or a network card get
+in each other's way as they do in training. A repeat takes as long as its slowest rank, as a layer does, and a point is
+the median of its repeats. The points of a series take turns: a moment in which the machine does something else then
+falls on one repeat of all points, not on all repeats of one. What is short is called many times in a row (`TURN_S`), so
+that neither the clock nor the way out of the barrier is what is measured. On a GPU CUDA events tell the time from the
+first kernel to the last, gaps between launches included, as in training; every point is called untimed first.
+
+CPU ranks sleep until a message arrives and come back late to cores that others use, so that a collective between
+matrix products takes two to three times as long as one of many in a row. Theirs are measured between products, whose
+time alone, measured in turns with them, is taken off. A GPU's stream has no scheduler in between.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from megatron_smartmoe.calibrate.measured import COLLECTIVES, Measured, Point, Series
+from megatron_smartmoe.cost.compute import ExpertShape
+
+TURN_S = 10e-3  # least time of one repeat
+CALLS_BETWEEN_PRODUCTS = 8  # of one repeat: products vary by more than a short collective takes
+MOST_CALLS = 1000  # of one repeat
+_CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What to measure: shape of a rank's experts, tokens per expert, bytes of collectives and of copies."""
+
+    expert: ExpertShape
+    num_experts: int
+    tokens: tuple[int, ...]
+    sizes_bytes: tuple[int, ...]
+    copy_bytes: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Task:
+    """A point to be measured: `call` moves or computes `units`; `share` of its time counts (one expert of several)."""
+
+    units: float
+    call: Callable[[], object]
+    share: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """Where it is measured.
+
+    Attributes:
+        device: of this rank.
+        dtype: of weights, activations and messages.
+        world: all ranks; they measure at the same time.
+        links: process group of this rank for each link (`intra`, `inter`); absent where the rank would be alone in it.
+        nodes: machines of the job.
+        repeats: of each point.
+        say: told what is being measured.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    world: dist.ProcessGroup
+    links: dict[str, dist.ProcessGroup]
+    nodes: int
+    repeats: int
+    say: Callable[[str], object] = field(default=lambda text: None)
+
+    def series(self, tasks: Sequence[Task], least_calls: int = 1) -> Series:
+        """Time every task, each repeat of at least so many calls; collective."""
+        calls = []
+        for task in tasks:
+            task.call()  # allocates, connects, chooses kernels
+            once_s = self._slowest([self._turn(task.call, 1)])[0]
+            calls.append(max(least_calls, min(MOST_CALLS, math.ceil(TURN_S / max(once_s, 1e-9)))))
+        turns = [
+            [self._turn(task.call, number) / number for task, number in zip(tasks, calls, strict=True)]
+            for _ in range(self.repeats)
+        ]
+        return Series(
+            points=tuple(_point(task, self._slowest([turn[at] for turn in turns])) for at, task in enumerate(tasks))
+        )
+
+    def _turn(self, call: Callable[[], object], calls: int) -> float:
+        """Seconds of so many calls on this rank, after all ranks have met."""
+        dist.all_reduce(torch.zeros(1, device=self.device), group=self.world)
+        if self.device.type == "cuda":
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.cuda.synchronize(self.device)
+            start.record()
+            for _ in range(calls):
+                call()
+            end.record()
+            end.synchronize()
+            return float(start.elapsed_time(end)) / 1e3
+        begin = time.perf_counter()
+        for _ in range(calls):
+            call()
+        return time.perf_counter() - begin
+
+    def _slowest(self, seconds: list[float]) -> list[float]:
+        """The slowest rank's time of each repeat, the same on all ranks."""
+        times = torch.tensor(seconds, dtype=torch.float64, device=self.device)
+        dist.all_reduce(times, op=dist.ReduceOp.MAX, group=self.world)
+        found: list[float] = times.tolist()
+        return found
+
+
+def _point(task: Task, turns_s: list[float]) -> Point:
+    """The median of the repeats, and how far they lie apart."""
+    median = statistics.median(turns_s)
+    low, _, high = statistics.quantiles(turns_s, n=4) if len(turns_s) > 1 else (median, median, median)
+    return Point(units=task.units, time_s=median * task.share, spread=(high - low) / median)
+
+
+def measure(plan: Plan, bench: Bench, how: str) -> Measured:
+    """Measure everything; collective over `bench.world`, and every rank returns the same.
+
+    Args:
+        plan: amounts.
+        bench: device and process groups.
+        how: backend, versions and date, for the sources.
+    """
+    per_node = dist.get_world_size(bench.world) // bench.nodes
+    bench.say("matrix products")
+    gemm = bench.series([_gemm(plan, bench, tokens) for tokens in plan.tokens])
+    bench.say("copies")
+    copy = bench.series([_copy(size, bench) for size in plan.copy_bytes])
+    links, members, on_gpu = {}, {}, bench.device.type == "cuda"
+    for link, group in bench.links.items():
+        members[link] = dist.get_world_size(group)
+        for operation in COLLECTIVES:
+            bench.say(f"{operation}, {link}")
+            tasks = [_collective(operation, size, group, bench) for size in plan.sizes_bytes]
+            links[operation, link] = bench.series(tasks) if on_gpu else _between_products(tasks, plan, bench)
+    return Measured(
+        device=device_name(bench.device),
+        memory_bytes=_memory_bytes(bench, per_node),
+        nodes=bench.nodes,
+        ranks_per_node=per_node,
+        cores_per_node=usable_cores(),
+        expert=plan.expert,
+        gemm=gemm,
+        copy=copy,
+        links=links,
+        members=members,
+        how=how,
+        repeats=bench.repeats,
+        ranks_per_device=_ranks_per_device(plan, bench, per_node),
+        extra=_host_to_device(plan, bench),
+    )
+
+
+def device_name(device: torch.device) -> str:
+    """As a cluster file names it: the GPU without its vendor, or CPU threads of a rank."""
+    if device.type == "cuda":
+        return "-".join(torch.cuda.get_device_name(device).removeprefix("NVIDIA ").split())
+    threads = torch.get_num_threads()
+    return "CPU-thread" if threads == 1 else f"CPU-{threads}-threads"
+
+
+def usable_cores() -> int:
+    """CPU cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _gemm(plan: Plan, bench: Bench, tokens: int) -> Task:
+    """Both products of a rank's experts, forward and backward; time of one expert by its tokens."""
+    expert, count = plan.expert, plan.num_experts
+    inner = (2 if expert.gated else 1) * expert.ffn
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, device=bench.device, dtype=bench.dtype)
+
+    rows_NH, first_EIH = random(count * tokens, expert.hidden), random(count, inner, expert.hidden)
+    activated_NF, second_EHF = random(count * tokens, expert.ffn), random(count, expert.hidden, expert.ffn)
+    leaves = [leaf.requires_grad_() for leaf in (rows_NH, first_EIH, activated_NF, second_EHF)]
+    gradients = [random(count * tokens, width) for width in (inner, expert.hidden)]
+    ends_E = torch.arange(1, count + 1, device=bench.device, dtype=torch.int32) * tokens
+
+    def both_ways() -> None:
+        inner_NI = F.grouped_mm(rows_NH, first_EIH.transpose(1, 2), offs=ends_E)
+        output_NH = F.grouped_mm(activated_NF, second_EHF.transpose(1, 2), offs=ends_E)
+        torch.autograd.grad([inner_NI, output_NH], leaves, gradients)
+
+    return Task(tokens, both_ways, 1 / count)
+
+
+def _ranks_per_device(plan: Plan, bench: Bench, per_node: int) -> float:
+    """How many times as fast a node's first rank multiplies when its others wait: they may share cores."""
+    if bench.device.type == "cuda" or per_node == 1:
+        return 1.0
+    bench.say("matrix products of one rank alone")
+    all_at_once = _gemm(plan, bench, max(plan.tokens))
+    first = dist.get_rank(bench.world) % per_node == 0
+    alone = replace(all_at_once, call=all_at_once.call if first else lambda: None)
+    together_s, alone_s = (point.time_s for point in bench.series([all_at_once, alone]).points)
+    return max(1.0, together_s / alone_s)
+
+
+def _between_products(tasks: Sequence[Task], plan: Plan, bench: Bench) -> Series:
+    """The tasks' times, each call after a product, less the product's."""
+    product = _gemm(plan, bench, plan.tokens[len(plan.tokens) // 2]).call
+    both = [replace(task, call=lambda task=task: (product(), task.call())) for task in tasks]
+    *points, alone = bench.series([*both, Task(1.0, product)], CALLS_BETWEEN_PRODUCTS).points
+    return Series(points=tuple(_less(point, alone.time_s) for point in points))
+
+
+def _less(point: Point, time_s: float) -> Point:
+    """A point without the time of something else, which its repeats still vary by."""
+    left_s = max(point.time_s - time_s, 1e-7)  # nothing is free, whatever the noise says
+    return replace(point, time_s=left_s, spread=point.spread * point.time_s / left_s)
+
+
+def _copy(size: int, bench: Bench) -> Task:
+    """A copy inside the device's memory; bytes read and written."""
+    source = torch.zeros(size, device=bench.device, dtype=torch.uint8)
+    target = torch.zeros_like(source)
+    return Task(2.0 * size, lambda: target.copy_(source))
+
+
+def _host_to_device(plan: Plan, bench: Bench) -> dict[str, float]:
+    """Bytes a second from pinned host memory to the device and back; nothing on a CPU."""
+    if bench.device.type != "cuda":
+        return {}
+    bench.say("copies to and from the host")
+    size = max(plan.copy_bytes)
+    host = torch.zeros(size, dtype=torch.uint8, pin_memory=True)
+    device = torch.zeros(size, dtype=torch.uint8, device=bench.device)
+    there = Task(size, lambda: device.copy_(host, non_blocking=True))
+    back = Task(size, lambda: host.copy_(device, non_blocking=True))
+    rates = [point.units / point.time_s for point in bench.series([there, back]).points]
+    return dict(zip(("host to device", "device to host"), rates, strict=True))
+
+
+def _collective(operation: str, size: int, group: dist.ProcessGroup, bench: Bench) -> Task:
+    """One collective on buffers of about `size` bytes; counts bytes through the busiest port (see Series)."""
+    ranks, rank = dist.get_world_size(group), dist.get_rank(group)
+    elements = -(-size // (bench.dtype.itemsize * ranks)) * ranks  # an all-to-all cuts it into equal parts
+    buffer = torch.zeros(elements, device=bench.device, dtype=bench.dtype)
+    other = torch.zeros_like(buffer)
+    num_bytes = elements * bench.dtype.itemsize
+    crossing = num_bytes * (ranks - 1) / ranks
+    if operation == "all_to_all":
+        return Task(crossing, lambda: dist.all_to_all_single(other, buffer, group=group))
+    if operation == "all_reduce":
+        return Task(2 * crossing, lambda: dist.all_reduce(buffer, group=group))
+    if operation == "ring":
+        part = torch.zeros(elements // ranks, device=bench.device, dtype=bench.dtype)
+        return Task(2 * crossing, lambda: _ring(buffer, part, group))
+    assert operation == "send_recv", operation
+    following, previous = (dist.get_global_rank(group, (rank + step) % ranks) for step in (1, -1))
+
+    def shift() -> None:
+        """Everybody sends to the next rank: every port carries one message each way."""
+        sent = dist.P2POp(dist.isend, buffer, following, group)
+        received = dist.P2POp(dist.irecv, other, previous, group)
+        for work in dist.batch_isend_irecv([sent, received]):
+            work.wait()
+
+    return Task(num_bytes, shift)
+
+
+def _ring(buffer: torch.Tensor, part: torch.Tensor, group: dist.ProcessGroup) -> None:
+    """Both of the collectives that are one round: each rank is left with a part, then with everything."""
+    dist.reduce_scatter_tensor(part, buffer, group=group)
+    dist.all_gather_into_tensor(buffer, part, group=group)
+
+
+def _memory_bytes(bench: Bench, ranks_per_node: int) -> float:
+    """What the rank with the least of it may use."""
+    if bench.device.type == "cuda":
+        here = float(torch.cuda.get_device_properties(bench.device).total_memory)
+    else:
+        here = _host_bytes() / ranks_per_node
+    least = torch.tensor(here, dtype=torch.float64, device=bench.device)
+    dist.all_reduce(least, op=dist.ReduceOp.MIN, group=bench.world)
+    return float(least)
+
+
+def _host_bytes() -> float:
+    """Memory of this machine, or of the container that this process is in."""
+    physical = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    limit = _CGROUP_LIMIT.read_text().strip() if _CGROUP_LIMIT.is_file() else "max"
+    return min(physical, float(limit)) if limit.isdecimal() else physical

@@ -1,0 +1,95 @@
+"""The medium loop as training and the simulator share it: which copies the next iteration has, from history."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from megatron_smartmoe.placement.decisions import Decision, digest_of
+from megatron_smartmoe.placement.exact_replicas import exact_replicas
+from megatron_smartmoe.placement.history import History, HistoryOptions
+from megatron_smartmoe.placement.homes_planner import OnlineOptions
+from megatron_smartmoe.placement.plan_homes import drop_misplaced
+from megatron_smartmoe.placement.plan_replicas import plan_replicas
+from megatron_smartmoe.placement.split import binding_cuts, split_graph
+from megatron_smartmoe.spec.arrays import FloatArray, IntArray
+from megatron_smartmoe.spec.placement import BoolArray, Placement, hosts_of
+
+
+class ReplicaPlanner:
+    """The medium loop of one expert-parallel group.
+
+    Args:
+        placement: where things are; its homes are kept.
+        group: number of the group, for the log.
+        options: see OnlineOptions.
+    """
+
+    def __init__(self, placement: Placement, group: int, options: OnlineOptions) -> None:
+        self.placement, self.group, self.options = placement, group, options
+        remembered = options.history or HistoryOptions.for_ranks(placement.num_ranks)
+        self.history = History(placement.num_layers, placement.num_experts, remembered)
+        self._tokens_L = np.zeros(placement.num_layers)  # of an iteration, per rank
+
+    def observe(self, counts_LME: IntArray) -> FloatArray:
+        """Take in what this group routed in one iteration; returns the forecast's error per layer."""
+        self._tokens_L = counts_LME.sum(axis=(1, 2)) / self.placement.num_ranks
+        return self.history.update(counts_LME)
+
+    def exact_slots(self, layer: int, load_E: IntArray) -> IntArray | None:
+        """Slots with copies for these very tokens of one micro-batch, or None when the present copies are to serve.
+
+        With `auto` they serve when they are good enough, and when copies planned anew would be no better.
+        """
+        slots_RS, home_slots, options = self.placement.slots_LRS[layer], self.placement.home_slots, self.options
+        if options.replicas == "history" or not self.placement.spare_slots:
+            return None
+        if options.replicas == "exact":
+            return exact_replicas(load_E, slots_RS, home_slots, options.replica.num_nodes)
+        busiest = _busiest(self.placement.hosts_LER[layer], load_E)
+        if busiest * len(slots_RS) <= options.auto_limit * int(load_E.sum()):
+            return None
+        exact_RS = exact_replicas(load_E, slots_RS, home_slots, options.replica.num_nodes)
+        return exact_RS if _busiest(hosts_of(exact_RS, len(load_E)), load_E) < busiest else None
+
+    def rehome(self, homes: Placement) -> None:
+        """Take over homes that have moved; replicas stay where they may."""
+        slots_LRS, home_slots = self.placement.slots_LRS.copy(), self.placement.home_slots
+        slots_LRS[:, :, :home_slots] = homes.homes_LRH
+        num_ranks, num_nodes = self.placement.num_ranks, self.options.replica.num_nodes
+        for slots_RS in slots_LRS:
+            drop_misplaced(slots_RS, home_slots, np.arange(num_ranks) * num_nodes // num_ranks)
+        self.placement = replace(self.placement, slots_LRS=slots_LRS)
+
+    def plan(self, iteration: int) -> Decision | None:
+        """Plan the copies for `iteration` and make them the present placement; None when nothing changes."""
+        if not self.history.num_records or not self.placement.spare_slots:
+            return None
+        before, rows = self.placement, [self.history.scenarios_KE(layer) for layer in range(self.placement.num_layers)]
+        results = [
+            plan_replicas(slots_RS, scenarios_KE, before.home_slots, self.options.replica, float(tokens))
+            for slots_RS, scenarios_KE, tokens in zip(before.slots_LRS, rows, self._tokens_L, strict=True)
+        ]
+        after = replace(before, slots_LRS=np.stack([result.slots_RS for result in results]))
+        if after == before:
+            return None
+        self.placement = after
+        forecast = float(np.mean([result.imbalance_K[0] for result in results]))
+        worst = float(max(result.imbalance_K.max() for result in results))
+        return Decision(
+            iteration=iteration,
+            kind="replicas",
+            group=self.group,
+            inputs=digest_of(before.slots_LRS, *rows),
+            before=before.digest,
+            after=after.digest,
+            taken=True,
+            why=f"max/mean {forecast:.4f} on the forecast, {worst:.4f} at worst",
+            changes=before.diff(after),
+        )
+
+
+def _busiest(hosts_ER: BoolArray, load_E: IntArray) -> int:
+    """Tokens of the busiest rank with the best split."""
+    return binding_cuts(split_graph(hosts_ER, load_E), load_E)[0]

@@ -1,0 +1,1 @@
+"""The search for better placements: moves, the cuts that bound them, and the objective."""

@@ -1,0 +1,198 @@
+"""Execute a migration plan: every step arrives whole and verified on all ranks, and is committed then, or not at all.
+
+A step goes like this. What stays on a rank is copied aside. What leaves is packed, chunk by chunk, and sent while the
+next chunk is packed; what arrives is staged, and its checksum taken while the next chunk is on its way. Then all ranks
+of the pipeline stage agree: sender and receiver add and subtract the checksum of each message in one small all-reduce,
+which must come out as zero. A second one confirms that everybody saw this. Only then is the staged state written.
+
+What is guaranteed:
+- A checksum that does not fit, a peer that does not answer, a message that fails: `MigrationError`, nothing of that
+  step is written on any rank, steps before it are complete on all. The caller's homes are right, because they change
+  in `on_commit`, step by step.
+- A failure between the agreement and its confirmation, an all-reduce of 8 bytes: `CommitUnknownError`. Other ranks may
+  have written, so training must stop and restart from its last checkpoint. (A rank that was itself too slow for the
+  others may end here too, although they have given up and written nothing: it cannot know.)
+- A process that dies at any instant: the others get one of the two errors, the job restarts from its last checkpoint.
+  Nothing on disk is touched here.
+
+Plain torch.distributed: gloo with CPU tensors, NCCL with CUDA tensors. It needs a process group of its own, because a
+timeout closes a gloo group's connections, and training's groups must survive it. (NCCL's own watchdog ends a process
+whose operations have not ended by the group's timeout; then the restart applies.)
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from megatron_smartmoe.errors import MigrationError
+from megatron_smartmoe.placement.migration import MigrationPlan, MigrationStep
+from megatron_smartmoe.runtime.digest import digest_bounds, is_one_digest
+from megatron_smartmoe.runtime.migration.expert_tensors import LayerState
+from megatron_smartmoe.runtime.migration.staging import Arena, Staging, chunk_checksum
+from megatron_smartmoe.runtime.migration.wire import Batch, PeerError, Wire, turns
+
+Probe = Callable[[str, MigrationStep, torch.Tensor | None], None]
+
+
+class CommitUnknownError(MigrationError):
+    """Whether the other ranks have committed cannot be known: end the training, restart it from its checkpoint."""
+
+
+@dataclass(kw_only=True)
+class MigrationReport:
+    """What a migration did on this rank; bytes of experts' state, without checksums and agreements."""
+
+    steps: int = 0
+    sent_bytes: int = 0
+    received_bytes: int = 0
+    local_bytes: int = 0
+    peak_staging_bytes: int = 0
+    seconds: float = 0.0
+
+
+class ExpertExchange:
+    """Moves experts between the ranks of one pipeline stage.
+
+    Args:
+        group: all ranks of the pipeline stage, for this alone, made with the same timeout. Every one of them calls
+            `execute` together.
+        workers: global rank of each worker of this rank's grid, w = ep_rank * D + edp_rank.
+        device: where the experts are.
+        staging_bytes: bound of the staging memory, as given to the plan.
+        timeout_s: how long to wait for a peer.
+        probe: for tests; called at `received` (with a staged chunk, before its checksum), `staged` (everything is
+            there), `agreed` (before the commit) and `committed`.
+    """
+
+    def __init__(
+        self,
+        *,
+        group: dist.ProcessGroup,
+        workers: Sequence[int],
+        device: torch.device | str,
+        staging_bytes: int,
+        timeout_s: float,
+        probe: Probe | None = None,
+    ) -> None:
+        self.staging_bytes = staging_bytes
+        self.worker = list(workers).index(dist.get_rank())
+        self._wire = Wire(group, workers, timeout_s)
+        self._device = torch.device(device)
+        self._probe = probe or (lambda point, step, chunk: None)
+        self._broken: str | None = None
+        self._arena = Arena(staging_bytes, self._device)
+
+    def execute(
+        self, plan: MigrationPlan, states: Mapping[int, LayerState], on_commit: Callable[[MigrationStep], None]
+    ) -> MigrationReport:
+        """Carry out a plan, step by step. A collective call of the whole pipeline stage.
+
+        Args:
+            plan: equal on all ranks (its digest is compared first).
+            states: by layer; live tensors with complete weights and without gradients that wait for the optimizer.
+            on_commit: called on every rank right after a step is written: set the homes of `step.experts` to
+                `step.to_slot`.
+
+        Raises:
+            MigrationError: this step and those after it were not carried out; see above for what holds.
+            CommitUnknownError: training must stop.
+        """
+        if self._broken:
+            raise MigrationError(f"no migration any more, an earlier one broke the connections: {self._broken}")
+        begin = time.perf_counter()
+        report = MigrationReport()
+        try:
+            self._compare(plan)
+            for step in plan.steps:
+                self._step(step, states[step.layer], report)
+                on_commit(step)
+        except (PeerError, CommitUnknownError) as error:
+            self._broken = str(error)
+            raise
+        report.peak_staging_bytes = self._arena.peak_bytes
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        report.seconds = time.perf_counter() - begin
+        return report
+
+    def _compare(self, plan: MigrationPlan) -> None:
+        """All ranks must have the same plan; the first rank that has another one would otherwise hang or corrupt."""
+        bounds = digest_bounds(plan.digest, self._device)
+        self._wire.all_reduce(bounds, "comparing plans", dist.ReduceOp.MAX)
+        if not is_one_digest(bounds.tolist()):
+            raise MigrationError(
+                f"the ranks have different migration plans (digest {plan.digest} on rank {dist.get_rank()}); "
+                "nothing was moved. Their homes, their layouts or their flags differ."
+            )
+
+    @torch.no_grad()
+    def _step(self, step: MigrationStep, state: LayerState, report: MigrationReport) -> None:
+        """Stage, agree, commit."""
+        staging = Staging(step, self.worker, state, self._arena)
+        report.local_bytes += staging.stage_local()
+        checksum_M = self._transfer(step, staging, report)
+        self._probe("staged", step, None)
+        self._agree(step, checksum_M)
+        self._probe("agreed", step, None)
+        self._commit(staging)
+        report.steps += 1
+        self._probe("committed", step, None)
+
+    def _transfer(self, step: MigrationStep, staging: Staging, report: MigrationReport) -> torch.Tensor:
+        """Send and receive all messages of this worker, two turns of chunks on their way at a time.
+
+        Returns:
+            checksum of each message of the step, int64: plus where it was sent, minus where it was received.
+        """
+        checksum_M = torch.zeros(len(step.messages), dtype=torch.int64, device=self._device)
+        previous: Batch | None = None
+        for turn, chunks in enumerate(turns(step, self.worker)):
+            data = [staging.memory_of(chunk, turn) for chunk in chunks]
+            batch = self._wire.start(step, chunks, data)
+            if previous is not None:
+                self._finish(step, previous, checksum_M, report)
+            previous = batch
+        if previous is not None:
+            self._finish(step, previous, checksum_M, report)
+        self._wire.settle(self._device, f"layer {step.layer}: waiting for its messages")
+        return checksum_M
+
+    def _finish(self, step: MigrationStep, batch: Batch, checksum_M: torch.Tensor, report: MigrationReport) -> None:
+        """Wait for a batch and take its checksums; what was sent is still in its buffer."""
+        self._wire.finish(step, batch)
+        for chunk, data in zip(batch.chunks, batch.data, strict=True):
+            if chunk.outgoing:
+                report.sent_bytes += len(data)
+                checksum_M[chunk.message] += chunk_checksum(data, chunk.number)
+            else:
+                report.received_bytes += len(data)
+                self._probe("received", step, data)
+                checksum_M[chunk.message] -= chunk_checksum(data, chunk.number)
+
+    def _agree(self, step: MigrationStep, checksum_M: torch.Tensor) -> None:
+        """Everybody has everything, unchanged; and everybody knows it."""
+        what = f"layer {step.layer}: agreeing on the commit"
+        self._wire.all_reduce(checksum_M, what)
+        wrong = checksum_M.nonzero().flatten().tolist()
+        if wrong:
+            message = step.messages[wrong[0]]
+            raise MigrationError(
+                f"layer {step.layer}: {len(wrong)} of {len(step.messages)} messages arrived with another checksum, the "
+                f"first from {self._wire.name(message.source)} to {self._wire.name(message.target)}; nothing of this "
+                "step is committed, its experts stay where they are."
+            )
+        try:
+            self._wire.all_reduce(torch.zeros(1, dtype=torch.int64, device=self._device), what)
+        except PeerError as error:
+            raise CommitUnknownError(
+                f"layer {step.layer}: lost a rank between the agreement and its confirmation, some ranks may have "
+                f"committed. Restart the training from its last checkpoint. ({error.__cause__})"
+            ) from error
+
+    def _commit(self, staging: Staging) -> None:
+        staging.commit()

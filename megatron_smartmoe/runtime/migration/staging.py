@@ -1,0 +1,163 @@
+"""Staging memory of a migration: where incoming state waits for the commit, and two chunks to send from.
+
+One arena is sliced anew for each step; it grows to the largest need of any plan, so that the bound that the user gave
+holds by construction, and is kept, because memory that is new to the process arrives at a third of the speed. Incoming
+messages lie whole in it, because all or nothing means that nothing of the old state may be overwritten before
+everything has arrived.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from megatron_smartmoe.errors import MigrationError
+from megatron_smartmoe.placement.migration import ALIGNMENT_BYTES, STAGING_FLAG, MigrationStep
+from megatron_smartmoe.runtime.migration.expert_tensors import LayerState
+from megatron_smartmoe.runtime.migration.wire import Chunk
+
+_ROW_BYTES, _BLOCK_BYTES = 512, 1 << 20  # of a checksum
+_ODD = 0x9E3779B97F4A7C15 - (1 << 64)
+
+
+class Arena:
+    """The memory of all steps, one after the other.
+
+    Args:
+        limit_bytes: what `--smartmoe-migration-staging-mib` allows.
+        device: of the experts.
+
+    Attributes:
+        peak_bytes: the most that was ever allocated.
+    """
+
+    def __init__(self, limit_bytes: int, device: torch.device) -> None:
+        self.limit_bytes, self.device, self.peak_bytes = limit_bytes, device, 0
+        self._bytes: torch.Tensor | None = None
+
+    def take(self, nbytes: int) -> torch.Tensor:
+        """The first `nbytes` of the arena, uint8; what was taken before is lost."""
+        if nbytes > self.limit_bytes:
+            raise MigrationError(
+                f"{nbytes} bytes of staging memory asked for, {STAGING_FLAG} allows {self.limit_bytes}"
+            )
+        if self._bytes is None or len(self._bytes) < nbytes:
+            self._bytes = None  # the old one first, so that the two never exist together
+            self._bytes = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+            self.peak_bytes = max(self.peak_bytes, nbytes)
+        return self._bytes[:nbytes]
+
+
+class Staging:
+    """The staging memory of one worker in one step.
+
+    Attributes:
+        chunks: two buffers to send from.
+        incoming: staged bytes of each message for this worker, by its index in `step.messages`.
+        local: staged bytes of what moves between slots of this worker, and its transfers.
+    """
+
+    def __init__(self, step: MigrationStep, worker: int, state: LayerState, arena: Arena) -> None:
+        self._step, self._state = step, state
+        moved = step.transfers
+        self._local = np.nonzero((moved.source == worker) & (moved.target == worker))[0]
+        local_bytes = int(moved.nbytes[self._local].sum())
+        sizes = {index: m.nbytes for index, m in enumerate(step.messages) if m.target == worker}
+        needed = 2 * step.chunk_bytes + sum(map(padded, sizes.values())) + padded(local_bytes)
+        memory = arena.take(needed)
+        self.chunks = memory[: step.chunk_bytes], memory[step.chunk_bytes : 2 * step.chunk_bytes]
+        self.incoming: dict[int, torch.Tensor] = {}
+        at = 2 * step.chunk_bytes
+        for index, nbytes in sizes.items():
+            self.incoming[index] = memory[at : at + nbytes]
+            memory[at + nbytes : at + padded(nbytes)].zero_()
+            at += padded(nbytes)
+        self.local = memory[at : at + local_bytes]
+
+    def stage_local(self) -> int:
+        """Copy what stays on this worker aside, for another slot takes its place; returns the bytes."""
+        self._copy(self._local, self.local, into_staging=True)
+        return len(self.local)
+
+    def memory_of(self, chunk: Chunk, turn: int) -> torch.Tensor:
+        """Where a chunk is received, or what is to be sent: a part of one live tensor as it is, or several transfers
+        packed into the buffer that is free in this turn."""
+        if not chunk.outgoing:
+            return self.incoming[chunk.message][chunk.offset : chunk.offset + chunk.nbytes]
+        message = self._step.messages[chunk.message]
+        sizes = self._step.transfers.nbytes[message.first : message.last]
+        starts = np.cumsum(sizes) - sizes
+        if chunk.transfer is not None:
+            inner = chunk.offset - int(starts[chunk.transfer - message.first])
+            return self._source(chunk.transfer)[inner : inner + chunk.nbytes]
+        buffer = self.chunks[turn % 2][: chunk.nbytes]
+        for row in np.nonzero((starts >= chunk.offset) & (starts < chunk.offset + chunk.nbytes))[0].tolist():
+            at = int(starts[row]) - chunk.offset
+            buffer[at : at + int(sizes[row])].copy_(self._source(message.first + row))
+        return buffer
+
+    def commit(self) -> None:
+        """Write everything that is staged into the live tensors."""
+        for index, staged in self.incoming.items():
+            message = self._step.messages[index]
+            self._copy(np.arange(message.first, message.last), staged, into_staging=False)
+        self._copy(self._local, self.local, into_staging=False)
+
+    def _copy(self, rows: np.ndarray, staged: torch.Tensor, *, into_staging: bool) -> None:
+        at = 0
+        for row in rows.tolist():
+            part = staged[at : at + int(self._step.transfers.nbytes[row])]
+            at += len(part)
+            if into_staging:
+                part.copy_(self._source(row))
+            else:
+                self._target(row).copy_(part)
+
+    def _source(self, row: int) -> torch.Tensor:
+        moved = self._step.transfers
+        run = int(moved.tensor[row]), int(moved.start[row]), int(moved.stop[row])
+        return self._state.run_bytes(int(moved.from_slot[row]), *run)
+
+    def _target(self, row: int) -> torch.Tensor:
+        moved = self._step.transfers
+        run = int(moved.tensor[row]), int(moved.start[row]), int(moved.stop[row])
+        return self._state.run_bytes(int(moved.to_slot[row]), *run)
+
+
+def padded(nbytes: int) -> int:
+    """Rounded up to the alignment of a message."""
+    return -(-nbytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+
+
+def chunk_checksum(chunk: torch.Tensor, number: int) -> torch.Tensor:
+    """A 64-bit checksum of a chunk's bytes, int64 scalar on its device; one pass at the speed of memory.
+
+    Rows of 512 bytes are summed as 64-bit words, and the sums weighted by their position. So a flipped bit and bytes
+    at another place are noticed; words that change places within a row are not. Weights per word would cost a
+    second pass, and what they would add is nothing that a transport is known to do.
+
+    Args:
+        chunk: uint8; what does not start at a multiple of 8 bytes is copied block by block.
+        number: of the chunk within its message.
+    """
+    total = torch.zeros((), dtype=torch.int64, device=chunk.device)
+    aligned = chunk.storage_offset() % 8 == 0 and chunk.data_ptr() % 8 == 0
+    block_bytes = max(len(chunk), 1) if aligned else _BLOCK_BYTES
+    for start in range(0, len(chunk), block_bytes):
+        block = chunk[start : start + block_bytes]
+        total += _rows_checksum(block if aligned else block.clone(), start // _ROW_BYTES)
+    return total * (2 * number + 1)
+
+
+def _rows_checksum(block: torch.Tensor, first_row: int) -> torch.Tensor:
+    whole = len(block) // _ROW_BYTES * _ROW_BYTES
+    rest = torch.zeros(_ROW_BYTES, dtype=torch.uint8, device=block.device)
+    rest[: len(block) - whole].copy_(block[whole:])
+    sums = torch.cat(
+        [
+            block[:whole].view(torch.int64).view(-1, _ROW_BYTES // 8).sum(dim=1),
+            rest.view(torch.int64).sum(0, keepdim=True),
+        ]
+    )
+    weights = torch.arange(first_row, first_row + len(sums), device=block.device).mul_(_ODD).bitwise_or_(1)
+    return weights.mul_(sums).sum()

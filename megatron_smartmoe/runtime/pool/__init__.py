@@ -1,0 +1,1 @@
+"""The pool of settings: predicted time of each, and switching between them."""

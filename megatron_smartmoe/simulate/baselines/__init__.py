@@ -1,0 +1,38 @@
+"""The peers' rules, written from their published descriptions: what `smartmoe simulate --policy all` compares with.
+
+How to write one: a module per rule with a frozen dataclass (its parameters as fields, with their published defaults)
+that follows `placement.layer_plan.Rule`: `name`, `sees`, and `plan(problem: LayerProblem) -> LayerPlan`, a pure
+function of one layer's problem. The plan names how tokens are shared (`equal`, `exact`, `local`, `quota`); the
+simulator evaluates it with `placement.layer_plan.evaluate` on counts that the rule did not see, or on those it did when
+`sees` is `exact`.
+
+`by_name()` gives the rules under the names of the simulator's table: none, smartmoe2023, lpt, eplb, eplb-hierarchical,
+fastermoe, echo, ultraep, moonep.
+"""
+
+from __future__ import annotations
+
+from megatron_smartmoe.placement.layer_plan import Rule
+from megatron_smartmoe.simulate.baselines.contiguous import Contiguous
+from megatron_smartmoe.simulate.baselines.echo import Echo
+from megatron_smartmoe.simulate.baselines.eplb import Eplb, EplbHierarchical
+from megatron_smartmoe.simulate.baselines.fastermoe import FasterMoE
+from megatron_smartmoe.simulate.baselines.greedy import Lpt, SmartMoE2023
+from megatron_smartmoe.simulate.baselines.moonep import MoonEp
+from megatron_smartmoe.simulate.baselines.ultraep import UltraEp
+
+
+def by_name() -> dict[str, Rule]:
+    """Every rule with its published defaults, in the order of the table."""
+    rules: tuple[Rule, ...] = (
+        Contiguous(),
+        SmartMoE2023(),
+        Lpt(),
+        Eplb(),
+        EplbHierarchical(),
+        FasterMoE(),
+        Echo(),
+        UltraEp(),
+        MoonEp(),
+    )
+    return {rule.name: rule for rule in rules}

@@ -1,0 +1,108 @@
+"""The replay itself: for every record, plan from what came before, evaluate on what comes, then show it to the policy.
+
+Imbalance is the largest rank load over the mean, per layer, expert-parallel group and micro-batch; that is what the
+slowest rank makes everybody wait for. The lower bound beside it is what no placement with these slots could beat.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron_smartmoe.cost.moe_layer import LayerConstants
+from megatron_smartmoe.placement.decisions import Decision
+from megatron_smartmoe.placement.layer_cost import LayerPricing, measure
+from megatron_smartmoe.simulate.policies import Books, SimulatedPolicy
+from megatron_smartmoe.spec.arrays import FloatArray
+from megatron_smartmoe.spec.trace import RoutingTrace
+
+
+@dataclass(frozen=True, kw_only=True)
+class SimulationSetup:
+    """What is simulated.
+
+    Attributes:
+        num_ranks: R, ranks of an expert-parallel group.
+        spare_slots: K per rank.
+        num_nodes: nodes that a group's ranks are on.
+        warmup: records at the start that are replayed but not counted.
+        constants: seconds per count of the layer, from a cluster and an expert's shape.
+        state_bytes: bytes of one expert's weights, main weights and moments.
+    """
+
+    num_ranks: int
+    spare_slots: int = 0
+    num_nodes: int = 1
+    warmup: int = 25
+    constants: LayerConstants
+    state_bytes: int
+
+    @property
+    def pricing(self) -> LayerPricing:
+        """The cost model of a layer of one group."""
+        return LayerPricing(num_ranks=self.num_ranks, num_nodes=self.num_nodes, constants=self.constants)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyResult:
+    """One policy over the counted records; `imbalance` has one value per record, layer, group and micro-batch."""
+
+    name: str
+    imbalance: FloatArray
+    layer_s: FloatArray
+    books: Books
+    decisions: list[Decision]
+
+
+def replay(
+    trace: RoutingTrace, policy: SimulatedPolicy, setting: SimulationSetup, records: Iterable[int] | None = None
+) -> PolicyResult:
+    """Run one policy over the trace.
+
+    Args:
+        trace: what was routed.
+        policy: fresh, it has seen nothing yet.
+        setting: ranks, slots, costs.
+        records: their numbers, in order; wrap them to show progress. None takes all.
+    """
+    imbalance: list[float] = []
+    layer_s: list[float] = []
+    for record in range(trace.num_records) if records is None else records:
+        if record == setting.warmup:
+            policy.books = Books()
+        counts_LGMRE = trace.groups(setting.num_ranks, record)
+        policy.before(int(trace.iteration[record]))
+        for layer, group, micro in np.ndindex(*counts_LGMRE.shape[:3]):
+            counts_RE = counts_LGMRE[layer, group, micro]
+            plan = policy.plan(layer, group, counts_RE)
+            if record >= setting.warmup:
+                seconds, worst = measure(plan, counts_RE, policy.homes(layer), setting.pricing)
+                layer_s.append(seconds)
+                imbalance.append(worst)
+        policy.observe(counts_LGMRE)
+    return PolicyResult(
+        name=policy.name,
+        imbalance=np.array(imbalance),
+        layer_s=np.array(layer_s),
+        books=policy.books,
+        decisions=policy.decisions,
+    )
+
+
+def lower_bounds(trace: RoutingTrace, setting: SimulationSetup) -> FloatArray:
+    """What no placement can beat, for every record, layer, group and micro-batch counted.
+
+    Whole tokens; with spare slots an expert may be on every rank; without, it shares its rank with the coldest ones.
+    """
+    bounds = []
+    for record in range(setting.warmup, trace.num_records):
+        load = np.sort(trace.groups(setting.num_ranks, record).sum(axis=-2).reshape(-1, trace.num_experts), axis=1)
+        total = load.sum(axis=1)
+        least = -(-total // setting.num_ranks)
+        if not setting.spare_slots:
+            homes = trace.num_experts // setting.num_ranks
+            least = np.maximum(least, load[:, -1] + load[:, : homes - 1].sum(axis=1))
+        bounds.append(least * setting.num_ranks / np.maximum(total, 1))
+    return np.concatenate(bounds)

@@ -1,0 +1,11 @@
+"""Array types, and the legend of the axes that a name's suffix gives.
+
+L layers, M micro-batches, R expert-parallel ranks, S slots of a rank, H home slots, K spare slots, E experts, T tokens,
+N records of a trace, G groups of expert-parallel ranks, I iterations, B batches: `counts_LE`, `load_LRE`.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+FloatArray = NDArray[np.float64]
+IntArray = NDArray[np.int64]

@@ -1,0 +1,1 @@
+"""Validation of the cost model and the planner against published runs."""

@@ -1,0 +1,132 @@
+"""Weights reach their copies, gradients come home once and complete, before anybody reads the home's gradient."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.support.ranks import run_ranks
+
+SLOTS = np.array([[0, 1, 2], [2, 3, 0]])  # two ranks, two home slots, one spare slot: each has a copy of the other's
+
+
+def _setup() -> tuple[Any, Any, list[Any]]:
+    """This rank's spare slots, its home weights, and what a listener on their gradients saw."""
+    import torch
+    import torch.distributed as dist
+
+    from megatron_smartmoe.runtime.replicas.slots import SpareSlots
+    from megatron_smartmoe.runtime.replicas.wire import ReplicaWire
+
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    experts = torch.arange(4 * 6, dtype=torch.float32).view(4, 2, 3)
+    home = torch.nn.Parameter(experts[2 * rank : 2 * rank + 2].clone())
+    home.main_grad = torch.zeros_like(home)
+    seen: list[Any] = []
+
+    def listen(parameter: Any) -> None:  # what Megatron's DDP does; the sum must be complete once this was called
+        parameter.main_grad.add_(parameter.grad)
+        parameter.grad = None
+        seen.append(parameter.main_grad.clone())
+
+    home.register_post_accumulate_grad_hook(listen)
+    spare = SpareSlots([home], 1, ReplicaWire(dist.group.WORLD), lambda: [home.main_grad], keeps=True)
+    return spare, home, seen
+
+
+def _passes(num_passes: int, keeps: bool) -> dict[str, Any]:
+    import torch
+
+    spare, home, seen = _setup()
+    if not keeps:
+        spare._keeps, spare._weights, spare._sums = False, None, None
+    rank = spare.wire.rank
+    copied: list[Any] = []
+    if keeps:
+        used = spare.use(SLOTS, num_passes=num_passes)
+        used.start()
+    for number in range(num_passes):
+        if not keeps:
+            spare.use(SLOTS, num_passes=1)
+        (weights,) = spare.weights()
+        copied.append(weights.detach().clone())
+        # this rank's tokens: factor 1 + number at the homes, 10 x (1 + rank) at the copy
+        loss = (home * (1 + number)).sum() + (weights * 10 * (1 + rank)).sum()
+        loss.backward()
+    return {
+        "copied": torch.stack(copied),
+        "total": home.main_grad,
+        "seen": seen,
+        "bytes": spare.nbytes,
+        "in use": spare.in_use is not None,
+    }
+
+
+@pytest.mark.parametrize(("num_passes", "keeps"), [(1, True), (3, True), (1, False), (2, False)])
+def test_weights_go_out_and_gradients_come_home(num_passes: int, keeps: bool, tmp_path: Path) -> None:
+    ranks = run_ranks(_passes, 2, num_passes, keeps, log_dir=tmp_path)
+    experts = np.arange(24.0).reshape(4, 2, 3)
+    at_home = sum(1 + number for number in range(num_passes))
+    for rank, (result, copied_expert, gave) in enumerate(zip(ranks, (2, 0), (0, 2), strict=True)):
+        assert (result["copied"].numpy() == experts[[copied_expert]]).all()
+        from_copy = 10 * (2 - rank) * num_passes  # the other rank's factor
+        expected = np.full((2, 2, 3), float(at_home))
+        expected[gave - 2 * rank] += from_copy
+        assert (result["total"].numpy() == expected).all()
+        assert (result["seen"][-1].numpy() == expected).all()
+        assert len(result["seen"]) == num_passes
+        assert result["in use"] == keeps
+        one = 6 * 4  # elements, bytes of a float
+        assert result["bytes"] == (2 * one if keeps else 0)
+
+
+def _modes() -> list[bool]:
+    """Whether two sets of copies in a row share their memory: kept, for a micro-batch each, and kept again."""
+    spare, _, _ = _setup()
+    before, shared = spare.nbytes, []
+    for keeps in (True, False, True):
+        spare.keep(keeps)
+        assert spare.in_use is None
+        first, second = (spare.use(SLOTS, num_passes=1) for _ in range(2))
+        shared.append(first.spares[0].data_ptr() == second.spares[0].data_ptr())
+        assert spare.nbytes == before
+    return shared
+
+
+def test_the_mode_changes_and_the_memory_stays(tmp_path: Path) -> None:
+    """Copies of micro-batches that are in flight at the same time must not overwrite each other."""
+    assert run_ranks(_modes, 2, log_dir=tmp_path) == [[True, False, True]] * 2
+
+
+def _again() -> Any:
+    """An iteration that is run again from zeroed gradients, as Megatron does when it looks for silent faults."""
+    spare, home, _ = _setup()
+    spare.use(SLOTS, num_passes=2).start()
+    for _ in range(2):
+        home.main_grad.zero_()
+        for _ in range(2):
+            (weights,) = spare.weights()
+            (home.sum() + weights.sum()).backward()
+    return home.main_grad
+
+
+def test_an_iteration_can_be_run_again(tmp_path: Path) -> None:
+    first, second = run_ranks(_again, 2, log_dir=tmp_path)
+    assert first[0].unique().tolist() == [4.0]  # the expert with a copy: two passes at home, two at the copy
+    assert first[1].unique().tolist() == [2.0]
+    assert second[0].unique().tolist() == [4.0]
+
+
+def _digests() -> tuple[bool, bool]:
+    import torch.distributed as dist
+
+    spare, _, _ = _setup()
+    return spare.wire.agrees("0123456789abcdef"), spare.wire.agrees(f"{dist.get_rank()}123456789abcdef")
+
+
+def test_ranks_notice_that_they_disagree(tmp_path: Path) -> None:
+    assert run_ranks(_digests, 2, log_dir=tmp_path) == [(True, False), (True, False)]

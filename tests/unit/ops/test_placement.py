@@ -1,0 +1,234 @@
+"""The host ops of the placement: the compiled ones must equal their numpy twins to the last token and slot."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_smartmoe import ops
+from megatron_smartmoe.errors import PlanError
+from megatron_smartmoe.ops import fake, library
+from megatron_smartmoe.placement.exact_replicas import exact_replicas
+from megatron_smartmoe.placement.split import min_max_split
+from megatron_smartmoe.spec.arrays import IntArray
+from megatron_smartmoe.spec.placement import BoolArray, hosts_of
+from tests.unit.ops.test_library import copy_checkout
+from tests.unit.placement.cases import random_slots
+
+# for CI, where a missing library must not look like success
+BUILD_IS_REQUIRED = os.environ.get("SMARTMOE_REQUIRE_BUILD") == "1"
+needs_library = pytest.mark.skipif(
+    not ops.backend().startswith("compiled") and not BUILD_IS_REQUIRED,
+    reason="the compiled library is not built: python megatron_smartmoe/ops/_build.py",
+)
+
+
+def random_load(rng: np.random.Generator, num_ranks: int, num_experts: int) -> IntArray:
+    """Counts `[R, E]`: even, skewed, all for one expert, few, none, sparse, or up to 2^40 each."""
+    shape = (num_ranks, num_experts)
+    kind = rng.integers(7)
+    if kind == 0:
+        return rng.integers(0, 9, shape)
+    if kind == 1:
+        return np.where(rng.random(shape) < 0.02, rng.integers(1, 2**40, shape), 0)
+    if kind == 2:
+        return rng.integers(0, 2**40, shape, endpoint=True)
+    if kind == 3:
+        return np.full(shape, int(rng.integers(0, 3)))
+    if kind == 4:
+        counts_RE = rng.integers(0, 2, shape)
+        counts_RE[:, rng.integers(num_experts)] = rng.integers(1, 2**40)
+        return counts_RE
+    popularity = rng.lognormal(0, rng.uniform(0, 3), num_experts)
+    return rng.multinomial(int(rng.integers(0, 5000)), popularity / popularity.sum(), size=num_ranks)
+
+
+@st.composite
+def layers(draw: st.DrawFn) -> tuple[IntArray, IntArray, int, int]:
+    """Counts `[R, E]`, slots `[R, S]` with some replicas, home slots and nodes."""
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    num_ranks = draw(st.one_of(st.integers(1, 8), st.integers(1, 64)))
+    home_slots, spare = draw(st.integers(1, 5)), draw(st.integers(0, 3))
+    num_nodes = draw(st.sampled_from([n for n in range(1, num_ranks + 1) if num_ranks % n == 0]))
+    num_experts = num_ranks * home_slots
+    slots_RS = random_slots(rng, num_experts, num_ranks, spare, filled=rng.random())
+    return random_load(rng, num_ranks, num_experts).astype(np.int64), slots_RS, home_slots, num_nodes
+
+
+def compiled_split(counts_RE: IntArray, hosts_ER: BoolArray) -> IntArray:
+    return ops.min_max_split(torch.from_numpy(counts_RE), torch.from_numpy(hosts_ER)).numpy()
+
+
+@needs_library
+@given(layers())
+@settings(deadline=None, max_examples=400)
+def test_the_same_replicas_and_the_same_split(case: tuple[IntArray, IntArray, int, int]) -> None:
+    counts_RE, slots_RS, home_slots, num_nodes = case
+    load_E = counts_RE.sum(axis=0)
+    found = ops.exact_replicas(torch.from_numpy(load_E), torch.from_numpy(slots_RS), home_slots, num_nodes)
+    expected_RS = exact_replicas(load_E, slots_RS, home_slots, num_nodes)
+    assert found.dtype == torch.int64
+    assert np.array_equal(found.numpy(), expected_RS)
+    for slots in (slots_RS, expected_RS):
+        hosts_ER = hosts_of(slots, len(load_E))
+        assert np.array_equal(compiled_split(counts_RE, hosts_ER), min_max_split(counts_RE, hosts_ER))
+
+
+@needs_library
+@given(seed=st.integers(0, 2**32 - 1), num_ranks=st.integers(1, 40), num_experts=st.integers(0, 60))
+@settings(deadline=None, max_examples=300)
+def test_the_same_split_for_any_hosts(seed: int, num_ranks: int, num_experts: int) -> None:
+    """Experts with any number of copies, also none where they have no tokens; views that are not contiguous."""
+    rng = np.random.default_rng(seed)
+    counts_RE = random_load(rng, num_ranks, max(num_experts, 1))[:, :num_experts].astype(np.int64)
+    hosts_ER = rng.random((num_experts, num_ranks)) < rng.random()
+    lost_E = ~hosts_ER.any(axis=1)
+    if rng.random() < 0.5:
+        counts_RE[:, lost_E] = 0
+    else:
+        hosts_ER[lost_E, rng.integers(num_ranks)] = True
+    expected_ER = min_max_split(counts_RE, hosts_ER)
+    assert np.array_equal(compiled_split(counts_RE, hosts_ER), expected_ER)
+    turned = ops.min_max_split(
+        torch.from_numpy(np.asfortranarray(counts_RE)), torch.from_numpy(np.asfortranarray(hosts_ER))
+    )
+    assert np.array_equal(turned.numpy(), expected_ER)
+
+
+@needs_library
+def test_inputs_stay_as_they_were() -> None:
+    load_E, slots_RS = torch.tensor([9, 0, 1, 0]), torch.tensor([[0, 1, 3], [2, 3, 1]])
+    before = slots_RS.clone()
+    assert ops.exact_replicas(load_E, slots_RS, 2).tolist() == [[0, 1, -1], [2, 3, 0]]
+    assert torch.equal(slots_RS, before)
+    assert load_E.tolist() == [9, 0, 1, 0]
+
+
+COUNTS, HOSTS = torch.ones(2, 4, dtype=torch.int64), torch.ones(4, 2, dtype=torch.bool)
+LOAD, SLOTS = torch.ones(4, dtype=torch.int64), torch.tensor([[0, 1, -1], [2, 3, -1]])
+HOMES = "it must be E / R = 4 / 2, and at most S = 3. Pass the number of homes of a rank"
+SPLIT_ERRORS = [
+    ((COUNTS.int(), HOSTS), "counts_RE.dtype = int32: it must be int64. Convert it with counts_RE.long()"),
+    ((COUNTS, HOSTS.byte()), "hosts_ER.dtype = uint8: it must be bool. Convert it with hosts_ER.bool()"),
+    (
+        (COUNTS[0], HOSTS),
+        "counts_RE.shape = [4]: it must be [R, E] with at least one rank. "
+        "Pass the counts of one layer, a row per source rank",
+    ),
+    (
+        (COUNTS[:0], HOSTS[:, :0]),
+        "counts_RE.shape = [0, 4]: it must be [R, E] with at least one rank. "
+        "Pass the counts of one layer, a row per source rank",
+    ),
+    (
+        (COUNTS, HOSTS.t()),
+        "hosts_ER.shape = [2, 4]: it must be [E, R] = [4, 2], as counts_RE has it. Pass a row per expert",
+    ),
+    (
+        (COUNTS, HOSTS[0]),
+        "hosts_ER.shape = [2]: it must be [E, R] = [4, 2], as counts_RE has it. Pass a row per expert",
+    ),
+]
+REPLICA_ERRORS = [
+    ((LOAD.float(), SLOTS, 2, 1), "load_E.dtype = float32: it must be int64. Convert it with load_E.long()"),
+    ((LOAD, SLOTS.int(), 2, 1), "slots_RS.dtype = int32: it must be int64. Convert it with slots_RS.long()"),
+    (
+        (LOAD[None], SLOTS, 2, 1),
+        "load_E.shape = [1, 4]: it must be [E]. Pass the sum of the counts over the source ranks",
+    ),
+    (
+        (LOAD, SLOTS[0], 2, 1),
+        "slots_RS.shape = [3]: it must be [R, S] with at least one rank. Pass the slots of one layer, a row per rank",
+    ),
+    ((LOAD, SLOTS, 1, 1), f"home_slots = 1: {HOMES}"),
+    ((LOAD, SLOTS, -2, 1), f"home_slots = -2: {HOMES}"),
+    ((LOAD, SLOTS, 4, 1), f"home_slots = 4: {HOMES}"),
+    ((LOAD, SLOTS, 2, 3), "num_nodes = 3: it must divide R = 2. Pass the nodes that the ranks lie on"),
+    ((LOAD, SLOTS, 2, 0), "num_nodes = 0: it must divide R = 2. Pass the nodes that the ranks lie on"),
+]
+
+
+def text_of(function: Callable[..., object], args: tuple[object, ...]) -> str:
+    with pytest.raises(RuntimeError) as caught:
+        function(*args)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(("args", "text"), SPLIT_ERRORS)
+def test_errors_of_the_split(args: tuple[object, ...], text: str) -> None:
+    assert text_of(fake.min_max_split, args) == text
+    if ops.backend().startswith("compiled"):
+        assert text_of(ops.min_max_split, args) == text
+
+
+@pytest.mark.parametrize(("args", "text"), REPLICA_ERRORS)
+def test_errors_of_the_replicas(args: tuple[object, ...], text: str) -> None:
+    assert text_of(fake.exact_replicas, args) == text
+    if ops.backend().startswith("compiled"):
+        assert text_of(ops.exact_replicas, args) == text
+
+
+@needs_library
+def test_errors_in_the_values() -> None:
+    counts_RE, hosts_ER = np.array([[1, 3, 0, 2], [0, 2, 0, 0]]), np.array([[True, True], [False, False]] * 2)
+    with pytest.raises(PlanError) as caught:
+        min_max_split(counts_RE, hosts_ER)
+    lost = text_of(ops.min_max_split, (torch.from_numpy(counts_RE), torch.from_numpy(hosts_ER)))
+    assert lost == str(caught.value) == "expert 1 has 5 tokens and no copy on any rank"
+    negative = torch.tensor([[0, 0, 0, 0], [0, 0, -7, 0]])
+    rule = "a number of tokens is at least 0. Pass counts of tokens"
+    assert text_of(ops.min_max_split, (negative, HOSTS)) == f"counts_RE[1, 2] = -7: {rule}"
+    assert text_of(ops.exact_replicas, (negative[1], SLOTS, 2)) == f"load_E[2] = -7: {rule}"
+    rule = "the homes must be each of the 4 experts once. Pass a valid placement"
+    for expert in (-1, 4, 0):
+        slots_RS = torch.tensor([[0, 1, -1], [2, expert, -1]])
+        assert text_of(ops.exact_replicas, (LOAD, slots_RS, 2)) == f"slots_RS[1, 1] = {expert}: {rule}"
+
+
+@needs_library
+def test_opcheck() -> None:
+    torch.library.opcheck(torch.ops.smartmoe.min_max_split.default, (COUNTS, HOSTS))
+    torch.library.opcheck(torch.ops.smartmoe.exact_replicas.default, (LOAD, SLOTS, 2, 1))
+
+
+def test_meta_tensors_give_the_shapes() -> None:
+    tokens_ER = ops.min_max_split(COUNTS.to("meta"), HOSTS.to("meta"))
+    assert (tokens_ER.device.type, tokens_ER.shape, tokens_ER.dtype) == ("meta", (4, 2), torch.int64)
+    assert ops.exact_replicas(LOAD.to("meta"), SLOTS.to("meta"), 2).shape == (2, 3)
+
+
+@pytest.mark.parametrize("name", sorted(library.HOST_OPS))
+def test_tensors_of_a_gpu_are_refused(name: str) -> None:
+    """By the registration for CUDA, called here without one."""
+    assert library._has_kernel(name, "CUDA")
+    with pytest.raises(RuntimeError, match=f"smartmoe::{name} plans on the host: its tensors must be on the CPU"):
+        library._refuse(library.host_text(name))(None)
+
+
+def test_without_the_library_they_say_how_to_build_it(tmp_path_factory: pytest.TempPathFactory) -> None:
+    checkout = copy_checkout(tmp_path_factory.mktemp("bare"))
+    program = """
+import torch
+from megatron_smartmoe import ops
+for call in (lambda: ops.min_max_split(torch.ones(2, 4).long(), torch.ones(4, 2).bool()),
+             lambda: ops.exact_replicas(torch.ones(4).long(), torch.tensor([[0, 1], [2, 3]]), 2)):
+    try:
+        call()
+    except RuntimeError as error:
+        print(error)
+"""
+    env = {**os.environ, "PYTHONPATH": str(checkout), "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run([sys.executable, "-c", program], cwd=checkout, env=env, capture_output=True, text=True)
+    assert done.stdout.splitlines() == [
+        f"_smartmoe.so is not built: smartmoe::{name} has no torch reference to serve it. "
+        "Build it: python megatron_smartmoe/ops/_build.py"
+        for name in ("min_max_split", "exact_replicas")
+    ], done.stderr
