@@ -34,8 +34,10 @@ def add_parser(tools: Any) -> None:
     """Describe the command line."""
     parser = tools.add_parser("plan", help="find the parallel strategy of a model on a cluster", description=__doc__)
     add = parser.add_argument
-    add("--model", type=Path, required=True, metavar="YAML", help="model file, as in configs/models/")
-    add("--cluster", type=Path, required=True, metavar="YAML", help="cluster file, as in configs/clusters/")
+    text = "model file, or the name of a shipped one (configs/models/), such as mixtral-8x7b"
+    add("--model", type=Path, required=True, metavar="YAML", help=text)
+    text = "cluster file, or the name of a shipped one (configs/clusters/), such as h100-sxm"
+    add("--cluster", type=Path, required=True, metavar="YAML", help=text)
     add("--gpus", type=int, metavar="N", help="GPUs of the job (default: all of the cluster file)")
     add("--global-batch-size", type=int, metavar="N", help="samples of one step (default: the model file's)")
     add("--seq-length", type=int, metavar="N", help="tokens of one sample (default: the model file's)")

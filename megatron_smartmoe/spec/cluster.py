@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from megatron_smartmoe.errors import ConfigError
-from megatron_smartmoe.spec.yaml_io import dump_yaml, load_yaml, refuse_unknown_keys
+from megatron_smartmoe.spec.yaml_io import dump_yaml, find_config, load_yaml, refuse_unknown_keys
 
 ReplicaScope = Literal["node", "group"]
 
@@ -155,7 +155,7 @@ def load_cluster_spec(path: Path) -> ClusterSpec:
     Raises:
         ConfigError: unknown or missing key, wrong type, a share above 1, or a hardware number without a source.
     """
-    content = load_yaml(path)
+    content = load_yaml(find_config("clusters", path))
     known = ("name", "nodes", "gpus_per_node", "gpu", "intra_node", "inter_node", "replica_scope", "efficiency")
     refuse_unknown_keys("", content, known)
     scope = content.get("replica_scope", "node")

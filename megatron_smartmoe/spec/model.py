@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_smartmoe.errors import ConfigError
-from megatron_smartmoe.spec.yaml_io import load_yaml, refuse_unknown_keys
+from megatron_smartmoe.spec.yaml_io import find_config, load_yaml, refuse_unknown_keys
 
 Norm = Literal["RMSNorm", "LayerNorm"]
 Position = Literal["rope", "learned_absolute", "none"]
@@ -201,7 +201,7 @@ def load_model_spec(path: Path) -> ModelSpec:
     Raises:
         ConfigError: unknown or missing key, wrong type, a number without a source, or sizes that contradict.
     """
-    content = load_yaml(path)
+    content = load_yaml(find_config("models", path))
     refuse_unknown_keys("", content, ("name", *_SECTIONS))
     sources: dict[str, str] = {}
     uncertain: list[str] = []

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_smartmoe.errors import ConfigError
-from megatron_smartmoe.spec.yaml_io import load_yaml, refuse_unknown_keys
+from megatron_smartmoe.spec.yaml_io import find_config, load_yaml, refuse_unknown_keys
 
 FlagValue = str | bool | list[str]
 
@@ -51,7 +51,7 @@ def load_run_spec(path: Path) -> RunSpec:
     Raises:
         ConfigError: unknown key, wrong type, or a flag given in two groups.
     """
-    content = load_yaml(path)
+    content = load_yaml(find_config("runs", path))
     refuse_unknown_keys("", content, ("name", "nproc", "data", "flags"))
     nproc = content.get("nproc")
     if nproc is not None and (not isinstance(nproc, int) or isinstance(nproc, bool) or nproc < 1):

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from megatron_smartmoe.spec.cluster import ClusterSpec, load_cluster_spec
+from megatron_smartmoe.spec.yaml_io import shipped_directory
 
-CLUSTERS = Path(__file__).parents[2] / "configs" / "clusters"
+CLUSTERS = shipped_directory("clusters")
 
 
 def shipped_clusters() -> list[ClusterSpec]:
-    """All of them, in the order of their file names; none in an installation without the repository."""
+    """All of them, in the order of their file names."""
     return [load_cluster_spec(path) for path in sorted(CLUSTERS.glob("*.yaml"))]
 
 

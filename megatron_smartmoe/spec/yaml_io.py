@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
@@ -55,6 +55,39 @@ for _class in (_Loader, _Dumper):  # resolvers are tried in order: integers befo
     _class.add_implicit_resolver("tag:yaml.org,2002:bool", _BOOL, list("tTfF"))
     _class.add_implicit_resolver("tag:yaml.org,2002:int", _INT, list("-+0123456789"))
     _class.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
+
+
+ShippedKind = Literal["clusters", "models", "runs"]
+
+
+def shipped_directory(kind: ShippedKind) -> Path:
+    """The directory of the shipped files of a kind: inside an installed package, `configs/` of a checkout otherwise."""
+    package = Path(__file__).parents[1]
+    root = package if (package / "configs").is_dir() else package.parent
+    return root / "configs" / kind
+
+
+def find_config(kind: ShippedKind, path: Path) -> Path:
+    """The file that `path` names: an existing file, else the shipped one.
+
+    A shipped file is named by its stem (`quickstart`), or as it lies in a checkout (`configs/runs/quickstart.yaml`), so
+    that a command of the documentation works in any folder. An existing file always wins.
+
+    Raises:
+        ConfigError: a bare name that is neither a file nor a shipped one's.
+    """
+    if path.is_file():
+        return path
+    bare = path.name == str(path) and path.suffix not in (".yaml", ".yml")
+    if bare or path == Path("configs", kind, path.name):
+        shipped = shipped_directory(kind) / (f"{path}.yaml" if bare else path.name)
+        if shipped.is_file():
+            return shipped
+    if bare and not path.exists():
+        known = ", ".join(sorted(file.stem for file in shipped_directory(kind).glob("*.yaml")))
+        rule = f"is neither a file nor a name in configs/{kind}"
+        raise ConfigError("configuration file", str(path), rule, f"Give a path, or one of: {known}.")
+    return path
 
 
 def load_yaml(path: Path) -> dict[str, Any]:

@@ -1,4 +1,7 @@
-"""Every shipped run configuration is planned and parsed, by the launcher and by Megatron, without starting a rank."""
+"""Every shipped run configuration of one machine is parsed, by the launcher and by Megatron, without starting a rank.
+
+Those of a cluster are checked by test_cluster_configs.py.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +15,13 @@ import pytest
 
 from megatron_smartmoe.adapter.launch.flags import as_mapping
 from megatron_smartmoe.spec.run import load_run_spec
+from tests.megatron.test_cluster_configs import nodes_of
 from tests.support.ranks import run_ranks
 
 pytestmark = pytest.mark.dist
 
 ROOT = Path(__file__).parents[2]
-CONFIGS = sorted((ROOT / "configs" / "runs").glob("*.yaml"))
+CONFIGS = [path for path in sorted((ROOT / "configs" / "runs").glob("*.yaml")) if not nodes_of(path)]
 ENTRY = "megatron_smartmoe.adapter.pretrain"
 
 

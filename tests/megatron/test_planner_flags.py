@@ -15,6 +15,7 @@ from megatron_smartmoe.planner.search import search
 from megatron_smartmoe.planner.space import SpaceOptions
 from megatron_smartmoe.spec.cluster import load_cluster_spec
 from megatron_smartmoe.spec.model import ModelSpec, load_model_spec
+from tests.support import gpu_machine
 from tests.support.ranks import run_ranks
 
 pytestmark = pytest.mark.dist
@@ -42,27 +43,14 @@ def plans(model: ModelSpec) -> list[Plan]:
 
 def _judge(lists: list[tuple[list[str], int]]) -> list[dict[str, Any]]:
     """Parse and check as a rank would on a GPU machine with TransformerEngine, neither of which is here."""
-    import torch
-
-    torch.cuda.get_device_capability = lambda *_: (9, 0)  # type: ignore[assignment]
-    import megatron.core.transformer.moe.moe_utils as moe_utils
-    import megatron.core.transformer.transformer_config as transformer_config
-
-    for name in ("fused_permute", "fused_permute_with_probs", "fused_sort_chunks_by_index", "fused_unpermute"):
-        setattr(moe_utils, name, len)  # what is there with TransformerEngine
-    moe_utils.fused_sort_chunks_by_index_with_probs = len
-    transformer_config.is_te_min_version = lambda *_, **__: True
+    gpu_machine.pretend()
     import megatron_smartmoe.adapter.flags.megatron_checks as checks
     import megatron_smartmoe.adapter.flags.parser as arguments
-    import megatron_smartmoe.adapter.flags.smartmoe_checks as smartmoe_checks
 
-    smartmoe_checks.has_transformer_engine = lambda: True  # type: ignore[assignment]
-    checks.has_transformer_engine = arguments.has_transformer_engine = lambda: True  # type: ignore[assignment]
     parser = arguments.build_parser()
     found = []
     for argv, world_size in lists:
         os.environ["WORLD_SIZE"] = str(world_size)
-        os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
         args = arguments.parse(_known(argv, parser._option_string_actions))
         args.world_size = world_size
         checks.check(args, world_size=world_size, cpu=False, data_exists=False)

@@ -92,14 +92,17 @@ def _show(spec: RunSpec, command: str) -> None:
 def build_parser() -> argparse.ArgumentParser:
     """The launcher's own flags; everything else is for Megatron."""
     parser = argparse.ArgumentParser(
-        prog="scripts/pretrain_gpt_moe.sh",
+        prog=run_dir.launcher_command(),
         description="Pretrain a GPT-MoE with Megatron, on this host or on the nodes of a Slurm allocation.",
         epilog="Every other flag goes to Megatron and beats the configuration file (--no-X takes a flag X of the file "
         "away). {run_dir} in a value becomes the run directory.",
         allow_abbrev=False,
     )
     parser.add_argument(
-        "--config", type=Path, metavar="FILE", help="a run configuration, e.g. configs/runs/quickstart.yaml"
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="a run configuration, or the name of a shipped one (configs/runs/), such as quickstart",
     )
     parser.add_argument(
         "--nproc", type=int, metavar="N", help="ranks per node; default: the file's, else one per GPU, else 1"
