@@ -57,15 +57,15 @@ def busiest_ports(traffic_RR: FloatArray, num_nodes: int) -> BusiestPorts:
     )
 
 
-def replica_copies(slots_RS: IntArray, num_experts: int) -> FloatArray:
+def replica_traffic(slots_RS: IntArray, num_experts: int) -> FloatArray:
     """Copies of expert weights that rank r sends to rank q before the forward pass, `[R, R]`; gradients go back."""
     num_ranks = slots_RS.shape[0]
     home_slots = num_experts // num_ranks
     home_rank_E = np.argsort(slots_RS[:, :home_slots].ravel(), kind="stable") // home_slots
     rank, slot = np.nonzero(slots_RS[:, home_slots:] != EMPTY)
-    copies_RR = np.zeros((num_ranks, num_ranks))
-    np.add.at(copies_RR, (home_rank_E[slots_RS[rank, slot + home_slots]], rank), 1.0)
-    return copies_RR
+    replicas_RR = np.zeros((num_ranks, num_ranks))
+    np.add.at(replicas_RR, (home_rank_E[slots_RS[rank, slot + home_slots]], rank), 1.0)
+    return replicas_RR
 
 
 def transfer_s(num_bytes: float, link: LinkSpec) -> float:

@@ -21,7 +21,7 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
-from megatron_smartmoe.cost.comm import BusiestPorts, busiest_ports, replica_copies
+from megatron_smartmoe.cost.comm import BusiestPorts, busiest_ports, replica_traffic
 from megatron_smartmoe.cost.compute import BusiestRank, ExpertShape, busiest_rank
 from megatron_smartmoe.errors import PlanError
 from megatron_smartmoe.spec.arrays import FloatArray, IntArray
@@ -47,13 +47,13 @@ class LayerFlow:
     Attributes:
         load_ER: tokens of expert e that rank r computes.
         traffic_RR: tokens that source rank r sends to rank q.
-        copies_RR: replicas that home rank r feeds on rank q.
+        replicas_RR: replicas that home rank r feeds on rank q.
         num_nodes: the ranks lie on this many nodes, consecutive ranks together.
     """
 
     load_ER: FloatArray
     traffic_RR: FloatArray
-    copies_RR: FloatArray
+    replicas_RR: FloatArray
     num_nodes: int = 1
 
     @classmethod
@@ -70,7 +70,7 @@ class LayerFlow:
         return cls(
             load_ER=load_E[:, None] * fraction_ER,
             traffic_RR=np.asarray(counts_RE @ fraction_ER, dtype=np.float64),
-            copies_RR=replica_copies(slots_RS, counts_RE.shape[1]),
+            replicas_RR=replica_traffic(slots_RS, counts_RE.shape[1]),
             num_nodes=num_nodes,
         )
 
@@ -80,7 +80,7 @@ class LayerFlow:
         return cls(
             load_ER=assigned_RER.sum(axis=0).astype(np.float64),
             traffic_RR=assigned_RER.sum(axis=1).astype(np.float64),
-            copies_RR=replica_copies(slots_RS, assigned_RER.shape[1]),
+            replicas_RR=replica_traffic(slots_RS, assigned_RER.shape[1]),
             num_nodes=num_nodes,
         )
 
@@ -106,8 +106,8 @@ class LayerConstants:
         inter_gpu_token_s: per token over the busiest GPU's port between nodes.
         inter_node_token_s: per token over the busiest node's port; 0 where every GPU has its own card.
         inter_node_reverse_token_s: per token in that port's less busy direction; 0 for a full duplex port.
-        intra_copy_s: per replica over the busiest port inside a node: weights out, gradient back.
-        inter_copy_s: per replica over the busiest GPU's port between nodes.
+        intra_replica_s: per replica over the busiest port inside a node: weights out, gradient back.
+        inter_replica_s: per replica over the busiest GPU's port between nodes.
     """
 
     fixed_s: float = 0.0
@@ -118,8 +118,8 @@ class LayerConstants:
     inter_gpu_token_s: float = 0.0
     inter_node_token_s: float = 0.0
     inter_node_reverse_token_s: float = 0.0
-    intra_copy_s: float = 0.0
-    inter_copy_s: float = 0.0
+    intra_replica_s: float = 0.0
+    inter_replica_s: float = 0.0
 
     @property
     def half_rate_tokens(self) -> float:
@@ -191,7 +191,7 @@ def layer_time(
         + tokens.inter_node * constants.inter_node_token_s
         + tokens.inter_node_reverse * constants.inter_node_reverse_token_s
     )
-    replicas_s = copies.intra * constants.intra_copy_s + copies.inter_gpu * constants.inter_copy_s
+    replicas_s = copies.intra * constants.intra_replica_s + copies.inter_gpu * constants.inter_replica_s
     may_hide_s = (intra_s + inter_s) * (1 - 1 / all_to_all_chunks) + replicas_s * hidden_replica_share
     return LayerTime(
         fixed_s=constants.fixed_s,
@@ -212,13 +212,13 @@ def layer_counts(
     return (
         busiest_rank(flow.load_ER, half_rate_tokens, ranks_per_device),
         busiest_ports(flow.traffic_RR, flow.num_nodes),
-        busiest_ports(flow.copies_RR, flow.num_nodes),
+        busiest_ports(flow.replicas_RR, flow.num_nodes),
     )
 
 
-def copy_tokens(constants: LayerConstants, *, between_nodes: bool) -> float:
+def replica_tokens(constants: LayerConstants, *, between_nodes: bool) -> float:
     """Tokens of the busiest rank that take as long as a replica's way there and back."""
-    copy_s = constants.inter_copy_s if between_nodes else constants.intra_copy_s
+    copy_s = constants.inter_replica_s if between_nodes else constants.intra_replica_s
     return copy_s / (constants.token_s + constants.intra_token_s)
 
 
@@ -253,8 +253,8 @@ def constants_of(
         intra_token_s=intra_token_s,
         inter_gpu_token_s=intra_token_s if shared_network_card else inter_token_s,
         inter_node_token_s=inter_token_s / cluster.gpus_per_node if shared_network_card else 0.0,
-        intra_copy_s=copy_bytes / intra_bytes_s,
-        inter_copy_s=copy_bytes / inter_bytes_s,
+        intra_replica_s=copy_bytes / intra_bytes_s,
+        inter_replica_s=copy_bytes / inter_bytes_s,
     )
 
 

@@ -1,9 +1,9 @@
 """Bytes of activations that one rank keeps for its backward pass, under a load: the hottest rank's, not the mean's.
 
-Method. What each module keeps is a list of tensors (`kept_fused`, `kept_local`: one per implementation), and this file
+Method. What each module keeps is a list of tensors (`saved_te`, `saved_torch`: one per implementation), and this file
 adds them up. Everything up to the router scales with the rank's own tokens; what the experts keep scales with the
-tokens that the busiest rank computes, which is `hot` times the mean. A pipeline stage holds as many micro-batches as
-its schedule has in flight.
+tokens that the busiest rank computes, which is `imbalance` times the mean. A pipeline stage holds as many micro-batches
+as its schedule has in flight.
 
 The alternative, tokens x top-k for every rank, is what every public estimator does; a run then dies hundreds of steps
 in, when the load has shifted.
@@ -18,7 +18,7 @@ from megatron_smartmoe.cost.memory import saved_te, saved_torch
 from megatron_smartmoe.cost.memory.saved_tensors import LayerTensors, Rank, total
 from megatron_smartmoe.cost.step.pipeline import in_flight
 from megatron_smartmoe.spec.model import ModelSpec
-from megatron_smartmoe.spec.parallel import Chunk, ParallelSpec, chunks
+from megatron_smartmoe.spec.parallel import ParallelSpec, PipelineChunk, pipeline_chunks
 
 _LAYER = {"transformer_engine": saved_te.layer, "local": saved_torch.layer}
 _ENDS = {"transformer_engine": saved_te.ends, "local": saved_torch.ends}
@@ -69,14 +69,14 @@ class ActivationBytes:
 
 
 @lru_cache(maxsize=100_000)
-def layer_bytes(model: ModelSpec, spec: ParallelSpec, experts: bool, hot: float) -> LayerBytes:
-    """One layer; `hot` is the busiest rank's tokens over the mean."""
-    rank = Rank(model, spec, hot)
+def layer_bytes(model: ModelSpec, spec: ParallelSpec, experts: bool, imbalance: float) -> LayerBytes:
+    """One layer; `imbalance` is the busiest rank's tokens over the mean."""
+    rank = Rank(model, spec, imbalance)
     kept = _LAYER[spec.implementation](rank, experts)
     attention, norm, mlp, routed = (total(part) for part in (kept.attention, kept.norm, kept.mlp, kept.experts))
-    row = rank.own * model.hidden * rank.element
-    sent = rank.own * model.moe.top_k
-    moved = (sent + sent * hot) * model.hidden * rank.element if experts else row
+    row = rank.tokens_local * model.hidden * rank.element
+    sent = rank.tokens_local * model.moe.top_k
+    moved = (sent + sent * imbalance) * model.hidden * rank.element if experts else row
     if spec.recompute == "full":
         return LayerBytes(row, 0.0, 0.0, attention + norm + mlp + routed + moved)
     if spec.recompute == "moe" and experts:
@@ -90,13 +90,13 @@ def layer_bytes(model: ModelSpec, spec: ParallelSpec, experts: bool, hot: float)
 def _made_again(kept: LayerTensors) -> list[float]:
     """Bytes of attention, MLP with its norm, and experts that recomputation of norms and activations saves."""
     parts = (kept.attention, kept.norm + kept.mlp, kept.experts)
-    return [total(tensor for tensor in part if tensor.again) for part in parts]
+    return [total(tensor for tensor in part if tensor.recomputed) for part in parts]
 
 
-def chunk_bytes(model: ModelSpec, spec: ParallelSpec, chunk: Chunk, hot: float) -> ActivationBytes:
+def chunk_bytes(model: ModelSpec, spec: ParallelSpec, chunk: PipelineChunk, imbalance: float) -> ActivationBytes:
     """One model chunk and one micro-batch."""
-    dense, moe = (layer_bytes(model, spec, kind, hot) for kind in (False, True))
-    ends = _ENDS[spec.implementation](Rank(model, spec, hot), chunk)
+    dense, moe = (layer_bytes(model, spec, kind, imbalance) for kind in (False, True))
+    ends = _ENDS[spec.implementation](Rank(model, spec, imbalance), chunk)
     kinds = [model.has_experts(layer) for layer in chunk.layers]
     kinds += [model.has_experts(model.layers)] * chunk.mtp_layers
     num_moe = sum(kinds)
@@ -106,9 +106,11 @@ def chunk_bytes(model: ModelSpec, spec: ParallelSpec, chunk: Chunk, hot: float) 
     return ActivationBytes(layers, num_moe * moe.experts, total(ends.head), max(moe.working, dense.working))
 
 
-def activation_bytes(model: ModelSpec, spec: ParallelSpec, stage: int, hot: float) -> ActivationBytes:
+def activation_bytes(model: ModelSpec, spec: ParallelSpec, stage: int, imbalance: float) -> ActivationBytes:
     """The fullest moment of a stage."""
-    mine = [chunk_bytes(model, spec, chunk, hot) for chunk in chunks(model, spec) if chunk.stage == stage]
+    mine = [
+        chunk_bytes(model, spec, chunk, imbalance) for chunk in pipeline_chunks(model, spec) if chunk.stage == stage
+    ]
     share = in_flight(stage, spec.pp, spec.vpp, spec.micro_batches) / len(mine)
     return ActivationBytes(
         layers=sum(chunk.layers for chunk in mine) * share,

@@ -25,7 +25,7 @@ from megatron_smartmoe.cost.compute import ExpertShape
 from megatron_smartmoe.cost.memory.parameters import Parameter, Sharding, chunk_parameters, layer_parameters
 from megatron_smartmoe.spec.arrays import IntArray
 from megatron_smartmoe.spec.model import ModelSpec
-from megatron_smartmoe.spec.parallel import Chunk, ParallelSpec, chunks
+from megatron_smartmoe.spec.parallel import ParallelSpec, PipelineChunk, pipeline_chunks
 
 PARAM_ALIGNMENT = 64  # elements
 BUCKET_ALIGNMENT = 128  # elements
@@ -119,7 +119,7 @@ class _Key:
     """What the static memory of a chunk depends on; launches that share it share the result."""
 
     sharding: Sharding
-    chunk: Chunk
+    chunk: PipelineChunk
     dense_ranks: int
     expert_ranks: int
     bucket_size: int | None
@@ -129,7 +129,7 @@ class _Key:
 
 
 def state_bytes_by_kind(
-    model: ModelSpec, spec: ParallelSpec, chunk: Chunk
+    model: ModelSpec, spec: ParallelSpec, chunk: PipelineChunk
 ) -> tuple[list[StateBytes], list[StateBytes]]:
     """(dense, expert) static memory, each entry one data-parallel (one EDP) rank's slice."""
     return _slices(model, _key(model, spec, chunk))
@@ -148,7 +148,7 @@ def expert_state_bytes(expert: ExpertShape) -> int:
 def largest_state_bytes(model: ModelSpec, spec: ParallelSpec, stage: int) -> tuple[StateBytes, StateBytes]:
     """(dense, expert) static memory of the fullest rank of a pipeline stage, all its chunks together."""
     dense_sum, expert_sum = StateBytes(), StateBytes()
-    for chunk in chunks(model, spec):
+    for chunk in pipeline_chunks(model, spec):
         if chunk.stage == stage:
             dense, expert = _largest(model, _key(model, spec, chunk))
             dense_sum, expert_sum = dense_sum + dense, expert_sum + expert
@@ -160,7 +160,7 @@ def least_state_bytes(model: ModelSpec, spec: ParallelSpec) -> float:
     sharding = Sharding.of(spec)
     sums = {kind: _layer_numel(model, sharding, kind) for kind in (False, True)}
     dense = expert = 0
-    for chunk in chunks(model, spec):
+    for chunk in pipeline_chunks(model, spec):
         for layer in chunk.layers if chunk.stage == 0 else ():
             one = sums[model.has_experts(layer)]
             dense, expert = dense + one[0], expert + one[1]
@@ -179,7 +179,7 @@ def _layer_numel(model: ModelSpec, sharding: Sharding, experts: bool) -> tuple[i
     return total - expert, expert
 
 
-def _key(model: ModelSpec, spec: ParallelSpec, chunk: Chunk) -> _Key:
+def _key(model: ModelSpec, spec: ParallelSpec, chunk: PipelineChunk) -> _Key:
     first = chunk.stage == 0 and chunk.virtual == 0
     dense_ranks = spec.dp * spec.cp
     # What depends on the layer's place is only whether it has experts: renumber, so that equal chunks share a key.
@@ -195,7 +195,7 @@ def _key(model: ModelSpec, spec: ParallelSpec, chunk: Chunk) -> _Key:
     )
 
 
-def _canonical(model: ModelSpec, chunk: Chunk) -> Chunk:
+def _canonical(model: ModelSpec, chunk: PipelineChunk) -> PipelineChunk:
     first_moe = next(layer for layer in range(model.layers) if model.has_experts(layer))
     dense = next((layer for layer in range(model.layers) if not model.has_experts(layer)), first_moe)
     layers = tuple(first_moe if model.has_experts(layer) else dense for layer in chunk.layers)

@@ -16,7 +16,7 @@ from megatron_smartmoe.spec.parallel import ParallelSpec
 FP32, INT64, INT32, BOOL = 4, 8, 4, 1  # bytes of an element
 
 
-class Kept(NamedTuple):
+class SavedTensor(NamedTuple):
     """One tensor on one rank.
 
     Attributes:
@@ -31,7 +31,7 @@ class Kept(NamedTuple):
     rows: float
     width: float
     element: int
-    again: bool = False
+    recomputed: bool = False
 
     @property
     def nbytes(self) -> float:
@@ -39,10 +39,10 @@ class Kept(NamedTuple):
         return self.rows * self.width * self.element
 
 
-Tensors = tuple[Kept, ...]
+Tensors = tuple[SavedTensor, ...]
 
 
-def total(tensors: Iterable[Kept]) -> float:
+def total(tensors: Iterable[SavedTensor]) -> float:
     """Bytes of all."""
     return sum(tensor.nbytes for tensor in tensors)
 
@@ -54,12 +54,12 @@ class Rank:
     Attributes:
         model: what is trained.
         spec: how it is spread.
-        hot: tokens of the busiest rank's experts over the mean.
+        imbalance: tokens of the busiest rank's experts over the mean.
     """
 
     model: ModelSpec
     spec: ParallelSpec
-    hot: float
+    imbalance: float
 
     @property
     def sequence(self) -> float:
@@ -72,14 +72,14 @@ class Rank:
         return self.spec.micro_batch * self.sequence
 
     @property
-    def own(self) -> float:
+    def tokens_local(self) -> float:
         """Tokens outside them: sequence parallelism cuts there."""
         return self.tokens / self.spec.tp
 
     @property
-    def computed(self) -> float:
+    def expert_rows(self) -> float:
         """Rows that the busiest rank's experts compute; ranks that share an expert gather each other's."""
-        return self.own * self.model.moe.top_k * self.hot * self.spec.etp
+        return self.tokens_local * self.model.moe.top_k * self.imbalance * self.spec.etp
 
     @property
     def element(self) -> int:

@@ -25,7 +25,7 @@ from megatron_smartmoe.cost.step.pipeline import schedule_s
 from megatron_smartmoe.spec.arrays import FloatArray
 from megatron_smartmoe.spec.cluster import ClusterSpec
 from megatron_smartmoe.spec.model import ModelSpec
-from megatron_smartmoe.spec.parallel import ParallelSpec, chunks
+from megatron_smartmoe.spec.parallel import ParallelSpec, pipeline_chunks
 
 OPTIMIZER_BYTES = 32  # per owned parameter: gradient, main weight and moments read, three written, weight written
 
@@ -64,10 +64,10 @@ class StepTime:
 
     def terms(self) -> list[tuple[str, float]]:
         """(what, seconds) of every term that is not zero, in order."""
-        return [(WORDS[f.name], getattr(self, f.name)) for f in fields(self) if getattr(self, f.name)]
+        return [(LABELS[f.name], getattr(self, f.name)) for f in fields(self) if getattr(self, f.name)]
 
 
-WORDS = {
+LABELS = {
     "attention_s": "attention",
     "dense_mlp_s": "dense MLP",
     "shared_expert_s": "shared expert",
@@ -110,8 +110,8 @@ def step_time(
     held = _stages(model, spec.pp, spec.vpp, spec.layers_of_chunk, len(moe))
     terms_ST = held.experts_SN @ np.array([_expert_layer(dense, one, spec) for one in moe])
     terms_ST += np.outer(held.layers_S, _any_layer(dense, spec)) + np.outer(held.dense_S, _dense_layer(dense, spec))
-    terms_ST[:, _AT["loss_s"]] += held.losses_S * dense.loss_s + held.mtp_S * dense.mtp_extra_s
-    terms_ST[:, _AT["pipeline_comm_s"]] += _sends(model, spec, cluster, constants)
+    terms_ST[:, _INDEX["loss_s"]] += held.losses_S * dense.loss_s + held.mtp_S * dense.mtp_extra_s
+    terms_ST[:, _INDEX["pipeline_comm_s"]] += _sends(model, spec, cluster, constants)
     micro_S = terms_ST.sum(axis=1).tolist()
     _, bubble_s, slowest = schedule_s(micro_S, spec.micro_batches, spec.vpp, cluster.gpu.ranks_per_device)
     copies_s = float(held.experts_SN[slowest] @ np.array([one.replicas_s for one in moe]))
@@ -130,13 +130,13 @@ _TERMS = tuple(
     "all_to_all_inter_s expert_tensor_s hidden_s tensor_comm_s context_comm_s recompute_s loss_s pipeline_comm_s "
     "other_s".split()
 )
-_AT = {name: at for at, name in enumerate(_TERMS)}
+_INDEX = {name: at for at, name in enumerate(_TERMS)}
 
 
 def _vector(**values: float) -> FloatArray:
     found = np.zeros(len(_TERMS))
     for name, value in values.items():
-        found[_AT[name]] = value
+        found[_INDEX[name]] = value
     return found
 
 
@@ -173,7 +173,7 @@ def _expert_layer(dense: DenseTimes, moe: MoETimes, spec: ParallelSpec) -> Float
         hidden_s=layer.hidden_s,
         tensor_comm_s=dense.tensor_comm_mlp_s if dense.shared_expert_s else 0.0,
         recompute_s=again_s,
-        other_s=moe.cuts_s,
+        other_s=moe.chunking_s,
     )
 
 
@@ -192,7 +192,7 @@ class _Held:
 def _stages(model: ModelSpec, pp: int, vpp: int, layout: tuple[int, ...] | None, parts: int) -> _Held:
     layers_S, dense_S, losses_S, mtp_S = (np.zeros(pp) for _ in range(4))
     experts_SN = np.zeros((pp, parts))
-    for chunk in chunks(model, ParallelSpec(gpus=pp, pp=pp, vpp=vpp, layers_of_chunk=layout)):
+    for chunk in pipeline_chunks(model, ParallelSpec(gpus=pp, pp=pp, vpp=vpp, layers_of_chunk=layout)):
         at = chunk.stage
         for layer in [*chunk.layers, *range(model.layers, model.layers + chunk.mtp_layers)]:
             layers_S[at] += 1

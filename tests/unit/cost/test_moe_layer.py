@@ -97,8 +97,8 @@ def test_constants_of_a_datasheet():
     assert constants.intra_token_s == pytest.approx(4 * 6 / 80)
     assert constants.inter_gpu_token_s == pytest.approx(4 * 6 / 8)
     assert constants.inter_node_token_s == 0
-    assert constants.intra_copy_s == pytest.approx((60 + 120) / 80)
-    assert constants.inter_copy_s == pytest.approx((60 + 120) / 8)
+    assert constants.intra_replica_s == pytest.approx((60 + 120) / 80)
+    assert constants.inter_replica_s == pytest.approx((60 + 120) / 8)
 
 
 def test_a_shared_card_is_as_fast_as_all_its_shares():
