@@ -96,7 +96,7 @@ class Bench:
         """Seconds of so many calls on this rank, after all ranks have met."""
         dist.all_reduce(torch.zeros(1, device=self.device), group=self.world)
         if self.device.type == "cuda":
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
             torch.cuda.synchronize(self.device)
             start.record()
             for _ in range(calls):
@@ -212,7 +212,11 @@ def _ranks_per_device(plan: BenchPlan, bench: Bench, per_node: int) -> float:
 def _between_products(tasks: Sequence[Task], plan: BenchPlan, bench: Bench) -> Series:
     """The tasks' times, each call after a product, less the product's."""
     product = _gemm(plan, bench, plan.tokens[len(plan.tokens) // 2]).call
-    both = [replace(task, call=lambda task=task: (product(), task.call())) for task in tasks]
+
+    def after_product(task: Task) -> Task:
+        return replace(task, call=lambda: (product(), task.call()))
+
+    both = [after_product(task) for task in tasks]
     *points, alone = bench.series([*both, Task(1.0, product)], CALLS_BETWEEN_PRODUCTS).points
     return Series(points=tuple(_less(point, alone.time_s) for point in points))
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from megatron_smartmoe.cost.memory import saved_te, saved_torch
-from megatron_smartmoe.cost.memory.saved_tensors import LayerTensors, Rank, total
+from megatron_smartmoe.cost.memory.saved_tensors import Rank, total
 from megatron_smartmoe.cost.step.pipeline import in_flight
 from megatron_smartmoe.spec.model import ModelSpec
 from megatron_smartmoe.spec.parallel import ParallelSpec, PipelineChunk, pipeline_chunks
@@ -32,7 +32,7 @@ class LayerBytes:
         attention: norm, projections, attention.
         mlp: dense MLP, or router and shared expert with the norm before them.
         experts: what the busiest rank's experts keep.
-        working: the largest that is alive at once while a recomputed layer runs again.
+        working: the most that is alive at once while a recomputed layer runs its forward pass again.
     """
 
     attention: float
@@ -42,7 +42,7 @@ class LayerBytes:
 
     @property
     def kept(self) -> float:
-        """All that waits for the backward pass."""
+        """Bytes that wait for the backward pass."""
         return self.attention + self.mlp + self.experts
 
 
@@ -51,10 +51,10 @@ class ActivationBytes:
     """Activations of one chunk and micro-batch, or of the fullest moment of one stage, in bytes.
 
     Attributes:
-        layers: all that is in none of the others.
+        layers: what the layers and the embedding keep, without the parts below.
         experts: what the busiest rank's experts keep.
         logits: from the final norm on.
-        working: the largest that is alive at once while a layer runs again.
+        working: the most that is alive at once while a recomputed layer runs its forward pass again.
     """
 
     layers: float
@@ -64,13 +64,13 @@ class ActivationBytes:
 
     @property
     def total(self) -> float:
-        """All of it."""
+        """Bytes of all parts."""
         return self.layers + self.experts + self.logits + self.working
 
 
 @lru_cache(maxsize=100_000)
 def layer_bytes(model: ModelSpec, spec: ParallelSpec, experts: bool, imbalance: float) -> LayerBytes:
-    """One layer; `imbalance` is the busiest rank's tokens over the mean."""
+    """Bytes that one layer keeps; `imbalance` is the busiest rank's tokens over the mean."""
     rank = Rank(model, spec, imbalance)
     kept = _LAYER[spec.implementation](rank, experts)
     attention, norm, mlp, routed = (total(part) for part in (kept.attention, kept.norm, kept.mlp, kept.experts))
@@ -82,19 +82,16 @@ def layer_bytes(model: ModelSpec, spec: ParallelSpec, experts: bool, imbalance: 
     if spec.recompute == "moe" and experts:
         return LayerBytes(attention, norm, 0.0, norm + mlp + routed + moved)
     if spec.recompute == "act":
-        again = _made_again(kept)
-        return LayerBytes(attention - again[0], norm + mlp - again[1], routed - again[2], moved)
+        saved = [
+            total(tensor for tensor in part if tensor.recomputed)
+            for part in (kept.attention, kept.norm + kept.mlp, kept.experts)
+        ]
+        return LayerBytes(attention - saved[0], norm + mlp - saved[1], routed - saved[2], moved)
     return LayerBytes(attention, norm + mlp, routed, moved)
 
 
-def _made_again(kept: LayerTensors) -> list[float]:
-    """Bytes of attention, MLP with its norm, and experts that recomputation of norms and activations saves."""
-    parts = (kept.attention, kept.norm + kept.mlp, kept.experts)
-    return [total(tensor for tensor in part if tensor.recomputed) for part in parts]
-
-
 def chunk_bytes(model: ModelSpec, spec: ParallelSpec, chunk: PipelineChunk, imbalance: float) -> ActivationBytes:
-    """One model chunk and one micro-batch."""
+    """Bytes that one model chunk keeps of one micro-batch."""
     dense, moe = (layer_bytes(model, spec, kind, imbalance) for kind in (False, True))
     ends = _ENDS[spec.implementation](Rank(model, spec, imbalance), chunk)
     kinds = [model.has_experts(layer) for layer in chunk.layers]
@@ -107,7 +104,7 @@ def chunk_bytes(model: ModelSpec, spec: ParallelSpec, chunk: PipelineChunk, imba
 
 
 def activation_bytes(model: ModelSpec, spec: ParallelSpec, stage: int, imbalance: float) -> ActivationBytes:
-    """The fullest moment of a stage."""
+    """Bytes of a stage at its fullest moment."""
     mine = [
         chunk_bytes(model, spec, chunk, imbalance) for chunk in pipeline_chunks(model, spec) if chunk.stage == stage
     ]

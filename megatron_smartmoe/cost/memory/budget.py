@@ -10,15 +10,15 @@ from megatron_smartmoe.spec.cluster import GpuSpec
 from megatron_smartmoe.spec.model import ModelSpec
 from megatron_smartmoe.spec.parallel import ParallelSpec, pipeline_chunks
 
-FRAGMENTATION = 0.04  # of the memory, lost between blocks: an estimate
-STAGED_EXPERTS = 2  # experts whose state lies in staging buffers while homes move, one in, one out
-STATE_BYTES = 12  # fp32 main parameter and two moments
-REPLICA_GRADIENT_BYTES = 4  # the gradients of a replica are added up in fp32 whatever the others are
+FRAGMENTATION = 0.04  # share of the memory that is lost between blocks: an estimate
+STAGED_EXPERTS = 2  # experts whose state lies in staging buffers while homes move: one arrives, one leaves
+STATE_BYTES = 12  # bytes per parameter: fp32 main parameter and two moments
+REPLICA_GRADIENT_BYTES = 4  # bytes per parameter: replicas' gradients are summed in fp32 whatever the others are
 
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryBudget:
-    """Bytes of the fullest rank of one stage; `total` is the sum of the parts."""
+    """Bytes that the fullest rank of one stage holds; `total` is the sum of the parts."""
 
     weights: float
     gradients: float
@@ -33,7 +33,7 @@ class MemoryBudget:
 
     @property
     def total(self) -> float:
-        """All of it."""
+        """Bytes of all parts."""
         return float(sum(getattr(self, part.name) for part in fields(self)))
 
     def parts(self) -> list[tuple[str, float]]:
@@ -48,7 +48,7 @@ LABELS = {
     "activations": "activations",
     "expert_activations": "experts' activations, busiest rank",
     "logits": "logits",
-    "working": "one layer at work, dispatch buffers",
+    "working": "one layer recomputed, dispatch buffers",
     "replicas": "replica slots",
     "staging": "staging for moved experts",
     "reserved": "CUDA, NCCL, fragmentation",
@@ -70,7 +70,7 @@ def _candidates(spec: ParallelSpec) -> tuple[int, ...]:
 
 
 def stage_budget(model: ModelSpec, spec: ParallelSpec, gpu: GpuSpec, stage: int, imbalance: float) -> MemoryBudget:
-    """One stage."""
+    """Bytes of the fullest rank of one stage."""
     dense, expert = largest_state_bytes(model, spec, stage)
     state = dense + expert
     kept = activation_bytes(model, spec, stage, imbalance)

@@ -45,7 +45,7 @@ class Sharding:
 
     @classmethod
     def of(cls, spec: ParallelSpec) -> Sharding:
-        """Of a launch."""
+        """The sharding of a launch."""
         return cls(tp=spec.tp, ep=spec.ep, etp=spec.etp, local=spec.implementation == "local")
 
     @property

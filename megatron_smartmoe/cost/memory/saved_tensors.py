@@ -1,6 +1,6 @@
 """A tensor that waits for the backward pass, and lists of them: of a layer, and of what lies around the layers.
 
-What a module keeps depends on who wrote it: `kept_fused` lists TransformerEngine's, `kept_local` Megatron's plain torch
+What a module keeps depends on who wrote it: `saved_te` lists TransformerEngine's, `saved_torch` Megatron's plain torch
 modules and this project's. `activations` adds the lists up. To count another implementation is to write another list.
 """
 
@@ -35,7 +35,7 @@ class SavedTensor(NamedTuple):
 
     @property
     def nbytes(self) -> float:
-        """All of it."""
+        """Bytes of the tensor."""
         return self.rows * self.width * self.element
 
 
@@ -43,13 +43,13 @@ Tensors = tuple[SavedTensor, ...]
 
 
 def total(tensors: Iterable[SavedTensor]) -> float:
-    """Bytes of all."""
+    """Bytes of all of them."""
     return sum(tensor.nbytes for tensor in tensors)
 
 
 @dataclass(frozen=True)
 class Rank:
-    """One micro-batch as one rank sees it.
+    """One micro-batch on the busiest rank.
 
     Attributes:
         model: what is trained.
@@ -68,17 +68,17 @@ class Rank:
 
     @property
     def tokens(self) -> float:
-        """Of all samples, between the projections of attention or of a dense MLP."""
+        """Tokens of all samples between the projections of attention or of a dense MLP."""
         return self.spec.micro_batch * self.sequence
 
     @property
     def tokens_local(self) -> float:
-        """Tokens outside them: sequence parallelism cuts there."""
+        """Tokens outside those projections, where sequence parallelism shards the sequence."""
         return self.tokens / self.spec.tp
 
     @property
     def expert_rows(self) -> float:
-        """Rows that the busiest rank's experts compute; ranks that share an expert gather each other's."""
+        """Rows that the busiest rank's experts compute; the ranks of an ETP group gather each other's."""
         return self.tokens_local * self.model.moe.top_k * self.imbalance * self.spec.etp
 
     @property

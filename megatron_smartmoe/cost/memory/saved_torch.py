@@ -132,7 +132,7 @@ def _latent_projections(rank: Rank, latent: LatentAttention) -> Tensors:
 
 
 def _has_flash(rank: Rank) -> bool:
-    """Torch's fused attention for the CPU wants equal widths and no dropout; else it multiplies step by step."""
+    """Whether torch's fused attention for the CPU applies: equal widths and no dropout; else it goes step by step."""
     latent = rank.model.latent
     equal = latent is None or latent.qk_head_dim + latent.qk_rope_dim == latent.v_head_dim
     return equal and not rank.model.dropout
@@ -213,9 +213,9 @@ def _dispatch(rank: Rank) -> Tensors:
     """The way of each token to its experts and back."""
     spec, own, experts, top_k = rank.spec, rank.tokens_local, rank.model.moe.experts, rank.model.moe.top_k
     if spec.smartmoe:
-        # where the first piece is the rank's own rows alone, it is a view of all that the rank sends
-        own_piece = spec.etp == 1 and spec.overlap_degree > 1 and spec.ep // spec.overlap_degree == 1
-        to_others = own * top_k - rank.expert_rows / spec.ep if own_piece else 0.0
+        # where the first chunk is the rank's own rows alone, it is a view of all that the rank sends
+        own_chunk = spec.etp == 1 and spec.overlap_degree > 1 and spec.ep // spec.overlap_degree == 1
+        to_others = own * top_k - rank.expert_rows / spec.ep if own_chunk else 0.0
         return (
             SavedTensor("rows for other ranks, beside the rank's own", to_others, rank.model.hidden, rank.element),
             SavedTensor("weights of all experts", own, experts, FP32),  # `gather` keeps what it reads
@@ -230,7 +230,7 @@ def _dispatch(rank: Rank) -> Tensors:
 
 
 def _experts(rank: Rank) -> Tensors:
-    """SequentialMLP and the slotted experts keep the same, one in pieces."""
+    """SequentialMLP and the slotted experts keep the same, the latter chunk by chunk."""
     rows, width = rank.expert_rows, rank.model.moe.ffn / rank.spec.etp
     return (
         SavedTensor("experts' input", rows, rank.model.hidden, rank.element),
