@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from megatron_smartmoe.errors import ConfigError
-from megatron_smartmoe.spec.yaml_io import dump_yaml, find_config, load_yaml, refuse_unknown_keys
+from megatron_smartmoe.spec.yaml_io import dump_yaml, find_config, load_yaml, refuse_unknown_keys, shipped_directory
 
 ReplicaScope = Literal["node", "group"]
 
@@ -212,6 +212,18 @@ def cluster_as_yaml(cluster: ClusterSpec, comment: str = "") -> str:
     for name, share in cluster.efficiency.items():
         lines += _entry(cluster, f"efficiency.{name}", share)
     return "\n".join(lines) + "\n"
+
+
+def shipped_clusters() -> list[ClusterSpec]:
+    """The shipped cluster files in the order of their names."""
+    return [load_cluster_spec(path) for path in sorted(shipped_directory("clusters").glob("*.yaml"))]
+
+
+def fitting_cluster(device: str | None) -> ClusterSpec | None:
+    """The shipped cluster whose accelerator is `device`, a name that torch gives (None: the CPU); None without one."""
+    name = "cpu" if device is None else device
+    tokens = name.lower().replace("-", " ").split()
+    return next((spec for spec in shipped_clusters() if spec.gpu.name.split("-")[0].lower() in tokens), None)
 
 
 def _entry(cluster: ClusterSpec, path: str, value: float) -> list[str]:
