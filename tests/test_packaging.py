@@ -10,6 +10,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
@@ -57,3 +58,27 @@ def test_installing_into_a_fitting_environment_changes_nothing_else() -> None:
 
 def test_the_readme_names_the_pinned_megatron() -> None:
     assert f"megatron-core {pins()['megatron-core']}" in re.sub(r"\s+", " ", (ROOT / "README.md").read_text())
+
+
+def test_the_container_recipe_is_clean_and_names_no_image() -> None:
+    recipe = ROOT / "container" / "Dockerfile"
+    hadolint = Path(sys.executable).parent / "hadolint"
+    if not hadolint.exists():
+        pytest.skip("hadolint is not installed; scripts/setup.sh --dev installs it")
+    done = subprocess.run([hadolint, str(recipe)], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "")
+    assert "\nARG BASE_IMAGE\nFROM ${BASE_IMAGE}\n" in recipe.read_text()
+
+
+def test_hooks_and_workflow_run_what_is_there() -> None:
+    """Pre-commit's commands are those of the test script, and the workflow runs the script."""
+    script = (ROOT / "scripts" / "test.sh").read_text()
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"][0]["hooks"]
+    assert {hook["id"] for hook in hooks} == {"ruff", "ruff-format", "clang-format", "mypy", "lint-imports"}
+    for hook in hooks:
+        assert f"step {hook['entry'].removeprefix('.venv/bin/')}" in script
+    jobs = yaml.safe_load((ROOT / ".github" / "workflows" / "test.yml").read_text())["jobs"]
+    commands = [step["run"] for job in jobs.values() for step in job["steps"] if "run" in step]
+    assert [command for command in commands if "scripts/" in command] == ["scripts/test.sh --fast", "scripts/test.sh"]
+    for form in (ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml"):
+        assert {"name", "description", "body"} <= set(yaml.safe_load(form.read_text()))

@@ -140,7 +140,7 @@ def test_a_job_whose_time_is_up_saves_is_queued_again_and_goes_on_exactly(
     job = slurm.wait(job_id, timeout=TIMEOUT_S)
     assert_completed(job)
     assert job.record["Restarts"] == "1", job.stdout[-6000:]
-    assert job.stdout.count("The time was up: saved, and queued again.") == 1
+    assert job.stdout.count("Time limit: the run was saved, and the job is queued again.") == 1
     assert job.stdout.count("Finished after") == 1
 
     lines = metrics(run_dir)
