@@ -150,7 +150,7 @@ class ClusterSpec:
 
 
 def load_cluster_spec(path: Path) -> ClusterSpec:
-    """Read and check a cluster file.
+    """Read and check a cluster file, which may be the name of a shipped one (see `find_config`).
 
     Raises:
         ConfigError: unknown or missing key, wrong type, a share above 1, or a hardware number without a source.

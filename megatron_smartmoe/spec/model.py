@@ -196,7 +196,7 @@ _SECTIONS = ("shape", "moe", "latent", "training")
 
 
 def load_model_spec(path: Path) -> ModelSpec:
-    """Read and check a model file.
+    """Read and check a model file, which may be the name of a shipped one (see `find_config`).
 
     Raises:
         ConfigError: unknown or missing key, wrong type, a number without a source, or sizes that contradict.

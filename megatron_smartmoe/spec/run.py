@@ -46,7 +46,7 @@ class RunSpec:
 
 
 def load_run_spec(path: Path) -> RunSpec:
-    """Read and check a run configuration file.
+    """Read and check a run configuration file, which may be the name of a shipped one (see `find_config`).
 
     Raises:
         ConfigError: unknown key, wrong type, or a flag given in two groups.

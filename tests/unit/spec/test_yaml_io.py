@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_smartmoe.errors import ConfigError
-from megatron_smartmoe.spec.yaml_io import dump_yaml, load_yaml, refuse_unknown_keys
+from megatron_smartmoe.spec.yaml_io import dump_yaml, find_config, load_yaml, refuse_unknown_keys, shipped_directory
 
 
 @pytest.fixture
@@ -248,3 +248,34 @@ def test_unknown_keys_at_the_top_have_no_path() -> None:
 
 def test_known_keys_pass() -> None:
     refuse_unknown_keys("", {"name": 1}, ("name", "nproc"))
+
+
+def test_a_shipped_file_is_found_by_its_name_and_by_its_place_in_a_checkout(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shipped = shipped_directory("runs") / "quickstart.yaml"
+    assert find_config("runs", Path("quickstart")) == shipped
+    assert find_config("runs", Path("configs/runs/quickstart.yaml")) == shipped
+    assert find_config("clusters", Path("a100-sxm4-80gb")) == shipped_directory("clusters") / "a100-sxm4-80gb.yaml"
+
+
+def test_an_existing_file_wins_over_a_shipped_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("quickstart").write_text("name: mine\n")
+    assert find_config("runs", Path("quickstart")) == Path("quickstart")
+
+
+def test_an_unknown_name_lists_the_shipped_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError) as caught:
+        find_config("clusters", Path("h100"))
+    assert str(caught.value) == (
+        "configuration file = 'h100': is neither a file nor a name in configs/clusters. "
+        "Give a path, or one of: a100-sxm4-80gb, b200-sxm, cpu, h100-sxm, h200-sxm, v100-pcie."
+    )
+
+
+def test_a_path_that_does_not_exist_stays_a_path() -> None:
+    """So that the error of reading it names it as it was given."""
+    assert find_config("runs", Path("nowhere/quickstart.yaml")) == Path("nowhere/quickstart.yaml")
