@@ -12,7 +12,7 @@ def pretend() -> None:
     import torch
 
     torch.cuda.device_count = lambda: 8
-    torch.cuda.get_device_capability = lambda *_: (9, 0)  # type: ignore[assignment]
+    torch.cuda.get_device_capability = lambda *_: (9, 0)
     import megatron.core.transformer.moe.moe_utils as moe_utils
     import megatron.core.transformer.transformer_config as transformer_config
 
