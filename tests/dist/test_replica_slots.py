@@ -13,7 +13,7 @@ from tests.support.ranks import run_ranks
 SLOTS = np.array([[0, 1, 2], [2, 3, 0]])  # two ranks, two home slots, one spare slot: each has a copy of the other's
 
 
-def _setup() -> tuple[Any, Any, list[Any]]:
+def _setup(ranks: int = 2) -> tuple[Any, Any, list[Any]]:
     """This rank's spare slots, its home weights, and what a listener on their gradients saw."""
     import torch
     import torch.distributed as dist
@@ -23,7 +23,7 @@ def _setup() -> tuple[Any, Any, list[Any]]:
 
     dist.init_process_group("gloo")
     rank = dist.get_rank()
-    experts = torch.arange(4 * 6, dtype=torch.float32).view(4, 2, 3)
+    experts = torch.arange(2 * ranks * 6, dtype=torch.float32).view(2 * ranks, 2, 3)
     home = torch.nn.Parameter(experts[2 * rank : 2 * rank + 2].clone())
     home.main_grad = torch.zeros_like(home)
     seen: list[Any] = []
@@ -130,3 +130,38 @@ def _digests() -> tuple[bool, bool]:
 
 def test_ranks_notice_that_they_disagree(tmp_path: Path) -> None:
     assert run_ranks(_digests, 2, log_dir=tmp_path) == [(True, False), (True, False)]
+
+
+THREE_RANKS = np.array([[0, 1, -1], [2, 3, -1], [4, 5, 0]])  # rank 2 has a replica of rank 0's expert, rank 1 has none
+
+
+def _first_operation() -> tuple[float, str]:
+    """What rank 2's replica holds when fetching it is the first thing that happens, and the same batch in a new group."""
+    import torch
+    import torch.distributed as dist
+
+    from tests.support.ready_groups import UnreadyGroup
+
+    spare, _, _ = _setup(3)
+    spare.use(THREE_RANKS, num_passes=1)
+    (weights,) = spare.weights()
+    rank, group, problem = dist.get_rank(), dist.new_group(), ""
+    if rank != 1:  # the batch that a fetch posts, without the collective of the whole group before it
+        kind = dist.isend if rank == 0 else dist.irecv
+        try:
+            dist.batch_isend_irecv([dist.P2POp(kind, torch.zeros(1), 2 - rank, group)])
+        except UnreadyGroup as error:
+            problem = str(error)
+    return float(weights.detach().sum()), problem
+
+
+def test_the_first_operation_of_a_group_is_one_of_all_its_ranks(tmp_path: Path) -> None:
+    """Otherwise NCCL waits for rank 1, which has nothing to send or receive."""
+    fetched, problems = zip(*run_ranks(_first_operation, 3, log_dir=tmp_path), strict=True)
+    assert fetched == (0.0, 0.0, float(sum(range(6))))
+    assert problems[1] == ""
+    for rank in (0, 2):
+        assert problems[rank] == (
+            f"rank {rank}: batch_isend_irecv of 1 is the first operation of a group of 3 ranks: NCCL waits for the "
+            "others for ever. Run a collective of the whole group first, for example an all_reduce of one element."
+        )

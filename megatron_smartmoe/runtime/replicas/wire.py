@@ -30,7 +30,7 @@ class Pending:
 
 
 class ReplicaWire:
-    """Sends replicas and their gradients.
+    """Sends replicas and their gradients. All ranks of the group have to make one together.
 
     Args:
         group: the ranks of one expert-parallel group, in its order, for this alone.
@@ -39,6 +39,10 @@ class ReplicaWire:
     def __init__(self, group: dist.ProcessGroup) -> None:
         self._group, self._ranks = group, dist.get_process_group_ranks(group)
         self.rank, self.num_ranks = dist.get_rank(group), len(self._ranks)
+        self._device = torch.cuda.current_device() if dist.get_backend(group) == "nccl" else "cpu"
+        # NCCL connects a group in its first operation and waits there for all of its ranks. A fetch of replicas is
+        # posted by the ranks alone that send or receive something, so it must not be the first.
+        dist.all_reduce(torch.zeros(1, device=self._device), group=group)
 
     @torch.no_grad()
     def start_fetch(
@@ -86,8 +90,7 @@ class ReplicaWire:
 
     def agrees(self, digest: str) -> bool:
         """Whether all ranks of the group have the same digest (hexadecimal). A collective call; the host waits."""
-        device = torch.cuda.current_device() if dist.get_backend(self._group) == "nccl" else "cpu"
-        bounds = digest_bounds(digest, device)
+        bounds = digest_bounds(digest, self._device)
         dist.all_reduce(bounds, op=dist.ReduceOp.MAX, group=self._group)
         return is_one_digest(bounds.tolist())
 
