@@ -193,7 +193,7 @@ def burst_or_drift(kind: str, experts: int, ranks: int, seed: int, changes: dict
 
 def balance_of(trace: RoutingTrace, ranks: int, spare: int) -> dict[str, FloatArray]:
     """Imbalance of every record and layer after warm-up, by policy; ours with its homes loop, every 100 iterations."""
-    setting = SimulationSetup(
+    setup = SimulationSetup(
         num_ranks=ranks,
         spare_slots=spare,
         warmup=trace.num_records // 5,
@@ -206,10 +206,10 @@ def balance_of(trace: RoutingTrace, ranks: int, spare: int) -> dict[str, FloatAr
     policies: dict[str, SimulatedPolicy] = {}
     for mode in ("history", "auto"):
         options = OnlineOptions(replicas=mode)
-        policies[f"ours, {mode}"] = OnlinePolicy(start, 1, options, layer_seconds(setting.pricing))
+        policies[f"ours, {mode}"] = OnlinePolicy(start, 1, options, layer_seconds(setup.pricing))
     for name, rule in RIVALS.items():
         policies[name] = RulePolicy(rule, start, num_groups=1, num_nodes=1, interval=1)
-    return {name: replay(trace, policy, setting).imbalance for name, policy in policies.items()}
+    return {name: replay(trace, policy, setup).imbalance for name, policy in policies.items()}
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """`smartmoe simulate`: what each placement policy would have made of a recorded trace.
 
-The story: read the trace, settle the setting (ranks, nodes, costs), replay every policy, print a table, write JSON.
+The story: read the trace, settle the setup (ranks, nodes, costs), replay every policy, print a table, write JSON.
 `--save-decisions` writes every decision of the smartmoe policy; `--replay` runs again with the settings in such a file
 and says whether the same decisions came out, line by line.
 """
@@ -102,13 +102,13 @@ def run(options: argparse.Namespace) -> int:
     _check_outputs(options)
     trace = load_trace(options.trace, num_experts=options.trace_experts, ranks=options.trace_ranks)
     cluster = load_cluster_spec(Path(options.cluster)) if options.cluster else DEFAULT_CLUSTER
-    setting = _setting(options, trace, cluster)
-    policies = _policies(options, trace, setting, cluster)
-    results = [_with_progress(trace, policy, setting) for policy in policies]
-    bounds = lower_bounds(trace, setting)
-    print(as_table(results, bounds, setting, trace))
+    setup = _setup(options, trace, cluster)
+    policies = _policies(options, trace, setup, cluster)
+    results = [_with_progress(trace, policy, setup) for policy in policies]
+    bounds = lower_bounds(trace, setup)
+    print(as_table(results, bounds, setup, trace))
     if options.json:
-        options.json.write_text(json.dumps(as_json(results, bounds, setting, trace), indent=2) + "\n")
+        options.json.write_text(json.dumps(as_json(results, bounds, setup, trace), indent=2) + "\n")
     if options.plot:
         from megatron_smartmoe.cli.simulate_plot import draw  # matplotlib is slow to import
 
@@ -148,7 +148,7 @@ def _check_outputs(options: argparse.Namespace) -> None:
             )
 
 
-def _setting(options: argparse.Namespace, trace: RoutingTrace, cluster: ClusterSpec) -> SimulationSetup:
+def _setup(options: argparse.Namespace, trace: RoutingTrace, cluster: ClusterSpec) -> SimulationSetup:
     if options.warmup is None:
         options.warmup = min(25, trace.num_records // 5)
     if options.warmup >= trace.num_records:
@@ -176,7 +176,7 @@ def _setting(options: argparse.Namespace, trace: RoutingTrace, cluster: ClusterS
 
 
 def _policies(
-    options: argparse.Namespace, trace: RoutingTrace, setting: SimulationSetup, cluster: ClusterSpec
+    options: argparse.Namespace, trace: RoutingTrace, setup: SimulationSetup, cluster: ClusterSpec
 ) -> list[SimulatedPolicy]:
     """The policies asked for, ours first."""
     rules = by_name()
@@ -188,32 +188,32 @@ def _policies(
     placement = Placement.contiguous(
         num_layers=trace.num_layers,
         num_experts=trace.num_experts,
-        num_ranks=setting.num_ranks,
-        spare_slots=setting.spare_slots,
+        num_ranks=setup.num_ranks,
+        spare_slots=setup.spare_slots,
     )
-    num_groups = max(1, trace.num_sources // setting.num_ranks)
+    num_groups = max(1, trace.num_sources // setup.num_ranks)
     within_node = cluster.replica_scope == "node"
     online = OnlineOptions(
         homes_interval=options.homes_interval,
         replicas=options.replicas,
         micro_batches=trace.counts.shape[3] if trace.has_micro_batches else 1,
-        state_bytes=setting.state_bytes,
-        migration_bytes_s=(cluster.inter_node if setting.num_nodes > 1 else cluster.intra_node).bandwidth_bytes_s,
-        homes=HomesOptions(num_nodes=setting.num_nodes, replica_scope_is_node=within_node),
-        replica=ReplicaOptions(num_nodes=setting.num_nodes if within_node else 1),
+        state_bytes=setup.state_bytes,
+        migration_bytes_s=(cluster.inter_node if setup.num_nodes > 1 else cluster.intra_node).bandwidth_bytes_s,
+        homes=HomesOptions(num_nodes=setup.num_nodes, replica_scope_is_node=within_node),
+        replica=ReplicaOptions(num_nodes=setup.num_nodes if within_node else 1),
     )
     policies: list[SimulatedPolicy] = []
     for name in names:
         if name == "smartmoe":
-            policies.append(OnlinePolicy(placement, num_groups, online, layer_seconds(setting.pricing)))
+            policies.append(OnlinePolicy(placement, num_groups, online, layer_seconds(setup.pricing)))
         else:
-            policies.append(RulePolicy(rules[name], placement, num_groups, setting.num_nodes, options.peers_interval))
+            policies.append(RulePolicy(rules[name], placement, num_groups, setup.num_nodes, options.peers_interval))
     return policies
 
 
-def _with_progress(trace: RoutingTrace, policy: SimulatedPolicy, setting: SimulationSetup) -> PolicyResult:
+def _with_progress(trace: RoutingTrace, policy: SimulatedPolicy, setup: SimulationSetup) -> PolicyResult:
     records = tqdm(range(trace.num_records), desc=policy.name, unit="record", leave=False, disable=None)
-    return replay(trace, policy, setting, records)
+    return replay(trace, policy, setup, records)
 
 
 def _decision_lines(options: argparse.Namespace, trace: RoutingTrace, results: list[PolicyResult]) -> list[str]:

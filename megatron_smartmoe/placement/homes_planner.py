@@ -61,7 +61,7 @@ class OnlineOptions:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class LayerLook:
+class LayerProposal:
     """What the homes loop found for one layer.
 
     Attributes:
@@ -174,7 +174,7 @@ class HomesPlanner:
         modelled_s, layers_s = move.gain_s(self.layer_seconds, self.options.replica.num_nodes)
         gain_s = modelled_s * self.options.micro_batches if gain_s is None else gain_s
         iteration_s = layers_s * self.options.micro_batches
-        proposal = move.undone(placement, self.options.replica.num_nodes)
+        proposal = move.reverted(placement, self.options.replica.num_nodes)
         cost_s, moved = self._migrations(placement, proposal)
         verdict = self.policy.realised(iteration_s, gain_s, cost_s, iteration)
         after = placement if verdict.take else proposal
@@ -194,10 +194,10 @@ class HomesPlanner:
             moved_bytes=0 if verdict.take else moved * self.options.state_bytes,
         )
 
-    def _look(self, layer: int, placement: Placement) -> LayerLook:
+    def _look(self, layer: int, placement: Placement) -> LayerProposal:
         slots_RS, gain_s = self._layer(layer, placement)
         cost_s, experts = self._migration(placement.slots_LRS[layer], slots_RS, placement.home_slots)
-        return LayerLook(layer=layer, slots_RS=slots_RS, gain_s=gain_s, cost_s=cost_s, experts=experts)
+        return LayerProposal(layer=layer, slots_RS=slots_RS, gain_s=gain_s, cost_s=cost_s, experts=experts)
 
     def _layer(self, layer: int, placement: Placement) -> tuple[IntArray, float]:
         """Slots with better homes for one layer, and the seconds per iteration that they save."""

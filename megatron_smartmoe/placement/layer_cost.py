@@ -34,20 +34,20 @@ def layer_seconds(pricing: LayerPricing) -> Callable[[IntArray, IntArray], float
     def seconds(slots_RS: IntArray, counts_RE: IntArray) -> float:
         home_slots = counts_RE.shape[1] // len(slots_RS)
         home_E = np.argsort(slots_RS[:, :home_slots].ravel(), kind="stable") // home_slots
-        return measure(LayerPlan(slots_RS=slots_RS, split="exact"), counts_RE, home_E, pricing)[0]
+        return price_layer(LayerPlan(slots_RS=slots_RS, split="exact"), counts_RE, home_E, pricing)[0]
 
     return seconds
 
 
-def measure(plan: LayerPlan, counts_RE: IntArray, home_E: IntArray, pricing: LayerPricing) -> tuple[float, float]:
+def price_layer(plan: LayerPlan, counts_RE: IntArray, home_E: IntArray, pricing: LayerPricing) -> tuple[float, float]:
     """Predicted seconds of the layer, and max / mean tokens per rank."""
     outcome = evaluate(plan, counts_RE, pricing.num_nodes)
     expert, rank = np.nonzero(hosts_of(plan.slots_RS, counts_RE.shape[1]))
     copy = rank != home_E[expert]
-    copies_RR = np.zeros((pricing.num_ranks, pricing.num_ranks))
-    np.add.at(copies_RR, (home_E[expert[copy]], rank[copy]), 1.0)
+    replicas_RR = np.zeros((pricing.num_ranks, pricing.num_ranks))
+    np.add.at(replicas_RR, (home_E[expert[copy]], rank[copy]), 1.0)
     flow = LayerFlow(
-        load_ER=outcome.load_ER, traffic_RR=outcome.traffic_RR, copies_RR=copies_RR, num_nodes=pricing.num_nodes
+        load_ER=outcome.load_ER, traffic_RR=outcome.traffic_RR, replicas_RR=replicas_RR, num_nodes=pricing.num_nodes
     )
     load_R = outcome.load_ER.sum(axis=0)
     return layer_time(flow, pricing.constants).total_s, float(load_R.max() / max(load_R.mean(), 1e-300))

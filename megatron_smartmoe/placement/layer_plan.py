@@ -142,7 +142,7 @@ def evaluate(plan: LayerPlan, counts_RE: IntArray, num_nodes: int = 1) -> Outcom
     return Outcome(load_ER=load_E[:, None] * fraction_ER, traffic_RR=counts_RE @ fraction_ER)
 
 
-def copies_of(slots_RS: IntArray, num_experts: int) -> IntArray:
+def host_counts(slots_RS: IntArray, num_experts: int) -> IntArray:
     """`[E, R]`: how many copies of expert e rank r holds (a peer may put two on one rank)."""
     copies_ER = np.zeros((num_experts, slots_RS.shape[0]), dtype=np.int64)
     rank, slot = np.nonzero(slots_RS != EMPTY)
@@ -152,7 +152,7 @@ def copies_of(slots_RS: IntArray, num_experts: int) -> IntArray:
 
 def _fractions(plan: LayerPlan, load_E: IntArray) -> FloatArray:
     """Share of each expert's tokens that rank r takes; equal shares for an expert whose quota is empty."""
-    copies_ER = copies_of(plan.slots_RS, len(load_E)).astype(np.float64)
+    copies_ER = host_counts(plan.slots_RS, len(load_E)).astype(np.float64)
     weight_ER = copies_ER
     if plan.split == "quota":
         if plan.quota_ER is None:

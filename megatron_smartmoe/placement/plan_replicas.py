@@ -20,16 +20,16 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from megatron_smartmoe.cost.comm import busiest_ports, replica_copies
+from megatron_smartmoe.cost.comm import busiest_ports, replica_traffic
 from megatron_smartmoe.placement.exact_replicas import exact_replicas
 from megatron_smartmoe.placement.search.cuts import ALL_SETS_UP_TO_RANKS, CutPool, scaled
-from megatron_smartmoe.placement.search.improve import SearchResult, improve
+from megatron_smartmoe.placement.search.improve import ImprovedPlacement, improve
 from megatron_smartmoe.placement.search.objective import Objective, Space
 from megatron_smartmoe.spec.arrays import FloatArray, IntArray
 from megatron_smartmoe.spec.placement import EMPTY, BoolArray, hosts_of
 
 _FEW_RANKS = 16  # up to here a search to the end fits into a few milliseconds
-_PRICED_FOR_RANKS = 8  # on many ranks a copy costs copy_price times this over their number
+_PRICED_FOR_RANKS = 8  # on many ranks a copy costs replica_price times this over their number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,15 +44,15 @@ class ReplicaOptions:
         good_enough: excess (mean and worst scenario together) up to which the improved copies are kept without a look
             at a fresh plan.
         effort: multiplies the candidates of each step; 1 is meant for every iteration of training.
-        copy_price_tokens: what the busiest rank must be spared in an iteration, in tokens, for one replica over the
+        replica_price_tokens: what the busiest rank must be spared in an iteration, in tokens, for one replica over the
             busiest port. A layer whose copies save less makes none. 0 makes every copy that improves the balance.
     """
 
     num_nodes: int = 1
-    objective: Objective = field(default_factory=lambda: Objective(copy_price=1e-3, change_price=2e-5))
+    objective: Objective = field(default_factory=lambda: Objective(replica_price=1e-3, change_price=2e-5))
     good_enough: float = 0.01
     effort: int = 1
-    copy_price_tokens: float = 0.0
+    replica_price_tokens: float = 0.0
 
 
 def plan_replicas(
@@ -61,7 +61,7 @@ def plan_replicas(
     home_slots: int,
     options: ReplicaOptions | None = None,
     rank_tokens: float = 0.0,
-) -> SearchResult:
+) -> ImprovedPlacement:
     """New contents of the spare slots; homes stay.
 
     Args:
@@ -73,27 +73,27 @@ def plan_replicas(
     """
     options = options or ReplicaOptions()
     found = _best_replicas(slots_RS, scenarios_KE, home_slots, options)
-    if not options.copy_price_tokens or (found.slots_RS[:, home_slots:] == EMPTY).all():
+    if not options.replica_price_tokens or (found.slots_RS[:, home_slots:] == EMPTY).all():
         return found
     bare_RS = found.slots_RS.copy()
     bare_RS[:, home_slots:] = EMPTY
     load_KR = scenarios_KE[:, bare_RS[:, :home_slots]].sum(axis=2)
     alone_K = load_KR.max(axis=1) / load_KR.mean(axis=1)
     saved_tokens = float(alone_K[0] - found.imbalance_K[0]) * rank_tokens
-    if copies_pay(found.slots_RS, home_slots, saved_tokens, options.copy_price_tokens):
+    if replicas_pay(found.slots_RS, home_slots, saved_tokens, options.replica_price_tokens):
         return found
     return replace(found, slots_RS=bare_RS, imbalance_K=alone_K)
 
 
 def _best_replicas(
     slots_RS: IntArray, scenarios_KE: FloatArray, home_slots: int, options: ReplicaOptions
-) -> SearchResult:
+) -> ImprovedPlacement:
     """The best copies, whether they pay or not."""
     num_ranks, num_experts = len(slots_RS), scenarios_KE.shape[1]
     space, objective = search_space(num_ranks, home_slots, options), options.objective
     many = num_ranks > _FEW_RANKS
     if many:
-        objective = replace(objective, copy_price=objective.copy_price * _PRICED_FOR_RANKS / num_ranks)
+        objective = replace(objective, replica_price=objective.replica_price * _PRICED_FOR_RANKS / num_ranks)
     # On many ranks a step is dear: first find out which plan to start from, then improve that one.
     first = replace(space, max_steps=0) if many else space
     pool = CutPool(num_ranks) if many else None  # what one search learns helps the next
@@ -107,7 +107,7 @@ def _best_replicas(
     fresh = improve(fresh_RS, scenarios_KE, objective, first, pool)
     before_ER = hosts_of(slots_RS, num_experts)
 
-    def cost(result: SearchResult) -> float:
+    def cost(result: ImprovedPlacement) -> float:
         return result.excess + _price(result.slots_RS, before_ER, home_slots, objective)
 
     best = fresh if cost(fresh) < cost(kept) - objective.min_gain else kept
@@ -116,7 +116,7 @@ def _best_replicas(
     return improve(best.slots_RS, scenarios_KE, objective, space, pool)
 
 
-def copies_pay(slots_RS: IntArray, home_slots: int, saved_tokens: float, price_tokens: float) -> bool:
+def replicas_pay(slots_RS: IntArray, home_slots: int, saved_tokens: float, price_tokens: float) -> bool:
     """Whether a layer's replicas spare the busiest rank more than their way costs.
 
     Args:
@@ -125,8 +125,8 @@ def copies_pay(slots_RS: IntArray, home_slots: int, saved_tokens: float, price_t
         saved_tokens: of the busiest rank.
         price_tokens: of one replica over the busiest rank's port, weights out and gradients back.
     """
-    copies_RR = replica_copies(slots_RS, slots_RS[:, :home_slots].size)
-    return saved_tokens > price_tokens * busiest_ports(copies_RR, num_nodes=1).intra
+    replicas_RR = replica_traffic(slots_RS, slots_RS[:, :home_slots].size)
+    return saved_tokens > price_tokens * busiest_ports(replicas_RR, num_nodes=1).intra
 
 
 def fill_spare_slots(slots_RS: IntArray, load_E: IntArray, space: Space) -> IntArray:
@@ -168,4 +168,4 @@ def _price(slots_RS: IntArray, before_ER: BoolArray, home_slots: int, objective:
     """Price of the copies and of those that are new on their rank."""
     rank, slot = np.nonzero(slots_RS[:, home_slots:] != EMPTY)
     expert = slots_RS[rank, slot + home_slots]
-    return float(objective.copy_price * len(expert) + objective.change_price * (~before_ER[expert, rank]).sum())
+    return float(objective.replica_price * len(expert) + objective.change_price * (~before_ER[expert, rank]).sum())

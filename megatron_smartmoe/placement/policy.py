@@ -22,18 +22,18 @@ class PolicyOptions:
     Attributes:
         horizon_iterations: how long a plan is expected to last.
         margin: gain x horizon must be above cost x margin.
-        rest_iterations: after a plan was taken, none is taken for this long.
+        cooldown_iterations: after a plan was taken, none is taken for this long.
         backoff_factor: after each loss in a row the rest grows by this factor.
-        max_rest_iterations: and never beyond this.
+        max_cooldown_iterations: and never beyond this.
         tolerance: a realised gain above minus this share of the iteration is no loss: the noise of a stopwatch. The
             cost model has none.
     """
 
     horizon_iterations: int = 500
     margin: float = 2.0
-    rest_iterations: int = 50
+    cooldown_iterations: int = 50
     backoff_factor: float = 2.0
-    max_rest_iterations: int = 10_000
+    max_cooldown_iterations: int = 10_000
     tolerance: float = 0.0
 
 
@@ -69,10 +69,10 @@ class Policy:
         self.last_taken: int | None = None
 
     @property
-    def rest_iterations(self) -> int:
+    def cooldown_iterations(self) -> int:
         """Iterations that must pass between two plans, as things stand."""
-        rest = self.options.rest_iterations * self.options.backoff_factor**self.losses
-        return int(min(rest, self.options.max_rest_iterations))
+        rest = self.options.cooldown_iterations * self.options.backoff_factor**self.losses
+        return int(min(rest, self.options.max_cooldown_iterations))
 
     def judge(self, iteration: int, gain_s: float, cost_s: float) -> Verdict:
         """Whether to execute a plan that would save `gain_s` per iteration and costs `cost_s` once."""
@@ -87,9 +87,9 @@ class Policy:
             take, why = False, f"no gain: {numbers}"
         elif saved_s <= cost_s * margin:
             take, why = False, f"does not pay: {numbers}"
-        elif since is not None and since < self.rest_iterations:
+        elif since is not None and since < self.cooldown_iterations:
             after = f" after {self.losses} losses in a row" if self.losses else ""
-            take, why = False, f"resting: {since} of {self.rest_iterations} iterations{after}; {numbers}"
+            take, why = False, f"resting: {since} of {self.cooldown_iterations} iterations{after}; {numbers}"
         else:
             take, why = True, f"pays: {numbers}"
             self.last_taken = iteration
@@ -113,7 +113,7 @@ class Policy:
         realised = f"realised {gain_s * 1e3:.3f} ms per iteration"
         if keep and lost_s:
             realised += f", but undoing does not pay: {undo_s:.3f} s against {price_s:.3f} s"
-        what = "kept" if keep else f"revert, and rest {self.rest_iterations} iterations"
+        what = "kept" if keep else f"revert, and rest {self.cooldown_iterations} iterations"
         return Verdict(
             take=keep,
             why=f"{what}: {realised}",

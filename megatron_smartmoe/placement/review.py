@@ -64,7 +64,7 @@ class MoveReview:
                     gain_s += layer_seconds(slots_RS, counts_RE) - now_s
         return gain_s / len(self.counts), total_s / len(self.counts)
 
-    def undone(self, placement: Placement, num_nodes: int) -> Placement:
+    def reverted(self, placement: Placement, num_nodes: int) -> Placement:
         """`placement` with the homes of before in the layers that the move touched; copies stay where they may.
 
         Args:

@@ -1,7 +1,7 @@
 """Policies as the simulator drives them: told what was routed, asked for a plan before each record or micro-batch.
 
 `OnlinePolicy` is ours, the planners of `placement.homes_planner` exactly as training calls them. `RulePolicy` drives a
-peer's rule. Both keep the same books (`Books`): what moved, how many copies were made, and the time it took to plan.
+peer's rule. Both keep the same stats (`Stats`): what moved, how many copies were made, and the time it took to plan.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ T = TypeVar("T")
 
 
 @dataclass(kw_only=True)
-class Books:
+class Stats:
     """What a policy did in the records that count.
 
     Attributes:
         experts_moved: experts whose home changed its rank, over layers; homes are the same in every group.
-        copies_made: replicas filled with weights: anew in every record, since the weights have changed, and within a
+        replicas_made: replicas filled with weights: anew in every record, since the weights have changed, and within a
             record when a rank did not hold that replica in the micro-batch before.
         slots_changed: experts that a rank holds and did not hold in the micro-batch before, over layers and groups.
         plans: layers planned.
@@ -41,7 +41,7 @@ class Books:
     """
 
     experts_moved: int = 0
-    copies_made: int = 0
+    replicas_made: int = 0
     slots_changed: int = 0
     plans: int = 0
     plan_s: float = 0.0
@@ -70,14 +70,14 @@ class Holdings:
         """The optimizer has stepped: every replica's weights are old."""
         self._filled.clear()
 
-    def hold(self, books: Books, layer: int, group: int, slots_RS: IntArray, home_E: IntArray) -> None:
+    def hold(self, stats: Stats, layer: int, group: int, slots_RS: IntArray, home_E: IntArray) -> None:
         """A micro-batch of this group and layer runs with these slots."""
         key, hosts_ER = (layer, group), hosts_of(slots_RS, len(home_E))
-        books.slots_changed += int((hosts_ER & ~self._hosts[key]).sum())
+        stats.slots_changed += int((hosts_ER & ~self._hosts[key]).sum())
         self._hosts[key] = hosts_ER
         replicas_ER = hosts_ER.copy()
         replicas_ER[np.arange(len(home_E)), home_E] = False
-        books.copies_made += int((replicas_ER & ~self._filled.get(key, np.zeros_like(replicas_ER))).sum())
+        stats.replicas_made += int((replicas_ER & ~self._filled.get(key, np.zeros_like(replicas_ER))).sum())
         self._filled[key] = replicas_ER
 
 
@@ -85,7 +85,7 @@ class SimulatedPolicy(Protocol):
     """What the simulator asks of a policy."""
 
     name: str
-    books: Books
+    stats: Stats
     decisions: list[Decision]
 
     def before(self, iteration: int) -> None:
@@ -114,7 +114,7 @@ class OnlinePolicy:
     def __init__(
         self, placement: Placement, num_groups: int, options: OnlineOptions, layer_seconds: LayerSeconds
     ) -> None:
-        self.name, self.books, self.decisions = "smartmoe", Books(), list[Decision]()
+        self.name, self.stats, self.decisions = "smartmoe", Stats(), list[Decision]()
         self.options = options
         self.homes_planner = HomesPlanner(placement.num_layers, placement.num_experts, options, layer_seconds)
         self.groups = [ReplicaPlanner(placement, group, options) for group in range(num_groups)]
@@ -128,7 +128,7 @@ class OnlinePolicy:
         found = self.homes_planner.review(iteration, placement)
         if found is None and self.homes_planner.due(iteration):
             found = self.homes_planner.propose(iteration, placement)
-        self.books.homes_s += time.process_time() - begin
+        self.stats.homes_s += time.process_time() - begin
         if found is not None:
             proposal, decision = found
             self.decisions.append(decision)
@@ -137,13 +137,13 @@ class OnlinePolicy:
         if self.options.replicas == "exact":
             return
         for planner in self.groups:
-            plan = self.books.timed(placement.num_layers, lambda planner=planner: planner.plan(iteration))  # type: ignore[misc]
+            plan = self.stats.timed(placement.num_layers, lambda planner=planner: planner.plan(iteration))  # type: ignore[misc]
             if plan is not None:
                 self.decisions.append(plan)
 
     def _adopt(self, old: Placement, proposal: Placement) -> None:
         """New homes in every group; each plans its replicas for them."""
-        self.books.experts_moved += int((old.home_rank_LE != proposal.home_rank_LE).sum())
+        self.stats.experts_moved += int((old.home_rank_LE != proposal.home_rank_LE).sum())
         for planner in self.groups:
             planner.rehome(proposal)
 
@@ -153,11 +153,11 @@ class OnlinePolicy:
         slots_RS = planner.placement.slots_LRS[layer]
         if self.options.replicas != "history":
             plans = 1 if self.options.replicas == "exact" else 0  # auto: the plan from history has been counted
-            exact_RS = self.books.timed(plans, lambda: planner.exact_slots(layer, counts_RE.sum(axis=0)))
+            exact_RS = self.stats.timed(plans, lambda: planner.exact_slots(layer, counts_RE.sum(axis=0)))
             if exact_RS is not None:
                 slots_RS = exact_RS
-                self.books.replans += 1
-        self._holdings.hold(self.books, layer, group, slots_RS, self.homes(layer))
+                self.stats.replans += 1
+        self._holdings.hold(self.stats, layer, group, slots_RS, self.homes(layer))
         return LayerPlan(slots_RS=slots_RS, split="exact")
 
     def homes(self, layer: int) -> IntArray:
@@ -168,7 +168,7 @@ class OnlinePolicy:
         """Every group's planner sees its group, the homes' planner the mean of all."""
         for group, planner in enumerate(self.groups):
             error_L = planner.observe(counts_LGMRE[:, group].sum(axis=2))
-            self.books.forecast_errors += error_L[np.isfinite(error_L)].tolist()
+            self.stats.forecast_errors += error_L[np.isfinite(error_L)].tolist()
         num_parts = counts_LGMRE.shape[1] * counts_LGMRE.shape[2]
         self.homes_planner.observe(counts_LGMRE.sum(axis=(1, 2)) // num_parts)
 
@@ -185,7 +185,7 @@ class RulePolicy:
     """
 
     def __init__(self, rule: Rule, placement: Placement, num_groups: int, num_nodes: int, interval: int) -> None:
-        self.rule, self.name, self.books, self.decisions = rule, rule.name, Books(), list[Decision]()
+        self.rule, self.name, self.stats, self.decisions = rule, rule.name, Stats(), list[Decision]()
         self.num_groups, self.num_nodes, self.interval = num_groups, num_nodes, interval
         self.start, self.spare_slots, self.num_experts = placement, placement.spare_slots, placement.num_experts
         layers = range(placement.num_layers)
@@ -204,7 +204,7 @@ class RulePolicy:
             self._planned_at = iteration
             for layer, counts_RE in enumerate(self._counts_LRE):
                 problem = self._problem(layer, counts_RE)
-                plan = self.books.timed(1, lambda problem=problem: self.rule.plan(problem))  # type: ignore[misc]
+                plan = self.stats.timed(1, lambda problem=problem: self.rule.plan(problem))  # type: ignore[misc]
                 self._plans[layer] = plan
                 self._move_homes(layer, plan)
 
@@ -213,9 +213,9 @@ class RulePolicy:
         plan = self._plans[layer]
         if self.rule.sees == "exact":
             problem = self._problem(layer, counts_RE)
-            plan = self.books.timed(1, lambda: self.rule.plan(problem))
+            plan = self.stats.timed(1, lambda: self.rule.plan(problem))
             self._move_homes(layer, plan)
-        self._holdings.hold(self.books, layer, group, plan.slots_RS, self._homes[layer])
+        self._holdings.hold(self.stats, layer, group, plan.slots_RS, self._homes[layer])
         return plan
 
     def homes(self, layer: int) -> IntArray:
@@ -237,4 +237,4 @@ class RulePolicy:
         home_E = self._homes[layer]
         stays_E = hosts_ER[np.arange(self.num_experts), home_E]
         self._homes[layer] = np.where(stays_E, home_E, hosts_ER.argmax(axis=1))
-        self.books.experts_moved += int((~stays_E).sum())
+        self.stats.experts_moved += int((~stays_E).sum())

@@ -13,8 +13,8 @@ import numpy as np
 
 from megatron_smartmoe.cost.moe_layer import LayerConstants
 from megatron_smartmoe.placement.decisions import Decision
-from megatron_smartmoe.placement.layer_cost import LayerPricing, measure
-from megatron_smartmoe.simulate.policies import Books, SimulatedPolicy
+from megatron_smartmoe.placement.layer_cost import LayerPricing, price_layer
+from megatron_smartmoe.simulate.policies import SimulatedPolicy, Stats
 from megatron_smartmoe.spec.arrays import FloatArray
 from megatron_smartmoe.spec.trace import RoutingTrace
 
@@ -52,33 +52,33 @@ class PolicyResult:
     name: str
     imbalance: FloatArray
     layer_s: FloatArray
-    books: Books
+    stats: Stats
     decisions: list[Decision]
 
 
 def replay(
-    trace: RoutingTrace, policy: SimulatedPolicy, setting: SimulationSetup, records: Iterable[int] | None = None
+    trace: RoutingTrace, policy: SimulatedPolicy, setup: SimulationSetup, records: Iterable[int] | None = None
 ) -> PolicyResult:
     """Run one policy over the trace.
 
     Args:
         trace: what was routed.
         policy: fresh, it has seen nothing yet.
-        setting: ranks, slots, costs.
+        setup: ranks, slots, costs.
         records: their numbers, in order; wrap them to show progress. None takes all.
     """
     imbalance: list[float] = []
     layer_s: list[float] = []
     for record in range(trace.num_records) if records is None else records:
-        if record == setting.warmup:
-            policy.books = Books()
-        counts_LGMRE = trace.groups(setting.num_ranks, record)
+        if record == setup.warmup:
+            policy.stats = Stats()
+        counts_LGMRE = trace.groups(setup.num_ranks, record)
         policy.before(int(trace.iteration[record]))
         for layer, group, micro in np.ndindex(*counts_LGMRE.shape[:3]):
             counts_RE = counts_LGMRE[layer, group, micro]
             plan = policy.plan(layer, group, counts_RE)
-            if record >= setting.warmup:
-                seconds, worst = measure(plan, counts_RE, policy.homes(layer), setting.pricing)
+            if record >= setup.warmup:
+                seconds, worst = price_layer(plan, counts_RE, policy.homes(layer), setup.pricing)
                 layer_s.append(seconds)
                 imbalance.append(worst)
         policy.observe(counts_LGMRE)
@@ -86,23 +86,23 @@ def replay(
         name=policy.name,
         imbalance=np.array(imbalance),
         layer_s=np.array(layer_s),
-        books=policy.books,
+        stats=policy.stats,
         decisions=policy.decisions,
     )
 
 
-def lower_bounds(trace: RoutingTrace, setting: SimulationSetup) -> FloatArray:
+def lower_bounds(trace: RoutingTrace, setup: SimulationSetup) -> FloatArray:
     """What no placement can beat, for every record, layer, group and micro-batch counted.
 
     Whole tokens; with spare slots an expert may be on every rank; without, it shares its rank with the coldest ones.
     """
     bounds = []
-    for record in range(setting.warmup, trace.num_records):
-        load = np.sort(trace.groups(setting.num_ranks, record).sum(axis=-2).reshape(-1, trace.num_experts), axis=1)
+    for record in range(setup.warmup, trace.num_records):
+        load = np.sort(trace.groups(setup.num_ranks, record).sum(axis=-2).reshape(-1, trace.num_experts), axis=1)
         total = load.sum(axis=1)
-        least = -(-total // setting.num_ranks)
-        if not setting.spare_slots:
-            homes = trace.num_experts // setting.num_ranks
+        least = -(-total // setup.num_ranks)
+        if not setup.spare_slots:
+            homes = trace.num_experts // setup.num_ranks
             least = np.maximum(least, load[:, -1] + load[:, : homes - 1].sum(axis=1))
-        bounds.append(least * setting.num_ranks / np.maximum(total, 1))
+        bounds.append(least * setup.num_ranks / np.maximum(total, 1))
     return np.concatenate(bounds)

@@ -48,8 +48,8 @@ def spread_of(prior: LayerConstants) -> LayerConstants:
         inter_gpu_token_s=0.5 * port_s,
         inter_node_token_s=0.5 * prior.inter_node_token_s,
         inter_node_reverse_token_s=0.5 * prior.inter_node_token_s,
-        intra_copy_s=0.5 * prior.intra_copy_s,
-        inter_copy_s=0.5 * prior.inter_copy_s,
+        intra_replica_s=0.5 * prior.intra_replica_s,
+        inter_replica_s=0.5 * prior.inter_replica_s,
     )
 
 

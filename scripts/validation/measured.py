@@ -231,4 +231,4 @@ def _shadowed(flow: LayerFlow, run: MeasuredRun, counts_RE: FloatArray) -> Layer
         traffic_RR[:, home] -= counts_RE[:, expert]
         traffic_RR[np.diag_indices(ranks)] += counts_RE[:, expert]
     ring_RR = np.roll(np.eye(ranks), 1, axis=1) * best  # broadcast and reduce go round once
-    return replace(flow, load_ER=load_ER, traffic_RR=traffic_RR, copies_RR=ring_RR)
+    return replace(flow, load_ER=load_ER, traffic_RR=traffic_RR, replicas_RR=ring_RR)

@@ -71,7 +71,7 @@ def run(case: str, iterations: int) -> dict[str, Any]:
         seconds = _fails
     if case == "disagreement" and rank == 1:
         seconds = _prefers_nothing
-    policy = PolicyOptions(horizon_iterations=1 if case == "does not pay" else 1000, rest_iterations=1)
+    policy = PolicyOptions(horizon_iterations=1 if case == "does not pay" else 1000, cooldown_iterations=1)
     online = OnlineOptions(
         homes_interval=1, state_bytes=10**9, migration_bytes_s=1e9, policy=policy, review_records=2, replicas="history"
     )

@@ -101,7 +101,7 @@ class PoolLoop:
         count_tokens(chunks, self._counts, self._counts.layers)
         now = starting_setting(options, self._degree())
         self._settings = with_setting(pool_settings(options), now)
-        rest = SwitchboardOptions(rest_iterations=options.smartmoe_pool_interval)
+        rest = SwitchboardOptions(cooldown_iterations=options.smartmoe_pool_interval)
         self._board = Switchboard(now, options.iteration, rest)
         self._prices = _prices(options, len(self._numbers), homes_move=options.smartmoe_homes == "on")
         self._seconds: deque[float] = deque(maxlen=max(options.smartmoe_pool_interval, SETTLE_ITERATIONS))

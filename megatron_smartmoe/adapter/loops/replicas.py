@@ -26,7 +26,7 @@ from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 from megatron.core.utils import unwrap_model
 from megatron.training import get_args
 
-from megatron_smartmoe.adapter.cost_inputs import copy_price_tokens, online_options, scope_nodes
+from megatron_smartmoe.adapter.cost_inputs import online_options, replica_price_tokens, scope_nodes
 from megatron_smartmoe.adapter.flags.replica_arguments import replicas_mode
 from megatron_smartmoe.adapter.hooks import after, before
 from megatron_smartmoe.adapter.machine import nodes_of_group
@@ -83,7 +83,7 @@ class ReplicaLoop:
         self._wire = ReplicaWire(_own_group(mpu.get_expert_model_parallel_group()))
         self.layers = [layer for _, layer in moe_layers(unwrap_model(result[0]))]
         self._tallies = [LayerTally() for _ in self.layers]
-        self._price_tokens = copy_price_tokens(options)  # once: the cluster file may be edited while the run goes on
+        self._price_tokens = replica_price_tokens(options)  # once: the cluster file may be edited while the run goes on
         for layer, tally in zip(self.layers, self._tallies, strict=True):
             self._equip(layer, tally, options, keeps=remembers)
         if remembers and self.layers:

@@ -27,7 +27,7 @@ _RESOLUTION = 1e9  # gains closer than this are equal, so that rounding never de
 
 
 @dataclass(frozen=True, kw_only=True)
-class SearchResult:
+class ImprovedPlacement:
     """Slots found, their exact makespan over the mean load in each scenario, their excess, changes made."""
 
     slots_RS: IntArray
@@ -69,7 +69,7 @@ class _View:
 
 def improve(
     slots_RS: IntArray, loads_KE: FloatArray | IntArray, objective: Objective, space: Space, pool: CutPool | None = None
-) -> SearchResult:
+) -> ImprovedPlacement:
     """Change slots while that pays.
 
     Args:
@@ -91,7 +91,7 @@ def improve(
         view = better
     view.look()
     imbalance_K = np.maximum((view.locked_KQ / pool.size_Q).max(axis=1) / MEAN_LOAD, 1.0)
-    return SearchResult(slots_RS=view.slots_RS, imbalance_K=imbalance_K, excess=view.excess, steps=steps)
+    return ImprovedPlacement(slots_RS=view.slots_RS, imbalance_K=imbalance_K, excess=view.excess, steps=steps)
 
 
 def _step(view: _View, start_ER: BoolArray, space: Space) -> _View | None:
@@ -117,14 +117,14 @@ def _kinds(view: _View, start_ER: BoolArray, space: Space) -> Iterator[Moves]:
     table = Table(slots_RS=slots_RS, hosts_ER=view.hosts_ER, start_ER=start_ER, space=space, objective=objective)
     needed = view.excess > objective.enough
     wanted_E = view.wanted_E(space.max_experts) if needed else np.empty(0, dtype=np.int64)
-    if slots_RS.shape[1] > space.home_slots and (needed or objective.copy_price > 0):
+    if slots_RS.shape[1] > space.home_slots and (needed or objective.replica_price > 0):
         clear = clearings(table)
         missed_M = _judge(clear, view) + clear.price_M
         if needed:
             cheap_S = np.sort(np.argsort(np.rint(missed_M * _RESOLUTION), kind="stable")[: space.max_slots])
             yield replacements(table, wanted_E, cheap_S)
             yield exchanges(table, wanted_E, cheap_S)
-        if objective.copy_price > 0:
+        if objective.replica_price > 0:
             yield clear
     if needed and space.move_homes:
         yield home_swaps(table, wanted_E)

@@ -119,7 +119,7 @@ def _put(table: Table, rank: IntArray, slot: IntArray, new: IntArray) -> Moves:
         expert_M2=np.stack([new, old], axis=1),
         from_M2=np.stack([nowhere, rank], axis=1),
         to_M2=np.stack([rank, nowhere], axis=1),
-        price_M=objective.copy_price * copies + objective.change_price * (strange_new * 1.0 - strange_old),
+        price_M=objective.replica_price * copies + objective.change_price * (strange_new * 1.0 - strange_old),
         home_slots=table.space.home_slots,
     )
 

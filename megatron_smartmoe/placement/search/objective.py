@@ -24,7 +24,7 @@ class Objective:
 
     Attributes:
         worst_weight: of the worst scenario beside the mean over all of them.
-        copy_price: of each replica, every iteration: its weights out and its gradients back.
+        replica_price: of each replica, every iteration: its weights out and its gradients back.
         change_price: of each slot filled with an expert that its rank did not hold at the start.
         home_price: of each expert whose home moves: weights, main weights and moments, over the horizon they last.
         min_gain: what a change must win above its price.
@@ -32,7 +32,7 @@ class Objective:
     """
 
     worst_weight: float = 0.3
-    copy_price: float = 0.0
+    replica_price: float = 0.0
     change_price: float = 0.0
     home_price: float = 0.0
     min_gain: float = 1e-4

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from megatron_smartmoe.cost.comm import replica_copies
+from megatron_smartmoe.cost.comm import replica_traffic
 from megatron_smartmoe.cost.moe_layer import LayerFlow
 from megatron_smartmoe.cost.step.constants import StepConstants, layer_constants
 from megatron_smartmoe.cost.step.moe import moe_times
@@ -150,7 +150,7 @@ def _flow(setting: PoolSetting, slots_RS: IntArray, counts_RE: IntArray, prices:
             home_slots,
             num_nodes=prices.replica.num_nodes,
             limit=BALANCED,
-            price_tokens=prices.replica.copy_price_tokens,
+            price_tokens=prices.replica.replica_price_tokens,
         )
     sent_RRS = split_tokens(counts_RE, slots_RS, home_slots, prices.num_nodes)
     rank, slot = np.nonzero(slots_RS != EMPTY)
@@ -159,6 +159,6 @@ def _flow(setting: PoolSetting, slots_RS: IntArray, counts_RE: IntArray, prices:
     return LayerFlow(
         load_ER=load_ER,
         traffic_RR=sent_RRS.sum(axis=2).astype(np.float64),
-        copies_RR=replica_copies(slots_RS, num_experts),
+        replicas_RR=replica_traffic(slots_RS, num_experts),
         num_nodes=prices.num_nodes,
     )

@@ -92,12 +92,12 @@ class SwitchboardOptions:
     Attributes:
         margin: share of the step that another setting must win.
         tolerance: share of the step that it may become longer without a switch back.
-        rest_iterations: how long a setting rests, doubled by each of its losses in a row.
+        cooldown_iterations: how long a setting rests, doubled by each of its losses in a row.
     """
 
     margin: float = MARGIN
     tolerance: float = TOLERANCE
-    rest_iterations: int = 100
+    cooldown_iterations: int = 100
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,7 +163,7 @@ class Switchboard:
         )
         if keep:
             return self._stay("kept", f"kept: {why}", trial.predicted_gain_s, gain_s)
-        why = f"back: {why}; {self.now.key} rests {policy.rest_iterations} iterations"
+        why = f"back: {why}; {self.now.key} rests {policy.cooldown_iterations} iterations"
         policy.last_taken = iteration  # it rests from now on
         return self._switch(trial.before, iteration, "loss", why, trial.predicted_gain_s, gain_s)
 
@@ -172,11 +172,11 @@ class Switchboard:
         policy = self._policies.get(setting)
         if setting == self.now or policy is None or policy.last_taken is None or not policy.losses:
             return False
-        return iteration - policy.last_taken < policy.rest_iterations
+        return iteration - policy.last_taken < policy.cooldown_iterations
 
     def _policy(self, setting: PoolSetting) -> Policy:
         options = self.options
-        new = Policy(PolicyOptions(rest_iterations=options.rest_iterations, tolerance=options.tolerance))
+        new = Policy(PolicyOptions(cooldown_iterations=options.cooldown_iterations, tolerance=options.tolerance))
         return self._policies.setdefault(setting, new)
 
     def _stay(

@@ -17,7 +17,7 @@ import torch
 
 from megatron_smartmoe import ops
 from megatron_smartmoe.placement import exact_replicas, split
-from megatron_smartmoe.placement.plan_replicas import copies_pay
+from megatron_smartmoe.placement.plan_replicas import replicas_pay
 from megatron_smartmoe.spec.arrays import IntArray
 from megatron_smartmoe.spec.placement import EMPTY, hosts_of, with_empty_slots
 
@@ -63,7 +63,7 @@ def exact_slots(
         home_slots: S.
         num_nodes: a replica stays on its home's node; 1 lets it go anywhere.
         limit: max / mean of the homes alone up to which no copy is made.
-        price_tokens: see `placement.plan_replicas.copies_pay`.
+        price_tokens: see `placement.plan_replicas.replicas_pay`.
     """
     num_ranks = len(slots_RS)
     load_E = counts_RE.sum(axis=0)
@@ -80,7 +80,7 @@ def exact_slots(
     if (planned_RS[:, home_slots:] == EMPTY).all():
         return bare_RS
     saved_tokens = busiest - tokens / num_ranks  # at best; such copies mostly come within a few tokens of it
-    return planned_RS if copies_pay(planned_RS, home_slots, saved_tokens, price_tokens) else bare_RS
+    return planned_RS if replicas_pay(planned_RS, home_slots, saved_tokens, price_tokens) else bare_RS
 
 
 def split_tokens(counts_RE: IntArray, slots_RS: IntArray, home_slots: int, num_nodes: int = 1) -> IntArray:

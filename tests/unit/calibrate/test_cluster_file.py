@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from megatron_smartmoe.calibrate.cluster_file import fit_machine
-from megatron_smartmoe.calibrate.measured import COLLECTIVES, Measured, Point, Series
+from megatron_smartmoe.calibrate.measurement import COLLECTIVES, MachineMeasurement, Point, Series
 from megatron_smartmoe.calibrate.table import as_table
 from megatron_smartmoe.cost.compute import ExpertShape
 from megatron_smartmoe.cost.moe_layer import (
@@ -38,7 +38,7 @@ def line(fixed_s, unit_s, amounts):
 
 def measured(links=("intra", "inter"), **changes):
     sizes = (1e4, 1e6, 1e8)
-    found = Measured(
+    found = MachineMeasurement(
         device="H100-80GB-HBM3",
         memory_bytes=84.9e9,
         nodes=2 if "inter" in links else 1,

@@ -14,8 +14,8 @@ ROUND = LayerConstants(
     inter_gpu_token_s=1.0,
     inter_node_token_s=0.5,
     inter_node_reverse_token_s=0.125,
-    intra_copy_s=3.0,
-    inter_copy_s=7.0,
+    intra_replica_s=3.0,
+    inter_replica_s=7.0,
 )
 
 

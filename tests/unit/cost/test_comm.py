@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from megatron_smartmoe.cost.comm import busiest_ports, replica_copies, transfer_s
+from megatron_smartmoe.cost.comm import busiest_ports, replica_traffic, transfer_s
 from megatron_smartmoe.spec.cluster import LinkSpec
 
 
@@ -23,7 +23,7 @@ def test_one_node_has_no_traffic_between_nodes():
 def test_replica_copies_come_from_the_home():
     # Homes: experts 2, 3 on rank 0 and 0, 1 on rank 1; rank 0 holds a copy of 1, rank 1 copies of 2 and 3.
     slots_RS = np.array([[2, 3, 1, -1], [0, 1, 2, 3]])
-    assert replica_copies(slots_RS, 4).tolist() == [[0, 2], [1, 0]]
+    assert replica_traffic(slots_RS, 4).tolist() == [[0, 2], [1, 0]]
 
 
 def test_alpha_beta():

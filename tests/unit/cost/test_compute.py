@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from megatron_smartmoe.cost.compute import ExpertShape, busiest_rank, gemm_efficiency, time_shared
+from megatron_smartmoe.cost.compute import ExpertShape, busiest_rank, time_shared
 
 
 def test_few_tokens_in_many_experts_may_take_longer():
@@ -33,12 +33,6 @@ def test_a_hot_rank_costs_less_where_cores_are_shared():
     busy = busiest_rank(load_ER, 0.0, ranks_per_device=2.0)
     assert (busy.rank, busy.tokens) == (2, pytest.approx(20.0))
     assert busy.active_experts == pytest.approx(20 / 30)
-
-
-def test_efficiency_curve():
-    assert gemm_efficiency(0, 100) == 0
-    assert gemm_efficiency(100, 100) == 0.5
-    assert gemm_efficiency(1e9, 100) == pytest.approx(1.0)
 
 
 def test_expert_sizes():

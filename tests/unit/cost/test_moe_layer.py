@@ -48,18 +48,15 @@ def test_overlap_hides_at_most_the_compute():
     assert time.hidden_s == -(time.gemm_s + time.experts_s)
 
 
-def test_an_exact_assignment_gives_the_same_as_its_shares():
-    assigned_RER = np.zeros((2, 2, 2), dtype=np.int64)  # source, expert, rank
-    assigned_RER[0, 0] = [3, 3]
-    assigned_RER[1, 1] = [0, 5]
-    slots_RS = np.array([[0, -1], [1, 0]])
-    flow = LayerFlow.from_assignment(assigned_RER, slots_RS)
-    shares = LayerFlow.from_shares(np.array([[6, 0], [0, 5]]), assigned_RER.sum(axis=0), slots_RS)
-    assert np.array_equal(flow.load_ER, shares.load_ER)
-    assert np.array_equal(flow.traffic_RR, shares.traffic_RR)
+def test_hosts_take_their_shares_from_every_source() -> None:
+    share_ER = np.array([[3, 1], [0, 5]])  # expert 0 at home on rank 0, a replica on rank 1
+    flow = LayerFlow.from_shares(np.array([[8, 0], [4, 5]]), share_ER, np.array([[0, -1], [1, 0]]))
+    assert flow.load_ER.tolist() == [[9, 3], [0, 5]]
+    assert flow.traffic_RR.tolist() == [[6, 2], [3, 1 + 5]]
+    assert flow.replicas_RR.tolist() == [[0, 1], [0, 0]]
 
 
-def test_tokens_without_a_copy_are_named():
+def test_tokens_without_a_host_are_named():
     with pytest.raises(PlanError, match="expert 1 has 7 tokens and no share on any rank"):
         LayerFlow.from_shares(np.array([[0, 7]]), np.array([[1], [0]]), np.array([[0, 1]]))
 
@@ -97,8 +94,8 @@ def test_constants_of_a_datasheet():
     assert constants.intra_token_s == pytest.approx(4 * 6 / 80)
     assert constants.inter_gpu_token_s == pytest.approx(4 * 6 / 8)
     assert constants.inter_node_token_s == 0
-    assert constants.intra_copy_s == pytest.approx((60 + 120) / 80)
-    assert constants.inter_copy_s == pytest.approx((60 + 120) / 8)
+    assert constants.intra_replica_s == pytest.approx((60 + 120) / 80)
+    assert constants.inter_replica_s == pytest.approx((60 + 120) / 8)
 
 
 def test_a_shared_card_is_as_fast_as_all_its_shares():

@@ -53,7 +53,7 @@ def test_replicas_that_lose_their_node_are_cleared():
 
 
 def test_the_policy_weighs_gain_over_the_horizon_against_cost():
-    policy = Policy(PolicyOptions(horizon_iterations=100, margin=2.0, rest_iterations=50))
+    policy = Policy(PolicyOptions(horizon_iterations=100, margin=2.0, cooldown_iterations=50))
     verdict = policy.judge(10, gain_s=0.010, cost_s=0.6)
     assert not verdict.take
     assert verdict.why == ("does not pay: 10.000 ms x 100 iterations = 1.000 s, cost 0.600 s x margin 2 = 1.200 s")
@@ -62,7 +62,7 @@ def test_the_policy_weighs_gain_over_the_horizon_against_cost():
 
 
 def test_the_policy_rests_after_a_move_and_longer_after_losses():
-    policy = Policy(PolicyOptions(rest_iterations=50, max_rest_iterations=150))
+    policy = Policy(PolicyOptions(cooldown_iterations=50, max_cooldown_iterations=150))
     assert policy.judge(0, gain_s=1.0, cost_s=0.0).take
     assert policy.judge(49, gain_s=1.0, cost_s=0.0).why.startswith("resting: 49 of 50 iterations;")
     assert policy.judge(50, gain_s=1.0, cost_s=0.0).take
@@ -71,23 +71,23 @@ def test_the_policy_rests_after_a_move_and_longer_after_losses():
     assert lost.why == "revert, and rest 100 iterations: realised -200.000 ms per iteration"
     assert "after 1 losses in a row" in policy.judge(149, gain_s=1.0, cost_s=0.0).why
     policy.realised(iteration_s=1.0, gain_s=-0.2)
-    assert policy.rest_iterations == 150
+    assert policy.cooldown_iterations == 150
     assert policy.judge(200, gain_s=1.0, cost_s=0.0).take
     assert policy.realised(iteration_s=1.0, gain_s=0.005).take
-    assert policy.rest_iterations == 50
+    assert policy.cooldown_iterations == 50
 
 
 def test_a_loss_is_undone_only_where_undoing_pays():
-    policy = Policy(PolicyOptions(horizon_iterations=100, margin=2.0, rest_iterations=50))
+    policy = Policy(PolicyOptions(horizon_iterations=100, margin=2.0, cooldown_iterations=50))
     kept = policy.realised(iteration_s=1.0, gain_s=-0.01, cost_s=0.6)
     assert kept.take
     assert kept.why == "kept: realised -10.000 ms per iteration, but undoing does not pay: 1.000 s against 1.200 s"
-    assert policy.rest_iterations == 100  # it was a loss all the same
+    assert policy.cooldown_iterations == 100  # it was a loss all the same
     assert not policy.realised(iteration_s=1.0, gain_s=-0.01, cost_s=0.4).take
 
 
 def test_the_rest_begins_when_a_loss_is_undone():
-    policy = Policy(PolicyOptions(rest_iterations=50))
+    policy = Policy(PolicyOptions(cooldown_iterations=50))
     assert policy.judge(0, gain_s=1.0, cost_s=0.0).take
     assert not policy.realised(iteration_s=1.0, gain_s=-0.2, iteration=50).take
     refused = policy.judge(100, gain_s=1.0, cost_s=0.0)
@@ -97,7 +97,7 @@ def test_the_rest_begins_when_a_loss_is_undone():
 
 
 def test_what_a_stopwatch_cannot_tell_from_nothing_is_no_loss():
-    policy = Policy(PolicyOptions(rest_iterations=50, tolerance=0.01))
+    policy = Policy(PolicyOptions(cooldown_iterations=50, tolerance=0.01))
     assert policy.realised(iteration_s=1.0, gain_s=-0.009).take
     assert policy.losses == 0
     assert not policy.realised(iteration_s=1.0, gain_s=-0.011).take

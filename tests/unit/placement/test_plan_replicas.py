@@ -62,7 +62,7 @@ def test_a_copy_has_to_earn_its_traffic():
     load_E = np.random.default_rng(1).lognormal(0, 1.2, 32)[None]
     copies = {}
     for price in (0.0, 1e-3, 0.2):
-        options = ReplicaOptions(objective=Objective(copy_price=price))
+        options = ReplicaOptions(objective=Objective(replica_price=price))
         found = plan_replicas(contiguous_slots(32, 8, 2), load_E, 4, options).slots_RS
         copies[price] = int((found[:, 4:] != EMPTY).sum())
     assert copies[1e-3] <= copies[0.0]

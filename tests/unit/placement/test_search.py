@@ -119,7 +119,7 @@ def test_a_copy_that_costs_more_than_it_wins_is_cleared():
     even = np.ones((1, 8))
     space = Space(home_slots=2, node_R=one_node(4))
     assert (improve(slots_RS, even, Objective(), space).slots_RS == slots_RS).all()
-    assert (improve(slots_RS, even, Objective(copy_price=1e-3), space).slots_RS[:, 2] == EMPTY).all()
+    assert (improve(slots_RS, even, Objective(replica_price=1e-3), space).slots_RS[:, 2] == EMPTY).all()
 
 
 def test_the_result_does_not_depend_on_the_scale_of_the_loads():

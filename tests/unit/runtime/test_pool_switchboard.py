@@ -26,7 +26,7 @@ def took(step_s: float, noise_s: float = 0.0, iterations: int = 100) -> Measured
 
 
 def board() -> Switchboard:
-    return Switchboard(OFF, 0, SwitchboardOptions(rest_iterations=100))
+    return Switchboard(OFF, 0, SwitchboardOptions(cooldown_iterations=100))
 
 
 def look(at: Switchboard, iteration: int, measured: Measured, moe: dict[PoolSetting, float] = MOE) -> PoolVerdict:

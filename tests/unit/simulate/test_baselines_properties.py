@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_smartmoe.placement.layer_plan import LayerPlan, LayerProblem, copies_of, rank_loads
+from megatron_smartmoe.placement.layer_plan import LayerPlan, LayerProblem, host_counts, rank_loads
 from megatron_smartmoe.simulate.baselines import by_name
 from megatron_smartmoe.spec.placement import EMPTY
 from tests.unit.placement.cases import contiguous_slots, random_counts, random_slots
@@ -35,7 +35,7 @@ def test_every_rule(name, shape):
     before = problem.counts_RE.copy(), problem.slots_RS.copy()
     rule = by_name()[name]
     plan = rule.plan(problem)
-    assert (copies_of(plan.slots_RS, problem.num_experts).sum(axis=1) >= 1).all()
+    assert (host_counts(plan.slots_RS, problem.num_experts).sum(axis=1) >= 1).all()
     assert rank_loads(plan, problem.counts_RE).sum() == pytest.approx(problem.counts_RE.sum())
     other_RE = random_counts(np.random.default_rng(1), problem.num_ranks, problem.num_experts)
     assert rank_loads(plan, other_RE).sum() == pytest.approx(other_RE.sum())
@@ -49,7 +49,7 @@ def test_every_rule(name, shape):
     if plan.quota_ER is not None:
         assert np.array_equal(plan.quota_ER.sum(axis=1), problem.load_E)
         assert (plan.quota_ER >= 0).all()
-        assert (copies_of(plan.slots_RS, problem.num_experts)[plan.quota_ER > 0] == 1).all()
+        assert (host_counts(plan.slots_RS, problem.num_experts)[plan.quota_ER > 0] == 1).all()
 
 
 @settings(max_examples=40, deadline=None)

@@ -1,4 +1,4 @@
-"""The replay's books and bounds, on cases small enough to do by hand."""
+"""The replay's stats and bounds, on cases small enough to do by hand."""
 
 from dataclasses import dataclass
 
@@ -55,18 +55,18 @@ def test_books_of_a_rule_that_flips():
     result = replay(trace_of([6, 2], [6, 2], [6, 2]), policy, setting())
     assert result.imbalance.tolist() == [1.5, 1.25, 1.25]  # 6 | 2, then 3 | 5, then 5 | 3
     assert result.layer_s.tolist() == [6, 5, 5]
-    books = result.books
-    assert books.plans == 2
-    assert books.slots_changed == 1 + 1  # the copy of expert 0; then expert 1 on rank 0 (expert 0 is on both already)
-    assert books.experts_moved == 1  # expert 0 stays at home: rank 0 keeps a copy
-    assert books.copies_made == 1 + 1
+    stats = result.stats
+    assert stats.plans == 2
+    assert stats.slots_changed == 1 + 1  # the copy of expert 0; then expert 1 on rank 0 (expert 0 is on both already)
+    assert stats.experts_moved == 1  # expert 0 stays at home: rank 0 keeps a copy
+    assert stats.replicas_made == 1 + 1
 
 
 def test_only_records_after_warmup_count():
     policy = RulePolicy(Flipping(), start(), num_groups=1, num_nodes=1, interval=1)
     result = replay(trace_of([6, 2], [6, 2], [6, 2]), policy, setting(warmup=2))
     assert result.imbalance.tolist() == [1.25]
-    assert result.books.plans == 1
+    assert result.stats.plans == 1
 
 
 def test_an_interval_keeps_a_plan():
@@ -92,8 +92,8 @@ def test_ours_reaches_the_bound_on_a_steady_load():
     policy = OnlinePolicy(start(), 1, OnlineOptions(replicas="history"), layer_seconds(setting().pricing))
     result = replay(trace_of(*[[6, 2]] * 4), policy, setting(warmup=1))
     assert result.imbalance.tolist() == [1, 1, 1]
-    assert result.books.copies_made == 3
-    assert result.books.slots_changed == 1
+    assert result.stats.replicas_made == 3
+    assert result.stats.slots_changed == 1
     assert [decision.kind for decision in result.decisions] == ["replicas"]
 
 
@@ -106,7 +106,7 @@ def flipping_load(records, flip_at):
 
 def homes_only(trace):
     start = Placement.contiguous(num_layers=1, num_experts=4, num_ranks=2)
-    options = OnlineOptions(homes_interval=4, review_records=2, policy=PolicyOptions(rest_iterations=6))
+    options = OnlineOptions(homes_interval=4, review_records=2, policy=PolicyOptions(cooldown_iterations=6))
     policy = OnlinePolicy(start, 1, options, layer_seconds(setting().pricing))
     return replay(trace, policy, setting(spare_slots=0)).decisions, policy
 
@@ -132,7 +132,7 @@ def test_a_move_that_loses_is_undone_and_the_next_one_waits_longer():
     assert review.after == move.before
     assert review.moved_bytes == move.moved_bytes
     assert policy.homes(0).tolist() == [0, 0, 1, 1]
-    assert policy.homes_planner.policy.rest_iterations == 12
+    assert policy.homes_planner.policy.cooldown_iterations == 12
     assert not any(decision.taken for decision in later)
 
 

@@ -6,8 +6,13 @@ from pathlib import Path
 import pytest
 
 from megatron_smartmoe.errors import ConfigError
-from megatron_smartmoe.spec.cluster import RESERVED_BYTES, WEIGHT_PASSES, cluster_as_yaml, load_cluster_spec
-from megatron_smartmoe.spec.shipped import fitting_cluster
+from megatron_smartmoe.spec.cluster import (
+    RESERVED_BYTES,
+    WEIGHT_PASSES,
+    cluster_as_yaml,
+    fitting_cluster,
+    load_cluster_spec,
+)
 
 GOOD = """
 name: two-boxes

@@ -17,8 +17,8 @@ PRIOR = LayerConstants(
     expert_s=1e-4,
     intra_token_s=4e-7,
     inter_node_token_s=1e-6,
-    intra_copy_s=1e-3,
-    inter_copy_s=2e-3,
+    intra_replica_s=1e-3,
+    inter_replica_s=2e-3,
 )
 TRUTH = replace(
     PRIOR, fixed_s=3e-3, source_token_s=5e-7, token_s=5e-7, expert_s=3e-4, intra_token_s=2e-7, inter_node_token_s=6e-7
@@ -68,7 +68,7 @@ def test_what_was_not_measured_keeps_its_prior():
     rows = measured(np.random.default_rng(2), num_ranks=4, num_nodes=1, tokens=8192)
     constants = calibrate(rows, PRIOR).constants
     assert constants.inter_node_token_s == pytest.approx(PRIOR.inter_node_token_s)
-    assert constants.intra_copy_s == pytest.approx(PRIOR.intra_copy_s)
+    assert constants.intra_replica_s == pytest.approx(PRIOR.intra_replica_s)
     pinned = calibrate(rows, PRIOR, replace(spread_of(PRIOR), token_s=0.0)).constants
     assert pinned.token_s == PRIOR.token_s
 
