@@ -14,26 +14,26 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
-_WINDOW_BYTES = 256 * 2**20  # what the writing rank may have to hold of one window
-_LONGEST_WINDOW = 100
+_WINDOW_BYTES = 256 * 2**20  # bound of one window of all ranks in the memory of the writing rank
+_LONGEST_WINDOW = 100  # iterations, which a run that is killed may lose
 
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """Where a rank's counts belong in the trace: its source rank, and the layers that it has (rows of its counts)."""
+    """Where a rank's counts belong in the trace: its source rank, and the layers in the rows of its counts."""
 
     source: int
     layers: tuple[int, ...]
 
 
 class TraceBuffer:
-    """Counts of this rank, iteration by iteration.
+    """Keeps this rank's counts, iteration by iteration.
 
     Args:
-        place: of this rank's counts. Ranks with the same source are added up (expert tensor parallelism).
-        num_experts: E.
-        device: where the routers run.
-        writer: global rank that gets everything.
+        place: Where this rank's counts belong. Ranks with the same source are summed (expert tensor parallelism).
+        num_experts: E, the logical experts.
+        device: The device that the routers run on.
+        writer: Global rank that receives the counts of all ranks.
     """
 
     def __init__(self, place: Place, num_experts: int, device: torch.device | str | int, writer: int = 0) -> None:

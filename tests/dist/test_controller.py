@@ -25,13 +25,13 @@ class Told:
 
     def __init__(self) -> None:
         self.decisions: list[tuple[Decision, float, float, Any]] = []
-        self.troubles: list[str] = []
+        self.warnings: list[str] = []
 
     def decided(self, decision: Decision, before: float, after: float, moved: Any) -> None:
         self.decisions.append((decision, before, after, moved))
 
-    def trouble(self, iteration: int, text: str) -> None:
-        self.troubles.append(text)
+    def warn(self, iteration: int, text: str) -> None:
+        self.warnings.append(text)
 
 
 class Moves:
@@ -93,7 +93,7 @@ def run(case: str, iterations: int) -> dict[str, Any]:
     return {
         "decisions": [(d.iteration, d.kind, d.taken, d.why.split(":")[0]) for d, *_ in told.decisions],
         "imbalance": [(round(before, 3), round(after, 3)) for _, before, after, _ in told.decisions],
-        "troubles": told.troubles,
+        "warnings": told.warnings,
         "moves": moves.calls,
         "homes": controller.placement.home_rank_LE[0].tolist(),
     }
@@ -148,17 +148,17 @@ def test_nothing_is_decided_after_the_stop(tmp_path: Path) -> None:
 def test_an_error_in_deciding_keeps_the_placement(tmp_path: Path) -> None:
     said = both("an error", tmp_path)
     assert said["homes"] == HOME
-    assert said["troubles"][0] == "ZeroDivisionError: a bug in the cost model"
+    assert said["warnings"][0] == "ZeroDivisionError: a bug in the cost model"
 
 
 def test_ranks_that_disagree_move_nothing(tmp_path: Path) -> None:
     said = both("disagreement", tmp_path)
     assert said["homes"] == HOME
     assert said["moves"] == 0
-    assert said["troubles"][0] == "the ranks decided differently; the placement stays"
+    assert said["warnings"][0] == "the ranks decided differently; the placement stays"
 
 
 def test_a_migration_that_fails_leaves_the_homes(tmp_path: Path) -> None:
     said = both("a failure", tmp_path)
     assert said["homes"] == HOME
-    assert said["troubles"][0] == "no answer"
+    assert said["warnings"][0] == "no answer"

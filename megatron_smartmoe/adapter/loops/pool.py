@@ -131,7 +131,7 @@ class PoolLoop:
         totals_ILE, batches_BLRE = self._counts.collect(
             mpu.get_expert_model_parallel_rank(),
             self._prices.spec.ep,
-            speaks=mpu.get_expert_data_parallel_rank() == 0,
+            is_reporter=mpu.get_expert_data_parallel_rank() == 0,
             shares=mpu.get_expert_tensor_parallel_world_size(),
         )
         measured = _of_slowest_rank(Measured.of(self._seconds))
@@ -151,7 +151,7 @@ class PoolLoop:
         try:
             return self._board.look(iteration, measured, lambda: moe_seconds(self._settings, load, self._prices))
         except Exception as error:
-            self._log.trouble(iteration, f"pool: {type(error).__name__}: {error}; the setting stays")
+            self._log.warn(iteration, f"pool: {type(error).__name__}: {error}; the setting stays")
             return None
 
     def _switch_to(self, setting: PoolSetting) -> None:
