@@ -199,7 +199,7 @@ class ReplicaLoop:
         except Exception as error:  # whatever it is, the training goes on without copies
             problem = f"{type(error).__name__}: {error}"
         digest = planner.placement.digest if problem is None else f"{self._wire.rank:015x}"
-        if not self._wire.agrees(digest):
+        if not self._wire.is_equal_on_all_ranks(digest):
             return problem or "the ranks of the group planned different copies, or one could not plan"
         if problem is None and decision is not None:
             self._write(DECISIONS_FILE, decision.to_line())
@@ -231,7 +231,7 @@ class ReplicaLoop:
         )
         if options.rank == 0:
             before_split, after_split = imbalance(records)
-            in_use = sum(m.num_copies for record in records for m in record) / sum(len(record) for record in records)
+            in_use = sum(m.num_replicas for record in records for m in record) / sum(len(record) for record in records)
             print(
                 f" smartmoe: iteration {self._iteration:8d} | replicas: {in_use:.1f} copies a layer | "
                 f"max/mean tokens per rank {before_split:.3f} -> {after_split:.3f} |",

@@ -169,7 +169,7 @@ class OverlappedMoELayer(SmartMoELayer):
 class _FetchedOnce:
     """Spare slots whose copies enter the autograd graph once a micro-batch, however many pieces use them.
 
-    Their gradients go home after a number of backward passes through that entry (`CopiesInUse.collect`): an entry for
+    Their gradients go home after a number of backward passes through that entry (`ReplicasInUse.collect`): an entry for
     each piece would send them D times.
     """
 
