@@ -100,6 +100,10 @@ def loss_of(output: torch.Tensor) -> torch.Tensor:
     return (output * torch.arange(1.0, output.numel() + 1, dtype=torch.float64).view_as(output)).sum()
 
 
+def gradients(*leaves: torch.Tensor) -> list[torch.Tensor]:
+    return [leaf.grad for leaf in leaves if leaf.grad is not None]
+
+
 def in_chunks(sizes_RR: Sequence[Sequence[int]], degree: int) -> tuple[list[torch.Tensor], list[str], list[str]]:
     """Output and gradients of one rank, and the events of its forward and backward pass."""
     rank, group = dist.get_rank(), dist.group.WORLD
@@ -124,13 +128,14 @@ def in_chunks(sizes_RR: Sequence[Sequence[int]], degree: int) -> tuple[list[torc
         flights.append((there.start(*rows_of_chunk), there, back))
     returning = []
     for index, (posted, there, back) in enumerate(flights):
-        output = Note.apply(events, f"compute {index}", expert(*there.finish(*posted), scale))
+        arrived, arrived_weights = there.finish(*posted)
+        output = Note.apply(events, f"compute {index}", expert(arrived, arrived_weights, scale))
         returning.append((back.start(output), back))
     output = join_rows([back.finish(*posted)[0] for posted, back in returning], sizes_RR[rank], chunks)
     forward = events.copy()
     events.clear()
     loss_of(output).backward()
-    return [output, rows.grad, weights.grad, scale.grad], forward, events
+    return [output, *gradients(rows, weights, scale)], forward, events
 
 
 def in_one_process(sizes_RR: Sequence[Sequence[int]], rank: int) -> list[torch.Tensor]:
@@ -142,7 +147,7 @@ def in_one_process(sizes_RR: Sequence[Sequence[int]], rank: int) -> list[torch.T
         blocks = zip(rows.split(sizes_R), weights.split(sizes_R), scales, strict=True)
         outputs.append(torch.cat([expert(*block) for block in blocks]))
     torch.stack([loss_of(output) for output in outputs]).sum().backward()
-    return [outputs[rank], everything[rank][0].grad, everything[rank][1].grad, scales[rank].grad]
+    return [outputs[rank], *gradients(*everything[rank], scales[rank])]
 
 
 def break_it(fault: str, patch: pytest.MonkeyPatch) -> None:
@@ -161,7 +166,7 @@ def break_it(fault: str, patch: pytest.MonkeyPatch) -> None:
 def judge_all() -> dict[str, Any]:
     """Everything that needs ranks, on one rank."""
     dist.init_process_group("gloo")
-    rank, found = dist.get_rank(), {}
+    rank, found = dist.get_rank(), dict[str, Any]()
     for name, sizes_RR in SIZES.items():
         expected = in_one_process(sizes_RR, rank)
         for degree in range(1, RANKS + 1):

@@ -24,7 +24,7 @@ def _setup(ranks: int = 2) -> tuple[Any, Any, list[Any]]:
     dist.init_process_group("gloo")
     rank = dist.get_rank()
     experts = torch.arange(2 * ranks * 6, dtype=torch.float32).view(2 * ranks, 2, 3)
-    home = torch.nn.Parameter(experts[2 * rank : 2 * rank + 2].clone())
+    home: Any = torch.nn.Parameter(experts[2 * rank : 2 * rank + 2].clone())
     home.main_grad = torch.zeros_like(home)
     seen: list[Any] = []
 
@@ -34,6 +34,7 @@ def _setup(ranks: int = 2) -> tuple[Any, Any, list[Any]]:
         seen.append(parameter.main_grad.clone())
 
     home.register_post_accumulate_grad_hook(listen)
+    assert dist.group.WORLD is not None
     spare = SpareSlots([home], 1, ReplicaWire(dist.group.WORLD), lambda: [home.main_grad], keeps=True)
     return spare, home, seen
 

@@ -14,8 +14,6 @@ each stage is a batch, but every stage posts one, whatever the data.
 
 from __future__ import annotations
 
-import functools
-
 import torch.distributed as dist
 import torch.distributed.distributed_c10d as c10d
 
@@ -30,18 +28,17 @@ def install() -> None:
     """Check each batch from now on, in this process and in those forked from it."""
     post = c10d.batch_isend_irecv
 
-    @functools.wraps(post)
-    def checked(operations: list[dist.P2POp]) -> list[dist.Work]:
-        group = (operations[0].group if operations else None) or dist.group.WORLD
+    def checked(p2p_op_list: list[dist.P2POp]) -> list[dist.Work]:
+        group = (p2p_op_list[0].group if p2p_op_list else None) or dist.group.WORLD
         assert group is not None, "init_process_group was not called"
-        # gloo numbers a group's operations, collectives and messages alike, from 0
-        is_first = group._get_sequence_number_for_group() == 0
-        if is_first and group.size() > 2 and group.group_desc not in _ALL_RANKS_TAKE_PART:
+        # gloo numbers a group's operations, collectives and messages alike, from 0; torch's stubs leave the getter out
+        number: int = group._get_sequence_number_for_group()  # type: ignore[attr-defined]
+        if number == 0 and group.size() > 2 and group.group_desc not in _ALL_RANKS_TAKE_PART:
             raise UnreadyGroup(
-                f"rank {dist.get_rank()}: batch_isend_irecv of {len(operations)} is the first operation of a group of "
+                f"rank {dist.get_rank()}: batch_isend_irecv of {len(p2p_op_list)} is the first operation of a group of "
                 f"{group.size()} ranks: NCCL waits for the others for ever. Run a collective of the whole group first, "
                 "for example an all_reduce of one element."
             )
-        return post(operations)
+        return post(p2p_op_list)
 
     dist.batch_isend_irecv = c10d.batch_isend_irecv = checked
