@@ -80,7 +80,7 @@ class DecisionLog:
         return " " + " | ".join(parts) + " |"
 
     def warn(self, iteration: int, text: str) -> None:
-        """See `runtime.controller.Reporter`; every rank that has something to say says it."""
+        """See `runtime.controller.Reporter`. A rank prints its own problem; rank 0 prints that ranks differ."""
         if is_rank0() or not text.startswith("the ranks"):
             print(f" smartmoe: iteration {iteration:8d} | WARNING: {text} |", flush=True)
 
