@@ -20,7 +20,7 @@ import torch.distributed.distributed_c10d as c10d
 _ALL_RANKS_TAKE_PART = ("PIPELINE_MODEL_PARALLEL_GROUP",)  # names that Megatron gives its groups
 
 
-class UnreadyGroup(RuntimeError):
+class UnreadyGroup(AssertionError):
     """A batch of sends and receives is the first operation of a group: NCCL may wait for the other ranks for ever."""
 
 
