@@ -179,7 +179,8 @@ def megatron_args(argv: Sequence[str]) -> Namespace:
     log_filters.lower_voice(args.logging_level)
     run_dir = args.smartmoe_run_dir
     with _stdout_to(Path(run_dir) / "arguments.txt" if run_dir else None):
-        return parse_and_validate_args(extra_args_provider=add_smartmoe_arguments)
+        validated: Namespace = parse_and_validate_args(extra_args_provider=add_smartmoe_arguments)
+    return validated
 
 
 @contextlib.contextmanager

@@ -448,14 +448,14 @@ Finished after 300 iterations.
 
   Next:
     scripts/pretrain_gpt_moe.sh --run-dir runs/a --train-iters 600 --override-opt-param-scheduler  \
-# go on from the checkpoint
+# resume from the checkpoint
     scripts/pretrain_gpt_moe.sh --run-dir runs/a --dry-run                                         \
 # see the exact command
     scripts/pretrain_gpt_moe.sh --help-megatron                                                    \
 # every flag there is
 ===================================================================================================="""
 
-NOTHING_LEFT = "Finished after 0 iterations. There was nothing left to train: raise --train-iters to go on."
+NOTHING_LEFT = "Finished after 0 iterations. There was nothing left to train: raise --train-iters to train further."
 
 
 def test_the_whole_summary() -> None:

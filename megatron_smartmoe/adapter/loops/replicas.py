@@ -232,7 +232,7 @@ def by_home(slots_RS: IntArray, home_slots: int) -> IntArray:
     return np.where(slots_RS == EMPTY, EMPTY, home_E[slots_RS])
 
 
-def _set_training_flag(layer: torch.nn.Module, inputs: Any) -> None:
+def _set_training_flag(layer: SmartMoELayer, inputs: Any) -> None:
     layer.token_dispatcher.training = layer.training
 
 
@@ -242,4 +242,5 @@ def _own_group(ep_group: dist.ProcessGroup) -> dist.ProcessGroup:
     everybody: list[tuple[int, ...]] = [()] * dist.get_world_size()
     dist.all_gather_object(everybody, mine)
     groups = {ranks: dist.new_group(list(ranks)) for ranks in sorted(set(everybody))}
-    return groups[mine]
+    own: dist.ProcessGroup = groups[mine]
+    return own
