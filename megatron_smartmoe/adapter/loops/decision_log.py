@@ -65,8 +65,8 @@ class DecisionLog:
         experts = len({(change.layer, change.after) for change in decision.changes})
         parts = [f"smartmoe: iteration {decision.iteration:8d}"]
         if decision.kind == "review":
-            promised = f"promised {(decision.predicted_gain_s or 0.0) * 1e3:.3f} ms"
-            parts.append(f"review of the last move: {promised}, {decision.why}")
+            predicted = f"predicted {(decision.predicted_gain_s or 0.0) * 1e3:.3f} ms/iter"
+            parts.append(f"review of the last move: {predicted}, {decision.why}")
         elif moved is None:
             would = "would move" if decision.taken and self._dry else "not moved"
             parts.append(f"homes: {experts} experts {would}")

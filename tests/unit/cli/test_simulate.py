@@ -148,13 +148,13 @@ def test_a_replay_on_another_trace_says_so(trace: Path, tmp_path: Path, capsys: 
     simulate(trace, tmp_path, "--ep", "16", "--spare-slots", "1", "--save-decisions", str(saved))
     synthetic_trace(SyntheticSpec(kind="uniform", num_records=5, num_layers=2)).save(other)
     assert main(["simulate", "--trace", str(other), "--replay", str(saved)]) == 1
-    assert "line 1 differs (the trace or the settings)" in capsys.readouterr().out
+    assert "line 1 differs (the trace or the options)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "--ep = None: is needed"),
+        ([], "--ep = None: is required"),
         (["--ep", "5"], "--ep = 5: must divide the trace's 32 experts"),
         (["--ep", "0"], "--ep = 0: must be at least 1"),
         (["--ep", "8", "--spare-slots", "-1"], "--spare-slots = -1: must be at least 0"),

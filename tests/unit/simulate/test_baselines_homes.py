@@ -4,7 +4,7 @@ import numpy as np
 
 from megatron_smartmoe.placement.layer_plan import LayerProblem
 from megatron_smartmoe.simulate.baselines import by_name
-from megatron_smartmoe.simulate.baselines.eplb import EplbHierarchical, copies_by_load, pack_evenly
+from megatron_smartmoe.simulate.baselines.eplb import EplbHierarchical, pack_evenly, replicas_by_load
 from megatron_smartmoe.simulate.baselines.greedy import longest_first
 from megatron_smartmoe.spec.arrays import IntArray
 from tests.unit.placement.cases import contiguous_slots, rank_loads
@@ -67,10 +67,10 @@ def test_smartmoe_leaves_spare_slots_empty() -> None:
     assert plan.slots_RS[:, 2].tolist() == [-1, -1]
 
 
-def test_eplb_copies_by_load_per_copy() -> None:
+def test_eplb_replicas_by_load_per_copy() -> None:
     # 12 is halved to 6, still above 4, so it is cut to thirds of 4; then all are equal and the first gets the next.
-    assert copies_by_load(np.array([12, 4, 4, 4]), 2).tolist() == [3, 1, 1, 1]
-    assert copies_by_load(np.array([12, 4, 4, 4]), 3).tolist() == [4, 1, 1, 1]
+    assert replicas_by_load(np.array([12, 4, 4, 4]), 2).tolist() == [3, 1, 1, 1]
+    assert replicas_by_load(np.array([12, 4, 4, 4]), 3).tolist() == [4, 1, 1, 1]
 
 
 def test_eplb_global() -> None:
