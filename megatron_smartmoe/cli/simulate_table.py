@@ -18,7 +18,7 @@ _QUANTILES = {"p50": 0.5, "p95": 0.95, "p99": 0.99}
 def as_json(
     results: Sequence[PolicyResult], bounds: FloatArray, setup: SimulationSetup, trace: RoutingTrace
 ) -> dict[str, Any]:
-    """Everything the table says, by policy."""
+    """The table's numbers by policy."""
     return {
         "ep": setup.num_ranks,
         "spare_slots": setup.spare_slots,
@@ -53,7 +53,7 @@ def _numbers(result: PolicyResult, setup: SimulationSetup) -> dict[str, Any]:
 
 
 def _review(decision: Decision) -> dict[str, Any]:
-    """What a move of homes promised and what it won, in any record, warm-up too."""
+    """Predicted and measured gain of a move of homes, in warm-up records too."""
     return {
         "iteration": decision.iteration,
         "predicted_gain_ms": (decision.predicted_gain_s or 0.0) * 1e3,
@@ -63,7 +63,7 @@ def _review(decision: Decision) -> dict[str, Any]:
 
 
 def as_table(results: Sequence[PolicyResult], bounds: FloatArray, setup: SimulationSetup, trace: RoutingTrace) -> str:
-    """The same for people. Imbalance is max / mean tokens per rank; 1 is perfect."""
+    """The table as text. Imbalance is max / mean tokens per rank; 1 is perfect."""
     content = as_json(results, bounds, setup, trace)
     head = (
         f"{trace.num_experts} experts on {setup.num_ranks} ranks, {setup.spare_slots} spare slots, "
@@ -72,7 +72,7 @@ def as_table(results: Sequence[PolicyResult], bounds: FloatArray, setup: Simulat
     )
     columns = (
         "max/mean tokens: mean    p50    p95    p99  worst"
-        " | homes moved     GB |  copies  slots chg | plan ms | layer ms"
+        " | homes moved     GB | replicas  slots chg | plan ms | layer ms"
     )
     lines = [head, "", f"{'policy':<18}{columns}"]
     for name, numbers in content["policies"].items():
@@ -81,7 +81,7 @@ def as_table(results: Sequence[PolicyResult], bounds: FloatArray, setup: Simulat
             f"{name:<18}{imbalance['mean']:>21.4f}"
             + "".join(f"{imbalance[key]:>7.3f}" for key in (*_QUANTILES, "worst"))
             + f" | {homes['experts_moved']:>11}{homes['bytes_moved'] / 1e9:>7.1f}"
-            + f" | {numbers['replicas']['replicas_made']:>7}{numbers['slots_changed']:>11}"
+            + f" | {numbers['replicas']['copies_made']:>8}{numbers['slots_changed']:>11}"
             + f" | {numbers['plan_ms_per_layer']:>7.2f} | {numbers['predicted_layer_ms']:>8.3f}"
         )
     bound = content["lower_bound"]
@@ -90,12 +90,14 @@ def as_table(results: Sequence[PolicyResult], bounds: FloatArray, setup: Simulat
         if "forecast_error" in numbers:
             share = numbers["forecast_error"]
             lines.append(f"{name}: {share:.1%} of the tokens went to other experts than forecast")
-            lines.append(f"{name}: copies planned anew from the exact counts in {numbers['replans']:.1%} of the cases")
+            lines.append(
+                f"{name}: replicas replanned from the exact counts in {numbers['replans']:.1%} of the micro-batches"
+            )
         for review in numbers.get("reviews", ()):
-            verdict = "kept" if review["kept"] else "undone"
+            verdict = "kept" if review["kept"] else "reverted"
             lines.append(
                 f"{name}: homes moved, reviewed at iteration {review['iteration']}: "
-                f"predicted {review['predicted_gain_ms']:.3f} ms an iteration, "
-                f"realised {review['realised_gain_ms']:.3f} ms: {verdict}"
+                f"predicted {review['predicted_gain_ms']:.3f} ms/iter, "
+                f"measured {review['realised_gain_ms']:.3f} ms/iter: {verdict}"
             )
     return "\n".join(lines)

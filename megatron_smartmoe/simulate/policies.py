@@ -1,7 +1,7 @@
-"""Policies as the simulator drives them: told what was routed, asked for a plan before each record or micro-batch.
+"""Policies as the simulator drives them: each observes the counts and plans before each record or micro-batch.
 
-`OnlinePolicy` is ours, the planners of `placement.homes_planner` exactly as training calls them. `RulePolicy` drives a
-peer's rule. Both keep the same stats (`Stats`): what moved, how many copies were made, and the time it took to plan.
+`OnlinePolicy` is ours, the planners of `placement` exactly as training calls them. `RulePolicy` drives a peer's rule.
+Both keep the same `Stats`: what moved, how many replicas were made, and how long planning took.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ class Stats:
 
     Attributes:
         experts_moved: experts whose home changed its rank, over layers; homes are the same in every group.
-        replicas_made: replicas filled with weights: anew in every record, since the weights have changed, and within a
+        replicas_made: replicas filled with weights: again in every record, since the weights have changed, and within a
             record when a rank did not hold that replica in the micro-batch before.
         slots_changed: experts that a rank holds and did not hold in the micro-batch before, over layers and groups.
         plans: layers planned.
-        plan_s: processor seconds that took, all threads together, so that a busy machine does not show in it.
-        forecast_errors: how wrong each forecast was (total variation), if the policy makes any.
-        replans: layers and micro-batches whose copies were planned from their own counts.
-        homes_s: seconds of looking at the homes, apart: it happens rarely and off the critical path.
+        plan_s: processor seconds of planning them, all threads together, so that a busy machine does not show in it.
+        replans: layers and micro-batches whose replicas were planned from their own counts.
+        homes_s: processor seconds of re-evaluating homes, kept apart: that is rare and off the critical path.
+        forecast_errors: total variation between each forecast and its record, for a policy that forecasts.
     """
 
     experts_moved: int = 0
@@ -50,7 +50,7 @@ class Stats:
     forecast_errors: list[float] = field(default_factory=list)
 
     def timed(self, plans: int, function: Callable[[], T]) -> T:
-        """Call a planning function of `plans` layers and note its time."""
+        """Call a function that plans `plans` layers and add its time."""
         begin = time.process_time()
         result = function()
         self.plan_s += time.process_time() - begin
@@ -59,7 +59,7 @@ class Stats:
 
 
 class Holdings:
-    """What each rank holds, by layer and group, so that changes and copies are counted alike for all policies."""
+    """The experts on each rank, by layer and group, so that changes and replicas are counted alike for all policies."""
 
     def __init__(self, placement: Placement, num_groups: int) -> None:
         layers, groups = range(placement.num_layers), range(num_groups)
@@ -67,11 +67,11 @@ class Holdings:
         self._filled: dict[tuple[int, int], BoolArray] = {}  # replicas that have this record's weights
 
     def next_record(self) -> None:
-        """The optimizer has stepped: every replica's weights are old."""
+        """Begin a record: the optimizer has stepped, so every replica must be filled again."""
         self._filled.clear()
 
     def hold(self, stats: Stats, layer: int, group: int, slots_RS: IntArray, home_E: IntArray) -> None:
-        """A micro-batch of this group and layer runs with these slots."""
+        """Count what changes when a micro-batch of this group and layer runs with these slots."""
         key, hosts_ER = (layer, group), hosts_of(slots_RS, len(home_E))
         stats.slots_changed += int((hosts_ER & ~self._hosts[key]).sum())
         self._hosts[key] = hosts_ER
@@ -82,23 +82,23 @@ class Holdings:
 
 
 class SimulatedPolicy(Protocol):
-    """What the simulator asks of a policy."""
+    """The methods that the simulator calls, in this order for every record."""
 
     name: str
     stats: Stats
     decisions: list[Decision]
 
     def before(self, iteration: int) -> None:
-        """Plan for the next record from what was observed."""
+        """Plan for the next record from the records observed so far."""
 
     def plan(self, layer: int, group: int, counts_RE: IntArray) -> LayerPlan:
-        """The plan of a layer for a micro-batch of a group, whose counts only an exact rule may use."""
+        """The plan of a layer for a micro-batch of a group; only an exact rule may use its counts."""
 
     def homes(self, layer: int) -> IntArray:
         """Home rank of each expert."""
 
     def observe(self, counts_LGMRE: IntArray) -> None:
-        """Take in a record."""
+        """Add the counts of the record."""
 
 
 class OnlinePolicy:
@@ -121,7 +121,8 @@ class OnlinePolicy:
         self._holdings = Holdings(placement, num_groups)
 
     def before(self, iteration: int) -> None:
-        """Judge the last move of homes, look at the homes when it is time, then plan every group's replicas."""
+        """Review the last move of homes, re-evaluate the homes when due, then plan every group's replicas."""
+        # Step 1: homes, the same for every group. A move that is taken gives every group new homes.
         self._holdings.next_record()
         begin = time.process_time()
         placement = self.groups[0].placement
@@ -133,7 +134,10 @@ class OnlinePolicy:
             proposal, decision = found
             self.decisions.append(decision)
             if decision.taken:
-                self._adopt(placement, proposal)
+                self.stats.experts_moved += int((placement.home_rank_LE != proposal.home_rank_LE).sum())
+                for planner in self.groups:
+                    planner.rehome(proposal)
+        # Step 2: replicas from history, group by group.
         if self.options.replicas == "exact":
             return
         for planner in self.groups:
@@ -141,14 +145,8 @@ class OnlinePolicy:
             if plan is not None:
                 self.decisions.append(plan)
 
-    def _adopt(self, old: Placement, proposal: Placement) -> None:
-        """New homes in every group; each plans its replicas for them."""
-        self.stats.experts_moved += int((old.home_rank_LE != proposal.home_rank_LE).sum())
-        for planner in self.groups:
-            planner.rehome(proposal)
-
     def plan(self, layer: int, group: int, counts_RE: IntArray) -> LayerPlan:
-        """The group's placement, or one with copies for these very counts; always with the exact split."""
+        """The group's placement, or one with replicas for exactly these counts; always with the exact split."""
         planner = self.groups[group]
         slots_RS = planner.placement.slots_LRS[layer]
         if self.options.replicas != "history":
@@ -165,7 +163,7 @@ class OnlinePolicy:
         return np.asarray(self.groups[0].placement.home_rank_LE[layer])
 
     def observe(self, counts_LGMRE: IntArray) -> None:
-        """Every group's planner sees its group, the homes' planner the mean of all."""
+        """Give every group's planner the counts of its group, and the homes' planner their mean."""
         for group, planner in enumerate(self.groups):
             error_L = planner.observe(counts_LGMRE[:, group].sum(axis=2))
             self.stats.forecast_errors += error_L[np.isfinite(error_L)].tolist()
@@ -196,7 +194,7 @@ class RulePolicy:
         self._planned_at: int | None = None
 
     def before(self, iteration: int) -> None:
-        """Plan every layer anew when the interval has passed."""
+        """Plan every layer again when the interval has passed."""
         self._holdings.next_record()
         if self.rule.sees == "exact" or self._counts_LRE is None:
             return
@@ -209,7 +207,7 @@ class RulePolicy:
                 self._move_homes(layer, plan)
 
     def plan(self, layer: int, group: int, counts_RE: IntArray) -> LayerPlan:
-        """The plan from history, or one for these very counts."""
+        """The plan from history, or one for exactly these counts."""
         plan = self._plans[layer]
         if self.rule.sees == "exact":
             problem = self._problem(layer, counts_RE)
@@ -219,7 +217,7 @@ class RulePolicy:
         return plan
 
     def homes(self, layer: int) -> IntArray:
-        """Home rank of each expert: where it was, as long as a copy is there, else its lowest rank."""
+        """Home rank of each expert: where it was, as long as that rank holds the expert, else its lowest rank."""
         return np.asarray(self._homes[layer])
 
     def observe(self, counts_LGMRE: IntArray) -> None:

@@ -1,4 +1,4 @@
-"""The replay itself: for every record, plan from what came before, evaluate on what comes, then show it to the policy.
+"""The replay: for every record, plan from the records before it, evaluate on it, then let the policy observe it.
 
 Imbalance is the largest rank load over the mean, per layer, expert-parallel group and micro-batch; that is what the
 slowest rank makes everybody wait for. The lower bound beside it is what no placement with these slots could beat.
@@ -21,7 +21,7 @@ from megatron_smartmoe.spec.trace import RoutingTrace
 
 @dataclass(frozen=True, kw_only=True)
 class SimulationSetup:
-    """What is simulated.
+    """The ranks, slots and prices that a trace is replayed with.
 
     Attributes:
         num_ranks: R, ranks of an expert-parallel group.
@@ -41,7 +41,7 @@ class SimulationSetup:
 
     @property
     def pricing(self) -> LayerPricing:
-        """The cost model of a layer of one group."""
+        """The part of it that prices a layer of one group."""
         return LayerPricing(num_ranks=self.num_ranks, num_nodes=self.num_nodes, constants=self.constants)
 
 
@@ -59,13 +59,13 @@ class PolicyResult:
 def replay(
     trace: RoutingTrace, policy: SimulatedPolicy, setup: SimulationSetup, records: Iterable[int] | None = None
 ) -> PolicyResult:
-    """Run one policy over the trace.
+    """Replay a trace through one policy.
 
     Args:
-        trace: what was routed.
-        policy: fresh, it has seen nothing yet.
-        setup: ranks, slots, costs.
-        records: their numbers, in order; wrap them to show progress. None takes all.
+        trace: routing counts, record by record.
+        policy: a policy that has observed nothing yet.
+        setup: ranks, slots and prices.
+        records: numbers of the records in order, wrapped to show progress; None takes all of them.
     """
     imbalance: list[float] = []
     layer_s: list[float] = []
@@ -73,7 +73,9 @@ def replay(
         if record == setup.warmup:
             policy.stats = Stats()
         counts_LGMRE = trace.groups(setup.num_ranks, record)
+        # Step 1: plan from the records before this one.
         policy.before(int(trace.iteration[record]))
+        # Step 2: apply the plan to every micro-batch; exact rules plan here, from its counts.
         for layer, group, micro in np.ndindex(*counts_LGMRE.shape[:3]):
             counts_RE = counts_LGMRE[layer, group, micro]
             plan = policy.plan(layer, group, counts_RE)
@@ -81,6 +83,7 @@ def replay(
                 seconds, worst = price_layer(plan, counts_RE, policy.homes(layer), setup.pricing)
                 layer_s.append(seconds)
                 imbalance.append(worst)
+        # Step 3: observe the record.
         policy.observe(counts_LGMRE)
     return PolicyResult(
         name=policy.name,
@@ -92,9 +95,10 @@ def replay(
 
 
 def lower_bounds(trace: RoutingTrace, setup: SimulationSetup) -> FloatArray:
-    """What no placement can beat, for every record, layer, group and micro-batch counted.
+    """The imbalance that no placement can beat, for every counted record, layer, group and micro-batch.
 
-    Whole tokens; with spare slots an expert may be on every rank; without, it shares its rank with the coldest ones.
+    In whole tokens. With spare slots an expert may be on every rank, so the mean, rounded up, is the bound; without
+    them the hottest expert's rank also holds E / R - 1 others, at best the coldest ones.
     """
     bounds = []
     for record in range(setup.warmup, trace.num_records):

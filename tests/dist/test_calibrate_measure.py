@@ -115,7 +115,7 @@ def test_what_a_product_takes_is_no_part_of_a_collective() -> None:
     assert measure._less(point, 3.5).time_s == 1e-7  # noise; a line wants a positive time
 
 
-def test_a_container_may_have_less_memory_than_the_machine(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_container_may_have_less_memory_than_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     limit = tmp_path / "memory.max"
     monkeypatch.setattr(calibrate, "_CGROUP_LIMIT", limit)
     physical = measure._host_bytes()

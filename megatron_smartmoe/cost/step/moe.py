@@ -24,8 +24,8 @@ from megatron_smartmoe.spec.cluster import ClusterSpec
 from megatron_smartmoe.spec.model import ModelSpec
 from megatron_smartmoe.spec.parallel import ParallelSpec
 
-# Kernels that each further chunk of the all-to-all adds: its collectives and its grouped GEMMs, forward and backward. An
-# estimate, not measured.
+# Kernels that each further chunk of the all-to-all adds: its collectives and its grouped GEMMs, forward and backward.
+# An estimate, not measured.
 LAUNCHES_PER_CHUNK = 24
 
 

@@ -34,8 +34,8 @@ from megatron_smartmoe.spec.cluster import ClusterSpec
 from megatron_smartmoe.spec.model import ModelSpec
 from megatron_smartmoe.spec.parallel import ParallelSpec, pipeline_chunks
 
-# Memory traffic of Adam, bytes per owned parameter: fp32 gradient, main weight and two moments read (16), the last three
-# written (12), the model's weight written (at most 4).
+# Memory traffic of Adam, bytes per owned parameter: fp32 gradient, main weight and two moments read (16), the last
+# three written (12), the model's weight written (at most 4).
 OPTIMIZER_BYTES = 32
 # Of overlapped gradients and parameters: the last bucket's reduction starts when the backward pass has ended, and the
 # first bucket's gather ends before the forward pass starts. An estimate, not measured.

@@ -8,8 +8,9 @@ import torch
 
 from megatron_smartmoe.errors import PlanError
 from megatron_smartmoe.placement.transfers import LayerLayout, TensorLayout
-from megatron_smartmoe.runtime.migration import expert_tensors as state_module
-from megatron_smartmoe.runtime.migration.expert_tensors import LayerState, digest
+from megatron_smartmoe.runtime.migration.expert_tensors import LayerState
+from tests.support import fingerprints
+from tests.support.fingerprints import digest
 
 
 @pytest.fixture
@@ -27,7 +28,7 @@ def test_the_whole_is_the_sum_of_its_parts(dtype: torch.dtype, values: torch.Ten
 
 def test_blocks_do_not_show(values: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = digest(values)
-    monkeypatch.setattr(state_module, "_BLOCK", 17)
+    monkeypatch.setattr(fingerprints, "_BLOCK", 17)
     assert digest(values) == whole
 
 

@@ -5,10 +5,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_smartmoe.placement.layer_plan import LayerPlan, LayerProblem, host_counts, rank_loads
+from megatron_smartmoe.placement.layer_plan import LayerPlan, LayerProblem, host_counts
 from megatron_smartmoe.simulate.baselines import by_name
 from megatron_smartmoe.spec.placement import EMPTY
-from tests.unit.placement.cases import contiguous_slots, random_counts, random_slots
+from tests.unit.placement.cases import contiguous_slots, random_counts, random_slots, rank_loads
 
 HOMES_FIXED = ("fastermoe", "echo", "ultraep", "moonep")
 SLOTS_BOUND = ("none", "smartmoe2023", "lpt", "eplb", "eplb-hierarchical", "echo", "ultraep")
@@ -16,7 +16,7 @@ SLOTS_BOUND = ("none", "smartmoe2023", "lpt", "eplb", "eplb-hierarchical", "echo
 shapes = st.tuples(st.sampled_from([2, 4, 8]), st.integers(1, 4), st.integers(0, 2), st.integers(0, 2**32 - 1))
 
 
-def drawn(shape):
+def drawn(shape: tuple[int, int, int, int]) -> LayerProblem:
     num_ranks, experts_per_rank, spare_slots, seed = shape
     rng = np.random.default_rng(seed)
     num_experts = num_ranks * experts_per_rank
@@ -30,7 +30,7 @@ def drawn(shape):
 @pytest.mark.parametrize("name", by_name())
 @settings(max_examples=40, deadline=None)
 @given(shape=shapes)
-def test_every_rule(name, shape):
+def test_every_rule(name: str, shape: tuple[int, int, int, int]) -> None:
     problem = drawn(shape)
     before = problem.counts_RE.copy(), problem.slots_RS.copy()
     rule = by_name()[name]
@@ -54,7 +54,7 @@ def test_every_rule(name, shape):
 
 @settings(max_examples=40, deadline=None)
 @given(shape=shapes)
-def test_exact_rules_never_exceed_no_balancing(shape):
+def test_exact_rules_never_exceed_no_balancing(shape: tuple[int, int, int, int]) -> None:
     problem = drawn(shape)
     homes = LayerPlan(slots_RS=problem.slots_RS[:, : problem.home_slots], split="equal")
     now = rank_loads(homes, problem.counts_RE).max()
@@ -64,13 +64,13 @@ def test_exact_rules_never_exceed_no_balancing(shape):
 
 @settings(max_examples=40, deadline=None)
 @given(shape=shapes)
-def test_moonep_is_exact(shape):
+def test_moonep_is_exact(shape: tuple[int, int, int, int]) -> None:
     problem = drawn(shape)
     load_R = rank_loads(by_name()["moonep"].plan(problem), problem.counts_RE)
     assert load_R.max() - load_R.min() <= 1 + 1e-9
 
 
-def test_without_tokens_nothing_is_copied():
+def test_without_tokens_nothing_is_copied() -> None:
     problem = LayerProblem(
         counts_RE=np.zeros((4, 8), dtype=np.int64), slots_RS=contiguous_slots(8, 4, 1), spare_slots=1
     )
