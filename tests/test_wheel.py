@@ -70,7 +70,8 @@ def test_the_quickstart_trains_in_an_empty_folder(installation: Path, tmp_path: 
     assert "--smartmoe-run-dir runs/quickstart-" in printed
     assert list(tmp_path.iterdir()) == []
 
-    flags = "--nproc 2 --pipeline-model-parallel-size 1 --train-iters 4 --eval-iters 0 --log-interval 1".split()
+    flags = "--nproc 2 --pipeline-model-parallel-size 1 --train-iters 4 --lr-warmup-iters 1 --eval-iters 0".split()
+    flags += ["--log-interval", "1"]
     printed = run([*LAUNCH, "--config", "quickstart", *flags, *MOCK_DATA], tmp_path, installation)
     assert "python -m megatron_smartmoe.adapter.launch --run-dir runs/quickstart-" in printed
     (run_dir,) = (tmp_path / "runs").iterdir()

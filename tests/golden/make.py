@@ -56,7 +56,6 @@ KEPT = (
     "command.sh",
     "environment.json",
     "plan.json",
-    "arguments.txt",
     "metrics.jsonl",
     "smartmoe.jsonl",
 )
