@@ -15,6 +15,8 @@ from megatron_smartmoe.calibrate import measure
 from megatron_smartmoe.calibrate.measure import Bench, Plan, Task, measure
 from tests.support.ranks import run_ranks
 
+pytestmark = pytest.mark.dist
+
 RANKS, REPEATS = 2, 3
 PLAN = Plan(
     expert=ExpertShape(hidden=16, ffn=8, element_bytes=4),

@@ -13,6 +13,8 @@ from megatron_smartmoe.runtime import chunked_all_to_all
 from megatron_smartmoe.runtime.chunked_all_to_all import RowExchange, cut, join, peer_groups
 from tests.support.ranks import run_ranks
 
+pytestmark = [pytest.mark.dist, pytest.mark.fast]
+
 RANKS, HIDDEN = 3, 4
 SIZES = {  # rows from rank to rank
     "uneven": [[2, 3, 1], [4, 1, 2], [1, 5, 3]],

@@ -15,7 +15,7 @@ from megatron_smartmoe.spec.arrays import IntArray
 from megatron_smartmoe.spec.placement import Placement
 from tests.support.ranks import run_ranks
 
-pytestmark = pytest.mark.dist
+pytestmark = [pytest.mark.dist, pytest.mark.fast]
 
 HOT = [90, 90, 1, 1, 10, 10, 10, 10]  # tokens of each expert and micro-batch: experts 0 and 1 are hot, both on rank 0
 

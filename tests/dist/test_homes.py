@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from tests.dist.test_smartmoe_layer import EP2, UNCLIPPED
+from tests.support.marks import some_fast
 from tests.support.checkpoints import different, tensors
 from tests.support.training import losses, metrics, train
 
@@ -54,7 +55,7 @@ def compare(root: Path, world_size: int, data_flags: list[str], flags: str, iter
     return len(decisions(root / "shuffled"))
 
 
-@pytest.mark.parametrize("mix", MIXES)
+@pytest.mark.parametrize("mix", some_fast(MIXES, "EP2xEDP2, distributed optimizer, bf16"))
 def test_random_migrations_change_nothing(mix: str, tmp_path: Path, data_flags: list[str]) -> None:
     world_size, flags = MIXES[mix]
     assert compare(tmp_path, world_size, data_flags, flags, iterations=8, every=2) == 3
@@ -102,6 +103,7 @@ def test_raw_optimizer_buffers_are_saved_at_home(tmp_path: Path, data_flags: lis
     assert resumed == shuffled[4:]
 
 
+@pytest.mark.fast
 def test_a_dry_run_decides_and_moves_nothing(tmp_path: Path, data_flags: list[str]) -> None:
     """Prices at which moving always pays: `on` moves, `dry` says that it would."""
     cheap = ["--smartmoe-homes-interval", "2", "--smartmoe-homes-horizon", "1000000", "--smartmoe"]

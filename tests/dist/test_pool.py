@@ -39,10 +39,11 @@ TURNS = [  # every kind of change, most of them there and back, some of them at 
 
 def test_switching_changes_no_loss(tmp_path: Path, data_flags: list[str]) -> None:
     iterations = 2 * len(TURNS) + 1
-    common = [data_flags, *EP2.split(), *UNCLIPPED, "--lr", "1e-4", "--global-batch-size", "4"]
-    expected = train(tmp_path / "still", 2, *common, "--smartmoe", "--smartmoe-homes", "off", iterations=iterations)
-    flags = [*POOL.split(), *SLOTS.split(), *MOVING.split()]
-    found = train_switching(tmp_path / "switched", 2, *common, *flags, iterations=iterations, settings=TURNS)
+    common = [*EP2.split(), *UNCLIPPED, "--lr", "1e-4", "--global-batch-size", "4"]
+    still = [*common, "--smartmoe", "--smartmoe-homes", "off"]
+    expected = train(tmp_path / "still", 2, data_flags, *still, iterations=iterations)
+    flags = [*common, *POOL.split(), *SLOTS.split(), *MOVING.split()]
+    found = train_switching(tmp_path / "switched", 2, data_flags, *flags, iterations=iterations, settings=TURNS)
     assert largest_difference(found, expected) < TOLERANCE
     said = decisions(tmp_path / "switched")
     switches = [decision for decision in said if decision["kind"] == "pool"]
@@ -96,6 +97,7 @@ def test_a_real_look_is_told(tmp_path: Path, data_flags: list[str]) -> None:
     assert "pool" not in (tmp_path / "ranks" / "rank1.log").read_text()
 
 
+@pytest.mark.fast
 def test_a_file_names_the_settings(tmp_path: Path, data_flags: list[str]) -> None:
     """One entry, in a plan's JSON; and looks that change nothing for the same reason are told once."""
     entry = {"homes_interval": 0, "spare_slots": 0, "replicas": "off", "overlap_degree": 1}

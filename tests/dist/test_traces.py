@@ -27,6 +27,7 @@ def stock_trace(tmp_path_factory: pytest.TempPathFactory, data_flags: list[str])
     return folder / "trace.npz"
 
 
+@pytest.mark.fast
 def test_every_layer_rank_and_iteration_is_recorded(stock_trace: Path) -> None:
     trace = load_trace(stock_trace)
     assert trace.counts.shape == (3, 4, 2, 8)

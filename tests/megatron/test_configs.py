@@ -14,7 +14,7 @@ from megatron_smartmoe.adapter.launch.flags import as_mapping
 from megatron_smartmoe.spec.run import load_run_spec
 from tests.support.ranks import run_ranks
 
-pytestmark = pytest.mark.dist
+pytestmark = [pytest.mark.dist, pytest.mark.fast]
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs" / "runs").glob("*.yaml"))

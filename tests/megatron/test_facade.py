@@ -11,7 +11,7 @@ import torch
 
 from tests.support.ranks import run_ranks
 
-pytestmark = pytest.mark.dist
+pytestmark = [pytest.mark.dist, pytest.mark.fast]
 
 
 def python(code: str) -> subprocess.CompletedProcess[str]:
@@ -81,7 +81,8 @@ def _what_megatron_hears() -> None:
     exec("def type_of(tensor):\n    return tensor.type()", namespace)
     assert namespace["type_of"](torch.empty(2)) == "torch.cuda.FloatTensor"  # type: ignore[operator]
     assert torch.cuda.is_available() is False
-    assert torch.cuda.current_device() == torch.device("cpu")
+    current: object = torch.cuda.current_device()
+    assert current == torch.device("cpu")
 
     def double(x: int) -> int:
         return 2 * x

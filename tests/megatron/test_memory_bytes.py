@@ -14,6 +14,7 @@ from megatron_smartmoe.planner.flags import megatron_flags
 from megatron_smartmoe.spec.model import LatentAttention, ModelSpec, MoESpec
 from megatron_smartmoe.spec.parallel import ParallelSpec, chunks
 from tests.support.allocation import allocated
+from tests.support.marks import some_fast
 
 pytestmark = pytest.mark.dist
 
@@ -61,7 +62,7 @@ MIXES: dict[str, tuple[ModelSpec, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("mix", MIXES)
+@pytest.mark.parametrize("mix", some_fast(MIXES, "PP2 x EP2, tied"))
 def test_bytes_equal_what_megatron_allocates(mix: str, tmp_path: Path) -> None:
     model, sizes = MIXES[mix]
     spec = replace(CPU, **sizes)

@@ -13,6 +13,8 @@ from megatron_smartmoe.adapter.moe.overlap_degree import explain, fewest_pieces,
 from megatron_smartmoe.spec.cluster import load_cluster_spec
 from tests.support.checks import Case, said_of
 
+pytestmark = [pytest.mark.dist, pytest.mark.fast]
+
 CLUSTERS = Path(__file__).parents[2] / "configs" / "clusters"
 EP4 = "--expert-model-parallel-size 4"
 TWO = f"--smartmoe {EP4} --smartmoe-overlap-degree 2"

@@ -12,6 +12,8 @@ import pytest
 from megatron_smartmoe.planner.pool import PoolSetting
 from tests.support.checks import Case, said_of
 
+pytestmark = [pytest.mark.dist, pytest.mark.fast]
+
 LAUNCH = "--smartmoe --expert-model-parallel-size 4"
 FILE = f"{LAUNCH} --smartmoe-pool {{data}}"
 GOOD = PoolSetting(homes_interval=100, spare_slots=1, replicas="history", overlap_degree=2)

@@ -6,6 +6,8 @@ import pytest
 
 from tests.support.checks import Case, said_of
 
+pytestmark = [pytest.mark.dist, pytest.mark.fast]
+
 EP4 = "--expert-model-parallel-size 4"
 ONE = f"--smartmoe {EP4} --smartmoe-spare-slots 1"
 NOT_WITH = "does not go with --smartmoe-spare-slots"

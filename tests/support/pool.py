@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from tests.support.ranks import run_ranks
 from tests.support.training import TINY_MODEL, TINY_TRAINING, losses
@@ -32,5 +33,5 @@ def _main(argv: list[str], settings: list[str]) -> None:
         board.now = next(setting for setting in seconds if setting.key == name)
         return PoolVerdict(setting=board.now, before=before, reason="forced", why="a test wants it")
 
-    Switchboard.look = look  # type: ignore[method-assign]
-    main(argv)
+    with mock.patch.object(Switchboard, "look", look):
+        main(argv)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from tests.support.ranks import run_ranks
 from tests.support.training import TINY_MODEL, TINY_TRAINING, losses
@@ -55,5 +56,5 @@ def _main(argv: list[str], fault: str) -> None:
     def faulty(wire: Any, copies: Any, gradients: Any, totals: Any) -> None:
         FAULTS[fault](lambda *args: send(wire, *args), list(copies), gradients, totals)
 
-    ReplicaWire.return_gradients = faulty  # type: ignore[method-assign]
-    main(argv)
+    with mock.patch.object(ReplicaWire, "return_gradients", faulty):
+        main(argv)
