@@ -71,7 +71,7 @@ def launch(saved: Saved, tmp_path: Path, nproc: str, *flags: str) -> subprocess.
     return subprocess.run([*command, *flags], capture_output=True, text=True, timeout=120, check=False)
 
 
-def test_a_longer_run_has_to_say_which_schedule_counts(saved: Saved, tmp_path: Path) -> None:
+def test_a_longer_run_has_to_choose_its_schedule(saved: Saved, tmp_path: Path) -> None:
     done = launch(saved, tmp_path, "2", *EP2, "--train-iters", "9")
     assert done.returncode == 2
     assert done.stderr == (

@@ -139,7 +139,7 @@ def test_a_lost_piece_is_noticed(tmp_path: Path, data_flags: list[str], losses_o
     assert largest_difference(losses(tmp_path), losses_of(2, EP2, 1)[:1]) > TOLERANCE
 
 
-def test_auto_says_why(tmp_path: Path, data_flags: list[str]) -> None:
+def test_auto_prints_its_reason(tmp_path: Path, data_flags: list[str]) -> None:
     """One line, from rank 0, with the prediction of every degree; here, where launches are dear, it cuts nothing."""
     train(tmp_path, 2, data_flags, *_flags(EP2, "auto"), iterations=1)
     lines = [line for line in (tmp_path / "ranks" / "rank0.log").read_text().splitlines() if "overlap degree" in line]

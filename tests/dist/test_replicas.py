@@ -68,8 +68,9 @@ def test_copies_change_no_loss(mix: str, tmp_path: Path, data_flags: list[str]) 
     assert np.mean(last["split"]) < np.mean(last["homes"])
 
 
+@pytest.mark.slow
 def test_200_steps_with_copies(tmp_path: Path, data_flags: list[str]) -> None:
-    """At a learning rate at which rounding errors stay small: top-k routing is chaotic, and at 1e-3 a learning rate that
+    """The learning rate keeps rounding errors small: top-k routing is chaotic, and at 1e-3 a learning rate that
     differs in its last bit alone takes the losses 4e-3 apart in 200 steps."""
     flags = [*EP2.split(), "--global-batch-size", "4", "--lr", "1e-4"]
     expected = train(tmp_path / "without", 2, data_flags, *flags, *WITHOUT, iterations=200)
@@ -126,7 +127,7 @@ def test_a_run_can_be_repeated_bit_for_bit(tmp_path: Path, data_flags: list[str]
     assert files[0].read_bytes() == files[1].read_bytes() != b""
 
 
-def test_the_simulator_foretells_the_balance(tmp_path: Path, data_flags: list[str]) -> None:
+def test_the_simulator_reproduces_the_balance(tmp_path: Path, data_flags: list[str]) -> None:
     """The trace of a run, replayed offline by the same planner: the same max / mean in every layer, to the last bit."""
     from megatron_smartmoe.cost.moe_layer import LayerConstants
     from megatron_smartmoe.placement.homes_planner import OnlineOptions
@@ -150,11 +151,11 @@ def test_the_simulator_foretells_the_balance(tmp_path: Path, data_flags: list[st
     options = OnlineOptions(homes_interval=0, replicas="history")
     policy = OnlinePolicy(placement, 1, options, lambda slots_RS, counts_RE: 0.0)
     setting = SimulationSetup(num_ranks=4, spare_slots=1, warmup=0, constants=LayerConstants(token_s=1.0), state_bytes=0)
-    foretold = replay(trace, policy, setting).imbalance
-    assert np.ravel([line["split"] for line in balance(tmp_path / "run")]).tolist() == foretold.tolist()
+    simulated = replay(trace, policy, setting).imbalance
+    assert np.ravel([line["split"] for line in balance(tmp_path / "run")]).tolist() == simulated.tolist()
 
 
-def test_the_memory_is_what_the_planner_says(tmp_path: Path, data_flags: list[str]) -> None:
+def test_the_memory_is_what_the_planner_predicts(tmp_path: Path, data_flags: list[str]) -> None:
     """K slots of weights and float32 gradients for every layer, and nothing else that stays."""
     train(tmp_path, 2, data_flags, *EP2.split(), *HISTORY, iterations=2)
     log = (tmp_path / "ranks" / "rank0.log").read_text()

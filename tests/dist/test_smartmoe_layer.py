@@ -83,7 +83,7 @@ HOMES = {
 
 
 @pytest.mark.parametrize("mix", some_fast(HOMES, "EP2"))
-def test_losses_do_not_know_where_experts_live(
+def test_losses_do_not_depend_on_where_experts_live(
     mix: str, tmp_path: Path, data_flags: list[str], losses_of: Losses
 ) -> None:
     world_size, flags = HOMES[mix]
@@ -94,7 +94,7 @@ def test_losses_do_not_know_where_experts_live(
 
 @pytest.mark.fast
 def test_a_wrong_table_is_noticed(tmp_path: Path, data_flags: list[str], losses_of: Losses) -> None:
-    """The equality above can fail: tables that say something else than where the weights are give other losses."""
+    """The equality above can fail: tables that do not match where the weights are give other losses."""
     everything = [*EP2.split(), *UNCLIPPED, "--smartmoe"]
     wrong = train_with_homes(tmp_path, 2, data_flags, *everything, iterations=4, seed=5, move_weights=False)
     assert wrong[0] != losses_of(2, EP2, "--smartmoe")[0]

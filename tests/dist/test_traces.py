@@ -20,7 +20,7 @@ TOP_K = 2
 
 @pytest.fixture(scope="module")
 def stock_trace(tmp_path_factory: pytest.TempPathFactory, data_flags: list[str]) -> Path:
-    """Of a stock run at EP2 x PP2: 3 iterations, 4 layers on two stages, 2 source ranks."""
+    """Routing trace of a stock run at EP2 x PP2: 3 iterations, 4 layers on two stages, 2 source ranks."""
     folder = tmp_path_factory.mktemp("trace")
     record = ["--smartmoe-record-trace", str(folder / "trace.npz")]
     train(folder, 4, data_flags, *EP2, *PP2, *record, iterations=3)

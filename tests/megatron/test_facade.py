@@ -74,7 +74,7 @@ def _tensors() -> None:
     assert torch.empty(2).type() == "torch.FloatTensor"  # the disguise is for callers inside Megatron
 
 
-def _what_megatron_hears() -> None:
+def _what_megatron_sees() -> None:
     from megatron.core.jit import jit_fuser
 
     namespace = {"__name__": "megatron.core.made_for_this_test"}
@@ -123,7 +123,7 @@ def _random_state() -> None:
 
 
 def _groups() -> None:
-    for check in (_tensors, _what_megatron_hears, _streams_and_events, _random_state):
+    for check in (_tensors, _what_megatron_sees, _streams_and_events, _random_state):
         check()
 
 

@@ -87,7 +87,7 @@ def test_bytes_equal_what_megatron_allocates(mix: str, tmp_path: Path) -> None:
 
 
 def _ending(name: str, numel: int, expert: bool) -> tuple[str, int, bool]:
-    """The last word of a name tells weight from bias; the one before it, which module."""
+    """The last two words of a name: the module, and weight or bias."""
     return ".".join(name.split(".")[-2:]), numel, expert
 
 

@@ -1,4 +1,4 @@
-"""Runs that are made to switch at every look, whatever the cost model and the stopwatch say."""
+"""Runs that switch their pool setting at every evaluation, whatever is predicted and measured."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.support.training import TINY_MODEL, TINY_TRAINING, losses
 def train_switching(
     run_dir: Path, world_size: int, data_flags: list[str], *flags: str, iterations: int, settings: list[str]
 ) -> list[float]:
-    """As `training.train`, taking the pool's settings of these names in turn, one a look."""
+    """Do what `training.train` does, taking the pool settings of these names in turn, one per evaluation."""
     argv = [*TINY_MODEL, *TINY_TRAINING, *data_flags, "--train-iters", str(iterations), *flags]
     run_ranks(_main, world_size, [*argv, "--smartmoe-run-dir", str(run_dir)], settings, log_dir=run_dir / "ranks")
     return losses(run_dir)
