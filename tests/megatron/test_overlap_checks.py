@@ -13,8 +13,6 @@ from megatron_smartmoe.adapter.moe.overlap_degree import explain, fewest_pieces,
 from megatron_smartmoe.spec.cluster import load_cluster_spec
 from tests.support.checks import Case, said_of
 
-pytestmark = [pytest.mark.dist, pytest.mark.fast]
-
 CLUSTERS = Path(__file__).parents[2] / "configs" / "clusters"
 EP4 = "--expert-model-parallel-size 4"
 TWO = f"--smartmoe {EP4} --smartmoe-overlap-degree 2"
@@ -104,6 +102,7 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str | None]:
 
 
 @pytest.mark.dist
+@pytest.mark.fast
 @pytest.mark.parametrize("name", CASES)
 def test_each_rule_says_field_value_rule_and_way_out(name: str, said: dict[str, str | None]) -> None:
     assert said[name] == CASES[name].says

@@ -12,8 +12,6 @@ import pytest
 from megatron_smartmoe.planner.pool import PoolSetting
 from tests.support.checks import Case, said_of
 
-pytestmark = [pytest.mark.dist, pytest.mark.fast]
-
 LAUNCH = "--smartmoe --expert-model-parallel-size 4"
 FILE = f"{LAUNCH} --smartmoe-pool {{data}}"
 GOOD = PoolSetting(homes_interval=100, spare_slots=1, replicas="history", overlap_degree=2)
@@ -128,6 +126,7 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str | None]:
 
 
 @pytest.mark.dist
+@pytest.mark.fast
 @pytest.mark.parametrize("name", CASES)
 def test_each_rule_says_field_value_rule_and_way_out(name: str, said: dict[str, str | None]) -> None:
     assert said[name] == CASES[name].says

@@ -6,8 +6,6 @@ import pytest
 
 from tests.support.checks import Case, said_of
 
-pytestmark = [pytest.mark.dist, pytest.mark.fast]
-
 EP4 = "--expert-model-parallel-size 4"
 ONE = f"--smartmoe {EP4} --smartmoe-spare-slots 1"
 NOT_WITH = "does not go with --smartmoe-spare-slots"
@@ -80,6 +78,7 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str | None]:
 
 
 @pytest.mark.dist
+@pytest.mark.fast
 @pytest.mark.parametrize("name", CASES)
 def test_each_rule_says_field_value_rule_and_way_out(name: str, said: dict[str, str | None]) -> None:
     assert said[name] == CASES[name].says
