@@ -11,7 +11,5 @@ import megatron_smartmoe.adapter.batch  # noqa: E402
 import megatron_smartmoe.adapter.datasets  # noqa: E402
 import megatron_smartmoe.adapter.moe.layer_spec  # noqa: E402
 import megatron_smartmoe.adapter.records.metrics  # noqa: E402, F401
-from tests.support import ready_groups  # noqa: E402
 
-ready_groups.install()
 torch.set_num_threads(1)
