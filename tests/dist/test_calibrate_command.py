@@ -20,7 +20,6 @@ from megatron_smartmoe.errors import ConfigError
 from megatron_smartmoe.spec.cluster import ClusterSpec, load_cluster_spec
 from tests.support.ranks import run_ranks
 
-pytestmark = pytest.mark.dist
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 QUICK = [

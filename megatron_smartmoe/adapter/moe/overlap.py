@@ -1,6 +1,6 @@
 """OverlappedMoELayer: dispatch, experts and combine in D pieces, so that rows travel while others are computed on.
 
-FasterMoE's smart schedule (PPoPP 2022) on this project's layer. The pieces are groups of peers (`peer_groups`). All
+FasterMoE's smart schedule (PPoPP 2022) on this project's layer. The pieces are groups of peers (`chunk_peers`). All
 dispatches are posted at once; then each piece is waited for, computed, and sent back, and the last function waits for
 what comes back. With D = 3:
 
@@ -29,7 +29,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_smartmoe.adapter.moe.experts import SlottedExperts
 from megatron_smartmoe.adapter.moe.layer import SmartMoELayer
-from megatron_smartmoe.runtime.chunked_all_to_all import PeerGroup, RowExchange, cut, join, peer_groups
+from megatron_smartmoe.runtime.chunked_all_to_all import ChunkPeers, RowExchange, chunk_peers, join_rows, split_rows
 from megatron_smartmoe.runtime.replicas.slots import SpareSlots
 
 
@@ -74,7 +74,7 @@ class OverlappedMoELayer(SmartMoELayer):
     def cut_into(self, overlap_degree: int) -> None:
         """Change the degree; between iterations, and on all ranks alike."""
         self.overlap_degree = overlap_degree
-        self._peers = peer_groups(self.ep_group.rank(), self.ep_group.size(), overlap_degree)
+        self._peers = chunk_peers(self.ep_group.rank(), self.ep_group.size(), overlap_degree)
         self._targets = [peers.targets for peers in self._peers]
 
     def dispatch(self, hidden_states: torch.Tensor, probs: torch.Tensor) -> Any:
@@ -91,8 +91,8 @@ class OverlappedMoELayer(SmartMoELayer):
         if shared is not None:  # as in Megatron's dispatcher: they start beside the dispatch, on a stream of their own
             shared.wait_current_stream()
         self._sent_R, arriving_PRS = dispatcher.traffic()
-        rows = cut(hidden_states, self._sent_R, self._targets)
-        weights = cut(probs, self._sent_R, self._targets)
+        rows = split_rows(hidden_states, self._sent_R, self._targets)
+        weights = split_rows(probs, self._sent_R, self._targets)
         pieces = [
             self._send(peers, arriving_PRS, *piece) for peers, *piece in zip(self._peers, rows, weights, strict=True)
         ]
@@ -100,7 +100,7 @@ class OverlappedMoELayer(SmartMoELayer):
             shared.linear_fc1_forward_and_act()
         return pieces, None
 
-    def _send(self, peers: PeerGroup, arriving_PRS: torch.Tensor, *rows: torch.Tensor) -> _Piece:
+    def _send(self, peers: ChunkPeers, arriving_PRS: torch.Tensor, *rows: torch.Tensor) -> _Piece:
         counts_PQS = arriving_PRS[:, list(peers.sources)]
         if peers.sources == (self.ep_group.rank(),):
             return _Piece(counts_PQS=counts_PQS, there=None, back=None, rows=rows)
@@ -163,13 +163,13 @@ class OverlappedMoELayer(SmartMoELayer):
             shared.linear_fc2_forward()
             shared.post_forward_comm()
         rows = [(piece.rows if piece.back is None else piece.back.finish(*piece.rows))[0] for piece in returning]
-        return join(rows, self._sent_R, self._targets)
+        return join_rows(rows, self._sent_R, self._targets)
 
 
 class _FetchedOnce:
     """Spare slots whose copies enter the autograd graph once a micro-batch, however many pieces use them.
 
-    Their gradients go home after a number of backward passes through that entry (`CopiesInUse.collect`): an entry for
+    Their gradients go home after a number of backward passes through that entry (`ReplicasInUse.collect`): an entry for
     each piece would send them D times.
     """
 

@@ -19,7 +19,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_smartmoe.adapter.moe.dispatcher import SlotDispatcher, chosen_experts
 from megatron_smartmoe.ops import dispatch_map, permute
 from megatron_smartmoe.runtime.replicas.slots import SpareSlots
-from megatron_smartmoe.runtime.replicas.split import homes_only, piece_shifts, shifted_rows, split_tokens
+from megatron_smartmoe.runtime.replicas.split import homes_only, segment_shifts, shifted_rows, split_tokens
 from megatron_smartmoe.spec.arrays import IntArray
 
 Planner = Callable[[IntArray], IntArray]
@@ -102,7 +102,7 @@ class ReplicaDispatcher(SlotDispatcher):
         if self.shared_experts is not None:
             self.shared_experts.pre_forward_comm(hidden_states)
         mine_RS = sent_PRRS[self.tp_rank, self.ep_group.rank()]
-        self.rows_TK = shifted_rows(rows_TK, *piece_shifts(mine_RS, slots_RS))
+        self.rows_TK = shifted_rows(rows_TK, *segment_shifts(mine_RS, slots_RS))
         num_rows = int(self.num_out_tokens)
         weights_TK = probs.gather(1, ids_TK.clamp(max=self.num_experts - 1))
         return permute(tokens_TH, self.rows_TK, num_rows), self._sorted(weights_TK, num_rows)
