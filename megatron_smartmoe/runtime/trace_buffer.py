@@ -39,10 +39,10 @@ class TraceBuffer:
     def __init__(self, place: Place, num_experts: int, device: torch.device | str | int, writer: int = 0) -> None:
         self._writer, self._is_writer = writer, dist.get_rank() == writer
         self._places = self._gathered(place)
-        everybody = [self._places]
-        dist.broadcast_object_list(everybody, src=writer)
-        assert everybody[0] is not None
-        cells = sum(len(other.layers) for other in everybody[0]) * num_experts  # of one iteration
+        shared = [self._places]
+        dist.broadcast_object_list(shared, src=writer)
+        assert shared[0] is not None
+        cells = sum(len(other.layers) for other in shared[0]) * num_experts  # counts of all ranks in one iteration
         self.capacity = max(1, min(_LONGEST_WINDOW, _WINDOW_BYTES // (8 * max(1, cells))))
         self._counts_NLE = torch.zeros(self.capacity, len(place.layers), num_experts, dtype=torch.int64, device=device)
         self._iterations: list[int] = []

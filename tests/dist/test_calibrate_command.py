@@ -20,6 +20,7 @@ from megatron_smartmoe.errors import ConfigError
 from megatron_smartmoe.spec.cluster import ClusterSpec, load_cluster_spec
 from tests.support.ranks import run_ranks
 
+
 CONFIGS = Path(__file__).parents[2] / "configs"
 QUICK = [
     "--device",

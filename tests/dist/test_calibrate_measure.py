@@ -15,6 +15,7 @@ from megatron_smartmoe.calibrate import measure
 from megatron_smartmoe.calibrate.measure import Bench, BenchPlan, Task, measure
 from tests.support.ranks import run_ranks
 
+
 RANKS, REPEATS = 2, 3
 PLAN = BenchPlan(
     expert=ExpertShape(hidden=16, ffn=8, element_bytes=4),

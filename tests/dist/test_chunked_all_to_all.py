@@ -13,6 +13,8 @@ from megatron_smartmoe.runtime import chunked_all_to_all
 from megatron_smartmoe.runtime.chunked_all_to_all import RowExchange, chunk_peers, join_rows, split_rows
 from tests.support.ranks import run_ranks
 
+pytestmark = [pytest.mark.dist, pytest.mark.fast]
+
 RANKS, HIDDEN = 3, 4
 SIZES = {  # rows from rank to rank
     "uneven": [[2, 3, 1], [4, 1, 2], [1, 5, 3]],
@@ -193,7 +195,6 @@ def judged(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 CASES = [f"{name}, {degree}" for name in SIZES for degree in range(1, RANKS + 1)]
 
 
-@pytest.mark.dist
 @pytest.mark.parametrize("case", CASES)
 def test_chunks_give_what_one_process_gives(case: str, judged: list[dict[str, Any]]) -> None:
     for found in judged:
@@ -202,7 +203,6 @@ def test_chunks_give_what_one_process_gives(case: str, judged: list[dict[str, An
         assert equal, "a repeated run differs"
 
 
-@pytest.mark.dist
 @pytest.mark.parametrize("case", CASES)
 def test_all_ranks_post_in_the_same_order(case: str, judged: list[dict[str, Any]]) -> None:
     """Whatever their counts are: rank 1 of "zeros" has no rows at all."""
@@ -211,7 +211,6 @@ def test_all_ranks_post_in_the_same_order(case: str, judged: list[dict[str, Any]
         assert found[case][2:] == first[2:]
 
 
-@pytest.mark.dist
 def test_the_backward_pass_is_pipelined_as_the_forward_pass_is(judged: list[dict[str, Any]]) -> None:
     _, _, forward, backward = judged[0]["uneven, 3"]
     assert forward == [
@@ -226,7 +225,6 @@ def test_the_backward_pass_is_pipelined_as_the_forward_pass_is(judged: list[dict
     assert backward == mirrored
 
 
-@pytest.mark.dist
 @pytest.mark.parametrize("fault", FAULTS)
 def test_the_comparison_can_fail(fault: str, judged: list[dict[str, Any]]) -> None:
     """Which of output, rows', weights' and scale's gradients are still right."""

@@ -17,7 +17,7 @@ from megatron_smartmoe.spec.arrays import IntArray
 from megatron_smartmoe.spec.placement import Placement
 from tests.support.ranks import run_ranks
 
-pytestmark = pytest.mark.dist
+pytestmark = [pytest.mark.dist, pytest.mark.fast]
 
 HOT = [90, 90, 1, 1, 10, 10, 10, 10]  # tokens of each expert and micro-batch: experts 0 and 1 are hot, both on rank 0
 
@@ -88,7 +88,10 @@ def run(case: str, iterations: int) -> dict[str, Any]:
         counts.local_LE[0] += torch.tensor(HOT)
         controller.step(iteration)
     return {
-        "decisions": [(d.iteration, d.kind, d.taken, d.why.split(":")[0]) for d, *_ in reporter.decisions],
+        "decisions": [
+            (d.iteration, d.kind, d.taken, d.why.split(": ")[-1 if d.kind == "review" else 0])
+            for d, *_ in reporter.decisions
+        ],
         "imbalance": [(round(before, 3), round(after, 3)) for _, before, after, _ in reporter.decisions],
         "warnings": reporter.warnings,
         "moves": mover.calls,

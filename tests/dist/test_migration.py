@@ -64,7 +64,7 @@ def train_all(mixes: dict[str, Mix]) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
-    """For each mix what every rank found, with and without migrations."""
+    """The results of every rank for each mix, with and without migrations."""
     found: dict[str, list[Any]] = {}
     for world_size in (2, 4):
         mixes = {name: mix for name, mix in MIXES.items() if mix.world_size == world_size}

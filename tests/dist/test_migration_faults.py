@@ -1,6 +1,6 @@
-"""What goes wrong in a migration is seen, and either nothing has moved or everybody knows that training must stop.
+"""A fault in a migration is detected, and either nothing has moved or every rank stops training.
 
-One job of four ranks (EP2 x EDP2, bf16, distributed optimizer) runs all cases; what its ranks found is judged here.
+One job of four ranks (EP2 x EDP2, bf16, distributed optimizer) runs all cases; the tests below judge its results.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def good() -> bool:
 
 
 def moments_left_out() -> bool:
-    """As the original SmartMoE: weights (here even main weights) move, moments stay."""
+    """The original SmartMoE's fault: weights (here even main weights) move, moments stay."""
     job = Job(MIX)
     job.step()
     full = job.states.states
@@ -84,7 +84,7 @@ def moments_swapped() -> bool:
     names = [tensor.name for tensor in next(iter(job.states.states().values())).layout.tensors]
     other = {"exp_avg": "exp_avg_sq", "exp_avg_sq": "exp_avg"}
 
-    def swapped(staging: Any, row: int) -> torch.Tensor:
+    def swapped(staging: Any, row: int) -> Any:
         moved = staging._step.transfers
         parameter, _, kind = names[int(moved.tensor[row])].rpartition("/")
         tensor = names.index(f"{parameter}/{other[kind]}") if kind in other else int(moved.tensor[row])
@@ -116,7 +116,7 @@ def weights_not_gathered() -> bool:
 
 
 def a_bit_flips() -> dict[str, Any]:
-    """On rank 2, in the second step; the first stands, nothing of the second is written, later ones work."""
+    """A bit flips on rank 2 in the second step: the first stays committed, the second writes nothing, later ones work."""
     job = Job(MIX)
     job.step()
     before = job.fingerprints()
@@ -124,13 +124,19 @@ def a_bit_flips() -> dict[str, Any]:
 
     def flip(point: str, step: Any, chunk: torch.Tensor | None) -> None:
         if point == "received" and dist.get_rank() == 2 and step.layer == 1:
+            assert chunk is not None
             chunk[len(chunk) // 2] ^= 16
 
     exchange = job.exchange(probe=flip)
     set_homes = job.set_homes
-    job.set_homes = lambda step: (steps.append(step.layer), set_homes(step))  # type: ignore[method-assign, func-returns-value]
+
+    def noting(step: Any) -> None:
+        steps.append(step.layer)
+        set_homes(step)
+
     wanted = job.random_homes(1)
-    error = error_of(lambda: job.migrate(wanted, exchange))
+    with mock.patch.object(job, "set_homes", noting):
+        error = error_of(lambda: job.migrate(wanted, exchange))
     facts = {"error": error, "committed": list(steps), "unchanged": job.fingerprints() == before}
     exchange._probe = lambda point, step, chunk: None
     job.migrate(wanted, exchange)
@@ -180,7 +186,7 @@ def staging_is_bounded() -> dict[str, Any]:
 
 
 def gradients_are_there() -> dict[str, str | None]:
-    """What is refused at each point of an iteration."""
+    """Errors of a migration that is started at each point of an iteration; None where it is allowed."""
     job = Job(MIX)
     job.step()  # the first iteration reduces at its end, the others as gradients come
     facts = {"after the step": error_of(lambda: job.states.prepare(gradients_spent=True))}
@@ -199,7 +205,7 @@ def gradients_are_there() -> dict[str, str | None]:
 
 
 def a_peer_is_slow() -> dict[str, Any]:
-    """Rank 1 sleeps in the middle of a step. The others give up, nobody has written, and training goes on."""
+    """Rank 1 sleeps in the middle of a step. The others give up, no rank has written, and training continues."""
 
     def sleep(point: str, step: Any, chunk: torch.Tensor | None) -> None:
         if point == "staged" and dist.get_rank() == 1:
@@ -267,7 +273,7 @@ def run_cases() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What each rank found in each case."""
+    """The results of each rank in each case."""
     return run_ranks(run_cases, MIX.world_size, log_dir=tmp_path_factory.mktemp("faults"), timeout_s=200)
 
 
@@ -281,7 +287,7 @@ def test_a_good_migration_passes_the_check(found: list[dict[str, Any]]) -> None:
 
 @pytest.mark.parametrize("fault", [moments_left_out, moments_swapped, one_rank_does_not_commit, weights_not_gathered])
 def test_mutation_is_caught(fault: Callable[[], bool], found: list[dict[str, Any]]) -> None:
-    """The same check as above says no, on every rank; stale weights are seen on the ranks that receive some."""
+    """The same check fails on every rank; stale weights are detected on the ranks that receive some."""
     if fault is weights_not_gathered:
         assert not all(of(found, fault))
     else:

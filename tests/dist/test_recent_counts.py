@@ -11,7 +11,7 @@ import pytest
 
 from tests.support.ranks import run_ranks
 
-pytestmark = pytest.mark.dist
+pytestmark = [pytest.mark.dist, pytest.mark.fast]
 
 LAYERS, EXPERTS = (2, 5), 3
 

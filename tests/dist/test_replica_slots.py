@@ -10,6 +10,8 @@ import pytest
 
 from tests.support.ranks import run_ranks
 
+pytestmark = [pytest.mark.dist, pytest.mark.fast]
+
 SLOTS = np.array([[0, 1, 2], [2, 3, 0]])  # two ranks, two home slots, one spare slot: each has a replica of the other's
 
 

@@ -13,6 +13,7 @@ from megatron_smartmoe.planner.flags import megatron_flags
 from megatron_smartmoe.spec.model import LatentAttention, ModelSpec, MoESpec
 from megatron_smartmoe.spec.parallel import ParallelSpec, PipelineChunk, pipeline_chunks, violation
 from tests.support.activations import kept
+from tests.support.marks import some_fast
 
 pytestmark = pytest.mark.dist
 
@@ -63,7 +64,7 @@ MIXES: dict[str, tuple[ModelSpec, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("mix", MIXES)
+@pytest.mark.parametrize("mix", some_fast(MIXES, "EP4"))
 def test_bytes_are_what_autograd_keeps(mix: str, tmp_path: Path) -> None:
     model, sizes = MIXES[mix]
     spec = replace(CPU, **sizes)

@@ -19,7 +19,7 @@ from megatron_smartmoe.errors import ConfigError
 from tests.support.checks import Case, judge, judge_all
 from tests.support.ranks import run_ranks
 
-pytestmark = pytest.mark.dist
+pytestmark = [pytest.mark.dist, pytest.mark.fast]
 
 PP2, TP2 = "--pipeline-model-parallel-size 2", "--tensor-model-parallel-size 2 --sequence-parallel"
 VPP = f"{PP2} --num-layers-per-virtual-pipeline-stage"

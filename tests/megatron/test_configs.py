@@ -18,7 +18,7 @@ from megatron_smartmoe.spec.run import load_run_spec
 from tests.megatron.test_cluster_configs import nodes_of
 from tests.support.ranks import run_ranks
 
-pytestmark = pytest.mark.dist
+pytestmark = [pytest.mark.dist, pytest.mark.fast]
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = [path for path in sorted((ROOT / "configs" / "runs").glob("*.yaml")) if not nodes_of(path)]
@@ -39,7 +39,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, config: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def printed(config: Path, folder: Path) -> str:
-    """What a dry run prints."""
+    """The output of a dry run."""
     return _dry_run(config, folder)
 
 
@@ -79,7 +79,7 @@ def test_a_dry_run_prints_a_command_that_a_shell_reads(printed: str) -> None:
     assert f"--module {ENTRY} \\\n" in printed
 
 
-def test_the_printed_command_says_what_the_configuration_says(config: Path, flags: list[str]) -> None:
+def test_the_printed_command_holds_the_configuration(config: Path, flags: list[str]) -> None:
     spec, said = load_run_spec(config), as_mapping(flags)
     directory = str(said["smartmoe-run-dir"])
     assert directory.startswith(f"runs/{spec.name}-")

@@ -18,7 +18,7 @@ from megatron_smartmoe.spec.model import ModelSpec, load_model_spec
 from tests.support import gpu_machine
 from tests.support.ranks import run_ranks
 
-pytestmark = pytest.mark.dist
+pytestmark = [pytest.mark.dist, pytest.mark.fast]
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 GPUS = {"deepseek-v3": 512, "qwen3-235b-a22b": 256, "mixtral-8x22b": 128, "quickstart": 4}

@@ -8,7 +8,7 @@ import pytest
 from megatron_smartmoe.spec.trace import RoutingTrace
 from tests.support.checks import Case, said_of
 
-pytestmark = pytest.mark.dist
+pytestmark = [pytest.mark.dist, pytest.mark.fast]
 
 ONE_OUT = "Leave one of the two out."
 TE = "--transformer-impl transformer_engine"

@@ -167,7 +167,7 @@ class Job:
         return plan, report
 
     def set_homes(self, step: Any) -> None:
-        """What the exchange calls after each commit."""
+        """Record the new homes; the exchange calls it after each commit."""
         self.homes_LE[self.layer_ids.index(step.layer), list(step.experts)] = step.to_slot
 
     def random_homes(self, seed: int) -> np.ndarray:
@@ -176,7 +176,7 @@ class Job:
         return np.stack([rng.permutation(self.mix.experts) for _ in self.layer_ids])
 
     def fingerprints(self) -> dict[int, list[list[int]]]:
-        """Of every tensor of every expert of this stage, `[E][tensors]` by layer."""
+        """Fingerprints of every tensor of every expert of this stage: `[E][tensors]` by layer."""
         from tests.support.fingerprints import fingerprints
 
         self.states.prepare(gradients_spent=True)

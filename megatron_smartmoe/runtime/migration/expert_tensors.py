@@ -25,7 +25,7 @@ class LayerState:
         pieces: Flat, contiguous views of the live tensors, `[S][tensors]`; empty where this rank holds nothing.
 
     Raises:
-        PlanError: A piece has not the size or type of the layout.
+        PlanError: A piece does not have the size or type that the layout states.
     """
 
     layout: LayerLayout
@@ -34,7 +34,7 @@ class LayerState:
 
     def __post_init__(self) -> None:
         if len(self.pieces) != self.layout.home_slots:
-            raise PlanError(f"{len(self.pieces)} slots of pieces, {self.layout.home_slots} slots in the layout")
+            raise PlanError(f"slots of pieces = {len(self.pieces)}: the layout has {self.layout.home_slots}")
         for slot, pieces in enumerate(self.pieces):
             for piece, tensor, shard in zip(pieces, self.layout.tensors, self.shards, strict=True):
                 held = int(tensor.held_SC2[slot, shard, 1] - tensor.held_SC2[slot, shard, 0])

@@ -132,7 +132,7 @@ def segment_shifts(sent_RS: IntArray, slots_RS: IntArray) -> tuple[IntArray, Int
     order_P = np.lexsort((rank_P, slots_RS[rank_P, slot_P]))
     rank_P, slot_P = rank_P[order_P], slot_P[order_P]
     length_P = sent_RS[rank_P, slot_P]
-    # Step 2: its begin in the send order minus its begin in the order of the experts.
+    # Step 2: its start in the send order minus its start in the order of the experts.
     begin_RS = (np.cumsum(sent_RS) - sent_RS.ravel()).reshape(sent_RS.shape)
     return length_P, begin_RS[rank_P, slot_P] - (np.cumsum(length_P) - length_P)
 

@@ -1,4 +1,4 @@
-"""Digests of what an expert is, and the checks on its pieces."""
+"""Fingerprints of experts, and the checks on their pieces."""
 
 from __future__ import annotations
 
@@ -63,5 +63,5 @@ def test_a_piece_of_another_size_is_refused() -> None:
     assert str(caught.value) == (
         "layer 3, slot 0, weight1/exp_avg: a flat piece of 4 elements of 4 bytes is expected, got (3,) of torch.float32"
     )
-    with pytest.raises(PlanError, match="1 slots of pieces, 2 slots in the layout"):
+    with pytest.raises(PlanError, match="slots of pieces = 1: the layout has 2"):
         LayerState(layout=layout(), shards=(0,), pieces=((torch.zeros(4),),))
