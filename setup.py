@@ -61,7 +61,8 @@ class BuildLibrary(build_ext):
         library = Path(self.get_ext_fullpath(ext.name))
         if built := os.environ.get("SMARTMOE_LIBRARY"):
             library.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(built, library)
+            if library.resolve() != Path(built).resolve():  # the same file in an editable installation
+                shutil.copyfile(built, library)
             return
         builder = load_builder()
         try:
