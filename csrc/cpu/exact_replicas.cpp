@@ -1,6 +1,6 @@
-// Replicas from the exact load, the C++ twin of megatron_smartmoe/placement/exact_replicas.py, which tells the method: same
-// steps, same order, same choices among equals. What differs is how the state is kept: flat vectors for dictionaries,
-// the donors kept sorted instead of sorted anew, and the largest expert of each rank remembered.
+// Replicas from the exact load, the C++ twin of megatron_smartmoe/placement/exact_replicas.py, which tells the method:
+// same steps, same order, same choices among equals. What differs is how the state is kept: flat vectors for
+// dictionaries, the donors kept sorted instead of sorted anew, and the largest expert of each rank remembered.
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
@@ -11,7 +11,7 @@
 
 #include "../checks.h"
 #include "../ops.h"
-#include "ceil_div.h"
+#include "rows.h"
 
 namespace smartmoe::cpu {
 namespace {

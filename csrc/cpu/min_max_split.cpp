@@ -11,7 +11,7 @@
 
 #include "../checks.h"
 #include "../ops.h"
-#include "ceil_div.h"
+#include "rows.h"
 
 namespace smartmoe::cpu {
 namespace {

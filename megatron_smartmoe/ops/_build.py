@@ -32,6 +32,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 LIBRARY = ROOT / "megatron_smartmoe" / "ops" / "_smartmoe.so"
 CACHE = ROOT / "build" / "smartmoe"
+HEADERS = (".h", ".cuh")
 
 TORCH_TARGET = (2, 10)  # the oldest torch whose stable ABI has what csrc uses
 DEFAULT_ARCHS = "8.0;9.0;10.0+PTX"  # A100, Hopper, B200; PTX lets later GPUs compile it when they load it
@@ -224,7 +225,8 @@ def plan(tools: Toolchain, root: Path, cache: Path) -> list[Job]:
     sources += [(path, cxx) for folder in folders for path in sorted((root / folder).glob("*.cpp"))]
     if not sources:
         raise BuildError("csrc", str(root / "csrc"), "it has no sources", "Build in a checkout of the repository")
-    headers = [part for path in sorted((root / "csrc").rglob("*.h")) for part in (path.name, path.read_bytes())]
+    paths = sorted(path for path in (root / "csrc").rglob("*") if path.suffix in HEADERS)
+    headers = [part for path in paths for part in (path.name, path.read_bytes())]
     jobs = []
     for path, compiler in sources:
         source = path.relative_to(root)  # commands run in the root, so messages are short
