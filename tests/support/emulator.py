@@ -101,8 +101,8 @@ def ops_library() -> Path:
     """The library with torch.ops.smartmoe_emulated."""
     torch, _ = _build.find_torch()
     target = "-DTORCH_TARGET_VERSION=0x{:02x}{:02x}000000000000".format(*_build.TORCH_TARGET)
-    glue_flags = (*FLAGS, "-O1", "-fPIC", target, f"-I{ROOT / 'csrc'}", "-isystem", f"{torch}/include")
-    glue_flags += ("-include", str(EMULATOR / "emulated_context.h"))
+    includes = (f"-I{ROOT / 'csrc'}", "-isystem", f"{torch}/include", "-include", str(EMULATOR / "emulated_context.h"))
+    glue_flags = (*FLAGS, "-O1", "-fPIC", target, *includes)
     kernel_flags = (*FLAGS, "-O2", "-fPIC")
     folder = ROOT / "csrc" / "cuda"
     units = [Unit(source=folder / name, flags=kernel_flags) for name in KERNELS]

@@ -146,7 +146,7 @@ def test_a_compiler_error_shows_the_command_and_leaves_nothing(tools: _build.Too
     (tmp_path / "csrc").mkdir()
     (tmp_path / "csrc" / "broken.cpp").write_text("this is no C++\n")
     with pytest.raises(
-        _build.BuildError, match=r"csrc/broken\.cpp could not be made\. The command:\n.*-c csrc/broken\.cpp"
+        _build.BuildError, match=r"csrc/broken\.cpp could not be built\. The command:\n.*-c csrc/broken\.cpp"
     ):
         _build.build(tmp_path / "out.so", tmp_path / "cache", tmp_path)
     assert not (tmp_path / "out.so").exists()

@@ -5,7 +5,9 @@ Each case is a small copy of the checkout, because what serves the ops is decide
 
 from __future__ import annotations
 
+import inspect
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_smartmoe.ops import library, reference
+from megatron_smartmoe.ops import fake, library, reference
 
 ROOT = Path(__file__).resolve().parents[3]
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
@@ -46,6 +48,14 @@ def python(checkout: Path, *arguments: str, **env: str) -> subprocess.CompletedP
 
 def build(checkout: Path, **env: str) -> subprocess.CompletedProcess[str]:
     return python(checkout, "megatron_smartmoe/ops/_build.py", **env)
+
+
+@pytest.mark.parametrize("name", library.SCHEMAS)
+def test_twins_and_fake_kernels_have_the_arguments_of_the_schema(name: str) -> None:
+    schema = library.SCHEMAS[name].split(" -> ")[0]
+    arguments = re.findall(r"(\w+)[,)]", schema)
+    for module in (fake,) if name in library.HOST_OPS else (fake, reference):
+        assert list(inspect.signature(getattr(module, name)).parameters) == arguments
 
 
 CHECK = """

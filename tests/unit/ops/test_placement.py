@@ -180,7 +180,7 @@ def test_errors_in_the_values() -> None:
     with pytest.raises(PlanError) as caught:
         min_max_split(counts_RE, hosts_ER)
     lost = text_of(ops.min_max_split, (torch.from_numpy(counts_RE), torch.from_numpy(hosts_ER)))
-    assert lost == str(caught.value) == "expert 1 has 5 tokens and no copy on any rank"
+    assert lost == str(caught.value) == "expert 1 has 5 tokens and no slot on any rank"
     negative = torch.tensor([[0, 0, 0, 0], [0, 0, -7, 0]])
     rule = "a number of tokens is at least 0. Pass counts of tokens"
     assert text_of(ops.min_max_split, (negative, HOSTS)) == f"counts_RE[1, 2] = -7: {rule}"
