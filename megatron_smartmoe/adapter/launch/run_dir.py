@@ -2,11 +2,11 @@
 
 ```
 runs/quickstart-20260102-030405/
-  config.yaml        name, ranks and flags as merged; give the directory as --run-dir to resume with them
+  config.yaml        name, ranks and flags as merged; --run-dir with this directory resumes with them
   command.sh         the exact command, ready to run
-  plan.json          with --parallel auto: the launch that was chosen, the others, and why; a resumed run reuses it
+  plan.json          with --parallel auto: the chosen launch, the others, and why; a resumed run reuses it
   environment.json   git revision, versions, host, Slurm's variables
-  train.log          what was printed (node1.log, ... for further nodes; with a Slurm task per rank, Slurm has it)
+  train.log          the output (node1.log, ... for further nodes; with a Slurm task per rank, Slurm writes it)
   arguments.txt      every argument of Megatron after validation
   metrics.jsonl      a line per logged iteration
   summary.json       how it ended
@@ -42,7 +42,7 @@ def launcher_command() -> str:
 
 
 def choose(asked: Path | None, name: str, environ: Mapping[str, str] = os.environ) -> Path:
-    """The directory that the user names, else a new one under runs/; the same one on every node of a Slurm job."""
+    """The directory of --run-dir, else a new one under runs/, the same on every node of a Slurm job."""
     if asked is not None:
         return asked
     job = environ.get("SLURM_JOB_ID")
@@ -50,7 +50,7 @@ def choose(asked: Path | None, name: str, environ: Mapping[str, str] = os.enviro
 
 
 def create(path: Path, spec: RunSpec, command: str) -> None:
-    """Write the directory's files, also into one that exists: the run that resumes may have other flags.
+    """Write the directory's files; those of an existing directory that the launcher does not write stay.
 
     Raises:
         ConfigError: the path cannot be a directory.
@@ -59,7 +59,7 @@ def create(path: Path, spec: RunSpec, command: str) -> None:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(
-            "--run-dir", str(path), error.strerror or "cannot be made", "Choose another, for example runs/my-run."
+            "--run-dir", str(path), error.strerror or "cannot be created", "Pass another directory."
         ) from None
     content = {"name": spec.name, "nproc": spec.nproc, "data": spec.data, "flags": {"all": spec.flags}}
     (path / "config.yaml").write_text(dump_yaml(content), encoding="utf-8")
@@ -84,7 +84,7 @@ def _environment() -> dict[str, Any]:
 
 
 def _git(*arguments: str) -> str | None:
-    """The output of a git command in the project's checkout; None outside one.
+    """The output of git in the project's checkout; None where it is not one.
 
     An installation may lie inside another project's checkout, whose revision would be a false answer.
     """

@@ -89,7 +89,7 @@ def test_a_package_outside_a_checkout_has_no_revision(made: Path, monkeypatch: p
     assert run_dir.launcher_command() == "python -m megatron_smartmoe.adapter.launch"
 
 
-def test_a_run_that_resumes_may_have_other_flags(made: Path) -> None:
+def test_an_existing_directory_is_reused(made: Path) -> None:
     (made / "metrics.jsonl").write_text("{}\n")
     run_dir.create(made, RunSpec(name="quick", nproc=2), "true")
     assert load_run_spec(made / "config.yaml").nproc == 2
@@ -101,7 +101,7 @@ def test_a_path_that_cannot_be_a_directory(tmp_path: Path, path: str, why: str) 
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError) as caught:
         run_dir.create(tmp_path / path, SPEC, "true")
-    assert str(caught.value) == f"--run-dir = '{tmp_path / path}': {why}. Choose another, for example runs/my-run."
+    assert str(caught.value) == f"--run-dir = '{tmp_path / path}': {why}. Pass another directory."
 
 
 @given(
