@@ -104,11 +104,10 @@ def train(argv: Sequence[str], *, cpu: bool) -> None:
     from megatron.training import get_args, pretrain
     from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
 
-    from megatron_smartmoe.adapter.batch import forward_step
+    from megatron_smartmoe.adapter.batch import embedding_ranks, forward_step
     from megatron_smartmoe.adapter.datasets import train_valid_test_datasets_provider
-    from megatron_smartmoe.adapter.embeddings import embedding_ranks
-    from megatron_smartmoe.adapter.hooks import prepare_megatron
-    from megatron_smartmoe.adapter.moe.layer_spec import install_prediction_blocks, spec_for
+    from megatron_smartmoe.adapter.hooks import prepare_megatron, use_torch_prediction_blocks
+    from megatron_smartmoe.adapter.moe.layer_spec import spec_for
     from megatron_smartmoe.adapter.moe.overlap_degree import OverlapDegree
     from megatron_smartmoe.adapter.records.metrics import Recorder
 
@@ -120,7 +119,7 @@ def train(argv: Sequence[str], *, cpu: bool) -> None:
     trace_recorder = listen(args, recorder, overlap_degree)
     model_config = gpt_config_from_args(args)
     if args.spec is None:
-        install_prediction_blocks()
+        use_torch_prediction_blocks()
         model_config.transformer_layer_spec = spec_for(args, overlap_degree)
     pretrain(
         pretrain_cfg_container_from_args(args, model_config),
@@ -173,7 +172,7 @@ def parse_for_good(argv: Sequence[str]) -> Namespace:
 
     sys.argv[1:] = list(argv)
     args = parse(argv)
-    log_filters.lower_voice(args.logging_level)
+    log_filters.set_log_level(args.logging_level)
     run_dir = args.smartmoe_run_dir
     with _stdout_to(Path(run_dir) / "arguments.txt" if run_dir else None):
         return parse_and_validate_args(extra_args_provider=add_smartmoe_arguments)

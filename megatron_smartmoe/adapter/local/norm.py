@@ -20,7 +20,7 @@ class TorchNorm:
     ) -> torch.nn.Module:
         """Return the torch norm over the last dimension of `[..., hidden_size]`, its parameters marked."""
         norm_cls = {"LayerNorm": torch.nn.LayerNorm, "RMSNorm": torch.nn.RMSNorm}[config.normalization]
-        norm = norm_cls(hidden_size, eps=eps)
+        norm: torch.nn.Module = norm_cls(hidden_size, eps=eps)
         for parameter in norm.parameters():
             parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
         return norm

@@ -31,7 +31,7 @@ from megatron_smartmoe.adapter.flags.replica_arguments import replicas_mode
 from megatron_smartmoe.adapter.hooks import after, before
 from megatron_smartmoe.adapter.machine import nodes_of_group
 from megatron_smartmoe.adapter.moe.layer import SmartMoELayer
-from megatron_smartmoe.adapter.moe.replica_dispatcher import Planner, ReplicaDispatcher
+from megatron_smartmoe.adapter.moe.replica_dispatcher import PlanReplicas, ReplicaDispatcher
 from megatron_smartmoe.adapter.moe.routers import moe_layers
 from megatron_smartmoe.placement.replica_planner import ReplicaPlanner
 from megatron_smartmoe.runtime.replicas.slots import SpareSlots
@@ -140,7 +140,7 @@ class ReplicaLoop:
             layer.token_dispatcher.set_shared_experts(layer.shared_experts)
         layer.register_forward_pre_hook(_tell_whether_training)
 
-    def _exact_planner(self, options: Namespace) -> Planner:
+    def _exact_planner(self, options: Namespace) -> PlanReplicas:
         """Copies for the counts of one micro-batch, experts by their homes."""
         home_slots = options.num_experts // self._wire.num_ranks
         homes_RS = homes_only(options.num_experts, self._wire.num_ranks, self._used_slots)

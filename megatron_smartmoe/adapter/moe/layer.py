@@ -53,7 +53,7 @@ class SmartMoELayer(MoELayer):
                 self.token_dispatcher.set_shared_experts(self.shared_experts)
 
     def set_homes(self, slot_of_expert_E: torch.Tensor) -> None:
-        """Tell the layer where its experts live now. Moves no weights.
+        """Set where the layer's experts live. Moves no weights.
 
         Args:
             slot_of_expert_E: a permutation of the slots, int64 `[E]`, on the CPU.
@@ -74,4 +74,5 @@ class SmartMoELayer(MoELayer):
         else:
             probs = probs.index_select(1, self.expert_of_slot_E)
             routing_map = routing_map.index_select(1, self.expert_of_slot_E)
-        return super().preprocess(hidden_states, probs, routing_map)
+        rows_and_weights: tuple[torch.Tensor, torch.Tensor] = super().preprocess(hidden_states, probs, routing_map)
+        return rows_and_weights

@@ -23,10 +23,10 @@ def moe_layers(model_chunks: list[torch.nn.Module]) -> Iterator[tuple[int, MoELa
 
 
 def all_layer_numbers(numbers: list[int]) -> list[int]:
-    """The MoE layers of the whole model, whichever stage they are on. A collective call of all ranks.
+    """The numbers of all MoE layers of the model, whichever stage they are on. A collective call of all ranks.
 
     Args:
-        numbers: of those on this rank.
+        numbers: the numbers of this rank's layers.
     """
     everybody: list[list[int]] = [[]] * dist.get_world_size()
     dist.all_gather_object(everybody, numbers)
@@ -34,9 +34,9 @@ def all_layer_numbers(numbers: list[int]) -> list[int]:
 
 
 def source_rank() -> int:
-    """The place of this rank's tokens among its pipeline stage's: groups of expert-parallel ranks one after another.
+    """The index of this rank's tokens in a routing trace: expert-parallel groups of its stage, one after another.
 
-    Ranks that share their tokens (expert tensor parallelism) have the same.
+    Ranks that share their tokens (expert tensor parallelism) have the same index.
     """
     ep_size, ep_rank = mpu.get_expert_model_parallel_world_size(), mpu.get_expert_model_parallel_rank()
     return int(mpu.get_expert_data_parallel_rank() * ep_size + ep_rank)
@@ -52,9 +52,9 @@ def count_tokens(
     A pass without gradients (evaluation, the first pass of recomputation) is not counted, so each token counts once.
 
     Args:
-        model_chunks: of this rank.
-        counts: is told of each micro-batch of each layer.
-        layers: numbers of those that are counted; None for all.
+        model_chunks: this rank's part of the model.
+        counts: receives the routing map of each micro-batch of each layer.
+        layers: numbers of the layers to count; None for all.
     """
 
     def hook_for(layer: int) -> Any:
