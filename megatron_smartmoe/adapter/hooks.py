@@ -102,7 +102,7 @@ def prepare_megatron(*, cpu: bool) -> None:
 
 
 def use_torch_adam() -> None:
-    """Give Megatron `TorchAdam` where it would fall back to torch's AdamW; nothing changes where FusedAdam is installed.
+    """Give Megatron `TorchAdam` where it would fall back to torch's AdamW; does nothing where FusedAdam is installed.
 
     These names of `megatron.core.optimizer` hold which Adam was found; all are read when the optimizer is built.
     """
