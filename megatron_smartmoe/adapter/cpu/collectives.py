@@ -59,7 +59,7 @@ def _new_group(call: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _barrier(call: Callable[..., Any]) -> Callable[..., Any]:
-    """`device_ids` tells NCCL which GPU to use for the barrier."""
+    """`device_ids`, the GPU that NCCL uses for the barrier, is dropped."""
 
     @functools.wraps(call)
     def barrier(group: Any = None, async_op: bool = False, device_ids: Any = None) -> Any:

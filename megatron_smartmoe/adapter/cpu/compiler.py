@@ -18,7 +18,7 @@ from megatron_smartmoe.adapter.cpu.devices import replace
 
 
 def install() -> None:
-    """Make `torch.compile` the identity for callers inside Megatron; everybody else compiles as before."""
+    """Make `torch.compile` the identity for callers inside Megatron; everything else compiles as before."""
     compile_: Callable[..., Any] = torch.compile
 
     @functools.wraps(compile_)

@@ -1,8 +1,8 @@
 """Adam where neither TransformerEngine nor apex is installed, in plain torch.
 
 Megatron then falls back to `torch.optim.AdamW`, which keeps a `step` tensor per parameter. The distributed optimizer
-knows two shapes of state only, one of them with `step` in the parameter group, and cannot load back a checkpoint that
-it saved with AdamW (`KeyError: 'step'`). This Adam has the same update and the state of apex's FusedAdam, so that
+supports two shapes of state only, one of them with `step` in the parameter group, and cannot load a checkpoint that it
+saved with AdamW (`KeyError: 'step'`). This Adam has the same update and the state of apex's FusedAdam, so that
 checkpoints work, on CPU and GPU alike, and are interchangeable with runs that have FusedAdam.
 """
 

@@ -2,8 +2,8 @@
 
 Under sequence parallelism each tensor-parallel rank normalises its own part of the sequence, so the gradients of the
 norm's weights must be summed over the tensor-parallel group. Megatron does that for every parameter that carries
-`sequence_parallel = True`. Its own wrapper of torch's norms refuses sequence parallelism only because nobody sets the
-mark; MoE with tensor parallelism cannot do without. Used through the layer spec where TransformerEngine is absent.
+`sequence_parallel = True`. Its own wrapper of torch's norms refuses sequence parallelism only because it does not set
+the mark; MoE with tensor parallelism cannot do without. Used through the layer spec where TransformerEngine is absent.
 """
 
 from __future__ import annotations

@@ -206,7 +206,7 @@ class ExpertStates:
         tensors: list[TensorLayout] = []
         columns: list[list[torch.Tensor]] = []
         own = self._edp_group.rank()
-        each_rank = tuple((rank,) for rank in range(self._edp_group.size()))
+        each_rank: tuple[tuple[int, ...], ...] = tuple((rank,) for rank in range(self._edp_group.size()))
         for pieces in zip(*slots, strict=True):  # the same piece of the expert in every slot
             # Step 1: the weight, which every expert-data-parallel rank holds whole
             weight, numel = pieces[0].parameter, pieces[0].stop - pieces[0].start

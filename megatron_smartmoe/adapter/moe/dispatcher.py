@@ -8,6 +8,8 @@ What differs from `MoEAlltoAllTokenDispatcher`:
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -42,6 +44,8 @@ class SlotDispatcher(MoEAlltoAllTokenDispatcher):
     """
 
     slot_of_expert_E: torch.Tensor
+    tokens_per_expert: Any  # rows of each slot of this rank, or None; Megatron's dispatcher reads it
+    num_out_tokens: Any  # rows that this rank sends, an int or a tensor; Megatron's dispatcher reads it
 
     def __init__(
         self,
@@ -116,9 +120,10 @@ class SlotDispatcher(MoEAlltoAllTokenDispatcher):
             Rows that this rank sends to each rank `[R]`, and rows that arrive at each of the P expert-tensor ranks from
             each rank for each slot, `[P, R, slots]` on the host.
         """
+        tokens_S: torch.Tensor = self.tokens_per_expert
         for point in ("before_ep_alltoall", "before_permutation_2", "before_finish"):
-            self.tokens_per_expert = self._maybe_dtoh_and_synchronize(point, self.tokens_per_expert)
-        num_slots, self.tokens_per_expert = len(self.tokens_per_expert), None
+            tokens_S = self._maybe_dtoh_and_synchronize(point, tokens_S)
+        num_slots, self.tokens_per_expert = len(tokens_S), None
         sent_R = [int(size) for size in self.input_splits]
         if self.num_local_experts == 1:  # then Megatron keeps only the counts of this rank
             return sent_R, self._arriving_at_all().unsqueeze(2).cpu()

@@ -1,7 +1,7 @@
 """SmartMoELayer: Megatron's MoE layer with a table between logical experts and the slots where they live.
 
-The router, its losses, its bias, dropping and every statistic know logical experts only. Between routing and dispatch
-a table on the device, `slot_of_expert_E`, says which slot each expert is in: slot s of the layer is home slot s % S of
+The router, its losses, its bias, dropping and every statistic use logical experts. Between routing and dispatch a
+table on the device, `slot_of_expert_E`, gives the slot of each expert: slot s of the layer is home slot s % S of
 expert-parallel rank s // S. With the all-to-all dispatcher the lookup is part of the counting sort that dispatch needs
 anyway (see `SlotDispatcher`). Megatron's other dispatchers (allgather, flex, and all-to-all padded to capacity) get
 the router's columns in the order of the slots instead.

@@ -105,7 +105,7 @@ def smartmoe_layer_spec(
         may_cut: whether the degree may change later; then the layer supports every degree.
 
     Raises:
-        CompatError: the spec's MoE layers are not built as in the Megatron that this project knows.
+        CompatError: the spec's MoE layers are not built as in a supported Megatron.
     """
     spec, degree = layer_spec(config, vp_stage), overlap_degree()
     layer = partial(OverlappedMoELayer, overlap_degree=degree) if may_cut or degree > 1 else SmartMoELayer

@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from megatron.core.tensor_parallel import (
@@ -200,7 +200,7 @@ def _replicas_fetched_once(experts: SlottedExperts) -> Iterator[None]:
     if spare is None:
         yield
         return
-    experts.spare_slots = _FetchedOnce(spare)
+    experts.spare_slots = cast(SpareSlots, _FetchedOnce(spare))  # the two members that the experts use
     try:
         yield
     finally:

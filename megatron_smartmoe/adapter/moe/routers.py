@@ -28,9 +28,9 @@ def all_layer_numbers(numbers: list[int]) -> list[int]:
     Args:
         numbers: the numbers of this rank's layers.
     """
-    everybody: list[list[int]] = [[]] * dist.get_world_size()
-    dist.all_gather_object(everybody, numbers)
-    return sorted({number for stage in everybody for number in stage})
+    gathered: list[list[int]] = [[]] * dist.get_world_size()
+    dist.all_gather_object(gathered, numbers)
+    return sorted({number for of_rank in gathered for number in of_rank})
 
 
 def source_rank() -> int:
