@@ -57,7 +57,10 @@ def find_spans(inputs: Sequence[str], *, python_stdlib: bool, seed: int) -> list
     Raises:
         ConfigError: an input is missing, or holds no files, or cannot be read.
     """
-    spans = [span for item in inputs for path in _files(item) for span in _file_spans(path)]
+    spans: list[Span] = []
+    for item in inputs:
+        for path in _files(item):
+            spans.extend(_json_lines_spans(path) if path.suffix in JSON_LINES_SUFFIXES else [_text_span(path)])
     return spans + (stdlib_spans(seed) if python_stdlib else [])
 
 
@@ -135,7 +138,8 @@ def _files(item: str) -> list[Path]:
     """The files that one `--input` stands for, sorted."""
     path = Path(item)
     if path.is_dir():
-        found = sorted(file for file in path.rglob("*") if file.is_file() and not _hidden(file.relative_to(path)))
+        files = sorted(file for file in path.rglob("*") if file.is_file())
+        found = [file for file in files if not any(part.startswith(".") for part in file.relative_to(path).parts)]
         rule = "the directory holds no files"
     elif path.is_file():
         found, rule = [path], ""
@@ -152,21 +156,13 @@ def _files(item: str) -> list[Path]:
     return found
 
 
-def _hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
-
-
-def _file_spans(path: Path) -> Iterator[Span]:
-    return _json_lines_spans(path) if path.suffix in JSON_LINES_SUFFIXES else iter([_text_span(path)])
-
-
 def _text_span(path: Path) -> Span:
     size = path.stat().st_size
     return Span(kind="text", path=str(path), start=0, stop=size, num_bytes=size)
 
 
 def _json_lines_spans(path: Path) -> Iterator[Span]:
-    """Cut at line ends, about every GROUP_BYTES."""
+    """Spans of a JSON-lines file, cut at line ends about every GROUP_BYTES."""
     size = path.stat().st_size
     start = 0
     with path.open("rb") as file:

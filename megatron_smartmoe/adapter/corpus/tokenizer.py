@@ -103,14 +103,10 @@ def sample_lines(
                 return lines
             part = text[:room]
             room -= len(part.encode())
-            lines.extend(_cut_lines(part))
+            for line in part.split("\n"):
+                starts = range(0, len(line), MAX_LINE_CHARACTERS)
+                lines.extend(line[start : start + MAX_LINE_CHARACTERS] for start in starts)
     return lines
-
-
-def _cut_lines(text: str) -> Iterator[str]:
-    for line in text.split("\n"):
-        for start in range(0, len(line), MAX_LINE_CHARACTERS):
-            yield line[start : start + MAX_LINE_CHARACTERS]
 
 
 def _training_error(message: str, vocab_size: int) -> ConfigError:
