@@ -67,7 +67,7 @@ def test_losses_are_those_without_overlap(case: str, losses_of: Losses) -> None:
 
 
 def _watched(argv: list[str], log: str) -> list[str]:
-    """A run of the entry that returns what this rank's exchanges did, in order: `post 3`, `land 3`, numbered."""
+    """A run of the entry that returns what this rank's exchanges did, in order: `post 3`, `wait 3`, numbered."""
     from megatron_smartmoe.adapter.pretrain import main
     from megatron_smartmoe.runtime.chunked_all_to_all import RowExchange
 
@@ -81,7 +81,7 @@ def _watched(argv: list[str], log: str) -> list[str]:
 
         return note
 
-    for name in ("post", "land"):
+    for name in ("post", "wait"):
         setattr(RowExchange, f"_{name}", noting(name, getattr(RowExchange, f"_{name}")))
     main(argv)
     return events
@@ -97,15 +97,15 @@ def test_a_repeated_run_is_bit_equal_and_all_ranks_post_alike(
     assert losses(tmp_path) == losses_of(4, f"{EP4} ", 3)
     assert all(other == events for other in others)
     layers, micro_batches, pieces = 4, 2, 2  # a rank's own rows, the first of three pieces, are not sent
-    assert len(events) == ITERATIONS * micro_batches * layers * pieces * 2 * 2 * 2  # there, back; post, land; grads
+    assert len(events) == ITERATIONS * micro_batches * layers * pieces * 2 * 2 * 2  # there, back; post, wait; grads
     first_backward = events[layers * pieces * 4 :][: pieces * 4]
     top = layers * pieces * 2  # exchanges of the forward pass; its last layer comes first
     dispatch, combine = [top - 4, top - 3], [top - 2, top - 1]
     assert first_backward == [
         *(f"post {combine[1]}", f"post {combine[0]}"),
-        *(f"land {combine[1]}", f"post {dispatch[1]}"),
-        *(f"land {combine[0]}", f"post {dispatch[0]}"),
-        *(f"land {dispatch[1]}", f"land {dispatch[0]}"),
+        *(f"wait {combine[1]}", f"post {dispatch[1]}"),
+        *(f"wait {combine[0]}", f"post {dispatch[0]}"),
+        *(f"wait {dispatch[1]}", f"wait {dispatch[0]}"),
     ]
 
 

@@ -177,7 +177,7 @@ class Job:
 
     def fingerprints(self) -> dict[int, list[list[int]]]:
         """Of every tensor of every expert of this stage, `[E][tensors]` by layer."""
-        from megatron_smartmoe.runtime.migration.expert_tensors import fingerprints
+        from tests.support.fingerprints import fingerprints
 
         self.states.prepare(gradients_spent=True)
         return {

@@ -1,7 +1,7 @@
 """OverlappedMoELayer: dispatch, experts and combine in D chunks, so that rows travel while others are computed on.
 
 FasterMoE's smart schedule (PPoPP 2022) on this project's layer. A chunk is the rows that one group of peers exchanges
-(`peer_groups`). All dispatches are posted at once; then each chunk is waited for, computed, and sent back, and
+(`chunk_peers`). All dispatches are posted at once; then each chunk is waited for, computed, and sent back, and
 `combine` waits for what comes back. With D = 3:
 
     wire     dispatch 0 | dispatch 1 | dispatch 2 | combine 0 | combine 1 | combine 2
@@ -29,7 +29,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_smartmoe.adapter.moe.experts import SlottedExperts
 from megatron_smartmoe.adapter.moe.layer import SmartMoELayer
-from megatron_smartmoe.runtime.chunked_all_to_all import PeerGroup, RowExchange, cut, join, peer_groups
+from megatron_smartmoe.runtime.chunked_all_to_all import ChunkPeers, RowExchange, chunk_peers, join_rows, split_rows
 from megatron_smartmoe.runtime.replicas.slots import SpareSlots
 
 
@@ -74,7 +74,7 @@ class OverlappedMoELayer(SmartMoELayer):
     def set_degree(self, overlap_degree: int) -> None:
         """Change the degree. All ranks must do this between the same two iterations."""
         self.overlap_degree = overlap_degree
-        self._peers = peer_groups(self.ep_group.rank(), self.ep_group.size(), overlap_degree)
+        self._peers = chunk_peers(self.ep_group.rank(), self.ep_group.size(), overlap_degree)
         self._targets = [peers.targets for peers in self._peers]
 
     def dispatch(self, hidden_states: torch.Tensor, probs: torch.Tensor) -> Any:
@@ -94,8 +94,8 @@ class OverlappedMoELayer(SmartMoELayer):
         if shared is not None:  # as in Megatron's dispatcher: they run beside the dispatch, on a stream of their own
             shared.wait_current_stream()
         self._sent_R, arriving_PRS = dispatcher.traffic()
-        rows = cut(hidden_states, self._sent_R, self._targets)
-        weights = cut(probs, self._sent_R, self._targets)
+        rows = split_rows(hidden_states, self._sent_R, self._targets)
+        weights = split_rows(probs, self._sent_R, self._targets)
         chunks = [
             self._send(peers, arriving_PRS, *chunk) for peers, *chunk in zip(self._peers, rows, weights, strict=True)
         ]
@@ -103,7 +103,7 @@ class OverlappedMoELayer(SmartMoELayer):
             shared.linear_fc1_forward_and_act()
         return chunks, None
 
-    def _send(self, peers: PeerGroup, arriving_PRS: torch.Tensor, *rows: torch.Tensor) -> _PeerChunk:
+    def _send(self, peers: ChunkPeers, arriving_PRS: torch.Tensor, *rows: torch.Tensor) -> _PeerChunk:
         """Post the dispatch of one chunk: rows `[N, H]` and weights `[N]` for the targets of `peers`."""
         counts_PQS = arriving_PRS[:, list(peers.sources)]
         if peers.sources == (self.ep_group.rank(),):
@@ -172,7 +172,7 @@ class OverlappedMoELayer(SmartMoELayer):
             shared.linear_fc2_forward()
             shared.post_forward_comm()
         rows = [(one.rows if one.combine is None else one.combine.finish(*one.rows))[0] for one in returning]
-        return join(rows, self._sent_R, self._targets)
+        return join_rows(rows, self._sent_R, self._targets)
 
 
 class _FetchedOnce:

@@ -23,7 +23,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_smartmoe.adapter.moe.dispatcher import SlotDispatcher
 from megatron_smartmoe.runtime.replicas.slots import SpareSlots
-from megatron_smartmoe.runtime.replicas.split import homes_only, piece_shifts, shifted_rows, split_tokens
+from megatron_smartmoe.runtime.replicas.split import homes_only, segment_shifts, shifted_rows, split_tokens
 from megatron_smartmoe.spec.arrays import IntArray
 
 PlanReplicas = Callable[[IntArray], IntArray]  # counts [R, E] of one micro-batch to slots [R, S + K]
@@ -98,7 +98,7 @@ class ReplicaDispatcher(SlotDispatcher):
         # Step 3: sizes for Megatron's exchange, and the rows of this rank moved to where they are sent from
         self._set_sizes(sent_PRRS)
         own_RS = sent_PRRS[self.tp_rank, self.ep_group.rank()]
-        return shifted_rows(rows_TK, *piece_shifts(own_RS, slots_RS))
+        return shifted_rows(rows_TK, *segment_shifts(own_RS, slots_RS))
 
     def _gather_counts(self, tokens_E: torch.Tensor) -> IntArray:
         """Tokens per home slot of all ranks, `[P, R, E]`, on the host: the one synchronisation of the layer."""
