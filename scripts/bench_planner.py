@@ -24,9 +24,9 @@ from bench_layer import MODEL as BASE
 from bench_layer import TRAINING, step_seconds
 from scipy.stats import spearmanr
 
+from megatron_smartmoe.planner.arguments import model_from_arguments
 from megatron_smartmoe.planner.flags import parallel_from_flags
 from megatron_smartmoe.planner.load import LoadModel, scenarios_from_model
-from megatron_smartmoe.planner.model_flags import model_from_arguments
 from megatron_smartmoe.planner.pricing import Pricing
 from megatron_smartmoe.spec.cluster import load_cluster_spec
 
@@ -83,7 +83,7 @@ def predicted_s(ranks: int, flags: list[str], cluster: Path) -> float:
     args = parse(with_defaults(words, cpu=True, say=False))
     model = model_from_arguments(vars(args))
     spec = parallel_from_flags([*words, "--transformer-impl", "local"], model, ranks)
-    return Pricing(model, load_cluster_spec(cluster), LoadModel(scenarios_from_model(model))).plan(spec).expected_s
+    return Pricing(model, load_cluster_spec(cluster), LoadModel(scenarios_from_model(model))).price(spec).expected_s
 
 
 def calibrated(ranks: int, folder: Path) -> Path:

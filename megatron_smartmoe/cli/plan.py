@@ -18,7 +18,7 @@ from megatron_smartmoe.cli.plan_table import as_table, breakdown, rejections
 from megatron_smartmoe.errors import ConfigError
 from megatron_smartmoe.planner.alternatives import alternatives
 from megatron_smartmoe.planner.explain import explain, why
-from megatron_smartmoe.planner.flags import PlanFlags, megatron_flags, parallel_from_flags
+from megatron_smartmoe.planner.flags import LaunchFlags, megatron_flags, parallel_from_flags
 from megatron_smartmoe.planner.load import SKEWS, LoadModel, scenarios_of
 from megatron_smartmoe.planner.plan_json import as_json
 from megatron_smartmoe.planner.pool import make_pool
@@ -148,12 +148,12 @@ def _explain_flags(options: argparse.Namespace, pricing: Pricing, space: SpaceOp
     pricing = Pricing(
         replace(pricing.model, global_batch=spec.global_batch), pricing.cluster, pricing.loads, pricing.constants
     )
-    plan = pricing.plan(spec)
+    plan = pricing.price(spec)
     best = search(pricing, gpus, space, limit=10, rank=options.rank_by).best[0]
     print(_headline(pricing.model, pricing.cluster, gpus, pricing))
     print(explain(plan, pricing, best))
     return 0
 
 
-def _paste(flags: PlanFlags) -> str:
+def _paste(flags: LaunchFlags) -> str:
     return " \\\n".join("  " + line for line in flags.lines())

@@ -12,9 +12,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from megatron_smartmoe.planner.model_flags import model_from_arguments
 
 from megatron_smartmoe.planner.flags import megatron_flags
-from megatron_smartmoe.planner.model_flags import model_from_arguments
 from megatron_smartmoe.spec.model import ModelSpec, load_model_spec
 from megatron_smartmoe.spec.parallel import ParallelSpec
 from megatron_smartmoe.spec.run import load_run_spec

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from megatron_smartmoe.errors import ConfigError
-from megatron_smartmoe.planner.constraints import DECIDED, FOLLOWED, constraints_from_flags, without_refusals
+from megatron_smartmoe.planner.constraints import DECIDED, KEPT_FROM_CONFIG, constraints_from_flags, without_negated
 from megatron_smartmoe.planner.flags import launch_flags
 from megatron_smartmoe.planner.search import search
 from megatron_smartmoe.planner.space import SpaceOptions, shapes
@@ -110,10 +110,10 @@ def test_the_gather_overlaps_only_on_what_it_rests_on() -> None:
     ("words", "message"),
     [
         ("--tensor-model-parallel-size two", "--tensor-model-parallel-size = 'two': must be a whole number"),
-        ("--micro-batch-size 0", "--micro-batch-size = 0: must be at least 1. Leave it out, and it is planned."),
+        ("--micro-batch-size 0", "--micro-batch-size = 0: must be at least 1. Remove it to have it planned."),
         (
             "--num-layers-per-virtual-pipeline-stage 2",
-            "--num-layers-per-virtual-pipeline-stage = '2': is not a split that --parallel auto can search with. Say",
+            "'2': is a pipeline split that --parallel auto does not support. Use --pipeline-model-parallel-layout or",
         ),
         (
             "--pipeline-model-parallel-layout Etttt|ttttL",
@@ -136,7 +136,7 @@ def test_a_launch_that_differs_says_in_what() -> None:
 def test_only_what_megatron_does_not_know_is_taken_away() -> None:
     words = "--no-use-distributed-optimizer --lr 1 --no-overlap-grad-reduce --no-load-optim --no-swiglu".split()
     known = {"--no-load-optim", "--no-overlap-grad-reduce"}
-    assert without_refusals(words, known) == "--lr 1 --no-overlap-grad-reduce --no-load-optim --no-swiglu".split()
+    assert without_negated(words, known) == "--lr 1 --no-overlap-grad-reduce --no-load-optim --no-swiglu".split()
 
 
 @pytest.mark.parametrize(
@@ -151,5 +151,5 @@ def test_only_what_megatron_does_not_know_is_taken_away() -> None:
 def test_a_plan_says_nothing_that_it_does_not_decide(spec: ParallelSpec) -> None:
     """What it says replaces the configuration's; a flag outside DECIDED would be said twice."""
     words = launch_flags(SMALL, spec)
-    assert {word for word in words if word.startswith("--")} <= {*DECIDED, *FOLLOWED}
+    assert {word for word in words if word.startswith("--")} <= {*DECIDED, *KEPT_FROM_CONFIG}
     assert constraints_from_flags(words, BASE).disagreement(spec) is None
