@@ -115,7 +115,8 @@ class Pricing:
 
     def _moe(self, spec: ParallelSpec) -> list[list[MoETimes]]:
         """One MoE layer per part of the model, for each scenario."""
-        key = (self.balance(spec), spec.etp, spec.tp, spec.cp, spec.micro_batch, spec.overlap_degree, spec.precision)
+        sizes = (spec.etp, spec.tp, spec.cp, spec.micro_batch, spec.overlap_degree)
+        key = (self.balance(spec), *sizes, spec.replicas, spec.precision)
         if key not in self._layers:
             tokens = self._assignments(spec)
             layer = layer_constants(self.cluster, self.model, spec, self.constants)

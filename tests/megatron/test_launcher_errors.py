@@ -39,7 +39,7 @@ CASES = {
     ),
     "run directory": (
         [*MODEL, "--vocab-size", "128", "--run-dir", "wrong.yaml"],
-        "error: --run-dir = 'wrong.yaml': File exists. Choose another.",
+        "error: --run-dir = 'wrong.yaml': File exists. Pass another directory.",
     ),
 }
 

@@ -19,9 +19,9 @@ import torch
 import torch.distributed as dist
 
 from megatron_smartmoe.adapter.launch import process
+from megatron_smartmoe.adapter.launch.command import program, rank_environment
 from megatron_smartmoe.adapter.launch.launcher import srun
-from megatron_smartmoe.adapter.launch.plan import program, rank_environment
-from megatron_smartmoe.adapter.launch.topology import find_topology, speaks_for_the_job
+from megatron_smartmoe.adapter.launch.topology import find_topology, reports_errors
 from megatron_smartmoe.calibrate.cluster_file import fit_machine
 from megatron_smartmoe.calibrate.measure import Bench, Plan, measure, usable_cores
 from megatron_smartmoe.calibrate.measured import Measured
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return run_rank(options, nominal)
         return start_ranks(options)
     except SmartMoEError as error:
-        if speaks_for_the_job() and os.environ.get("RANK", "0") == "0":
+        if reports_errors() and os.environ.get("RANK", "0") == "0":
             print(f"smartmoe calibrate: {error}", file=sys.stderr)
         return EXIT_CONFIG_ERROR
 

@@ -18,7 +18,7 @@ from megatron.training import get_args
 
 from megatron_smartmoe.adapter.cost_inputs import online_options, online_setting
 from megatron_smartmoe.adapter.flags.checkpoint_check import saved_placement
-from megatron_smartmoe.adapter.flags.replica_arguments import REPLICAS
+from megatron_smartmoe.adapter.flags.smartmoe_arguments import REPLICAS
 from megatron_smartmoe.adapter.hooks import after, rebind
 from megatron_smartmoe.adapter.loops.decision_log import DecisionLog
 from megatron_smartmoe.adapter.migration.mover import ExpertMover, with_home_slots, with_spare_slots

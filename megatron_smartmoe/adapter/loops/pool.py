@@ -23,15 +23,20 @@ from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.utils import unwrap_model
 from megatron.training import get_args
 
-from megatron_smartmoe.adapter.cost_inputs import replica_options
-from megatron_smartmoe.adapter.flags.pool_settings import pool_settings, starting_setting
+from megatron_smartmoe.adapter.cost_inputs import (
+    launch_of_run,
+    machine_of_job,
+    model_of_run,
+    nodes_of_group,
+    replica_options,
+)
+from megatron_smartmoe.adapter.flags.pool_settings import settings_of_pool, starting_setting
 from megatron_smartmoe.adapter.hooks import after
 from megatron_smartmoe.adapter.loops.decision_log import DecisionLog
 from megatron_smartmoe.adapter.loops.homes import Balancer
 from megatron_smartmoe.adapter.loops.replicas import ReplicaLoop
-from megatron_smartmoe.adapter.machine import machine, nodes_of_group
 from megatron_smartmoe.adapter.moe.overlap import OverlappedMoELayer
-from megatron_smartmoe.adapter.moe.overlap_degree import OverlapDegree, run_model, run_parallel
+from megatron_smartmoe.adapter.moe.overlap_degree import OverlapDegree
 from megatron_smartmoe.adapter.moe.routers import all_layer_numbers, count_tokens, moe_layers
 from megatron_smartmoe.placement.decisions import Decision, digest_of
 from megatron_smartmoe.planner.pool import SETTLE_ITERATIONS, PoolSetting
@@ -100,7 +105,7 @@ class PoolLoop:
         )
         count_tokens(chunks, self._counts, self._counts.layers)
         now = starting_setting(options, self._degree())
-        self._settings = with_setting(pool_settings(options), now)
+        self._settings = with_setting(settings_of_pool(options), now)
         rest = SwitchboardOptions(rest_iterations=options.smartmoe_pool_interval)
         self._board = Switchboard(now, options.iteration, rest)
         self._prices = _prices(options, len(self._numbers), homes_move=options.smartmoe_homes == "on")
@@ -215,13 +220,13 @@ def _of_slowest_rank(measured: Measured) -> Measured:
 
 def _prices(options: Namespace, num_layers: int, *, homes_move: bool) -> PoolPrices:
     """This run's sizes and machine, as the planner would price them."""
-    spec, micro_batches = run_parallel(options, degree=1), get_num_microbatches()
+    spec, micro_batches = launch_of_run(options), get_num_microbatches()
     chunks = options.virtual_pipeline_model_parallel_size or 1
     in_a_row = micro_batches + (spec.pp - 1) / chunks  # of a stage: its micro-batches and the bubble
     return PoolPrices(
-        model=run_model(options),
+        model=model_of_run(options),
         spec=spec,
-        cluster=machine(options),
+        cluster=machine_of_job(options),
         num_nodes=nodes_of_group(spec.ep),
         micro_batches=micro_batches,
         layers_in_a_row=num_layers / spec.pp * in_a_row,

@@ -26,10 +26,9 @@ from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 from megatron.core.utils import unwrap_model
 from megatron.training import get_args
 
-from megatron_smartmoe.adapter.cost_inputs import copy_price_tokens, online_options, scope_nodes
-from megatron_smartmoe.adapter.flags.replica_arguments import replicas_mode
+from megatron_smartmoe.adapter.cost_inputs import copy_price_tokens, nodes_of_group, online_options, scope_nodes
+from megatron_smartmoe.adapter.flags.smartmoe_arguments import replicas_mode
 from megatron_smartmoe.adapter.hooks import after, before
-from megatron_smartmoe.adapter.machine import nodes_of_group
 from megatron_smartmoe.adapter.moe.layer import SmartMoELayer
 from megatron_smartmoe.adapter.moe.replica_dispatcher import Planner, ReplicaDispatcher
 from megatron_smartmoe.adapter.moe.routers import moe_layers

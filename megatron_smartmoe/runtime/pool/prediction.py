@@ -107,7 +107,7 @@ def _homes(setting: PoolSetting, load: PoolLoad, history: History, prices: PoolP
 
 def _seconds(setting: PoolSetting, flows: Sequence[LayerFlow], prices: PoolPrices) -> float:
     constants = StepConstants.of(prices.cluster)
-    spec = replace(prices.spec, overlap_degree=setting.overlap_degree)
+    spec = replace(prices.spec, overlap_degree=setting.overlap_degree, replicas=setting.replicas)
     layer = layer_constants(prices.cluster, prices.model, spec, constants)
     times = moe_times(flows, layer, prices.model, spec, prices.cluster, constants)
     served = prices.micro_batches if setting.replicas == "history" else 1
