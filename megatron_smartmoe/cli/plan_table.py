@@ -9,11 +9,11 @@ from megatron_smartmoe.planner.plan_json import mfu
 from megatron_smartmoe.planner.pricing import Launch, Pricing
 from megatron_smartmoe.planner.search import SearchResult
 
-REASONS = 8  # kinds of rejection that are printed
+REASONS = 8  # kinds of rejection to print
 
 
 def as_table(result: SearchResult, pricing: Pricing) -> str:
-    """The best few, a line each; the times are parts of the step and add up with `rest`."""
+    """One line per launch; the times are parts of the step and add up with `rest`."""
     head = f"{'':3} {'launch':<40} {'step s':>8} {'worst s':>8} {'tok/s/GPU':>9} {'MFU':>6} {'GB':>6} "
     head += f"{'dense':>7} {'experts':>7} {'a2a':>7} {'TP/CP':>7} {'bubble':>7} {'rest':>7}"
     lines = [head]
@@ -41,14 +41,14 @@ def breakdown(launch: Launch, pricing: Pricing) -> str:
 
 
 def rejections(result: SearchResult) -> str:
-    """Why points are out, by kind, with an example each."""
+    """Why points were rejected, by kind, with an example each."""
     kinds: Counter[str] = Counter()
     example: dict[str, str] = {}
     for rejected in result.rejected:
         kind = _kind(rejected.reason)
         kinds[kind] += 1
         example.setdefault(kind, f"{rejected.spec.label()}: {rejected.reason}")
-    lines = [f"{result.shapes} points, {result.priced} launches priced, {len(result.rejected)} out:"]
+    lines = [f"{result.shapes} points, {result.priced} launches priced, {len(result.rejected)} rejected:"]
     for kind, count in kinds.most_common(REASONS):
         lines.append(f"  {count:6} {kind:<34} e.g. {example[kind]}")
     hidden = len(kinds) - REASONS
@@ -59,7 +59,7 @@ def _kind(reason: str) -> str:
     if "slower than the first" in reason:
         return "slower"
     if reason.startswith("at least"):
-        return "bounded: cannot be among the best"
+        return "cannot be among the best"
     if reason.startswith("needs"):
-        return "too big"
+        return "too large"
     return "breaks a rule: " + reason.split(" = ")[0].split(" does not")[0].rstrip("0123456789 ")

@@ -93,7 +93,7 @@ def compare(launch: Launch, other: Launch) -> list[str]:
     """The terms of the step time in which `other` differs, largest difference first."""
     mine, theirs = dict(launch.time.terms()), dict(other.time.terms())
     difference = {what: theirs.get(what, 0.0) - mine.get(what, 0.0) for what in {**mine, **theirs}}
-    lines = [f"Against {other.spec.label()} ({other.expected_s:.3f} s, {other.memory.total / GB:.1f} GB):"]
+    lines = [f"Compared with {other.spec.label()} ({other.expected_s:.3f} s, {other.memory.total / GB:.1f} GB):"]
     for what, seconds in sorted(difference.items(), key=lambda entry: -abs(entry[1])):
         if abs(seconds) >= MIN_REPORTED * launch.expected_s:
             lines.append(f"  {what:<44} {seconds:+10.4f} s")

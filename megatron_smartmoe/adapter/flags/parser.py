@@ -13,6 +13,7 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NoReturn
 
 from megatron_smartmoe.adapter.flags.smartmoe_arguments import DEVICES, add_smartmoe_arguments
 from megatron_smartmoe.errors import ConfigError
@@ -90,11 +91,12 @@ class _Parser(argparse.ArgumentParser):
 
     def _get_value(self, action: argparse.Action, arg_string: str) -> object:
         try:
-            return super()._get_value(action, arg_string)  # type: ignore[misc]
+            value: object = super()._get_value(action, arg_string)
+            return value
         except KeyError:  # some of Megatron's flags look their value up in a table
             raise argparse.ArgumentError(action, f"invalid value: {arg_string!r}") from None
 
-    def error(self, message: str) -> None:  # type: ignore[override]
+    def error(self, message: str) -> NoReturn:
         """Raise argparse's message, such as `argument --lr: invalid float value: 'abc'`, as a ConfigError."""
         field, _, rest = message.removeprefix("argument ").partition(": ")
         match = re.fullmatch(r"(invalid [^:]*): (['\"])(.*?)\2(.*)", rest)
