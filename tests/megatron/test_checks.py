@@ -332,7 +332,7 @@ VERDICT = {
     "everything": Case(verdict=True),
     "a division by zero": Case(
         flags="--num-attention-heads 0",
-        says="--num-attention-heads = 0: must be at least 1. Leave the flag out, or pass a positive number.",
+        says="--num-attention-heads = 0: must be at least 1. Remove it, or pass --num-attention-heads 1, for example.",
     ),
     "an assertion with words": Case(
         flags="--overlap-param-gather --use-distributed-optimizer",
