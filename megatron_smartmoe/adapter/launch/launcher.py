@@ -9,7 +9,6 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from megatron_smartmoe.adapter.launch import corpus, process, run_dir
 from megatron_smartmoe.adapter.launch import flags as flag_lists
@@ -17,9 +16,6 @@ from megatron_smartmoe.adapter.launch.command import make_command, ranks_per_nod
 from megatron_smartmoe.adapter.launch.topology import Topology, find_topology, reports_errors
 from megatron_smartmoe.errors import EXIT_CONFIG_ERROR, ConfigError, SmartMoEError
 from megatron_smartmoe.spec.run import RunSpec, load_run_spec
-
-if TYPE_CHECKING:
-    pass
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -50,10 +46,10 @@ def launch(argv: list[str]) -> int:
         load = Load(options.parallel_trace, options.parallel_skew)
         auto_plan = plan_parallel(spec, command_line, topology, directory, load)
         spec, command_line = auto_plan.spec, auto_plan.command_line
-    launch = make_command(spec, command_line, topology, directory)
+    ready = make_command(spec, command_line, topology, directory)
     if topology.needs_srun:  # after the check: an error is printed once, before any node starts
         return srun(topology, argv)
-    text = flag_lists.render(launch.command, launch.environment)
+    text = flag_lists.render(ready.command, ready.environment)
     if topology.is_reporter:
         for line in auto_plan.lines if auto_plan is not None else ():
             print(("# " if options.dry_run else "smartmoe: ") + line, flush=True)
@@ -66,18 +62,18 @@ def launch(argv: list[str]) -> int:
     if not corpus.exists(spec):
         corpus.prepare(spec)
     if topology.is_reporter:
-        run_dir.create(directory, launch.spec, text)
+        run_dir.create(directory, ready.spec, text)
         if auto_plan is not None:
             auto_plan.save(directory)
         ranks, nodes = topology.world_size, topology.num_nodes
         where = f"{ranks} rank{'s' * (ranks > 1)} on {nodes} node{'s' * (nodes > 1)}"
         print(f"smartmoe: {where}, run directory {directory}", flush=True)
     if topology.rank is not None:
-        os.environ.update(launch.environment)
-        os.execv(launch.command[0], launch.command)
+        os.environ.update(ready.environment)
+        os.execv(ready.command[0], ready.command)
     directory.mkdir(parents=True, exist_ok=True)  # another node may have come first
     log = directory / ("train.log" if topology.node == 0 else f"node{topology.node}.log")
-    return process.run(launch.command, launch.environment, log)
+    return process.run(ready.command, ready.environment, log)
 
 
 def build_parser() -> argparse.ArgumentParser:

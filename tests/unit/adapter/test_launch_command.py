@@ -253,6 +253,33 @@ def test_a_run_directory_says_the_same_again(megatron: Megatron) -> None:
     assert command.make_command(first.spec, [], TWO, Path("a")) == first
 
 
+# --- one merge, for the launcher and for --parallel auto
+
+
+def test_the_merge_is_what_is_launched(megatron: Megatron) -> None:
+    spec, command_line = RunSpec(name="a", flags={"lr": "1", "save": "{run_dir}/x"}), ["--lr", "2", *CPU]
+    found = merged.merge(spec, command_line, TWO, Path("a"))
+    made = command.make_command(spec, command_line, TWO, Path("a"))
+    assert found.args is megatron.args
+    assert found.tokens == flags_of(made)[:-2] == ["--save", "a/x", "--lr", "2", *CPU]
+    assert found.spec == made.spec
+    assert found.cpu is True
+
+
+def test_what_a_plan_decides_is_left_out_of_the_configuration(megatron: Megatron) -> None:
+    config: dict[str, Any] = {
+        "pipeline-model-parallel-size": "2",
+        "overlap-grad-reduce": True,
+        "lr": "1",
+        "swiglu": True,
+    }
+    command_line = ["--tensor-model-parallel-size", "2", "--no-use-distributed-optimizer", "--no-swiglu"]
+    found = merged.merge(RunSpec(name="a", flags=config), command_line, TWO, Path("a"), to_plan=True)
+    assert found.tokens == ["--lr", "1", "--tensor-model-parallel-size", "2"]
+    assert found.command_line == ["--tensor-model-parallel-size", "2", "--no-swiglu"]
+    assert "--lr" in found.known
+
+
 # --- what starts the ranks
 
 
