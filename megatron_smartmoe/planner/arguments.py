@@ -200,7 +200,7 @@ def _list(value: Any) -> list[Any]:
 
 
 def _expert_layers(values: Mapping[str, Any]) -> list[int]:
-    """Of each layer 1 if --moe-layer-freq gives it experts; an empty list where its text cannot be read."""
+    """1 for each layer with experts, else 0, from --moe-layer-freq; an empty list where its text cannot be read."""
     freq, layers = values["moe_layer_freq"], values["num_layers"]
     if isinstance(freq, int):
         return [int(at % freq == 0) for at in range(layers)]

@@ -317,7 +317,7 @@ def grads_in_fp32(*, bf16: bool, fp16: bool, reduce_in_bf16: bool, accumulate_in
 
 
 def parallel_from_flags(tokens: Sequence[str], model: ModelSpec, gpus: int) -> ParallelSpec:
-    """The launch that a command line describes; Megatron's defaults where it says nothing.
+    """The launch that a command line describes; Megatron's defaults for flags that it does not have.
 
     Raises:
         ConfigError: a size that is not a number, or a layout that Megatron would not read.

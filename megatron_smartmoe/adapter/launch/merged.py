@@ -26,7 +26,7 @@ class Merged:
     Attributes:
         args: parsed arguments, not yet checked against each other.
         tokens: the flags of the ranks, without this machine's defaults.
-        spec: the configuration file that says the same, with `{run_dir}` not filled in.
+        spec: the same as a configuration file, with `{run_dir}` not filled in.
         command_line: the user's own flags among the tokens.
         known: every option string of the parser.
         cpu: whether the ranks are CPU ranks.
