@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import os
 from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from megatron_smartmoe.adapter.cost_inputs import launch_of_run, model_of_run
 from megatron_smartmoe.adapter.moe.overlap_degree import explain, fewest_chunks, predicted_seconds
+from megatron_smartmoe.planner.arguments import model_from_arguments
+from megatron_smartmoe.planner.flags import parallel_from_flags
 from megatron_smartmoe.spec.cluster import load_cluster_spec
 from tests.support.arguments import LAUNCH, VALUES
-from tests.support.checks import Case, said_of
+from tests.support.checks import DATA, GOOD, Case, said_of
+from tests.support.ranks import run_ranks
 
 CLUSTERS = Path(__file__).parents[2] / "configs" / "clusters"
 EP4 = "--expert-model-parallel-size 4"
@@ -128,3 +134,50 @@ def test_auto_tries_no_more_chunks_than_ranks_and_says_all() -> None:
         "overlap degree 2, the fewest chunks within 1% of the shortest predicted time; predicted ms of a MoE layer, "
         "forward and backward, with an even load: 1: 1.500, 2: 1.000"
     )
+
+
+DESCRIBED = {
+    "kv channels, grouped queries, shared experts": "--kv-channels 24 --group-query-attention --num-query-groups 2 "
+    "--moe-shared-expert-intermediate-size 64 --smartmoe-overlap-degree auto",
+    "replicas and bf16 gradients": "--bf16 --grad-reduce-in-bf16 --smartmoe-spare-slots 1",
+    "virtual stages": "--pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 2 --num-layers 4",
+    "a layout": "--pipeline-model-parallel-size 2 --pipeline-model-parallel-layout Ettt|tL --num-layers 4",
+    "a growing batch": "--rampup-batch-size 4 4 8 --train-samples 64 --smartmoe-pool auto",
+}
+
+
+def _described(cases: dict[str, str]) -> dict[str, tuple[Any, Any, Any, Any]]:
+    """Model and launch of each case: from arguments that Megatron has validated, and as the planner reads them."""
+    from megatron_smartmoe.adapter.flags.megatron_checks import megatron_verdict
+    from megatron_smartmoe.adapter.pretrain import check_flags, with_defaults
+
+    os.environ["WORLD_SIZE"] = "8"
+    found = {}
+    for name, flags in cases.items():
+        tokens = with_defaults([*GOOD, *DATA, "--smartmoe", *EP4.split(), *flags.split()], cpu=True, say=False)
+        if "--train-samples" in tokens:
+            at = tokens.index("--train-iters")
+            del tokens[at : at + 2]
+        parsed = check_flags(tokens, cpu=True)
+        planned = model_from_arguments(vars(parsed))
+        read = parallel_from_flags(tokens, planned, 8)
+        megatron_verdict(parsed)
+        found[name] = (model_of_run(parsed), planned, launch_of_run(parsed), read)
+    return found
+
+
+@pytest.fixture(scope="module")
+def described(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Any, Any, Any, Any]]:
+    found: dict[str, tuple[Any, Any, Any, Any]]
+    found = run_ranks(_described, 1, DESCRIBED, log_dir=tmp_path_factory.mktemp("described"))[0]
+    return found
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("name", DESCRIBED)
+def test_a_run_is_priced_as_the_model_and_the_launch_that_are_planned(
+    name: str, described: dict[str, tuple[Any, Any, Any, Any]]
+) -> None:
+    model, planned, launch, read = described[name]
+    assert model == planned
+    assert launch == read
