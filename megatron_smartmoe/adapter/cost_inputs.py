@@ -17,17 +17,22 @@ import torch.distributed as dist
 from megatron_smartmoe.adapter.flags.smartmoe_arguments import replicas_mode
 from megatron_smartmoe.cost.compute import ExpertShape, replica_grad_bytes
 from megatron_smartmoe.cost.memory.buffers import expert_state_bytes
-from megatron_smartmoe.cost.moe_layer import constants_of, copy_tokens, exchange_bytes_s
+from megatron_smartmoe.cost.moe_layer import constants_of, exchange_bytes_s, replica_tokens
 from megatron_smartmoe.errors import ConfigError
 from megatron_smartmoe.placement.homes_planner import OnlineOptions
 from megatron_smartmoe.placement.layer_cost import LayerPricing
 from megatron_smartmoe.placement.plan_replicas import ReplicaOptions
 from megatron_smartmoe.placement.policy import PolicyOptions
 from megatron_smartmoe.planner.arguments import model_from_arguments, parallel_from_arguments
-from megatron_smartmoe.spec.cluster import ClusterSpec, load_cluster_spec
+from megatron_smartmoe.spec.cluster import (
+    ClusterSpec,
+    fitting_cluster,
+    load_cluster_spec,
+    shipped_clusters,
+    shipped_directory,
+)
 from megatron_smartmoe.spec.model import ModelSpec
 from megatron_smartmoe.spec.parallel import ParallelSpec
-from megatron_smartmoe.spec.shipped import CLUSTERS, fitting_cluster, shipped_clusters
 
 # --- the machine
 
@@ -41,7 +46,7 @@ def machine(args: Namespace) -> ClusterSpec:
     if args.smartmoe_cluster is not None:
         return load_cluster_spec(Path(args.smartmoe_cluster))
     if not torch.cuda.is_available():
-        return load_cluster_spec(CLUSTERS / "cpu.yaml")
+        return load_cluster_spec(shipped_directory("clusters") / "cpu.yaml")
     name = torch.cuda.get_device_name()
     fitting = fitting_cluster(name)
     if fitting is None:
@@ -133,7 +138,9 @@ def online_setting(args: Namespace, mode: str | None = None) -> LayerPricing:
     if (mode or replicas_mode(args)) == "history":
         shares = get_num_microbatches()
         constants = replace(
-            constants, intra_copy_s=constants.intra_copy_s / shares, inter_copy_s=constants.inter_copy_s / shares
+            constants,
+            intra_replica_s=constants.intra_replica_s / shares,
+            inter_replica_s=constants.inter_replica_s / shares,
         )
     return LayerPricing(num_ranks=num_ranks, num_nodes=nodes_of_group(num_ranks), constants=constants)
 
@@ -159,7 +166,7 @@ def online_options(args: Namespace, review_records: int) -> OnlineOptions:
         policy=PolicyOptions(
             horizon_iterations=args.smartmoe_homes_horizon,
             margin=args.smartmoe_homes_margin,
-            rest_iterations=args.smartmoe_homes_interval,
+            cooldown_iterations=args.smartmoe_homes_interval,
         ),
         review_records=review_records,
     )
@@ -167,7 +174,7 @@ def online_options(args: Namespace, review_records: int) -> OnlineOptions:
 
 def replica_options(args: Namespace) -> ReplicaOptions:
     """Where replicas may be placed, and what one costs."""
-    return ReplicaOptions(num_nodes=scope_nodes(args), copy_price_tokens=copy_price_tokens(args))
+    return ReplicaOptions(num_nodes=scope_nodes(args), replica_price_tokens=replica_price_tokens(args))
 
 
 def scope_nodes(args: Namespace) -> int:
@@ -179,10 +186,10 @@ def scope_nodes(args: Namespace) -> int:
     return nodes_of_group(mpu.get_expert_model_parallel_world_size())
 
 
-def copy_price_tokens(args: Namespace) -> float:
+def replica_price_tokens(args: Namespace) -> float:
     """Tokens that a replica must take from the busiest rank to pay off, --smartmoe-replicas-margin included."""
     from megatron.core import parallel_state as mpu
 
     constants = constants_of(machine(args), expert_shape(args))
     between_nodes = nodes_of_group(mpu.get_expert_model_parallel_world_size()) > scope_nodes(args)
-    return float(args.smartmoe_replicas_margin * copy_tokens(constants, between_nodes=between_nodes))
+    return float(args.smartmoe_replicas_margin * replica_tokens(constants, between_nodes=between_nodes))

@@ -96,7 +96,7 @@ def test_exact_replicas_cost_less_than_those_from_history_in_bf16() -> None:
     args = arguments(smartmoe_spare_slots=1)
     launch, model, constants = launch_of_run(args), model_of_run(args), StepConstants.of(machine)
     copy_s = {
-        mode: layer_constants(machine, model, replace(launch, replicas=mode), constants).intra_copy_s
+        mode: layer_constants(machine, model, replace(launch, replicas=mode), constants).intra_replica_s
         for mode in ("history", "exact")
     }
     assert copy_s["exact"] == pytest.approx(copy_s["history"] * (2 + 2) / (2 + 4))
