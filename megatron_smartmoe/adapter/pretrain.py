@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING
 
 from megatron_smartmoe.adapter import log_filters
 from megatron_smartmoe.adapter.flags.parser import (
-    add_smartmoe_arguments,
     device_from,
     has_apex,
     has_transformer_engine,
     machine_defaults,
     parse,
 )
+from megatron_smartmoe.adapter.flags.smartmoe_arguments import add_smartmoe_arguments
 from megatron_smartmoe.errors import EXIT_CONFIG_ERROR, CompatError, SmartMoEError
 
 if TYPE_CHECKING:
@@ -88,16 +88,12 @@ def check_flags(argv: Sequence[str], *, cpu: bool, data_exists: bool = True) -> 
     """Parse and check the flags before any process group forms.
 
     Raises:
-        ConfigError: see `checks.check`.
+        ConfigError: see `megatron_checks.check`.
     """
-    from megatron_smartmoe.adapter.flags.megatron_checks import check
+    from megatron_smartmoe.adapter.flags.megatron_checks import check_args
 
     args = parse(argv)
-    check(args, world_size=args.world_size, cpu=cpu, data_exists=data_exists)
-    if (args.tensor_model_parallel_size > 1 or args.context_parallel_size > 1) and not args.use_megatron_fsdp:
-        # Megatron asserts it before Blackwell: kernels must start in the order in which they were issued. With FSDP
-        # it asserts the opposite.
-        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    check_args(args, cpu=cpu, data_exists=data_exists)
     return args
 
 

@@ -63,6 +63,15 @@ class ExpertShape:
         return 6.0 * self.num_params
 
 
+def replica_grad_bytes(mode: str, element_bytes: int) -> int:
+    """Bytes per weight of a replica's gradient on its way home.
+
+    Replicas planned exactly serve one backward pass and send its gradient as it is; those from history send the sum of
+    an iteration, in fp32.
+    """
+    return element_bytes if mode == "exact" else 4
+
+
 @dataclass(frozen=True, kw_only=True)
 class BusiestRank:
     """The rank that the others wait for."""

@@ -21,6 +21,11 @@ Precision = Literal["bf16", "fp32"]
 Implementation = Literal["transformer_engine", "local"]
 
 
+def is_recomputable(mode: Recompute, *, grouped_by_te: bool) -> bool:
+    """Whether Megatron can recompute so: the experts' activation only in TransformerEngine's grouped GEMM."""
+    return mode != "act" or grouped_by_te
+
+
 @dataclass(frozen=True, kw_only=True)
 class ParallelSpec:
     """One launch.
@@ -102,9 +107,10 @@ class ParallelSpec:
         return bool(self.homes_interval or self.replicas != "off" or self.overlap_degree > 1)
 
     def recomputes(self, mode: Recompute, model: ModelSpec) -> bool:
-        """Whether Megatron can recompute so; the experts' activation only in TransformerEngine's grouped GEMM."""
+        """Whether Megatron can recompute so in this launch."""
         own_experts = self.smartmoe and not model.bias  # those of `--smartmoe` have no biases
-        return mode != "act" or (self.implementation == "transformer_engine" and not own_experts)
+        grouped_by_te = self.implementation == "transformer_engine" and not own_experts
+        return is_recomputable(mode, grouped_by_te=grouped_by_te)
 
     def label(self) -> str:
         """Short and complete enough to tell two plans apart."""

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from megatron_smartmoe.adapter.launch import calibrate
-from megatron_smartmoe.adapter import machine as training
+from megatron_smartmoe.adapter import cost_inputs as training
 from megatron_smartmoe.adapter.launch import machine as launcher
 from megatron_smartmoe.adapter.launch import process
 from megatron_smartmoe.adapter.launch.topology import Topology

@@ -144,5 +144,5 @@ def test_auto_prints_its_reason(tmp_path: Path, data_flags: list[str]) -> None:
     train(tmp_path, 2, data_flags, *_flags(EP2, "auto"), iterations=1)
     lines = [line for line in (tmp_path / "ranks" / "rank0.log").read_text().splitlines() if "overlap degree" in line]
     assert len(lines) == 1
-    assert lines[0].startswith("smartmoe: overlap degree 1, the fewest pieces")
+    assert lines[0].startswith("smartmoe: overlap degree 1, the fewest chunks")
     assert "overlap degree" not in (tmp_path / "ranks" / "rank1.log").read_text()

@@ -61,7 +61,7 @@ def _dry_runs(runs: dict[str, int]) -> list[Checked]:
     from megatron_smartmoe.adapter.flags.parser import parse
     from megatron_smartmoe.adapter.launch.launcher import launch
     from megatron_smartmoe.adapter.launch.machine import vocabulary
-    from megatron_smartmoe.planner.model_flags import model_from_arguments
+    from megatron_smartmoe.planner.arguments import model_from_arguments
 
     found = []
     for name, nodes in runs.items():
@@ -123,7 +123,7 @@ def test_it_fits_the_memory_of_its_cluster(name: str, checked: dict[str, Checked
     cluster: ClusterSpec = load_cluster_spec(Path(checked[name].arguments["smartmoe_cluster"]))
     cluster = replace(cluster, nodes=RUNS[name])
     spec = parallel_from_flags(flags, shipped, 8 * RUNS[name])
-    plan = Pricing(shipped, cluster, LoadModel(scenarios_from_model(shipped))).plan(spec)
+    plan = Pricing(shipped, cluster, LoadModel(scenarios_from_model(shipped))).price(spec)
     assert plan.memory.total <= cluster.gpu.memory_bytes
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from megatron_smartmoe.planner.flags import megatron_flags, parallel_from_flags
 from megatron_smartmoe.planner.load import LoadModel, scenarios_from_model
-from megatron_smartmoe.planner.pricing import Plan, Pricing
+from megatron_smartmoe.planner.pricing import Launch, Pricing
 from megatron_smartmoe.planner.search import search
 from megatron_smartmoe.planner.space import SpaceOptions
 from megatron_smartmoe.spec.cluster import load_cluster_spec
@@ -33,7 +33,7 @@ def model(request: pytest.FixtureRequest) -> ModelSpec:
 
 
 @pytest.fixture(scope="module")
-def plans(model: ModelSpec) -> list[Plan]:
+def plans(model: ModelSpec) -> list[Launch]:
     """The best few, and every one that needs recomputation among those that no other beats in time and memory."""
     cluster = load_cluster_spec(CONFIGS / "clusters" / "h100-sxm.yaml")
     pricing = Pricing(model, cluster, LoadModel(scenarios_from_model(model)))
@@ -70,7 +70,7 @@ def _known(argv: list[str], options: Any) -> list[str]:
     return kept
 
 
-def test_megatron_accepts_every_plan(model: ModelSpec, plans: list[Plan], tmp_path: Path) -> None:
+def test_megatron_accepts_every_plan(model: ModelSpec, plans: list[Launch], tmp_path: Path) -> None:
     lists = [([*megatron_flags(model, plan.spec).all, *USER], plan.spec.gpus) for plan in plans]
     for plan, args in zip(plans, run_ranks(_judge, 1, lists, log_dir=tmp_path)[0], strict=True):
         spec = plan.spec
@@ -82,6 +82,6 @@ def test_megatron_accepts_every_plan(model: ModelSpec, plans: list[Plan], tmp_pa
         assert (args.get("virtual_pipeline_model_parallel_size") or 1) == spec.vpp
 
 
-def test_flags_read_back_give_the_plan(model: ModelSpec, plans: list[Plan]) -> None:
+def test_flags_read_back_give_the_plan(model: ModelSpec, plans: list[Launch]) -> None:
     for plan in plans:
         assert parallel_from_flags(megatron_flags(model, plan.spec).all, model, plan.spec.gpus) == plan.spec

@@ -80,7 +80,7 @@ def test_sbatch_trains_on_two_nodes_with_torchrun(slurm: SlurmCluster, tmp_path:
     job = slurm.sbatch(BATCH_SCRIPT, *options, *flags, cwd=ROOT, timeout=TIMEOUT_S)
     assert_completed(job)
     assert_same_run(run_dir, job.stdout, expected)
-    assert job.stdout.count("smartmoe: 4 ranks on 2 node(s)") == 1
+    assert job.stdout.count("smartmoe: 4 ranks on 2 nodes") == 1
 
     assert "num-experts: '8'" in (run_dir / "config.yaml").read_text()
     assert "--nnodes 2" in (run_dir / "command.sh").read_text()

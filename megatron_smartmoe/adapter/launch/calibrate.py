@@ -1,8 +1,8 @@
 """Behind `smartmoe calibrate`: find the machine, start the ranks, measure, write the cluster file. No Megatron.
 
-Without a rank of its own (`python -m megatron_smartmoe.adapter.launch.calibrate`) this starts the ranks as the
-launcher starts training: torchrun on this host, on each node of a Slurm allocation, or the task itself where Slurm
-starts one per rank. Under torchrun it is a rank.
+Started alone (`python -m megatron_smartmoe.adapter.launch.calibrate`) this starts the ranks as the launcher starts
+training: torchrun on this host, on each node of a Slurm allocation, or the task itself where Slurm starts one per rank.
+Under torchrun it is a rank.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ import torch
 import torch.distributed as dist
 
 from megatron_smartmoe.adapter.launch import process
+from megatron_smartmoe.adapter.launch.command import program, rank_environment
 from megatron_smartmoe.adapter.launch.launcher import srun
-from megatron_smartmoe.adapter.launch.plan import program, rank_environment
-from megatron_smartmoe.adapter.launch.topology import find_topology, speaks_for_the_job
+from megatron_smartmoe.adapter.launch.topology import find_topology, reports_errors
 from megatron_smartmoe.calibrate.cluster_file import fit_machine
 from megatron_smartmoe.calibrate.measure import Bench, BenchPlan, measure, usable_cores
 from megatron_smartmoe.calibrate.measurement import MachineMeasurement
@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return run_rank(options, nominal)
         return start_ranks(options)
     except SmartMoEError as error:
-        if speaks_for_the_job() and os.environ.get("RANK", "0") == "0":
+        if reports_errors() and os.environ.get("RANK", "0") == "0":
             print(f"smartmoe calibrate: {error}", file=sys.stderr)
         return EXIT_CONFIG_ERROR
 
@@ -62,7 +62,7 @@ def start_ranks(options: CalibrateOptions) -> int:
     if topology.needs_srun:
         return srun(topology, as_argv(options), _MODULE)
     environment = rank_environment(topology, cpu=not cuda)
-    # A rank knows how many there are, and torchrun takes --nproc for an option of its own, wherever it stands.
+    # Ranks need no --nproc, and torchrun would take it for an option of its own.
     command = [*program(topology, _MODULE), *as_argv(replace(options, nproc=None))]
     if topology.rank is not None:
         os.environ.update(environment)
@@ -79,7 +79,7 @@ def run_rank(options: CalibrateOptions, nominal: ClusterSpec | None) -> int:
     kind = _kind(options)
     options = options.for_device(kind)
     local, per_node = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    device = torch.device(kind, local if kind == "cuda" else None)
+    device = torch.device(kind, local) if kind == "cuda" else torch.device(kind)
     if kind == "cuda":
         torch.cuda.set_device(device)
     backend = "nccl" if kind == "cuda" else "gloo"
@@ -116,6 +116,11 @@ def _dtype(kind: str) -> torch.dtype:
 
 
 def _plan(options: CalibrateOptions, kind: str, dtype: torch.dtype) -> BenchPlan:
+    assert options.hidden is not None, "for_device fills all of them in"
+    assert options.ffn is not None
+    assert options.experts is not None
+    assert options.tokens is not None
+    assert options.sizes is not None
     return BenchPlan(
         expert=ExpertShape(hidden=options.hidden, ffn=options.ffn, element_bytes=dtype.itemsize),
         num_experts=options.experts,
@@ -154,7 +159,7 @@ def _bench(device: torch.device, dtype: torch.dtype, per_node: int, repeats: int
 def _how(backend: str, dtype: torch.dtype) -> str:
     version = f"torch {torch.__version__}"
     if backend == "nccl":
-        version += f", NCCL {'.'.join(str(part) for part in torch.cuda.nccl.version())}"
+        version += f", NCCL {'.'.join(str(part) for part in torch.cuda.nccl.version())}"  # type: ignore[no-untyped-call]
     number = torch.get_num_threads()
     threads = f"{number} thread{'s' * (number > 1)} a rank, " if backend == "gloo" else ""
     return f"{backend}, {str(dtype).removeprefix('torch.')}, {threads}{version}, {datetime.date.today().isoformat()}"

@@ -13,7 +13,7 @@ from megatron.core.num_microbatches_calculator import get_num_microbatches
 
 from megatron_smartmoe.adapter.cost_inputs import online_options, online_setting
 from megatron_smartmoe.adapter.flags.checkpoint_check import saved_placement
-from megatron_smartmoe.adapter.flags.replica_arguments import REPLICAS, replicas_mode
+from megatron_smartmoe.adapter.flags.smartmoe_arguments import REPLICAS, replicas_mode
 from megatron_smartmoe.adapter.hooks import Callback, Order
 from megatron_smartmoe.adapter.loops.decision_log import DecisionLog
 from megatron_smartmoe.adapter.migration.mover import ExpertMover, with_home_slots, with_spare_slots

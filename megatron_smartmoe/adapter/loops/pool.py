@@ -19,15 +19,20 @@ import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 
-from megatron_smartmoe.adapter.cost_inputs import replica_options
-from megatron_smartmoe.adapter.flags.pool_settings import pool_settings, starting_setting
+from megatron_smartmoe.adapter.cost_inputs import (
+    launch_of_run,
+    machine_of_job,
+    model_of_run,
+    nodes_of_group,
+    replica_options,
+)
+from megatron_smartmoe.adapter.flags.pool_settings import settings_of_pool, starting_setting
 from megatron_smartmoe.adapter.hooks import Callback, Order
 from megatron_smartmoe.adapter.loops.decision_log import DecisionLog
 from megatron_smartmoe.adapter.loops.homes import HomesLoop
 from megatron_smartmoe.adapter.loops.replicas import ReplicaLoop
-from megatron_smartmoe.adapter.machine import machine, nodes_of_group
 from megatron_smartmoe.adapter.moe.overlap import OverlappedMoELayer
-from megatron_smartmoe.adapter.moe.overlap_degree import OverlapDegree, run_model, run_parallel
+from megatron_smartmoe.adapter.moe.overlap_degree import OverlapDegree
 from megatron_smartmoe.adapter.moe.routers import count_tokens
 from megatron_smartmoe.adapter.run import Run
 from megatron_smartmoe.placement.decisions import Decision, digest_of
@@ -82,7 +87,7 @@ class PoolLoop(Callback):
         )
         count_tokens([(number, layer) for number, layer in run.layers if number in sampled], self._counts)
         now = starting_setting(args, self._degree())
-        self._settings = with_setting(pool_settings(args), now)
+        self._settings = with_setting(settings_of_pool(args), now)
         rest = SwitchboardOptions(cooldown_iterations=args.smartmoe_pool_interval)
         self._board = Switchboard(now, args.iteration, rest)
         self._prices = _prices(args, len(run.layer_numbers), homes_move=args.smartmoe_homes == "on")
@@ -198,13 +203,13 @@ def _of_slowest_rank(measured: StepTimes) -> StepTimes:
 
 def _prices(args: Namespace, num_layers: int, *, homes_move: bool) -> PoolPrices:
     """This run's sizes and machine, as the planner would price them."""
-    spec, micro_batches = run_parallel(args, degree=1), get_num_microbatches()
+    spec, micro_batches = launch_of_run(args), get_num_microbatches()
     chunks = args.virtual_pipeline_model_parallel_size or 1
     in_a_row = micro_batches + (spec.pp - 1) / chunks  # of a stage: its micro-batches and the bubble
     return PoolPrices(
-        model=run_model(args),
+        model=model_of_run(args),
         spec=spec,
-        cluster=machine(args),
+        cluster=machine_of_job(args),
         num_nodes=nodes_of_group(spec.ep),
         micro_batches=micro_batches,
         layers_in_a_row=num_layers / spec.pp * in_a_row,

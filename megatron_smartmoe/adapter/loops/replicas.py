@@ -23,10 +23,9 @@ from megatron.core import parallel_state as mpu
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 
-from megatron_smartmoe.adapter.cost_inputs import online_options, replica_price_tokens, scope_nodes
-from megatron_smartmoe.adapter.flags.replica_arguments import replicas_mode
+from megatron_smartmoe.adapter.cost_inputs import nodes_of_group, online_options, replica_price_tokens, scope_nodes
+from megatron_smartmoe.adapter.flags.smartmoe_arguments import replicas_mode
 from megatron_smartmoe.adapter.hooks import Callback, Order
-from megatron_smartmoe.adapter.machine import nodes_of_group
 from megatron_smartmoe.adapter.moe.layer import SmartMoELayer
 from megatron_smartmoe.adapter.moe.replica_dispatcher import PlanReplicas, ReplicaDispatcher
 from megatron_smartmoe.adapter.run import Run

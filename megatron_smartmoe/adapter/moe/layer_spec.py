@@ -28,7 +28,7 @@ from megatron.core.transformer.torch_norm import L2Norm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.training.models.gpt import GPTModelConfig, default_layer_spec
 
-from megatron_smartmoe.adapter.flags.pool_settings import may_cut as pool_may_cut
+from megatron_smartmoe.adapter.flags.pool_settings import may_overlap as pool_may_overlap
 from megatron_smartmoe.adapter.local.attention import SDPAttention
 from megatron_smartmoe.adapter.local.norm import TorchNorm
 from megatron_smartmoe.adapter.moe.experts import SlottedExperts
@@ -51,7 +51,7 @@ def spec_for(args: Namespace, overlap_degree: OverlapDegree | None = None) -> Ca
         return layer_spec
     slotted = args.smartmoe_experts == "grouped_mm"
     degree = overlap_degree or OverlapDegree(args)
-    return partial(smartmoe_layer_spec, slotted=slotted, overlap_degree=degree, may_cut=pool_may_cut(args))
+    return partial(smartmoe_layer_spec, slotted=slotted, overlap_degree=degree, may_cut=pool_may_overlap(args))
 
 
 def layer_spec(config: GPTModelConfig, vp_stage: int | None = None) -> Spec:

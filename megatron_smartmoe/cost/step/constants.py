@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from megatron_smartmoe.cost.compute import ExpertShape
+from megatron_smartmoe.cost.compute import ExpertShape, replica_grad_bytes
 from megatron_smartmoe.cost.moe_layer import (
     GEMM_EFFICIENCY,
     LINK_EFFICIENCY,
@@ -114,7 +114,7 @@ def expert_shape(model: ModelSpec, spec: ParallelSpec) -> ExpertShape:
         ffn=model.moe.ffn // spec.etp,
         gated=model.gated,
         element_bytes=spec.element_bytes,
-        grad_bytes=spec.grad_bytes,
+        grad_bytes=replica_grad_bytes(spec.replicas, spec.element_bytes),
     )
 
 

@@ -161,7 +161,7 @@ def _flow(setting: PoolSetting, slots_RS: IntArray, counts_RE: IntArray, prices:
 def _seconds(setting: PoolSetting, flows: Sequence[LayerFlow], prices: PoolPrices) -> float:
     """Seconds of a step's MoE layers, from the mean over the sampled flows."""
     constants = StepConstants.of(prices.cluster)
-    spec = replace(prices.spec, overlap_degree=setting.overlap_degree)
+    spec = replace(prices.spec, overlap_degree=setting.overlap_degree, replicas=setting.replicas)
     layer = layer_constants(prices.cluster, prices.model, spec, constants)
     times = moe_times(flows, layer, prices.model, spec, prices.cluster, constants)
     served = prices.micro_batches if setting.replicas == "history" else 1  # micro-batches that share a transfer

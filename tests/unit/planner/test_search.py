@@ -38,7 +38,7 @@ def test_the_best_are_those_of_the_whole_space(result: SearchResult) -> None:
                         overlap_degree=degree,
                         recompute=mode,
                     )
-                    plan = prices.plan(spec)
+                    plan = prices.price(spec)
                     if plan.memory.total <= CLUSTER.gpu.memory_bytes:
                         best = min(best, plan.expected_s)
         seconds.append(best)
@@ -89,5 +89,5 @@ def test_replicas_pay_under_skew_only() -> None:
 
 def test_nothing_fits_says_how_far() -> None:
     tiny = replace(CLUSTER, gpu=replace(CLUSTER.gpu, memory_bytes=4e9))
-    with pytest.raises(ConfigError, match=r"no launch fits: the smallest needs .* GB per GPU, there are 4.0 GB"):
+    with pytest.raises(ConfigError, match=r"no launch fits: the smallest needs .* GB per GPU, and a GPU has 4.0 GB"):
         search(pricing(cluster=tiny), 8, SPACE)
