@@ -30,7 +30,7 @@ CASES = {
     ),
     "configuration": (
         ["--config", "wrong.yaml"],
-        "error: wrong.yaml:5 = 'num-layers': is given twice. Keep one of them.",
+        "error: wrong.yaml:5 = 'num-layers': is given twice. Remove one of the two lines.",
     ),
     "not YAML": (
         ["--config", "not.yaml"],
