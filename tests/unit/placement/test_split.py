@@ -99,8 +99,8 @@ def test_the_bound_rises_where_copies_are_locked_in() -> None:
     assert min_max_split(counts_RE, hosts_of(slots_RS, 4)).sum(axis=0).tolist() == [10, 10, 1, 1]
 
 
-def test_an_expert_without_a_copy_is_named() -> None:
-    with pytest.raises(PlanError, match="expert 1 has 3 tokens and no copy on any rank"):
+def test_an_expert_without_a_host_is_named() -> None:
+    with pytest.raises(PlanError, match="expert 1 has 3 tokens and no slot on any rank"):
         min_max_split(np.array([[1, 3]]), np.array([[True], [False]]))
 
 
