@@ -14,11 +14,13 @@ from megatron_smartmoe.planner.flags import megatron_flags
 from megatron_smartmoe.spec.model import LatentAttention, ModelSpec, MoESpec
 from megatron_smartmoe.spec.parallel import ParallelSpec, pipeline_chunks
 from tests.support.allocation import allocated
+from tests.support.models import SMALL
 
 pytestmark = pytest.mark.dist
 
 # Odd sizes everywhere, so that every padding rule has something to pad.
-ODD = ModelSpec(
+ODD = replace(
+    SMALL,
     name="odd",
     layers=4,
     hidden=72,

@@ -6,20 +6,18 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_smartmoe.spec.model import LatentAttention, ModelSpec, MoESpec
+from megatron_smartmoe.spec.model import LatentAttention, MoESpec
 from megatron_smartmoe.spec.parallel import ParallelSpec, pipeline_chunks, violation
+from tests.support.models import SMALL
 
-MODEL = ModelSpec(
-    name="m",
-    layers=8,
+MODEL = replace(
+    SMALL,
     hidden=64,
     heads=8,
-    query_groups=4,
     head_dim=8,
     ffn=128,
     vocab=500,
     seq_length=64,
-    global_batch=64,
     moe=MoESpec(experts=8, top_k=2, ffn=96),
     mtp_layers=1,
 )
