@@ -28,7 +28,7 @@ from megatron_smartmoe.spec.arrays import FloatArray, IntArray
 from megatron_smartmoe.spec.placement import BoolArray
 
 _SEED = 20230711  # of the perturbed forecasts; any number would do, but it must be the same on every rank
-_FIRST_JUMP = 3  # records before a jump can be told from the averages' start
+_FIRST_JUMP = 3  # records before a jump can be distinguished from the start of the averages
 _SAME_REGIME = 0.5  # a regime is back when it is this much closer to the record than the forecast; an estimate
 
 

@@ -3,7 +3,7 @@
 File format (`.npz`, readable without this project): `counts` unsigned int `[iterations, layers, source_ranks,
 experts]`, with an optional micro-batch axis before `experts`; assignments (tokens x top-k) by logical expert, before
 dropping. `iteration` and `layer` (global layer number) int64; `meta` a JSON string with `version, experts, top_k,
-source_ranks, source`. Counts by source rank, not totals: the split and the all-to-all need to know where tokens come
+source_ranks, source`. Counts by source rank, not totals: the split and the all-to-all depend on where tokens come
 from.
 
 `from_megatron` imports what Megatron writes with `--moe-routing-trace-path` (a JSONL file per rank, one line per

@@ -5,7 +5,7 @@ follows the schedule, gradients, optimizer and parameters, is added as far as it
 slowest stage, times the micro-batches; what that stage waits for the others is the bubble.
 
 Alternatives: an event simulation of the schedule costs a thousand times more and differs by the order of sends; a
-single formula (12 L H^2 over peak) cannot tell two plans apart.
+single formula (12 L H^2 over peak) cannot distinguish two plans.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The peers' rules that copy experts and leave homes alone. Each against an example by hand."""
+"""The peers' rules that replicate experts and keep homes; each against an example by hand."""
 
 import numpy as np
 import pytest
