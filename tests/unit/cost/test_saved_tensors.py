@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -34,7 +35,8 @@ def test_plain_torch_keeps_six_inner_rows_where_fused_code_keeps_three() -> None
 
 @pytest.mark.parametrize("size", ["tp", "cp", "micro_batch", "etp"])
 def test_sizes_divide_the_layer(size: str) -> None:
-    whole, parts = (layer_bytes(SMALL, replace(LOCAL, **{size: n}), experts=True, imbalance=1.0) for n in (1, 2))
+    sizes: list[dict[str, Any]] = [{size: 1}, {size: 2}]
+    whole, parts = (layer_bytes(SMALL, replace(LOCAL, **each), experts=True, imbalance=1.0) for each in sizes)
     if size == "micro_batch":
         assert (
             parts.experts == 2 * layer_bytes(SMALL, replace(LOCAL, micro_batch=1), experts=True, imbalance=1.0).experts
