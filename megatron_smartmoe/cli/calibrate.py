@@ -21,7 +21,7 @@ _MODULE = "megatron_smartmoe.adapter.launch.calibrate"
 
 
 def add_parser(tools: Any) -> None:
-    """Describe the command line."""
+    """Add the subcommand to the parser of the tools."""
     parser = tools.add_parser("calibrate", help="measure this machine, write its cluster file", description=__doc__)
     add_arguments(parser)
     parser.set_defaults(run=run)

@@ -119,7 +119,7 @@ class LayerConstants:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerTime:
-    """Where the time of a layer goes; `total_s` is the sum of the terms, `hidden_s` is negative or zero."""
+    """The terms of a layer's time; `total_s` is their sum, `hidden_s` is negative or zero."""
 
     fixed_s: float
     source_s: float
@@ -221,7 +221,7 @@ def constants_of(
     Args:
         cluster: peaks, bandwidths and latencies, and the shares of them that are known to be reached.
         expert: sizes.
-        ranks: of the expert-parallel group; with 1 there is no exchange.
+        ranks: number of expert-parallel ranks; with 1 there is no exchange.
         shared_network_card: the GPUs of a node share one card of `gpus_per_node` times `inter_node`'s bandwidth, and
             it is what limits them. What a GPU exchanges with other nodes then goes through the same port as what it
             exchanges inside its own, and on through the card.

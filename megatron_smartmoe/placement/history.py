@@ -192,7 +192,7 @@ def _distance(share_NE: FloatArray, other_NE: FloatArray) -> FloatArray:
 
 
 def _evenly(rows: FloatArray, most: int) -> FloatArray:
-    """At most `most` rows, evenly spaced."""
+    """Up to `most` of the rows, evenly spaced."""
     if len(rows) <= most:
         return rows
     return rows[np.linspace(0, len(rows) - 1, most).astype(np.int64)]

@@ -71,7 +71,7 @@ class MigrationPlan:
         steps: empty when nothing changes.
         sent_bytes_W: bytes that worker w sends.
         received_bytes_W: bytes that worker w receives.
-        digest: of homes, layouts and limits; 16 hexadecimal digits, to be compared across ranks.
+        digest: 16 hexadecimal digits of homes, layouts and limits, which ranks compare before they start.
     """
 
     steps: tuple[MigrationStep, ...]

@@ -71,7 +71,7 @@ class MoESpec:
         ffn: F, inner size of one expert.
         shared_ffn: inner size of the shared expert; 0 for none.
         first_dense: leading layers with a dense MLP instead of experts.
-        every: of the layers after those, each n-th one has experts, the first of them included.
+        every: each n-th layer after those has experts, beginning with the first.
         score_function: `softmax` or `sigmoid`.
         pre_softmax: softmax before the choice of experts, not after it.
         expert_bias: the bias-only balancing of DeepSeek-V3, without a loss.

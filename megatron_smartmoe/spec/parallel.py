@@ -120,7 +120,7 @@ class ParallelSpec:
         return " ".join(parts)
 
     def to_json(self) -> dict[str, Any]:
-        """All fields, and the sizes that follow from them."""
+        """Its fields and the sizes that follow from them, for plan.json."""
         return {**asdict(self), "dp": self.dp, "edp": self.edp, "micro_batches": self.micro_batches}
 
 

@@ -44,7 +44,7 @@ LEAST_EXPOSED_SHARE = 0.1
 
 @dataclass(frozen=True, kw_only=True)
 class StepTime:
-    """Where a step's seconds go; `total_s` is the sum of the terms. `hidden_s` is negative or zero."""
+    """The terms of a step's time; `total_s` is their sum, `hidden_s` is negative or zero."""
 
     attention_s: float = 0.0
     dense_mlp_s: float = 0.0

@@ -37,7 +37,7 @@ class FasterMoE:
         ffn_factor: expert's inner size over H (FMOE_FASTER_GLBPLC_ALPHA).
         network_bytes_s: bandwidth of one rank (FMOE_FASTER_GLBPLC_NETBW).
         gpu_flops: arithmetic of one rank (FMOE_FASTER_GLBPLC_GPUTP).
-        element_bytes: of weights and activations.
+        element_bytes: bytes of a weight or an activation.
         weight_transfers: how many times an expert's weights cross the network for one shadow.
     """
 
