@@ -254,7 +254,7 @@ def _host_to_device(plan: BenchPlan, bench: Bench) -> dict[str, float]:
 def _collective(operation: str, size: int, group: dist.ProcessGroup, bench: Bench) -> Task:
     """One collective on buffers of about `size` bytes; its units are bytes through the busiest port (see Series)."""
     ranks, rank = dist.get_world_size(group), dist.get_rank(group)
-    elements = -(-size // (bench.dtype.itemsize * ranks)) * ranks  # an all-to-all cuts it into equal parts
+    elements = -(-size // (bench.dtype.itemsize * ranks)) * ranks  # an all-to-all divides it into equal parts
     buffer = torch.zeros(elements, device=bench.device, dtype=bench.dtype)
     other = torch.zeros_like(buffer)
     num_bytes = elements * bench.dtype.itemsize
