@@ -9,13 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from megatron_smartmoe.adapter.launch import calibrate
 from megatron_smartmoe.adapter import machine as training
+from megatron_smartmoe.adapter.launch import calibrate, process
 from megatron_smartmoe.adapter.launch import machine as launcher
-from megatron_smartmoe.adapter.launch import process
 from megatron_smartmoe.adapter.launch.topology import Topology
-from megatron_smartmoe.cli.main import main as smartmoe
 from megatron_smartmoe.calibrate.options import CalibrateOptions
+from megatron_smartmoe.cli.main import main as smartmoe
 from megatron_smartmoe.errors import ConfigError
 from megatron_smartmoe.spec.cluster import ClusterSpec, load_cluster_spec
 from tests.support.ranks import run_ranks
