@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Times the host ops of the placement against their numpy twins, in one process on one core; and compares balance.
+"""Time the host ops of the placement and their numpy twins, in one process on one core; or compare balance.
 
     python scripts/bench_placement.py                     256 experts on 64 ranks, 1 and 2 spare slots
     python scripts/bench_placement.py --ranks 32 --repeats 1000
@@ -11,11 +11,11 @@ draws of fresh lognormal loads, and the worst draw. The steps:
 
     split               on replicas planned for this load
     split, drifted      on replicas planned before each expert's load changed by a lognormal factor (--drift)
-    replicas + split   all that a micro-batch needs: sum of the counts, new replicas, hosts, split
+    replicas + split    all that a micro-batch needs: sum of the counts, new replicas, hosts, split
 
 `--balance` replays synthetic traces whose load jumps (one expert 4, 8 or 16 times as popular for a third of every 24,
 12 or 6 records) or drifts (2%, 5% or 20% a record), two seeds each. Its table has the mean of max / mean tokens per
-rank and, behind the stroke, the worst record. It needs no compiled library.
+rank and, after the slash, the worst record. It needs no compiled library.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -99,13 +100,13 @@ def compiled_step(counts_RE: torch.Tensor, slots_RS: torch.Tensor, home_slots: i
 
 
 def check_equal(found: torch.Tensor, expected: IntArray) -> None:
-    """Ends the program when an op and its twin disagree."""
+    """Exit with an error when an op and its twin disagree."""
     if not np.array_equal(found.numpy(), expected):
         sys.exit("the compiled ops and their twins disagree: tests/unit/ops/test_placement.py finds where")
 
 
 def fewer(repeats: int) -> int:
-    """Calls of a twin, which takes far longer."""
+    """Repeats for a twin, which takes far longer than its op."""
     return max(1, repeats // 20)
 
 
@@ -121,7 +122,7 @@ def time_us(call: Callable[[], object], repeats: int) -> float:
 
 
 def time_split(problem: Draw, slots_RS: IntArray, repeats: int) -> tuple[float, float]:
-    """Checks and times the split on some slots, in us: op and twin."""
+    """Check and time the split with given slots, in us: op and twin."""
     hosts_ER = hosts_of(slots_RS, problem.counts_RE.shape[1])
     args = torch.from_numpy(problem.counts_RE), torch.from_numpy(hosts_ER)
     check_equal(ops.min_max_split(*args), min_max_split(problem.counts_RE, hosts_ER))
@@ -132,7 +133,7 @@ def time_split(problem: Draw, slots_RS: IntArray, repeats: int) -> tuple[float, 
 
 
 def time_step(problem: Draw, repeats: int) -> tuple[float, float]:
-    """Checks and times replicas + split, in us: ops and twins."""
+    """Check and time replicas + split, in us: ops and twins."""
     args = torch.from_numpy(problem.counts_RE), torch.from_numpy(problem.slots_RS), problem.home_slots
     check_equal(compiled_step(*args), numpy_step(problem))
     return time_us(lambda: compiled_step(*args), repeats), time_us(lambda: numpy_step(problem), fewer(repeats))
@@ -164,7 +165,7 @@ RIVALS: dict[str, Rule] = {
 
 
 def balance_table() -> None:
-    """One line for each kind of load, shape and number of spare slots: all traces of it together."""
+    """Print a line for each kind of load, shape and number of spare slots, over all of its traces."""
     columns = ["ours, history", "ours, auto", *RIVALS]
     print(f"{'load':<9}{'experts':>8}{'ranks':>6}{'slots':>6}" + "".join(f"{name:>20}" for name in columns))
     behind = 0
@@ -172,7 +173,9 @@ def balance_table() -> None:
         for (experts, ranks), spare in itertools.product(SHAPES, (1, 2)):
             traces = [burst_or_drift(kind, experts, ranks, seed, v) for v in variants for seed in (0, 1)]
             found = [balance_of(trace, ranks, spare) for trace in traces]
-            behind += sum(f["ours, auto"].mean() > min(f["EPLB"].mean(), f["UltraEP, exact"].mean()) for f in found)
+            behind += sum(
+                float(f["ours, auto"].mean()) > min(f["EPLB"].mean(), f["UltraEP, exact"].mean()) for f in found
+            )
             line = ""
             for name in columns:
                 mean = np.mean([f[name].mean() for f in found])
@@ -181,14 +184,18 @@ def balance_table() -> None:
     print(f"traces on which ours, auto, has a larger mean than EPLB or UltraEP with the exact counts: {behind}")
 
 
-def burst_or_drift(kind: str, experts: int, ranks: int, seed: int, changes: dict[str, float]) -> RoutingTrace:
+def burst_or_drift(kind: str, experts: int, ranks: int, seed: int, changes: dict[str, Any]) -> RoutingTrace:
     """A trace of 36 records of one layer."""
     return synthetic_trace(
         SyntheticSpec(
-            **{"kind": kind, "num_experts": experts, "num_sources": ranks, "seed": seed, **changes},
+            kind=kind,
+            num_experts=experts,
+            num_sources=ranks,
+            seed=seed,
             num_records=36,
             num_layers=1,
             tokens_per_source=4096,
+            **changes,
         )
     )
 
@@ -215,7 +222,7 @@ def balance_of(trace: RoutingTrace, ranks: int, spare: int) -> dict[str, FloatAr
 
 
 def main() -> None:
-    """Prints the table."""
+    """Print the table."""
     parser = argparse.ArgumentParser(description="Time the placement ops against their numpy twins.")
     parser.add_argument("--ranks", type=int, default=64, help="expert-parallel ranks")
     parser.add_argument("--experts", type=int, default=256, help="experts of a layer, a multiple of the ranks")

@@ -27,8 +27,8 @@ class ExpertShape:
         hidden: H.
         ffn: F, intermediate size of one expert.
         gated: three matrices instead of two.
-        element_bytes: of weights and activations; 2 for bf16.
-        grad_bytes: of a replica's gradient on its way home; 4 for fp32.
+        element_bytes: bytes of a weight or an activation; 2 for bf16.
+        grad_bytes: bytes of an element of a replica's gradient on its way home; 4 for fp32.
     """
 
     hidden: int

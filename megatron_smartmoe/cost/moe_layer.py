@@ -8,11 +8,11 @@ its terms add up and print.
 
 The four all-to-alls (dispatch, combine, and the gradient of each) move the same matrix, twice transposed; ports are
 full duplex, so each takes as long as the busiest port. A replica's weights go out once and its gradient comes back
-once. Overlap is a term of its own, negative: with the all-to-all cut into c chunks, all but one of them may hide behind
-the GEMMs (the smart schedule of FasterMoE, PPoPP 2022), and so may `hidden_replica_share` of replica traffic.
+once. Overlap is a term of its own, negative: with the all-to-all in c chunks, all but one of them may hide behind
+the GEMMs (the smart schedule of FasterMoE, PPoPP 2022).
 
-The original SmartMoE predicts from the busiest rank's tokens alone, which cannot tell micro-batch sizes or node counts
-apart.
+The original SmartMoE predicts from the busiest rank's tokens alone, which does not
+distinguish micro-batch sizes or node counts.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ class LayerConstants:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerTime:
-    """Where the time of a layer goes; `total_s` is the sum of the terms, `hidden_s` is negative or zero."""
+    """The terms of a layer's time; `total_s` is their sum, `hidden_s` is negative or zero."""
 
     fixed_s: float
     source_s: float
@@ -160,7 +160,6 @@ def layer_time(
     constants: LayerConstants,
     *,
     all_to_all_chunks: int = 1,
-    hidden_replica_share: float = 0.0,
     ranks_per_device: float = 1.0,
 ) -> LayerTime:
     """Time of one layer, forward and backward.
@@ -169,7 +168,6 @@ def layer_time(
         flow: tokens by expert and rank, and their way there.
         constants: seconds per count.
         all_to_all_chunks: chunks of every all-to-all that overlap with the GEMMs; 1 for no overlap.
-        hidden_replica_share: part of the replica traffic that may run beside the GEMMs, 0 to 1.
         ranks_per_device: see `GpuSpec`.
     """
     # Step 1: counts. What the busiest rank computes, and what the busiest ports carry.
@@ -185,7 +183,7 @@ def layer_time(
     )
     replicas_s = replicas.intra * constants.intra_replica_s + replicas.inter_gpu * constants.inter_replica_s
     # Step 3: overlap. Of c chunks all but one may hide behind the GEMMs, never more than the GEMMs themselves take.
-    may_hide_s = (intra_s + inter_s) * (1 - 1 / all_to_all_chunks) + replicas_s * hidden_replica_share
+    may_hide_s = (intra_s + inter_s) * (1 - 1 / all_to_all_chunks)
     return LayerTime(
         fixed_s=constants.fixed_s,
         source_s=float(flow.traffic_RR.sum(axis=1).max()) * constants.source_token_s,
@@ -223,7 +221,7 @@ def constants_of(
     Args:
         cluster: peaks, bandwidths and latencies, and the shares of them that are known to be reached.
         expert: sizes.
-        ranks: of the expert-parallel group; with 1 there is no exchange.
+        ranks: number of expert-parallel ranks; with 1 there is no exchange.
         shared_network_card: the GPUs of a node share one card of `gpus_per_node` times `inter_node`'s bandwidth, and
             it is what limits them. What a GPU exchanges with other nodes then goes through the same port as what it
             exchanges inside its own, and on through the card.

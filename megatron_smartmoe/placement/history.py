@@ -28,7 +28,7 @@ from megatron_smartmoe.spec.arrays import FloatArray, IntArray
 from megatron_smartmoe.spec.placement import BoolArray
 
 _SEED = 20230711  # of the perturbed forecasts; any number would do, but it must be the same on every rank
-_FIRST_JUMP = 3  # records before a jump can be told from the averages' start
+_FIRST_JUMP = 3  # records before a jump can be distinguished from the start of the averages
 _SAME_REGIME = 0.5  # a regime is back when it is this much closer to the record than the forecast; an estimate
 
 
@@ -192,7 +192,7 @@ def _distance(share_NE: FloatArray, other_NE: FloatArray) -> FloatArray:
 
 
 def _evenly(rows: FloatArray, most: int) -> FloatArray:
-    """At most `most` rows, evenly spaced."""
+    """Up to `most` of the rows, evenly spaced."""
     if len(rows) <= most:
         return rows
     return rows[np.linspace(0, len(rows) - 1, most).astype(np.int64)]

@@ -166,7 +166,7 @@ class HomesPlanner:
 
         Args:
             iteration: before which the verdict takes effect.
-            placement: as it is now.
+            placement: the present slots.
             gain_s: measured seconds per iteration that the move saves; with None the cost model compares both homes on
                 the counts that were observed since.
         """

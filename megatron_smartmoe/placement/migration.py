@@ -2,8 +2,8 @@
 
 Homes are two tables, expert -> global slot, before and after. Slot g lies on expert-parallel rank g // S, slot g % S.
 Every change of homes is a permutation of slots and falls into cycles; a set of whole cycles can be carried out alone
-and leaves valid homes. That is what makes bounded memory and all-or-nothing compatible: a layer's change is cut into
-steps of whole cycles, each of which fits the staging memory and is committed at once or not at all.
+and leaves valid homes. So bounded memory and all-or-nothing are compatible: a layer's change is divided into steps of
+whole cycles, each of which fits the staging memory and is committed at once or not at all.
 
 Which parts move, and that each byte of sharded state moves once, is in `transfers.py`; a worker is one rank of the grid
 of R expert-parallel times D expert-data-parallel ranks, numbered w = r * D + d.
@@ -71,7 +71,7 @@ class MigrationPlan:
         steps: empty when nothing changes.
         sent_bytes_W: bytes that worker w sends.
         received_bytes_W: bytes that worker w receives.
-        digest: of homes, layouts and limits; 16 hexadecimal digits, to be compared across ranks.
+        digest: 16 hexadecimal digits of homes, layouts and limits, which ranks compare before they start.
     """
 
     steps: tuple[MigrationStep, ...]
@@ -114,7 +114,7 @@ def plan_migration(
         MigrationError: a cycle does not fit the staging memory; names the flag and its least value.
     """
     _check_tables(before_LE, after_LE, layouts, num_ranks)
-    # Step 1: cut each layer's change into steps of whole cycles that fit the staging memory.
+    # Step 1: divide each layer's change into steps of whole cycles that fit the staging memory.
     steps: list[MigrationStep] = []
     for before_E, after_E, layout in zip(before_LE, after_LE, layouts, strict=True):
         steps += _plan_layer(before_E, after_E, layout, num_ranks, staging_bytes, max_chunk_bytes)
@@ -152,7 +152,7 @@ def _check_tables(before_LE: IntArray, after_LE: IntArray, layouts: Sequence[Lay
 def _plan_layer(
     before_E: IntArray, after_E: IntArray, layout: LayerLayout, num_ranks: int, staging_bytes: int, max_chunk: int
 ) -> list[MigrationStep]:
-    """The steps of one layer: its transfers, cut into batches of whole cycles."""
+    """The steps of one layer: its transfers in batches of whole cycles."""
     moving = np.nonzero(before_E != after_E)[0]
     if not len(moving):
         return []

@@ -12,7 +12,6 @@ alone (MindSpeed) moves weights for gains that never pay for the move.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,10 +53,6 @@ class Verdict:
     gain_s: float
     cost_s: float
     horizon_iterations: int
-
-    def to_json(self) -> dict[str, Any]:
-        """For the decision log."""
-        return dict(vars(self))
 
 
 class Policy:

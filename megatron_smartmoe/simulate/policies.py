@@ -107,7 +107,7 @@ class OnlinePolicy:
     Args:
         placement: at the start.
         num_groups: expert-parallel groups.
-        options: of the planners.
+        options: options of the planners.
         layer_seconds: cost model, for the homes.
     """
 
@@ -175,7 +175,7 @@ class RulePolicy:
     """A peer's rule, from the last record's counts or from each micro-batch's.
 
     Args:
-        rule: see `placement.layer_plan.Rule`.
+        rule: the rule, a pure function of one layer.
         placement: at the start; its spare slots are what the rule may fill.
         num_groups: expert-parallel groups; a rule that plans from history plans one placement for all of them.
         num_nodes: nodes that a group's ranks lie on.

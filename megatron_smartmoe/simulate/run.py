@@ -1,7 +1,7 @@
 """The replay: for every record, plan from the records before it, evaluate on it, then let the policy observe it.
 
-Imbalance is the largest rank load over the mean, per layer, expert-parallel group and micro-batch; that is what the
-slowest rank makes everybody wait for. The lower bound beside it is what no placement with these slots could beat.
+Imbalance is the largest rank load over the mean, per layer, expert-parallel group and micro-batch; all
+ranks wait for the slowest one. The lower bound beside it is what no placement with these slots could beat.
 """
 
 from __future__ import annotations

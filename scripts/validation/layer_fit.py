@@ -3,13 +3,13 @@
 Method. The layer's time is linear in its constants, so this is one non-negative least-squares problem (Lawson and
 Hanson 1974), its rows scaled to relative errors. Each constant has one row more that pulls it to its prior, as strong
 as the prior is certain (ridge regression towards the prior; the mean of a Gaussian posterior, kept non-negative). Where
-measurements tell two constants apart they win, a few hundred rows against one; where they cannot (tokens sent and a
+measurements distinguish two constants they win, a few hundred rows against one; where they cannot (tokens sent and a
 fixed cost at a single micro-batch size, links between nodes in runs on one node) the prior decides, and the model still
 says something sensible about other micro-batch sizes and node counts.
 
 GPUs that share their node's network card reach it through the port that they use inside the node, so what a token costs
 that port is one and the same: the constant of traffic between nodes is pulled towards the fitted one inside the node,
-not towards its own prior. Runs on one node thereby tell half of what two nodes cost.
+not towards its own prior. Runs on one node thereby give half of what two nodes cost.
 
 The alternative, plain least squares, gives a collinear column any value: it fits one setting to the same residual and
 is off by half on the next. Which rank is the busiest depends on the constants, hence the few rounds.
@@ -98,7 +98,7 @@ def calibrate(
     """Fit all constants at once.
 
     Args:
-        measurements: layers of any settings; more settings tell more constants apart.
+        measurements: layers of any settings; more settings distinguish more constants.
         prior: constants of the datasheets (`moe_layer.constants_of`).
         spread: each constant's standard deviation around its prior; None takes `spread_of(prior)`. A constant with
             spread zero keeps its prior.

@@ -43,7 +43,7 @@ class GateLaw:
     """How a gate spreads tokens.
 
     Attributes:
-        exponent: of the Zipf law, the mean over layers and time; `SPREAD` says how far single layers lie from it.
+        exponent: exponent of the Zipf law, mean over layers and time; single layers are spread around it by `SPREAD`.
         kept: share of second choices that the gate keeps.
     """
 
@@ -58,7 +58,7 @@ class MeasuredRun:
     Attributes:
         key: the setting whose runs compete: model, cluster, GPUs, capacity.
         label: system and parallel sizes.
-        system: whose code.
+        system: the code base.
         gate: name of the gate.
         capacity: factor above which tokens are dropped; infinity for none.
         cluster: name of the machines.

@@ -9,17 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from megatron_smartmoe.adapter.launch import calibrate
 from megatron_smartmoe.adapter import cost_inputs as training
+from megatron_smartmoe.adapter.launch import calibrate, process
 from megatron_smartmoe.adapter.launch import machine as launcher
-from megatron_smartmoe.adapter.launch import process
 from megatron_smartmoe.adapter.launch.topology import Topology
-from megatron_smartmoe.cli.main import main as smartmoe
 from megatron_smartmoe.calibrate.options import CalibrateOptions
+from megatron_smartmoe.cli.main import main as smartmoe
 from megatron_smartmoe.errors import ConfigError
 from megatron_smartmoe.spec.cluster import ClusterSpec, load_cluster_spec
 from tests.support.ranks import run_ranks
-
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 QUICK = [
@@ -65,7 +63,7 @@ def test_the_ranks_write_a_cluster_file(written: tuple[Path, str]) -> None:
     assert "2 ranks at once on 1 x" in cluster.sources["gpu.peak_flops"]
     assert cluster.sources["inter_node.latency_s"].startswith("not measured, one node: estimate: TCP")
     assert "measuring all_to_all, intra ..." in printed
-    assert "against cpu: what the cost model reckons with" in printed
+    assert "compared with cpu: rates that the cost model uses" in printed
     assert f"wrote {path}" in printed
     assert not path.with_name("mine.yaml.partial").exists()
 
@@ -145,7 +143,7 @@ def test_a_wrong_file_to_compare_with_fails_before_ranks_start(
 def test_unequal_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calibrate.dist, "get_rank", lambda: 0)
     monkeypatch.setattr(calibrate.dist, "get_world_size", lambda: 3)
-    with pytest.raises(ConfigError, match="LOCAL_WORLD_SIZE = 2: 3 ranks do not make nodes of 2"):
+    with pytest.raises(ConfigError, match="LOCAL_WORLD_SIZE = 2: must divide the 3 ranks"):
         calibrate._bench(calibrate.torch.device("cpu"), calibrate.torch.float32, 2, 1)
 
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from tests.dist.test_smartmoe_layer import EP2, UNCLIPPED
-from tests.support.marks import some_fast
 from tests.support.checkpoints import different, tensors
+from tests.support.marks import some_fast
 from tests.support.training import losses, metrics, train
 
 pytestmark = pytest.mark.dist

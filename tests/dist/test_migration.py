@@ -41,7 +41,9 @@ def train(mix: Mix, migrate: bool) -> dict[str, Any]:
         if migrate:
             before = job.fingerprints()
             plan, report = job.migrate(job.random_homes(number), exchange)
-            stays = [(s.transfers.source == exchange.worker) & (s.transfers.target == exchange.worker) for s in plan.steps]
+            stays = [
+                (s.transfers.source == exchange.worker) & (s.transfers.target == exchange.worker) for s in plan.steps
+            ]
             local = sum(int(s.transfers.nbytes[mask].sum()) for s, mask in zip(plan.steps, stays, strict=True))
             sent, received = plan.sent_bytes_W[exchange.worker], plan.received_bytes_W[exchange.worker]
             facts["wire"].append((report.sent_bytes, report.received_bytes, int(sent), int(received)))

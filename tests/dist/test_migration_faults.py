@@ -340,7 +340,9 @@ def test_a_slow_peer_is_named_and_nothing_is_written(found: list[dict[str, Any]]
         assert not facts["written"]
         assert not facts["moved"]
         assert facts["prepared"].startswith("MigrationError: the ranks of this stage cannot reach each other")
-        assert facts["later"].startswith("MigrationError: expert migration is disabled: an earlier one lost its process group")
+        assert facts["later"].startswith(
+            "MigrationError: expert migration is disabled: an earlier one lost its process group"
+        )
 
 
 def test_a_dead_peer_is_an_error_and_nothing_is_written(found: list[dict[str, Any]]) -> None:

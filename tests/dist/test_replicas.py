@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from tests.dist.test_smartmoe_layer import EP2, UNCLIPPED
-from tests.support.marks import some_fast
 from tests.support.checkpoints import tensors
+from tests.support.marks import some_fast
 from tests.support.replicas import ALWAYS, FAULTS, balance, train_with_fault
 from tests.support.training import train
 
@@ -150,7 +150,9 @@ def test_the_simulator_reproduces_the_balance(tmp_path: Path, data_flags: list[s
     placement = Placement.contiguous(num_layers=4, num_experts=8, num_ranks=4, spare_slots=1)
     options = OnlineOptions(homes_interval=0, replicas="history")
     policy = OnlinePolicy(placement, 1, options, lambda slots_RS, counts_RE: 0.0)
-    setting = SimulationSetup(num_ranks=4, spare_slots=1, warmup=0, constants=LayerConstants(token_s=1.0), state_bytes=0)
+    setting = SimulationSetup(
+        num_ranks=4, spare_slots=1, warmup=0, constants=LayerConstants(token_s=1.0), state_bytes=0
+    )
     simulated = replay(trace, policy, setting).imbalance
     assert np.ravel([line["split"] for line in balance(tmp_path / "run")]).tolist() == simulated.tolist()
 

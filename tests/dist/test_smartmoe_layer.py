@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from tests.dist.test_parallel_equality import MIXES
-from tests.support.marks import some_fast
 from tests.support.homes import train_with_homes
+from tests.support.marks import some_fast
 from tests.support.training import train
 
 pytestmark = pytest.mark.dist

@@ -14,12 +14,14 @@ from megatron_smartmoe.spec.model import LatentAttention, ModelSpec, MoESpec
 from megatron_smartmoe.spec.parallel import ParallelSpec, PipelineChunk, pipeline_chunks, violation
 from tests.support.activations import kept
 from tests.support.marks import some_fast
+from tests.support.models import SMALL
 
 pytestmark = pytest.mark.dist
 
 TOLERANCE = 0.01  # 5% is what a planner needs; here no tensor of a percent shall be missing
 # Wide enough that scalars do not matter, every size its own.
-PLAIN = ModelSpec(
+PLAIN = replace(
+    SMALL,
     name="plain",
     layers=2,
     hidden=128,

@@ -15,11 +15,13 @@ from megatron_smartmoe.spec.model import LatentAttention, ModelSpec, MoESpec
 from megatron_smartmoe.spec.parallel import ParallelSpec, pipeline_chunks
 from tests.support.allocation import allocated
 from tests.support.marks import some_fast
+from tests.support.models import SMALL
 
 pytestmark = pytest.mark.dist
 
 # Odd sizes everywhere, so that every padding rule has something to pad.
-ODD = ModelSpec(
+ODD = replace(
+    SMALL,
     name="odd",
     layers=4,
     hidden=72,

@@ -1,4 +1,4 @@
-"""All of a rank's memory, stage by stage, in parts that add up, against what the GPU has."""
+"""A rank's memory, stage by stage, in parts that add up."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
 Method. Megatron's DistributedDataParallel lays a chunk's gradients into one contiguous buffer per kind (dense, expert),
 in reverse order of registration. With the distributed optimizer the parameters lie in a twin of that buffer, every
 parameter starts at a multiple of 64 elements, and a bucket ends at a multiple of lcm(data-parallel ranks, 128); buckets
-are cut when they reach `max(40e6, 1e6 x ranks)` elements, only on the first stage's first chunk and only when
+end when they reach `max(40e6, 1e6 x ranks)` elements, only on the first stage's first chunk and only when
 gradients are reduced while the backward pass runs; a tied embedding gets a bucket to itself. Each data-parallel rank
 owns an equal slice of every bucket; fp32 main parameters and both moments exist for the parameters' part of it only, so
 ranks differ by a few elements. Without the distributed optimizer there is no padding and every rank holds everything.

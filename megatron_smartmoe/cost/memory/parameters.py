@@ -5,7 +5,7 @@ Method. The list is made in `named_parameters()` order, because padding, buckets
 experts) and ETP (inner size); norms, routers and MLA's down projections (TransformerEngine) are whole on every rank.
 
 The alternative, parameters per layer times layers (Megatron's own `theoretical_memory_usage`), divides what is
-replicated and knows no padding, no buckets, no second copy of a tied embedding.
+replicated and leaves out padding, buckets and the second copy of a tied embedding.
 """
 
 from __future__ import annotations

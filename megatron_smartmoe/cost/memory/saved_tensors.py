@@ -21,10 +21,10 @@ class SavedTensor(NamedTuple):
 
     Attributes:
         name: what it is.
-        rows: of it, such as tokens.
+        rows: number of rows, such as tokens.
         width: elements of a row.
         element: bytes of an element.
-        again: whether recomputation of norms and activations (`act`) makes it a second time instead of keeping it.
+        recomputed: whether recomputation of norms and activations (`act`) computes it again instead of keeping it.
     """
 
     name: str
@@ -110,8 +110,8 @@ class EndTensors:
     """What a model chunk keeps of one micro-batch around its layers.
 
     Attributes:
-        embedding: of the first chunk.
-        head: final norm, logits and loss; of the last chunk, whose micro-batches are never two at a time.
+        embedding: what the first chunk keeps before its layers.
+        head: final norm, logits and loss of the last chunk, which holds one micro-batch of them at a time.
         checkpoint: what recomputation of whole layers keeps once for all of them.
     """
 

@@ -104,7 +104,7 @@ def _projection(rank: Rank) -> Tensors:
 
 
 def _copies_queries(rank: Rank) -> bool:
-    """Whether cutting the queries out of their projection copies them: heads of several groups do not lie in a row."""
+    """Whether taking the queries out of their projection copies them: heads of several groups do not lie in a row."""
     return rank.spec.tp < rank.model.query_groups < rank.model.heads
 
 
@@ -126,7 +126,7 @@ def _latent_projections(rank: Rank, latent: LatentAttention) -> Tensors:
     if model.qk_norm:
         found += _norm("norm of compressed keys and values", rank, own, width)
     elif rank.spec.tp == 1:
-        width += latent.qk_rope_dim  # a view of both, not yet cut apart
+        width += latent.qk_rope_dim  # a view of both, not yet split
     found.append(SavedTensor("input of the keys' and values' projection", own, width, rank.element))
     return tuple(found)
 

@@ -43,8 +43,8 @@ class StepConstants:
         step_s: seconds of a step for clipping, logging and data.
         row_passes: H-wide rows read or written per token and layer by norms, residuals and activations, both ways.
         fused_attention: scores never reach memory.
-        hidden_grad_share: of the backward pass of one micro-batch that gradient traffic may hide behind.
-        hidden_p2p_share: of the sends between stages that the interleaved schedule hides.
+        hidden_grad_share: share of one micro-batch's backward pass that gradient traffic may hide behind.
+        hidden_p2p_share: share of the sends between stages that the interleaved schedule hides.
     """
 
     gemm: float = GEMM_EFFICIENCY
@@ -78,7 +78,7 @@ class StepConstants:
 
     @property
     def all_reduce_shares(self) -> tuple[float, float]:
-        """Of the bandwidth inside a node and between nodes."""
+        """Shares of the bandwidth that an all-reduce reaches inside a node and between nodes."""
         intra, inter = self.all_reduce_intra, self.all_reduce_inter
         return self.ring_intra if intra is None else intra, self.ring_inter if inter is None else inter
 

@@ -47,7 +47,7 @@ class MoETimes:
 
     @property
     def total_s(self) -> float:
-        """All but the replicas, which may move once a step."""
+        """Seconds without the replicas, which may move once a step."""
         return self.layer.total_s + self.expert_tensor_s + self.chunking_s
 
 

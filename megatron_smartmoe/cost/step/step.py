@@ -5,7 +5,7 @@ follows the schedule, gradients, optimizer and parameters, is added as far as it
 slowest stage, times the micro-batches; what that stage waits for the others is the bubble.
 
 Alternatives: an event simulation of the schedule costs a thousand times more and differs by the order of sends; a
-single formula (12 L H^2 over peak) cannot tell two plans apart.
+single formula (12 L H^2 over peak) cannot distinguish two plans.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ LEAST_EXPOSED_SHARE = 0.1
 
 @dataclass(frozen=True, kw_only=True)
 class StepTime:
-    """Where a step's seconds go; `total_s` is the sum of the terms. `hidden_s` is negative or zero."""
+    """The terms of a step's time; `total_s` is their sum, `hidden_s` is negative or zero."""
 
     attention_s: float = 0.0
     dense_mlp_s: float = 0.0

@@ -121,7 +121,7 @@ def test_nodes_keep_replicas_at_home_and_homes_balance_the_nodes(trace: Path, tm
 
 @pytest.mark.parametrize("spare", ["0", "1"])
 def test_a_replay_reproduces_every_decision(
-    trace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], spare: int
+    trace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], spare: str
 ) -> None:
     saved = tmp_path / "decisions.jsonl"
     simulate(trace, tmp_path, "--ep", "8", "--spare-slots", spare, "--save-decisions", str(saved))
@@ -135,6 +135,9 @@ def test_a_replay_reproduces_every_decision(
     assert main(["simulate", "--trace", str(trace), "--replay", str(saved)]) == 0
     assert f"all {len(decisions)} decisions reproduced" in capsys.readouterr().out
     lines = saved.read_text().splitlines()
+    reworded = [json.dumps({**json.loads(line), "why": "as an earlier version wrote it"}) for line in lines[1:]]
+    saved.write_text("\n".join([lines[0], *reworded]) + "\n")
+    assert main(["simulate", "--trace", str(trace), "--replay", str(saved)]) == 0
     lines[2] = lines[2].replace('"iteration": ', '"iteration": 9')
     saved.write_text("\n".join(lines) + "\n")
     assert main(["simulate", "--trace", str(trace), "--replay", str(saved)]) == 1

@@ -20,8 +20,8 @@ def test_one_node_has_no_traffic_between_nodes() -> None:
     assert (ports.intra, ports.inter_gpu, ports.inter_node, ports.inter_node_reverse) == (3, 0, 0, 0)
 
 
-def test_replica_copies_come_from_the_home() -> None:
-    # Homes: experts 2, 3 on rank 0 and 0, 1 on rank 1; rank 0 holds a copy of 1, rank 1 copies of 2 and 3.
+def test_replica_traffic_comes_from_the_home() -> None:
+    # Homes: experts 2, 3 on rank 0 and 0, 1 on rank 1; rank 0 holds a replica of 1, rank 1 replicas of 2 and 3.
     slots_RS = np.array([[2, 3, 1, -1], [0, 1, 2, 3]])
     assert replica_traffic(slots_RS, 4).tolist() == [[0, 2], [1, 0]]
 

@@ -29,7 +29,7 @@ def test_every_term_by_hand() -> None:
 
 
 def test_replicas_cost_their_traffic() -> None:
-    # Expert 0 of rank 0 has a copy on rank 1: one copy over the port inside the node, 3 s. It halves expert 0.
+    # Expert 0 of rank 0 has a replica on rank 1: one replica over the port inside the node, 3 s. It halves expert 0.
     slots_RS = np.array([[0, -1], [1, 0]])
     flow = LayerFlow.equal_split(np.array([[6, 0], [4, 0]]), slots_RS)
     time = layer_time(flow, ROUND)
@@ -83,7 +83,7 @@ def test_terms_add_up_and_tokens_are_conserved(seed: int, ranks_and_nodes: tuple
 
 
 def test_constants_of_a_datasheet() -> None:
-    # 2 x 3 x 5 = 30 weights: 60 bytes a copy, 180 operations and 6 bytes a token. Memory 1000 B/s at 80%, links at 80%.
+    # 2 x 3 x 5 = 30 weights: 60 bytes a replica, 180 operations and 6 bytes a token. Memory and links: 80% of 1000 B/s.
     constants = constants_of(cluster(), ExpertShape(hidden=3, ffn=5, gated=False))
     row_s = 6 / 800
     assert constants.fixed_s == pytest.approx(200 * 10e-6 + (6 + 2) * 2.0)  # sizes among 2 ranks go 2 messages deep

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -10,7 +11,7 @@ from megatron_smartmoe.cost.memory.activations import chunk_bytes, layer_bytes
 from megatron_smartmoe.cost.memory.saved_tensors import Rank, total
 from megatron_smartmoe.cost.memory.saved_torch import layer
 from megatron_smartmoe.spec.parallel import ParallelSpec, Recompute, pipeline_chunks
-from tests.unit.planner.cases import SMALL
+from tests.support.models import SMALL
 
 FUSED = ParallelSpec(gpus=8, ep=4, micro_batch=2, global_batch=64, homes_interval=100)
 LOCAL = replace(FUSED, implementation="local")
@@ -34,7 +35,8 @@ def test_plain_torch_keeps_six_inner_rows_where_fused_code_keeps_three() -> None
 
 @pytest.mark.parametrize("size", ["tp", "cp", "micro_batch", "etp"])
 def test_sizes_divide_the_layer(size: str) -> None:
-    whole, parts = (layer_bytes(SMALL, replace(LOCAL, **{size: n}), experts=True, imbalance=1.0) for n in (1, 2))
+    sizes: list[dict[str, Any]] = [{size: 1}, {size: 2}]
+    whole, parts = (layer_bytes(SMALL, replace(LOCAL, **each), experts=True, imbalance=1.0) for each in sizes)
     if size == "micro_batch":
         assert (
             parts.experts == 2 * layer_bytes(SMALL, replace(LOCAL, micro_batch=1), experts=True, imbalance=1.0).experts

@@ -1,4 +1,4 @@
-"""Replicas from the exact load: balanced, within the slots, within the node, a copy finishes a rank."""
+"""Replicas from the exact load: balanced, within the slots, within the node, a replica finishes a rank."""
 
 import numpy as np
 import pytest
@@ -62,6 +62,6 @@ def test_balance_of_drawn_loads(num_experts: int, num_ranks: int, spare: int, si
     assert np.mean(found) <= limit
 
 
-def test_no_tokens_need_no_copies() -> None:
+def test_no_tokens_need_no_replicas() -> None:
     slots_RS = contiguous_slots(8, 4, 2)
     assert np.array_equal(exact_replicas(np.zeros(8, np.int64), slots_RS, 2), slots_RS)

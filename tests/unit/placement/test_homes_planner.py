@@ -34,8 +34,8 @@ def decisions_of_a_run(spare_slots: int = 1) -> list[str]:
             proposal, decision = found
             planner.placement = proposal if decision.taken else planner.placement
             lines.append(decision.to_line())
-        if decision := planner.plan(iteration):
-            lines.append(decision.to_line())
+        if replicas := planner.plan(iteration):
+            lines.append(replicas.to_line())
         planner.observe(counts_LGMRE[:, 0].sum(axis=2))
         homes.observe(counts_LGMRE[:, 0, 0])
     return lines

@@ -1,4 +1,4 @@
-"""Copies planned from history: good on the next record, kept while they serve, renewed after a jump, fast enough."""
+"""Replicas planned from history: good on the next record, kept while they balance, renewed after a jump."""
 
 import numpy as np
 import pytest

@@ -31,7 +31,7 @@ def optimum(load_E: IntArray, hosts_ER: BoolArray) -> int:
         bounds=Bounds(0, np.inf),
     )
     assert result.success, result.message
-    return round(result.fun)
+    return round(float(result.fun))
 
 
 def problem(seed: int) -> tuple[IntArray, IntArray]:
@@ -63,9 +63,9 @@ def test_every_token_lands_on_exactly_one_host_of_its_expert(seed: int) -> None:
         assert (sent_RRS >= 0).all()
         assert not sent_RRS[:, slots_RS == EMPTY].any()
         for expert in range(num_experts):
-            to_copies = sent_RRS[:, slots_RS == expert]
-            assert (to_copies.sum(axis=1) == counts_RE[:, expert]).all()
-            assert (to_copies.sum(axis=0) == tokens_ER[expert, np.nonzero(slots_RS == expert)[0]]).all()
+            to_hosts = sent_RRS[:, slots_RS == expert]
+            assert (to_hosts.sum(axis=1) == counts_RE[:, expert]).all()
+            assert (to_hosts.sum(axis=0) == tokens_ER[expert, np.nonzero(slots_RS == expert)[0]]).all()
 
 
 @given(seed=st.integers(0, 2**32 - 1))
@@ -92,14 +92,14 @@ def test_a_hot_expert_is_shared_to_the_token() -> None:
     assert sorted(tokens_ER.sum(axis=0).tolist()) == [7, 8]
 
 
-def test_the_bound_rises_where_copies_are_locked_in() -> None:
+def test_the_bound_rises_where_loads_are_locked_in() -> None:
     """Experts 0 and 1 live on ranks 0 and 1 only: those two share 20, whatever ranks 2 and 3 do."""
     slots_RS = np.array([[0, 1], [1, 0], [2, 3], [3, 2]])
     counts_RE = np.array([[20, 0, 1, 1], [0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]])
     assert min_max_split(counts_RE, hosts_of(slots_RS, 4)).sum(axis=0).tolist() == [10, 10, 1, 1]
 
 
-def test_an_expert_without_a_copy_is_named() -> None:
+def test_an_expert_without_a_host_is_named() -> None:
     with pytest.raises(PlanError, match="expert 1 has 3 tokens and no slot on any rank"):
         min_max_split(np.array([[1, 3]]), np.array([[True], [False]]))
 

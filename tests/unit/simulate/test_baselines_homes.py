@@ -67,24 +67,24 @@ def test_smartmoe_leaves_spare_slots_empty() -> None:
     assert plan.slots_RS[:, 2].tolist() == [-1, -1]
 
 
-def test_eplb_replicas_by_load_per_copy() -> None:
+def test_eplb_replicas_by_load_per_replica() -> None:
     # 12 is halved to 6, still above 4, so it is cut to thirds of 4; then all are equal and the first gets the next.
     assert replicas_by_load(np.array([12, 4, 4, 4]), 2).tolist() == [3, 1, 1, 1]
     assert replicas_by_load(np.array([12, 4, 4, 4]), 3).tolist() == [4, 1, 1, 1]
 
 
 def test_eplb_global() -> None:
-    # Copies 0 0 0 1 2 3 of 4 tokens each, dealt to the emptier rank, the lower of equals: {0, 0, 2} and {0, 1, 3}.
-    # Two copies of expert 0 share a rank. Loads: 4 + 4 + 4 on both.
+    # Replicas 0 0 0 1 2 3 of 4 tokens each, dealt to the emptier rank, the lower of equals: {0, 0, 2} and {0, 1, 3}.
+    # Two replicas of expert 0 share a rank. Loads: 4 + 4 + 4 on both.
     asked = problem([12, 4, 4, 4], 2, spare_slots=1)
     plan = by_name()["eplb"].plan(asked)
     assert plan.slots_RS.tolist() == [[0, 0, 2], [0, 1, 3]]
     assert rank_loads(plan, asked.counts_RE).tolist() == [12, 12]
 
 
-def test_eplb_hierarchical_keeps_copies_on_their_groups_node() -> None:
+def test_eplb_hierarchical_keeps_replicas_on_their_groups_node() -> None:
     # Groups {0, 1} of 16 and {2, 3} of 4 get a node of two ranks and four slots each. Node 0: expert 0 gets both spare
-    # slots (12 / 3 = 4), ranks {0, 0} and {0, 1} with 8 each. Node 1: a copy for each, ranks {2, 3} and {2, 3}, 2 each.
+    # slots (12 / 3 = 4), ranks {0, 0} and {0, 1} with 8 each. Node 1: one more of each, twice {2, 3}, 2 each.
     asked = problem([12, 4, 2, 2], 4, spare_slots=1, num_nodes=2)
     plan = EplbHierarchical(num_groups=2).plan(asked)
     assert plan.slots_RS.tolist() == [[0, 0], [0, 1], [2, 3], [2, 3]]
@@ -92,7 +92,7 @@ def test_eplb_hierarchical_keeps_copies_on_their_groups_node() -> None:
 
 
 def test_eplb_hierarchical_falls_back_to_global() -> None:
-    # Three groups do not divide into two nodes. Global: expert 0 gets 3 more copies (3 each), expert 1 one (2 each):
+    # Three groups do not divide into two nodes. Global: expert 0 gets 3 more replicas (3 each), expert 1 one (2 each):
     # every rank gets a 3 and a 2.
     asked = problem([12, 4, 2, 2], 4, spare_slots=1, num_nodes=2)
     plan = EplbHierarchical(num_groups=3).plan(asked)

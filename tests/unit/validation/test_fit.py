@@ -87,7 +87,7 @@ def test_capacity_drops_and_padding_fills() -> None:
         np.testing.assert_allclose(flow.load_ER.sum(axis=1), 1.2 * tokens)
 
 
-def test_shadowing_moves_no_token_and_copies_the_hottest() -> None:
+def test_shadowing_moves_no_token_and_replicates_the_hottest() -> None:
     run: MeasuredRun = run_of({**ROW, "hidden": "256", "system": "fastermoe", "shadow": "ON"})
     plain = flows_of(replace(run, shadow=False), GateLaw(2.0), 2)
     for before, after in zip(plain, flows_of(run, GateLaw(2.0), 2), strict=True):
