@@ -11,7 +11,8 @@ from megatron_smartmoe.cost.memory.budget import memory_budget
 from megatron_smartmoe.cost.memory.buffers import Layout, largest_state_bytes, layout
 from megatron_smartmoe.cost.memory.parameters import Parameter
 from megatron_smartmoe.spec.parallel import ParallelSpec
-from tests.unit.planner.cases import CLUSTER, SMALL
+from tests.support.models import SMALL
+from tests.unit.planner.cases import CLUSTER
 
 SPEC = ParallelSpec(gpus=8, ep=4, pp=2, micro_batch=2, global_batch=64)
 

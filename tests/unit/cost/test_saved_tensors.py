@@ -10,7 +10,7 @@ from megatron_smartmoe.cost.memory.activations import chunk_bytes, layer_bytes
 from megatron_smartmoe.cost.memory.saved_tensors import Rank, total
 from megatron_smartmoe.cost.memory.saved_torch import layer
 from megatron_smartmoe.spec.parallel import ParallelSpec, Recompute, pipeline_chunks
-from tests.unit.planner.cases import SMALL
+from tests.support.models import SMALL
 
 FUSED = ParallelSpec(gpus=8, ep=4, micro_batch=2, global_batch=64, homes_interval=100)
 LOCAL = replace(FUSED, implementation="local")

@@ -20,7 +20,8 @@ from megatron_smartmoe.planner.auto import (
 from megatron_smartmoe.planner.constraints import Constraints, constraints_from_flags
 from megatron_smartmoe.planner.pool import Pool
 from megatron_smartmoe.planner.space import SpaceOptions
-from tests.unit.planner.cases import CLUSTER, SMALL
+from tests.support.models import SMALL
+from tests.unit.planner.cases import CLUSTER
 
 SPACE = SpaceOptions(micro_batches=(1, 2), spare_slots=(0,), overlap_degrees=(1,), max_virtual=2)
 QUESTION = Question(model=SMALL, cluster=CLUSTER, constraints=Constraints(options=SPACE))

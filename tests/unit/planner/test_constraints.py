@@ -12,7 +12,8 @@ from megatron_smartmoe.planner.flags import launch_flags
 from megatron_smartmoe.planner.search import search
 from megatron_smartmoe.planner.space import SpaceOptions, shapes
 from megatron_smartmoe.spec.parallel import ParallelSpec
-from tests.unit.planner.cases import CLUSTER, SMALL, pricing
+from tests.support.models import SMALL
+from tests.unit.planner.cases import CLUSTER, pricing
 
 BASE = SpaceOptions(micro_batches=(1, 2), spare_slots=(0,), overlap_degrees=(1,), max_virtual=2)
 

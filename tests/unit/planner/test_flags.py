@@ -9,7 +9,7 @@ import pytest
 from megatron_smartmoe.errors import ConfigError
 from megatron_smartmoe.planner.flags import layout_text, megatron_flags, parallel_from_flags
 from megatron_smartmoe.spec.parallel import ParallelSpec
-from tests.unit.planner.cases import SMALL
+from tests.support.models import SMALL
 
 SPEC = ParallelSpec(gpus=16, tp=2, pp=2, ep=4, micro_batch=2, global_batch=64)
 

@@ -19,8 +19,8 @@ from megatron_smartmoe.planner.load import (
     scenarios_of,
     zipf,
 )
+from tests.support.models import SMALL
 from tests.support.synthetic import SyntheticSpec, synthetic_trace
-from tests.unit.planner.cases import SMALL
 
 
 def test_skew_is_the_hottest_experts_load_over_the_mean() -> None:

@@ -10,7 +10,8 @@ from megatron_smartmoe.errors import ConfigError
 from megatron_smartmoe.planner.search import SearchResult, search
 from megatron_smartmoe.planner.space import RECOMPUTE, Rejected, SpaceOptions, shapes
 from megatron_smartmoe.spec.parallel import violation
-from tests.unit.planner.cases import CLUSTER, SMALL, pricing
+from tests.support.models import SMALL
+from tests.unit.planner.cases import CLUSTER, pricing
 
 SPACE = SpaceOptions(micro_batches=(1, 2), spare_slots=(0, 1), overlap_degrees=(1, 2), max_virtual=2)
 

@@ -6,23 +6,11 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_smartmoe.spec.model import LatentAttention, ModelSpec, MoESpec
+from megatron_smartmoe.spec.model import LatentAttention
 from megatron_smartmoe.spec.parallel import ParallelSpec, pipeline_chunks, violation
+from tests.support.models import SMALL
 
-MODEL = ModelSpec(
-    name="m",
-    layers=8,
-    hidden=64,
-    heads=8,
-    query_groups=4,
-    head_dim=8,
-    ffn=128,
-    vocab=500,
-    seq_length=64,
-    global_batch=64,
-    moe=MoESpec(experts=8, top_k=2, ffn=96),
-    mtp_layers=1,
-)
+MODEL = replace(SMALL, mtp_layers=1, moe=replace(SMALL.moe, experts=8))
 SPEC = ParallelSpec(gpus=32, tp=2, pp=4, ep=4, micro_batch=2, global_batch=64)
 
 
