@@ -33,7 +33,7 @@ export SMARTMOE_REQUIRE_BUILD=1 # a library that is missing is a failure here, n
 
 step ruff check .
 step ruff format --check .
-step clang-format --dry-run --Werror csrc/*.cpp csrc/*.h csrc/*/* tests/support/cuda_emulator/*
+step clang-format --dry-run --Werror csrc/*.* csrc/*/* tests/support/cuda_emulator/*
 step mypy
 step lint-imports --no-logo
 case ${1:-} in
