@@ -1,4 +1,4 @@
-"""What was measured on a machine, before anything is made of it."""
+"""The measurements of a machine, before any line is fitted to them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Point:
 
 @dataclass(frozen=True, kw_only=True)
 class Series:
-    """One operation at several amounts; what an amount counts depends on the operation.
+    """One operation at several amounts; the unit of an amount depends on the operation.
 
     gemm: tokens per expert, and the time of one expert, forward and backward. copy: bytes read and written.
     Collectives: bytes through the busiest port in one direction, so that operations are comparable: n (R - 1) / R of an
@@ -50,22 +50,22 @@ class Series:
 
 @dataclass(frozen=True, kw_only=True)
 class MachineMeasurement:
-    """Everything that the ranks of one job measured, the same on each of them.
+    """Everything that one job measured, the same on each of its ranks.
 
     Attributes:
         device: name of the accelerator, or CPU-thread.
-        memory_bytes: what one rank may use.
-        nodes: machines.
+        memory_bytes: memory that one rank may use.
+        nodes: number of machines.
         ranks_per_node: on each of them; all measured at the same time.
         cores_per_node: CPU cores that the ranks of a node share.
         expert: shape and precision of the products.
         gemm, copy: see Series.
-        links: collectives by (collective, link); absent where there was nobody to talk to.
+        links: series by (collective, link); absent for a link with one rank.
         members: ranks of each collective, by link.
         ranks_per_device: how many times as fast products are when one rank of a node works alone; 1 on GPUs.
-        extra: bandwidths that have no place in a cluster file, bytes a second by what was measured.
+        extra: bandwidths that a cluster file has no key for, bytes a second by name.
         how: backend, torch version, precision and date, as text for the sources.
-        repeats: of each point.
+        repeats: repeats of each point.
     """
 
     device: str

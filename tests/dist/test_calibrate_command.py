@@ -65,7 +65,7 @@ def test_the_ranks_write_a_cluster_file(written: tuple[Path, str]) -> None:
     assert "2 ranks at once on 1 x" in cluster.sources["gpu.peak_flops"]
     assert cluster.sources["inter_node.latency_s"].startswith("not measured, one node: estimate: TCP")
     assert "measuring all_to_all, intra ..." in printed
-    assert "against cpu: what the cost model reckons with" in printed
+    assert "compared with cpu: rates that the cost model uses" in printed
     assert f"wrote {path}" in printed
     assert not path.with_name("mine.yaml.partial").exists()
 
@@ -145,7 +145,7 @@ def test_a_wrong_file_to_compare_with_fails_before_ranks_start(
 def test_unequal_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calibrate.dist, "get_rank", lambda: 0)
     monkeypatch.setattr(calibrate.dist, "get_world_size", lambda: 3)
-    with pytest.raises(ConfigError, match="LOCAL_WORLD_SIZE = 2: 3 ranks do not make nodes of 2"):
+    with pytest.raises(ConfigError, match="LOCAL_WORLD_SIZE = 2: must divide the 3 ranks"):
         calibrate._bench(calibrate.torch.device("cpu"), calibrate.torch.float32, 2, 1)
 
 

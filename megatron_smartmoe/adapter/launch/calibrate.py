@@ -1,8 +1,8 @@
-"""Behind `smartmoe calibrate`: find the machine, start the ranks, measure, write the cluster file. No Megatron.
+"""The ranks of `smartmoe calibrate`: find the machine, start the ranks, measure, write the cluster file. No Megatron.
 
-Without a rank of its own (`python -m megatron_smartmoe.adapter.launch.calibrate`) this starts the ranks as the
-launcher starts training: torchrun on this host, on each node of a Slurm allocation, or the task itself where Slurm
-starts one per rank. Under torchrun it is a rank.
+`python -m megatron_smartmoe.adapter.launch.calibrate` starts the ranks as the launcher starts training: torchrun on
+this host, on each node of a Slurm allocation, or the task itself where Slurm starts one per rank. Under torchrun (with
+RANK in the environment) it measures as one of the ranks.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _MODULE = "megatron_smartmoe.adapter.launch.calibrate"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Start the ranks, or be one; returns the exit status, 2 for a wrong command line."""
+    """Start the ranks, or measure as one of them; returns the exit status, 2 for a wrong command line."""
     parser = argparse.ArgumentParser(prog="smartmoe calibrate", description="Measure this machine.")
     add_arguments(parser)
     parsed = parser.parse_args(argv)
@@ -62,7 +62,7 @@ def start_ranks(options: CalibrateOptions) -> int:
     if topology.needs_srun:
         return srun(topology, as_argv(options), _MODULE)
     environment = rank_environment(topology, cpu=not cuda)
-    # A rank knows how many there are, and torchrun takes --nproc for an option of its own, wherever it stands.
+    # Without --nproc: ranks have LOCAL_WORLD_SIZE, and torchrun takes --nproc for its own option wherever it stands.
     command = [*program(topology, _MODULE), *as_argv(replace(options, nproc=None))]
     if topology.rank is not None:
         os.environ.update(environment)
@@ -89,7 +89,8 @@ def run_rank(options: CalibrateOptions, nominal: ClusterSpec | None) -> int:
         bench = _bench(device, dtype, per_node, options.repeats)
         measured = measure(_plan(options, kind, dtype), bench, _how(backend, dtype))
         if dist.get_rank() == 0:
-            _report(measured, options, nominal or _shipped(kind))
+            shipped = fitting_cluster(torch.cuda.get_device_name() if kind == "cuda" else None)
+            _report(measured, options, nominal or shipped)
     finally:
         dist.destroy_process_group()
     return 0
@@ -109,7 +110,7 @@ def _ranks(options: CalibrateOptions, cuda: bool) -> int:
 
 
 def _dtype(kind: str) -> torch.dtype:
-    """What is trained in: bf16 where the GPU has it, fp32 on a CPU."""
+    """The precision that training uses: bf16 where the GPU has it, else fp16; fp32 on a CPU."""
     if kind == "cpu":
         return torch.float32
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
@@ -126,14 +127,14 @@ def _plan(options: CalibrateOptions, kind: str, dtype: torch.dtype) -> BenchPlan
 
 
 def _bench(device: torch.device, dtype: torch.dtype, per_node: int, repeats: int) -> Bench:
-    """Process groups: the ranks of each node; and, across nodes, the ranks at the same place of theirs.
+    """Make the process groups: the ranks of each node and, across nodes, the ranks with the same local rank.
 
     All groups of a kind measure at the same time, so that the GPUs of a node share its network card as in training.
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
     if world_size % per_node:
-        rule = f"{world_size} ranks do not make nodes of {per_node}"
-        raise ConfigError("LOCAL_WORLD_SIZE", per_node, rule, "Start the same number of ranks on every node.")
+        rule = f"must divide the {world_size} ranks: every node needs the same number of them"
+        raise ConfigError("LOCAL_WORLD_SIZE", per_node, rule, "For example: torchrun --nnodes 2 --nproc-per-node 8.")
     nodes, links = world_size // per_node, {}
     if per_node > 1:
         within = [list(range(node * per_node, (node + 1) * per_node)) for node in range(nodes)]
@@ -142,13 +143,13 @@ def _bench(device: torch.device, dtype: torch.dtype, per_node: int, repeats: int
         across = [list(range(place, world_size, per_node)) for place in range(per_node)]
         links["inter"] = [dist.new_group(ranks) for ranks in across][rank % per_node]
 
-    def say(what: str) -> None:
+    def report(name: str) -> None:
         if rank == 0:
-            print(f"measuring {what} ...", flush=True)
+            print(f"measuring {name} ...", flush=True)
 
     world = dist.group.WORLD
     assert world is not None
-    return Bench(device=device, dtype=dtype, world=world, links=links, nodes=nodes, repeats=repeats, say=say)
+    return Bench(device=device, dtype=dtype, world=world, links=links, nodes=nodes, repeats=repeats, report=report)
 
 
 def _how(backend: str, dtype: torch.dtype) -> str:
@@ -156,12 +157,8 @@ def _how(backend: str, dtype: torch.dtype) -> str:
     if backend == "nccl":
         version += f", NCCL {'.'.join(str(part) for part in torch.cuda.nccl.version())}"
     number = torch.get_num_threads()
-    threads = f"{number} thread{'s' * (number > 1)} a rank, " if backend == "gloo" else ""
+    threads = f"{number} thread{'s' * (number > 1)} per rank, " if backend == "gloo" else ""
     return f"{backend}, {str(dtype).removeprefix('torch.')}, {threads}{version}, {datetime.date.today().isoformat()}"
-
-
-def _shipped(kind: str) -> ClusterSpec | None:
-    return fitting_cluster(torch.cuda.get_device_name() if kind == "cuda" else None)
 
 
 def _report(measured: MachineMeasurement, options: CalibrateOptions, nominal: ClusterSpec | None) -> None:
@@ -172,13 +169,13 @@ def _report(measured: MachineMeasurement, options: CalibrateOptions, nominal: Cl
         cluster = replace(cluster, replica_scope="group")
     print(f"\n{as_table(measured, fit, nominal)}\n")
     notes = "\n".join(f"warning: {warning}" for warning in fit.warnings)
-    comment = f"Written by smartmoe calibrate: rates that training reaches, no peaks ({measured.how}).\n{notes}"
+    comment = f"Written by smartmoe calibrate: rates that training reaches, not peaks ({measured.how}).\n{notes}"
     options.output.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(f"{options.output}.partial")
     partial.write_text(cluster_as_yaml(cluster, comment.strip()), encoding="utf-8")
     partial.replace(options.output)
-    load_cluster_spec(options.output)  # what was written can be read
-    print(f"wrote {options.output}: smartmoe plan --cluster FILE, or --smartmoe-cluster FILE while training")
+    load_cluster_spec(options.output)  # the written file can be read
+    print(f"wrote {options.output}: use it with smartmoe plan --cluster FILE, or --smartmoe-cluster FILE in training")
 
 
 if __name__ == "__main__":

@@ -275,7 +275,7 @@ def test_a_missing_srun_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     assert str(caught.value) == "SLURM_JOB_NUM_NODES = 2: srun is not on PATH. Load Slurm's programs."
 
 
-WRONG = "error: a.yaml:1 = 'flags: [1, 2': is not YAML: expected ',' or ']', but got '<stream end>'. Mend the line.\n"
+WRONG = "error: a.yaml:1 = 'flags: [1, 2': is not YAML: expected ',' or ']', but got '<stream end>'. Correct line 1.\n"
 
 
 @pytest.mark.parametrize(

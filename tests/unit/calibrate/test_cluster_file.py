@@ -134,7 +134,7 @@ def test_a_datasheet_keeps_the_priors() -> None:
     assert exchange_bytes_s(NOMINAL, between_nodes=True) == 0.8 * 50e9
 
 
-def test_a_link_that_nobody_could_measure_is_the_shipped_files() -> None:
+def test_a_link_that_was_not_measured_is_the_shipped_files() -> None:
     fit = fit_machine(measured(links=("intra",)), NOMINAL)
     assert fit.cluster.inter_node == NOMINAL.inter_node
     source = fit.cluster.sources["inter_node.bandwidth_bytes_s"]
@@ -194,10 +194,10 @@ def test_the_table_shows_points_lines_and_the_nominal_file() -> None:
         "500 TFLOP/s, half of it at 636 tokens per expert",
         "300 GB/s after 8 us; line off by 0.0%, worst 0.0%",
         "host to device    50 GB/s (not in the file)",
-        "against 2x8-h100-sxm",
+        "compared with 2x8-h100-sxm",
         "  products                    500 TFLOP/s  593.6 TFLOP/s   0.84x",
         "  exchange between nodes          40 GB/s        40 GB/s   1.00x",
         "  latency inside a node              8 us           5 us   1.60x",
     ):
         assert words in table, table
-    assert "against" not in as_table(found, fit, None)
+    assert "compared with" not in as_table(found, fit, None)

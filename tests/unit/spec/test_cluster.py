@@ -61,7 +61,7 @@ def test_nodes_of_a_group(tmp_path: Path) -> None:
         ("nodes: 2\n", "nodes: 2\nreplica_scope: rack\n", "replica_scope = 'rack': must be node or group"),
         ("name: A100", "nick: A100", "gpu.nick = 'A100': is not a known key"),
         ("{value: 312e12, source: datasheet}", "312e12", "gpu.peak_flops = 312000000000000.0: must be a mapping"),
-        ("{value: 312e12, source: datasheet}", "{value: 312e12}", "gpu.peak_flops.source = None: must say where"),
+        ("{value: 312e12, source: datasheet}", "{value: 312e12}", "gpu.peak_flops.source = None: must state where"),
         ("{value: 312e12, ", "{value: -1, ", "gpu.peak_flops.value = -1: must be a positive number"),
         ("{value: 312e12, ", "{value: .inf, ", "gpu.peak_flops.value = inf: must be a positive number"),
         ("{value: 312e12, ", "{value: 1, unit: F, ", "gpu.peak_flops.unit = 'F': is not a known key"),
@@ -75,7 +75,7 @@ def test_nodes_of_a_group(tmp_path: Path) -> None:
         (
             "nodes: 2\n",
             "nodes: 2\nefficiency: {gemm: {value: 1.2, source: s}}\n",
-            "efficiency.gemm.value = 1.2: must be a share, above 0 and at most 1. Leave it out for the model's prior",
+            "efficiency.gemm.value = 1.2: must be a share, above 0 and at most 1. Use 1 for a rate",
         ),
         (
             "  memory_bytes:",

@@ -39,7 +39,7 @@ def test_homes_and_hosts() -> None:
         ({"r1s2": -2}, "layer 0, rank 1, slot 2 = -2: must be -1 or an expert below 4"),
         ({"r0s1": -1}, "layer 0, rank 0, slot 1 is a home slot and must not be empty"),
         ({"r0s1": 2}, "layer 0, expert 2 has 2 homes (rank 0 slot 1, rank 1 slot 0), it must have one"),
-        ({"r1s2": 3}, "layer 0, rank 1 holds expert 3 twice: one copy per rank is enough"),
+        ({"r1s2": 3}, "layer 0, rank 1 holds expert 3 twice: a rank needs it once"),
     ],
 )
 def test_a_wrong_entry_is_named(changes: dict[str, int], message: str) -> None:

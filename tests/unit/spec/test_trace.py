@@ -87,7 +87,7 @@ def test_few_source_ranks_are_spread_without_losing_a_token() -> None:
     assert groups.shape == (2, 3, 1, 1, 12, 8)
     assert np.array_equal(groups[:, :, 0, 0].reshape(2, 3, 4, 3, 8).sum(axis=3), trace.counts)
     assert np.ptp(groups[0, 0, 0, 0].reshape(4, 3, 8), axis=1).max() <= 1
-    with pytest.raises(ConfigError, match="does not divide the trace's 4 source ranks"):
+    with pytest.raises(ConfigError, match="must divide, or be a multiple of, the trace's 4 source ranks"):
         trace.groups(3)
 
 

@@ -126,16 +126,16 @@ def test_nesting_lists_and_anchors_work(load: Any) -> None:
 
 
 def test_a_repeated_key_is_refused_with_its_line(error_of: Any) -> None:
-    assert error_of("a: 1\nb: 2\na: 3\n") == "/file.yaml:3 = 'a': is given twice. Keep one of them."
+    assert error_of("a: 1\nb: 2\na: 3\n") == "/file.yaml:3 = 'a': is given twice. Remove one of the two lines."
 
 
 def test_a_repeated_key_is_found_at_any_depth(error_of: Any) -> None:
     text = "flags:\n  model:\n    lr: 1\n\n    lr: 2\n"
-    assert error_of(text) == "/file.yaml:5 = 'lr': is given twice. Keep one of them."
+    assert error_of(text) == "/file.yaml:5 = 'lr': is given twice. Remove one of the two lines."
 
 
 def test_a_repeated_key_is_found_in_a_list(error_of: Any) -> None:
-    assert error_of("a: [{b: 1, b: 2}]\n") == "/file.yaml:1 = 'b': is given twice. Keep one of them."
+    assert error_of("a: [{b: 1, b: 2}]\n") == "/file.yaml:1 = 'b': is given twice. Remove one of the two lines."
 
 
 def test_the_same_key_in_two_groups_is_two_keys(load: Any) -> None:
@@ -147,24 +147,24 @@ def test_a_missing_file(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         load_yaml(path)
     assert str(caught.value) == (
-        f"configuration file = '{path}': does not exist. Check the path; examples are in configs/."
+        f"configuration file = '{path}': does not exist. Give the path of a YAML file; examples are in configs/."
     )
 
 
 def test_a_file_that_is_not_yaml(error_of: Any) -> None:
     assert error_of("a: 1\nb: [1, 2\n") == (
-        "/file.yaml:2 = 'b: [1, 2': is not YAML: expected ',' or ']', but got '<stream end>'. Mend the line."
+        "/file.yaml:2 = 'b: [1, 2': is not YAML: expected ',' or ']', but got '<stream end>'. Correct line 2."
     )
 
 
 REFUSED = {
     "a: !!python/object/apply:os.getcwd []": "/file.yaml:1 = 'a: !!python/object/apply:os.getcwd []': is not YAML: "
-    "could not determine a constructor for the tag 'tag:yaml.org,2002:python/object/apply:os.getcwd'. Mend the line.",
-    "\n? [a]\n: b\n": "/file.yaml:2 = '? [a]': is not YAML: found unhashable key. Mend the line.",
-    "a: 1\nb: c: d\n": "/file.yaml:2 = 'b: c: d': is not YAML: mapping values are not allowed here. Mend the line.",
-    "a: 1\n---\nb: 2\n": "/file.yaml:2 = '---': is not YAML: but found another document. Mend the line.",
+    "could not determine a constructor for the tag 'tag:yaml.org,2002:python/object/apply:os.getcwd'. Correct line 1.",
+    "\n? [a]\n: b\n": "/file.yaml:2 = '? [a]': is not YAML: found unhashable key. Correct line 2.",
+    "a: 1\nb: c: d\n": "/file.yaml:2 = 'b: c: d': is not YAML: mapping values are not allowed here. Correct line 2.",
+    "a: 1\n---\nb: 2\n": "/file.yaml:2 = '---': is not YAML: but found another document. Correct line 2.",
     "a: \x07": "configuration file = '/file.yaml': is not YAML: unacceptable character #x0007: special characters are "
-    'not allowed in "/file.yaml", position 3. Mend it.',
+    'not allowed in "/file.yaml", position 3. Correct the text that it names.',
 }
 
 
@@ -181,7 +181,7 @@ def test_what_yaml_itself_refuses_is_said_in_one_line(error_of: Any, text: str) 
     ],
 )
 def test_a_value_that_its_tag_refuses(error_of: Any, text: str, says: str) -> None:
-    assert error_of(text) == f"configuration file = '/file.yaml': is not YAML: {says}. Mend it."
+    assert error_of(text) == f"configuration file = '/file.yaml': is not YAML: {says}. Correct the text that it names."
 
 
 @pytest.mark.parametrize("text", ["2026-01-02", "2026-02-30", "2026-01-02 03:04:05"])
@@ -201,14 +201,14 @@ def test_a_file_that_is_not_utf8(tmp_path: Path) -> None:
     path.write_bytes(b"name: caf\xe9\n")
     with pytest.raises(ConfigError) as caught:
         load_yaml(path)
-    assert str(caught.value) == f"configuration file = '{path}': is not UTF-8 text. Check the path."
+    assert str(caught.value) == f"configuration file = '{path}': is not UTF-8 text. Save it as UTF-8."
 
 
 def test_a_directory_is_called_one(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         load_yaml(tmp_path)
     assert str(caught.value) == (
-        f"configuration file = '{tmp_path}': is a directory. Check the path; examples are in configs/."
+        f"configuration file = '{tmp_path}': is a directory. Give the path of a YAML file; examples are in configs/."
     )
 
 
