@@ -29,6 +29,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -172,7 +173,8 @@ def balance_table() -> None:
         for (experts, ranks), spare in itertools.product(SHAPES, (1, 2)):
             traces = [burst_or_drift(kind, experts, ranks, seed, v) for v in variants for seed in (0, 1)]
             found = [balance_of(trace, ranks, spare) for trace in traces]
-            behind += sum(f["ours, auto"].mean() > min(f["EPLB"].mean(), f["UltraEP, exact"].mean()) for f in found)
+            rival = [min(f["EPLB"].mean(), f["UltraEP, exact"].mean()) for f in found]
+            behind += sum(bool(f["ours, auto"].mean() > best) for f, best in zip(found, rival, strict=True))
             line = ""
             for name in columns:
                 mean = np.mean([f[name].mean() for f in found])
@@ -185,7 +187,7 @@ def burst_or_drift(kind: str, experts: int, ranks: int, seed: int, changes: dict
     """A trace of 36 records of one layer."""
     return synthetic_trace(
         SyntheticSpec(
-            **{"kind": kind, "num_experts": experts, "num_sources": ranks, "seed": seed, **changes},
+            **cast(Any, {"kind": kind, "num_experts": experts, "num_sources": ranks, "seed": seed, **changes}),
             num_records=36,
             num_layers=1,
             tokens_per_source=4096,

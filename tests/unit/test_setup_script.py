@@ -25,7 +25,7 @@ def checkout(tmp_path: Path) -> Path:
 def run_setup(checkout: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run it with nothing of this process's environment."""
     environment = {"HOME": str(checkout / "home"), "PATH": SYSTEM_PATH, **environment}
-    command = ["bash", checkout / "scripts" / "setup.sh"]
+    command: list[str | Path] = ["bash", checkout / "scripts" / "setup.sh"]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
 
 

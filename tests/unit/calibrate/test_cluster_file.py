@@ -86,8 +86,8 @@ def test_the_file_says_what_was_measured(tmp_path: Path) -> None:
         },
         rel=1e-3,
     )
-    for path, source in cluster.sources.items():
-        assert source.startswith("measured: ") or path in ("efficiency.gemm", "efficiency.memory"), path
+    for key, source in cluster.sources.items():
+        assert source.startswith("measured: ") or key in ("efficiency.gemm", "efficiency.memory"), key
     assert "send to the next rank among 8 ranks" in cluster.sources["intra_node.latency_s"]
     assert "among 8 ranks, of each of its 14 steps" in cluster.sources["intra_node.ring_latency_s"]
     assert "line off by 0.0% on average" in cluster.sources["gpu.peak_flops"]

@@ -39,7 +39,7 @@ def test_points_that_are_off_do_not_move_it(spoilt: tuple[int, ...]) -> None:
 def test_noise_moves_it_by_about_as_much() -> None:
     draw = np.random.default_rng(7)
     time_s = np.array(times(1e-4, 1e-9)) * draw.uniform(0.97, 1.03, len(SIZES))
-    fit = fit_line(SIZES, time_s)
+    fit = fit_line(SIZES, time_s.tolist())
     assert fit.fixed_s == pytest.approx(1e-4, rel=0.05)
     assert fit.unit_s == pytest.approx(1e-9, rel=0.05)
     assert 0 < fit.residual < fit.worst < 0.06

@@ -121,7 +121,7 @@ def test_nodes_keep_replicas_at_home_and_homes_balance_the_nodes(trace: Path, tm
 
 @pytest.mark.parametrize("spare", ["0", "1"])
 def test_a_replay_reproduces_every_decision(
-    trace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], spare: int
+    trace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], spare: str
 ) -> None:
     saved = tmp_path / "decisions.jsonl"
     simulate(trace, tmp_path, "--ep", "8", "--spare-slots", spare, "--save-decisions", str(saved))

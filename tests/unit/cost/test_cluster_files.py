@@ -16,7 +16,7 @@ def test_the_files_are_there() -> None:
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
-def test_a_cluster_file(file: str) -> None:
+def test_a_cluster_file(file: Path) -> None:
     cluster = load_cluster_spec(file)
     assert len(cluster.sources) == (8 if file.stem == "cpu" else 7)
     assert cluster.intra_node.bandwidth_bytes_s > cluster.inter_node.bandwidth_bytes_s

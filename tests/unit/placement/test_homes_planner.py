@@ -34,8 +34,8 @@ def decisions_of_a_run(spare_slots: int = 1) -> list[str]:
             proposal, decision = found
             planner.placement = proposal if decision.taken else planner.placement
             lines.append(decision.to_line())
-        if decision := planner.plan(iteration):
-            lines.append(decision.to_line())
+        if replicas := planner.plan(iteration):
+            lines.append(replicas.to_line())
         planner.observe(counts_LGMRE[:, 0].sum(axis=2))
         homes.observe(counts_LGMRE[:, 0, 0])
     return lines
@@ -101,6 +101,6 @@ def test_before_anything_was_seen_nothing_is_planned() -> None:
 
 
 def test_digests_tell_numbers_apart_and_not_their_types() -> None:
-    assert digest_of(np.array([1, 2])) == digest_of(np.array([1, 2], dtype=np.int32))
+    assert digest_of(np.array([1, 2])) == digest_of(np.array([1, 2], dtype=np.int32))  # type: ignore[arg-type]
     assert digest_of(np.array([1, 2])) != digest_of(np.array([2, 1]))
     assert digest_of(np.array([[1, 2]])) != digest_of(np.array([1, 2]))

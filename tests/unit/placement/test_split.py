@@ -31,7 +31,7 @@ def optimum(load_E: IntArray, hosts_ER: BoolArray) -> int:
         bounds=Bounds(0, np.inf),
     )
     assert result.success, result.message
-    return round(result.fun)
+    return int(result.fun + 0.5)
 
 
 def problem(seed: int) -> tuple[IntArray, IntArray]:

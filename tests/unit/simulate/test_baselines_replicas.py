@@ -1,5 +1,7 @@
 """The peers' rules that copy experts and leave homes alone. Each against an example by hand."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -59,6 +61,7 @@ def test_ultraep_one_slot() -> None:
 def test_ultraep_two_slots() -> None:
     # Threshold 6 works: after expert 0's 6 and 2, expert 1 sends 2 to rank 1's second slot.
     plan = by_name()["ultraep"].plan(problem(spare_slots=2))
+    assert plan.quota_ER is not None
     assert plan.quota_ER[:2].tolist() == [[0, 2, 6], [6, 2, 0]]
     assert rank_loads(plan, problem(2).counts_RE).tolist() == [6, 6, 6]
 
@@ -97,7 +100,7 @@ def test_moonep_needs_at_most_two_incoming_experts_at_scale() -> None:
 
 
 # A token's transfer, its forward GEMM and an expert's weights take 1, 1 and 2 x weight_transfers seconds.
-ONE_SECOND = {"hidden": 1, "ffn_factor": 1.0, "network_bytes_s": 2.0, "gpu_flops": 4.0}
+ONE_SECOND: dict[str, Any] = {"hidden": 1, "ffn_factor": 1.0, "network_bytes_s": 2.0, "gpu_flops": 4.0}
 
 
 def shadowing_problem() -> LayerProblem:
