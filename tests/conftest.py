@@ -22,7 +22,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         group = "slurm" if item.get_closest_marker("slurm") else item.location[0]
         item.add_marker(pytest.mark.xdist_group(group))
     # Long ones first, so that no worker has one left when the other is done.
-    long = {item.location[0] for item in items if item.get_closest_marker("slow")}
+    long = {item.location[0] for item in items if item.get_closest_marker("slow") or item.get_closest_marker("slurm")}
     items.sort(key=lambda item: item.location[0] not in long)
 
 
