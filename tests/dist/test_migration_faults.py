@@ -324,11 +324,11 @@ def test_gradients_are_not_lost(found: list[dict[str, Any]]) -> None:
     for facts in of(found, gradients_are_there):
         assert facts == {
             "after the step": None,
-            "not said to be spent": "MigrationError: gradients of experts wait for the optimizer; experts stay",
+            "not said to be spent": "MigrationError: the optimizer has not used the experts' gradients yet; no expert was moved",
             "zeroed": None,
-            "between micro-batches": "MigrationError: micro-batches of this iteration are still to come; experts stay",
-            "reduction on its way": "MigrationError: a gradient reduction of experts is on its way; experts stay",
-            "before the optimizer": "MigrationError: gradients of experts wait for the optimizer; experts stay",
+            "between micro-batches": "MigrationError: micro-batches of this iteration have not run yet; no expert was moved",
+            "reduction on its way": "MigrationError: a gradient reduction of the experts is in flight; no expert was moved",
+            "before the optimizer": "MigrationError: the optimizer has not used the experts' gradients yet; no expert was moved",
         }
 
 

@@ -112,7 +112,7 @@ def test_a_repeated_run_is_bit_equal_and_all_ranks_post_alike(
 
 
 def _broken(argv: list[str]) -> None:
-    """A run in which the second piece's output is lost."""
+    """A run in which the second chunk's output is lost."""
     from megatron_smartmoe.adapter.moe.overlap import OverlappedMoELayer
     from megatron_smartmoe.adapter.pretrain import main
 
@@ -123,16 +123,16 @@ def _broken(argv: list[str]) -> None:
         return output if counts_PQS is layer.first else output * 0
 
     def noting(layer: Any, peers: Any, *args: Any) -> Any:
-        piece = send(layer, peers, *args)
-        if piece.there is None:
-            layer.first = piece.counts_PQS
-        return piece
+        chunk = send(layer, peers, *args)
+        if chunk.dispatch is None:
+            layer.first = chunk.counts_PQS
+        return chunk
 
     with mock.patch.multiple(OverlappedMoELayer, _send=noting, _compute=some):
         main(argv)
 
 
-def test_a_lost_piece_is_noticed(tmp_path: Path, data_flags: list[str], losses_of: Losses) -> None:
+def test_a_lost_chunk_is_noticed(tmp_path: Path, data_flags: list[str], losses_of: Losses) -> None:
     """The equality above can fail."""
     argv = [*TINY_MODEL, *TINY_TRAINING, *data_flags, "--train-iters", "1", *_flags(EP2, 2)]
     run_ranks(_broken, 2, [*argv, "--smartmoe-run-dir", str(tmp_path)], log_dir=tmp_path / "ranks")

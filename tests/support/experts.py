@@ -56,10 +56,10 @@ class Job:
         from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
         from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
-        from megatron_smartmoe.adapter.local import adam
+        from megatron_smartmoe.adapter import hooks
         from megatron_smartmoe.adapter.migration.expert_state import ExpertStates
 
-        adam.install()
+        hooks.use_torch_adam()
         self.mix, self.timeout_s = mix, timeout_s
         if not dist.is_initialized():
             dist.init_process_group("gloo")

@@ -143,7 +143,7 @@ class PoolLoop(Callback):
         if self._replicas is not None:
             self._replicas.switch_to(setting.replicas, setting.spare_slots)
         for layer in self._layers:
-            layer.cut_into(setting.overlap_degree)
+            layer.set_degree(setting.overlap_degree)
         self._seconds.clear()
         self._untimed = UNTIMED
 

@@ -28,7 +28,7 @@ from megatron_smartmoe.adapter.flags.replica_arguments import replicas_mode
 from megatron_smartmoe.adapter.hooks import Callback, Order
 from megatron_smartmoe.adapter.machine import nodes_of_group
 from megatron_smartmoe.adapter.moe.layer import SmartMoELayer
-from megatron_smartmoe.adapter.moe.replica_dispatcher import Planner, ReplicaDispatcher
+from megatron_smartmoe.adapter.moe.replica_dispatcher import PlanReplicas, ReplicaDispatcher
 from megatron_smartmoe.adapter.run import Run
 from megatron_smartmoe.placement.replica_planner import ReplicaPlanner
 from megatron_smartmoe.runtime.replicas.slots import SpareSlots
@@ -125,7 +125,7 @@ class ReplicaLoop(Callback):
             layer.token_dispatcher.set_shared_experts(layer.shared_experts)
         layer.register_forward_pre_hook(_set_training_flag)
 
-    def _exact_planner(self) -> Planner:
+    def _exact_planner(self) -> PlanReplicas:
         """Plans replicas from the counts of one micro-batch, experts named by their homes."""
         args = self._run.args
         home_slots = args.num_experts // self._wire.num_ranks
