@@ -44,7 +44,7 @@ def step_seconds(flags: list[str], iterations: int, ranks: int) -> float:
         if done.returncode:
             raise SystemExit(done.stdout[-2000:] + done.stderr[-4000:])
         lines = [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
-    return statistics.median(line["seconds_per_step"] for line in lines[WARM_UP:])
+    return float(statistics.median(line["seconds_per_step"] for line in lines[WARM_UP:]))
 
 
 def main() -> None:

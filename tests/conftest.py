@@ -16,12 +16,14 @@ settings.load_profile("any machine")
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Tests of one file share started runs and stay in one worker; so do all Slurm tests, which share one cluster."""
+    if not hasattr(config, "workerinput"):  # this process is no worker of xdist
+        return
     for item in items:
         group = "slurm" if item.get_closest_marker("slurm") else item.location[0]
         item.add_marker(pytest.mark.xdist_group(group))
-    if hasattr(config, "workerinput"):  # long ones first, so that no worker has one left when the others are done
-        long = {item.location[0] for item in items if item.get_closest_marker("slow")}
-        items.sort(key=lambda item: item.location[0] not in long)
+    # Long ones first, so that no worker has one left when the other is done.
+    long = {item.location[0] for item in items if item.get_closest_marker("slow") or item.get_closest_marker("slurm")}
+    items.sort(key=lambda item: item.location[0] not in long)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from scipy.optimize import least_squares  # type: ignore[import-untyped]
+from scipy.optimize import least_squares
 
 from megatron_smartmoe.cost.step.constants import StepConstants
 from megatron_smartmoe.cost.step.step import StepTime

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from dataclasses import astuple, dataclass, fields
 
 import numpy as np
-from scipy.optimize import nnls  # type: ignore[import-untyped]
+from scipy.optimize import nnls
 
 from megatron_smartmoe.cost.moe_layer import LayerConstants, LayerFlow, layer_counts, layer_time
 from megatron_smartmoe.errors import PlanError

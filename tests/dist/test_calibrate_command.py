@@ -6,8 +6,11 @@ import os
 import sys
 from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+import torch.distributed as dist
 
 from megatron_smartmoe.adapter import cost_inputs as training
 from megatron_smartmoe.adapter.launch import calibrate, process
@@ -104,7 +107,12 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     for name in [name for name in os.environ if name.startswith("SLURM_")]:
         monkeypatch.delenv(name)
     commands: list[list[str]] = []
-    monkeypatch.setattr(process, "run", lambda command, environment, log: commands.append(list(command)) or 0)
+
+    def run(command: list[str], environment: Any, log: Any) -> int:
+        commands.append(list(command))
+        return 0
+
+    monkeypatch.setattr(process, "run", run)
     return commands
 
 
@@ -121,8 +129,8 @@ def test_nproc_is_for_torchrun_alone(started: list[list[str]]) -> None:
 
 
 def test_more_ranks_than_gpus(started: list[list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calibrate.torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(calibrate.torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     calibrate.start_ranks(CalibrateOptions())
     assert started[0][4] == "2"
     with pytest.raises(ConfigError) as caught:
@@ -141,18 +149,18 @@ def test_a_wrong_file_to_compare_with_fails_before_ranks_start(
 
 
 def test_unequal_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calibrate.dist, "get_rank", lambda: 0)
-    monkeypatch.setattr(calibrate.dist, "get_world_size", lambda: 3)
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 3)
     with pytest.raises(ConfigError, match="LOCAL_WORLD_SIZE = 2: must divide the 3 ranks"):
-        calibrate._bench(calibrate.torch.device("cpu"), calibrate.torch.float32, 2, 1)
+        calibrate._bench(torch.device("cpu"), torch.float32, 2, 1)
 
 
 # --- who is sent here
 
 
 def test_an_unknown_gpu_is_sent_to_calibrate(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training.torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(training.torch.cuda, "get_device_name", lambda: "NVIDIA Unheard Of")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA Unheard Of")
     with pytest.raises(ConfigError) as caught:
         training.machine(Namespace(smartmoe_cluster=None))
     assert str(caught.value) == (
@@ -163,7 +171,7 @@ def test_an_unknown_gpu_is_sent_to_calibrate(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_known_gpu_has_its_file(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training.torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(training.torch.cuda, "get_device_name", lambda: "NVIDIA H200")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
     found: ClusterSpec = training.machine(Namespace(smartmoe_cluster=None))
     assert found.gpu.name == "H200-SXM5-141GB"

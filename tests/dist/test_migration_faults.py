@@ -20,6 +20,7 @@ from tests.support.ranks import run_ranks
 pytestmark = pytest.mark.dist
 
 MIX = Mix(edp=2, bf16=True, distributed=True, overlap=True)
+UNMOVED = "; no expert was moved"
 
 
 def error_of(function: Callable[[], Any]) -> str | None:
@@ -116,7 +117,7 @@ def weights_not_gathered() -> bool:
 
 
 def a_bit_flips() -> dict[str, Any]:
-    """A bit flips on rank 2 in the second step: the first stays committed, the second writes nothing, later ones work."""
+    """A bit flips on rank 2 in step 2: step 1 stays committed, step 2 writes nothing, later ones work."""
     job = Job(MIX)
     job.step()
     before = job.fingerprints()
@@ -324,11 +325,11 @@ def test_gradients_are_not_lost(found: list[dict[str, Any]]) -> None:
     for facts in of(found, gradients_are_there):
         assert facts == {
             "after the step": None,
-            "not said to be spent": "MigrationError: the optimizer has not used the experts' gradients yet; no expert was moved",
+            "not said to be spent": "MigrationError: the optimizer has not used the experts' gradients yet" + UNMOVED,
             "zeroed": None,
-            "between micro-batches": "MigrationError: micro-batches of this iteration have not run yet; no expert was moved",
-            "reduction on its way": "MigrationError: a gradient reduction of the experts is in flight; no expert was moved",
-            "before the optimizer": "MigrationError: the optimizer has not used the experts' gradients yet; no expert was moved",
+            "between micro-batches": "MigrationError: micro-batches of this iteration have not run yet" + UNMOVED,
+            "reduction on its way": "MigrationError: a gradient reduction of the experts is in flight" + UNMOVED,
+            "before the optimizer": "MigrationError: the optimizer has not used the experts' gradients yet" + UNMOVED,
         }
 
 

@@ -108,5 +108,6 @@ def test_a_file_names_the_settings(tmp_path: Path, data_flags: list[str]) -> Non
     train(tmp_path, 2, data_flags, *flags, "--smartmoe-pool-interval", "2", iterations=8)
     lines = [line for line in (tmp_path / "ranks" / "rank0.log").read_text().splitlines() if "| pool" in line]
     assert lines == [
-        " smartmoe: iteration        2 | pool: homes0-K0-off-ov1 stays | 2 iterations since the last switch, 20 are needed |"
+        " smartmoe: iteration        2 | pool: homes0-K0-off-ov1 stays | "
+        "2 iterations since the last switch, 20 are needed |"
     ]

@@ -163,6 +163,7 @@ def test_an_architecture_that_nvcc_does_not_know(monkeypatch: pytest.MonkeyPatch
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_setup_builds_the_library_or_says_that_it_did_not(tmp_path: Path) -> None:
     for name in ("setup.py", "pyproject.toml"):
         shutil.copy(ROOT / name, tmp_path)

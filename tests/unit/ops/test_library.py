@@ -87,6 +87,7 @@ def cpu_checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_without_nvcc_the_library_is_built_for_the_cpu_and_right(cpu_checkout: Path) -> None:
     done = python(cpu_checkout, "-c", CHECK)
     assert done.returncode == 0, done.stderr
@@ -95,6 +96,7 @@ def test_without_nvcc_the_library_is_built_for_the_cpu_and_right(cpu_checkout: P
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_a_second_build_does_nothing(cpu_checkout: Path) -> None:
     made = cpu_checkout / "megatron_smartmoe" / "ops" / "_smartmoe.so"
     before = made.stat()
@@ -104,6 +106,7 @@ def test_a_second_build_does_nothing(cpu_checkout: Path) -> None:
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_a_library_of_another_version_is_refused(cpu_checkout: Path, tmp_path: Path) -> None:
     checkout = tmp_path / "checkout"
     shutil.copytree(cpu_checkout, checkout)

@@ -101,6 +101,6 @@ def test_before_anything_was_seen_nothing_is_planned() -> None:
 
 
 def test_digests_tell_numbers_apart_and_not_their_types() -> None:
-    assert digest_of(np.array([1, 2])) == digest_of(np.array([1, 2], dtype=np.int32))
+    assert digest_of(np.array([1, 2])) == digest_of(np.array([1, 2], dtype=np.int32))  # type: ignore[arg-type]
     assert digest_of(np.array([1, 2])) != digest_of(np.array([2, 1]))
     assert digest_of(np.array([[1, 2]])) != digest_of(np.array([1, 2]))
