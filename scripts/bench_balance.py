@@ -160,8 +160,8 @@ def follow_rule(name: str) -> None:
         tokens_ER = _whole(tokens_by_rank(latest[0], counts_RE), counts_RE.sum(axis=0))
         return assign_sources(counts_RE, slots_RS, tokens_ER, num_nodes)
 
-    loop.exact_slots = exact_slots  # type: ignore[attr-defined]
-    dispatcher.split_tokens = split_tokens  # type: ignore[attr-defined]
+    loop.exact_slots = exact_slots
+    dispatcher.split_tokens = split_tokens
 
 
 def _whole(tokens_ER: np.ndarray, load_E: np.ndarray) -> np.ndarray:

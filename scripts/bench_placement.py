@@ -173,9 +173,8 @@ def balance_table() -> None:
         for (experts, ranks), spare in itertools.product(SHAPES, (1, 2)):
             traces = [burst_or_drift(kind, experts, ranks, seed, v) for v in variants for seed in (0, 1)]
             found = [balance_of(trace, ranks, spare) for trace in traces]
-            behind += sum(
-                float(f["ours, auto"].mean()) > min(f["EPLB"].mean(), f["UltraEP, exact"].mean()) for f in found
-            )
+            rivals = [min(f["EPLB"].mean(), f["UltraEP, exact"].mean()) for f in found]
+            behind += sum(bool(f["ours, auto"].mean() > rival) for f, rival in zip(found, rivals, strict=True))
             line = ""
             for name in columns:
                 mean = np.mean([f[name].mean() for f in found])

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -132,7 +132,7 @@ def _with_pool(config: dict[str, FlagValue], args: Namespace, plan: ParallelSpec
     return {name: value for name, value in config.items() if name != flag}
 
 
-def _replaced(spec: RunSpec, command_line: Sequence[str], flags: dict[str, FlagValue]) -> list[str]:
+def _replaced(spec: RunSpec, command_line: Sequence[str], flags: Mapping[str, FlagValue]) -> list[str]:
     """Flags of the configuration for which the plan has another value, with both values."""
     given = parse_tokens(command_line)
     found = []

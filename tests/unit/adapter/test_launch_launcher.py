@@ -249,9 +249,14 @@ def test_a_task_per_rank_becomes_its_rank(story: Story, monkeypatch: pytest.Monk
 
 
 def test_a_batch_script_starts_a_launcher_per_node(monkeypatch: pytest.MonkeyPatch) -> None:
-    ran = []
+    ran: list[Any] = []
+
+    def run(*args: Any) -> int:
+        ran.append(args)
+        return 7
+
     monkeypatch.setattr(launcher.shutil, "which", lambda name: f"/bin/{name}")
-    monkeypatch.setattr(launcher.process, "run", lambda *args: ran.append(args) or 7)
+    monkeypatch.setattr(launcher.process, "run", run)
     assert launcher.srun(Topology(num_nodes=2, needs_srun=True), ["--config", "a b.yaml"]) == 7
     command, environment, log, _ = ran[0]
     nodes = ["--nodes", "2", "--ntasks", "2", "--ntasks-per-node", "1"]
