@@ -1,7 +1,11 @@
 """Wrong requests and bad inputs: said clearly, and nothing is left behind."""
 
+from __future__ import annotations
+
 import os
 import re
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,14 +26,16 @@ BAD_LINES = [
 
 
 @pytest.fixture
-def mixed(tmp_path):
+def mixed(tmp_path: Path) -> Path:
     """Good documents with a bad line behind each of the first few."""
     lines = [item for text, (bad, _) in zip(texts(8), BAD_LINES, strict=True) for item in (text, bad)]
     return write_jsonl(tmp_path / "mixed.jsonl", lines + texts(40, first=8))
 
 
 @pytest.mark.parametrize("group_bytes", [50, 10**6])
-def test_bad_lines_are_listed_and_nothing_is_written(mixed, tmp_path, monkeypatch, group_bytes):
+def test_bad_lines_are_listed_and_nothing_is_written(
+    mixed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, group_bytes: int
+) -> None:
     monkeypatch.setattr(sources, "GROUP_BYTES", group_bytes)
     with pytest.raises(ConfigError) as caught:
         prepare(spec_for(tmp_path / "out" / "x", mixed))
@@ -39,7 +45,7 @@ def test_bad_lines_are_listed_and_nothing_is_written(mixed, tmp_path, monkeypatc
     assert files(tmp_path / "out") == set()
 
 
-def test_bad_lines_are_skipped_and_counted(mixed, tmp_path, caplog):
+def test_bad_lines_are_skipped_and_counted(mixed: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     corpus = prepare(spec_for(tmp_path / "x", mixed, on_bad_line="skip", vocab_size=300))
     assert decode(corpus) == texts(48)
     assert (corpus.num_bad_lines, corpus.num_documents) == (len(BAD_LINES), 48)
@@ -47,14 +53,14 @@ def test_bad_lines_are_skipped_and_counted(mixed, tmp_path, caplog):
     assert f"left out {len(BAD_LINES)} bad lines" in caplog.text
 
 
-def test_only_the_first_bad_lines_are_listed(tmp_path):
+def test_only_the_first_bad_lines_are_listed(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "bad.jsonl", [b"{"] * 1000)
     with pytest.raises(ConfigError, match="the first ones") as caught:
         prepare(spec_for(tmp_path / "x", path))
     assert str(caught.value).count("invalid JSON") == 20
 
 
-def test_a_text_file_that_is_not_utf8(tmp_path):
+def test_a_text_file_that_is_not_utf8(tmp_path: Path) -> None:
     (tmp_path / "bad.txt").write_bytes(b"one\ntwo\nthr\xe9e\n")
     with pytest.raises(ConfigError, match=rf"{tmp_path}/bad.txt:3: invalid UTF-8: .*byte 0xe9"):
         prepare(spec_for(tmp_path / "x", tmp_path / "bad.txt", tmp_path / "bad.txt"))
@@ -82,7 +88,7 @@ def test_a_text_file_that_is_not_utf8(tmp_path):
         ({"output_prefix": "/proc/x"}, "cannot write here"),
     ],
 )
-def test_wrong_requests(tmp_path, monkeypatch, changes, message):
+def test_wrong_requests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], message: str) -> None:
     monkeypatch.chdir(tmp_path)
     write_jsonl(tmp_path / "in.jsonl", texts(10))
     (tmp_path / "empty.jsonl").touch()
@@ -92,7 +98,7 @@ def test_wrong_requests(tmp_path, monkeypatch, changes, message):
     for name in ("tokenizer_model", "output_prefix"):
         if name in changes:
             changes = changes | {name: type(tmp_path)(changes[name])}
-    options = {"prefix": tmp_path / "x"} | changes
+    options: dict[str, Any] = {"prefix": tmp_path / "x"} | changes
     prefix, inputs = options.pop("output_prefix", options.pop("prefix")), options.pop("inputs", ("in.jsonl",))
     options.pop("prefix", None)
     with pytest.raises(ConfigError, match=re.escape(message)):
@@ -101,13 +107,13 @@ def test_wrong_requests(tmp_path, monkeypatch, changes, message):
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_an_unwritable_directory(tmp_path):
+def test_an_unwritable_directory(tmp_path: Path) -> None:
     (tmp_path / "locked").mkdir(mode=0o500)
     with pytest.raises(ConfigError, match=r"cannot write here \(Permission denied\)"):
         prepare(spec_for(tmp_path / "locked" / "x", write_jsonl(tmp_path / "in.jsonl", texts(10))))
 
 
-def test_an_output_never_falls_on_an_input(tmp_path):
+def test_an_output_never_falls_on_an_input(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "corpus.json", texts(10))
     content = path.read_bytes()
     with pytest.raises(ConfigError, match="an input would be overwritten"):
@@ -115,7 +121,7 @@ def test_an_output_never_falls_on_an_input(tmp_path):
     assert path.read_bytes() == content
 
 
-def test_a_file_that_is_not_ours_is_never_replaced(tmp_path):
+def test_a_file_that_is_not_ours_is_never_replaced(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "in.jsonl", texts(60))
     (tmp_path / "out.json").write_text('{"precious": 1}')
     with pytest.raises(ConfigError, match="is not the metadata of a prepared corpus"):
@@ -123,11 +129,11 @@ def test_a_file_that_is_not_ours_is_never_replaced(tmp_path):
     assert (tmp_path / "out.json").read_text() == '{"precious": 1}'
 
 
-def test_an_input_that_changes_between_the_passes(tmp_path, monkeypatch):
+def test_an_input_that_changes_between_the_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_jsonl(tmp_path / "in.jsonl", texts(60))
     train = tokenizer.train
 
-    def train_and_spoil(*arguments):
+    def train_and_spoil(*arguments: Any) -> bytes:
         write_jsonl(path, [*texts(30), b"{", *texts(29, first=30)])
         return train(*arguments)
 

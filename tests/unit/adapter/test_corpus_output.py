@@ -1,5 +1,7 @@
 """Whole or not at all: kills, signals, full disks, and several preparers at once."""
 
+from __future__ import annotations
+
 import multiprocessing
 import os
 import resource
@@ -7,12 +9,18 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from multiprocessing.context import ForkProcess
+from multiprocessing.queues import Queue
+from multiprocessing.synchronize import Event
 from pathlib import Path
+from typing import Any, NoReturn
 
 import psutil
 import pytest
 
-from megatron_smartmoe.adapter.corpus import PreparedCorpus, indexed, prepare
+from megatron_smartmoe.adapter.corpus import CorpusSpec, PreparedCorpus, indexed, prepare
+from megatron_smartmoe.adapter.corpus.sources import SpanGroup
 from megatron_smartmoe.errors import ConfigError
 from tests.support.corpus import decode, files, spec_for, texts, write_jsonl
 
@@ -25,40 +33,41 @@ fork = multiprocessing.get_context("fork")
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _megatron_is_imported(tmp_path_factory):
+def _megatron_is_imported(tmp_path_factory: pytest.TempPathFactory) -> None:
     folder = tmp_path_factory.mktemp("warm")
     prepare(spec_for(folder / "x", write_jsonl(folder / "in.jsonl", texts(60))))
 
 
 @pytest.fixture
-def jsonl(tmp_path):
+def jsonl(tmp_path: Path) -> Path:
     return write_jsonl(tmp_path / "in.jsonl", texts(60))
 
 
 @pytest.fixture
-def out(tmp_path):
+def out(tmp_path: Path) -> Path:
     return tmp_path / "out" / "x"
 
 
-def kill_at_rename(number, spec):
+def kill_at_rename(number: int, spec: CorpusSpec) -> None:
     """Prepare, and die at a rename (counted from 0)."""
-    replace, renames = Path.replace, []
+    replace = Path.replace
+    renames: list[Path] = []
 
-    def replace_or_die(self, target):
+    def replace_or_die(self: Path, target: Path) -> Path:
         if len(renames) == number:
             os.kill(os.getpid(), signal.SIGKILL)
         renames.append(target)
         return replace(self, target)
 
-    Path.replace = replace_or_die
+    pytest.MonkeyPatch().setattr(Path, "replace", replace_or_die)
     prepare(spec)
 
 
-def stop_in_mid_write(spec, ready):
+def stop_in_mid_write(spec: CorpusSpec, ready: Event) -> None:
     """Prepare, and stand still with a part of the tokens written."""
     read_documents = indexed.read_documents
 
-    def read_half(group, json_keys):
+    def read_half(group: SpanGroup, json_keys: tuple[str, ...]) -> Iterator[str]:
         for index, text in enumerate(read_documents(group, json_keys)):
             if index == 30:
                 ready.set()
@@ -69,7 +78,7 @@ def stop_in_mid_write(spec, ready):
     prepare(spec)
 
 
-def run_forked(function, *arguments):
+def run_forked(function: Callable[..., None], *arguments: Any) -> ForkProcess:
     process = fork.Process(target=function, args=arguments)
     process.start()
     return process
@@ -77,7 +86,7 @@ def run_forked(function, *arguments):
 
 @pytest.mark.parametrize("number", [0, 1, 2, 3])
 @pytest.mark.parametrize("replacing", [False, True])
-def test_a_kill_while_putting_in_place_shows_no_dataset(jsonl, out, number, replacing):
+def test_a_kill_while_putting_in_place_shows_no_dataset(jsonl: Path, out: Path, number: int, replacing: bool) -> None:
     if replacing:
         prepare(spec_for(out, jsonl))
     process = run_forked(kill_at_rename, number, spec_for(out, jsonl, vocab_size=300, force=replacing))
@@ -91,10 +100,11 @@ def test_a_kill_while_putting_in_place_shows_no_dataset(jsonl, out, number, repl
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_a_signal_in_mid_write(jsonl, out, number):
+def test_a_signal_in_mid_write(jsonl: Path, out: Path, number: signal.Signals) -> None:
     ready = fork.Event()
     process = run_forked(stop_in_mid_write, spec_for(out, jsonl), ready)
     assert ready.wait(30)
+    assert process.pid is not None
     os.kill(process.pid, number)
     process.join(30)
     assert process.exitcode == {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 1}[number]
@@ -106,7 +116,7 @@ def test_a_signal_in_mid_write(jsonl, out, number):
     assert files(out.parent) == WHOLE
 
 
-def test_an_existing_dataset_stays_unless_forced(jsonl, out):
+def test_an_existing_dataset_stays_unless_forced(jsonl: Path, out: Path) -> None:
     prepare(spec_for(out, jsonl))
     before = out.with_suffix(".bin").read_bytes()
     with pytest.raises(ConfigError, match=r"exists already\. Give --force to replace it"):
@@ -116,10 +126,10 @@ def test_an_existing_dataset_stays_unless_forced(jsonl, out):
     assert files(out.parent) == WHOLE
 
 
-def test_an_error_leaves_an_existing_dataset_alone(jsonl, out, monkeypatch):
+def test_an_error_leaves_an_existing_dataset_alone(jsonl: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     corpus = prepare(spec_for(out, jsonl))
 
-    def fail(*_):
+    def fail(*_: Any) -> NoReturn:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(sys.modules[prepare.__module__], "describe", fail)
@@ -130,16 +140,16 @@ def test_an_error_leaves_an_existing_dataset_alone(jsonl, out, monkeypatch):
     assert files(out.parent) == WHOLE
 
 
-def prepare_with_little_room(spec, limit):
+def prepare_with_little_room(spec: CorpusSpec, limit: int) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     try:
         prepare(spec)
     except OSError as error:
-        os._exit(error.errno)
+        os._exit(error.errno or 1)
 
 
 @pytest.mark.parametrize("limit", [100, 2000, 6000])
-def test_a_full_disk_leaves_nothing(tmp_path, out, limit):
+def test_a_full_disk_leaves_nothing(tmp_path: Path, out: Path, limit: int) -> None:
     """A file size limit stands for the disk: the write itself fails, wherever it is."""
     path = write_jsonl(tmp_path / "many.jsonl", texts(200))
     process = run_forked(prepare_with_little_room, spec_for(out, path, vocab_size=300), limit)
@@ -148,12 +158,12 @@ def test_a_full_disk_leaves_nothing(tmp_path, out, limit):
     assert files(out.parent) == set()
 
 
-def prepare_and_tell(spec, results):
+def prepare_and_tell(spec: CorpusSpec, results: Queue[str]) -> None:
     results.put(prepare(spec).input_sha256)
 
 
-def test_preparers_of_one_prefix_wait_for_each_other(jsonl, out):
-    results = fork.Queue()
+def test_preparers_of_one_prefix_wait_for_each_other(jsonl: Path, out: Path) -> None:
+    results: Queue[str] = fork.Queue()
     processes = [run_forked(prepare_and_tell, spec_for(out, jsonl), results) for _ in range(4)]
     # One that comes after the others are through is refused instead; the answers of the rest agree.
     for process in processes:
@@ -165,7 +175,7 @@ def test_preparers_of_one_prefix_wait_for_each_other(jsonl, out):
     assert decode(PreparedCorpus.load(out)) == texts(60)
 
 
-def test_who_waited_takes_the_same_request_only(jsonl, out):
+def test_who_waited_takes_the_same_request_only(jsonl: Path, out: Path) -> None:
     ready = fork.Event()
     process = run_forked(finish_when_awaited, spec_for(out, jsonl), ready)
     assert ready.wait(30)
@@ -182,27 +192,27 @@ def test_who_waited_takes_the_same_request_only(jsonl, out):
     assert out.with_suffix(".bin").stat().st_ino != inode, "made by the process that was waited for"
 
 
-def finish_when_awaited(spec, ready):
+def finish_when_awaited(spec: CorpusSpec, ready: Event) -> None:
     """Prepare, but hold the lock for a while."""
     write = Path.write_text
 
-    def write_late(self, *arguments, **options):
+    def write_late(self: Path, *arguments: Any, **options: Any) -> int:
         ready.set()
         time.sleep(0.5)
         return write(self, *arguments, **options)
 
-    Path.write_text = write_late
+    pytest.MonkeyPatch().setattr(Path, "write_text", write_late)
     prepare(spec)
 
 
-def test_workers_end_with_a_killed_parent():
+def test_workers_end_with_a_killed_parent() -> None:
     code = (
         "import time; from megatron_smartmoe.adapter.corpus.workers import ordered_map;"
         "list(ordered_map(time.sleep, [60] * 4, workers=2))"
     )
     parent = subprocess.Popen([sys.executable, "-c", code])
     deadline = time.monotonic() + 30
-    workers = []
+    workers: list[psutil.Process] = []
     while len(workers) < 2 and time.monotonic() < deadline:
         time.sleep(0.1)
         workers = [
@@ -216,14 +226,14 @@ def test_workers_end_with_a_killed_parent():
     assert not alive
 
 
-def test_a_killed_worker_is_noticed():
+def test_a_killed_worker_is_noticed() -> None:
     from megatron_smartmoe.adapter.corpus.workers import ordered_map
 
     with pytest.raises(ConfigError, match="a worker process was killed"):
         list(ordered_map(os._exit, [9] * 4, workers=2))
 
 
-def test_command_line(jsonl, out):
+def test_command_line(jsonl: Path, out: Path) -> None:
     command = [sys.executable, str(SCRIPT), "--input", str(jsonl), "--vocab-size", "340", "--output-prefix", str(out)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr

@@ -1,6 +1,9 @@
 """The tokenizer that is trained here: exact, the same every time, and what Megatron expects."""
 
+from __future__ import annotations
+
 from argparse import Namespace
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -29,30 +32,30 @@ CASES = [
 
 
 @pytest.mark.parametrize("text", CASES)
-def test_round_trip(text):
+def test_round_trip(text: str) -> None:
     assert PROCESSOR.decode(PROCESSOR.encode(text)) == text
 
 
 @given(st.text(st.characters(exclude_characters="\u2581", exclude_categories=["Cs"])))
-def test_round_trip_of_any_text(text):
+def test_round_trip_of_any_text(text: str) -> None:
     ids = PROCESSOR.encode(text)
     assert PROCESSOR.decode(ids) == text
     assert not {0, 1, 2, 3} & set(ids), "text never makes a special token"
 
 
-def test_the_one_character_that_does_not_come_back():
+def test_the_one_character_that_does_not_come_back() -> None:
     assert PROCESSOR.decode(PROCESSOR.encode("a\u2581b")) == "a b"
 
 
-def test_newline_and_tab_are_pieces_of_their_own():
+def test_newline_and_tab_are_pieces_of_their_own() -> None:
     assert PROCESSOR.encode("n\n\tn", out_type=str) == ["n", "\n", "\t", "n"]
 
 
-def test_training_is_deterministic():
+def test_training_is_deterministic() -> None:
     assert tokenizer.train(iter(LINES), 340) == MODEL
 
 
-def test_long_lines_are_cut_and_not_dropped(tmp_path):
+def test_long_lines_are_cut_and_not_dropped(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", ["zebra " * 20_000])
     corpus = prepare(spec_for(tmp_path / "out", path, vocab_size=272))
     assert corpus.num_tokens <= 2 * 20_000 + 2, (
@@ -60,7 +63,7 @@ def test_long_lines_are_cut_and_not_dropped(tmp_path):
     )
 
 
-def test_a_sample_of_a_large_corpus_is_drawn_by_seed(tmp_path, monkeypatch):
+def test_a_sample_of_a_large_corpus_is_drawn_by_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("megatron_smartmoe.adapter.corpus.sources.GROUP_BYTES", 1000)
     path = write_jsonl(tmp_path / "a.jsonl", texts(300))
     models = []
@@ -70,7 +73,7 @@ def test_a_sample_of_a_large_corpus_is_drawn_by_seed(tmp_path, monkeypatch):
     assert models[0] == models[1] != models[2]
 
 
-def test_megatron_loads_it_and_agrees_on_eod_and_ids(tmp_path):
+def test_megatron_loads_it_and_agrees_on_eod_and_ids(tmp_path: Path) -> None:
     from megatron.core.datasets.indexed_dataset import IndexedDataset
     from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 
@@ -94,7 +97,7 @@ def test_megatron_loads_it_and_agrees_on_eod_and_ids(tmp_path):
         assert megatron.detokenize(dataset[index][:-1].tolist()) == text
 
 
-def test_a_given_tokenizer_is_used_and_its_path_kept(tmp_path):
+def test_a_given_tokenizer_is_used_and_its_path_kept(tmp_path: Path) -> None:
     (tmp_path / "tokenizers").mkdir()
     model = tmp_path / "tokenizers" / "given.model"
     model.write_bytes(MODEL)
@@ -106,7 +109,7 @@ def test_a_given_tokenizer_is_used_and_its_path_kept(tmp_path):
     assert PreparedCorpus.load(tmp_path / "data" / "out").tokenizer_model.read_bytes() == MODEL
 
 
-def test_a_model_without_eos_is_refused():
+def test_a_model_without_eos_is_refused() -> None:
     import io
 
     from sentencepiece import SentencePieceTrainer
@@ -120,7 +123,7 @@ def test_a_model_without_eos_is_refused():
 
 
 @pytest.mark.parametrize("content", [b"", b"not a model", bytes(range(256)) * 10])
-def test_something_that_is_no_model_is_refused(content):
+def test_something_that_is_no_model_is_refused(content: bytes) -> None:
     with pytest.raises(ConfigError, match="is not a sentencepiece model"):
         tokenizer.load(content, "x.model")
 
@@ -133,6 +136,6 @@ def test_something_that_is_no_model_is_refused(content):
         ([""], 300, r"--vocab-size = 300: sentencepiece cannot train"),
     ],
 )
-def test_wrong_vocabulary_sizes_are_explained(lines, size, message):
+def test_wrong_vocabulary_sizes_are_explained(lines: list[str], size: int, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         tokenizer.train(iter(lines), size)
