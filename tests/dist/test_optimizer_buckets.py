@@ -1,0 +1,241 @@
+"""Optimizer state of several padded gradient buckets: saved right, resumed exactly, and refused where it is damaged."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import pytest
+
+from tests.dist.test_parallel_equality import largest_difference
+from tests.support.ranks import run_ranks
+from tests.support.training import TINY_MODEL, TINY_TRAINING, losses
+
+pytestmark = pytest.mark.dist
+
+# One layer, and buckets of about one parameter each: those of norms (80 or 96 elements) are padded to 128 x DP.
+SIZES = (
+    "--num-layers 1 --num-experts 4 --seq-length 32 --max-position-embeddings 32 "
+    "--global-batch-size 6 --use-distributed-optimizer --dist-ckpt-optim-fully-reshardable --overlap-grad-reduce "
+    "--ddp-bucket-size 1000"
+).split()
+SAVED_AT, ITERATIONS = 2, 5
+UNTIED = "--untie-embeddings-and-output-weights"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A run of `ITERATIONS` that saved at `SAVED_AT`, as if killed later."""
+
+    losses: list[float]
+    checkpoint: Path
+
+
+class Trainer:
+    """Trains with the flags above, on a number of ranks, with the repair of Megatron's fault or without."""
+
+    def __init__(self, root: Path, data_flags: list[str]) -> None:
+        self._root, self._data_flags, self._started = root, data_flags, 0
+
+    def __call__(self, dp: int, *flags: str, repaired: bool = True) -> list[float]:
+        """The losses. Fails when saving and no bucket is padded: then there would be nothing to see."""
+        self._started += 1
+        run_dir = self._root / str(self._started)
+        model = [flag for flag in TINY_MODEL if flag != UNTIED]
+        argv = [*model, *TINY_TRAINING, *SIZES, *self._data_flags, "--train-iters", str(ITERATIONS), *flags]
+        argv += ["--smartmoe-run-dir", str(run_dir)]
+        padding = run_ranks(_train, dp, argv, repaired, log_dir=run_dir / "ranks")
+        assert "--save" not in flags or not repaired or min(padding) > 0
+        return losses(run_dir)
+
+    def save(self, dp: int, *flags: str, repaired: bool = True) -> Run:
+        """A whole run, and its checkpoint of the middle."""
+        checkpoint = self._root / f"checkpoint {self._started}"
+        save = ["--save", str(checkpoint), "--save-interval", str(SAVED_AT)]
+        whole = self(dp, *flags, *save, repaired=repaired)
+        (checkpoint / "latest_checkpointed_iteration.txt").write_text(str(SAVED_AT))
+        return Run(losses=whole, checkpoint=checkpoint)
+
+    def resume(self, run: Run, dp: int, *flags: str) -> list[float]:
+        """The losses after loading."""
+        return self(dp, *flags, "--load", str(run.checkpoint))
+
+
+def _train(argv: list[str], repaired: bool) -> int:
+    """In a rank. Returns the largest number of elements of padding in front of a parameter."""
+    from megatron_smartmoe.adapter.pretrain import main
+    from megatron_smartmoe.adapter.repairs import bucket_padding
+
+    shifts, without_padding = [0], bucket_padding._without_padding
+
+    def spy(buffer: Any) -> Any:
+        positions = without_padding(buffer)
+        shifts.extend(buffer.param_index_map[parameter][0] - positions[parameter][0] for parameter in positions)
+        return positions
+
+    verdict = bucket_padding.verdict if repaired else mock.Mock(return_value=bucket_padding.Verdict.RIGHT)
+    with mock.patch.multiple(bucket_padding, verdict=verdict, _without_padding=spy):
+        main(argv)
+    return max(shifts)
+
+
+@pytest.fixture(scope="module")
+def trainer(tmp_path_factory: pytest.TempPathFactory, data_flags: list[str]) -> Trainer:
+    return Trainer(tmp_path_factory.mktemp("buckets"), data_flags)
+
+
+@pytest.fixture(scope="module")
+def whole(trainer: Trainer) -> Run:
+    return trainer.save(1, "--bf16", "--hidden-size", "80")
+
+
+@pytest.fixture(scope="module")
+def damaged(trainer: Trainer) -> Run:
+    return trainer.save(1, "--bf16", "--hidden-size", "80", repaired=False)
+
+
+def test_resumed_on_one_rank_is_bit_equal(trainer: Trainer, whole: Run) -> None:
+    """Tied embeddings, weights in bf16, main weights in fp32."""
+    assert trainer.resume(whole, 1, "--bf16", "--hidden-size", "80") == whole.losses[SAVED_AT:]
+
+
+def test_resumed_on_three_ranks_is_bit_equal(trainer: Trainer) -> None:
+    flags = ("--bf16", "--hidden-size", "80", "--overlap-param-gather", UNTIED)
+    run = trainer.save(3, *flags)
+    assert trainer.resume(run, 3, *flags) == run.losses[SAVED_AT:]
+
+
+def test_resumed_on_two_ranks_is_bit_equal_and_on_three_the_same_to_rounding(trainer: Trainer) -> None:
+    """The parameters are fp32, so that ranks that add up gradients in another order make no larger difference."""
+    flags = ("--hidden-size", "96", UNTIED)
+    run = trainer.save(2, *flags)
+    assert trainer.resume(run, 2, *flags) == run.losses[SAVED_AT:]
+    assert largest_difference(trainer.resume(run, 3, *flags), run.losses[SAVED_AT:]) < 1e-6
+
+
+@pytest.mark.parametrize("flags", [["--make-vocab-size-divisible-by", "192", "--bf16"], []], ids=["vocabulary", "fp32"])
+def test_a_whole_checkpoint_is_accepted_in_another_form(trainer: Trainer, whole: Run, flags: list[str]) -> None:
+    """With a vocabulary that is padded further, and in fp32: its bf16 weights are the rounded main weights then."""
+    assert len(trainer.resume(whole, 1, "--hidden-size", "80", *flags)) == ITERATIONS - SAVED_AT
+
+
+def test_the_fault_is_there_without_the_repair(whole: Run, damaged: Run) -> None:
+    """Training is the same, and so are the weights on disk."""
+    assert damaged.losses == whole.losses
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float32"])
+def test_a_damaged_checkpoint_is_refused(trainer: Trainer, damaged: Run, precision: str) -> None:
+    flags = ["--hidden-size", "80"]
+    run = damaged if precision == "bfloat16" else trainer.save(1, *flags, repaired=False)
+    flags += ["--bf16"] if precision == "bfloat16" else []
+    with pytest.raises(AssertionError, match="rank0 failed") as failure:
+        trainer.resume(run, 1, *flags)
+    assert (
+        f"\nerror: --load = '{run.checkpoint}': the optimizer state of iteration {SAVED_AT} is damaged: on rank 0, the "
+        f"main weights of decoder.layers.0.mlp.experts.local_experts.0.linear_fc2.weight, rounded to {precision}, are "
+        "not its saved weights. megatron-core up to 0.19.2 saves it like that from several gradient buckets "
+        "(--dist-ckpt-optim-fully-reshardable with --overlap-grad-reduce); the saved weights themselves are right. "
+        "Pass --no-load-optim to resume from the weights with new main weights and moments, or --ckpt-step N for an "
+        "iteration that was saved before these flags.\n"
+    ) in str(failure.value)
+
+
+def test_a_damaged_checkpoint_has_the_right_weights(trainer: Trainer, damaged: Run) -> None:
+    weights_only = trainer.resume(damaged, 1, "--bf16", "--hidden-size", "80", "--no-load-optim", "--no-load-rng")
+    assert weights_only[0] == damaged.losses[SAVED_AT]
+
+
+def test_the_repair_is_for_what_it_knows(tmp_path: Path) -> None:
+    facts = run_ranks(_facts, 1, log_dir=tmp_path)[0]
+    assert facts["installed"] in {"FAULTY", "RIGHT"}
+    assert facts["repaired"] == facts["always right"] == "RIGHT"
+    assert facts["missing"] == facts["raises"] == facts["other values"] == "UNKNOWN"
+    assert facts["refused"] == (
+        "--dist-ckpt-optim-fully-reshardable = True: with --use-distributed-optimizer, this Megatron may save wrong "
+        "main weights and moments of all parameters behind the first gradient bucket, in a way that is not known here. "
+        "Remove the flag, or use megatron-core 0.19.2 (pip install megatron-core==0.19.2)."
+    )
+    assert facts["without the flag"] is None
+    assert facts["positions"] == {(width, dp): True for width in (80, 96) for dp in (1, 2, 3)}
+
+
+def _facts() -> dict[str, Any]:
+    """In a rank: what is said of several implementations, and where parameters of real layouts lie without padding."""
+    from megatron_smartmoe.adapter import cpu
+
+    cpu.install()
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    from megatron_smartmoe.adapter.repairs import bucket_padding
+
+    installed = getattr(DistributedOptimizer, bucket_padding.METHOD)
+
+    def saving(*values: list[float]) -> Callable[..., Any]:
+        return lambda optimizer, model, **_: {i: {"param": _tensor(value)} for i, value in enumerate(values)}
+
+    facts: dict[str, Any] = {
+        "installed": bucket_padding.verdict(installed).name,
+        "repaired": bucket_padding.verdict(bucket_padding.repair(installed)).name,
+        "always right": bucket_padding.verdict(saving([0, 1, 2], [3, 4])).name,
+        "missing": bucket_padding.verdict(None).name,
+        "raises": bucket_padding.verdict(lambda optimizer, model: {}).name,
+        "other values": bucket_padding.verdict(saving([0, 1, 2], [4, 0])).name,  # as faulty, and the repair is no help
+        "positions": {(width, dp): _positions_follow(width, dp) for width in (80, 96) for dp in (1, 2, 3)},
+    }
+    with mock.patch.object(DistributedOptimizer, bucket_padding.METHOD, saving([0, 0, 0], [0, 0])):
+        facts["refused"], facts["without the flag"] = _said(reshardable=True), _said(reshardable=False)
+    return facts
+
+
+def _tensor(values: list[float]) -> Any:
+    import torch
+
+    return SimpleNamespace(data=torch.tensor(values))
+
+
+def _said(*, reshardable: bool) -> str | None:
+    from megatron_smartmoe.adapter.repairs.bucket_padding import check_bucket_padding
+    from megatron_smartmoe.errors import ConfigError
+
+    args = argparse.Namespace(
+        ckpt_format="torch_dist",
+        no_save_optim=False,
+        use_distributed_optimizer=True,
+        dist_ckpt_optim_fully_reshardable=reshardable,
+    )
+    try:
+        check_bucket_padding(args)
+    except ConfigError as error:
+        return str(error)
+    return None
+
+
+def _positions_follow(width: int, dp: int) -> bool:
+    """Lay out parameters as Megatron does: is each where it is in its bucket, behind the buckets before it?"""
+    import torch
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    from megatron_smartmoe.adapter.repairs.bucket_padding import _without_padding
+
+    parameters = [torch.nn.Parameter(torch.zeros(size)) for size in (width, 3 * width, width, width * 8, 7, width)]
+    config = SimpleNamespace(pad_buckets_for_high_nccl_busbw=False)
+    layout = DistributedOptimizer._compute_per_buffer_param_layout(parameters, 2 * width, dp, config)
+    buckets = [
+        SimpleNamespace(grad_data=torch.zeros(stop - start), numel_unpadded=unpadded)
+        for (start, stop), unpadded in zip(layout.bucket_indices, layout.per_bucket_numel_unpadded, strict=True)
+    ]
+    positions = _without_padding(SimpleNamespace(param_index_map=layout.param_index_map, buckets=buckets))
+    moved = []
+    for parameter, (start, stop, bucket) in layout.param_index_map.items():
+        front = sum(layout.per_bucket_numel_unpadded[:bucket])
+        in_bucket = start - layout.bucket_indices[bucket][0]
+        if positions[parameter] != (front + in_bucket, front + in_bucket + stop - start, bucket):
+            return False
+        moved.append(start - positions[parameter][0])
+    return max(moved) > 0 and len(buckets) > 2
