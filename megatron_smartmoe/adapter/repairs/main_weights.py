@@ -31,7 +31,7 @@ class MainWeightsCheck:
     """Compares what is loaded on this rank, and refuses the checkpoint on all ranks alike.
 
     Attributes:
-        mismatch: the first parameter of this rank whose main weights are not its weights, with the type of the weights.
+        mismatch: the first parameter of this rank whose main weights are not its weights.
         skipped: number of parameters that could not be compared.
     """
 
@@ -48,7 +48,7 @@ class MainWeightsCheck:
                 if not _is_comparable(optimizer, parameter):
                     self.skipped += 1
                 elif self.mismatch is None and _differ(main, weight):
-                    self.mismatch = f"{_name(optimizer, parameter)}, rounded to {str(weight.dtype).split('.')[-1]},"
+                    self.mismatch = _name(optimizer, parameter)
             return load(optimizer, state_dict)
 
         return compare_and_load
@@ -68,15 +68,16 @@ class MainWeightsCheck:
             result = load_checkpoint(*args, **kwargs)
             found: list[tuple[str | None, int]] = [(None, 0)] * dist.get_world_size()
             dist.all_gather_object(found, (self.mismatch, self.skipped))
-            options, is_rank_0 = get_args(), dist.get_rank() == 0
+            is_rank_0 = dist.get_rank() == 0
             for rank, (mismatch, _) in enumerate(found):
                 if mismatch is not None:
                     if is_rank_0:
-                        print(f"\nerror: {_refusal(options, mismatch, rank)}\n", file=sys.stderr, flush=True)
+                        error = _refusal(get_args().load, result[0], mismatch, rank)
+                        print(f"\nerror: {error}\n", file=sys.stderr, flush=True)
                     raise SystemExit(EXIT_CONFIG_ERROR)
             skipped = sum(count for _, count in found)
-            if skipped and is_rank_0 and _could_be_damaged(options):
-                print(_note(options, skipped), flush=True)
+            if skipped and is_rank_0 and _could_be_damaged(get_args()):
+                print(_note(result[0], skipped), flush=True)
             return result
 
         return load_and_check
@@ -135,17 +136,18 @@ def _name(optimizer: Any, parameter: torch.nn.Parameter) -> str:
     return f"a parameter of shape {tuple(parameter.shape)}"
 
 
-def _refusal(args: argparse.Namespace, mismatch: str, rank: int) -> ConfigError:
+def _refusal(load: str, iteration: int, mismatch: str, rank: int) -> ConfigError:
     rule = (
-        f"the optimizer state of iteration {args.iteration} is damaged: on rank {rank}, the main weights of {mismatch} "
-        "are not its saved weights. megatron-core up to 0.19.2 saves it like that from several gradient buckets "
-        "(--dist-ckpt-optim-fully-reshardable with --overlap-grad-reduce); the saved weights themselves are right"
+        f"the optimizer state of iteration {iteration} is damaged: on rank {rank}, main weights of {mismatch}, "
+        "rounded to the type of its weights, are not its weights. megatron-core up to 0.19.2 saves it like that from "
+        "several gradient buckets (--dist-ckpt-optim-fully-reshardable with --overlap-grad-reduce); the saved weights "
+        "themselves are right"
     )
     way_out = (
         "Pass --no-load-optim to resume from the weights with new main weights and moments, or --ckpt-step N for an "
         "iteration that was saved before these flags."
     )
-    return ConfigError("--load", args.load, rule, way_out)
+    return ConfigError("--load", load, rule, way_out)
 
 
 def _could_be_damaged(args: argparse.Namespace) -> bool:
@@ -160,9 +162,9 @@ def _could_be_damaged(args: argparse.Namespace) -> bool:
     return bool(getattr(saved, "overlap_grad_reduce", True) or (is_tied and saved.pipeline_model_parallel_size > 1))
 
 
-def _note(args: argparse.Namespace, skipped: int) -> str:
+def _note(iteration: int, skipped: int) -> str:
     return (
-        f"smartmoe: checkpoint of iteration {args.iteration}: main weights and moments of {skipped} parameter shards "
+        f"smartmoe: checkpoint of iteration {iteration}: main weights and moments of {skipped} parameter shards "
         "were not compared with the weights, which fp8 weights, --use-precision-aware-optimizer and --qk-clip do not "
         "allow. If megatron-core up to 0.19.2 saved them without smartmoe, pass --no-load-optim to be safe."
     )
