@@ -12,6 +12,7 @@ from unittest import mock
 
 import pytest
 
+from megatron_smartmoe.errors import EXIT_CONFIG_ERROR
 from tests.dist.test_parallel_equality import largest_difference
 from tests.support.ranks import run_ranks
 from tests.support.training import TINY_MODEL, TINY_TRAINING, losses
@@ -42,32 +43,42 @@ class Trainer:
     def __init__(self, root: Path, data_flags: list[str]) -> None:
         self._root, self._data_flags, self._started = root, data_flags, 0
 
-    def __call__(self, dp: int, *flags: str, repaired: bool = True) -> list[float]:
-        """The losses. Fails when saving and no bucket is padded: then there would be nothing to see."""
+    def start(self, dp: int, *flags: str, repaired: bool = True) -> tuple[Path, list[_Ended]]:
+        """Run to the end; returns the run directory and how each rank ended."""
         self._started += 1
         run_dir = self._root / str(self._started)
         model = [flag for flag in TINY_MODEL if flag != UNTIED]
         argv = [*model, *TINY_TRAINING, *SIZES, *self._data_flags, "--train-iters", str(ITERATIONS), *flags]
         argv += ["--smartmoe-run-dir", str(run_dir)]
-        padding = run_ranks(_train, dp, argv, repaired, log_dir=run_dir / "ranks")
-        assert "--save" not in flags or not repaired or min(padding) > 0
-        return losses(run_dir)
+        return run_dir, run_ranks(_train, dp, argv, repaired, log_dir=run_dir / "ranks")
 
     def save(self, dp: int, *flags: str, repaired: bool = True) -> Run:
         """A whole run, and its checkpoint of the middle."""
         checkpoint = self._root / f"checkpoint {self._started}"
         save = ["--save", str(checkpoint), "--save-interval", str(SAVED_AT)]
-        whole = self(dp, *flags, *save, repaired=repaired)
+        run_dir, ended = self.start(dp, *flags, *save, repaired=repaired)
+        assert [rank.status for rank in ended] == [0] * dp
+        assert not repaired or min(rank.padding for rank in ended) > 0, "no padding: there would be nothing to repair"
         (checkpoint / "latest_checkpointed_iteration.txt").write_text(str(SAVED_AT))
-        return Run(losses=whole, checkpoint=checkpoint)
+        return Run(losses=losses(run_dir), checkpoint=checkpoint)
 
     def resume(self, run: Run, dp: int, *flags: str) -> list[float]:
         """The losses after loading."""
-        return self(dp, *flags, "--load", str(run.checkpoint))
+        run_dir, ended = self.start(dp, *flags, "--load", str(run.checkpoint))
+        assert [rank.status for rank in ended] == [0] * dp
+        return losses(run_dir)
 
 
-def _train(argv: list[str], repaired: bool) -> int:
-    """In a rank. Returns the largest number of elements of padding in front of a parameter."""
+@dataclass(frozen=True, kw_only=True)
+class _Ended:
+    """How a rank ended: its exit status, and the most elements of padding in front of a parameter that it saved."""
+
+    status: int
+    padding: int
+
+
+def _train(argv: list[str], repaired: bool) -> _Ended:
+    """In a rank."""
     from megatron_smartmoe.adapter.pretrain import main
     from megatron_smartmoe.adapter.repairs import bucket_padding
 
@@ -79,9 +90,14 @@ def _train(argv: list[str], repaired: bool) -> int:
         return positions
 
     verdict = bucket_padding.verdict if repaired else mock.Mock(return_value=bucket_padding.Verdict.RIGHT)
+    status = 0
     with mock.patch.multiple(bucket_padding, verdict=verdict, _without_padding=spy):
-        main(argv)
-    return max(shifts)
+        try:
+            main(argv)
+        except SystemExit as stop:
+            assert isinstance(stop.code, int)
+            status = stop.code
+    return _Ended(status=status, padding=max(shifts))
 
 
 @pytest.fixture(scope="module")
@@ -129,19 +145,22 @@ def test_the_fault_is_there_without_the_repair(whole: Run, damaged: Run) -> None
     assert damaged.losses == whole.losses
 
 
-@pytest.mark.parametrize("precision", [["--bf16"], []], ids=["bf16", "fp32"])
-def test_a_damaged_checkpoint_is_refused(trainer: Trainer, damaged: Run, precision: list[str]) -> None:
-    """In fp32 the parameters are their own main weights, and would be overwritten by loading."""
-    with pytest.raises(AssertionError, match="rank0 failed") as failure:
-        trainer.resume(damaged, 1, "--hidden-size", "80", *precision)
-    assert (
-        f"\nerror: --load = '{damaged.checkpoint}': the optimizer state of iteration {SAVED_AT} is damaged: on rank 0, "
-        "main weights of decoder.layers.0.mlp.experts.local_experts.3.linear_fc1.weight, rounded to the type of "
-        "its weights, are not its weights. megatron-core up to 0.19.2 saves it like that from several gradient buckets "
+@pytest.mark.parametrize(("dp", "precision"), [(1, ["--bf16"]), (2, [])], ids=["bf16", "fp32"])
+def test_a_damaged_checkpoint_is_refused(trainer: Trainer, damaged: Run, dp: int, precision: list[str]) -> None:
+    """By all ranks alike. In fp32 the parameters are their own main weights, and loading would overwrite them."""
+    run_dir, ended = trainer.start(dp, "--hidden-size", "80", *precision, "--load", str(damaged.checkpoint))
+    assert [rank.status for rank in ended] == [EXIT_CONFIG_ERROR] * dp
+    assert not (run_dir / "metrics.jsonl").exists()
+    error = (
+        f"error: --load = '{damaged.checkpoint}': the optimizer state of iteration {SAVED_AT} is damaged: the main "
+        "weights of decoder.layers.0.self_attention.linear_proj.weight on rank 0 do not round to its saved weights. "
+        "megatron-core up to 0.19.2 saves it like that from several gradient buckets "
         "(--dist-ckpt-optim-fully-reshardable with --overlap-grad-reduce); the saved weights themselves are right. "
         "Pass --no-load-optim to resume from the weights with new main weights and moments, or --ckpt-step N for an "
-        "iteration that was saved before these flags.\n"
-    ) in str(failure.value)
+        "iteration that was saved without one of these flags."
+    )
+    logs = [(run_dir / "ranks" / f"rank{rank}.log").read_text().splitlines() for rank in range(dp)]
+    assert [log.count(error) for log in logs] == [1] + [0] * (dp - 1)
 
 
 def test_a_damaged_checkpoint_has_the_right_weights(trainer: Trainer, damaged: Run) -> None:

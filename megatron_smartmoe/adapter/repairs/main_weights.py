@@ -138,14 +138,13 @@ def _name(optimizer: Any, parameter: torch.nn.Parameter) -> str:
 
 def _refusal(load: str, iteration: int, mismatch: str, rank: int) -> ConfigError:
     rule = (
-        f"the optimizer state of iteration {iteration} is damaged: on rank {rank}, main weights of {mismatch}, "
-        "rounded to the type of its weights, are not its weights. megatron-core up to 0.19.2 saves it like that from "
-        "several gradient buckets (--dist-ckpt-optim-fully-reshardable with --overlap-grad-reduce); the saved weights "
-        "themselves are right"
+        f"the optimizer state of iteration {iteration} is damaged: the main weights of {mismatch} on rank {rank} do "
+        "not round to its saved weights. megatron-core up to 0.19.2 saves it like that from several gradient buckets "
+        "(--dist-ckpt-optim-fully-reshardable with --overlap-grad-reduce); the saved weights themselves are right"
     )
     way_out = (
         "Pass --no-load-optim to resume from the weights with new main weights and moments, or --ckpt-step N for an "
-        "iteration that was saved before these flags."
+        "iteration that was saved without one of these flags."
     )
     return ConfigError("--load", load, rule, way_out)
 
