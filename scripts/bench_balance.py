@@ -100,25 +100,28 @@ def run(variant: str, trace: Path, ranks: int, steps: int, experts: int, top_k: 
 
 def rank_main(variant: str, run_dir: str, flags: list[str]) -> None:
     """What every rank runs: Megatron's pretraining, with a stopwatch around each step."""
-    from megatron_smartmoe.adapter.pretrain import choose_device, main
+    from megatron_smartmoe.adapter.hooks import Callback, Order
+    from megatron_smartmoe.adapter.pretrain import main
 
-    choose_device("auto")
-    import megatron.training.training as training
-
-    from megatron_smartmoe.adapter.hooks import after, before
-
-    started: list[tuple[float, float]] = []
     times: list[tuple[float, float]] = []
-    before(training, "train_step", lambda *args, **kwargs: started.append((time.perf_counter(), time.process_time())))
 
-    def stop(*args: Any, **kwargs: Any) -> None:
-        wall, cpu = started[-1]
-        times.append((time.perf_counter() - wall, time.process_time() - cpu))
+    class Start(Callback):
+        order = Order.REPLAY  # before what the loops do ahead of a step
 
-    after(training, "train_step", stop)
+        def before_step(self, iteration: int) -> None:
+            self.started = time.perf_counter(), time.process_time()
+
+    class Stop(Callback):
+        order = Order.LAST
+
+        def after_step(self, iteration: int, losses: Any) -> None:
+            wall, cpu = start.started
+            times.append((time.perf_counter() - wall, time.process_time() - cpu))
+
+    start = Start()
     if variant in ("ultraep", "fastermoe"):
         follow_rule(variant)
-    main(flags)
+    main(flags, callbacks=[start, Stop()])
     np.save(Path(run_dir) / f"times{os.environ['RANK']}.npy", np.array(times))
 
 

@@ -1,21 +1,186 @@
-"""Where the project enters Megatron's training loop: a handful of names, rebound once at start-up.
+"""The one way into Megatron: every name of Megatron that this project replaces is replaced here.
 
 Megatron has no callback registry, but `pretrain` and `train` look their helpers up as globals of
 `megatron.training.training` at call time. Rebinding one of those names is therefore a hook that survives releases as
-long as the name exists; a missing name is an error at start-up, never a silent skip. The other ways, a copy of the
+long as the name exists; a missing name is an error at start-up, never a silent skip. The alternatives, a copy of the
 loop or a patched tree, have to be redone for every release.
+
+What the project does at those points is a list of `Callback`s. The order in which they are called is declared
+(`Order`), not the order in which somebody happened to register them. A Megatron upgrade changes this file; the
+callbacks know a `Run`, iterations and losses, and none of Megatron's signatures.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+import importlib
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, ExitStack
+from enum import IntEnum
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from megatron_smartmoe.errors import CompatError
 
-_MARK = "__smartmoe__"  # on a wrapper: the keys of all hooks that it and the wrappers below it stand for
+if TYPE_CHECKING:
+    import torch
+
+    from megatron_smartmoe.adapter.run import Run
+
+TESTED_RELEASE = "0.19.2"
+_MARK = "__smartmoe__"  # attribute of a wrapper: the keys of all hooks that it and the wrappers below it stand for
+
+
+class Order(IntEnum):
+    """Which callback is called first at each moment: the one with the smaller number."""
+
+    REPLAY = 10  # forces what the routers choose, so everything after it counts the forced choice
+    METRICS = 20
+    HOMES = 30
+    REPLICAS = 40
+    POOL = 50  # after the two loops whose settings it changes
+    TRACE = 60
+    LAST = 100
+
+
+class Callback:
+    """Something that happens at given moments of a training run. Subclasses override the moments that they need."""
+
+    order: ClassVar[Order] = Order.LAST
+
+    def on_start(self, run: Run) -> None:
+        """Once: model and optimizer exist, and a checkpoint, if there is one, has been loaded."""
+
+    def before_step(self, iteration: int) -> None:
+        """Before the first forward pass of an iteration.
+
+        Args:
+            iteration: its number, counted from 1 over the whole training.
+        """
+
+    def after_step(self, iteration: int, losses: Mapping[str, torch.Tensor]) -> None:
+        """After the optimizer's step, before Megatron logs, evaluates or saves.
+
+        Args:
+            iteration: its number.
+            losses: scalars by name, reduced over data-parallel ranks; empty but on the last pipeline stage.
+        """
+
+    def between_steps(self, iteration: int) -> None:
+        """After Megatron has logged and evaluated, before it saves: the moment to change what the next step uses."""
+
+    def around_save(self, iteration: int) -> AbstractContextManager[None]:
+        """A context that is entered before a checkpoint is written and left when Megatron's call returns."""
+        return contextlib.nullcontext()
+
+    def after_evaluation(self, split: str, losses: Mapping[str, torch.Tensor]) -> None:
+        """After an evaluation.
+
+        Args:
+            split: `validation` or `test`.
+            losses: mean losses by name; empty but on the last pipeline stage.
+        """
+
+    def on_end(self) -> None:
+        """Once: training and the last evaluation are over. Process groups still exist."""
+
+
+class _Loop:
+    """Megatron's loop as it stands now: the callbacks, and the run once there is one."""
+
+    def __init__(self, callbacks: Iterable[Callback]) -> None:
+        self.callbacks = sorted(callbacks, key=lambda callback: callback.order)
+        self._running = False
+        self._split = "validation"
+
+    def setup_model_and_optimizer(self, call: Callable[..., Any], bound: inspect.BoundArguments) -> Any:
+        """Callbacks start when it has built the model and loaded the checkpoint."""
+        from megatron_smartmoe.adapter.run import Run
+
+        result = call()
+        run = Run.of(result[0], result[1])
+        for callback in self.callbacks:
+            callback.on_start(run)
+        self._running = True
+        return result
+
+    def train_step(self, call: Callable[..., Any], bound: inspect.BoundArguments) -> Any:
+        """One iteration: forward and backward passes of all micro-batches, and the optimizer."""
+        from megatron.training import get_args
+
+        iteration = get_args().curr_iteration + 1  # Megatron counts the iterations that are done
+        for callback in self.callbacks:
+            callback.before_step(iteration)
+        result = call()
+        for callback in self.callbacks:
+            callback.after_step(iteration, result[0])
+        return result
+
+    def post_training_step_callbacks(self, call: Callable[..., Any], bound: inspect.BoundArguments) -> Any:
+        """What Megatron does at the end of an iteration before it may save."""
+        result = call()
+        for callback in self.callbacks:
+            callback.between_steps(bound.arguments["iteration"])
+        return result
+
+    def save_checkpoint(self, call: Callable[..., Any], bound: inspect.BoundArguments) -> Any:
+        """Megatron also saves before there is a run, when it converts a checkpoint: then nobody is asked."""
+        with ExitStack() as contexts:
+            for callback in self.callbacks if self._running else ():
+                contexts.enter_context(callback.around_save(bound.arguments["iteration"]))
+            return call()
+
+    def evaluate_and_print_results(self, call: Callable[..., Any], bound: inspect.BoundArguments) -> Any:
+        """Its prefix is the only thing that distinguishes the test set from the validation set."""
+        self._split = "test" if "test set" in bound.arguments["prefix"] else "validation"
+        return call()
+
+    def evaluate(self, call: Callable[..., Any], bound: inspect.BoundArguments) -> Any:
+        """Returns (losses, other results, whether time is up)."""
+        result = call()
+        for callback in self.callbacks:
+            callback.after_evaluation(self._split, result[0] or {})
+        return result
+
+
+_LOOP_MODULE = "megatron.training.training"
+_LOOP_NAMES = tuple(name for name in vars(_Loop) if not name.startswith("_"))
+_attached: _Loop | None = None  # Megatron's loop is one per process, and so is what listens to it
+
+
+def attach(callbacks: Iterable[Callback]) -> None:
+    """Have Megatron's loop call `callbacks`, in the order that each of them declares, in place of earlier ones.
+
+    Raises:
+        CompatError: this Megatron lacks a function that has to be hooked.
+    """
+    global _attached
+    training = importlib.import_module(_LOOP_MODULE)
+    missing = [name for name in _LOOP_NAMES if not hasattr(training, name)]
+    if missing:
+        raise CompatError(_is_missing(training, missing))
+    for name in _LOOP_NAMES:
+        rebind(training, name, functools.partial(_dispatching, name), key="loop")
+    _attached = _Loop(callbacks)
+
+
+def end() -> None:
+    """Tell the attached callbacks that the run has ended. A collective call of all ranks."""
+    for callback in _attached.callbacks if _attached is not None else ():
+        callback.on_end()
+
+
+def _dispatching(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of Megatron's loop that goes through the method of the same name of the attached loop."""
+    signature = inspect.signature(original)
+
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        call = functools.partial(original, *args, **kwargs)
+        return call() if _attached is None else getattr(_attached, name)(call, signature.bind(*args, **kwargs))
+
+    return wrapper
 
 
 def rebind(
@@ -34,10 +199,7 @@ def rebind(
     """
     original = getattr(module, name, None)
     if original is None:
-        raise CompatError(
-            f"{module.__name__}.{name} does not exist in this Megatron, and the project hooks it. "
-            "Use megatron-core 0.19.0 (pip install megatron-core==0.19.0)."
-        )
+        raise CompatError(_is_missing(module, [name]))
     hooks = getattr(original, _MARK, ())
     if key not in hooks:
         wrapper = functools.wraps(original)(wrap(original))
@@ -45,31 +207,12 @@ def rebind(
         setattr(module, name, wrapper)
 
 
-def after(module: ModuleType, name: str, callback: Callable[..., None]) -> None:
-    """Call `callback(result, *args, **kwargs)` after each call of `module.name`; its result is passed on."""
-
-    def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
-        def wrapper(*args: Any, **kwargs: Any) -> Any:
-            result = original(*args, **kwargs)
-            callback(result, *args, **kwargs)
-            return result
-
-        return wrapper
-
-    rebind(module, name, wrap, ("after", callback))
-
-
-def before(module: ModuleType, name: str, callback: Callable[..., None]) -> None:
-    """Call `callback(*args, **kwargs)` before each call of `module.name`."""
-
-    def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
-        def wrapper(*args: Any, **kwargs: Any) -> Any:
-            callback(*args, **kwargs)
-            return original(*args, **kwargs)
-
-        return wrapper
-
-    rebind(module, name, wrap, ("before", callback))
+def _is_missing(module: ModuleType, names: Iterable[str]) -> str:
+    full = ", ".join(f"{module.__name__}.{name}" for name in names)
+    return (
+        f"{full} = missing: the project hooks it, and this Megatron does not have it. "
+        f"Use megatron-core {TESTED_RELEASE} (pip install megatron-core=={TESTED_RELEASE})."
+    )
 
 
 def prepare_megatron(*, cpu: bool) -> None:

@@ -12,7 +12,7 @@ import contextlib
 import os
 import sys
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,13 +28,17 @@ from megatron_smartmoe.adapter.flags.parser import (
 from megatron_smartmoe.errors import EXIT_CONFIG_ERROR, CompatError, SmartMoEError
 
 if TYPE_CHECKING:
+    from megatron_smartmoe.adapter.hooks import Callback
     from megatron_smartmoe.adapter.moe.overlap_degree import OverlapDegree
-    from megatron_smartmoe.adapter.records.metrics import Recorder
-    from megatron_smartmoe.adapter.records.trace import TraceRecorder
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Train. One call per process; ranks and rendezvous come from torchrun's environment."""
+def main(argv: Sequence[str] | None = None, callbacks: Iterable[Callback] = ()) -> None:
+    """Train. One call per process; ranks and rendezvous come from torchrun's environment.
+
+    Args:
+        argv: flags; None for those of this process.
+        callbacks: further ones, besides those that the flags ask for.
+    """
     argv = list(sys.argv[1:] if argv is None else argv)
     is_rank_0 = int(os.environ.get("RANK", "0")) == 0
     try:
@@ -45,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if is_rank_0:
             print(f"\nerror: {error}\n", file=sys.stderr, flush=True)
         raise SystemExit(EXIT_CONFIG_ERROR) from None
-    train(argv, cpu=cpu)
+    train(argv, cpu=cpu, callbacks=callbacks)
 
 
 def choose_device(asked: str) -> bool:
@@ -97,27 +101,30 @@ def check_flags(argv: Sequence[str], *, cpu: bool, data_exists: bool = True) -> 
     return args
 
 
-def train(argv: Sequence[str], *, cpu: bool) -> None:
-    """Parse for good, hook into Megatron's loop, run it, and say how it went."""
+def train(argv: Sequence[str], *, cpu: bool, callbacks: Iterable[Callback] = ()) -> None:
+    """Parse, attach the callbacks to Megatron's loop, and run it.
+
+    Args:
+        argv: flags with this machine's defaults, checked.
+        cpu: whether the CPU facade is in use.
+        callbacks: further ones, besides those that the flags ask for.
+    """
     import torch
     from megatron.core.enums import ModelType
-    from megatron.training import get_args, pretrain
+    from megatron.training import pretrain
     from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
 
+    from megatron_smartmoe.adapter import hooks
     from megatron_smartmoe.adapter.batch import forward_step
     from megatron_smartmoe.adapter.datasets import train_valid_test_datasets_provider
     from megatron_smartmoe.adapter.embeddings import embedding_ranks
-    from megatron_smartmoe.adapter.hooks import prepare_megatron
     from megatron_smartmoe.adapter.moe.layer_spec import install_prediction_blocks, spec_for
     from megatron_smartmoe.adapter.moe.overlap_degree import OverlapDegree
-    from megatron_smartmoe.adapter.records.metrics import Recorder
 
-    prepare_megatron(cpu=cpu)
-    args = parse_for_good(argv)
-    run_dir = Path(args.smartmoe_run_dir) if args.smartmoe_run_dir else None
-    recorder = Recorder(run_dir)
+    hooks.prepare_megatron(cpu=cpu)
+    args = megatron_args(argv)
     overlap_degree = OverlapDegree(args)
-    trace_recorder = listen(args, recorder, overlap_degree)
+    hooks.attach([*callbacks_for(args, overlap_degree), *callbacks])
     model_config = gpt_config_from_args(args)
     if args.spec is None:
         install_prediction_blocks()
@@ -129,42 +136,38 @@ def train(argv: Sequence[str], *, cpu: bool) -> None:
         forward_step,
         get_embedding_ranks=embedding_ranks,
     )
-    if trace_recorder is not None:
-        trace_recorder.flush()
-    report(recorder, get_args(), run_dir)
+    hooks.end()
     torch.distributed.destroy_process_group()
 
 
-def listen(args: Namespace, recorder: Recorder, overlap_degree: OverlapDegree) -> TraceRecorder | None:
-    """Hook everything that the flags ask for into Megatron's loop; returns the trace's recorder, if there is one."""
+def callbacks_for(args: Namespace, overlap_degree: OverlapDegree) -> list[Callback]:
+    """What the flags ask for; `hooks.Order` says which is called first."""
     from megatron_smartmoe.adapter.flags.pool_settings import modes_of
-    from megatron_smartmoe.adapter.loops.homes import Balancer
+    from megatron_smartmoe.adapter.loops.homes import HomesLoop
     from megatron_smartmoe.adapter.loops.pool import PoolLoop
     from megatron_smartmoe.adapter.loops.replicas import ReplicaLoop
+    from megatron_smartmoe.adapter.records.metrics import Metrics
     from megatron_smartmoe.adapter.records.replay import RoutingReplay
     from megatron_smartmoe.adapter.records.trace import TraceRecorder
 
-    if args.smartmoe_replay_trace is not None:  # first: the others count what it forces
-        RoutingReplay(Path(args.smartmoe_replay_trace)).listen()
-    recorder.listen()
-    balancer = replicas = None
+    homes = replicas = None
     if args.smartmoe and args.smartmoe_homes != "off" and args.expert_model_parallel_size > 1:
-        balancer = Balancer(recorder.run_dir)
-        balancer.listen()
+        homes = HomesLoop()
     if args.smartmoe and (modes := modes_of(args)) != {"off"}:
-        replicas = ReplicaLoop(recorder.run_dir, modes)
-        replicas.listen()
-    if args.smartmoe_pool is not None:  # after the loops whose settings it changes
-        PoolLoop(recorder.run_dir, balancer, replicas, overlap_degree).listen()
-    if args.smartmoe_record_trace is None:
-        return None
-    trace_recorder = TraceRecorder(Path(args.smartmoe_record_trace))
-    trace_recorder.listen()
-    return trace_recorder
+        replicas = ReplicaLoop(modes)
+    wanted = [
+        RoutingReplay(Path(args.smartmoe_replay_trace)) if args.smartmoe_replay_trace is not None else None,
+        Metrics(),
+        homes,
+        replicas,
+        PoolLoop(homes, replicas, overlap_degree) if args.smartmoe_pool is not None else None,
+        TraceRecorder(Path(args.smartmoe_record_trace)) if args.smartmoe_record_trace is not None else None,
+    ]
+    return [callback for callback in wanted if callback is not None]
 
 
-def parse_for_good(argv: Sequence[str]) -> Namespace:
-    """Let Megatron parse, validate and set its global variables. Its 900 lines of arguments go to arguments.txt.
+def megatron_args(argv: Sequence[str]) -> Namespace:
+    """Megatron's arguments, parsed, validated and set globally. Its 900 lines of output go to arguments.txt.
 
     Raises:
         SystemExit: Megatron refuses the flags (the reason is printed on rank 0).
@@ -176,7 +179,8 @@ def parse_for_good(argv: Sequence[str]) -> Namespace:
     log_filters.lower_voice(args.logging_level)
     run_dir = args.smartmoe_run_dir
     with _stdout_to(Path(run_dir) / "arguments.txt" if run_dir else None):
-        return parse_and_validate_args(extra_args_provider=add_smartmoe_arguments)
+        validated: Namespace = parse_and_validate_args(extra_args_provider=add_smartmoe_arguments)
+    return validated
 
 
 @contextlib.contextmanager
@@ -188,20 +192,6 @@ def _stdout_to(path: Path | None) -> Iterator[None]:
     with path.open("w", encoding="utf-8") as file, contextlib.redirect_stdout(file):
         yield
     print(f"smartmoe: all of Megatron's arguments are in {path}", flush=True)
-
-
-def report(recorder: Recorder, args: Namespace, run_dir: Path | None) -> None:
-    """Print the summary on rank 0 and write summary.json."""
-    from megatron_smartmoe.adapter.records import summary
-
-    gathered = recorder.gather()
-    if args.rank == 0:
-        content = summary.summarise(gathered, args)
-        print(summary.render(content, args, run_dir), flush=True)
-        if run_dir is not None:
-            summary.write(content, run_dir)
-        if marker := os.environ.get("SMARTMOE_TO_BE_CONTINUED"):
-            Path(marker).unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

@@ -73,7 +73,7 @@ def test_resuming_goes_on_where_the_experts_were(tmp_path: Path, data_flags: lis
     (tmp_path / "saved" / "latest_checkpointed_iteration.txt").write_text("4")
     resumed = train(tmp_path / "resumed", 4, data_flags, *flags, "--load", str(tmp_path / "saved"), iterations=8)
     assert resumed == whole[4:]
-    assert "experts are back where they were" in (tmp_path / "resumed" / "ranks" / "rank0.log").read_text()
+    assert "restored expert placement from checkpoint" in (tmp_path / "resumed" / "ranks" / "rank0.log").read_text()
     left = next(decision["before"] for decision in decisions(tmp_path / "whole") if decision["iteration"] > 4)
     assert decisions(tmp_path / "resumed")[0]["before"] == left
 

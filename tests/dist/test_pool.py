@@ -83,7 +83,7 @@ def test_a_real_look_is_told(tmp_path: Path, data_flags: list[str]) -> None:
     small = ["--global-batch-size", "2", "--smartmoe-pool-interval", "22"]
     train(tmp_path, 2, data_flags, *flags, *small, iterations=44)
     lines = [line for line in (tmp_path / "ranks" / "rank0.log").read_text().splitlines() if "pool" in line]
-    assert lines[0] == ("smartmoe: pool of 2 settings, a look every 22 iterations; starts with homes0-K0-off-ov2")
+    assert lines[0] == ("smartmoe: pool: 2 settings, re-evaluated every 22 iterations, starting with homes0-K0-off-ov2")
     assert lines[1].startswith(
         " smartmoe: iteration       22 | pool: homes0-K0-off-ov2 -> homes0-K0-off-ov1 | homes0-K0-off-ov2 takes "
     )

@@ -1,4 +1,4 @@
-"""The plain-torch modules against Megatron's and torch's own, the hooks, the filters of noise, the summary.
+"""The plain-torch modules against Megatron's and torch's own, the log filters, the summary.
 
 Whatever imports Megatron runs in one rank of `run_ranks`, where the facade is; it asserts there.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import logging
-import types
 import warnings
 from argparse import Namespace
 from collections.abc import Callable
@@ -325,92 +324,7 @@ def test_adam_refuses_cuda_graphs() -> None:
         adam.TorchAdam(parameters(), capturable=True)
 
 
-# --- hooks
-
-
-@pytest.fixture
-def module() -> Any:
-    module: Any = types.ModuleType("megatron.some_module")
-
-    def double(x: int, *, plus: int = 0) -> int:
-        """Twice x."""
-        return 2 * x + plus
-
-    module.double = double
-    return module
-
-
-def test_rebinding_is_done_once(module: Any) -> None:
-    for _ in range(2):
-        hooks.rebind(module, "double", lambda call: lambda x: call(x) + 1)
-    assert module.double(3) == 7
-    assert module.double.__doc__ == "Twice x."
-
-
-def test_a_name_that_is_missing_is_said(module: Any) -> None:
-    with pytest.raises(CompatError) as caught:
-        hooks.rebind(module, "triple", lambda call: call)
-    assert str(caught.value) == (
-        "megatron.some_module.triple does not exist in this Megatron, and the project hooks it. "
-        "Use megatron-core 0.19.0 (pip install megatron-core==0.19.0)."
-    )
-
-
-def test_after_hears_the_result_and_the_arguments(module: Any) -> None:
-    heard: list[Any] = []
-    hooks.after(module, "double", lambda *args, **kwargs: heard.append((args, kwargs)))
-    assert module.double(3, plus=1) == 7
-    assert heard == [((7, 3), {"plus": 1})]
-
-
-def test_before_comes_before(module: Any) -> None:
-    heard: list[Any] = []
-    module.double = lambda x: heard.append("call") or 2 * x
-    hooks.before(module, "double", lambda x: heard.append(x))
-    assert module.double(3) == 6
-    assert heard == [3, "call"]
-
-
-def test_two_hooks_on_one_name_both_hear(module: Any) -> None:
-    heard: list[str] = []
-    hooks.before(module, "double", lambda x: heard.append("before"))
-    hooks.after(module, "double", lambda result, x: heard.append("after"))
-    hooks.before(module, "double", lambda x: heard.append("before, second"))
-    hooks.after(module, "double", lambda result, x: heard.append(f"after, second: {result}"))
-    assert module.double(3) == 6
-    assert heard == ["before, second", "before", "after", "after, second: 6"]
-    assert module.double.__doc__ == "Twice x."
-
-
-@pytest.mark.parametrize("hook", [hooks.before, hooks.after])
-def test_a_hook_that_is_given_again_hears_once(module: Any, hook: Callable[..., None]) -> None:
-    heard: list[str] = []
-
-    def first(*_: Any) -> None:
-        heard.append("first")
-
-    def second(*_: Any) -> None:
-        heard.append("second")
-
-    for callback in (first, second, first, second):
-        hook(module, "double", callback)
-    module.double(3)
-    assert sorted(heard) == ["first", "second"]
-
-
-def test_one_function_can_hear_before_and_after(module: Any) -> None:
-    heard: list[tuple[int, ...]] = []
-
-    def callback(*args: int) -> None:
-        heard.append(args)
-
-    hooks.before(module, "double", callback)
-    hooks.after(module, "double", callback)
-    module.double(3)
-    assert heard == [(3,), (6, 3)]
-
-
-# --- noise
+# --- log filters
 
 
 @pytest.fixture
@@ -534,14 +448,14 @@ Finished after 300 iterations.
 
   Next:
     scripts/pretrain_gpt_moe.sh --run-dir runs/a --train-iters 600 --override-opt-param-scheduler  \
-# go on from the checkpoint
+# resume from the checkpoint
     scripts/pretrain_gpt_moe.sh --run-dir runs/a --dry-run                                         \
 # see the exact command
     scripts/pretrain_gpt_moe.sh --help-megatron                                                    \
 # every flag there is
 ===================================================================================================="""
 
-NOTHING_LEFT = "Finished after 0 iterations. There was nothing left to train: raise --train-iters to go on."
+NOTHING_LEFT = "Finished after 0 iterations. There was nothing left to train: raise --train-iters to train further."
 
 
 def test_the_whole_summary() -> None:

@@ -21,21 +21,23 @@ def allocated(flags: list[str], world_size: int, log_dir: Path) -> list[dict[str
 
 
 def _count(argv: list[str]) -> dict[str, Any]:
-    import megatron.training.training as training
     from megatron.training import get_args
     from megatron.training.theoretical_memory_usage import compute_weight_and_optimizer_memory
 
-    from megatron_smartmoe.adapter.hooks import after
+    from megatron_smartmoe.adapter.hooks import Callback
     from megatron_smartmoe.adapter.pretrain import main
 
     held: dict[str, Any] = {}
 
-    def look(result: object, model: Any, optimizer: Any, *_: Any, **__: Any) -> None:
-        held.update(_of_model(model), **_of_optimizer(optimizer))
-        held["megatron_estimate_bytes"] = compute_weight_and_optimizer_memory(get_args())
+    class Count(Callback):
+        def on_start(self, run: Any) -> None:
+            self.run = run
 
-    after(training, "post_training_step_callbacks", look)
-    main(argv)
+        def between_steps(self, iteration: int) -> None:
+            held.update(_of_model(self.run.model_chunks), **_of_optimizer(self.run.optimizer))
+            held["megatron_estimate_bytes"] = compute_weight_and_optimizer_memory(get_args())
+
+    main(argv, callbacks=[Count()])
     return held
 
 

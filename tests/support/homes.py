@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -30,30 +31,23 @@ def train_with_homes(
 
 
 def _main(argv: list[str], seed: int, move_weights: bool) -> None:
-    from megatron_smartmoe.adapter.pretrain import choose_device, main
+    from megatron_smartmoe.adapter.hooks import Callback
+    from megatron_smartmoe.adapter.pretrain import main
 
-    choose_device("cpu")
-    import megatron.training.training as training
+    class ScatterHomes(Callback):
+        def on_start(self, run: Any) -> None:
+            scatter_homes(run.layers, seed, move_weights)
+            run.optimizer.reload_model_params()
 
-    from megatron_smartmoe.adapter.hooks import after
-
-    def on_model(result: tuple[list[Any], Any, Any], *args: Any, **kwargs: Any) -> None:
-        scatter_homes(result[0], seed, move_weights)
-        result[1].reload_model_params()
-
-    after(training, "setup_model_and_optimizer", on_model)
-    main(argv)
+    main(argv, callbacks=[ScatterHomes()])
 
 
-def scatter_homes(chunks: list[Any], seed: int, move_weights: bool) -> None:
+def scatter_homes(layers: Iterable[tuple[int, Any]], seed: int, move_weights: bool) -> None:
     """Give every layer random homes; before the first step weights are all there is to move."""
     import torch
     import torch.distributed as dist
-    from megatron.core.utils import unwrap_model
 
-    from megatron_smartmoe.adapter.moe.routers import moe_layers
-
-    for number, layer in moe_layers(unwrap_model(chunks)):
+    for number, layer in layers:
         num_experts = layer.config.num_moe_experts
         slot_of_expert_E = torch.randperm(num_experts, generator=torch.Generator().manual_seed(seed + number))
         layer.set_homes(slot_of_expert_E)

@@ -1,13 +1,12 @@
-"""Telling of decisions: a line for people, `smartmoe.jsonl` for programs, TensorBoard scalars for curves."""
+"""Where decisions are logged: a line for people, `smartmoe.jsonl` for programs, TensorBoard scalars for curves."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 from megatron.training import get_tensorboard_writer, get_wandb_writer
-from megatron.training.utils import is_rank0
 
+from megatron_smartmoe.adapter.run import Run
 from megatron_smartmoe.placement.decisions import Decision
 from megatron_smartmoe.runtime.controller import Moved
 
@@ -16,19 +15,19 @@ class DecisionLog:
     """Rank 0 prints and writes the file; the rank that has Megatron's TensorBoard writer writes the scalars.
 
     Args:
-        run_dir: where `smartmoe.jsonl` goes, or None for nowhere.
-        dry: nothing is moved, whatever is decided.
+        run: the run whose decisions they are.
+        dry: whether nothing is moved, whatever is decided.
     """
 
-    def __init__(self, run_dir: Path | None, *, dry: bool) -> None:
-        self._path = run_dir / "smartmoe.jsonl" if run_dir is not None else None
+    def __init__(self, run: Run, *, dry: bool) -> None:
+        self._path, self._is_reporter = run.file("smartmoe.jsonl"), run.is_reporter
         self._dry = dry
 
     def decided(self, decision: Decision, before: float, after: float, moved: Moved | None) -> None:
         """See `runtime.controller.Reporter`."""
         if moved is not None and moved.failure is None:
             decision = replace(decision, moved_bytes=moved.wire_bytes)
-        if is_rank0():
+        if self._is_reporter:
             print(self._line(decision, before, after, moved), flush=True)
             self._append(decision)
         scalars = {"smartmoe/imbalance": after if moved is not None else before}
@@ -42,13 +41,13 @@ class DecisionLog:
         self._write_scalars(scalars, decision.iteration)
 
     def switched(self, decision: Decision, index: int) -> None:
-        """A switch between settings of the pool, or the verdict on one.
+        """Log a switch between settings of the pool, or the review of one.
 
         Args:
-            decision: with the settings' names.
-            index: of the setting in force, for the curve.
+            decision: the decision, with the settings' names.
+            index: number of the setting in force, for the curve.
         """
-        if is_rank0():
+        if self._is_reporter:
             self._append(decision)
         scalars = {"smartmoe/pool setting": float(index)}
         if decision.realised_gain_s is not None:
@@ -65,13 +64,11 @@ class DecisionLog:
         experts = len({(change.layer, change.after) for change in decision.changes})
         parts = [f"smartmoe: iteration {decision.iteration:8d}"]
         if decision.kind == "review":
-            promised = f"promised {(decision.predicted_gain_s or 0.0) * 1e3:.3f} ms"
-            parts.append(f"review of the last move: {promised}, {decision.why}")
-        elif moved is None:
-            would = "would move" if decision.taken and self._dry else "not moved"
-            parts.append(f"homes: {experts} experts {would}")
+            predicted = f"predicted {(decision.predicted_gain_s or 0.0) * 1e3:.3f} ms/iter"
+            parts.append(f"homes: review of the last move: {predicted}, {decision.why}")
         else:
-            parts.append(f"homes: {experts} experts moved")
+            verb = "moved" if moved is not None else "would move" if decision.taken and self._dry else "not moved"
+            parts.append(f"homes: {experts} expert{'s' if experts != 1 else ''} {verb}")
         parts.append(f"max/mean tokens per rank {before:.3f} -> {after:.3f}")
         if decision.kind != "review":
             parts.append(decision.why)
@@ -80,8 +77,8 @@ class DecisionLog:
         return " " + " | ".join(parts) + " |"
 
     def trouble(self, iteration: int, text: str) -> None:
-        """See `runtime.controller.Reporter`; every rank that has something to say says it."""
-        if is_rank0() or not text.startswith("the ranks"):
+        """See `runtime.controller.Reporter`. What concerns one rank is printed there, what concerns all on rank 0."""
+        if self._is_reporter or not text.startswith("the ranks"):
             print(f" smartmoe: iteration {iteration:8d} | WARNING: {text} |", flush=True)
 
     @staticmethod

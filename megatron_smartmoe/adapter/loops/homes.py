@@ -1,31 +1,26 @@
-"""The homes loop in Megatron: builds the controller when the model is there, and calls it after each training step."""
+"""The homes loop in Megatron: builds the controller when the model exists, and calls it between training steps."""
 
 from __future__ import annotations
 
-import functools
+import contextlib
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state as mpu
 from megatron.core.num_microbatches_calculator import get_num_microbatches
-from megatron.core.utils import unwrap_model
-from megatron.training import get_args
 
 from megatron_smartmoe.adapter.cost_inputs import online_options, online_setting
 from megatron_smartmoe.adapter.flags.checkpoint_check import saved_placement
-from megatron_smartmoe.adapter.flags.replica_arguments import REPLICAS
-from megatron_smartmoe.adapter.hooks import after, rebind
+from megatron_smartmoe.adapter.flags.replica_arguments import REPLICAS, replicas_mode
+from megatron_smartmoe.adapter.hooks import Callback, Order
 from megatron_smartmoe.adapter.loops.decision_log import DecisionLog
 from megatron_smartmoe.adapter.migration.mover import ExpertMover, with_home_slots, with_spare_slots
-from megatron_smartmoe.adapter.moe.routers import all_layer_numbers, count_tokens, moe_layers
+from megatron_smartmoe.adapter.moe.routers import count_tokens
+from megatron_smartmoe.adapter.run import Run
 from megatron_smartmoe.placement.homes_planner import HomesPlanner, ReplicaMode
 from megatron_smartmoe.placement.layer_cost import layer_seconds
-from megatron_smartmoe.placement.review import LayerSeconds
 from megatron_smartmoe.planner.pool import PoolSetting
 from megatron_smartmoe.runtime.controller import Controller, ControllerOptions
 from megatron_smartmoe.runtime.counts import CountsShape, ExpertCounts, IntervalCounts
@@ -36,103 +31,86 @@ WINDOWS = 4  # records that an interval is observed in: enough to see a drift, f
 MIB = 2**20
 
 
-class Balancer:
-    """Listens to one training run.
+class HomesLoop(Callback):
+    """Counts tokens in every step, and lets the controller move experts between steps."""
 
-    Args:
-        run_dir: where smartmoe.jsonl goes, or None for nowhere.
-    """
+    order = Order.HOMES
 
-    def __init__(self, run_dir: Path | None) -> None:
-        self._run_dir = run_dir
-        self._controller: Controller | None = None
-        self._layer_seconds: dict[str, LayerSeconds] = {}  # by mode of the copies
-
-    def listen(self) -> None:
-        """Hook into Megatron's loop."""
-        import megatron.training.training as training
-
-        after(training, "setup_model_and_optimizer", self.on_model)
-        after(training, "post_training_step_callbacks", self.on_step_end)
-        rebind(training, "save_checkpoint", self._in_logical_order, key=self)
-
-    def on_model(self, result: tuple[list[Any], Any, Any], *args: Any, **kwargs: Any) -> None:
-        """After `setup_model_and_optimizer`: build the controller; go on with the placement of the checkpoint."""
-        options = get_args()
-        model_chunks, optimizer = result[0], result[1]
-        chunks = unwrap_model(model_chunks)
-        numbers = all_layer_numbers([number for number, _ in moe_layers(chunks)])
-        counts = ExpertCounts(max(numbers) + 1, options.num_experts, torch.cuda.current_device())
-        count_tokens(chunks, counts)
-        num_ranks, windows = mpu.get_expert_model_parallel_world_size(), min(WINDOWS, options.smartmoe_homes_interval)
-        mover = ExpertMover(
-            {numbers.index(number): layer for number, layer in moe_layers(chunks)},
-            model_chunks,
-            optimizer,
-            staging_bytes=options.smartmoe_migration_staging_mib * MIB,
-            timeout_s=options.smartmoe_migration_timeout_s,
+    def on_start(self, run: Run) -> None:
+        """Build the controller, and restore the placement that the checkpoint was saved with."""
+        args, numbers, ranks = run.args, run.layer_numbers, run.ranks
+        self._run = run
+        counts = ExpertCounts(max(numbers) + 1, args.num_experts, torch.cuda.current_device())
+        count_tokens(run.layers, counts)
+        self._mover = ExpertMover(
+            {numbers.index(number): layer for number, layer in run.layers},
+            run.model_chunks,
+            run.optimizer,
+            staging_bytes=args.smartmoe_migration_staging_mib * MIB,
+            timeout_s=args.smartmoe_migration_timeout_s,
         )
-        shape = CountsShape(
-            rows=tuple(numbers),
-            num_ranks=num_ranks,
-            ep_rank=mpu.get_expert_model_parallel_rank(),
-            windows=windows,
-        )
+        windows = min(WINDOWS, args.smartmoe_homes_interval)
+        shape = CountsShape(rows=numbers, num_ranks=ranks.ep_size, ep_rank=ranks.ep_rank, windows=windows)
+        # All of them now: a cluster file that is edited during the run must not change what the run does.
+        self._layer_seconds = {mode: layer_seconds(online_setting(args, mode)) for mode in REPLICAS}
         self._controller = Controller(
-            _controller_options(options, windows),
-            _planner(options, len(numbers), windows),
+            ControllerOptions(
+                mode=args.smartmoe_homes,
+                interval=args.smartmoe_homes_interval,
+                first=args.smartmoe_homes_start,
+                last=args.smartmoe_homes_stop,
+                windows=windows,
+                seed=args.seed,
+                micro_batches=get_num_microbatches(),
+                groups=ranks.edp_size,
+            ),
+            HomesPlanner(
+                len(numbers),
+                args.num_experts,
+                online_options(args, review_records=windows),
+                self._layer_seconds[replicas_mode(args)],
+            ),
             IntervalCounts(counts, shape),
-            mover,
-            DecisionLog(self._run_dir, dry=options.smartmoe_homes == "dry"),
+            self._mover,
+            DecisionLog(run, dry=args.smartmoe_homes == "dry"),
             Placement.contiguous(
                 num_layers=len(numbers),
-                num_experts=options.num_experts,
-                num_ranks=num_ranks,
-                spare_slots=options.smartmoe_spare_slots,
+                num_experts=args.num_experts,
+                num_ranks=ranks.ep_size,
+                spare_slots=args.smartmoe_spare_slots,
             ),
         )
-        # all of them now: a cluster file that is edited while the run goes on must not matter
-        self._layer_seconds = {mode: layer_seconds(online_setting(options, mode)) for mode in REPLICAS}
-        self._restore(options, mover)
+        self._restore()
 
-    def _restore(self, options: Namespace, mover: ExpertMover) -> None:
-        """A checkpoint holds experts in logical order; its placement is a hint, taken if it fits this run."""
-        controller = self._controller
-        assert controller is not None
-        hint = [saved_placement(options) if options.rank == 0 and options.iteration else None]
+    def _restore(self) -> None:
+        """A checkpoint holds experts in logical order; its placement is a hint, used if it fits this run."""
+        args, controller = self._run.args, self._controller
+        hint = [saved_placement(args) if self._run.is_reporter and args.iteration else None]
         dist.broadcast_object_list(hint, src=0)
         saved, present = hint[0], controller.placement
-        if saved is None or options.smartmoe_homes == "dry":
-            return
-        if (saved.num_layers, saved.num_experts, saved.num_ranks) != (
-            present.num_layers,
-            present.num_experts,
-            present.num_ranks,
-        ):
+        if saved is None or args.smartmoe_homes == "dry" or not _same_shape(saved, present):
             return
         wanted = with_home_slots(present, saved.home_slot_LE)
         if wanted != present:
-            moved = mover.move(present, wanted)
+            moved = self._mover.move(present, wanted)
             controller.placement = moved.placement
-            if options.rank == 0:
-                text = moved.failure or f"experts are back where they were: {moved.wire_bytes / MIB:.1f} MiB moved"
-                print(f"smartmoe: checkpoint of iteration {options.iteration}: {text}", flush=True)
+            if self._run.is_reporter:
+                size = f"{moved.wire_bytes / MIB:.1f} MiB moved"
+                text = moved.failure or f"restored expert placement from checkpoint ({size})"
+                print(f" smartmoe: iteration {args.iteration:8d} | homes: {text} |", flush=True)
 
-    def on_step_end(self, result: Any, *args: Any, **kwargs: Any) -> None:
-        """After `post_training_step_callbacks`: the slow loop."""
-        assert self._controller is not None
-        self._controller.step(args[3])
+    def between_steps(self, iteration: int) -> None:
+        """Re-evaluate the homes, when the interval is over."""
+        self._controller.step(iteration)
 
     @property
     def homes_LRH(self) -> IntArray:
         """The logical expert in each home slot, of all MoE layers of the model."""
-        assert self._controller is not None
         return self._controller.placement.homes_LRH
 
     def switch_to(self, setting: PoolSetting) -> None:
-        """Look at the homes, or leave them alone, as a setting of the pool says; and plan them for its copies."""
+        """Move homes or not, as a setting of the pool says, and plan them for its replicas from now on."""
         controller = self._controller
-        assert controller is not None
         controller.paused = setting.homes_interval == 0
         controller.placement = with_spare_slots(controller.placement, setting.spare_slots)
         planner = controller.planner
@@ -140,56 +118,38 @@ class Balancer:
         planner.options = replace(planner.options, replicas=mode)
         planner.layer_seconds = self._layer_seconds[setting.replicas]
 
-    def _in_logical_order(self, save_checkpoint: Callable[..., Any]) -> Callable[..., Any]:
-        """Around `save_checkpoint`: what it writes is in logical order, and the placement goes along as a hint.
+    @contextlib.contextmanager
+    def around_save(self, iteration: int) -> Iterator[None]:
+        """What is saved is in logical order, and the placement is saved beside it as a hint.
 
         torch_dist maps slots to logical experts in the index and moves nothing. Formats that write the optimizer's
         buffers as they lie need the experts at home; asynchronous saves have copied them before the call returns.
         """
-
-        @functools.wraps(save_checkpoint)
-        def save(*args: Any, **kwargs: Any) -> Any:
-            options, controller = get_args(), self._controller
-            if controller is None:
-                return save_checkpoint(*args, **kwargs)
-            options.smartmoe_placement = controller.placement.to_json()
-            if not saves_slots(options):
-                return save_checkpoint(*args, **kwargs)
-            with controller.at_home() as at_home:
-                result = save_checkpoint(*args, **kwargs)
-            if at_home.wire_bytes and options.rank == 0:
-                moved = f"{at_home.wire_bytes / MIB:.1f} MiB in {at_home.seconds:.2f} s"
-                print(f" smartmoe: checkpoint | experts moved home and back: {moved} |", flush=True)
-            return result
-
-        return save
+        args, controller = self._run.args, self._controller
+        args.smartmoe_placement = controller.placement.to_json()
+        if not saves_slots(args):
+            yield
+            return
+        with controller.at_home() as at_home:
+            yield
+        if at_home.wire_bytes and self._run.is_reporter:
+            moved = f"{at_home.wire_bytes / MIB:.1f} MiB in {at_home.seconds:.2f} s"
+            print(
+                f" smartmoe: iteration {iteration:8d} | checkpoint: experts moved home for it and back, {moved} |",
+                flush=True,
+            )
 
 
-def saves_slots(options: Namespace) -> bool:
+def _same_shape(one: Placement, other: Placement) -> bool:
+    return all(getattr(one, name) == getattr(other, name) for name in ("num_layers", "num_experts", "num_ranks"))
+
+
+def saves_slots(args: Namespace) -> bool:
     """Whether a checkpoint would hold experts in the order of the slots, so that they must be at home for it."""
-    raw_buffers = options.use_distributed_optimizer and not options.dist_ckpt_optim_fully_reshardable
+    raw_buffers = args.use_distributed_optimizer and not args.dist_ckpt_optim_fully_reshardable
     return (
-        options.ckpt_format != "torch_dist"
-        or (raw_buffers and not options.no_save_optim)
-        or options.ckpt_assume_constant_structure
-        or options.smartmoe_experts != "grouped_mm"
+        args.ckpt_format != "torch_dist"
+        or (raw_buffers and not args.no_save_optim)
+        or args.ckpt_assume_constant_structure
+        or args.smartmoe_experts != "grouped_mm"
     )
-
-
-def _controller_options(options: Namespace, windows: int) -> ControllerOptions:
-    return ControllerOptions(
-        mode=options.smartmoe_homes,
-        interval=options.smartmoe_homes_interval,
-        first=options.smartmoe_homes_start,
-        last=options.smartmoe_homes_stop,
-        windows=windows,
-        seed=options.seed,
-        micro_batches=get_num_microbatches(),
-        groups=mpu.get_expert_data_parallel_world_size(),
-    )
-
-
-def _planner(options: Namespace, num_layers: int, windows: int) -> HomesPlanner:
-    """The planner with this machine's prices."""
-    online = online_options(options, review_records=windows)
-    return HomesPlanner(num_layers, options.num_experts, online, layer_seconds(online_setting(options)))

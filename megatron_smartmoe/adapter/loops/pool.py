@@ -1,10 +1,10 @@
-"""The pool in Megatron: every N iterations a look at which setting would be fastest, and the switch to it.
+"""The pool in Megatron: every N iterations it re-evaluates which setting would be fastest, and switches to it.
 
-What needs no restart is how homes move, how copies are planned and how many slots they use, and into how many pieces
-the all-to-alls are cut. `runtime.pool.switchboard` decides, on rank 0, because ranks that cut their all-to-alls
-differently would wait for each other for ever; its verdict is broadcast, and all ranks switch between the same two
-iterations. A look takes three collectives: counts, step times, the verdict. Between looks nothing is sent and nothing
-waited for.
+Without a restart can be changed: whether homes move, how replicas are planned and how many slots they use, and the
+number of chunks of the all-to-alls. `runtime.pool.switchboard` decides, on rank 0, because ranks with different numbers
+of chunks would wait for each other for ever. Its verdict is broadcast, and all ranks switch between the same two
+iterations. An evaluation takes three collectives: counts, step times, the verdict. Between evaluations nothing is sent
+and nothing waited for.
 """
 
 from __future__ import annotations
@@ -12,27 +12,24 @@ from __future__ import annotations
 import time
 from argparse import Namespace
 from collections import deque
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 from megatron.core.num_microbatches_calculator import get_num_microbatches
-from megatron.core.utils import unwrap_model
-from megatron.training import get_args
 
 from megatron_smartmoe.adapter.cost_inputs import replica_options
 from megatron_smartmoe.adapter.flags.pool_settings import pool_settings, starting_setting
-from megatron_smartmoe.adapter.hooks import after
+from megatron_smartmoe.adapter.hooks import Callback, Order
 from megatron_smartmoe.adapter.loops.decision_log import DecisionLog
-from megatron_smartmoe.adapter.loops.homes import Balancer
+from megatron_smartmoe.adapter.loops.homes import HomesLoop
 from megatron_smartmoe.adapter.loops.replicas import ReplicaLoop
 from megatron_smartmoe.adapter.machine import machine, nodes_of_group
 from megatron_smartmoe.adapter.moe.overlap import OverlappedMoELayer
 from megatron_smartmoe.adapter.moe.overlap_degree import OverlapDegree, run_model, run_parallel
-from megatron_smartmoe.adapter.moe.routers import all_layer_numbers, count_tokens, moe_layers
+from megatron_smartmoe.adapter.moe.routers import count_tokens
+from megatron_smartmoe.adapter.run import Run
 from megatron_smartmoe.placement.decisions import Decision, digest_of
 from megatron_smartmoe.planner.pool import SETTLE_ITERATIONS, PoolSetting
 from megatron_smartmoe.runtime.pool.prediction import PoolLoad, PoolPrices, moe_seconds
@@ -47,107 +44,93 @@ from megatron_smartmoe.runtime.recent_counts import RecentCounts
 from megatron_smartmoe.spec.arrays import IntArray
 from megatron_smartmoe.spec.placement import Placement
 
-LAYERS = 4  # of the model that are looked at, evenly spaced: rank 0 predicts while the others wait
-ITERATIONS = 4  # that the load is known of: what copies from history are planned from, and one to see them tried
-MICRO_BATCHES = 2  # of the latest of them
-UNTIMED = 1  # iterations after a switch that allocate and warm up
+LAYERS = 4  # of the model whose load is sampled, evenly spaced: rank 0 predicts while the others wait
+ITERATIONS = 4  # whose load is kept: what replicas from history are planned from, and one to see them tried
+MICRO_BATCHES = 2  # of the latest iteration whose load is kept
+UNTIMED = 1  # iterations after a switch that are not timed, because they allocate and warm up
 
 
-class PoolLoop:
-    """Listens to one training run.
+class PoolLoop(Callback):
+    """Times the steps, and switches between the settings of the pool when another one is predicted to be faster.
 
     Args:
-        run_dir: where smartmoe.jsonl goes, or None for nowhere.
-        balancer: the homes loop, or None when homes stay.
+        homes: the homes loop, or None when homes stay.
         replicas: the replicas loop, or None when there are no spare slots.
-        overlap_degree: says with how many pieces the layers were built.
+        overlap_degree: the number of chunks with which the layers were built.
     """
 
-    def __init__(
-        self,
-        run_dir: Path | None,
-        balancer: Balancer | None,
-        replicas: ReplicaLoop | None,
-        overlap_degree: OverlapDegree,
-    ) -> None:
-        self._log = DecisionLog(run_dir, dry=False)
-        self._balancer, self._replicas, self._degree = balancer, replicas, overlap_degree
-        self._layers: list[OverlappedMoELayer] = []
-        self._told = ""  # reason of the last look that was told
+    order = Order.POOL
+
+    def __init__(self, homes: HomesLoop | None, replicas: ReplicaLoop | None, overlap_degree: OverlapDegree) -> None:
+        self._homes, self._replicas, self._degree = homes, replicas, overlap_degree
+        self._reported = ""  # the reason that the last evaluation reported
         self._untimed = UNTIMED
 
-    def listen(self) -> None:
-        """Hook into Megatron's loop."""
-        import megatron.training.training as training
-
-        after(training, "setup_model_and_optimizer", self.on_model)
-        after(training, "post_training_step_callbacks", self.on_step_end)
-
-    def on_model(self, result: tuple[list[Any], Any, Any], *args: Any, **kwargs: Any) -> None:
-        """After `setup_model_and_optimizer`: count, and start with the setting that the flags say."""
-        options = get_args()
-        chunks = unwrap_model(result[0])
-        own = list(moe_layers(chunks))
-        self._layers = [layer for _, layer in own if isinstance(layer, OverlappedMoELayer)]
-        self._numbers = all_layer_numbers([number for number, _ in own])
-        self._sample = _spread(len(self._numbers), LAYERS)
+    def on_start(self, run: Run) -> None:
+        """Count tokens, and start with the setting that the flags describe."""
+        args = run.args
+        self._run, self._log = run, DecisionLog(run, dry=False)
+        self._layers = [layer for _, layer in run.layers if isinstance(layer, OverlappedMoELayer)]
+        self._sample = _spread(len(run.layer_numbers), LAYERS)
+        sampled = [run.layer_numbers[row] for row in self._sample]
         self._counts = RecentCounts(
-            [self._numbers[row] for row in self._sample],
-            options.num_experts,
+            sampled,
+            args.num_experts,
             iterations=ITERATIONS,
             micro_batches=min(MICRO_BATCHES, get_num_microbatches()),
             device=torch.cuda.current_device(),
         )
-        count_tokens(chunks, self._counts, self._counts.layers)
-        now = starting_setting(options, self._degree())
-        self._settings = with_setting(pool_settings(options), now)
-        rest = SwitchboardOptions(rest_iterations=options.smartmoe_pool_interval)
-        self._board = Switchboard(now, options.iteration, rest)
-        self._prices = _prices(options, len(self._numbers), homes_move=options.smartmoe_homes == "on")
-        self._seconds: deque[float] = deque(maxlen=max(options.smartmoe_pool_interval, SETTLE_ITERATIONS))
+        count_tokens([(number, layer) for number, layer in run.layers if number in sampled], self._counts)
+        now = starting_setting(args, self._degree())
+        self._settings = with_setting(pool_settings(args), now)
+        rest = SwitchboardOptions(rest_iterations=args.smartmoe_pool_interval)
+        self._board = Switchboard(now, args.iteration, rest)
+        self._prices = _prices(args, len(run.layer_numbers), homes_move=args.smartmoe_homes == "on")
+        self._seconds: deque[float] = deque(maxlen=max(args.smartmoe_pool_interval, SETTLE_ITERATIONS))
         self._ended_at = time.perf_counter()
-        if options.rank == 0:
-            every = options.smartmoe_pool_interval
+        if run.is_reporter:
+            every = args.smartmoe_pool_interval
             print(
-                f"smartmoe: pool of {len(self._settings)} settings, a look every {every} iterations; starts with "
-                f"{now.key}",
+                f"smartmoe: pool: {len(self._settings)} settings, re-evaluated every {every} iterations, "
+                f"starting with {now.key}",
                 flush=True,
             )
 
-    def on_step_end(self, result: Any, *args: Any, **kwargs: Any) -> None:
-        """After `post_training_step_callbacks`, and after the loops whose settings this one changes."""
-        now, iteration = time.perf_counter(), args[3]
+    def between_steps(self, iteration: int) -> None:
+        """Time the step; re-evaluate the settings when the interval is over."""
+        now = time.perf_counter()
         if self._untimed:
             self._untimed -= 1
         else:
             self._seconds.append(now - self._ended_at)
-        if iteration % get_args().smartmoe_pool_interval == 0 and self._seconds and self._counts.ended:
-            self._look(iteration)
+        if iteration % self._run.args.smartmoe_pool_interval == 0 and self._seconds and self._counts.ended:
+            self._evaluate(iteration)
         self._counts.end_iteration()
-        self._ended_at = time.perf_counter()  # a look is not the setting's time
+        self._ended_at = time.perf_counter()  # the time of an evaluation is not the setting's
 
-    def _look(self, iteration: int) -> None:
-        """Collect, let rank 0 decide, and do what it says. A collective call."""
+    def _evaluate(self, iteration: int) -> None:
+        """Collect the load, decide on rank 0, and switch everywhere. A collective call."""
+        ranks = self._run.ranks
         totals_ILE, batches_BLRE = self._counts.collect(
-            mpu.get_expert_model_parallel_rank(),
+            ranks.ep_rank,
             self._prices.spec.ep,
-            speaks=mpu.get_expert_data_parallel_rank() == 0,
+            speaks=ranks.edp_rank == 0,
             shares=mpu.get_expert_tensor_parallel_world_size(),
         )
         measured = _of_slowest_rank(Measured.of(self._seconds))
         verdict: list[PoolVerdict | None] = [None]
-        if dist.get_rank() == 0:
-            load = PoolLoad(totals_ILE=totals_ILE, batches_BLRE=batches_BLRE, homes_LRH=self._homes())
+        if self._run.is_reporter:
+            load = PoolLoad(totals_ILE=totals_ILE, batches_BLRE=batches_BLRE, homes_LRH=self._homes_LRH())
             verdict = [self._decide(iteration, measured, load)]
         dist.broadcast_object_list(verdict, src=0)
-        if verdict[0] is None:  # rank 0 has said why
+        if verdict[0] is None:  # rank 0 has logged why
             return
         if verdict[0].switched:
             self._switch_to(verdict[0].setting)
-        self._tell(iteration, verdict[0], digest_of(totals_ILE, batches_BLRE))
+        self._report(iteration, verdict[0], digest_of(totals_ILE, batches_BLRE))
 
     def _decide(self, iteration: int, measured: Measured, load: PoolLoad) -> PoolVerdict | None:
-        """On rank 0. Whatever goes wrong, the training goes on as it is."""
+        """On rank 0. Whatever goes wrong, training continues with the setting as it is."""
         try:
             return self._board.look(iteration, measured, lambda: moe_seconds(self._settings, load, self._prices))
         except Exception as error:
@@ -155,8 +138,8 @@ class PoolLoop:
             return None
 
     def _switch_to(self, setting: PoolSetting) -> None:
-        if self._balancer is not None:
-            self._balancer.switch_to(setting)
+        if self._homes is not None:
+            self._homes.switch_to(setting)
         if self._replicas is not None:
             self._replicas.switch_to(setting.replicas, setting.spare_slots)
         for layer in self._layers:
@@ -164,23 +147,23 @@ class PoolLoop:
         self._seconds.clear()
         self._untimed = UNTIMED
 
-    def _homes(self) -> IntArray:
-        """Expert in each home slot of the sampled layers; in logical order when nobody moves them."""
-        if self._balancer is not None:
-            return self._balancer.homes_LRH[self._sample]
-        ranks, experts = self._prices.spec.ep, get_args().num_experts
+    def _homes_LRH(self) -> IntArray:
+        """The expert in each home slot of the sampled layers; in logical order when homes do not move."""
+        if self._homes is not None:
+            return self._homes.homes_LRH[self._sample]
+        ranks, experts = self._prices.spec.ep, self._run.args.num_experts
         return Placement.contiguous(num_layers=len(self._sample), num_experts=experts, num_ranks=ranks).slots_LRS
 
-    def _tell(self, iteration: int, verdict: PoolVerdict, inputs: str) -> None:
-        """Switches and verdicts on them each time; that nothing changes, when the reason for it does."""
-        if not verdict.is_decision and verdict.reason == self._told:
+    def _report(self, iteration: int, verdict: PoolVerdict, inputs: str) -> None:
+        """Each switch and each review of one; that nothing changes, only when the reason for it does."""
+        if not verdict.is_decision and verdict.reason == self._reported:
             return
-        self._told = verdict.reason
-        if dist.get_rank() == 0:
-            way = (
+        self._reported = verdict.reason
+        if self._run.is_reporter:
+            change = (
                 f"{verdict.before.key} -> {verdict.setting.key}" if verdict.switched else f"{verdict.before.key} stays"
             )
-            print(f" smartmoe: iteration {iteration:8d} | pool: {way} | {verdict.why} |", flush=True)
+            print(f" smartmoe: iteration {iteration:8d} | pool: {change} | {verdict.why} |", flush=True)
         if not verdict.is_decision:
             return
         decision = Decision(
@@ -213,18 +196,18 @@ def _of_slowest_rank(measured: Measured) -> Measured:
     return Measured(step_s=step_s, noise_s=noise_s, iterations=measured.iterations)
 
 
-def _prices(options: Namespace, num_layers: int, *, homes_move: bool) -> PoolPrices:
+def _prices(args: Namespace, num_layers: int, *, homes_move: bool) -> PoolPrices:
     """This run's sizes and machine, as the planner would price them."""
-    spec, micro_batches = run_parallel(options, degree=1), get_num_microbatches()
-    chunks = options.virtual_pipeline_model_parallel_size or 1
+    spec, micro_batches = run_parallel(args, degree=1), get_num_microbatches()
+    chunks = args.virtual_pipeline_model_parallel_size or 1
     in_a_row = micro_batches + (spec.pp - 1) / chunks  # of a stage: its micro-batches and the bubble
     return PoolPrices(
-        model=run_model(options),
+        model=run_model(args),
         spec=spec,
-        cluster=machine(options),
+        cluster=machine(args),
         num_nodes=nodes_of_group(spec.ep),
         micro_batches=micro_batches,
         layers_in_a_row=num_layers / spec.pp * in_a_row,
-        replica=replica_options(options),
+        replica=replica_options(args),
         homes_move=homes_move,
     )

@@ -1,20 +1,19 @@
-"""The replicas loop in Megatron: puts spare slots into the layers, and plans the copies before each training step.
+"""The replicas loop in Megatron: puts spare slots into the layers, and plans the replicas before each training step.
 
-One planner per expert-parallel group and pipeline stage: it sees what its own group routes through its own layers,
-which every rank of the group knows from the dispatch, so all of them plan the same copies without a word. Groups that
-share homes (expert data parallelism) may have different copies.
+There is one planner per expert-parallel group and pipeline stage. It sees what its own group routes through its own
+layers, which every rank of the group has from the dispatch, so all ranks of the group plan the same replicas without
+sending anything. Groups that share homes (expert data parallelism) may have different replicas.
 
-The planner knows logical experts, the dispatchers know an expert by its home slot; `by_home` translates. So a history
-stays true when homes move.
+The planner counts by logical expert, the dispatchers by home slot; `by_home` translates. So a history stays true when
+homes move.
 
-A pool of settings may change between iterations how copies are planned and how many of the spare slots are used
-(`switch_to`); the slots' memory stays what the flags say.
+A pool of settings may change between iterations how replicas are planned and how many of the spare slots are used
+(`switch_to`); the memory of the slots stays what the flags say.
 """
 
 from __future__ import annotations
 
-from argparse import Namespace
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -23,16 +22,14 @@ import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
-from megatron.core.utils import unwrap_model
-from megatron.training import get_args
 
 from megatron_smartmoe.adapter.cost_inputs import copy_price_tokens, online_options, scope_nodes
 from megatron_smartmoe.adapter.flags.replica_arguments import replicas_mode
-from megatron_smartmoe.adapter.hooks import after, before
+from megatron_smartmoe.adapter.hooks import Callback, Order
 from megatron_smartmoe.adapter.machine import nodes_of_group
 from megatron_smartmoe.adapter.moe.layer import SmartMoELayer
 from megatron_smartmoe.adapter.moe.replica_dispatcher import Planner, ReplicaDispatcher
-from megatron_smartmoe.adapter.moe.routers import moe_layers
+from megatron_smartmoe.adapter.run import Run
 from megatron_smartmoe.placement.replica_planner import ReplicaPlanner
 from megatron_smartmoe.runtime.replicas.slots import SpareSlots
 from megatron_smartmoe.runtime.replicas.split import BALANCED, exact_slots, homes_only
@@ -46,80 +43,68 @@ DECISIONS_FILE = "replicas-stage{stage}-group{group}.jsonl"
 BALANCE_FILE = "balance-stage{stage}-group{group}.jsonl"
 
 
-class ReplicaLoop:
-    """Listens to one training run.
+class ReplicaLoop(Callback):
+    """Plans replicas before each step, and records what was routed after it.
 
     Args:
-        run_dir: where the decisions go, or None for nowhere.
-        modes: how copies may come to be planned; None for what the flags say and nothing else.
-
-    Attributes:
-        layers: this rank's MoE layers.
+        modes: every way in which replicas may be planned in this run, `off` among them where it may be.
     """
 
-    def __init__(self, run_dir: Path | None, modes: frozenset[str] | None = None) -> None:
-        self._run_dir, self._modes = run_dir, modes
-        self.layers: list[SmartMoELayer] = []
-        self._tallies: list[LayerTally] = []
+    order = Order.REPLICAS
+
+    def __init__(self, modes: frozenset[str]) -> None:
+        self._modes = modes
         self._planner: ReplicaPlanner | None = None
-        self._iteration = 0
 
-    def listen(self) -> None:
-        """Hook into Megatron's loop."""
-        import megatron.training.training as training
-
-        after(training, "setup_model_and_optimizer", self.on_model)
-        before(training, "train_step", self.on_step_begin)
-        after(training, "train_step", self.on_step_end)
-
-    def on_model(self, result: tuple[list[Any], Any, Any], *args: Any, **kwargs: Any) -> None:
-        """After `setup_model_and_optimizer`: give every layer its spare slots."""
-        options = get_args()
-        self._mode = mode = replicas_mode(options)
-        self._used_slots = options.smartmoe_spare_slots
-        remembers = "history" in (self._modes or (mode,))
-        self._iteration = options.iteration
-        self._fetch_early = not options.overlap_param_gather
+    def on_start(self, run: Run) -> None:
+        """Give every layer its spare slots."""
+        args = run.args
+        self._run, self._mode, self._used_slots = run, replicas_mode(args), args.smartmoe_spare_slots
+        needs_history = "history" in self._modes
+        self._fetch_early = not args.overlap_param_gather
         self._wire = ReplicaWire(_own_group(mpu.get_expert_model_parallel_group()))
-        self.layers = [layer for _, layer in moe_layers(unwrap_model(result[0]))]
-        self._tallies = [LayerTally() for _ in self.layers]
-        self._price_tokens = copy_price_tokens(options)  # once: the cluster file may be edited while the run goes on
-        for layer, tally in zip(self.layers, self._tallies, strict=True):
-            self._equip(layer, tally, options, keeps=remembers)
-        if remembers and self.layers:
-            group = mpu.get_expert_data_parallel_rank()
-            self._planner = ReplicaPlanner(self._placement(options), group, online_options(options, review_records=1))
-        if options.rank == 0:
-            spare_bytes = sum(layer.experts.spare_slots.nbytes for layer in self.layers)
-            must = f"a copy must spare the busiest rank {self._price_tokens:,.0f} tokens"
-            print(
-                f"smartmoe: {options.smartmoe_spare_slots} spare slots a rank and layer, copies by {mode}, "
-                f"{spare_bytes / MIB:.1f} MiB on this rank; {must}",
-                flush=True,
-            )
+        self._layers: list[SmartMoELayer] = [layer for _, layer in run.layers]
+        self._tallies = [LayerTally() for _ in self._layers]
+        self._price_tokens = copy_price_tokens(args)  # once: the cluster file may be edited during the run
+        for layer, tally in zip(self._layers, self._tallies, strict=True):
+            self._equip(layer, tally, keeps=needs_history)
+        if needs_history and self._layers:
+            online = online_options(args, review_records=1)
+            self._planner = ReplicaPlanner(self._placement(), run.ranks.edp_rank, online)
+        if run.is_reporter:
+            self._announce()
+
+    def _announce(self) -> None:
+        slots = self._run.args.smartmoe_spare_slots
+        spare_bytes = sum(layer.experts.spare_slots.nbytes for layer in self._layers)
+        print(
+            f"smartmoe: {slots} spare slot{'s' if slots != 1 else ''} per rank and layer, replicas: {self._mode}, "
+            f"{spare_bytes / MIB:.1f} MiB on this rank; a replica pays off above {self._price_tokens:,.0f} tokens "
+            "taken from the busiest rank",
+            flush=True,
+        )
 
     def switch_to(self, mode: str, used_slots: int) -> None:
-        """Plan copies another way from the next iteration on; between iterations, and on all ranks alike.
+        """Plan replicas in another way from the next iteration on. Called between steps, on all ranks alike.
 
         Args:
-            mode: one of REPLICAS, and of this loop's modes.
-            used_slots: of the spare slots; the others stay empty.
+            mode: one of this loop's modes.
+            used_slots: how many of the spare slots are used; the others stay empty.
         """
-        options = get_args()
         self._mode, self._used_slots = mode, used_slots
-        for layer in self.layers:
+        for layer in self._layers:
             layer.experts.spare_slots.keep(mode == "history")
-            layer.token_dispatcher.plan_with(self._exact_planner(options) if mode == "exact" else None)
+            layer.token_dispatcher.plan_with(self._exact_planner() if mode == "exact" else None)
         if self._planner is not None:
-            self._planner.placement = self._placement(options)
+            self._planner.placement = self._placement()
 
-    def _equip(self, layer: SmartMoELayer, tally: LayerTally, options: Namespace, *, keeps: bool) -> None:
-        """Spare slots for the experts, and a dispatcher that knows them."""
+    def _equip(self, layer: SmartMoELayer, tally: LayerTally, *, keeps: bool) -> None:
+        """Give a layer's experts spare slots, and the layer a dispatcher that uses them."""
         experts = layer.experts
         weights = (experts.weight1, experts.weight2)
         experts.spare_slots = SpareSlots(
             weights,
-            options.smartmoe_spare_slots,
+            self._run.args.smartmoe_spare_slots,
             self._wire,
             lambda: [weight.main_grad for weight in weights],
             keeps=keeps,
@@ -133,19 +118,20 @@ class ReplicaLoop:
             spare=experts.spare_slots,
             num_nodes=nodes_of_group(self._wire.num_ranks),
             fetch_early=self._fetch_early,
-            plan=self._exact_planner(options) if self._mode == "exact" else None,
+            plan=self._exact_planner() if self._mode == "exact" else None,
             listener=tally.add,
         )
         if layer.shared_experts is not None and layer.shared_expert_overlap:
             layer.token_dispatcher.set_shared_experts(layer.shared_experts)
-        layer.register_forward_pre_hook(_tell_whether_training)
+        layer.register_forward_pre_hook(_set_training_flag)
 
-    def _exact_planner(self, options: Namespace) -> Planner:
-        """Copies for the counts of one micro-batch, experts by their homes."""
-        home_slots = options.num_experts // self._wire.num_ranks
-        homes_RS = homes_only(options.num_experts, self._wire.num_ranks, self._used_slots)
-        unused = options.smartmoe_spare_slots - self._used_slots
-        num_nodes, price_tokens = scope_nodes(options), self._price_tokens
+    def _exact_planner(self) -> Planner:
+        """Plans replicas from the counts of one micro-batch, experts named by their homes."""
+        args = self._run.args
+        home_slots = args.num_experts // self._wire.num_ranks
+        homes_RS = homes_only(args.num_experts, self._wire.num_ranks, self._used_slots)
+        unused = args.smartmoe_spare_slots - self._used_slots
+        num_nodes, price_tokens = scope_nodes(args), self._price_tokens
 
         def plan(counts_RE: IntArray) -> IntArray:
             slots_RS = exact_slots(
@@ -155,68 +141,66 @@ class ReplicaLoop:
 
         return plan
 
-    def _placement(self, options: Namespace) -> Placement:
+    def _placement(self) -> Placement:
         """The homes as the layers have them now, and empty spare slots."""
         slots_LRS = with_empty_slots(self._homes_LRH(), self._used_slots)
-        return Placement(slots_LRS=slots_LRS, num_experts=options.num_experts)
+        return Placement(slots_LRS=slots_LRS, num_experts=self._run.args.num_experts)
 
     def _homes_LRH(self) -> IntArray:
-        """Expert in each home slot, as the layers have it now."""
-        expert_LE = np.array([layer.experts_by_slot for layer in self.layers])
-        return expert_LE.reshape(len(self.layers), self._wire.num_ranks, -1)
+        """The logical expert in each home slot, as the layers have it now."""
+        expert_LE = np.array([layer.experts_by_slot for layer in self._layers])
+        return expert_LE.reshape(len(self._layers), self._wire.num_ranks, -1)
 
     def _follow_homes(self, planner: ReplicaPlanner) -> None:
-        """Tell the planner when homes have moved."""
+        """Pass homes that have moved on to the planner."""
         if not np.array_equal(self._homes_LRH(), planner.placement.homes_LRH):
-            planner.rehome(self._placement(get_args()))
+            planner.rehome(self._placement())
 
-    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-        """Before `train_step`: plan this iteration's copies and start to fetch their weights."""
-        self._iteration += 1
-        if self._planner is None:
+    def before_step(self, iteration: int) -> None:
+        """Plan this iteration's replicas and start to fetch their weights."""
+        planner = self._planner
+        if planner is None:
             return
-        if self._mode != "history":  # it looks on, so that it knows the load when it is asked, and where homes are
-            self._follow_homes(self._planner)
+        if self._mode != "history":  # only kept up to date, for the day when the pool switches to it
+            self._follow_homes(planner)
             return
-        problem = self._plan(self._planner)
+        problem = self._plan(planner, iteration)
         if problem is not None:
-            self._planner.placement = self._placement(get_args())
-            print(f" smartmoe: iteration {self._iteration:8d} | WARNING: no copies: {problem} |", flush=True)
-        num_passes, unused = get_num_microbatches(), get_args().smartmoe_spare_slots - self._used_slots
-        for layer, slots_RS in zip(self.layers, self._planner.placement.slots_LRS, strict=True):
+            planner.placement = self._placement()
+            print(f" smartmoe: iteration {iteration:8d} | WARNING: no replicas: {problem} |", flush=True)
+        num_passes, unused = get_num_microbatches(), self._run.args.smartmoe_spare_slots - self._used_slots
+        for layer, slots_RS in zip(self._layers, planner.placement.slots_LRS, strict=True):
             by_home_RS = with_empty_slots(by_home(slots_RS, layer.experts.num_local_experts), unused)
             layer.token_dispatcher.slots_RS = by_home_RS
             used = layer.experts.spare_slots.use(by_home_RS, num_passes=num_passes)
             if used is not None and self._fetch_early:
                 used.start()
 
-    def _plan(self, planner: ReplicaPlanner) -> str | None:
-        """Plan, and see that the group's ranks agree; None, or why this iteration goes without copies."""
+    def _plan(self, planner: ReplicaPlanner, iteration: int) -> str | None:
+        """Plan, and compare the plan over the group's ranks; None, or why this iteration has no replicas."""
         problem, decision = None, None
         try:
             self._follow_homes(planner)
-            decision = planner.plan(self._iteration)
-        except Exception as error:  # whatever it is, the training goes on without copies
+            decision = planner.plan(iteration)
+        except Exception as error:  # whatever it is, training continues without replicas
             problem = f"{type(error).__name__}: {error}"
         digest = planner.placement.digest if problem is None else f"{self._wire.rank:015x}"
         if not self._wire.agrees(digest):
-            return problem or "the ranks of the group planned different copies, or one could not plan"
+            return problem or "the plans of the group's ranks differ, or one rank could not plan"
         if problem is None and decision is not None:
             self._write(DECISIONS_FILE, decision.to_line())
         return problem
 
     def _write(self, name: str, line: str) -> None:
-        """One line of JSON, by the first rank of the group."""
-        first = self._wire.rank == 0 and mpu.get_expert_tensor_parallel_rank() == 0
-        if self._run_dir is None or not first:
-            return
-        place = {"stage": mpu.get_pipeline_model_parallel_rank(), "group": mpu.get_expert_data_parallel_rank()}
-        with (self._run_dir / name.format(**place)).open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+        """Append a line of JSON to a file, on the first rank of the group."""
+        ranks = self._run.ranks
+        path = self._run.file(name.format(stage=ranks.pp_rank, group=ranks.edp_rank))
+        if path is not None and ranks.ep_rank == 0 and ranks.etp_rank == 0:
+            with path.open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
 
-    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        """After `train_step`: remember what was routed, and say how balanced it was."""
-        options = get_args()
+    def after_step(self, iteration: int, losses: Mapping[str, torch.Tensor]) -> None:
+        """Record what was routed, and report how balanced it was."""
         records = [tally.take() for tally in self._tallies]
         if not records or not all(records):
             return
@@ -224,23 +208,21 @@ class ReplicaLoop:
             load_LME = np.stack([np.stack([micro.load_E for micro in record]) for record in records])
             slot_LE = self._planner.placement.home_slot_LE
             self._planner.observe(np.take_along_axis(load_LME, slot_LE[:, None], axis=2))
-        if self._iteration % options.log_interval:
+        if iteration % self._run.args.log_interval:
             return
-        self._write(
-            BALANCE_FILE, balance_line(self._iteration, [layer.layer_number - 1 for layer in self.layers], records)
-        )
-        if options.rank == 0:
+        self._write(BALANCE_FILE, balance_line(iteration, [number for number, _ in self._run.layers], records))
+        if self._run.is_reporter:
             before_split, after_split = imbalance(records)
-            in_use = sum(m.num_copies for record in records for m in record) / sum(len(record) for record in records)
+            per_layer = sum(m.num_copies for record in records for m in record) / sum(len(record) for record in records)
             print(
-                f" smartmoe: iteration {self._iteration:8d} | replicas: {in_use:.1f} copies a layer | "
+                f" smartmoe: iteration {iteration:8d} | replicas: {per_layer:.1f} per layer | "
                 f"max/mean tokens per rank {before_split:.3f} -> {after_split:.3f} |",
                 flush=True,
             )
 
 
 def by_home(slots_RS: IntArray, home_slots: int) -> IntArray:
-    """A slot table with every expert named by its home: expert e is then at home in slot e % S of rank e // S.
+    """A slot table with every expert named by its home: expert e then has its home in slot e % S of rank e // S.
 
     Args:
         slots_RS: logical experts, EMPTY for none.
@@ -250,14 +232,15 @@ def by_home(slots_RS: IntArray, home_slots: int) -> IntArray:
     return np.where(slots_RS == EMPTY, EMPTY, home_E[slots_RS])
 
 
-def _tell_whether_training(layer: torch.nn.Module, inputs: Any) -> None:
+def _set_training_flag(layer: SmartMoELayer, inputs: Any) -> None:
     layer.token_dispatcher.training = layer.training
 
 
 def _own_group(ep_group: dist.ProcessGroup) -> dist.ProcessGroup:
-    """The ranks of this expert-parallel group, in its order, for the replicas alone; all ranks of the job take part."""
+    """A process group for the replicas alone, with the ranks of `ep_group`. A collective call of all ranks."""
     mine = tuple(dist.get_process_group_ranks(ep_group))
     everybody: list[tuple[int, ...]] = [()] * dist.get_world_size()
     dist.all_gather_object(everybody, mine)
     groups = {ranks: dist.new_group(list(ranks)) for ranks in sorted(set(everybody))}
-    return groups[mine]
+    own: dist.ProcessGroup = groups[mine]
+    return own

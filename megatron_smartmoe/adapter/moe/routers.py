@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state as mpu
 from megatron.core.transformer.moe.moe_layer import MoELayer
 
 from megatron_smartmoe.runtime.counts import ExpertCounts
@@ -33,28 +32,10 @@ def all_layer_numbers(numbers: list[int]) -> list[int]:
     return sorted({number for stage in everybody for number in stage})
 
 
-def source_rank() -> int:
-    """The place of this rank's tokens among its pipeline stage's: groups of expert-parallel ranks one after another.
-
-    Ranks that share their tokens (expert tensor parallelism) have the same.
-    """
-    ep_size, ep_rank = mpu.get_expert_model_parallel_world_size(), mpu.get_expert_model_parallel_rank()
-    return int(mpu.get_expert_data_parallel_rank() * ep_size + ep_rank)
-
-
-def count_tokens(
-    model_chunks: list[torch.nn.Module],
-    counts: ExpertCounts | RecentCounts,
-    layers: Container[int] | None = None,
-) -> None:
-    """Have every router add what it routes in training to `counts`.
+def count_tokens(layers: Iterable[tuple[int, MoELayer]], counts: ExpertCounts | RecentCounts) -> None:
+    """Have the routers of `layers`, (number, layer) each, add what they route in training to `counts`.
 
     A pass without gradients (evaluation, the first pass of recomputation) is not counted, so each token counts once.
-
-    Args:
-        model_chunks: of this rank.
-        counts: is told of each micro-batch of each layer.
-        layers: numbers of those that are counted; None for all.
     """
 
     def hook_for(layer: int) -> Any:
@@ -64,6 +45,5 @@ def count_tokens(
 
         return hook
 
-    for layer, module in moe_layers(model_chunks):
-        if layers is None or layer in layers:
-            module.router.register_forward_hook(hook_for(layer))
+    for number, layer in layers:
+        layer.router.register_forward_hook(hook_for(number))

@@ -1,6 +1,6 @@
-"""`--smartmoe-replay-trace`: route as a recorded trace says. For benchmarks: what is learned this way is useless.
+"""`--smartmoe-replay-trace`: route as a recorded trace says. For benchmarks only: the trained model is meaningless.
 
-A hook on each router keeps its output's shape and graph, and replaces what it chose: every rank gets the trace's
+A hook on each router keeps the shape and the graph of its output, and replaces its choice: every rank gets the trace's
 counts per expert, scaled to its own tokens, and each token k different experts with weight 1 / k.
 """
 
@@ -10,18 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import parallel_state as mpu
-from megatron.core.utils import unwrap_model
-from megatron.training import get_args
 
-from megatron_smartmoe.adapter.hooks import after
-from megatron_smartmoe.adapter.moe.routers import moe_layers
+from megatron_smartmoe.adapter.hooks import Callback, Order
+from megatron_smartmoe.adapter.run import Run
 from megatron_smartmoe.runtime.replay import forced_map, scaled_counts
 from megatron_smartmoe.spec.arrays import IntArray
 from megatron_smartmoe.spec.trace import load_trace
 
 
-class RoutingReplay:
+class RoutingReplay(Callback):
     """Forces the routers of one rank.
 
     Args:
@@ -29,41 +26,35 @@ class RoutingReplay:
             are the model's MoE layers in order, again from the first when the model has more.
     """
 
+    order = Order.REPLAY
+
     def __init__(self, path: Path) -> None:
         self._trace = load_trace(path)
         self._calls: dict[int, tuple[int, int]] = {}  # layer -> (iteration, micro-batches of it so far)
 
-    def listen(self) -> None:
-        """Hook into Megatron's loop; before anything that counts what is routed."""
-        import megatron.training.training as training
-
-        after(training, "setup_model_and_optimizer", self.on_model)
-
-    def on_model(self, result: tuple[list[torch.nn.Module], Any, Any], *args: Any, **kwargs: Any) -> None:
-        """After `setup_model_and_optimizer`: put the hooks on the routers."""
-        options = get_args()
-        if options.rank == 0:
+    def on_start(self, run: Run) -> None:
+        """Put the hooks on the routers."""
+        self._args, ranks = run.args, run.ranks
+        if run.is_reporter:
             print(
                 "smartmoe: WARNING: --smartmoe-replay-trace routes as a recorded trace says and ignores the routers. "
-                "This run measures speed; what it learns is useless.",
+                "This run measures speed; the trained model is meaningless.",
                 flush=True,
             )
-        groups_LGMRE = self._trace.groups(mpu.get_expert_model_parallel_world_size())
-        group = mpu.get_expert_data_parallel_rank() % groups_LGMRE.shape[2]
-        counts_NLME = groups_LGMRE[:, :, group, :, mpu.get_expert_model_parallel_rank()]
-        for number, layer in moe_layers(unwrap_model(result[0])):
+        groups_LGMRE = self._trace.groups(ranks.ep_size)
+        counts_NLME = groups_LGMRE[:, :, ranks.edp_rank % groups_LGMRE.shape[2], :, ranks.ep_rank]
+        for number, layer in run.layers:
             layer.router.register_forward_hook(self._hook(number, counts_NLME))
 
     def _hook(self, layer: int, counts_NLME: IntArray) -> Any:
         def hook(router: torch.nn.Module, inputs: Any, output: tuple[torch.Tensor, torch.Tensor]) -> Any:
             probs_TE, map_TE = output
-            options = get_args()
-            record = options.curr_iteration % len(counts_NLME)
-            micro = self._micro_batch(layer, options.curr_iteration) % counts_NLME.shape[2]
-            counts_E = counts_NLME[record, layer % counts_NLME.shape[1], micro]
-            scaled_E = scaled_counts(counts_E, len(map_TE), options.moe_router_topk)
+            iteration, top_k = self._args.curr_iteration, self._args.moe_router_topk
+            micro = self._micro_batch(layer, iteration) % counts_NLME.shape[2]
+            counts_E = counts_NLME[iteration % len(counts_NLME), layer % counts_NLME.shape[1], micro]
+            scaled_E = scaled_counts(counts_E, len(map_TE), top_k)
             forced_TE = forced_map(scaled_E, len(map_TE)).to(map_TE.device)
-            weights_TE = forced_TE.to(probs_TE.dtype) / options.moe_router_topk
+            weights_TE = forced_TE.to(probs_TE.dtype) / top_k
             # the routers stay in the graph: the overlapped gradient reduction expects each parameter's gradient
             return probs_TE * 0 + weights_TE, forced_TE
 

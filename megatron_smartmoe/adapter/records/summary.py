@@ -75,7 +75,7 @@ def render(summary: dict[str, Any], args: Namespace, run_dir: Path | None) -> st
     """The summary as text."""
     head = f"Finished after {summary['iterations']} iterations."
     if summary["train_loss"] is None:
-        head += " There was nothing left to train: raise --train-iters to go on."
+        head += " There was nothing left to train: raise --train-iters to train further."
     lines = ["", "=" * 100, head]
     lines += _loss_lines(summary)
     if summary["tokens_per_second"]:
@@ -134,7 +134,7 @@ def _next_steps(args: Namespace, run_dir: Path) -> list[str]:
     steps = {}
     if args.save and args.load and args.train_iters:
         more = f"--train-iters {2 * args.train_iters} --override-opt-param-scheduler"
-        steps["go on from the checkpoint"] = f"{script} --run-dir {run_dir} {more}"
+        steps["resume from the checkpoint"] = f"{script} --run-dir {run_dir} {more}"
     steps["see the exact command"] = f"{script} --run-dir {run_dir} --dry-run"
     steps["every flag there is"] = f"{script} --help-megatron"
     width = max(map(len, steps.values()))
