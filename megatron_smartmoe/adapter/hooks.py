@@ -207,7 +207,7 @@ def rebind(
         setattr(module, name, wrapper)
 
 
-def _is_missing(module: ModuleType, names: Iterable[str]) -> str:
+def _is_missing(module: ModuleType | type, names: Iterable[str]) -> str:
     full = ", ".join(f"{module.__name__}.{name}" for name in names)
     return (
         f"{full} = missing: the project hooks it, and this Megatron does not have it. "

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -168,8 +170,14 @@ def test_a_damaged_checkpoint_has_the_right_weights(trainer: Trainer, damaged: R
     assert weights_only[0] == damaged.losses[SAVED_AT]
 
 
-def test_the_repair_is_for_what_it_knows(tmp_path: Path) -> None:
-    facts = run_ranks(_facts, 1, log_dir=tmp_path)[0]
+@pytest.fixture(scope="module")
+def facts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What a rank finds out without training."""
+    facts: dict[str, Any] = run_ranks(_facts, 1, log_dir=tmp_path_factory.mktemp("facts"))[0]
+    return facts
+
+
+def test_the_repair_is_for_what_it_knows(facts: dict[str, Any]) -> None:
     assert facts["installed"] in {"FAULTY", "RIGHT"}
     assert facts["repaired"] == facts["always right"] == "RIGHT"
     assert facts["missing"] == facts["raises"] == facts["other values"] == "UNKNOWN"
@@ -179,11 +187,39 @@ def test_the_repair_is_for_what_it_knows(tmp_path: Path) -> None:
         "Remove the flag, or use megatron-core 0.19.2 (pip install megatron-core==0.19.2)."
     )
     assert facts["without the flag"] is None
+
+
+def test_parameters_follow_each_other_without_the_padding(facts: dict[str, Any]) -> None:
     assert facts["positions"] == {(width, dp): True for width in (80, 96) for dp in (1, 2, 3)}
 
 
+def test_what_rounds_to_the_weights(facts: dict[str, Any]) -> None:
+    """Also when the run was saved in another type than it is resumed in; nan, as after an overflow, is no damage."""
+    types = ("float32", "bfloat16", "float16")
+    assert facts["equal"] == {(saved, here): True for saved in types for here in types}
+    assert facts["shifted"] == {here: False for here in types}
+    assert facts["nan"]
+
+
+def test_what_cannot_be_compared_is_said(facts: dict[str, Any]) -> None:
+    assert facts["comparable"] == {
+        "plain": True,
+        "fp8": False,
+        "qk-clip": False,
+        "precision-aware": True,
+        "precision-aware, 16-bit main weights": False,
+        "precision-aware, remainders": False,
+    }
+    note = (
+        "smartmoe: checkpoint of iteration 7: main weights and moments of 3 parameter shards were not compared with "
+        "the weights, which fp8 weights, --use-precision-aware-optimizer and --qk-clip do not allow. If megatron-core "
+        "up to 0.19.2 saved them without smartmoe, pass --no-load-optim to be safe.\n"
+    )
+    assert facts["note"] == {"several buckets": note, "tied embeddings": note, "one bucket": ""}
+
+
 def _facts() -> dict[str, Any]:
-    """In a rank: what is said of several implementations, and where parameters of real layouts lie without padding."""
+    """In a rank."""
     from megatron_smartmoe.adapter import cpu
 
     cpu.install()
@@ -207,7 +243,82 @@ def _facts() -> dict[str, Any]:
     }
     with mock.patch.object(DistributedOptimizer, bucket_padding.METHOD, saving([0, 0, 0], [0, 0])):
         facts["refused"], facts["without the flag"] = _said(reshardable=True), _said(reshardable=False)
-    return facts
+    return facts | _comparisons() | _notes()
+
+
+def _comparisons() -> dict[str, Any]:
+    import torch
+
+    from megatron_smartmoe.adapter.repairs.main_weights import ROUNDINGS, _differ, _is_comparable
+
+    main = torch.randn(100, generator=torch.Generator().manual_seed(1))
+    nan = torch.where(main > 0, torch.nan, main)
+    names = {dtype: str(dtype).removeprefix("torch.") for dtype in ROUNDINGS}
+    plain = {"bf16": True, "use_precision_aware_optimizer": False, "main_params_dtype": torch.float32}
+    aware = plain | {"use_precision_aware_optimizer": True, "store_param_remainders": False}
+
+    def comparable(weight: torch.Tensor, config: dict[str, Any], **model: bool) -> bool:
+        chunk = SimpleNamespace(config=SimpleNamespace(**model))
+        optimizer = SimpleNamespace(config=SimpleNamespace(**config), model_chunks=[chunk])
+        return _is_comparable(optimizer, torch.nn.Parameter(weight, requires_grad=weight.is_floating_point()))
+
+    return {
+        "equal": {
+            (names[saved], names[here]): not _differ(main, main.to(saved).to(here))
+            for saved in ROUNDINGS
+            for here in ROUNDINGS
+        },
+        "shifted": {names[here]: not _differ(main.roll(1), main.to(here)) for here in ROUNDINGS},
+        "nan": not _differ(nan, nan.to(torch.bfloat16)),
+        "comparable": {
+            "plain": comparable(main.bfloat16(), plain),
+            "fp8": comparable(main.to(torch.uint8), plain),
+            "qk-clip": comparable(main.bfloat16(), plain, qk_clip=True),
+            "precision-aware": comparable(main.bfloat16(), aware),
+            "precision-aware, 16-bit main weights": comparable(
+                main.bfloat16(), aware | {"main_params_dtype": torch.float16}
+            ),
+            "precision-aware, remainders": comparable(main.bfloat16(), aware | {"store_param_remainders": True}),
+        },
+    }
+
+
+def _notes() -> dict[str, Any]:
+    """What is printed after a load in which shards were skipped, by how the checkpoint was saved."""
+    import torch
+
+    from megatron_smartmoe.adapter.flags import checkpoint_check
+    from megatron_smartmoe.adapter.repairs.main_weights import MainWeightsCheck
+
+    torch.distributed.init_process_group("gloo")
+    check, notes = MainWeightsCheck(), {}
+
+    def load() -> tuple[int, int]:
+        check.skipped = 3
+        return 7, 0
+
+    for name, overlap, untied in (
+        ("several buckets", True, True),
+        ("tied embeddings", False, False),
+        ("one bucket", False, True),
+    ):
+        saved = argparse.Namespace(
+            overlap_grad_reduce=overlap, untie_embeddings_and_output_weights=untied, pipeline_model_parallel_size=2
+        )
+        printed = io.StringIO()
+        with (
+            contextlib.redirect_stdout(printed),
+            mock.patch("megatron.training.get_args", return_value=argparse.Namespace(load="x", ckpt_step=None)),
+            mock.patch.multiple(
+                checkpoint_check,
+                latest_checkpoint=mock.Mock(return_value=Path("x")),
+                saved_arguments=mock.Mock(return_value=saved),
+            ),
+        ):
+            assert check.around_load_checkpoint(load)() == (7, 0)
+        notes[name] = printed.getvalue()
+    torch.distributed.destroy_process_group()
+    return {"note": notes}
 
 
 def _tensor(values: list[float]) -> Any:
