@@ -20,7 +20,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import IO
+from typing import IO, TextIO
 
 import psutil
 
@@ -51,10 +51,10 @@ def run(
     child = subprocess.Popen(
         command, env={**os.environ, **environment}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
-    is_ending = threading.Event()
+    signals: list[int] = []  # that ask for the end; an Event's lock could be taken already when a handler interrupts
 
     def forward_sigterm(number: int, frame: FrameType | None) -> None:
-        is_ending.set()
+        signals.append(number)
         terminate(child)
 
     def signal_ranks(number: int, frame: FrameType | None) -> None:
@@ -64,9 +64,9 @@ def run(
 
     signal.signal(signal.SIGTERM, forward_sigterm)
     signal.signal(signal.SIGUSR2, signal_ranks)
-    signal.signal(signal.SIGINT, lambda number, frame: is_ending.set())
+    signal.signal(signal.SIGINT, lambda number, frame: signals.append(number))
     assert child.stdout is not None
-    copier = threading.Thread(target=_copy, args=(child.stdout, log, is_ending), daemon=True)
+    copier = threading.Thread(target=_copy, args=(child.stdout, log, lambda: bool(signals)), daemon=True)
     copier.start()
     status = _wait(child)
     _end_descendants()
@@ -86,40 +86,29 @@ class _Sink:
 
     Args:
         name: as messages name it.
-        advice: what a reader of the other sinks does about lost lines.
-        is_ending: once this is set, a pipe that nobody reads is waited for half a second and no longer.
-        path: of a file to append to, opened with the first line; None for `descriptor`.
-        descriptor: what is open already.
+        target: a file to append to, opened with the first line, or a descriptor that is open already.
+        is_ending: when true, a pipe that nobody reads is waited for half a second and no longer.
 
     Attributes:
         lost_lines: number of lines since the last one that was written.
-        failure: why lines were lost, the last time that any were.
+        failure: why lines were lost, the last time that any were; empty if none ever was.
     """
 
-    def __init__(
-        self,
-        name: str,
-        advice: str,
-        is_ending: threading.Event,
-        *,
-        path: Path | None = None,
-        descriptor: int | None = None,
-    ) -> None:
-        self.name, self.advice, self.lost_lines, self.failure = name, advice, 0, ""
-        self._path, self._descriptor, self._is_ending = path, descriptor, is_ending
+    def __init__(self, name: str, target: Path | int, is_ending: Callable[[], bool]) -> None:
+        self.name, self.lost_lines, self.failure = name, 0, ""
+        self._target, self._is_ending = target, is_ending
         self._at_line_start = True
 
     def write(self, line: bytes) -> None:
         """Write a line, after a note of those that are missing before it."""
         try:
-            if self._descriptor is None:
-                assert self._path is not None
-                self._descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+            if isinstance(self._target, Path):
+                self._target = os.open(self._target, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
             if self.lost_lines:
                 newline = "" if self._at_line_start else "\n"
-                self._write_all(f"{newline}smartmoe: {self.missing}\n".encode())
+                self._write_all(self._target, f"{newline}smartmoe: {self.missing}\n".encode())
                 self.lost_lines = 0
-            self._write_all(line)
+            self._write_all(self._target, line)
         except OSError as error:
             self.lost_lines += 1
             self.failure = error.strerror or type(error).__name__
@@ -130,54 +119,61 @@ class _Sink:
         lines = "1 line is" if self.lost_lines == 1 else f"{self.lost_lines} lines are"
         return f"{lines} missing from {self.name}: {self.failure}"
 
-    def _write_all(self, data: bytes) -> None:
+    def _write_all(self, descriptor: int, data: bytes) -> None:
         """Write in pieces that a pipe takes without blocking once it takes anything (PIPE_BUF, see pipe(7))."""
-        assert self._descriptor is not None
         poll = select.poll()
-        poll.register(self._descriptor, select.POLLOUT)
+        poll.register(descriptor, select.POLLOUT)
         while data:
             while not poll.poll(0 if self.lost_lines else 500):  # ms
-                if self._is_ending.is_set() or self.lost_lines:
+                if self._is_ending() or self.lost_lines:
                     raise TimeoutError(errno.ETIMEDOUT, "no program reads it")
-            written = os.write(self._descriptor, data[: select.PIPE_BUF])
+            written = os.write(descriptor, data[: select.PIPE_BUF])
             self._at_line_start = data[:written].endswith(b"\n")
             data = data[written:]
 
 
-def _copy(lines: IO[bytes], log: Path | None, is_ending: threading.Event) -> None:
-    """Copy every line to the log and to the terminal, to the end of `lines` whatever happens to the two.
+def _copy(lines: IO[bytes], log: Path | None, is_ending: Callable[[], bool]) -> None:
+    """Copy every line to the log and to the terminal, to the end of `lines` whatever happens to the two."""
+    file = None if log is None else _Sink(str(log), log, is_ending)
+    terminal = _standard_sink("the terminal", sys.stdout, is_ending)
+    stderr = _standard_sink("stderr", sys.stderr, lambda: True)  # may be the same terminal, or another one
+    try:
+        for line in lines:
+            is_first = [sink is not None and not sink.failure for sink in (file, terminal)]
+            for sink in (file, terminal):
+                if sink is not None:
+                    sink.write(line)
+            if file is not None and file.failure and is_first[0]:
+                advice = "The run continues, and the file will say how many lines it lacks."
+                _note(f"cannot write to {file.name}: {file.failure}. {advice}", terminal)
+            if terminal is not None and terminal.failure and is_first[1]:
+                where = f"with its output in {log}" if file is not None and not file.lost_lines else "without output"
+                advice = f"The run continues {where}; kill {os.getpid()} ends it."
+                _note(f"cannot write to {terminal.name}: {terminal.failure}. {advice}", file, stderr)
+        if file is not None and file.lost_lines:
+            _note(f"{file.missing}.", terminal)
+    finally:
+        for _ in lines:  # whatever went wrong above: a rank must never wait for this thread
+            pass
 
-    The first time that one of them fails, the other says so (of a terminal also stderr, which may be another one), and
-    at the end the terminal says what the log lacks.
-    """
-    sinks, terminal, stderr = [], None, None
-    if log is not None:
-        advice = "The run continues, and the file will say how many lines it lacks."
-        sinks.append(_Sink(str(log), advice, is_ending, path=log))
-    if sys.stdout is not None:  # None: it was closed when this program started
-        with contextlib.suppress(OSError):
-            sys.stdout.flush()  # what the launcher printed comes first
-        where = f"with its output in {log}" if log is not None else "without output"
-        advice = f"The run continues {where}; kill {os.getpid()} ends it."
-        terminal = _Sink("the terminal", advice, is_ending, descriptor=sys.stdout.fileno())
-        sinks.append(terminal)
-    if sys.stderr is not None:
-        never_wait = threading.Event()
-        never_wait.set()
-        stderr = _Sink("stderr", "", never_wait, descriptor=sys.stderr.fileno())
-    announced: set[str] = set()
-    for line in lines:
-        for sink in sinks:
-            sink.write(line)
-        for sink in sinks:
-            if sink.lost_lines and sink.name not in announced:
-                announced.add(sink.name)
-                notice = f"smartmoe: cannot write to {sink.name}: {sink.failure}. {sink.advice}\n".encode()
-                for other in (*sinks, stderr):
-                    if other is not None and not other.lost_lines and (other is not stderr or sink is terminal):
-                        other.write(notice)
-    if terminal is not None and not terminal.lost_lines and sinks[0].lost_lines:
-        terminal.write(f"smartmoe: {sinks[0].missing}.\n".encode())
+
+def _standard_sink(name: str, stream: TextIO | None, is_ending: Callable[[], bool]) -> _Sink | None:
+    """A sink for stdout or stderr; None when it is closed."""
+    try:
+        descriptor = stream.fileno() if stream is not None else None
+    except (OSError, ValueError):  # closed since, or replaced by an object without a file
+        descriptor = None
+    if stream is None or descriptor is None:
+        return None
+    with contextlib.suppress(OSError):  # then the first line fails too, and that is noted
+        stream.flush()  # what the launcher printed comes first
+    return _Sink(name, descriptor, is_ending)
+
+
+def _note(text: str, *sinks: _Sink | None) -> None:
+    for sink in sinks:
+        if sink is not None and not sink.lost_lines:
+            sink.write(f"smartmoe: {text}\n".encode())
 
 
 def _become_subreaper() -> None:
