@@ -40,7 +40,7 @@ class MainWeightsCheck:
         self.skipped = 0
 
     def around_load_state(self, load: Callable[..., Any]) -> Callable[..., Any]:
-        """Around `DistributedOptimizer.load_parameter_state_from_fully_reshardable`: compare first."""
+        """Around the method of `LOAD_METHOD`: compare first."""
 
         @functools.wraps(load)
         def compare_and_load(optimizer: Any, state_dict: dict[int, dict[str, torch.Tensor]]) -> Any:
@@ -54,7 +54,7 @@ class MainWeightsCheck:
         return compare_and_load
 
     def around_load_checkpoint(self, load_checkpoint: Callable[..., Any]) -> Callable[..., Any]:
-        """Around `megatron.training.training.load_checkpoint`: what any rank found ends all ranks.
+        """Around the training loop's `load_checkpoint`: what any rank found ends all ranks.
 
         Raises:
             SystemExit: the main weights of a parameter are not its weights; rank 0 has printed the error.
