@@ -99,7 +99,7 @@ def compiled_step(counts_RE: torch.Tensor, slots_RS: torch.Tensor, home_slots: i
 def check_equal(found: torch.Tensor, expected: IntArray) -> None:
     """Ends the program when an op and its twin disagree."""
     if not np.array_equal(found.numpy(), expected):
-        sys.exit("the compiled ops and their twins disagree: tests/unit/ops/test_ops_placement.py finds where")
+        sys.exit("the compiled ops and their twins disagree: tests/unit/ops/test_placement.py finds where")
 
 
 def fewer(repeats: int) -> int:

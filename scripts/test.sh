@@ -17,7 +17,7 @@ step() {
 }
 step ruff check .
 step ruff format --check .
-step clang-format --dry-run --Werror csrc/*.cpp csrc/*.h csrc/*/* tests/support/cuda_emulator/*
+step clang-format --dry-run --Werror csrc/*.* csrc/*/* tests/support/cuda_emulator/*
 step mypy
 step lint-imports --no-logo
 step python -m pytest "$@"

@@ -52,7 +52,7 @@ def split_graph(hosts_ER: BoolArray, load_E: IntArray) -> SplitGraph:
     lost_E = (num_hosts_E == 0) & (load_E > 0)
     if lost_E.any():
         expert = int(np.argmax(lost_E))
-        raise PlanError(f"expert {expert} has {int(load_E[expert])} tokens and no copy on any rank")
+        raise PlanError(f"expert {expert} has {int(load_E[expert])} tokens and no slot on any rank")
     flexible_F = np.nonzero((num_hosts_E > 1) & (load_E > 0))[0]
     flexible_F = flexible_F[np.lexsort((-load_E[flexible_F], num_hosts_E[flexible_F]))]
     ranks = np.nonzero(hosts_ER[flexible_F])[1].tolist()

@@ -101,7 +101,7 @@ def test_the_bound_rises_where_copies_are_locked_in():
 
 
 def test_an_expert_without_a_copy_is_named():
-    with pytest.raises(PlanError, match="expert 1 has 3 tokens and no copy on any rank"):
+    with pytest.raises(PlanError, match="expert 1 has 3 tokens and no slot on any rank"):
         min_max_split(np.array([[1, 3]]), np.array([[True], [False]]))
 
 

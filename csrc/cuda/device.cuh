@@ -1,12 +1,12 @@
-// The words that kernels are written in. Launches and shared memory go through macros because their CUDA syntax is no
-// C++ that a host compiler could give a meaning to: where the macros are defined already, as by the headers of
-// tests/support/cuda_emulator, kernels and launchers are compiled for the CPU.
+// The vocabulary of kernels and launchers. Launches and shared memory go through macros because their CUDA syntax is
+// not C++. Tests define these macros, and that of context.h, beforehand (tests/support/cuda_emulator): that compiles
+// kernels, launchers and glue for the CPU.
 #pragma once
 #include <cuda_runtime.h>
 
 #include <cstdint>
 
-#include "launch.h"
+#include "launchers.h"
 
 #ifndef SMARTMOE_LAUNCH
 #define SMARTMOE_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
@@ -36,14 +36,13 @@ inline LaunchError error_text(cudaError_t error) {
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
-// This library carries its own CUDA runtime, linked statically: tell it the device too, torch's guard told only
-// torch's.
-inline LaunchError enter(const Launch& where) {
-  return error_text(cudaSetDevice(where.device));
+// Needed although torch's guard has set the device: this library carries a CUDA runtime of its own, linked statically.
+inline LaunchError set_device(const Stream& stream) {
+  return error_text(cudaSetDevice(stream.device));
 }
 
 // The launch's own error (a wrong configuration); errors of the running kernel surface at torch's next synchronisation.
-inline LaunchError leave() {
+inline LaunchError last_launch_error() {
   return error_text(cudaGetLastError());
 }
 }  // namespace smartmoe::cuda

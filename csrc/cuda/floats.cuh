@@ -5,8 +5,7 @@
 
 #include <cstring>
 
-#include "float_type.h"
-#include "rows.h"
+#include "rows.cuh"
 
 namespace smartmoe::cuda {
 __device__ __forceinline__ float to_float(float value) {

@@ -1,6 +1,6 @@
 // What the kernels on permuted rows share: the choices of a token, and vectors of up to 16 bytes.
 #pragma once
-#include "device.h"
+#include "device.cuh"
 
 namespace smartmoe::cuda {
 constexpr int kVectorBytes = 16;  // the widest load and store of a thread
