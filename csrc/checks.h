@@ -17,13 +17,19 @@ using torch::headeronly::ScalarType;
 constexpr int64_t kMaxSlots = 2048;
 constexpr int64_t kMaxRows = 2147483647;  // rows are int32
 
+// The parts joined.
+template <class... Parts>
+std::string text_of(const Parts&... parts) {
+  std::ostringstream text;
+  (text << ... << parts);
+  return text.str();
+}
+
 // Throws the parts joined as one message. std::runtime_error is the one exception that torch's stable ABI turns into a
 // Python error; STD_TORCH_CHECK throws the same, with a source path in front that tells a user nothing.
 template <class... Parts>
 [[noreturn]] void fail(const Parts&... parts) {
-  std::ostringstream text;
-  (text << ... << parts);
-  throw std::runtime_error(text.str());
+  throw std::runtime_error(text_of(parts...));
 }
 
 // The dtype as Python spells it.
@@ -46,12 +52,16 @@ inline const char* dtype_name(ScalarType dtype) {
 // The shape as Python prints a list of its sizes.
 inline std::string shape_text(const torch::stable::Tensor& tensor) {
   std::string text = "[";
-  for (int64_t d = 0; d < tensor.dim(); ++d) text += (d ? ", " : "") + std::to_string(tensor.size(d));
-  return text + "]";
+  for (int64_t d = 0; d < tensor.dim(); ++d) {
+    if (d > 0) text += ", ";
+    text += std::to_string(tensor.size(d));
+  }
+  return text += "]";
 }
 
 inline std::string device_text(const torch::stable::Tensor& tensor) {
-  return tensor.is_cuda() ? "cuda:" + std::to_string(tensor.get_device_index()) : "cpu";
+  if (!tensor.is_cuda()) return "cpu";
+  return text_of("cuda:", tensor.get_device_index());
 }
 
 inline void check_ids(const char* name, const torch::stable::Tensor& ids) {
@@ -91,9 +101,9 @@ inline void check_split(const torch::stable::Tensor& counts_RE, const torch::sta
   }
   check_shape("counts_RE", counts_RE, counts_RE.dim() == 2 && counts_RE.size(0) >= 1, "[R, E] with at least one rank",
               "Pass the counts of one layer, a row per source rank");
-  const std::string expected = "[" + std::to_string(counts_RE.size(1)) + ", " + std::to_string(counts_RE.size(0)) + "]";
-  check_shape("hosts_ER", hosts_ER, shape_text(hosts_ER) == expected, "[E, R] = " + expected + ", as counts_RE has it",
-              "Pass a row per expert");
+  const std::string expected = text_of("[", counts_RE.size(1), ", ", counts_RE.size(0), "]");
+  check_shape("hosts_ER", hosts_ER, shape_text(hosts_ER) == expected,
+              text_of("[E, R] = ", expected, ", as counts_RE has it"), "Pass a row per expert");
 }
 
 inline void check_replicas(const torch::stable::Tensor& load_E, const torch::stable::Tensor& slots_RS,
@@ -150,8 +160,7 @@ inline void check_permute(const torch::stable::Tensor& x_TH, const torch::stable
   check_shape("x_TH", x_TH, x_TH.dim() == 2, "[T, H]", "Pass a row per token");
   check_rows(rows_TK, "x_TH", x_TH);
   check_shape("rows_TK", rows_TK, rows_TK.size(0) == x_TH.size(0),
-              "[T, K_top] with T = " + std::to_string(x_TH.size(0)) + ", as x_TH has it",
-              "Pass the rows of the same tokens");
+              text_of("[T, K_top] with T = ", x_TH.size(0), ", as x_TH has it"), "Pass the rows of the same tokens");
   check_num_rows(num_rows);
 }
 
@@ -172,7 +181,7 @@ inline void check_unpermute(const torch::stable::Tensor& y_NH, const torch::stab
          " as y_NH is. Convert it with weights_TK.float()");
   }
   check_shape("weights_TK", *weights_TK, shape_text(*weights_TK) == shape_text(rows_TK),
-              shape_text(rows_TK) + ", as rows_TK has it", "Pass a weight per choice");
+              text_of(shape_text(rows_TK), ", as rows_TK has it"), "Pass a weight per choice");
   check_device("weights_TK", *weights_TK, "y_NH", y_NH);
 }
 
@@ -183,9 +192,10 @@ inline void check_unpermute_backward(const torch::stable::Tensor& grad_TH, const
     fail("grad_TH.dtype = ", dtype_name(grad_TH.scalar_type()), ": it must be ", dtype_name(y_NH.scalar_type()),
          ", as y_NH is. Convert it with grad_TH.to(y_NH.dtype)");
   }
-  const std::string expected = "[" + std::to_string(rows_TK.size(0)) + ", " + std::to_string(y_NH.size(1)) + "]";
+  const std::string expected = text_of("[", rows_TK.size(0), ", ", y_NH.size(1), "]");
   check_shape("grad_TH", grad_TH, shape_text(grad_TH) == expected,
-              "[T, H] = " + expected + ", as rows_TK and y_NH have it", "Pass the gradient of unpermute's result");
+              text_of("[T, H] = ", expected, ", as rows_TK and y_NH have it"),
+              "Pass the gradient of unpermute's result");
   check_device("grad_TH", grad_TH, "y_NH", y_NH);
 }
 }  // namespace smartmoe

@@ -182,7 +182,7 @@ def find_toolchain() -> Toolchain:
     program, *arguments = shlex.split(_env("CXX", "g++")) or ["g++"]
     cxx = shutil.which(program)
     if cxx is None:
-        raise BuildError("CXX", program, "there is no such program", "Install g++, or set CXX to a C++17 compiler")
+        raise BuildError("CXX", program, "there is no such program", "Install g++, or set CXX to a C++20 compiler")
     torch, version = find_torch()
     cuda = find_cuda()
     archs = parse_archs(_env("TORCH_CUDA_ARCH_LIST", DEFAULT_ARCHS)) if cuda else ()
@@ -209,14 +209,14 @@ def plan(tools: Toolchain, root: Path, cache: Path) -> list[Job]:
     An object's name carries the hash of its command, its source, all headers of csrc and the versions of the tools.
     """
     target = "-DTORCH_TARGET_VERSION=0x{:02x}{:02x}000000000000".format(*TORCH_TARGET)
-    cxx = (*tools.cxx, "-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", target)
+    cxx = (*tools.cxx, "-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", target)
     # no fused multiply-add: the CPU kernels round as torch does, so that their twins give the same bits
     cxx += ("-ffp-contract=off", "-isystem", f"{tools.torch}/include")
     stamps = [tools.torch_version, _stamp(tools.cxx[0])]
     sources: list[tuple[Path, tuple[str, ...]]] = []
     folders = ["csrc", "csrc/cpu"]
     if tools.cuda:
-        nvcc = (f"{tools.cuda}/bin/nvcc", "-std=c++17", "-O3", "-lineinfo", "-Xcompiler", "-fPIC,-fvisibility=hidden")
+        nvcc = (f"{tools.cuda}/bin/nvcc", "-std=c++20", "-O3", "-lineinfo", "-Xcompiler", "-fPIC,-fvisibility=hidden")
         nvcc += (*gencode(tools.archs), *(("-ccbin", tools.cxx[0]) if len(tools.cxx) == 1 else ()))
         stamps.append(_stamp(nvcc[0]))
         sources += [(path, nvcc) for path in sorted((root / "csrc/cuda").glob("*.cu"))]

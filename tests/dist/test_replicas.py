@@ -159,7 +159,7 @@ def test_the_memory_is_what_the_planner_says(tmp_path: Path, data_flags: list[st
     log = (tmp_path / "ranks" / "rank0.log").read_text()
     parameters = 3 * 64 * 96  # of a SwiGLU expert
     mib = 4 * 1 * parameters * (4 + 4) / 2**20
-    assert f"copies by history, {mib:.1f} MiB on this rank" in log
+    assert f"replicas: history, {mib:.1f} MiB on this rank" in log
 
 
 def test_copies_that_do_not_pay_are_not_made(tmp_path: Path, data_flags: list[str]) -> None:

@@ -28,7 +28,7 @@ MODES = {
     "address": ("-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"),
 }
 # -w: attributes and pragmas of CUDA mean nothing to a host compiler
-FLAGS = ("-std=c++17", "-g1", "-w", "-ffp-contract=off", f"-I{EMULATOR}")
+FLAGS = ("-std=c++20", "-g1", "-w", "-ffp-contract=off", f"-I{EMULATOR}")
 
 
 @dataclass(frozen=True, kw_only=True)

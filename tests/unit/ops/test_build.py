@@ -99,7 +99,7 @@ def test_missing_compiler_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(_build.BuildError) as caught:
         _build.find_toolchain()
     assert str(caught.value) == (
-        "CXX = 'no-such-compiler': there is no such program. Install g++, or set CXX to a C++17 compiler"
+        "CXX = 'no-such-compiler': there is no such program. Install g++, or set CXX to a C++20 compiler"
     )
 
 
