@@ -9,9 +9,9 @@ Every draw is checked: the compiled ops must give the very slots and tokens of t
 caches and with its way through the dispatcher. A draw's time is the median of its calls; the table has the median over
 draws of fresh lognormal loads, and the worst draw. The steps:
 
-    split            on copies planned for this load
-    split, drifted   on copies planned before each expert's load changed by a lognormal factor (--drift)
-    copies + split   all that a micro-batch needs: sum of the counts, new copies, who hosts what, split
+    split               on replicas planned for this load
+    split, drifted      on replicas planned before each expert's load changed by a lognormal factor (--drift)
+    replicas + split   all that a micro-batch needs: sum of the counts, new replicas, hosts, split
 
 `--balance` replays synthetic traces whose load jumps (one expert 4, 8 or 16 times as popular for a third of every 24,
 12 or 6 records) or drifts (2%, 5% or 20% a record), two seeds each. Its table has the mean of max / mean tokens per
@@ -32,6 +32,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout, when the script is run by its path
 
 from megatron_smartmoe import ops
 from megatron_smartmoe.cost.moe_layer import LayerConstants
@@ -83,14 +85,14 @@ def drift(rng: np.random.Generator, problem: Draw, sigma: float) -> Draw:
 
 
 def numpy_step(problem: Draw) -> IntArray:
-    """Copies and split by the twins."""
+    """Replicas and split by the twins."""
     counts_RE = problem.counts_RE
     slots_RS = exact_replicas(counts_RE.sum(axis=0), problem.slots_RS, problem.home_slots)
     return min_max_split(counts_RE, hosts_of(slots_RS, counts_RE.shape[1]))
 
 
 def compiled_step(counts_RE: torch.Tensor, slots_RS: torch.Tensor, home_slots: int) -> torch.Tensor:
-    """Copies and split by the ops."""
+    """Replicas and split by the ops."""
     new_RS = ops.exact_replicas(counts_RE.sum(0), slots_RS, home_slots)
     hosts_ER = torch.from_numpy(hosts_of(new_RS.numpy(), counts_RE.shape[1]))
     return ops.min_max_split(counts_RE, hosts_ER)
@@ -130,14 +132,14 @@ def time_split(problem: Draw, slots_RS: IntArray, repeats: int) -> tuple[float, 
 
 
 def time_step(problem: Draw, repeats: int) -> tuple[float, float]:
-    """Checks and times copies + split, in us: ops and twins."""
+    """Checks and times replicas + split, in us: ops and twins."""
     args = torch.from_numpy(problem.counts_RE), torch.from_numpy(problem.slots_RS), problem.home_slots
     check_equal(compiled_step(*args), numpy_step(problem))
     return time_us(lambda: compiled_step(*args), repeats), time_us(lambda: numpy_step(problem), fewer(repeats))
 
 
 def plan(problem: Draw) -> IntArray:
-    """Slots with the copies for this load, checked."""
+    """Slots with the replicas for this load, checked."""
     load_E = problem.counts_RE.sum(axis=0)
     expected_RS = exact_replicas(load_E, problem.slots_RS, problem.home_slots)
     found_RS = ops.exact_replicas(torch.from_numpy(load_E), torch.from_numpy(problem.slots_RS), problem.home_slots)
@@ -193,7 +195,7 @@ def burst_or_drift(kind: str, experts: int, ranks: int, seed: int, changes: dict
 
 def balance_of(trace: RoutingTrace, ranks: int, spare: int) -> dict[str, FloatArray]:
     """Imbalance of every record and layer after warm-up, by policy; ours with its homes loop, every 100 iterations."""
-    setting = SimulationSetup(
+    setup = SimulationSetup(
         num_ranks=ranks,
         spare_slots=spare,
         warmup=trace.num_records // 5,
@@ -206,10 +208,10 @@ def balance_of(trace: RoutingTrace, ranks: int, spare: int) -> dict[str, FloatAr
     policies: dict[str, SimulatedPolicy] = {}
     for mode in ("history", "auto"):
         options = OnlineOptions(replicas=mode)
-        policies[f"ours, {mode}"] = OnlinePolicy(start, 1, options, layer_seconds(setting.pricing))
+        policies[f"ours, {mode}"] = OnlinePolicy(start, 1, options, layer_seconds(setup.pricing))
     for name, rule in RIVALS.items():
         policies[name] = RulePolicy(rule, start, num_groups=1, num_nodes=1, interval=1)
-    return {name: replay(trace, policy, setting).imbalance for name, policy in policies.items()}
+    return {name: replay(trace, policy, setup).imbalance for name, policy in policies.items()}
 
 
 def main() -> None:
@@ -236,7 +238,7 @@ def main() -> None:
         f"{cpu_name()}, one core; torch {torch.__version__}, numpy {np.__version__}; {args.experts} experts on "
         f"{args.ranks} ranks, {args.tokens} tokens x top-k a rank, lognormal sigma {args.sigma}, {args.draws} draws"
     )
-    print(f"{'spare':>5}  {'step':<14} {'C++ us':>8} {'worst us':>8} {'numpy us':>9} {'times':>6}")
+    print(f"{'spare':>5}  {'step':<16} {'C++ us':>8} {'worst us':>8} {'numpy us':>9} {'times':>6}")
     for spare in (1, 2):
         problems = [draw(rng, args.ranks, args.experts, spare, args.tokens, args.sigma) for _ in range(args.draws)]
         slots = [plan(problem) for problem in problems]
@@ -244,12 +246,12 @@ def main() -> None:
         steps = {
             "split": [time_split(problem, at, args.repeats) for problem, at in zip(problems, slots, strict=True)],
             "split, drifted": [time_split(later, at, args.repeats) for later, at in zip(drifted, slots, strict=True)],
-            "copies + split": [time_step(problem, args.repeats) for problem in problems],
+            "replicas + split": [time_step(problem, args.repeats) for problem in problems],
         }
         for step, times_us in steps.items():
             cpp_us, numpy_us = (statistics.median(column) for column in zip(*times_us, strict=True))
             worst_us = max(cpp for cpp, _ in times_us)
-            print(f"{spare:>5}  {step:<14} {cpp_us:>8.1f} {worst_us:>8.1f} {numpy_us:>9.1f} {numpy_us / cpp_us:>6.1f}")
+            print(f"{spare:>5}  {step:<16} {cpp_us:>8.1f} {worst_us:>8.1f} {numpy_us:>9.1f} {numpy_us / cpp_us:>6.1f}")
 
 
 if __name__ == "__main__":

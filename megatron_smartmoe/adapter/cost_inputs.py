@@ -11,7 +11,7 @@ from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron_smartmoe.adapter.expert_sizes import expert_shape, state_bytes
 from megatron_smartmoe.adapter.flags.replica_arguments import replicas_mode
 from megatron_smartmoe.adapter.machine import machine, nodes_of_group
-from megatron_smartmoe.cost.moe_layer import constants_of, copy_tokens, exchange_bytes_s
+from megatron_smartmoe.cost.moe_layer import constants_of, exchange_bytes_s, replica_tokens
 from megatron_smartmoe.placement.homes_planner import OnlineOptions
 from megatron_smartmoe.placement.layer_cost import LayerPricing
 from megatron_smartmoe.placement.plan_replicas import ReplicaOptions
@@ -32,7 +32,9 @@ def online_setting(options: Namespace, mode: str | None = None) -> LayerPricing:
     if (mode or replicas_mode(options)) == "history":
         shares = get_num_microbatches()
         constants = replace(
-            constants, intra_copy_s=constants.intra_copy_s / shares, inter_copy_s=constants.inter_copy_s / shares
+            constants,
+            intra_replica_s=constants.intra_replica_s / shares,
+            inter_replica_s=constants.inter_replica_s / shares,
         )
     return LayerPricing(
         num_ranks=num_ranks,
@@ -60,7 +62,7 @@ def online_options(options: Namespace, review_records: int) -> OnlineOptions:
         policy=PolicyOptions(
             horizon_iterations=options.smartmoe_homes_horizon,
             margin=options.smartmoe_homes_margin,
-            rest_iterations=options.smartmoe_homes_interval,
+            cooldown_iterations=options.smartmoe_homes_interval,
         ),
         review_records=review_records,
     )
@@ -68,7 +70,7 @@ def online_options(options: Namespace, review_records: int) -> OnlineOptions:
 
 def replica_options(options: Namespace) -> ReplicaOptions:
     """Where copies may lie, and what one costs."""
-    return ReplicaOptions(num_nodes=scope_nodes(options), copy_price_tokens=copy_price_tokens(options))
+    return ReplicaOptions(num_nodes=scope_nodes(options), replica_price_tokens=replica_price_tokens(options))
 
 
 def scope_nodes(options: Namespace) -> int:
@@ -78,8 +80,8 @@ def scope_nodes(options: Namespace) -> int:
     return nodes_of_group(mpu.get_expert_model_parallel_world_size())
 
 
-def copy_price_tokens(options: Namespace) -> float:
+def replica_price_tokens(options: Namespace) -> float:
     """Tokens that the busiest rank must be spared for a replica, --smartmoe-replicas-margin included."""
     constants = constants_of(machine(options), expert_shape(options))
     between_nodes = nodes_of_group(mpu.get_expert_model_parallel_world_size()) > scope_nodes(options)
-    return float(options.smartmoe_replicas_margin * copy_tokens(constants, between_nodes=between_nodes))
+    return float(options.smartmoe_replicas_margin * replica_tokens(constants, between_nodes=between_nodes))

@@ -11,8 +11,13 @@ import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 
 from megatron_smartmoe.errors import ConfigError
-from megatron_smartmoe.spec.cluster import ClusterSpec, load_cluster_spec
-from megatron_smartmoe.spec.shipped import CLUSTERS, fitting_cluster, shipped_clusters
+from megatron_smartmoe.spec.cluster import (
+    ClusterSpec,
+    fitting_cluster,
+    load_cluster_spec,
+    shipped_clusters,
+    shipped_directory,
+)
 
 
 def machine(options: Namespace) -> ClusterSpec:
@@ -24,7 +29,7 @@ def machine(options: Namespace) -> ClusterSpec:
     if options.smartmoe_cluster is not None:
         return load_cluster_spec(Path(options.smartmoe_cluster))
     if not torch.cuda.is_available():
-        return load_cluster_spec(CLUSTERS / "cpu.yaml")
+        return load_cluster_spec(shipped_directory("clusters") / "cpu.yaml")
     name = torch.cuda.get_device_name()
     fitting = fitting_cluster(name)
     if fitting is None:

@@ -115,10 +115,9 @@ def train(argv: Sequence[str], *, cpu: bool, callbacks: Iterable[Callback] = ())
     from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
 
     from megatron_smartmoe.adapter import hooks
-    from megatron_smartmoe.adapter.batch import forward_step
+    from megatron_smartmoe.adapter.batch import embedding_ranks, forward_step
     from megatron_smartmoe.adapter.datasets import train_valid_test_datasets_provider
-    from megatron_smartmoe.adapter.embeddings import embedding_ranks
-    from megatron_smartmoe.adapter.moe.layer_spec import install_prediction_blocks, spec_for
+    from megatron_smartmoe.adapter.moe.layer_spec import spec_for
     from megatron_smartmoe.adapter.moe.overlap_degree import OverlapDegree
 
     hooks.prepare_megatron(cpu=cpu)
@@ -127,7 +126,7 @@ def train(argv: Sequence[str], *, cpu: bool, callbacks: Iterable[Callback] = ())
     hooks.attach([*callbacks_for(args, overlap_degree), *callbacks])
     model_config = gpt_config_from_args(args)
     if args.spec is None:
-        install_prediction_blocks()
+        hooks.use_torch_prediction_blocks()
         model_config.transformer_layer_spec = spec_for(args, overlap_degree)
     pretrain(
         pretrain_cfg_container_from_args(args, model_config),
@@ -176,7 +175,7 @@ def megatron_args(argv: Sequence[str]) -> Namespace:
 
     sys.argv[1:] = list(argv)
     args = parse(argv)
-    log_filters.lower_voice(args.logging_level)
+    log_filters.set_log_level(args.logging_level)
     run_dir = args.smartmoe_run_dir
     with _stdout_to(Path(run_dir) / "arguments.txt" if run_dir else None):
         validated: Namespace = parse_and_validate_args(extra_args_provider=add_smartmoe_arguments)

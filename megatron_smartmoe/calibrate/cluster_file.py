@@ -23,11 +23,11 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from megatron_smartmoe.calibrate.line import LineFit
-from megatron_smartmoe.calibrate.measured import COLLECTIVES, LINKS, Measured, Series
+from megatron_smartmoe.calibrate.measurement import COLLECTIVES, LINKS, MachineMeasurement, Series
 from megatron_smartmoe.spec.cluster import ClusterSpec, GpuSpec, LinkSpec
 
 _SHARED = ("all_to_all", "ring", "all_reduce")  # the model has no share of its own for messages
-_WORDS = {
+_LABELS = {
     "all_to_all": "all_to_all_single",
     "ring": "reduce_scatter and all_gather",
     "all_reduce": "all_reduce",
@@ -56,13 +56,13 @@ class MachineFit:
     warnings: tuple[str, ...]
 
 
-def all_series(measured: Measured) -> dict[str, Series]:
+def all_series(measured: MachineMeasurement) -> dict[str, Series]:
     """Every series by its name, in the order of a table."""
     links = {f"{op} {link}": measured.links[op, link] for link in LINKS for op in COLLECTIVES if _has(measured, link)}
     return {"gemm": measured.gemm, "copy": measured.copy, **links}
 
 
-def fit_machine(measured: Measured, nominal: ClusterSpec | None = None, name: str = "measured") -> MachineFit:
+def fit_machine(measured: MachineMeasurement, nominal: ClusterSpec | None = None, name: str = "measured") -> MachineFit:
     """Make the cluster file's content of the measurements.
 
     Args:
@@ -109,11 +109,11 @@ def fit_machine(measured: Measured, nominal: ClusterSpec | None = None, name: st
     )
 
 
-def _has(measured: Measured, link: str) -> bool:
+def _has(measured: MachineMeasurement, link: str) -> bool:
     return measured.members.get(link, 1) > 1
 
 
-def _gpu(measured: Measured, lines: Mapping[str, LineFit], sources: dict[str, str]) -> GpuSpec:
+def _gpu(measured: MachineMeasurement, lines: Mapping[str, LineFit], sources: dict[str, str]) -> GpuSpec:
     """The device's numbers, and their sources."""
     gemm, copy, expert = lines["gemm"], lines["copy"], measured.expert
     kind = "gated" if expert.gated else "plain"
@@ -144,18 +144,24 @@ def _gpu(measured: Measured, lines: Mapping[str, LineFit], sources: dict[str, st
 
 
 def _link(
-    measured: Measured, link: str, lines: Mapping[str, LineFit], sources: dict[str, str], shares: dict[str, float]
+    measured: MachineMeasurement,
+    link: str,
+    lines: Mapping[str, LineFit],
+    sources: dict[str, str],
+    shares: dict[str, float],
 ) -> LinkSpec:
     """One link's numbers, and the shares of its bandwidth that the operations reach."""
     found = {op: lines[f"{op} {link}"] for op in COLLECTIVES}
     best = min(COLLECTIVES, key=lambda op: found[op].unit_s)
     among = f"among {measured.members[link]} ranks"
-    sources[f"{link}_node.bandwidth_bytes_s"] = _source(measured, f"{_WORDS[best]} {among}", found[best])
+    sources[f"{link}_node.bandwidth_bytes_s"] = _source(measured, f"{_LABELS[best]} {among}", found[best])
     latency_of = next((op for op in ("send_recv", "all_to_all") if found[op].fixed_s > 0), "ring")
-    sources[f"{link}_node.latency_s"] = _source(measured, f"{_WORDS[latency_of]} {among}", found[latency_of])
+    sources[f"{link}_node.latency_s"] = _source(measured, f"{_LABELS[latency_of]} {among}", found[latency_of])
     for op in _SHARED:
         shares[f"{op}_{link}"] = found[best].unit_s / found[op].unit_s
-        sources[f"efficiency.{op}_{link}"] = _source(measured, f"{_WORDS[op]} {among}, over {_WORDS[best]}", found[op])
+        sources[f"efficiency.{op}_{link}"] = _source(
+            measured, f"{_LABELS[op]} {among}, over {_LABELS[best]}", found[op]
+        )
     return LinkSpec(
         bandwidth_bytes_s=1 / found[best].unit_s,
         latency_s=max(found[latency_of].fixed_s, 1e-9),  # a file wants a positive one
@@ -164,7 +170,7 @@ def _link(
 
 
 def _steps(
-    measured: Measured, link: str, found: Mapping[str, LineFit], sources: dict[str, str]
+    measured: MachineMeasurement, link: str, found: Mapping[str, LineFit], sources: dict[str, str]
 ) -> dict[str, float | None]:
     """Latencies of the steps of collectives; between nodes groups are larger than any that is measured: trees."""
     steps: dict[str, float | None] = {}
@@ -175,7 +181,7 @@ def _steps(
         if found[op].fixed_s > 0:
             name = f"{op}_latency_s"
             steps[name] = found[op].fixed_s / collectives / others
-            what = f"{_WORDS[op]} among {others + 1} ranks, of each of its {collectives * others} steps"
+            what = f"{_LABELS[op]} among {others + 1} ranks, of each of its {collectives * others} steps"
             sources[f"{link}_node.{name}"] = _source(measured, what, found[op])
     return steps
 
@@ -193,7 +199,7 @@ def _unmeasured(link: str, nominal: ClusterSpec | None, sources: dict[str, str])
     return nominal.intra_node if link == "intra" else nominal.inter_node
 
 
-def _source(measured: Measured, what: str, line: LineFit) -> str:
+def _source(measured: MachineMeasurement, what: str, line: LineFit) -> str:
     """Where a number comes from: what, by whom, how well the line fits, with what, when."""
     ranks = measured.nodes * measured.ranks_per_node
     who = f"{ranks} ranks at once on {measured.nodes} x {measured.cores_per_node} cores" if ranks > 1 else "one rank"
@@ -201,7 +207,7 @@ def _source(measured: Measured, what: str, line: LineFit) -> str:
     return f"measured: {what}; {who}, medians of {measured.repeats}; {fit}; {measured.how}"
 
 
-def _warnings(measured: Measured, lines: Mapping[str, LineFit], half_rate: float) -> list[str]:
+def _warnings(measured: MachineMeasurement, lines: Mapping[str, LineFit], half_rate: float) -> list[str]:
     """What a reader of the numbers should know."""
     found = []
     for key, series in all_series(measured).items():

@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from megatron_smartmoe.calibrate.measured import COLLECTIVES, Measured, Point, Series
+from megatron_smartmoe.calibrate.measurement import COLLECTIVES, MachineMeasurement, Point, Series
 from megatron_smartmoe.cost.compute import ExpertShape
 
 TURN_S = 10e-3  # least time of one repeat
@@ -36,7 +36,7 @@ _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class BenchPlan:
     """What to measure: shape of a rank's experts, tokens per expert, bytes of collectives and of copies."""
 
     expert: ExpertShape
@@ -96,7 +96,7 @@ class Bench:
         """Seconds of so many calls on this rank, after all ranks have met."""
         dist.all_reduce(torch.zeros(1, device=self.device), group=self.world)
         if self.device.type == "cuda":
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
             torch.cuda.synchronize(self.device)
             start.record()
             for _ in range(calls):
@@ -124,7 +124,7 @@ def _point(task: Task, turns_s: list[float]) -> Point:
     return Point(units=task.units, time_s=median * task.share, spread=(high - low) / median)
 
 
-def measure(plan: Plan, bench: Bench, how: str) -> Measured:
+def measure(plan: BenchPlan, bench: Bench, how: str) -> MachineMeasurement:
     """Measure everything; collective over `bench.world`, and every rank returns the same.
 
     Args:
@@ -144,7 +144,7 @@ def measure(plan: Plan, bench: Bench, how: str) -> Measured:
             bench.say(f"{operation}, {link}")
             tasks = [_collective(operation, size, group, bench) for size in plan.sizes_bytes]
             links[operation, link] = bench.series(tasks) if on_gpu else _between_products(tasks, plan, bench)
-    return Measured(
+    return MachineMeasurement(
         device=device_name(bench.device),
         memory_bytes=_memory_bytes(bench, per_node),
         nodes=bench.nodes,
@@ -175,7 +175,7 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _gemm(plan: Plan, bench: Bench, tokens: int) -> Task:
+def _gemm(plan: BenchPlan, bench: Bench, tokens: int) -> Task:
     """Both products of a rank's experts, forward and backward; time of one expert by its tokens."""
     expert, count = plan.expert, plan.num_experts
     inner = (2 if expert.gated else 1) * expert.ffn
@@ -197,7 +197,7 @@ def _gemm(plan: Plan, bench: Bench, tokens: int) -> Task:
     return Task(tokens, both_ways, 1 / count)
 
 
-def _ranks_per_device(plan: Plan, bench: Bench, per_node: int) -> float:
+def _ranks_per_device(plan: BenchPlan, bench: Bench, per_node: int) -> float:
     """How many times as fast a node's first rank multiplies when its others wait: they may share cores."""
     if bench.device.type == "cuda" or per_node == 1:
         return 1.0
@@ -209,10 +209,14 @@ def _ranks_per_device(plan: Plan, bench: Bench, per_node: int) -> float:
     return max(1.0, together_s / alone_s)
 
 
-def _between_products(tasks: Sequence[Task], plan: Plan, bench: Bench) -> Series:
+def _between_products(tasks: Sequence[Task], plan: BenchPlan, bench: Bench) -> Series:
     """The tasks' times, each call after a product, less the product's."""
     product = _gemm(plan, bench, plan.tokens[len(plan.tokens) // 2]).call
-    both = [replace(task, call=lambda task=task: (product(), task.call())) for task in tasks]
+
+    def after_product(task: Task) -> Task:
+        return replace(task, call=lambda: (product(), task.call()))
+
+    both = [after_product(task) for task in tasks]
     *points, alone = bench.series([*both, Task(1.0, product)], CALLS_BETWEEN_PRODUCTS).points
     return Series(points=tuple(_less(point, alone.time_s) for point in points))
 
@@ -230,7 +234,7 @@ def _copy(size: int, bench: Bench) -> Task:
     return Task(2.0 * size, lambda: target.copy_(source))
 
 
-def _host_to_device(plan: Plan, bench: Bench) -> dict[str, float]:
+def _host_to_device(plan: BenchPlan, bench: Bench) -> dict[str, float]:
     """Bytes a second from pinned host memory to the device and back; nothing on a CPU."""
     if bench.device.type != "cuda":
         return {}

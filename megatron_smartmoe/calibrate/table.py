@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from megatron_smartmoe.calibrate.cluster_file import MachineFit, all_series
-from megatron_smartmoe.calibrate.measured import Measured
+from megatron_smartmoe.calibrate.measurement import MachineMeasurement
 from megatron_smartmoe.cost.moe_layer import GEMM_EFFICIENCY, MEMORY_EFFICIENCY, exchange_bytes_s
 from megatron_smartmoe.spec.cluster import ClusterSpec
 
 
-def as_table(measured: Measured, fit: MachineFit, nominal: ClusterSpec | None) -> str:
+def as_table(measured: MachineMeasurement, fit: MachineFit, nominal: ClusterSpec | None) -> str:
     """Everything that was measured, what became of it, and warnings."""
     ranks = f"{measured.nodes} x {measured.ranks_per_node} ranks"
     parts = [f"{measured.device}, {ranks} at once, {measured.how}", _points(measured, fit), _numbers(measured, fit)]
@@ -35,7 +35,7 @@ def compared(found: ClusterSpec, nominal: ClusterSpec) -> str:
     return "\n".join(lines)
 
 
-def _points(measured: Measured, fit: MachineFit) -> str:
+def _points(measured: MachineMeasurement, fit: MachineFit) -> str:
     """A row per point: measured, the line's, their difference, how far repeats lie apart, and the rate."""
     rows = [f"{'':<17} {'amount':>11} {'measured':>10} {'line':>10} {'off':>7} {'spread':>7} {'rate':>14}"]
     for key, series in all_series(measured).items():
@@ -54,7 +54,7 @@ def _points(measured: Measured, fit: MachineFit) -> str:
     return "\n".join(rows)
 
 
-def _numbers(measured: Measured, fit: MachineFit) -> str:
+def _numbers(measured: MachineMeasurement, fit: MachineFit) -> str:
     """What each line says."""
     rows = []
     for key, line in fit.lines.items():

@@ -1,4 +1,4 @@
-"""The simulator's picture: how often each policy stays below which imbalance."""
+"""The simulator's plot: the distribution of imbalance of each policy."""
 
 from __future__ import annotations
 

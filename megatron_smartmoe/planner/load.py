@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_smartmoe.cost.comm import replica_copies
+from megatron_smartmoe.cost.comm import replica_traffic
 from megatron_smartmoe.cost.moe_layer import LayerFlow
 from megatron_smartmoe.errors import ConfigError
 from megatron_smartmoe.placement.exact_replicas import exact_replicas
@@ -196,7 +196,7 @@ class LoadModel:
         flow = LayerFlow(
             load_ER=tokens_ER.astype(np.float64),
             traffic_RR=sent_RRS.sum(axis=2).astype(np.float64),
-            copies_RR=replica_copies(slots_RS, experts),
+            replicas_RR=replica_traffic(slots_RS, experts),
             num_nodes=balance.nodes,
         )
         return scaled(flow, scale)
@@ -216,6 +216,6 @@ def scaled(flow: LayerFlow, tokens: float) -> LayerFlow:
     return LayerFlow(
         load_ER=flow.load_ER * tokens,
         traffic_RR=flow.traffic_RR * tokens,
-        copies_RR=flow.copies_RR,
+        replicas_RR=flow.replicas_RR,
         num_nodes=flow.num_nodes,
     )

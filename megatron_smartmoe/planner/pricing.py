@@ -145,4 +145,4 @@ class Pricing:
         layer = layer_constants(self.cluster, self.model, spec, self.constants)
         cut = replace(spec, overlap_degree=4) if ep > 1 else spec
         times = moe_times([flow], layer, self.model, cut, self.cluster, self.constants)
-        return replace(times, cuts_s=0.0, replicas_s=0.0)
+        return replace(times, chunking_s=0.0, replicas_s=0.0)

@@ -214,6 +214,23 @@ def cluster_as_yaml(cluster: ClusterSpec, comment: str = "") -> str:
     return "\n".join(lines) + "\n"
 
 
+def shipped_directory(kind: str) -> Path:
+    """The directory of the files that this project ships; `kind` is `clusters` or `models`."""
+    return Path(__file__).parents[2] / "configs" / kind
+
+
+def shipped_clusters() -> list[ClusterSpec]:
+    """The shipped cluster files in the order of their names; empty where no such directory is installed."""
+    return [load_cluster_spec(path) for path in sorted(shipped_directory("clusters").glob("*.yaml"))]
+
+
+def fitting_cluster(device: str | None) -> ClusterSpec | None:
+    """The shipped cluster whose accelerator is `device`, a name that torch gives (None: the CPU); None without one."""
+    name = "cpu" if device is None else device
+    tokens = name.lower().replace("-", " ").split()
+    return next((spec for spec in shipped_clusters() if spec.gpu.name.split("-")[0].lower() in tokens), None)
+
+
 def _entry(cluster: ClusterSpec, path: str, value: float) -> list[str]:
     """The lines of one number and its source."""
     source = cluster.sources.get(path, "unknown").replace("'", "''")

@@ -125,7 +125,7 @@ class ParallelSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Chunk:
+class PipelineChunk:
     """One model chunk: what one rank of stage `stage` holds of its `virtual`-th part of the model."""
 
     stage: int
@@ -136,14 +136,14 @@ class Chunk:
     mtp_layers: int
 
 
-def chunks(model: ModelSpec, parallel: ParallelSpec) -> Iterator[Chunk]:
+def pipeline_chunks(model: ModelSpec, parallel: ParallelSpec) -> Iterator[PipelineChunk]:
     """Every chunk in pipeline order: stage 0 to PP - 1 of virtual part 0, then of part 1."""
     total = parallel.pp * parallel.vpp
     sizes = parallel.layers_of_chunk or (model.layers // total,) * total
     begin = 0
     for at, size in enumerate(sizes):
         last = at == total - 1
-        yield Chunk(
+        yield PipelineChunk(
             stage=at % parallel.pp,
             virtual=at // parallel.pp,
             layers=tuple(range(begin, begin + size)),

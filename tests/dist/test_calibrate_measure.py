@@ -10,13 +10,13 @@ import torch
 import torch.distributed as dist
 
 from megatron_smartmoe.cost.compute import ExpertShape
-from megatron_smartmoe.calibrate.measured import COLLECTIVES, Measured, Point
+from megatron_smartmoe.calibrate.measurement import COLLECTIVES, MachineMeasurement, Point
 from megatron_smartmoe.calibrate import measure
-from megatron_smartmoe.calibrate.measure import Bench, Plan, Task, measure
+from megatron_smartmoe.calibrate.measure import Bench, BenchPlan, Task, measure
 from tests.support.ranks import run_ranks
 
 RANKS, REPEATS = 2, 3
-PLAN = Plan(
+PLAN = BenchPlan(
     expert=ExpertShape(hidden=16, ffn=8, element_bytes=4),
     num_experts=2,
     tokens=(2, 8),
@@ -72,7 +72,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 @pytest.mark.dist
 @pytest.mark.parametrize(("case", "link"), [("one node", "intra"), ("two nodes", "inter")])
 def test_every_series_has_its_points(case: str, link: str, measured: list[dict[str, Any]]) -> None:
-    found: Measured = measured[0][case]
+    found: MachineMeasurement = measured[0][case]
     assert (found.device, found.nodes * found.ranks_per_node) == ("CPU-thread", RANKS)
     assert found.members == {link: RANKS}
     assert set(found.links) == {(operation, link) for operation in COLLECTIVES}
@@ -115,7 +115,7 @@ def test_what_a_product_takes_is_no_part_of_a_collective() -> None:
     assert measure._less(point, 3.5).time_s == 1e-7  # noise; a line wants a positive time
 
 
-def test_a_container_may_have_less_memory_than_the_machine(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_container_may_have_less_memory_than_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     limit = tmp_path / "memory.max"
     monkeypatch.setattr(calibrate, "_CGROUP_LIMIT", limit)
     physical = measure._host_bytes()

@@ -318,27 +318,27 @@ def test_gradients_are_not_lost(found: list[dict[str, Any]]) -> None:
     for facts in of(found, gradients_are_there):
         assert facts == {
             "after the step": None,
-            "not said to be spent": "MigrationError: gradients of experts wait for the optimizer; experts stay",
+            "not said to be spent": "MigrationError: the optimizer has not used the experts' gradients yet; no expert was moved",
             "zeroed": None,
-            "between micro-batches": "MigrationError: micro-batches of this iteration are still to come; experts stay",
-            "reduction on its way": "MigrationError: a gradient reduction of experts is on its way; experts stay",
-            "before the optimizer": "MigrationError: gradients of experts wait for the optimizer; experts stay",
+            "between micro-batches": "MigrationError: micro-batches of this iteration have not run yet; no expert was moved",
+            "reduction on its way": "MigrationError: a gradient reduction of the experts is in flight; no expert was moved",
+            "before the optimizer": "MigrationError: the optimizer has not used the experts' gradients yet; no expert was moved",
         }
 
 
 def test_a_slow_peer_is_named_and_nothing_is_written(found: list[dict[str, Any]]) -> None:
     for rank, facts in enumerate(of(found, a_peer_is_slow)):
         late = ("CommitUnknownError: layer 0: ",) if rank == 1 else ()  # it may meet the others' last words
-        assert facts["error"].startswith(("PeerError: layer 0: agreeing on the commit: ", *late))
+        assert facts["error"].startswith(("PeerError: layer 0: comparing checksums: ", *late))
         assert rank == 1 or "--smartmoe-migration-timeout-s" in facts["error"]
         assert not facts["written"]
         assert not facts["moved"]
         assert facts["prepared"].startswith("MigrationError: the ranks of this stage cannot reach each other")
-        assert facts["later"].startswith("MigrationError: no migration any more, an earlier one broke the connections")
+        assert facts["later"].startswith("MigrationError: expert migration is disabled: an earlier one lost its process group")
 
 
 def test_a_dead_peer_is_an_error_and_nothing_is_written(found: list[dict[str, Any]]) -> None:
     for rank, facts in enumerate(of(found, a_peer_is_gone)):
         if rank != 1:
-            assert facts["error"].startswith("PeerError: layer 0: agreeing on the commit: ")
+            assert facts["error"].startswith("PeerError: layer 0: comparing checksums: ")
             assert not facts["written"]

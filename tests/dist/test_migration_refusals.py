@@ -14,15 +14,15 @@ pytestmark = pytest.mark.dist
 
 REFUSED = {
     "precision-aware": "--use-precision-aware-optimizer = True: its main weights and moments are kept scaled and in "
-    "parts inside the fused optimizer. Leave it away, or set --smartmoe-homes off.",
+    "parts inside the fused optimizer. Remove the flag, or set --smartmoe-homes off.",
     "offload": "--optimizer-cpu-offload = True: the state of experts is kept on the CPU, in another order. "
-    "Leave it away, or set --smartmoe-homes off.",
+    "Remove the flag, or set --smartmoe-homes off.",
     "layer-wise": "--optimizer = 'muon': the layer-wise optimizer gives whole parameters to single ranks. "
-    "Leave it away, or set --smartmoe-homes off.",
+    "Remove the flag, or set --smartmoe-homes off.",
     "unknown": "--optimizer = 'adam': Lamb is not an optimizer whose state can be moved. "
-    "Leave it away, or set --smartmoe-homes off.",
+    "Remove the flag, or set --smartmoe-homes off.",
     "fsdp": "--use-megatron-fsdp = True: experts cannot move between ranks when FSDP shards the model. "
-    "Leave it away, or set --smartmoe-homes off.",
+    "Remove the flag, or set --smartmoe-homes off.",
     "one rank": "--expert-model-parallel-size = 1: all experts are at home on the one rank. "
     "Use at least 2, or set --smartmoe-homes off.",
 }

@@ -92,7 +92,7 @@ def test_a_real_look_is_told(tmp_path: Path, data_flags: list[str]) -> None:
     assert first["predicted_gain_s"] > 0
     assert second["iteration"] == 44
     assert second["realised_gain_s"] is not None
-    assert second["why"].startswith("back: " if second["taken"] else "kept: ")
+    assert second["why"].startswith("reverted: " if second["taken"] else "kept: ")
     assert "pool" not in (tmp_path / "ranks" / "rank1.log").read_text()
 
 

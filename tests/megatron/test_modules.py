@@ -181,10 +181,10 @@ def adam_is_given_to_megatron() -> None:
     import megatron.core.optimizer.distrib_optimizer as distrib_optimizer
 
     assert optimizer.USING_PYTORCH_OPTIMIZER
-    adam.install()
+    hooks.use_torch_adam()
     assert optimizer.Adam is distrib_optimizer.Adam is adam.TorchAdam
     assert not optimizer.USING_PYTORCH_OPTIMIZER
-    adam.install()  # where a fused Adam is found, nothing happens
+    hooks.use_torch_adam()  # where a fused Adam is found, nothing happens
     assert optimizer.Adam is adam.TorchAdam
 
 
@@ -377,9 +377,9 @@ def test_the_logging_level_counts_at_once() -> None:
     root = logging.getLogger()
     before = root.level
     try:
-        log_filters.lower_voice(40)
+        log_filters.set_log_level(40)
         assert root.level == 40
-        log_filters.lower_voice(None)
+        log_filters.set_log_level(None)
         assert root.level == 40
     finally:
         root.setLevel(before)

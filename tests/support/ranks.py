@@ -97,6 +97,9 @@ def _rank_main(
     sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
     sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
     try:
+        from tests.support import ready_groups  # imports torch, which the process that starts the ranks can do without
+
+        ready_groups.install()
         result = function(*args, **kwargs)
         (log_dir / f"{name}.pickle").write_bytes(pickle.dumps(result))
     except BaseException:

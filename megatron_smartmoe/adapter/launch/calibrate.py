@@ -23,14 +23,13 @@ from megatron_smartmoe.adapter.launch.launcher import srun
 from megatron_smartmoe.adapter.launch.plan import program, rank_environment
 from megatron_smartmoe.adapter.launch.topology import find_topology, speaks_for_the_job
 from megatron_smartmoe.calibrate.cluster_file import fit_machine
-from megatron_smartmoe.calibrate.measure import Bench, Plan, measure, usable_cores
-from megatron_smartmoe.calibrate.measured import Measured
+from megatron_smartmoe.calibrate.measure import Bench, BenchPlan, measure, usable_cores
+from megatron_smartmoe.calibrate.measurement import MachineMeasurement
 from megatron_smartmoe.calibrate.options import CalibrateOptions, add_arguments, as_argv, copy_sizes
 from megatron_smartmoe.calibrate.table import as_table
 from megatron_smartmoe.cost.compute import ExpertShape
 from megatron_smartmoe.errors import EXIT_CONFIG_ERROR, ConfigError, SmartMoEError
-from megatron_smartmoe.spec.cluster import ClusterSpec, cluster_as_yaml, load_cluster_spec
-from megatron_smartmoe.spec.shipped import fitting_cluster
+from megatron_smartmoe.spec.cluster import ClusterSpec, cluster_as_yaml, fitting_cluster, load_cluster_spec
 
 _MODULE = "megatron_smartmoe.adapter.launch.calibrate"
 
@@ -116,8 +115,8 @@ def _dtype(kind: str) -> torch.dtype:
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
-def _plan(options: CalibrateOptions, kind: str, dtype: torch.dtype) -> Plan:
-    return Plan(
+def _plan(options: CalibrateOptions, kind: str, dtype: torch.dtype) -> BenchPlan:
+    return BenchPlan(
         expert=ExpertShape(hidden=options.hidden, ffn=options.ffn, element_bytes=dtype.itemsize),
         num_experts=options.experts,
         tokens=options.tokens,
@@ -165,7 +164,7 @@ def _shipped(kind: str) -> ClusterSpec | None:
     return fitting_cluster(torch.cuda.get_device_name() if kind == "cuda" else None)
 
 
-def _report(measured: Measured, options: CalibrateOptions, nominal: ClusterSpec | None) -> None:
+def _report(measured: MachineMeasurement, options: CalibrateOptions, nominal: ClusterSpec | None) -> None:
     """Print the table, write the file."""
     fit = fit_machine(measured, nominal, options.name or options.output.stem)
     cluster = fit.cluster

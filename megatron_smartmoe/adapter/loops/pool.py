@@ -34,8 +34,8 @@ from megatron_smartmoe.placement.decisions import Decision, digest_of
 from megatron_smartmoe.planner.pool import SETTLE_ITERATIONS, PoolSetting
 from megatron_smartmoe.runtime.pool.prediction import PoolLoad, PoolPrices, moe_seconds
 from megatron_smartmoe.runtime.pool.switchboard import (
-    Measured,
     PoolVerdict,
+    StepTimes,
     Switchboard,
     SwitchboardOptions,
     with_setting,
@@ -83,7 +83,7 @@ class PoolLoop(Callback):
         count_tokens([(number, layer) for number, layer in run.layers if number in sampled], self._counts)
         now = starting_setting(args, self._degree())
         self._settings = with_setting(pool_settings(args), now)
-        rest = SwitchboardOptions(rest_iterations=args.smartmoe_pool_interval)
+        rest = SwitchboardOptions(cooldown_iterations=args.smartmoe_pool_interval)
         self._board = Switchboard(now, args.iteration, rest)
         self._prices = _prices(args, len(run.layer_numbers), homes_move=args.smartmoe_homes == "on")
         self._seconds: deque[float] = deque(maxlen=max(args.smartmoe_pool_interval, SETTLE_ITERATIONS))
@@ -114,10 +114,10 @@ class PoolLoop(Callback):
         totals_ILE, batches_BLRE = self._counts.collect(
             ranks.ep_rank,
             self._prices.spec.ep,
-            speaks=ranks.edp_rank == 0,
+            is_reporter=ranks.edp_rank == 0,
             shares=mpu.get_expert_tensor_parallel_world_size(),
         )
-        measured = _of_slowest_rank(Measured.of(self._seconds))
+        measured = _of_slowest_rank(StepTimes.of(self._seconds))
         verdict: list[PoolVerdict | None] = [None]
         if self._run.is_reporter:
             load = PoolLoad(totals_ILE=totals_ILE, batches_BLRE=batches_BLRE, homes_LRH=self._homes_LRH())
@@ -129,12 +129,12 @@ class PoolLoop(Callback):
             self._switch_to(verdict[0].setting)
         self._report(iteration, verdict[0], digest_of(totals_ILE, batches_BLRE))
 
-    def _decide(self, iteration: int, measured: Measured, load: PoolLoad) -> PoolVerdict | None:
+    def _decide(self, iteration: int, measured: StepTimes, load: PoolLoad) -> PoolVerdict | None:
         """On rank 0. Whatever goes wrong, training continues with the setting as it is."""
         try:
-            return self._board.look(iteration, measured, lambda: moe_seconds(self._settings, load, self._prices))
+            return self._board.evaluate(iteration, measured, lambda: moe_seconds(self._settings, load, self._prices))
         except Exception as error:
-            self._log.trouble(iteration, f"pool: {type(error).__name__}: {error}; the setting stays")
+            self._log.warn(iteration, f"pool: {type(error).__name__}: {error}; the setting stays")
             return None
 
     def _switch_to(self, setting: PoolSetting) -> None:
@@ -143,7 +143,7 @@ class PoolLoop(Callback):
         if self._replicas is not None:
             self._replicas.switch_to(setting.replicas, setting.spare_slots)
         for layer in self._layers:
-            layer.cut_into(setting.overlap_degree)
+            layer.set_degree(setting.overlap_degree)
         self._seconds.clear()
         self._untimed = UNTIMED
 
@@ -188,12 +188,12 @@ def _spread(length: int, most: int) -> list[int]:
     return found
 
 
-def _of_slowest_rank(measured: Measured) -> Measured:
+def _of_slowest_rank(measured: StepTimes) -> StepTimes:
     """The longest step and the largest noise of any rank: one all-reduce."""
     longest = torch.tensor([measured.step_s, measured.noise_s], device=torch.cuda.current_device())
     dist.all_reduce(longest, op=dist.ReduceOp.MAX)
     step_s, noise_s = longest.tolist()
-    return Measured(step_s=step_s, noise_s=noise_s, iterations=measured.iterations)
+    return StepTimes(step_s=step_s, noise_s=noise_s, iterations=measured.iterations)
 
 
 def _prices(args: Namespace, num_layers: int, *, homes_move: bool) -> PoolPrices:

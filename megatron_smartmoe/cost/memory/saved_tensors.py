@@ -1,6 +1,6 @@
 """A tensor that waits for the backward pass, and lists of them: of a layer, and of what lies around the layers.
 
-What a module keeps depends on who wrote it: `kept_fused` lists TransformerEngine's, `kept_local` Megatron's plain torch
+What a module keeps depends on who wrote it: `saved_te` lists TransformerEngine's, `saved_torch` Megatron's plain torch
 modules and this project's. `activations` adds the lists up. To count another implementation is to write another list.
 """
 
@@ -16,7 +16,7 @@ from megatron_smartmoe.spec.parallel import ParallelSpec
 FP32, INT64, INT32, BOOL = 4, 8, 4, 1  # bytes of an element
 
 
-class Kept(NamedTuple):
+class SavedTensor(NamedTuple):
     """One tensor on one rank.
 
     Attributes:
@@ -31,35 +31,35 @@ class Kept(NamedTuple):
     rows: float
     width: float
     element: int
-    again: bool = False
+    recomputed: bool = False
 
     @property
     def nbytes(self) -> float:
-        """All of it."""
+        """Bytes of the tensor."""
         return self.rows * self.width * self.element
 
 
-Tensors = tuple[Kept, ...]
+Tensors = tuple[SavedTensor, ...]
 
 
-def total(tensors: Iterable[Kept]) -> float:
-    """Bytes of all."""
+def total(tensors: Iterable[SavedTensor]) -> float:
+    """Bytes of all of them."""
     return sum(tensor.nbytes for tensor in tensors)
 
 
 @dataclass(frozen=True)
 class Rank:
-    """One micro-batch as one rank sees it.
+    """One micro-batch on the busiest rank.
 
     Attributes:
         model: what is trained.
         spec: how it is spread.
-        hot: tokens of the busiest rank's experts over the mean.
+        imbalance: tokens of the busiest rank's experts over the mean.
     """
 
     model: ModelSpec
     spec: ParallelSpec
-    hot: float
+    imbalance: float
 
     @property
     def sequence(self) -> float:
@@ -68,18 +68,18 @@ class Rank:
 
     @property
     def tokens(self) -> float:
-        """Of all samples, between the projections of attention or of a dense MLP."""
+        """Tokens of all samples between the projections of attention or of a dense MLP."""
         return self.spec.micro_batch * self.sequence
 
     @property
-    def own(self) -> float:
-        """Tokens outside them: sequence parallelism cuts there."""
+    def tokens_local(self) -> float:
+        """Tokens outside those projections, where sequence parallelism shards the sequence."""
         return self.tokens / self.spec.tp
 
     @property
-    def computed(self) -> float:
-        """Rows that the busiest rank's experts compute; ranks that share an expert gather each other's."""
-        return self.own * self.model.moe.top_k * self.hot * self.spec.etp
+    def expert_rows(self) -> float:
+        """Rows that the busiest rank's experts compute; the ranks of an ETP group gather each other's."""
+        return self.tokens_local * self.model.moe.top_k * self.imbalance * self.spec.etp
 
     @property
     def element(self) -> int:

@@ -26,7 +26,7 @@ from megatron_smartmoe.spec.parallel import ParallelSpec
 
 @dataclass(frozen=True, kw_only=True)
 class StepConstants:
-    """Shares of the peaks in the cluster file, and a few counts. Estimates until measured; none is.
+    """Shares of the peaks in the cluster file, and a few counts: all estimates, none of them is measured.
 
     Attributes:
         gemm: large matrix products, of the dense peak.
@@ -38,9 +38,9 @@ class StepConstants:
         all_reduce_inter: the same between nodes.
         all_to_all_intra: token exchange inside a node.
         all_to_all_inter: the same between nodes.
-        launch_s: from one small kernel to the next, where the GPU waits for it.
+        launch_s: seconds from one small kernel to the next, where the GPU waits for it.
         launches_per_layer: such kernels of a layer without its experts, forward and backward.
-        step_s: once a step: clipping, logging, data.
+        step_s: seconds of a step for clipping, logging and data.
         row_passes: H-wide rows read or written per token and layer by norms, residuals and activations, both ways.
         fused_attention: scores never reach memory.
         hidden_grad_share: of the backward pass of one micro-batch that gradient traffic may hide behind.
@@ -86,7 +86,7 @@ class StepConstants:
 def layer_constants(
     cluster: ClusterSpec, model: ModelSpec, spec: ParallelSpec, constants: StepConstants, *, shared_card: bool = False
 ) -> LayerConstants:
-    """Constants of the MoE layer: per token that reaches a rank's expert-tensor group, per expert, per copy.
+    """Constants of the MoE layer: per token that reaches a rank's expert-tensor group, per expert, per replica.
 
     With ETP > 1 a rank computes 1 / ETP of every expert on the tokens of ETP ranks, hence the factor.
     """
@@ -101,7 +101,7 @@ def layer_constants(
         nodes=spec_nodes(cluster, spec.ep * spec.etp),
         intra_node=_scaled(cluster.intra_node, constants.all_to_all_intra),
         inter_node=_scaled(cluster.inter_node, constants.all_to_all_inter),
-        efficiency=dict.fromkeys(SHARES, 1.0),  # taken off above
+        efficiency=dict.fromkeys(SHARES, 1.0),  # already applied above
     )
     found = constants_of(scaled, expert_shape(model, spec), ranks=spec.ep, shared_network_card=shared_card)
     return replace(found, token_s=found.token_s * spec.etp)

@@ -17,7 +17,7 @@ from megatron_smartmoe.spec.cluster import ClusterSpec
 
 @dataclass(frozen=True)
 class Group:
-    """Ranks that talk: `size` of them, `stride` apart."""
+    """The ranks of one process group: `size` of them, `stride` apart."""
 
     size: int
     stride: int
@@ -42,7 +42,7 @@ def all_reduce_s(num_bytes: float, group: Group, cluster: ClusterSpec, constants
 
 
 def _collective_s(num_bytes: float, group: Group, cluster: ClusterSpec, shares: tuple[float, float]) -> float:
-    """`num_bytes` once round the group, at these shares of the bandwidth inside a node and between nodes."""
+    """Seconds of one ring pass of `num_bytes`, at these shares of the bandwidth inside a node and between nodes."""
     if group.size < 2 or num_bytes <= 0:
         return 0.0
     intra, inter = shares

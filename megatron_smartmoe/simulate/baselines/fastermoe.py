@@ -1,7 +1,7 @@
 """FasterMoE shadowing: the hottest experts are broadcast to all ranks when a cost model says that it pays.
 
 Method. A shadowed expert is computed where its tokens come from; nothing is sent for it but its weights (out) and its
-gradients (back). Experts are looked at in order of falling load, C_1 >= C_2 >= ..., B_i of the C_i tokens coming from
+gradients (back). Experts are considered in order of falling load, C_1 >= C_2 >= ..., B_i of the C_i tokens coming from
 other ranks than expert i's home. With one token's transfer t_f, its forward GEMM t_c and one expert's weights t_m:
 
     T_0 = 3 t_c C_1 + 4 t_f B_1

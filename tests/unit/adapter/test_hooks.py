@@ -51,6 +51,15 @@ def test_a_missing_name_is_an_error(module: Any) -> None:
     )
 
 
+def test_names_are_replaced_together_or_not_at_all(module: Any) -> None:
+    module.found = False
+    hooks.replace_names(module, {"found": True})
+    assert module.found
+    with pytest.raises(CompatError, match=r"some_module\.lost = missing"):
+        hooks.replace_names(module, {"found": False, "lost": 1})
+    assert module.found
+
+
 def test_all_missing_names_of_the_loop_are_listed(module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in set(hooks._LOOP_NAMES) - {"evaluate", "train_step"}:
         setattr(module, name, module.double)

@@ -3,7 +3,7 @@
 import numpy as np
 
 from megatron_smartmoe.placement.homes_planner import OnlineOptions
-from megatron_smartmoe.placement.plan_replicas import ReplicaOptions, copies_pay, plan_replicas
+from megatron_smartmoe.placement.plan_replicas import ReplicaOptions, plan_replicas, replicas_pay
 from megatron_smartmoe.placement.replica_planner import ReplicaPlanner
 from megatron_smartmoe.spec.arrays import IntArray
 from megatron_smartmoe.spec.placement import EMPTY, Placement
@@ -16,7 +16,7 @@ def homes(num_ranks: int = 4, spare_slots: int = 1) -> Placement:
 
 
 def planner(price_tokens: float = 0.0, num_nodes: int = 1) -> ReplicaPlanner:
-    replica = ReplicaOptions(num_nodes=num_nodes, copy_price_tokens=price_tokens)
+    replica = ReplicaOptions(num_nodes=num_nodes, replica_price_tokens=price_tokens)
     return ReplicaPlanner(homes(), 0, OnlineOptions(replica=replica))
 
 
@@ -28,18 +28,18 @@ def test_a_layer_makes_copies_only_where_they_pay() -> None:
     slots_RS = homes().slots_LRS[0]
     free = plan_replicas(slots_RS, HOT, 2)
     assert copies(free.slots_RS) >= 2
-    dear = plan_replicas(slots_RS, HOT, 2, ReplicaOptions(copy_price_tokens=100.0), rank_tokens=16.0)
+    dear = plan_replicas(slots_RS, HOT, 2, ReplicaOptions(replica_price_tokens=100.0), rank_tokens=16.0)
     assert copies(dear.slots_RS) == 0
     assert dear.imbalance_K[0] == 44 / 16
-    cheap = plan_replicas(slots_RS, HOT, 2, ReplicaOptions(copy_price_tokens=1.0), rank_tokens=16.0)
+    cheap = plan_replicas(slots_RS, HOT, 2, ReplicaOptions(replica_price_tokens=1.0), rank_tokens=16.0)
     assert (cheap.slots_RS == free.slots_RS).all()
 
 
 def test_the_price_counts_the_busiest_port() -> None:
     slots_RS = homes().slots_LRS[0].copy()
     slots_RS[1:, 2] = 0  # three copies leave rank 0, each of the others receives one
-    assert copies_pay(slots_RS, 2, saved_tokens=31.0, price_tokens=10.0)
-    assert not copies_pay(slots_RS, 2, saved_tokens=30.0, price_tokens=10.0)
+    assert replicas_pay(slots_RS, 2, saved_tokens=31.0, price_tokens=10.0)
+    assert not replicas_pay(slots_RS, 2, saved_tokens=30.0, price_tokens=10.0)
 
 
 def test_more_tokens_an_iteration_make_the_same_copies_pay() -> None:

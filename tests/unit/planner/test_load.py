@@ -80,7 +80,7 @@ def test_scaled_keeps_copies() -> None:
     flow = LoadModel(scenarios_from_skew(SMALL, 5.0, "x")).fallen(Balance(8, 2, 1, True))[0].flows[0]
     big = scaled(flow, 1000.0)
     np.testing.assert_allclose(big.load_ER, flow.load_ER * 1000)
-    assert big.copies_RR is flow.copies_RR
+    assert big.replicas_RR is flow.replicas_RR
 
 
 def test_what_is_assumed_depends_on_the_router() -> None:

@@ -63,11 +63,11 @@ JUMPED = load(hot(0), hot(0), hot(9))
 EVEN = load(*[np.ones(EXPERTS, dtype=np.int64)] * 3)
 
 
-def test_copies_help_a_hot_expert_and_cost_where_all_are_even() -> None:
+def test_replicas_help_a_hot_expert_and_cost_where_all_are_even() -> None:
     steady = moe_seconds([OFF, HISTORY, EXACT], STEADY, PRICES)
     assert max(steady[HISTORY], steady[EXACT]) < 0.8 * steady[OFF]
     assert steady[HISTORY] < steady[EXACT]  # they travel once an iteration, not once a micro-batch
-    dear = replace(PRICES, replica=ReplicaOptions(copy_price_tokens=1e9))
+    dear = replace(PRICES, replica=ReplicaOptions(replica_price_tokens=1e9))
     even = moe_seconds([OFF, HISTORY, EXACT], EVEN, dear)
     assert even[HISTORY] == even[EXACT] == even[OFF]
 

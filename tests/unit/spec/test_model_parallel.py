@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from megatron_smartmoe.spec.model import LatentAttention, ModelSpec, MoESpec
-from megatron_smartmoe.spec.parallel import ParallelSpec, chunks, violation
+from megatron_smartmoe.spec.parallel import ParallelSpec, pipeline_chunks, violation
 
 MODEL = ModelSpec(
     name="m",
@@ -32,7 +32,7 @@ def test_sizes_that_follow() -> None:
 
 
 def test_chunks_in_pipeline_order() -> None:
-    found = list(chunks(MODEL, replace(SPEC, pp=2, vpp=2)))
+    found = list(pipeline_chunks(MODEL, replace(SPEC, pp=2, vpp=2)))
     assert [(c.stage, c.virtual, c.layers) for c in found] == [
         (0, 0, (0, 1)),
         (1, 0, (2, 3)),

@@ -49,7 +49,7 @@ class Series:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measured:
+class MachineMeasurement:
     """Everything that the ranks of one job measured, the same on each of them.
 
     Attributes:
