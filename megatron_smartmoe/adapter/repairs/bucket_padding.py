@@ -134,5 +134,5 @@ def _try(method: Method) -> Verdict:
         return Verdict.UNKNOWN
     finally:
         logger.disabled = was_disabled
-    known = {((0, 1, 2), (3, 4)): Verdict.RIGHT, ((0, 1, 2), (4, 0)): Verdict.FAULTY}
+    known: dict[object, Verdict] = {((0, 1, 2), (3, 4)): Verdict.RIGHT, ((0, 1, 2), (4, 0)): Verdict.FAULTY}
     return known.get(values, Verdict.UNKNOWN)
