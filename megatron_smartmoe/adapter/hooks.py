@@ -184,12 +184,12 @@ def _dispatching(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def rebind(
-    module: ModuleType, name: str, wrap: Callable[[Callable[..., Any]], Callable[..., Any]], key: object = None
+    module: ModuleType | type, name: str, wrap: Callable[[Callable[..., Any]], Callable[..., Any]], key: object = None
 ) -> None:
     """Replace `module.name` by `wrap(module.name)`; a second call with the same key does nothing.
 
     Args:
-        module: where the name is looked up at call time.
+        module: where the name is looked up at call time; a class for a method.
         name: of a function.
         wrap: makes the replacement from the original.
         key: identifies the hook; hooks with different keys on one name are stacked.
@@ -223,7 +223,7 @@ def replace_names(module: ModuleType, values: Mapping[str, object]) -> None:
         setattr(module, name, value)
 
 
-def _is_missing(module: ModuleType, names: Iterable[str]) -> str:
+def _is_missing(module: ModuleType | type, names: Iterable[str]) -> str:
     full = ", ".join(f"{module.__name__}.{name}" for name in names)
     return (
         f"{full} = missing: the project hooks it, and this Megatron does not have it. "
@@ -236,9 +236,25 @@ def prepare_megatron(*, cpu: bool) -> None:
     import megatron.training.training as training
 
     use_torch_adam()
+    _repair_optimizer_checkpoints(training)
     _skip_compiled_helpers()
     if cpu:  # Megatron has this switch (`initialize_megatron`), and `pretrain` does not pass it on
         rebind(training, "initialize_megatron", lambda call: functools.partial(call, allow_no_cuda=True))
+
+
+def _repair_optimizer_checkpoints(training: ModuleType) -> None:
+    """Save optimizer state of several buckets right, and refuse what was saved wrong."""
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    from megatron_smartmoe.adapter.repairs import bucket_padding, main_weights
+
+    if bucket_padding.verdict(getattr(DistributedOptimizer, bucket_padding.METHOD, None)) is (
+        bucket_padding.Verdict.FAULTY
+    ):
+        rebind(DistributedOptimizer, bucket_padding.METHOD, bucket_padding.repair, key="bucket padding")
+    check = main_weights.MainWeightsCheck()
+    rebind(DistributedOptimizer, main_weights.LOAD_METHOD, check.around_load_state, key="main weights")
+    rebind(training, "load_checkpoint", check.around_load_checkpoint, key="main weights")
 
 
 def use_torch_adam() -> None:

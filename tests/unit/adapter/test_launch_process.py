@@ -34,10 +34,12 @@ class Launcher:
     def __init__(self) -> None:
         self.started: list[Launched] = []
 
-    def start(self, child: str, log: Path | None = None) -> Launched:
+    def start(self, child: str, log: Path | None = None, stdin: int | None = None) -> Launched:
         command = [sys.executable, "-c", LAUNCHER, str(log or ""), child]
         # A group of its own, so that no child outlives a test that fails.
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, process_group=0)
+        process = subprocess.Popen(
+            command, stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, process_group=0
+        )
         self.started.append(process)
         return process
 
@@ -96,7 +98,7 @@ def test_bytes_that_are_not_text_pass(launcher: Launcher, tmp_path: Path) -> Non
     assert (tmp_path / "log").read_bytes() == bytes(range(256))
 
 
-def test_a_log_is_gone_on_with(launcher: Launcher, tmp_path: Path) -> None:
+def test_a_log_is_appended_to(launcher: Launcher, tmp_path: Path) -> None:
     for text in ("first", "second"):
         launcher.run(f"print({text!r})", tmp_path / "train.log")
     assert (tmp_path / "train.log").read_text() == "first\nsecond\n"
@@ -116,7 +118,7 @@ def test_the_environment_is_added_to(launcher: Launcher) -> None:
 WAITING_FOR = """
 import os, signal, sys, time
 def stop(number, frame):
-    print("heard", number)
+    print("received", number)
     sys.exit(5)
 signal.signal({number}, stop)
 print("ready")
@@ -125,11 +127,11 @@ while True:
 """
 
 
-def test_sigterm_is_handed_on_and_the_child_has_its_time(launcher: Launcher) -> None:
+def test_sigterm_is_forwarded_and_the_child_has_its_time(launcher: Launcher) -> None:
     process = launcher.start(WAITING_FOR.format(number="signal.SIGTERM"))
     assert line(process) == "ready"
     process.send_signal(signal.SIGTERM)
-    assert line(process) == f"heard {int(signal.SIGTERM)}"
+    assert line(process) == f"received {int(signal.SIGTERM)}"
     assert process.wait(TIMEOUT_S) == 5
 
 
@@ -144,7 +146,7 @@ def test_ctrl_c_reaches_the_child_and_does_not_end_the_launcher_first(launcher: 
     process = launcher.start(WAITING_FOR.format(number="signal.SIGINT"))
     assert line(process) == "ready"
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-    assert line(process) == f"heard {int(signal.SIGINT)}"
+    assert line(process) == f"received {int(signal.SIGINT)}"
     assert process.wait(TIMEOUT_S) == 5
 
 
@@ -155,7 +157,7 @@ def test_ctrl_c_on_the_launcher_alone_changes_nothing(launcher: Launcher) -> Non
     with pytest.raises(subprocess.TimeoutExpired):
         process.wait(0.3)
     process.send_signal(signal.SIGTERM)
-    assert line(process) == f"heard {int(signal.SIGTERM)}"
+    assert line(process) == f"received {int(signal.SIGTERM)}"
     assert process.wait(TIMEOUT_S) == 5
 
 
@@ -168,7 +170,7 @@ def test_sigterm_right_after_another_signal_is_not_lost(launcher: Launcher) -> N
         process.send_signal(signal.SIGINT)
         process.send_signal(signal.SIGTERM)
         assert select.select([process.stdout], [], [], 5)[0], "lost"
-        assert line(process) == f"heard {int(signal.SIGTERM)}"
+        assert line(process) == f"received {int(signal.SIGTERM)}"
 
 
 # A child with no handler and its own child in a session of its own, like torchrun and a rank; the rank may install
@@ -181,14 +183,14 @@ sys.exit(rank.wait())
 
 
 @pytest.mark.parametrize("send", [os.kill, os.killpg], ids=["launcher", "launcher and torchrun"])
-def test_sigusr2_is_handed_to_the_ranks(launcher: Launcher, monkeypatch: pytest.MonkeyPatch, send: Any) -> None:
+def test_sigusr2_is_sent_to_the_ranks(launcher: Launcher, monkeypatch: pytest.MonkeyPatch, send: Any) -> None:
     """Past torchrun, which would end them 30 s later; once, also when Slurm signals the task's process group."""
     monkeypatch.setenv("RANK_PROGRAM", WAITING_FOR.format(number="signal.SIGUSR2"))
     process = launcher.start(TORCHRUN)
     assert line(process) == "ready"
     send(process.pid, signal.SIGUSR2)
     out, err = process.communicate(timeout=TIMEOUT_S)
-    assert (out, err) == (f"heard {int(signal.SIGUSR2)}\n", "")
+    assert (out, err) == (f"received {int(signal.SIGUSR2)}\n", "")
     assert process.returncode == 5
 
 
@@ -200,7 +202,7 @@ def test_sigusr2_does_not_end_a_rank_that_does_not_ask_for_it(
     rank = int(line(process))
     os.killpg(process.pid, signal.SIGUSR2)
     os.kill(rank, signal.SIGUSR1)
-    assert line(process) == f"heard {int(signal.SIGUSR1)}"
+    assert line(process) == f"received {int(signal.SIGUSR1)}"
     assert process.wait(TIMEOUT_S) == 5
 
 
@@ -241,22 +243,130 @@ def assert_gone(pid: int) -> None:
         time.sleep(0.02)
 
 
-def test_a_helper_that_does_not_listen_is_killed(launcher: Launcher, monkeypatch: pytest.MonkeyPatch) -> None:
-    helper = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('deaf'); signal.pause()"
+def test_a_helper_that_ignores_sigterm_is_killed(launcher: Launcher, monkeypatch: pytest.MonkeyPatch) -> None:
+    helper = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('ready'); signal.pause()"
     monkeypatch.setenv("HELPER_PROGRAM", helper)
-    short = "\nprocess._end_orphans.__defaults__ = (0.2,)\nlog ="
+    short = "\nprocess._end_descendants.__defaults__ = (0.2,)\nlog ="
     monkeypatch.setattr(sys.modules[__name__], "LAUNCHER", LAUNCHER.replace("\nlog =", short))
     status, out = launcher.run(LEAVING_A_HELPER)
     assert status == 128 + signal.SIGKILL
     assert_gone(int(out.split()[0]))
 
 
-def test_how_sigterm_is_handed_on_can_be_chosen(launcher: Launcher, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`srun` would kill its tasks at once; the launcher tells Slurm instead."""
+def test_how_sigterm_is_forwarded_can_be_chosen(launcher: Launcher, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`srun` would kill its tasks at once; the launcher asks Slurm instead."""
     asked = "lambda child: child.send_signal(__import__('signal').SIGUSR1)"
     monkeypatch.setattr(sys.modules[__name__], "LAUNCHER", LAUNCHER.replace(", log)", f", log, {asked})"))
     process = launcher.start(WAITING_FOR.format(number="signal.SIGUSR1"))
     assert line(process) == "ready"
     process.send_signal(signal.SIGTERM)
-    assert line(process) == f"heard {int(signal.SIGUSR1)}"
+    assert line(process) == f"received {int(signal.SIGUSR1)}"
     assert process.wait(TIMEOUT_S) == 5
+
+
+# --- output that cannot be written
+
+MANY = 3000  # lines of 100 bytes: more than the two pipes between the child and the reader hold
+PRINTING = f"for i in range({MANY}): print(f'{{i:099}}')\nraise SystemExit(3)"
+PRINTED = [f"{i:099}" for i in range(MANY)]
+FULL = Path("/dev/full")
+
+
+def without_notes(lines: list[str]) -> list[str]:
+    return [line for line in lines if not line.startswith("smartmoe: ")]
+
+
+def test_the_run_continues_when_its_reader_goes_away(launcher: Launcher, tmp_path: Path) -> None:
+    """As with `... | head -n 1`: all output is in the log, with one line on what happened, and so is it on stderr."""
+    process = launcher.start(PRINTING, tmp_path / "log")
+    assert process.stdout is not None
+    assert process.stderr is not None
+    assert line(process) == PRINTED[0]
+    process.stdout.close()
+    assert process.wait(TIMEOUT_S) == 3
+    note = (
+        "smartmoe: cannot write to the terminal: Broken pipe. The run continues with its output in "
+        f"{tmp_path / 'log'}; kill {process.pid} ends it."
+    )
+    log = (tmp_path / "log").read_text().splitlines()
+    assert without_notes(log) == PRINTED
+    assert [text for text in log if text not in PRINTED] == [note]
+    assert process.stderr.read() == note + "\n"
+
+
+def test_sigterm_ends_a_run_whose_reader_is_gone(launcher: Launcher) -> None:
+    process = launcher.start("while True: print('x' * 99)")
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.close()
+    note = "smartmoe: cannot write to the terminal: Broken pipe. The run continues without output; "
+    assert process.stderr.readline() == f"{note}kill {process.pid} ends it.\n"
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(TIMEOUT_S) == 128 + signal.SIGTERM
+
+
+def test_sigterm_ends_a_run_whose_reader_does_not_read(launcher: Launcher, tmp_path: Path) -> None:
+    """The child prints while it ends, as torchrun does, into a pipe that is full already."""
+    child = WAITING_FOR.format(number="signal.SIGTERM").replace('"received", number', '"x" * 500_000')
+    process = launcher.start(child.replace("time.sleep(0.05)", "print('x' * 99)"), tmp_path / "log")
+    while not (tmp_path / "log").exists() or (tmp_path / "log").stat().st_size < 60_000:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(TIMEOUT_S) == 5
+    assert "x" * 500_000 in (tmp_path / "log").read_text()
+
+
+def test_a_log_on_a_full_disk(launcher: Launcher) -> None:
+    status, out = launcher.run(PRINTING, FULL)
+    assert status == 3
+    assert without_notes(out.splitlines()) == PRINTED
+    assert [text for text in out.splitlines() if text not in PRINTED] == [
+        "smartmoe: cannot write to /dev/full: No space left on device. The run continues, and the file will say how "
+        "many lines it lacks.",
+        f"smartmoe: {MANY} lines are missing from /dev/full: No space left on device.",
+    ]
+
+
+def test_a_log_that_cannot_be_opened(launcher: Launcher, tmp_path: Path) -> None:
+    status, out = launcher.run("print('on the terminal')", tmp_path / "no folder" / "log")
+    assert status == 0
+    assert out.splitlines()[0] == "on the terminal"
+    assert "no folder/log: No such file or directory. The run continues" in out
+
+
+def test_a_log_is_written_again_when_there_is_space(
+    launcher: Launcher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The limit stands for a full disk: the second line fits in part, the third and fourth not at all."""
+    limited = "\nimport resource; resource.setrlimit(resource.RLIMIT_FSIZE, (15, resource.RLIM_INFINITY))\nlog ="
+    monkeypatch.setattr(sys.modules[__name__], "LAUNCHER", LAUNCHER.replace("\nlog =", limited))
+    process = launcher.start("while True: print(input())", tmp_path / "log", stdin=subprocess.PIPE)
+
+    def echo(text: str) -> None:
+        assert process.stdin is not None
+        process.stdin.write(text + "\n")
+        process.stdin.flush()
+        while (said := line(process)) != text:
+            assert said.startswith("smartmoe: cannot write")
+
+    for text in ("1 in the log", "2 in part", "3 is lost", "4 is lost"):
+        echo(text)
+    psutil.Process(process.pid).rlimit(psutil.RLIMIT_FSIZE, (psutil.RLIM_INFINITY, psutil.RLIM_INFINITY))
+    echo("5 in the log")
+    log = tmp_path / "log"
+    note = f"smartmoe: 3 lines are missing from {log}: File too large"
+    assert log.read_text() == f"1 in the log\n2 \n{note}\n5 in the log\n"
+
+
+def test_neither_log_nor_terminal(launcher: Launcher) -> None:
+    process = launcher.start(PRINTING, FULL)
+    assert process.stdout is not None
+    assert line(process) == PRINTED[0]
+    process.stdout.close()
+    assert process.wait(TIMEOUT_S) == 3
+
+
+def test_no_terminal_from_the_start(launcher: Launcher, tmp_path: Path) -> None:
+    command = ["sh", "-c", 'exec "$@" >&-', "sh", sys.executable, "-c", LAUNCHER, str(tmp_path / "log"), PRINTING]
+    assert subprocess.run(command, timeout=TIMEOUT_S, check=False).returncode == 3
+    assert (tmp_path / "log").read_text().splitlines() == PRINTED
