@@ -1,26 +1,46 @@
-"""Builds the compiled ops together with the package; everything else about the package is in pyproject.toml.
+"""Builds the compiled ops and copies configs/ into the package; everything else about it is in pyproject.toml.
 
-CUDA where a toolkit is, CPU otherwise; never asks for a GPU, never imports torch. The compiler is optional: without the
-library the ops run on plain torch and say so. SMARTMOE_REQUIRE_BUILD=1 makes a failed build fatal.
+The ops are built for CUDA where a toolkit is and for the CPU otherwise; the build never asks for a GPU and never
+imports torch. The compiler is optional: without the library the ops run on plain torch and say so.
+SMARTMOE_REQUIRE_BUILD=1 makes a failed build fatal; SMARTMOE_LIBRARY names a library that was built elsewhere and is
+taken as it is. A wheel carries the models, clusters and runs of configs/, so that `--config quickstart` works without a
+checkout; a checkout and an editable installation read the folder itself.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 import sys
 from pathlib import Path
 from types import ModuleType
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
-BUILDER = Path(__file__).resolve().parent / "megatron_smartmoe" / "ops" / "_build.py"
+ROOT = Path(__file__).resolve().parent
+
+
+class BuildPython(build_py):
+    """Copies the modules, and configs/ with them unless the installation is editable."""
+
+    def run(self) -> None:
+        """Copy into an empty folder: what an earlier build left there would become part of the wheel."""
+        if self.editable_mode:
+            super().run()
+            return
+        package = Path(self.build_lib) / "megatron_smartmoe"
+        shutil.rmtree(package, ignore_errors=True)
+        super().run()
+        for kind in ("models", "clusters", "runs"):
+            shutil.copytree(ROOT / "configs" / kind, package / "configs" / kind)
 
 
 def load_builder() -> ModuleType:
-    """The builder, by its path: the package itself needs torch, which pip's build environment does not have."""
-    spec = importlib.util.spec_from_file_location("smartmoe_build", BUILDER)
+    """Import the builder by its path: the package itself needs torch, which pip's build environment does not have."""
+    spec = importlib.util.spec_from_file_location("smartmoe_build", ROOT / "megatron_smartmoe" / "ops" / "_build.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -38,9 +58,15 @@ class BuildLibrary(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         """Runs the builder; a failure ends the installation only when SMARTMOE_REQUIRE_BUILD=1."""
+        library = Path(self.get_ext_fullpath(ext.name))
+        if built := os.environ.get("SMARTMOE_LIBRARY"):
+            library.parent.mkdir(parents=True, exist_ok=True)
+            if library.resolve() != Path(built).resolve():  # the same file in an editable installation
+                shutil.copyfile(built, library)
+            return
         builder = load_builder()
         try:
-            builder.build(Path(self.get_ext_fullpath(ext.name)))
+            builder.build(library)
         except (builder.BuildError, OSError) as error:
             if os.environ.get("SMARTMOE_REQUIRE_BUILD") == "1":
                 raise
@@ -56,5 +82,5 @@ class BuildLibrary(build_ext):
 setup(
     # optional: setuptools accepts that the file may be missing after the build
     ext_modules=[Extension("megatron_smartmoe.ops._smartmoe", [], optional=True)],
-    cmdclass={"build_ext": BuildLibrary},
+    cmdclass={"build_py": BuildPython, "build_ext": BuildLibrary},
 )

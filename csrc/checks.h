@@ -1,10 +1,11 @@
-// Argument checks shared by the CPU kernels and the CUDA glue. The texts are those of megatron_smartmoe/ops/checks.py
-// (a test compares them): an error must read the same whichever code serves the op.
+// Argument checks of all ops, shared by the CPU kernels and the CUDA glue. The order and the texts are those of
+// megatron_smartmoe/ops/checks.py (a test compares them): an error must read the same whichever code serves the op.
 #pragma once
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <cstdint>
+#include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -12,19 +13,23 @@
 namespace smartmoe {
 using torch::headeronly::ScalarType;
 
-// A private histogram per block has to fit in shared memory beside enough other blocks: 4096 counters are 16 KiB.
-constexpr int64_t kMaxExperts = 4096;
 // A counting sort keeps 20 bytes per slot in shared memory: 40 KiB, which every GPU grants without asking.
 constexpr int64_t kMaxSlots = 2048;
 constexpr int64_t kMaxRows = 2147483647;  // rows are int32
+
+// The parts joined.
+template <class... Parts>
+std::string text_of(const Parts&... parts) {
+  std::ostringstream text;
+  (text << ... << parts);
+  return text.str();
+}
 
 // Throws the parts joined as one message. std::runtime_error is the one exception that torch's stable ABI turns into a
 // Python error; STD_TORCH_CHECK throws the same, with a source path in front that tells a user nothing.
 template <class... Parts>
 [[noreturn]] void fail(const Parts&... parts) {
-  std::ostringstream text;
-  (text << ... << parts);
-  throw std::runtime_error(text.str());
+  throw std::runtime_error(text_of(parts...));
 }
 
 // The dtype as Python spells it.
@@ -44,16 +49,25 @@ inline const char* dtype_name(ScalarType dtype) {
   }
 }
 
-inline void check_ids(const torch::stable::Tensor& ids, const char* name = "ids") {
+// The shape as Python prints a list of its sizes.
+inline std::string shape_text(const torch::stable::Tensor& tensor) {
+  std::string text = "[";
+  for (int64_t d = 0; d < tensor.dim(); ++d) {
+    if (d > 0) text += ", ";
+    text += std::to_string(tensor.size(d));
+  }
+  return text += "]";
+}
+
+inline std::string device_text(const torch::stable::Tensor& tensor) {
+  if (!tensor.is_cuda()) return "cpu";
+  return text_of("cuda:", tensor.get_device_index());
+}
+
+inline void check_ids(const char* name, const torch::stable::Tensor& ids) {
   const ScalarType dtype = ids.scalar_type();
   if (dtype == ScalarType::Int || dtype == ScalarType::Long) return;
   fail(name, ".dtype = ", dtype_name(dtype), ": it must be int32 or int64. Convert it with ", name, ".long()");
-}
-
-inline void check_num_experts(int64_t num_experts) {
-  if (num_experts >= 1 && num_experts <= kMaxExperts) return;
-  fail("num_experts = ", num_experts, ": it must be in 1..", kMaxExperts,
-       ". Pass the number of logical experts of the layer");
 }
 
 inline void check_int64(const char* name, const torch::stable::Tensor& tensor) {
@@ -62,11 +76,22 @@ inline void check_int64(const char* name, const torch::stable::Tensor& tensor) {
   fail(name, ".dtype = ", dtype_name(dtype), ": it must be int64. Convert it with ", name, ".long()");
 }
 
-// The shape as Python prints a list of its sizes.
-inline std::string shape_text(const torch::stable::Tensor& tensor) {
-  std::string text = "[";
-  for (int64_t d = 0; d < tensor.dim(); ++d) text += (d ? ", " : "") + std::to_string(tensor.size(d));
-  return text + "]";
+inline void check_shape(const char* name, const torch::stable::Tensor& tensor, bool ok, const std::string& rule,
+                        const char* way_out) {
+  if (!ok) fail(name, ".shape = ", shape_text(tensor), ": it must be ", rule, ". ", way_out);
+}
+
+inline void check_device(const char* name, const torch::stable::Tensor& tensor, const char* other_name,
+                         const torch::stable::Tensor& other) {
+  const std::string device = device_text(tensor), expected = device_text(other);
+  if (device == expected) return;
+  fail(name, ".device = ", device, ": it must be ", expected, ", as ", other_name, " has it. Convert it with ", name,
+       ".to(", other_name, ".device)");
+}
+
+inline void check_num_choices(const char* name, const torch::stable::Tensor& tensor) {
+  if (tensor.numel() <= kMaxRows) return;
+  fail(name, ".shape = ", shape_text(tensor), ": it must have at most ", kMaxRows, " choices. Split the micro-batch");
 }
 
 inline void check_split(const torch::stable::Tensor& counts_RE, const torch::stable::Tensor& hosts_ER) {
@@ -74,27 +99,20 @@ inline void check_split(const torch::stable::Tensor& counts_RE, const torch::sta
   if (hosts_ER.scalar_type() != ScalarType::Bool) {
     fail("hosts_ER.dtype = ", dtype_name(hosts_ER.scalar_type()), ": it must be bool. Convert it with hosts_ER.bool()");
   }
-  if (counts_RE.dim() != 2 || counts_RE.size(0) < 1) {
-    fail("counts_RE.shape = ", shape_text(counts_RE),
-         ": it must be [R, E] with at least one rank. Pass the counts of one layer, a row per source rank");
-  }
-  const int64_t num_ranks = counts_RE.size(0), num_experts = counts_RE.size(1);
-  if (hosts_ER.dim() == 2 && hosts_ER.size(0) == num_experts && hosts_ER.size(1) == num_ranks) return;
-  fail("hosts_ER.shape = ", shape_text(hosts_ER), ": it must be [E, R] = [", num_experts, ", ", num_ranks,
-       "], as counts_RE has it. Pass a row per expert");
+  check_shape("counts_RE", counts_RE, counts_RE.dim() == 2 && counts_RE.size(0) >= 1, "[R, E] with at least one rank",
+              "Pass the counts of one layer, a row per source rank");
+  const std::string expected = text_of("[", counts_RE.size(1), ", ", counts_RE.size(0), "]");
+  check_shape("hosts_ER", hosts_ER, shape_text(hosts_ER) == expected,
+              text_of("[E, R] = ", expected, ", as counts_RE has it"), "Pass a row per expert");
 }
 
 inline void check_replicas(const torch::stable::Tensor& load_E, const torch::stable::Tensor& slots_RS,
                            int64_t home_slots, int64_t num_nodes) {
   check_int64("load_E", load_E);
   check_int64("slots_RS", slots_RS);
-  if (load_E.dim() != 1) {
-    fail("load_E.shape = ", shape_text(load_E), ": it must be [E]. Pass the sum of the counts over the source ranks");
-  }
-  if (slots_RS.dim() != 2 || slots_RS.size(0) < 1) {
-    fail("slots_RS.shape = ", shape_text(slots_RS),
-         ": it must be [R, S] with at least one rank. Pass the slots of one layer, a row per rank");
-  }
+  check_shape("load_E", load_E, load_E.dim() == 1, "[E]", "Pass the sum of the counts over the source ranks");
+  check_shape("slots_RS", slots_RS, slots_RS.dim() == 2 && slots_RS.size(0) >= 1, "[R, S] with at least one rank",
+              "Pass the slots of one layer, a row per rank");
   const int64_t num_ranks = slots_RS.size(0), num_slots = slots_RS.size(1), num_experts = load_E.size(0);
   // the product is small once home_slots is known to be at most S
   if (home_slots < 0 || home_slots > num_slots || home_slots * num_ranks != num_experts) {
@@ -104,5 +122,80 @@ inline void check_replicas(const torch::stable::Tensor& load_E, const torch::sta
   if (num_nodes < 1 || num_ranks % num_nodes != 0) {
     fail("num_nodes = ", num_nodes, ": it must divide R = ", num_ranks, ". Pass the nodes that the ranks lie on");
   }
+}
+
+inline void check_dispatch_map(const torch::stable::Tensor& ids_TK, const torch::stable::Tensor& slot_of_E,
+                               int64_t num_slots) {
+  check_ids("ids_TK", ids_TK);
+  check_ids("slot_of_E", slot_of_E);
+  check_shape("ids_TK", ids_TK, ids_TK.dim() == 2, "[T, K_top]", "Pass a row of expert ids per token");
+  check_num_choices("ids_TK", ids_TK);
+  check_shape("slot_of_E", slot_of_E, slot_of_E.dim() == 1 && slot_of_E.numel() >= 1, "[E] with at least one expert",
+              "Pass the slot of each logical expert");
+  if (num_slots < 1 || num_slots > kMaxSlots) {
+    fail("num_slots = ", num_slots, ": it must be in 1..", kMaxSlots,
+         ". Pass the number of slots that slot_of_E points into");
+  }
+  check_device("slot_of_E", slot_of_E, "ids_TK", ids_TK);
+}
+
+// The map of dispatch_map, beside the rows or tokens `tensor` that it is used on.
+inline void check_rows(const torch::stable::Tensor& rows_TK, const char* name, const torch::stable::Tensor& tensor) {
+  if (rows_TK.scalar_type() != ScalarType::Int) {
+    fail("rows_TK.dtype = ", dtype_name(rows_TK.scalar_type()),
+         ": it must be int32. Pass the rows of dispatch_map, or convert it with rows_TK.int()");
+  }
+  check_shape("rows_TK", rows_TK, rows_TK.dim() == 2, "[T, K_top]", "Pass the rows of dispatch_map");
+  check_num_choices("rows_TK", rows_TK);
+  check_device("rows_TK", rows_TK, name, tensor);
+}
+
+inline void check_num_rows(int64_t num_rows) {
+  if (num_rows >= 0 && num_rows <= kMaxRows) return;
+  fail("num_rows = ", num_rows, ": it must be in 0..", kMaxRows,
+       ". Pass the sum of dispatch_map's tokens_S, or any larger number");
+}
+
+inline void check_permute(const torch::stable::Tensor& x_TH, const torch::stable::Tensor& rows_TK, int64_t num_rows) {
+  check_shape("x_TH", x_TH, x_TH.dim() == 2, "[T, H]", "Pass a row per token");
+  check_rows(rows_TK, "x_TH", x_TH);
+  check_shape("rows_TK", rows_TK, rows_TK.size(0) == x_TH.size(0),
+              text_of("[T, K_top] with T = ", x_TH.size(0), ", as x_TH has it"), "Pass the rows of the same tokens");
+  check_num_rows(num_rows);
+}
+
+inline void check_unpermute(const torch::stable::Tensor& y_NH, const torch::stable::Tensor& rows_TK,
+                            const std::optional<torch::stable::Tensor>& weights_TK) {
+  const ScalarType dtype = y_NH.scalar_type();
+  if (dtype != ScalarType::Half && dtype != ScalarType::BFloat16 && dtype != ScalarType::Float &&
+      dtype != ScalarType::Double) {
+    fail("y_NH.dtype = ", dtype_name(dtype),
+         ": it must be float16, bfloat16, float32 or float64. Convert it with y_NH.float()");
+  }
+  check_shape("y_NH", y_NH, y_NH.dim() == 2, "[N, H]", "Pass the permuted rows");
+  check_num_rows(y_NH.size(0));
+  check_rows(rows_TK, "y_NH", y_NH);
+  if (!weights_TK) return;
+  if (weights_TK->scalar_type() != ScalarType::Float && weights_TK->scalar_type() != dtype) {
+    fail("weights_TK.dtype = ", dtype_name(weights_TK->scalar_type()), ": it must be float32, or ", dtype_name(dtype),
+         " as y_NH is. Convert it with weights_TK.float()");
+  }
+  check_shape("weights_TK", *weights_TK, shape_text(*weights_TK) == shape_text(rows_TK),
+              text_of(shape_text(rows_TK), ", as rows_TK has it"), "Pass a weight per choice");
+  check_device("weights_TK", *weights_TK, "y_NH", y_NH);
+}
+
+inline void check_unpermute_backward(const torch::stable::Tensor& grad_TH, const torch::stable::Tensor& y_NH,
+                                     const torch::stable::Tensor& rows_TK, const torch::stable::Tensor& weights_TK) {
+  check_unpermute(y_NH, rows_TK, weights_TK);
+  if (grad_TH.scalar_type() != y_NH.scalar_type()) {
+    fail("grad_TH.dtype = ", dtype_name(grad_TH.scalar_type()), ": it must be ", dtype_name(y_NH.scalar_type()),
+         ", as y_NH is. Convert it with grad_TH.to(y_NH.dtype)");
+  }
+  const std::string expected = text_of("[", rows_TK.size(0), ", ", y_NH.size(1), "]");
+  check_shape("grad_TH", grad_TH, shape_text(grad_TH) == expected,
+              text_of("[T, H] = ", expected, ", as rows_TK and y_NH have it"),
+              "Pass the gradient of unpermute's result");
+  check_device("grad_TH", grad_TH, "y_NH", y_NH);
 }
 }  // namespace smartmoe

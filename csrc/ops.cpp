@@ -5,7 +5,6 @@
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(smartmoe, m) {
-  m.def("expert_histogram(Tensor ids, int num_experts) -> Tensor");
   m.def("min_max_split(Tensor counts_RE, Tensor hosts_ER) -> Tensor");
   m.def("exact_replicas(Tensor load_E, Tensor slots_RS, int home_slots, int num_nodes) -> Tensor");
   m.def("dispatch_map(Tensor ids_TK, Tensor slot_of_E, int num_slots) -> (Tensor, Tensor)");
@@ -17,7 +16,6 @@ STABLE_TORCH_LIBRARY(smartmoe, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(smartmoe, CPU, m) {
-  m.impl("expert_histogram", TORCH_BOX(&smartmoe::cpu::expert_histogram));
   m.impl("min_max_split", TORCH_BOX(&smartmoe::cpu::min_max_split));
   m.impl("exact_replicas", TORCH_BOX(&smartmoe::cpu::exact_replicas));
   m.impl("dispatch_map", TORCH_BOX(&smartmoe::cpu::dispatch_map));
@@ -28,7 +26,6 @@ STABLE_TORCH_LIBRARY_IMPL(smartmoe, CPU, m) {
 
 #ifdef SMARTMOE_WITH_CUDA
 STABLE_TORCH_LIBRARY_IMPL(smartmoe, CUDA, m) {
-  m.impl("expert_histogram", TORCH_BOX(&smartmoe::cuda::expert_histogram));
   m.impl("dispatch_map", TORCH_BOX(&smartmoe::cuda::dispatch_map));
   m.impl("permute", TORCH_BOX(&smartmoe::cuda::permute));
   m.impl("unpermute", TORCH_BOX(&smartmoe::cuda::unpermute));

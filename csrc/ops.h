@@ -11,7 +11,6 @@ namespace smartmoe {
 using torch::stable::Tensor;
 
 namespace cpu {
-Tensor expert_histogram(const Tensor& ids, int64_t num_experts);
 Tensor min_max_split(const Tensor& counts_RE, const Tensor& hosts_ER);
 Tensor exact_replicas(const Tensor& load_E, const Tensor& slots_RS, int64_t home_slots, int64_t num_nodes);
 std::tuple<Tensor, Tensor> dispatch_map(const Tensor& ids_TK, const Tensor& slot_of_E, int64_t num_slots);
@@ -22,7 +21,6 @@ std::tuple<Tensor, Tensor> unpermute_backward(const Tensor& grad_TH, const Tenso
 }  // namespace cpu
 
 namespace cuda {
-Tensor expert_histogram(const Tensor& ids, int64_t num_experts);
 std::tuple<Tensor, Tensor> dispatch_map(const Tensor& ids_TK, const Tensor& slot_of_E, int64_t num_slots);
 Tensor permute(const Tensor& x_TH, const Tensor& rows_TK, int64_t num_rows);
 Tensor unpermute(const Tensor& y_NH, const Tensor& rows_TK, const std::optional<Tensor>& weights_TK);

@@ -1,12 +1,13 @@
 """Errors that a user can act on.
 
 Every message names the field, its value, the rule that it breaks and the way out, so that nobody has to read a
-traceback to mend a command line. Anything else that is raised is a bug of this project.
+traceback to correct a command line. Anything else that is raised is a bug of this project.
 """
 
 from __future__ import annotations
 
 EXIT_CONFIG_ERROR = 2  # exit status of every command of the project for a wrong command line or file
+SHOWN_CHARACTERS = 200  # of a value in a message: enough to recognize it
 
 
 class SmartMoEError(Exception):
@@ -18,22 +19,31 @@ class ConfigError(SmartMoEError):
 
     Args:
         field: the flag or the dotted path of the key, as the user wrote it.
-        value: what the user gave.
-        rule: what it should be, as a statement.
-        way_out: what to type or change instead.
+        value: the value that the user gave.
+        rule: the rule that it breaks, as a statement.
+        way_out: what to write instead.
     """
 
     def __init__(self, field: str, value: object, rule: str, way_out: str) -> None:
         self.field, self.value, self.rule, self.way_out = field, value, rule, way_out
-        super().__init__(f"{field} = {value!r}: {rule}. {way_out}")
+        super().__init__(f"{field} = {shown(value)}: {rule}. {way_out}")
 
     def __reduce__(self) -> tuple[type[ConfigError], tuple[str, object, str, str]]:
         """Pickle by the four parts (the default would replay the joined message as `field`)."""
         return type(self), (self.field, self.value, self.rule, self.way_out)
 
 
+def shown(value: object) -> str:
+    """A value as an error shows it: its repr, of a long one the beginning and the end."""
+    text = repr(value)
+    if len(text) <= SHOWN_CHARACTERS:
+        return text
+    head, tail = SHOWN_CHARACTERS * 3 // 4, SHOWN_CHARACTERS // 4
+    return f"{text[:head]} ... ({len(text) - head - tail} characters) ... {text[-tail:]}"
+
+
 class CompatError(SmartMoEError):
-    """The installed software (Megatron, torch, a compiler) is not one that the project can work with."""
+    """The installed software (Megatron, torch, a compiler) is not supported."""
 
 
 class PlanError(SmartMoEError):
@@ -41,7 +51,7 @@ class PlanError(SmartMoEError):
 
 
 class MigrationError(SmartMoEError):
-    """Experts could not be moved; the placement that was in force before stays in force."""
+    """Experts could not be moved; they stay where they were."""
 
 
 class CheckpointError(SmartMoEError):

@@ -3,21 +3,22 @@
 
     OMP_NUM_THREADS=1 .venv/bin/python scripts/bench_balance.py --trace F.npz [--ep 2 4 8] [--steps N] [--first RECORD]
 
-Real training on gloo ranks, one thread each, through the real entry; only what the routers choose is the trace's. The
-model is small and its experts are not, so that expert compute dominates as it does on GPUs. Variants:
+Real training on gloo ranks, one thread each, through the real entry; only the routers' choices come from the trace.
+The model is small and its experts are large, so that expert compute dominates as it does on GPUs. Variants:
 
-    off         --smartmoe, nothing is balanced
+    off         --smartmoe without balancing
     stock       Megatron's own MoE layer
-    homes       experts move to other ranks when that pays
-    history     one spare slot a rank, copies planned from earlier iterations
-    exact       one spare slot a rank, copies planned from each micro-batch's counts
-    ultraep     the same executor, copies and shares by UltraEP's rule, one spare slot, exact counts
+    homes       experts move to other ranks when that pays off
+    history     one spare slot per rank, replicas planned from earlier iterations
+    exact       one spare slot per rank, replicas planned from each micro-batch's counts
+    ultraep     the same executor, replicas and token split by UltraEP's rule, one spare slot, exact counts
     fastermoe   the same executor, shadows by FasterMoE's rule (with this machine's constants), memory for all of them
 
-Reported for a step: wall time; the CPU time of the busiest rank, which is what the wall would be with a core for each
-rank, and the only honest figure when there are more ranks than cores; and max / mean tokens per rank as the experts saw
-it. Medians over the steps after the warm-up, the busiest rank of every step. UltraEP, EPLB and others that relocate
-homes every time are in `smartmoe simulate`; here homes stay, because a move must carry the optimizer's state along.
+Reported per step: wall time; the CPU time of the busiest rank, which is what the wall time would be with a core for
+each rank, and the figure to compare when there are more ranks than cores; and max / mean tokens per rank at the
+experts. Medians over the steps after the warm-up, the busiest rank of every step. UltraEP, EPLB and others that
+relocate homes every time are in `smartmoe simulate`; here homes stay, because a move must carry the optimizer's state
+along.
 """
 
 from __future__ import annotations
@@ -49,11 +50,12 @@ TRAINING = (
     "--vocab-size 1023 --num-workers 0"
 ).split()
 WARM_UP = 5  # steps
-OURS = ["--smartmoe", "--smartmoe-homes", "off"]
-SPARE = [*OURS, "--smartmoe-spare-slots", "1", "--smartmoe-replicas-margin", "0"]
+NETWORK_BYTES_S, RANK_FLOP_S = 1.4e9, 46e9  # nominal rates of the shipped cluster `cpu`, rounded
+WITHOUT_BALANCING = ["--smartmoe", "--smartmoe-homes", "off"]
+SPARE = [*WITHOUT_BALANCING, "--smartmoe-spare-slots", "1", "--smartmoe-replicas-margin", "0"]
 EXACT = [*SPARE, "--smartmoe-replicas", "exact"]
 VARIANTS = {
-    "off": OURS,
+    "off": WITHOUT_BALANCING,
     "stock": [],
     "homes": ["--smartmoe", "--smartmoe-homes-interval", "5"],
     "history": SPARE,
@@ -65,7 +67,7 @@ VARIANTS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Steps:
-    """Seconds of each step of each rank, `[step, rank]`, and max / mean tokens per rank by step."""
+    """Wall and CPU seconds of each step on each rank, `[step, rank]`, and max / mean tokens per rank of each step."""
 
     wall: np.ndarray
     cpu: np.ndarray
@@ -78,7 +80,7 @@ class Steps:
 
 
 def run(variant: str, trace: Path, ranks: int, steps: int, experts: int, top_k: int) -> Steps:
-    """One training run."""
+    """Train for `steps` steps in a new process per rank."""
     with tempfile.TemporaryDirectory() as run_dir:
         flags = [*MODEL, *TRAINING, *VARIANTS[variant], "--num-experts", str(experts)]
         flags += ["--moe-router-topk", str(top_k), "--expert-model-parallel-size", str(ranks)]
@@ -99,7 +101,7 @@ def run(variant: str, trace: Path, ranks: int, steps: int, experts: int, top_k: 
 
 
 def rank_main(variant: str, run_dir: str, flags: list[str]) -> None:
-    """What every rank runs: Megatron's pretraining, with a stopwatch around each step."""
+    """Run Megatron's pretraining on one rank, with a timer around each step."""
     from megatron_smartmoe.adapter.hooks import Callback, Order
     from megatron_smartmoe.adapter.pretrain import main
 
@@ -126,7 +128,7 @@ def rank_main(variant: str, run_dir: str, flags: list[str]) -> None:
 
 
 def follow_rule(name: str) -> None:
-    """Have the executor place copies and split tokens by a peer's rule."""
+    """Have the executor place replicas and split tokens by a peer's rule."""
     import megatron_smartmoe.adapter.loops.replicas as loop
     import megatron_smartmoe.adapter.moe.replica_dispatcher as dispatcher
     from megatron_smartmoe.placement.layer_plan import LayerPlan, LayerProblem, Rule, tokens_by_rank
@@ -134,10 +136,15 @@ def follow_rule(name: str) -> None:
     from megatron_smartmoe.simulate.baselines.fastermoe import FasterMoE
     from megatron_smartmoe.simulate.baselines.ultraep import UltraEp
 
-    machine = FasterMoE(
-        hidden=HIDDEN, ffn_factor=1.5 * FFN / HIDDEN, network_bytes_s=1.4e9, gpu_flops=46e9, element_bytes=4
-    )  # 1.5: three matrices of SwiGLU for FasterMoE's two
-    rule: Rule = machine if name == "fastermoe" else UltraEp()
+    rule: Rule = UltraEp()
+    if name == "fastermoe":
+        rule = FasterMoE(
+            hidden=HIDDEN,
+            ffn_factor=1.5 * FFN / HIDDEN,  # SwiGLU has three matrices where FasterMoE's formula assumes two
+            network_bytes_s=NETWORK_BYTES_S,
+            gpu_flops=RANK_FLOP_S,
+            element_bytes=4,
+        )
     latest: list[LayerPlan] = []
 
     def exact_slots(counts_RE: Any, slots_RS: Any, home_slots: int, **prices: Any) -> Any:
@@ -176,27 +183,27 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--first", type=int, default=100, help="record of the trace that the runs begin with")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
-    options = parser.parse_args()
+    args = parser.parse_args()
     from megatron_smartmoe.spec.trace import RoutingTrace, load_trace
 
-    whole = load_trace(options.trace)
-    part = slice(options.first, options.first + options.steps)
+    whole = load_trace(args.trace)
+    part = slice(args.first, args.first + args.steps)
     with tempfile.TemporaryDirectory() as folder:
-        cut = Path(folder) / "cut.npz"
+        part_path = Path(folder) / "part.npz"
         RoutingTrace(
             counts=whole.counts[part], iteration=whole.iteration[part], layer=whole.layer, meta=whole.meta
-        ).save(cut)
+        ).save(part_path)
         print(
             f"{'EP':>3} {'variant':<10} {'wall ms':>9} {'busiest rank CPU ms':>20} {'off / this':>11} {'max/mean':>9}"
         )
-        for ranks in options.ep:
+        for ranks in args.ep:
             off = float("nan")
-            for variant in options.variants:
-                steps = run(variant, cut, ranks, options.steps, whole.num_experts, int(whole.meta["top_k"]))
+            for variant in args.variants:
+                steps = run(variant, part_path, ranks, args.steps, whole.num_experts, int(whole.meta["top_k"]))
                 wall, cpu, balance = steps.row()
                 off = cpu if variant == "off" else off
                 line = f"{ranks:>3} {variant:<10} {wall * 1e3:>9.1f} {cpu * 1e3:>20.1f} {off / cpu:>11.2f}"
-                print(f"{line} {balance:>9.4f}" if balance == balance else f"{line} {'-':>9}", flush=True)
+                print(f"{line} {'-':>9}" if np.isnan(balance) else f"{line} {balance:>9.4f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
 
     OMP_NUM_THREADS=1 .venv/bin/python scripts/bench_layer.py [--pairs N] [--iterations N] [-- any Megatron flag...]
 
-Trains the quickstart's model on mock data, stock and with `--smartmoe`, one after the other and in turns, so that a
-machine that is busy for a while is busy for both. Reported is the median over pairs of the ratio of the median steps.
+Trains the quickstart's model on mock data with stock Megatron and with `--smartmoe`, alternating, so that a machine
+that is busy for a while slows down both. Reports the median over pairs of the ratio of the median steps.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ WARM_UP = 5  # steps
 
 
 def step_seconds(flags: list[str], iterations: int, ranks: int) -> float:
-    """Median step of one run."""
+    """Median seconds per step of one run."""
     with tempfile.TemporaryDirectory() as run_dir:
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--standalone"]
         command += ["-m", "megatron_smartmoe.adapter.pretrain", *MODEL, *TRAINING, "--train-iters", str(iterations)]
@@ -44,7 +44,7 @@ def step_seconds(flags: list[str], iterations: int, ranks: int) -> float:
         if done.returncode:
             raise SystemExit(done.stdout[-2000:] + done.stderr[-4000:])
         lines = [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
-    return statistics.median(line["seconds_per_step"] for line in lines[WARM_UP:])
+    return float(statistics.median(line["seconds_per_step"] for line in lines[WARM_UP:]))
 
 
 def main() -> None:
@@ -54,14 +54,14 @@ def main() -> None:
     parser.add_argument("--iterations", type=int, default=60)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("flags", nargs="*", help="any Megatron flag, after --")
-    options = parser.parse_args()
+    args = parser.parse_args()
     ratios = []
-    for pair in range(options.pairs):
+    for pair in range(args.pairs):
         order = ["stock", "smartmoe"] if pair % 2 == 0 else ["smartmoe", "stock"]
         seconds = {}
         for kind in order:
-            ours = ["--smartmoe", "--smartmoe-homes", "off"] if kind == "smartmoe" else []
-            seconds[kind] = step_seconds([*options.flags, *ours], options.iterations, options.ranks)
+            own_layer = ["--smartmoe", "--smartmoe-homes", "off"] if kind == "smartmoe" else []
+            seconds[kind] = step_seconds([*args.flags, *own_layer], args.iterations, args.ranks)
         ratios.append(seconds["smartmoe"] / seconds["stock"])
         times = "  ".join(f"{kind} {seconds[kind] * 1e3:8.2f} ms" for kind in ("stock", "smartmoe"))
         print(f"pair {pair + 1}: {times}  ratio {ratios[-1]:.3f}", flush=True)

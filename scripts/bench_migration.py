@@ -1,9 +1,9 @@
-"""Bandwidth of a migration against a raw send and receive of the same bytes, in the same run.
+"""Bandwidth of a migration compared with raw sends and receives of the same bytes, in the same run.
 
-Each of the ranks of one expert-parallel group exchanges all its experts with its neighbour's: weights in bf16, fp32
-main weights and two moments. The raw measurement sends as many bytes between the same ranks, from one buffer into
-another, both directions at once; nothing is packed, verified or written. They alternate; the medians are
-reported, and the best of each, which says more on a machine that does other work too.
+Each rank of one expert-parallel group sends all its experts to the next rank: weights in bf16, fp32 main weights and
+two moments. The raw measurement sends as many bytes between the same ranks, from one buffer into another, both
+directions at once; nothing is packed, verified or written. The two alternate. Reported are the medians, and the best of
+each, which is more telling on a machine that does other work too.
 
     python scripts/bench_migration.py                       # 2 gloo ranks on this machine
     torchrun --nproc-per-node 8 scripts/bench_migration.py  # NCCL, one rank per GPU
@@ -22,7 +22,7 @@ from datetime import timedelta
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from torch.multiprocessing.spawn import spawn
 
 from megatron_smartmoe.placement.migration import CHUNK_BYTES, MigrationPlan, plan_migration
 from megatron_smartmoe.placement.transfers import LayerLayout, TensorLayout
@@ -34,7 +34,7 @@ TIMEOUT_S = 120.0
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What the command line asks for."""
+    """The command line."""
 
     ranks: int
     slots: int
@@ -46,7 +46,7 @@ class Options:
 
 
 def layout(options: Options) -> LayerLayout:
-    """An expert with a gated activation, the state of bf16 training with Adam."""
+    """The tensors of an expert with a gated activation in bf16 training with Adam."""
     tensors = []
     for name, numel in (("weight1", 2 * options.ffn * options.hidden), ("weight2", options.ffn * options.hidden)):
         held_SC2 = np.tile(np.array([0, numel]), (options.slots, 1, 1))
@@ -57,19 +57,19 @@ def layout(options: Options) -> LayerLayout:
     return LayerLayout(layer=0, tensors=tuple(tensors))
 
 
-def live_state(one: LayerLayout, device: torch.device) -> LayerState:
-    """Parameters as `SlottedExperts` has them: the slots of a tensor lie one after another."""
+def live_state(layer: LayerLayout, device: torch.device) -> LayerState:
+    """Random experts as `SlottedExperts` has them: the slots of a tensor lie one after another."""
     dtypes = {2: torch.bfloat16, 4: torch.float32}
     columns = [
-        torch.randn(one.home_slots, t.numel, device=device, dtype=torch.float32).to(dtypes[t.itemsize])
-        for t in one.tensors
+        torch.randn(layer.home_slots, t.numel, device=device, dtype=torch.float32).to(dtypes[t.itemsize])
+        for t in layer.tensors
     ]
-    pieces = tuple(tuple(column[slot] for column in columns) for slot in range(one.home_slots))
-    return LayerState(layout=one, shards=(0,) * len(one.tensors), pieces=pieces)
+    pieces = tuple(tuple(column[slot] for column in columns) for slot in range(layer.home_slots))
+    return LayerState(layout=layer, shards=(0,) * len(layer.tensors), pieces=pieces)
 
 
-def raw(plan: MigrationPlan, buffers: tuple[torch.Tensor, torch.Tensor], device: torch.device) -> float:
-    """Seconds for the bytes of a plan, sent from buffer to buffer."""
+def raw_seconds(plan: MigrationPlan, buffers: tuple[torch.Tensor, torch.Tensor], device: torch.device) -> float:
+    """Seconds to send the bytes of a plan from buffer to buffer."""
     rank, size = dist.get_rank(), dist.get_world_size()
     dist.barrier()
     begin = time.perf_counter()
@@ -83,7 +83,7 @@ def raw(plan: MigrationPlan, buffers: tuple[torch.Tensor, torch.Tensor], device:
 
 
 def migrate(exchange: ExpertExchange, plan: MigrationPlan, state: LayerState) -> tuple[float, MigrationReport]:
-    """Seconds for a migration, from the comparison of plans to the last commit."""
+    """Seconds of a migration, from the comparison of plans to the last commit."""
     dist.barrier()
     begin = time.perf_counter()
     report = exchange.execute(plan, {0: state}, lambda step: None)
@@ -99,17 +99,17 @@ def _slowest(begin: float, device: torch.device) -> float:
 
 
 def measure(options: Options, device: torch.device) -> None:
-    """Both measurements, alternating; rank 0 prints."""
+    """Alternate both measurements; rank 0 prints."""
     rank, size = dist.get_rank(), dist.get_world_size()
-    one = layout(options)
-    state = live_state(one, device)
+    layer = layout(options)
+    state = live_state(layer, device)
     staging_bytes = options.staging_mib << 20
     before_E = np.arange(size * options.slots)
     after_E = (before_E + options.slots) % len(before_E)
     plan = plan_migration(
         before_E[None],
         after_E[None],
-        [one],
+        [layer],
         num_ranks=size,
         staging_bytes=staging_bytes,
         max_chunk_bytes=int(options.chunk_mib * 2**20),
@@ -122,9 +122,9 @@ def measure(options: Options, device: torch.device) -> None:
     buffers = torch.ones(most, dtype=torch.uint8, device=device), torch.ones(most, dtype=torch.uint8, device=device)
     raws, moves = [], []
     for repeat in range(options.repeats + 1):
-        raw_s = raw(plan, buffers, device)
+        raw_s = raw_seconds(plan, buffers, device)
         move_s, report = migrate(exchange, plan, state)
-        if repeat:  # the first opens connections
+        if repeat:  # the first one opens connections
             raws.append(raw_s)
             moves.append(move_s)
         assert report.sent_bytes == plan.sent_bytes_W[rank]
@@ -148,15 +148,15 @@ def _print(plan: MigrationPlan, report: MigrationReport, raws: list[float], move
 
 
 def main() -> None:
-    """Start the ranks, unless torchrun has."""
+    """Start the ranks unless torchrun has started them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, default=2, help="gloo ranks to start; ignored under torchrun")
     parser.add_argument("--slots", type=int, default=2, help="experts per rank; all of them move")
-    parser.add_argument("--hidden", type=int, default=1024)
-    parser.add_argument("--ffn", type=int, default=2048)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--chunk-mib", type=float, default=CHUNK_BYTES / 2**20)
-    parser.add_argument("--staging-mib", type=int, default=1024)
+    parser.add_argument("--hidden", type=int, default=1024, help="hidden size")
+    parser.add_argument("--ffn", type=int, default=2048, help="hidden size of an expert's MLP")
+    parser.add_argument("--repeats", type=int, default=5, help="repetitions of each measurement")
+    parser.add_argument("--chunk-mib", type=float, default=CHUNK_BYTES / 2**20, help="largest packed chunk, in MiB")
+    parser.add_argument("--staging-mib", type=int, default=1024, help="bound of the staging memory, in MiB")
     options = Options(**vars(parser.parse_args()))
     if "RANK" in os.environ:
         _rank(int(os.environ["LOCAL_RANK"]), options)
@@ -166,7 +166,7 @@ def main() -> None:
         port = listener.getsockname()[1]
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(options.ranks)}
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    mp.spawn(_rank, args=(options,), nprocs=options.ranks)
+    spawn(_rank, args=(options,), nprocs=options.ranks)
 
 
 def _rank(local_rank: int, options: Options) -> None:

@@ -6,8 +6,8 @@
     python scripts/bench_ops.py --device cuda --nominal-gbs 4800      also against the data sheet
 
 An op's bytes are the compulsory ones: every row read once and written once, maps and weights included. The roof is a
-copy measured in the same run, into memory that is there already; 100% is as fast as that copy, for the same bytes read
-and written. A time is the median of --repeats calls after --warm-up. Results are checked against the twin beforehand.
+copy measured in the same run, into memory that is allocated already; 100% is as fast as that copy, for the same bytes
+read and written. A time is the median of --repeats calls after --warm-up. Results are checked against the twin first.
 """
 
 from __future__ import annotations
@@ -39,15 +39,15 @@ GPU_SIZES: dict[str, list[int]] = {"tokens": [8192, 16384], "hidden": [4096, 716
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One layer's dispatch.
+    """Arguments of one layer's dispatch.
 
     Attributes:
-        ids_TK: chosen experts.
-        slot_of_E: where they live, a random permutation.
-        rows_TK: the map.
-        x_TH: tokens.
+        ids_TK: experts that the tokens chose.
+        slot_of_E: the slot of each expert, a random permutation.
+        rows_TK: result of dispatch_map.
+        x_TH: a row per token.
         y_NH: rows sorted by slot.
-        weights_TK: float32.
+        weights_TK: a float32 factor per choice.
     """
 
     ids_TK: Tensor
@@ -58,7 +58,7 @@ class Case:
     weights_TK: Tensor
 
     def num_bytes(self, op: str) -> int:
-        """Compulsory traffic, read and written."""
+        """Bytes that the op has to read and write."""
         choices, tokens = self.ids_TK.numel(), self.x_TH.nbytes
         rows = self.y_NH.nbytes
         return {
@@ -72,7 +72,7 @@ class Case:
 
 @dataclass(frozen=True, kw_only=True)
 class Line:
-    """One measurement: who did which op at which size, in microseconds, and its bytes over the roof's."""
+    """One measurement: op, implementation, size, time in microseconds, bandwidth, and its fraction of the roof."""
 
     op: str
     by: str
@@ -128,7 +128,7 @@ def make_case(tokens: int, hidden: int, top_k: int, experts: int, dtype: torch.d
 
 
 def ours(case: Case, backend: Any) -> dict[str, Callable[[], object]]:
-    """The ops, of the kernels or of the twins."""
+    """Calls of the ops: `backend` has the kernels or the twins."""
     experts = case.slot_of_E.numel()
     rows, num_rows, weights = case.rows_TK, case.y_NH.shape[0], case.weights_TK
     return {
@@ -149,7 +149,7 @@ def masks(case: Case) -> tuple[Tensor, Tensor]:
 
 
 def megatron(case: Case, moe_utils: ModuleType) -> dict[str, Callable[[], object]]:
-    """Megatron's, without fusion. Its permute makes the map too; its backward is autograd's, forward not counted."""
+    """Calls of Megatron's ops without fusion. Its permute includes the map; its backward is autograd's alone."""
     routing_map, probs = masks(case)
     shape, num_rows = case.x_TH.shape, case.y_NH.shape[0]
     order = moe_utils.permute(case.x_TH, routing_map, num_out_tokens=num_rows)[2]
@@ -167,7 +167,7 @@ def megatron(case: Case, moe_utils: ModuleType) -> dict[str, Callable[[], object
 
 
 def transformer_engine(case: Case, te: ModuleType) -> dict[str, Callable[[], object]]:
-    """TransformerEngine's Triton kernels: its map is make_row_id_map's."""
+    """Calls of TransformerEngine's Triton kernels; make_row_id_map is its dispatch_map."""
     routing_map, probs = masks(case)
     (tokens, experts), (num_rows, hidden) = routing_map.shape, case.y_NH.shape
     row_map = te.make_row_id_map(routing_map, tokens, experts)
@@ -187,7 +187,7 @@ def transformer_engine(case: Case, te: ModuleType) -> dict[str, Callable[[], obj
 
 
 def contenders(case: Case, with_triton: bool) -> dict[str, dict[str, Callable[[], object]]]:
-    """Everyone whose code can be imported here."""
+    """The implementations that can be imported here."""
     found = {"smartmoe": ours(case, KERNELS), "twin": ours(case, reference)}
     for name, module, make in (
         ("megatron", "megatron.core.transformer.moe.moe_utils", megatron),
@@ -214,7 +214,7 @@ def check(case: Case) -> None:
 
 
 def copy_gbs(device: str, num_bytes: int, clock: Clock) -> float:
-    """Bandwidth of a copy, bytes read and written, in GB/s."""
+    """Bandwidth of a copy in GB/s, counting bytes read and written."""
     source = torch.ones(num_bytes // 8, dtype=torch.int64, device=device)
     target = torch.empty_like(source)
     return 2 * num_bytes / clock.median_us(lambda: target.copy_(source)) / 1000
@@ -232,20 +232,22 @@ def device_name(device: str) -> str:
 def parse() -> argparse.Namespace:
     """The command line, with the device's defaults filled in."""
     parser = argparse.ArgumentParser(description="Time the dispatch ops against their peers and the byte roofline.")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where to run")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="device to run on (default: cpu)")
     parser.add_argument(
-        "--dtype", choices=["float32", "bfloat16", "float16"], help="of rows (CPU float32, GPU bfloat16)"
+        "--dtype",
+        choices=["float32", "bfloat16", "float16"],
+        help="dtype of the rows (default: float32 on the CPU, bfloat16 on a GPU)",
     )
     parser.add_argument("--tokens", type=int, nargs="+", help="T, tokens of a micro-batch")
     parser.add_argument("--hidden", type=int, nargs="+", help="H, elements of a row")
     parser.add_argument("--top-k", type=int, nargs="+", help="choices of a token")
-    parser.add_argument("--experts", type=int, default=64, help="E, and as many slots")
-    parser.add_argument("--repeats", type=int, default=20, help="timed calls")
-    parser.add_argument("--warm-up", type=int, default=3, help="calls before them")
+    parser.add_argument("--experts", type=int, default=64, help="experts, and as many slots")
+    parser.add_argument("--repeats", type=int, default=20, help="timed calls per op")
+    parser.add_argument("--warm-up", type=int, default=3, help="untimed calls before them")
     parser.add_argument(
         "--nominal-gbs", type=float, help="memory bandwidth of the data sheet in GB/s, for one more column"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the choices and rows")
+    parser.add_argument("--seed", type=int, default=0, help="random seed of the choices and rows")
     parser.add_argument("--json", type=Path, help="also write the measurements to this file")
     args = parser.parse_args()
     for name, values in (GPU_SIZES if args.device == "cuda" else CPU_SIZES).items():
@@ -255,14 +257,14 @@ def parse() -> argparse.Namespace:
 
 
 def measure(args: argparse.Namespace, clock: Clock, roof_gbs: float) -> Iterator[Line]:
-    """All lines, size by size."""
+    """Yields the measurements, size by size."""
     sizes = [(t, h, k) for t in args.tokens for h in args.hidden for k in args.top_k]
     for tokens, hidden, top_k in sizes:
         case = make_case(tokens, hidden, top_k, args.experts, getattr(torch, args.dtype), args.device)
         check(case)
-        everyone = contenders(case, with_triton=args.device == "cuda")
-        for op in everyone["smartmoe"]:
-            for by, calls in everyone.items():
+        implementations = contenders(case, with_triton=args.device == "cuda")
+        for op in implementations["smartmoe"]:
+            for by, calls in implementations.items():
                 if op not in calls:
                     continue
                 time_us = clock.median_us(calls[op])

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Step time with dispatch and combine cut into D pieces against whole ones, in pairs.
+"""Step time with dispatch and combine in D chunks compared with unchunked ones, in pairs of runs.
 
     OMP_NUM_THREADS=1 .venv/bin/python scripts/bench_overlap.py [--degree D] [--ranks R] [--pairs N] [-- any flag...]
 
-Trains a model whose time goes into its experts, on mock data, with and without `--smartmoe-overlap-degree D`, one after
-the other and in turns, so that a machine that is busy for a while is busy for both. Reported is the median over pairs
-of the ratio of the median steps. On a CPU an exchange needs a core too: with fewer cores than twice the ranks there is
-little to hide behind.
+Trains a model that spends most of its time in its experts, on mock data, with and without
+`--smartmoe-overlap-degree D`, one after the other and in alternating order, so that other load on the machine affects
+both alike. Reported is the median over pairs of the ratio of the median steps. On a CPU an exchange needs a core too:
+with fewer cores than twice the ranks little of it can be hidden.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ EXPERTS = (
 def main() -> None:
     """Run the pairs and print a line for each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--degree", default="2")
-    parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--pairs", type=int, default=5)
-    parser.add_argument("--iterations", type=int, default=30)
+    parser.add_argument("--degree", default="2", help="D, chunks of each all-to-all; at most the number of ranks")
+    parser.add_argument("--ranks", type=int, default=2, help="expert-parallel ranks, started on this machine")
+    parser.add_argument("--pairs", type=int, default=5, help="pairs of runs")
+    parser.add_argument("--iterations", type=int, default=30, help="training steps of each run")
     parser.add_argument("flags", nargs="*", help="any Megatron flag, after --")
     options = parser.parse_args()
     ratios = []

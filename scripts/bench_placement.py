@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Times the host ops of the placement against their numpy twins, in one process on one core; and compares balance.
+"""Time the host ops of the placement and their numpy twins, in one process on one core; or compare balance.
 
     python scripts/bench_placement.py                     256 experts on 64 ranks, 1 and 2 spare slots
     python scripts/bench_placement.py --ranks 32 --repeats 1000
@@ -9,13 +9,13 @@ Every draw is checked: the compiled ops must give the very slots and tokens of t
 caches and with its way through the dispatcher. A draw's time is the median of its calls; the table has the median over
 draws of fresh lognormal loads, and the worst draw. The steps:
 
-    split            on copies planned for this load
-    split, drifted   on copies planned before each expert's load changed by a lognormal factor (--drift)
-    copies + split   all that a micro-batch needs: sum of the counts, new copies, who hosts what, split
+    split               on replicas planned for this load
+    split, drifted      on replicas planned before each expert's load changed by a lognormal factor (--drift)
+    replicas + split    all that a micro-batch needs: sum of the counts, new replicas, hosts, split
 
 `--balance` replays synthetic traces whose load jumps (one expert 4, 8 or 16 times as popular for a third of every 24,
 12 or 6 records) or drifts (2%, 5% or 20% a record), two seeds each. Its table has the mean of max / mean tokens per
-rank and, behind the stroke, the worst record. It needs no compiled library.
+rank and, after the slash, the worst record. It needs no compiled library.
 """
 
 from __future__ import annotations
@@ -29,9 +29,12 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout, when the script is run by its path
 
 from megatron_smartmoe import ops
 from megatron_smartmoe.cost.moe_layer import LayerConstants
@@ -83,27 +86,27 @@ def drift(rng: np.random.Generator, problem: Draw, sigma: float) -> Draw:
 
 
 def numpy_step(problem: Draw) -> IntArray:
-    """Copies and split by the twins."""
+    """Replicas and split by the twins."""
     counts_RE = problem.counts_RE
     slots_RS = exact_replicas(counts_RE.sum(axis=0), problem.slots_RS, problem.home_slots)
     return min_max_split(counts_RE, hosts_of(slots_RS, counts_RE.shape[1]))
 
 
 def compiled_step(counts_RE: torch.Tensor, slots_RS: torch.Tensor, home_slots: int) -> torch.Tensor:
-    """Copies and split by the ops."""
+    """Replicas and split by the ops."""
     new_RS = ops.exact_replicas(counts_RE.sum(0), slots_RS, home_slots)
     hosts_ER = torch.from_numpy(hosts_of(new_RS.numpy(), counts_RE.shape[1]))
     return ops.min_max_split(counts_RE, hosts_ER)
 
 
 def check_equal(found: torch.Tensor, expected: IntArray) -> None:
-    """Ends the program when an op and its twin disagree."""
+    """Exit with an error when an op and its twin disagree."""
     if not np.array_equal(found.numpy(), expected):
-        sys.exit("the compiled ops and their twins disagree: tests/unit/ops/test_ops_placement.py finds where")
+        sys.exit("the compiled ops and their twins disagree: tests/unit/ops/test_placement.py finds where")
 
 
 def fewer(repeats: int) -> int:
-    """Calls of a twin, which takes far longer."""
+    """Repeats for a twin, which takes far longer than its op."""
     return max(1, repeats // 20)
 
 
@@ -119,7 +122,7 @@ def time_us(call: Callable[[], object], repeats: int) -> float:
 
 
 def time_split(problem: Draw, slots_RS: IntArray, repeats: int) -> tuple[float, float]:
-    """Checks and times the split on some slots, in us: op and twin."""
+    """Check and time the split with given slots, in us: op and twin."""
     hosts_ER = hosts_of(slots_RS, problem.counts_RE.shape[1])
     args = torch.from_numpy(problem.counts_RE), torch.from_numpy(hosts_ER)
     check_equal(ops.min_max_split(*args), min_max_split(problem.counts_RE, hosts_ER))
@@ -130,14 +133,14 @@ def time_split(problem: Draw, slots_RS: IntArray, repeats: int) -> tuple[float, 
 
 
 def time_step(problem: Draw, repeats: int) -> tuple[float, float]:
-    """Checks and times copies + split, in us: ops and twins."""
+    """Check and time replicas + split, in us: ops and twins."""
     args = torch.from_numpy(problem.counts_RE), torch.from_numpy(problem.slots_RS), problem.home_slots
     check_equal(compiled_step(*args), numpy_step(problem))
     return time_us(lambda: compiled_step(*args), repeats), time_us(lambda: numpy_step(problem), fewer(repeats))
 
 
 def plan(problem: Draw) -> IntArray:
-    """Slots with the copies for this load, checked."""
+    """Slots with the replicas for this load, checked."""
     load_E = problem.counts_RE.sum(axis=0)
     expected_RS = exact_replicas(load_E, problem.slots_RS, problem.home_slots)
     found_RS = ops.exact_replicas(torch.from_numpy(load_E), torch.from_numpy(problem.slots_RS), problem.home_slots)
@@ -162,7 +165,7 @@ RIVALS: dict[str, Rule] = {
 
 
 def balance_table() -> None:
-    """One line for each kind of load, shape and number of spare slots: all traces of it together."""
+    """Print a line for each kind of load, shape and number of spare slots, over all of its traces."""
     columns = ["ours, history", "ours, auto", *RIVALS]
     print(f"{'load':<9}{'experts':>8}{'ranks':>6}{'slots':>6}" + "".join(f"{name:>20}" for name in columns))
     behind = 0
@@ -170,7 +173,8 @@ def balance_table() -> None:
         for (experts, ranks), spare in itertools.product(SHAPES, (1, 2)):
             traces = [burst_or_drift(kind, experts, ranks, seed, v) for v in variants for seed in (0, 1)]
             found = [balance_of(trace, ranks, spare) for trace in traces]
-            behind += sum(f["ours, auto"].mean() > min(f["EPLB"].mean(), f["UltraEP, exact"].mean()) for f in found)
+            rivals = [min(f["EPLB"].mean(), f["UltraEP, exact"].mean()) for f in found]
+            behind += sum(bool(f["ours, auto"].mean() > rival) for f, rival in zip(found, rivals, strict=True))
             line = ""
             for name in columns:
                 mean = np.mean([f[name].mean() for f in found])
@@ -179,21 +183,25 @@ def balance_table() -> None:
     print(f"traces on which ours, auto, has a larger mean than EPLB or UltraEP with the exact counts: {behind}")
 
 
-def burst_or_drift(kind: str, experts: int, ranks: int, seed: int, changes: dict[str, float]) -> RoutingTrace:
+def burst_or_drift(kind: str, experts: int, ranks: int, seed: int, changes: dict[str, Any]) -> RoutingTrace:
     """A trace of 36 records of one layer."""
     return synthetic_trace(
         SyntheticSpec(
-            **{"kind": kind, "num_experts": experts, "num_sources": ranks, "seed": seed, **changes},
+            kind=kind,
+            num_experts=experts,
+            num_sources=ranks,
+            seed=seed,
             num_records=36,
             num_layers=1,
             tokens_per_source=4096,
+            **changes,
         )
     )
 
 
 def balance_of(trace: RoutingTrace, ranks: int, spare: int) -> dict[str, FloatArray]:
     """Imbalance of every record and layer after warm-up, by policy; ours with its homes loop, every 100 iterations."""
-    setting = SimulationSetup(
+    setup = SimulationSetup(
         num_ranks=ranks,
         spare_slots=spare,
         warmup=trace.num_records // 5,
@@ -206,14 +214,14 @@ def balance_of(trace: RoutingTrace, ranks: int, spare: int) -> dict[str, FloatAr
     policies: dict[str, SimulatedPolicy] = {}
     for mode in ("history", "auto"):
         options = OnlineOptions(replicas=mode)
-        policies[f"ours, {mode}"] = OnlinePolicy(start, 1, options, layer_seconds(setting.pricing))
+        policies[f"ours, {mode}"] = OnlinePolicy(start, 1, options, layer_seconds(setup.pricing))
     for name, rule in RIVALS.items():
         policies[name] = RulePolicy(rule, start, num_groups=1, num_nodes=1, interval=1)
-    return {name: replay(trace, policy, setting).imbalance for name, policy in policies.items()}
+    return {name: replay(trace, policy, setup).imbalance for name, policy in policies.items()}
 
 
 def main() -> None:
-    """Prints the table."""
+    """Print the table."""
     parser = argparse.ArgumentParser(description="Time the placement ops against their numpy twins.")
     parser.add_argument("--ranks", type=int, default=64, help="expert-parallel ranks")
     parser.add_argument("--experts", type=int, default=256, help="experts of a layer, a multiple of the ranks")
@@ -236,7 +244,7 @@ def main() -> None:
         f"{cpu_name()}, one core; torch {torch.__version__}, numpy {np.__version__}; {args.experts} experts on "
         f"{args.ranks} ranks, {args.tokens} tokens x top-k a rank, lognormal sigma {args.sigma}, {args.draws} draws"
     )
-    print(f"{'spare':>5}  {'step':<14} {'C++ us':>8} {'worst us':>8} {'numpy us':>9} {'times':>6}")
+    print(f"{'spare':>5}  {'step':<16} {'C++ us':>8} {'worst us':>8} {'numpy us':>9} {'times':>6}")
     for spare in (1, 2):
         problems = [draw(rng, args.ranks, args.experts, spare, args.tokens, args.sigma) for _ in range(args.draws)]
         slots = [plan(problem) for problem in problems]
@@ -244,12 +252,12 @@ def main() -> None:
         steps = {
             "split": [time_split(problem, at, args.repeats) for problem, at in zip(problems, slots, strict=True)],
             "split, drifted": [time_split(later, at, args.repeats) for later, at in zip(drifted, slots, strict=True)],
-            "copies + split": [time_step(problem, args.repeats) for problem in problems],
+            "replicas + split": [time_step(problem, args.repeats) for problem in problems],
         }
         for step, times_us in steps.items():
             cpp_us, numpy_us = (statistics.median(column) for column in zip(*times_us, strict=True))
             worst_us = max(cpp for cpp, _ in times_us)
-            print(f"{spare:>5}  {step:<14} {cpp_us:>8.1f} {worst_us:>8.1f} {numpy_us:>9.1f} {numpy_us / cpp_us:>6.1f}")
+            print(f"{spare:>5}  {step:<16} {cpp_us:>8.1f} {worst_us:>8.1f} {numpy_us:>9.1f} {numpy_us / cpp_us:>6.1f}")
 
 
 if __name__ == "__main__":

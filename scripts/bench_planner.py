@@ -24,9 +24,8 @@ from bench_layer import MODEL as BASE
 from bench_layer import TRAINING, step_seconds
 from scipy.stats import spearmanr
 
-from megatron_smartmoe.planner.flags import parallel_from_flags
+from megatron_smartmoe.planner.arguments import model_from_arguments, parallel_from_arguments
 from megatron_smartmoe.planner.load import LoadModel, scenarios_from_model
-from megatron_smartmoe.planner.model_flags import model_from_arguments
 from megatron_smartmoe.planner.pricing import Pricing
 from megatron_smartmoe.spec.cluster import load_cluster_spec
 
@@ -65,7 +64,7 @@ MIXES: dict[str, tuple[int, str]] = {
 }
 
 
-def words_of(name: str) -> list[str]:
+def flags_of(name: str) -> list[str]:
     """The flags of a mix; those of `bench_layer` say EP 2."""
     flags = MIXES[name][1].split()
     single = [] if "--expert-model-parallel-size" in flags else ["--expert-model-parallel-size", "1"]
@@ -79,11 +78,10 @@ def predicted_s(ranks: int, flags: list[str], cluster: Path) -> float:
     choose_device("cpu")
     from megatron_smartmoe.adapter.flags.parser import parse
 
-    words = [*BASE, *TRAINING, *flags]
-    args = parse(with_defaults(words, cpu=True, say=False))
+    args = parse(with_defaults([*BASE, *TRAINING, *flags], cpu=True, say=False))
     model = model_from_arguments(vars(args))
-    spec = parallel_from_flags([*words, "--transformer-impl", "local"], model, ranks)
-    return Pricing(model, load_cluster_spec(cluster), LoadModel(scenarios_from_model(model))).plan(spec).expected_s
+    spec = parallel_from_arguments(vars(args), model, ranks)
+    return Pricing(model, load_cluster_spec(cluster), LoadModel(scenarios_from_model(model))).price(spec).expected_s
 
 
 def calibrated(ranks: int, folder: Path) -> Path:
@@ -117,12 +115,12 @@ def main() -> None:
         files = {ranks: calibrated(ranks, Path(folder)) for ranks in {2, 4} - set(given)} | given
         for name, (ranks, _) in MIXES.items():
             os.environ["WORLD_SIZE"] = str(ranks)
-            predicted[name] = predicted_s(ranks, words_of(name), files[ranks])
+            predicted[name] = predicted_s(ranks, flags_of(name), files[ranks])
     for variable in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
         os.environ.pop(variable, None)
     for _ in range(options.rounds):
         for name, (ranks, _) in MIXES.items():
-            measured[name].append(step_seconds(words_of(name), options.iterations, ranks))
+            measured[name].append(step_seconds(flags_of(name), options.iterations, ranks))
     report(predicted, measured, options.json)
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one go: kernels against their twins, under compute-sanitizer where it is installed,
+# Runs everything that needs a GPU: kernels against their twins (again under compute-sanitizer where it is installed),
 # their speed, and training through the launcher on one GPU with NCCL.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

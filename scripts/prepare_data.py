@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Turn text into a dataset for Megatron; --help tells. The code is in megatron_smartmoe/adapter/corpus/."""
+"""Turn text into a dataset for Megatron; see --help. The code is in megatron_smartmoe/adapter/corpus/."""
 
 import sys
 

@@ -4,7 +4,7 @@
 #   scripts/setup.sh          what training needs
 #   scripts/setup.sh --dev    and what the tests need
 #
-# SMARTMOE_PYTHON names a Python 3.12 to use. The other commands call this script by themselves.
+# SMARTMOE_PYTHON names a Python 3.12 to use. The other scripts call this one first.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -22,7 +22,7 @@ find_python() {
       return
     fi
   done
-  # uv knows its own Pythons; where it has no 3.12 it may fetch one
+  # uv finds the Pythons that it manages, and may fetch a 3.12 where there is none
   if command -v uv >/dev/null && candidate=$(uv python find 3.12 2>/dev/null) && is_python312 "$candidate"; then
     echo "$candidate"
     return
@@ -33,7 +33,7 @@ find_python() {
 make_venv() {
   local python
   if [[ -n ${SMARTMOE_PYTHON:-} ]] && ! is_python312 "$SMARTMOE_PYTHON"; then
-    echo "error: SMARTMOE_PYTHON = $SMARTMOE_PYTHON: is not a Python 3.12. Name one, or unset it." >&2
+    echo "error: SMARTMOE_PYTHON = $SMARTMOE_PYTHON: is not a Python 3.12. Set it to one, for example /usr/bin/python3.12, or unset it." >&2
     return 1
   fi
   if ! python=$(find_python); then
@@ -56,7 +56,7 @@ quietly() {
   fi
 }
 
-# Several ranks or nodes may start at once on a shared file system: one works, the others wait.
+# Several nodes may start at once on a shared file system: one sets up, the others wait.
 exec 9>.setup.lock
 command -v flock >/dev/null && flock 9
 
@@ -71,5 +71,5 @@ if [[ ! -f $stamp || $(<"$stamp") != "$want" ]]; then
   quietly .venv/bin/python -m pip install --disable-pip-version-check --no-build-isolation --no-deps -e .
   printf '%s' "$want" >"$stamp"
 fi
-# Kernels edited since? Unchanged sources are recognised by their content.
+# Rebuild the ops if csrc has changed; unchanged sources are recognised by their content.
 .venv/bin/python megatron_smartmoe/ops/_build.py

@@ -1,23 +1,43 @@
 #!/usr/bin/env bash
 # Everything that must hold before a change lands: style, types, who imports whom, and the tests.
 #
-#   scripts/test.sh                  all of it, about 17 minutes on 2 cores
-#   scripts/test.sh tests/unit -x    the checks, and these tests (arguments are pytest's)
+#   scripts/test.sh                  all of it, before a change lands: under 15 minutes on 2 cores
+#   scripts/test.sh --fast           while you work on a change: the checks, tests/unit, and one training test of each kind
+#                                    (pytest -m "$FAST", below), under 3 minutes on 2 cores
+#   scripts/test.sh tests/unit -x    the checks, and these tests in one process (arguments are pytest's)
 #
-# What a machine cannot run (a GPU, Slurm) is skipped with its reason, and counted in the last lines.
+# Slurm's tests need the Debian packages slurm-wlm and munge. What a machine cannot run (a GPU, Slurm) is skipped, and
+# counted by reason in the last lines, above the seconds that each step took.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-scripts/setup.sh --dev
-export PATH="$PWD/.venv/bin:$PATH"
-export SMARTMOE_REQUIRE_BUILD=1  # a library that is missing is a failure here, not a slow run
 
-step() {
-  echo "== $*"
-  "$@"
+FAST="fast or not (dist or slow or slurm or gpu)"
+PARALLEL=(-n 2 --dist loadgroup --no-loadscope-reorder) # two workers of pytest-xdist; a file's tests stay together
+
+seconds=()
+report() {
+  printf '%s\n' "== seconds" "${seconds[@]}" "$(printf '%6d  in all' "$SECONDS")"
 }
+step() {
+  local begin=$SECONDS status=0
+  echo "== $*"
+  "$@" || status=$?
+  seconds+=("$(printf '%6d  %.60s' $((SECONDS - begin)) "$*")")
+  return $status
+}
+trap report EXIT
+
+step scripts/setup.sh --dev
+export PATH="$PWD/.venv/bin:$PATH"
+export SMARTMOE_REQUIRE_BUILD=1 # a library that is missing is a failure here, not a slow run
+
 step ruff check .
 step ruff format --check .
-step clang-format --dry-run --Werror csrc/*.cpp csrc/*.h csrc/*/* tests/support/cuda_emulator/*
+step clang-format --dry-run --Werror csrc/*.* csrc/*/* tests/support/cuda_emulator/*
 step mypy
 step lint-imports --no-logo
-step python -m pytest "$@"
+case ${1:-} in
+  "") step python -m pytest "${PARALLEL[@]}" ;;
+  --fast) step python -m pytest "${PARALLEL[@]}" -m "$FAST" "${@:2}" ;;
+  *) step python -m pytest "$@" ;;
+esac

@@ -1,7 +1,9 @@
-"""Settings for every test: one thread a rank, no GPU seen by CPU tests, no time limit on a generated example."""
+"""Settings for every test: one thread per rank, no time limit on a generated example; skipped tests are counted."""
 
 import os
+from collections import Counter
 
+import pytest
 from hypothesis import settings
 
 for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
@@ -9,3 +11,26 @@ for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
 os.environ["GLOO_SOCKET_IFNAME"] = "lo"
 settings.register_profile("any machine", deadline=None)  # a busy one is slow, not wrong
 settings.load_profile("any machine")
+
+
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests of one file share started runs and stay in one worker; so do all Slurm tests, which share one cluster."""
+    if not hasattr(config, "workerinput"):  # this process is no worker of xdist
+        return
+    for item in items:
+        group = "slurm" if item.get_closest_marker("slurm") else item.location[0]
+        item.add_marker(pytest.mark.xdist_group(group))
+    # Long ones first, so that no worker has one left when the other is done.
+    long = {item.location[0] for item in items if item.get_closest_marker("slow") or item.get_closest_marker("slurm")}
+    items.sort(key=lambda item: item.location[0] not in long)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print one line with the number of skipped tests for each reason, whatever stands behind its colon left out."""
+    reasons = Counter(str(report.longrepr[2]) for report in terminalreporter.stats.get("skipped", []))
+    kinds: Counter[str] = Counter()
+    for reason, count in reasons.items():
+        kinds[reason.removeprefix("Skipped: ").split(":")[0]] += count
+    if kinds:
+        terminalreporter.write_line("skipped: " + "; ".join(f"{count} x {kind}" for kind, count in kinds.most_common()))

@@ -1,4 +1,4 @@
-"""The README tells the truth: its commands run, its paths exist, its sample output is what the quickstart prints."""
+"""The documents are true: commands run, paths and packages exist, sample output is what the quickstart prints."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 import subprocess
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,11 @@ from tests.support.training import metrics
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+DOCUMENTS = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")),
+    *sorted((ROOT / "docs").glob("*.md")),
+]
+PACKAGE = ROOT / "megatron_smartmoe"
 QUICKSTART = "scripts/pretrain_gpt_moe.sh --config configs/runs/quickstart.yaml"
 
 
@@ -55,9 +61,54 @@ def test_every_command_is_covered_here() -> None:
     assert [line for line in commands()[2:] if not any(part in line for part in known)] == []
 
 
-def test_links_lead_somewhere() -> None:
-    for target in re.findall(r"\]\(([^)#]+)\)", README):
-        assert (ROOT / target).exists(), target
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_somewhere(document: Path) -> None:
+    for target, anchor in re.findall(r"\]\(([^)#\s]*)(?:#([^)\s]*))?\)", document.read_text(encoding="utf-8")):
+        if target.startswith("http"):
+            continue
+        path = document.parent / target if target else document
+        assert path.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
+            assert anchor in {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_files_that_are_named_exist(document: Path) -> None:
+    """`adapter/moe/layer.py`, from the package or the checkout, and `scripts/X` or `configs/X`."""
+    text = re.sub(r"```.*?```", "", document.read_text(encoding="utf-8"), flags=re.DOTALL)
+    for name in re.findall(r"`([\w./-]+/[\w.-]+\.(?:py|sh|slurm|yaml|cpp))`", text):
+        assert (ROOT / name).exists() or (PACKAGE / name).exists(), name
+
+
+@pytest.mark.parametrize(
+    "document", [ROOT / "README.md", ROOT / "docs" / "architecture.md"], ids=lambda path: path.name
+)
+def test_the_package_table_is_complete(document: Path) -> None:
+    """Every package has a line, no line names a package that does not exist, and the import chain is the contract's."""
+    text = document.read_text(encoding="utf-8")
+    named = set(re.findall(r"^\| `(?:megatron_smartmoe/)?(\w+)`", text, flags=re.MULTILINE)) - {"configs"}
+    assert named == {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    (layers,) = [contract["name"] for contract in contracts if contract["type"] == "layers"]
+    assert layers.removeprefix("layers: ") in text
+
+
+def test_tools_that_are_named_exist() -> None:
+    tools = set(re.findall(r"\w+", run(f"{ROOT}/.venv/bin/smartmoe --help").stdout))
+    for document in DOCUMENTS:
+        named = re.findall(
+            r"smartmoe (plan|simulate|calibrate|whatif|explain|report|convert|doctor)\b", document.read_text()
+        )
+        assert set(named) <= tools
+
+
+def test_the_planner_page_and_the_readme_plan_alike() -> None:
+    """`smartmoe plan` is the same in both, and names shipped files."""
+    (command,) = re.findall(r"```bash\n(smartmoe plan .*)\n```", (ROOT / "docs" / "planner.md").read_text())
+    assert command in README
+    for kind, name in re.findall(r"--(model|cluster) (\S+)", command):
+        assert (ROOT / "configs" / f"{kind}s" / f"{name}.yaml").is_file()
 
 
 @pytest.mark.slow

@@ -4,7 +4,7 @@
 
 #include <vector>
 
-#include "../dispatch_checks.h"
+#include "../checks.h"
 #include "../ops.h"
 
 namespace smartmoe::cpu {

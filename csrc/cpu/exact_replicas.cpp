@@ -1,6 +1,6 @@
-// Replicas from the exact load, the C++ twin of megatron_smartmoe/placement/exact_replicas.py, which tells the method: same
-// steps, same order, same choices among equals. What differs is how the state is kept: flat vectors for dictionaries,
-// the donors kept sorted instead of sorted anew, and the largest expert of each rank remembered.
+// Replicas from the exact load, the C++ twin of megatron_smartmoe/placement/exact_replicas.py, which explains the
+// method: same steps, same order, same choices among equals. Only the state is kept differently: flat vectors for
+// dictionaries, the donors kept sorted instead of sorted anew, and the largest expert of each rank remembered.
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
@@ -11,7 +11,7 @@
 
 #include "../checks.h"
 #include "../ops.h"
-#include "ceil_div.h"
+#include "rows.h"
 
 namespace smartmoe::cpu {
 namespace {
@@ -23,7 +23,8 @@ struct Choice {
   int64_t donor, receiver, expert, tokens;
 };
 
-struct Copy {
+// What is computed in a filled slot.
+struct Slot {
   int64_t expert, tokens;
 };
 
@@ -35,7 +36,7 @@ void remove_sorted(std::vector<Gap>& gaps, Gap gap) {
   gaps.erase(std::lower_bound(gaps.begin(), gaps.end(), gap));
 }
 
-// The pass over one node: tokens by rank and copy as they would be computed, free slots, copies made.
+// The pass over one node: tokens by rank and expert as they would be computed, free slots, replicas.
 class Filling {
  public:
   // slots_RS starts at the node's first rank; home_rank_E is scratch of E entries, written for the node's experts.
@@ -45,14 +46,14 @@ class Filling {
         num_slots_(num_slots),
         home_slots_(home_slots),
         home_rank_E_(home_rank_E),
-        copies_RS_(num_ranks * num_slots),
-        num_copies_R_(num_ranks, home_slots),
+        filled_RS_(num_ranks * num_slots),
+        num_filled_R_(num_ranks, home_slots),
         load_R_(num_ranks, 0),
         largest_R_(num_ranks) {
     for (int64_t rank = 0; rank < num_ranks; ++rank) {
       for (int64_t slot = 0; slot < home_slots; ++slot) {
         const int64_t expert = slots_RS[rank * num_slots + slot];
-        copies_RS_[rank * num_slots + slot] = {expert, load_E[expert]};
+        filled_RS_[rank * num_slots + slot] = {expert, load_E[expert]};
         home_rank_E_[expert] = rank;
         load_R_[rank] += load_E[expert];
       }
@@ -62,7 +63,7 @@ class Filling {
 
   int64_t total() const { return std::accumulate(load_R_.begin(), load_R_.end(), int64_t{0}); }
 
-  // Makes copies until no rank is above `mean` or no slot helps.
+  // Adds replicas until no rank is above `mean` or no slot helps.
   void run(int64_t mean) {
     mean_ = mean;
     for (int64_t rank = 0; rank < num_ranks_; ++rank) {
@@ -85,36 +86,36 @@ class Filling {
     for (int64_t rank = 0; rank < num_ranks_; ++rank) {
       for (int64_t slot = home_slots_; slot < num_slots_; ++slot) {
         const int64_t at = rank * num_slots_ + slot;
-        new_RS[at] = slot < num_copies_R_[rank] ? copies_RS_[at].expert : kEmpty;
+        new_RS[at] = slot < num_filled_R_[rank] ? filled_RS_[at].expert : kEmpty;
       }
     }
   }
 
  private:
-  bool is_free(int64_t rank) const { return num_copies_R_[rank] < num_slots_; }
+  bool is_free(int64_t rank) const { return num_filled_R_[rank] < num_slots_; }
 
   bool holds(int64_t rank, int64_t expert) const {
     if (home_rank_E_[expert] == rank) return true;
-    const Copy* copies_S = &copies_RS_[rank * num_slots_];
-    for (int64_t slot = home_slots_; slot < num_copies_R_[rank]; ++slot) {
-      if (copies_S[slot].expert == expert) return true;
+    const Slot* filled_S = &filled_RS_[rank * num_slots_];
+    for (int64_t slot = home_slots_; slot < num_filled_R_[rank]; ++slot) {
+      if (filled_S[slot].expert == expert) return true;
     }
     return false;
   }
 
   // The slot with the most tokens of a rank, of equal ones that of the lowest expert.
   void find_largest(int64_t rank) {
-    const Copy* copies_S = copies_RS_.data() + rank * num_slots_;
+    const Slot* filled_S = filled_RS_.data() + rank * num_slots_;
     int64_t best = 0;
-    for (int64_t slot = 1; slot < num_copies_R_[rank]; ++slot) {
-      const bool more = copies_S[slot].tokens > copies_S[best].tokens;
-      const bool equal = copies_S[slot].tokens == copies_S[best].tokens;
-      if (more || (equal && copies_S[slot].expert < copies_S[best].expert)) best = slot;
+    for (int64_t slot = 1; slot < num_filled_R_[rank]; ++slot) {
+      const bool more = filled_S[slot].tokens > filled_S[best].tokens;
+      const bool equal = filled_S[slot].tokens == filled_S[best].tokens;
+      if (more || (equal && filled_S[slot].expert < filled_S[best].expert)) best = slot;
     }
     largest_R_[rank] = best;
   }
 
-  const Copy& largest(int64_t donor) const { return copies_RS_[donor * num_slots_ + largest_R_[donor]]; }
+  const Slot& largest(int64_t donor) const { return filled_RS_[donor * num_slots_ + largest_R_[donor]]; }
 
   // A donor (the highest first) whose surplus fills a gap: the largest such gap.
   std::optional<Choice> fills() const {
@@ -147,7 +148,8 @@ class Filling {
     return best;
   }
 
-  // As many tokens as one copy can give to a gap it cannot fill, all of an expert if its rank has a free slot.
+  // As many tokens as one replica can take off a donor for a gap that stays open: the whole expert if the donor has a
+  // free slot, else its surplus.
   std::optional<Choice> part() const {
     std::optional<Choice> best;
     int64_t most = 0;
@@ -169,8 +171,8 @@ class Filling {
     const auto [donor, receiver, expert, tokens] = choice;
     remove_sorted(gaps_, {mean_ - load_R_[receiver], receiver});
     remove_sorted(donors_, {mean_ - load_R_[donor], donor});
-    copies_RS_[donor * num_slots_ + largest_R_[donor]].tokens -= tokens;
-    copies_RS_[receiver * num_slots_ + num_copies_R_[receiver]++] = {expert, tokens};
+    filled_RS_[donor * num_slots_ + largest_R_[donor]].tokens -= tokens;
+    filled_RS_[receiver * num_slots_ + num_filled_R_[receiver]++] = {expert, tokens};
     load_R_[donor] -= tokens;
     load_R_[receiver] += tokens;
     for (const int64_t rank : {donor, receiver}) {
@@ -184,13 +186,13 @@ class Filling {
   const int64_t num_ranks_, num_slots_, home_slots_;
   int64_t mean_ = 0;
   std::vector<int64_t>& home_rank_E_;
-  std::vector<Copy> copies_RS_;  // the homes, then the replicas in the order they were made
-  std::vector<int64_t> num_copies_R_, load_R_, largest_R_;
+  std::vector<Slot> filled_RS_;  // the homes, then the replicas in the order they were made
+  std::vector<int64_t> num_filled_R_, load_R_, largest_R_;
   std::vector<Gap> gaps_;    // of the receivers, ascending
   std::vector<Gap> donors_;  // the highest load first
 };
 
-// What the values must be, and the total load; the indices of the pass rest on it.
+// Checks the values, on which the indices of the pass rest; returns the total load.
 int64_t checked_total(const int64_t* load_E, int64_t num_experts, const int64_t* slots_RS, int64_t num_ranks,
                       int64_t num_slots, int64_t home_slots) {
   int64_t total = 0;
@@ -224,11 +226,13 @@ Tensor exact_replicas(const Tensor& load_E, const Tensor& slots_RS, int64_t home
   const int64_t* slots = dense_RS.const_data_ptr<int64_t>();
   const int64_t total = checked_total(load, num_experts, slots, num_ranks, num_slots, home_slots);
 
+  // Step 1: clear the spare slots, and take the mean rank load, rounded up, as the bound.
   Tensor new_RS = torch::stable::new_empty(dense_RS, {num_ranks, num_slots});
   int64_t* out = new_RS.mutable_data_ptr<int64_t>();
   std::copy(slots, slots + num_ranks * num_slots, out);
   const int64_t per_node = num_ranks / num_nodes;
   const int64_t mean = ceil_div(total, num_ranks);
+  // Step 2: fill the ranks of each node to the bound; a node that is above the mean as a whole has a bound of its own.
   std::vector<int64_t> home_rank_E(num_experts, -1);
   for (int64_t node = 0; node < num_nodes; ++node) {
     const int64_t first = node * per_node * num_slots;

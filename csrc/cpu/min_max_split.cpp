@@ -1,6 +1,7 @@
 // The split with the smallest possible largest rank load, the C++ twin of megatron_smartmoe/placement/split.py, which
-// tells the method: same steps, same order, same choices among equals. What differs is how the state is kept: lists of
-// lists become flat vectors, and a share is named by its position among all copies of the flexible experts.
+// explains the method: same steps, same order, same choices among equals. Only the state is kept differently: lists of
+// lists become flat vectors, and a share is named by its position among the hosts of all flexible experts (axis C). A
+// host is a rank that holds an expert, as its home or as a replica.
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
@@ -11,11 +12,11 @@
 
 #include "../checks.h"
 #include "../ops.h"
-#include "ceil_div.h"
+#include "rows.h"
 
 namespace smartmoe::cpu {
 namespace {
-// 32-bit: positions among the copies, of which there are at most E x R.
+// 32-bit: positions on axis C, of which there are at most E x R.
 using Index = int32_t;
 
 // The ranks of every expert, ascending: those of expert e are rank_C[begin_E[e]] up to begin_E[e + 1].
@@ -23,16 +24,16 @@ struct Hosts {
   std::vector<Index> begin_E, rank_C;
 };
 
-// The experts that leave a choice, and who hosts them.
+// The experts that leave a choice, and their hosts.
 struct Graph {
   std::vector<Index> expert_F;            // fewest hosts first, then most tokens, then in order of the experts
   std::vector<Index> begin_F, rank_C;     // the ranks of flexible expert f, ascending
-  std::vector<Index> flexible_C;          // the flexible expert that copy c is of
-  std::vector<Index> begin_R, on_rank_C;  // the copies on rank r, in order
+  std::vector<Index> flexible_C;          // the flexible expert of position c
+  std::vector<Index> begin_R, on_rank_C;  // the positions on rank r, in order
 };
 
 struct Hop {
-  Index from_rank, at, to;  // the rank that the hop leaves, its copy there, the copy at the new rank
+  Index from_rank, at, to;  // the rank that the hop leaves, the share there, the share at the new rank
 };
 
 constexpr Index kUnseen = -2;
@@ -89,7 +90,7 @@ std::vector<Index> flexible_experts(const Hosts& hosts, const std::vector<int64_
   const auto num_hosts = [&](Index expert) { return hosts.begin_E[expert + 1] - hosts.begin_E[expert]; };
   for (Index expert = 0; expert < static_cast<Index>(load_E.size()); ++expert) {
     if (load_E[expert] <= 0) continue;
-    if (num_hosts(expert) == 0) fail("expert ", expert, " has ", load_E[expert], " tokens and no copy on any rank");
+    if (num_hosts(expert) == 0) fail("expert ", expert, " has ", load_E[expert], " tokens and no slot on any rank");
     if (num_hosts(expert) > 1) expert_F.push_back(expert);
   }
   std::sort(expert_F.begin(), expert_F.end(), [&](Index a, Index b) {
@@ -112,7 +113,7 @@ Graph make_graph(const Hosts& hosts, const std::vector<int64_t>& load_E, int64_t
     }
     graph.begin_F.push_back(static_cast<Index>(graph.rank_C.size()));
   }
-  // a counting sort of the copies by their rank
+  // a counting sort of the positions by their rank
   graph.begin_R.assign(num_ranks + 1, 0);
   for (const Index rank : graph.rank_C) ++graph.begin_R[rank + 1];
   std::partial_sum(graph.begin_R.begin(), graph.begin_R.end(), graph.begin_R.begin());
@@ -122,7 +123,7 @@ Graph make_graph(const Hosts& hosts, const std::vector<int64_t>& load_E, int64_t
   return graph;
 }
 
-// The state of the search: tokens of each copy, load of each rank, and the scratch of a breadth-first pass.
+// The state of the search: tokens of each share, load of each rank, and the scratch of a breadth-first pass.
 class Leveling {
  public:
   Leveling(const Graph& graph, std::vector<int64_t> load_R, std::vector<int64_t> share_C)
@@ -248,6 +249,7 @@ Tensor min_max_split(const Tensor& counts_RE, const Tensor& hosts_ER) {
   const int64_t num_ranks = counts_RE.size(0), num_experts = counts_RE.size(1);
   const int64_t* counts = dense_RE.const_data_ptr<int64_t>();
   const std::vector<int64_t> load_E = total_load(counts, num_ranks, num_experts);
+  // Step 1: experts with one host are settled; the others form the graph.
   const Hosts hosts = find_hosts(static_cast<const uint8_t*>(dense_ER.const_data_ptr()), num_experts, num_ranks);
   const Graph graph = make_graph(hosts, load_E, num_ranks);
 
@@ -255,17 +257,20 @@ Tensor min_max_split(const Tensor& counts_RE, const Tensor& hosts_ER) {
   int64_t* tokens = tokens_ER.mutable_data_ptr<int64_t>();
   std::vector<int64_t> base_R = place_fixed(hosts, load_E, num_ranks, tokens);
   if (graph.expert_F.empty()) return tokens_ER;
+  // Step 2: a lower bound: the mean, rounded up, or the most that single hosts already bring to a rank.
   const int64_t mean = ceil_div(std::accumulate(load_E.begin(), load_E.end(), int64_t{0}), num_ranks);
   const int64_t bound = std::max(mean, *std::max_element(base_R.begin(), base_R.end()));
-  const int64_t num_copies = static_cast<int64_t>(graph.rank_C.size());
-  std::vector<int64_t> local_C(num_copies);
-  for (int64_t c = 0; c < num_copies; ++c) {
+  // Step 3: a first split: local tokens stay, the others fill the emptiest hosts up to the bound.
+  const int64_t num_shares = static_cast<int64_t>(graph.rank_C.size());
+  std::vector<int64_t> local_C(num_shares);
+  for (int64_t c = 0; c < num_shares; ++c) {
     local_C[c] = counts[graph.rank_C[c] * num_experts + graph.expert_F[graph.flexible_C[c]]];
   }
   Leveling leveling(graph, std::move(base_R), std::move(local_C));
   leveling.fill(load_E, bound);
+  // Step 4: push tokens from ranks above the bound to ranks below it, raising it only where no split could keep it.
   leveling.level(bound);
-  for (int64_t c = 0; c < num_copies; ++c) {
+  for (int64_t c = 0; c < num_shares; ++c) {
     tokens[graph.expert_F[graph.flexible_C[c]] * num_ranks + graph.rank_C[c]] = leveling.share_C()[c];
   }
   return tokens_ER;

@@ -3,7 +3,7 @@
 
 #include <cstring>
 
-#include "../dispatch_checks.h"
+#include "../checks.h"
 #include "../ops.h"
 #include "rows.h"
 

@@ -1,4 +1,4 @@
-// What the ops on permuted rows share on the CPU: element types, and the rows that no choice names.
+// What the CPU ops share: a division that rounds up, element types, and the rows that no choice names.
 #pragma once
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/BFloat16.h>
@@ -12,6 +12,12 @@
 #include "../checks.h"
 
 namespace smartmoe::cpu {
+// tokens / num_ranks, rounded up: the smallest level that num_ranks ranks can hold `tokens` at. Neither number is
+// negative. Not (tokens + num_ranks - 1) / num_ranks, which may overflow.
+inline int64_t ceil_div(int64_t tokens, int64_t num_ranks) {
+  return tokens / num_ranks + (tokens % num_ranks != 0);
+}
+
 // Sums are made in this type.
 template <class T>
 using Sum = std::conditional_t<std::is_same_v<T, double>, double, float>;

@@ -5,7 +5,7 @@
 
 #include <type_traits>
 
-#include "../dispatch_checks.h"
+#include "../checks.h"
 #include "../ops.h"
 #include "rows.h"
 

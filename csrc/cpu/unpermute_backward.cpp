@@ -1,7 +1,7 @@
 // Both gradients of a weighted unpermute in one pass over the rows, one thread.
 #include <torch/csrc/stable/ops.h>
 
-#include "../dispatch_checks.h"
+#include "../checks.h"
 #include "../ops.h"
 #include "rows.h"
 

@@ -7,8 +7,7 @@
 // the block follows, and each lane adds its rank among the equal lanes before it. Alternative: a third kernel that
 // scans the tile counts, or a decoupled look-back in one kernel. With at most 64 tiles the counts are some 64 KiB that
 // every block reads from L2, which costs less than another launch and waits for no one.
-#include "device.h"
-#include "dispatch_map.h"
+#include "device.cuh"
 
 namespace smartmoe::cuda {
 namespace {
@@ -24,7 +23,7 @@ __device__ __forceinline__ int64_t at(const IntArray& array, int64_t i) {
                         : static_cast<int64_t>(static_cast<const int32_t*>(array.data)[i]);
 }
 
-// What the choices are and how they are cut into tiles.
+// The choices and how they are cut into tiles.
 struct Choices {
   IntArray ids;
   int64_t num_choices;
@@ -191,19 +190,24 @@ int dispatch_map_num_tiles(int64_t num_choices) {
   return static_cast<int>(steps < 1 ? 1 : steps > kMaxTiles ? kMaxTiles : steps);
 }
 
-LaunchError launch_dispatch_map(IntArray ids, int64_t num_choices, IntArray slot_of, int64_t num_experts, int num_slots,
-                                int num_tiles, uint32_t* tile_counts, int32_t* rows, int64_t* tokens,
-                                const Launch& where) {
-  if (const LaunchError error = enter(where)) return error;
-  const int64_t steps_per_tile = (steps_for(num_choices) + num_tiles - 1) / num_tiles;
-  const Choices choices{ids, num_choices, slot_of, num_experts, num_slots, steps_per_tile * kIdsPerStep};
-  const size_t slots = static_cast<size_t>(num_slots);
-  SMARTMOE_LAUNCH(count_slots, dim3(num_tiles), dim3(kThreads), slots * sizeof(uint32_t), where.stream, choices,
-                  tile_counts);
-  if (const LaunchError error = leave()) return error;
+LaunchError launch_dispatch_map(const DispatchMapArgs& args, const Stream& stream) {
+  if (const LaunchError error = set_device(stream)) return error;
+  const int64_t steps_per_tile = (steps_for(args.num_choices) + args.num_tiles - 1) / args.num_tiles;
+  const Choices choices{
+      .ids = args.ids_TK,
+      .num_choices = args.num_choices,
+      .slot_of = args.slot_of_E,
+      .num_experts = args.num_experts,
+      .num_slots = args.num_slots,
+      .per_tile = steps_per_tile * kIdsPerStep,
+  };
+  const size_t slots = static_cast<size_t>(args.num_slots);
+  SMARTMOE_LAUNCH(count_slots, dim3(args.num_tiles), dim3(kThreads), slots * sizeof(uint32_t), stream.handle, choices,
+                  args.tile_counts);
+  if (const LaunchError error = last_launch_error()) return error;
   const size_t shared_bytes = (slots + kWarps) * sizeof(int) + kWarps * slots * sizeof(uint16_t);
-  SMARTMOE_LAUNCH(place_choices, dim3(num_tiles), dim3(kThreads), shared_bytes, where.stream, choices, tile_counts,
-                  rows, tokens);
-  return leave();
+  SMARTMOE_LAUNCH(place_choices, dim3(args.num_tiles), dim3(kThreads), shared_bytes, stream.handle, choices,
+                  args.tile_counts, args.rows_TK, args.tokens_S);
+  return last_launch_error();
 }
 }  // namespace smartmoe::cuda

@@ -4,9 +4,7 @@
 // in flight, and writes it K times. Rows that no token names are cleared afterwards.
 // Alternative: by row of the result, a plain gather. It reads every row K times, and whether the L2 cache serves K - 1
 // of them depends on how far apart the slots of a token's experts are.
-#include "permute.h"
-#include "rows.h"
-#include "zero_rows.h"
+#include "rows.cuh"
 
 namespace smartmoe::cuda {
 namespace {
@@ -50,48 +48,45 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   note_choices(token_rows, token * num_choices, num_choices, num_rows, choice_of_row);
 }
 
-struct Arguments {
-  const void* x;
-  const int32_t* rows_TK;
-  int64_t num_tokens;
-  int num_choices;
-  void* y;
-  int64_t num_rows, row_bytes;
-  int32_t* choice_of_row;
-};
-
 template <class Vector, int K>
-LaunchError launch(const Arguments& a, const Launch& where) {
-  const int64_t vectors = a.row_bytes / static_cast<int64_t>(sizeof(Vector));
+LaunchError launch(const PermuteArgs& args, const Stream& stream) {
+  const int64_t vectors = args.row_bytes / static_cast<int64_t>(sizeof(Vector));
   const unsigned threads = threads_for(vectors, kInFlight, kThreads), tokens = kThreads / threads;
-  SMARTMOE_LAUNCH((copy_rows<Vector, K>), dim3(static_cast<unsigned>((a.num_tokens + tokens - 1) / tokens)),
-                  dim3(threads, tokens), 0, where.stream, static_cast<const Vector*>(a.x), a.rows_TK, a.num_tokens,
-                  a.num_choices, static_cast<Vector*>(a.y), a.num_rows, vectors, a.choice_of_row);
-  return leave();
+  SMARTMOE_LAUNCH((copy_rows<Vector, K>), dim3(static_cast<unsigned>((args.num_tokens + tokens - 1) / tokens)),
+                  dim3(threads, tokens), 0, stream.handle, static_cast<const Vector*>(args.x_TH), args.rows_TK,
+                  args.num_tokens, args.num_choices, static_cast<Vector*>(args.y_NH), args.num_rows, vectors,
+                  args.choice_of_row);
+  return last_launch_error();
 }
 
 // The widest vector that rows and pointers are multiples of. Narrow ones are rare: one kernel each has to do.
-LaunchError launch_copy(const Arguments& a, const Launch& where) {
+LaunchError launch_widest(const PermuteArgs& args, const Stream& stream) {
   const auto fits = [&](int64_t bytes) {
-    return a.row_bytes % bytes == 0 && is_aligned(a.x, bytes) && is_aligned(a.y, bytes);
+    return args.row_bytes % bytes == 0 && is_aligned(args.x_TH, bytes) && is_aligned(args.y_NH, bytes);
   };
-  if (fits(4) && !fits(kVectorBytes)) return launch<uint32_t, 0>(a, where);
-  if (fits(2) && !fits(kVectorBytes)) return launch<uint16_t, 0>(a, where);
-  if (!fits(kVectorBytes)) return launch<uint8_t, 0>(a, where);
+  if (fits(4) && !fits(kVectorBytes)) return launch<uint32_t, 0>(args, stream);
+  if (fits(2) && !fits(kVectorBytes)) return launch<uint16_t, 0>(args, stream);
+  if (!fits(kVectorBytes)) return launch<uint8_t, 0>(args, stream);
   LaunchError error = nullptr;
-  with_choices(a.num_choices, a.rows_TK, [&](auto k) { error = launch<uint4, decltype(k)::value>(a, where); });
+  with_choices(args.num_choices, args.rows_TK,
+               [&](auto k) { error = launch<uint4, decltype(k)::value>(args, stream); });
   return error;
 }
 }  // namespace
 
-LaunchError launch_permute(const void* x, const int32_t* rows_TK, int64_t num_tokens, int num_choices, void* y,
-                           int64_t num_rows, int64_t row_bytes, int32_t* choice_of_row, const Launch& where) {
-  if (const LaunchError error = enter(where)) return error;
-  const bool empty = num_tokens == 0 || num_choices == 0 || num_rows == 0 || row_bytes == 0;
-  const Arguments arguments{x, rows_TK, num_tokens, num_choices, y, num_rows, row_bytes, choice_of_row};
-  if (!empty) {
-    if (const LaunchError error = launch_copy(arguments, where)) return error;
+LaunchError launch_permute(const PermuteArgs& args, const Stream& stream) {
+  if (const LaunchError error = set_device(stream)) return error;
+  if (args.num_tokens > 0 && args.num_choices > 0 && args.num_rows > 0 && args.row_bytes > 0) {
+    if (const LaunchError error = launch_widest(args, stream)) return error;
   }
-  return launch_zero_unnamed_rows(rows_TK, num_tokens * num_choices, choice_of_row, y, num_rows, row_bytes, where);
+  const ZeroUnnamedRowsArgs unnamed{
+      .rows_TK = args.rows_TK,
+      .num_choices = args.num_tokens * args.num_choices,
+      .choice_of_row = args.choice_of_row,
+      .y_NH = args.y_NH,
+      .num_rows = args.num_rows,
+      .row_bytes = args.row_bytes,
+  };
+  return launch_zero_unnamed_rows(unnamed, stream);
 }
 }  // namespace smartmoe::cuda

@@ -4,8 +4,7 @@
 // adds them in float, in the order of the choices: no atomics, the same bits for every placement of the experts.
 // Alternative: by row, adding into the token's sum with atomics. It reads and writes the sums K times, in an order that
 // changes from run to run.
-#include "floats.h"
-#include "unpermute.h"
+#include "floats.cuh"
 
 namespace smartmoe::cuda {
 namespace {
@@ -45,49 +44,35 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-struct Arguments {
-  const void* y;
-  int64_t num_rows;
-  const int32_t* rows_TK;
-  const void* weights;
-  FloatType weight_type;
-  int64_t num_tokens;
-  int num_choices;
-  void* x;
-  int64_t hidden;
-};
-
 template <class T, int kWidth, int K>
-LaunchError launch(const Arguments& a, const Launch& where) {
-  const int64_t vectors = a.hidden / kWidth;
+LaunchError launch(const UnpermuteArgs& args, const Stream& stream) {
+  const int64_t vectors = args.hidden / kWidth;
   const unsigned threads = threads_for(vectors, 1, kThreads), tokens = kThreads / threads;
-  SMARTMOE_LAUNCH((sum_rows<T, kWidth, K>), dim3(static_cast<unsigned>((a.num_tokens + tokens - 1) / tokens)),
-                  dim3(threads, tokens), 0, where.stream, static_cast<const Vector<T, kWidth>*>(a.y), a.num_rows,
-                  a.rows_TK, a.weights, a.weight_type, a.num_tokens, a.num_choices,
-                  static_cast<Vector<T, kWidth>*>(a.x), vectors);
-  return leave();
+  SMARTMOE_LAUNCH((sum_rows<T, kWidth, K>), dim3(static_cast<unsigned>((args.num_tokens + tokens - 1) / tokens)),
+                  dim3(threads, tokens), 0, stream.handle, static_cast<const Vector<T, kWidth>*>(args.y_NH),
+                  args.num_rows, args.rows_TK, args.weights_TK, args.weight_type, args.num_tokens, args.num_choices,
+                  static_cast<Vector<T, kWidth>*>(args.x_TH), vectors);
+  return last_launch_error();
 }
 
 // Vectors of 16 bytes where rows and pointers are multiples of that, else single elements.
 template <class T>
-LaunchError launch_widest(const Arguments& a, const Launch& where) {
+LaunchError launch_widest(const UnpermuteArgs& args, const Stream& stream) {
   constexpr int kWidth = kVectorBytes / static_cast<int>(sizeof(T));
-  if (a.hidden % kWidth != 0 || !is_aligned(a.y, kVectorBytes) || !is_aligned(a.x, kVectorBytes))
-    return launch<T, 1, 0>(a, where);
+  if (args.hidden % kWidth != 0 || !is_aligned(args.y_NH, kVectorBytes) || !is_aligned(args.x_TH, kVectorBytes))
+    return launch<T, 1, 0>(args, stream);
   LaunchError error = nullptr;
-  with_choices(a.num_choices, a.rows_TK, [&](auto k) { error = launch<T, kWidth, decltype(k)::value>(a, where); });
+  with_choices(args.num_choices, args.rows_TK,
+               [&](auto k) { error = launch<T, kWidth, decltype(k)::value>(args, stream); });
   return error;
 }
 }  // namespace
 
-LaunchError launch_unpermute(const void* y, FloatType type, int64_t num_rows, const int32_t* rows_TK,
-                             const void* weights, FloatType weight_type, int64_t num_tokens, int num_choices, void* x,
-                             int64_t hidden, const Launch& where) {
-  if (num_tokens == 0 || hidden == 0) return nullptr;
-  LaunchError error = enter(where);
+LaunchError launch_unpermute(const UnpermuteArgs& args, const Stream& stream) {
+  if (args.num_tokens == 0 || args.hidden == 0) return nullptr;
+  LaunchError error = set_device(stream);
   if (error != nullptr) return error;
-  const Arguments arguments{y, num_rows, rows_TK, weights, weight_type, num_tokens, num_choices, x, hidden};
-  with_float_type(type, [&](auto zero) { error = launch_widest<decltype(zero)>(arguments, where); });
+  with_float_type(args.type, [&](auto zero) { error = launch_widest<decltype(zero)>(args, stream); });
   return error;
 }
 }  // namespace smartmoe::cuda

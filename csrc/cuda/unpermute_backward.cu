@@ -4,9 +4,7 @@
 // piece of the row, adds to that choice's dot product and writes the piece of the row's gradient. The dot products are
 // reduced in a fixed order: by shuffles in a warp, then over the warps in shared memory.
 // Alternative: a kernel for each gradient, which reads the token's gradient and the rows' addresses twice.
-#include "floats.h"
-#include "unpermute_backward.h"
-#include "zero_rows.h"
+#include "floats.cuh"
 
 namespace smartmoe::cuda {
 namespace {
@@ -19,32 +17,19 @@ __device__ __forceinline__ float warp_sum(float value) {
   return value;
 }
 
-template <class T>
-struct Arguments {
-  const void *grad, *y;
-  int64_t num_rows;
-  const int32_t* rows_TK;
-  const void* weights;
-  FloatType weight_type;
-  int64_t num_tokens;
-  int num_choices;
-  void *grad_y, *grad_weights;
-  int64_t hidden;
-  int32_t* choice_of_row;
-};
-
 // The columns of this thread: writes the gradients of the named rows, adds to their dot products.
 template <class T, int kWidth, int kStep>
-__device__ __forceinline__ void scale_and_dot(const Arguments<T>& a, int64_t token, const int32_t (&row)[kStep],
-                                              const float (&weight)[kStep], float (&dot)[kStep]) {
+__device__ __forceinline__ void scale_and_dot(const UnpermuteBackwardArgs& args, int64_t token,
+                                              const int32_t (&row)[kStep], const float (&weight)[kStep],
+                                              float (&dot)[kStep]) {
   using Piece = Vector<T, kWidth>;
-  const int64_t vectors = a.hidden / kWidth;
-  const Piece* grad = static_cast<const Piece*>(a.grad) + token * vectors;
+  const int64_t vectors = args.hidden / kWidth;
+  const Piece* grad = static_cast<const Piece*>(args.grad_TH) + token * vectors;
   for (int64_t c = threadIdx.x; c < vectors; c += blockDim.x) {
     Piece chosen[kStep];
 #pragma unroll
     for (int j = 0; j < kStep; ++j) {
-      if (row[j] >= 0) chosen[j] = load_once(static_cast<const Piece*>(a.y) + row[j] * vectors + c);
+      if (row[j] >= 0) chosen[j] = load_once(static_cast<const Piece*>(args.y_NH) + row[j] * vectors + c);
     }
     const Piece piece = grad[c];
 #pragma unroll
@@ -57,29 +42,29 @@ __device__ __forceinline__ void scale_and_dot(const Arguments<T>& a, int64_t tok
         dot[j] += g * to_float(chosen[j].element[i]);
         scaled[i] = g * weight[j];
       }
-      store(static_cast<Piece*>(a.grad_y) + row[j] * vectors + c, scaled);
+      store(static_cast<Piece*>(args.grad_y_NH) + row[j] * vectors + c, scaled);
     }
   }
 }
 
 // K is the number of choices, 0 for any.
 template <class T, int kWidth, int K>
-__global__ void __launch_bounds__(kThreads) both_gradients(Arguments<T> a) {
+__global__ void __launch_bounds__(kThreads) both_gradients(UnpermuteBackwardArgs args) {
   constexpr int kStep = K > 0 ? K : 4;
   SMARTMOE_SHARED(float, partial, [kWarps][kStep]);
   const int64_t token = blockIdx.x;
-  const int num_choices = K > 0 ? K : a.num_choices, thread = static_cast<int>(threadIdx.x);
-  const int32_t* token_rows = a.rows_TK + token * num_choices;
+  const int num_choices = K > 0 ? K : args.num_choices, thread = static_cast<int>(threadIdx.x);
+  const int32_t* token_rows = args.rows_TK + token * num_choices;
   for (int j0 = 0; j0 < num_choices; j0 += kStep) {
     int32_t row[kStep];
     float weight[kStep], dot[kStep];
-    load_rows<kStep, (K > 0)>(token_rows, j0, num_choices, a.num_rows, row);
+    load_rows<kStep, (K > 0)>(token_rows, j0, num_choices, args.num_rows, row);
 #pragma unroll
     for (int j = 0; j < kStep; ++j) {
-      weight[j] = row[j] >= 0 ? load_any(a.weights, a.weight_type, token * num_choices + j0 + j) : 0.0f;
+      weight[j] = row[j] >= 0 ? load_any(args.weights_TK, args.weight_type, token * num_choices + j0 + j) : 0.0f;
       dot[j] = 0.0f;
     }
-    scale_and_dot<T, kWidth, kStep>(a, token, row, weight, dot);
+    scale_and_dot<T, kWidth, kStep>(args, token, row, weight, dot);
 #pragma unroll
     for (int j = 0; j < kStep; ++j) {
       const float sum = warp_sum(dot[j]);
@@ -89,52 +74,54 @@ __global__ void __launch_bounds__(kThreads) both_gradients(Arguments<T> a) {
     if (thread < kStep && j0 + thread < num_choices) {
       float sum = 0.0f;
       for (int warp = 0; warp < static_cast<int>(blockDim.x) / kWarpSize; ++warp) sum += partial[warp][thread];
-      store_any(a.grad_weights, a.weight_type, token * num_choices + j0 + thread, sum);
+      store_any(args.grad_weights_TK, args.weight_type, token * num_choices + j0 + thread, sum);
     }
     __syncthreads();  // partial is used again
   }
-  note_choices(token_rows, token * num_choices, num_choices, a.num_rows, a.choice_of_row);
+  note_choices(token_rows, token * num_choices, num_choices, args.num_rows, args.choice_of_row);
 }
 
 template <class T, int kWidth, int K>
-LaunchError launch(const Arguments<T>& a, const Launch& where) {
-  const unsigned threads = threads_for(a.hidden / kWidth, 1, kThreads);
-  SMARTMOE_LAUNCH((both_gradients<T, kWidth, K>), dim3(static_cast<unsigned>(a.num_tokens)), dim3(threads), 0,
-                  where.stream, a);
-  return leave();
+LaunchError launch(const UnpermuteBackwardArgs& args, const Stream& stream) {
+  const unsigned threads = threads_for(args.hidden / kWidth, 1, kThreads);
+  SMARTMOE_LAUNCH((both_gradients<T, kWidth, K>), dim3(static_cast<unsigned>(args.num_tokens)), dim3(threads), 0,
+                  stream.handle, args);
+  return last_launch_error();
 }
 
 // Vectors of 16 bytes where rows and pointers are multiples of that, else single elements.
 template <class T>
-LaunchError launch_widest(const Arguments<T>& a, const Launch& where) {
+LaunchError launch_widest(const UnpermuteBackwardArgs& args, const Stream& stream) {
   constexpr int kWidth = kVectorBytes / static_cast<int>(sizeof(T));
-  const bool aligned =
-      is_aligned(a.grad, kVectorBytes) && is_aligned(a.y, kVectorBytes) && is_aligned(a.grad_y, kVectorBytes);
-  if (a.hidden % kWidth != 0 || !aligned) return launch<T, 1, 0>(a, where);
+  const bool aligned = is_aligned(args.grad_TH, kVectorBytes) && is_aligned(args.y_NH, kVectorBytes) &&
+                       is_aligned(args.grad_y_NH, kVectorBytes);
+  if (args.hidden % kWidth != 0 || !aligned) return launch<T, 1, 0>(args, stream);
   LaunchError error = nullptr;
-  with_choices(a.num_choices, a.rows_TK, [&](auto k) { error = launch<T, kWidth, decltype(k)::value>(a, where); });
+  with_choices(args.num_choices, args.rows_TK,
+               [&](auto k) { error = launch<T, kWidth, decltype(k)::value>(args, stream); });
   return error;
 }
 }  // namespace
 
-LaunchError launch_unpermute_backward(const void* grad, const void* y, FloatType type, int64_t num_rows,
-                                      const int32_t* rows_TK, const void* weights, FloatType weight_type,
-                                      int64_t num_tokens, int num_choices, void* grad_y, void* grad_weights,
-                                      int64_t hidden, int32_t* choice_of_row, const Launch& where) {
-  LaunchError error = enter(where);
+LaunchError launch_unpermute_backward(const UnpermuteBackwardArgs& args, const Stream& stream) {
+  LaunchError error = set_device(stream);
   if (error != nullptr) return error;
   int64_t element_bytes = 0;
-  with_float_type(type, [&](auto zero) {
+  with_float_type(args.type, [&](auto zero) {
     using T = decltype(zero);
     element_bytes = sizeof(T);
-    // no early return for H = 0 or N = 0: grad_weights has to be written
-    if (num_tokens > 0 && num_choices > 0)
-      error = launch_widest<T>({grad, y, num_rows, rows_TK, weights, weight_type, num_tokens, num_choices, grad_y,
-                                grad_weights, hidden, choice_of_row},
-                               where);
+    // no early return for H = 0 or N = 0: grad_weights_TK has to be written
+    if (args.num_tokens > 0 && args.num_choices > 0) error = launch_widest<T>(args, stream);
   });
   if (error != nullptr) return error;
-  return launch_zero_unnamed_rows(rows_TK, num_tokens * num_choices, choice_of_row, grad_y, num_rows,
-                                  hidden * element_bytes, where);
+  const ZeroUnnamedRowsArgs unnamed{
+      .rows_TK = args.rows_TK,
+      .num_choices = args.num_tokens * args.num_choices,
+      .choice_of_row = args.choice_of_row,
+      .y_NH = args.grad_y_NH,
+      .num_rows = args.num_rows,
+      .row_bytes = args.hidden * element_bytes,
+  };
+  return launch_zero_unnamed_rows(unnamed, stream);
 }
 }  // namespace smartmoe::cuda

@@ -3,8 +3,7 @@
 // Method: choice_of_row[r] is believed only if rows[choice_of_row[r]] is r, which garbage cannot fake. A warp tests 32
 // rows, a row per lane, and then clears those that fail together.
 // Alternative: clear all of y beforehand. Where nothing was dropped, and that is the rule, it writes every byte twice.
-#include "rows.h"
-#include "zero_rows.h"
+#include "rows.cuh"
 
 namespace smartmoe::cuda {
 namespace {
@@ -34,22 +33,20 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <class Vector>
-LaunchError launch(const int32_t* rows, int64_t num_choices, const int32_t* choice_of_row, void* y, int64_t num_rows,
-                   int64_t row_bytes, const Launch& where) {
-  const int64_t blocks = (num_rows + kThreads - 1) / kThreads;
+LaunchError launch(const ZeroUnnamedRowsArgs& args, const Stream& stream) {
+  const int64_t blocks = (args.num_rows + kThreads - 1) / kThreads;
   SMARTMOE_LAUNCH(zero_unnamed_rows<Vector>, dim3(static_cast<unsigned>(blocks < kMaxBlocks ? blocks : kMaxBlocks)),
-                  dim3(kThreads), 0, where.stream, rows, num_choices, choice_of_row, static_cast<Vector*>(y), num_rows,
-                  row_bytes / static_cast<int64_t>(sizeof(Vector)));
-  return leave();
+                  dim3(kThreads), 0, stream.handle, args.rows_TK, args.num_choices, args.choice_of_row,
+                  static_cast<Vector*>(args.y_NH), args.num_rows,
+                  args.row_bytes / static_cast<int64_t>(sizeof(Vector)));
+  return last_launch_error();
 }
 }  // namespace
 
-LaunchError launch_zero_unnamed_rows(const int32_t* rows, int64_t num_choices, const int32_t* choice_of_row, void* y,
-                                     int64_t num_rows, int64_t row_bytes, const Launch& where) {
-  if (num_rows == 0 || row_bytes == 0) return nullptr;
-  if (const LaunchError error = enter(where)) return error;
-  if (row_bytes % kVectorBytes == 0 && is_aligned(y, kVectorBytes))
-    return launch<uint4>(rows, num_choices, choice_of_row, y, num_rows, row_bytes, where);
-  return launch<uint8_t>(rows, num_choices, choice_of_row, y, num_rows, row_bytes, where);
+LaunchError launch_zero_unnamed_rows(const ZeroUnnamedRowsArgs& args, const Stream& stream) {
+  if (args.num_rows == 0 || args.row_bytes == 0) return nullptr;
+  if (const LaunchError error = set_device(stream)) return error;
+  if (args.row_bytes % kVectorBytes == 0 && is_aligned(args.y_NH, kVectorBytes)) return launch<uint4>(args, stream);
+  return launch<uint8_t>(args, stream);
 }
 }  // namespace smartmoe::cuda

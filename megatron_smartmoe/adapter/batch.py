@@ -1,7 +1,8 @@
-"""The forward step: a micro-batch onto its ranks, through the model, to a loss.
+"""What Megatron asks of an entry script: the forward step, and which pipeline stages hold the word embedding.
 
-The same as Megatron's `pretrain_gpt.py` does for pretraining (that file is not in the wheel), on Megatron's own
-helpers for broadcasting over tensor-parallel ranks and cutting over context-parallel ones.
+The forward step brings a micro-batch to its ranks, through the model, to a loss. It does what Megatron's
+`pretrain_gpt.py` does for pretraining (that file is not in the wheel), on Megatron's own helpers for broadcasting over
+tensor-parallel ranks and splitting over context-parallel ones.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 from megatron.core import mpu
 from megatron.core.models.gpt import GPTModel
 from megatron.core.rerun_state_machine import get_rerun_state_machine
-from megatron.core.transformer.multi_token_prediction import mtp_on_this_rank
+from megatron.core.transformer.multi_token_prediction import get_mtp_ranks, mtp_on_this_rank
 from megatron.core.utils import (
     get_attr_wrapped_model,
     get_batch_on_this_cp_rank,
@@ -22,20 +23,32 @@ from megatron.core.utils import (
     get_model_config,
 )
 from megatron.training import get_args, get_timers
+from megatron.training.argument_utils import core_transformer_config_from_args
 from megatron.training.utils import is_first_or_last_pipeline_stage
 
 Batch = dict[str, torch.Tensor | None]
 LossFunction = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]]
 
 _FIELDS = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask")
-# What Megatron's helpers look up besides; packed sequences are refused at start-up (checks.py).
+# Megatron's helpers look these up too; packed sequences are refused at start-up (flags/megatron_checks.py).
 _ABSENT = ("cu_seqlens", "cu_seqlens_padded", "max_seqlen", "local_cp_size", "hybrid_cp_group")
 
-SPIKY_LOSS_FACTOR = 10  # a loss this many times the largest seen is reported, as in Megatron
+SPIKY_LOSS_FACTOR = 10  # a loss this many times the largest so far is reported; Megatron's pretrain_gpt.py has 10 too
+
+
+def embedding_ranks(pp_ranks: list[int]) -> list[int]:
+    """Ranks of one pipeline group with the embedding: the first, the last when it is tied, and those of MTP layers."""
+    ranks = {pp_ranks[0]}
+    if len(pp_ranks) > 1:
+        args = get_args()
+        if not args.untie_embeddings_and_output_weights:
+            ranks.add(pp_ranks[-1])
+        ranks.update(get_mtp_ranks(pp_ranks, core_transformer_config_from_args(args)))
+    return sorted(ranks)
 
 
 def get_batch(data_iterator: Iterator[Batch], model: GPTModel) -> Batch:
-    """The next micro-batch's part of this rank.
+    """This rank's part of the next micro-batch.
 
     Returns:
         `tokens`, `labels`, `position_ids` int64 and `loss_mask` float `[micro_batch, seq / CP]`, each None where this
@@ -50,8 +63,10 @@ def get_batch(data_iterator: Iterator[Batch], model: GPTModel) -> Batch:
     batch: Batch = {}
     if tp_rank == 0:  # the data loader runs on the first tensor-parallel rank only
         loaded = next(data_iterator)
-        batch = {key: loaded[key].cuda(non_blocking=True) if loaded.get(key) is not None else None for key in _FIELDS}
-        batch |= dict.fromkeys(_ABSENT)
+        batch = dict.fromkeys((*_FIELDS, *_ABSENT))
+        for key in _FIELDS:
+            if (tensor := loaded.get(key)) is not None:
+                batch[key] = tensor.cuda(non_blocking=True)
     batch = get_batch_on_this_tp_rank(
         batch,
         has_cu_seqlens=False,
@@ -68,19 +83,21 @@ def get_batch(data_iterator: Iterator[Batch], model: GPTModel) -> Batch:
         is_pipeline_first_stage=mpu.is_pipeline_first_stage(),
         is_pipeline_last_stage=mpu.is_pipeline_last_stage(),
     )
-    return get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=mpu.get_context_parallel_group())
+    batch = get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=mpu.get_context_parallel_group())
+    return batch
 
 
 def loss_func(
-    loss_mask: torch.Tensor, output: torch.Tensor, model: GPTModel | None = None
+    loss_mask: torch.Tensor | None, output: torch.Tensor, model: GPTModel | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
     """Sum of the per-token losses, the number of tokens in it, and both for the log.
 
     Args:
-        loss_mask: `[micro_batch, seq]`, 1 where a token counts.
+        loss_mask: `[micro_batch, seq]`, 1 where a token counts; there on the stages that compute a loss.
         output: per-token losses of the same shape.
         model: unused; Megatron's hook for distillation.
     """
+    assert loss_mask is not None, "the last pipeline stage reads the loss mask"
     losses, mask = output.view(-1).float(), loss_mask.view(-1).float()
     loss = torch.sum(losses * mask)
     num_tokens = mask.sum().detach().to(torch.int)

@@ -1,85 +1,194 @@
-"""This run's prices: what the planners of homes and replicas are told about the machine and the model."""
+"""What the cost model and the planners are given in a run: its machine, its model, its launch, and their prices.
+
+Start-up checks read it before any process group exists, so Megatron's groups are looked up in the functions that need
+them.
+"""
 
 from __future__ import annotations
 
+import os
 from argparse import Namespace
 from dataclasses import replace
+from pathlib import Path
 
-from megatron.core import parallel_state as mpu
-from megatron.core.num_microbatches_calculator import get_num_microbatches
+import torch
+import torch.distributed as dist
 
-from megatron_smartmoe.adapter.expert_sizes import expert_shape, state_bytes
-from megatron_smartmoe.adapter.flags.replica_arguments import replicas_mode
-from megatron_smartmoe.adapter.machine import machine, nodes_of_group
-from megatron_smartmoe.cost.moe_layer import constants_of, copy_tokens, exchange_bytes_s
+from megatron_smartmoe.adapter.flags.smartmoe_arguments import replicas_mode
+from megatron_smartmoe.cost.compute import ExpertShape, replica_grad_bytes
+from megatron_smartmoe.cost.memory.buffers import expert_state_bytes
+from megatron_smartmoe.cost.moe_layer import constants_of, exchange_bytes_s, replica_tokens
+from megatron_smartmoe.errors import ConfigError
 from megatron_smartmoe.placement.homes_planner import OnlineOptions
 from megatron_smartmoe.placement.layer_cost import LayerPricing
 from megatron_smartmoe.placement.plan_replicas import ReplicaOptions
 from megatron_smartmoe.placement.policy import PolicyOptions
+from megatron_smartmoe.planner.arguments import model_from_arguments, parallel_from_arguments
+from megatron_smartmoe.spec.cluster import (
+    ClusterSpec,
+    fitting_cluster,
+    load_cluster_spec,
+    shipped_clusters,
+)
+from megatron_smartmoe.spec.model import ModelSpec
+from megatron_smartmoe.spec.parallel import ParallelSpec
+
+# --- the machine
 
 
-def online_setting(options: Namespace, mode: str | None = None) -> LayerPricing:
-    """The cost model's view of one expert-parallel group.
+def machine(args: Namespace) -> ClusterSpec:
+    """The cluster file that --smartmoe-cluster names; else the shipped one for this GPU, or for the CPU.
 
-    Copies from history are fetched once for all micro-batches of an iteration, so that one bears a share of the price.
+    Raises:
+        ConfigError: no shipped file is for this GPU.
+    """
+    if args.smartmoe_cluster is not None:
+        return load_cluster_spec(Path(args.smartmoe_cluster))
+    if not torch.cuda.is_available():
+        return load_cluster_spec(Path("cpu"))
+    name = torch.cuda.get_device_name()
+    fitting = fitting_cluster(name)
+    if fitting is None:
+        known = ", ".join(sorted({spec.gpu.name for spec in shipped_clusters()}))
+        way_out = f"Measure it: smartmoe calibrate --output FILE, then pass --smartmoe-cluster FILE (shipped: {known})."
+        raise ConfigError("--smartmoe-cluster", None, f"no file is shipped for {name}", way_out)
+    return fitting
+
+
+def machine_of_job(args: Namespace) -> ClusterSpec:
+    """The machine with this job's nodes and ranks per node, as `--parallel auto` plans for it."""
+    per_node = _ranks_per_node()
+    return replace(machine(args), nodes=-(-args.world_size // per_node), gpus_per_node=per_node)
+
+
+def nodes_of_group(num_ranks: int) -> int:
+    """Nodes that the expert-parallel group lies on; each rank counts as one where ranks are spread unevenly."""
+    from megatron.core import parallel_state as mpu
+
+    per_node = _ranks_per_node()
+    nodes = [rank // per_node for rank in dist.get_process_group_ranks(mpu.get_expert_model_parallel_group())]
+    found = sorted(set(nodes))
+    even = num_ranks % len(found) == 0 and nodes == [node for node in found for _ in range(num_ranks // len(found))]
+    return len(found) if even else num_ranks
+
+
+def _ranks_per_node() -> int:
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+# --- the model and the launch
+
+
+def model_of_run(args: Namespace) -> ModelSpec:
+    """The model, as the planner describes it.
+
+    With --moe-latent-size the experts and the all-to-all work on projected tokens, which the planner has no model of:
+    for the MoE layers, which is all that is priced in training, the projected size is the hidden size.
+    """
+    model = model_from_arguments(vars(args))
+    return replace(model, hidden=args.moe_latent_size) if args.moe_latent_size else model
+
+
+def launch_of_run(args: Namespace) -> ParallelSpec:
+    """The launch, as the planner describes it."""
+    return parallel_from_arguments(vars(args), model_from_arguments(vars(args)), args.world_size)
+
+
+def expert_shape(args: Namespace, mode: str | None = None) -> ExpertShape:
+    """Sizes of one expert as a rank computes it, from arguments as parsed or as validated.
 
     Args:
-        options: Megatron's.
-        mode: how copies are planned; None for what the flags say.
+        args: Megatron's arguments.
+        mode: how replicas are planned; None for the mode of the flags.
     """
-    num_ranks = mpu.get_expert_model_parallel_world_size()
-    constants = constants_of(machine(options), expert_shape(options))
-    if (mode or replicas_mode(options)) == "history":
-        shares = get_num_microbatches()
-        constants = replace(
-            constants, intra_copy_s=constants.intra_copy_s / shares, inter_copy_s=constants.inter_copy_s / shares
-        )
-    return LayerPricing(
-        num_ranks=num_ranks,
-        num_nodes=nodes_of_group(num_ranks),
-        constants=constants,
+    etp = args.expert_tensor_parallel_size or args.tensor_model_parallel_size
+    element_bytes = 2 if args.bf16 or args.fp16 else 4
+    return ExpertShape(
+        hidden=args.moe_latent_size or args.hidden_size,
+        ffn=(args.moe_ffn_hidden_size or args.ffn_hidden_size) // etp,
+        gated=args.swiglu,
+        element_bytes=element_bytes,
+        grad_bytes=replica_grad_bytes(mode or replicas_mode(args), element_bytes),
     )
 
 
-def online_options(options: Namespace, review_records: int) -> OnlineOptions:
-    """What the planners are told.
+def state_bytes(args: Namespace) -> int:
+    """Bytes that move with an expert: weights, fp32 main weights where they are separate, and Adam's moments."""
+    return expert_state_bytes(expert_shape(args))
+
+
+# --- prices of the homes and replicas loops
+
+
+def online_setting(args: Namespace, mode: str | None = None) -> LayerPricing:
+    """The price of a MoE layer in one expert-parallel group.
+
+    Replicas from history are fetched once for all micro-batches of an iteration, so each micro-batch bears a share.
 
     Args:
-        options: Megatron's.
-        review_records: records after a move of homes on which it is judged.
+        args: Megatron's arguments.
+        mode: how replicas are planned; None for the mode of the flags.
     """
-    cluster = machine(options)
+    from megatron.core import parallel_state as mpu
+    from megatron.core.num_microbatches_calculator import get_num_microbatches
+
+    num_ranks = mpu.get_expert_model_parallel_world_size()
+    constants = constants_of(machine(args), expert_shape(args, mode))
+    if (mode or replicas_mode(args)) == "history":
+        shares = get_num_microbatches()
+        constants = replace(
+            constants,
+            intra_replica_s=constants.intra_replica_s / shares,
+            inter_replica_s=constants.inter_replica_s / shares,
+        )
+    return LayerPricing(num_ranks=num_ranks, num_nodes=nodes_of_group(num_ranks), constants=constants)
+
+
+def online_options(args: Namespace, review_records: int) -> OnlineOptions:
+    """Options of the planners of homes and replicas.
+
+    Args:
+        args: Megatron's arguments.
+        review_records: records after a move of homes from which its gain is measured.
+    """
+    from megatron.core import parallel_state as mpu
+    from megatron.core.num_microbatches_calculator import get_num_microbatches
+
     num_nodes = nodes_of_group(mpu.get_expert_model_parallel_world_size())
     return OnlineOptions(
-        homes_interval=1,  # the controller asks once an interval
-        replicas="exact" if replicas_mode(options) == "exact" else "history",
+        homes_interval=1,  # the controller calls the planner once per interval
+        replicas="exact" if replicas_mode(args) == "exact" else "history",
         micro_batches=get_num_microbatches(),
-        state_bytes=state_bytes(options),
-        migration_bytes_s=exchange_bytes_s(cluster, between_nodes=num_nodes > 1),
-        replica=replica_options(options),
+        state_bytes=state_bytes(args),
+        migration_bytes_s=exchange_bytes_s(machine(args), between_nodes=num_nodes > 1),
+        replica=replica_options(args),
         policy=PolicyOptions(
-            horizon_iterations=options.smartmoe_homes_horizon,
-            margin=options.smartmoe_homes_margin,
-            rest_iterations=options.smartmoe_homes_interval,
+            horizon_iterations=args.smartmoe_homes_horizon,
+            margin=args.smartmoe_homes_margin,
+            cooldown_iterations=args.smartmoe_homes_interval,
         ),
         review_records=review_records,
     )
 
 
-def replica_options(options: Namespace) -> ReplicaOptions:
-    """Where copies may lie, and what one costs."""
-    return ReplicaOptions(num_nodes=scope_nodes(options), copy_price_tokens=copy_price_tokens(options))
+def replica_options(args: Namespace) -> ReplicaOptions:
+    """Where replicas may be placed, and what one costs."""
+    return ReplicaOptions(num_nodes=scope_nodes(args), replica_price_tokens=replica_price_tokens(args))
 
 
-def scope_nodes(options: Namespace) -> int:
-    """Nodes that replicas are bound to; 1 lets them lie anywhere in the group."""
-    if options.smartmoe_replicas_scope == "group":
+def scope_nodes(args: Namespace) -> int:
+    """Nodes of the group among which replicas must not cross; 1 lets them be anywhere in the group."""
+    from megatron.core import parallel_state as mpu
+
+    if args.smartmoe_replicas_scope == "group":
         return 1
     return nodes_of_group(mpu.get_expert_model_parallel_world_size())
 
 
-def copy_price_tokens(options: Namespace) -> float:
-    """Tokens that the busiest rank must be spared for a replica, --smartmoe-replicas-margin included."""
-    constants = constants_of(machine(options), expert_shape(options))
-    between_nodes = nodes_of_group(mpu.get_expert_model_parallel_world_size()) > scope_nodes(options)
-    return float(options.smartmoe_replicas_margin * copy_tokens(constants, between_nodes=between_nodes))
+def replica_price_tokens(args: Namespace) -> float:
+    """Tokens that a replica must take from the busiest rank to pay off, --smartmoe-replicas-margin included."""
+    from megatron.core import parallel_state as mpu
+
+    constants = constants_of(machine(args), expert_shape(args))
+    between_nodes = nodes_of_group(mpu.get_expert_model_parallel_world_size()) > scope_nodes(args)
+    return float(args.smartmoe_replicas_margin * replica_tokens(constants, between_nodes=between_nodes))

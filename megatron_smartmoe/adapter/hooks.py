@@ -207,6 +207,22 @@ def rebind(
         setattr(module, name, wrapper)
 
 
+def replace_names(module: ModuleType, values: Mapping[str, object]) -> None:
+    """Replace names of a module that are not functions to wrap.
+
+    Args:
+        module: where the names are looked up at call time.
+        values: the new value of each name.
+
+    Raises:
+        CompatError: the module lacks some of them; this Megatron is not one that the project supports.
+    """
+    if missing := [name for name in values if not hasattr(module, name)]:
+        raise CompatError(_is_missing(module, missing))
+    for name, value in values.items():
+        setattr(module, name, value)
+
+
 def _is_missing(module: ModuleType, names: Iterable[str]) -> str:
     full = ", ".join(f"{module.__name__}.{name}" for name in names)
     return (
@@ -219,12 +235,34 @@ def prepare_megatron(*, cpu: bool) -> None:
     """Mend what stops the wheel's `megatron.training` from running outside NVIDIA's containers."""
     import megatron.training.training as training
 
-    from megatron_smartmoe.adapter.local import adam
-
-    adam.install()
+    use_torch_adam()
     _skip_compiled_helpers()
     if cpu:  # Megatron has this switch (`initialize_megatron`), and `pretrain` does not pass it on
         rebind(training, "initialize_megatron", lambda call: functools.partial(call, allow_no_cuda=True))
+
+
+def use_torch_adam() -> None:
+    """Give Megatron `TorchAdam` where it would fall back to torch's AdamW; does nothing where FusedAdam is installed.
+
+    These names of `megatron.core.optimizer` hold which Adam was found; all are read when the optimizer is built.
+    """
+    import megatron.core.optimizer as optimizer
+    import megatron.core.optimizer.distrib_optimizer as distrib_optimizer
+
+    from megatron_smartmoe.adapter.local.adam import TorchAdam
+
+    if optimizer.USING_PYTORCH_OPTIMIZER:
+        replace_names(optimizer, {"Adam": TorchAdam, "USING_PYTORCH_OPTIMIZER": False})
+        replace_names(distrib_optimizer, {"Adam": TorchAdam, "HAVE_APEX_OR_TE": True, "USING_APEX_OPTIMIZER": True})
+
+
+def use_torch_prediction_blocks() -> None:
+    """Give layers of multi-token prediction this project's torch modules; see `layer_spec.wrap_mtp_block_spec`."""
+    import megatron.training.models.gpt as gpt
+
+    from megatron_smartmoe.adapter.moe.layer_spec import wrap_mtp_block_spec
+
+    rebind(gpt, "mtp_block_spec", wrap_mtp_block_spec)
 
 
 def _skip_compiled_helpers() -> None:

@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING
 
 from megatron_smartmoe.adapter import log_filters
 from megatron_smartmoe.adapter.flags.parser import (
-    add_smartmoe_arguments,
     device_from,
     has_apex,
     has_transformer_engine,
     machine_defaults,
     parse,
 )
+from megatron_smartmoe.adapter.flags.smartmoe_arguments import add_smartmoe_arguments
 from megatron_smartmoe.errors import EXIT_CONFIG_ERROR, CompatError, SmartMoEError
 
 if TYPE_CHECKING:
@@ -88,16 +88,12 @@ def check_flags(argv: Sequence[str], *, cpu: bool, data_exists: bool = True) -> 
     """Parse and check the flags before any process group forms.
 
     Raises:
-        ConfigError: see `checks.check`.
+        ConfigError: see `megatron_checks.check`.
     """
-    from megatron_smartmoe.adapter.flags.megatron_checks import check
+    from megatron_smartmoe.adapter.flags.megatron_checks import check_args
 
     args = parse(argv)
-    check(args, world_size=args.world_size, cpu=cpu, data_exists=data_exists)
-    if (args.tensor_model_parallel_size > 1 or args.context_parallel_size > 1) and not args.use_megatron_fsdp:
-        # Megatron asserts it before Blackwell: kernels must start in the order in which they were issued. With FSDP
-        # it asserts the opposite.
-        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    check_args(args, cpu=cpu, data_exists=data_exists)
     return args
 
 
@@ -115,10 +111,9 @@ def train(argv: Sequence[str], *, cpu: bool, callbacks: Iterable[Callback] = ())
     from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
 
     from megatron_smartmoe.adapter import hooks
-    from megatron_smartmoe.adapter.batch import forward_step
+    from megatron_smartmoe.adapter.batch import embedding_ranks, forward_step
     from megatron_smartmoe.adapter.datasets import train_valid_test_datasets_provider
-    from megatron_smartmoe.adapter.embeddings import embedding_ranks
-    from megatron_smartmoe.adapter.moe.layer_spec import install_prediction_blocks, spec_for
+    from megatron_smartmoe.adapter.moe.layer_spec import spec_for
     from megatron_smartmoe.adapter.moe.overlap_degree import OverlapDegree
 
     hooks.prepare_megatron(cpu=cpu)
@@ -127,7 +122,7 @@ def train(argv: Sequence[str], *, cpu: bool, callbacks: Iterable[Callback] = ())
     hooks.attach([*callbacks_for(args, overlap_degree), *callbacks])
     model_config = gpt_config_from_args(args)
     if args.spec is None:
-        install_prediction_blocks()
+        hooks.use_torch_prediction_blocks()
         model_config.transformer_layer_spec = spec_for(args, overlap_degree)
     pretrain(
         pretrain_cfg_container_from_args(args, model_config),
@@ -176,7 +171,7 @@ def megatron_args(argv: Sequence[str]) -> Namespace:
 
     sys.argv[1:] = list(argv)
     args = parse(argv)
-    log_filters.lower_voice(args.logging_level)
+    log_filters.set_log_level(args.logging_level)
     run_dir = args.smartmoe_run_dir
     with _stdout_to(Path(run_dir) / "arguments.txt" if run_dir else None):
         validated: Namespace = parse_and_validate_args(extra_args_provider=add_smartmoe_arguments)

@@ -1,1 +1,1 @@
-"""What one machine costs, from what was measured on it: `smartmoe calibrate` without the measuring."""
+"""Measure a machine, fit lines to the measurements, write its cluster file: `smartmoe calibrate`."""

@@ -9,10 +9,10 @@ Method. Each series becomes a line (`calibrate.line`), each line two numbers of 
   latency_s, a message's; inside a node also the latencies of a ring's and an all-to-all's steps.
 - gpu.ranks_per_device: how many times as fast a CPU rank's products are when the others wait.
 
-What is measured is reached: `efficiency` is 1 for gemm and memory, and says for a link which part of its best rate the
+A measured rate is reached: `efficiency` is 1 for gemm and memory, and for a link the share of its best rate that the
 all-to-all, the ring and the all-reduce reach, so that the cost model discounts nothing twice. What could not be
-measured (links between nodes on one node) comes from a file that fits the device, or from an estimate; its source says
-so, and it keeps the model's priors.
+measured (links between nodes on one node) comes from the shipped file for the device, or from an estimate; its source
+says so, and it keeps the model's priors.
 """
 
 from __future__ import annotations
@@ -23,17 +23,18 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from megatron_smartmoe.calibrate.line import LineFit
-from megatron_smartmoe.calibrate.measured import COLLECTIVES, LINKS, Measured, Series
+from megatron_smartmoe.calibrate.measurement import COLLECTIVES, LINKS, MachineMeasurement, Series
 from megatron_smartmoe.spec.cluster import ClusterSpec, GpuSpec, LinkSpec
 
-_SHARED = ("all_to_all", "ring", "all_reduce")  # the model has no share of its own for messages
-_WORDS = {
+_SHARED = ("all_to_all", "ring", "all_reduce")  # operations with a share; single messages have none in the model
+NOISY_SPREAD = 0.5  # interquartile range of the repeats over their median above which a point is noisy
+_LABELS = {
     "all_to_all": "all_to_all_single",
     "ring": "reduce_scatter and all_gather",
     "all_reduce": "all_reduce",
     "send_recv": "send to the next rank",
 }
-_ESTIMATES = {  # where nothing was measured and no file fits
+_ESTIMATES = {  # for a link that was not measured on a device without a shipped file
     "intra": (LinkSpec(bandwidth_bytes_s=25e9, latency_s=10e-6), "PCIe 4.0 x16, about 25 GB/s in each direction"),
     "inter": (LinkSpec(bandwidth_bytes_s=12.5e9, latency_s=20e-6), "one 100 Gb/s card per GPU"),
 }
@@ -41,13 +42,13 @@ _ESTIMATES = {  # where nothing was measured and no file fits
 
 @dataclass(frozen=True, kw_only=True)
 class MachineFit:
-    """What the measurements say.
+    """The cluster file's content, and how well it fits the measurements.
 
     Attributes:
         cluster: the file's content.
-        lines: of every series, by its name ("gemm", "all_to_all intra").
+        lines: fitted line of every series, by its name ("gemm", "all_to_all intra").
         half_rate_tokens: tokens of one expert at which its products reach half of the full rate.
-        warnings: what a reader of the numbers should know.
+        warnings: why a number may be wrong, one sentence each.
     """
 
     cluster: ClusterSpec
@@ -56,24 +57,26 @@ class MachineFit:
     warnings: tuple[str, ...]
 
 
-def all_series(measured: Measured) -> dict[str, Series]:
+def all_series(measured: MachineMeasurement) -> dict[str, Series]:
     """Every series by its name, in the order of a table."""
     links = {f"{op} {link}": measured.links[op, link] for link in LINKS for op in COLLECTIVES if _has(measured, link)}
     return {"gemm": measured.gemm, "copy": measured.copy, **links}
 
 
-def fit_machine(measured: Measured, nominal: ClusterSpec | None = None, name: str = "measured") -> MachineFit:
-    """Make the cluster file's content of the measurements.
+def fit_machine(measured: MachineMeasurement, nominal: ClusterSpec | None = None, name: str = "measured") -> MachineFit:
+    """Fit a line to every series, and make the cluster file's numbers of the lines.
 
     Args:
-        measured: by the ranks of one job.
-        nominal: a file for this device, if there is one: what could not be measured comes from there.
-        name: of the cluster.
+        measured: measurements of one job.
+        nominal: the shipped file for this device, or None; numbers that could not be measured come from it.
+        name: name of the cluster.
 
     Raises:
         PlanError: a series with fewer than two different amounts.
     """
+    # Step 1: lines.
     lines = {key: series.fit() for key, series in all_series(measured).items()}
+    # Step 2: numbers, sources and shares of the device and of each link.
     sources: dict[str, str] = {}
     shares = {"gemm": 1.0, "memory": 1.0}
     gpu = _gpu(measured, lines, sources)
@@ -87,7 +90,7 @@ def fit_machine(measured: Measured, nominal: ClusterSpec | None = None, name: st
         else:
             links[link] = _unmeasured(link, nominal, sources)
     for share in ("gemm", "memory"):
-        sources[f"efficiency.{share}"] = "the number above is measured: what training reaches, not a peak to discount"
+        sources[f"efficiency.{share}"] = "the number above is measured: a rate that is reached, not a peak to discount"
     cluster = ClusterSpec(
         name=name,
         nodes=measured.nodes,
@@ -109,18 +112,18 @@ def fit_machine(measured: Measured, nominal: ClusterSpec | None = None, name: st
     )
 
 
-def _has(measured: Measured, link: str) -> bool:
+def _has(measured: MachineMeasurement, link: str) -> bool:
     return measured.members.get(link, 1) > 1
 
 
-def _gpu(measured: Measured, lines: Mapping[str, LineFit], sources: dict[str, str]) -> GpuSpec:
+def _gpu(measured: MachineMeasurement, lines: Mapping[str, LineFit], sources: dict[str, str]) -> GpuSpec:
     """The device's numbers, and their sources."""
     gemm, copy, expert = lines["gemm"], lines["copy"], measured.expert
     kind = "gated" if expert.gated else "plain"
     what = f"grouped_mm of {kind} {expert.hidden} x {expert.ffn} experts, forward and backward"
     amounts = ", ".join(f"{point.units:g}" for point in measured.gemm.points)
     sources["gpu.peak_flops"] = _source(measured, f"{what}, {amounts} tokens per expert", gemm)
-    sources["gpu.memory_bytes"] = f"measured: what the device has for each rank; {measured.how}"
+    sources["gpu.memory_bytes"] = f"measured: the device's memory for each rank; {measured.how}"
     sources["gpu.memory_bandwidth_bytes_s"] = _source(measured, "copy in memory, read and written bytes", copy)
     bandwidth = 1 / copy.unit_s
     passes = gemm.fixed_s * bandwidth / expert.weight_bytes
@@ -137,36 +140,43 @@ def _gpu(measured: Measured, lines: Mapping[str, LineFit], sources: dict[str, st
         )
         found = replace(found, ranks_per_device=measured.ranks_per_device)
     if passes <= 0:
-        return found  # the model's prior is a better guess than none
+        return found  # the line gives no fixed cost: the model's prior holds
     half = f"half of the full rate at {gemm.fixed_s / gemm.unit_s:.3g} tokens per expert"
     sources["gpu.weight_passes"] = _source(measured, f"{what}; {half}", gemm)
     return replace(found, weight_passes=passes)
 
 
 def _link(
-    measured: Measured, link: str, lines: Mapping[str, LineFit], sources: dict[str, str], shares: dict[str, float]
+    measured: MachineMeasurement,
+    link: str,
+    lines: Mapping[str, LineFit],
+    sources: dict[str, str],
+    shares: dict[str, float],
 ) -> LinkSpec:
     """One link's numbers, and the shares of its bandwidth that the operations reach."""
     found = {op: lines[f"{op} {link}"] for op in COLLECTIVES}
     best = min(COLLECTIVES, key=lambda op: found[op].unit_s)
     among = f"among {measured.members[link]} ranks"
-    sources[f"{link}_node.bandwidth_bytes_s"] = _source(measured, f"{_WORDS[best]} {among}", found[best])
+    sources[f"{link}_node.bandwidth_bytes_s"] = _source(measured, f"{_LABELS[best]} {among}", found[best])
     latency_of = next((op for op in ("send_recv", "all_to_all") if found[op].fixed_s > 0), "ring")
-    sources[f"{link}_node.latency_s"] = _source(measured, f"{_WORDS[latency_of]} {among}", found[latency_of])
+    sources[f"{link}_node.latency_s"] = _source(measured, f"{_LABELS[latency_of]} {among}", found[latency_of])
     for op in _SHARED:
         shares[f"{op}_{link}"] = found[best].unit_s / found[op].unit_s
-        sources[f"efficiency.{op}_{link}"] = _source(measured, f"{_WORDS[op]} {among}, over {_WORDS[best]}", found[op])
+        sources[f"efficiency.{op}_{link}"] = _source(
+            measured, f"{_LABELS[op]} {among}, over {_LABELS[best]}", found[op]
+        )
     return LinkSpec(
         bandwidth_bytes_s=1 / found[best].unit_s,
-        latency_s=max(found[latency_of].fixed_s, 1e-9),  # a file wants a positive one
+        latency_s=max(found[latency_of].fixed_s, 1e-9),  # a cluster file needs a positive number
         **_steps(measured, link, found, sources),
     )
 
 
 def _steps(
-    measured: Measured, link: str, found: Mapping[str, LineFit], sources: dict[str, str]
+    measured: MachineMeasurement, link: str, found: Mapping[str, LineFit], sources: dict[str, str]
 ) -> dict[str, float | None]:
-    """Latencies of the steps of collectives; between nodes groups are larger than any that is measured: trees."""
+    """Latencies of the steps of collectives; none between nodes, where groups in use are larger than the measured one
+    and the model assumes trees."""
     steps: dict[str, float | None] = {}
     if link == "inter":
         return steps
@@ -175,13 +185,13 @@ def _steps(
         if found[op].fixed_s > 0:
             name = f"{op}_latency_s"
             steps[name] = found[op].fixed_s / collectives / others
-            what = f"{_WORDS[op]} among {others + 1} ranks, of each of its {collectives * others} steps"
+            what = f"{_LABELS[op]} among {others + 1} ranks, of each of its {collectives * others} steps"
             sources[f"{link}_node.{name}"] = _source(measured, what, found[op])
     return steps
 
 
 def _unmeasured(link: str, nominal: ClusterSpec | None, sources: dict[str, str]) -> LinkSpec:
-    """A link that nobody could measure: from the file that fits, else an estimate."""
+    """A link that was not measured: numbers of the shipped file, else an estimate."""
     why = "not measured, one rank per node" if link == "intra" else "not measured, one node"
     spec, estimate = _ESTIMATES[link]
     for number in ("bandwidth_bytes_s", "latency_s"):
@@ -193,38 +203,40 @@ def _unmeasured(link: str, nominal: ClusterSpec | None, sources: dict[str, str])
     return nominal.intra_node if link == "intra" else nominal.inter_node
 
 
-def _source(measured: Measured, what: str, line: LineFit) -> str:
-    """Where a number comes from: what, by whom, how well the line fits, with what, when."""
+def _source(measured: MachineMeasurement, what: str, line: LineFit) -> str:
+    """The source of a number: what was measured, by how many ranks, how well the line fits, software and date."""
     ranks = measured.nodes * measured.ranks_per_node
     who = f"{ranks} ranks at once on {measured.nodes} x {measured.cores_per_node} cores" if ranks > 1 else "one rank"
     fit = f"line off by {line.residual:.1%} on average, {line.worst:.1%} at worst"
     return f"measured: {what}; {who}, medians of {measured.repeats}; {fit}; {measured.how}"
 
 
-def _warnings(measured: Measured, lines: Mapping[str, LineFit], half_rate: float) -> list[str]:
-    """What a reader of the numbers should know."""
+def _warnings(measured: MachineMeasurement, lines: Mapping[str, LineFit], half_rate: float) -> list[str]:
+    """Reasons to doubt a number, each with what to do about it."""
     found = []
     for key, series in all_series(measured).items():
         line = lines[key]
         if line.poor:
             text = f"{key}: the line is off by {line.residual:.0%} on average, {line.worst:.0%} at worst"
-            found.append(f"{text}; measure again on a quiet machine, or with other amounts")
-        noisy = [point for point in series.points if point.spread > 0.5]
+            found.append(f"{text}; measure again on an idle machine, or with other --sizes or --tokens")
+        noisy = [point for point in series.points if point.spread > NOISY_SPREAD]
         if len(noisy) * 2 > len(series.points):
-            found.append(f"{key}: repeats differ by more than half of their median; --repeats more of them")
+            more = 2 * measured.repeats
+            found.append(f"{key}: repeats differ by more than half of their median; try --repeats {more}")
     largest = max(point.units for point in measured.gemm.points)
     if largest < 2 * half_rate:
         found.append(
-            f"gemm: half of the full rate at {half_rate:.0f} tokens, measured up to {largest:.0f}: add --tokens"
+            f"gemm: half of the full rate at {half_rate:.0f} tokens, measured up to {largest:.0f}: "
+            f"add {2 * half_rate:.0f} to --tokens"
         )
     for link, words in (("intra", "inside a node"), ("inter", "between nodes")):
         if not _has(measured, link):
-            found.append(f"links {words}: not measured, there was nobody to talk to; see their source in the file")
+            found.append(f"links {words}: not measured, there is no second rank; see their source in the file")
     return found
 
 
 def _rounded(cluster: ClusterSpec) -> ClusterSpec:
-    """As the file will say it: 4 digits."""
+    """The numbers to 4 digits, as the file has them."""
 
     def four(value: float) -> float:
         return float(f"{value:.4g}") if math.isfinite(value) else value

@@ -4,9 +4,10 @@ Method. Least absolute deviations of the times' logarithms, with no negative fix
 The lines that are tried are those through two of the points, and through one of them and the origin, of which a dozen
 points have few: there is no step size, no threshold and no starting value, and points that lie on a line are recovered
 exactly as long as most do. Logarithms, because sizes span six decades: absolute errors would leave the fixed cost to
-chance, and errors relative to the measured time forgive a line that is far too fast (off by 100% at most) before one
-that is twice too slow. Points that make no line still get one, with a residual that says so.
+chance, and errors relative to the measured time count a line that is far too fast (off by 100% at most) less than one
+that is twice too slow. Points that make no line still get one, with a large residual.
 
+Source: least absolute deviations (Boscovich 1757; Koenker and Bassett 1978), whose optimum passes through data points.
 The alternative, least squares, follows the one point during which the machine was busy with something else.
 """
 
@@ -19,7 +20,7 @@ import numpy as np
 
 from megatron_smartmoe.errors import PlanError
 
-POOR_MEAN, POOR_WORST = 0.15, 0.5  # residuals above which a line says little about the points
+POOR_MEAN, POOR_WORST = 0.15, 0.5  # relative residuals above which a line is a poor fit: chosen, not measured
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,11 +41,11 @@ class LineFit:
 
     @property
     def poor(self) -> bool:
-        """Whether the line says little about the points."""
+        """Whether the line is a poor fit."""
         return self.residual > POOR_MEAN or self.worst > POOR_WORST
 
     def at(self, units: float) -> float:
-        """Seconds of so many units."""
+        """Seconds of `units` units."""
         return self.fixed_s + units * self.unit_s
 
 
@@ -52,8 +53,8 @@ def fit_line(units: Sequence[float], time_s: Sequence[float]) -> LineFit:
     """The line with the smallest sum of absolute errors of the logarithm.
 
     Args:
-        units: what was varied: bytes, tokens.
-        time_s: what it took, one time per entry of `units`.
+        units: amounts: bytes or tokens.
+        time_s: measured seconds, one for each entry of `units`.
 
     Raises:
         PlanError: fewer than two different amounts, or an amount or a time that is not positive.
@@ -72,7 +73,7 @@ def fit_line(units: Sequence[float], time_s: Sequence[float]) -> LineFit:
 
 
 def _candidates(x_N: np.ndarray, time_N: np.ndarray) -> np.ndarray:
-    """(fixed, per unit) of every line that is tried, `[C, 2]`."""
+    """(fixed, per unit) of every candidate line, `[C, 2]`."""
     first, second = np.triu_indices(len(x_N), k=1)
     apart = x_N[first] != x_N[second]
     first, second = first[apart], second[apart]

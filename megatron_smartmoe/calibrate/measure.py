@@ -1,15 +1,15 @@
 """Measure a machine: matrix products of experts, copies, collectives. Every rank calls `measure`, at the same time.
 
-Method. Before each repeat the ranks wait for each other, so that ranks that share cores, memory or a network card get
-in each other's way as they do in training. A repeat takes as long as its slowest rank, as a layer does, and a point is
-the median of its repeats. The points of a series take turns: a moment in which the machine does something else then
-falls on one repeat of all points, not on all repeats of one. What is short is called many times in a row (`TURN_S`), so
-that neither the clock nor the way out of the barrier is what is measured. On a GPU CUDA events tell the time from the
-first kernel to the last, gaps between launches included, as in training; every point is called untimed first.
+Method. Before each repeat the ranks meet in a barrier, so that ranks that share cores, memory or a network card slow
+each other down as they do in training. A repeat takes as long as its slowest rank, as a layer does, and a point is the
+median of its repeats. The points of a series take turns: a moment in which the machine does something else then falls
+on one repeat of all points, not on all repeats of one. Short operations are called many times in a row (`TURN_S`), so
+that neither the clock's resolution nor the barrier shows. On a GPU, CUDA events measure from the first kernel to the
+last, gaps between launches included, as in training; every point is called untimed first.
 
-CPU ranks sleep until a message arrives and come back late to cores that others use, so that a collective between
-matrix products takes two to three times as long as one of many in a row. Theirs are measured between products, whose
-time alone, measured in turns with them, is taken off. A GPU's stream has no scheduler in between.
+CPU ranks sleep until a message arrives and return late to cores that others use, so that a collective between matrix
+products takes two to three times as long as one of many in a row. CPU collectives are therefore measured between
+products, whose time alone, measured in turns with them, is subtracted. A GPU's stream has no scheduler in between.
 """
 
 from __future__ import annotations
@@ -26,18 +26,19 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from megatron_smartmoe.calibrate.measured import COLLECTIVES, Measured, Point, Series
+from megatron_smartmoe.calibrate.measurement import COLLECTIVES, MachineMeasurement, Point, Series
 from megatron_smartmoe.cost.compute import ExpertShape
 
-TURN_S = 10e-3  # least time of one repeat
-CALLS_BETWEEN_PRODUCTS = 8  # of one repeat: products vary by more than a short collective takes
-MOST_CALLS = 1000  # of one repeat
+TURN_S = 10e-3  # least seconds of one repeat
+CALLS_BETWEEN_PRODUCTS = 8  # least calls of one repeat, since products vary by more than a short collective takes
+MOST_CALLS = 1000  # calls of one repeat
+LEAST_S = 1e-7  # seconds of a collective whose measured time is below that of the product before it
 _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
-    """What to measure: shape of a rank's experts, tokens per expert, bytes of collectives and of copies."""
+class BenchPlan:
+    """What to measure: a rank's experts, tokens per expert, bytes of collectives and of copies in memory."""
 
     expert: ExpertShape
     num_experts: int
@@ -48,7 +49,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Task:
-    """A point to be measured: `call` moves or computes `units`; `share` of its time counts (one expert of several)."""
+    """One point: `call` moves or computes `units`; `share` of its time is counted (one expert of several)."""
 
     units: float
     call: Callable[[], object]
@@ -57,16 +58,16 @@ class Task:
 
 @dataclass(frozen=True, kw_only=True)
 class Bench:
-    """Where it is measured.
+    """Device, process groups and repeats of the measurements.
 
     Attributes:
-        device: of this rank.
-        dtype: of weights, activations and messages.
+        device: device of this rank.
+        dtype: type of weights, activations and messages.
         world: all ranks; they measure at the same time.
         links: process group of this rank for each link (`intra`, `inter`); absent where the rank would be alone in it.
-        nodes: machines of the job.
-        repeats: of each point.
-        say: told what is being measured.
+        nodes: number of machines.
+        repeats: repeats of each point.
+        report: called with the name of each measurement before it starts.
     """
 
     device: torch.device
@@ -75,15 +76,17 @@ class Bench:
     links: dict[str, dist.ProcessGroup]
     nodes: int
     repeats: int
-    say: Callable[[str], object] = field(default=lambda text: None)
+    report: Callable[[str], object] = field(default=lambda text: None)
 
     def series(self, tasks: Sequence[Task], least_calls: int = 1) -> Series:
-        """Time every task, each repeat of at least so many calls; collective."""
+        """Time every task, with at least `least_calls` calls in a repeat; collective."""
+        # Step 1: how many calls of each task fill a repeat, the same on all ranks.
         calls = []
         for task in tasks:
             task.call()  # allocates, connects, chooses kernels
             once_s = self._slowest([self._turn(task.call, 1)])[0]
             calls.append(max(least_calls, min(MOST_CALLS, math.ceil(TURN_S / max(once_s, 1e-9)))))
+        # Step 2: the tasks take turns, and each repeat counts its slowest rank.
         turns = [
             [self._turn(task.call, number) / number for task, number in zip(tasks, calls, strict=True)]
             for _ in range(self.repeats)
@@ -93,10 +96,10 @@ class Bench:
         )
 
     def _turn(self, call: Callable[[], object], calls: int) -> float:
-        """Seconds of so many calls on this rank, after all ranks have met."""
+        """Seconds of `calls` calls on this rank, after a barrier."""
         dist.all_reduce(torch.zeros(1, device=self.device), group=self.world)
         if self.device.type == "cuda":
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
             torch.cuda.synchronize(self.device)
             start.record()
             for _ in range(calls):
@@ -110,7 +113,7 @@ class Bench:
         return time.perf_counter() - begin
 
     def _slowest(self, seconds: list[float]) -> list[float]:
-        """The slowest rank's time of each repeat, the same on all ranks."""
+        """The slowest rank's seconds of each repeat, the same on all ranks."""
         times = torch.tensor(seconds, dtype=torch.float64, device=self.device)
         dist.all_reduce(times, op=dist.ReduceOp.MAX, group=self.world)
         found: list[float] = times.tolist()
@@ -118,33 +121,33 @@ class Bench:
 
 
 def _point(task: Task, turns_s: list[float]) -> Point:
-    """The median of the repeats, and how far they lie apart."""
+    """The median of the repeats, and their spread."""
     median = statistics.median(turns_s)
     low, _, high = statistics.quantiles(turns_s, n=4) if len(turns_s) > 1 else (median, median, median)
     return Point(units=task.units, time_s=median * task.share, spread=(high - low) / median)
 
 
-def measure(plan: Plan, bench: Bench, how: str) -> Measured:
-    """Measure everything; collective over `bench.world`, and every rank returns the same.
+def measure(plan: BenchPlan, bench: Bench, how: str) -> MachineMeasurement:
+    """Measure everything; collective over `bench.world`, with the same result on every rank.
 
     Args:
-        plan: amounts.
+        plan: amounts to measure.
         bench: device and process groups.
-        how: backend, versions and date, for the sources.
+        how: backend, versions and date, for the sources in the cluster file.
     """
     per_node = dist.get_world_size(bench.world) // bench.nodes
-    bench.say("matrix products")
+    bench.report("matrix products")
     gemm = bench.series([_gemm(plan, bench, tokens) for tokens in plan.tokens])
-    bench.say("copies")
+    bench.report("copies")
     copy = bench.series([_copy(size, bench) for size in plan.copy_bytes])
     links, members, on_gpu = {}, {}, bench.device.type == "cuda"
     for link, group in bench.links.items():
         members[link] = dist.get_world_size(group)
         for operation in COLLECTIVES:
-            bench.say(f"{operation}, {link}")
+            bench.report(f"{operation}, {link}")
             tasks = [_collective(operation, size, group, bench) for size in plan.sizes_bytes]
             links[operation, link] = bench.series(tasks) if on_gpu else _between_products(tasks, plan, bench)
-    return Measured(
+    return MachineMeasurement(
         device=device_name(bench.device),
         memory_bytes=_memory_bytes(bench, per_node),
         nodes=bench.nodes,
@@ -163,7 +166,7 @@ def measure(plan: Plan, bench: Bench, how: str) -> Measured:
 
 
 def device_name(device: torch.device) -> str:
-    """As a cluster file names it: the GPU without its vendor, or CPU threads of a rank."""
+    """The device's name in a cluster file: the GPU without its vendor, or the CPU threads of a rank."""
     if device.type == "cuda":
         return "-".join(torch.cuda.get_device_name(device).removeprefix("NVIDIA ").split())
     threads = torch.get_num_threads()
@@ -175,7 +178,7 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _gemm(plan: Plan, bench: Bench, tokens: int) -> Task:
+def _gemm(plan: BenchPlan, bench: Bench, tokens: int) -> Task:
     """Both products of a rank's experts, forward and backward; time of one expert by its tokens."""
     expert, count = plan.expert, plan.num_experts
     inner = (2 if expert.gated else 1) * expert.ffn
@@ -197,11 +200,11 @@ def _gemm(plan: Plan, bench: Bench, tokens: int) -> Task:
     return Task(tokens, both_ways, 1 / count)
 
 
-def _ranks_per_device(plan: Plan, bench: Bench, per_node: int) -> float:
-    """How many times as fast a node's first rank multiplies when its others wait: they may share cores."""
+def _ranks_per_device(plan: BenchPlan, bench: Bench, per_node: int) -> float:
+    """How many times as fast a node's first rank multiplies while the others wait: CPU ranks may share cores."""
     if bench.device.type == "cuda" or per_node == 1:
         return 1.0
-    bench.say("matrix products of one rank alone")
+    bench.report("matrix products of one rank alone")
     all_at_once = _gemm(plan, bench, max(plan.tokens))
     first = dist.get_rank(bench.world) % per_node == 0
     alone = replace(all_at_once, call=all_at_once.call if first else lambda: None)
@@ -209,32 +212,36 @@ def _ranks_per_device(plan: Plan, bench: Bench, per_node: int) -> float:
     return max(1.0, together_s / alone_s)
 
 
-def _between_products(tasks: Sequence[Task], plan: Plan, bench: Bench) -> Series:
-    """The tasks' times, each call after a product, less the product's."""
+def _between_products(tasks: Sequence[Task], plan: BenchPlan, bench: Bench) -> Series:
+    """The tasks' times between products: each call follows a product, whose own time is subtracted."""
     product = _gemm(plan, bench, plan.tokens[len(plan.tokens) // 2]).call
-    both = [replace(task, call=lambda task=task: (product(), task.call())) for task in tasks]
+
+    def after_product(task: Task) -> Task:
+        return replace(task, call=lambda: (product(), task.call()))
+
+    both = [after_product(task) for task in tasks]
     *points, alone = bench.series([*both, Task(1.0, product)], CALLS_BETWEEN_PRODUCTS).points
     return Series(points=tuple(_less(point, alone.time_s) for point in points))
 
 
 def _less(point: Point, time_s: float) -> Point:
-    """A point without the time of something else, which its repeats still vary by."""
-    left_s = max(point.time_s - time_s, 1e-7)  # nothing is free, whatever the noise says
+    """A point less the time of something else; the spread of its repeats stays."""
+    left_s = max(point.time_s - time_s, LEAST_S)
     return replace(point, time_s=left_s, spread=point.spread * point.time_s / left_s)
 
 
 def _copy(size: int, bench: Bench) -> Task:
-    """A copy inside the device's memory; bytes read and written."""
+    """A copy inside the device's memory; its units are bytes read and written."""
     source = torch.zeros(size, device=bench.device, dtype=torch.uint8)
     target = torch.zeros_like(source)
     return Task(2.0 * size, lambda: target.copy_(source))
 
 
-def _host_to_device(plan: Plan, bench: Bench) -> dict[str, float]:
-    """Bytes a second from pinned host memory to the device and back; nothing on a CPU."""
+def _host_to_device(plan: BenchPlan, bench: Bench) -> dict[str, float]:
+    """Bytes a second from pinned host memory to the device and back; empty on a CPU."""
     if bench.device.type != "cuda":
         return {}
-    bench.say("copies to and from the host")
+    bench.report("copies to and from the host")
     size = max(plan.copy_bytes)
     host = torch.zeros(size, dtype=torch.uint8, pin_memory=True)
     device = torch.zeros(size, dtype=torch.uint8, device=bench.device)
@@ -245,9 +252,9 @@ def _host_to_device(plan: Plan, bench: Bench) -> dict[str, float]:
 
 
 def _collective(operation: str, size: int, group: dist.ProcessGroup, bench: Bench) -> Task:
-    """One collective on buffers of about `size` bytes; counts bytes through the busiest port (see Series)."""
+    """One collective on buffers of about `size` bytes; its units are bytes through the busiest port (see Series)."""
     ranks, rank = dist.get_world_size(group), dist.get_rank(group)
-    elements = -(-size // (bench.dtype.itemsize * ranks)) * ranks  # an all-to-all cuts it into equal parts
+    elements = -(-size // (bench.dtype.itemsize * ranks)) * ranks  # an all-to-all divides it into equal parts
     buffer = torch.zeros(elements, device=bench.device, dtype=bench.dtype)
     other = torch.zeros_like(buffer)
     num_bytes = elements * bench.dtype.itemsize
@@ -263,7 +270,7 @@ def _collective(operation: str, size: int, group: dist.ProcessGroup, bench: Benc
     following, previous = (dist.get_global_rank(group, (rank + step) % ranks) for step in (1, -1))
 
     def shift() -> None:
-        """Everybody sends to the next rank: every port carries one message each way."""
+        """Send to the next rank and receive from the one before: every port carries one message each way."""
         sent = dist.P2POp(dist.isend, buffer, following, group)
         received = dist.P2POp(dist.irecv, other, previous, group)
         for work in dist.batch_isend_irecv([sent, received]):
@@ -273,13 +280,13 @@ def _collective(operation: str, size: int, group: dist.ProcessGroup, bench: Benc
 
 
 def _ring(buffer: torch.Tensor, part: torch.Tensor, group: dist.ProcessGroup) -> None:
-    """Both of the collectives that are one round: each rank is left with a part, then with everything."""
+    """A reduce-scatter and an all-gather: each rank gets a part, then the whole."""
     dist.reduce_scatter_tensor(part, buffer, group=group)
     dist.all_gather_into_tensor(buffer, part, group=group)
 
 
 def _memory_bytes(bench: Bench, ranks_per_node: int) -> float:
-    """What the rank with the least of it may use."""
+    """Bytes of the rank with the least memory."""
     if bench.device.type == "cuda":
         here = float(torch.cuda.get_device_properties(bench.device).total_memory)
     else:
@@ -290,7 +297,7 @@ def _memory_bytes(bench: Bench, ranks_per_node: int) -> float:
 
 
 def _host_bytes() -> float:
-    """Memory of this machine, or of the container that this process is in."""
+    """Bytes of this machine's memory, or of the container's that this process is in."""
     physical = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     limit = _CGROUP_LIMIT.read_text().strip() if _CGROUP_LIMIT.is_file() else "max"
     return min(physical, float(limit)) if limit.isdecimal() else physical

@@ -1,4 +1,4 @@
-"""The options of `smartmoe calibrate`: the command and the ranks that measure share them, neither imports the other."""
+"""The options of `smartmoe calibrate`, shared by the command and the ranks that it starts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron_smartmoe.errors import ConfigError
 
-# Amounts by device: (hidden, ffn, experts), tokens per expert, bytes that a rank holds in a collective, bytes copied.
+# Defaults by device: (hidden, ffn, experts), tokens per expert, bytes of a rank's buffer in a collective, bytes copied.
 _SHAPE = {"cuda": (4096, 1536, 8), "cpu": (256, 512, 2)}
 _TOKENS = {"cuda": (16, 64, 256, 1024, 4096), "cpu": (2, 8, 32, 128, 512)}
 _SIZES = {
@@ -26,15 +26,15 @@ class CalibrateOptions:
 
     Attributes:
         output: the cluster file to write.
-        overwrite: also when it exists.
-        name: of the cluster; None: the file's stem.
-        nproc: ranks per node; None: one per GPU, on a CPU one per core.
+        overwrite: whether an existing file is overwritten.
+        name: name of the cluster; None takes the file's name.
+        nproc: ranks per node; None starts one per GPU, on a CPU one per core.
         device: auto, or cpu on a machine with GPUs.
-        compare: a cluster file to compare with; None: the shipped one for this device, if there is one.
+        compare: a cluster file to compare with; None takes the shipped one for this device, if there is one.
         hidden, ffn, experts: shape of an expert, and experts of a rank.
-        tokens: per expert.
-        sizes: bytes of a rank's buffer in a collective.
-        repeats: of each point.
+        tokens: tokens per expert, one point each.
+        sizes: bytes of a rank's buffer in a collective, one point each.
+        repeats: repeats of each point.
     """
 
     output: Path = Path("cluster.yaml")
@@ -52,7 +52,7 @@ class CalibrateOptions:
 
     @classmethod
     def of(cls, parsed: argparse.Namespace) -> CalibrateOptions:
-        """From the command line.
+        """The options of a parsed command line.
 
         Raises:
             ConfigError: a number below 1, fewer than two amounts, or an output that exists.
@@ -61,17 +61,19 @@ class CalibrateOptions:
         for name in ("nproc", "hidden", "ffn", "experts", "repeats"):
             value = getattr(found, name)
             if value is not None and value < 1:
-                raise ConfigError(f"--{name}", value, "must be at least 1", "Leave it out for the default.")
+                raise ConfigError(f"--{name}", value, "must be at least 1", f"For example: --{name} 8.")
         for name in ("tokens", "sizes"):
             values = getattr(found, name)
             if values is not None and len(set(values)) < 2:
-                raise ConfigError(f"--{name}", values, "a line needs two different amounts", "Give more, with commas.")
+                raise ConfigError(
+                    f"--{name}", values, "needs at least two different amounts", f"For example: --{name} 1024,65536."
+                )
         if found.output.exists() and not found.overwrite:
             raise ConfigError("--output", str(found.output), "exists already", "Name another file, or add --overwrite.")
         return found
 
     def for_device(self, kind: str) -> CalibrateOptions:
-        """With the defaults of `cuda` or `cpu` filled in."""
+        """The options with the defaults of `cuda` or `cpu` filled in."""
         hidden, ffn, experts = _SHAPE[kind]
         return replace(
             self,
@@ -89,7 +91,7 @@ def copy_sizes(kind: str) -> tuple[int, ...]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Describe the command line."""
+    """Add the options to a parser."""
     default = CalibrateOptions()
     add = parser.add_argument
     add(
@@ -99,25 +101,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="YAML",
         help="cluster file to write (default: %(default)s)",
     )
-    add("--overwrite", action="store_true", help="write it also when it exists")
-    add("--name", help="of the cluster (default: the file's name)")
-    text = "ranks per node, all measuring at the same time (default: one per GPU; without a GPU one per core)"
+    add("--overwrite", action="store_true", help="overwrite an existing file")
+    add("--name", help="name of the cluster (default: the file's name)")
+    text = "ranks per node, which measure at the same time (default: one per GPU; without a GPU one per core)"
     add("--nproc", type=int, metavar="N", help=text)
-    add("--device", choices=("auto", "cpu"), default="auto", help="cpu: measure CPU ranks on a machine with GPUs")
-    text = "cluster file to compare with and to take unmeasured links from (default: the shipped one for this device)"
+    add("--device", choices=("auto", "cpu"), default="auto", help="cpu measures CPU ranks on a machine with GPUs")
+    text = "cluster file to compare with and to take unmeasured links from (default: the shipped file for this device)"
     add("--compare", type=Path, metavar="YAML", help=text)
     add("--hidden", type=int, metavar="H", help=f"hidden size of an expert (default: {_both(_SHAPE, 0)})")
     add("--ffn", type=int, metavar="F", help=f"intermediate size of an expert, gated (default: {_both(_SHAPE, 1)})")
-    add("--experts", type=int, metavar="E", help=f"experts of a rank (default: {_both(_SHAPE, 2)})")
-    text = f"tokens per expert, with commas (default: {_list(_TOKENS, 'cuda')}; CPU: {_list(_TOKENS, 'cpu')})"
+    add("--experts", type=int, metavar="E", help=f"experts per rank (default: {_both(_SHAPE, 2)})")
+    text = f"tokens per expert, separated by commas (default: {_list(_TOKENS, 'cuda')}; CPU: {_list(_TOKENS, 'cpu')})"
     add("--tokens", type=_amounts, metavar="LIST", help=text)
-    text = f"bytes of a rank's buffer, with commas (default: {_list(_SIZES, 'cuda')}; CPU: {_list(_SIZES, 'cpu')})"
+    defaults = f"default: {_list(_SIZES, 'cuda')}; CPU: {_list(_SIZES, 'cpu')}"
+    text = f"bytes of a rank's buffer in a collective, separated by commas ({defaults})"
     add("--sizes", type=_amounts, metavar="LIST", help=text)
-    add("--repeats", type=int, default=default.repeats, metavar="N", help="times of each point (default: %(default)s)")
+    add(
+        "--repeats", type=int, default=default.repeats, metavar="N", help="repetitions per point (default: %(default)s)"
+    )
 
 
 def as_argv(options: CalibrateOptions) -> list[str]:
-    """The command line that says the same."""
+    """The command line with these options."""
     argv: list[str] = []
     default = CalibrateOptions()
     for name in CalibrateOptions.__dataclass_fields__:
@@ -139,11 +144,11 @@ def _list(table: Mapping[str, tuple[int, ...]], kind: str) -> str:
 
 
 def _amounts(text: str) -> tuple[int, ...]:
-    """Positive whole numbers with commas between them; 4e6 is one."""
+    """Positive whole numbers separated by commas; 4e6 is one."""
     try:
         values = tuple(sorted({int(float(part)) for part in text.split(",") if part.strip()}))
     except (ValueError, OverflowError):
         values = ()
     if not values or values[0] < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of positive whole numbers, such as 8,64,512")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of positive whole numbers, such as 8,64,512")
     return values

@@ -1,15 +1,15 @@
-"""The measurements as people read them: points and lines, then the file's numbers beside nominal ones."""
+"""The measurements as a table: points and lines, then the file's numbers beside nominal ones."""
 
 from __future__ import annotations
 
 from megatron_smartmoe.calibrate.cluster_file import MachineFit, all_series
-from megatron_smartmoe.calibrate.measured import Measured
+from megatron_smartmoe.calibrate.measurement import MachineMeasurement
 from megatron_smartmoe.cost.moe_layer import GEMM_EFFICIENCY, MEMORY_EFFICIENCY, exchange_bytes_s
 from megatron_smartmoe.spec.cluster import ClusterSpec
 
 
-def as_table(measured: Measured, fit: MachineFit, nominal: ClusterSpec | None) -> str:
-    """Everything that was measured, what became of it, and warnings."""
+def as_table(measured: MachineMeasurement, fit: MachineFit, nominal: ClusterSpec | None) -> str:
+    """All points, the lines through them, the comparison with `nominal`, and the warnings."""
     ranks = f"{measured.nodes} x {measured.ranks_per_node} ranks"
     parts = [f"{measured.device}, {ranks} at once, {measured.how}", _points(measured, fit), _numbers(measured, fit)]
     if nominal is not None:
@@ -19,7 +19,7 @@ def as_table(measured: Measured, fit: MachineFit, nominal: ClusterSpec | None) -
 
 
 def compared(found: ClusterSpec, nominal: ClusterSpec) -> str:
-    """What the cost model makes of the measured file and of a nominal one: rates after their efficiencies."""
+    """The rates that the cost model uses with the measured file and with a nominal one, efficiencies included."""
     rows = [("products", "FLOP/s", _flops(found), _flops(nominal))]
     rows.append(("memory", "B/s", _memory(found), _memory(nominal)))
     rows.append(("memory of a rank", "B", found.gpu.memory_bytes, nominal.gpu.memory_bytes))
@@ -28,15 +28,15 @@ def compared(found: ClusterSpec, nominal: ClusterSpec) -> str:
         rows.append((words, "B/s", here, there))
     rows.append(("latency inside a node", "s", found.intra_node.latency_s, nominal.intra_node.latency_s))
     rows.append(("latency between nodes", "s", found.inter_node.latency_s, nominal.inter_node.latency_s))
-    lines = [f"against {nominal.name}: what the cost model reckons with, efficiencies included"]
+    lines = [f"compared with {nominal.name}: rates that the cost model uses, efficiencies included"]
     lines.append(f"  {'':<24} {'measured':>14} {'nominal':>14}   measured / nominal")
     for words, unit, here, there in rows:
         lines.append(f"  {words:<24} {_si(here, unit):>14} {_si(there, unit):>14}   {here / there:.2f}x")
     return "\n".join(lines)
 
 
-def _points(measured: Measured, fit: MachineFit) -> str:
-    """A row per point: measured, the line's, their difference, how far repeats lie apart, and the rate."""
+def _points(measured: MachineMeasurement, fit: MachineFit) -> str:
+    """A row per point: measured and fitted time, their difference, spread of the repeats, and the rate."""
     rows = [f"{'':<17} {'amount':>11} {'measured':>10} {'line':>10} {'off':>7} {'spread':>7} {'rate':>14}"]
     for key, series in all_series(measured).items():
         line = fit.lines[key]
@@ -54,8 +54,8 @@ def _points(measured: Measured, fit: MachineFit) -> str:
     return "\n".join(rows)
 
 
-def _numbers(measured: Measured, fit: MachineFit) -> str:
-    """What each line says."""
+def _numbers(measured: MachineMeasurement, fit: MachineFit) -> str:
+    """The rate and the fit of each line."""
     rows = []
     for key, line in fit.lines.items():
         if key == "gemm":
@@ -73,7 +73,7 @@ def _numbers(measured: Measured, fit: MachineFit) -> str:
 
 
 def _si(value: float, unit: str) -> str:
-    """Three to four digits and a prefix: 1.25 GB/s, 8 us."""
+    """Up to four digits and a prefix: 1.25 GB/s, 8 us."""
     prefixes = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, ""), (1e-3, "m"), (1e-6, "u"))
     scale, prefix = next((each for each in prefixes if value >= each[0] * 0.9995), (1e-9, "n"))
     return f"{value / scale:.4g} {prefix}{unit}"

@@ -1,8 +1,8 @@
-"""`smartmoe calibrate`: measure this machine and write the cluster file that plans and training price it with.
+"""`smartmoe calibrate`: measure this machine and write the cluster file that plans and training use its prices from.
 
 One rank per GPU (on a CPU, one per core) measures, all at the same time: the experts' matrix products over tokens per
 expert, copies in memory, and all-to-all, all-reduce and messages inside nodes and between them. A line is fitted
-through each, robustly; the file says for every number what was measured, how, and how far the line is off. On several
+robustly to each; the file states for every number what was measured, how, and how far the line is off. On several
 nodes, run it in a Slurm allocation, or start the ranks with
 `torchrun --nnodes N ... -m megatron_smartmoe.adapter.launch.calibrate [the same options]`.
 """
@@ -16,12 +16,12 @@ from typing import Any
 
 from megatron_smartmoe.calibrate.options import CalibrateOptions, add_arguments, as_argv
 
-# Not imported: it imports torch, which no other tool here needs.
+# Started, not imported: it imports torch, which no other tool of this package needs.
 _MODULE = "megatron_smartmoe.adapter.launch.calibrate"
 
 
 def add_parser(tools: Any) -> None:
-    """Describe the command line."""
+    """Add the subcommand to the parser of the tools."""
     parser = tools.add_parser("calibrate", help="measure this machine, write its cluster file", description=__doc__)
     add_arguments(parser)
     parser.set_defaults(run=run)

@@ -1,4 +1,4 @@
-"""`smartmoe`: picks the tool and turns errors that a user can act on into one line."""
+"""`smartmoe`: runs a tool, and prints errors that a user can act on as one line."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import sys
 from collections.abc import Sequence
 
 from megatron_smartmoe.cli import calibrate, plan, simulate
-from megatron_smartmoe.errors import SmartMoEError
+from megatron_smartmoe.errors import EXIT_CONFIG_ERROR, SmartMoEError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status: 0 fine, 1 a replay that differs, 2 wrong input."""
-    parser = argparse.ArgumentParser(prog="smartmoe", description="Tools around MoE training with balanced experts.")
+    """Run the command line; returns the exit status: 0 for success, 1 for a replay that differs, 2 for wrong input."""
+    parser = argparse.ArgumentParser(prog="smartmoe", description="Tools for MoE training with balanced experts.")
     tools = parser.add_subparsers(dest="tool", required=True, metavar="TOOL")
     plan.add_parser(tools)
     simulate.add_parser(tools)
@@ -22,7 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return int(options.run(options))
     except SmartMoEError as error:
         print(f"smartmoe {options.tool}: {error}", file=sys.stderr)
-        return 2
+        return EXIT_CONFIG_ERROR
 
 
 if __name__ == "__main__":

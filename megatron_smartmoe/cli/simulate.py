@@ -1,8 +1,8 @@
-"""`smartmoe simulate`: what each placement policy would have made of a recorded trace.
+"""`smartmoe simulate`: how well each placement policy would have balanced a recorded routing trace.
 
-The story: read the trace, settle the setting (ranks, nodes, costs), replay every policy, print a table, write JSON.
-`--save-decisions` writes every decision of the smartmoe policy; `--replay` runs again with the settings in such a file
-and says whether the same decisions came out, line by line.
+The trace is replayed through every policy; a table and JSON say how balanced the ranks were, what moved, and how long a
+layer would have taken. `--save-decisions` writes every decision of the smartmoe policy; `--replay` runs again with the
+options in such a file and compares the decisions line by line.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import argparse
 import hashlib
 import importlib.util
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,8 @@ from megatron_smartmoe.spec.cluster import ClusterSpec, GpuSpec, LinkSpec, load_
 from megatron_smartmoe.spec.placement import Placement
 from megatron_smartmoe.spec.trace import RoutingTrace, load_trace
 
-# What is assumed without --cluster; for the predicted times only, the balance does not depend on it.
+# Assumed without --cluster, for the predicted times only: the balance does not depend on it. NVIDIA's H100 SXM
+# datasheet (dense bf16, NVLink 4, one 400 Gb/s card per GPU); latencies are estimates.
 DEFAULT_CLUSTER = ClusterSpec(
     name="8 H100 SXM per node",
     nodes=1,
@@ -42,7 +44,7 @@ DEFAULT_CLUSTER = ClusterSpec(
     inter_node=LinkSpec(bandwidth_bytes_s=50e9, latency_s=15e-6),
 )
 
-# Settings that decide what comes out; a decision file repeats them.
+# Options that decide the result; a decision file repeats them.
 _SETTINGS = ("ep", "spare_slots", "nodes", "homes_interval", "replicas", "warmup", "hidden", "ffn", "cluster")
 
 _LEAST = {
@@ -59,7 +61,7 @@ _LEAST = {
 
 
 def add_parser(tools: Any) -> None:
-    """Describe the command line."""
+    """Add the subcommand to the parser of the tools."""
     parser = tools.add_parser("simulate", help="replay a routing trace through placement policies", description=__doc__)
     add = parser.add_argument
     add("--trace", type=Path, required=True, help=".npz trace, or the directory of Megatron's --moe-routing-trace-path")
@@ -72,43 +74,48 @@ def add_parser(tools: Any) -> None:
     add("--spare-slots", type=int, default=0, metavar="K", help="replica slots per rank (default: 0)")
     text = "nodes of a group; with several, replicas stay on their home's node (default: from --cluster, else 1)"
     add("--nodes", type=int, metavar="N", help=text)
-    text = "training iterations between two looks at the homes; 0: never (default: 100)"
+    text = "re-evaluate the homes every N training iterations; 0 never moves them (default: 100)"
     add("--homes-interval", type=int, default=100, metavar="N", help=text)
-    text = "where smartmoe's copies come from: history: earlier records; exact: each micro-batch's own counts; auto: "
-    text += "history, and exact for a layer that would else have a rank more than 1%% above the mean (default: auto)"
+    text = "what smartmoe plans replicas from: history: earlier records; exact: each micro-batch's own counts; auto: "
+    text += "history, and exact for a layer with a rank more than 1%% above the mean (default: auto)"
     add("--replicas", choices=("history", "exact", "auto"), default="auto", help=text)
     add("--policy", default="smartmoe", help="smartmoe, a peer's name, several with commas, or all (default: smartmoe)")
-    text = "training iterations between two plans of a peer that plans from history (default: 1, every record)"
+    text = "training iterations between two plans of a peer that plans from history (default: 1: every record)"
     add("--peers-interval", type=int, default=1, metavar="N", help=text)
-    text = "records replayed but not counted (default: 25, a fifth of the trace when that is less)"
+    text = "first records that are replayed but not counted (default: 25, or a fifth of a shorter trace)"
     add("--warmup", type=int, metavar="RECORDS", help=text)
     add("--cluster", type=Path, metavar="YAML", help="machine for the predicted times (default: H100, 8 per node)")
     add("--hidden", type=int, default=4096, help="model hidden size, for predicted times and bytes (default: 4096)")
     add("--ffn", type=int, default=1536, help="intermediate size of one expert (default: 1536)")
-    add("--json", type=Path, metavar="FILE", help="write the numbers for programs")
-    add("--plot", type=Path, metavar="FILE", help="draw how often each policy stays below which imbalance (.svg, .png)")
-    add("--save-decisions", type=Path, metavar="FILE", help="write every decision of smartmoe as JSONL")
+    add("--json", type=Path, metavar="FILE", help="write the table's numbers as JSON")
     add(
-        "--replay", type=Path, metavar="FILE", help="run with the settings of a decision file and compare, line by line"
+        "--plot", type=Path, metavar="FILE", help="plot the distribution of imbalance of each policy (.svg, .png, .pdf)"
     )
+    add("--save-decisions", type=Path, metavar="FILE", help="write the decisions of smartmoe as JSONL")
+    add("--replay", type=Path, metavar="FILE", help="rerun with the options in a decision file, compare line by line")
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
     """Run the tool; 1 when a replay differs."""
     saved = _read_decisions(options) if options.replay else None
+    # Step 1: check everything that takes no time, then read the trace.
     if options.ep is None:
-        raise ConfigError("--ep", None, "is needed", "Give the number of ranks of an expert-parallel group.")
+        raise ConfigError("--ep", None, "is required: the ranks of an expert-parallel group", "For example: --ep 8.")
     _check_outputs(options)
     trace = load_trace(options.trace, num_experts=options.trace_experts, ranks=options.trace_ranks)
     cluster = load_cluster_spec(Path(options.cluster)) if options.cluster else DEFAULT_CLUSTER
-    setting = _setting(options, trace, cluster)
-    policies = _policies(options, trace, setting, cluster)
-    results = [_with_progress(trace, policy, setting) for policy in policies]
-    bounds = lower_bounds(trace, setting)
-    print(as_table(results, bounds, setting, trace))
+    setup = _setup(options, trace, cluster)
+    # Step 2: replay it through every policy.
+    results = []
+    for policy in _policies(options, trace, setup, cluster):
+        records = tqdm(range(trace.num_records), desc=policy.name, unit="record", leave=False, disable=None)
+        results.append(replay(trace, policy, setup, records))
+    bounds = lower_bounds(trace, setup)
+    # Step 3: table, files, and the comparison with a saved replay.
+    print(as_table(results, bounds, setup, trace))
     if options.json:
-        options.json.write_text(json.dumps(as_json(results, bounds, setting, trace), indent=2) + "\n")
+        options.json.write_text(json.dumps(as_json(results, bounds, setup, trace), indent=2) + "\n")
     if options.plot:
         from megatron_smartmoe.cli.simulate_plot import draw  # matplotlib is slow to import
 
@@ -131,39 +138,47 @@ def _ranks(text: str) -> list[int]:
 
 
 def _check_outputs(options: argparse.Namespace) -> None:
-    """Before minutes of replay: whether what comes out of it can be written."""
+    """Check that every output can be written, before minutes of replay."""
     for flag, path in (
         ("--json", options.json),
         ("--plot", options.plot),
         ("--save-decisions", options.save_decisions),
     ):
         if path is not None and not path.parent.is_dir():
-            raise ConfigError(flag, str(path), f"there is no directory {path.parent}", "Create it.")
+            raise ConfigError(flag, str(path), f"there is no directory {path.parent}", f"Run mkdir -p {path.parent}.")
     if options.plot is not None:
         if options.plot.suffix not in (".svg", ".png", ".pdf"):
-            raise ConfigError("--plot", str(options.plot), "must end in .svg, .png or .pdf", "Choose one of them.")
+            raise ConfigError(
+                "--plot", str(options.plot), "must end in .svg, .png or .pdf", "For example: --plot imbalance.svg."
+            )
         if importlib.util.find_spec("matplotlib") is None:
             raise ConfigError(
-                "--plot", str(options.plot), "needs matplotlib", "pip install matplotlib, or leave it out."
+                "--plot", str(options.plot), "needs matplotlib", "Run pip install matplotlib, or drop --plot."
             )
 
 
-def _setting(options: argparse.Namespace, trace: RoutingTrace, cluster: ClusterSpec) -> SimulationSetup:
+def _setup(options: argparse.Namespace, trace: RoutingTrace, cluster: ClusterSpec) -> SimulationSetup:
     if options.warmup is None:
         options.warmup = min(25, trace.num_records // 5)
     if options.warmup >= trace.num_records:
         rule = f"leaves none of the trace's {trace.num_records} records"
-        raise ConfigError("--warmup", options.warmup, rule, "Leave it out, or choose less.")
+        raise ConfigError("--warmup", options.warmup, rule, f"For example: --warmup {trace.num_records // 5}.")
     for flag, least in _LEAST.items():
         if getattr(options, flag) is not None and getattr(options, flag) < least:
             name = "--" + flag.replace("_", "-")
-            raise ConfigError(name, getattr(options, flag), f"must be at least {least}", "Choose another number.")
+            raise ConfigError(
+                name, getattr(options, flag), f"must be at least {least}", f"For example: {name} {max(least, 1)}."
+            )
     if trace.num_experts % options.ep:
         rule = f"must divide the trace's {trace.num_experts} experts"
-        raise ConfigError("--ep", options.ep, rule, "Every rank holds the same number of experts.")
+        raise ConfigError(
+            "--ep", options.ep, rule, f"Every rank has as many experts: --ep {math.gcd(trace.num_experts, options.ep)}."
+        )
     num_nodes = options.nodes or (cluster.nodes_of_group(options.ep) if options.cluster else 1)
     if options.ep % num_nodes:
-        raise ConfigError("--nodes", num_nodes, f"must divide --ep {options.ep}", "Every node has as many ranks.")
+        raise ConfigError(
+            "--nodes", num_nodes, f"must divide --ep {options.ep}", "Every node has as many ranks: --nodes 1."
+        )
     expert = ExpertShape(hidden=options.hidden, ffn=options.ffn)
     return SimulationSetup(
         num_ranks=options.ep,
@@ -176,9 +191,9 @@ def _setting(options: argparse.Namespace, trace: RoutingTrace, cluster: ClusterS
 
 
 def _policies(
-    options: argparse.Namespace, trace: RoutingTrace, setting: SimulationSetup, cluster: ClusterSpec
+    options: argparse.Namespace, trace: RoutingTrace, setup: SimulationSetup, cluster: ClusterSpec
 ) -> list[SimulatedPolicy]:
-    """The policies asked for, ours first."""
+    """The policies that --policy names."""
     rules = by_name()
     names = ["smartmoe", *rules] if options.policy == "all" else options.policy.split(",")
     for name in names:
@@ -188,36 +203,31 @@ def _policies(
     placement = Placement.contiguous(
         num_layers=trace.num_layers,
         num_experts=trace.num_experts,
-        num_ranks=setting.num_ranks,
-        spare_slots=setting.spare_slots,
+        num_ranks=setup.num_ranks,
+        spare_slots=setup.spare_slots,
     )
-    num_groups = max(1, trace.num_sources // setting.num_ranks)
+    num_groups = max(1, trace.num_sources // setup.num_ranks)
     within_node = cluster.replica_scope == "node"
     online = OnlineOptions(
         homes_interval=options.homes_interval,
         replicas=options.replicas,
         micro_batches=trace.counts.shape[3] if trace.has_micro_batches else 1,
-        state_bytes=setting.state_bytes,
-        migration_bytes_s=(cluster.inter_node if setting.num_nodes > 1 else cluster.intra_node).bandwidth_bytes_s,
-        homes=HomesOptions(num_nodes=setting.num_nodes, replica_scope_is_node=within_node),
-        replica=ReplicaOptions(num_nodes=setting.num_nodes if within_node else 1),
+        state_bytes=setup.state_bytes,
+        migration_bytes_s=(cluster.inter_node if setup.num_nodes > 1 else cluster.intra_node).bandwidth_bytes_s,
+        homes=HomesOptions(num_nodes=setup.num_nodes, replica_scope_is_node=within_node),
+        replica=ReplicaOptions(num_nodes=setup.num_nodes if within_node else 1),
     )
     policies: list[SimulatedPolicy] = []
     for name in names:
         if name == "smartmoe":
-            policies.append(OnlinePolicy(placement, num_groups, online, layer_seconds(setting.pricing)))
+            policies.append(OnlinePolicy(placement, num_groups, online, layer_seconds(setup.pricing)))
         else:
-            policies.append(RulePolicy(rules[name], placement, num_groups, setting.num_nodes, options.peers_interval))
+            policies.append(RulePolicy(rules[name], placement, num_groups, setup.num_nodes, options.peers_interval))
     return policies
 
 
-def _with_progress(trace: RoutingTrace, policy: SimulatedPolicy, setting: SimulationSetup) -> PolicyResult:
-    records = tqdm(range(trace.num_records), desc=policy.name, unit="record", leave=False, disable=None)
-    return replay(trace, policy, setting, records)
-
-
 def _decision_lines(options: argparse.Namespace, trace: RoutingTrace, results: list[PolicyResult]) -> list[str]:
-    """The settings, then a line per decision; nothing in them depends on the clock."""
+    """A line with the options, then one per decision; none of them depends on the time of day."""
     settings = {name: getattr(options, name) for name in _SETTINGS}
     settings["cluster"] = str(options.cluster) if options.cluster else None
     header = {"kind": "simulation", "trace": _digest(trace), **settings}
@@ -231,10 +241,10 @@ def _digest(trace: RoutingTrace) -> str:
 
 
 def _read_decisions(options: argparse.Namespace) -> list[str]:
-    """The saved lines; the options take the settings that they were made with."""
+    """The saved lines; `options` take the values that they were made with."""
     try:
         lines = options.replay.read_text(encoding="utf-8").splitlines()
-        header = json.loads(lines[0])
+        header, *_ = [json.loads(line) for line in lines]
         settings = {name: header[name] for name in _SETTINGS}
     except (OSError, ValueError, IndexError, KeyError, TypeError) as error:
         rule = f"is not a decision file: {error!r}"
@@ -246,10 +256,17 @@ def _read_decisions(options: argparse.Namespace) -> list[str]:
 
 
 def _compare(saved: list[str], lines: list[str]) -> int:
-    """Say whether the replay gave the same lines, and where it first did not."""
+    """Print whether the replay made the same decisions, or the first line that differs; returns the exit status.
+
+    The reason of a decision is a text, worded otherwise by earlier versions, whose files are read too: it may differ.
+    """
+
+    def without_reason(line: str) -> dict[str, Any]:
+        return {key: value for key, value in json.loads(line).items() if key != "why"}
+
     for number, (old, new) in enumerate(zip(saved, lines, strict=False), 1):
-        if old != new:
-            what = "the trace or the settings" if number == 1 else f"decision {number - 1}"
+        if without_reason(old) != without_reason(new):
+            what = "the trace or the options" if number == 1 else f"decision {number - 1}"
             print(f"replay: line {number} differs ({what})\n  saved:  {old[:200]}\n  replay: {new[:200]}")
             return 1
     if len(saved) != len(lines):

@@ -1,4 +1,4 @@
-"""The simulator's picture: how often each policy stays below which imbalance."""
+"""The simulator's plot: the distribution of imbalance of each policy."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import numpy as np
 from megatron_smartmoe.simulate.run import PolicyResult
 from megatron_smartmoe.spec.arrays import FloatArray
 
-# Okabe and Ito (2008): told apart by everyone.
+# Okabe and Ito (2008): a palette for colour-blind readers too.
 _COLOURS = (
     "#D55E00",
     "#000000",

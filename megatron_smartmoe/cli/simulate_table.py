@@ -16,44 +16,44 @@ _QUANTILES = {"p50": 0.5, "p95": 0.95, "p99": 0.99}
 
 
 def as_json(
-    results: Sequence[PolicyResult], bounds: FloatArray, setting: SimulationSetup, trace: RoutingTrace
+    results: Sequence[PolicyResult], bounds: FloatArray, setup: SimulationSetup, trace: RoutingTrace
 ) -> dict[str, Any]:
-    """Everything the table says, by policy."""
+    """The table's numbers by policy."""
     return {
-        "ep": setting.num_ranks,
-        "spare_slots": setting.spare_slots,
-        "nodes": setting.num_nodes,
-        "records": trace.num_records - setting.warmup,
-        "warmup": setting.warmup,
+        "ep": setup.num_ranks,
+        "spare_slots": setup.spare_slots,
+        "nodes": setup.num_nodes,
+        "records": trace.num_records - setup.warmup,
+        "warmup": setup.warmup,
         "layers": trace.num_layers,
         "lower_bound": {"mean": float(bounds.mean()), "worst": float(bounds.max())},
-        "policies": {result.name: _numbers(result, setting) for result in results},
+        "policies": {result.name: _numbers(result, setup) for result in results},
     }
 
 
-def _numbers(result: PolicyResult, setting: SimulationSetup) -> dict[str, Any]:
-    books, imbalance = result.books, result.imbalance
+def _numbers(result: PolicyResult, setup: SimulationSetup) -> dict[str, Any]:
+    stats, imbalance = result.stats, result.imbalance
     quantiles = {name: float(np.quantile(imbalance, q)) for name, q in _QUANTILES.items()}
     numbers: dict[str, Any] = {
         "imbalance": {"mean": float(imbalance.mean()), **quantiles, "worst": float(imbalance.max())},
         "homes": {
-            "experts_moved": books.experts_moved,
-            "bytes_moved": books.experts_moved * setting.state_bytes,
+            "experts_moved": stats.experts_moved,
+            "bytes_moved": stats.experts_moved * setup.state_bytes,
         },
-        "replicas": {"copies_made": books.copies_made},
-        "slots_changed": books.slots_changed,
-        "plan_ms_per_layer": books.plan_s * 1e3 / max(books.plans, 1),
+        "replicas": {"copies_made": stats.replicas_made},
+        "slots_changed": stats.slots_changed,
+        "plan_ms_per_layer": stats.plan_s * 1e3 / max(stats.plans, 1),
         "predicted_layer_ms": float(result.layer_s.mean() * 1e3),
     }
-    if books.forecast_errors:
-        numbers["forecast_error"] = float(np.mean(books.forecast_errors))
-        numbers["replans"] = books.replans / max(len(imbalance), 1)
+    if stats.forecast_errors:
+        numbers["forecast_error"] = float(np.mean(stats.forecast_errors))
+        numbers["replans"] = stats.replans / max(len(imbalance), 1)
         numbers["reviews"] = [_review(decision) for decision in result.decisions if decision.kind == "review"]
     return numbers
 
 
 def _review(decision: Decision) -> dict[str, Any]:
-    """What a move of homes promised and what it won, in any record, warm-up too."""
+    """Predicted and measured gain of a move of homes, in warm-up records too."""
     return {
         "iteration": decision.iteration,
         "predicted_gain_ms": (decision.predicted_gain_s or 0.0) * 1e3,
@@ -62,17 +62,17 @@ def _review(decision: Decision) -> dict[str, Any]:
     }
 
 
-def as_table(results: Sequence[PolicyResult], bounds: FloatArray, setting: SimulationSetup, trace: RoutingTrace) -> str:
-    """The same for people. Imbalance is max / mean tokens per rank; 1 is perfect."""
-    content = as_json(results, bounds, setting, trace)
+def as_table(results: Sequence[PolicyResult], bounds: FloatArray, setup: SimulationSetup, trace: RoutingTrace) -> str:
+    """The table as text. Imbalance is max / mean tokens per rank; 1 is perfect."""
+    content = as_json(results, bounds, setup, trace)
     head = (
-        f"{trace.num_experts} experts on {setting.num_ranks} ranks, {setting.spare_slots} spare slots, "
-        f"{setting.num_nodes} nodes; {content['records']} records of {trace.num_layers} layers "
-        f"after {setting.warmup} of warm-up"
+        f"{trace.num_experts} experts on {setup.num_ranks} ranks, {setup.spare_slots} spare slots, "
+        f"{setup.num_nodes} nodes; {content['records']} records of {trace.num_layers} layers "
+        f"after {setup.warmup} of warm-up"
     )
     columns = (
         "max/mean tokens: mean    p50    p95    p99  worst"
-        " | homes moved     GB |  copies  slots chg | plan ms | layer ms"
+        " | homes moved     GB | replicas  slots chg | plan ms | layer ms"
     )
     lines = [head, "", f"{'policy':<18}{columns}"]
     for name, numbers in content["policies"].items():
@@ -81,7 +81,7 @@ def as_table(results: Sequence[PolicyResult], bounds: FloatArray, setting: Simul
             f"{name:<18}{imbalance['mean']:>21.4f}"
             + "".join(f"{imbalance[key]:>7.3f}" for key in (*_QUANTILES, "worst"))
             + f" | {homes['experts_moved']:>11}{homes['bytes_moved'] / 1e9:>7.1f}"
-            + f" | {numbers['replicas']['copies_made']:>7}{numbers['slots_changed']:>11}"
+            + f" | {numbers['replicas']['copies_made']:>8}{numbers['slots_changed']:>11}"
             + f" | {numbers['plan_ms_per_layer']:>7.2f} | {numbers['predicted_layer_ms']:>8.3f}"
         )
     bound = content["lower_bound"]
@@ -90,12 +90,14 @@ def as_table(results: Sequence[PolicyResult], bounds: FloatArray, setting: Simul
         if "forecast_error" in numbers:
             share = numbers["forecast_error"]
             lines.append(f"{name}: {share:.1%} of the tokens went to other experts than forecast")
-            lines.append(f"{name}: copies planned anew from the exact counts in {numbers['replans']:.1%} of the cases")
+            lines.append(
+                f"{name}: replicas replanned from the exact counts in {numbers['replans']:.1%} of the micro-batches"
+            )
         for review in numbers.get("reviews", ()):
-            verdict = "kept" if review["kept"] else "undone"
+            verdict = "kept" if review["kept"] else "reverted"
             lines.append(
                 f"{name}: homes moved, reviewed at iteration {review['iteration']}: "
-                f"predicted {review['predicted_gain_ms']:.3f} ms an iteration, "
-                f"realised {review['realised_gain_ms']:.3f} ms: {verdict}"
+                f"predicted {review['predicted_gain_ms']:.3f} ms/iter, "
+                f"measured {review['realised_gain_ms']:.3f} ms/iter: {verdict}"
             )
     return "\n".join(lines)

@@ -1,1 +1,1 @@
-"""What things cost: one model of a MoE layer's time for planner, trainer and simulator. Pure numpy."""
+"""Seconds and bytes: one cost model of layer, step and memory for planner, trainer and simulator. Pure numpy."""

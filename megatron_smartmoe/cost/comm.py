@@ -23,7 +23,7 @@ from megatron_smartmoe.spec.placement import EMPTY
 
 @dataclass(frozen=True, kw_only=True)
 class BusiestPorts:
-    """The most that one port sends or receives, in the unit of the traffic matrix (tokens, expert copies).
+    """The most that one port sends or receives, in the unit of the traffic matrix (tokens or replicas).
 
     Attributes:
         intra: one GPU, with GPUs of its own node.
@@ -40,11 +40,13 @@ class BusiestPorts:
 
 def busiest_ports(traffic_RR: FloatArray, num_nodes: int) -> BusiestPorts:
     """Busiest ports of one exchange; `traffic_RR[source, target]`, what stays on its rank is free."""
+    # Step 1: split the traffic into what stays on a node and what leaves it.
     num_ranks = traffic_RR.shape[0]
     node_R = np.arange(num_ranks) * num_nodes // num_ranks
     same_RR = node_R[:, None] == node_R[None, :]
     other_rank_RR = ~np.eye(num_ranks, dtype=np.bool_)
     inter_RR = np.where(same_RR, 0.0, traffic_RR)
+    # Step 2: add up what leaves each node, and find the node with the busier direction.
     inter_NN = np.zeros((num_nodes, num_nodes))
     np.add.at(inter_NN, (node_R[:, None], node_R[None, :]), inter_RR)
     out_N, in_N = inter_NN.sum(axis=1), inter_NN.sum(axis=0)
@@ -57,15 +59,15 @@ def busiest_ports(traffic_RR: FloatArray, num_nodes: int) -> BusiestPorts:
     )
 
 
-def replica_copies(slots_RS: IntArray, num_experts: int) -> FloatArray:
-    """Copies of expert weights that rank r sends to rank q before the forward pass, `[R, R]`; gradients go back."""
+def replica_traffic(slots_RS: IntArray, num_experts: int) -> FloatArray:
+    """Replicas that rank r fills with weights on rank q before the forward pass, `[R, R]`; gradients go back."""
     num_ranks = slots_RS.shape[0]
     home_slots = num_experts // num_ranks
     home_rank_E = np.argsort(slots_RS[:, :home_slots].ravel(), kind="stable") // home_slots
     rank, slot = np.nonzero(slots_RS[:, home_slots:] != EMPTY)
-    copies_RR = np.zeros((num_ranks, num_ranks))
-    np.add.at(copies_RR, (home_rank_E[slots_RS[rank, slot + home_slots]], rank), 1.0)
-    return copies_RR
+    replicas_RR = np.zeros((num_ranks, num_ranks))
+    np.add.at(replicas_RR, (home_rank_E[slots_RS[rank, slot + home_slots]], rank), 1.0)
+    return replicas_RR
 
 
 def transfer_s(num_bytes: float, link: LinkSpec) -> float:

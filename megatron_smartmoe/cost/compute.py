@@ -27,8 +27,8 @@ class ExpertShape:
         hidden: H.
         ffn: F, intermediate size of one expert.
         gated: three matrices instead of two.
-        element_bytes: of weights and activations; 2 for bf16.
-        grad_bytes: of a replica's gradient on its way home; 4 for fp32.
+        element_bytes: bytes of a weight or an activation; 2 for bf16.
+        grad_bytes: bytes of an element of a replica's gradient on its way home; 4 for fp32.
     """
 
     hidden: int
@@ -44,12 +44,12 @@ class ExpertShape:
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of one copy of the weights."""
+        """Bytes of one expert's weights."""
         return self.num_params * self.element_bytes
 
     @property
     def gradient_bytes(self) -> int:
-        """Bytes of one copy's gradient."""
+        """Bytes of one replica's gradient."""
         return self.num_params * self.grad_bytes
 
     @property
@@ -63,6 +63,15 @@ class ExpertShape:
         return 6.0 * self.num_params
 
 
+def replica_grad_bytes(mode: str, element_bytes: int) -> int:
+    """Bytes per weight of a replica's gradient on its way home.
+
+    Replicas planned exactly serve one backward pass and send its gradient as it is; those from history send the sum of
+    an iteration, in fp32.
+    """
+    return element_bytes if mode == "exact" else 4
+
+
 @dataclass(frozen=True, kw_only=True)
 class BusiestRank:
     """The rank that the others wait for."""
@@ -72,15 +81,11 @@ class BusiestRank:
     active_experts: float
 
 
-def gemm_efficiency(tokens: float, half_rate_tokens: float) -> float:
-    """Share of the full rate that an expert with `tokens` tokens reaches."""
-    return tokens / (tokens + half_rate_tokens) if tokens > 0 else 0.0
-
-
 def busiest_rank(load_ER: FloatArray, half_rate_tokens: float, ranks_per_device: float = 1.0) -> BusiestRank:
     """The rank with the longest grouped GEMM; `load_ER` tokens of expert e on rank r.
 
-    Where ranks share what computes, its numbers shrink to what takes as long while all of them work (`time_shared`).
+    Where ranks share a device, its counts are scaled down to what would take as long on a rank of its own
+    (`time_shared`).
     """
     tokens_R = load_ER.sum(axis=0)
     active_R = (load_ER > 0).sum(axis=0)
@@ -91,12 +96,12 @@ def busiest_rank(load_ER: FloatArray, half_rate_tokens: float, ranks_per_device:
 
 
 def time_shared(work_R: Sequence[float], ranks_per_device: float) -> float:
-    """When the last of several ranks is done that begin together and share what computes.
+    """Seconds until the last of several ranks is done that begin together and share a device.
 
     Args:
         work_R: seconds that each rank's work takes while all ranks work.
         ranks_per_device: how many times as fast a rank is alone; k of R ranks are min(this, R / k) times as fast, as
-            cores are shared out by a scheduler. With 1 it is the longest work.
+            a scheduler shares cores out. With 1 the result is the longest work.
     """
     done_s, before, ranks = 0.0, 0.0, len(work_R)
     for waiting, work in enumerate(sorted(work_R)):

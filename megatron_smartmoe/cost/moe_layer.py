@@ -1,18 +1,18 @@
 """Time of one MoE layer, forward and backward, from its counts, its placement and its constants.
 
 Method. Every term is a count times a constant: tokens of the busiest source, tokens and active experts of the busiest
-rank, bytes over the busiest port of each kind of link, copies of replicas. The counts come from the routing
+rank, bytes over the busiest port of each kind of link, replicas. The counts come from the routing
 (`LayerFlow`), the constants either from datasheets (`constants_of`) or from measured times
 (`scripts.validation.layer_fit`). A model that is linear in its constants can be fitted without a starting point, and
 its terms add up and print.
 
 The four all-to-alls (dispatch, combine, and the gradient of each) move the same matrix, twice transposed; ports are
 full duplex, so each takes as long as the busiest port. A replica's weights go out once and its gradient comes back
-once. Overlap is a term of its own, negative: with the all-to-all cut into c chunks, all but one of them may hide behind
-the GEMMs (the smart schedule of FasterMoE, PPoPP 2022), and so may `hidden_replica_share` of replica traffic.
+once. Overlap is a term of its own, negative: with the all-to-all in c chunks, all but one of them may hide behind
+the GEMMs (the smart schedule of FasterMoE, PPoPP 2022).
 
-The original SmartMoE predicts from the busiest rank's tokens alone, which cannot tell micro-batch sizes or node counts
-apart.
+The original SmartMoE predicts from the busiest rank's tokens alone, which does not
+distinguish micro-batch sizes or node counts.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
-from megatron_smartmoe.cost.comm import BusiestPorts, busiest_ports, replica_copies
+from megatron_smartmoe.cost.comm import BusiestPorts, busiest_ports, replica_traffic
 from megatron_smartmoe.cost.compute import BusiestRank, ExpertShape, busiest_rank
 from megatron_smartmoe.errors import PlanError
 from megatron_smartmoe.spec.arrays import FloatArray, IntArray
@@ -47,20 +47,20 @@ class LayerFlow:
     Attributes:
         load_ER: tokens of expert e that rank r computes.
         traffic_RR: tokens that source rank r sends to rank q.
-        copies_RR: replicas that home rank r feeds on rank q.
+        replicas_RR: replicas that home rank r feeds on rank q.
         num_nodes: the ranks lie on this many nodes, consecutive ranks together.
     """
 
     load_ER: FloatArray
     traffic_RR: FloatArray
-    copies_RR: FloatArray
+    replicas_RR: FloatArray
     num_nodes: int = 1
 
     @classmethod
     def from_shares(
         cls, counts_RE: IntArray | FloatArray, share_ER: IntArray | FloatArray, slots_RS: IntArray, num_nodes: int = 1
     ) -> LayerFlow:
-        """Every source sends an expert's tokens to its copies in proportion to `share_ER` (tokens or any weights)."""
+        """Every source sends an expert's tokens to its hosts in proportion to `share_ER` (tokens or any weights)."""
         total_E = share_ER.sum(axis=1)
         load_E = counts_RE.sum(axis=0)
         if ((load_E > 0) & (total_E <= 0)).any():
@@ -70,27 +70,17 @@ class LayerFlow:
         return cls(
             load_ER=load_E[:, None] * fraction_ER,
             traffic_RR=np.asarray(counts_RE @ fraction_ER, dtype=np.float64),
-            copies_RR=replica_copies(slots_RS, counts_RE.shape[1]),
-            num_nodes=num_nodes,
-        )
-
-    @classmethod
-    def from_assignment(cls, assigned_RER: IntArray, slots_RS: IntArray, num_nodes: int = 1) -> LayerFlow:
-        """From tokens of source rank r, expert e, computed on rank q: what an exact split decides."""
-        return cls(
-            load_ER=assigned_RER.sum(axis=0).astype(np.float64),
-            traffic_RR=assigned_RER.sum(axis=1).astype(np.float64),
-            copies_RR=replica_copies(slots_RS, assigned_RER.shape[1]),
+            replicas_RR=replica_traffic(slots_RS, counts_RE.shape[1]),
             num_nodes=num_nodes,
         )
 
     @classmethod
     def equal_split(cls, counts_RE: IntArray | FloatArray, slots_RS: IntArray, num_nodes: int = 1) -> LayerFlow:
-        """Every copy of an expert takes the same share; with homes alone this is plain expert parallelism."""
-        copies_ER = np.zeros((counts_RE.shape[1], slots_RS.shape[0]))
+        """An expert's home and replicas take equal shares; with homes alone this is plain expert parallelism."""
+        hosts_ER = np.zeros((counts_RE.shape[1], slots_RS.shape[0]))
         rank, slot = np.nonzero(slots_RS != EMPTY)
-        np.add.at(copies_ER, (slots_RS[rank, slot], rank), 1.0)
-        return cls.from_shares(counts_RE, copies_ER, slots_RS, num_nodes)
+        np.add.at(hosts_ER, (slots_RS[rank, slot], rank), 1.0)
+        return cls.from_shares(counts_RE, hosts_ER, slots_RS, num_nodes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,8 +96,8 @@ class LayerConstants:
         inter_gpu_token_s: per token over the busiest GPU's port between nodes.
         inter_node_token_s: per token over the busiest node's port; 0 where every GPU has its own card.
         inter_node_reverse_token_s: per token in that port's less busy direction; 0 for a full duplex port.
-        intra_copy_s: per replica over the busiest port inside a node: weights out, gradient back.
-        inter_copy_s: per replica over the busiest GPU's port between nodes.
+        intra_replica_s: per replica over the busiest port inside a node: weights out, gradient back.
+        inter_replica_s: per replica over the busiest GPU's port between nodes.
     """
 
     fixed_s: float = 0.0
@@ -118,8 +108,8 @@ class LayerConstants:
     inter_gpu_token_s: float = 0.0
     inter_node_token_s: float = 0.0
     inter_node_reverse_token_s: float = 0.0
-    intra_copy_s: float = 0.0
-    inter_copy_s: float = 0.0
+    intra_replica_s: float = 0.0
+    inter_replica_s: float = 0.0
 
     @property
     def half_rate_tokens(self) -> float:
@@ -129,7 +119,7 @@ class LayerConstants:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerTime:
-    """Where the time of a layer goes; `total_s` is the sum of the terms, `hidden_s` is negative or zero."""
+    """The terms of a layer's time; `total_s` is their sum, `hidden_s` is negative or zero."""
 
     fixed_s: float
     source_s: float
@@ -142,12 +132,12 @@ class LayerTime:
 
     @property
     def total_s(self) -> float:
-        """Time of the layer."""
+        """Seconds of the layer, forward and backward."""
         return float(sum(getattr(self, term.name) for term in fields(self)))
 
     def explain(self) -> str:
         """The terms, a line each, and their sum."""
-        words = {
+        labels = {
             "fixed_s": "launches and latencies",
             "source_s": "router, permute (busiest source)",
             "gemm_s": "grouped GEMM, tokens (busiest rank)",
@@ -155,11 +145,11 @@ class LayerTime:
             "all_to_all_intra_s": "all-to-all inside nodes",
             "all_to_all_inter_s": "all-to-all between nodes",
             "replicas_s": "replica weights and gradients",
-            "hidden_s": "hidden by overlap",
+            "hidden_s": "hidden behind GEMMs",
         }
         total_s = self.total_s
         lines = []
-        for name, what in words.items():
+        for name, what in labels.items():
             term_s = getattr(self, name)
             lines.append(f"{what:<36} {term_s * 1e3:10.3f} ms {term_s / max(total_s, 1e-300):7.1%}")
         return "\n".join([*lines, f"{'MoE layer, forward and backward':<36} {total_s * 1e3:10.3f} ms"])
@@ -170,7 +160,6 @@ def layer_time(
     constants: LayerConstants,
     *,
     all_to_all_chunks: int = 1,
-    hidden_replica_share: float = 0.0,
     ranks_per_device: float = 1.0,
 ) -> LayerTime:
     """Time of one layer, forward and backward.
@@ -178,11 +167,12 @@ def layer_time(
     Args:
         flow: tokens by expert and rank, and their way there.
         constants: seconds per count.
-        all_to_all_chunks: pieces that every all-to-all is cut into to overlap with the GEMMs; 1 for no overlap.
-        hidden_replica_share: part of the replica traffic that may run beside the GEMMs, 0 to 1.
-        ranks_per_device: ranks that share what computes, as `GpuSpec` has it.
+        all_to_all_chunks: chunks of every all-to-all that overlap with the GEMMs; 1 for no overlap.
+        ranks_per_device: see `GpuSpec`.
     """
-    busy, tokens, copies = layer_counts(flow, constants.half_rate_tokens, ranks_per_device)
+    # Step 1: counts. What the busiest rank computes, and what the busiest ports carry.
+    busy, tokens, replicas = layer_counts(flow, constants.half_rate_tokens, ranks_per_device)
+    # Step 2: counts times constants.
     gemm_s = busy.tokens * constants.token_s
     experts_s = busy.active_experts * constants.expert_s
     intra_s = tokens.intra * constants.intra_token_s
@@ -191,8 +181,9 @@ def layer_time(
         + tokens.inter_node * constants.inter_node_token_s
         + tokens.inter_node_reverse * constants.inter_node_reverse_token_s
     )
-    replicas_s = copies.intra * constants.intra_copy_s + copies.inter_gpu * constants.inter_copy_s
-    may_hide_s = (intra_s + inter_s) * (1 - 1 / all_to_all_chunks) + replicas_s * hidden_replica_share
+    replicas_s = replicas.intra * constants.intra_replica_s + replicas.inter_gpu * constants.inter_replica_s
+    # Step 3: overlap. Of c chunks all but one may hide behind the GEMMs, never more than the GEMMs themselves take.
+    may_hide_s = (intra_s + inter_s) * (1 - 1 / all_to_all_chunks)
     return LayerTime(
         fixed_s=constants.fixed_s,
         source_s=float(flow.traffic_RR.sum(axis=1).max()) * constants.source_token_s,
@@ -208,29 +199,29 @@ def layer_time(
 def layer_counts(
     flow: LayerFlow, half_rate_tokens: float, ranks_per_device: float = 1.0
 ) -> tuple[BusiestRank, BusiestPorts, BusiestPorts]:
-    """What the constants are multiplied with: the busiest rank, and the busiest ports for tokens and for copies."""
+    """What the constants are multiplied with: the busiest rank, and the busiest ports for tokens and for replicas."""
     return (
         busiest_rank(flow.load_ER, half_rate_tokens, ranks_per_device),
         busiest_ports(flow.traffic_RR, flow.num_nodes),
-        busiest_ports(flow.copies_RR, flow.num_nodes),
+        busiest_ports(flow.replicas_RR, flow.num_nodes),
     )
 
 
-def copy_tokens(constants: LayerConstants, *, between_nodes: bool) -> float:
-    """Tokens of the busiest rank that take as long as a replica's way there and back."""
-    copy_s = constants.inter_copy_s if between_nodes else constants.intra_copy_s
-    return copy_s / (constants.token_s + constants.intra_token_s)
+def replica_tokens(constants: LayerConstants, *, between_nodes: bool) -> float:
+    """Tokens of the busiest rank that take as long as one replica's weights out and gradients back."""
+    replica_s = constants.inter_replica_s if between_nodes else constants.intra_replica_s
+    return replica_s / (constants.token_s + constants.intra_token_s)
 
 
 def constants_of(
     cluster: ClusterSpec, expert: ExpertShape, *, ranks: int = 2, shared_network_card: bool = False
 ) -> LayerConstants:
-    """Constants of a cluster file: from datasheets, what to expect before anything is measured.
+    """Constants of the layer from a cluster file; with datasheet numbers, what to expect before anything is measured.
 
     Args:
         cluster: peaks, bandwidths and latencies, and the shares of them that are known to be reached.
         expert: sizes.
-        ranks: that exchange tokens; alone, a rank waits for nobody.
+        ranks: number of expert-parallel ranks; with 1 there is no exchange.
         shared_network_card: the GPUs of a node share one card of `gpus_per_node` times `inter_node`'s bandwidth, and
             it is what limits them. What a GPU exchanges with other nodes then goes through the same port as what it
             exchanges inside its own, and on through the card.
@@ -242,7 +233,7 @@ def constants_of(
     inter_bytes_s = exchange_bytes_s(cluster, between_nodes=True)
     row_s = expert.token_bytes / memory_bytes_s
     token_s = expert.flops_per_token / flops + ROWS_MOVED_PER_TOKEN * row_s
-    copy_bytes = expert.weight_bytes + expert.gradient_bytes
+    replica_bytes = expert.weight_bytes + expert.gradient_bytes
     intra_token_s = ALL_TO_ALLS * expert.token_bytes / intra_bytes_s
     inter_token_s = ALL_TO_ALLS * expert.token_bytes / inter_bytes_s
     return LayerConstants(
@@ -253,18 +244,18 @@ def constants_of(
         intra_token_s=intra_token_s,
         inter_gpu_token_s=intra_token_s if shared_network_card else inter_token_s,
         inter_node_token_s=inter_token_s / cluster.gpus_per_node if shared_network_card else 0.0,
-        intra_copy_s=copy_bytes / intra_bytes_s,
-        inter_copy_s=copy_bytes / inter_bytes_s,
+        intra_replica_s=replica_bytes / intra_bytes_s,
+        inter_replica_s=replica_bytes / inter_bytes_s,
     )
 
 
 def exchange_latency_s(link: LinkSpec, ranks: int) -> float:
-    """What a layer's exchanges take without a token: the all-to-alls, and their sizes, which all ranks gather first."""
+    """Seconds of a layer's exchanges without a token: the all-to-alls, and the all-gather of their sizes."""
     return EXCHANGES * link.all_to_all_latency_of(ranks) + link.ring_latency_of(ranks) if ranks > 1 else 0.0
 
 
 def exchange_bytes_s(cluster: ClusterSpec, *, between_nodes: bool) -> float:
-    """Bytes a second that one GPU reaches, in each direction, when it exchanges tokens, copies or experts."""
+    """Bytes a second that one GPU reaches, in each direction, when it exchanges tokens, replicas or experts."""
     if between_nodes:
         share = cluster.efficiency.get("all_to_all_inter", LINK_EFFICIENCY)
         return cluster.inter_node.bandwidth_bytes_s * share

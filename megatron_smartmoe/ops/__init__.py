@@ -1,9 +1,9 @@
 """Kernels as torch ops: torch.ops.smartmoe.* from the compiled library, or from torch where it is not built.
 
 T tokens, K_top top-k, E experts, R ranks, S slots of a rank, N rows sorted by slot, H hidden size. Every op has a twin
-that says what it computes, and a fake kernel for torch.compile. The twin of a kernel is in reference.py; those of the
-host ops, min_max_split and exact_replicas, are the numpy functions of that name in megatron_smartmoe.placement.
-`backend()` tells what serves them.
+that defines what it computes, and a fake kernel for torch.compile. The twin of a kernel is in reference.py; the twins
+of the host ops, min_max_split and exact_replicas, are the numpy functions of that name in megatron_smartmoe.placement.
+`backend()` returns what serves the ops.
 """
 
 from __future__ import annotations
@@ -18,50 +18,28 @@ __all__ = [
     "backend",
     "dispatch_map",
     "exact_replicas",
-    "expert_histogram",
     "min_max_split",
     "permute",
     "unpermute",
 ]
 
 
-def expert_histogram(ids: Tensor, num_experts: int) -> Tensor:
-    """Counts how often each expert was chosen.
-
-    The counts are int64, as Megatron's tokens_per_expert and torch.bincount are: there can be more than 2^31 ids, and E
-    numbers cost nothing. They are the same bits on every run. The host never waits for the GPU.
-
-    Args:
-        ids: the experts that tokens chose, int32 or int64, any shape (usually [T, K_top]) and strides. Ids outside
-            [0, num_experts), such as -1 for a dropped token, are not counted.
-        num_experts: E, 1 to 4096.
-
-    Returns:
-        counts_E, int64 [num_experts], on the device of ids, in tokens x top-k assignments.
-
-    Raises:
-        RuntimeError: ids is of another dtype, or num_experts is out of its range.
-    """
-    counts_E: Tensor = torch.ops.smartmoe.expert_histogram(ids, num_experts)
-    return counts_E
-
-
 def min_max_split(counts_RE: Tensor, hosts_ER: Tensor) -> Tensor:
-    """Splits each expert's tokens over its copies with the smallest possible largest rank load.
+    """Splits each expert's tokens over its home and replicas with the smallest possible largest rank load.
 
-    The same integers as megatron_smartmoe.placement.split.min_max_split, its numpy twin, which tells the method. On the
-    host, one thread; there is no slow version of it here.
+    Returns the same integers as its numpy twin, megatron_smartmoe.placement.split.min_max_split, which explains the
+    method. It runs on the host in one thread, and only from the compiled library.
 
     Args:
         counts_RE: tokens of source rank r for expert e, int64 [R, E] on the CPU, R at least 1; their sum is below 2^63.
-        hosts_ER: whether rank r holds a copy of expert e, bool [E, R] on the CPU.
+        hosts_ER: whether rank r holds expert e, as its home or a replica, bool [E, R] on the CPU.
 
     Returns:
         tokens_ER: tokens of expert e that rank r takes, int64 [E, R].
 
     Raises:
-        RuntimeError: a dtype or shape is another, a count is negative, an expert has tokens and no copy, a tensor is on
-            a GPU, or the library is not built.
+        RuntimeError: a dtype or shape is wrong, a count is negative, no rank holds an expert that has tokens, a tensor
+            is on a GPU, or the library is not built.
     """
     tokens_ER: Tensor = torch.ops.smartmoe.min_max_split(counts_RE, hosts_ER)
     return tokens_ER
@@ -70,37 +48,38 @@ def min_max_split(counts_RE: Tensor, hosts_ER: Tensor) -> Tensor:
 def exact_replicas(load_E: Tensor, slots_RS: Tensor, home_slots: int, num_nodes: int = 1) -> Tensor:
     """Plans the replicas of one micro-batch from the exact load of each expert.
 
-    The same slots as `placement.exact_replicas.exact_replicas`, its numpy twin, which explains the method. On the
-    host, one thread; there is no slow version of it here.
+    Returns the same slots as its numpy twin, megatron_smartmoe.placement.exact_replicas.exact_replicas, which explains
+    the method. It runs on the host in one thread, and only from the compiled library.
 
     Args:
         load_E: tokens of each expert, int64 [E] on the CPU; their sum is below 2^63.
-        slots_RS: expert in each slot, int64 [R, S] on the CPU, R at least 1. The homes are each expert once; what the
-            spare slots hold is not looked at.
-        home_slots: columns of homes, E / R.
-        num_nodes: a replica stays on the node of its home; the ranks lie on this many, R / num_nodes consecutive ones
-            each.
+        slots_RS: expert in each slot, int64 [R, S] on the CPU, R at least 1. Each expert has one home; the contents of
+            the spare slots are ignored.
+        home_slots: columns of slots_RS that are homes, E / R.
+        num_nodes: nodes that the ranks lie on, R / num_nodes consecutive ranks each; a replica stays on the node of its
+            home.
 
     Returns:
         slots_RS: the same homes and new replicas, -1 for an empty slot, int64 [R, S].
 
     Raises:
-        RuntimeError: a dtype, shape or number is another, a load is negative, the homes are not each expert once, a
-            tensor is on a GPU, or the library is not built.
+        RuntimeError: a dtype, shape or number is wrong, a load is negative, an expert has no home or two, a tensor is
+            on a GPU, or the library is not built.
     """
     new_RS: Tensor = torch.ops.smartmoe.exact_replicas(load_E, slots_RS, home_slots, num_nodes)
     return new_RS
 
 
 def dispatch_map(ids_TK: Tensor, slot_of_E: Tensor, num_slots: int) -> tuple[Tensor, Tensor]:
-    """Sorts the choices of tokens by the slot of the chosen expert: a stable counting sort, with the table fused in.
+    """Sorts the choices of tokens by the slot of the chosen expert, with a stable counting sort.
 
     Rows are ordered by slot, within a slot by token, within a token by choice: Megatron's `permute` has the same order.
-    A token that chooses an expert twice has two rows. The same bits on every run; the host never waits for the GPU.
+    A token that chooses an expert twice has two rows. The result has the same bits on every run; the host never waits
+    for the GPU.
 
     Args:
-        ids_TK: logical experts that tokens chose, int32 or int64 [T, K_top], in an order of choices that the caller
-            picks; T x K_top below 2^31. Ids outside [0, E), such as -1, are dropped.
+        ids_TK: logical experts that tokens chose, int32 or int64 [T, K_top], in any order of choices; T x K_top below
+            2^31. Ids outside [0, E), such as -1, are dropped.
         slot_of_E: the slot of each logical expert, int32 or int64 [E]. Experts whose slot is outside [0, num_slots)
             are dropped. E may differ from num_slots.
         num_slots: slots to sort into, 1 to 2048.
@@ -111,7 +90,7 @@ def dispatch_map(ids_TK: Tensor, slot_of_E: Tensor, num_slots: int) -> tuple[Ten
         tokens_S: rows of each slot, int64 [num_slots].
 
     Raises:
-        RuntimeError: a dtype, shape, number or device is another.
+        RuntimeError: a dtype, shape, number or device is wrong.
     """
     rows_TK, tokens_S = torch.ops.smartmoe.dispatch_map(ids_TK, slot_of_E, num_slots)
     return rows_TK, tokens_S
@@ -133,7 +112,7 @@ def permute(x_TH: Tensor, rows_TK: Tensor, num_rows: int) -> Tensor:
         y_NH: [num_rows, H] in the dtype of x_TH. Rows that no choice names are zero.
 
     Raises:
-        RuntimeError: a dtype, shape, number or device is another.
+        RuntimeError: a dtype, shape, number or device is wrong.
     """
     y_NH: Tensor = torch.ops.smartmoe.permute(x_TH, rows_TK, num_rows)
     return y_NH
@@ -156,7 +135,7 @@ def unpermute(y_NH: Tensor, rows_TK: Tensor, weights_TK: Tensor | None = None) -
         float32 and rounded once to its dtype.
 
     Raises:
-        RuntimeError: a dtype, shape or device is another.
+        RuntimeError: a dtype, shape or device is wrong.
     """
     x_TH: Tensor = torch.ops.smartmoe.unpermute(y_NH, rows_TK, weights_TK)
     return x_TH

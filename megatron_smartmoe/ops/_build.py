@@ -7,9 +7,9 @@ Alternative: torch.utils.cpp_extension. It cannot build CUDA code where torch ha
 toolkit, wants torch at build time, and makes one binary per version of torch and Python.
 Reason: a machine without a GPU must build and link the very library that a GPU machine loads.
 
-Nothing of the project or of torch is imported: setup.py runs this file by its path, where neither may be importable. It
-is a program too: `python megatron_smartmoe/ops/_build.py`. The environment decides: SMARTMOE_CUDA (0, 1 or auto),
-CUDA_HOME, TORCH_CUDA_ARCH_LIST (torch's syntax), MAX_JOBS, CXX.
+This file imports nothing of the project or of torch: setup.py runs it by its path, where neither may be importable. It
+is a program too: `python megatron_smartmoe/ops/_build.py`. Its options are environment variables: SMARTMOE_CUDA (0, 1
+or auto), CUDA_HOME, TORCH_CUDA_ARCH_LIST (torch's syntax), MAX_JOBS, CXX.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 LIBRARY = ROOT / "megatron_smartmoe" / "ops" / "_smartmoe.so"
 CACHE = ROOT / "build" / "smartmoe"
+HEADERS = (".h", ".cuh")
 
 TORCH_TARGET = (2, 10)  # the oldest torch whose stable ABI has what csrc uses
 DEFAULT_ARCHS = "8.0;9.0;10.0+PTX"  # A100, Hopper, B200; PTX lets later GPUs compile it when they load it
@@ -48,15 +49,15 @@ class BuildError(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Toolchain:
-    """What compiles.
+    """The compilers, the libraries and what they build for.
 
-    Args:
-        cxx: the C++ compiler, absolute, with the arguments that CXX gave it.
-        torch: torch's package directory.
-        torch_version: its version.
-        cuda: the toolkit's directory, None for a CPU build.
-        archs: the GPU architectures in nvcc's numbers: "90", "90a", "100+PTX".
-        jobs: how many compiler processes may run at a time.
+    Attributes:
+        cxx: path of the C++ compiler, then the arguments that CXX adds.
+        torch: directory of the torch package.
+        torch_version: version of that torch.
+        cuda: directory of the CUDA toolkit, None for a CPU build.
+        archs: GPU architectures in nvcc's numbers: "90", "90a", "100+PTX".
+        jobs: compiler processes that may run at a time.
     """
 
     cxx: tuple[str, ...]
@@ -127,7 +128,7 @@ def max_jobs() -> int:
 
 
 def find_torch() -> tuple[Path, str]:
-    """Torch's package directory and version, without importing it."""
+    """Directory and version of the torch package, found without importing it."""
     spec = importlib.util.find_spec("torch")
     # pip's isolated build environment hides site-packages from imports, sysconfig still names it
     places = [Path(spec.origin).parent] if spec and spec.origin else []
@@ -181,7 +182,7 @@ def find_toolchain() -> Toolchain:
     program, *arguments = shlex.split(_env("CXX", "g++")) or ["g++"]
     cxx = shutil.which(program)
     if cxx is None:
-        raise BuildError("CXX", program, "there is no such program", "Install g++, or set CXX to a C++17 compiler")
+        raise BuildError("CXX", program, "there is no such program", "Install g++, or set CXX to a C++20 compiler")
     torch, version = find_torch()
     cuda = find_cuda()
     archs = parse_archs(_env("TORCH_CUDA_ARCH_LIST", DEFAULT_ARCHS)) if cuda else ()
@@ -208,14 +209,14 @@ def plan(tools: Toolchain, root: Path, cache: Path) -> list[Job]:
     An object's name carries the hash of its command, its source, all headers of csrc and the versions of the tools.
     """
     target = "-DTORCH_TARGET_VERSION=0x{:02x}{:02x}000000000000".format(*TORCH_TARGET)
-    cxx = (*tools.cxx, "-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", target)
+    cxx = (*tools.cxx, "-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", target)
     # no fused multiply-add: the CPU kernels round as torch does, so that their twins give the same bits
     cxx += ("-ffp-contract=off", "-isystem", f"{tools.torch}/include")
     stamps = [tools.torch_version, _stamp(tools.cxx[0])]
     sources: list[tuple[Path, tuple[str, ...]]] = []
     folders = ["csrc", "csrc/cpu"]
     if tools.cuda:
-        nvcc = (f"{tools.cuda}/bin/nvcc", "-std=c++17", "-O3", "-lineinfo", "-Xcompiler", "-fPIC,-fvisibility=hidden")
+        nvcc = (f"{tools.cuda}/bin/nvcc", "-std=c++20", "-O3", "-lineinfo", "-Xcompiler", "-fPIC,-fvisibility=hidden")
         nvcc += (*gencode(tools.archs), *(("-ccbin", tools.cxx[0]) if len(tools.cxx) == 1 else ()))
         stamps.append(_stamp(nvcc[0]))
         sources += [(path, nvcc) for path in sorted((root / "csrc/cuda").glob("*.cu"))]
@@ -224,7 +225,8 @@ def plan(tools: Toolchain, root: Path, cache: Path) -> list[Job]:
     sources += [(path, cxx) for folder in folders for path in sorted((root / folder).glob("*.cpp"))]
     if not sources:
         raise BuildError("csrc", str(root / "csrc"), "it has no sources", "Build in a checkout of the repository")
-    headers = [part for path in sorted((root / "csrc").rglob("*.h")) for part in (path.name, path.read_bytes())]
+    paths = sorted(path for path in (root / "csrc").rglob("*") if path.suffix in HEADERS)
+    headers = [part for path in paths for part in (path.name, path.read_bytes())]
     jobs = []
     for path, compiler in sources:
         source = path.relative_to(root)  # commands run in the root, so messages are short
@@ -242,8 +244,8 @@ def _run(command: list[str], root: Path, what: str) -> None:
         way_out = "Name only architectures that this CUDA toolkit knows, or install a newer one"
         raise BuildError("TORCH_CUDA_ARCH_LIST", _env("TORCH_CUDA_ARCH_LIST", DEFAULT_ARCHS), output, way_out)
     if done.returncode:
-        way_out = f"The command:\n{shlex.join(command)}\nand what it said:\n{output}"
-        raise BuildError("exit status", done.returncode, f"{what} could not be made", way_out)
+        way_out = f"The command:\n{shlex.join(command)}\nand its output:\n{output}"
+        raise BuildError("exit status", done.returncode, f"{what} could not be built", way_out)
     if output:
         print(output, file=sys.stderr)
 

@@ -1,4 +1,4 @@
-"""Gradients of the ops that have one: what torch.library.register_autograd is given, by the op's name.
+"""Gradients of the ops that have one, in the form that torch.library.register_autograd takes, by the op's name.
 
 permute and unpermute are each other's gradient. Only a weighted unpermute needs an op of its own, which reads each row
 once for both gradients. Sums over a token's choices go in the order of the choices here as well, so a gradient does not

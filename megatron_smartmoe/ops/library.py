@@ -1,14 +1,14 @@
 """Gives every op its implementation under torch.ops.smartmoe, once, when megatron_smartmoe.ops is imported.
 
-Method: load the compiled library when it is there; when it is not, define the ops in torch and let the twins of
-reference.py serve them. A caller sees the same torch.ops names either way, and the fallback says so.
+Method: load the compiled library where there is one; where there is none, define the ops in torch and let the twins of
+reference.py serve them. A caller sees the same torch.ops names either way, and the fallback warns.
 Alternative: build at the first import, which hides the compiling and its failure inside a job, on every node at once.
 Reason: a job must start at once and the same way everywhere, and a slow op must be found by reading the log.
 
 An op is one name in five places: SCHEMAS here, csrc/ops.cpp, reference.py, fake.py and its kernels; one with a
-gradient is in autograd.py too. The host ops have
-no twin in torch: theirs are the numpy functions of megatron_smartmoe.placement, which this package may not import (the
-two are siblings). Without the compiled library they raise a RuntimeError with the command that builds it.
+gradient is in autograd.py too. The host ops have no twin in torch: theirs are the numpy functions of
+megatron_smartmoe.placement, which this package may not import (the two are siblings). Without the compiled library they
+raise a RuntimeError with the command that builds it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ from megatron_smartmoe.ops import autograd, fake, reference
 LIBRARY = Path(__file__).with_name("_smartmoe.so")
 NAMESPACE = "smartmoe"
 SCHEMAS = {
-    "expert_histogram": "(Tensor ids, int num_experts) -> Tensor",
     "min_max_split": "(Tensor counts_RE, Tensor hosts_ER) -> Tensor",
     "exact_replicas": "(Tensor load_E, Tensor slots_RS, int home_slots, int num_nodes) -> Tensor",
     "dispatch_map": "(Tensor ids_TK, Tensor slot_of_E, int num_slots) -> (Tensor, Tensor)",
@@ -49,13 +48,13 @@ _torch: Any = torch  # torch.ops is dynamic, and torch.library has no annotation
 
 
 def _warn(text: str) -> None:
-    # one voice per node, not per rank: a library may be missing on one node only
+    # once per node, not per rank: a library may be missing on one node only
     if os.environ.get("LOCAL_RANK", "0") == "0":
         warnings.warn(text, SlowOpsWarning, stacklevel=2)
 
 
-def _loud(name: str, twin: Callable[..., Any]) -> Callable[..., Any]:
-    """`twin`, which warns at its first call that it stands in for the CUDA kernel `name`."""
+def warn_on_first_call(name: str, twin: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns `twin` with a warning at its first call that it stands in for the CUDA kernel `name`."""
 
     @functools.cache
     def warn_once() -> None:
@@ -73,7 +72,7 @@ def _loud(name: str, twin: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _refuse(text: str) -> Callable[..., Any]:
-    """An implementation that raises a RuntimeError with this text."""
+    """Returns an implementation that raises a RuntimeError with this text."""
 
     def serve(*args: Any) -> Any:
         raise RuntimeError(text)
@@ -82,12 +81,12 @@ def _refuse(text: str) -> Callable[..., Any]:
 
 
 def host_text(name: str) -> str:
-    """The error of a host op that is given tensors of a GPU."""
+    """The error of a host op that is called with CUDA tensors."""
     return f"smartmoe::{name} plans on the host: its tensors must be on the CPU. Convert them with .cpu()"
 
 
 def _register_host_op(owner: Any, name: str, compiled: bool) -> None:
-    """Errors instead of a slow second copy: where the library is missing, and for tensors of a GPU."""
+    """Registers errors where a host op cannot run: without the compiled library, and on CUDA tensors."""
     if not compiled:
         owner.define(name + SCHEMAS[name])
         owner.impl(
@@ -106,7 +105,7 @@ def _has_kernel(name: str, key: str) -> bool:
 
 
 def _load(library: Path) -> None:
-    """Loads the compiled library and makes sure that it holds the ops that this package expects.
+    """Loads the compiled library and checks that it has the ops that this package expects.
 
     Raises:
         CompatError: the file cannot be loaded, or was built from other sources.
@@ -146,7 +145,7 @@ def _register() -> tuple[Any, str]:
         elif _has_kernel(name, "CUDA"):
             backend = "compiled (cpu+cuda)"
         else:
-            owner.impl(name, _loud(name, getattr(reference, name)), "CUDA")
+            owner.impl(name, warn_on_first_call(name, getattr(reference, name)), "CUDA")
         _torch.library.register_fake(f"{NAMESPACE}::{name}", getattr(fake, name), lib=owner)
     for name, (backward, save) in autograd.FORMULAS.items():
         _torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=save, lib=owner)
@@ -157,5 +156,5 @@ _OWNER, _BACKEND = _register()  # the registrations live as long as their owner
 
 
 def backend() -> str:
-    """What serves the ops: "compiled (cpu+cuda)", "compiled (cpu)" (torch on GPU tensors) or "torch reference"."""
+    """Returns "compiled (cpu+cuda)", "compiled (cpu)" (torch serves GPU tensors) or "torch reference"."""
     return _BACKEND

@@ -1,10 +1,10 @@
 """The ops in plain torch: a twin for each kernel, with its name and arguments.
 
-They say what an op means, they are what its kernels are tested against, and they serve the op where no compiled library
-does. On any device, without a host synchronisation; slower than the kernels and with more memory.
+A twin defines what its op computes, is what the kernels are tested against, and serves the op where no compiled library
+does. Twins run on any device without a host synchronisation; they are slower than the kernels and need more memory.
 
-The host ops have none here: min_max_split is megatron_smartmoe.placement.split.min_max_split and exact_replicas is
-megatron_smartmoe.placement.exact_replicas.exact_replicas, both in numpy.
+The twins of the host ops are numpy functions: megatron_smartmoe.placement.split.min_max_split and
+megatron_smartmoe.placement.exact_replicas.exact_replicas.
 """
 
 from __future__ import annotations
@@ -14,24 +14,10 @@ from torch import Tensor
 
 from megatron_smartmoe.ops.checks import (
     check_dispatch_map,
-    check_ids,
-    check_num_experts,
     check_permute,
     check_unpermute,
     check_unpermute_backward,
 )
-
-
-def expert_histogram(ids: Tensor, num_experts: int) -> Tensor:
-    """Twin of smartmoe::expert_histogram: ids int32 or int64 of any shape -> counts_E int64 [num_experts]."""
-    check_ids(ids)
-    check_num_experts(num_experts)
-    flat = ids.reshape(-1)
-    # ids of no expert are counted in a bin of their own: selecting by a mask would make a GPU's host wait for the size
-    in_range = (flat >= 0) & (flat < num_experts)
-    bins = torch.where(in_range, flat, num_experts).long()
-    counts = torch.zeros(num_experts + 1, dtype=torch.int64, device=ids.device)
-    return counts.scatter_add_(0, bins, torch.ones_like(bins))[:num_experts].clone()
 
 
 def dispatch_map(ids_TK: Tensor, slot_of_E: Tensor, num_slots: int) -> tuple[Tensor, Tensor]:

@@ -1,1 +1,1 @@
-"""Where experts go: history, replicas, homes, split, policy, and the simulator that replays them. Pure numpy."""
+"""Where experts go, as training runs it: history, homes, replicas, split, policy, migration plans. Pure numpy."""

@@ -1,4 +1,4 @@
-"""A decision as it is logged: what it was made from, what it changes, what it promises, and why it was taken or not.
+"""A decision as it is logged: its inputs, what it changes, what it is predicted to save, and why it was taken or not.
 
 One JSON object per line (`smartmoe.jsonl`). The digests make two runs comparable: equal inputs must give equal plans,
 on every rank and in a replay.
@@ -23,19 +23,19 @@ class Decision:
 
     Attributes:
         iteration: training iteration before which it takes effect.
-        kind: which loop decided; `review` is the verdict on an earlier move of homes: it stays, or it is undone. `pool`
-            is a switch between settings of the pool.
+        kind: which loop decided; `review` is the verdict on an earlier move of homes, kept or reverted; `pool` is a
+            switch between settings of the pool.
         group: expert-parallel group, -1 for all of them.
         inputs: digest of the numbers that it was made from.
-        before: digest of the placement before; of a switch, the setting's name.
-        after: digest of the placement that was proposed; of a switch, the setting's name.
+        before: digest of the placement before; for a switch, the setting's name.
+        after: digest of the placement that was proposed; for a switch, the setting's name.
         taken: whether it is now in force.
-        why: in words.
+        why: the reason in words, with the numbers.
         changes: slots that the proposal changes.
-        predicted_gain_s: seconds per iteration; of a review, what the move had promised.
-        realised_gain_s: seconds per iteration that the move saved; only a review knows them.
-        cost_s: one-time seconds.
-        moved_bytes: expert state that moves for it.
+        predicted_gain_s: predicted seconds saved per iteration; in a review, what was predicted for the move.
+        realised_gain_s: measured seconds saved per iteration; only a review has them.
+        cost_s: one-time seconds of the move.
+        moved_bytes: expert state that moves.
     """
 
     iteration: int

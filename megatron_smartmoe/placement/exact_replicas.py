@@ -1,16 +1,16 @@
-"""Replicas from the exact load: which copies make this micro-batch balanced, built in one pass.
+"""Replicas from the exact load: which replicas balance this micro-batch, built in one pass.
 
-Method. T is the mean rank load. While a rank is above T (a donor), one rank below it (a receiver) gets a copy of the
+Method. T is the mean rank load. While a rank is above T (a donor), one rank below it (a receiver) gets a replica of the
 donor's largest expert and just the tokens that fill it to T: the receiver is finished with one slot. The donor with the
 highest load goes first, to the receiver with the largest gap that its surplus can fill. When no surplus fills a gap, a
-donor gives more than its surplus and becomes a receiver itself, which its own free slot allows; so every copy finishes
-one rank, R - 1 copies are enough, and a spare slot per rank mostly is too. Only when an expert is too small for any
-gap is a slot spent on part of one. The exact split (`split.py`) then shares the tokens anew among the copies, which
-can only help.
+donor gives more than its surplus and becomes a receiver itself, which its own free slot allows; so every replica
+finishes one rank, R - 1 replicas are enough, and one spare slot per rank usually is too. Only when an expert is too
+small for any gap is a slot spent on part of one. The exact split (`split.py`) then shares the tokens anew among homes
+and replicas, which can only help.
 
 This is the idea of MoonEP's planner (fill ranks one by one, fixed homes; Moonshot AI, 2026) with a choice of pairs
 made for a single spare slot. Alternatives: UltraEP's threshold search over quotas stops at 1.07 with one slot on 256
-experts and 64 ranks; the local search of `search.py` reaches further and takes a hundred times as long.
+experts and 64 ranks; the local search of `search/` reaches further and takes a hundred times as long.
 """
 
 from __future__ import annotations
@@ -26,16 +26,18 @@ def exact_replicas(load_E: IntArray, slots_RS: IntArray, home_slots: int, num_no
 
     Args:
         load_E: tokens of each expert.
-        slots_RS: the slots as they are; what the spare ones hold is not looked at.
+        slots_RS: the slots as they are; the contents of the spare slots are ignored.
         home_slots: columns of homes, E / R.
         num_nodes: a replica stays on the node of its home; the ranks lie on this many, R / num_nodes consecutive ones
             each.
     """
+    # Step 1: clear the spare slots, and take the mean rank load, rounded up, as the bound.
     new_RS = slots_RS.copy()
     new_RS[:, home_slots:] = EMPTY
     num_ranks, num_slots = slots_RS.shape
     per_node = num_ranks // num_nodes
     mean = -(-int(load_E.sum()) // num_ranks)
+    # Step 2: fill the ranks of each node to the bound; a node that is above the mean as a whole has a bound of its own.
     for node in range(num_nodes):
         ranks = slice(node * per_node, (node + 1) * per_node)
         node_mean = -(-int(load_E[slots_RS[ranks, :home_slots]].sum()) // per_node)
@@ -46,7 +48,7 @@ def exact_replicas(load_E: IntArray, slots_RS: IntArray, home_slots: int, num_no
 
 
 class _Filling:
-    """State of the pass over one node: tokens by rank and expert as they would be computed, free slots, copies made."""
+    """State of the pass over one node: tokens by rank and expert as they would be computed, free slots, replicas."""
 
     def __init__(self, homes: list[list[int]], load: list[int], spare_slots: int) -> None:
         self.tokens = [{expert: load[expert] for expert in experts} for experts in homes]
@@ -56,10 +58,11 @@ class _Filling:
         self.gaps: list[tuple[int, int]] = []  # (tokens missing to the mean, rank) of the receivers, ascending
 
     def run(self, mean: int) -> list[list[int]]:
-        """Make copies until no rank is above `mean` or no slot helps; returns the replicas of each rank."""
+        """Add replicas until no rank is above `mean` or no slot helps; returns the replicas of each rank."""
         self.gaps = sorted((mean - load, r) for r, load in enumerate(self.load) if load < mean and self.free[r])
         while self.gaps:
             donors = sorted((mean - load, r) for r, load in enumerate(self.load) if load > mean)
+            # A gap filled from a surplus first, else from more than a surplus, else a part of a gap.
             choice = self._fills(donors) or self._overfills(donors) or self._part(donors)
             if choice is None:
                 break
@@ -92,7 +95,8 @@ class _Filling:
         return best[1:] if best is not None else None
 
     def _part(self, donors: list[tuple[int, int]]) -> tuple[int, int, int, int] | None:
-        """As many tokens as one copy can give to a gap it cannot fill, all of an expert if its rank has a free slot."""
+        """As many tokens as one replica can take off a donor for a gap that stays open: the whole expert if the donor
+        has a free slot, else its surplus."""
         best: tuple[int, int, int, int, int] | None = None
         for missing, donor in donors:
             expert, tokens = self._largest(donor)

@@ -1,17 +1,17 @@
-"""What was routed lately, and what to expect: window, forecast with its error, and scenarios to plan for.
+"""Recent routing and the forecast: a window of records, a forecast with its error, and scenarios to plan for.
 
 Forecast. Three averages run side by side, per layer: the last record, a short and a long exponential one. The one whose
 forecasts have been closest lately is used, so a steady load is averaged and a drifting one is followed; the error is
-kept and reported. Error and distance are total variation: the part of all tokens that would have to choose another
+kept and reported. Error and distance are total variation: the share of all tokens that would have to choose another
 expert.
 
 Jumps. A record that is several times further from its forecast than usual begins another regime (a burst, or its end).
 The averages restart there instead of mixing the two, and the regime before stays among the scenarios for a while,
-since bursts end. The record in which a jump happens cannot be foreseen by any rule that sees history alone.
+since bursts end. No rule that sees history alone can forecast the record in which a jump happens.
 
 Scenarios. A plan is judged on the forecast, the latest records (their micro-batches where they are known apart), the
 regime before the last jump, and perturbed forecasts, each expert up or down by its own factor. How far follows the
-measured error, in steps, and the pattern never changes: a plan that is robust to them stays robust, and copies stay
+measured error, in steps, and the pattern never changes: a plan that is robust to them stays robust, and replicas stay
 where they are. They are drawn uniformly, not from a normal distribution, because a uniform draw needs no transcendental
 function and so is equal on every machine.
 """
@@ -27,7 +27,9 @@ from megatron_smartmoe.errors import PlanError
 from megatron_smartmoe.spec.arrays import FloatArray, IntArray
 from megatron_smartmoe.spec.placement import BoolArray
 
-_NOISE_SEED = 20230711
+_SEED = 20230711  # of the perturbed forecasts; any number would do, but it must be the same on every rank
+_FIRST_JUMP = 3  # records before a jump can be distinguished from the start of the averages
+_SAME_REGIME = 0.5  # a regime is back when it is this much closer to the record than the forecast; an estimate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,10 +40,10 @@ class HistoryOptions:
         window: records kept for scenarios.
         decays: weight of the past in each running average; 0 is the last record alone.
         error_decay: weight of the past in the running forecast errors.
-        noise: spread of each perturbed forecast, in units of the expected relative error.
-        noise_steps: spreads of that unit; the first that is not below twice the forecast's error (jumps included) is
-            taken, the last at most; `first_step` when nothing is known yet.
-        first_step: see `noise_steps`.
+        spreads: spread of each perturbed forecast, in units of the expected relative error.
+        spread_steps: values of that unit; the first that is not below twice the forecast's error (jumps included) is
+            taken, the last at most; `first_step` before the second record.
+        first_step: see `spread_steps`.
         micro_batches: micro-batches of the last record among the scenarios, at most.
         jump: a record is a jump when its forecast is this many times further off than usual,
         least_jump: and at least this far off (total variation).
@@ -51,8 +53,8 @@ class HistoryOptions:
     window: int = 2
     decays: tuple[float, ...] = (0.0, 0.5, 0.9)
     error_decay: float = 0.8
-    noise: tuple[float, ...] = (1.0, 2.0, 4.0)
-    noise_steps: tuple[float, ...] = (0.01, 0.02, 0.04, 0.06, 0.12, 0.25)
+    spreads: tuple[float, ...] = (1.0, 2.0, 4.0)
+    spread_steps: tuple[float, ...] = (0.01, 0.02, 0.04, 0.06, 0.12, 0.25)
     first_step: float = 0.06
     micro_batches: int = 4
     jump: float = 3.0
@@ -62,7 +64,7 @@ class HistoryOptions:
     @classmethod
     def for_ranks(cls, num_ranks: int) -> HistoryOptions:
         """Fewer scenarios on many ranks, where each of them takes about a millisecond to judge."""
-        return cls() if num_ranks <= 16 else cls(window=1, noise=(1.0, 2.0), micro_batches=2)
+        return cls() if num_ranks <= 16 else cls(window=1, spreads=(1.0, 2.0), micro_batches=2)
 
 
 class History:
@@ -86,14 +88,16 @@ class History:
         self._jumped_at_L = np.full(num_layers, -1)  # number of the record that jumped
 
     def update(self, counts_LME: IntArray) -> FloatArray:
-        """Take in one record, micro-batches apart (M may be 1); returns how wrong the forecast was, per layer."""
+        """Add one record, micro-batches apart (M may be 1); returns the forecast's error per layer."""
         if counts_LME.ndim != 3 or counts_LME.shape[::2] != (self.num_layers, self.num_experts):
             want = f"[{self.num_layers}, micro-batches, {self.num_experts}]"
             raise PlanError(f"a record has shape {counts_LME.shape}: must be {want}")
+        # Step 1: compare the record with its forecast, and restart the averages of layers whose load has jumped.
         share_LE = _shares(counts_LME.sum(axis=1).astype(np.float64))
         error_L = _distance(self.forecast_LE(), share_LE) if self.num_records else np.full(self.num_layers, np.nan)
         jumped_L = self._jumped(error_L)
         self._remember_regime(jumped_L, share_LE)
+        # Step 2: update the running error of each average.
         decay_D = np.array(self.options.decays)
         if self.num_records:
             keep = self.options.error_decay if self.num_records > 1 else 0.0
@@ -101,6 +105,7 @@ class History:
             # A jump says nothing about which average forecasts best, but much about how robust a plan should be.
             self._error_DL = np.where(jumped_L, self._error_DL, fresh_DL)
             self._surprise_L = keep * self._surprise_L + (1 - keep) * error_L
+        # Step 3: update the averages and the window.
         keep_D11 = (decay_D if self.num_records else np.zeros_like(decay_D))[:, None, None]
         self._average_DLE = keep_D11 * self._average_DLE + (1 - keep_D11) * share_LE
         self._window.append(counts_LME.copy())
@@ -109,8 +114,8 @@ class History:
 
     def _jumped(self, error_L: FloatArray) -> BoolArray:
         """Layers in which this record begins another regime; never twice in a row, so that a load that always jumps
-        is taken for what it is: hard to forecast."""
-        if self.num_records < 3:
+        counts as hard to forecast instead."""
+        if self.num_records < _FIRST_JUMP:
             return np.zeros(self.num_layers, dtype=np.bool_)
         limit_L = np.maximum(self.options.jump * self.forecast_error_L, self.options.least_jump)
         return np.asarray((error_L > limit_L) & (self._jumped_at_L < self.num_records - 1))
@@ -120,7 +125,8 @@ class History:
         if not jumped_L.any():
             return
         before_LE, forecast_LE = self._regime_LE.copy(), self.forecast_LE()
-        back_L = self._regime_known_L & (_distance(before_LE, share_LE) < 0.5 * _distance(forecast_LE, share_LE))
+        is_same_L = _distance(before_LE, share_LE) < _SAME_REGIME * _distance(forecast_LE, share_LE)
+        back_L = self._regime_known_L & is_same_L
         start_LE = np.where(back_L[:, None], before_LE, share_LE)
         self._average_DLE = np.where(jumped_L[:, None], start_LE, self._average_DLE)
         self._regime_LE = np.where(jumped_L[:, None], forecast_LE, before_LE)
@@ -144,7 +150,7 @@ class History:
         return np.asarray(self._error_DL.min(axis=0))
 
     def scenarios_KE(self, layer: int) -> FloatArray:
-        """Loads to be prepared for, in shares: the forecast first, then what was, perturbed forecasts last."""
+        """Loads to plan for, in shares: the forecast first, then recent records, perturbed forecasts last."""
         forecast_E = self.forecast_LE()[layer]
         rows = [forecast_E[None]]
         for age, counts_LME in enumerate(reversed(self._window)):
@@ -155,23 +161,23 @@ class History:
         if self._regime_known_L[layer]:
             rows.append(self._regime_LE[layer][None])
         spread = self._expected_spread(layer)
-        spreads = tuple(spread * times for times in self.options.noise)
-        rows.append(forecast_E * noise_factors(spreads, self.num_experts))
+        spreads = tuple(spread * times for times in self.options.spreads)
+        rows.append(forecast_E * perturbations(spreads, self.num_experts))
         return _shares(np.concatenate(rows))
 
     def _expected_spread(self, layer: int) -> float:
-        """Relative error to expect of an expert's load: a step of `noise_steps`, so that it does not change all the
+        """Relative error to expect of an expert's load: a step of `spread_steps`, so that it does not change all the
         time."""
-        steps = self.options.noise_steps
+        steps = self.options.spread_steps
         if self.num_records < 2:
             return self.options.first_step
         twice = 2.0 * float(self._surprise_L[layer])
         return next((step for step in steps if step >= twice), steps[-1])
 
 
-def noise_factors(spreads: tuple[float, ...], num_experts: int) -> FloatArray:
+def perturbations(spreads: tuple[float, ...], num_experts: int) -> FloatArray:
     """Fixed factors around 1 with the given standard deviations, one row each."""
-    uniform = np.random.default_rng(_NOISE_SEED).random((len(spreads), num_experts))
+    uniform = np.random.default_rng(_SEED).random((len(spreads), num_experts))
     return np.asarray(np.maximum(1 + np.array(spreads)[:, None] * np.sqrt(3.0) * (2 * uniform - 1), 0.0))
 
 
@@ -186,7 +192,7 @@ def _distance(share_NE: FloatArray, other_NE: FloatArray) -> FloatArray:
 
 
 def _evenly(rows: FloatArray, most: int) -> FloatArray:
-    """At most `most` rows, evenly spaced."""
+    """Up to `most` of the rows, evenly spaced."""
     if len(rows) <= most:
         return rows
     return rows[np.linspace(0, len(rows) - 1, most).astype(np.int64)]

@@ -1,9 +1,9 @@
-"""The planners that training and the simulator share: what the slow and the medium loop decide, from history.
+"""The slow loop as training and the simulator share it: whether homes move, decided from history.
 
 `HomesPlanner` sees the counts of all ranks: homes are the same in every expert-parallel group, because the optimizer
-state of an expert is shared by the groups. `online_replicas.ReplicaPlanner` sees one group's counts and micro-batches:
-copies live and die within an iteration, so every group may have its own. Both are functions of what they observed;
-neither knows a clock, a process group or a device.
+state of an expert is shared by the groups. `replica_planner.ReplicaPlanner` sees one group's counts and micro-batches:
+replicas are filled anew in every iteration, so every group may have its own. Both are functions of the counts they were
+given; neither uses a clock, a process group or a device.
 """
 
 from __future__ import annotations
@@ -29,22 +29,22 @@ ReplicaMode = Literal["history", "exact", "auto"]
 
 @dataclass(frozen=True, kw_only=True)
 class OnlineOptions:
-    """Everything the online phase can be told.
+    """All options of the online phase.
 
     Attributes:
-        homes_interval: iterations between two looks at the homes; 0 leaves them alone.
-        replicas: `history`: copies are planned from earlier iterations, before this one begins; `exact`: from each
-            micro-batch's own counts; `auto`: from history, and anew from the counts of a micro-batch for a layer that
-            the copies from history leave too unbalanced.
+        homes_interval: homes are re-evaluated every so many iterations; 0 never moves them.
+        replicas: `history`: replicas are planned from earlier iterations, before this one begins; `exact`: from each
+            micro-batch's own counts; `auto`: from history, and again from the counts of a micro-batch for a layer that
+            the replicas from history leave too unbalanced.
         micro_batches: per iteration; what a gain per micro-batch is multiplied with.
-        state_bytes: of one expert's weights, main weights and moments.
+        state_bytes: bytes of one expert's weights, main weights and moments.
         migration_bytes_s: bandwidth of a rank while experts move.
         homes: prices of swaps.
-        replica: prices and effort of copies.
-        history: what is remembered; None chooses by the number of ranks.
-        auto_limit: with `auto`, the max / mean above which a layer's copies are planned anew.
-        policy: when a plan is worth it.
-        review_records: observed iterations after a move of homes on which it is judged.
+        replica: prices and effort of replicas.
+        history: how much is remembered; None chooses by the number of ranks.
+        auto_limit: with `auto`, the max / mean above which a layer's replicas are planned again.
+        policy: when a plan is worth its cost.
+        review_records: iterations after a move of homes on whose counts it is reviewed.
     """
 
     homes_interval: int = 100
@@ -61,15 +61,15 @@ class OnlineOptions:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class LayerLook:
-    """What the homes loop found for one layer.
+class LayerProposal:
+    """The best homes found for one layer, and what moving there is worth.
 
     Attributes:
-        layer: its row in the placement.
-        slots_RS: with better homes, or as they are.
-        gain_s: seconds per iteration that they save.
-        cost_s: one-time seconds of moving there.
-        experts: that would move to another rank.
+        layer: row of the layer in the placement.
+        slots_RS: slots with better homes, or the present ones.
+        gain_s: predicted seconds per iteration that they save.
+        cost_s: one-time seconds of the migration.
+        experts: number of experts that would move to another rank.
     """
 
     layer: int
@@ -84,13 +84,13 @@ class LayerLook:
 
 
 class HomesPlanner:
-    """The slow loop: `observe` every iteration; when `due`, `propose`; after a move, `review` it once it can be judged.
+    """The slow loop: `observe` every iteration; when `due`, `propose`; after a move, `review` it.
 
     Args:
         num_layers: L.
         num_experts: E.
-        options: see OnlineOptions.
-        layer_seconds: cost model: seconds of a layer under a slot table and one micro-batch's counts.
+        options: intervals, prices and policy.
+        layer_seconds: cost model: seconds of a layer with given slots and one micro-batch's counts.
     """
 
     def __init__(self, num_layers: int, num_experts: int, options: OnlineOptions, layer_seconds: LayerSeconds) -> None:
@@ -98,41 +98,44 @@ class HomesPlanner:
         self.history = History(num_layers, num_experts, options.history)
         self.policy = Policy(options.policy)
         self._counts_LRE: IntArray | None = None
-        self._last_look: int | None = None
+        self._last_evaluation: int | None = None
         self._move: MoveReview | None = None
 
     def observe(self, counts_LRE: IntArray) -> None:
-        """Take in what was routed in one iteration: counts by source rank of a group, mean over groups and
-        micro-batches."""
+        """Add the counts of one iteration: by source rank of a group, mean over groups and micro-batches."""
         self._counts_LRE = counts_LRE
         self.history.update(counts_LRE.sum(axis=1)[:, None])
         if self._move is not None:
             self._move.observe(counts_LRE)
 
     def due(self, iteration: int) -> bool:
-        """Whether it is time to look at the homes; never while a move is under review."""
+        """Whether the homes are to be re-evaluated; never while a move is under review."""
         interval = self.options.homes_interval
         if not interval or self._counts_LRE is None or self._move is not None:
             return False
-        return self._last_look is None or iteration - self._last_look >= interval
+        return self._last_evaluation is None or iteration - self._last_evaluation >= interval
 
     def propose(self, iteration: int, placement: Placement) -> tuple[Placement, Decision] | None:
-        """Look at the homes; the proposal with its verdict, or None when no layer has a better place for an expert.
+        """Re-evaluate the homes; the proposal and its verdict, or None when no layer has better homes.
 
-        The proposal is made of the layers whose moves pay, each for itself. When none does, it is made of those that
-        have better homes all the same, so that the verdict says why they are left alone.
+        The proposal consists of the layers whose move pays by itself. When none does, it consists of all layers with
+        better homes, so that the verdict says why they stay as they are.
         """
         assert self._counts_LRE is not None, "observe before you propose"
-        self._last_look = iteration
-        looks = [self._look(layer, placement) for layer in range(placement.num_layers)]
-        found = [look for look in looks if look.pays(self.options.policy)] or [look for look in looks if look.experts]
-        if not found:
+        self._last_evaluation = iteration
+        # Step 1: better homes for each layer on its own, and what they are worth.
+        found = [self._layer_proposal(layer, placement) for layer in range(placement.num_layers)]
+        # Step 2: keep the layers that pay.
+        paying = [each for each in found if each.pays(self.options.policy)]
+        chosen = paying or [each for each in found if each.experts]
+        if not chosen:
             return None
         proposed_LRS = placement.slots_LRS.copy()
-        for look in found:
-            proposed_LRS[look.layer] = look.slots_RS
+        for each in chosen:
+            proposed_LRS[each.layer] = each.slots_RS
         proposal = replace(placement, slots_LRS=proposed_LRS)
-        gain_s, cost_s = sum(look.gain_s for look in found), sum(look.cost_s for look in found)
+        # Step 3: judge them together.
+        gain_s, cost_s = sum(each.gain_s for each in chosen), sum(each.cost_s for each in chosen)
         verdict = self.policy.judge(iteration, gain_s, cost_s)
         if verdict.take:
             self._move = MoveReview(placement, proposal, gain_s, self.options.review_records)
@@ -148,7 +151,7 @@ class HomesPlanner:
             changes=placement.diff(proposal),
             predicted_gain_s=verdict.gain_s,
             cost_s=verdict.cost_s,
-            moved_bytes=sum(look.experts for look in found) * self.options.state_bytes if verdict.take else 0,
+            moved_bytes=sum(each.experts for each in chosen) * self.options.state_bytes if verdict.take else 0,
         )
         return proposal, decision
 
@@ -159,13 +162,13 @@ class HomesPlanner:
     def review(
         self, iteration: int, placement: Placement, gain_s: float | None = None
     ) -> tuple[Placement, Decision] | None:
-        """Judge the last move of homes once enough was seen of it: the placement to go on with, and the verdict.
+        """Review the last move of homes when enough records have followed it; returns the placement and the verdict.
 
         Args:
             iteration: before which the verdict takes effect.
-            placement: as it is now.
-            gain_s: seconds per iteration that the move really saves, from a stopwatch; None asks the cost model, which
-                compares both homes on the counts that were observed since.
+            placement: the present slots.
+            gain_s: measured seconds per iteration that the move saves; with None the cost model compares both homes on
+                the counts that were observed since.
         """
         move = self._move
         if move is None or not move.ready:
@@ -174,8 +177,10 @@ class HomesPlanner:
         modelled_s, layers_s = move.gain_s(self.layer_seconds, self.options.replica.num_nodes)
         gain_s = modelled_s * self.options.micro_batches if gain_s is None else gain_s
         iteration_s = layers_s * self.options.micro_batches
-        proposal = move.undone(placement, self.options.replica.num_nodes)
-        cost_s, moved = self._migrations(placement, proposal)
+        proposal = move.reverted(placement, self.options.replica.num_nodes)
+        pairs = zip(placement.slots_LRS, proposal.slots_LRS, strict=True)
+        layers = [self._migration(*pair, placement.home_slots) for pair in pairs]
+        cost_s, moved = sum(cost_s for cost_s, _ in layers), sum(experts for _, experts in layers)
         verdict = self.policy.realised(iteration_s, gain_s, cost_s, iteration)
         after = placement if verdict.take else proposal
         return after, Decision(
@@ -194,17 +199,14 @@ class HomesPlanner:
             moved_bytes=0 if verdict.take else moved * self.options.state_bytes,
         )
 
-    def _look(self, layer: int, placement: Placement) -> LayerLook:
-        slots_RS, gain_s = self._layer(layer, placement)
-        cost_s, experts = self._migration(placement.slots_LRS[layer], slots_RS, placement.home_slots)
-        return LayerLook(layer=layer, slots_RS=slots_RS, gain_s=gain_s, cost_s=cost_s, experts=experts)
-
-    def _layer(self, layer: int, placement: Placement) -> tuple[IntArray, float]:
-        """Slots with better homes for one layer, and the seconds per iteration that they save."""
+    def _layer_proposal(self, layer: int, placement: Placement) -> LayerProposal:
+        """Better homes for one layer; both sides of the comparison have the replicas that training would give them."""
         assert self._counts_LRE is not None
         slots_RS, home_slots, options = placement.slots_LRS[layer], placement.home_slots, self.options
         scenarios_KE, counts_RE = self.history.scenarios_KE(layer), self._counts_LRE[layer]
+        # Step 1: swap homes on the forecast.
         plan = plan_homes(slots_RS, scenarios_KE[0], home_slots, options.homes)
+        # Step 2: plan replicas for the present homes and for the swapped ones.
         if options.replicas == "exact":
             kept_RS, found_RS = (
                 exact_replicas(counts_RE.sum(axis=0), homes_RS, home_slots, options.replica.num_nodes)
@@ -217,17 +219,16 @@ class HomesPlanner:
             if plan.swaps:
                 found_RS = plan_replicas(plan.slots_RS, scenarios_KE, home_slots, options.replica, tokens).slots_RS
             elif placement.spare_slots and kept.excess > options.replica.good_enough:
+                # No swap between units pays, and replicas alone do not balance: search for swaps within nodes as well.
                 space = replace(search_space(placement.num_ranks, home_slots, options.replica), move_homes=True)
                 prices = replace(options.replica.objective, home_price=options.homes.swap_price / 2)
                 found_RS = improve(kept_RS, scenarios_KE, prices, space).slots_RS
+        # Step 3: price both on the last record.
         gain_s = self.layer_seconds(kept_RS, counts_RE) - self.layer_seconds(found_RS, counts_RE)
-        return found_RS, gain_s * options.micro_batches
-
-    def _migrations(self, before: Placement, after: Placement) -> tuple[float, int]:
-        """`_migration` of all layers, one after another."""
-        pairs = zip(before.slots_LRS, after.slots_LRS, strict=True)
-        layers = [self._migration(*pair, before.home_slots) for pair in pairs]
-        return sum(cost_s for cost_s, _ in layers), sum(moved for _, moved in layers)
+        cost_s, experts = self._migration(slots_RS, found_RS, home_slots)
+        return LayerProposal(
+            layer=layer, slots_RS=found_RS, gain_s=gain_s * options.micro_batches, cost_s=cost_s, experts=experts
+        )
 
     def _migration(self, before_RS: IntArray, after_RS: IntArray, home_slots: int) -> tuple[float, int]:
         """Seconds until the busiest rank has sent and received its experts' state, and how many experts move."""

@@ -1,4 +1,4 @@
-"""What a layer costs under a plan: the cost model as the planners, the simulator and the trainer ask it."""
+"""What a layer costs under a plan: the one price that planners, simulator and trainer compare placements by."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from megatron_smartmoe.spec.placement import hosts_of
 
 @dataclass(frozen=True, kw_only=True)
 class LayerPricing:
-    """What prices a layer of one expert-parallel group.
+    """What the price of a layer depends on besides its plan and its counts.
 
     Attributes:
         num_ranks: R, ranks of the group.
@@ -29,25 +29,34 @@ class LayerPricing:
 
 
 def layer_seconds(pricing: LayerPricing) -> Callable[[IntArray, IntArray], float]:
-    """The cost model as the planners ask it: seconds of a layer under a slot table with the exact split."""
+    """The function (slots_RS, counts_RE) -> predicted seconds of a layer with the exact split, for the planners."""
 
     def seconds(slots_RS: IntArray, counts_RE: IntArray) -> float:
         home_slots = counts_RE.shape[1] // len(slots_RS)
         home_E = np.argsort(slots_RS[:, :home_slots].ravel(), kind="stable") // home_slots
-        return measure(LayerPlan(slots_RS=slots_RS, split="exact"), counts_RE, home_E, pricing)[0]
+        return price_layer(LayerPlan(slots_RS=slots_RS, split="exact"), counts_RE, home_E, pricing)[0]
 
     return seconds
 
 
-def measure(plan: LayerPlan, counts_RE: IntArray, home_E: IntArray, pricing: LayerPricing) -> tuple[float, float]:
-    """Predicted seconds of the layer, and max / mean tokens per rank."""
+def price_layer(plan: LayerPlan, counts_RE: IntArray, home_E: IntArray, pricing: LayerPricing) -> tuple[float, float]:
+    """Predicted seconds of the layer, and its max / mean tokens per rank.
+
+    Args:
+        plan: slots and split.
+        counts_RE: tokens of source rank r for expert e.
+        home_E: rank of each expert's home, which sends weights to the expert's other hosts.
+        pricing: ranks, nodes and constants.
+    """
+    # Step 1: where the tokens go.
     outcome = evaluate(plan, counts_RE, pricing.num_nodes)
     expert, rank = np.nonzero(hosts_of(plan.slots_RS, counts_RE.shape[1]))
-    copy = rank != home_E[expert]
-    copies_RR = np.zeros((pricing.num_ranks, pricing.num_ranks))
-    np.add.at(copies_RR, (home_E[expert[copy]], rank[copy]), 1.0)
+    # Step 2: which ranks get a replica's weights from which home.
+    replica = rank != home_E[expert]
+    replicas_RR = np.zeros((pricing.num_ranks, pricing.num_ranks))
+    np.add.at(replicas_RR, (home_E[expert[replica]], rank[replica]), 1.0)
     flow = LayerFlow(
-        load_ER=outcome.load_ER, traffic_RR=outcome.traffic_RR, copies_RR=copies_RR, num_nodes=pricing.num_nodes
+        load_ER=outcome.load_ER, traffic_RR=outcome.traffic_RR, replicas_RR=replicas_RR, num_nodes=pricing.num_nodes
     )
     load_R = outcome.load_ER.sum(axis=0)
     return layer_time(flow, pricing.constants).total_s, float(load_R.max() / max(load_R.mean(), 1e-300))

@@ -1,11 +1,11 @@
-"""What every placement rule, ours and the peers', is asked and answers: one layer at a time.
+"""The interface of every placement rule, ours and the peers': one layer at a time.
 
-A rule is a function from what it may look at (`LayerProblem`) to what it wants (`LayerPlan`). The plan says where the
-copies lie and how tokens are shared among them; `rank_loads` then says what each rank really gets from other counts
-than the rule saw. One interface for all of them keeps the comparison fair: same counts, same yardstick.
+A rule is a function from what it may see (`LayerProblem`) to a plan (`LayerPlan`). The plan has the slots and how
+tokens are shared among an expert's hosts; `tokens_by_rank` and `evaluate` then apply it to counts, mostly others than
+the rule saw. One interface for all of them keeps the comparison fair: same counts, same yardstick.
 
-Peers are not held to `Placement`'s rules (EPLB may put two copies on a rank, FasterMoE shadows on every rank), so a
-plan's slots are a plain array with as many columns as the rule needs.
+Peers are not held to `Placement`'s rules (EPLB may put an expert twice on a rank, FasterMoE shadows on every rank), so
+a plan's slots are a plain array with as many columns as the rule needs.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SplitRule = Literal["equal", "exact", "local", "quota"]
 
 @dataclass(frozen=True, kw_only=True)
 class LayerProblem:
-    """What a rule may look at when it plans one layer.
+    """What a rule sees when it plans one layer.
 
     Attributes:
         counts_RE: tokens (assignments) of source rank r for expert e: the last record (a rule that sees history) or
@@ -71,15 +71,15 @@ class LayerProblem:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerPlan:
-    """Where the copies of a layer's experts lie and how tokens are shared among them.
+    """The slots of a layer and how an expert's tokens are shared among its hosts.
 
     Attributes:
         slots_RS: expert in each slot, EMPTY (-1) for none; any number of columns; every expert at least once.
-        split: `equal`: every copy the same share; `exact`: the split that minimises the largest rank load; `local`: a
-            token stays on its source rank if a copy is there, else it goes to the expert's home; `quota`: the rule's
-            own shares of each expert, `quota_ER`.
+        split: `equal`: every filled slot the same share; `exact`: the split that minimises the largest rank load;
+            `local`: a token stays on its source rank if that hosts the expert, else it goes to the expert's home;
+            `quota`: the rule's own shares of each expert, `quota_ER`.
         quota_ER: tokens of expert e for rank r as the rule planned them; used as shares when the counts are others.
-        home_rank_E: for `local`: where a token goes that finds no copy on its own rank.
+        home_rank_E: for `local`: where a token goes whose source rank does not host the expert.
     """
 
     slots_RS: IntArray
@@ -105,20 +105,14 @@ class Rule(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What really happens when a plan meets counts: `load_ER` tokens of expert e on rank r, `traffic_RR` source to
-    rank."""
+    """A plan applied to counts: `load_ER` tokens of expert e on rank r, `traffic_RR` tokens from source to rank."""
 
     load_ER: FloatArray
     traffic_RR: FloatArray
 
 
-def rank_loads(plan: LayerPlan, counts_RE: IntArray) -> FloatArray:
-    """Tokens that each rank computes, `[R]`, when `plan` meets `counts_RE`."""
-    return np.asarray(tokens_by_rank(plan, counts_RE).sum(axis=0), dtype=np.float64)
-
-
 def tokens_by_rank(plan: LayerPlan, counts_RE: IntArray) -> FloatArray:
-    """Tokens of expert e that rank r computes, `[E, R]`, when `plan` meets `counts_RE`."""
+    """Tokens of expert e that rank r computes, `[E, R]`, when `plan` is applied to `counts_RE`."""
     num_experts = counts_RE.shape[1]
     if plan.split == "exact":
         return min_max_split(counts_RE, hosts_of(plan.slots_RS, num_experts)).astype(np.float64)
@@ -129,7 +123,7 @@ def tokens_by_rank(plan: LayerPlan, counts_RE: IntArray) -> FloatArray:
 
 
 def evaluate(plan: LayerPlan, counts_RE: IntArray, num_nodes: int = 1) -> Outcome:
-    """Loads and the way the tokens take, for the cost model."""
+    """Loads and traffic of a plan applied to `counts_RE`, for the cost model."""
     if plan.split == "exact":
         tokens_ER = min_max_split(counts_RE, hosts_of(plan.slots_RS, counts_RE.shape[1]))
         sent_RRS = assign_sources(counts_RE, plan.slots_RS, tokens_ER, num_nodes)
@@ -142,32 +136,32 @@ def evaluate(plan: LayerPlan, counts_RE: IntArray, num_nodes: int = 1) -> Outcom
     return Outcome(load_ER=load_E[:, None] * fraction_ER, traffic_RR=counts_RE @ fraction_ER)
 
 
-def copies_of(slots_RS: IntArray, num_experts: int) -> IntArray:
-    """`[E, R]`: how many copies of expert e rank r holds (a peer may put two on one rank)."""
-    copies_ER = np.zeros((num_experts, slots_RS.shape[0]), dtype=np.int64)
+def host_counts(slots_RS: IntArray, num_experts: int) -> IntArray:
+    """`[E, R]`: how many slots of rank r hold expert e (a peer may use two on one rank)."""
+    slots_ER = np.zeros((num_experts, slots_RS.shape[0]), dtype=np.int64)
     rank, slot = np.nonzero(slots_RS != EMPTY)
-    np.add.at(copies_ER, (slots_RS[rank, slot], rank), 1)
-    return copies_ER
+    np.add.at(slots_ER, (slots_RS[rank, slot], rank), 1)
+    return slots_ER
 
 
 def _fractions(plan: LayerPlan, load_E: IntArray) -> FloatArray:
     """Share of each expert's tokens that rank r takes; equal shares for an expert whose quota is empty."""
-    copies_ER = copies_of(plan.slots_RS, len(load_E)).astype(np.float64)
-    weight_ER = copies_ER
+    slots_ER = host_counts(plan.slots_RS, len(load_E)).astype(np.float64)
+    weight_ER = slots_ER
     if plan.split == "quota":
         if plan.quota_ER is None:
             raise PlanError("a plan with split 'quota' must carry quota_ER")
-        weight_ER = np.where(plan.quota_ER.sum(axis=1, keepdims=True) > 0, plan.quota_ER, copies_ER)
+        weight_ER = np.where(plan.quota_ER.sum(axis=1, keepdims=True) > 0, plan.quota_ER, slots_ER)
     total_E = weight_ER.sum(axis=1)
     lost_E = (total_E == 0) & (load_E > 0)
     if lost_E.any():
         expert = int(np.argmax(lost_E))
-        raise PlanError(f"expert {expert} has {int(load_E[expert])} tokens and no copy on any rank")
+        raise PlanError(f"expert {expert} has {int(load_E[expert])} tokens and no slot on any rank")
     return np.asarray(weight_ER / np.maximum(total_E, 1e-300)[:, None])
 
 
 def _local_tokens(plan: LayerPlan, counts_RE: IntArray) -> tuple[FloatArray, FloatArray]:
-    """Tokens `[E, R]` and traffic `[R, R]` when tokens stay where a copy is and else go to their expert's home."""
+    """Tokens `[E, R]` and traffic `[R, R]` when tokens stay on a rank that hosts their expert, else go to its home."""
     if plan.home_rank_E is None:
         raise PlanError("a plan with split 'local' must carry home_rank_E")
     num_experts = counts_RE.shape[1]

@@ -1,11 +1,11 @@
-"""A migration plan: what has to travel from where to where when homes change, to the byte, before anything moves.
+"""A migration plan: which bytes move from where to where when homes change, known before anything moves.
 
 Homes are two tables, expert -> global slot, before and after. Slot g lies on expert-parallel rank g // S, slot g % S.
 Every change of homes is a permutation of slots and falls into cycles; a set of whole cycles can be carried out alone
-and leaves valid homes. That is what makes bounded memory and all-or-nothing compatible: a layer's change is cut into
-steps of whole cycles, each of which fits the staging memory and is committed at once or not at all.
+and leaves valid homes. So bounded memory and all-or-nothing are compatible: a layer's change is divided into steps of
+whole cycles, each of which fits the staging memory and is committed at once or not at all.
 
-What travels, and that each byte of sharded state travels once, is in `transfers.py`; a worker is one rank of the grid
+Which parts move, and that each byte of sharded state moves once, is in `transfers.py`; a worker is one rank of the grid
 of R expert-parallel times D expert-data-parallel ranks, numbered w = r * D + d.
 """
 
@@ -22,14 +22,14 @@ from megatron_smartmoe.errors import MigrationError, PlanError
 from megatron_smartmoe.placement.transfers import LayerLayout, Transfers, transfers_of
 from megatron_smartmoe.spec.arrays import IntArray
 
-ALIGNMENT_BYTES = 16  # each message starts at a multiple of it in staging memory
-CHUNK_BYTES = 8 << 20  # a message is sent in chunks of at most this; two are packed at a time
+ALIGNMENT_BYTES = 16  # each message starts at a multiple of it in staging memory: enough for any element type
+CHUNK_BYTES = 8 << 20  # bytes; a message is sent in chunks of at most this, and two are packed at a time
 STAGING_FLAG = "--smartmoe-migration-staging-mib"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Message:
-    """All that goes from one worker to another in a step: transfers `first` to `last` (exclusive), packed."""
+    """Everything that one worker sends another in a step: transfers `first` to `last` (exclusive), packed."""
 
     source: int
     target: int
@@ -65,30 +65,28 @@ class MigrationStep:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class MigrationPlan:
-    """Steps, to be carried out in their order, and what they will put on the wire.
+    """Steps, to be carried out in their order, and the bytes that they send.
 
     Attributes:
         steps: empty when nothing changes.
         sent_bytes_W: bytes that worker w sends.
         received_bytes_W: bytes that worker w receives.
-        local_bytes_W: bytes that worker w copies between its own slots.
-        digest: of homes, layouts and cuts; 16 hexadecimal digits, to be compared across ranks.
+        digest: 16 hexadecimal digits of homes, layouts and limits, which ranks compare before they start.
     """
 
     steps: tuple[MigrationStep, ...]
     sent_bytes_W: IntArray
     received_bytes_W: IntArray
-    local_bytes_W: IntArray
     digest: str
 
     @property
     def wire_bytes(self) -> int:
-        """Bytes on the wire, of the whole grid."""
+        """Bytes that the whole grid sends."""
         return int(self.sent_bytes_W.sum())
 
     @property
     def staging_bytes(self) -> int:
-        """Largest need of any step and worker."""
+        """Bytes of staging memory that the step and worker with the largest need takes."""
         return max((step.staging_bytes for step in self.steps), default=0)
 
 
@@ -101,31 +99,33 @@ def plan_migration(
     staging_bytes: int,
     max_chunk_bytes: int = CHUNK_BYTES,
 ) -> MigrationPlan:
-    """Plan the way from one homes table to another. A pure function: equal on every rank for equal arguments.
+    """Plan the migration from one homes table to another. A pure function: equal on every rank for equal arguments.
 
     Args:
-        before_LE: global slot of every expert, now; row i belongs to `layouts[i]`.
-        after_LE: the same, wanted.
-        layouts: of the layers concerned.
+        before_LE: global slot of every expert now; row i belongs to `layouts[i]`.
+        after_LE: global slot of every expert after the migration.
+        layouts: tensors of an expert, one entry per layer.
         num_ranks: R.
         staging_bytes: memory that a worker may use for staging.
         max_chunk_bytes: upper bound of a chunk.
 
     Raises:
         PlanError: a row is not a permutation of the slots.
-        MigrationError: a cycle does not fit the staging memory; names the flag and what it would have to be.
+        MigrationError: a cycle does not fit the staging memory; names the flag and its least value.
     """
     _check_tables(before_LE, after_LE, layouts, num_ranks)
+    # Step 1: divide each layer's change into steps of whole cycles that fit the staging memory.
     steps: list[MigrationStep] = []
     for before_E, after_E, layout in zip(before_LE, after_LE, layouts, strict=True):
         steps += _plan_layer(before_E, after_E, layout, num_ranks, staging_bytes, max_chunk_bytes)
+    # Step 2: count what each worker sends and receives.
     num_workers = num_ranks * (layouts[0].edp_size if layouts else 1)
-    sent_W, received_W, local_W = (np.zeros(num_workers, dtype=np.int64) for _ in range(3))
+    sent_W, received_W = (np.zeros(num_workers, dtype=np.int64) for _ in range(2))
     for moved in (step.transfers for step in steps):
         wire = moved.source != moved.target
         np.add.at(sent_W, moved.source[wire], moved.nbytes[wire])
         np.add.at(received_W, moved.target[wire], moved.nbytes[wire])
-        np.add.at(local_W, moved.source[~wire], moved.nbytes[~wire])
+    # Step 3: a digest of everything that decides the plan, which ranks compare before they start.
     digest = hashlib.sha256(repr((before_LE.shape, num_ranks, staging_bytes, max_chunk_bytes)).encode())
     for part in (before_LE, after_LE):
         digest.update(np.ascontiguousarray(part, dtype="<i8").tobytes())
@@ -135,7 +135,6 @@ def plan_migration(
         steps=tuple(steps),
         sent_bytes_W=sent_W,
         received_bytes_W=received_W,
-        local_bytes_W=local_W,
         digest=digest.hexdigest()[:16],
     )
 
@@ -153,6 +152,7 @@ def _check_tables(before_LE: IntArray, after_LE: IntArray, layouts: Sequence[Lay
 def _plan_layer(
     before_E: IntArray, after_E: IntArray, layout: LayerLayout, num_ranks: int, staging_bytes: int, max_chunk: int
 ) -> list[MigrationStep]:
+    """The steps of one layer: its transfers in batches of whole cycles."""
     moving = np.nonzero(before_E != after_E)[0]
     if not len(moving):
         return []
@@ -217,10 +217,12 @@ def _step(
     staging_bytes: int,
     max_chunk: int,
 ) -> MigrationStep:
+    """One step: its messages in rounds, and the chunk size that its staging memory allows."""
     messages = _messages(moved)
     incoming_W = np.zeros(num_workers, dtype=np.int64)
     for message in messages:
         incoming_W[message.target] += _aligned(message.nbytes)
+    # Two chunks to send from take what the received messages leave of the staging memory.
     largest = max((_aligned(m.nbytes) for m in messages if m.source != m.target), default=0)
     room = (staging_bytes - int(incoming_W.max())) // 2 // ALIGNMENT_BYTES * ALIGNMENT_BYTES
     chunk_bytes = min(max_chunk // ALIGNMENT_BYTES * ALIGNMENT_BYTES, room, largest)
@@ -258,8 +260,8 @@ def _messages(moved: Transfers) -> list[Message]:
 
 
 def _rounds(messages: Sequence[Message]) -> tuple[tuple[int, ...], ...]:
-    """Cut the messages into rounds without conflicts: the longest first, each into the first round where both its
-    ends are free. At most twice as many rounds as the busiest worker has messages."""
+    """Put the messages into rounds without conflicts: the longest first, each into the first round in which both its
+    ends are free. That takes at most twice as many rounds as the busiest worker has messages."""
     order = sorted(range(len(messages)), key=lambda i: (-messages[i].nbytes, messages[i].source, messages[i].target))
     rounds: list[list[int]] = []
     sending: list[set[int]] = []

@@ -1,10 +1,10 @@
-"""The slow loop: which rank each expert lives on, changed by few swaps that each must pay.
+"""The slow loop: which rank is each expert's home, changed by few swaps that each must pay.
 
 Method. Units of balance are the ranks when there are no spare slots, and the nodes when there are: inside a node
 replicas and the split even out the ranks, but a replica that must stay on its home's node cannot unload the node.
-Again and again the swap of two experts between the busiest unit and another one that lowers the load most is made, as
-long as it wins more than its price: two experts' weights, main weights and moments, dearer between nodes than within.
-Everything else stays where it is.
+The swap of two experts between the busiest unit and another one that lowers the load most is made, then the next one,
+as long as it gains more than its price: two experts' weights, main weights and moments, dearer between nodes than
+within. Everything else stays where it is.
 
 Alternative: longest-processing-time from scratch (SmartMoE 2023, EPLB, MindSpeed) packs 2% better at best and, on
 recorded training traces, moves 68 to 192 times more experts for it. It is kept as a baseline.
@@ -19,20 +19,20 @@ import numpy as np
 from megatron_smartmoe.spec.arrays import FloatArray, IntArray
 from megatron_smartmoe.spec.placement import EMPTY
 
-_OVERFLOW_WEIGHT = 0.1  # as in `objective`: lets a swap help although another unit is as busy
-_RESOLUTION = 1e9
+_OVERFLOW_WEIGHT = 0.1  # as in `search.objective`: lets a swap help although another unit is as busy
+_RESOLUTION = 1e9  # steps per mean load: gains closer than one step are equal, so that rounding never decides
 
 
 @dataclass(frozen=True, kw_only=True)
 class HomesOptions:
-    """What a swap must win.
+    """What a swap must gain.
 
     Attributes:
         num_nodes: nodes that the group's ranks lie on.
         replica_scope_is_node: replicas stay on the node of their home (only matters with spare slots).
-        swap_price: of a swap within a node, in mean loads of a unit: the imbalance it must remove.
+        swap_price: price of a swap within a node, in mean loads of a unit: the imbalance that it must remove.
         between_nodes: how many times dearer a swap between nodes is.
-        max_swaps: per layer and decision.
+        max_swaps: most swaps of one layer and decision.
     """
 
     num_nodes: int = 1
@@ -44,19 +44,15 @@ class HomesOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class HomesPlan:
-    """Slots after the swaps (replicas that lost their place are cleared) and what they do to the busiest unit.
+    """Slots after the swaps.
 
     Attributes:
-        slots_RS: the new slots.
+        slots_RS: the new slots; replicas that no longer may lie where they were are cleared.
         swaps: pairs of experts that exchange their homes, in order.
-        imbalance_before: busiest unit over the mean.
-        imbalance_after: the same after the swaps.
     """
 
     slots_RS: IntArray
     swaps: tuple[tuple[int, int], ...]
-    imbalance_before: float
-    imbalance_after: float
 
 
 def plan_homes(
@@ -68,21 +64,23 @@ def plan_homes(
         slots_RS: the slots as they are.
         load_E: expected load of each expert; only proportions matter.
         home_slots: columns of homes, E / R.
-        options: prices.
+        options: nodes and prices of swaps.
     """
     options = options or HomesOptions()
+    # Step 1: choose the units of balance: ranks, nodes, or one unit (nothing to do) where replicas reach every rank.
     num_ranks, num_slots = slots_RS.shape
     node_R = np.arange(num_ranks) // (num_ranks // options.num_nodes)
     has_spare = num_slots > home_slots
     by_node = has_spare and options.replica_scope_is_node
     unit_R = node_R if by_node else np.zeros(num_ranks, dtype=np.int64) if has_spare else np.arange(num_ranks)
+    # Step 2: scale the loads so that the mean unit has load 1, the unit of the prices.
     load_E = np.asarray(load_E, dtype=np.float64)
     num_units = int(unit_R.max()) + 1
-    load_E = load_E * (num_units / max(float(load_E.sum()), 1e-300))  # the mean unit has load 1
+    load_E = load_E * (num_units / max(float(load_E.sum()), 1e-300))
+    # Step 3: make the best swap until none pays.
     home_RH = slots_RS[:, :home_slots].copy()
     swaps: list[tuple[int, int]] = []
     load_U = _unit_loads(home_RH, load_E, unit_R, num_units)
-    before = float(load_U.max())
     while len(swaps) < options.max_swaps:
         swap = _best_swap(home_RH, load_E, load_U, unit_R, node_R, options)
         if swap is None:
@@ -92,9 +90,10 @@ def plan_homes(
         flat[first], flat[second] = flat[second], flat[first]
         swaps.append((int(flat[second]), int(flat[first])))
         load_U = _unit_loads(home_RH, load_E, unit_R, num_units)
+    # Step 4: clear the replicas that the new homes displace.
     new_RS = np.concatenate([home_RH, slots_RS[:, home_slots:]], axis=1)
     drop_misplaced(new_RS, home_slots, node_R if by_node else np.zeros_like(node_R))
-    return HomesPlan(slots_RS=new_RS, swaps=tuple(swaps), imbalance_before=before, imbalance_after=float(load_U.max()))
+    return HomesPlan(slots_RS=new_RS, swaps=tuple(swaps))
 
 
 def _unit_loads(home_RH: IntArray, load_E: FloatArray, unit_R: IntArray, num_units: int) -> FloatArray:
@@ -102,7 +101,7 @@ def _unit_loads(home_RH: IntArray, load_E: FloatArray, unit_R: IntArray, num_uni
 
 
 def _value(load_MU: FloatArray) -> FloatArray:
-    """Busiest unit and overflow above the mean (which is 1)."""
+    """What a swap lowers: the busiest unit's overflow above the mean (which is 1), and a little of the others'."""
     overflow_MU = np.maximum(load_MU - 1.0, 0.0)
     return np.asarray(overflow_MU.max(axis=1) + _OVERFLOW_WEIGHT * overflow_MU.sum(axis=1))
 
@@ -116,6 +115,7 @@ def _best_swap(
     options: HomesOptions,
 ) -> tuple[int, int] | None:
     """Flat home slots to swap: one of the busiest unit, one of another, the largest gain above its price; or None."""
+    # Every pair of a home slot of the busiest unit and one of another unit that holds a smaller load.
     num_ranks, home_slots = home_RH.shape
     rank_S = np.repeat(np.arange(num_ranks), home_slots)
     load_S = load_E[home_RH.reshape(-1)]
@@ -123,6 +123,7 @@ def _best_swap(
     first, second = np.nonzero(busy_S[:, None] & ~busy_S & (load_S[:, None] > load_S))
     if not len(first):
         return None
+    # Loads of the units after each of the M swaps, and what the swap gains above its price.
     moved_M = load_S[first] - load_S[second]
     load_MU = load_U[None].repeat(len(first), axis=0)
     every = np.arange(len(first))

@@ -1,13 +1,13 @@
-"""The medium loop: which experts get copies in the spare slots, planned from history, robust to forecast error.
+"""The medium loop: which experts get replicas in the spare slots, planned from history, robust to forecast error.
 
-Method. The plan is judged on scenarios (`history.scenarios`): the latest loads and perturbed copies of them. The copies
-that are there are improved by local search; when that is not good enough, a plan built afresh from the latest load
-(`exact.exact_replicas`) and improved the same way replaces it if it is better by more than its changes cost. So copies
-stay where they are as long as they serve, and a load that has jumped is not patched for ever.
+Method. The plan is judged on scenarios (`History.scenarios_KE`): recent loads and perturbed forecasts. The present
+replicas are improved by local search; when that is not good enough, a plan built afresh from the forecast
+(`exact_replicas`) and improved the same way replaces it if it is better by more than its changes cost. So replicas
+stay where they are as long as they balance the load, and a load that has jumped is not patched for ever.
 
-On many ranks a search to the end would take too long. There the fresh plan's free slots are filled with copies of the
-experts that have the largest load per copy, which makes it robust without a search (256 experts, 64 ranks, 2 spare
-slots, a load that drifts by 5% a record: 1.001 instead of 1.016).
+On many ranks a search to the end would take too long. There the fresh plan's free slots are filled with replicas of the
+experts that have the largest load per host, which makes it robust without a search (256 experts, 64 ranks, 2 spare
+slots, a load that drifts by 5% a record: max / mean 1.001 instead of 1.016).
 
 Alternatives: planning afresh each time (EPLB, UltraEP) is as good on average and brittle: the plan is perfect for the
 last record only; local search alone gets stuck on patches of patches (1.07 instead of 1.01 for a drifting load on 64
@@ -20,16 +20,16 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from megatron_smartmoe.cost.comm import busiest_ports, replica_copies
+from megatron_smartmoe.cost.comm import busiest_ports, replica_traffic
 from megatron_smartmoe.placement.exact_replicas import exact_replicas
 from megatron_smartmoe.placement.search.cuts import ALL_SETS_UP_TO_RANKS, CutPool, scaled
-from megatron_smartmoe.placement.search.improve import SearchResult, improve
+from megatron_smartmoe.placement.search.improve import ImprovedPlacement, improve
 from megatron_smartmoe.placement.search.objective import Objective, Space
 from megatron_smartmoe.spec.arrays import FloatArray, IntArray
 from megatron_smartmoe.spec.placement import EMPTY, BoolArray, hosts_of
 
-_FEW_RANKS = 16  # up to here a search to the end fits into a few milliseconds
-_PRICED_FOR_RANKS = 8  # on many ranks a copy costs copy_price times this over their number
+_FEW_RANKS = 16  # up to here a search to the end takes a few milliseconds (measured: 2 ms for 32 experts on 16 ranks)
+_PRICED_FOR_RANKS = 8  # on more than _FEW_RANKS ranks a replica costs replica_price times this over their number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,21 +38,22 @@ class ReplicaOptions:
 
     Attributes:
         num_nodes: nodes that the group's ranks lie on when replicas must stay on their home's node, else 1.
-        objective: what a plan is worth; its prices decide how many copies there are and how often they change. A
-            copy's price is meant for about 8 ranks; on more than 16 it falls in proportion, because ranks receive
-            their copies side by side and each waits for its own only.
-        good_enough: excess (mean and worst scenario together) up to which the improved copies are kept without a look
-            at a fresh plan.
+        objective: what a plan is worth; its prices decide how many replicas there are and how often they change. The
+            price of a replica is meant for about 8 ranks; on more than 16 it falls in proportion, because ranks
+            receive their replicas side by side and each waits for its own only.
+        good_enough: excess (mean and worst scenario together) up to which the improved replicas are kept without
+            trying a fresh plan.
         effort: multiplies the candidates of each step; 1 is meant for every iteration of training.
-        copy_price_tokens: what the busiest rank must be spared in an iteration, in tokens, for one replica over the
-            busiest port. A layer whose copies save less makes none. 0 makes every copy that improves the balance.
+        replica_price_tokens: tokens of an iteration that must be taken off the busiest rank for each replica over the
+            busiest port. A layer whose replicas save less has none. With 0 every replica that improves the balance is
+            made.
     """
 
     num_nodes: int = 1
-    objective: Objective = field(default_factory=lambda: Objective(copy_price=1e-3, change_price=2e-5))
+    objective: Objective = field(default_factory=lambda: Objective(replica_price=1e-3, change_price=2e-5))
     good_enough: float = 0.01
     effort: int = 1
-    copy_price_tokens: float = 0.0
+    replica_price_tokens: float = 0.0
 
 
 def plan_replicas(
@@ -61,96 +62,102 @@ def plan_replicas(
     home_slots: int,
     options: ReplicaOptions | None = None,
     rank_tokens: float = 0.0,
-) -> SearchResult:
+) -> ImprovedPlacement:
     """New contents of the spare slots; homes stay.
 
     Args:
         slots_RS: the slots as they are.
-        scenarios_KE: loads to be prepared for, one a row, the likeliest first (a fresh plan is built for that one).
+        scenarios_KE: loads to plan for, one a row, the likeliest first (a fresh plan is built for that one).
         home_slots: columns of homes, E / R.
         options: prices and effort.
-        rank_tokens: mean tokens per rank of an iteration, which a price in tokens is compared with.
+        rank_tokens: mean tokens per rank of an iteration, which `replica_price_tokens` is compared with.
     """
     options = options or ReplicaOptions()
+    # Step 1: the best replicas, priced in imbalance.
     found = _best_replicas(slots_RS, scenarios_KE, home_slots, options)
-    if not options.copy_price_tokens or (found.slots_RS[:, home_slots:] == EMPTY).all():
+    if not options.replica_price_tokens or (found.slots_RS[:, home_slots:] == EMPTY).all():
         return found
+    # Step 2: the same homes alone, unless the replicas take more off the busiest rank than their traffic costs.
     bare_RS = found.slots_RS.copy()
     bare_RS[:, home_slots:] = EMPTY
     load_KR = scenarios_KE[:, bare_RS[:, :home_slots]].sum(axis=2)
     alone_K = load_KR.max(axis=1) / load_KR.mean(axis=1)
     saved_tokens = float(alone_K[0] - found.imbalance_K[0]) * rank_tokens
-    if copies_pay(found.slots_RS, home_slots, saved_tokens, options.copy_price_tokens):
+    if replicas_pay(found.slots_RS, home_slots, saved_tokens, options.replica_price_tokens):
         return found
     return replace(found, slots_RS=bare_RS, imbalance_K=alone_K)
 
 
 def _best_replicas(
     slots_RS: IntArray, scenarios_KE: FloatArray, home_slots: int, options: ReplicaOptions
-) -> SearchResult:
-    """The best copies, whether they pay or not."""
+) -> ImprovedPlacement:
+    """The best replicas, without regard to `replica_price_tokens`."""
     num_ranks, num_experts = len(slots_RS), scenarios_KE.shape[1]
     space, objective = search_space(num_ranks, home_slots, options), options.objective
     many = num_ranks > _FEW_RANKS
     if many:
-        objective = replace(objective, copy_price=objective.copy_price * _PRICED_FOR_RANKS / num_ranks)
-    # On many ranks a step is dear: first find out which plan to start from, then improve that one.
+        objective = replace(objective, replica_price=objective.replica_price * _PRICED_FOR_RANKS / num_ranks)
+    # Step 1: improve the present replicas. On many ranks a step is slow: there both plans are only judged first, and
+    # the better one is improved in step 4.
     first = replace(space, max_steps=0) if many else space
-    pool = CutPool(num_ranks) if many else None  # what one search learns helps the next
+    pool = CutPool(num_ranks) if many else None  # the cuts that one search finds help the next
     kept = improve(slots_RS, scenarios_KE, objective, first, pool)
     if kept.excess <= options.good_enough or slots_RS.shape[1] == home_slots:
         return kept
+    # Step 2: build a fresh plan for the likeliest load, and improve it the same way.
     load_E = scaled(scenarios_KE[:1], num_ranks)[0].astype(np.int64)
     fresh_RS = exact_replicas(load_E, slots_RS, home_slots, options.num_nodes)
     if many:
         fresh_RS = fill_spare_slots(fresh_RS, load_E, space)
     fresh = improve(fresh_RS, scenarios_KE, objective, first, pool)
+    # Step 3: take the better of the two, its replicas and changes priced.
     before_ER = hosts_of(slots_RS, num_experts)
 
-    def cost(result: SearchResult) -> float:
+    def cost(result: ImprovedPlacement) -> float:
         return result.excess + _price(result.slots_RS, before_ER, home_slots, objective)
 
     best = fresh if cost(fresh) < cost(kept) - objective.min_gain else kept
     if not many or best.excess <= options.good_enough:
         return best
+    # Step 4: on many ranks, improve the plan that was chosen.
     return improve(best.slots_RS, scenarios_KE, objective, space, pool)
 
 
-def copies_pay(slots_RS: IntArray, home_slots: int, saved_tokens: float, price_tokens: float) -> bool:
-    """Whether a layer's replicas spare the busiest rank more than their way costs.
+def replicas_pay(slots_RS: IntArray, home_slots: int, saved_tokens: float, price_tokens: float) -> bool:
+    """Whether a layer's replicas take more off the busiest rank than their traffic costs.
 
     Args:
         slots_RS: homes and replicas.
         home_slots: columns of homes.
-        saved_tokens: of the busiest rank.
-        price_tokens: of one replica over the busiest rank's port, weights out and gradients back.
+        saved_tokens: tokens that the replicas take off the busiest rank.
+        price_tokens: tokens that take as long as one replica over the busiest port, weights out and gradients back.
     """
-    copies_RR = replica_copies(slots_RS, slots_RS[:, :home_slots].size)
-    return saved_tokens > price_tokens * busiest_ports(copies_RR, num_nodes=1).intra
+    replicas_RR = replica_traffic(slots_RS, slots_RS[:, :home_slots].size)
+    return saved_tokens > price_tokens * busiest_ports(replicas_RR, num_nodes=1).intra
 
 
 def fill_spare_slots(slots_RS: IntArray, load_E: IntArray, space: Space) -> IntArray:
-    """Fill the empty spare slots, those of the least loaded ranks first, each with a copy of the expert that has the
-    largest load per copy and may lie there."""
+    """Fill the empty spare slots, those of the least loaded ranks first, each with a replica of the expert that has the
+    largest load per host and may lie there."""
     filled_RS, allowed_ER = slots_RS.copy(), space.allowed_ER(slots_RS)
     hosts_ER = hosts_of(slots_RS, len(load_E))
-    copies_E = hosts_ER.sum(axis=1)
-    load_R = (hosts_ER * (load_E / copies_E)[:, None]).sum(axis=0)
+    hosts_E = hosts_ER.sum(axis=1)
+    load_R = (hosts_ER * (load_E / hosts_E)[:, None]).sum(axis=0)
     for rank in np.argsort(load_R, kind="stable"):
         for slot in np.nonzero(filled_RS[rank] == EMPTY)[0]:
             may_E = allowed_ER[:, rank] & ~hosts_ER[:, rank]
-            expert = int(np.argmax(np.where(may_E, load_E / copies_E, -1.0)))
+            expert = int(np.argmax(np.where(may_E, load_E / hosts_E, -1.0)))
             if may_E[expert]:
                 filled_RS[rank, slot] = expert
                 hosts_ER[expert, rank] = True
-                copies_E[expert] += 1
+                hosts_E[expert] += 1
     return filled_RS
 
 
 def search_space(num_ranks: int, home_slots: int, options: ReplicaOptions) -> Space:
     """Few candidates on many ranks, so that the time of a step stays in bounds; see `Space`."""
     node_R = np.arange(num_ranks) // (num_ranks // options.num_nodes)
-    if num_ranks <= ALL_SETS_UP_TO_RANKS:  # no oracle to ask, a step takes a fraction of a millisecond
+    if num_ranks <= ALL_SETS_UP_TO_RANKS:  # every cut is known, a step takes a fraction of a millisecond
         return Space(home_slots=home_slots, node_R=node_R)
     if num_ranks <= _FEW_RANKS:
         return Space(home_slots=home_slots, node_R=node_R, max_steps=12 * options.effort, trials=2 * options.effort)
@@ -165,7 +172,7 @@ def search_space(num_ranks: int, home_slots: int, options: ReplicaOptions) -> Sp
 
 
 def _price(slots_RS: IntArray, before_ER: BoolArray, home_slots: int, objective: Objective) -> float:
-    """Price of the copies and of those that are new on their rank."""
+    """Price of the replicas, and of those that are new on their rank."""
     rank, slot = np.nonzero(slots_RS[:, home_slots:] != EMPTY)
     expert = slots_RS[rank, slot + home_slots]
-    return float(objective.copy_price * len(expert) + objective.change_price * (~before_ER[expert, rank]).sum())
+    return float(objective.replica_price * len(expert) + objective.change_price * (~before_ER[expert, rank]).sum())

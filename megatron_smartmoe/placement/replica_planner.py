@@ -1,4 +1,4 @@
-"""The medium loop as training and the simulator share it: which copies the next iteration has, from history."""
+"""The medium loop as training and the simulator share it: which replicas the next iteration has, from history."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ class ReplicaPlanner:
     """The medium loop of one expert-parallel group.
 
     Args:
-        placement: where things are; its homes are kept.
+        placement: the present slots; their homes stay.
         group: number of the group, for the log.
-        options: see OnlineOptions.
+        options: prices and effort, and how much history is kept.
     """
 
     def __init__(self, placement: Placement, group: int, options: OnlineOptions) -> None:
         self.placement, self.group, self.options = placement, group, options
         remembered = options.history or HistoryOptions.for_ranks(placement.num_ranks)
         self.history = History(placement.num_layers, placement.num_experts, remembered)
-        self._tokens_L = np.zeros(placement.num_layers)  # of an iteration, per rank
+        self._tokens_L = np.zeros(placement.num_layers)  # mean per rank in the last iteration
 
     def observe(self, counts_LME: IntArray) -> FloatArray:
-        """Take in what this group routed in one iteration; returns the forecast's error per layer."""
+        """Add this group's counts of one iteration; returns the forecast's error per layer."""
         self._tokens_L = counts_LME.sum(axis=(1, 2)) / self.placement.num_ranks
         return self.history.update(counts_LME)
 
     def exact_slots(self, layer: int, load_E: IntArray) -> IntArray | None:
-        """Slots with copies for these very tokens of one micro-batch, or None when the present copies are to serve.
+        """Slots with replicas for the counts of one micro-batch, or None to use the present replicas.
 
-        With `auto` they serve when they are good enough, and when copies planned anew would be no better.
+        With `auto` they are used when they balance well enough, and when new replicas would be no better.
         """
         slots_RS, home_slots, options = self.placement.slots_LRS[layer], self.placement.home_slots, self.options
         if options.replicas == "history" or not self.placement.spare_slots:
@@ -54,7 +54,7 @@ class ReplicaPlanner:
         return exact_RS if _busiest(hosts_of(exact_RS, len(load_E)), load_E) < busiest else None
 
     def rehome(self, homes: Placement) -> None:
-        """Take over homes that have moved; replicas stay where they may."""
+        """Adopt the homes of another placement; replicas stay where their homes still allow it."""
         slots_LRS, home_slots = self.placement.slots_LRS.copy(), self.placement.home_slots
         slots_LRS[:, :, :home_slots] = homes.homes_LRH
         num_ranks, num_nodes = self.placement.num_ranks, self.options.replica.num_nodes
@@ -63,7 +63,7 @@ class ReplicaPlanner:
         self.placement = replace(self.placement, slots_LRS=slots_LRS)
 
     def plan(self, iteration: int) -> Decision | None:
-        """Plan the copies for `iteration` and make them the present placement; None when nothing changes."""
+        """Plan the replicas for `iteration` and make them the present placement; None when nothing changes."""
         if not self.history.num_records or not self.placement.spare_slots:
             return None
         before, rows = self.placement, [self.history.scenarios_KE(layer) for layer in range(self.placement.num_layers)]
@@ -85,7 +85,7 @@ class ReplicaPlanner:
             before=before.digest,
             after=after.digest,
             taken=True,
-            why=f"max/mean {forecast:.4f} on the forecast, {worst:.4f} at worst",
+            why=f"max/mean {forecast:.4f} on the forecast, {worst:.4f} in the worst scenario",
             changes=before.diff(after),
         )
 

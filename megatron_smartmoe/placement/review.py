@@ -1,10 +1,10 @@
-"""What a move of homes really saved: the same counts under the homes before and the homes now.
+"""What a move of homes saved: the same counts priced with the homes before and the homes after it.
 
 Method. After a move the counts of the next records are kept. When there are enough, each is priced twice with
-the cost model, under the old homes and under the new ones, both with copies planned for these very counts, so that
+the cost model, with the old homes and with the new ones, both with replicas planned for exactly these counts, so that
 nothing but the homes differs. Comparing iteration times before and after the move instead would blame the move for
-whatever else changed, above all the load itself. A gain from a stopwatch can be given to
-`HomesPlanner.review` instead; the verdict is the policy's either way.
+whatever else changed, above all the load itself. A measured time can be given to `HomesPlanner.review` instead; the
+policy decides either way.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class MoveReview:
     Args:
         before: the placement before it.
         after: the placement that it made.
-        predicted_gain_s: seconds per iteration that it promised.
-        records: how many records it is judged on.
+        predicted_gain_s: predicted seconds per iteration that it saves.
+        records: number of records that it is reviewed on.
     """
 
     def __init__(self, before: Placement, after: Placement, predicted_gain_s: float, records: int) -> None:
@@ -39,17 +39,17 @@ class MoveReview:
 
     @property
     def ready(self) -> bool:
-        """Whether enough was seen to judge it."""
+        """Whether enough records have been observed."""
         return len(self.counts) >= self.records
 
     def observe(self, counts_LRE: IntArray) -> None:
-        """Take in what was routed in one iteration since the move."""
+        """Add the counts of one iteration after the move."""
         if not self.ready:
             self.counts.append(counts_LRE)
 
     def gain_s(self, layer_seconds: LayerSeconds, num_nodes: int) -> tuple[float, float]:
-        """Seconds per micro-batch that the move saves over the layers it touched, mean over the records; and what all
-        layers take under it."""
+        """Seconds per micro-batch that the move saves in the layers that it changed, and the seconds of all layers with
+        it; means over the records."""
         home_slots = self.before.home_slots
         touched_L = (self.before.home_rank_LE != self.after.home_rank_LE).any(axis=1)
         gain_s, total_s = 0.0, 0.0
@@ -64,12 +64,12 @@ class MoveReview:
                     gain_s += layer_seconds(slots_RS, counts_RE) - now_s
         return gain_s / len(self.counts), total_s / len(self.counts)
 
-    def undone(self, placement: Placement, num_nodes: int) -> Placement:
-        """`placement` with the homes of before in the layers that the move touched; copies stay where they may.
+    def reverted(self, placement: Placement, num_nodes: int) -> Placement:
+        """`placement` with the homes from before the move in the layers that it changed; replicas stay where allowed.
 
         Args:
-            placement: as it is now.
-            num_nodes: copies stay on their home's node; the ranks lie on this many.
+            placement: the present slots.
+            num_nodes: nodes that the ranks lie on, each of which keeps the replicas of its homes.
         """
         slots_LRS, home_slots = placement.slots_LRS.copy(), placement.home_slots
         node_R = np.arange(placement.num_ranks) * num_nodes // placement.num_ranks

@@ -1,15 +1,16 @@
-"""The fast loop: how many of an expert's tokens each of its copies takes, and whose tokens those are.
+"""The fast loop: how many of an expert's tokens each of its hosts takes, and from which source ranks.
 
-Method. `min_max_split` finds the smallest possible largest rank load over all integer splits, exactly: start with local
-tokens where they are and the others on the emptiest hosts; then push tokens from ranks above the bound T to ranks
-below it along shortest paths (rank -> an expert with tokens there -> another of its hosts). When no rank below T can be
-reached, the reached ranks Q hold only experts whose copies all lie inside Q, so no split can do better than
-load(Q) / |Q|: T rises to that (Hall's condition) and the search goes on. It ends when no rank is above T, and T has
-never been anything but a lower bound, so the result is optimal. `assign_sources` then decides which source rank's
-tokens go to which copy: its own rank first, then its own node, then in rank order.
+Method. A host is a rank with an expert's home or a replica of it. `min_max_split` finds the smallest possible largest
+rank load over all integer splits, exactly: start with local tokens where they are and the others on the emptiest hosts;
+then push tokens from ranks above the bound T to ranks below it along shortest paths (rank -> an expert with tokens
+there -> another of its hosts), as augmenting paths do in maximum flow (Edmonds and Karp 1972). When no rank below T can
+be reached, the reached ranks Q hold only experts whose hosts all lie inside Q, so no split can do better than
+load(Q) / |Q|: T rises to that (Hall's condition, 1935) and the search continues. It ends when no rank is above T, and T
+has always been a lower bound, so the result is optimal. `assign_sources` then decides which source rank's tokens go to
+which host: the source itself first, then its own node, then in rank order.
 
 Alternatives. Equal shares (EPLB and its kin) leave 5 to 10% on real traces; a linear program (LPLB) finds fractions,
-needs rounding and costs milliseconds; a threshold search (UltraEP) stops within 1%. The graph has one edge per copy
+needs rounding and costs milliseconds; a threshold search (UltraEP) stops within 1%. The graph has one edge per host
 of a replicated expert (some hundreds), so the exact integer answer is the cheap one. Lists and plain integers instead
 of arrays: at this size numpy's call overhead is the larger cost, and the C++ twin reads the same line by line.
 """
@@ -29,11 +30,11 @@ _Hop = tuple[int, int, int, int]  # from rank, flexible expert, its share index 
 
 @dataclass(frozen=True, kw_only=True)
 class SplitGraph:
-    """The experts that leave a choice, and who hosts them.
+    """The experts that leave a choice, and their hosts.
 
     Attributes:
         num_ranks: R.
-        fixed_ER: 1 where the only copy of an expert lies, else 0.
+        fixed_ER: 1 for an expert's only host, else 0.
         flexible_F: experts with two hosts or more, fewest hosts first.
         hosts: ranks of each flexible expert, ascending.
         on_rank: for each rank, (index into `flexible_F`, index into its hosts) of the flexible experts there.
@@ -47,12 +48,12 @@ class SplitGraph:
 
 
 def split_graph(hosts_ER: BoolArray, load_E: IntArray) -> SplitGraph:
-    """Build the graph; experts without tokens are left out, one with tokens and without a copy is an error."""
+    """Build the graph; experts without tokens are left out, one with tokens and without a host is an error."""
     num_hosts_E = hosts_ER.sum(axis=1)
     lost_E = (num_hosts_E == 0) & (load_E > 0)
     if lost_E.any():
         expert = int(np.argmax(lost_E))
-        raise PlanError(f"expert {expert} has {int(load_E[expert])} tokens and no copy on any rank")
+        raise PlanError(f"expert {expert} has {int(load_E[expert])} tokens and no slot on any rank")
     flexible_F = np.nonzero((num_hosts_E > 1) & (load_E > 0))[0]
     flexible_F = flexible_F[np.lexsort((-load_E[flexible_F], num_hosts_E[flexible_F]))]
     ranks = np.nonzero(hosts_ER[flexible_F])[1].tolist()
@@ -76,30 +77,34 @@ def min_max_split(counts_RE: IntArray, hosts_ER: BoolArray) -> IntArray:
 
     Args:
         counts_RE: tokens of source rank r for expert e.
-        hosts_ER: whether rank r holds a copy of expert e; every expert with tokens needs one.
+        hosts_ER: whether rank r holds expert e; every expert with tokens needs a host.
     """
+    # Step 1: experts with one host are settled; the others form the graph.
     load_E = counts_RE.sum(axis=0)
     graph = split_graph(hosts_ER, load_E)
     tokens_ER = graph.fixed_ER * load_E[:, None]
     if not graph.hosts:
         return tokens_ER
+    # Step 2: a lower bound T: the mean, rounded up, or the most that single hosts already bring to a rank.
     base_R = tokens_ER.sum(axis=0)
     bound = max(-(-int(load_E.sum()) // graph.num_ranks), int(base_R.max()))
+    # Step 3: a first split: local tokens stay, the others fill the emptiest hosts up to T.
     which, rank = np.nonzero(hosts_ER[graph.flexible_F])
     local = iter(counts_RE[rank, graph.flexible_F[which]].tolist())
     shares = [[next(local) for _ in ranks] for ranks in graph.hosts]
     load = base_R.tolist()
     _fill(load, graph.hosts, shares, load_E[graph.flexible_F].tolist(), bound)
+    # Step 4: push tokens from ranks above T to ranks below it, raising T only where no split could keep it.
     _level(load, graph, shares, bound)
     tokens_ER[graph.flexible_F[which], rank] = [tokens for share in shares for tokens in share]
     return tokens_ER
 
 
 def binding_cuts(graph: SplitGraph, load_E: IntArray) -> tuple[int, list[list[int]]]:
-    """The smallest possible largest rank load, and the sets of ranks that prove it, loosest first.
+    """The smallest possible largest rank load, and the sets of ranks (cuts) that prove it, loosest first.
 
-    Each set holds more tokens that cannot leave it than its ranks can take at the level before. The first is the set
-    with the largest overflow above the mean load, the last the one with the largest mean.
+    Each set holds more tokens that cannot leave it than its ranks can take at the bound before. The first set has the
+    largest overflow above the mean load, the last one the largest mean.
     """
     base_R = (graph.fixed_ER * load_E[:, None]).sum(axis=0)
     bound = -(-int(load_E.sum()) // graph.num_ranks)
@@ -110,7 +115,8 @@ def binding_cuts(graph: SplitGraph, load_E: IntArray) -> tuple[int, list[list[in
 
 
 def _fill(load: list[int], hosts: list[list[int]], shares: list[list[int]], totals: list[int], bound: int) -> None:
-    """A first split: local tokens stay, the others go to the emptiest hosts up to the bound, a rest to the emptiest."""
+    """A first split: local tokens stay, the others go to the emptiest hosts up to the bound, what is left to the
+    emptiest of them."""
     for ranks, share in zip(hosts, shares, strict=True):
         for rank, tokens in zip(ranks, share, strict=True):
             load[rank] += tokens
@@ -172,7 +178,8 @@ def _reachable(over: list[int], graph: SplitGraph, shares: list[list[int]]) -> t
 
 
 def _push(end: int, parent: dict[int, _Hop | None], load: list[int], shares: list[list[int]], bound: int) -> bool:
-    """Move as many tokens as the path to `end` takes; False when an earlier push has used it up."""
+    """Move as many tokens as the path to `end` can carry; False when an earlier push has used it up."""
+    # Walk back to the overloaded rank where the path starts: the smallest share on the way limits the push.
     amount, rank, path = bound - load[end], end, []
     while (hop := parent[rank]) is not None:
         path.append(hop)
@@ -195,14 +202,16 @@ def assign_sources(counts_RE: IntArray, slots_RS: IntArray, tokens_ER: IntArray,
     Args:
         counts_RE: tokens of source rank r for expert e.
         slots_RS: expert in each slot, EMPTY for none.
-        tokens_ER: what each copy takes, from `min_max_split`.
+        tokens_ER: what each host takes, from `min_max_split`.
         num_nodes: the ranks lie on this many nodes, R / num_nodes consecutive ranks each.
     """
+    # Step 1: list the filled slots, those of one expert side by side (axis C).
     num_ranks = counts_RE.shape[0]
     rank_C, slot_C = np.nonzero(slots_RS != EMPTY)
     expert_C = slots_RS[rank_C, slot_C]
-    order = np.lexsort((rank_C, expert_C))  # copies of one expert side by side
+    order = np.lexsort((rank_C, expert_C))
     rank_C, slot_C, expert_C = rank_C[order], slot_C[order], expert_C[order]
+    # Step 2: an expert with one host gets every token there; the others' tokens are routed.
     sent_RC = counts_RE[:, expert_C]
     shared_C = np.bincount(expert_C, minlength=counts_RE.shape[1])[expert_C] > 1
     if shared_C.any():
@@ -213,18 +222,20 @@ def assign_sources(counts_RE: IntArray, slots_RS: IntArray, tokens_ER: IntArray,
 
 
 def _route(counts_RE: IntArray, expert_C: IntArray, rank_C: IntArray, tokens_ER: IntArray, num_nodes: int) -> IntArray:
-    """Tokens from source rank to copy, `[R, C]`: local, then within the node, then anywhere."""
+    """Tokens from source rank to filled slot, `[R, C]`: local, then within the node, then anywhere."""
     num_ranks = counts_RE.shape[0]
     expert_F, which_C = np.unique(expert_C, return_inverse=True)
     left_RF = counts_RE[:, expert_F]
     need_C = tokens_ER[expert_C, rank_C]
     sent_RC = np.zeros((num_ranks, len(expert_C)), dtype=np.int64)
 
+    # Step 1: tokens that are already on a host of their expert stay there.
     local_C = np.minimum(left_RF[rank_C, which_C], need_C)
     sent_RC[rank_C, np.arange(len(expert_C))] = local_C
     left_RF[rank_C, which_C] -= local_C
     need_C = need_C - local_C
 
+    # Step 2: then sources of the same node, then all sources.
     for num_domains in (num_nodes, 1) if num_nodes > 1 else (1,):
         per_domain = num_ranks // num_domains
         domain_C = rank_C // per_domain
@@ -238,16 +249,16 @@ def _route(counts_RE: IntArray, expert_C: IntArray, rank_C: IntArray, tokens_ER:
 
 
 def _in_order(left_PC: IntArray, need_C: IntArray, pool_C: IntArray) -> IntArray:
-    """Lay supply and demand of each pool end to end; a source serves the copies whose stretch overlaps its own.
+    """Lay supply and demand of each pool end to end; a source serves the slots whose interval overlaps its own.
 
     Args:
-        left_PC: what each of P sources still has for the pool of copy c; equal columns within a pool.
-        need_C: what copy c still takes.
-        pool_C: copies with the same number share their sources; ascending.
+        left_PC: what each of P sources still has for the pool of slot c; equal columns within a pool.
+        need_C: what slot c still takes.
+        pool_C: slots with the same number share their sources; ascending.
     """
     supply_end_PC = np.cumsum(left_PC, axis=0)
     end_C = np.cumsum(need_C)
     begin_C = end_C - need_C
-    before_C = begin_C[np.searchsorted(pool_C, pool_C)]  # of the first copy of the pool
+    before_C = begin_C[np.searchsorted(pool_C, pool_C)]  # of the first slot of the pool
     overlap_PC = np.minimum(supply_end_PC, end_C - before_C) - np.maximum(supply_end_PC - left_PC, begin_C - before_C)
     return np.asarray(np.maximum(overlap_PC, 0))

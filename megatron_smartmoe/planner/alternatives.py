@@ -1,4 +1,4 @@
-"""The launches that people ask about: the best plan with one thing changed, so that the explanation can say why not.
+"""The launches that people ask about: the best one with one thing changed, so that the explanation can say why not.
 
 EP traded for TP, EP across nodes, no pipeline, half or twice the stages: each is the nearest launch that Megatron
 accepts, with the least recomputation that fits, or with all of it when none does.
@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from megatron_smartmoe.planner.pricing import Plan, Pricing
+from megatron_smartmoe.planner.pricing import Launch, Pricing
 from megatron_smartmoe.planner.search import first_that_fits
 from megatron_smartmoe.planner.space import RECOMPUTE
 from megatron_smartmoe.spec.parallel import ParallelSpec, violation
 
 
-def alternatives(best: Plan, pricing: Pricing) -> list[Plan]:
-    """Priced alternatives to the best plan; those that break a rule are left out."""
+def alternatives(best: Launch, pricing: Pricing) -> list[Launch]:
+    """Priced alternatives to the best launch, without those that break a rule."""
     spec = best.spec
     tries = [
         replace(spec, ep=spec.ep // 2, tp=spec.tp * 2, etp=2) if spec.ep > 1 else spec,  # the same ranks, split
@@ -26,15 +26,15 @@ def alternatives(best: Plan, pricing: Pricing) -> list[Plan]:
     ]
     if spec.spare_slots:
         tries.append(replace(spec, spare_slots=0, replicas="off"))
-    found: list[Plan] = []
+    found: list[Launch] = []
     for tried in tries:
         # A launch that splits a sample over more ranks may like a larger micro-batch.
         sizes = [replace(tried, micro_batch=spec.micro_batch * factor) for factor in (1, 2)]
-        plans = [pricing.plan(_fitting(one, pricing)) for one in sizes if violation(pricing.model, one) is None]
-        if tried != spec and plans:
-            plan = min(plans, key=lambda one: one.expected_s)
-            if all(plan.spec != other.spec for other in found):
-                found.append(plan)
+        launches = [pricing.price(_fitting(one, pricing)) for one in sizes if violation(pricing.model, one) is None]
+        if tried != spec and launches:
+            launch = min(launches, key=lambda one: one.expected_s)
+            if all(launch.spec != other.spec for other in found):
+                found.append(launch)
     return found
 
 

@@ -1,8 +1,8 @@
-"""`--parallel auto`: the launch for a user's model on the machine at hand, why this one, and the same one again.
+"""`--parallel auto`: the launch for a user's model on the machine at hand, with its reasons.
 
-Every node of a job plans for itself, so the choice depends on nothing but the question: where two launches are equal
-but for rounding, their names decide. A run keeps its plan (`plan.json` beside it): gone on with, it is launched the
-same way as long as that is possible, and the reason is said when it is not.
+Every node of a job plans by itself, so the result depends on nothing but the request: where two launches differ by
+rounding only, their names decide. A resumed run reuses its saved plan (`plan.json` in the run directory) where it
+still applies; where it does not, the reason is printed.
 """
 
 from __future__ import annotations
@@ -19,27 +19,27 @@ from megatron_smartmoe.planner.flags import megatron_flags
 from megatron_smartmoe.planner.load import LoadModel, Scenario, scenarios_from_model
 from megatron_smartmoe.planner.plan_json import as_json
 from megatron_smartmoe.planner.pool import make_pool
-from megatron_smartmoe.planner.pricing import Plan, Pricing
+from megatron_smartmoe.planner.pricing import Launch, Pricing
 from megatron_smartmoe.planner.search import SearchResult, search
-from megatron_smartmoe.planner.space import against
+from megatron_smartmoe.planner.space import exclusion
 from megatron_smartmoe.spec.cluster import ClusterSpec
 from megatron_smartmoe.spec.model import ModelSpec
 from megatron_smartmoe.spec.parallel import ParallelSpec
 
-EQUAL = 1e-6  # of the step: nodes with other processors may round differently
-KEPT_BEST = 10
-ALTERNATIVES = 1  # beside the runner-up
+EQUAL = 1e-6  # of the step time: other processors may round differently
+SAVED_LAUNCHES = 10  # in plan.json, fastest first
+ALTERNATIVES = 1  # printed beside the runner-up
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Question:
-    """What is planned.
+class PlanRequest:
+    """What to plan.
 
     Attributes:
-        model: with its batch.
-        cluster: nodes and ranks per node are the job's, memory is a rank's.
+        model: the model and its batch.
+        cluster: the machine, with the job's nodes and ranks per node, and a rank's memory.
         constraints: what the user's flags leave open.
-        scenarios: of the load; None for those that the model's config suggests.
+        scenarios: loads to plan for; None for those that the model's router suggests.
     """
 
     model: ModelSpec
@@ -49,11 +49,11 @@ class Question:
 
     @property
     def ranks(self) -> int:
-        """Of the job."""
+        """Ranks of the job."""
         return self.cluster.nodes * self.cluster.gpus_per_node
 
     def pricing(self) -> Pricing:
-        """Prices under the load."""
+        """The prices of launches under the load."""
         within_node = self.cluster.replica_scope == "node"
         scenarios = scenarios_from_model(self.model) if self.scenarios is None else self.scenarios
         loads = LoadModel(scenarios, replica_scope_is_node=within_node)
@@ -61,70 +61,72 @@ class Question:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Choice:
-    """What will be launched.
+class PlanResult:
+    """What to launch.
 
     Attributes:
-        plan: the launch and its price.
-        pricing: that priced it.
-        result: of the search; None for a launch that an earlier plan chose.
+        launch: the launch and its price.
+        pricing: what priced it.
+        search: the search that found it; None for a launch of a saved plan.
     """
 
-    plan: Plan
+    launch: Launch
     pricing: Pricing
-    result: SearchResult | None = None
+    search: SearchResult | None = None
 
 
-def choose_launch(question: Question) -> Choice:
+def choose_launch(request: PlanRequest) -> PlanResult:
     """Search the launches that the constraints leave.
 
     Raises:
         ConfigError: none fits, or none agrees with the user's flags.
     """
-    pricing, kept = question.pricing(), question.constraints.kept
+    pricing, kept = request.pricing(), request.constraints.kept
     try:
-        result = search(pricing, question.ranks, question.constraints.options, limit=KEPT_BEST)
+        found = search(pricing, request.ranks, request.constraints.options, limit=SAVED_LAUNCHES)
     except ConfigError as error:
         if error.field != "--gpus":
             raise
         way_out = "Use more ranks or a smaller model or sequence"
-        way_out += f", or leave out one of: {', '.join(kept)}." if kept else "."
-        rule = f"on {question.ranks} ranks {error.rule}"
+        way_out += f", or remove one of: {', '.join(kept)}." if kept else "."
+        rule = f"on {request.ranks} ranks {error.rule}"
         raise ConfigError("--parallel", "auto", rule, way_out) from None
-    _settle_ties(result)
-    return Choice(plan=result.best[0], pricing=pricing, result=result)
+    _break_ties(found)
+    return PlanResult(launch=found.best[0], pricing=pricing, search=found)
 
 
-def _settle_ties(result: SearchResult) -> None:
-    """Put the launch first whose name sorts first among those that are as fast as the fastest."""
-    limit_s = result.best[0].expected_s * (1 + EQUAL)
-    result.best.sort(key=lambda plan: (0.0, plan.spec.label()) if plan.expected_s <= limit_s else (plan.expected_s, ""))
+def _break_ties(found: SearchResult) -> None:
+    """Of the launches that are as fast as the fastest, put the one first whose name sorts first."""
+    limit_s = found.best[0].expected_s * (1 + EQUAL)
+    found.best.sort(key=lambda one: (0.0, one.spec.label()) if one.expected_s <= limit_s else (one.expected_s, ""))
 
 
-def choose_again(content: object, question: Question) -> Choice | str:
-    """The launch of an earlier plan, or why it cannot be had again.
+def reuse_saved_plan(content: object, request: PlanRequest) -> PlanResult | str:
+    """The launch of a saved plan, or the reason why it does not apply any more.
 
     Args:
         content: what `to_json` wrote, read back.
-        question: as it is now.
+        request: what to plan now.
 
     Raises:
-        ConfigError: the content is no plan.
+        ConfigError: the content is not a plan.
     """
-    spec = replace(_spec_from(content), global_batch=question.model.global_batch)
-    options, ranks = question.constraints.options, question.ranks
+    spec = replace(_spec_from(content), global_batch=request.model.global_batch)
+    options, ranks = request.constraints.options, request.ranks
     if spec.gpus != ranks:
-        return f"it is for {spec.gpus} ranks, there are {ranks}"
-    moves = options.homes_interval if spec.ep > 1 and not question.model.mtp_layers else 0
-    spec = replace(spec, precision=options.precision, implementation=options.implementation, homes_interval=moves)
-    differs = question.constraints.disagreement(spec) or against(question.model, question.cluster, spec, options)
-    if differs:
-        return differs
-    pricing = question.pricing()
-    plan, has = pricing.plan(spec), question.cluster.gpu.memory_bytes
-    if plan.memory.total > has:
-        return f"it needs {plan.memory.total / GB:.1f} GB, there are {has / GB:.1f} GB"
-    return Choice(plan=plan, pricing=pricing)
+        return f"it is for {spec.gpus} ranks, this job has {ranks}"
+    homes_interval = options.homes_interval if spec.ep > 1 and not request.model.mtp_layers else 0
+    spec = replace(
+        spec, precision=options.precision, implementation=options.implementation, homes_interval=homes_interval
+    )
+    reason = request.constraints.disagreement(spec) or exclusion(request.model, request.cluster, spec, options)
+    if reason:
+        return reason
+    pricing = request.pricing()
+    launch, has = pricing.price(spec), request.cluster.gpu.memory_bytes
+    if launch.memory.total > has:
+        return f"it needs {launch.memory.total / GB:.1f} GB, and a rank has {has / GB:.1f} GB"
+    return PlanResult(launch=launch, pricing=pricing)
 
 
 def _spec_from(content: object) -> ParallelSpec:
@@ -137,70 +139,71 @@ def _spec_from(content: object) -> ParallelSpec:
         return ParallelSpec(**values)
     except (TypeError, KeyError, IndexError, AttributeError):
         rule = "is not a plan that --parallel auto wrote"
-        raise ConfigError(
-            "plan.json", None, rule, "Remove it from the run directory, and it is planned anew."
-        ) from None
+        way_out = "Remove it from the run directory to plan again."
+        raise ConfigError("plan.json", None, rule, way_out) from None
 
 
-def to_json(choice: Choice, question: Question) -> dict[str, Any]:
-    """What is saved beside the run: the format of `smartmoe plan --json`."""
-    assert choice.result is not None
-    flags = [megatron_flags(question.model, plan.spec) for plan in choice.result.best]
-    pool = make_pool(choice.plan, choice.pricing, question.constraints.options)
+def to_json(result: PlanResult, request: PlanRequest) -> dict[str, Any]:
+    """The content of plan.json in the run directory: the format of `smartmoe plan --json`."""
+    assert result.search is not None
+    flags = [megatron_flags(request.model, launch.spec) for launch in result.search.best]
+    pool = make_pool(result.launch, result.pricing, request.constraints.options)
     asked = {
-        "model": question.model.name,
-        "cluster": question.cluster.name,
-        "gpus": question.ranks,
-        "nodes": question.cluster.nodes,
-        "memory_bytes": question.cluster.gpu.memory_bytes,
-        "kept": list(question.constraints.kept),
+        "model": request.model.name,
+        "cluster": request.cluster.name,
+        "gpus": request.ranks,
+        "nodes": request.cluster.nodes,
+        "memory_bytes": request.cluster.gpu.memory_bytes,
+        "kept": list(request.constraints.kept),
     }
-    return as_json(choice.result, choice.pricing, flags, pool, asked)
+    return as_json(result.search, result.pricing, flags, pool, asked)
 
 
-def describe(choice: Choice, question: Question, memory_from: str, replaced: Sequence[str]) -> list[str]:
-    """The choice and its reason, a few lines.
+def describe(result: PlanResult, request: PlanRequest, memory_from: str, replaced: Sequence[str]) -> list[str]:
+    """The chosen launch and its reasons, a few lines.
 
     Args:
-        choice: what was found.
-        question: what was asked.
-        memory_from: who says how much memory a rank has.
+        result: what was planned.
+        request: what was asked for.
+        memory_from: where the memory of a rank comes from.
         replaced: flags of the configuration that the plan replaces.
     """
-    cluster, plan, result = question.cluster, choice.plan, choice.result
+    cluster, launch, found = request.cluster, result.launch, result.search
     memory = cluster.gpu.memory_bytes / GB
     nodes = "1 node" if cluster.nodes == 1 else f"{cluster.nodes} nodes"
     rows = [
-        ("machine", f"{question.ranks} x {cluster.gpu.name} on {nodes}, {memory:.1f} GB each ({memory_from})"),
-        ("load", "; ".join(scenario.name for scenario in choice.pricing.loads.scenarios)),
+        ("machine", f"{request.ranks} x {cluster.gpu.name} on {nodes}, {memory:.1f} GB each ({memory_from})"),
+        ("load", "; ".join(scenario.name for scenario in result.pricing.loads.scenarios)),
     ]
-    rows += [("kept", ", ".join(question.constraints.kept))] if question.constraints.kept else []
+    rows += [("kept", ", ".join(request.constraints.kept))] if request.constraints.kept else []
     rows += [("replaced", f"the configuration's {', '.join(replaced)}")] if replaced else []
-    if result is not None:
-        looked = f"{result.shapes} launches, {result.priced} priced in full, {result.seconds:.1f} s"
-        rows.append(("search", f"{looked}; times are estimates"))
-    price = f"{short_time(plan.expected_s)} a step ({short_time(plan.worst_s)} under the worst load)"
-    rows.append(("choice", f"{plan.spec.label()}: {price}, {plan.memory.total / GB:.1f} of {memory:.1f} GB"))
-    rows += [("because" if at == 0 else "", line) for at, line in enumerate(_reasons(choice, question))]
+    if found is not None:
+        effort = f"{found.shapes} launches, {found.priced} priced in full, {found.seconds:.1f} s"
+        rows.append(("search", f"{effort}; step times are predicted"))
+    price = f"{short_time(launch.expected_s)} per step ({short_time(launch.worst_s)} under the worst load)"
+    rows.append(("choice", f"{launch.spec.label()}: {price}, {launch.memory.total / GB:.1f} of {memory:.1f} GB"))
+    rows += [("because" if at == 0 else "", line) for at, line in enumerate(_reasons(result, request))]
     return [f"  {name:<9} {text}" for name, text in rows]
 
 
-def _reasons(choice: Choice, question: Question) -> list[str]:
+def _reasons(result: PlanResult, request: PlanRequest) -> list[str]:
     """What the launch is good at, the runner-up, and the launches that people ask about."""
-    plan, result = choice.plan, choice.result
-    lines = why(plan, [], choice.pricing) or ["EP 1 needs no all-to-all: every rank has all experts."]
-    if result is None:
+    launch, found = result.launch, result.search
+    lines = why(launch, [], result.pricing) or ["EP 1 needs no all-to-all: every rank has all experts."]
+    if found is None:
         return lines
-    others = [("next: ", result.best[1])] if len(result.best) > 1 else []
-    asked = [one for one in alternatives(plan, choice.pricing) if _loses(one, question, result)]
-    others += [("", one) for one in sorted(asked, key=lambda one: one.expected_s)[:ALTERNATIVES]]
-    return [*lines, *(head + sentence(plan, one) for head, one in others)]
+    others = [("next: ", found.best[1])] if len(found.best) > 1 else []
+    slower = [one for one in alternatives(launch, result.pricing) if _is_slower(one, request, found)]
+    others += [("", one) for one in sorted(slower, key=lambda one: one.expected_s)[:ALTERNATIVES]]
+    return [*lines, *(head + sentence(launch, one) for head, one in others)]
 
 
-def _loses(other: Plan, question: Question, result: SearchResult) -> bool:
-    """Whether an alternative was open, fits, is slower and is not the runner-up."""
-    options, cluster = question.constraints.options, question.cluster
+def _is_slower(other: Launch, request: PlanRequest, found: SearchResult) -> bool:
+    """Whether an alternative was allowed, fits, is slower and is not the runner-up."""
+    constraints, cluster = request.constraints, request.cluster
     fits = other.memory.total <= cluster.gpu.memory_bytes
-    shown = any(other.spec == plan.spec for plan in result.best[:2])
-    closed = question.constraints.disagreement(other.spec) or against(question.model, cluster, other.spec, options)
-    return fits and not closed and not shown and other.expected_s > result.best[0].expected_s
+    shown = any(other.spec == launch.spec for launch in found.best[:2])
+    excluded = constraints.disagreement(other.spec) or exclusion(
+        request.model, cluster, other.spec, constraints.options
+    )
+    return fits and not excluded and not shown and other.expected_s > found.best[0].expected_s

@@ -1,8 +1,8 @@
 """What a user's own flags leave open: a command line as limits of the space, and the flags that a plan decides.
 
 `--parallel auto` searches the launches that agree with every flag of `DECIDED` on the command line, and takes the rest
-of them from the plan. Flags of Megatron that split the model in a way that the space does not have are refused with
-the flag that says it another way.
+of them from the plan. Flags of Megatron that split the model in a way that the space does not have are refused, with
+the flag that expresses it another way.
 """
 
 from __future__ import annotations
@@ -12,50 +12,38 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from megatron_smartmoe.errors import ConfigError
+from megatron_smartmoe.planner.flags import (
+    GRANULARITY,
+    LAYOUT,
+    MICRO_BATCH,
+    MODULES,
+    OTHER_SPLITS,
+    OVERLAP_DEGREE,
+    PIPELINE_STAGES,
+    RECOMPUTE_FLAGS,
+    SEQUENCE_PARALLEL,
+    SIZES,
+    SPARE_SLOTS,
+    SWITCHES,
+    VIRTUAL_STAGES,
+    int_value,
+    layout_layers,
+    parse_tokens,
+    recompute_mode,
+)
 from megatron_smartmoe.planner.space import SpaceOptions
-from megatron_smartmoe.planner.words import layers_of_layout, number, recompute_of, said
 from megatron_smartmoe.spec.parallel import ParallelSpec
 
-_LAYOUT = "--pipeline-model-parallel-layout"
-_SIZES = {
-    "--tensor-model-parallel-size": "tp",
-    "--pipeline-model-parallel-size": "pp",
-    "--num-virtual-stages-per-pipeline-rank": "vpp",
-    "--expert-model-parallel-size": "ep",
-    "--expert-tensor-parallel-size": "etp",
-    "--context-parallel-size": "cp",
-}
-# flag -> (what the space calls the values that it tries, what a launch calls the one that it has)
+# flag -> (field of SpaceOptions with the values to try, field of ParallelSpec with the value of one launch)
 _TRIED = {
-    "--micro-batch-size": ("micro_batches", "micro_batch"),
-    "--smartmoe-spare-slots": ("spare_slots", "spare_slots"),
-    "--smartmoe-overlap-degree": ("overlap_degrees", "overlap_degree"),
+    MICRO_BATCH: ("micro_batches", "micro_batch"),
+    SPARE_SLOTS: ("spare_slots", "spare_slots"),
+    OVERLAP_DEGREE: ("overlap_degrees", "overlap_degree"),
 }
-_SWITCHES = {
-    "--use-distributed-optimizer": "distributed_optimizer",
-    "--overlap-grad-reduce": "overlap_grad_reduce",
-    "--overlap-param-gather": "overlap_param_gather",
-}
-_RECOMPUTE = ("--recompute-granularity", "--recompute-method", "--recompute-num-layers", "--recompute-modules")
-_OTHER_SPLITS = (
-    "--num-layers-per-virtual-pipeline-stage",
-    "--decoder-first-pipeline-num-layers",
-    "--decoder-last-pipeline-num-layers",
-    "--account-for-embedding-in-pipeline-split",
-    "--account-for-loss-in-pipeline-split",
-)
-# Not searched without being asked for: whoever names them, also in a configuration, is followed.
-FOLLOWED = ("--smartmoe-spare-slots", "--smartmoe-overlap-degree")
-# What a plan says; a configuration's own are replaced by the plan's.
-DECIDED = (
-    *_SIZES,
-    "--micro-batch-size",
-    *_SWITCHES,
-    *_RECOMPUTE,
-    *_OTHER_SPLITS,
-    _LAYOUT,
-    "--sequence-parallel",
-)
+# Searched only when they are asked for: their values are kept, also those of a configuration.
+KEPT_FROM_CONFIG = (SPARE_SLOTS, OVERLAP_DEGREE)
+# What a plan decides; a configuration's own values are replaced by the plan's.
+DECIDED = (*SIZES, MICRO_BATCH, *SWITCHES, *RECOMPUTE_FLAGS, *OTHER_SPLITS, LAYOUT, SEQUENCE_PARALLEL)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,9 +51,9 @@ class Constraints:
     """What the user's flags leave open.
 
     Attributes:
-        options: the space.
-        given: what every launch of it has, by field of ParallelSpec.
-        kept: flags of the user that restrict it, each with its values, as given.
+        options: the space that is left.
+        given: values that every launch must have, by field of ParallelSpec.
+        kept: the user's flags that restrict the space, each with its values, as given.
     """
 
     options: SpaceOptions
@@ -80,49 +68,54 @@ class Constraints:
         return None
 
 
-def constraints_from_flags(words: Sequence[str], base: SpaceOptions) -> Constraints:
+def constraints_from_flags(tokens: Sequence[str], base: SpaceOptions) -> Constraints:
     """Restrict a space to what agrees with a command line; flags that the planner does not decide are left alone.
 
     Args:
-        words: the user's own flags. `--no-X` of a switch turns X off.
+        tokens: the user's own flags. `--no-X` of a switch turns X off.
         base: the space without them.
 
     Raises:
         ConfigError: a flag has no number where it needs one, or splits the model as the space cannot.
     """
-    flags = said(words)
-    _refuse_other_splits(flags)
-    given: dict[str, Any] = {name: _positive(flag, flags[flag]) for flag, name in _SIZES.items() if flag in flags}
-    kept = [flag for flag in _SIZES if flag in flags]
+    flags = parse_tokens(tokens)
+    for flag in OTHER_SPLITS:
+        if flag in flags:
+            rule = "is a pipeline split that --parallel auto does not support"
+            way_out = f"Use {LAYOUT} or {VIRTUAL_STAGES}, or remove --parallel auto."
+            raise ConfigError(flag, " ".join(flags[flag]) or True, rule, way_out)
+    given: dict[str, Any] = {name: _positive(flag, flags[flag]) for flag, name in SIZES.items() if flag in flags}
+    kept = [flag for flag in SIZES if flag in flags]
     changes: dict[str, Any] = {}
     for flag, (tried, name) in _TRIED.items():
         if flag in flags and flags[flag] != ["auto"]:
-            given[name] = _positive(flag, flags[flag]) if flag == "--micro-batch-size" else number(flag, flags[flag])
+            given[name] = _positive(flag, flags[flag]) if flag == MICRO_BATCH else int_value(flag, flags[flag])
             changes[tried] = (given[name],)
             kept.append(flag)
-    for flag, name in _SWITCHES.items():
+    for flag, name in SWITCHES.items():
         for form in (flag, _negative(flag)):
             if form in flags:
                 changes[name] = given[name] = form == flag
                 kept.append(form)
-    _settle_overlap(changes, base)
-    if _LAYOUT in flags:
-        given |= _layout(flags[_LAYOUT], given)
+    _complete_overlap(changes, base)
+    if LAYOUT in flags:
+        given |= _layout("".join(flags[LAYOUT]), given.get("pp"))
         changes["layers_of_chunk"] = given["layers_of_chunk"]
-        kept.append(_LAYOUT)
-    if said_here := [flag for flag in _RECOMPUTE if flag in flags]:
-        given["recompute"] = recompute_of(flags)
+        kept.append(LAYOUT)
+    if recompute := [flag for flag in RECOMPUTE_FLAGS if flag in flags]:
+        granularity, modules = flags.get(GRANULARITY, []), flags.get(MODULES, [])
+        given["recompute"] = recompute_mode(" ".join(granularity), modules)
         changes["recompute"] = (given["recompute"],)
-        kept += said_here
-    changes["fixed"] = {**base.fixed} | {name: given[name] for name in _SIZES.values() if name in given}
+        kept += recompute
+    changes["fixed"] = {**base.fixed} | {name: given[name] for name in SIZES.values() if name in given}
     texts = tuple(" ".join([flag, *flags[flag]]) for flag in kept)
     return Constraints(options=replace(base, **changes), given=given, kept=texts)
 
 
-def without_refusals(words: Sequence[str], known: Collection[str]) -> list[str]:
-    """The command line without those `--no-X` that only the planner understands: it heeds them by leaving X out."""
+def without_negated(tokens: Sequence[str], known: Collection[str]) -> list[str]:
+    """The command line without each `--no-X` that Megatron does not know: the planner obeys it by leaving X out."""
     own = {_negative(flag) for flag in DECIDED} - set(known)
-    return [word for word in words if word not in own]
+    return [token for token in tokens if token not in own]
 
 
 def _negative(flag: str) -> str:
@@ -130,36 +123,29 @@ def _negative(flag: str) -> str:
     return "--no-" + flag.removeprefix("--")
 
 
-def _refuse_other_splits(flags: Mapping[str, list[str]]) -> None:
-    for flag in _OTHER_SPLITS:
-        if flag in flags:
-            rule = "is not a split that --parallel auto can search with"
-            way_out = f"Say it as {_LAYOUT} or --num-virtual-stages-per-pipeline-rank, or leave --parallel auto out."
-            raise ConfigError(flag, " ".join(flags[flag]) or True, rule, way_out)
-
-
-def _positive(flag: str, values: list[str]) -> int:
-    value = number(flag, values)
+def _positive(flag: str, values: Sequence[str]) -> int:
+    value = int_value(flag, values)
     if value < 1:
-        raise ConfigError(flag, value, "must be at least 1", "Leave it out, and it is planned.")
+        raise ConfigError(flag, value, "must be at least 1", "Remove it to have it planned.")
     return value
 
 
-def _settle_overlap(changes: dict[str, Any], base: SpaceOptions) -> None:
-    """Without what it rests on, the parameter gather cannot overlap; asked for by name, it brings what it rests on."""
-    rests_on = ("distributed_optimizer", "overlap_grad_reduce")
+def _complete_overlap(changes: dict[str, Any], base: SpaceOptions) -> None:
+    """Keep the overlapped parameter gather consistent with what it needs.
+
+    Asked for by name, it turns on what it needs; where what it needs is off, it is turned off.
+    """
+    needs = ("distributed_optimizer", "overlap_grad_reduce")
     if changes.get("overlap_param_gather"):
-        for name in rests_on:
+        for name in needs:
             changes.setdefault(name, True)
-    elif not all(changes.get(name, getattr(base, name)) for name in rests_on):
+    elif not all(changes.get(name, getattr(base, name)) for name in needs):
         changes.setdefault("overlap_param_gather", False)
 
 
-def _layout(values: list[str], given: Mapping[str, int]) -> dict[str, Any]:
-    text = "".join(values)
-    sizes = layers_of_layout(text)
-    pp = given.get("pp", 0)
+def _layout(text: str, pp: int | None) -> dict[str, Any]:
+    sizes = layout_layers(text)
     if not pp or len(sizes) % pp:
-        rule = f"has {len(sizes)} chunks, and needs --pipeline-model-parallel-size that divides them"
-        raise ConfigError(_LAYOUT, text, rule, f"Pass it too, for example {len(sizes)}.")
+        rule = f"has {len(sizes)} chunks, and needs {PIPELINE_STAGES} that divides them"
+        raise ConfigError(LAYOUT, text, rule, f"Pass it too, for example {len(sizes)}.")
     return {"layers_of_chunk": sizes, "vpp": len(sizes) // pp}

@@ -1,40 +1,82 @@
-"""A plan as Megatron flags, and a user's flags as a plan.
+"""A launch as Megatron flags, and flags as a launch: the only file of the planner that spells Megatron's flags.
 
-Megatron's flags are spelled here, in constraints.py and in model_flags.py, and nowhere else in the planner.
-`megatron_flags` gives everything that decides the model's shape, where it lies and how it is scheduled; learning
-rate, data and checkpoints are the user's. `parallel_from_flags` reads back what it writes, and the same from any
-command line: flags that do not concern the planner are left alone.
+`megatron_flags` gives everything that decides the model's shape, how it is distributed and how it is scheduled;
+learning rate, data and checkpoints are the user's. `parallel_from_flags` reads back what it writes, and the same from
+any command line: flags that do not concern the planner are left alone. Parsed arguments are read by
+`planner.arguments`.
 """
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
-from megatron_smartmoe.planner.words import layers_of_layout, number, recompute_of, said
+from megatron_smartmoe.errors import ConfigError
 from megatron_smartmoe.spec.model import ModelSpec
 from megatron_smartmoe.spec.parallel import ParallelSpec, Recompute, Replicas
 
 HOMES_INTERVAL = 100  # default of --smartmoe-homes-interval
-RECOMPUTE_FLAGS: dict[Recompute, list[str]] = {
+
+# flag -> field of ParallelSpec: the sizes of a layout, ...
+PIPELINE_STAGES = "--pipeline-model-parallel-size"
+VIRTUAL_STAGES = "--num-virtual-stages-per-pipeline-rank"
+SIZES = {
+    "--tensor-model-parallel-size": "tp",
+    PIPELINE_STAGES: "pp",
+    VIRTUAL_STAGES: "vpp",
+    "--expert-model-parallel-size": "ep",
+    "--expert-tensor-parallel-size": "etp",
+    "--context-parallel-size": "cp",
+}
+# ... other whole numbers, ...
+MICRO_BATCH = "--micro-batch-size"
+SPARE_SLOTS = "--smartmoe-spare-slots"
+OVERLAP_DEGREE = "--smartmoe-overlap-degree"
+COUNTS = {
+    MICRO_BATCH: "micro_batch",
+    "--global-batch-size": "global_batch",
+    SPARE_SLOTS: "spare_slots",
+    "--smartmoe-homes-interval": "homes_interval",
+}
+# ... and switches.
+SWITCHES = {
+    "--use-distributed-optimizer": "distributed_optimizer",
+    "--overlap-grad-reduce": "overlap_grad_reduce",
+    "--overlap-param-gather": "overlap_param_gather",
+}
+LAYOUT = "--pipeline-model-parallel-layout"
+SEQUENCE_PARALLEL = "--sequence-parallel"
+VIRTUAL_STAGE_LAYERS = "--num-layers-per-virtual-pipeline-stage"
+# Ways to split layers over stages that a ParallelSpec does not have.
+OTHER_SPLITS = (
+    VIRTUAL_STAGE_LAYERS,
+    "--decoder-first-pipeline-num-layers",
+    "--decoder-last-pipeline-num-layers",
+    "--account-for-embedding-in-pipeline-split",
+    "--account-for-loss-in-pipeline-split",
+)
+GRANULARITY, MODULES = "--recompute-granularity", "--recompute-modules"
+RECOMPUTE_FLAGS = (GRANULARITY, "--recompute-method", "--recompute-num-layers", MODULES)
+_MODE_FLAGS: dict[Recompute, list[str]] = {
     "none": [],
-    "act": ["--recompute-granularity", "selective", "--recompute-modules", "layernorm", "moe_act"],
-    "moe": ["--recompute-granularity", "selective", "--recompute-modules", "moe"],
-    "full": ["--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1"],
+    "act": [GRANULARITY, "selective", MODULES, "layernorm", "moe_act"],
+    "moe": [GRANULARITY, "selective", MODULES, "moe"],
+    "full": [GRANULARITY, "full", "--recompute-method", "uniform", "--recompute-num-layers", "1"],
 }
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlanFlags:
-    """The flags of one plan, in groups.
+class LaunchFlags:
+    """The flags of one launch, in groups.
 
     Attributes:
-        model: shape of the model.
-        parallel: where it lies.
+        model: the model's shape.
+        parallel: how it is distributed over the ranks.
         training: batch, precision, recomputation.
-        smartmoe: this project's own.
+        smartmoe: this project's own flags.
     """
 
     model: list[str]
@@ -53,20 +95,20 @@ class PlanFlags:
         return [*self.megatron, *self.smartmoe]
 
     def lines(self) -> list[str]:
-        """A group a line, quoted for a shell."""
+        """One line per group, quoted for a shell."""
         groups = (self.model, self.parallel, self.training, self.smartmoe)
         return [shlex.join(group) for group in groups if group]
 
 
-def megatron_flags(model: ModelSpec, spec: ParallelSpec, *, cpu: bool = False) -> PlanFlags:
-    """The flags of a plan.
+def megatron_flags(model: ModelSpec, spec: ParallelSpec, *, cpu: bool = False) -> LaunchFlags:
+    """The flags of a launch.
 
     Args:
-        model: what is trained.
-        spec: how it is spread.
+        model: the model to train.
+        spec: how it is distributed.
         cpu: for the CPU ranks of a machine without GPUs, where TransformerEngine's options do not exist.
     """
-    return PlanFlags(
+    return LaunchFlags(
         model=[*_shape(model), *_latent(model), *_moe(model)],
         parallel=_parallel(model, spec),
         training=_training(spec, cpu=cpu),
@@ -75,11 +117,11 @@ def megatron_flags(model: ModelSpec, spec: ParallelSpec, *, cpu: bool = False) -
 
 
 def launch_flags(model: ModelSpec, spec: ParallelSpec) -> list[str]:
-    """What `--parallel auto` adds to a user's flags: where the model lies, the micro-batch, recomputation, copies."""
+    """What `--parallel auto` adds to a user's flags: layout, micro-batch, recomputation, replicas and overlap."""
     return [
         *_parallel(model, spec),
         *_pairs(micro_batch_size=spec.micro_batch),
-        *RECOMPUTE_FLAGS[spec.recompute],
+        *_MODE_FLAGS[spec.recompute],
         *_pairs(
             smartmoe_spare_slots=spec.spare_slots or None,
             smartmoe_overlap_degree=spec.overlap_degree if spec.overlap_degree > 1 else None,
@@ -93,8 +135,8 @@ def _pairs(**values: Any) -> list[str]:
     for name, value in values.items():
         if value is None or value is False or value == "":
             continue
-        flag = "--" + name.replace("_", "-")
-        found.extend([flag] if value is True else [flag, f"{value:g}" if isinstance(value, float) else str(value)])
+        number = f"{value:g}" if isinstance(value, float) else str(value)
+        found += [as_flag(name)] if value is True else [as_flag(name), number]
     return found
 
 
@@ -191,7 +233,7 @@ def _training(spec: ParallelSpec, *, cpu: bool) -> list[str]:
             moe_grouped_gemm=grouped,
             moe_permute_fusion=grouped and not spec.spare_slots,
         ),
-        *RECOMPUTE_FLAGS[spec.recompute],
+        *_MODE_FLAGS[spec.recompute],
     ]
 
 
@@ -218,55 +260,103 @@ def layout_text(model: ModelSpec, spec: ParallelSpec) -> str:
     return "|".join(parts)
 
 
-_SIZES = {
-    "--tensor-model-parallel-size": "tp",
-    "--pipeline-model-parallel-size": "pp",
-    "--expert-model-parallel-size": "ep",
-    "--expert-tensor-parallel-size": "etp",
-    "--context-parallel-size": "cp",
-    "--num-virtual-stages-per-pipeline-rank": "vpp",
-    "--micro-batch-size": "micro_batch",
-    "--global-batch-size": "global_batch",
-    "--smartmoe-spare-slots": "spare_slots",
-    "--smartmoe-homes-interval": "homes_interval",
-}
-_SWITCHES = {
-    "--use-distributed-optimizer": "distributed_optimizer",
-    "--overlap-grad-reduce": "overlap_grad_reduce",
-    "--overlap-param-gather": "overlap_param_gather",
-}
+def parse_tokens(tokens: Sequence[str]) -> dict[str, list[str]]:
+    """Flag -> its values, in the order of the flags; the last of a repeated flag wins, as in argparse."""
+    found: dict[str, list[str]] = {}
+    flag = ""
+    for token in tokens:
+        if token.startswith("--"):
+            flag, equals, value = token.partition("=")
+            found.pop(flag, None)
+            found[flag] = [value] if equals else []
+        elif flag:
+            found[flag].append(token)
+    return found
 
 
-def parallel_from_flags(words: Sequence[str], model: ModelSpec, gpus: int) -> ParallelSpec:
-    """The launch that a command line describes; Megatron's defaults where it says nothing.
+def int_value(flag: str, values: Sequence[str]) -> int:
+    """The value of a flag that takes one whole number.
+
+    Raises:
+        ConfigError: it is not one.
+    """
+    text = " ".join(values)
+    if not (text.isascii() and text.isdigit()):
+        raise ConfigError(flag, text, "must be a whole number", f"For example {flag} 4.")
+    return int(text)
+
+
+def recompute_mode(granularity: str | None, modules: Sequence[str]) -> Recompute:
+    """The planner's mode that is nearest to what these values of the recomputation flags mean."""
+    if granularity == "full":
+        return "full"
+    if granularity == "selective" and ("moe" in modules or "mlp" in modules):
+        return "moe"
+    if granularity == "selective" and ("moe_act" in modules or "layernorm" in modules):
+        return "act"
+    return "none"  # `core_attn`: fused attention keeps nothing that it would recompute
+
+
+def layout_layers(text: str) -> tuple[int, ...]:
+    """Layers of each model chunk in the text of a layout, multiplications unrolled: `E(tt|)*2tL` has 2, 2 and 1.
+
+    Raises:
+        ConfigError: the text has other letters.
+    """
+    plain = text.replace(",", "")
+    for pattern in (r"\(([^)]+)\)\*(\d+)", r"(.)\*(\d+)"):
+        plain = re.sub(pattern, lambda match: match[1] * int(match[2]), plain)
+    if set(plain) - set("Etm|L"):
+        raise ConfigError(LAYOUT, text, "may hold E, t, m, L and | only", "For example: Ett|ttt|ttL.")
+    return tuple(part.count("t") for part in plain.split("|"))
+
+
+def grads_in_fp32(*, bf16: bool, fp16: bool, reduce_in_bf16: bool, accumulate_in_fp32: bool) -> bool:
+    """Whether Megatron accumulates and reduces gradients in fp32: by default unless it trains in fp16."""
+    return not (bf16 and reduce_in_bf16) and (bf16 or not fp16 or accumulate_in_fp32)
+
+
+def parallel_from_flags(tokens: Sequence[str], model: ModelSpec, gpus: int) -> ParallelSpec:
+    """The launch that a command line describes; Megatron's defaults for flags that it does not have.
 
     Raises:
         ConfigError: a size that is not a number, or a layout that Megatron would not read.
     """
-    given = said(words)
+    flags = parse_tokens(tokens)
     values: dict[str, Any] = {"gpus": gpus, "global_batch": model.global_batch}
-    for flag, name in _SIZES.items():
-        if flag in given:
-            values[name] = number(flag, given[flag])
+    for flag, name in {**SIZES, **COUNTS}.items():
+        if flag in flags:
+            values[name] = int_value(flag, flags[flag])
     values.setdefault("etp", values.get("tp", 1))  # Megatron's default
-    for flag, name in _SWITCHES.items():
-        values[name] = flag in given
-    values["precision"] = "bf16" if "--bf16" in given or "--fp16" in given else "fp32"
-    values["grad_reduce_in_fp32"] = "--grad-reduce-in-bf16" not in given
-    values["recompute"] = recompute_of(given)
-    values["replicas"] = cast(Replicas, " ".join(given.get("--smartmoe-replicas", [])) or "off")
-    degree = " ".join(given.get("--smartmoe-overlap-degree", [])) or "1"
-    values["overlap_degree"] = 1 if degree == "auto" else number("--smartmoe-overlap-degree", [degree])
-    if "--transformer-impl" in given and given["--transformer-impl"] == ["local"]:
+    for flag, name in SWITCHES.items():
+        values[name] = flag in flags
+    values["precision"] = "bf16" if "--bf16" in flags or "--fp16" in flags else "fp32"
+    values["grad_reduce_in_fp32"] = grads_in_fp32(
+        bf16="--bf16" in flags,
+        fp16="--fp16" in flags,
+        reduce_in_bf16="--grad-reduce-in-bf16" in flags,
+        accumulate_in_fp32="--accumulate-allreduce-grads-in-fp32" in flags,
+    )
+    values["recompute"] = recompute_mode(" ".join(flags.get(GRANULARITY, [])), flags.get(MODULES, []))
+    replicas = " ".join(flags.get("--smartmoe-replicas", []))
+    values["replicas"] = cast(Replicas, replicas or ("history" if values.get("spare_slots") else "off"))
+    degree = flags.get(OVERLAP_DEGREE, ["1"])
+    values["overlap_degree"] = 1 if degree == ["auto"] else int_value(OVERLAP_DEGREE, degree)
+    if flags.get("--transformer-impl") == ["local"]:
         values["implementation"] = "local"
-    if "--pipeline-model-parallel-layout" in given:
-        values["layers_of_chunk"] = layers_of_layout("".join(given["--pipeline-model-parallel-layout"]))
+    if LAYOUT in flags:
+        values["layers_of_chunk"] = layout_layers("".join(flags[LAYOUT]))
         values["vpp"] = len(values["layers_of_chunk"]) // values.get("pp", 1)
-    if "--num-layers-per-virtual-pipeline-stage" in given:
-        each = number("--num-layers-per-virtual-pipeline-stage", given["--num-layers-per-virtual-pipeline-stage"])
-        values["vpp"] = max(1, model.layers // values.get("pp", 1) // each)
-    if given.get("--smartmoe-homes") == ["off"] or "--smartmoe" not in given:
+    if VIRTUAL_STAGE_LAYERS in flags:
+        each = int_value(VIRTUAL_STAGE_LAYERS, flags[VIRTUAL_STAGE_LAYERS])
+        values["vpp"] = max(1, model.layers // values.get("pp", 1) // max(1, each))
+    if flags.get("--smartmoe-homes") == ["off"] or "--smartmoe" not in flags:
         values["homes_interval"] = 0
     else:
         values.setdefault("homes_interval", HOMES_INTERVAL)
     return ParallelSpec(**values)
+
+
+def as_flag(name: str) -> str:
+    """The flag of an argument: `num_layers` -> `--num-layers`."""
+    return "--" + name.replace("_", "-")

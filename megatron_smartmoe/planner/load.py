@@ -1,9 +1,9 @@
-"""Loads that a launch is planned for, and what the online phase makes of them: the bridge from planner to placement.
+"""Loads that a launch is planned for, before and after balancing: the bridge from planner to placement.
 
 Method. A scenario is a popularity of experts for several parts of the model (from first layer to last): from a recorded
-trace, from a named skew, or, when nothing is known, from how the model balances its router. Each launch meets every
-scenario with the homes, the replicas and the split that training would have reached, made by the very functions that
-training calls. The flows are per token and are scaled to a launch's tokens, so each (EP, nodes, slots) is solved once.
+trace, from a named skew, or, when nothing is known, from how the model balances its router. Each launch is priced under
+every scenario with the homes, the replicas and the split that training would reach, computed by the very functions that
+training calls. Flows are per token and are scaled to a launch's tokens, so each (EP, nodes, slots) is solved once.
 
 The alternative, tokens x top-k / ranks for everyone, ranks launches by a load that no run ever has.
 """
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_smartmoe.cost.comm import replica_copies
+from megatron_smartmoe.cost.comm import replica_traffic
 from megatron_smartmoe.cost.moe_layer import LayerFlow
 from megatron_smartmoe.errors import ConfigError
 from megatron_smartmoe.placement.exact_replicas import exact_replicas
@@ -27,16 +27,17 @@ from megatron_smartmoe.spec.model import ModelSpec
 from megatron_smartmoe.spec.placement import EMPTY, hosts_of, with_empty_slots
 from megatron_smartmoe.spec.trace import RoutingTrace, load_trace
 
-PARTS = 4  # of the model, each with a load of its own
-SOURCE_TOKENS = 1 << 14  # assignments of one source rank, the resolution of a popularity
-HOME_ROUNDS = 4  # looks at the homes until they have settled
+PARTS = 4  # parts of the model, each with a load of its own
+SOURCE_TOKENS = 1 << 14  # assignments of one source rank: the resolution of a popularity
+HOME_ROUNDS = 4  # re-evaluations of the homes, after which they rarely change
+# Estimates of the hottest expert's load over the mean, by name. `smartmoe simulate` prints those of a recorded trace.
 SKEWS = {"even": 1.0, "mild": 1.5, "uneven": 3.0, "strong": 6.0}
-WORST_FACTOR = 2.0  # the worst scenario's distance from even, over the expected one's
+WORST_FACTOR = 2.0  # how much further from even the worst scenario is than the expected one
 
 
 @dataclass(frozen=True, eq=False)
 class Scenario:
-    """A load: share of the assignments by part of the model and expert; every row sums to 1."""
+    """A load with its weight: shares of the assignments, `[parts, experts]`, each row sums to 1."""
 
     name: str
     weight: float
@@ -45,7 +46,7 @@ class Scenario:
 
 @dataclass(frozen=True)
 class Balance:
-    """What of a launch decides how a load falls: group, its nodes, spare slots, and which loops run."""
+    """What of a launch decides the load of its ranks: EP ranks and their nodes, spare slots, and whether homes move."""
 
     ep: int
     nodes: int
@@ -57,13 +58,13 @@ def scenarios_of(model: ModelSpec, trace: Path | None, skew: str | None, prefix:
     """The load that a command line asks for: a recorded one, a skew, or what the model suggests.
 
     Args:
-        model: what is trained.
-        trace: file or directory of a routing trace.
-        skew: a number, or a name of `SKEWS`.
-        prefix: of the flags' names, `--trace` and `--skew`, in errors.
+        model: the model to train.
+        trace: file or directory of a routing trace, or None.
+        skew: a number, a name of `SKEWS`, or None.
+        prefix: what the flags `--trace` and `--skew` begin with, for errors.
 
     Raises:
-        ConfigError: a trace of another model or none at all, or a skew that is no number or impossible.
+        ConfigError: the trace cannot be read or is of another model, or the skew is not a number or impossible.
     """
     if trace is not None:
         return scenarios_from_trace(model, load_trace(trace), f"{prefix}trace")
@@ -76,15 +77,15 @@ def scenarios_of(model: ModelSpec, trace: Path | None, skew: str | None, prefix:
         hottest = float(skew)
     except ValueError:
         rule = f"must be a number or one of {', '.join(SKEWS)}"
-        raise ConfigError(flag, skew, rule, "1 is even, 3 gives one expert three times the mean.") from None
+        raise ConfigError(flag, skew, rule, "For example 3, which gives one expert three times the mean.") from None
     if not 1.0 <= hottest <= most:
         rule = f"must be between 1 and {most:g}: no expert can get more than every token"
-        raise ConfigError(flag, hottest, rule, f"Choose another, or one of {', '.join(SKEWS)}.")
+        raise ConfigError(flag, hottest, rule, f"For example {flag} {min(3.0, most):g}, or one of {', '.join(SKEWS)}.")
     return scenarios_from_skew(model, hottest, flag)
 
 
 def scenarios_from_skew(model: ModelSpec, skew: float, source: str) -> list[Scenario]:
-    """Zipf loads whose hottest expert has `skew` times the mean; the worst is `WORST_FACTOR` as far from even."""
+    """Zipf loads whose hottest expert has `skew` times the mean; the worst is `WORST_FACTOR` times as uneven."""
     most = model.moe.experts / model.moe.top_k
     worst = min(most, 1 + (skew - 1) * WORST_FACTOR)
     rng = np.random.default_rng(0)
@@ -118,8 +119,8 @@ def scenarios_from_trace(model: ModelSpec, trace: RoutingTrace, flag: str = "--t
         ConfigError: naming `flag`, if the trace is of another number of experts.
     """
     if trace.num_experts != model.moe.experts:
-        rule = f"has {trace.num_experts} experts, the model {model.moe.experts}"
-        way_out = f"Record one with this model, or use {flag.replace('trace', 'skew')}."
+        rule = f"has {trace.num_experts} experts, the model has {model.moe.experts}"
+        way_out = f"Pass a trace of this model, or {flag.replace('trace', 'skew')} 3."
         raise ConfigError(flag, trace.num_experts, rule, way_out)
     axes = tuple(range(2, trace.counts.ndim - 1))
     load_NLE = trace.counts.sum(axis=axes, dtype=np.float64)
@@ -131,7 +132,7 @@ def scenarios_from_trace(model: ModelSpec, trace: RoutingTrace, flag: str = "--t
 
 
 def scenarios_from_model(model: ModelSpec) -> list[Scenario]:
-    """Nothing is known but how the router is balanced."""
+    """What to assume when nothing is known but how the router is balanced."""
     balanced = model.moe.expert_bias or (model.moe.balancing != "none" and model.moe.aux_loss_coeff > 0)
     skew = SKEWS["mild"] if balanced else SKEWS["uneven"]
     source = "a balanced router" if balanced else "a router without a balancing loss"
@@ -139,8 +140,13 @@ def scenarios_from_model(model: ModelSpec) -> list[Scenario]:
 
 
 @dataclass(frozen=True, eq=False)
-class Fallen:
-    """A scenario as it falls on ranks: per part, flows per assignment of one source rank, and the busiest rank."""
+class BalancedLoad:
+    """A scenario on the ranks of a group.
+
+    Attributes:
+        flows: one per part of the model, for one assignment of each source rank.
+        hot_P: the busiest rank's load over the mean, by part.
+    """
 
     flows: Sequence[LayerFlow]
     hot_P: FloatArray
@@ -152,42 +158,45 @@ class Fallen:
 
 
 class LoadModel:
-    """Scenarios, and how they fall under every balance that has been asked for.
+    """Scenarios, and the load of ranks in them by `Balance`, each computed once.
 
     Args:
         scenarios: loads with weights.
-        replica_scope_is_node: replicas stay on the node of their home.
+        replica_scope_is_node: whether replicas stay on the node of their home.
     """
 
     def __init__(self, scenarios: Sequence[Scenario], *, replica_scope_is_node: bool = True) -> None:
         self.scenarios = list(scenarios)
         self.within_node = replica_scope_is_node
-        self._fallen: dict[Balance, list[Fallen]] = {}
+        self._balanced: dict[Balance, list[BalancedLoad]] = {}
 
-    def fallen(self, balance: Balance) -> list[Fallen]:
-        """Each scenario under a balance."""
-        if balance not in self._fallen:
-            self._fallen[balance] = [self._fall(scenario, balance) for scenario in self.scenarios]
-        return self._fallen[balance]
+    def after_balancing(self, balance: Balance) -> list[BalancedLoad]:
+        """Per-rank load in each scenario after balancing."""
+        if balance not in self._balanced:
+            self._balanced[balance] = [self._balance(scenario, balance) for scenario in self.scenarios]
+        return self._balanced[balance]
 
-    def _fall(self, scenario: Scenario, balance: Balance) -> Fallen:
+    def _balance(self, scenario: Scenario, balance: Balance) -> BalancedLoad:
         flows = [self._layer(share_E, balance) for share_E in scenario.share_PE]
         hot_P = [float(flow.load_ER.sum(axis=0).max()) for flow in flows]
-        return Fallen(flows, np.array(hot_P))
+        return BalancedLoad(flows, np.array(hot_P))
 
     def _layer(self, share_E: FloatArray, balance: Balance) -> LayerFlow:
         """One layer; loads are in units of one rank's assignments, so that the mean rank has 1."""
+        # Step 1: every source rank routes alike, experts in logical order.
         num_ranks, experts = balance.ep, len(share_E)
         counts_E = np.rint(share_E * SOURCE_TOKENS).astype(np.int64)
         counts_RE = np.ascontiguousarray(np.broadcast_to(counts_E, (num_ranks, experts)))
         home_slots = experts // num_ranks
         slots_RS = np.arange(experts).reshape(num_ranks, home_slots)
         slots_RS = with_empty_slots(slots_RS, balance.spare_slots)
+        # Step 2: move homes and place replicas, as training would.
         if balance.homes and num_ranks > 1:
             slots_RS = self._homes(slots_RS, counts_E, home_slots, balance)
         replica_nodes = balance.nodes if self.within_node else 1
         if balance.spare_slots and num_ranks > 1:
             slots_RS = exact_replicas(counts_E * num_ranks, slots_RS, home_slots, replica_nodes)
+        # Step 3: send the tokens, split among the replicas where there are any.
         scale = 1.0 / max(1, int(counts_E.sum()))
         if not (slots_RS[:, home_slots:] != EMPTY).any():
             return scaled(LayerFlow.equal_split(counts_RE, slots_RS, num_nodes=balance.nodes), scale)
@@ -196,7 +205,7 @@ class LoadModel:
         flow = LayerFlow(
             load_ER=tokens_ER.astype(np.float64),
             traffic_RR=sent_RRS.sum(axis=2).astype(np.float64),
-            copies_RR=replica_copies(slots_RS, experts),
+            replicas_RR=replica_traffic(slots_RS, experts),
             num_nodes=balance.nodes,
         )
         return scaled(flow, scale)
@@ -216,6 +225,6 @@ def scaled(flow: LayerFlow, tokens: float) -> LayerFlow:
     return LayerFlow(
         load_ER=flow.load_ER * tokens,
         traffic_RR=flow.traffic_RR * tokens,
-        copies_RR=flow.copies_RR,
+        replicas_RR=flow.replicas_RR,
         num_nodes=flow.num_nodes,
     )

@@ -1,24 +1,32 @@
-"""A search as JSON, for programs: what `smartmoe plan --json` writes, and `--parallel auto` beside a run."""
+"""A search as JSON, for programs: what `smartmoe plan --json` writes, and `--parallel auto` in a run directory."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from megatron_smartmoe.planner.flags import PlanFlags
+from megatron_smartmoe.planner.flags import LaunchFlags
 from megatron_smartmoe.planner.pool import Pool
-from megatron_smartmoe.planner.pricing import Plan, Pricing
+from megatron_smartmoe.planner.pricing import Launch, Pricing
 from megatron_smartmoe.planner.search import SearchResult
 from megatron_smartmoe.spec.parallel import ParallelSpec
 
 
 def as_json(
-    result: SearchResult, pricing: Pricing, flags: list[PlanFlags], pool: Pool | None, question: dict[str, Any]
+    result: SearchResult, pricing: Pricing, flags: list[LaunchFlags], pool: Pool | None, question: dict[str, Any]
 ) -> dict[str, Any]:
-    """Everything, for programs."""
+    """A whole search.
+
+    Args:
+        result: the search.
+        pricing: what priced its launches.
+        flags: the flags of each of the best launches.
+        pool: the pool of the first launch.
+        question: what was asked for.
+    """
     return {
         "version": 1,
         "question": question,
-        "best": [plan_json(plan, pricing, one) for plan, one in zip(result.best, flags, strict=True)],
+        "best": [launch_json(launch, pricing, one) for launch, one in zip(result.best, flags, strict=True)],
         "pareto": [
             {"launch": p.spec.label(), "expected_s": p.expected_s, "memory_bytes": p.memory.total}
             for p in result.pareto
@@ -35,26 +43,26 @@ def _sizes(spec: ParallelSpec) -> dict[str, int]:
     return {name: getattr(spec, name) for name in ("tp", "pp", "vpp", "ep", "etp", "cp", "micro_batch")}
 
 
-def plan_json(plan: Plan, pricing: Pricing, flags: PlanFlags) -> dict[str, Any]:
-    """One plan."""
+def launch_json(launch: Launch, pricing: Pricing, flags: LaunchFlags) -> dict[str, Any]:
+    """One launch with its price and its flags."""
     names = [scenario.name for scenario in pricing.loads.scenarios]
     return {
-        "launch": plan.spec.label(),
-        "spec": plan.spec.to_json(),
-        "expected_s": plan.expected_s,
-        "worst_s": plan.worst_s,
-        "scenario_s": dict(zip(names, plan.scenario_s, strict=True)),
-        "time_s": dict(plan.time.terms()),
-        "memory_bytes": {"sum": plan.memory.total, **dict(plan.memory.parts())},
-        "stage": plan.stage,
-        "hot": plan.hot,
-        "tokens_per_s_per_gpu": pricing.model.tokens_per_step / plan.expected_s / plan.spec.gpus,
-        "mfu": mfu(plan, pricing),
+        "launch": launch.spec.label(),
+        "spec": launch.spec.to_json(),
+        "expected_s": launch.expected_s,
+        "worst_s": launch.worst_s,
+        "scenario_s": dict(zip(names, launch.scenario_s, strict=True)),
+        "time_s": dict(launch.time.terms()),
+        "memory_bytes": {"sum": launch.memory.total, **dict(launch.memory.parts())},
+        "stage": launch.stage,
+        "hot": launch.hot,
+        "tokens_per_s_per_gpu": pricing.model.tokens_per_step / launch.expected_s / launch.spec.gpus,
+        "mfu": mfu(launch, pricing),
         "flags": {"megatron": flags.megatron, "smartmoe": flags.smartmoe},
     }
 
 
-def mfu(plan: Plan, pricing: Pricing) -> float:
+def mfu(launch: Launch, pricing: Pricing) -> float:
     """Share of the peak that the model's own arithmetic takes: 6 per active weight and token, and attention."""
     model = pricing.model
     matrices = 3 if model.gated else 2
@@ -72,4 +80,4 @@ def mfu(plan: Plan, pricing: Pricing) -> float:
     active += (1 + model.mtp_layers) * model.vocab * model.hidden
     scores = blocks * model.seq_length * (model.query_size + model.value_size) / 2  # causal
     flops = 6.0 * (active + scores) * model.tokens_per_step
-    return float(flops / (plan.expected_s * plan.spec.gpus * pricing.cluster.gpu.peak_flops))
+    return float(flops / (launch.expected_s * launch.spec.gpus * pricing.cluster.gpu.peak_flops))

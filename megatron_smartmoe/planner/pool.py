@@ -1,30 +1,31 @@
 """The pool: settings of one launch that can be changed while it runs, each priced under every scenario of the load.
 
-Method. The offline phase leaves the choices that need no restart open: how often homes move, how many of the spare
-slots are used and how replicas are planned, into how many pieces the all-to-all is cut. Each combination gets its
-seconds per scenario; the online phase asks `choose` with the predictions for the load as it is, and switches when
-another setting is better by more than a margin (hysteresis), so that noise does not make it flip. Pools saved beside a
-plan are read back by the trainer; `choose` is a pure function, so every switch can be replayed.
+Method. The offline phase leaves the choices open that need no restart: how often expert placement is re-evaluated, how
+many of the spare slots are used and how replicas are planned, and into how many chunks each all-to-all is split. Each
+combination gets its seconds per scenario; the online phase calls `choose` with the predictions for the present load,
+and switches when another setting is better by more than a margin (hysteresis), so that noise does not make it flip.
+Training reads the pool that was saved with a plan; `choose` is a pure function, so every switch can be replayed.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal, cast
 
 from megatron_smartmoe.errors import ConfigError
-from megatron_smartmoe.planner.pricing import Plan, Pricing
+from megatron_smartmoe.planner.pricing import Launch, Pricing
 from megatron_smartmoe.planner.space import SpaceOptions, overlap_degrees
-from megatron_smartmoe.spec.model import ModelSpec
 from megatron_smartmoe.spec.parallel import Replicas
 
 VERSION = 1
-MARGIN = 0.02  # of the step, that another setting must win
-NEARLY = 0.005  # of the best prediction, which another setting may miss if less has to change for it
-SETTLE_ITERATIONS = 20  # after a switch, before the next look
+# Estimates; noise of step times is a few percent (docs/pool.md).
+MARGIN = 0.02  # share of the step time that a switch must save
+NEARLY = 0.005  # share of the best predicted time that a setting with fewer changes may be slower
+SETTLE_ITERATIONS = 20  # after a switch, before the settings are compared again
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,10 +33,10 @@ class PoolSetting:
     """What can be changed without a restart.
 
     Attributes:
-        homes_interval: iterations between two looks at the homes; 0 leaves them alone.
-        spare_slots: of the launch's slots, how many are used.
-        replicas: how copies are planned.
-        overlap_degree: pieces of each all-to-all.
+        homes_interval: expert placement is re-evaluated every so many iterations; 0 leaves the homes where they are.
+        spare_slots: spare slots per rank that are used, of those that the launch has.
+        replicas: how replicas are planned.
+        overlap_degree: chunks of each all-to-all.
     """
 
     homes_interval: int
@@ -45,13 +46,13 @@ class PoolSetting:
 
     @property
     def key(self) -> str:
-        """Name in logs and files."""
+        """The setting's name in logs and files."""
         return f"homes{self.homes_interval}-K{self.spare_slots}-{self.replicas}-ov{self.overlap_degree}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class PoolEntry:
-    """A setting and its price: seconds of a step under each scenario, and the mean by their weights."""
+    """A setting and its price: seconds of a step under each scenario, and their weighted mean."""
 
     setting: PoolSetting
     scenario_s: Mapping[str, float]
@@ -82,8 +83,9 @@ class Pool:
             ConfigError: another version, or entries are missing.
         """
         if content.get("version") != VERSION:
-            rule = f"only version {VERSION} is known"
-            raise ConfigError("pool.version", content.get("version"), rule, "Plan again with smartmoe plan --pool.")
+            rule = f"must be {VERSION}"
+            way_out = "Write the pool again with smartmoe plan --pool FILE."
+            raise ConfigError("pool.version", content.get("version"), rule, way_out)
         entries = tuple(
             PoolEntry(
                 setting=PoolSetting(**entry["setting"]),
@@ -101,14 +103,14 @@ class Pool:
 
     @classmethod
     def load(cls, path: Path, field: str) -> Pool:
-        """Read a pool from its own file or from a plan's that has one in it.
+        """Read a pool from a file of its own, or from the file of a plan.
 
         Args:
-            path: of what `save`, `smartmoe plan --json` or `--parallel auto` wrote.
-            field: that named the file, for the error.
+            path: a file that `save`, `smartmoe plan --json` or `--parallel auto` wrote.
+            field: the flag that named the file, for errors.
 
         Raises:
-            ConfigError: it cannot be read, or it is no pool.
+            ConfigError: the file cannot be read, or has no pool.
         """
         way_out = "Make one with smartmoe plan --pool FILE, or pass auto."
         try:
@@ -118,23 +120,25 @@ class Pool:
         try:
             pool = cls.from_json(content.get("pool", content))
         except (KeyError, TypeError, ValueError, AttributeError):
-            raise ConfigError(field, str(path), "holds no pool", way_out) from None
+            raise ConfigError(field, str(path), "does not contain a pool", way_out) from None
         if not pool.entries:
-            raise ConfigError(field, str(path), "holds a pool without settings", way_out)
+            raise ConfigError(field, str(path), "contains a pool without settings", way_out)
         return pool
 
     def save(self, path: Path) -> None:
-        """Write the file."""
+        """Write the pool to a file that `load` reads."""
         path.write_text(json.dumps(self.to_json(), indent=2) + "\n", encoding="utf-8")
 
 
-def make_pool(plan: Plan, pricing: Pricing, options: SpaceOptions) -> Pool:
-    """Every setting that the launch of `plan` can switch to."""
-    spec, entries = plan.spec, []
+def make_pool(launch: Launch, pricing: Pricing, options: SpaceOptions) -> Pool:
+    """Every setting that a launch can switch to, with its price."""
+    spec, entries = launch.spec, []
     weights = [scenario.weight for scenario in pricing.loads.scenarios]
     names = [scenario.name for scenario in pricing.loads.scenarios]
-    for setting in _settings(pricing.model, plan, options):
-        priced = pricing.plan(replace(spec, **asdict(setting)))
+    degrees = overlap_degrees(pricing.model, spec, options) if spec.ep > 1 else (1,)
+    spare_slots, interval = (spec.spare_slots, spec.homes_interval) if spec.ep > 1 else (0, 0)
+    for setting in pool_settings(homes_interval=interval, spare_slots=spare_slots, overlap_degrees=degrees):
+        priced = pricing.price(replace(spec, **asdict(setting)))
         mean = sum(w * s for w, s in zip(weights, priced.scenario_s, strict=True)) / sum(weights)
         scenario_s = dict(zip(names, priced.scenario_s, strict=True))
         entries.append(PoolEntry(setting=setting, scenario_s=scenario_s, expected_s=mean))
@@ -142,31 +146,32 @@ def make_pool(plan: Plan, pricing: Pricing, options: SpaceOptions) -> Pool:
     return Pool(launch=spec.label(), entries=tuple(entries))
 
 
-def _settings(model: ModelSpec, plan: Plan, options: SpaceOptions) -> list[PoolSetting]:
-    spec = plan.spec
-    if spec.ep == 1:
-        return [PoolSetting(homes_interval=0, spare_slots=0, replicas="off", overlap_degree=1)]
+def pool_settings(*, homes_interval: int, spare_slots: int, overlap_degrees: Sequence[int]) -> tuple[PoolSetting, ...]:
+    """All combinations of what a launch can switch between.
+
+    Args:
+        homes_interval: of the launch, beside which homes can also stay (0); 0 for a launch that never moves them.
+        spare_slots: of the launch; any number of them can be used, planned from history or exactly.
+        overlap_degrees: numbers of chunks of an all-to-all.
+    """
     modes: list[tuple[int, Replicas]] = [(0, "off")]
-    for used in range(1, spec.spare_slots + 1):
+    for used in range(1, spare_slots + 1):
         modes += [(used, "history"), (used, "exact")]
-    intervals = sorted({0, spec.homes_interval})
-    return [
+    return tuple(
         PoolSetting(homes_interval=interval, spare_slots=used, replicas=mode, overlap_degree=degree)
-        for interval in intervals
-        for used, mode in modes
-        for degree in overlap_degrees(model, spec, options)
-    ]
+        for interval, (used, mode), degree in product(sorted({0, homes_interval}), modes, overlap_degrees)
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Switch:
-    """What to run next, and why.
+    """The setting to run next, with the reason.
 
     Attributes:
-        setting: to run.
-        switched: whether it is another one than before.
-        reason: of what kind the reason is: the last switch is too recent, nothing wins enough, or another setting does.
-        why: in words, with the numbers.
+        setting: the setting to run.
+        switched: whether it differs from the one in force.
+        reason: `settling`: the last switch is too recent; `margin`: no setting saves enough; `gain`: another one does.
+        why: the reason in words, with the numbers.
     """
 
     setting: PoolSetting
@@ -183,18 +188,18 @@ def choose(
     since_switch: int,
     margin: float = MARGIN,
 ) -> Switch:
-    """Whether to switch: a pure function of what is known.
+    """Whether to switch to another setting: a pure function of its arguments.
 
     Args:
         now: the setting in force.
-        predicted_s: seconds of a step under the present load by setting, from the cost model; must hold `now`.
+        predicted_s: seconds of a step under the present load by setting, from the cost model; must contain `now`.
         measured_s: seconds of a step as measured under `now`; predictions are scaled by its ratio to the prediction,
             so an error that all settings share does not matter.
         since_switch: iterations since the last switch.
-        margin: share of the step that a switch must win.
+        margin: share of the step time that a switch must save.
     """
     if since_switch < SETTLE_ITERATIONS:
-        why = f"{since_switch} iterations since the last switch, too few"
+        why = f"{since_switch} iterations since the last switch, {SETTLE_ITERATIONS} are needed"
         return Switch(setting=now, switched=False, reason="settling", why=why)
     scale = measured_s / predicted_s[now]
     best = _nearest_of_the_best(now, predicted_s)
@@ -202,16 +207,17 @@ def choose(
     if best == now:
         return Switch(setting=now, switched=False, reason="margin", why="no other setting is predicted to be faster")
     if gain <= margin:
-        why = f"best alternative {best.key} wins {gain:.1%}, below {margin:.0%}"
+        why = f"best alternative {best.key} is predicted to save {gain:.1%}, below {margin:.0%}"
         return Switch(setting=now, switched=False, reason="margin", why=why)
-    why = f"{now.key} takes {measured_s:.3f} s, {best.key} should take {predicted_s[best] * scale:.3f} s ({gain:.1%})"
+    predicted = f"{predicted_s[best] * scale:.3f} s ({gain:.1%} less)"
+    why = f"{now.key}: measured {measured_s:.3f} s per step; {best.key}: predicted {predicted}"
     return Switch(setting=best, switched=True, reason="gain", why=why)
 
 
 def _nearest_of_the_best(now: PoolSetting, predicted_s: Mapping[PoolSetting, float]) -> PoolSetting:
-    """Of the settings that are nearly the fastest, the one for which the fewest things change; then the fastest.
+    """Of the settings that are nearly the fastest, the one that changes the least; then the fastest.
 
-    So that homes, say, are not left alone because a prediction rounds in favour of it.
+    Otherwise the rounding of a prediction could, say, stop experts from moving.
     """
     limit_s = min(predicted_s.values()) * (1 + NEARLY)
     present = asdict(now)

@@ -1,6 +1,6 @@
 """The price of one launch: memory of the fullest rank and time of a step, under every scenario of the load.
 
-Everything that several launches share is computed once: how a load falls on an expert-parallel group (`LoadModel`), one
+Everything that several launches share is computed once: the load of an expert-parallel group's ranks (`LoadModel`), one
 MoE layer at a number of tokens, one stage's buffers.
 """
 
@@ -25,15 +25,15 @@ from megatron_smartmoe.spec.parallel import ParallelSpec
 
 
 @dataclass(frozen=True, eq=False)
-class Plan:
+class Launch:
     """A launch and its price.
 
     Attributes:
         spec: the launch.
-        time: terms of the step, the mean over scenarios by their weights.
-        scenario_s: seconds of the step under each scenario.
+        time: terms of the step time, the weighted mean over scenarios.
+        scenario_s: seconds of a step under each scenario.
         memory: bytes of the fullest rank.
-        stage: the stage that it is on.
+        stage: pipeline stage of the fullest rank.
         hot: the busiest rank's tokens over the mean, in the worst scenario.
     """
 
@@ -46,7 +46,7 @@ class Plan:
 
     @property
     def expected_s(self) -> float:
-        """Seconds of a step, mean over scenarios."""
+        """Seconds of a step, the weighted mean over scenarios."""
         return self.time.total_s
 
     @property
@@ -59,10 +59,10 @@ class Pricing:
     """Prices launches of one model on one cluster under one load.
 
     Args:
-        model: what is trained.
+        model: the model to train.
         cluster: machines and links.
         loads: scenarios.
-        constants: shares of the peaks that are reached; None: those of the cluster file, else the priors.
+        constants: shares of the peaks that are reached; None for those of the cluster file, else the priors.
     """
 
     def __init__(
@@ -73,8 +73,8 @@ class Pricing:
         self._layers: dict[tuple[object, ...], list[list[MoETimes]]] = {}
         self._ideal = lru_cache(maxsize=100_000)(self._ideal_layer)
 
-    def plan(self, spec: ParallelSpec) -> Plan:
-        """The whole price."""
+    def price(self, spec: ParallelSpec) -> Launch:
+        """The memory and the step time of a launch."""
         hot = self.hot(spec)
         memory, stage = memory_budget(self.model, spec, self.cluster.gpu, hot)
         times = [step_time(self.model, spec, self.cluster, self.constants, moe) for moe in self._moe(spec)]
@@ -84,18 +84,18 @@ class Pricing:
             f.name: sum(w * getattr(time, f.name) for w, time in zip(weights, times, strict=True)) / total
             for f in fields(StepTime)
         }
-        return Plan(spec, StepTime(**mean), tuple(time.total_s for time in times), memory, stage, hot)
+        return Launch(spec, StepTime(**mean), tuple(time.total_s for time in times), memory, stage, hot)
 
     def hot(self, spec: ParallelSpec) -> float:
         """The busiest rank's tokens over the mean, in the worst scenario."""
-        return max(fallen.hot for fallen in self.loads.fallen(self.balance(spec)))
+        return max(load.hot for load in self.loads.after_balancing(self.balance(spec)))
 
     def memory(self, spec: ParallelSpec) -> float:
-        """Bytes of the fullest rank."""
+        """Bytes of the fullest rank, under the worst scenario."""
         return memory_budget(self.model, spec, self.cluster.gpu, self.hot(spec))[0].total
 
     def least_memory(self, spec: ParallelSpec) -> float:
-        """A lower bound: everything recomputed, a load that falls evenly, no spare slots."""
+        """A lower bound of the memory in bytes: everything recomputed, an even load, no spare slots."""
         state = least_state_bytes(self.model, spec)
         if state > self.cluster.gpu.memory_bytes:
             return state
@@ -103,38 +103,38 @@ class Pricing:
         return memory_budget(self.model, least, self.cluster.gpu, 1.0)[0].total
 
     def least_s(self, spec: ParallelSpec) -> float:
-        """A lower bound of the step: nothing recomputed, a load that falls evenly, all but a quarter of the all-to-all
-        hidden for nothing."""
+        """A lower bound of the step time: nothing recomputed, an even load, three quarters of the all-to-all hidden."""
         moe = self._ideal(spec.ep, spec.etp, spec.tp, spec.cp, spec.micro_batch, spec.precision)
         return step_time(self.model, spec, self.cluster, self.constants, [moe]).total_s
 
     def balance(self, spec: ParallelSpec) -> Balance:
-        """What of the launch decides how a load falls."""
+        """What of the launch decides the load of its ranks."""
         nodes = spec_nodes(self.cluster, spec.ep * spec.etp)
         slots = spec.spare_slots if spec.replicas != "off" else 0
         return Balance(spec.ep, nodes, slots, spec.homes_interval > 0)
 
     def _moe(self, spec: ParallelSpec) -> list[list[MoETimes]]:
         """One MoE layer per part of the model, for each scenario."""
-        key = (self.balance(spec), spec.etp, spec.tp, spec.cp, spec.micro_batch, spec.overlap_degree, spec.precision)
+        sizes = (spec.etp, spec.tp, spec.cp, spec.micro_batch, spec.overlap_degree)
+        key = (self.balance(spec), *sizes, spec.replicas, spec.precision)
         if key not in self._layers:
             tokens = self._assignments(spec)
             layer = layer_constants(self.cluster, self.model, spec, self.constants)
             self._layers[key] = [
                 [
                     moe_times([scaled(flow, tokens)], layer, self.model, spec, self.cluster, self.constants)
-                    for flow in fallen.flows
+                    for flow in load.flows
                 ]
-                for fallen in self.loads.fallen(self.balance(spec))
+                for load in self.loads.after_balancing(self.balance(spec))
             ]
         return self._layers[key]
 
     def _assignments(self, spec: ParallelSpec) -> float:
-        """Assignments of one rank and micro-batch."""
+        """Assignments (tokens x top-k) of one rank and micro-batch."""
         return tokens_of(self.model, spec) / spec.tp * self.model.moe.top_k
 
     def _ideal_layer(self, ep: int, etp: int, tp: int, cp: int, micro_batch: int, precision: str) -> MoETimes:
-        """A layer whose load falls evenly, its all-to-all cut into four for free."""
+        """A layer with an even load, its all-to-all in four chunks that cost nothing extra."""
         spec = ParallelSpec(gpus=1, tp=tp, ep=ep, etp=etp, cp=cp, micro_batch=micro_batch)
         if precision == "fp32":
             spec = replace(spec, precision="fp32")
@@ -143,6 +143,6 @@ class Pricing:
         slots_RS = np.arange(experts).reshape(ep, -1)
         flow = LayerFlow.equal_split(counts_RE, slots_RS, num_nodes=spec_nodes(self.cluster, ep * etp))
         layer = layer_constants(self.cluster, self.model, spec, self.constants)
-        cut = replace(spec, overlap_degree=4) if ep > 1 else spec
-        times = moe_times([flow], layer, self.model, cut, self.cluster, self.constants)
-        return replace(times, cuts_s=0.0, replicas_s=0.0)
+        overlapped = replace(spec, overlap_degree=4) if ep > 1 else spec
+        times = moe_times([flow], layer, self.model, overlapped, self.cluster, self.constants)
+        return replace(times, chunking_s=0.0, replicas_s=0.0)

@@ -1,9 +1,9 @@
 """The space of launches, point by point; a point that breaks one of Megatron's rules keeps the rule as its reason.
 
-A *shape* is what decides where the model lies: TP, PP, VPP, EP, ETP, CP and the micro-batch. Recomputation, spare
-slots and the overlap degree are chosen per shape by the search. Sizes are divisors of what they divide: others break a
-rule anyway. Limits that are not rules (tensor parallelism stays inside a node) are in `SpaceOptions` and give reasons
-too.
+A *shape* is what decides how the model is distributed: TP, PP, VPP, EP, ETP, CP and the micro-batch. Recomputation,
+spare slots and the overlap degree are chosen per shape by the search. Sizes are divisors of what they divide: others
+break a rule anyway. Limits that are not rules (tensor parallelism stays inside a node) are in `SpaceOptions` and give
+reasons too.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ class SpaceOptions:
     """Limits of the space.
 
     Attributes:
-        micro_batches: samples of a micro-batch that are tried.
-        spare_slots: replica slots per rank that are tried.
-        overlap_degrees: cuts of the all-to-all that are tried.
-        recompute: modes that are tried, by time.
-        max_virtual: chunks per stage.
-        min_sequence: tokens of a sequence that context parallelism leaves to a rank.
-        homes_interval: iterations between two looks at the homes; 0 plans without the slow loop.
-        precision: of training.
-        implementation: whose layers.
+        micro_batches: samples of a micro-batch to try.
+        spare_slots: spare slots per rank to try.
+        overlap_degrees: numbers of chunks of an all-to-all to try.
+        recompute: modes to try, in the order of their step time.
+        max_virtual: largest number of model chunks per stage.
+        min_sequence: fewest tokens of a sequence that context parallelism may leave to a rank.
+        homes_interval: expert placement is re-evaluated every so many iterations; 0 plans without moving experts.
+        precision: of weights and activations.
+        implementation: whose layers Megatron uses.
         fixed: sizes that are given (`tp`, `pp`, `vpp`, `ep`, `etp`, `cp`); nothing else is tried for them.
-        layers_of_chunk: the layers of each chunk where they are given; needs fixed `pp` and `vpp`.
-        distributed_optimizer: of every launch.
-        overlap_grad_reduce: of every launch.
-        overlap_param_gather: of every launch.
-        grad_reduce_in_fp32: of every launch.
+        layers_of_chunk: layers of each model chunk where they are given; needs fixed `pp` and `vpp`.
+        distributed_optimizer: whether every launch shards its optimizer state.
+        overlap_grad_reduce: whether every launch overlaps its gradient reduction.
+        overlap_param_gather: whether every launch overlaps its parameter all-gather.
+        grad_reduce_in_fp32: whether every launch reduces gradients in fp32.
         expert_parallel: True for EP > 1 only, False for EP 1 only, None for both.
-        ffn_multiple: that a rank's part of an expert's inner size must be of, for the kernels that will run.
+        ffn_multiple: an expert's inner size on a rank must be a multiple of this, for the kernels that will run.
     """
 
     micro_batches: tuple[int, ...] = (1, 2, 4, 8)
@@ -63,7 +63,7 @@ class SpaceOptions:
 
 @dataclass(frozen=True)
 class Rejected:
-    """A point that is out, and why; where memory is the reason, the least that it needs."""
+    """An excluded point and its reason; where memory is the reason, also the bytes that it needs at least."""
 
     spec: ParallelSpec
     reason: str
@@ -75,13 +75,13 @@ def shapes(
 ) -> Iterator[ParallelSpec | Rejected]:
     """Every shape of the space: a launch that Megatron accepts, or a rejected point."""
     for spec in _points(model, cluster, gpus, options):
-        reason = against(model, cluster, spec, options)
+        reason = exclusion(model, cluster, spec, options)
         yield Rejected(spec, reason) if reason else spec
 
 
-def against(model: ModelSpec, cluster: ClusterSpec, spec: ParallelSpec, options: SpaceOptions) -> str | None:
-    """The first rule or limit that puts a launch out, or None; memory is for the search."""
-    return violation(model, spec) or _limit(spec, cluster) or _unable(model, spec, options)
+def exclusion(model: ModelSpec, cluster: ClusterSpec, spec: ParallelSpec, options: SpaceOptions) -> str | None:
+    """The first rule or limit that excludes a launch, or None; the search checks memory."""
+    return violation(model, spec) or _limit(spec, cluster) or _unsupported(model, spec, options)
 
 
 def _points(model: ModelSpec, cluster: ClusterSpec, gpus: int, options: SpaceOptions) -> Iterator[ParallelSpec]:
@@ -117,7 +117,7 @@ def _points(model: ModelSpec, cluster: ClusterSpec, gpus: int, options: SpaceOpt
 
 
 def _given(options: SpaceOptions, name: str, sizes: list[int]) -> list[int]:
-    """The size that is given, also one that breaks a rule: the rule is then the reason; else `sizes`."""
+    """The size that is given, even if it breaks a rule (the rule is then the reason); else `sizes`."""
     return [options.fixed[name]] if name in options.fixed else sizes
 
 
@@ -153,7 +153,7 @@ def uneven_layout(model: ModelSpec, total: int) -> tuple[int, ...] | None:
 
 
 def _limit(spec: ParallelSpec, cluster: ClusterSpec) -> str | None:
-    """What Megatron would accept and nobody wants."""
+    """Layouts that Megatron accepts and that lie badly on the nodes."""
     per_node, group = cluster.gpus_per_node, spec.ep * spec.etp
     if group > per_node and group % per_node:
         return f"EP x ETP = {group} ranks do not fill whole nodes of {per_node}"
@@ -162,8 +162,8 @@ def _limit(spec: ParallelSpec, cluster: ClusterSpec) -> str | None:
     return None
 
 
-def _unable(model: ModelSpec, spec: ParallelSpec, options: SpaceOptions) -> str | None:
-    """What the layers that will run cannot do."""
+def _unsupported(model: ModelSpec, spec: ParallelSpec, options: SpaceOptions) -> str | None:
+    """What a checkpoint or the layers that will run do not support."""
     if options.expert_parallel is not None and options.expert_parallel != (spec.ep > 1):
         return "the checkpoint needs EP > 1" if options.expert_parallel else "the checkpoint needs EP 1"
     if not spare_slots(model, spec, options) or not overlap_degrees(model, spec, options):
@@ -174,9 +174,9 @@ def _unable(model: ModelSpec, spec: ParallelSpec, options: SpaceOptions) -> str 
 
 
 def spare_slots(model: ModelSpec, spec: ParallelSpec, options: SpaceOptions) -> tuple[int, ...]:
-    """Those that are tried and fit: no rank needs more copies than other ranks have experts.
+    """The numbers of spare slots to try for a launch: no rank needs more replicas than other ranks have experts.
 
-    Training copies neither experts with biases nor prediction blocks' nor those that drop tokens.
+    Experts with biases, those of prediction blocks and those that drop tokens have no replicas in training.
     """
     others = model.moe.experts - model.moe.experts // spec.ep
     if model.bias or model.mtp_layers or model.moe.capacity_factor:
@@ -185,9 +185,9 @@ def spare_slots(model: ModelSpec, spec: ParallelSpec, options: SpaceOptions) -> 
 
 
 def overlap_degrees(model: ModelSpec, spec: ParallelSpec, options: SpaceOptions) -> tuple[int, ...]:
-    """Those that are tried and fit: an all-to-all among EP ranks is cut into at most as many pieces.
+    """The overlap degrees to try for a launch: an all-to-all among EP ranks has at most EP chunks.
 
-    With biases experts are TransformerEngine's, which training does not run on pieces.
+    With biases experts are TransformerEngine's, which training does not run chunk by chunk.
     """
     return tuple(degree for degree in options.overlap_degrees if degree <= (1 if model.bias else spec.ep))
 

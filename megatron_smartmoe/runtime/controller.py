@@ -1,11 +1,12 @@
 """The main path: what happens to the placement after each training step.
 
-`Controller.step` reads as the slow loop of the design does, a call a line: collect counts, look at the last move, look
-for better homes, and carry out what was decided. Every rank runs it on the same reduced numbers, so every rank decides
-the same; before anything moves the ranks compare what they decided. An error in deciding never stops the training: the
-placement stays as it is, and one line says so.
+`Controller.step` is the homes loop, a call a line: collect counts, forecast, propose and judge, migrate, commit,
+report. Every rank runs it on the same reduced numbers, so every rank computes the same decision; before anything moves
+the ranks compare a digest of it. An error in deciding never stops the training: the placement stays as it is, and one
+line says why.
 
-It knows no Megatron: a `Mover` moves experts and a `Reporter` tells people.
+No Megatron here: a `Mover` moves experts and a `Reporter` writes the logs. The replicas loop and the split run inside a
+training step and are called from there (`adapter.loops.replicas`, `adapter.moe.replica_dispatcher`).
 """
 
 from __future__ import annotations
@@ -31,9 +32,16 @@ HomesMode = Literal["on", "dry", "shuffle"]
 
 @dataclass(frozen=True, kw_only=True)
 class Moved:
-    """What a migration did on this rank, or that it failed."""
+    """The result of a migration.
 
-    placement: Placement  # in force now
+    Attributes:
+        placement: The placement in force after it, equal on all ranks.
+        wire_bytes: Bytes of experts' state that were sent, summed over all ranks.
+        seconds: How long it took on this rank.
+        failure: Why experts stayed where they were, or None.
+    """
+
+    placement: Placement
     wire_bytes: int = 0
     seconds: float = 0.0
     failure: str | None = None
@@ -43,37 +51,46 @@ class Mover(Protocol):
     """Moves experts so that a placement comes into force."""
 
     def move(self, before: Placement, after: Placement) -> Moved:
-        """A collective call. What cannot be moved stays; the placement that is returned is true on every rank.
+        """Plan the migration, execute it and commit it, step by step. A collective call of all ranks.
+
+        An expert that cannot be moved stays where it is; the returned placement says so on every rank.
 
         Raises:
-            CommitUnknownError: training must stop.
+            CommitUnknownError: Ranks may differ in what they committed, and training must stop.
         """
 
 
 class Reporter(Protocol):
-    """Tells people and programs what was decided."""
+    """Writes decisions to the logs."""
 
     def decided(self, decision: Decision, before: float, after: float, moved: Moved | None) -> None:
-        """A decision, max / mean tokens per rank under the homes before and after it, and how it was carried out."""
+        """Report a decision.
 
-    def trouble(self, iteration: int, text: str) -> None:
-        """Something went wrong and the placement stays as it was."""
+        Args:
+            decision: What was decided and why.
+            before: Max / mean tokens per rank under the homes before the decision.
+            after: The same under the homes that were proposed.
+            moved: The migration that carried it out, or None if nothing moved.
+        """
+
+    def warn(self, iteration: int, text: str) -> None:
+        """Report that something went wrong and the placement stayed as it was."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ControllerOptions:
-    """When the homes are looked at, and what becomes of a decision.
+    """When the homes are re-evaluated, and what becomes of a decision.
 
     Attributes:
-        mode: `on`; `dry`: decide and report, move nothing; `shuffle`: random homes at every interval, to show that
-            moving experts does not change the training.
-        interval: iterations between two looks.
-        first: no look before this iteration.
-        last: no look after this iteration; None for never.
-        windows: pieces that an interval is observed in.
-        seed: of `shuffle`.
-        micro_batches: of a rank in an iteration.
-        groups: expert-parallel groups that a layer's counts are added up over.
+        mode: `on`; `dry`: decide and report, move nothing; `shuffle`: random homes after every interval, which shows
+            that moving experts does not change the training.
+        interval: Iterations between two re-evaluations.
+        first: The homes are left alone up to this iteration.
+        last: The last iteration at which they may be re-evaluated; None for no such limit.
+        windows: Windows of iterations, of about equal length, whose counts are kept apart within an interval.
+        seed: Seed of the random homes of `shuffle`.
+        micro_batches: Micro-batches of one rank in an iteration.
+        groups: Number of expert-parallel groups that the counts are summed over.
     """
 
     mode: HomesMode
@@ -86,19 +103,28 @@ class ControllerOptions:
     groups: int = 1
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Proposal:
+    """Homes that the planner proposes instead of those in force, with the verdict on them."""
+
+    before: Placement
+    after: Placement
+    decision: Decision
+
+
 class Controller:
-    """Keeps a placement and changes it when that pays.
+    """Keeps the placement of all MoE layers of the model, and changes it when that pays.
 
     Args:
-        options: see ControllerOptions.
-        planner: decides.
-        counts: of this interval.
-        mover: moves.
-        reporter: tells.
-        placement: in force at the start; of all MoE layers of the model.
+        options: When to decide, and whether to move.
+        planner: Forecasts the load, proposes homes and judges proposals and moves.
+        counts: The routers' counts since the last decision.
+        mover: Carries out changes of homes.
+        reporter: Receives decisions and warnings.
+        placement: The placement at the start of the run.
 
     Attributes:
-        paused: whether homes are left alone for now; what is routed is observed all the same.
+        paused: While true, homes are left alone; counts are collected all the same.
     """
 
     paused = False
@@ -114,64 +140,69 @@ class Controller:
     ) -> None:
         self.options, self.planner, self.placement = options, planner, placement
         self._counts, self._mover, self._reporter = counts, mover, reporter
-        self._load_LR: NDArray[np.float64] | None = None
-        self._counts_LRE: NDArray[np.int64] | None = None
+        self._counts_LRE: NDArray[np.int64] | None = None  # of the last window
 
     def step(self, iteration: int) -> None:
-        """After training step `iteration` (counted from 1), between its optimizer step and the next forward pass."""
-        if not self._observe(iteration) or self.paused or not self._is_on(iteration):
-            return
-        found = self._decide(iteration)
-        if found is None:
-            return
-        proposal, decision = found
-        before, after = self._imbalance(self.placement), self._imbalance(proposal)
-        moved = None
-        if decision.taken and proposal != self.placement and self.options.mode != "dry":
-            moved = self._carry_out(iteration, proposal)
-        self._reporter.decided(decision, before, after, moved)
+        """Run the homes loop after a training step, between its optimizer step and the next forward pass.
 
-    def _observe(self, iteration: int) -> bool:
-        """Collect this iteration's counts. Whether an interval has ended whose counts are now known on all ranks."""
+        Args:
+            iteration: The training step that has just ended, counted from 1.
+        """
+        counts_WLRE = self._collect_counts(iteration)
+        if counts_WLRE is None:  # no interval has ended
+            return
+        self._update_forecast(counts_WLRE)
+        first, last = self.options.first, self.options.last
+        if self.paused or iteration <= first or (last is not None and iteration > last):
+            return
+        proposal = self._propose_and_judge(iteration)
+        if proposal is None:
+            return
+        moved = self._migrate(proposal)
+        self._commit(iteration, moved)
+        self._report(proposal, moved)
+
+    def _collect_counts(self, iteration: int) -> list[NDArray[np.float64]] | None:
+        """Add this iteration's counts to its window, and return the counts of an interval whose reduction is done.
+
+        The reduction starts in the last iteration of an interval and is waited for in the one after it.
+        """
         interval, position = self.options.interval, (iteration - 1) % self.options.interval
-        records = self._counts.reduced()
+        counts_WLRE = self._counts.reduced()
         self._counts.end_iteration(position * self.options.windows // interval)
         if position == interval - 1:
             self._counts.start_reduction()
-        if records is None:
-            return False
+        return counts_WLRE
+
+    def _update_forecast(self, counts_WLRE: list[NDArray[np.float64]]) -> None:
+        """Add the windows of an interval to the load history, as the counts of one micro-batch of one group."""
         shares = self.options.micro_batches * self.options.groups
-        for record_LRE in records:
-            self._counts_LRE = np.rint(record_LRE / shares).astype(np.int64)
+        for counts_LRE in counts_WLRE:
+            self._counts_LRE = np.rint(counts_LRE / shares).astype(np.int64)
             self.planner.observe(self._counts_LRE)
-        return True
 
-    def _is_on(self, iteration: int) -> bool:
-        return iteration > self.options.first and (self.options.last is None or iteration <= self.options.last)
-
-    def _decide(self, iteration: int) -> tuple[Placement, Decision] | None:
-        """Judge the last move, or look for a better one; None when there is nothing to say or the ranks disagree."""
-        found: tuple[Placement, Decision] | None = None
-        problem = None
+    def _propose_and_judge(self, iteration: int) -> _Proposal | None:
+        """Judge the last move, or propose a new one; None if there is nothing to decide or the ranks differ in it."""
+        proposal, problem = None, None
         try:
-            found = self._shuffled(iteration) if self.options.mode == "shuffle" else self._planned(iteration)
-        except Exception as error:  # whatever it is, the training goes on where it was
+            proposal = self._shuffled(iteration) if self.options.mode == "shuffle" else self._planned(iteration)
+        except Exception as error:  # whatever it is, training continues under the homes in force
             problem = f"{type(error).__name__}: {error}"
-        if not self._all_agree(found, problem):
+        if not self._is_equal_on_all_ranks(proposal, problem):
             self.planner.abandon()
-            self._reporter.trouble(iteration, problem or "the ranks decided differently; the placement stays")
+            self._reporter.warn(iteration, problem or "the ranks decided differently; the placement stays")
             return None
-        return found
+        return proposal
 
-    def _planned(self, iteration: int) -> tuple[Placement, Decision] | None:
+    def _planned(self, iteration: int) -> _Proposal | None:
         found = self.planner.review(iteration, self.placement)
         if found is None and self.planner.due(iteration):
             found = self.planner.propose(iteration, self.placement)
             if found is not None and self.options.mode == "dry":
                 self.planner.abandon()  # nothing moves, so there will be nothing to review
-        return found
+        return None if found is None else _Proposal(before=self.placement, after=found[0], decision=found[1])
 
-    def _shuffled(self, iteration: int) -> tuple[Placement, Decision]:
+    def _shuffled(self, iteration: int) -> _Proposal:
         """Random homes, the same on every rank."""
         before, generator = self.placement, np.random.default_rng((self.options.seed, iteration))
         slots_LRS = before.slots_LRS.copy()
@@ -190,34 +221,46 @@ class Controller:
             why="--smartmoe-homes shuffle moves experts at random",
             changes=before.diff(after),
         )
-        return after, decision
+        return _Proposal(before=before, after=after, decision=decision)
 
-    def _all_agree(self, found: tuple[Placement, Decision] | None, problem: str | None) -> bool:
-        """Compare what the ranks decided: one all-reduce."""
-        text = "nothing" if found is None else found[1].inputs + found[1].after + str(found[1].taken)
+    def _is_equal_on_all_ranks(self, proposal: _Proposal | None, problem: str | None) -> bool:
+        """Compare what the ranks decided, and whether one of them could not decide: one all-reduce."""
+        text = "nothing"
+        if proposal is not None:
+            text = proposal.decision.inputs + proposal.decision.after + str(proposal.decision.taken)
         bounds = digest_bounds(hashlib.sha256(text.encode()).hexdigest(), self._counts.device)
-        told = torch.cat([bounds, bounds.new_tensor([problem is not None])])
-        dist.all_reduce(told, op=dist.ReduceOp.MAX)
-        *digests, problems = told.tolist()
+        reduced = torch.cat([bounds, bounds.new_tensor([problem is not None])])
+        dist.all_reduce(reduced, op=dist.ReduceOp.MAX)
+        *digests, problems = reduced.tolist()
         return is_one_digest(digests) and not problems
 
-    def _carry_out(self, iteration: int, proposal: Placement) -> Moved:
-        """Move the experts; what could not be moved is where it was."""
-        moved = self._mover.move(self.placement, proposal)
+    def _migrate(self, proposal: _Proposal) -> Moved | None:
+        """Move experts to the proposed homes if that was decided; None if nothing is to move."""
+        if not proposal.decision.taken or proposal.after == proposal.before or self.options.mode == "dry":
+            return None
+        return self._mover.move(proposal.before, proposal.after)
+
+    def _commit(self, iteration: int, moved: Moved | None) -> None:
+        """Put the placement in force that the migration has reached, which may not be all of the proposed one."""
+        if moved is None:
+            return
         self.placement = moved.placement
         if moved.failure is not None:
             self.planner.abandon()
-            self._reporter.trouble(iteration, moved.failure)
-        return moved
+            self._reporter.warn(iteration, moved.failure)
+
+    def _report(self, proposal: _Proposal, moved: Moved | None) -> None:
+        before, after = self._imbalance(proposal.before), self._imbalance(proposal.after)
+        self._reporter.decided(proposal.decision, before, after, moved)
 
     def _imbalance(self, placement: Placement) -> float:
-        """Max / mean tokens per rank, averaged over the layers, of the last window under these homes."""
+        """Max / mean tokens per rank under these homes in the last window, averaged over the layers."""
         assert self._counts_LRE is not None
         load_LE = self._counts_LRE.sum(axis=1)
         ratios = []
         for load_E, home_rank_E in zip(load_LE, placement.home_rank_LE, strict=True):
             load_R = np.bincount(home_rank_E, weights=load_E, minlength=placement.num_ranks)
-            ratios.append(load_R.max() / max(load_R.mean(), 1e-300))
+            ratios.append(load_R.max() / max(load_R.mean(), 1e-300))  # a layer without tokens has the ratio 0
         return float(np.mean(ratios))
 
     def at_home(self) -> AtHome:
@@ -229,11 +272,11 @@ class AtHome:
     """Moves all experts to their logical homes, and back.
 
     Attributes:
-        wire_bytes: moved by both moves together, of all ranks.
-        seconds: that both took on this rank: how long a checkpoint is held up.
+        wire_bytes: Bytes that both moves sent together, summed over all ranks.
+        seconds: How long both took on this rank, by which they delay the checkpoint.
 
     Raises:
-        MigrationError: they cannot be moved; a checkpoint written now would be in the wrong order.
+        MigrationError: Experts cannot be moved; a checkpoint written now would be in the wrong order.
     """
 
     def __init__(self, controller: Controller) -> None:
@@ -254,7 +297,7 @@ class AtHome:
     def __exit__(self, *error: object) -> None:
         self._move(self._before, "experts could not be moved back after the checkpoint")
 
-    def _move(self, target: Placement, complaint: str) -> None:
+    def _move(self, target: Placement, problem: str) -> None:
         controller = self._controller
         if controller.placement == target:
             return
@@ -263,4 +306,4 @@ class AtHome:
         self.wire_bytes += moved.wire_bytes
         self.seconds += moved.seconds
         if moved.failure is not None:
-            raise MigrationError(f"{complaint}: {moved.failure}")
+            raise MigrationError(f"{problem}: {moved.failure}")

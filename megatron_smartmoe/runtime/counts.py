@@ -1,7 +1,7 @@
-"""Tokens per logical expert and layer, counted where they are routed, reduced only when somebody asks.
+"""Tokens per logical expert and layer, counted where they are routed and reduced on request.
 
 Each MoE layer adds one `[E]` vector per micro-batch on its own device: no host round trip, no communication. The sum
-over ranks is one all-reduce, at the moment of the question or, for the decisions, once per interval and asynchronous.
+over ranks is one all-reduce, on request or, for the decisions, once per interval and asynchronous.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from numpy.typing import NDArray
 
 
 class ExpertCounts:
-    """Accumulates assignments (tokens x top-k, before dropping) of this rank.
+    """Accumulates this rank's assignments (tokens x top-k, before dropping).
 
     Args:
-        num_layers: L, of the whole model; layers on other pipeline stages stay zero here.
-        num_experts: E, logical experts.
-        device: where the routers run.
+        num_layers: L, the layers of the whole model; those on other pipeline stages stay zero here.
+        num_experts: E, the logical experts.
+        device: The device that the routers run on.
     """
 
     def __init__(self, num_layers: int, num_experts: int, device: torch.device | str | int) -> None:
@@ -43,13 +43,13 @@ class ExpertCounts:
 
 @dataclass(frozen=True, kw_only=True)
 class CountsShape:
-    """Axes of what the decisions are made from.
+    """Axes of the counts that decisions are made from.
 
     Attributes:
-        rows: of `ExpertCounts`, those of the model's MoE layers, in order; the same on every rank.
-        num_ranks: R, of an expert-parallel group.
-        ep_rank: of this rank.
-        windows: W, pieces that an interval's counts are kept in, so that the load's drift can be seen.
+        rows: Rows of `ExpertCounts` that belong to the model's MoE layers, in order; the same on every rank.
+        num_ranks: R, the ranks of an expert-parallel group.
+        ep_rank: This rank's place in its expert-parallel group.
+        windows: W, the windows of iterations whose counts are kept apart, so that the load's drift can be seen.
     """
 
     rows: tuple[int, ...]
@@ -65,8 +65,8 @@ class IntervalCounts:
     the training step. NCCL runs it on its own stream, gloo in its own thread.
 
     Args:
-        counts: where the routers count; emptied here after each iteration.
-        shape: see CountsShape.
+        counts: The routers add to it; it is emptied here after each iteration.
+        shape: The axes of the reduced counts.
     """
 
     def __init__(self, counts: ExpertCounts, shape: CountsShape) -> None:
@@ -80,17 +80,17 @@ class IntervalCounts:
 
     @property
     def device(self) -> torch.device:
-        """Where the counts are."""
+        """The device that holds the counts."""
         return self._sums_WLRE.device
 
     def end_iteration(self, window: int) -> None:
-        """Add what this iteration counted to a window of the interval, on the device."""
+        """Add this iteration's counts to a window of the interval, on the device."""
         self._sums_WLRE[window, :, self._shape.ep_rank] += self._counts.local_LE.index_select(0, self._rows)
         self._iterations_W[window] += 1
         self._counts.reset()
 
     def start_reduction(self) -> None:
-        """End the interval: start adding up over all ranks. A collective call."""
+        """End the interval and start to sum its counts over all ranks. A collective call."""
         total_WLRE = self._sums_WLRE.clone()
         work = dist.all_reduce(total_WLRE, async_op=True)
         assert work is not None
@@ -99,8 +99,11 @@ class IntervalCounts:
         self._iterations_W = [0] * self._shape.windows
 
     def reduced(self) -> list[NDArray[np.float64]] | None:
-        """The interval whose reduction was started, on the host: mean counts `[L, R, E]` of an iteration of each
-        window, over all groups; None when none was started."""
+        """Wait for the reduction that was started; None if there is none.
+
+        Returns:
+            For each window, its mean counts per iteration `[L, R, E]`, summed over all expert-parallel groups.
+        """
         if self._pending is None:
             return None
         (work, total_WLRE, iterations_W), self._pending = self._pending, None

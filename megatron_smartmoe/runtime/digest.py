@@ -1,4 +1,4 @@
-"""Whether all ranks came to the same result: its digest as two numbers, whose maxima over the ranks tell."""
+"""Whether all ranks hold the same result, from one all-reduce of its digest."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import torch
 
 
 def digest_bounds(digest: str, device: torch.device | str | int) -> torch.Tensor:
-    """What to all-reduce with MAX: 60 bits of a digest (hexadecimal) and their negative, int64 `[2]`."""
+    """The tensor to all-reduce with MAX: 60 bits of a hexadecimal digest and their negative, int64 `[2]`."""
     number = int(digest[:15], 16)
     return torch.tensor([number, -number], dtype=torch.int64, device=device)
 
 
 def is_one_digest(bounds: Sequence[int]) -> bool:
-    """Whether reduced bounds come from one digest: the largest of any rank is the smallest too."""
+    """Whether reduced bounds come from one digest: its maximum over the ranks is its minimum too."""
     highest, negated_lowest = bounds
     return highest == -negated_lowest

@@ -14,12 +14,13 @@ from megatron_smartmoe.spec.arrays import IntArray
 def scaled_counts(counts_E: NDArray[Any], num_tokens: int, top_k: int) -> IntArray:
     """Counts in the same proportions that add up to `num_tokens` x `top_k`, none above `num_tokens`.
 
-    What an expert cannot take, because each token chooses it at most once, goes to the others in proportion. Largest
-    remainders are rounded up, lower experts first among equal ones.
+    Each token chooses an expert at most once. What is above that bound goes to the other experts in proportion.
     """
     target, share_E = num_tokens * top_k, np.asarray(counts_E, dtype=np.float64)
     if share_E.sum() == 0 or np.count_nonzero(share_E) < top_k:
         share_E = share_E + max(1.0, share_E.sum() * 1e-6)  # too few experts to give each token k different ones
+    # Step 1: scale the shares to the target; cap experts at one choice per token and scale the others up, until no
+    # expert is above the cap.
     exact_E = np.zeros_like(share_E)
     free_E = np.ones(len(share_E), dtype=bool)
     while free_E.any():
@@ -29,6 +30,7 @@ def scaled_counts(counts_E: NDArray[Any], num_tokens: int, top_k: int) -> IntArr
         if not over_E.any():
             break
         exact_E[over_E], free_E[over_E] = num_tokens, False
+    # Step 2: round down, then add 1 to the largest remainders, lower experts first among equal ones.
     whole_E = np.floor(exact_E + 1e-9).astype(np.int64)
     missing = target - int(whole_E.sum())
     room_E = whole_E < num_tokens

@@ -14,32 +14,35 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
-_WINDOW_BYTES = 256 * 2**20  # what the writing rank may have to hold of one window
-_LONGEST_WINDOW = 100
+_WINDOW_BYTES = 256 * 2**20  # bound of one window of all ranks in the memory of the writing rank
+_LONGEST_WINDOW = 100  # iterations, which a run that is killed may lose
 
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """Where a rank's counts belong in the trace: its source rank, and the layers that it has (rows of its counts)."""
+    """Where a rank's counts belong in the trace: its source rank, and the layers in the rows of its counts."""
 
     source: int
     layers: tuple[int, ...]
 
 
 class TraceBuffer:
-    """Counts of this rank, iteration by iteration.
+    """Keeps this rank's counts, iteration by iteration.
 
     Args:
-        place: of this rank's counts. Ranks with the same source are added up (expert tensor parallelism).
-        num_experts: E.
-        device: where the routers run.
-        writer: global rank that gets everything.
+        place: Where this rank's counts belong. Ranks with the same source are summed (expert tensor parallelism).
+        num_experts: E, the logical experts.
+        device: The device that the routers run on.
+        writer: Global rank that receives the counts of all ranks.
     """
 
     def __init__(self, place: Place, num_experts: int, device: torch.device | str | int, writer: int = 0) -> None:
         self._writer, self._is_writer = writer, dist.get_rank() == writer
         self._places = self._gathered(place)
-        cells = sum(len(other.layers) for other in self._broadcast_places()) * num_experts
+        shared = [self._places]
+        dist.broadcast_object_list(shared, src=writer)
+        assert shared[0] is not None
+        cells = sum(len(other.layers) for other in shared[0]) * num_experts  # counts of all ranks in one iteration
         self.capacity = max(1, min(_LONGEST_WINDOW, _WINDOW_BYTES // (8 * max(1, cells))))
         self._counts_NLE = torch.zeros(self.capacity, len(place.layers), num_experts, dtype=torch.int64, device=device)
         self._iterations: list[int] = []
@@ -74,12 +77,7 @@ class TraceBuffer:
         return iterations, counts, layers
 
     def _gathered(self, value: Any) -> list[Any] | None:
+        """The values of all ranks by global rank on the writer; None elsewhere. A collective call."""
         everything: list[Any] | None = [None] * dist.get_world_size() if self._is_writer else None
         dist.gather_object(value, everything, dst=self._writer)
         return everything
-
-    def _broadcast_places(self) -> list[Place]:
-        places = [self._places]
-        dist.broadcast_object_list(places, src=self._writer)
-        assert places[0] is not None
-        return places[0]

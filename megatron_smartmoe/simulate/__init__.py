@@ -1,2 +1,1 @@
-"""Replay a routing trace through placement rules: the same functions that train, the peers' beside them, one
-yardstick."""
+"""The simulator: a routing trace replayed through the planners that training runs and through the peers' rules."""

@@ -1,7 +1,7 @@
-"""Policies as the simulator drives them: told what was routed, asked for a plan before each record or micro-batch.
+"""Policies as the simulator drives them: each observes the counts and plans before each record or micro-batch.
 
-`OnlinePolicy` is ours, the planners of `placement.homes_planner` exactly as training calls them. `RulePolicy` drives a
-peer's rule. Both keep the same books (`Books`): what moved, how many copies were made, and the time it took to plan.
+`OnlinePolicy` is ours, the planners of `placement` exactly as training calls them. `RulePolicy` drives a peer's rule.
+Both keep the same `Stats`: what moved, how many replicas were made, and how long planning took.
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ T = TypeVar("T")
 
 
 @dataclass(kw_only=True)
-class Books:
+class Stats:
     """What a policy did in the records that count.
 
     Attributes:
         experts_moved: experts whose home changed its rank, over layers; homes are the same in every group.
-        copies_made: replicas filled with weights: anew in every record, since the weights have changed, and within a
+        replicas_made: replicas filled with weights: again in every record, since the weights have changed, and within a
             record when a rank did not hold that replica in the micro-batch before.
         slots_changed: experts that a rank holds and did not hold in the micro-batch before, over layers and groups.
         plans: layers planned.
-        plan_s: processor seconds that took, all threads together, so that a busy machine does not show in it.
-        forecast_errors: how wrong each forecast was (total variation), if the policy makes any.
-        replans: layers and micro-batches whose copies were planned from their own counts.
-        homes_s: seconds of looking at the homes, apart: it happens rarely and off the critical path.
+        plan_s: processor seconds of planning them, all threads together, so that a busy machine does not show in it.
+        replans: layers and micro-batches whose replicas were planned from their own counts.
+        homes_s: processor seconds of re-evaluating homes, kept apart: that is rare and off the critical path.
+        forecast_errors: total variation between each forecast and its record, for a policy that forecasts.
     """
 
     experts_moved: int = 0
-    copies_made: int = 0
+    replicas_made: int = 0
     slots_changed: int = 0
     plans: int = 0
     plan_s: float = 0.0
@@ -50,7 +50,7 @@ class Books:
     forecast_errors: list[float] = field(default_factory=list)
 
     def timed(self, plans: int, function: Callable[[], T]) -> T:
-        """Call a planning function of `plans` layers and note its time."""
+        """Call a function that plans `plans` layers and add its time."""
         begin = time.process_time()
         result = function()
         self.plan_s += time.process_time() - begin
@@ -59,7 +59,7 @@ class Books:
 
 
 class Holdings:
-    """What each rank holds, by layer and group, so that changes and copies are counted alike for all policies."""
+    """The experts on each rank, by layer and group, so that changes and replicas are counted alike for all policies."""
 
     def __init__(self, placement: Placement, num_groups: int) -> None:
         layers, groups = range(placement.num_layers), range(num_groups)
@@ -67,38 +67,38 @@ class Holdings:
         self._filled: dict[tuple[int, int], BoolArray] = {}  # replicas that have this record's weights
 
     def next_record(self) -> None:
-        """The optimizer has stepped: every replica's weights are old."""
+        """Begin a record: the optimizer has stepped, so every replica must be filled again."""
         self._filled.clear()
 
-    def hold(self, books: Books, layer: int, group: int, slots_RS: IntArray, home_E: IntArray) -> None:
-        """A micro-batch of this group and layer runs with these slots."""
+    def hold(self, stats: Stats, layer: int, group: int, slots_RS: IntArray, home_E: IntArray) -> None:
+        """Count what changes when a micro-batch of this group and layer runs with these slots."""
         key, hosts_ER = (layer, group), hosts_of(slots_RS, len(home_E))
-        books.slots_changed += int((hosts_ER & ~self._hosts[key]).sum())
+        stats.slots_changed += int((hosts_ER & ~self._hosts[key]).sum())
         self._hosts[key] = hosts_ER
         replicas_ER = hosts_ER.copy()
         replicas_ER[np.arange(len(home_E)), home_E] = False
-        books.copies_made += int((replicas_ER & ~self._filled.get(key, np.zeros_like(replicas_ER))).sum())
+        stats.replicas_made += int((replicas_ER & ~self._filled.get(key, np.zeros_like(replicas_ER))).sum())
         self._filled[key] = replicas_ER
 
 
 class SimulatedPolicy(Protocol):
-    """What the simulator asks of a policy."""
+    """The methods that the simulator calls, in this order for every record."""
 
     name: str
-    books: Books
+    stats: Stats
     decisions: list[Decision]
 
     def before(self, iteration: int) -> None:
-        """Plan for the next record from what was observed."""
+        """Plan for the next record from the records observed so far."""
 
     def plan(self, layer: int, group: int, counts_RE: IntArray) -> LayerPlan:
-        """The plan of a layer for a micro-batch of a group, whose counts only an exact rule may use."""
+        """The plan of a layer for a micro-batch of a group; only an exact rule may use its counts."""
 
     def homes(self, layer: int) -> IntArray:
         """Home rank of each expert."""
 
     def observe(self, counts_LGMRE: IntArray) -> None:
-        """Take in a record."""
+        """Add the counts of the record."""
 
 
 class OnlinePolicy:
@@ -107,57 +107,55 @@ class OnlinePolicy:
     Args:
         placement: at the start.
         num_groups: expert-parallel groups.
-        options: of the planners.
+        options: options of the planners.
         layer_seconds: cost model, for the homes.
     """
 
     def __init__(
         self, placement: Placement, num_groups: int, options: OnlineOptions, layer_seconds: LayerSeconds
     ) -> None:
-        self.name, self.books, self.decisions = "smartmoe", Books(), list[Decision]()
+        self.name, self.stats, self.decisions = "smartmoe", Stats(), list[Decision]()
         self.options = options
         self.homes_planner = HomesPlanner(placement.num_layers, placement.num_experts, options, layer_seconds)
         self.groups = [ReplicaPlanner(placement, group, options) for group in range(num_groups)]
         self._holdings = Holdings(placement, num_groups)
 
     def before(self, iteration: int) -> None:
-        """Judge the last move of homes, look at the homes when it is time, then plan every group's replicas."""
+        """Review the last move of homes, re-evaluate the homes when due, then plan every group's replicas."""
+        # Step 1: homes, the same for every group. A move that is taken gives every group new homes.
         self._holdings.next_record()
         begin = time.process_time()
         placement = self.groups[0].placement
         found = self.homes_planner.review(iteration, placement)
         if found is None and self.homes_planner.due(iteration):
             found = self.homes_planner.propose(iteration, placement)
-        self.books.homes_s += time.process_time() - begin
+        self.stats.homes_s += time.process_time() - begin
         if found is not None:
             proposal, decision = found
             self.decisions.append(decision)
             if decision.taken:
-                self._adopt(placement, proposal)
+                self.stats.experts_moved += int((placement.home_rank_LE != proposal.home_rank_LE).sum())
+                for planner in self.groups:
+                    planner.rehome(proposal)
+        # Step 2: replicas from history, group by group.
         if self.options.replicas == "exact":
             return
         for planner in self.groups:
-            plan = self.books.timed(placement.num_layers, lambda planner=planner: planner.plan(iteration))  # type: ignore[misc]
+            plan = self.stats.timed(placement.num_layers, lambda planner=planner: planner.plan(iteration))  # type: ignore[misc]
             if plan is not None:
                 self.decisions.append(plan)
 
-    def _adopt(self, old: Placement, proposal: Placement) -> None:
-        """New homes in every group; each plans its replicas for them."""
-        self.books.experts_moved += int((old.home_rank_LE != proposal.home_rank_LE).sum())
-        for planner in self.groups:
-            planner.rehome(proposal)
-
     def plan(self, layer: int, group: int, counts_RE: IntArray) -> LayerPlan:
-        """The group's placement, or one with copies for these very counts; always with the exact split."""
+        """The group's placement, or one with replicas for exactly these counts; always with the exact split."""
         planner = self.groups[group]
         slots_RS = planner.placement.slots_LRS[layer]
         if self.options.replicas != "history":
             plans = 1 if self.options.replicas == "exact" else 0  # auto: the plan from history has been counted
-            exact_RS = self.books.timed(plans, lambda: planner.exact_slots(layer, counts_RE.sum(axis=0)))
+            exact_RS = self.stats.timed(plans, lambda: planner.exact_slots(layer, counts_RE.sum(axis=0)))
             if exact_RS is not None:
                 slots_RS = exact_RS
-                self.books.replans += 1
-        self._holdings.hold(self.books, layer, group, slots_RS, self.homes(layer))
+                self.stats.replans += 1
+        self._holdings.hold(self.stats, layer, group, slots_RS, self.homes(layer))
         return LayerPlan(slots_RS=slots_RS, split="exact")
 
     def homes(self, layer: int) -> IntArray:
@@ -165,10 +163,10 @@ class OnlinePolicy:
         return np.asarray(self.groups[0].placement.home_rank_LE[layer])
 
     def observe(self, counts_LGMRE: IntArray) -> None:
-        """Every group's planner sees its group, the homes' planner the mean of all."""
+        """Give every group's planner the counts of its group, and the homes' planner their mean."""
         for group, planner in enumerate(self.groups):
             error_L = planner.observe(counts_LGMRE[:, group].sum(axis=2))
-            self.books.forecast_errors += error_L[np.isfinite(error_L)].tolist()
+            self.stats.forecast_errors += error_L[np.isfinite(error_L)].tolist()
         num_parts = counts_LGMRE.shape[1] * counts_LGMRE.shape[2]
         self.homes_planner.observe(counts_LGMRE.sum(axis=(1, 2)) // num_parts)
 
@@ -177,7 +175,7 @@ class RulePolicy:
     """A peer's rule, from the last record's counts or from each micro-batch's.
 
     Args:
-        rule: see `placement.layer_plan.Rule`.
+        rule: the rule, a pure function of one layer.
         placement: at the start; its spare slots are what the rule may fill.
         num_groups: expert-parallel groups; a rule that plans from history plans one placement for all of them.
         num_nodes: nodes that a group's ranks lie on.
@@ -185,7 +183,7 @@ class RulePolicy:
     """
 
     def __init__(self, rule: Rule, placement: Placement, num_groups: int, num_nodes: int, interval: int) -> None:
-        self.rule, self.name, self.books, self.decisions = rule, rule.name, Books(), list[Decision]()
+        self.rule, self.name, self.stats, self.decisions = rule, rule.name, Stats(), list[Decision]()
         self.num_groups, self.num_nodes, self.interval = num_groups, num_nodes, interval
         self.start, self.spare_slots, self.num_experts = placement, placement.spare_slots, placement.num_experts
         layers = range(placement.num_layers)
@@ -196,7 +194,7 @@ class RulePolicy:
         self._planned_at: int | None = None
 
     def before(self, iteration: int) -> None:
-        """Plan every layer anew when the interval has passed."""
+        """Plan every layer again when the interval has passed."""
         self._holdings.next_record()
         if self.rule.sees == "exact" or self._counts_LRE is None:
             return
@@ -204,22 +202,22 @@ class RulePolicy:
             self._planned_at = iteration
             for layer, counts_RE in enumerate(self._counts_LRE):
                 problem = self._problem(layer, counts_RE)
-                plan = self.books.timed(1, lambda problem=problem: self.rule.plan(problem))  # type: ignore[misc]
+                plan = self.stats.timed(1, lambda problem=problem: self.rule.plan(problem))  # type: ignore[misc]
                 self._plans[layer] = plan
                 self._move_homes(layer, plan)
 
     def plan(self, layer: int, group: int, counts_RE: IntArray) -> LayerPlan:
-        """The plan from history, or one for these very counts."""
+        """The plan from history, or one for exactly these counts."""
         plan = self._plans[layer]
         if self.rule.sees == "exact":
             problem = self._problem(layer, counts_RE)
-            plan = self.books.timed(1, lambda: self.rule.plan(problem))
+            plan = self.stats.timed(1, lambda: self.rule.plan(problem))
             self._move_homes(layer, plan)
-        self._holdings.hold(self.books, layer, group, plan.slots_RS, self._homes[layer])
+        self._holdings.hold(self.stats, layer, group, plan.slots_RS, self._homes[layer])
         return plan
 
     def homes(self, layer: int) -> IntArray:
-        """Home rank of each expert: where it was, as long as a copy is there, else its lowest rank."""
+        """Home rank of each expert: where it was, as long as that rank holds the expert, else its lowest rank."""
         return np.asarray(self._homes[layer])
 
     def observe(self, counts_LGMRE: IntArray) -> None:
@@ -237,4 +235,4 @@ class RulePolicy:
         home_E = self._homes[layer]
         stays_E = hosts_ER[np.arange(self.num_experts), home_E]
         self._homes[layer] = np.where(stays_E, home_E, hosts_ER.argmax(axis=1))
-        self.books.experts_moved += int((~stays_E).sum())
+        self.stats.experts_moved += int((~stays_E).sum())

@@ -1,7 +1,7 @@
-"""The replay itself: for every record, plan from what came before, evaluate on what comes, then show it to the policy.
+"""The replay: for every record, plan from the records before it, evaluate on it, then let the policy observe it.
 
-Imbalance is the largest rank load over the mean, per layer, expert-parallel group and micro-batch; that is what the
-slowest rank makes everybody wait for. The lower bound beside it is what no placement with these slots could beat.
+Imbalance is the largest rank load over the mean, per layer, expert-parallel group and micro-batch; all
+ranks wait for the slowest one. The lower bound beside it is what no placement with these slots could beat.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ import numpy as np
 
 from megatron_smartmoe.cost.moe_layer import LayerConstants
 from megatron_smartmoe.placement.decisions import Decision
-from megatron_smartmoe.placement.layer_cost import LayerPricing, measure
-from megatron_smartmoe.simulate.policies import Books, SimulatedPolicy
+from megatron_smartmoe.placement.layer_cost import LayerPricing, price_layer
+from megatron_smartmoe.simulate.policies import SimulatedPolicy, Stats
 from megatron_smartmoe.spec.arrays import FloatArray
 from megatron_smartmoe.spec.trace import RoutingTrace
 
 
 @dataclass(frozen=True, kw_only=True)
 class SimulationSetup:
-    """What is simulated.
+    """The ranks, slots and prices that a trace is replayed with.
 
     Attributes:
         num_ranks: R, ranks of an expert-parallel group.
@@ -41,7 +41,7 @@ class SimulationSetup:
 
     @property
     def pricing(self) -> LayerPricing:
-        """The cost model of a layer of one group."""
+        """The part of it that prices a layer of one group."""
         return LayerPricing(num_ranks=self.num_ranks, num_nodes=self.num_nodes, constants=self.constants)
 
 
@@ -52,57 +52,61 @@ class PolicyResult:
     name: str
     imbalance: FloatArray
     layer_s: FloatArray
-    books: Books
+    stats: Stats
     decisions: list[Decision]
 
 
 def replay(
-    trace: RoutingTrace, policy: SimulatedPolicy, setting: SimulationSetup, records: Iterable[int] | None = None
+    trace: RoutingTrace, policy: SimulatedPolicy, setup: SimulationSetup, records: Iterable[int] | None = None
 ) -> PolicyResult:
-    """Run one policy over the trace.
+    """Replay a trace through one policy.
 
     Args:
-        trace: what was routed.
-        policy: fresh, it has seen nothing yet.
-        setting: ranks, slots, costs.
-        records: their numbers, in order; wrap them to show progress. None takes all.
+        trace: routing counts, record by record.
+        policy: a policy that has observed nothing yet.
+        setup: ranks, slots and prices.
+        records: numbers of the records in order, wrapped to show progress; None takes all of them.
     """
     imbalance: list[float] = []
     layer_s: list[float] = []
     for record in range(trace.num_records) if records is None else records:
-        if record == setting.warmup:
-            policy.books = Books()
-        counts_LGMRE = trace.groups(setting.num_ranks, record)
+        if record == setup.warmup:
+            policy.stats = Stats()
+        counts_LGMRE = trace.groups(setup.num_ranks, record)
+        # Step 1: plan from the records before this one.
         policy.before(int(trace.iteration[record]))
+        # Step 2: apply the plan to every micro-batch; exact rules plan here, from its counts.
         for layer, group, micro in np.ndindex(*counts_LGMRE.shape[:3]):
             counts_RE = counts_LGMRE[layer, group, micro]
             plan = policy.plan(layer, group, counts_RE)
-            if record >= setting.warmup:
-                seconds, worst = measure(plan, counts_RE, policy.homes(layer), setting.pricing)
+            if record >= setup.warmup:
+                seconds, worst = price_layer(plan, counts_RE, policy.homes(layer), setup.pricing)
                 layer_s.append(seconds)
                 imbalance.append(worst)
+        # Step 3: observe the record.
         policy.observe(counts_LGMRE)
     return PolicyResult(
         name=policy.name,
         imbalance=np.array(imbalance),
         layer_s=np.array(layer_s),
-        books=policy.books,
+        stats=policy.stats,
         decisions=policy.decisions,
     )
 
 
-def lower_bounds(trace: RoutingTrace, setting: SimulationSetup) -> FloatArray:
-    """What no placement can beat, for every record, layer, group and micro-batch counted.
+def lower_bounds(trace: RoutingTrace, setup: SimulationSetup) -> FloatArray:
+    """The imbalance that no placement can beat, for every counted record, layer, group and micro-batch.
 
-    Whole tokens; with spare slots an expert may be on every rank; without, it shares its rank with the coldest ones.
+    In whole tokens. With spare slots an expert may be on every rank, so the mean, rounded up, is the bound; without
+    them the hottest expert's rank also holds E / R - 1 others, at best the coldest ones.
     """
     bounds = []
-    for record in range(setting.warmup, trace.num_records):
-        load = np.sort(trace.groups(setting.num_ranks, record).sum(axis=-2).reshape(-1, trace.num_experts), axis=1)
+    for record in range(setup.warmup, trace.num_records):
+        load = np.sort(trace.groups(setup.num_ranks, record).sum(axis=-2).reshape(-1, trace.num_experts), axis=1)
         total = load.sum(axis=1)
-        least = -(-total // setting.num_ranks)
-        if not setting.spare_slots:
-            homes = trace.num_experts // setting.num_ranks
+        least = -(-total // setup.num_ranks)
+        if not setup.spare_slots:
+            homes = trace.num_experts // setup.num_ranks
             least = np.maximum(least, load[:, -1] + load[:, : homes - 1].sum(axis=1))
-        bounds.append(least * setting.num_ranks / np.maximum(total, 1))
+        bounds.append(least * setup.num_ranks / np.maximum(total, 1))
     return np.concatenate(bounds)

@@ -1,1 +1,4 @@
-"""What things are: plain descriptions, read from files and checked where they are defined. No torch, no Megatron."""
+"""Models, clusters, launches, placements, traces: dataclasses, read from files and checked where they are defined.
+
+No torch, no Megatron.
+"""

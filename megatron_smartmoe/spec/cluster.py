@@ -1,4 +1,4 @@
-"""ClusterSpec: what a cluster file (configs/clusters/*.yaml) says about machines and links.
+"""ClusterSpec: machines and links, read from a cluster file (configs/clusters/*.yaml), and the files that are shipped.
 
 ```yaml
 name: 2x8-a100
@@ -16,13 +16,13 @@ efficiency:                    # optional: shares of the peaks above that traini
   gemm: {value: 0.62, source: ...}
 ```
 
-Every hardware number carries the place it comes from: a prediction is worth what its constants are worth. The numbers
-are plain attributes (`cluster.gpu.peak_flops`); their sources lie beside them in `cluster.sources`, by dotted path.
+Every hardware number has its source beside it: a prediction is as good as its constants. The numbers are plain
+attributes (`cluster.gpu.peak_flops`); their sources are in `cluster.sources`, by dotted path.
 
-A datasheet states peaks, of which training reaches a share; what is measured is reached in full. `efficiency` says
+A datasheet states peaks, of which training reaches a share; a measured rate is reached in full. `efficiency` says
 which it is: a share that is named there replaces the cost model's prior (`cost.moe_layer`, `cost.step.constants`), so a
 measured number (share 1) is discounted nowhere. A file without the section keeps every prior. The alternative, to
-divide measured numbers by the priors, writes peaks that nobody saw and that change meaning with the priors.
+divide measured numbers by the priors, writes peaks that were never observed and that change meaning with the priors.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from megatron_smartmoe.errors import ConfigError
-from megatron_smartmoe.spec.yaml_io import dump_yaml, load_yaml, refuse_unknown_keys
+from megatron_smartmoe.spec.yaml_io import dump_yaml, find_config, load_yaml, refuse_unknown_keys, shipped_directory
 
 ReplicaScope = Literal["node", "group"]
 
@@ -49,8 +49,8 @@ SHARES = (
     "all_to_all_intra",
     "all_to_all_inter",
 )
-WEIGHT_PASSES = 3.0  # read forward, read backward, gradient written
-RESERVED_BYTES = 3e9  # CUDA context, NCCL's buffers, cuBLAS workspaces: an estimate
+WEIGHT_PASSES = 3.0  # of an expert's weights through memory: read forward, read backward, gradient written
+RESERVED_BYTES = 3e9  # bytes for the CUDA context, NCCL's buffers and cuBLAS workspaces: an estimate
 _OPTIONAL_GPU = ("weight_passes", "reserved_bytes", "ranks_per_device")
 _LINK = ("bandwidth_bytes_s", "latency_s")
 _OPTIONAL_LINK = ("ring_latency_s", "all_to_all_latency_s")
@@ -63,16 +63,15 @@ class GpuSpec:
     """One accelerator.
 
     Attributes:
-        name: of the product.
+        name: name of the product.
         peak_flops: dense, in the training precision; operations a second.
-        memory_bytes: what one rank may use.
+        memory_bytes: memory that one rank may use.
         memory_bandwidth_bytes_s: read and written bytes together.
-        weight_passes: an active expert takes as long as its weights need to cross memory so many times, forward and
-            backward, before its first token; optional in a file.
-        reserved_bytes: of its memory, what libraries take before anything is trained; optional in a file.
-        ranks_per_device: ranks that share what computes, and the rates above are those of a rank while all of them
-            work: one that works alone is so many times as fast. 1 for a GPU; CPU ranks share cores, and where one of
-            them waits another one's work goes on; optional in a file.
+        weight_passes: times that an active expert's weights cross memory, forward and backward, which is its fixed
+            cost before the first token; optional in a file.
+        reserved_bytes: memory that libraries take before training starts; optional in a file.
+        ranks_per_device: ranks that share one device. The rates above are those of a rank while all of them work; one
+            that works alone is so many times as fast. 1 for a GPU; CPU ranks share cores. Optional in a file.
     """
 
     name: str
@@ -89,12 +88,12 @@ class LinkSpec:
     """One kind of link, one direction of one GPU: time of n bytes = latency_s + n / bandwidth_bytes_s.
 
     Attributes:
-        bandwidth_bytes_s: of the operation that makes most of it.
-        latency_s: of one message.
-        ring_latency_s: of each of the p - 1 steps of an all-gather or reduce-scatter among p ranks; None: they go by
-            trees, 1 + log2(p) messages deep. Optional in a file.
-        all_to_all_latency_s: of each of the p - 1 exchanges of an all-to-all; None: all at once, one message's.
-            Optional in a file.
+        bandwidth_bytes_s: reached by the fastest operation.
+        latency_s: latency of one message.
+        ring_latency_s: latency of each of the p - 1 steps of an all-gather or reduce-scatter among p ranks; None: a
+            tree, 1 + log2(p) messages deep. Optional in a file.
+        all_to_all_latency_s: latency of each of the p - 1 exchanges of an all-to-all; None: all at once, like one
+            message. Optional in a file.
     """
 
     bandwidth_bytes_s: float
@@ -103,13 +102,13 @@ class LinkSpec:
     all_to_all_latency_s: float | None = None
 
     def ring_latency_of(self, ranks: int) -> float:
-        """Seconds that an all-gather or reduce-scatter of next to nothing takes."""
+        """Seconds of an all-gather or reduce-scatter of zero bytes among `ranks` ranks."""
         if self.ring_latency_s is None:
             return self.latency_s * (1 + math.log2(ranks))
         return self.ring_latency_s * (ranks - 1)
 
     def all_to_all_latency_of(self, ranks: int) -> float:
-        """Seconds that an all-to-all of next to nothing takes."""
+        """Seconds of an all-to-all of zero bytes among `ranks` ranks."""
         return self.latency_s if self.all_to_all_latency_s is None else self.all_to_all_latency_s * (ranks - 1)
 
 
@@ -118,15 +117,15 @@ class ClusterSpec:
     """Machines and links.
 
     Attributes:
-        nodes: machines of the job.
+        nodes: number of machines.
         gpus_per_node: ranks on each of them; consecutive ranks share a node.
         gpu: the accelerator.
-        intra_node: between GPUs of one node.
-        inter_node: between nodes, what one GPU gets of it.
+        intra_node: link between GPUs of one node.
+        inter_node: link between nodes, one GPU's share of it.
         replica_scope: `node`: a replica lies on the node of its expert's home; `group`: anywhere in the group.
         sources: dotted path of each hardware number -> where it comes from.
-        efficiency: shares of the peaks that training reaches, by the names of `SHARES`; one that is missing is left to
-            the cost model's prior.
+        efficiency: shares of the peaks that training reaches, by the names of `SHARES`; for one that is missing the
+            cost model's prior holds.
     """
 
     name: str
@@ -145,22 +144,27 @@ class ClusterSpec:
             return 1
         if num_ranks % self.gpus_per_node:
             rule = f"ranks of a group that is larger than a node must fill whole nodes of {self.gpus_per_node}"
-            raise ConfigError("expert-parallel ranks", num_ranks, rule, "Choose a multiple of gpus_per_node.")
+            raise ConfigError(
+                "expert-parallel ranks",
+                num_ranks,
+                rule,
+                f"For example: {max(num_ranks // self.gpus_per_node, 1) * self.gpus_per_node}.",
+            )
         return num_ranks // self.gpus_per_node
 
 
 def load_cluster_spec(path: Path) -> ClusterSpec:
-    """Read and check a cluster file.
+    """Read and check a cluster file, which may be the name of a shipped one (see `find_config`).
 
     Raises:
         ConfigError: unknown or missing key, wrong type, a share above 1, or a hardware number without a source.
     """
-    content = load_yaml(path)
+    content = load_yaml(find_config("clusters", path))
     known = ("name", "nodes", "gpus_per_node", "gpu", "intra_node", "inter_node", "replica_scope", "efficiency")
     refuse_unknown_keys("", content, known)
     scope = content.get("replica_scope", "node")
     if scope not in ("node", "group"):
-        raise ConfigError("replica_scope", scope, "must be node or group", "Leave it out for node.")
+        raise ConfigError("replica_scope", scope, "must be node or group", "For example: replica_scope: node.")
     sources: dict[str, str] = {}
     numbers: tuple[str, ...] = ("peak_flops", "memory_bytes", "memory_bandwidth_bytes_s")
     gpu = _section(content, "gpu", ("name", *numbers, *_OPTIONAL_GPU))
@@ -169,7 +173,7 @@ def load_cluster_spec(path: Path) -> ClusterSpec:
     shared = found.get("ranks_per_device", 1.0)
     if shared < 1:
         rule = "must be at least 1: how many times as fast a rank is when the others wait"
-        raise ConfigError("gpu.ranks_per_device.value", shared, rule, "Leave it out where ranks share nothing.")
+        raise ConfigError("gpu.ranks_per_device.value", shared, rule, "Use 1 where every rank has its own device.")
     links = {}
     for key in ("intra_node", "inter_node"):
         section = _section(content, key, (*_LINK, *_OPTIONAL_LINK))
@@ -188,7 +192,7 @@ def load_cluster_spec(path: Path) -> ClusterSpec:
 
 
 def cluster_as_yaml(cluster: ClusterSpec, comment: str = "") -> str:
-    """The text of a file that `load_cluster_spec` reads back, numbers to 4 digits; `comment` goes on top."""
+    """The text of a cluster file that `load_cluster_spec` reads, numbers to 4 digits; `comment` becomes its header."""
     lines = [f"# {line}".rstrip() for line in comment.splitlines()]
     head: dict[str, object] = {
         "name": cluster.name,
@@ -214,6 +218,18 @@ def cluster_as_yaml(cluster: ClusterSpec, comment: str = "") -> str:
     return "\n".join(lines) + "\n"
 
 
+def shipped_clusters() -> list[ClusterSpec]:
+    """The shipped cluster files in the order of their names."""
+    return [load_cluster_spec(path) for path in sorted(shipped_directory("clusters").glob("*.yaml"))]
+
+
+def fitting_cluster(device: str | None) -> ClusterSpec | None:
+    """The shipped cluster whose accelerator is `device`, a name that torch gives (None: the CPU); None without one."""
+    name = "cpu" if device is None else device
+    tokens = name.lower().replace("-", " ").split()
+    return next((spec for spec in shipped_clusters() if spec.gpu.name.split("-")[0].lower() in tokens), None)
+
+
 def _entry(cluster: ClusterSpec, path: str, value: float) -> list[str]:
     """The lines of one number and its source."""
     source = cluster.sources.get(path, "unknown").replace("'", "''")
@@ -221,14 +237,14 @@ def _entry(cluster: ClusterSpec, path: str, value: float) -> list[str]:
 
 
 def _efficiency(content: Mapping[str, Any], sources: dict[str, str]) -> dict[str, float]:
-    """The shares that a file names."""
+    """The shares that a file names, checked."""
     if "efficiency" not in content:
         return {}
     section = _section(content, "efficiency", SHARES)
     shares = {name: _sourced(section, f"efficiency.{name}", sources) for name in section}
     for name, share in shares.items():
         if share > 1:
-            way_out = "Leave it out for the model's prior; 1 says that the number above is what training reaches."
+            way_out = "Use 1 for a rate that training reaches, or remove the key for the cost model's prior."
             raise ConfigError(f"efficiency.{name}.value", share, "must be a share, above 0 and at most 1", way_out)
     return shares
 
@@ -249,7 +265,7 @@ def _whole(content: Mapping[str, Any], key: str) -> int:
 
 
 def _sourced(section: Mapping[str, Any], path: str, sources: dict[str, str]) -> float:
-    """The number at `path`; its source goes into `sources`."""
+    """The number at `path`; adds its source to `sources`."""
     entry = section.get(path.rpartition(".")[2])
     if not isinstance(entry, dict):
         raise ConfigError(path, entry, "must be a mapping of value and source", _EXAMPLE)
@@ -258,6 +274,6 @@ def _sourced(section: Mapping[str, Any], path: str, sources: dict[str, str]) -> 
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
         raise ConfigError(f"{path}.value", value, "must be a positive number", _EXAMPLE)
     if not isinstance(source, str) or not source.strip():
-        raise ConfigError(f"{path}.source", source, "must say where the number comes from", _EXAMPLE)
+        raise ConfigError(f"{path}.source", source, "must state where the number comes from", _EXAMPLE)
     sources[path] = source
     return float(value)

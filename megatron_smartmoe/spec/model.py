@@ -1,4 +1,4 @@
-"""ModelSpec: what a model file (configs/models/*.yaml) says about a GPT-MoE.
+"""ModelSpec: a GPT-MoE and its batch, read from a model file (configs/models/*.yaml).
 
 ```yaml
 name: mixtral-8x7b
@@ -22,13 +22,14 @@ them by dotted path. Names and defaults follow Megatron's flags, because that is
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
 from megatron_smartmoe.errors import ConfigError
-from megatron_smartmoe.spec.yaml_io import load_yaml, refuse_unknown_keys
+from megatron_smartmoe.spec.yaml_io import find_config, load_yaml, refuse_unknown_keys
 
 Norm = Literal["RMSNorm", "LayerNorm"]
 Position = Literal["rope", "learned_absolute", "none"]
@@ -46,11 +47,11 @@ class LatentAttention:
     """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434); sizes in elements.
 
     Attributes:
-        q_rank: of the compressed query; 0 projects the query directly.
-        kv_rank: of the compressed key and value.
-        qk_head_dim: per head, without position.
-        qk_rope_dim: per head, the part that carries the position.
-        v_head_dim: per head.
+        q_rank: size of the compressed query; 0 projects the query directly.
+        kv_rank: size of the compressed key and value.
+        qk_head_dim: size of a head's query and key without position.
+        qk_rope_dim: size of their part with rotary position.
+        v_head_dim: size of a head's value.
     """
 
     q_rank: int = 0
@@ -70,15 +71,15 @@ class MoESpec:
         ffn: F, inner size of one expert.
         shared_ffn: inner size of the shared expert; 0 for none.
         first_dense: leading layers with a dense MLP instead of experts.
-        every: of the layers after those, each n-th one has experts, the first of them included.
+        every: each n-th layer after those has experts, beginning with the first.
         score_function: `softmax` or `sigmoid`.
         pre_softmax: softmax before the choice of experts, not after it.
         expert_bias: the bias-only balancing of DeepSeek-V3, without a loss.
-        groups: of experts among which a token chooses first; 0 for no groups.
+        groups: groups of experts, of which a token chooses `group_top_k` first; 0 for no groups.
         group_top_k: groups per token.
-        balancing: auxiliary loss.
-        aux_loss_coeff: its weight.
-        scaling_factor: of the routed experts' output; 0 for none.
+        balancing: kind of auxiliary loss.
+        aux_loss_coeff: weight of the auxiliary loss.
+        scaling_factor: factor on the routed experts' output; 0 for none.
         capacity_factor: tokens of an expert over the mean at which more are dropped; 0 drops none.
     """
 
@@ -104,7 +105,7 @@ class ModelSpec:
     """A GPT-MoE and the batch that it is trained with.
 
     Attributes:
-        name: of the model.
+        name: name of the model.
         layers: L, transformer layers without prediction blocks.
         hidden: H.
         heads: attention heads.
@@ -122,10 +123,10 @@ class ModelSpec:
         qk_norm: queries and keys are normed.
         qkv_bias: query, key and value have biases although `bias` is off.
         tied: the output layer shares the embedding's weights.
-        position: embedding of the position.
-        rope_base: of rotary embeddings.
+        position: kind of position embedding.
+        rope_base: base of rotary embeddings.
         mtp_layers: multi-token-prediction blocks after the last layer.
-        dropout: of attention and residual.
+        dropout: probability in attention and residuals.
         sources: dotted path -> where the number comes from.
         uncertain: dotted paths of numbers that are not published.
     """
@@ -196,12 +197,12 @@ _SECTIONS = ("shape", "moe", "latent", "training")
 
 
 def load_model_spec(path: Path) -> ModelSpec:
-    """Read and check a model file.
+    """Read and check a model file, which may be the name of a shipped one (see `find_config`).
 
     Raises:
         ConfigError: unknown or missing key, wrong type, a number without a source, or sizes that contradict.
     """
-    content = load_yaml(path)
+    content = load_yaml(find_config("models", path))
     refuse_unknown_keys("", content, ("name", *_SECTIONS))
     sources: dict[str, str] = {}
     uncertain: list[str] = []
@@ -239,7 +240,7 @@ def load_model_spec(path: Path) -> ModelSpec:
 
 
 def _section(content: Mapping[str, Any], where: str, sources: dict[str, str], uncertain: list[str]) -> dict[str, Any]:
-    """The plain values of one section; its sources go into `sources`."""
+    """The plain values of one section; adds their sources to `sources` and `uncertain`."""
     section = content[where]
     if not isinstance(section, dict):
         raise ConfigError(where, section, "must be a mapping", "See configs/models/mixtral-8x7b.yaml.")
@@ -254,7 +255,7 @@ def _section(content: Mapping[str, Any], where: str, sources: dict[str, str], un
             if entry.get("uncertain"):
                 uncertain.append(path)
         if not isinstance(source, str) or not source.strip():
-            rule = "must say where the number comes from"
+            rule = "must state where the number comes from"
             raise ConfigError(f"{path}.source", source, rule, f"Give {where}.source, or {{value, source}} here.")
         sources[path] = source
         values[str(key)] = value
@@ -277,29 +278,35 @@ def _build(kind: type[Any], where: str, values: dict[str, Any]) -> Any:
 def _check_type(path: str, name: str, declared: str, value: Any) -> None:
     if name in _CHOICES:
         if value not in _CHOICES[name]:
-            raise ConfigError(path, value, f"must be one of {', '.join(_CHOICES[name])}", "Choose one of them.")
+            raise ConfigError(
+                path, value, f"must be one of {', '.join(_CHOICES[name])}", f"For example: {_CHOICES[name][0]}."
+            )
     elif declared == "int":
         least = 0 if name in ("q_rank", "shared_ffn", "first_dense", "groups", "group_top_k", "mtp_layers") else 1
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise ConfigError(path, value, f"must be a whole number of at least {least}", "Change it.")
+            raise ConfigError(path, value, f"must be a whole number of at least {least}", "For example: 4.")
     elif declared == "bool":
         if not isinstance(value, bool):
-            raise ConfigError(path, value, "must be true or false", "Change it.")
+            raise ConfigError(path, value, "must be true or false", "For example: true.")
     elif declared == "float" and (isinstance(value, bool) or not isinstance(value, int | float) or value < 0):
-        raise ConfigError(path, value, "must be a number of at least 0", "Change it.")
+        raise ConfigError(path, value, "must be a number of at least 0", "For example: 0.01.")
 
 
 def _check(model: ModelSpec) -> None:
-    """Sizes against each other."""
+    """Check sizes against each other."""
     moe = model.moe
     if moe.top_k > moe.experts:
-        raise ConfigError("moe.top_k", moe.top_k, f"must not exceed moe.experts = {moe.experts}", "Lower it.")
+        raise ConfigError(
+            "moe.top_k", moe.top_k, f"must not exceed moe.experts = {moe.experts}", "For example: top_k: 1."
+        )
     if model.heads % model.query_groups:
         rule = f"must divide shape.heads = {model.heads}"
-        raise ConfigError("shape.query_groups", model.query_groups, rule, "Change one of the two.")
+        way_out = f"For example: query_groups: {math.gcd(model.heads, model.query_groups)}."
+        raise ConfigError("shape.query_groups", model.query_groups, rule, way_out)
     if moe.first_dense >= model.layers:
         rule = f"leaves none of shape.layers = {model.layers} with experts"
-        raise ConfigError("moe.first_dense", moe.first_dense, rule, "Lower it.")
+        raise ConfigError("moe.first_dense", moe.first_dense, rule, f"Use at most {model.layers - 1}.")
     if moe.groups and (moe.experts % moe.groups or not 1 <= moe.group_top_k <= moe.groups):
         rule = f"must divide moe.experts = {moe.experts}, with group_top_k between 1 and it"
-        raise ConfigError("moe.groups", moe.groups, rule, "Change one of them.")
+        way_out = f"For example: groups: {math.gcd(moe.experts, moe.groups)} and group_top_k: 1."
+        raise ConfigError("moe.groups", moe.groups, rule, way_out)

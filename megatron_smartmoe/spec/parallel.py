@@ -1,10 +1,10 @@
-"""ParallelSpec: one way to spread a model over ranks, and what of it Megatron puts where.
+"""ParallelSpec: one way to spread a model over ranks, and where Megatron puts its layers.
 
 Megatron 0.19's rules ("parallel folding"): the attention part of a pipeline stage's ranks is TP x CP x DP, the expert
 part of the same ranks is ETP x EP x EDP; only the pipeline stage is common to both. Ranks are numbered tensor first,
-then context, expert, data, pipeline (`tp-cp-ep-dp-pp`), so the small strides belong to the groups that talk most.
+then context, expert, data, pipeline (`tp-cp-ep-dp-pp`), so the groups with the most traffic have the smallest strides.
 
-`violation` says the first rule that a spec breaks, in words; the planner keeps them as the reason of a rejected point.
+`violation` returns the first rule that a spec breaks; the planner keeps it as the reason why a point was rejected.
 """
 
 from __future__ import annotations
@@ -21,9 +21,14 @@ Precision = Literal["bf16", "fp32"]
 Implementation = Literal["transformer_engine", "local"]
 
 
+def is_recomputable(mode: Recompute, *, grouped_by_te: bool) -> bool:
+    """Whether Megatron can recompute so: the experts' activation only in TransformerEngine's grouped GEMM."""
+    return mode != "act" or grouped_by_te
+
+
 @dataclass(frozen=True, kw_only=True)
 class ParallelSpec:
-    """One launch.
+    """One launch: parallel sizes, batch, and what SmartMoE does.
 
     Attributes:
         gpus: ranks of the job.
@@ -38,15 +43,15 @@ class ParallelSpec:
         layers_of_chunk: transformer layers of each model chunk in pipeline order, where they are not all equal.
         recompute: `none`; `act`: norms and the experts' activation; `moe`: whole MoE layers; `full`: every layer.
         spare_slots: K, replica slots per rank.
-        replicas: how copies are planned; `off` for none.
-        homes_interval: iterations between two looks at the homes; 0 leaves them alone.
-        overlap_degree: pieces that each all-to-all is cut into; 1 for no overlap.
+        replicas: what replicas are planned from; `off` for none.
+        homes_interval: homes are re-evaluated every so many iterations; 0 never moves them.
+        overlap_degree: chunks of each all-to-all; 1 for no overlap.
         distributed_optimizer: optimizer state is sharded over the data-parallel ranks.
         overlap_grad_reduce: gradients are reduced while the backward pass runs.
         overlap_param_gather: parameters are gathered while the forward pass runs.
         grad_reduce_in_fp32: gradients are accumulated and reduced in fp32.
-        precision: of weights and activations.
-        implementation: whose layers Megatron uses.
+        precision: type of weights and activations.
+        implementation: `--transformer-impl`, whose layers Megatron uses.
     """
 
     gpus: int
@@ -88,26 +93,27 @@ class ParallelSpec:
 
     @property
     def element_bytes(self) -> int:
-        """Of a weight or an activation."""
+        """Bytes of a weight or an activation."""
         return 2 if self.precision == "bf16" else 4
 
     @property
     def grad_bytes(self) -> int:
-        """Of a gradient in its buffer."""
+        """Bytes of a gradient in its buffer."""
         return 4 if self.grad_reduce_in_fp32 else self.element_bytes
 
     @property
     def smartmoe(self) -> bool:
-        """Whether the launch balances or overlaps: with `--smartmoe`, and its experts."""
+        """Whether the launch balances or overlaps, and so runs with `--smartmoe` and its experts."""
         return bool(self.homes_interval or self.replicas != "off" or self.overlap_degree > 1)
 
     def recomputes(self, mode: Recompute, model: ModelSpec) -> bool:
-        """Whether Megatron can recompute so; the experts' activation only in TransformerEngine's grouped GEMM."""
+        """Whether Megatron supports the mode; `act` needs TransformerEngine's grouped GEMM."""
         own_experts = self.smartmoe and not model.bias  # those of `--smartmoe` have no biases
-        return mode != "act" or (self.implementation == "transformer_engine" and not own_experts)
+        grouped_by_te = self.implementation == "transformer_engine" and not own_experts
+        return is_recomputable(mode, grouped_by_te=grouped_by_te)
 
     def label(self) -> str:
-        """Short and complete enough to tell two plans apart."""
+        """A short name that differs between any two plans of a search."""
         parts = [f"TP{self.tp}", f"PP{self.pp}"]
         parts += [f"VPP{self.vpp}"] if self.vpp > 1 else []
         parts += [f"EP{self.ep}"]
@@ -120,13 +126,13 @@ class ParallelSpec:
         return " ".join(parts)
 
     def to_json(self) -> dict[str, Any]:
-        """All fields, and the sizes that follow from them."""
+        """Its fields and the sizes that follow from them, for plan.json."""
         return {**asdict(self), "dp": self.dp, "edp": self.edp, "micro_batches": self.micro_batches}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Chunk:
-    """One model chunk: what one rank of stage `stage` holds of its `virtual`-th part of the model."""
+class PipelineChunk:
+    """One of Megatron's model chunks: the `virtual`-th part of the layers of pipeline stage `stage`."""
 
     stage: int
     virtual: int
@@ -136,14 +142,14 @@ class Chunk:
     mtp_layers: int
 
 
-def chunks(model: ModelSpec, parallel: ParallelSpec) -> Iterator[Chunk]:
+def pipeline_chunks(model: ModelSpec, parallel: ParallelSpec) -> Iterator[PipelineChunk]:
     """Every chunk in pipeline order: stage 0 to PP - 1 of virtual part 0, then of part 1."""
     total = parallel.pp * parallel.vpp
     sizes = parallel.layers_of_chunk or (model.layers // total,) * total
     begin = 0
     for at, size in enumerate(sizes):
         last = at == total - 1
-        yield Chunk(
+        yield PipelineChunk(
             stage=at % parallel.pp,
             virtual=at // parallel.pp,
             layers=tuple(range(begin, begin + size)),
@@ -222,7 +228,7 @@ def _balancing(model: ModelSpec, spec: ParallelSpec) -> str | None:
     if spec.homes_interval and model.mtp_layers:
         return "homes do not move in a model with prediction blocks"
     if spec.spare_slots and spec.replicas == "off":
-        return "spare slots without replicas are wasted"
+        return "spare slots need replicas: history or exact"
     if spec.overlap_degree > 1 and spec.ep == 1:
         return "there is no all-to-all to overlap with EP 1"
     if spec.overlap_param_gather and not (spec.overlap_grad_reduce and spec.distributed_optimizer):

@@ -1,9 +1,9 @@
 """Placement: which expert lies in which slot of which expert-parallel rank, for every layer.
 
-One array says everything: `slots_LRS[layer, rank, slot]` is a logical expert or -1 for an empty slot. The first E / R
+One array holds it all: `slots_LRS[layer, rank, slot]` is a logical expert or -1 for an empty slot. The first E / R
 slots of a rank are home slots: over all ranks they are a permutation of the experts, and they own the optimizer state.
 The slots after them are spare: they hold replicas or nothing. The alternative, a map from expert to slot plus a list of
-copies, needs two structures that can disagree; here a home and a copy are told apart by their column alone.
+replicas, needs two structures that can disagree; here the column alone says whether a slot is a home or a replica.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Placement:
         _check_shape(slots_LRS, self.num_experts)
         _check_range(slots_LRS, self.num_experts)
         _check_homes(self.homes_LRH, self.num_experts)
-        _check_one_copy_per_rank(slots_LRS)
+        _check_once_per_rank(slots_LRS)
 
     @classmethod
     def contiguous(cls, *, num_layers: int, num_experts: int, num_ranks: int, spare_slots: int = 0) -> Placement:
@@ -108,12 +108,12 @@ class Placement:
 
     @cached_property
     def hosts_LER(self) -> BoolArray:
-        """Whether a rank holds a copy (home or replica) of an expert."""
+        """Whether a rank hosts an expert, as its home or with a replica."""
         return np.stack([hosts_of(slots_RS, self.num_experts) for slots_RS in self.slots_LRS])
 
     @cached_property
     def digest(self) -> str:
-        """Equal on every rank and in every process for equal placements; 16 hexadecimal digits."""
+        """16 hexadecimal digits, equal in every process for equal placements."""
         header = f"placement-v1:{self.num_experts}:{self.slots_LRS.shape}".encode()
         return hashlib.sha256(header + self.slots_LRS.astype("<i4").tobytes()).hexdigest()[:16]
 
@@ -126,7 +126,7 @@ class Placement:
         return hash(self.digest)
 
     def diff(self, after: Placement) -> tuple[SlotChange, ...]:
-        """Slots that change on the way to `after`, in the order of layer, rank, slot."""
+        """Slots that differ in `after`, in the order of layer, rank, slot."""
         if self.slots_LRS.shape != after.slots_LRS.shape or self.num_experts != after.num_experts:
             raise PlanError(
                 f"placements of different shape cannot be compared: {self.num_experts} experts in "
@@ -155,7 +155,7 @@ class Placement:
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Placement:
-        """Read what `to_json` wrote, refusing another version and a digest that does not fit."""
+        """Read what `to_json` wrote; another version and a wrong digest are refused."""
         if content.get("version") != 1:
             raise PlanError(f"placement version = {content.get('version')!r}: only version 1 is known")
         placement = cls(slots_LRS=np.array(content["slots"], dtype=np.int64), num_experts=int(content["experts"]))
@@ -165,12 +165,12 @@ class Placement:
 
 
 def with_empty_slots(slots: IntArray, number: int) -> IntArray:
-    """A slot table `[..., S]` with so many more spare slots behind the others, all of them empty."""
+    """A slot table `[..., S]` with `number` more spare slots behind the others, all of them empty."""
     return np.pad(slots, [(0, 0)] * (slots.ndim - 1) + [(0, number)], constant_values=EMPTY)
 
 
 def hosts_of(slots_RS: IntArray, num_experts: int) -> BoolArray:
-    """`[E, R]`: whether rank r holds a copy of expert e."""
+    """`[E, R]`: whether rank r hosts expert e, as its home or with a replica."""
     hosts_ER = np.zeros((num_experts, slots_RS.shape[0]), dtype=np.bool_)
     rank, slot = np.nonzero(slots_RS != EMPTY)
     hosts_ER[slots_RS[rank, slot], rank] = True
@@ -210,10 +210,10 @@ def _check_homes(home_LRH: IntArray, num_experts: int) -> None:
             raise PlanError(f"layer {layer}, expert {expert} has {uses_E[expert]} homes ({places}), it must have one")
 
 
-def _check_one_copy_per_rank(slots_LRS: IntArray) -> None:
+def _check_once_per_rank(slots_LRS: IntArray) -> None:
     ordered = np.sort(slots_LRS, axis=2)
     twice = np.argwhere((ordered[:, :, 1:] == ordered[:, :, :-1]) & (ordered[:, :, 1:] != EMPTY))
     if len(twice):
         layer, rank, column = twice[0]
         expert = ordered[layer, rank, column]
-        raise PlanError(f"layer {layer}, rank {rank} holds expert {expert} twice: one copy per rank is enough")
+        raise PlanError(f"layer {layer}, rank {rank} holds expert {expert} twice: a rank needs it once")

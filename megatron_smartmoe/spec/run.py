@@ -1,8 +1,8 @@
-"""RunSpec: what a run configuration file (configs/runs/*.yaml) says.
+"""RunSpec: a run, read from its configuration file (configs/runs/*.yaml).
 
 ```yaml
 name: quickstart             # names the run directory
-nproc: 4                     # ranks per node; --nproc on the command line beats it
+nproc: 4                     # ranks per node; --nproc on the command line overrides it
 data:                        # optional: a corpus that is prepared on the first run (see scripts/prepare_data.py)
   prefix: data/python/corpus
   python-stdlib: true
@@ -12,8 +12,8 @@ flags:                       # any Megatron flag, without its dashes, in groups 
     swiglu: true             # true: the flag alone; false: left out; a list: several values
 ```
 
-The groups under `flags` are for the reader; their names mean nothing. `{run_dir}` in a value becomes the run
-directory. Flags are not checked here: only Megatron's own parser knows them.
+The groups under `flags` are for the reader; their names have no effect. `{run_dir}` in a value becomes the run
+directory. Flags are not checked here but by Megatron's own parser.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_smartmoe.errors import ConfigError
-from megatron_smartmoe.spec.yaml_io import load_yaml, refuse_unknown_keys
+from megatron_smartmoe.spec.yaml_io import find_config, load_yaml, refuse_unknown_keys
 
 FlagValue = str | bool | list[str]
 
@@ -34,7 +34,7 @@ class RunSpec:
 
     Attributes:
         name: names the run directory.
-        nproc: ranks per node, or None to let the launcher look at the machine.
+        nproc: ranks per node; with None the launcher starts one per GPU or core.
         data: options of scripts/prepare_data.py without their dashes, with `prefix`; None: the data exists already.
         flags: Megatron flag (without dashes) to its value as text, True for a flag that stands alone.
     """
@@ -46,12 +46,12 @@ class RunSpec:
 
 
 def load_run_spec(path: Path) -> RunSpec:
-    """Read and check a run configuration file.
+    """Read and check a run configuration file, which may be the name of a shipped one (see `find_config`).
 
     Raises:
         ConfigError: unknown key, wrong type, or a flag given in two groups.
     """
-    content = load_yaml(path)
+    content = load_yaml(find_config("runs", path))
     refuse_unknown_keys("", content, ("name", "nproc", "data", "flags"))
     nproc = content.get("nproc")
     if nproc is not None and (not isinstance(nproc, int) or isinstance(nproc, bool) or nproc < 1):
@@ -86,7 +86,9 @@ def _flags(content: Any) -> dict[str, FlagValue]:
         for name, value in members.items():
             where = f"flags.{group}.{name}"
             if str(name) in flags:
-                raise ConfigError(where, value, "is given in another group too", "Keep one of them.")
+                raise ConfigError(
+                    where, value, "is given in another group too", f"Remove {name} from one of the groups."
+                )
             flags[str(name)] = _as_text(where, str(name), value)
     return {name: value for name, value in flags.items() if value is not None}
 

@@ -3,7 +3,7 @@
 File format (`.npz`, readable without this project): `counts` unsigned int `[iterations, layers, source_ranks,
 experts]`, with an optional micro-batch axis before `experts`; assignments (tokens x top-k) by logical expert, before
 dropping. `iteration` and `layer` (global layer number) int64; `meta` a JSON string with `version, experts, top_k,
-source_ranks, source`. Counts by source rank, not totals: the split and the all-to-all need to know where tokens come
+source_ranks, source`. Counts by source rank, not totals: the split and the all-to-all depend on where tokens come
 from.
 
 `from_megatron` imports what Megatron writes with `--moe-routing-trace-path` (a JSONL file per rank, one line per
@@ -13,6 +13,7 @@ step, layer and micro-batch, with the chosen experts of every token).
 from __future__ import annotations
 
 import json
+import math
 import re
 import zipfile
 from collections.abc import Container, Iterator, Mapping
@@ -93,14 +94,14 @@ class RoutingTrace:
         return self.counts.ndim == 5
 
     def groups(self, num_ranks: int, record: int | slice = slice(None)) -> NDArray[np.int64]:
-        """Counts as the groups of `num_ranks` see them, `[N, L, G, M, R, E]`; M is 1 without micro-batches.
+        """Counts by group of `num_ranks` source ranks, `[N, L, G, M, R, E]`; M is 1 without micro-batches.
 
         Consecutive source ranks form a group. Fewer source ranks than `num_ranks` are spread: each one's tokens are
         shared evenly by R / source_ranks consecutive ranks, remainders to the first.
 
         Args:
             num_ranks: R.
-            record: which records; a single one leaves the first axis out.
+            record: which records; for a single one the first axis is left out.
         """
         counts = self.counts[record].astype(np.int64)
         if not self.has_micro_batches:
@@ -113,8 +114,8 @@ class RoutingTrace:
             spread = (counts[..., None, :, :] + np.arange(parts)[::-1, None, None]) // parts
             grouped = spread.reshape(*front, 1, num_ranks, num_micro, num_experts)
         else:
-            rule = f"does not divide the trace's {num_sources} source ranks, nor they it"
-            raise ConfigError("--ep", num_ranks, rule, "Choose a divisor or a multiple of the source ranks.")
+            rule = f"must divide, or be a multiple of, the trace's {num_sources} source ranks"
+            raise ConfigError("--ep", num_ranks, rule, f"For example: --ep {math.gcd(num_ranks, num_sources)}.")
         return np.swapaxes(grouped, -3, -2)
 
     def save(self, path: Path) -> None:
@@ -133,9 +134,9 @@ def load_trace(path: Path, *, num_experts: int | None = None, ranks: Container[i
     """Read a trace: an `.npz` file, or a directory (or one file) of Megatron's JSONL.
 
     Args:
-        path: where it is.
-        num_experts: see `from_megatron`; an `.npz` file knows it.
-        ranks: see `from_megatron`; an `.npz` file has no ranks to choose from.
+        path: the file or directory.
+        num_experts: see `from_megatron`; None for an `.npz` file, which has it.
+        ranks: see `from_megatron`; None for an `.npz` file, which has no ranks to choose from.
 
     Raises:
         ConfigError: missing, unreadable, or of an unknown version.
@@ -146,7 +147,7 @@ def load_trace(path: Path, *, num_experts: int | None = None, ranks: Container[i
     for flag, given in (("--trace-experts", num_experts), ("--trace-ranks", ranks)):
         if given is not None:
             rule = "is for Megatron's JSONL; an .npz trace has its ranks and experts already"
-            raise ConfigError(flag, given, rule, "Leave it out.")
+            raise ConfigError(flag, given, rule, f"Remove {flag}.")
     if not path.is_file():
         raise ConfigError("--trace", str(path), "does not exist", "Give an .npz file or Megatron's trace directory.")
     try:
@@ -201,7 +202,9 @@ def from_megatron(path: Path, *, num_experts: int | None = None, ranks: Containe
             tallies.setdefault(key, []).append(np.bincount(experts[experts >= 0]))
             top_k = max(top_k, int(record["topk"]))
     if not tallies:
-        raise ConfigError("--trace", str(path), "has no records", "Run at least one step with the trace on.")
+        raise ConfigError(
+            "--trace", str(path), "has no records", "Run at least one step with --moe-routing-trace-path."
+        )
     return _assemble(tallies, num_experts, top_k, str(path.name))
 
 
@@ -223,7 +226,7 @@ def _records(file: Path) -> Iterator[dict[str, Any]]:
                 missing, rule = ["all"], "is not a JSON object with whole numbers in top_indices"
             if missing:
                 where = f"{file.name}:{number}"
-                raise ConfigError(where, line[:60].strip(), rule, "Delete a line that a killed run cut short.")
+                raise ConfigError(where, line[:60].strip(), rule, "Delete the line if a killed run cut it short.")
             yield record
 
 
@@ -233,8 +236,8 @@ def _assemble(
     top_k: int,
     source: str,
 ) -> RoutingTrace:
-    """Put the tallies of (step, block, mtp index, layer, rank) into one array; every layer needs the same ranks'
-    worth."""
+    """Put the tallies of (step, block, mtp index, layer, rank) into one array; every layer needs as many ranks."""
+    # Step 1: the axes: steps, layers (decoder first, then prediction blocks), ranks, micro-batches, experts.
     steps = sorted({key[0] for key in tallies})
     blocks = sorted({key[1:4] for key in tallies})  # "decoder" sorts before "mtp"
     ranks_of = {block: sorted({key[4] for key in tallies if key[1:4] == block}) for block in blocks}
@@ -243,6 +246,7 @@ def _assemble(
     num_experts = num_experts or -(-highest // 8) * 8
     if highest > num_experts:
         raise PlanError(f"the trace names expert {highest - 1}: must be below {num_experts}")
+    # Step 2: fill the counts; a missing rank or micro-batch is an error.
     counts = np.zeros((len(steps), len(blocks), num_sources, num_micro, num_experts), dtype=np.uint32)
     for at_block, block in enumerate(blocks):
         if len(ranks_of[block]) != num_sources:
@@ -257,6 +261,7 @@ def _assemble(
                     )
                 for micro, batch in enumerate(batches):
                     counts[at_step, at_block, at_rank, micro, : len(batch)] = batch
+    # Step 3: number the layers, prediction blocks after the decoder's.
     last_decoder = max([block[2] for block in blocks if block[0] == "decoder"], default=-1)
     num_decoder = sum(block[0] == "decoder" for block in blocks)
     layer = [b[2] if b[0] == "decoder" else last_decoder + 1 + at - num_decoder for at, b in enumerate(blocks)]

@@ -1,8 +1,8 @@
 """Fit the step model's constants to measured runs: a few physical numbers, each with a prior.
 
 Method. Each constant is positive and is fitted as its logarithm; the residuals are logarithms of predicted over
-measured time, with a soft threshold so that one run that the model does not understand does not bend the others
-(Huber 1964), and every constant adds one residual that pulls it to its prior. Machines differ: when the runs come from
+measured time, with a soft threshold so that one run that the model does not fit does not bend the others (Huber 1964),
+and every constant adds one residual that pulls it to its prior. Machines differ: when the runs come from
 several clusters each gets small deviations of its own from the common constants, and a cluster without a run gets none.
 """
 
@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from scipy.optimize import least_squares  # type: ignore[import-untyped]
+from scipy.optimize import least_squares
 
 from megatron_smartmoe.cost.step.constants import StepConstants
 from megatron_smartmoe.cost.step.step import StepTime
@@ -126,8 +126,8 @@ class FitSetting:
     runs: int
 
 
-def settings_of(runs: Sequence[MeasuredRun], predicted_s: Sequence[float]) -> list[FitSetting]:
-    """Per setting: was the right one ranked first?"""
+def fit_settings(runs: Sequence[MeasuredRun], predicted_s: Sequence[float]) -> list[FitSetting]:
+    """For each setting, the fastest measured run and the one that the prediction ranks first."""
     by_key: dict[str, list[int]] = {}
     for at, run in enumerate(runs):
         by_key.setdefault(run.key, []).append(at)

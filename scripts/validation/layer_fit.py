@@ -3,13 +3,13 @@
 Method. The layer's time is linear in its constants, so this is one non-negative least-squares problem (Lawson and
 Hanson 1974), its rows scaled to relative errors. Each constant has one row more that pulls it to its prior, as strong
 as the prior is certain (ridge regression towards the prior; the mean of a Gaussian posterior, kept non-negative). Where
-measurements tell two constants apart they win, a few hundred rows against one; where they cannot (tokens sent and a
+measurements distinguish two constants they win, a few hundred rows against one; where they cannot (tokens sent and a
 fixed cost at a single micro-batch size, links between nodes in runs on one node) the prior decides, and the model still
 says something sensible about other micro-batch sizes and node counts.
 
 GPUs that share their node's network card reach it through the port that they use inside the node, so what a token costs
 that port is one and the same: the constant of traffic between nodes is pulled towards the fitted one inside the node,
-not towards its own prior. Runs on one node thereby tell half of what two nodes cost.
+not towards its own prior. Runs on one node thereby give half of what two nodes cost.
 
 The alternative, plain least squares, gives a collinear column any value: it fits one setting to the same residual and
 is off by half on the next. Which rank is the busiest depends on the constants, hence the few rounds.
@@ -21,18 +21,18 @@ from collections.abc import Sequence
 from dataclasses import astuple, dataclass, fields
 
 import numpy as np
-from scipy.optimize import nnls  # type: ignore[import-untyped]
+from scipy.optimize import nnls
 
-from megatron_smartmoe.cost.comm import FloatArray
 from megatron_smartmoe.cost.moe_layer import LayerConstants, LayerFlow, layer_counts, layer_time
 from megatron_smartmoe.errors import PlanError
+from megatron_smartmoe.spec.arrays import FloatArray
 
-NOISE = 0.03  # relative standard deviation of one measured layer time
+NOISE = 0.03  # relative standard deviation of one measured layer time: an estimate
 ROUNDS = 4  # of "find the busiest rank, fit"; the choice of rank settles in two or three
 
 
 def spread_of(prior: LayerConstants) -> LayerConstants:
-    """How far each constant may lie from its prior, as a standard deviation.
+    """Standard deviation of each constant around its prior.
 
     Launch counts are estimates within a factor of two, as are links; what a token and an active expert cost outside
     the GEMMs is known to an order of magnitude. With a shared network card the spread of `inter_gpu_token_s` is that of
@@ -48,8 +48,8 @@ def spread_of(prior: LayerConstants) -> LayerConstants:
         inter_gpu_token_s=0.5 * port_s,
         inter_node_token_s=0.5 * prior.inter_node_token_s,
         inter_node_reverse_token_s=0.5 * prior.inter_node_token_s,
-        intra_copy_s=0.5 * prior.intra_copy_s,
-        inter_copy_s=0.5 * prior.inter_copy_s,
+        intra_replica_s=0.5 * prior.intra_replica_s,
+        inter_replica_s=0.5 * prior.inter_replica_s,
     )
 
 
@@ -98,7 +98,7 @@ def calibrate(
     """Fit all constants at once.
 
     Args:
-        measurements: layers of any settings; more settings tell more constants apart.
+        measurements: layers of any settings; more settings distinguish more constants.
         prior: constants of the datasheets (`moe_layer.constants_of`).
         spread: each constant's standard deviation around its prior; None takes `spread_of(prior)`. A constant with
             spread zero keeps its prior.
@@ -106,12 +106,14 @@ def calibrate(
     Raises:
         PlanError: no measurement, or a time that is not positive.
     """
+    # Step 1: check the measurements.
     time_s = np.array([m.time_s for m in measurements])
     if len(time_s) == 0:
         raise PlanError("calibration needs at least one measured layer time, got none")
     if (time_s <= 0).any():
         row = int(np.argmax(time_s <= 0))
         raise PlanError(f"measured time[{row}] = {time_s[row]}: must be positive")
+    # Step 2: fit, find the busiest ranks with the fitted constants, fit again.
     names = [field.name for field in fields(LayerConstants)]
     prior_C, spread_C = np.array(astuple(prior)), np.array(astuple(spread or spread_of(prior)))
     constants = prior
@@ -140,7 +142,7 @@ def residuals(measurements: Sequence[Measurement], constants: LayerConstants) ->
 
 def _counts(flow: LayerFlow, half_rate_tokens: float) -> tuple[float, ...]:
     """What each constant is multiplied with, in the order of LayerConstants' fields."""
-    busy, tokens, copies = layer_counts(flow, half_rate_tokens)
+    busy, tokens, replicas = layer_counts(flow, half_rate_tokens)
     source_tokens = float(flow.traffic_RR.sum(axis=1).max())
     return (
         1.0,
@@ -151,8 +153,8 @@ def _counts(flow: LayerFlow, half_rate_tokens: float) -> tuple[float, ...]:
         tokens.inter_gpu,
         tokens.inter_node,
         tokens.inter_node_reverse,
-        copies.intra,
-        copies.inter_gpu,
+        replicas.intra,
+        replicas.inter_gpu,
     )
 
 
@@ -172,9 +174,11 @@ def _posterior(
         spread_C: how strongly; zero keeps the prior.
         follows: (constant, another): the first is pulled to where its prior lies from the second's, wherever that is.
     """
+    # Step 1: take the constants that keep their prior out of the problem.
     free_C = spread_C > 0
     scale_C = spread_C[free_C]
     remaining_N = time_N - counts_NC[:, ~free_C] @ prior_C[~free_C]
+    # Step 2: a row per measurement, in units of its noise, and a row per constant that pulls it to its prior.
     rows = counts_NC[:, free_C] * scale_C / (NOISE * time_N)[:, None]
     target = remaining_N / (NOISE * time_N)
     pull, pulled_to = np.eye(int(free_C.sum())), prior_C[free_C] / scale_C
@@ -183,6 +187,7 @@ def _posterior(
         one, other = (int(place_C[constant]) for constant in follows)
         pull[one, other] = -scale_C[other] / scale_C[one]
         pulled_to[one] = (prior_C[follows[0]] - prior_C[follows[1]]) / scale_C[one]
+    # Step 3: solve, and scale back.
     solution, _ = nnls(np.vstack([rows, pull]), np.concatenate([target, pulled_to]))
     fitted_C = prior_C.copy()
     fitted_C[free_C] = solution * scale_C

@@ -1,4 +1,4 @@
-"""Measured runs of other MoE systems as launches of this planner: what each row trained, and how its tokens fell.
+"""Measured runs of other MoE systems as launches of this planner: what each row trained, and under which load.
 
 The systems are those of the SmartMoE paper (Zhai et al., USENIX ATC 2023): FastMoE, FasterMoE, SmartMoE's static part
 and an Alpa-like choice on one code base, DeepSpeed beside them. All train the same GPT-MoE in fp16 with unfused
@@ -6,7 +6,7 @@ attention, without sharded optimizer and without overlap, so a row differs from 
 
 - a gate's popularity is a Zipf law, one exponent per gate, no expert above 1 / top_k (a token chooses it once);
 - a capacity drops what an expert gets above `capacity` times the mean; GShard's gate also drops second choices;
-- FasterMoE copies the hottest expert to every rank when its own rule says so (He et al., PPoPP 2022);
+- FasterMoE replicates the hottest experts on every rank when its own rule says so (He et al., PPoPP 2022);
 - DeepSpeed pads every expert to the capacity, or to the fullest expert where there is none, and dispatches by einsum.
 """
 
@@ -30,7 +30,7 @@ from megatron_smartmoe.spec.parallel import ParallelSpec
 
 VOCAB = 50304  # GPT-2's, padded, as the runs' FLOP count says
 PADDED = ("deepspeed", "tutel")  # systems that pad every expert
-SHARED = True
+SHARED_CARD = True  # the GPUs of a node share its network card
 SPREAD = (0.25, 1.75)  # exponents of layers over their mean, evenly between: some are nearly even, some collapse
 COLUMNS = (
     "cluster gpus system layers hidden heads seq topk experts gate capacity tp pp dp ep edp gbs mbs shadow "
@@ -43,7 +43,7 @@ class GateLaw:
     """How a gate spreads tokens.
 
     Attributes:
-        exponent: of the Zipf law, the mean over layers and time; `SPREAD` says how far single layers lie from it.
+        exponent: exponent of the Zipf law, mean over layers and time; single layers are spread around it by `SPREAD`.
         kept: share of second choices that the gate keeps.
     """
 
@@ -58,7 +58,7 @@ class MeasuredRun:
     Attributes:
         key: the setting whose runs compete: model, cluster, GPUs, capacity.
         label: system and parallel sizes.
-        system: whose code.
+        system: the code base.
         gate: name of the gate.
         capacity: factor above which tokens are dropped; infinity for none.
         cluster: name of the machines.
@@ -142,7 +142,7 @@ def predict(
 ) -> StepTime:
     """The run's step on `cluster` with these constants."""
     flows_L = flows_of(run, gates[run.gate], spec_nodes(cluster, run.spec.ep))
-    layer = layer_constants(cluster, run.model, run.spec, constants, shared_card=SHARED)
+    layer = layer_constants(cluster, run.model, run.spec, constants, shared_card=SHARED_CARD)
     if run.system not in PADDED:
         layer = replace(layer, expert_s=layer.expert_s + system_s["expert_round"])
     moe = [moe_times([flow], layer, run.model, run.spec, cluster, constants) for flow in flows_L]
@@ -150,7 +150,7 @@ def predict(
         busiest = sum(float(flow.load_ER.sum(axis=0).max()) for flow in flows_L) / len(flows_L)
         extra_s = _einsum_s(run, busiest, cluster, constants) + system_s["padded_layer"]
         moe = [replace(one, layer=replace(one.layer, source_s=one.layer.source_s + extra_s)) for one in moe]
-    # Copies are made for every micro-batch.
+    # FasterMoE fills its replicas in every micro-batch.
     spec = replace(run.spec, replicas="exact", spare_slots=1) if run.shadow else run.spec
     return step_time(run.model, spec, cluster, constants, moe)
 
@@ -207,23 +207,28 @@ def _computed(share_E: FloatArray, run: MeasuredRun, gate: GateLaw) -> FloatArra
 
 
 def _shadowed(flow: LayerFlow, run: MeasuredRun, counts_RE: FloatArray) -> LayerFlow:
-    """FasterMoE's policy with its scripts' constants: copy the k hottest experts to every rank while that pays."""
+    """FasterMoE's policy: the k hottest experts get replicas on every rank, while its cost model says that this pays.
+
+    Source: He et al., PPoPP 2022, section 4, with the 8 GB/s and 112 TFLOP/s of its scripts.
+    """
     hidden, (ranks, experts) = run.model.hidden, counts_RE.shape
     alpha = run.model.moe.ffn / hidden
-    move_s, compute_s, copy_s = hidden * 2 / 8e9, 4 * alpha * hidden**2 / 112e12, 32 * alpha * hidden**2 / 8e9
+    move_s, compute_s, replica_s = hidden * 2 / 8e9, 4 * alpha * hidden**2 / 112e12, 32 * alpha * hidden**2 / 8e9
     order_E = np.argsort(-counts_RE.sum(axis=0), kind="stable")
     total_E = counts_RE.sum(axis=0)[order_E]
 
-    def cost(copies: int) -> float:
-        local = float(counts_RE[0, order_E[:copies]].sum())
-        remote = total_E[copies] * (ranks - 1) / ranks
-        return float(3 * compute_s * (total_E[copies] + local) + 4 * move_s * remote + copies * copy_s)
+    def cost_s(k: int) -> float:
+        local = float(counts_RE[0, order_E[:k]].sum())
+        remote = total_E[k] * (ranks - 1) / ranks
+        return float(3 * compute_s * (total_E[k] + local) + 4 * move_s * remote + k * replica_s)
 
+    # Step 1: the k of the smallest predicted time, scanned from 1 for as long as it beats no shadowing.
     best = 0
-    for copies in range(1, experts):
-        if cost(copies) >= cost(0):
+    for k in range(1, experts):
+        if cost_s(k) >= cost_s(0):
             break
-        best = copies if cost(copies) < cost(best) else best
+        best = k if cost_s(k) < cost_s(best) else best
+    # Step 2: a shadowed expert's tokens stay on their source rank.
     load_ER, traffic_RR = flow.load_ER.copy(), flow.traffic_RR.copy()
     for expert in order_E[:best]:
         home = int(np.argmax(flow.load_ER[expert]))
@@ -231,4 +236,4 @@ def _shadowed(flow: LayerFlow, run: MeasuredRun, counts_RE: FloatArray) -> Layer
         traffic_RR[:, home] -= counts_RE[:, expert]
         traffic_RR[np.diag_indices(ranks)] += counts_RE[:, expert]
     ring_RR = np.roll(np.eye(ranks), 1, axis=1) * best  # broadcast and reduce go round once
-    return replace(flow, load_ER=load_ER, traffic_RR=traffic_RR, copies_RR=ring_RR)
+    return replace(flow, load_ER=load_ER, traffic_RR=traffic_RR, replicas_RR=ring_RR)

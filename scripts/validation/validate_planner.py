@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Fit the planner's step model to measured training runs and predict others.
 
-    scripts/validation/validate_planner.py --fit a.csv --predict b.csv --json result.json
+    python scripts/validation/validate_planner.py --fit a.csv --predict b.csv --json result.json
 
 The CSV files have a header with at least cluster, gpus, system, layers, hidden, heads, seq, topk, experts, gate,
 capacity, tp, pp, dp, ep, edp, gbs, mbs, shadow, median_ms_skip10: a training run each. Rows that are not GPT are left
@@ -13,8 +13,6 @@ fastest measured, the one predicted first, and by how much the latter is slower 
 """
 
 import argparse
-import csv
-import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -22,50 +20,51 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_smartmoe.errors import ConfigError, SmartMoEError
-from megatron_smartmoe.spec.cluster import ClusterSpec, load_cluster_spec
-from scripts.validation.fit import Fitted, fit, settings_of
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the checkout, when the script is run by its path
+
+from megatron_smartmoe.errors import ConfigError
+from megatron_smartmoe.spec.cluster import ClusterSpec, load_cluster_spec, shipped_directory
+from scripts.validation import command
+from scripts.validation.fit import Fitted, fit, fit_settings
 from scripts.validation.measured import COLUMNS, MeasuredRun, run_of
 
-FOLDER = Path(__file__).resolve().parents[2] / "configs" / "clusters"
+ROWS = "measured training runs"
 CLUSTERS = {"inky": "a100-sxm4-80gb.yaml", "nico": "v100-pcie.yaml", "": "a100-sxm4-80gb.yaml"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Read, fit, predict, write."""
-    args = parse(argv)
-    try:
-        clusters = clusters_of(args.cluster)
-        fitted_to, left_out = read_runs(args.fit)
-        to_predict, more = read_runs(args.predict)
-        model = fit(fitted_to, clusters)
-        content = result_of(model, to_predict)
-        content |= {"fit": summary(model, fitted_to), "constants": dict(model.values), "left_out": left_out + more}
-        content["deviations"] = {f"{cluster} {name}": v for (cluster, name), v in model.deviations.items()}
-        if args.cross_validate:
-            content["cross_validation"] = cross_validate(fitted_to, clusters)
-    except SmartMoEError as error:
-        print(f"validate_planner: {error}", file=sys.stderr)
-        return 2
-    args.json.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    """Fit one file, predict the other; returns the exit status."""
+    return command.run(parse(argv), validate)
+
+
+def validate(args: argparse.Namespace) -> dict[str, object]:
+    """Read, fit, predict, print; returns the result."""
+    clusters = clusters_of(args.cluster)
+    fitted_to, left_out = read_runs(args.fit)
+    to_predict, more = read_runs(args.predict)
+    model = fit(fitted_to, clusters)
+    content = result_of(model, to_predict)
+    content |= {"fit": summary(model, fitted_to), "constants": dict(model.values), "left_out": left_out + more}
+    content["deviations"] = {f"{cluster} {name}": v for (cluster, name), v in model.deviations.items()}
+    if args.cross_validate:
+        content["cross_validation"] = cross_validate(fitted_to, clusters)
     show(model, to_predict, content)
-    return 0
+    return content
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Flags."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--fit", type=Path, required=True, help="CSV of measured runs to fit")
-    parser.add_argument("--predict", type=Path, required=True, help="CSV of measured runs to predict")
-    parser.add_argument("--json", type=Path, required=True, help="where the result is written")
-    parser.add_argument("--cluster", action="append", default=[], metavar="NAME=YAML", help="machines of a cluster")
-    parser.add_argument("--cross-validate", action="store_true", help="leave out capacities and systems in turn")
+    """Read the command line."""
+    parser = command.parser_of(__doc__, ROWS)
+    text = "cluster file for the runs of cluster NAME; may be repeated"
+    parser.add_argument("--cluster", action="append", default=[], metavar="NAME=YAML", help=text)
+    text = "also leave out each capacity and each system of the fitted runs in turn and predict it"
+    parser.add_argument("--cross-validate", action="store_true", help=text)
     return parser.parse_args(argv)
 
 
 def clusters_of(given: Sequence[str]) -> dict[str, ClusterSpec]:
     """Machines by the clusters' names in the CSV; the empty name is for all others."""
-    paths = {name: FOLDER / file for name, file in CLUSTERS.items()}
+    paths = {name: shipped_directory("clusters") / file for name, file in CLUSTERS.items()}
     for text in given:
         name, found, path = text.partition("=")
         if not found:
@@ -76,22 +75,14 @@ def clusters_of(given: Sequence[str]) -> dict[str, ClusterSpec]:
 
 def read_runs(path: Path) -> tuple[list[MeasuredRun], list[str]]:
     """The file's GPT runs, and what was left out and why."""
-    if not path.is_file():
-        raise ConfigError("measured runs", str(path), "does not exist", "Give a CSV file.")
     runs, left_out = [], []
-    with path.open(encoding="utf-8", newline="") as file:
-        reader = csv.DictReader(file)
-        missing = [name for name in COLUMNS if name not in (reader.fieldnames or ())]
-        if missing:
-            way_out = f"It needs {', '.join(COLUMNS)}."
-            raise ConfigError("measured runs", str(path), f"lacks column {', '.join(missing)}", way_out)
-        for number, row in enumerate(reader, 2):
-            try:
-                runs.append(run_of(row))
-            except ConfigError as error:
-                left_out.append(f"{path.name}:{number}: {error}")
+    for number, row in enumerate(command.read_csv(path, COLUMNS, ROWS), 2):
+        try:
+            runs.append(run_of(row))
+        except ConfigError as error:
+            left_out.append(f"{path.name}:{number}: {error}")
     if not runs:
-        raise ConfigError("measured runs", str(path), "has no GPT run", "Rows need one hidden size and a sequence.")
+        raise ConfigError(ROWS, str(path), "has no GPT run", "Give rows with a number under hidden and under seq.")
     return runs, left_out
 
 
@@ -101,15 +92,15 @@ def errors_of(model: Fitted, runs: Sequence[MeasuredRun]) -> list[float]:
 
 
 def summary(model: Fitted, runs: Sequence[MeasuredRun]) -> dict[str, float]:
-    """Errors in one line."""
+    """Median and worst error of the runs."""
     errors = np.abs(errors_of(model, runs))
     return {"median_ape": float(np.median(errors)), "worst_ape": float(errors.max()), "rows": len(runs)}
 
 
 def result_of(model: Fitted, runs: Sequence[MeasuredRun]) -> dict[str, object]:
-    """What the JSON file says about the prediction."""
+    """The result file's part about the prediction."""
     predicted_s = [model.predict(run).total_s for run in runs]
-    settings = [asdict(setting) for setting in settings_of(runs, predicted_s)]
+    settings = [asdict(setting) for setting in fit_settings(runs, predicted_s)]
     return {**summary(model, runs), "settings": settings}
 
 
@@ -136,7 +127,7 @@ def show(model: Fitted, runs: Sequence[MeasuredRun], content: dict[str, object])
         predicted_s = model.predict(run).total_s
         error = predicted_s / run.time_s - 1
         print(f"{run.key:46} {run.label:40} {run.time_s:7.3f} s  {predicted_s:7.3f} s {error:+7.1%}")
-    for setting in settings_of(runs, [model.predict(run).total_s for run in runs]):
+    for setting in fit_settings(runs, [model.predict(run).total_s for run in runs]):
         print(f"{setting.key:46} first: {setting.first_predicted:40} regret {setting.regret:.1%}")
     print(f"fitted {content['fit']}\npredicted {content['rows']} rows, median error {content['median_ape']:.2%}")
 

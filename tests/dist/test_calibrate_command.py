@@ -6,16 +6,18 @@ import os
 import sys
 from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+import torch.distributed as dist
 
-from megatron_smartmoe.adapter.launch import calibrate
-from megatron_smartmoe.adapter import machine as training
+from megatron_smartmoe.adapter import cost_inputs as training
+from megatron_smartmoe.adapter.launch import calibrate, process
 from megatron_smartmoe.adapter.launch import machine as launcher
-from megatron_smartmoe.adapter.launch import process
 from megatron_smartmoe.adapter.launch.topology import Topology
-from megatron_smartmoe.cli.main import main as smartmoe
 from megatron_smartmoe.calibrate.options import CalibrateOptions
+from megatron_smartmoe.cli.main import main as smartmoe
 from megatron_smartmoe.errors import ConfigError
 from megatron_smartmoe.spec.cluster import ClusterSpec, load_cluster_spec
 from tests.support.ranks import run_ranks
@@ -64,7 +66,7 @@ def test_the_ranks_write_a_cluster_file(written: tuple[Path, str]) -> None:
     assert "2 ranks at once on 1 x" in cluster.sources["gpu.peak_flops"]
     assert cluster.sources["inter_node.latency_s"].startswith("not measured, one node: estimate: TCP")
     assert "measuring all_to_all, intra ..." in printed
-    assert "against cpu: what the cost model reckons with" in printed
+    assert "compared with cpu: rates that the cost model uses" in printed
     assert f"wrote {path}" in printed
     assert not path.with_name("mine.yaml.partial").exists()
 
@@ -105,7 +107,12 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     for name in [name for name in os.environ if name.startswith("SLURM_")]:
         monkeypatch.delenv(name)
     commands: list[list[str]] = []
-    monkeypatch.setattr(process, "run", lambda command, environment, log: commands.append(list(command)) or 0)
+
+    def run(command: list[str], environment: Any, log: Any) -> int:
+        commands.append(list(command))
+        return 0
+
+    monkeypatch.setattr(process, "run", run)
     return commands
 
 
@@ -122,8 +129,8 @@ def test_nproc_is_for_torchrun_alone(started: list[list[str]]) -> None:
 
 
 def test_more_ranks_than_gpus(started: list[list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calibrate.torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(calibrate.torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     calibrate.start_ranks(CalibrateOptions())
     assert started[0][4] == "2"
     with pytest.raises(ConfigError) as caught:
@@ -142,18 +149,18 @@ def test_a_wrong_file_to_compare_with_fails_before_ranks_start(
 
 
 def test_unequal_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calibrate.dist, "get_rank", lambda: 0)
-    monkeypatch.setattr(calibrate.dist, "get_world_size", lambda: 3)
-    with pytest.raises(ConfigError, match="LOCAL_WORLD_SIZE = 2: 3 ranks do not make nodes of 2"):
-        calibrate._bench(calibrate.torch.device("cpu"), calibrate.torch.float32, 2, 1)
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 3)
+    with pytest.raises(ConfigError, match="LOCAL_WORLD_SIZE = 2: must divide the 3 ranks"):
+        calibrate._bench(torch.device("cpu"), torch.float32, 2, 1)
 
 
 # --- who is sent here
 
 
 def test_an_unknown_gpu_is_sent_to_calibrate(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training.torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(training.torch.cuda, "get_device_name", lambda: "NVIDIA Unheard Of")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA Unheard Of")
     with pytest.raises(ConfigError) as caught:
         training.machine(Namespace(smartmoe_cluster=None))
     assert str(caught.value) == (
@@ -164,7 +171,7 @@ def test_an_unknown_gpu_is_sent_to_calibrate(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_known_gpu_has_its_file(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training.torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(training.torch.cuda, "get_device_name", lambda: "NVIDIA H200")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
     found: ClusterSpec = training.machine(Namespace(smartmoe_cluster=None))
     assert found.gpu.name == "H200-SXM5-141GB"

@@ -51,6 +51,7 @@ def saved(
     return Saved(tmp_path_factory.mktemp("saved"), data_flags, initial_weights, request.param)
 
 
+@pytest.mark.fast
 def test_resumed_losses_are_bit_equal(saved: Saved, tmp_path: Path) -> None:
     assert saved.resume(tmp_path, 2, *EP2) == saved.losses[4:]
 
@@ -64,12 +65,13 @@ def test_resumed_at_another_parallelism(saved: Saved, mix: str, tmp_path: Path) 
 
 def launch(saved: Saved, tmp_path: Path, nproc: str, *flags: str) -> subprocess.CompletedProcess[str]:
     """The launcher on the saved checkpoint."""
-    command = [sys.executable, "-m", "megatron_smartmoe.adapter.launch", "--nproc", nproc, "--run-dir", tmp_path / "x"]
+    command = [sys.executable, "-m", "megatron_smartmoe.adapter.launch", "--nproc", nproc]
+    command += ["--run-dir", str(tmp_path / "run")]
     flags = (*TINY_MODEL, *TINY_TRAINING, *saved.flags, "--load", str(saved.checkpoint), *flags)
     return subprocess.run([*command, *flags], capture_output=True, text=True, timeout=120, check=False)
 
 
-def test_a_longer_run_has_to_say_which_schedule_counts(saved: Saved, tmp_path: Path) -> None:
+def test_a_longer_run_has_to_choose_its_schedule(saved: Saved, tmp_path: Path) -> None:
     done = launch(saved, tmp_path, "2", *EP2, "--train-iters", "9")
     assert done.returncode == 2
     assert done.stderr == (

@@ -1,7 +1,8 @@
-"""The controller without Megatron: what it does with decisions, failures and disagreement, on gloo ranks."""
+"""The controller without Megatron, on gloo ranks: decisions, failures, and ranks that decide differently."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,39 +12,38 @@ import pytest
 from megatron_smartmoe.placement.decisions import Decision
 from megatron_smartmoe.placement.homes_planner import HomesPlanner, OnlineOptions
 from megatron_smartmoe.placement.policy import PolicyOptions
+from megatron_smartmoe.runtime.controller import Controller, ControllerOptions, Moved
 from megatron_smartmoe.spec.arrays import IntArray
 from megatron_smartmoe.spec.placement import Placement
 from tests.support.ranks import run_ranks
 
-pytestmark = pytest.mark.dist
+pytestmark = [pytest.mark.dist, pytest.mark.fast]
 
 HOT = [90, 90, 1, 1, 10, 10, 10, 10]  # tokens of each expert and micro-batch: experts 0 and 1 are hot, both on rank 0
 
 
-class Told:
-    """A reporter that remembers."""
+class RecordingReporter:
+    """Keeps what the controller reports."""
 
     def __init__(self) -> None:
-        self.decisions: list[tuple[Decision, float, float, Any]] = []
-        self.troubles: list[str] = []
+        self.decisions: list[tuple[Decision, float, float, Moved | None]] = []
+        self.warnings: list[str] = []
 
-    def decided(self, decision: Decision, before: float, after: float, moved: Any) -> None:
+    def decided(self, decision: Decision, before: float, after: float, moved: Moved | None) -> None:
         self.decisions.append((decision, before, after, moved))
 
-    def trouble(self, iteration: int, text: str) -> None:
-        self.troubles.append(text)
+    def warn(self, iteration: int, text: str) -> None:
+        self.warnings.append(text)
 
 
-class Moves:
-    """A mover that moves nothing and says what it is told to."""
+class FakeMover:
+    """Moves nothing, and returns success or the given failure."""
 
     def __init__(self, failure: str | None = None) -> None:
         self.failure = failure
         self.calls = 0
 
-    def move(self, before: Placement, after: Placement) -> Any:
-        from megatron_smartmoe.runtime.controller import Moved
-
+    def move(self, before: Placement, after: Placement) -> Moved:
         self.calls += 1
         return Moved(placement=before if self.failure else after, wire_bytes=7, failure=self.failure)
 
@@ -55,13 +55,10 @@ def busiest(slots_RS: IntArray, counts_RE: IntArray) -> float:
 
 
 def run(case: str, iterations: int) -> dict[str, Any]:
-    """Two ranks route HOT for some iterations; returns what the controller did."""
-    import os
-
+    """Route HOT on this rank for some iterations; returns what the controller did."""
     import torch
     import torch.distributed as dist
 
-    from megatron_smartmoe.runtime.controller import Controller, ControllerOptions
     from megatron_smartmoe.runtime.counts import CountsShape, ExpertCounts, IntervalCounts
 
     dist.init_process_group("gloo")
@@ -71,30 +68,33 @@ def run(case: str, iterations: int) -> dict[str, Any]:
         seconds = _fails
     if case == "disagreement" and rank == 1:
         seconds = _prefers_nothing
-    policy = PolicyOptions(horizon_iterations=1 if case == "does not pay" else 1000, rest_iterations=1)
+    policy = PolicyOptions(horizon_iterations=1 if case == "does not pay" else 1000, cooldown_iterations=1)
     online = OnlineOptions(
         homes_interval=1, state_bytes=10**9, migration_bytes_s=1e9, policy=policy, review_records=2, replicas="history"
     )
     counts = ExpertCounts(1, len(HOT), "cpu")
-    told, moves = Told(), Moves("no answer" if case == "a failure" else None)
+    reporter, mover = RecordingReporter(), FakeMover("no answer" if case == "a failure" else None)
     controller = Controller(
         ControllerOptions(
             mode="dry" if case == "dry" else "on", interval=4, windows=2, last=5 if case == "stop" else None
         ),
         HomesPlanner(1, len(HOT), online, seconds),
         IntervalCounts(counts, CountsShape(rows=(0,), num_ranks=2, ep_rank=rank, windows=2)),
-        moves,
-        told,
+        mover,
+        reporter,
         Placement.contiguous(num_layers=1, num_experts=len(HOT), num_ranks=2),
     )
     for iteration in range(1, iterations + 1):
         counts.local_LE[0] += torch.tensor(HOT)
         controller.step(iteration)
     return {
-        "decisions": [(d.iteration, d.kind, d.taken, d.why.split(":")[0]) for d, *_ in told.decisions],
-        "imbalance": [(round(before, 3), round(after, 3)) for _, before, after, _ in told.decisions],
-        "troubles": told.troubles,
-        "moves": moves.calls,
+        "decisions": [
+            (d.iteration, d.kind, d.taken, d.why.split(": ")[-1 if d.kind == "review" else 0])
+            for d, *_ in reporter.decisions
+        ],
+        "imbalance": [(round(before, 3), round(after, 3)) for _, before, after, _ in reporter.decisions],
+        "warnings": reporter.warnings,
+        "moves": mover.calls,
         "homes": controller.placement.home_rank_LE[0].tolist(),
     }
 
@@ -107,8 +107,8 @@ def _prefers_nothing(slots_RS: IntArray, counts_RE: IntArray) -> float:
     return 1.0
 
 
-def both(case: str, tmp_path: Path, iterations: int = 10) -> dict[str, Any]:
-    """What rank 0 says; the other one must have the same homes."""
+def on_two_ranks(case: str, tmp_path: Path, iterations: int = 10) -> dict[str, Any]:
+    """The result of rank 0; rank 1 must have the same homes."""
     results = run_ranks(run, 2, case, iterations, log_dir=tmp_path)
     assert results[0]["homes"] == results[1]["homes"]
     first: dict[str, Any] = results[0]
@@ -119,46 +119,46 @@ HOME = np.repeat([0, 1], 4).tolist()
 
 
 def test_a_move_that_pays_is_made_and_reviewed(tmp_path: Path) -> None:
-    said = both("pays", tmp_path)
-    assert said["decisions"] == [(5, "homes", True, "pays"), (9, "review", True, "kept")]
-    before, after = said["imbalance"][0]
+    result = on_two_ranks("pays", tmp_path)
+    assert result["decisions"] == [(5, "homes", True, "pays"), (9, "review", True, "kept")]
+    before, after = result["imbalance"][0]
     assert before == pytest.approx(182 / 111, abs=1e-3)
     assert after < 1.1
-    assert said["moves"] == 1
-    assert said["homes"] != HOME
+    assert result["moves"] == 1
+    assert result["homes"] != HOME
 
 
 def test_a_move_that_does_not_pay_is_not_made(tmp_path: Path) -> None:
-    said = both("does not pay", tmp_path)
-    assert said["moves"] == 0
-    assert said["homes"] == HOME
+    result = on_two_ranks("does not pay", tmp_path)
+    assert result["moves"] == 0
+    assert result["homes"] == HOME
 
 
-def test_a_dry_run_moves_nothing_and_looks_again(tmp_path: Path) -> None:
-    said = both("dry", tmp_path)
-    assert [decision[:2] for decision in said["decisions"]] == [(5, "homes"), (9, "homes")]
-    assert said["moves"] == 0
-    assert said["homes"] == HOME
+def test_a_dry_run_moves_nothing_and_re_evaluates(tmp_path: Path) -> None:
+    result = on_two_ranks("dry", tmp_path)
+    assert [decision[:2] for decision in result["decisions"]] == [(5, "homes"), (9, "homes")]
+    assert result["moves"] == 0
+    assert result["homes"] == HOME
 
 
 def test_nothing_is_decided_after_the_stop(tmp_path: Path) -> None:
-    assert [decision[0] for decision in both("stop", tmp_path)["decisions"]] == [5]
+    assert [decision[0] for decision in on_two_ranks("stop", tmp_path)["decisions"]] == [5]
 
 
 def test_an_error_in_deciding_keeps_the_placement(tmp_path: Path) -> None:
-    said = both("an error", tmp_path)
-    assert said["homes"] == HOME
-    assert said["troubles"][0] == "ZeroDivisionError: a bug in the cost model"
+    result = on_two_ranks("an error", tmp_path)
+    assert result["homes"] == HOME
+    assert result["warnings"][0] == "ZeroDivisionError: a bug in the cost model"
 
 
-def test_ranks_that_disagree_move_nothing(tmp_path: Path) -> None:
-    said = both("disagreement", tmp_path)
-    assert said["homes"] == HOME
-    assert said["moves"] == 0
-    assert said["troubles"][0] == "the ranks decided differently; the placement stays"
+def test_ranks_that_decide_differently_move_nothing(tmp_path: Path) -> None:
+    result = on_two_ranks("disagreement", tmp_path)
+    assert result["homes"] == HOME
+    assert result["moves"] == 0
+    assert result["warnings"][0] == "the ranks decided differently; the placement stays"
 
 
 def test_a_migration_that_fails_leaves_the_homes(tmp_path: Path) -> None:
-    said = both("a failure", tmp_path)
-    assert said["homes"] == HOME
-    assert said["troubles"][0] == "no answer"
+    result = on_two_ranks("a failure", tmp_path)
+    assert result["homes"] == HOME
+    assert result["warnings"][0] == "no answer"

@@ -1,4 +1,4 @@
-"""kill -9 of a rank in the middle of training: the same command goes on from the checkpoint, exactly."""
+"""kill -9 of a rank in the middle of training: the same command resumes from the checkpoint with the same losses."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def launcher(run_dir: Path, data_flags: list[str]) -> list[str]:
 
 
 def wait_for_checkpoint(run_dir: Path, process: subprocess.Popen[bytes], timeout_s: float = 120) -> None:
-    """Until the first checkpoint is complete and at least one iteration has followed."""
+    """Wait until the first checkpoint is complete and at least one iteration has followed."""
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         assert process.poll() is None, "training ended before it could be killed"
@@ -48,7 +48,7 @@ def ranks_of(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
     ]
 
 
-def test_a_killed_run_goes_on_exactly(tmp_path: Path, data_flags: list[str]) -> None:
+def test_a_killed_run_resumes_exactly(tmp_path: Path, data_flags: list[str]) -> None:
     run_dir = tmp_path / "killed"
     process = subprocess.Popen(launcher(run_dir, data_flags), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     wait_for_checkpoint(run_dir, process)

@@ -1,4 +1,4 @@
-"""kill -9 of one rank in the middle of a migration: the next run resumes from the checkpoint and goes on exactly."""
+"""kill -9 of one rank in the middle of a migration: the next run resumes from the checkpoint with the same losses."""
 
 from __future__ import annotations
 

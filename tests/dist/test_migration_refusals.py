@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,19 +11,19 @@ import pytest
 
 from tests.support.ranks import run_ranks
 
-pytestmark = pytest.mark.dist
+pytestmark = [pytest.mark.dist, pytest.mark.fast]
 
 REFUSED = {
     "precision-aware": "--use-precision-aware-optimizer = True: its main weights and moments are kept scaled and in "
-    "parts inside the fused optimizer. Leave it away, or set --smartmoe-homes off.",
+    "parts inside the fused optimizer. Remove the flag, or set --smartmoe-homes off.",
     "offload": "--optimizer-cpu-offload = True: the state of experts is kept on the CPU, in another order. "
-    "Leave it away, or set --smartmoe-homes off.",
+    "Remove the flag, or set --smartmoe-homes off.",
     "layer-wise": "--optimizer = 'muon': the layer-wise optimizer gives whole parameters to single ranks. "
-    "Leave it away, or set --smartmoe-homes off.",
+    "Remove the flag, or set --smartmoe-homes off.",
     "unknown": "--optimizer = 'adam': Lamb is not an optimizer whose state can be moved. "
-    "Leave it away, or set --smartmoe-homes off.",
+    "Remove the flag, or set --smartmoe-homes off.",
     "fsdp": "--use-megatron-fsdp = True: experts cannot move between ranks when FSDP shards the model. "
-    "Leave it away, or set --smartmoe-homes off.",
+    "Remove the flag, or set --smartmoe-homes off.",
     "one rank": "--expert-model-parallel-size = 1: all experts are at home on the one rank. "
     "Use at least 2, or set --smartmoe-homes off.",
 }
@@ -49,12 +50,11 @@ def texts() -> dict[str, str]:
     class Lamb:
         pass
 
-    class Chunk(SimpleNamespace):
-        def parameters(self) -> list[Any]:
-            return []
+    def chunk(**attributes: Any) -> Any:
+        return SimpleNamespace(parameters=list, **attributes)
 
-    fsdp = [Chunk(ddp_config=SimpleNamespace(use_megatron_fsdp=True))]
-    calls = {
+    fsdp = [chunk(ddp_config=SimpleNamespace(use_megatron_fsdp=True))]
+    calls: dict[str, Callable[[], object]] = {
         "precision-aware": lambda: check_optimizer(
             optimizer(DistributedOptimizer, use_precision_aware_optimizer=True), []
         ),
@@ -70,7 +70,7 @@ def texts() -> dict[str, str]:
             call()
         except SmartMoEError as error:
             found[name] = str(error)
-    check_optimizer(optimizer(FP32Optimizer), [Chunk()])
+    check_optimizer(optimizer(FP32Optimizer), [chunk()])
     return found
 
 

@@ -6,10 +6,12 @@ import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
 from tests.dist.test_parallel_equality import EP2, TP2, largest_difference
+from tests.support.marks import some_fast
 from tests.support.ranks import run_ranks
 from tests.support.training import TINY_MODEL, TINY_TRAINING, losses, train
 
@@ -58,7 +60,7 @@ def _flags(flags: str, degree: int | str) -> list[str]:
     return [*flags.split(), *ours.split()]
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", some_fast(CASES, "EP4, 3 pieces"))
 def test_losses_are_those_without_overlap(case: str, losses_of: Losses) -> None:
     world_size, flags, degree, more = CASES[case]
     overlapped = losses_of(world_size, f"{flags} {more}", degree)
@@ -67,7 +69,7 @@ def test_losses_are_those_without_overlap(case: str, losses_of: Losses) -> None:
 
 
 def _watched(argv: list[str], log: str) -> list[str]:
-    """A run of the entry that returns what this rank's exchanges did, in order: `post 3`, `land 3`, numbered."""
+    """A run of the entry that returns what this rank's exchanges did, in order: `post 3`, `wait 3`, numbered."""
     from megatron_smartmoe.adapter.pretrain import main
     from megatron_smartmoe.runtime.chunked_all_to_all import RowExchange
 
@@ -81,7 +83,7 @@ def _watched(argv: list[str], log: str) -> list[str]:
 
         return note
 
-    for name in ("post", "land"):
+    for name in ("post", "wait"):
         setattr(RowExchange, f"_{name}", noting(name, getattr(RowExchange, f"_{name}")))
     main(argv)
     return events
@@ -97,51 +99,50 @@ def test_a_repeated_run_is_bit_equal_and_all_ranks_post_alike(
     assert losses(tmp_path) == losses_of(4, f"{EP4} ", 3)
     assert all(other == events for other in others)
     layers, micro_batches, pieces = 4, 2, 2  # a rank's own rows, the first of three pieces, are not sent
-    assert len(events) == ITERATIONS * micro_batches * layers * pieces * 2 * 2 * 2  # there, back; post, land; grads
+    assert len(events) == ITERATIONS * micro_batches * layers * pieces * 2 * 2 * 2  # there, back; post, wait; grads
     first_backward = events[layers * pieces * 4 :][: pieces * 4]
     top = layers * pieces * 2  # exchanges of the forward pass; its last layer comes first
     dispatch, combine = [top - 4, top - 3], [top - 2, top - 1]
     assert first_backward == [
         *(f"post {combine[1]}", f"post {combine[0]}"),
-        *(f"land {combine[1]}", f"post {dispatch[1]}"),
-        *(f"land {combine[0]}", f"post {dispatch[0]}"),
-        *(f"land {dispatch[1]}", f"land {dispatch[0]}"),
+        *(f"wait {combine[1]}", f"post {dispatch[1]}"),
+        *(f"wait {combine[0]}", f"post {dispatch[0]}"),
+        *(f"wait {dispatch[1]}", f"wait {dispatch[0]}"),
     ]
 
 
 def _broken(argv: list[str]) -> None:
-    """A run in which the second piece's output is lost."""
+    """A run in which the second chunk's output is lost."""
     from megatron_smartmoe.adapter.moe.overlap import OverlappedMoELayer
     from megatron_smartmoe.adapter.pretrain import main
 
-    whole = OverlappedMoELayer._compute
+    compute, send = OverlappedMoELayer._compute, OverlappedMoELayer._send
 
     def some(layer: Any, counts_PQS: Any, *rows: Any) -> Any:
-        output = whole(layer, counts_PQS, *rows)
+        output = compute(layer, counts_PQS, *rows)
         return output if counts_PQS is layer.first else output * 0
 
-    def send(layer: Any, peers: Any, *args: Any) -> Any:
-        piece = keep(layer, peers, *args)
-        if piece.there is None:
-            layer.first = piece.counts_PQS
-        return piece
+    def noting(layer: Any, peers: Any, *args: Any) -> Any:
+        chunk = send(layer, peers, *args)
+        if chunk.dispatch is None:
+            layer.first = chunk.counts_PQS
+        return chunk
 
-    keep, OverlappedMoELayer._send = OverlappedMoELayer._send, send
-    OverlappedMoELayer._compute = some
-    main(argv)
+    with mock.patch.multiple(OverlappedMoELayer, _send=noting, _compute=some):
+        main(argv)
 
 
-def test_a_lost_piece_is_noticed(tmp_path: Path, data_flags: list[str], losses_of: Losses) -> None:
+def test_a_lost_chunk_is_noticed(tmp_path: Path, data_flags: list[str], losses_of: Losses) -> None:
     """The equality above can fail."""
     argv = [*TINY_MODEL, *TINY_TRAINING, *data_flags, "--train-iters", "1", *_flags(EP2, 2)]
     run_ranks(_broken, 2, [*argv, "--smartmoe-run-dir", str(tmp_path)], log_dir=tmp_path / "ranks")
     assert largest_difference(losses(tmp_path), losses_of(2, EP2, 1)[:1]) > TOLERANCE
 
 
-def test_auto_says_why(tmp_path: Path, data_flags: list[str]) -> None:
+def test_auto_prints_its_reason(tmp_path: Path, data_flags: list[str]) -> None:
     """One line, from rank 0, with the prediction of every degree; here, where launches are dear, it cuts nothing."""
     train(tmp_path, 2, data_flags, *_flags(EP2, "auto"), iterations=1)
     lines = [line for line in (tmp_path / "ranks" / "rank0.log").read_text().splitlines() if "overlap degree" in line]
     assert len(lines) == 1
-    assert lines[0].startswith("smartmoe: overlap degree 1, the fewest pieces")
+    assert lines[0].startswith("smartmoe: overlap degree 1, the fewest chunks")
     assert "overlap degree" not in (tmp_path / "ranks" / "rank1.log").read_text()

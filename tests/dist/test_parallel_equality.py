@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.marks import some_fast
 from tests.support.training import train
 
 pytestmark = pytest.mark.dist
@@ -53,7 +54,7 @@ def largest_difference(losses: list[float], reference: list[float]) -> float:
     return difference
 
 
-@pytest.mark.parametrize("mix", MIXES)
+@pytest.mark.parametrize("mix", some_fast(MIXES, "EP2", "PP2xEP2"))
 def test_fp32_losses_equal_the_single_process(
     mix: str, tmp_path: Path, data_flags: list[str], initial_weights: list[str], reference_losses: list[float]
 ) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from tests.support.ranks import run_ranks
 
-pytestmark = pytest.mark.dist
+pytestmark = [pytest.mark.dist, pytest.mark.fast]
 
 LAYERS, EXPERTS = (2, 5), 3
 
@@ -35,7 +35,7 @@ def _run(iterations: int, shares: int) -> Any:
                 routed_TE = torch.zeros(tokens, EXPERTS, dtype=torch.bool)
                 routed_TE[:, rank % 2] = True
                 counts.add(layer, routed_TE)
-    return counts.collect(rank % 2, 2, speaks=rank < 2 * shares, shares=shares)
+    return counts.collect(rank % 2, 2, is_reporter=rank < 2 * shares, shares=shares)
 
 
 @pytest.mark.parametrize(("iterations", "known"), [(1, [1]), (2, [1, 2]), (3, [1, 2, 3]), (5, [3, 4, 5])])
@@ -53,7 +53,7 @@ def test_the_latest_iterations_in_their_order(iterations: int, known: list[int],
 
 
 @pytest.mark.parametrize("shares", [1, 2])
-def test_one_group_speaks_and_expert_tensor_ranks_are_averaged(shares: int, tmp_path: Path) -> None:
+def test_one_group_reports_and_expert_tensor_ranks_are_averaged(shares: int, tmp_path: Path) -> None:
     expected = run_ranks(_run, 2, 3, 1, log_dir=tmp_path / "two")[0]
     found = run_ranks(_run, 4, 3, shares, log_dir=tmp_path / "four")[3]
     for got, wanted in zip(found, expected, strict=True):

@@ -1,4 +1,4 @@
-"""Weights reach their copies, gradients come home once and complete, before anybody reads the home's gradient."""
+"""Weights reach their replicas; gradients reach their homes once and complete, before a hook reads the home's."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ import pytest
 
 from tests.support.ranks import run_ranks
 
-SLOTS = np.array([[0, 1, 2], [2, 3, 0]])  # two ranks, two home slots, one spare slot: each has a copy of the other's
+pytestmark = [pytest.mark.dist, pytest.mark.fast]
+
+SLOTS = np.array([[0, 1, 2], [2, 3, 0]])  # two ranks, two home slots, one spare slot: each has a replica of the other's
 
 
-def _setup() -> tuple[Any, Any, list[Any]]:
+def _setup(ranks: int = 2) -> tuple[Any, Any, list[Any]]:
     """This rank's spare slots, its home weights, and what a listener on their gradients saw."""
     import torch
     import torch.distributed as dist
@@ -23,8 +25,8 @@ def _setup() -> tuple[Any, Any, list[Any]]:
 
     dist.init_process_group("gloo")
     rank = dist.get_rank()
-    experts = torch.arange(4 * 6, dtype=torch.float32).view(4, 2, 3)
-    home = torch.nn.Parameter(experts[2 * rank : 2 * rank + 2].clone())
+    experts = torch.arange(2 * ranks * 6, dtype=torch.float32).view(2 * ranks, 2, 3)
+    home: Any = torch.nn.Parameter(experts[2 * rank : 2 * rank + 2].clone())
     home.main_grad = torch.zeros_like(home)
     seen: list[Any] = []
 
@@ -34,6 +36,7 @@ def _setup() -> tuple[Any, Any, list[Any]]:
         seen.append(parameter.main_grad.clone())
 
     home.register_post_accumulate_grad_hook(listen)
+    assert dist.group.WORLD is not None
     spare = SpareSlots([home], 1, ReplicaWire(dist.group.WORLD), lambda: [home.main_grad], keeps=True)
     return spare, home, seen
 
@@ -54,7 +57,7 @@ def _passes(num_passes: int, keeps: bool) -> dict[str, Any]:
             spare.use(SLOTS, num_passes=1)
         (weights,) = spare.weights()
         copied.append(weights.detach().clone())
-        # this rank's tokens: factor 1 + number at the homes, 10 x (1 + rank) at the copy
+        # this rank's tokens: factor 1 + number at the homes, 10 x (1 + rank) at the replica
         loss = (home * (1 + number)).sum() + (weights * 10 * (1 + rank)).sum()
         loss.backward()
     return {
@@ -71,11 +74,11 @@ def test_weights_go_out_and_gradients_come_home(num_passes: int, keeps: bool, tm
     ranks = run_ranks(_passes, 2, num_passes, keeps, log_dir=tmp_path)
     experts = np.arange(24.0).reshape(4, 2, 3)
     at_home = sum(1 + number for number in range(num_passes))
-    for rank, (result, copied_expert, gave) in enumerate(zip(ranks, (2, 0), (0, 2), strict=True)):
-        assert (result["copied"].numpy() == experts[[copied_expert]]).all()
-        from_copy = 10 * (2 - rank) * num_passes  # the other rank's factor
+    for rank, (result, replica_expert, gave) in enumerate(zip(ranks, (2, 0), (0, 2), strict=True)):
+        assert (result["copied"].numpy() == experts[[replica_expert]]).all()
+        from_replica = 10 * (2 - rank) * num_passes  # the other rank's factor
         expected = np.full((2, 2, 3), float(at_home))
-        expected[gave - 2 * rank] += from_copy
+        expected[gave - 2 * rank] += from_replica
         assert (result["total"].numpy() == expected).all()
         assert (result["seen"][-1].numpy() == expected).all()
         assert len(result["seen"]) == num_passes
@@ -85,7 +88,7 @@ def test_weights_go_out_and_gradients_come_home(num_passes: int, keeps: bool, tm
 
 
 def _modes() -> list[bool]:
-    """Whether two sets of copies in a row share their memory: kept, for a micro-batch each, and kept again."""
+    """Whether two sets of replicas in a row share their memory: kept, for a micro-batch each, and kept again."""
     spare, _, _ = _setup()
     before, shared = spare.nbytes, []
     for keeps in (True, False, True):
@@ -98,7 +101,7 @@ def _modes() -> list[bool]:
 
 
 def test_the_mode_changes_and_the_memory_stays(tmp_path: Path) -> None:
-    """Copies of micro-batches that are in flight at the same time must not overwrite each other."""
+    """Replicas of micro-batches that are in flight at the same time must not overwrite each other."""
     assert run_ranks(_modes, 2, log_dir=tmp_path) == [[True, False, True]] * 2
 
 
@@ -116,7 +119,7 @@ def _again() -> Any:
 
 def test_an_iteration_can_be_run_again(tmp_path: Path) -> None:
     first, second = run_ranks(_again, 2, log_dir=tmp_path)
-    assert first[0].unique().tolist() == [4.0]  # the expert with a copy: two passes at home, two at the copy
+    assert first[0].unique().tolist() == [4.0]  # the expert with a replica: two passes at home, two at the replica
     assert first[1].unique().tolist() == [2.0]
     assert second[0].unique().tolist() == [4.0]
 
@@ -125,8 +128,45 @@ def _digests() -> tuple[bool, bool]:
     import torch.distributed as dist
 
     spare, _, _ = _setup()
-    return spare.wire.agrees("0123456789abcdef"), spare.wire.agrees(f"{dist.get_rank()}123456789abcdef")
+    return spare.wire.is_equal_on_all_ranks("0123456789abcdef"), spare.wire.is_equal_on_all_ranks(
+        f"{dist.get_rank()}123456789abcdef"
+    )
 
 
 def test_ranks_notice_that_they_disagree(tmp_path: Path) -> None:
     assert run_ranks(_digests, 2, log_dir=tmp_path) == [(True, False), (True, False)]
+
+
+THREE_RANKS = np.array([[0, 1, -1], [2, 3, -1], [4, 5, 0]])  # rank 2 has a replica of rank 0's expert, rank 1 has none
+
+
+def _first_operation() -> tuple[float, str]:
+    """The sum of a replica that is fetched before anything else, and the error of the same batch in a new group."""
+    import torch
+    import torch.distributed as dist
+
+    from tests.support.ready_groups import UnreadyGroup
+
+    spare, _, _ = _setup(3)
+    spare.use(THREE_RANKS, num_passes=1)
+    (weights,) = spare.weights()
+    rank, group, problem = dist.get_rank(), dist.new_group(), ""
+    if rank != 1:  # the batch that a fetch posts, without the collective of the whole group before it
+        kind = dist.isend if rank == 0 else dist.irecv
+        try:
+            dist.batch_isend_irecv([dist.P2POp(kind, torch.zeros(1), 2 - rank, group)])
+        except UnreadyGroup as error:
+            problem = str(error)
+    return float(weights.detach().sum()), problem
+
+
+def test_the_first_operation_of_a_group_is_one_of_all_its_ranks(tmp_path: Path) -> None:
+    """Otherwise NCCL waits for rank 1, which has nothing to send or receive."""
+    fetched, problems = zip(*run_ranks(_first_operation, 3, log_dir=tmp_path), strict=True)
+    assert fetched == (0.0, 0.0, float(sum(range(6))))
+    assert problems[1] == ""
+    for rank in (0, 2):
+        assert problems[rank] == (
+            f"rank {rank}: batch_isend_irecv of 1 is the first operation of a group of 3 ranks: NCCL waits for the "
+            "others for ever. Run a collective of the whole group first, for example an all_reduce of one element."
+        )

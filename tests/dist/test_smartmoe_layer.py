@@ -10,6 +10,7 @@ import pytest
 
 from tests.dist.test_parallel_equality import MIXES
 from tests.support.homes import train_with_homes
+from tests.support.marks import some_fast
 from tests.support.training import train
 
 pytestmark = pytest.mark.dist
@@ -57,7 +58,7 @@ def losses_of(tmp_path_factory: pytest.TempPathFactory, data_flags: list[str]) -
     return run
 
 
-@pytest.mark.parametrize("mix", MORE_MIXES)
+@pytest.mark.parametrize("mix", some_fast(MORE_MIXES, "EP2", "EP2xEDP2, overlapped"))
 def test_losses_are_those_of_stock_megatron(mix: str, losses_of: Losses) -> None:
     world_size, flags = MORE_MIXES[mix]
     stock = losses_of(world_size, flags)
@@ -81,8 +82,8 @@ HOMES = {
 }
 
 
-@pytest.mark.parametrize("mix", HOMES)
-def test_losses_do_not_know_where_experts_live(
+@pytest.mark.parametrize("mix", some_fast(HOMES, "EP2"))
+def test_losses_do_not_depend_on_where_experts_live(
     mix: str, tmp_path: Path, data_flags: list[str], losses_of: Losses
 ) -> None:
     world_size, flags = HOMES[mix]
@@ -91,8 +92,9 @@ def test_losses_do_not_know_where_experts_live(
     assert moved == losses_of(world_size, flags, "--smartmoe")
 
 
+@pytest.mark.fast
 def test_a_wrong_table_is_noticed(tmp_path: Path, data_flags: list[str], losses_of: Losses) -> None:
-    """The equality above can fail: tables that say something else than where the weights are give other losses."""
+    """The equality above can fail: tables that do not match where the weights are give other losses."""
     everything = [*EP2.split(), *UNCLIPPED, "--smartmoe"]
     wrong = train_with_homes(tmp_path, 2, data_flags, *everything, iterations=4, seed=5, move_weights=False)
     assert wrong[0] != losses_of(2, EP2, "--smartmoe")[0]

@@ -20,13 +20,14 @@ TOP_K = 2
 
 @pytest.fixture(scope="module")
 def stock_trace(tmp_path_factory: pytest.TempPathFactory, data_flags: list[str]) -> Path:
-    """Of a stock run at EP2 x PP2: 3 iterations, 4 layers on two stages, 2 source ranks."""
+    """Routing trace of a stock run at EP2 x PP2: 3 iterations, 4 layers on two stages, 2 source ranks."""
     folder = tmp_path_factory.mktemp("trace")
     record = ["--smartmoe-record-trace", str(folder / "trace.npz")]
     train(folder, 4, data_flags, *EP2, *PP2, *record, iterations=3)
     return folder / "trace.npz"
 
 
+@pytest.mark.fast
 def test_every_layer_rank_and_iteration_is_recorded(stock_trace: Path) -> None:
     trace = load_trace(stock_trace)
     assert trace.counts.shape == (3, 4, 2, 8)

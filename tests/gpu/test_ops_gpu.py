@@ -19,7 +19,7 @@ pytestmark = [
 ]
 
 KERNELS: Any = torch.ops.smartmoe
-STEP = 2048  # ids that a block takes at a time; 512 blocks at most
+STEP = 2048  # choices that a block takes at a time; 64 blocks at most
 
 
 def test_the_kernels_are_what_is_tested() -> None:
@@ -27,80 +27,6 @@ def test_the_kernels_are_what_is_tested() -> None:
     assert ops.backend() == "compiled (cpu+cuda)", (
         f"the twin would be compared with itself; build the kernels: {way_out}"
     )
-
-
-@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
-@pytest.mark.parametrize("num_experts", [1, 8, 33, 256, 4096])
-@pytest.mark.parametrize("num_ids", [0, 1, 31, 257, STEP - 1, STEP, STEP + 1, 100_000, 512 * STEP + 1, 3_000_000])
-def test_histogram_equals_its_twin(num_ids: int, num_experts: int, dtype: torch.dtype) -> None:
-    ids = torch.randint(-2, num_experts + 2, (num_ids,), dtype=dtype, device="cuda")
-    got = ops.expert_histogram(ids, num_experts)
-    assert got.is_cuda
-    assert torch.equal(got.cpu(), reference.expert_histogram(ids.cpu(), num_experts))
-
-
-@pytest.mark.parametrize("hot_share", [0.36, 0.9, 1.0])
-def test_histogram_of_skewed_ids(hot_share: float) -> None:
-    ids = torch.randint(0, 32, (16384, 8), device="cuda")
-    ids[torch.rand(ids.shape, device="cuda") < hot_share] = 5
-    assert torch.equal(ops.expert_histogram(ids, 32), reference.expert_histogram(ids, 32))
-
-
-def test_histogram_of_a_strided_view() -> None:
-    ids = torch.randint(-1, 64, (333, 6), device="cuda").t()[::2]
-    assert torch.equal(ops.expert_histogram(ids, 64), reference.expert_histogram(ids, 64))
-
-
-def test_histogram_counts_past_2_to_the_31() -> None:
-    num_ids = 2**31 + 5
-    if torch.cuda.mem_get_info()[0] < 5 * num_ids:
-        pytest.skip("less than 11 GB of free device memory")
-    ids = torch.full((num_ids,), 3, dtype=torch.int32, device="cuda")
-    ids[0], ids[-1] = 0, -1
-    assert ops.expert_histogram(ids, 4).tolist() == [1, 0, 0, num_ids - 2]
-
-
-def test_histogram_on_a_side_stream_in_a_graph_and_without_waiting() -> None:
-    ids = torch.randint(0, 16, (5000, 2), device="cuda")
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        assert torch.equal(ops.expert_histogram(ids, 16), reference.expert_histogram(ids, 16))
-    torch.cuda.current_stream().wait_stream(side)
-
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        ops.expert_histogram(ids, 16)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        counts = ops.expert_histogram(ids, 16)
-    ids.copy_(torch.randint(0, 16, ids.shape, device="cuda"))
-    graph.replay()
-    assert torch.equal(counts, reference.expert_histogram(ids, 16))
-
-
-def test_histogram_on_the_second_device() -> None:
-    if torch.cuda.device_count() < 2:
-        pytest.skip("one CUDA device only")
-    ids = torch.randint(0, 16, (5000, 2), device="cuda:1")
-    got = ops.expert_histogram(ids, 16)
-    assert got.device == ids.device
-    assert torch.cuda.current_device() == 0
-    assert torch.equal(got, reference.expert_histogram(ids, 16))
-
-
-def test_histogram_errors_are_those_of_the_cpu() -> None:
-    text = r"^ids\.dtype = float32: it must be int32 or int64\. Convert it with ids\.long\(\)$"
-    with pytest.raises(RuntimeError, match=text):
-        ops.expert_histogram(torch.zeros(2, device="cuda"), 4)
-
-
-def test_opcheck() -> None:
-    ids = torch.randint(-1, 9, (13, 4), device="cuda")
-    torch.library.opcheck(torch.ops.smartmoe.expert_histogram.default, (ids, 8))
 
 
 def put(tensor: Tensor) -> Tensor:
@@ -117,15 +43,43 @@ def test_map_equals_its_twin(case: Routing) -> None:
         assert torch.equal(on_gpu.cpu(), on_cpu)
 
 
-@pytest.mark.parametrize(("num_tokens", "num_choices"), [(16384, 8), (16384, 2), (70_000, 8), (1, 16)])
-def test_map_of_many_choices(num_tokens: int, num_choices: int) -> None:
-    ids = torch.randint(-1, 130, (num_tokens, num_choices), device="cuda")
-    slot_of = torch.randperm(128, device="cuda")
+def assert_map_equals_its_twin(ids: Tensor, slot_of: Tensor) -> None:
+    expected = reference.dispatch_map(ids.cpu(), slot_of.cpu(), slot_of.numel())
+    for on_gpu, on_cpu in zip(ops.dispatch_map(ids, slot_of, slot_of.numel()), expected, strict=True):
+        assert on_gpu.device == ids.device
+        assert torch.equal(on_gpu.cpu(), on_cpu)
+
+
+@pytest.mark.parametrize("num_slots", [1, 33, 128, 2048])
+@pytest.mark.parametrize("num_tokens", [1, STEP // 8 - 1, STEP // 8, STEP // 8 + 1, 16384, 64 * STEP // 8 + 1, 70_000])
+def test_map_of_many_choices(num_tokens: int, num_slots: int) -> None:
+    ids = torch.randint(-1, num_slots + 2, (num_tokens, 8), device="cuda")
+    slot_of = torch.randperm(num_slots, device="cuda")
     for _ in range(2):  # the same bits every time
-        for on_gpu, expected in zip(
-            ops.dispatch_map(ids, slot_of, 128), reference.dispatch_map(ids.cpu(), slot_of.cpu(), 128), strict=True
-        ):
-            assert torch.equal(on_gpu.cpu(), expected)
+        assert_map_equals_its_twin(ids, slot_of)
+
+
+@pytest.mark.parametrize("hot_share", [0.36, 0.9, 1.0])
+def test_map_of_skewed_choices(hot_share: float) -> None:
+    ids = torch.randint(0, 32, (16384, 8), device="cuda")
+    ids[torch.rand(ids.shape, device="cuda") < hot_share] = 5
+    assert_map_equals_its_twin(ids, torch.randperm(32, device="cuda"))
+
+
+def test_map_of_a_strided_view() -> None:
+    assert_map_equals_its_twin(torch.randint(-1, 64, (333, 6), device="cuda").t()[::2], torch.arange(64).cuda())
+
+
+def test_map_on_the_second_device() -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("one CUDA device only")
+    assert_map_equals_its_twin(torch.randint(0, 16, (5000, 2), device="cuda:1"), torch.arange(16, device="cuda:1"))
+    assert torch.cuda.current_device() == 0
+
+
+def test_opcheck() -> None:
+    ids, slot_of = torch.randint(-1, 9, (13, 4), device="cuda"), torch.arange(8, device="cuda")
+    torch.library.opcheck(KERNELS.dispatch_map.default, (ids, slot_of, 8))
 
 
 def assert_rows_near(found: Tensor, expected: Tensor) -> None:
@@ -174,13 +128,20 @@ def test_more_elements_than_32_bits_count() -> None:
     assert torch.equal(ops.unpermute(y_NH, rows_TK), x_TH)
 
 
-def test_dispatch_in_a_graph_and_without_waiting() -> None:
+def test_dispatch_on_a_side_stream_in_a_graph_and_without_waiting() -> None:
     ids, slot_of = torch.randint(0, 16, (3000, 2), device="cuda"), torch.randperm(16, device="cuda")
     x_TH, weights = torch.randn(3000, 512, device="cuda"), torch.rand(3000, 2, device="cuda")
 
     def dispatch() -> Tensor:
         rows_TK, _ = ops.dispatch_map(ids, slot_of, 16)
         return ops.unpermute(ops.permute(x_TH, rows_TK, ids.numel()), rows_TK, weights)
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        beside = dispatch()
+    torch.cuda.current_stream().wait_stream(side)
+    assert torch.equal(beside, dispatch())
 
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -209,8 +170,11 @@ def test_gradients_flow() -> None:
         torch.testing.assert_close(on_gpu.cpu(), on_cpu, rtol=1e-5, atol=1e-4)
 
 
-def test_two_devices_and_float64_are_refused() -> None:
+def test_errors_are_those_of_the_cpu() -> None:
     ids = torch.zeros(2, 2, dtype=torch.int64, device="cuda:0")
+    text = r"^ids_TK\.dtype = float32: it must be int32 or int64\. Convert it with ids_TK\.long\(\)$"
+    with pytest.raises(RuntimeError, match=text):
+        ops.dispatch_map(ids.float(), ids[0], 3)
     text = r"^slot_of_E\.device = cpu: it must be cuda:0, as ids_TK has it\."
     with pytest.raises(RuntimeError, match=text):
         ops.dispatch_map(ids, torch.arange(3), 3)

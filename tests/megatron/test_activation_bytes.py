@@ -11,14 +11,17 @@ import pytest
 from megatron_smartmoe.cost.memory.activations import chunk_bytes
 from megatron_smartmoe.planner.flags import megatron_flags
 from megatron_smartmoe.spec.model import LatentAttention, ModelSpec, MoESpec
-from megatron_smartmoe.spec.parallel import Chunk, ParallelSpec, chunks, violation
+from megatron_smartmoe.spec.parallel import ParallelSpec, PipelineChunk, pipeline_chunks, violation
 from tests.support.activations import kept
+from tests.support.marks import some_fast
+from tests.support.models import SMALL
 
 pytestmark = pytest.mark.dist
 
 TOLERANCE = 0.01  # 5% is what a planner needs; here no tensor of a percent shall be missing
 # Wide enough that scalars do not matter, every size its own.
-PLAIN = ModelSpec(
+PLAIN = replace(
+    SMALL,
     name="plain",
     layers=2,
     hidden=128,
@@ -63,7 +66,7 @@ MIXES: dict[str, tuple[ModelSpec, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("mix", MIXES)
+@pytest.mark.parametrize("mix", some_fast(MIXES, "EP4"))
 def test_bytes_are_what_autograd_keeps(mix: str, tmp_path: Path) -> None:
     model, sizes = MIXES[mix]
     spec = replace(CPU, **sizes)
@@ -84,12 +87,12 @@ def test_bytes_are_what_autograd_keeps(mix: str, tmp_path: Path) -> None:
 def _modelled(model: ModelSpec, spec: ParallelSpec, rank: int, expert_rows: int) -> float:
     """Bytes of one micro-batch of each of the rank's chunks, under the load that its experts had."""
     stage = rank // (spec.gpus // spec.pp)
-    mine = [chunk for chunk in chunks(model, spec) if chunk.stage == stage]
+    mine = [chunk for chunk in pipeline_chunks(model, spec) if chunk.stage == stage]
     mean = _moe_layers(model, mine) * spec.micro_batch * model.seq_length / spec.cp / spec.tp * model.moe.top_k
     parts = [chunk_bytes(model, spec, chunk, expert_rows / (mean * spec.etp)) for chunk in mine]
     return sum(part.layers + part.experts + part.logits for part in parts)
 
 
-def _moe_layers(model: ModelSpec, mine: list[Chunk]) -> int:
+def _moe_layers(model: ModelSpec, mine: list[PipelineChunk]) -> int:
     numbers = [layer for chunk in mine for layer in (*chunk.layers, *[model.layers] * chunk.mtp_layers)]
     return sum(model.has_experts(layer) for layer in numbers)

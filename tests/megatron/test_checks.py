@@ -1,4 +1,4 @@
-"""Wrong command lines: each rule of `checks.py` with its whole text, judged through Megatron's own parser.
+"""Wrong command lines: each rule of `megatron_checks.py` with its whole text, judged through Megatron's own parser.
 
 The facade changes torch for the whole process, so one rank of `run_ranks` judges every command line and returns what
 was said; the tests below compare.
@@ -19,28 +19,28 @@ from megatron_smartmoe.errors import ConfigError
 from tests.support.checks import Case, judge, judge_all
 from tests.support.ranks import run_ranks
 
-pytestmark = pytest.mark.dist
+pytestmark = [pytest.mark.dist, pytest.mark.fast]
 
 PP2, TP2 = "--pipeline-model-parallel-size 2", "--tensor-model-parallel-size 2 --sequence-parallel"
 VPP = f"{PP2} --num-layers-per-virtual-pipeline-stage"
 CHECKPOINT_ARGS = "--use-checkpoint-args --load /nowhere"
 FSDP = "--use-megatron-fsdp --use-distributed-optimizer --ckpt-format fsdp_dtensor"
-NOT_HERE = "is not part of GPT-MoE pretraining here. Leave it out."
-MORE_RANKS = "Start a multiple of that many ranks (--nproc), or lower one."
-MEANING = "--help-megatron says what the flags mean."
+NOT_HERE = "is not supported by this entry point, which pretrains GPT-MoE. Remove it."
+LOWER = "or lower one of these sizes."
+MEANING = "See --help-megatron for the meaning of the flags."
 NO_FLAG = "is not a flag of Megatron or of smartmoe."
 MEGATRON_SAYS = "does not hold for these flags. Change the flags that it names; --help-megatron lists all."
 
 
 def required(flag: str) -> Case:
-    return Case(without=(flag,), says=f"{flag} = None: is required. Pass {flag}, or a --config that has it.")
+    return Case(without=(flag,), says=f"{flag} = None: is required. Pass {flag} N, or a --config that has it.")
 
 
 SIZES = {
     f"{flag} {value}": Case(
         flags=f"{flag} {value}",
         ranks=2,
-        says=f"{flag} = {value}: must be at least 1. Leave the flag out, or pass a positive number.",
+        says=f"{flag} = {value}: must be at least 1. Remove it, or pass {flag} 1, for example.",
     )
     for flag, value in (
         ("--tensor-model-parallel-size", 0),
@@ -73,11 +73,13 @@ SUPPORTED = {
     "rl": Case(flags="--perform-rl-step", says=f"--perform-rl-step = True: {NOT_HERE}"),
     "megatron's yaml": Case(
         flags="--yaml-cfg model.yaml",
-        says="--yaml-cfg = 'model.yaml': Megatron's own YAML is not read here. Use --config, or flags.",
+        says="--yaml-cfg = 'model.yaml': is not supported: configurations in Megatron's own YAML are not read. Use "
+        "--config FILE, or flags.",
     ),
     "distillation": Case(
         flags="--logits-load-dir logits",
-        says="--logits-load-dir = 'logits': distillation is not part of GPT-MoE pretraining here. Leave it out.",
+        says="--logits-load-dir = 'logits': is not supported by this entry point, which pretrains GPT-MoE: it is for "
+        "distillation. Remove it.",
     ),
     "te absent": Case(
         flags="--transformer-impl transformer_engine",
@@ -87,24 +89,24 @@ SUPPORTED = {
     "te present": Case(flags="--transformer-impl transformer_engine --moe-grouped-gemm", te=True),
     "grouped gemm": Case(
         flags="--moe-grouped-gemm",
-        says="--moe-grouped-gemm = True: grouped GEMM experts need TransformerEngine's implementation. "
-        "Leave it out, or install TransformerEngine.",
+        says="--moe-grouped-gemm = True: needs TransformerEngine and --transformer-impl transformer_engine. "
+        "Remove it, or install TransformerEngine.",
     ),
     "fp8": Case(
         flags="--fp8-format hybrid",
-        says="--fp8-format = 'hybrid': needs TransformerEngine. Pass --bf16, or install it.",
+        says="--fp8-format = 'hybrid': needs TransformerEngine. Pass --bf16 instead, or install it.",
     ),
     "mtp with sp": Case(flags=f"{TP2} --mtp-num-layers 1", ranks=2),
     "nccl without gpu": Case(
         flags="--distributed-backend nccl",
-        says="--distributed-backend = 'nccl': there is no GPU, so the backend must be gloo. Leave the flag out.",
+        says="--distributed-backend = 'nccl': must be gloo on CPU ranks. Remove it, or pass gloo.",
     ),
     "nccl with gpu": Case(flags="--distributed-backend nccl", cpu=False),
     "batched sends on gloo": Case(
         flags=f"{VPP} 1 --no-overlap-p2p-communication",
         ranks=2,
-        says="--no-overlap-p2p-communication = True: the interleaved schedule with batched sends gives wrong results "
-        "on gloo. Leave the flag out.",
+        says="--no-overlap-p2p-communication = True: is not supported on CPU ranks: the interleaved schedule with "
+        "batched sends gives wrong results on gloo. Remove it.",
     ),
     "batched sends on nccl": Case(flags=f"{VPP} 1 --no-overlap-p2p-communication", ranks=2, cpu=False),
     "interleaved": Case(flags=f"{VPP} 1", ranks=2, verdict=True),
@@ -116,16 +118,19 @@ MODEL = {
     "heads and tp": Case(
         flags=f"{TP2} --num-attention-heads 3",
         ranks=2,
-        says="--num-attention-heads = 3: must be divisible by --tensor-model-parallel-size = 2. Change one of the two.",
+        says="--num-attention-heads = 3: must be divisible by --tensor-model-parallel-size = 2. Change one of the two, "
+        "for example to --num-attention-heads 4.",
     ),
     "query groups": Case(
         flags="--group-query-attention --num-query-groups 3",
-        says="--num-attention-heads = 4: must be divisible by --num-query-groups = 3. Change one of the two.",
+        says="--num-attention-heads = 4: must be divisible by --num-query-groups = 3. Change one of the two, for "
+        "example to --num-attention-heads 6.",
     ),
     "query groups and tp": Case(
         flags=f"{TP2} --group-query-attention --num-query-groups 1",
         ranks=2,
-        says="--num-query-groups = 1: must be divisible by --tensor-model-parallel-size = 2. Change one of the two.",
+        says="--num-query-groups = 1: must be divisible by --tensor-model-parallel-size = 2. Change one of the two, "
+        "for example to --num-query-groups 2.",
     ),
     "grouped queries": Case(flags=f"{TP2} --group-query-attention --num-query-groups 2", ranks=2, verdict=True),
     "query groups without grouping": Case(flags="--num-query-groups 3", verdict=True),
@@ -133,25 +138,27 @@ MODEL = {
         flags=f"{TP2} --seq-length 63",
         ranks=2,
         says="--seq-length = 63: must be divisible by --tensor-model-parallel-size (sequence parallel) = 2. "
-        "Change one of the two.",
+        "Change one of the two, for example to --seq-length 64.",
     ),
     "tp and sp": Case(flags=TP2, ranks=2, verdict=True),
     "sequence and cp": Case(
         flags="--context-parallel-size 2 --seq-length 62",
         ranks=2,
-        says="--seq-length = 62: must be divisible by 2 x --context-parallel-size = 4. Change one of the two.",
+        says="--seq-length = 62: must be divisible by 2 x --context-parallel-size = 4. Change one of the two, for "
+        "example to --seq-length 64.",
     ),
     "cp": Case(flags="--context-parallel-size 2 --seq-length 60", ranks=2),
     "top-k": Case(
         flags="--moe-router-topk 9",
-        says="--moe-router-topk = 9: cannot choose more than --num-experts = 8 experts. Lower it.",
+        says="--moe-router-topk = 9: cannot choose more than --num-experts = 8 experts. Pass a smaller number, "
+        "for example 2.",
     ),
     "top-k of all": Case(flags="--moe-router-topk 8", verdict=True),
     "layers and pp": Case(
         flags=f"{PP2} --num-layers 5",
         ranks=2,
-        says="--num-layers = 5: must be divisible by --pipeline-model-parallel-size = 2. Change it, or "
-        "--pipeline-model-parallel-size 2, or pass --decoder-first-pipeline-num-layers.",
+        says="--num-layers = 5: must be divisible by --pipeline-model-parallel-size = 2. Pass --num-layers 6, for "
+        "example, another --pipeline-model-parallel-size, or an uneven split with --decoder-first-pipeline-num-layers.",
     ),
     "pp": Case(flags=PP2, ranks=2, verdict=True),
     "uneven pp": Case(flags=f"{PP2} --num-layers 5 --decoder-first-pipeline-num-layers 2", ranks=2, verdict=True),
@@ -162,36 +169,40 @@ MODEL = {
         flags=f"{PP2} --account-for-loss-in-pipeline-split",
         ranks=2,
         says="--num-layers = 4: must be divisible by --pipeline-model-parallel-size = 2 (with 1 counted for embedding "
-        "and loss). Change it, or --pipeline-model-parallel-size 2, or pass --decoder-first-pipeline-num-layers.",
+        "and loss). Pass --num-layers 5, for example, another --pipeline-model-parallel-size, or an uneven split with "
+        "--decoder-first-pipeline-num-layers.",
     ),
     "virtual stages without pp": Case(
         flags="--num-virtual-stages-per-pipeline-rank 2",
         says="--pipeline-model-parallel-size = 1: the interleaved schedule needs at least two pipeline stages. "
-        "Raise it, or drop the virtual stages.",
+        "Pass 2 or more, or remove the virtual stages.",
     ),
     "layers of a virtual stage": Case(
         flags=f"{VPP} 3",
         ranks=2,
-        says="--num-layers / PP = 2: must be divisible by --num-layers-per-virtual-pipeline-stage = 3. "
-        "Choose a divisor of the layers of one pipeline stage.",
+        says="--num-layers / PP = 2: must be divisible by --num-layers-per-virtual-pipeline-stage = 3. Pass a "
+        "divisor of the layers of one pipeline stage, for example --num-layers-per-virtual-pipeline-stage 1.",
     ),
     "layers of a virtual rank": Case(
         flags=f"{PP2} --num-virtual-stages-per-pipeline-rank 3",
         ranks=2,
-        says="--num-layers / PP = 2: must be divisible by --num-virtual-stages-per-pipeline-rank = 3. "
-        "Choose a divisor of the layers of one pipeline stage.",
+        says="--num-layers / PP = 2: must be divisible by --num-virtual-stages-per-pipeline-rank = 3. Pass a "
+        "divisor of the layers of one pipeline stage, for example --num-virtual-stages-per-pipeline-rank 1.",
     ),
     "virtual stages of a rank": Case(flags=f"{PP2} --num-virtual-stages-per-pipeline-rank 2", ranks=2, verdict=True),
 }
 PARALLELISM = {
     "world and pp": Case(
-        flags=PP2, ranks=3, says=f"world size = 3: 3 ranks do not split into TP 1 x PP 2 x CP 1 = 2. {MORE_RANKS}"
+        flags=PP2,
+        ranks=3,
+        says="world size = 3: must be a multiple of TP 1 x PP 2 x CP 1 = 2 ranks. Start 4 ranks, for example "
+        f"(--nproc), {LOWER}",
     ),
     "ep without experts": Case(
         flags="--expert-model-parallel-size 2",
         ranks=2,
         without=("--num-experts", "--moe-router-topk"),
-        says="--expert-model-parallel-size = 2: expert parallelism needs experts. Pass --num-experts.",
+        says="--expert-model-parallel-size = 2: needs a model with experts. Pass --num-experts 2, for example.",
     ),
     "experts from the checkpoint": Case(
         flags=f"{CHECKPOINT_ARGS} --expert-model-parallel-size 2",
@@ -202,12 +213,14 @@ PARALLELISM = {
     "experts and ep": Case(
         flags="--expert-model-parallel-size 3",
         ranks=3,
-        says="--num-experts = 8: must be divisible by --expert-model-parallel-size = 3. Change one of the two.",
+        says="--num-experts = 8: must be divisible by --expert-model-parallel-size = 3. Change one of the two, for "
+        "example to --num-experts 9.",
     ),
     "world and ep": Case(
         flags="--expert-model-parallel-size 4",
         ranks=2,
-        says=f"world size = 2: 2 ranks do not split into ETP 1 x EP 4 x PP 1 = 4. {MORE_RANKS}",
+        says="world size = 2: must be a multiple of ETP 1 x EP 4 x PP 1 = 4 ranks. Start 4 ranks, for example "
+        f"(--nproc), {LOWER}",
     ),
     "ep": Case(flags="--expert-model-parallel-size 4", ranks=4, verdict=True),
     "tp folded into ep": Case(
@@ -216,7 +229,7 @@ PARALLELISM = {
     "experts under tp": Case(
         flags="--tensor-model-parallel-size 2",
         ranks=2,
-        says="--tensor-model-parallel-size = 2: experts under tensor parallelism need sequence parallelism. "
+        says="--tensor-model-parallel-size = 2: needs sequence parallelism in a model with experts. "
         "Add --sequence-parallel.",
     ),
 }
@@ -229,7 +242,7 @@ BATCH = {
         flags="--global-batch-size 6",
         ranks=4,
         says="--global-batch-size = 6: must be divisible by --micro-batch-size x data-parallel size (1 x 4) = 4. "
-        "Change one of the two.",
+        "Change one of the two, for example to --global-batch-size 8.",
     ),
     "batch and pp": Case(flags=f"{PP2} --global-batch-size 6", ranks=4, verdict=True),
     "no global batch": Case(without=("--global-batch-size",), verdict=True),
@@ -238,7 +251,7 @@ CHECK_PREFIX = "Check the prefix (without .bin), or make the dataset with script
 DATASETS = {
     "no dataset": Case(
         without=("--mock-data",),
-        says="--data-path = None: no dataset is named. Make one with scripts/prepare_data.py and pass "
+        says="--data-path = None: is required. Make one with scripts/prepare_data.py and pass "
         "--data-path PREFIX, or pass --mock-data.",
     ),
     "a dataset": Case(flags="--data-path {data}/good", without=("--mock-data",), verdict=True),
@@ -288,11 +301,9 @@ PARSING = {
     ),
     "like nothing": Case(
         flags="--qqqqqqqqqqqq",
-        says=f"command line = '--qqqqqqqqqqqq': {NO_FLAG} --help-megatron lists the flags that exist.",
+        says=f"command line = '--qqqqqqqqqqqq': {NO_FLAG} See --help-megatron for all flags.",
     ),
-    "stray word": Case(
-        flags="word", says=f"command line = 'word': {NO_FLAG} --help-megatron lists the flags that exist."
-    ),
+    "stray word": Case(flags="word", says=f"command line = 'word': {NO_FLAG} See --help-megatron for all flags."),
     "no abbreviations": Case(
         flags="--seq-len 64",
         says=f"command line = '--seq-len': {NO_FLAG} Did you mean --seq-length or --seed or --encoder-seq-length?",
@@ -321,7 +332,7 @@ VERDICT = {
     "everything": Case(verdict=True),
     "a division by zero": Case(
         flags="--num-attention-heads 0",
-        says="--num-attention-heads = 0: must be at least 1. Leave the flag out, or pass a positive number.",
+        says="--num-attention-heads = 0: must be at least 1. Remove it, or pass --num-attention-heads 1, for example.",
     ),
     "an assertion with words": Case(
         flags="--overlap-param-gather --use-distributed-optimizer",
@@ -506,7 +517,7 @@ def test_the_device_is_known_before_megatron_parses(argv: list[str], device: str
 def test_a_wrong_device_is_refused() -> None:
     with pytest.raises(ConfigError) as caught:
         parser.device_from(["--smartmoe-device", "tpu"])
-    assert str(caught.value) == "--smartmoe-device = 'tpu': must be one of auto, cpu, cuda. Leave it out for auto."
+    assert str(caught.value) == "--smartmoe-device = 'tpu': must be one of auto, cpu, cuda. Remove it for auto."
 
 
 def test_a_device_without_its_value_is_a_config_error() -> None:

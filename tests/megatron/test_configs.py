@@ -1,4 +1,7 @@
-"""Every shipped run configuration is planned and parsed, by the launcher and by Megatron, without starting a rank."""
+"""Every shipped run configuration of one machine is parsed, by the launcher and by Megatron, without starting a rank.
+
+Those of a cluster are checked by test_cluster_configs.py.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +15,13 @@ import pytest
 
 from megatron_smartmoe.adapter.launch.flags import as_mapping
 from megatron_smartmoe.spec.run import load_run_spec
+from tests.megatron.test_cluster_configs import nodes_of
 from tests.support.ranks import run_ranks
 
-pytestmark = pytest.mark.dist
+pytestmark = [pytest.mark.dist, pytest.mark.fast]
 
 ROOT = Path(__file__).parents[2]
-CONFIGS = sorted((ROOT / "configs" / "runs").glob("*.yaml"))
+CONFIGS = [path for path in sorted((ROOT / "configs" / "runs").glob("*.yaml")) if not nodes_of(path)]
 ENTRY = "megatron_smartmoe.adapter.pretrain"
 
 
@@ -35,7 +39,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, config: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def printed(config: Path, folder: Path) -> str:
-    """What a dry run prints."""
+    """The output of a dry run."""
     return _dry_run(config, folder)
 
 
@@ -75,7 +79,7 @@ def test_a_dry_run_prints_a_command_that_a_shell_reads(printed: str) -> None:
     assert f"--module {ENTRY} \\\n" in printed
 
 
-def test_the_printed_command_says_what_the_configuration_says(config: Path, flags: list[str]) -> None:
+def test_the_printed_command_holds_the_configuration(config: Path, flags: list[str]) -> None:
     spec, said = load_run_spec(config), as_mapping(flags)
     directory = str(said["smartmoe-run-dir"])
     assert directory.startswith(f"runs/{spec.name}-")

@@ -30,16 +30,16 @@ CASES = {
     ),
     "configuration": (
         ["--config", "wrong.yaml"],
-        "error: wrong.yaml:5 = 'num-layers': is given twice. Keep one of them.",
+        "error: wrong.yaml:5 = 'num-layers': is given twice. Remove one of the two lines.",
     ),
     "not YAML": (
         ["--config", "not.yaml"],
         "error: not.yaml:2 = '  model: {num-layers: 4': is not YAML: expected ',' or '}', but got "
-        "'<stream end>'. Mend the line.",
+        "'<stream end>'. Correct line 1.",
     ),
     "run directory": (
         [*MODEL, "--vocab-size", "128", "--run-dir", "wrong.yaml"],
-        "error: --run-dir = 'wrong.yaml': File exists. Choose another.",
+        "error: --run-dir = 'wrong.yaml': File exists. Pass another directory.",
     ),
 }
 

@@ -5,6 +5,7 @@ Whatever imports Megatron runs in one rank of `run_ranks`, where the facade is; 
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import warnings
@@ -23,7 +24,7 @@ from megatron_smartmoe.adapter.records import summary
 from megatron_smartmoe.errors import CompatError
 from tests.support.ranks import run_ranks
 
-pytestmark = pytest.mark.dist
+pytestmark = [pytest.mark.dist, pytest.mark.fast]
 
 SEQUENCE, BATCH, HEADS, GROUPS, HEAD_DIM = 12, 2, 4, 2, 8
 
@@ -55,7 +56,7 @@ def norms_are_marked() -> None:
             assert norm.eps == 1e-3
             parameters = dict(norm.named_parameters())
             assert set(parameters) == ({"weight", "bias"} if kind == "LayerNorm" else {"weight"})
-            assert all(parameter.sequence_parallel is marked for parameter in parameters.values())
+            assert all(vars(parameter)["sequence_parallel"] is marked for parameter in parameters.values())
 
 
 def norm_is_megatrons() -> None:
@@ -147,13 +148,13 @@ def attention_refuses_what_it_does_not_have() -> None:
 
     from megatron_smartmoe.adapter.local.attention import SDPAttention, _refuse_unsupported
 
-    refused = {
+    refused: dict[str, dict[str, Any]] = {
         "--window-size": {"window_size": (4, 0)},
         "--apply-query-key-layer-scaling": {"apply_query_key_layer_scaling": True},
         "--softmax-type": {"softmax_type": "learnable"},
     }
     for option, changes in refused.items():
-        assert_refused(option, lambda changes=changes: attentions_ours(**changes))
+        assert_refused(option, functools.partial(attentions_ours, **changes))
     mask = AttnMaskType.padding
     assert_refused("attention mask padding", lambda: _refuse_unsupported(transformer_config(), mask))
     _, ours = attentions()
@@ -181,10 +182,10 @@ def adam_is_given_to_megatron() -> None:
     import megatron.core.optimizer.distrib_optimizer as distrib_optimizer
 
     assert optimizer.USING_PYTORCH_OPTIMIZER
-    adam.install()
+    hooks.use_torch_adam()
     assert optimizer.Adam is distrib_optimizer.Adam is adam.TorchAdam
     assert not optimizer.USING_PYTORCH_OPTIMIZER
-    adam.install()  # where a fused Adam is found, nothing happens
+    hooks.use_torch_adam()  # where a fused Adam is found, nothing happens
     assert optimizer.Adam is adam.TorchAdam
 
 
@@ -265,7 +266,7 @@ def train(optimizer: torch.optim.Optimizer, params: list[torch.nn.Parameter], fi
         optimizer.step()
 
 
-OPTIONS = {"lr": 1e-2, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.1}
+OPTIONS: dict[str, Any] = {"lr": 1e-2, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.1}
 
 
 @pytest.mark.parametrize(
@@ -377,9 +378,9 @@ def test_the_logging_level_counts_at_once() -> None:
     root = logging.getLogger()
     before = root.level
     try:
-        log_filters.lower_voice(40)
+        log_filters.set_log_level(40)
         assert root.level == 40
-        log_filters.lower_voice(None)
+        log_filters.set_log_level(None)
         assert root.level == 40
     finally:
         root.setLevel(before)

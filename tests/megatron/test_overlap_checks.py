@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import os
 from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
-import torch
 
-from megatron_smartmoe.adapter.moe.overlap_degree import explain, fewest_pieces, predicted_seconds
+from megatron_smartmoe.adapter.cost_inputs import launch_of_run, model_of_run
+from megatron_smartmoe.adapter.moe.overlap_degree import explain, fewest_chunks, predicted_seconds
+from megatron_smartmoe.planner.arguments import model_from_arguments
+from megatron_smartmoe.planner.flags import parallel_from_flags
 from megatron_smartmoe.spec.cluster import load_cluster_spec
-from tests.support.checks import Case, said_of
+from tests.support.arguments import LAUNCH, VALUES
+from tests.support.checks import DATA, GOOD, Case, said_of
+from tests.support.ranks import run_ranks
 
 CLUSTERS = Path(__file__).parents[2] / "configs" / "clusters"
 EP4 = "--expert-model-parallel-size 4"
 TWO = f"--smartmoe {EP4} --smartmoe-overlap-degree 2"
-NOT_WITH = "does not go with --smartmoe-overlap-degree"
+NOT_WITH = "is not supported with --smartmoe-overlap-degree"
 CASES = {
     "all well": Case(flags=TWO, ranks=4, verdict=True),
     "as many as ranks": Case(flags=f"--smartmoe {EP4} --smartmoe-overlap-degree 4", ranks=4),
@@ -28,71 +34,70 @@ CASES = {
     "more than ranks": Case(
         flags=f"--smartmoe {EP4} --smartmoe-overlap-degree 5",
         ranks=4,
-        says="--smartmoe-overlap-degree = '5': must be auto or a number from 1 to 4, the expert-parallel ranks. Leave "
-        "it out for 1, which overlaps nothing.",
+        says="--smartmoe-overlap-degree = '5': must be auto or a number from 1 to 4, the expert-parallel ranks. Remove "
+        "it for 1, which overlaps nothing.",
     ),
     "no number": Case(
         flags=f"--smartmoe {EP4} --smartmoe-overlap-degree many",
         ranks=4,
         says="--smartmoe-overlap-degree = 'many': must be auto or a number from 1 to 4, the expert-parallel ranks. "
-        "Leave it out for 1, which overlaps nothing.",
+        "Remove it for 1, which overlaps nothing.",
     ),
     "none": Case(
         flags=f"--smartmoe {EP4} --smartmoe-overlap-degree 0",
         ranks=4,
-        says="--smartmoe-overlap-degree = '0': must be auto or a number from 1 to 4, the expert-parallel ranks. Leave "
-        "it out for 1, which overlaps nothing.",
+        says="--smartmoe-overlap-degree = '0': must be auto or a number from 1 to 4, the expert-parallel ranks. Remove "
+        "it for 1, which overlaps nothing.",
     ),
     "without --smartmoe": Case(
         flags=f"{EP4} --smartmoe-overlap-degree auto",
         ranks=4,
-        says="--smartmoe-overlap-degree = 'auto': needs --smartmoe. Add --smartmoe, or leave it out.",
+        says="--smartmoe-overlap-degree = 'auto': needs --smartmoe. Add --smartmoe, or remove it.",
     ),
     "another dispatcher": Case(
         flags=f"{TWO} --moe-token-dispatcher-type allgather",
         ranks=4,
-        says=f"--moe-token-dispatcher-type = 'allgather': {NOT_WITH}: there is no all-to-all of ours to cut. Pass "
-        "alltoall.",
+        says=f"--moe-token-dispatcher-type = 'allgather': {NOT_WITH}: only the alltoall dispatcher can be split into "
+        "chunks. Pass alltoall.",
     ),
     "TransformerEngine's experts": Case(
         flags=f"{TWO} --smartmoe-experts transformer_engine",
         ranks=4,
-        says=f"--smartmoe-experts = 'transformer_engine': {NOT_WITH}: they have not been run on pieces of a "
-        "micro-batch. Pass grouped_mm.",
+        says=f"--smartmoe-experts = 'transformer_engine': {NOT_WITH}: TransformerEngine's experts have not been tested "
+        "on chunks. Pass grouped_mm.",
     ),
     "padding to capacity": Case(
         flags=f"{TWO} --moe-expert-capacity-factor 1.0 --moe-pad-expert-input-to-capacity",
         ranks=4,
-        says=f"--moe-pad-expert-input-to-capacity = True: {NOT_WITH}: Megatron's own dispatcher pads. Leave one of the "
-        "two out.",
+        says=f"--moe-pad-expert-input-to-capacity = True: {NOT_WITH}: only Megatron's own dispatcher pads. Remove one "
+        "of the two.",
     ),
     "Megatron's overlap": Case(
         flags=f"{TWO} --overlap-moe-expert-parallel-comm",
         ranks=4,
         says=f"--overlap-moe-expert-parallel-comm = True: {NOT_WITH}: it overlaps the same all-to-alls with another "
-        "micro-batch. Leave one of the two out.",
+        "micro-batch. Remove one of the two.",
     ),
 }
 OPTIONS = Namespace(
-    expert_model_parallel_size=8,
-    expert_tensor_parallel_size=1,
-    tensor_model_parallel_size=1,
-    pipeline_model_parallel_size=1,
-    context_parallel_size=1,
-    world_size=8,
-    num_experts=64,
-    moe_router_topk=8,
-    moe_ffn_hidden_size=1024,
-    moe_latent_size=None,
-    micro_batch_size=4,
-    global_batch_size=256,
-    seq_length=4096,
-    num_layers=16,
-    hidden_size=2048,
-    num_attention_heads=16,
-    ffn_hidden_size=1024,
-    swiglu=True,
-    params_dtype=torch.bfloat16,
+    **VALUES
+    | LAUNCH
+    | {
+        "expert_model_parallel_size": 8,
+        "world_size": 8,
+        "num_experts": 64,
+        "moe_router_topk": 8,
+        "moe_ffn_hidden_size": 1024,
+        "micro_batch_size": 4,
+        "global_batch_size": 256,
+        "seq_length": 4096,
+        "num_layers": 16,
+        "hidden_size": 2048,
+        "num_attention_heads": 16,
+        "ffn_hidden_size": 1024,
+        "swiglu": True,
+        "bf16": True,
+    }
 )
 
 
@@ -102,6 +107,7 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str | None]:
 
 
 @pytest.mark.dist
+@pytest.mark.fast
 @pytest.mark.parametrize("name", CASES)
 def test_each_rule_says_field_value_rule_and_way_out(name: str, said: dict[str, str | None]) -> None:
     assert said[name] == CASES[name].says
@@ -111,21 +117,68 @@ def test_auto_cuts_where_wires_are_slow_and_rows_many() -> None:
     cluster = load_cluster_spec(CLUSTERS / "h100-sxm.yaml")
     across = predicted_seconds(OPTIONS, cluster, num_nodes=8)
     assert list(across) == [1, 2, 3, 4, 5, 6, 7, 8]
-    assert fewest_pieces(across) == 2
+    assert fewest_chunks(across) == 2
     few_rows = Namespace(**vars(OPTIONS) | {"micro_batch_size": 1, "seq_length": 64})
     few = predicted_seconds(few_rows, cluster, num_nodes=1)
-    assert fewest_pieces(few) == 1
+    assert fewest_chunks(few) == 1
 
 
-def test_a_percent_is_not_worth_another_piece() -> None:
-    assert fewest_pieces({1: 1.2, 2: 1.009, 3: 1.0, 4: 1.1}) == 2
+def test_a_percent_is_not_worth_another_chunk() -> None:
+    assert fewest_chunks({1: 1.2, 2: 1.009, 3: 1.0, 4: 1.1}) == 2
 
 
-def test_auto_tries_no_more_pieces_than_ranks_and_says_all() -> None:
+def test_auto_tries_no_more_chunks_than_ranks_and_says_all() -> None:
     cluster = replace(load_cluster_spec(CLUSTERS / "cpu.yaml"), gpus_per_node=2)
     two = Namespace(**vars(OPTIONS) | {"expert_model_parallel_size": 2, "world_size": 2})
     assert list(predicted_seconds(two, cluster, num_nodes=1)) == [1, 2]
     assert explain(2, {1: 0.0015, 2: 0.001}) == (
-        "overlap degree 2, the fewest pieces within 1% of the best; predicted ms of a MoE layer, forward and backward, "
-        "at even load: 1: 1.500, 2: 1.000"
+        "overlap degree 2, the fewest chunks within 1% of the shortest predicted time; predicted ms of a MoE layer, "
+        "forward and backward, with an even load: 1: 1.500, 2: 1.000"
     )
+
+
+DESCRIBED = {
+    "kv channels, grouped queries, shared experts": "--kv-channels 24 --group-query-attention --num-query-groups 2 "
+    "--moe-shared-expert-intermediate-size 64 --smartmoe-overlap-degree auto",
+    "replicas and bf16 gradients": "--bf16 --grad-reduce-in-bf16 --smartmoe-spare-slots 1",
+    "virtual stages": "--pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 2 --num-layers 4",
+    "a layout": "--pipeline-model-parallel-size 2 --pipeline-model-parallel-layout Ettt|tL --num-layers 4",
+    "a growing batch": "--rampup-batch-size 4 4 8 --train-samples 64 --smartmoe-pool auto",
+}
+
+
+def _described(cases: dict[str, str]) -> dict[str, tuple[Any, Any, Any, Any]]:
+    """Model and launch of each case: from arguments that Megatron has validated, and as the planner reads them."""
+    from megatron_smartmoe.adapter.flags.megatron_checks import megatron_verdict
+    from megatron_smartmoe.adapter.pretrain import check_flags, with_defaults
+
+    os.environ["WORLD_SIZE"] = "8"
+    found = {}
+    for name, flags in cases.items():
+        tokens = with_defaults([*GOOD, *DATA, "--smartmoe", *EP4.split(), *flags.split()], cpu=True, say=False)
+        if "--train-samples" in tokens:
+            at = tokens.index("--train-iters")
+            del tokens[at : at + 2]
+        parsed = check_flags(tokens, cpu=True)
+        planned = model_from_arguments(vars(parsed))
+        read = parallel_from_flags(tokens, planned, 8)
+        megatron_verdict(parsed)
+        found[name] = (model_of_run(parsed), planned, launch_of_run(parsed), read)
+    return found
+
+
+@pytest.fixture(scope="module")
+def described(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Any, Any, Any, Any]]:
+    found: dict[str, tuple[Any, Any, Any, Any]]
+    found = run_ranks(_described, 1, DESCRIBED, log_dir=tmp_path_factory.mktemp("described"))[0]
+    return found
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("name", DESCRIBED)
+def test_a_run_is_priced_as_the_model_and_the_launch_that_are_planned(
+    name: str, described: dict[str, tuple[Any, Any, Any, Any]]
+) -> None:
+    model, planned, launch, read = described[name]
+    assert model == planned
+    assert launch == read

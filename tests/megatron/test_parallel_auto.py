@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_smartmoe.planner.arguments import check_plannable, model_from_arguments
 from megatron_smartmoe.planner.flags import megatron_flags
-from megatron_smartmoe.planner.model_flags import model_from_arguments
 from megatron_smartmoe.spec.model import ModelSpec, load_model_spec
 from megatron_smartmoe.spec.parallel import ParallelSpec
 from megatron_smartmoe.spec.run import load_run_spec
@@ -37,8 +37,10 @@ def _parsed(models: list[ModelSpec]) -> list[ModelSpec]:
 
     parser, found = build_parser(), []
     for model in models:
-        words = megatron_flags(model, ParallelSpec(gpus=1, global_batch=model.global_batch)).megatron
-        found.append(model_from_arguments(vars(parser.parse_args(words)), model.name))
+        tokens = megatron_flags(model, ParallelSpec(gpus=1, global_batch=model.global_batch)).megatron
+        values = vars(parser.parse_args(tokens))
+        check_plannable(values)
+        found.append(model_from_arguments(values, model.name))
     return found
 
 
@@ -88,7 +90,7 @@ def test_it_plans_and_trains(trained: tuple[Path, str]) -> None:
     assert flags["micro-batch-size"] == str(best["spec"]["micro_batch"])
 
 
-def test_it_goes_on_the_same_way(trained: tuple[Path, str], tmp_path: Path) -> None:
+def test_a_resumed_run_is_launched_the_same_way(trained: tuple[Path, str], tmp_path: Path) -> None:
     """As long as that is possible; what cannot be kept is said, and what the checkpoint needs is kept even then."""
     folder, printed = trained
     longer = ["--run-dir", "run", "--train-iters", "3", "--override-opt-param-scheduler"]
@@ -97,13 +99,13 @@ def test_it_goes_on_the_same_way(trained: tuple[Path, str], tmp_path: Path) -> N
     status, again, errors = said["again"]
     where = Path("run") / "plan.json"
     assert (status, errors) == (0, "")
-    assert again.startswith(f"# --parallel auto: as before, from {where} (remove it to plan anew)\n")
+    assert again.startswith(f"# --parallel auto: reuses the plan in {where} (remove it to plan again)\n")
     assert choice(again) == choice(printed)
     status, other, errors = said["other ranks"]
     assert (status, errors) == (0, "")
-    assert f"planned anew, the plan in {where} cannot be kept: it is for 2 ranks, there are 4\n" in other
+    assert f"planned again, the plan in {where} no longer applies: it is for 2 ranks, this job has 4\n" in other
     ep = "EP 1" if "EP1" in choice(printed) else "EP > 1"
-    assert f"{ep} and a distributed optimizer, as the checkpoint was saved" in other
+    assert f"{ep} and a distributed optimizer, as in the checkpoint" in other
 
 
 # --- dry runs, all in one process that has Megatron imported; its facade counts as a GPU, hence the device
@@ -153,23 +155,23 @@ ERRORS = {
     "no launch agrees": (
         [*QUICKSTART, "--tensor-model-parallel-size", "3"],
         "error: --parallel = 'auto': on 4 ranks no launch is possible: TP x PP x CP = 3 does not divide 4 ranks.",
-        "or leave out one of: --tensor-model-parallel-size 3.",
+        "or remove one of: --tensor-model-parallel-size 3.",
     ),
-    "no model": ([], "error: --num-layers = None: is needed by --parallel auto.", "a --config that has it."),
+    "no model": ([], "error: --num-layers = None: is required by --parallel auto.", "a --config that has it."),
     "no vocabulary": (
         [*TINY_MODEL, "--global-batch-size", "8"],
-        "error: --vocab-size = None: is needed by --parallel auto",
-        "number of entries.",
+        "error: --vocab-size = None: is required by --parallel auto",
+        "number of entries, for example 32000.",
     ),
     "another split": (
         [*QUICKSTART, "--decoder-first-pipeline-num-layers", "1"],
-        "error: --decoder-first-pipeline-num-layers = '1': is not a split that --parallel auto can search with.",
-        "or leave --parallel auto out.",
+        "error: --decoder-first-pipeline-num-layers = '1': is a pipeline split that --parallel auto does not support.",
+        "or remove --parallel auto.",
     ),
     "a trace of another model": (
         [*QUICKSTART, "--num-experts", "4", "--parallel-trace", str(TRACE)],
-        "error: --parallel-trace = 8: has 8 experts, the model 4.",
-        " Record one with this model, or use --parallel-skew.",
+        "error: --parallel-trace = 8: has 8 experts, the model has 4.",
+        " Pass a trace of this model, or --parallel-skew 3.",
     ),
     "no cluster file": (
         [*QUICKSTART, "--smartmoe-cluster", "absent.yaml"],
@@ -248,7 +250,7 @@ def test_wrong_input_is_one_line(name: str, said: dict[str, Said]) -> None:
 
 def test_a_file_that_is_no_plan_is_refused(said: dict[str, Said]) -> None:
     path = Path("broken") / "plan.json"
-    error = f"error: --run-dir = '{path}': cannot be read as JSON. Remove it, and it is planned anew.\n"
+    error = f"error: --run-dir = '{path}': cannot be read as JSON. Remove it to plan again.\n"
     assert said["no plan"] == (2, "", error)
 
 

@@ -10,14 +10,15 @@ import pytest
 
 from megatron_smartmoe.planner.flags import megatron_flags, parallel_from_flags
 from megatron_smartmoe.planner.load import LoadModel, scenarios_from_model
-from megatron_smartmoe.planner.pricing import Plan, Pricing
+from megatron_smartmoe.planner.pricing import Launch, Pricing
 from megatron_smartmoe.planner.search import search
 from megatron_smartmoe.planner.space import SpaceOptions
 from megatron_smartmoe.spec.cluster import load_cluster_spec
 from megatron_smartmoe.spec.model import ModelSpec, load_model_spec
+from tests.support import gpu_machine
 from tests.support.ranks import run_ranks
 
-pytestmark = pytest.mark.dist
+pytestmark = [pytest.mark.dist, pytest.mark.fast]
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 GPUS = {"deepseek-v3": 512, "qwen3-235b-a22b": 256, "mixtral-8x22b": 128, "quickstart": 4}
@@ -32,7 +33,7 @@ def model(request: pytest.FixtureRequest) -> ModelSpec:
 
 
 @pytest.fixture(scope="module")
-def plans(model: ModelSpec) -> list[Plan]:
+def plans(model: ModelSpec) -> list[Launch]:
     """The best few, and every one that needs recomputation among those that no other beats in time and memory."""
     cluster = load_cluster_spec(CONFIGS / "clusters" / "h100-sxm.yaml")
     pricing = Pricing(model, cluster, LoadModel(scenarios_from_model(model)))
@@ -42,27 +43,14 @@ def plans(model: ModelSpec) -> list[Plan]:
 
 def _judge(lists: list[tuple[list[str], int]]) -> list[dict[str, Any]]:
     """Parse and check as a rank would on a GPU machine with TransformerEngine, neither of which is here."""
-    import torch
-
-    torch.cuda.get_device_capability = lambda *_: (9, 0)  # type: ignore[assignment]
-    import megatron.core.transformer.moe.moe_utils as moe_utils
-    import megatron.core.transformer.transformer_config as transformer_config
-
-    for name in ("fused_permute", "fused_permute_with_probs", "fused_sort_chunks_by_index", "fused_unpermute"):
-        setattr(moe_utils, name, len)  # what is there with TransformerEngine
-    moe_utils.fused_sort_chunks_by_index_with_probs = len
-    transformer_config.is_te_min_version = lambda *_, **__: True
+    gpu_machine.pretend()
     import megatron_smartmoe.adapter.flags.megatron_checks as checks
     import megatron_smartmoe.adapter.flags.parser as arguments
-    import megatron_smartmoe.adapter.flags.smartmoe_checks as smartmoe_checks
 
-    smartmoe_checks.has_transformer_engine = lambda: True  # type: ignore[assignment]
-    checks.has_transformer_engine = arguments.has_transformer_engine = lambda: True  # type: ignore[assignment]
     parser = arguments.build_parser()
     found = []
     for argv, world_size in lists:
         os.environ["WORLD_SIZE"] = str(world_size)
-        os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
         args = arguments.parse(_known(argv, parser._option_string_actions))
         args.world_size = world_size
         checks.check(args, world_size=world_size, cpu=False, data_exists=False)
@@ -82,7 +70,7 @@ def _known(argv: list[str], options: Any) -> list[str]:
     return kept
 
 
-def test_megatron_accepts_every_plan(model: ModelSpec, plans: list[Plan], tmp_path: Path) -> None:
+def test_megatron_accepts_every_plan(model: ModelSpec, plans: list[Launch], tmp_path: Path) -> None:
     lists = [([*megatron_flags(model, plan.spec).all, *USER], plan.spec.gpus) for plan in plans]
     for plan, args in zip(plans, run_ranks(_judge, 1, lists, log_dir=tmp_path)[0], strict=True):
         spec = plan.spec
@@ -94,6 +82,6 @@ def test_megatron_accepts_every_plan(model: ModelSpec, plans: list[Plan], tmp_pa
         assert (args.get("virtual_pipeline_model_parallel_size") or 1) == spec.vpp
 
 
-def test_flags_read_back_give_the_plan(model: ModelSpec, plans: list[Plan]) -> None:
+def test_flags_read_back_give_the_plan(model: ModelSpec, plans: list[Launch]) -> None:
     for plan in plans:
         assert parallel_from_flags(megatron_flags(model, plan.spec).all, model, plan.spec.gpus) == plan.spec

@@ -23,6 +23,7 @@ FILES = {
     "unknown": [PoolSetting(homes_interval=0, spare_slots=1, replicas="auto", overlap_degree=1)],
     "empty": [],
 }
+AGAIN = "Write the file again with smartmoe plan --pool FILE."
 MAKE = "Make one with smartmoe plan --pool FILE, or pass auto."
 CASES = {
     "all well": Case(flags=f"{FILE}/good.json --smartmoe-spare-slots 2", ranks=4, verdict=True),
@@ -35,79 +36,80 @@ CASES = {
     ),
     "without --smartmoe": Case(
         flags="--smartmoe-pool auto",
-        says="--smartmoe-pool = 'auto': needs --smartmoe. Add --smartmoe, or leave it out.",
+        says="--smartmoe-pool = 'auto': needs --smartmoe. Add --smartmoe, or remove it.",
     ),
     "one rank": Case(
         flags="--smartmoe --smartmoe-pool auto",
         says="--smartmoe-pool = 'auto': needs expert parallelism: on one rank there is nothing to balance or to "
-        "overlap. Pass --expert-model-parallel-size, or leave it out.",
+        "overlap. Pass --expert-model-parallel-size 2, for example, or remove it.",
     ),
     "nothing to choose": Case(
         flags=f"{LAUNCH} --smartmoe-homes off --smartmoe-pool auto",
         ranks=4,
-        says="--smartmoe-pool = 'auto': leaves nothing to choose: homes stay, there are no spare slots and nothing is "
-        "cut. Add --smartmoe-spare-slots 1 or --smartmoe-overlap-degree auto, or leave it out.",
+        says="--smartmoe-pool = 'auto': leaves nothing to choose: experts do not move, there are no spare slots, and "
+        "nothing overlaps. Add --smartmoe-spare-slots 1 or --smartmoe-overlap-degree auto, or remove it.",
     ),
     "an interval of nothing": Case(
         flags=f"{LAUNCH} --smartmoe-pool auto --smartmoe-pool-interval 0",
         ranks=4,
-        says="--smartmoe-pool-interval = 0: must be at least 1. Leave it out for its default.",
+        says="--smartmoe-pool-interval = 0: must be at least 1. The default is 100.",
     ),
     "prediction layers": Case(
         flags=f"{LAUNCH} --smartmoe-homes off --smartmoe-overlap-degree 2 --smartmoe-pool auto --mtp-num-layers 1",
         ranks=4,
-        says="--mtp-num-layers = 1: does not go with --smartmoe-pool: layers of multi-token prediction share their "
-        "numbers with others. Leave one of the two out.",
+        says="--mtp-num-layers = 1: is not supported with --smartmoe-pool: layers of multi-token prediction share "
+        "their numbers with others. Remove one of the two.",
     ),
     "more slots than the launch": Case(
         flags=f"{FILE}/good.json",
         ranks=4,
-        says="--smartmoe-pool, entry = 'homes100-K1-history-ov2': uses 1 spare slots, and --smartmoe-spare-slots is 0. "
-        "Change the flag, or take the entry out of the file.",
+        says="--smartmoe-pool, entry = 'homes100-K1-history-ov2': uses 1 spare slot, and --smartmoe-spare-slots is 0. "
+        "Change the flag, or remove the entry from the file.",
     ),
     "more pieces than ranks": Case(
         flags=f"{FILE}/seven.json",
         ranks=4,
-        says="--smartmoe-pool, entry = 'homes100-K0-off-ov7': cuts into 7 pieces: from 1 to 4, the expert-parallel "
-        "ranks, are possible. Plan the pool for this launch, or take the entry out of the file.",
+        says="--smartmoe-pool, entry = 'homes100-K0-off-ov7': its overlap degree 7 must be from 1 to 4, the "
+        "expert-parallel ranks. Plan the pool for this launch, or remove the entry from the file.",
     ),
     "another interval": Case(
         flags=f"{FILE}/often.json",
         ranks=4,
-        says="--smartmoe-pool, entry = 'homes50-K0-off-ov1': looks at the homes every 50 iterations, and the flags say "
-        "--smartmoe-homes-interval 100. Change the flag, or take the entry out of the file.",
+        says="--smartmoe-pool, entry = 'homes50-K0-off-ov1': re-evaluates expert placement every 50 iterations, and "
+        "--smartmoe-homes-interval is 100. Change the flag, or remove the entry from the file.",
     ),
     "homes are off": Case(
         flags=f"{FILE}/often.json --smartmoe-homes off",
         ranks=4,
-        says="--smartmoe-pool, entry = 'homes50-K0-off-ov1': looks at the homes every 50 iterations, and the flags say "
-        "--smartmoe-homes off. Change the flag, or take the entry out of the file.",
+        says="--smartmoe-pool, entry = 'homes50-K0-off-ov1': re-evaluates expert placement every 50 iterations, and "
+        "--smartmoe-homes is off. Change the flag, or remove the entry from the file.",
     ),
     "copies without slots": Case(
         flags=f"{FILE}/slotless.json",
         ranks=4,
-        says="--smartmoe-pool, entry = 'homes0-K0-exact-ov1': copies need spare slots, and spare slots copies: K0 goes "
-        "with off. Plan the pool again.",
+        says="--smartmoe-pool, entry = 'homes0-K0-exact-ov1': spare_slots = 0 requires replicas = off, and > 0 "
+        f"requires history or exact. {AGAIN}",
     ),
     "an unknown mode": Case(
         flags=f"{FILE}/unknown.json --smartmoe-spare-slots 1",
         ranks=4,
-        says="--smartmoe-pool, entry = 'homes0-K1-auto-ov1': its replicas must be one of off, history, exact. Plan the "
-        "pool again.",
+        says=f"--smartmoe-pool, entry = 'homes0-K1-auto-ov1': its replicas must be one of off, history, exact. {AGAIN}",
     ),
     "no settings": Case(
         flags=f"{FILE}/empty.json",
         ranks=4,
-        says=f"--smartmoe-pool = '{{data}}/empty.json': holds a pool without settings. {MAKE}",
+        says=f"--smartmoe-pool = '{{data}}/empty.json': contains a pool without settings. {MAKE}",
     ),
     "no pool": Case(
-        flags=f"{FILE}/other.json", ranks=4, says=f"--smartmoe-pool = '{{data}}/other.json': holds no pool. {MAKE}"
+        flags=f"{FILE}/other.json",
+        ranks=4,
+        says=f"--smartmoe-pool = '{{data}}/other.json': does not contain a pool. {MAKE}",
     ),
     "pieces that do not go with the rest": Case(
         flags=f"{FILE}/good.json --smartmoe-spare-slots 1 --overlap-moe-expert-parallel-comm --smartmoe-replicas off",
         ranks=4,
-        says="--overlap-moe-expert-parallel-comm = True: does not go with --smartmoe-spare-slots: it runs two "
-        "micro-batches of a layer at a time. Leave one of the two out.",
+        says="--overlap-moe-expert-parallel-comm = True: is not supported with --smartmoe-spare-slots: it runs two "
+        "micro-batches of a layer at a time. Remove one of the two.",
     ),
 }
 
@@ -126,13 +128,14 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str | None]:
 
 
 @pytest.mark.dist
+@pytest.mark.fast
 @pytest.mark.parametrize("name", CASES)
 def test_each_rule_says_field_value_rule_and_way_out(name: str, said: dict[str, str | None]) -> None:
     assert said[name] == CASES[name].says
 
 
 def keys(**flags: Any) -> list[str]:
-    from megatron_smartmoe.adapter.flags.pool_settings import pool_settings
+    from megatron_smartmoe.adapter.flags.pool_settings import settings_of_pool
 
     given: dict[str, Any] = {
         "smartmoe_pool": "auto",
@@ -142,7 +145,7 @@ def keys(**flags: Any) -> list[str]:
         "smartmoe_overlap_degree": "1",
         "expert_model_parallel_size": 16,
     }
-    return [setting.key for setting in pool_settings(Namespace(**given | flags))]
+    return [setting.key for setting in settings_of_pool(Namespace(**given | flags))]
 
 
 def test_auto_is_what_the_launch_allows() -> None:

@@ -8,8 +8,8 @@ from tests.support.checks import Case, said_of
 
 EP4 = "--expert-model-parallel-size 4"
 ONE = f"--smartmoe {EP4} --smartmoe-spare-slots 1"
-NOT_WITH = "does not go with --smartmoe-spare-slots"
-OUT = "or leave the spare slots out."
+NOT_WITH = "is not supported with --smartmoe-spare-slots"
+OUT = "or remove --smartmoe-spare-slots."
 CASES = {
     "all well": Case(flags=ONE, ranks=4, verdict=True),
     "exact, homes moving, virtual stages": Case(
@@ -24,29 +24,29 @@ CASES = {
     "fewer than none": Case(
         flags=f"--smartmoe {EP4} --smartmoe-spare-slots -1",
         ranks=4,
-        says="--smartmoe-spare-slots = -1: must be at least 0. Leave it out for no copies.",
+        says="--smartmoe-spare-slots = -1: must be at least 0. Remove it, or pass 0, for no replicas.",
     ),
     "no slots": Case(
         flags=f"--smartmoe {EP4} --smartmoe-replicas exact",
         ranks=4,
-        says="--smartmoe-replicas = 'exact': needs spare slots to put copies in. Add --smartmoe-spare-slots 1, or "
-        "leave it out.",
+        says="--smartmoe-replicas = 'exact': needs spare slots for the replicas. Add --smartmoe-spare-slots 1, or "
+        "remove it.",
     ),
     "without --smartmoe": Case(
         flags=f"{EP4} --smartmoe-spare-slots 1",
         ranks=4,
-        says="--smartmoe-spare-slots = 1: needs --smartmoe. Add --smartmoe, or leave it out.",
+        says="--smartmoe-spare-slots = 1: needs --smartmoe. Add --smartmoe, or remove it.",
     ),
     "one rank": Case(
         flags="--smartmoe --smartmoe-spare-slots 1",
-        says="--smartmoe-spare-slots = 1: needs expert parallelism: on one rank there is nothing to balance. Pass "
-        "--expert-model-parallel-size, or leave it out.",
+        says="--smartmoe-spare-slots = 1: needs expert parallelism: on one rank there is nothing to balance or to "
+        "overlap. Pass --expert-model-parallel-size 2, for example, or remove it.",
     ),
     "more than there are experts": Case(
         flags=f"--smartmoe {EP4} --num-experts 8 --smartmoe-spare-slots 7",
         ranks=4,
         says="--smartmoe-spare-slots = 7: must be at most 6, the experts of the other ranks. Pass a smaller number; 1 "
-        "or 2 are mostly enough.",
+        "or 2 is usually enough.",
     ),
     "another dispatcher": Case(
         flags=f"{ONE} --moe-token-dispatcher-type allgather",
@@ -61,13 +61,13 @@ CASES = {
     "padding to capacity": Case(
         flags=f"{ONE} --moe-expert-capacity-factor 1.0 --moe-pad-expert-input-to-capacity",
         ranks=4,
-        says=f"--moe-pad-expert-input-to-capacity = True: {NOT_WITH}: every expert gets as many rows as the next, "
-        "there is nothing to balance. Leave one of the two out.",
+        says=f"--moe-pad-expert-input-to-capacity = True: {NOT_WITH}: all experts get the same number of rows, so "
+        "there is nothing to balance. Remove one of the two.",
     ),
     "a negative margin": Case(
         flags=f"{ONE} --smartmoe-replicas-margin -1",
         ranks=4,
-        says="--smartmoe-replicas-margin = -1.0: must be at least 0. 1 is the default.",
+        says="--smartmoe-replicas-margin = -1.0: must be at least 0. The default is 1.",
     ),
 }
 
@@ -78,6 +78,7 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str | None]:
 
 
 @pytest.mark.dist
+@pytest.mark.fast
 @pytest.mark.parametrize("name", CASES)
 def test_each_rule_says_field_value_rule_and_way_out(name: str, said: dict[str, str | None]) -> None:
     assert said[name] == CASES[name].says

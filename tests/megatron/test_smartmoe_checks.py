@@ -8,72 +8,72 @@ import pytest
 from megatron_smartmoe.spec.trace import RoutingTrace
 from tests.support.checks import Case, said_of
 
-pytestmark = pytest.mark.dist
+pytestmark = [pytest.mark.dist, pytest.mark.fast]
 
-ONE_OUT = "Leave one of the two out."
+ONE_OUT = "Remove one of the two."
 TE = "--transformer-impl transformer_engine"
 CASES = {
     "all well": Case(flags="--smartmoe", verdict=True),
     "without experts": Case(
         flags="--smartmoe",
         without=("--num-experts",),
-        says="--smartmoe = True: needs a model with experts. Pass --num-experts, or leave it out.",
+        says="--smartmoe = True: needs a model with experts. Pass --num-experts 8, for example, or remove it.",
     ),
     "FSDP": Case(
         flags="--smartmoe --use-megatron-fsdp",
-        says="--use-megatron-fsdp = True: does not go with --smartmoe: its parameters are sharded in a layout of its "
+        says="--use-megatron-fsdp = True: is not supported with --smartmoe: it shards parameters in a layout of its "
         f"own. {ONE_OUT}",
     ),
     "optimizer on the CPU": Case(
         flags="--smartmoe --optimizer-cpu-offload",
-        says="--optimizer-cpu-offload = True: does not go with --smartmoe: the experts' optimizer state is looked up "
+        says="--optimizer-cpu-offload = True: is not supported with --smartmoe: the experts' optimizer state must be "
         f"on the device. {ONE_OUT}",
     ),
     "inference": Case(
         flags="--smartmoe --transformer-impl inference_optimized",
         te=True,
-        says="--transformer-impl = 'inference_optimized': does not go with --smartmoe, which trains. Pass local or "
-        "transformer_engine.",
+        says="--transformer-impl = 'inference_optimized': is not supported with --smartmoe: it is for inference only. "
+        "Pass local or transformer_engine.",
     ),
     "staging memory for less than an expert": Case(
         flags="--smartmoe --expert-model-parallel-size 2 --moe-ffn-hidden-size 2048 --smartmoe-migration-staging-mib 1",
         ranks=2,
-        says="--smartmoe-migration-staging-mib = 1: must be at least 6, or no expert of this model could ever move. "
-        "Leave it out for its default, or pass --smartmoe-homes off.",
+        says="--smartmoe-migration-staging-mib = 1: must be at least 6: no expert of this model would fit. Pass 6 or "
+        "more, or --smartmoe-homes off.",
     ),
     "CUDA graphs": Case(
         flags="--smartmoe --cuda-graph-impl local",
-        says="--cuda-graph-impl = 'local': does not go with --smartmoe: its dispatcher has not been captured yet. "
-        "Leave it out.",
+        says="--cuda-graph-impl = 'local': is not supported with --smartmoe: CUDA graphs are not supported by its "
+        "dispatcher yet. Remove it, or pass none.",
     ),
     "biases": Case(
         flags="--smartmoe",
         without=("--disable-bias-linear",),
-        says="--disable-bias-linear = False: is needed: --smartmoe-experts grouped_mm has no biases. Add "
+        says="--disable-bias-linear = False: is required: --smartmoe-experts grouped_mm has no biases. Add "
         "--disable-bias-linear.",
     ),
     "fp8": Case(
         flags=f"--smartmoe {TE} --fp8-format hybrid",
         te=True,
-        says="--fp8-format = 'hybrid': does not go with --smartmoe-experts grouped_mm, which computes in bf16, fp16 "
-        "and fp32. Leave it out, or pass --smartmoe-experts transformer_engine.",
+        says="--fp8-format = 'hybrid': is not supported with --smartmoe-experts grouped_mm, which computes in bf16, "
+        "fp16 and fp32. Remove it, or pass --smartmoe-experts transformer_engine.",
     ),
     "delayed weight gradients": Case(
         flags=f"--smartmoe {TE} --delay-wgrad-compute",
         te=True,
-        says="--delay-wgrad-compute = True: does not go with --smartmoe-experts grouped_mm: weight gradients cannot be "
-        f"delayed. {ONE_OUT}",
+        says="--delay-wgrad-compute = True: is not supported with --smartmoe-experts grouped_mm: weight gradients "
+        f"cannot be delayed. {ONE_OUT}",
     ),
     "rows that are not aligned": Case(
         flags="--smartmoe --hidden-size 60 --distributed-backend nccl",
         cpu=False,
-        says="--hidden-size = 60: must be a multiple of 8 on every rank (expert tensor parallelism: 1). Choose another "
-        "size.",
+        says="--hidden-size = 60: must be a multiple of 8 on every rank (expert tensor parallelism: 1). For example "
+        "--hidden-size 64.",
     ),
     "TransformerEngine's experts without it": Case(
         flags="--smartmoe --smartmoe-experts transformer_engine",
         says="--smartmoe-experts = 'transformer_engine': needs TransformerEngine, --transformer-impl "
-        "transformer_engine and --moe-grouped-gemm. Add them, or leave --smartmoe-experts out.",
+        "transformer_engine and --moe-grouped-gemm. Add them, or remove --smartmoe-experts.",
     ),
     "experts without --smartmoe": Case(
         flags="--smartmoe-experts transformer_engine",
@@ -90,8 +90,8 @@ CASES = {
     ),
     "a trace of other experts": Case(
         flags="--smartmoe-replay-trace {data}/six.npz",
-        says="--smartmoe-replay-trace = '{data}/six.npz': has 6 experts, and --num-experts is 8. Replay a trace of the "
-        "same number of experts.",
+        says="--smartmoe-replay-trace = '{data}/six.npz': has 6 experts, and --num-experts is 8. Pass a trace with 8 "
+        "experts.",
     ),
     "a trace of other ranks": Case(
         flags="--smartmoe-replay-trace {data}/eight.npz --expert-model-parallel-size 2",
@@ -101,13 +101,13 @@ CASES = {
     ),
     "a trace and a capacity": Case(
         flags="--smartmoe-replay-trace {data}/eight.npz --moe-expert-capacity-factor 1.0",
-        says="--moe-expert-capacity-factor = 1.0: replays assignments before dropping, and a capacity would not be "
-        "applied. Leave it out.",
+        says="--moe-expert-capacity-factor = 1.0: is not supported with --smartmoe-replay-trace, which replays "
+        f"assignments before any are dropped. {ONE_OUT}",
     ),
     "micro-batches and recomputation": Case(
         flags="--smartmoe-replay-trace {data}/micro.npz --recompute-granularity full",
-        says="--smartmoe-replay-trace = '{data}/micro.npz': keeps micro-batches apart, and full recomputation routes "
-        "each of them twice. Leave --recompute-granularity full out.",
+        says="--smartmoe-replay-trace = '{data}/micro.npz': has counts per micro-batch, and full recomputation routes "
+        "each micro-batch twice. Remove --recompute-granularity full.",
     ),
 }
 

@@ -40,7 +40,7 @@ class ClusterError(RuntimeError):
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """A job that has ended. `record` is what `scontrol show job` said of it, by field."""
+    """A job that has ended. `record` holds the fields of `scontrol show job`."""
 
     job_id: int
     state: str
@@ -52,7 +52,7 @@ class Job:
 
 @dataclass(frozen=True, kw_only=True)
 class Daemon:
-    """A process we started, and the file that holds what it said."""
+    """A process we started, and the file with its output."""
 
     name: str
     process: subprocess.Popen[bytes]
@@ -140,8 +140,8 @@ class SlurmCluster:
             command, env=environment, cwd=cwd or self.root, timeout=timeout, capture_output=True, text=True, check=False
         )
         if done.returncode != 0:
-            said = f"{done.stdout}{done.stderr}"
-            raise ClusterError(f"{shlex.join(command)}: status {done.returncode}\n{said}\n{self._log_tails()}")
+            output = f"{done.stdout}{done.stderr}"
+            raise ClusterError(f"{shlex.join(command)}: status {done.returncode}\n{output}\n{self._log_tails()}")
         return done
 
     def sbatch(

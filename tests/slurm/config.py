@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 MEMORY_PER_NODE_MB = 2000  # what a node claims to have; CR_CPU hands out cores only, nothing enforces it
-CREDENTIAL_EXPIRES_S = 5  # Slurm starts a requeued job no sooner than this after its end (120 where nothing is said)
+CREDENTIAL_EXPIRES_S = 5  # Slurm starts a requeued job no sooner than this after its end (120 by default)
 
 
 def render_slurm_conf(
@@ -32,7 +32,7 @@ def render_slurm_conf(
         "MpiDefault": "none",
         "MailProg": "/bin/true",
         "SchedulerType": "sched/backfill",
-        # a job starts at once: where nothing is said batch jobs wait 3 s, and requeued ones for a round every 30 s
+        # a job starts at once: by default batch jobs wait 3 s, and requeued ones for a round every 30 s
         "SchedulerParameters": "batch_sched_delay=0,sched_interval=1,bf_interval=1",
         "SelectType": "select/cons_tres",
         "SelectTypeParameters": "CR_CPU",

@@ -1,4 +1,4 @@
-"""The fake cluster itself: tasks are where Slurm says they are, ends of jobs are told, nothing outlives it."""
+"""The fake cluster itself: tasks run on the nodes that Slurm names, jobs report their end, nothing outlives it."""
 
 import socket
 from pathlib import Path
@@ -37,7 +37,7 @@ def test_a_batch_job_runs_to_its_end_with_steps_and_arguments(slurm: SlurmCluste
     assert sorted(job.stdout.splitlines()) == [f"0: {host}", f"1: {host}", "hello world"]
 
 
-def test_a_failing_batch_job_tells_its_exit_code(slurm: SlurmCluster, tmp_path: Path) -> None:
+def test_a_failing_batch_job_reports_its_exit_code(slurm: SlurmCluster, tmp_path: Path) -> None:
     job = slurm.sbatch(write_script(tmp_path / "job.sh", "echo before", "exit 7"), cwd=tmp_path)
     assert (job.state, job.exit_code, job.stdout) == ("FAILED", 7, "before\n")
 

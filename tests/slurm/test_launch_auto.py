@@ -1,4 +1,4 @@
-"""`--parallel auto` on an allocation: every node plans for itself, one says so, and all start the same launch."""
+"""`--parallel auto` on an allocation: every node plans for itself, one prints, and all start the same launch."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Command lines and what the start-up checks say of them, judged through Megatron's own parser.
+"""Command lines and the errors of the start-up checks for them, found through Megatron's own parser.
 
-The facade changes torch for the whole process, so one rank of `run_ranks` judges all command lines of a test file and
-returns what was said.
+The facade changes torch for the whole process, so one rank of `run_ranks` checks all command lines of a test file and
+returns their errors.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ DATA = "--mock-data --tokenizer-type NullTokenizer --vocab-size 128".split()
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A command line, where it is judged, and what is said of it (None: it passes)."""
+    """A command line, where it is checked, and the error it gets (None: it passes)."""
 
     flags: str = ""  # behind GOOD and DATA, so they win; {data} becomes a folder with the test's files
     says: str | None = None
@@ -36,19 +36,19 @@ class Case:
 
 
 def said_of(cases: Mapping[str, Case], data: Path) -> dict[str, str | None]:
-    """What is said of each case, by name, with {data} for the folder: as `Case.says` has it."""
+    """The error of each case by its name, None where it passes; the folder reads {data}, as in `Case.says`."""
     said: dict[str, str | None] = run_ranks(judge_all, 1, cases, data, log_dir=data / "log")[0]
     return said
 
 
 def judge_all(cases: Mapping[str, Case], data: Path) -> dict[str, str | None]:
-    """As `said_of`, in a rank."""
+    """Do the work of `said_of` in a rank."""
     said = {name: judge(case, data) for name, case in cases.items()}
     return {name: text and text.replace(str(data), "{data}") for name, text in said.items()}
 
 
 def judge(case: Case, data: Path) -> str | None:
-    """What is said of a case's command line; in a rank, where the facade is installed."""
+    """The error of a case's command line; called in a rank, where the facade is installed."""
     from megatron_smartmoe.adapter import pretrain
 
     os.environ["WORLD_SIZE"] = str(case.ranks)

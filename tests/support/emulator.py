@@ -1,7 +1,7 @@
 """Builds the kernels of csrc/cuda for the CPU, with the headers of cuda_emulator in the place of CUDA's.
 
-Two things are made of them: a program without torch, which can be built with a sanitizer (`check_program`), and a
-library with torch.ops.smartmoe_emulated (`ops_library`). Objects are cached by their content: a test builds what
+It makes two things of them: a program without torch, which can be built with a sanitizer (`check_program`), and a
+library with torch.ops.smartmoe_emulated (`ops_library`). Objects are cached by their content: a test compiles only what
 changed.
 """
 
@@ -28,12 +28,12 @@ MODES = {
     "address": ("-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"),
 }
 # -w: attributes and pragmas of CUDA mean nothing to a host compiler
-FLAGS = ("-std=c++17", "-g1", "-w", "-ffp-contract=off", f"-I{EMULATOR}")
+FLAGS = ("-std=c++20", "-g1", "-w", "-ffp-contract=off", f"-I{EMULATOR}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Unit:
-    """One compilation: a source and what the compiler is told about it."""
+    """One compilation: a source and the flags of its compiler."""
 
     source: Path
     flags: tuple[str, ...]
@@ -41,8 +41,8 @@ class Unit:
 
 @functools.cache
 def _headers() -> bytes:
-    paths = [*sorted((ROOT / "csrc").rglob("*.h")), *sorted(EMULATOR.glob("*.h"))]
-    return b"".join(path.read_bytes() for path in paths)
+    paths = [*(ROOT / "csrc").rglob("*"), *EMULATOR.glob("*")]
+    return b"".join(path.read_bytes() for path in sorted(paths) if path.suffix in _build.HEADERS)
 
 
 def compile_unit(unit: Unit, replaced: str | None = None) -> Path:
@@ -88,7 +88,7 @@ def kernel_unit(name: str, mode: str) -> Unit:
 
 
 def check_program(mode: str, replaced: dict[str, str] | None = None) -> Path:
-    """The program of check.cpp in a mode, with some .cu files' texts replaced."""
+    """The program of check.cpp in a mode, with the texts of some .cu files replaced."""
     flags = (*FLAGS, *MODES[mode], f"-I{ROOT / 'csrc' / 'cuda'}")
     units = [kernel_unit(name, mode) for name in KERNELS] + [Unit(source=EMULATOR / "check.cpp", flags=flags)]
     changed = replaced or {}
@@ -101,8 +101,8 @@ def ops_library() -> Path:
     """The library with torch.ops.smartmoe_emulated."""
     torch, _ = _build.find_torch()
     target = "-DTORCH_TARGET_VERSION=0x{:02x}{:02x}000000000000".format(*_build.TORCH_TARGET)
-    glue_flags = (*FLAGS, "-O1", "-fPIC", target, f"-I{ROOT / 'csrc'}", "-isystem", f"{torch}/include")
-    glue_flags += ("-include", str(EMULATOR / "emulated_context.h"))
+    includes = (f"-I{ROOT / 'csrc'}", "-isystem", f"{torch}/include", "-include", str(EMULATOR / "emulated_context.h"))
+    glue_flags = (*FLAGS, "-O1", "-fPIC", target, *includes)
     kernel_flags = (*FLAGS, "-O2", "-fPIC")
     folder = ROOT / "csrc" / "cuda"
     units = [Unit(source=folder / name, flags=kernel_flags) for name in KERNELS]

@@ -56,10 +56,10 @@ class Job:
         from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
         from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
-        from megatron_smartmoe.adapter.local import adam
+        from megatron_smartmoe.adapter import hooks
         from megatron_smartmoe.adapter.migration.expert_state import ExpertStates
 
-        adam.install()
+        hooks.use_torch_adam()
         self.mix, self.timeout_s = mix, timeout_s
         if not dist.is_initialized():
             dist.init_process_group("gloo")
@@ -167,7 +167,7 @@ class Job:
         return plan, report
 
     def set_homes(self, step: Any) -> None:
-        """What the exchange calls after each commit."""
+        """Record the new homes; the exchange calls it after each commit."""
         self.homes_LE[self.layer_ids.index(step.layer), list(step.experts)] = step.to_slot
 
     def random_homes(self, seed: int) -> np.ndarray:
@@ -176,8 +176,8 @@ class Job:
         return np.stack([rng.permutation(self.mix.experts) for _ in self.layer_ids])
 
     def fingerprints(self) -> dict[int, list[list[int]]]:
-        """Of every tensor of every expert of this stage, `[E][tensors]` by layer."""
-        from megatron_smartmoe.runtime.migration.expert_tensors import fingerprints
+        """Fingerprints of every tensor of every expert of this stage: `[E][tensors]` by layer."""
+        from tests.support.fingerprints import fingerprints
 
         self.states.prepare(gradients_spent=True)
         return {

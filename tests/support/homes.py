@@ -19,7 +19,7 @@ def train_with_homes(
     seed: int,
     move_weights: bool = True,
 ) -> list[float]:
-    """As `training.train`, with random homes in every layer from the start, drawn from `seed`.
+    """Do what `training.train` does, with random homes in every layer from the start, drawn from `seed`.
 
     Args:
         move_weights: False leaves the weights where they were, which is wrong.

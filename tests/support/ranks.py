@@ -1,6 +1,8 @@
-"""Run a function on N gloo ranks: real processes, started from one that has torch and Megatron imported already.
+"""Run a function on N gloo ranks: real processes, forked from one that has torch and Megatron imported already.
 
-Importing them takes seconds; a fork server does it once (`tests.support.preload`) and every rank is a fork of it.
+Importing them and building the parser takes 2 s of CPU time per rank; a fork server does it once
+(`tests.support.preload`), which leaves 0.6 s for a rank that trains for one iteration. Ranks that live on from one test
+to the next would save half of that, and Megatron's global state would tie the tests together.
 """
 
 from __future__ import annotations
@@ -97,6 +99,9 @@ def _rank_main(
     sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
     sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
     try:
+        from tests.support import ready_groups  # imports torch, which the process that starts the ranks can do without
+
+        ready_groups.install()
         result = function(*args, **kwargs)
         (log_dir / f"{name}.pickle").write_bytes(pickle.dumps(result))
     except BaseException:

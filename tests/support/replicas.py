@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from tests.support.ranks import run_ranks
 from tests.support.training import TINY_MODEL, TINY_TRAINING, losses
@@ -15,14 +16,14 @@ ALWAYS = ("--smartmoe", "--smartmoe-spare-slots", "1", "--smartmoe-replicas-marg
 def train_with_fault(
     run_dir: Path, world_size: int, data_flags: list[str], *flags: str, iterations: int, fault: str
 ) -> list[float]:
-    """As `training.train`, with one of `FAULTS` in the way home of the copies' gradients."""
+    """Do what `training.train` does, with one of `FAULTS` in the return of the copies' gradients."""
     argv = [*TINY_MODEL, *TINY_TRAINING, *data_flags, "--train-iters", str(iterations), *flags]
     run_ranks(_main, world_size, [*argv, "--smartmoe-run-dir", str(run_dir)], fault, log_dir=run_dir / "ranks")
     return losses(run_dir)
 
 
 def balance(run_dir: Path) -> list[dict[str, Any]]:
-    """The lines of the first group of the first stage."""
+    """The lines of balance-stage0-group0.jsonl: the first expert-parallel group of the first stage."""
     return [json.loads(line) for line in (run_dir / "balance-stage0-group0.jsonl").read_text().splitlines()]
 
 
@@ -55,5 +56,5 @@ def _main(argv: list[str], fault: str) -> None:
     def faulty(wire: Any, copies: Any, gradients: Any, totals: Any) -> None:
         FAULTS[fault](lambda *args: send(wire, *args), list(copies), gradients, totals)
 
-    ReplicaWire.return_gradients = faulty  # type: ignore[method-assign]
-    main(argv)
+    with mock.patch.object(ReplicaWire, "return_gradients", faulty):
+        main(argv)

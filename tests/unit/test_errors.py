@@ -25,6 +25,22 @@ def test_the_value_shows_its_type(value: object, shown: str) -> None:
     assert str(ConfigError("a.b", value, "is wrong", "Mend it.")) == f"a.b = {shown}: is wrong. Mend it."
 
 
+@pytest.mark.parametrize("length", [200, 203, 10_000])
+def test_a_long_value_is_cut(length: int) -> None:
+    value = "a" + "b" * (length - 4) + "c"  # its repr has `length` characters
+    error = ConfigError("a.b", value, "is wrong", "Mend it.")
+    assert error.value == value
+    shown = str(error).removeprefix("a.b = ").removesuffix(": is wrong. Mend it.")
+    if length <= 200:
+        assert shown == repr(value)
+    else:
+        assert shown.startswith("'abbb")
+        assert shown.endswith("bbbc'")
+        assert f" ... ({length - 200} characters) ... " in shown
+        assert len(shown) < 240
+    assert str(pickle.loads(pickle.dumps(error))) == str(error)
+
+
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
 @pytest.mark.parametrize("value", [None, "text", 3, Path("runs/a"), {"prefix": ["a", 1]}])
 def test_pickling_keeps_the_four_parts(value: object, protocol: int) -> None:

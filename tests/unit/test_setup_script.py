@@ -25,7 +25,7 @@ def checkout(tmp_path: Path) -> Path:
 def run_setup(checkout: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run it with nothing of this process's environment."""
     environment = {"HOME": str(checkout / "home"), "PATH": SYSTEM_PATH, **environment}
-    command = ["bash", checkout / "scripts" / "setup.sh"]
+    command = ["bash", str(checkout / "scripts" / "setup.sh")]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
 
 
@@ -51,7 +51,10 @@ def test_no_python_is_one_clear_error(checkout: Path) -> None:
 def test_a_wrong_smartmoe_python_is_refused(checkout: Path) -> None:
     done = run_setup(checkout, SMARTMOE_PYTHON="/bin/false")
     assert done.returncode == 1
-    assert done.stderr == "error: SMARTMOE_PYTHON = /bin/false: is not a Python 3.12. Name one, or unset it.\n"
+    assert done.stderr == (
+        "error: SMARTMOE_PYTHON = /bin/false: is not a Python 3.12. "
+        "Set it to one, for example /usr/bin/python3.12, or unset it.\n"
+    )
 
 
 def test_pyenv_is_found_without_its_shims_on_path(checkout: Path) -> None:

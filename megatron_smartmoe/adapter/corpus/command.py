@@ -20,14 +20,13 @@ from megatron_smartmoe.errors import SmartMoEError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run; returns the exit status: 0, 2 for a wrong request or input, 1 for a failing disk."""
+    """Run; returns the exit status: 0, 2 for a wrong request or input, 1 for a failing disk, 130 for Ctrl-C."""
     parser = build_parser()
-    options = vars(parser.parse_args(arguments))
+    fields = vars(parser.parse_args(arguments))
     command = ("prepare_data.py", *(sys.argv[1:] if arguments is None else arguments))
-    options["inputs"] = tuple(options["inputs"])
-    options["json_keys"] = tuple(options["json_keys"])
+    fields["inputs"], fields["json_keys"] = tuple(fields["inputs"]), tuple(fields["json_keys"])
     try:
-        corpus = prepare(CorpusSpec(**options, command=command))
+        corpus = prepare(CorpusSpec(**fields, command=command))
     except SmartMoEError as error:
         print(f"prepare_data: {error}", file=sys.stderr)
         return 2
@@ -59,10 +58,18 @@ def build_parser() -> argparse.ArgumentParser:
         "--python-stdlib", action="store_true", help="use the text that every Python carries: about 10 MB, no download"
     )
     text.add_argument(
-        "--json-keys", nargs="+", default=["text"], help="keys of a JSON line, joined by a newline (text)"
+        "--json-keys",
+        nargs="+",
+        default=["text"],
+        help="keys whose strings, joined by a newline, are a JSON line's document (default: text)",
     )
     text.add_argument("--max-bytes", type=int, help="keep the first documents that have at most this many bytes")
-    text.add_argument("--on-bad-line", choices=("refuse", "skip"), default="refuse", help="default: refuse")
+    text.add_argument(
+        "--on-bad-line",
+        choices=("refuse", "skip"),
+        default="refuse",
+        help="lines that cannot be used: stop and list them, or leave them out and count them (default: refuse)",
+    )
     tokens = parser.add_argument_group("tokenizer (one of the first two)")
     tokens.add_argument("--tokenizer-model", type=Path, metavar="FILE", help="a sentencepiece model")
     tokens.add_argument("--vocab-size", type=int, metavar="N", help="train a model with N entries on this text")
@@ -82,8 +89,13 @@ def build_parser() -> argparse.ArgumentParser:
     run = parser.add_argument_group("output and running")
     run.add_argument("--output-prefix", type=Path, required=True, metavar="PREFIX", help="for Megatron's --data-path")
     run.add_argument("--force", action="store_true", help="replace an existing dataset")
-    run.add_argument("--workers", type=int, metavar="N", help="processes (default: one per CPU)")
-    run.add_argument("--seed", type=int, default=0, help="of the tokenizer's sample and --python-stdlib's order (0)")
+    run.add_argument("--workers", type=int, metavar="N", help="processes that tokenize (default: one per CPU)")
+    run.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        help="draws the tokenizer's sample and orders --python-stdlib's documents (default: 0)",
+    )
     run.add_argument("--quiet", action="store_true", help="no progress bar")
     return parser
 

@@ -8,7 +8,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +15,7 @@ from sentencepiece import SentencePieceProcessor
 
 from megatron_smartmoe.adapter import log_filters
 from megatron_smartmoe.adapter.corpus.documents import read_documents
-from megatron_smartmoe.adapter.corpus.sources import Chunk
+from megatron_smartmoe.adapter.corpus.sources import SpanGroup
 
 # sentencepiece's memory is about 65 bytes per character of one call, and its time grows faster than the text.
 LONG_DOCUMENT_CHARACTERS = 2**20
@@ -24,14 +23,14 @@ PART_CHARACTERS = 2**16
 
 
 @dataclass(frozen=True, kw_only=True)
-class EncodedChunk:
-    """Tokens of one chunk's documents.
+class EncodedGroup:
+    """Tokens of one group's documents.
 
     Args:
-        tokens: int32 [T], the documents behind one another, eod included.
+        tokens: int32 [T], the documents one after another, eod included.
         lengths: int32 [D], tokens of each document.
         text_bytes: UTF-8 bytes of the documents.
-        digests: sha256 of each document's text, 32 bytes each, behind one another.
+        digests: sha256 of each document's text, 32 bytes each, one after another.
     """
 
     tokens: NDArray[np.int32]
@@ -42,14 +41,14 @@ class EncodedChunk:
 
 @dataclass(frozen=True, kw_only=True)
 class Encoder:
-    """Tokenize the first documents of a chunk: `(Chunk, number of documents) -> EncodedChunk`, run in the workers.
+    """Tokenize the first documents of a group: `(SpanGroup, number of documents) -> EncodedGroup`, run in the workers.
 
     Args:
         processor: the tokenizer (pickles as its model file).
-        eod_id: appended to every document; None for nothing.
-        json_keys: as in CorpusSpec.
-        newline_splits: newline is a piece that merges with nothing, so a text may be cut there without changing its
-            tokens. True for the tokenizers trained here; nothing is known of others.
+        eod_id: appended to every document; None to append nothing.
+        json_keys: see CorpusSpec.
+        newline_splits: whether a text may be cut at a newline without changing its tokens, because newline is a piece
+            that merges with nothing. True for the tokenizers trained here; others may not have this property.
     """
 
     processor: SentencePieceProcessor
@@ -57,21 +56,21 @@ class Encoder:
     json_keys: tuple[str, ...]
     newline_splits: bool
 
-    def __call__(self, item: tuple[Chunk, int]) -> EncodedChunk:
-        """Read and tokenize. Bad lines were judged in the scan and are left out here."""
-        chunk, num_documents = item
+    def __call__(self, item: tuple[SpanGroup, int]) -> EncodedGroup:
+        """Read and tokenize. Bad lines were reported by the first pass and are left out here."""
+        group, num_documents = item
         tokens: list[int] = []
         lengths: list[int] = []
         digests: list[bytes] = []
         text_bytes = 0
-        for text in islice(read_documents(chunk, self.json_keys), num_documents):
+        for text in islice(read_documents(group, self.json_keys), num_documents):
             ids = self.encode(text)
             tokens.extend(ids)
             lengths.append(len(ids))
             data = text.encode()
             text_bytes += len(data)
             digests.append(hashlib.sha256(data).digest())
-        return EncodedChunk(
+        return EncodedGroup(
             tokens=np.array(tokens, dtype=np.int32),
             lengths=np.array(lengths, dtype=np.int32),
             text_bytes=text_bytes,
@@ -87,7 +86,7 @@ class Encoder:
 
 @dataclass(frozen=True, kw_only=True)
 class Totals:
-    """What was written. `token_counts` int64 [V]; `sha256` hex, over the documents' hashes in order."""
+    """What was written. `token_counts` is int64 [V]; `sha256` is over the documents' hashes in order, in hex."""
 
     num_documents: int
     text_bytes: int
@@ -95,28 +94,31 @@ class Totals:
     sha256: str
 
 
-def write_indexed(encoded: Iterable[EncodedChunk], bin_path: Path, idx_path: Path, vocab_size: int) -> Totals:
-    """Write all chunks, in order, as one Megatron indexed dataset: a sequence and a document per text.
+def write_indexed(encoded: Iterable[EncodedGroup], bin_path: Path, idx_path: Path, vocab_size: int) -> Totals:
+    """Write all groups, in order, as one Megatron indexed dataset: a sequence and a document per text.
 
     Raises:
         OSError: the disk is full or fails; the caller removes what was written.
     """
-    chunks = iter(encoded)
-    # The first chunk starts the workers, which go on tokenizing during the seconds that Megatron's import takes.
-    first = list(islice(chunks, 1))
-    builder = _new_builder(bin_path, vocab_size)
+    groups = iter(encoded)
+    # The first group starts the workers, which keep tokenizing during the seconds that Megatron's import takes.
+    first = list(islice(groups, 1))
+    log_filters.install()  # warnings that TransformerEngine, apex or a GPU are missing mean nothing here
+    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+
+    builder = IndexedDatasetBuilder(str(bin_path), dtype=DType.optimal_dtype(vocab_size))
     token_counts = np.zeros(vocab_size, dtype=np.int64)
     documents_hash = hashlib.sha256()
     num_documents = text_bytes = 0
     try:
-        for chunk in chain(first, chunks):
-            ends = np.cumsum(chunk.lengths)
-            for stop, length in zip(ends.tolist(), chunk.lengths.tolist(), strict=True):
-                builder.add_document(chunk.tokens[stop - length : stop], [length])
-            token_counts += np.bincount(chunk.tokens, minlength=vocab_size)
-            documents_hash.update(chunk.digests)
-            num_documents += len(chunk.lengths)
-            text_bytes += chunk.text_bytes
+        for group in chain(first, groups):
+            ends = np.cumsum(group.lengths)
+            for stop, length in zip(ends.tolist(), group.lengths.tolist(), strict=True):
+                builder.add_document(group.tokens[stop - length : stop], [length])
+            token_counts += np.bincount(group.tokens, minlength=vocab_size)
+            documents_hash.update(group.digests)
+            num_documents += len(group.lengths)
+            text_bytes += group.text_bytes
         builder.finalize(str(idx_path))
     finally:
         builder.data_file.close()
@@ -132,13 +134,6 @@ def entropy_nats(counts: NDArray[np.int64]) -> float:
     """Entropy of the distribution that `counts` [V] describe, nats."""
     shares = counts[counts > 0] / counts.sum()
     return -math.fsum((shares * np.log(shares)).tolist())
-
-
-def _new_builder(bin_path: Path, vocab_size: int) -> Any:
-    log_filters.install()  # That TransformerEngine, apex or a GPU are missing is of no interest here.
-    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
-
-    return IndexedDatasetBuilder(str(bin_path), dtype=DType.optimal_dtype(vocab_size))
 
 
 def _line_parts(text: str) -> Iterable[str]:

@@ -110,15 +110,15 @@ def exit_on_sigterm() -> Iterator[None]:
 
 
 def refuse_overwrite(paths: OutputPaths, *, writes_tokenizer: bool, force: bool) -> None:
-    """Raises ConfigError when committing would destroy a dataset (without `force`) or a file that is not ours."""
+    """Raise ConfigError when committing would destroy a dataset (without `force`) or a file of another kind."""
     if paths.meta.exists() and read_meta(paths.meta) is None:
         raise ConfigError(
             "--output-prefix",
             str(paths.meta),
             "this file exists and is not the metadata of a prepared corpus",
-            "Give another prefix.",
+            "Give another prefix, such as data/corpus.",
         )
-    # A killed commit leaves metadata of ours beside the rest; anything without it is somebody's data.
+    # A killed commit leaves metadata of this format beside the other files; files without it are the user's own.
     written = (paths.idx, paths.bin, *([paths.tokenizer] if writes_tokenizer else []))
     stays = [path for path in written if path.exists()]
     if not force and stays and (paths.idx in stays or not paths.meta.exists()):

@@ -1,7 +1,7 @@
 """The whole story: `prepare(spec)` turns text into a dataset that Megatron can train on.
 
-Two passes over the inputs. The first looks at every line before anything is written, so that a bad line in the last
-file does not cost an hour; it also fixes which documents belong to the corpus. The second tokenizes and writes.
+Two passes over the inputs. The first reads every line before anything is written, so that a bad line in the last file
+does not cost an hour; it also fixes which documents belong to the corpus. The second tokenizes and writes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from sentencepiece import SentencePieceProcessor
 from tqdm import tqdm
 
 from megatron_smartmoe.adapter.corpus import tokenizer
-from megatron_smartmoe.adapter.corpus.indexed import EncodedChunk, Encoder, Totals, entropy_nats, write_indexed
+from megatron_smartmoe.adapter.corpus.documents import Scan, scan_documents
+from megatron_smartmoe.adapter.corpus.indexed import EncodedGroup, Encoder, Totals, entropy_nats, write_indexed
 from megatron_smartmoe.adapter.corpus.output import (
     OutputPaths,
     commit,
@@ -25,10 +26,9 @@ from megatron_smartmoe.adapter.corpus.output import (
     partial_files,
     refuse_overwrite,
 )
-from megatron_smartmoe.adapter.corpus.scan import Scan, scan_documents
 from megatron_smartmoe.adapter.corpus.sources import Span, find_spans
 from megatron_smartmoe.adapter.corpus.spec import CorpusSpec, PreparedCorpus
-from megatron_smartmoe.adapter.corpus.workers import default_workers, ordered_map
+from megatron_smartmoe.adapter.corpus.workers import ordered_map
 from megatron_smartmoe.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -46,14 +46,18 @@ def prepare(spec: CorpusSpec) -> PreparedCorpus:
         ConfigError: something about the request or the inputs is wrong; nothing was written.
         OSError: the disk is full or fails; nothing is left behind.
     """
-    check(spec)
+    spec.check()
     paths = OutputPaths.of(spec.output_prefix)
     spans = find_spans(spec.inputs, python_stdlib=spec.python_stdlib, seed=spec.seed)
     refuse_input_as_output(spans, paths)
-    given = given_tokenizer(spec)
+    given = None
+    if spec.tokenizer_model is not None:
+        given = tokenizer.load(spec.tokenizer_model.read_bytes(), str(spec.tokenizer_model))
     with exit_on_sigterm(), exclusive(paths) as waited:
-        if waited and (corpus := made_meanwhile(spec)) is not None:
-            return corpus
+        if waited and PreparedCorpus.exists(spec.output_prefix):  # another process has just made it
+            corpus = PreparedCorpus.load(spec.output_prefix)
+            if corpus.request == spec.request():
+                return corpus
         refuse_overwrite(paths, writes_tokenizer=given is None, force=spec.force)
         with partial_files(paths):
             scan = scan_documents(spec, spans)
@@ -68,37 +72,8 @@ def prepare(spec: CorpusSpec) -> PreparedCorpus:
     return corpus
 
 
-def check(spec: CorpusSpec) -> None:
-    """Raises ConfigError for what can be seen to be wrong without reading any input."""
-    if not spec.inputs and not spec.python_stdlib:
-        raise ConfigError("--input", "", "there is no text to prepare", "Give --input FILE... or --python-stdlib.")
-    if (spec.tokenizer_model is None) == (spec.vocab_size is None):
-        raise ConfigError(
-            "--tokenizer-model, --vocab-size",
-            "both" if spec.vocab_size is not None else "neither",
-            "exactly one of the two says which tokenizer to use",
-            "Give --tokenizer-model FILE to use one, or --vocab-size N to train one here.",
-        )
-    if spec.tokenizer_model is not None and not spec.tokenizer_model.is_file():
-        raise ConfigError("--tokenizer-model", str(spec.tokenizer_model), "no such file", "Check the path.")
-    for field, value in (
-        ("--vocab-size", spec.vocab_size),
-        ("--max-bytes", spec.max_bytes),
-        ("--tokenizer-sample-bytes", spec.tokenizer_sample_bytes),
-        ("--workers", spec.workers),
-    ):
-        if value is not None and value < 1:
-            raise ConfigError(field, value, "has to be at least 1", "Give a positive number, or leave it out.")
-    if not spec.json_keys:
-        raise ConfigError("--json-keys", "", "at least one key is needed", "Give --json-keys text.")
-    if spec.output_prefix.is_dir() or not spec.output_prefix.name:
-        raise ConfigError(
-            "--output-prefix", str(spec.output_prefix), "is a directory", "Give a name in it, such as data/corpus."
-        )
-
-
 def refuse_input_as_output(spans: list[Span], paths: OutputPaths) -> None:
-    """Raises ConfigError when an output would fall on an input, such as `--input a.json --output-prefix a`."""
+    """Raise ConfigError when an output would replace an input, such as `--input a.json --output-prefix a`."""
     outputs = {name.resolve() for path in paths.targets() for name in (path, partial(path))} | {paths.lock.resolve()}
     for path in {span.path for span in spans}:
         if Path(path).resolve() in outputs:
@@ -107,25 +82,10 @@ def refuse_input_as_output(spans: list[Span], paths: OutputPaths) -> None:
             )
 
 
-def made_meanwhile(spec: CorpusSpec) -> PreparedCorpus | None:
-    """The corpus that the process we waited for made, if it was asked for the same."""
-    if not PreparedCorpus.exists(spec.output_prefix):
-        return None
-    corpus = PreparedCorpus.load(spec.output_prefix)
-    return corpus if corpus.request == spec.request() else None
-
-
-def given_tokenizer(spec: CorpusSpec) -> SentencePieceProcessor | None:
-    """The tokenizer that the user gave, or None when one is to be trained."""
-    if spec.tokenizer_model is None:
-        return None
-    return tokenizer.load(spec.tokenizer_model.read_bytes(), str(spec.tokenizer_model))
-
-
 def train_tokenizer(spec: CorpusSpec, scan: Scan, paths: OutputPaths) -> SentencePieceProcessor:
     """Train a tokenizer on the corpus and write it under its partial name."""
     assert spec.vocab_size is not None
-    lines = tokenizer.sample_lines(scan.chunks, spec.json_keys, spec.seed, spec.tokenizer_sample_bytes)
+    lines = tokenizer.sample_lines(scan.groups, spec.json_keys, spec.seed, spec.tokenizer_sample_bytes)
     model = tokenizer.train(iter(lines), spec.vocab_size)
     partial(paths.tokenizer).write_bytes(model)
     return tokenizer.load(model, str(paths.tokenizer))
@@ -133,35 +93,34 @@ def train_tokenizer(spec: CorpusSpec, scan: Scan, paths: OutputPaths) -> Sentenc
 
 def encode_documents(
     spec: CorpusSpec, scan: Scan, processor: SentencePieceProcessor
-) -> Generator[EncodedChunk, None, None]:
-    """Second pass: tokenize the corpus, chunk by chunk, in order. Closing it ends the workers."""
+) -> Generator[EncodedGroup, None, None]:
+    """Second pass: tokenize the corpus, group by group, in order. Closing it ends the workers."""
     encoder = Encoder(
         processor=processor,
         eod_id=processor.eos_id() if spec.append_eod else None,
         json_keys=spec.json_keys,
         newline_splits=spec.tokenizer_model is None,
     )
-    workers = spec.workers or default_workers()
     bar = tqdm(total=scan.text_bytes, desc="tokenizing", unit="B", unit_scale=True, disable=spec.quiet or None)
-    with bar, closing(ordered_map(encoder, scan.chunks, workers=workers)) as encoded:
-        for chunk in encoded:
-            bar.update(chunk.text_bytes)
-            yield chunk
+    with bar, closing(ordered_map(encoder, scan.groups, workers=spec.workers)) as encoded:
+        for group in encoded:
+            bar.update(group.text_bytes)
+            yield group
 
 
 def refuse_changed_input(scan: Scan, totals: Totals) -> None:
-    """Raises ConfigError when the second pass read something else than the first."""
+    """Raise ConfigError when the second pass has not read the same as the first."""
     if (scan.num_documents, scan.text_bytes) != (totals.num_documents, totals.text_bytes):
         raise ConfigError(
             "--input",
             f"{totals.num_documents} documents",
-            f"had {scan.num_documents} a moment ago: an input is being written to",
+            f"were {scan.num_documents} in the first pass: an input is being written to",
             "Start again when the inputs are complete.",
         )
 
 
 def warn_of_few_documents(corpus: PreparedCorpus) -> None:
-    """A file of any size is one document, and Megatron splits between documents only."""
+    """Warn when validation may get no document: a file of any size is one, and Megatron splits between documents."""
     if corpus.num_documents < FEW_DOCUMENTS:
         logger.warning(
             "%s holds %d documents, and Megatron's --split cuts between documents: validation may get none. "

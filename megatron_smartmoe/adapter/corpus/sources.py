@@ -1,6 +1,6 @@
-"""Which bytes of which files: the inputs become spans, and spans become chunks of about equal size.
+"""Which bytes of which files: the inputs become spans, and spans become groups of about equal size.
 
-A chunk names bytes and does not hold them, so that the worker that tokenizes it reads it too, and the parent process
+A group names bytes and does not hold them, so that the worker that tokenizes it reads it too, and the parent process
 never becomes the bottleneck. JSON-lines files are cut at line ends; a text file is one document and is never cut.
 """
 
@@ -18,13 +18,13 @@ from typing import Literal
 
 from megatron_smartmoe.errors import ConfigError
 
-# Large against the cost of handing a chunk over, small against the memory of a worker. Not part of the result, except
-# that the tokenizer's sample is drawn in chunks.
-CHUNK_BYTES = 512 * 1024
+# Large against the cost of sending a group to a worker, small against a worker's memory. Has no influence on the
+# result, except that the tokenizer's sample is drawn in groups.
+GROUP_BYTES = 512 * 1024
 JSON_LINES_SUFFIXES = (".jsonl", ".json")
 
-# Not text to learn from: tests (most of a standard library's bytes, and not installed everywhere), character tables,
-# what pip put there, and build settings that differ from machine to machine.
+# Left out: tests (most of a standard library's bytes, and not installed everywhere), character tables, what pip
+# installed, and build settings that differ from machine to machine.
 STDLIB_LEFT_OUT = frozenset(
     {"site-packages", "dist-packages", "__pycache__", "lib-dynload", "test", "tests", "idle_test", "encodings"}
 )
@@ -36,9 +36,9 @@ class Span:
 
     Args:
         kind: a whole text file; lines of a JSON-lines file; one of Python's help topics.
-        path: the file. For a topic: the module.
-        start, stop: byte range, `stop` not included. For a topic: its index among the sorted names.
-        num_bytes: size, to balance chunks.
+        path: the file; for a topic the module.
+        start, stop: byte range, `stop` not included; for a topic its index among the sorted names.
+        num_bytes: size, used to balance groups.
     """
 
     kind: Literal["text", "jsonl", "topic"]
@@ -48,7 +48,7 @@ class Span:
     num_bytes: int
 
 
-type Chunk = tuple[Span, ...]
+type SpanGroup = tuple[Span, ...]
 
 
 def find_spans(inputs: Sequence[str], *, python_stdlib: bool, seed: int) -> list[Span]:
@@ -57,23 +57,25 @@ def find_spans(inputs: Sequence[str], *, python_stdlib: bool, seed: int) -> list
     Raises:
         ConfigError: an input is missing, or holds no files, or cannot be read.
     """
-    spans = [span for item in inputs for path in _files(item) for span in _file_spans(path)]
+    spans: list[Span] = []
+    for item in inputs:
+        for path in _files(item):
+            spans.extend(_json_lines_spans(path) if path.suffix in JSON_LINES_SUFFIXES else [_text_span(path)])
     return spans + (stdlib_spans(seed) if python_stdlib else [])
 
 
-def chunked(spans: Iterable[Span], chunk_bytes: int | None = None) -> Iterator[Chunk]:
-    """Group neighbouring spans into chunks of at least `chunk_bytes` bytes (the last one may be smaller)."""
-    chunk_bytes = CHUNK_BYTES if chunk_bytes is None else chunk_bytes
-    chunk: list[Span] = []
+def group_spans(spans: Iterable[Span]) -> Iterator[SpanGroup]:
+    """Groups of neighbouring spans of at least GROUP_BYTES bytes (the last one may be smaller)."""
+    group: list[Span] = []
     size = 0
     for span in spans:
-        chunk.append(span)
+        group.append(span)
         size += span.num_bytes
-        if size >= chunk_bytes:
-            yield tuple(chunk)
-            chunk, size = [], 0
-    if chunk:
-        yield tuple(chunk)
+        if size >= GROUP_BYTES:
+            yield tuple(group)
+            group, size = [], 0
+    if group:
+        yield tuple(group)
 
 
 def stdlib_spans(seed: int) -> list[Span]:
@@ -136,7 +138,8 @@ def _files(item: str) -> list[Path]:
     """The files that one `--input` stands for, sorted."""
     path = Path(item)
     if path.is_dir():
-        found = sorted(file for file in path.rglob("*") if file.is_file() and not _hidden(file.relative_to(path)))
+        files = sorted(file for file in path.rglob("*") if file.is_file())
+        found = [file for file in files if not any(part.startswith(".") for part in file.relative_to(path).parts)]
         rule = "the directory holds no files"
     elif path.is_file():
         found, rule = [path], ""
@@ -144,19 +147,13 @@ def _files(item: str) -> list[Path]:
         found = sorted(file for match in glob.glob(item, recursive=True) if (file := Path(match)).is_file())
         rule = "no such file or directory, and no glob that matches a file"
     if not found:
-        raise ConfigError("--input", item, rule, "Check the spelling, or give another input.")
+        raise ConfigError(
+            "--input", item, rule, "Give a file, a directory or a glob that exists, such as 'data/*.jsonl'."
+        )
     for file in found:
         if not os.access(file, os.R_OK):
-            raise ConfigError("--input", str(file), "cannot be read", "Change its permissions, or leave it out.")
+            raise ConfigError("--input", str(file), "cannot be read", "Make it readable (chmod u+r), or leave it out.")
     return found
-
-
-def _hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
-
-
-def _file_spans(path: Path) -> Iterator[Span]:
-    return _json_lines_spans(path) if path.suffix in JSON_LINES_SUFFIXES else iter([_text_span(path)])
 
 
 def _text_span(path: Path) -> Span:
@@ -165,12 +162,12 @@ def _text_span(path: Path) -> Span:
 
 
 def _json_lines_spans(path: Path) -> Iterator[Span]:
-    """Cut at line ends, about every CHUNK_BYTES."""
+    """Spans of a JSON-lines file, cut at line ends about every GROUP_BYTES."""
     size = path.stat().st_size
     start = 0
     with path.open("rb") as file:
         while start < size:
-            file.seek(min(start + CHUNK_BYTES, size))
+            file.seek(min(start + GROUP_BYTES, size))
             file.readline()  # To the end of the line that the cut falls into.
             stop = min(file.tell(), size)
             yield Span(kind="jsonl", path=str(path), start=start, stop=stop, num_bytes=stop - start)

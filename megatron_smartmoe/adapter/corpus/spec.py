@@ -1,4 +1,4 @@
-"""What is asked of data preparation, and what it made."""
+"""A request for data preparation, and its result."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ TOKENIZER_TYPE = "SentencePieceTokenizer"
 
 @dataclass(frozen=True, kw_only=True)
 class CorpusSpec:
-    """One request. Exactly one of `tokenizer_model` and `vocab_size` is set.
+    """One request, checked by `check`. Exactly one of `tokenizer_model` and `vocab_size` is set.
 
     Args:
-        output_prefix: what is later given to Megatron's `--data-path`.
+        output_prefix: path without suffix, the later value of Megatron's `--data-path`.
         inputs: files, directories (walked, hidden names left out) or globs. `.jsonl` and `.json` hold one JSON object
             per line; any other file is one document.
         python_stdlib: add the text that every Python carries, see `sources.stdlib_spans`.
         tokenizer_model: a sentencepiece model to use.
         vocab_size: entries of the tokenizer to train on this corpus.
-        json_keys: keys whose strings, joined by a newline, are the document of a JSON line.
-        append_eod: end every document with the id that Megatron knows as `eod`.
+        json_keys: keys of a JSON line; their strings, joined by a newline, are its document.
+        append_eod: end every document with the id that Megatron uses as `eod`.
         max_bytes: keep the first documents, in order, that have at most this many bytes of UTF-8 together.
         seed: orders the standard library's documents, and picks what the tokenizer is trained on.
-        tokenizer_sample_bytes: at most this much of the corpus, in bytes, is used to train the tokenizer.
+        tokenizer_sample_bytes: bytes of the corpus that the tokenizer is trained on, at most.
         workers: processes that tokenize; None for one per CPU. Has no influence on the result.
-        on_bad_line: stop and list them, or leave them out and count them.
+        on_bad_line: "refuse" stops and lists the lines that cannot be used, "skip" leaves them out and counts them.
         force: replace an existing dataset.
         quiet: no progress bar.
         command: the command line, kept in the metadata.
@@ -53,6 +53,39 @@ class CorpusSpec:
     force: bool = False
     quiet: bool = False
     command: tuple[str, ...] = ()
+
+    def check(self) -> None:
+        """Raise ConfigError for what is wrong in the request itself, before any input is read."""
+        if not self.inputs and not self.python_stdlib:
+            raise ConfigError("--input", "", "there is no text to prepare", "Give --input FILE... or --python-stdlib.")
+        if (self.tokenizer_model is None) == (self.vocab_size is None):
+            raise ConfigError(
+                "--tokenizer-model, --vocab-size",
+                "both" if self.vocab_size is not None else "neither",
+                "exactly one of the two says which tokenizer to use",
+                "Give --tokenizer-model FILE to use one, or --vocab-size N to train one here.",
+            )
+        if self.tokenizer_model is not None and not self.tokenizer_model.is_file():
+            raise ConfigError(
+                "--tokenizer-model",
+                str(self.tokenizer_model),
+                "no such file",
+                "Give the path of a sentencepiece model, such as data/corpus.tokenizer.model.",
+            )
+        for field, value in (
+            ("--vocab-size", self.vocab_size),
+            ("--max-bytes", self.max_bytes),
+            ("--tokenizer-sample-bytes", self.tokenizer_sample_bytes),
+            ("--workers", self.workers),
+        ):
+            if value is not None and value < 1:
+                raise ConfigError(field, value, "has to be at least 1", "Give 1 or more, or leave the flag out.")
+        if not self.json_keys:
+            raise ConfigError("--json-keys", "", "at least one key is needed", "Give --json-keys text.")
+        if self.output_prefix.is_dir() or not self.output_prefix.name:
+            raise ConfigError(
+                "--output-prefix", str(self.output_prefix), "is a directory", "Give a name in it, such as data/corpus."
+            )
 
     def request(self) -> dict[str, Any]:
         """Everything that decides the bytes of the result (JSON values only), so that two requests can be compared."""
@@ -82,10 +115,10 @@ class PreparedCorpus:
         append_eod: whether every document ends with it.
         num_documents, num_tokens: what the dataset holds, eod included.
         text_bytes: UTF-8 bytes of these documents.
-        unigram_entropy_nats: entropy of the token distribution, nats per token: the loss of a model that knows how
-            frequent each token is and nothing else.
-        num_empty_documents, num_bad_lines: what was left out.
-        bad_lines: the first of these, as `file:line: reason`.
+        unigram_entropy_nats: entropy of the token distribution, nats per token: the loss of a model that predicts each
+            token by its frequency alone.
+        num_empty_documents, num_bad_lines: how many were left out.
+        bad_lines: the first bad lines, as `file:line: reason`.
         input_sha256: hash over the hashes of the documents, in order.
         request: `CorpusSpec.request()` of the request that made it.
         command: the command line that made it.
@@ -148,7 +181,7 @@ class PreparedCorpus:
 
 
 def meta_path(prefix: str | Path) -> Path:
-    """Where the metadata of a prefix lies."""
+    """Path of a prefix's metadata."""
     return Path(f"{prefix}.json")
 
 

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
 from megatron_smartmoe.adapter.corpus.documents import read_documents
-from megatron_smartmoe.adapter.corpus.sources import Chunk
+from megatron_smartmoe.adapter.corpus.sources import SpanGroup
 from megatron_smartmoe.errors import ConfigError
 
 # sentencepiece drops training lines longer than 4192 bytes; a character has at most 4.
@@ -55,7 +55,7 @@ def train(lines: Iterator[str], vocab_size: int) -> bytes:
             minloglevel=2,
         )
     except RuntimeError as error:
-        raise _translated(str(error), vocab_size) from error
+        raise _training_error(str(error), vocab_size) from error
     return model.getvalue()
 
 
@@ -82,40 +82,41 @@ def load(model: bytes, name: str) -> SentencePieceProcessor:
     return processor
 
 
-def sample_lines(chunks: Sequence[tuple[Chunk, int]], json_keys: tuple[str, ...], seed: int, limit: int) -> list[str]:
-    """The lines that the tokenizer is trained on: of all chunks when they fit, else of chunks picked by `seed`.
+def sample_lines(
+    groups: Sequence[tuple[SpanGroup, int]], json_keys: tuple[str, ...], seed: int, limit: int
+) -> list[str]:
+    """The lines that the tokenizer is trained on: of all groups when they fit, else of groups picked by `seed`.
 
     Args:
-        chunks: each with the number of its documents that belong to the corpus.
-        limit: bytes, about.
+        groups: groups of spans, each with the number of its documents that belong to the corpus.
+        json_keys: see CorpusSpec.
+        seed: picks the groups.
+        limit: bytes to return at most, about.
     """
-    order = sorted(range(len(chunks)), key=lambda index: hashlib.sha256(f"{seed}:{index}".encode()).digest())
+    order = sorted(range(len(groups)), key=lambda index: hashlib.sha256(f"{seed}:{index}".encode()).digest())
     lines: list[str] = []
     room = limit
     for index in order:
-        chunk, num_documents = chunks[index]
-        for text, _ in zip(read_documents(chunk, json_keys), range(num_documents), strict=False):
+        group, num_documents = groups[index]
+        for text, _ in zip(read_documents(group, json_keys), range(num_documents), strict=False):
             if room <= 0:
                 return lines
             part = text[:room]
             room -= len(part.encode())
-            lines.extend(_cut_lines(part))
+            for line in part.split("\n"):
+                starts = range(0, len(line), MAX_LINE_CHARACTERS)
+                lines.extend(line[start : start + MAX_LINE_CHARACTERS] for start in starts)
     return lines
 
 
-def _cut_lines(text: str) -> Iterator[str]:
-    for line in text.split("\n"):
-        for start in range(0, len(line), MAX_LINE_CHARACTERS):
-            yield line[start : start + MAX_LINE_CHARACTERS]
-
-
-def _translated(message: str, vocab_size: int) -> ConfigError:
-    """sentencepiece names its own C++ lines; say what the user can do."""
+def _training_error(message: str, vocab_size: int) -> ConfigError:
+    """What the user can do about an error of sentencepiece, whose message names its own C++ lines."""
     if found := re.search(r"too high .* value <= (\d+)", message):
         rule, way_out = f"this corpus fills at most {found[1]} entries", f"Give {found[1]} or less, or more text."
     elif found := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
         rule = f"256 byte entries, the special ones and this corpus' characters need {found[1]}"
         way_out = f"Give {found[1]} or more."
     else:
-        rule, way_out = f"sentencepiece cannot train on this corpus ({message})", "Give another size, or more text."
+        rule = f"sentencepiece cannot train on this corpus ({message[:200]})"
+        way_out = "Give another size, for example 4096, or more text."
     return ConfigError("--vocab-size", vocab_size, rule, way_out)

@@ -25,20 +25,20 @@ _function: Callable[[Any], Any]
 
 
 def ordered_map[T, R](
-    function: Callable[[T], R], items: Sequence[T], *, workers: int, items_per_worker: int = 2
+    function: Callable[[T], R], items: Sequence[T], *, workers: int | None, items_per_worker: int = 2
 ) -> Generator[R, None, None]:
     """Yield `function(item)` for each item, in order, whatever the number of workers. Closing it ends them.
 
     Args:
         function: picklable; sent once to each worker.
         items: picklable.
-        workers: processes at most; with one, everything runs in this process.
-        items_per_worker: starting a process is worth it for this many items.
+        workers: processes at most, None for one per CPU; with one, everything runs in this process.
+        items_per_worker: starting a process pays off for this many items.
 
     Raises:
         ConfigError: a worker was killed (most often for memory).
     """
-    workers = min(workers, len(items) // items_per_worker)
+    workers = min(workers or _num_cpus(), len(items) // items_per_worker)
     if workers <= 1:
         yield from map(function, items)
         return
@@ -55,8 +55,8 @@ def ordered_map[T, R](
         executor.shutdown(cancel_futures=True)
 
 
-def default_workers() -> int:
-    """One per CPU that this process may use."""
+def _num_cpus() -> int:
+    """CPUs that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -73,7 +73,7 @@ def _in_order[T](executor: ProcessPoolExecutor, items: Sequence[T], in_flight: i
 def _start_worker(function: Callable[[Any], Any]) -> None:
     global _function
     _function = function
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the parent decides.
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

@@ -1,7 +1,7 @@
 """The CPU facade: lets unmodified Megatron train on gloo where there is no GPU.
 
 Megatron takes CUDA for granted: it asks for the current device, places tensors on it, opens streams and names the
-`nccl` backend. Without a GPU this package answers those calls with their exact CPU equivalents, so that the same
+`nccl` backend. Without a GPU this package replaces those calls by their exact CPU equivalents, so that the same
 Megatron code runs, on the CPU, in the same order. The alternatives are a fork (which drifts) and a
 `TorchFunctionMode` (which does the same in fewer lines, and slower on every op).
 
@@ -12,8 +12,9 @@ What it may do, and what it may not:
 - It changes no numerics: each group below either answers a question about the device, moves nothing, or performs the
   same collective with another call.
 
-One file per group, each function with the reason it exists: `devices` (what device is it), `tensors` (where does a
-tensor live), `collectives` (what does gloo call it), `compiler` (nothing is compiled while importing).
+One file per group, each function with the reason it exists: `devices` (device, memory, streams and random state),
+`tensors` (where a tensor lives), `collectives` (gloo's rules for NCCL's calls), `compiler` (nothing is compiled while
+importing).
 """
 
 from __future__ import annotations
@@ -26,11 +27,6 @@ from megatron_smartmoe.adapter.cpu import collectives, compiler, devices, tensor
 from megatron_smartmoe.errors import CompatError
 
 _installed = False
-
-
-def is_installed() -> bool:
-    """Whether this process runs Megatron through the facade."""
-    return _installed
 
 
 def install() -> None:

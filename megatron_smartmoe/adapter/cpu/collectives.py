@@ -13,20 +13,21 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_smartmoe.adapter.cpu.devices import replace
+
 
 def install() -> None:
     """Install every wrapper of this group, in `torch.distributed` and in the module that defines it."""
-    _replace("init_process_group", _init_process_group(dist.init_process_group))
-    _replace("new_group", _new_group(dist.new_group))
-    _replace("barrier", _barrier(dist.barrier))
-    _replace("all_to_all_single", _all_to_all_single(dist.all_to_all_single))
-    _replace("all_gather", _all_gather(dist.all_gather))
-    _replace("reduce_scatter", _reduce_scatter(dist.reduce_scatter))
-
-
-def _replace(name: str, wrapper: Callable[..., Any]) -> None:
-    setattr(dist, name, wrapper)
-    setattr(dist.distributed_c10d, name, wrapper)
+    wrappers = {
+        "init_process_group": _init_process_group(dist.init_process_group),
+        "new_group": _new_group(dist.new_group),
+        "barrier": _barrier(dist.barrier),
+        "all_to_all_single": _all_to_all_single(dist.all_to_all_single),
+        "all_gather": _all_gather(dist.all_gather),
+        "reduce_scatter": _reduce_scatter(dist.reduce_scatter),
+    }
+    replace(dist, **wrappers)
+    replace(dist.distributed_c10d, **wrappers)
 
 
 def _gloo_for_nccl(backend: str | None) -> str | None:
@@ -58,7 +59,7 @@ def _new_group(call: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _barrier(call: Callable[..., Any]) -> Callable[..., Any]:
-    """`device_ids` tells NCCL which GPU to use for the barrier."""
+    """`device_ids`, the GPU that NCCL uses for the barrier, is dropped."""
 
     @functools.wraps(call)
     def barrier(group: Any = None, async_op: bool = False, device_ids: Any = None) -> Any:

@@ -14,10 +14,12 @@ from typing import Any
 
 import torch
 
+from megatron_smartmoe.adapter.cpu.devices import replace
+
 
 def install() -> None:
-    """Make `torch.compile` the identity for callers inside Megatron; everybody else compiles as before."""
-    compile_ = torch.compile
+    """Make `torch.compile` the identity for callers inside Megatron; everything else compiles as before."""
+    compile_: Callable[..., Any] = torch.compile
 
     @functools.wraps(compile_)
     def wrapper(model: Callable[..., Any] | None = None, **kwargs: Any) -> Any:
@@ -25,4 +27,4 @@ def install() -> None:
             return compile_(model, **kwargs)
         return model if model is not None else (lambda function: function)
 
-    torch.compile = wrapper
+    replace(torch, compile=wrapper)

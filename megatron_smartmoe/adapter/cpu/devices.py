@@ -19,8 +19,14 @@ import torch
 CPU = torch.device("cpu")
 
 
+def replace(owner: object, **values: object) -> None:
+    """Replace attributes of a torch module or class by the facade's."""
+    for name, value in values.items():
+        setattr(owner, name, value)
+
+
 def install() -> None:
-    """Install every answer of this group."""
+    """Install all replacements of this group."""
     _device_queries()
     _memory_statistics()
     _streams_and_events()
@@ -32,27 +38,29 @@ def _device_queries() -> None:
     """Megatron passes `current_device()` on as `device=`; a torch.device is as good there as an index.
 
     `device_count` is one per rank of this node, because Megatron builds its process groups only if it is positive.
-    `is_available` stays False: torch and its libraries must hear the truth (the data loader pins memory otherwise).
+    `is_available` stays False: torch and other libraries need the truth (the data loader would pin memory).
     """
     properties = types.SimpleNamespace(
         name="cpu", major=0, minor=0, multi_processor_count=os.cpu_count(), total_memory=psutil.virtual_memory().total
     )
-    cuda = torch.cuda
-    cuda.current_device = lambda: CPU
-    cuda.device_count = lambda: int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    cuda.set_device = lambda device: None
-    cuda.synchronize = lambda device=None: None
-    cuda.empty_cache = lambda: None
-    cuda.ipc_collect = lambda: None
-    cuda.get_device_capability = lambda device=None: (0, 0)
-    cuda.get_device_name = lambda device=None: "cpu"
-    cuda.get_device_properties = lambda device=None: properties
-    cuda._lazy_init = lambda: None
-    cuda._lazy_call = lambda callable, **kwargs: callable()
+    replace(
+        torch.cuda,
+        current_device=lambda: CPU,
+        device_count=lambda: int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+        set_device=lambda device: None,
+        synchronize=lambda device=None: None,
+        empty_cache=lambda: None,
+        ipc_collect=lambda: None,
+        get_device_capability=lambda device=None: (0, 0),
+        get_device_name=lambda device=None: "cpu",
+        get_device_properties=lambda device=None: properties,
+        _lazy_init=lambda: None,
+        _lazy_call=lambda callable, **kwargs: callable(),
+    )
 
 
 def _memory_statistics() -> None:
-    """The memory that a rank holds is its resident set; there is no caching allocator to tell apart."""
+    """The memory that a rank holds is its resident set; allocated and reserved are the same without an allocator."""
     process = psutil.Process()
 
     def resident_bytes(device: object = None) -> int:
@@ -68,12 +76,17 @@ def _memory_statistics() -> None:
     def statistics(device: object = None) -> dict[str, int]:
         return defaultdict(int)
 
-    cuda = torch.cuda
-    cuda.memory_allocated = cuda.memory_reserved = resident_bytes
-    cuda.max_memory_allocated = cuda.max_memory_reserved = max_resident_bytes
-    cuda.memory_stats = cuda.memory.memory_stats = statistics
-    cuda.reset_peak_memory_stats = lambda device=None: None
-    cuda.mem_get_info = lambda device=None: (psutil.virtual_memory().available, psutil.virtual_memory().total)
+    replace(
+        torch.cuda,
+        memory_allocated=resident_bytes,
+        memory_reserved=resident_bytes,
+        max_memory_allocated=max_resident_bytes,
+        max_memory_reserved=max_resident_bytes,
+        memory_stats=statistics,
+        reset_peak_memory_stats=lambda device=None: None,
+        mem_get_info=lambda device=None: (psutil.virtual_memory().available, psutil.virtual_memory().total),
+    )
+    replace(torch.cuda.memory, memory_stats=statistics)
 
 
 class Event:
@@ -142,19 +155,26 @@ _THE_STREAM: Stream = object.__new__(Stream)
 
 def _streams_and_events() -> None:
     """Side streams exist to overlap work; in program order the overlap is empty and the result the same."""
-    cuda = torch.cuda
-    cuda.Stream, cuda.Event = Stream, Event
-    cuda.current_stream = cuda.default_stream = lambda device=None: _THE_STREAM
-    cuda.set_stream = lambda stream: None
-    cuda.stream = lambda stream: contextlib.nullcontext(stream)
-    torch.Tensor.record_stream = lambda self, stream: None
+    replace(
+        torch.cuda,
+        Stream=Stream,
+        Event=Event,
+        current_stream=lambda device=None: _THE_STREAM,
+        default_stream=lambda device=None: _THE_STREAM,
+        set_stream=lambda stream: None,
+        stream=lambda stream: contextlib.nullcontext(stream),
+    )
+    replace(torch.Tensor, record_stream=lambda self, stream: None)
 
 
 def _nvtx() -> None:
     """Profiler marks for a profiler that cannot be there."""
-    nvtx = torch.cuda.nvtx
-    nvtx.range_push = nvtx.range_pop = lambda *args, **kwargs: None
-    nvtx.range = lambda *args, **kwargs: contextlib.nullcontext()
+    replace(
+        torch.cuda.nvtx,
+        range_push=lambda *args, **kwargs: None,
+        range_pop=lambda *args, **kwargs: None,
+        range=lambda *args, **kwargs: contextlib.nullcontext(),
+    )
 
 
 class _Generators:
@@ -188,10 +208,8 @@ def _random_state() -> None:
         "manual_seed_all": lambda seed: None,
         "initial_seed": lambda: generator.initial_seed(),
     }
-    for name, answer in answers.items():
-        setattr(torch.cuda, name, answer)
-        setattr(torch.cuda.random, name, answer)
-    torch.cuda.default_generators = _Generators()
+    replace(torch.cuda, **answers, default_generators=_Generators())
+    replace(torch.cuda.random, **answers)
     # The tracker warns when the CPU state moves inside a fork, which is what a fork is for here.
     logging.getLogger("megatron.core.tensor_parallel.random").addFilter(
         lambda record: "CPU RNG state changed" not in record.getMessage()

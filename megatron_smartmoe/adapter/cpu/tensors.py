@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from megatron_smartmoe.adapter.cpu.devices import CPU
+from megatron_smartmoe.adapter.cpu.devices import CPU, replace
 
 _FACTORIES = (
     "tensor as_tensor empty zeros ones full arange linspace eye rand randn randint randperm empty_like zeros_like "
@@ -23,8 +23,7 @@ _FACTORIES = (
 
 def install() -> None:
     """Install every redirection of this group."""
-    for name in _FACTORIES:
-        setattr(torch, name, _on_cpu(getattr(torch, name)))
+    replace(torch, **{name: _on_cpu(getattr(torch, name)) for name in _FACTORIES})
     _load()
     _methods()
     _type_names()
@@ -64,14 +63,12 @@ def _load() -> None:
             kwargs["map_location"] = CPU
         return load(*args, **kwargs)
 
-    torch.load = wrapper
+    replace(torch, load=wrapper)
 
 
 def _methods() -> None:
     """`.cuda()` and `.pin_memory()` return the tensor; `.to("cuda")` may still change its dtype."""
-    tensor, to = torch.Tensor, torch.Tensor.to
-    tensor.cuda = tensor.pin_memory = lambda self, *args, **kwargs: self
-    torch.nn.Module.cuda = lambda self, device=None: self
+    to: Callable[..., torch.Tensor] = torch.Tensor.to
 
     @functools.wraps(to)
     def wrapper(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -81,15 +78,18 @@ def _methods() -> None:
             kwargs["device"] = CPU
         return to(self, *args, **kwargs)
 
-    tensor.to = wrapper
+    replace(
+        torch.Tensor, cuda=lambda self, *args, **kwargs: self, pin_memory=lambda self, *args, **kwargs: self, to=wrapper
+    )
+    replace(torch.nn.Module, cuda=lambda self, device=None: self)
 
 
 def _type_names() -> None:
     """Megatron's optimizers compare `param.type()` with "torch.cuda.FloatTensor" and its like.
 
-    Only callers inside Megatron get the disguise; torch and everybody else hear the real name.
+    Only callers inside Megatron get the CUDA name; torch and everything else gets the real one.
     """
-    type_ = torch.Tensor.type
+    type_: Callable[..., Any] = torch.Tensor.type
 
     @functools.wraps(type_)
     def wrapper(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -100,4 +100,4 @@ def _type_names() -> None:
                 return "torch.cuda." + name.removeprefix("torch.")
         return name
 
-    torch.Tensor.type = wrapper
+    replace(torch.Tensor, type=wrapper)

@@ -1,26 +1,28 @@
-"""What can be known of a checkpoint before any process group forms: whether its state fits this run."""
+"""Start-up checks of the checkpoint that will be loaded: whether its state fits this run."""
 
 from __future__ import annotations
 
 import argparse
-import warnings
 from pathlib import Path
 
 from megatron_smartmoe.adapter.flags.parser import attribute
-from megatron_smartmoe.errors import ConfigError
+from megatron_smartmoe.checkpoint.torch_dist import is_torch_dist, read_common
+from megatron_smartmoe.errors import CheckpointError, ConfigError
 from megatron_smartmoe.spec.placement import Placement
+
+TRACKER = "latest_checkpointed_iteration.txt"  # Megatron's: the number of the newest checkpoint
 
 
 def check_load(args: argparse.Namespace) -> None:
-    """Check the checkpoint that --load names against the flags; one that is not there yet is fine.
+    """Check the checkpoint that --load names against the flags; it need not exist.
 
-    With expert parallelism Megatron keeps two optimizers, one for the experts; without it, one. The state of the one
-    arrangement cannot be read into the other (weights can), and it fails late, with a traceback on every rank.
+    With expert parallelism Megatron has two optimizers, one of them for the experts; without it, one. The state of two
+    cannot be loaded into one or the reverse (weights can), and Megatron fails late, with a traceback on every rank.
 
     Raises:
         ConfigError: the optimizer state was saved with expert parallelism and this run has none, or the reverse; or
-            its buffers are those of other experts; or the learning-rate schedule is another and nothing says which
-            one counts.
+            its buffers are those of other experts; or the learning-rate schedule differs and no flag decides which
+            one to use.
     """
     folder = latest_checkpoint(args)
     if folder is None or args.num_experts is None or args.finetune or args.no_load_optim:
@@ -30,7 +32,7 @@ def check_load(args: argparse.Namespace) -> None:
         return
     here, there = args.expert_model_parallel_size, saved.expert_model_parallel_size
     if (here > 1) != (there > 1):
-        rule = f"the optimizer state in {folder} was saved at {there}, and cannot be moved between 1 and more than 1"
+        rule = f"the optimizer state in {folder} was saved at {there}, and cannot be loaded across 1 and more than 1"
         way_out = f"Pass --expert-model-parallel-size {there}, or --no-load-optim for the weights alone."
         raise ConfigError("--expert-model-parallel-size", here, rule, way_out)
     _check_layout(args, saved, folder)
@@ -45,30 +47,30 @@ def _check_layout(args: argparse.Namespace, saved: argparse.Namespace, folder: P
         return
     here, there = _experts(args), _experts(saved)
     if here != there:
-        rule = f"the optimizer state in {folder} is that of {there} buffer by buffer, and this run has {here}"
+        rule = f"the optimizer state in {folder} is saved buffer by buffer for {there}, and this run has {here}"
         way_out = "Save with --dist-ckpt-optim-fully-reshardable, or pass --no-load-optim for the weights alone."
         raise ConfigError("--load", args.load, rule, way_out)
 
 
 def _experts(args: argparse.Namespace) -> str:
-    """Whose parameters the experts are made of."""
+    """Which implementation the experts' parameters belong to."""
     slotted = getattr(args, "smartmoe", False) and args.smartmoe_experts == "grouped_mm"
     return "slotted experts (--smartmoe)" if slotted else "Megatron's own experts"
 
 
 def _check_schedule(args: argparse.Namespace, saved: argparse.Namespace, folder: Path) -> None:
-    """Megatron's scheduler asserts that what it computes from these is what the checkpoint holds."""
+    """Megatron's scheduler asserts that what it computes from these flags equals what is in the checkpoint."""
     for flag in ("--train-iters", "--train-samples", "--global-batch-size", "--lr", "--min-lr", "--lr-decay-style"):
         name = attribute(flag)
         here, there = getattr(args, name), getattr(saved, name, None)
         if here is not None and there is not None and here != there:
             rule = f"the learning-rate schedule in {folder} was made with {there!r}"
-            way_out = "Add --override-opt-param-scheduler for these flags' schedule, or "
+            way_out = "Add --override-opt-param-scheduler for the schedule of these flags, or "
             raise ConfigError(flag, here, rule, way_out + "--use-checkpoint-opt-param-scheduler for the saved one.")
 
 
 def saved_placement(args: argparse.Namespace) -> Placement | None:
-    """Where the experts lived when the checkpoint that --load names was saved, if it says so."""
+    """The expert placement of the run that saved the checkpoint which --load names, if it is in there."""
     folder = latest_checkpoint(args)
     saved = saved_arguments(folder) if folder is not None else None
     content = getattr(saved, "smartmoe_placement", None)
@@ -76,20 +78,51 @@ def saved_placement(args: argparse.Namespace) -> Placement | None:
 
 
 def latest_checkpoint(args: argparse.Namespace) -> Path | None:
-    """The folder of the iteration that would be loaded, if it is a torch_dist checkpoint."""
+    """The folder of the iteration that would be loaded, if it is a torch_dist checkpoint.
+
+    Raises:
+        ConfigError: the tracker or --ckpt-step names no iteration, or one that is not there.
+    """
     if args.load is None:
         return None
-    tracker = Path(args.load) / "latest_checkpointed_iteration.txt"
-    step = str(args.ckpt_step) if args.ckpt_step else tracker.read_text().strip() if tracker.is_file() else ""
-    folder = Path(args.load) / f"iter_{int(step):07d}" if step.isdecimal() else None
-    return folder if folder is not None and (folder / "metadata.json").is_file() else None
+    directory = Path(args.load)
+    tracker = directory / TRACKER
+    if args.ckpt_step:
+        step, field, value = str(args.ckpt_step), "--ckpt-step", args.ckpt_step
+    elif tracker.is_file():
+        step = tracker.read_bytes()[:100].decode(errors="replace").strip()
+        field, value = str(tracker), step
+    else:
+        return None
+    if step == "release":  # weights without an iteration, as Megatron's converters write them
+        return None
+    if not (step.isascii() and step.isdecimal()):
+        raise ConfigError(field, value, "must be the number of an iteration", _what_is_there(directory))
+    folder = directory / f"iter_{int(step):07d}"
+    if not folder.is_dir():
+        raise ConfigError(field, value, f"there is no checkpoint {folder}", _what_is_there(directory))
+    return folder if is_torch_dist(folder) else None
+
+
+def _what_is_there(directory: Path) -> str:
+    """The way out of a tracker that is wrong: the checkpoints that exist, newest first."""
+    folders = (path.name.removeprefix("iter_") for path in directory.glob("iter_*") if path.is_dir())
+    steps = sorted((int(name) for name in folders if name.isascii() and name.isdecimal()), reverse=True)
+    if not steps:
+        return f"There is none in {directory}: pass another --load, or leave it out to start from iteration 0."
+    found = ", ".join(map(str, steps[:10]))
+    return f"Pass --ckpt-step {steps[0]} to resume from the newest one there (found: {found})."
 
 
 def saved_arguments(folder: Path) -> argparse.Namespace | None:
-    """The arguments of the run that saved it."""
-    from megatron.core.dist_checkpointing.serialization import load_common_state_dict
+    """The arguments of the run that saved a checkpoint, if they are in there. Runs nothing that the checkpoint says.
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that torch.distributed is not there yet
-        saved = load_common_state_dict(str(folder)).get("args")
+    Raises:
+        ConfigError: they cannot be read.
+    """
+    try:
+        saved = read_common(folder).get("args")
+    except CheckpointError as error:
+        way_out = f"Restore the file. {_what_is_there(folder.parent)}"
+        raise ConfigError("--load", str(folder.parent), str(error), way_out) from None
     return saved if isinstance(saved, argparse.Namespace) else None

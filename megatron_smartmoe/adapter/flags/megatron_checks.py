@@ -1,8 +1,8 @@
-"""Start-up checks: what is wrong with a command line, before any process group forms.
+"""Start-up checks of Megatron's flags, before any process group forms.
 
-Megatron checks most of this too, by assertions that come one rank at a time and late. The rules here are Megatron
-0.19's own, said with the flag, its value, the rule and the way out; whatever they let through, Megatron still judges
-(see `megatron_verdict`).
+Megatron checks most of this too, by assertions that come late, from one rank at a time. The rules here are Megatron
+0.19's own, each with the flag, its value, the rule and the way out; what they do not cover, Megatron's own validation
+still refuses (see `megatron_verdict`).
 """
 
 from __future__ import annotations
@@ -10,8 +10,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import os
 import traceback
 from collections.abc import Iterator
+from math import gcd
 from pathlib import Path
 
 from megatron_smartmoe.adapter.flags.parser import attribute, has_transformer_engine
@@ -23,10 +25,10 @@ def check(args: argparse.Namespace, *, world_size: int, cpu: bool, data_exists: 
     """Check parsed flags against each other, the number of ranks, and the files that they name.
 
     Args:
-        args: from `arguments.parse`; None where the user said nothing.
+        args: from `parser.parse`; None for flags that are not given and have no default.
         world_size: number of ranks of the job.
         cpu: whether the CPU facade will be used.
-        data_exists: False when the dataset is still to be prepared, so that its files cannot be looked at.
+        data_exists: False when the dataset is still to be prepared, so that its files are not checked.
 
     Raises:
         ConfigError: the first rule that is broken.
@@ -43,13 +45,30 @@ def check(args: argparse.Namespace, *, world_size: int, cpu: bool, data_exists: 
         _check_tokenizer(args)
 
 
-def _divides(field: str, value: int, divisor: int, divisor_name: str, way_out: str = "Change one of the two.") -> None:
+def check_args(args: argparse.Namespace, *, cpu: bool, data_exists: bool = True) -> None:
+    """Check parsed flags of this job, and set the environment variable that Megatron's validation asserts.
+
+    Raises:
+        ConfigError: see `check`.
+    """
+    check(args, world_size=args.world_size, cpu=cpu, data_exists=data_exists)
+    if (args.tensor_model_parallel_size > 1 or args.context_parallel_size > 1) and not args.use_megatron_fsdp:
+        # Megatron asserts it before Blackwell: kernels must start in the order in which they were issued. With FSDP
+        # it asserts the opposite.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+
+
+def _divides(field: str, value: int, divisor: int, divisor_name: str, way_out: str | None = None) -> None:
     if divisor < 1 or value % divisor:
+        way_out = (
+            way_out
+            or f"Change one of the two, for example to {field} {-(-value // max(1, divisor)) * max(1, divisor)}."
+        )
         raise ConfigError(field, value, f"must be divisible by {divisor_name} = {divisor}", way_out)
 
 
 def _check_sizes(args: argparse.Namespace) -> None:
-    """Sizes that everything below divides by."""
+    """Sizes by which the other checks divide."""
     for flag in (
         "--tensor-model-parallel-size",
         "--pipeline-model-parallel-size",
@@ -71,21 +90,20 @@ def _check_sizes(args: argparse.Namespace) -> None:
     ):
         value = getattr(args, attribute(flag))
         if value is not None and value < 1:
-            raise ConfigError(flag, value, "must be at least 1", "Leave the flag out, or pass a positive number.")
+            raise ConfigError(flag, value, "must be at least 1", f"Remove it, or pass {flag} 1, for example.")
 
 
 def _check_supported(args: argparse.Namespace, *, cpu: bool) -> None:
-    """Options that need what is not there, or that this entry does not have."""
+    """Options that need what is not installed, or that this entry point does not support."""
     for flag in ("--sft", "--dataloader-inter-document-masking", "--hybrid-context-parallel", "--perform-rl-step"):
         if getattr(args, attribute(flag), False):
-            raise ConfigError(flag, True, "is not part of GPT-MoE pretraining here", "Leave it out.")
+            raise ConfigError(flag, True, "is not supported by this entry point, which pretrains GPT-MoE", "Remove it.")
     if args.yaml_cfg is not None:
-        raise ConfigError(
-            "--yaml-cfg", args.yaml_cfg, "Megatron's own YAML is not read here", "Use --config, or flags."
-        )
+        rule = "is not supported: configurations in Megatron's own YAML are not read"
+        raise ConfigError("--yaml-cfg", args.yaml_cfg, rule, "Use --config FILE, or flags.")
     if args.logits_load_dir is not None:
-        rule = "distillation is not part of GPT-MoE pretraining here"
-        raise ConfigError("--logits-load-dir", args.logits_load_dir, rule, "Leave it out.")
+        rule = "is not supported by this entry point, which pretrains GPT-MoE: it is for distillation"
+        raise ConfigError("--logits-load-dir", args.logits_load_dir, rule, "Remove it.")
     if args.transformer_impl == "transformer_engine" and not has_transformer_engine():
         rule = "needs TransformerEngine, which is not installed"
         raise ConfigError(
@@ -94,19 +112,19 @@ def _check_supported(args: argparse.Namespace, *, cpu: bool) -> None:
     if args.transformer_impl == "local":
         _check_local_implementation(args)
     if cpu and args.distributed_backend != "gloo":
-        rule = "there is no GPU, so the backend must be gloo"
-        raise ConfigError("--distributed-backend", args.distributed_backend, rule, "Leave the flag out.")
+        rule = "must be gloo on CPU ranks"
+        raise ConfigError("--distributed-backend", args.distributed_backend, rule, "Remove it, or pass gloo.")
     if cpu and _is_interleaved(args) and not args.overlap_p2p_comm:
-        rule = "the interleaved schedule with batched sends gives wrong results on gloo"
-        raise ConfigError("--no-overlap-p2p-communication", True, rule, "Leave the flag out.")
+        rule = "is not supported on CPU ranks: the interleaved schedule with batched sends gives wrong results on gloo"
+        raise ConfigError("--no-overlap-p2p-communication", True, rule, "Remove it.")
 
 
 def _check_local_implementation(args: argparse.Namespace) -> None:
     if args.moe_grouped_gemm:
-        rule = "grouped GEMM experts need TransformerEngine's implementation"
-        raise ConfigError("--moe-grouped-gemm", True, rule, "Leave it out, or install TransformerEngine.")
+        rule = "needs TransformerEngine and --transformer-impl transformer_engine"
+        raise ConfigError("--moe-grouped-gemm", True, rule, "Remove it, or install TransformerEngine.")
     if args.fp8:
-        raise ConfigError("--fp8-format", args.fp8, "needs TransformerEngine", "Pass --bf16, or install it.")
+        raise ConfigError("--fp8-format", args.fp8, "needs TransformerEngine", "Pass --bf16 instead, or install it.")
 
 
 def _is_interleaved(args: argparse.Namespace) -> bool:
@@ -117,7 +135,7 @@ def _check_model(args: argparse.Namespace) -> None:
     for flag in ("--num-layers", "--hidden-size", "--num-attention-heads", "--max-position-embeddings", "--seq-length"):
         name = attribute(flag)
         if getattr(args, name) is None and not (name == "num_layers" and args.hybrid_layer_pattern):
-            raise ConfigError(flag, None, "is required", f"Pass {flag}, or a --config that has it.")
+            raise ConfigError(flag, None, "is required", f"Pass {flag} N, or a --config that has it.")
     tp = args.tensor_model_parallel_size
     _divides("--num-attention-heads", args.num_attention_heads, tp, "--tensor-model-parallel-size")
     if args.group_query_attention:
@@ -131,7 +149,7 @@ def _check_model(args: argparse.Namespace) -> None:
         _divides("--seq-length", args.seq_length, 2 * cp, "2 x --context-parallel-size")
     if args.num_experts is not None and args.moe_router_topk > args.num_experts:
         rule = f"cannot choose more than --num-experts = {args.num_experts} experts"
-        raise ConfigError("--moe-router-topk", args.moe_router_topk, rule, "Lower it.")
+        raise ConfigError("--moe-router-topk", args.moe_router_topk, rule, "Pass a smaller number, for example 2.")
     _check_layers(args)
 
 
@@ -150,51 +168,51 @@ def _check_layers(args: argparse.Namespace) -> None:
     if layers % pp:
         counted = f" (with {extra} counted for embedding and loss)" if extra else ""
         rule = f"must be divisible by --pipeline-model-parallel-size = {pp}{counted}"
-        way_out = f"Change it, or --pipeline-model-parallel-size {pp}, or pass --decoder-first-pipeline-num-layers."
+        even = -(-layers // pp) * pp - extra
+        way_out = f"Pass --num-layers {even}, for example, another --pipeline-model-parallel-size, or an uneven split "
+        way_out += "with --decoder-first-pipeline-num-layers."
         raise ConfigError("--num-layers", args.num_layers, rule, way_out)
     if _is_interleaved(args) and pp < 2:
         rule = "the interleaved schedule needs at least two pipeline stages"
-        raise ConfigError("--pipeline-model-parallel-size", pp, rule, "Raise it, or drop the virtual stages.")
-    if args.num_layers_per_virtual_pipeline_stage:
-        per_stage = args.num_layers_per_virtual_pipeline_stage
-        way_out = "Choose a divisor of the layers of one pipeline stage."
-        _divides("--num-layers / PP", layers // pp, per_stage, "--num-layers-per-virtual-pipeline-stage", way_out)
-    if args.num_virtual_stages_per_pipeline_rank:
-        stages = args.num_virtual_stages_per_pipeline_rank
-        way_out = "Choose a divisor of the layers of one pipeline stage."
-        _divides("--num-layers / PP", layers // pp, stages, "--num-virtual-stages-per-pipeline-rank", way_out)
+        raise ConfigError("--pipeline-model-parallel-size", pp, rule, "Pass 2 or more, or remove the virtual stages.")
+    for flag in ("--num-layers-per-virtual-pipeline-stage", "--num-virtual-stages-per-pipeline-rank"):
+        divisor, in_stage = getattr(args, attribute(flag)), layers // pp
+        if divisor:
+            way_out = (
+                f"Pass a divisor of the layers of one pipeline stage, for example {flag} {gcd(divisor, in_stage)}."
+            )
+            _divides("--num-layers / PP", in_stage, divisor, flag, way_out)
 
 
 def _check_parallelism(args: argparse.Namespace, world_size: int) -> None:
     tp, pp, cp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size, args.context_parallel_size
     ep, etp = args.expert_model_parallel_size, args.expert_tensor_parallel_size or args.tensor_model_parallel_size
-    sizes = f"{world_size} ranks"
     if world_size % (tp * pp * cp):
-        rule = f"{sizes} do not split into TP {tp} x PP {pp} x CP {cp} = {tp * pp * cp}"
-        raise ConfigError(
-            "world size", world_size, rule, "Start a multiple of that many ranks (--nproc), or lower one."
-        )
+        rule = f"must be a multiple of TP {tp} x PP {pp} x CP {cp} = {tp * pp * cp} ranks"
+        raise ConfigError("world size", world_size, rule, _more_ranks(world_size, tp * pp * cp))
     if ep > 1 and args.num_experts is None and not args.use_checkpoint_args:
-        rule = "expert parallelism needs experts"
-        raise ConfigError("--expert-model-parallel-size", ep, rule, "Pass --num-experts.")
+        rule = "needs a model with experts"
+        raise ConfigError("--expert-model-parallel-size", ep, rule, f"Pass --num-experts {ep}, for example.")
     if args.num_experts is None:
         return
     _divides("--num-experts", args.num_experts, ep, "--expert-model-parallel-size")
     if world_size % (etp * ep * pp):
-        rule = f"{sizes} do not split into ETP {etp} x EP {ep} x PP {pp} = {etp * ep * pp}"
-        raise ConfigError(
-            "world size", world_size, rule, "Start a multiple of that many ranks (--nproc), or lower one."
-        )
+        rule = f"must be a multiple of ETP {etp} x EP {ep} x PP {pp} = {etp * ep * pp} ranks"
+        raise ConfigError("world size", world_size, rule, _more_ranks(world_size, etp * ep * pp))
     if tp > 1 and not args.sequence_parallel:
-        rule = "experts under tensor parallelism need sequence parallelism"
+        rule = "needs sequence parallelism in a model with experts"
         raise ConfigError("--tensor-model-parallel-size", tp, rule, "Add --sequence-parallel.")
+
+
+def _more_ranks(world_size: int, multiple: int) -> str:
+    return f"Start {-(-world_size // multiple) * multiple} ranks, for example (--nproc), or lower one of these sizes."
 
 
 def _check_batch(args: argparse.Namespace, world_size: int) -> None:
     if args.micro_batch_size is None:
         raise ConfigError("--micro-batch-size", None, "is required", "Pass --micro-batch-size 1, for example.")
     if args.global_batch_size is None:
-        return  # Megatron then takes micro-batch size x data-parallel size
+        return  # Megatron's default is micro-batch size x data-parallel size
     model_size = args.tensor_model_parallel_size * args.pipeline_model_parallel_size * args.context_parallel_size
     dp = world_size // model_size
     name = f"--micro-batch-size x data-parallel size ({args.micro_batch_size} x {dp})"
@@ -202,7 +220,7 @@ def _check_batch(args: argparse.Namespace, world_size: int) -> None:
 
 
 def _data_prefixes(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
-    """(flag, prefix) of every dataset that the flags name, weights left out."""
+    """(flag, prefix) of every dataset that the flags name, without weights."""
     for flag in ("--data-path", "--train-data-path", "--valid-data-path", "--test-data-path"):
         for item in getattr(args, attribute(flag)) or ():
             try:
@@ -216,7 +234,7 @@ def _check_data(args: argparse.Namespace) -> None:
     from_file = args.data_args_path or args.per_split_data_args_path
     if not prefixes and not args.mock_data and not from_file:
         way_out = "Make one with scripts/prepare_data.py and pass --data-path PREFIX, or pass --mock-data."
-        raise ConfigError("--data-path", None, "no dataset is named", way_out)
+        raise ConfigError("--data-path", None, "is required", way_out)
     for flag, prefix in prefixes:
         for suffix in (".bin", ".idx"):
             if "://" not in prefix and not Path(prefix + suffix).is_file():
@@ -236,31 +254,31 @@ def _check_tokenizer(args: argparse.Namespace) -> None:
 
 
 def megatron_verdict(args: argparse.Namespace) -> None:
-    """Let Megatron validate `args` (which it changes), its own output held back.
+    """Let Megatron validate `args` (which it changes), without its output.
 
     Raises:
-        ConfigError: Megatron refuses the flags; its words are the rule.
+        ConfigError: Megatron refuses the flags; its message is the value.
     """
     from megatron.training.argument_utils import core_transformer_config_from_args
     from megatron.training.arguments import validate_args
 
-    said = io.StringIO()
+    printed = io.StringIO()
     try:
-        with contextlib.redirect_stdout(said):
+        with contextlib.redirect_stdout(printed):
             validate_args(args, {})
             core_transformer_config_from_args(args)  # has rules of its own
-    except (Exception, SystemExit) as error:  # whatever it stumbles over, the flags brought it there
-        raise _refusal(error, said.getvalue()) from error
+    except (Exception, SystemExit) as error:  # any error here is caused by the flags
+        raise _refusal(error, printed.getvalue()) from error
 
 
-def _refusal(error: BaseException, said: str) -> ConfigError:
-    """Megatron's words: the assertion's message, else what it printed last, else the assertion itself."""
-    printed = [line for line in said.splitlines() if line.strip()]
+def _refusal(error: BaseException, printed: str) -> ConfigError:
+    """Megatron's message: that of the assertion, else the last line that it printed, else the assertion itself."""
+    lines = [line for line in printed.splitlines() if line.strip()]
     if str(error).strip() and not isinstance(error, SystemExit):
-        words = str(error).strip()
-    elif isinstance(error, SystemExit) and printed:
-        words = printed[-1]
+        message = str(error).strip()
+    elif isinstance(error, SystemExit) and lines:
+        message = lines[-1]
     else:
-        words = traceback.extract_tb(error.__traceback__)[-1].line or type(error).__name__
+        message = traceback.extract_tb(error.__traceback__)[-1].line or type(error).__name__
     way_out = "Change the flags that it names; --help-megatron lists all."
-    return ConfigError("Megatron's own check", words, "does not hold for these flags", way_out)
+    return ConfigError("Megatron's own check", message, "does not hold for these flags", way_out)

@@ -1,40 +1,52 @@
-"""Start-up checks of the `--smartmoe-*` flags: what they need, and which of Megatron's options do not go with them."""
+"""Start-up checks of the `--smartmoe-*` flags: what they need, and which of Megatron's options they do not support."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
-from megatron_smartmoe.adapter.expert_sizes import expert_shape, state_bytes
-from megatron_smartmoe.adapter.flags.overlap_checks import check_overlap
+from megatron_smartmoe.adapter.cost_inputs import expert_shape, state_bytes
 from megatron_smartmoe.adapter.flags.parser import attribute, has_transformer_engine
-from megatron_smartmoe.adapter.flags.pool_checks import check_pool
-from megatron_smartmoe.adapter.flags.replica_checks import check_replicas
+from megatron_smartmoe.adapter.flags.pool_settings import homes_interval, may_overlap, settings_of_pool
+from megatron_smartmoe.adapter.flags.smartmoe_arguments import AUTO, POOL, POOL_INTERVAL, REPLICAS, replicas_mode
 from megatron_smartmoe.errors import ConfigError
+from megatron_smartmoe.planner.flags import OVERLAP_DEGREE, SPARE_SLOTS
+from megatron_smartmoe.planner.pool import PoolSetting
 from megatron_smartmoe.spec.cluster import load_cluster_spec
 from megatron_smartmoe.spec.trace import load_trace
 
 _VALUE_BYTES = 2  # bf16 and fp16; fp32 is aligned when they are
 _GEMM_ALIGNMENT_BYTES = 16  # of a row, in torch's grouped GEMM on a GPU
+_REMOVE_ONE = "Remove one of the two."
 
-# flag -> why --smartmoe does not go with it
+_SHARED_NUMBERS = "layers of multi-token prediction share their numbers with others"
+# flag -> why it is not supported with --smartmoe,
 _NOT_WITH_SMARTMOE = {
-    "--use-megatron-fsdp": "its parameters are sharded in a layout of its own",
-    "--use-torch-fsdp2": "its parameters are sharded in a layout of its own",
-    "--optimizer-cpu-offload": "the experts' optimizer state is looked up on the device",
-    "--moe-use-upcycling": "the dense checkpoint is read into Megatron's own experts",
+    "--use-megatron-fsdp": "it shards parameters in a layout of its own",
+    "--use-torch-fsdp2": "it shards parameters in a layout of its own",
+    "--optimizer-cpu-offload": "the experts' optimizer state must be on the device",
+    "--moe-use-upcycling": "it reads the dense checkpoint into Megatron's own experts",
 }
+# with --smartmoe-experts grouped_mm,
 _NOT_WITH_GROUPED_MM = {
     "--delay-wgrad-compute": "weight gradients cannot be delayed",
     "--overlap-dispatch-backward-with-experts-wgrad": "weight gradients cannot be delayed",
-    "--moe-router-padding-for-quantization": "no expert is padded",
-    "--moe-use-device-initiated-grouped-gemm": "it is TransformerEngine's",
-    "--moe-single-grouped-weight": "it is TransformerEngine's",
+    "--moe-router-padding-for-quantization": "experts are not padded",
+    "--moe-use-device-initiated-grouped-gemm": "it is an option of TransformerEngine's experts",
+    "--moe-single-grouped-weight": "it is an option of TransformerEngine's experts",
 }
+# with --smartmoe-homes other than off,
 _NOT_WITH_HOMES = {
-    "--use-precision-aware-optimizer": "its state is packed by TransformerEngine",
+    "--use-precision-aware-optimizer": "TransformerEngine packs its state",
     "--fp8-param-gather": "fp8 parameters have scales that would have to move along",
-    "--mtp-num-layers": "layers of multi-token prediction share their numbers with others",
+    "--mtp-num-layers": _SHARED_NUMBERS,
+}
+# with --smartmoe-spare-slots.
+_NOT_WITH_REPLICAS = {
+    "--moe-pad-expert-input-to-capacity": "all experts get the same number of rows, so there is nothing to balance",
+    "--overlap-moe-expert-parallel-comm": "it runs two micro-batches of a layer at a time",
+    "--mtp-num-layers": _SHARED_NUMBERS,
+    "--moe-permute-fusion": "TransformerEngine's kernels need the counts on the device",
 }
 
 
@@ -44,14 +56,10 @@ def check_smartmoe(args: argparse.Namespace, *, cpu: bool) -> None:
     Raises:
         ConfigError: the first rule that is broken.
     """
-    for flag in ("--smartmoe-record-trace", "--smartmoe-replay-trace"):
-        if getattr(args, attribute(flag)) is not None:
-            _needs_experts(args, flag, getattr(args, attribute(flag)))
-    _check_record(args)
-    _check_replay(args)
-    check_replicas(args)
-    check_overlap(args)
-    check_pool(args)
+    _check_traces(args)
+    _check_replicas(args)
+    _check_overlap(args)
+    _check_pool(args)
     if not args.smartmoe:
         if args.smartmoe_experts != "grouped_mm":
             raise ConfigError("--smartmoe-experts", args.smartmoe_experts, "needs --smartmoe", "Add --smartmoe.")
@@ -59,48 +67,91 @@ def check_smartmoe(args: argparse.Namespace, *, cpu: bool) -> None:
     _needs_experts(args, "--smartmoe", True)
     for flag, reason in _NOT_WITH_SMARTMOE.items():
         if getattr(args, attribute(flag), False):
-            raise ConfigError(flag, True, f"does not go with --smartmoe: {reason}", "Leave one of the two out.")
+            raise ConfigError(flag, True, f"is not supported with --smartmoe: {reason}", _REMOVE_ONE)
     if args.transformer_impl == "inference_optimized":
-        rule = "does not go with --smartmoe, which trains"
+        rule = "is not supported with --smartmoe: it is for inference only"
         raise ConfigError("--transformer-impl", args.transformer_impl, rule, "Pass local or transformer_engine.")
     if (getattr(args, "cuda_graph_impl", None) or "none") != "none":
-        rule = "does not go with --smartmoe: its dispatcher has not been captured yet"
-        raise ConfigError("--cuda-graph-impl", args.cuda_graph_impl, rule, "Leave it out.")
+        rule = "is not supported with --smartmoe: CUDA graphs are not supported by its dispatcher yet"
+        raise ConfigError("--cuda-graph-impl", args.cuda_graph_impl, rule, "Remove it, or pass none.")
     _check_experts(args, cpu=cpu)
     _check_homes(args)
 
 
 def _needs_experts(args: argparse.Namespace, flag: str, value: object) -> None:
     if args.num_experts is None and not args.use_checkpoint_args:
-        raise ConfigError(flag, value, "needs a model with experts", "Pass --num-experts, or leave it out.")
+        raise ConfigError(flag, value, "needs a model with experts", "Pass --num-experts 8, for example, or remove it.")
+
+
+def _needs_smartmoe(args: argparse.Namespace, flag: str, value: object) -> None:
+    if not args.smartmoe:
+        raise ConfigError(flag, value, "needs --smartmoe", "Add --smartmoe, or remove it.")
+
+
+def _needs_expert_parallelism(args: argparse.Namespace, flag: str, value: object) -> None:
+    if args.expert_model_parallel_size == 1:
+        rule = "needs expert parallelism: on one rank there is nothing to balance or to overlap"
+        raise ConfigError(flag, value, rule, "Pass --expert-model-parallel-size 2, for example, or remove it.")
+
+
+def _check_traces(args: argparse.Namespace) -> None:
+    """The trace to record has a good name; the one to replay fits the model and the expert-parallel groups."""
+    name = args.smartmoe_record_trace
+    if name is not None:
+        flag = "--smartmoe-record-trace"
+        _needs_experts(args, flag, name)
+        if Path(name).suffix != ".npz":
+            raise ConfigError(flag, name, "must end in .npz", f"Pass {name}.npz.")
+        if Path(name).is_dir():
+            raise ConfigError(flag, name, "is a directory", f"Pass a file in it, for example {name}/trace.npz.")
+    name = args.smartmoe_replay_trace
+    if name is None:
+        return
+    flag = "--smartmoe-replay-trace"
+    _needs_experts(args, flag, name)
+    try:
+        trace = load_trace(Path(name))
+        trace.groups(args.expert_model_parallel_size, record=0)  # the source ranks can be divided among the ranks
+    except ConfigError as error:
+        field = flag if error.field == "--trace" else "--expert-model-parallel-size"
+        raise ConfigError(field, error.value, error.rule, error.way_out) from None
+    if args.num_experts is not None and trace.num_experts != args.num_experts:
+        rule = f"has {trace.num_experts} experts, and --num-experts is {args.num_experts}"
+        raise ConfigError(flag, name, rule, f"Pass a trace with {args.num_experts} experts.")
+    if trace.has_micro_batches and args.recompute_granularity == "full":
+        rule = "has counts per micro-batch, and full recomputation routes each micro-batch twice"
+        raise ConfigError(flag, name, rule, "Remove --recompute-granularity full.")
+    if args.moe_expert_capacity_factor is not None or args.moe_pad_expert_input_to_capacity:
+        rule = "is not supported with --smartmoe-replay-trace, which replays assignments before any are dropped"
+        raise ConfigError("--moe-expert-capacity-factor", args.moe_expert_capacity_factor, rule, _REMOVE_ONE)
 
 
 def _check_experts(args: argparse.Namespace, *, cpu: bool) -> None:
-    """What the two kinds of experts can compute."""
+    """What the two implementations of experts can compute."""
     if args.smartmoe_experts == "transformer_engine":
         if args.transformer_impl != "transformer_engine" or not args.moe_grouped_gemm or not has_transformer_engine():
             rule = "needs TransformerEngine, --transformer-impl transformer_engine and --moe-grouped-gemm"
-            way_out = "Add them, or leave --smartmoe-experts out."
+            way_out = "Add them, or remove --smartmoe-experts."
             raise ConfigError("--smartmoe-experts", args.smartmoe_experts, rule, way_out)
         return
     for flag, reason in _NOT_WITH_GROUPED_MM.items():
         if getattr(args, attribute(flag), False):
-            rule = f"does not go with --smartmoe-experts grouped_mm: {reason}"
-            raise ConfigError(flag, True, rule, "Leave one of the two out.")
+            rule = f"is not supported with --smartmoe-experts grouped_mm: {reason}"
+            raise ConfigError(flag, True, rule, _REMOVE_ONE)
     if args.add_bias_linear:
-        rule = "is needed: --smartmoe-experts grouped_mm has no biases"
+        rule = "is required: --smartmoe-experts grouped_mm has no biases"
         raise ConfigError("--disable-bias-linear", False, rule, "Add --disable-bias-linear.")
     for flag in ("--fp8-format", "--fp4-format"):
         value = getattr(args, {"--fp8-format": "fp8", "--fp4-format": "fp4"}[flag], None)
         if value:
-            rule = "does not go with --smartmoe-experts grouped_mm, which computes in bf16, fp16 and fp32"
-            raise ConfigError(flag, value, rule, "Leave it out, or pass --smartmoe-experts transformer_engine.")
+            rule = "is not supported with --smartmoe-experts grouped_mm, which computes in bf16, fp16 and fp32"
+            raise ConfigError(flag, value, rule, "Remove it, or pass --smartmoe-experts transformer_engine.")
     if not cpu and not args.use_checkpoint_args:
         _check_alignment(args)
 
 
 def _check_alignment(args: argparse.Namespace) -> None:
-    """Rows of the grouped GEMM start at multiples of 16 bytes on a GPU."""
+    """On a GPU, rows of the grouped GEMM start at multiples of 16 bytes."""
     multiple = _GEMM_ALIGNMENT_BYTES // _VALUE_BYTES
     etp = args.expert_tensor_parallel_size or args.tensor_model_parallel_size
     ffn_flag = "--moe-ffn-hidden-size" if args.moe_ffn_hidden_size else "--ffn-hidden-size"
@@ -111,13 +162,14 @@ def _check_alignment(args: argparse.Namespace) -> None:
     ):
         if size % multiple:
             rule = f"must be a multiple of {multiple} on every rank (expert tensor parallelism: {etp})"
-            raise ConfigError(flag, value, rule, "Choose another size.")
+            whole = multiple * (1 if flag == "--hidden-size" else etp)
+            raise ConfigError(flag, value, rule, f"For example {flag} {-(-value // whole) * whole}.")
 
 
 def _check_staging(args: argparse.Namespace) -> None:
-    """One expert must fit beside the two chunks that take a quarter, or nothing could ever move."""
+    """One expert must fit beside the two chunks that take a quarter of the memory, or nothing could ever move."""
     if not (args.moe_ffn_hidden_size or args.ffn_hidden_size) or not args.hidden_size:
-        return  # from a checkpoint
+        return  # the sizes are in a checkpoint
     # Of the distributed optimizer's state each rank holds a part, which may be none.
     least_bytes = expert_shape(args).weight_bytes if args.use_distributed_optimizer else state_bytes(args)
     least_mib = -(-least_bytes * 4 // 3 // 2**20)
@@ -125,13 +177,13 @@ def _check_staging(args: argparse.Namespace) -> None:
         raise ConfigError(
             "--smartmoe-migration-staging-mib",
             args.smartmoe_migration_staging_mib,
-            f"must be at least {least_mib}, or no expert of this model could ever move",
-            "Leave it out for its default, or pass --smartmoe-homes off.",
+            f"must be at least {least_mib}: no expert of this model would fit",
+            f"Pass {least_mib} or more, or --smartmoe-homes off.",
         )
 
 
 def _check_homes(args: argparse.Namespace) -> None:
-    """Numbers of the homes loop, and optimizers whose state cannot be moved."""
+    """Numbers of the homes loop, and options with which experts cannot move."""
     for flag, least in (
         ("--smartmoe-homes-interval", 1),
         ("--smartmoe-homes-start", 0),
@@ -141,10 +193,10 @@ def _check_homes(args: argparse.Namespace) -> None:
     ):
         value = getattr(args, attribute(flag))
         if value < least:
-            raise ConfigError(flag, value, f"must be at least {least}", "Leave it out for its default.")
+            raise ConfigError(flag, value, f"must be at least {least}", "Remove it for its default.")
     if args.smartmoe_homes_margin < 1:
         rule = "must be at least 1, or experts would move at a loss"
-        raise ConfigError("--smartmoe-homes-margin", args.smartmoe_homes_margin, rule, "Leave it out for its default.")
+        raise ConfigError("--smartmoe-homes-margin", args.smartmoe_homes_margin, rule, "Remove it for its default, 2.")
     if args.smartmoe_cluster is not None:
         load_cluster_spec(Path(args.smartmoe_cluster))
     if args.smartmoe_homes == "off" or args.expert_model_parallel_size == 1:
@@ -152,41 +204,129 @@ def _check_homes(args: argparse.Namespace) -> None:
     _check_staging(args)
     for flag, reason in _NOT_WITH_HOMES.items():
         if getattr(args, attribute(flag), False):
-            rule = f"does not go with --smartmoe-homes {args.smartmoe_homes}: {reason}"
-            raise ConfigError(flag, getattr(args, attribute(flag)), rule, "Leave it out, or pass --smartmoe-homes off.")
+            rule = f"is not supported with --smartmoe-homes {args.smartmoe_homes}: {reason}"
+            raise ConfigError(flag, getattr(args, attribute(flag)), rule, "Remove it, or pass --smartmoe-homes off.")
     if args.optimizer not in ("adam", "sgd"):
-        rule = f"does not go with --smartmoe-homes {args.smartmoe_homes}: its state cannot be moved"
+        rule = f"is not supported with --smartmoe-homes {args.smartmoe_homes}: its state cannot be moved"
         raise ConfigError("--optimizer", args.optimizer, rule, "Pass adam or sgd, or --smartmoe-homes off.")
 
 
-def _check_record(args: argparse.Namespace) -> None:
-    name = args.smartmoe_record_trace
-    if name is None:
-        return
-    path = Path(name)
-    if path.suffix != ".npz":
-        raise ConfigError("--smartmoe-record-trace", name, "must end in .npz", f"Pass {name}.npz.")
-    if path.is_dir():
-        raise ConfigError("--smartmoe-record-trace", name, "is a directory", "Pass the name of a file in it.")
+def _check_replicas(args: argparse.Namespace) -> None:
+    slots, mode = args.smartmoe_spare_slots, args.smartmoe_replicas
+    if slots < 0:
+        raise ConfigError(SPARE_SLOTS, slots, "must be at least 0", "Remove it, or pass 0, for no replicas.")
+    if mode not in (None, "off") and slots == 0:
+        rule = "needs spare slots for the replicas"
+        raise ConfigError("--smartmoe-replicas", mode, rule, f"Add {SPARE_SLOTS} 1, or remove it.")
+    if replicas_mode(args) != "off":
+        _check_replicas_possible(args)
 
 
-def _check_replay(args: argparse.Namespace) -> None:
-    """The trace has to fit the model and the expert-parallel groups."""
-    name = args.smartmoe_replay_trace
-    if name is None:
+def _check_replicas_possible(args: argparse.Namespace) -> None:
+    """For a run that makes replicas, or has a pool with a setting that does."""
+    slots, ranks = args.smartmoe_spare_slots, args.expert_model_parallel_size
+    _needs_smartmoe(args, SPARE_SLOTS, slots)
+    _needs_expert_parallelism(args, SPARE_SLOTS, slots)
+    if args.num_experts is not None and slots > (most := args.num_experts - args.num_experts // ranks):
+        rule = f"must be at most {most}, the experts of the other ranks"
+        raise ConfigError(SPARE_SLOTS, slots, rule, "Pass a smaller number; 1 or 2 is usually enough.")
+    for flag, reason in _NOT_WITH_REPLICAS.items():
+        if value := getattr(args, attribute(flag), None):
+            raise ConfigError(flag, value, f"is not supported with {SPARE_SLOTS}: {reason}", _REMOVE_ONE)
+    for flag, supported in (("--moe-token-dispatcher-type", "alltoall"), ("--smartmoe-experts", "grouped_mm")):
+        value = getattr(args, attribute(flag))
+        if value != supported:
+            rule = f"is not supported with {SPARE_SLOTS}"
+            raise ConfigError(flag, value, rule, f"Pass {supported}, or remove {SPARE_SLOTS}.")
+    if not args.smartmoe_replicas_margin >= 0:  # also refuses NaN
+        rule = "must be at least 0"
+        raise ConfigError("--smartmoe-replicas-margin", args.smartmoe_replicas_margin, rule, "The default is 1.")
+
+
+def _check_overlap(args: argparse.Namespace) -> None:
+    value, ranks = args.smartmoe_overlap_degree, args.expert_model_parallel_size
+    if value == AUTO and ranks == 1:
+        return  # there is nothing to choose
+    if value != AUTO:
+        if not (value.isascii() and value.isdigit() and 1 <= int(value) <= ranks):
+            rule = f"must be {AUTO} or a number from 1 to {ranks}, the expert-parallel ranks"
+            raise ConfigError(OVERLAP_DEGREE, value, rule, "Remove it for 1, which overlaps nothing.")
+        if int(value) == 1:
+            return
+    _needs_smartmoe(args, OVERLAP_DEGREE, value)
+    _check_overlap_possible(args)
+
+
+def _check_overlap_possible(args: argparse.Namespace) -> None:
+    """For a run that splits all-to-alls into chunks, or has a pool with a setting that does."""
+    for flag, supported, reason in (
+        ("--moe-token-dispatcher-type", "alltoall", "only the alltoall dispatcher can be split into chunks"),
+        ("--smartmoe-experts", "grouped_mm", "TransformerEngine's experts have not been tested on chunks"),
+    ):
+        value = getattr(args, attribute(flag))
+        if value != supported:
+            raise ConfigError(flag, value, f"is not supported with {OVERLAP_DEGREE}: {reason}", f"Pass {supported}.")
+    for flag, reason in (
+        ("--moe-pad-expert-input-to-capacity", "only Megatron's own dispatcher pads"),
+        ("--overlap-moe-expert-parallel-comm", "it overlaps the same all-to-alls with another micro-batch"),
+    ):
+        if getattr(args, attribute(flag), False):
+            raise ConfigError(flag, True, f"is not supported with {OVERLAP_DEGREE}: {reason}", _REMOVE_ONE)
+
+
+def _check_pool(args: argparse.Namespace) -> None:
+    """Every setting of the pool is possible in this launch; after the replicas' and the overlap's own checks."""
+    value = args.smartmoe_pool
+    if args.smartmoe_pool_interval < 1:
+        raise ConfigError(POOL_INTERVAL, args.smartmoe_pool_interval, "must be at least 1", "The default is 100.")
+    if value is None:
         return
-    try:
-        trace = load_trace(Path(name))
-        trace.groups(args.expert_model_parallel_size, record=0)  # the source ranks can be shared out
-    except ConfigError as error:
-        field = "--smartmoe-replay-trace" if error.field == "--trace" else "--expert-model-parallel-size"
-        raise ConfigError(field, error.value, error.rule, error.way_out) from None
-    if args.num_experts is not None and trace.num_experts != args.num_experts:
-        rule = f"has {trace.num_experts} experts, and --num-experts is {args.num_experts}"
-        raise ConfigError("--smartmoe-replay-trace", name, rule, "Replay a trace of the same number of experts.")
-    if trace.has_micro_batches and args.recompute_granularity == "full":
-        rule = "keeps micro-batches apart, and full recomputation routes each of them twice"
-        raise ConfigError("--smartmoe-replay-trace", name, rule, "Leave --recompute-granularity full out.")
-    if args.moe_expert_capacity_factor is not None or args.moe_pad_expert_input_to_capacity:
-        rule = "replays assignments before dropping, and a capacity would not be applied"
-        raise ConfigError("--moe-expert-capacity-factor", args.moe_expert_capacity_factor, rule, "Leave it out.")
+    _needs_smartmoe(args, POOL, value)
+    _needs_expert_parallelism(args, POOL, value)
+    if args.mtp_num_layers:
+        rule = f"is not supported with {POOL}: {_SHARED_NUMBERS}"
+        raise ConfigError("--mtp-num-layers", args.mtp_num_layers, rule, _REMOVE_ONE)
+    settings = settings_of_pool(args)
+    if value == AUTO and len(settings) == 1:
+        rule = "leaves nothing to choose: experts do not move, there are no spare slots, and nothing overlaps"
+        way_out = f"Add {SPARE_SLOTS} 1 or {OVERLAP_DEGREE} auto, or remove it."
+        raise ConfigError(POOL, value, rule, way_out)
+    for setting in settings:
+        _check_setting(setting, args)
+    if any(setting.replicas != "off" for setting in settings):
+        _check_replicas_possible(args)
+    if may_overlap(args):
+        _check_overlap_possible(args)
+
+
+def _check_setting(setting: PoolSetting, args: argparse.Namespace) -> None:
+    """One entry of the pool's file, by its name."""
+    ranks, slots, interval = args.expert_model_parallel_size, args.smartmoe_spare_slots, homes_interval(args)
+    again = "Write the file again with smartmoe plan --pool FILE."
+    change = "Change the flag, or remove the entry from the file."
+    homes = f"--smartmoe-homes-interval is {interval}" if interval else "--smartmoe-homes is off"
+    for is_wrong, rule, way_out in (
+        (setting.replicas not in REPLICAS, f"its replicas must be one of {', '.join(REPLICAS)}", again),
+        (
+            (setting.spare_slots == 0) != (setting.replicas == "off"),
+            "spare_slots = 0 requires replicas = off, and > 0 requires history or exact",
+            again,
+        ),
+        (
+            not 0 <= setting.spare_slots <= slots,
+            f"uses {setting.spare_slots} spare slot{'s' * (setting.spare_slots != 1)}, and {SPARE_SLOTS} is {slots}",
+            change,
+        ),
+        (
+            not 1 <= setting.overlap_degree <= ranks,
+            f"its overlap degree {setting.overlap_degree} must be from 1 to {ranks}, the expert-parallel ranks",
+            "Plan the pool for this launch, or remove the entry from the file.",
+        ),
+        (
+            setting.homes_interval not in (0, interval),
+            f"re-evaluates expert placement every {setting.homes_interval} iterations, and {homes}",
+            change,
+        ),
+    ):
+        if is_wrong:
+            raise ConfigError(f"{POOL}, entry", setting.key, rule, way_out)

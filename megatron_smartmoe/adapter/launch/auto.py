@@ -1,10 +1,10 @@
-"""`--parallel auto`: plan the launch for the machine that this launcher finds itself on.
+"""`--parallel auto`: plan the launch for the machine that the launcher runs on.
 
-What the command line says about parallelism is kept; what the configuration says about it is replaced by the plan;
-model, batch, precision and everything else is the user's. The plan's flags then go the way of a configuration's, so
-they meet the same checks, and the run directory's config.yaml has them.
+Parallel flags of the command line are kept, those of the configuration are replaced by the plan's; model, batch,
+precision and everything else are the user's. The plan's flags are then treated like a configuration's, so they pass the
+same checks, and the run directory's config.yaml has them.
 
-Every node plans for itself and must come to the same launch. So what goes into a plan is the same on all of them: the
+Every node plans by itself and must come to the same launch. So what goes into a plan is the same on all of them: the
 flags, the number of nodes and of ranks per node, the cluster file. A device's own memory is used on one node only.
 """
 
@@ -12,47 +12,40 @@ from __future__ import annotations
 
 import json
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from megatron_smartmoe.adapter.flags.pool_arguments import AUTO, FLAG
-from megatron_smartmoe.adapter.launch import corpus
+from megatron_smartmoe.adapter.flags.smartmoe_arguments import AUTO, POOL
 from megatron_smartmoe.adapter.launch import flags as flag_lists
 from megatron_smartmoe.adapter.launch.checkpoint_limits import limits_of_checkpoint
 from megatron_smartmoe.adapter.launch.machine import find_machine, vocabulary
-from megatron_smartmoe.adapter.launch.plan import asked_device
+from megatron_smartmoe.adapter.launch.merged import merge
 from megatron_smartmoe.adapter.launch.search_space import space_options
 from megatron_smartmoe.adapter.launch.topology import Topology
 from megatron_smartmoe.errors import ConfigError
-from megatron_smartmoe.planner.auto import Choice, Question, choose_again, choose_launch, describe, to_json
-from megatron_smartmoe.planner.constraints import (
-    DECIDED,
-    FOLLOWED,
-    Constraints,
-    constraints_from_flags,
-    without_refusals,
-)
-from megatron_smartmoe.planner.flags import launch_flags
+from megatron_smartmoe.planner.arguments import check_plannable, model_from_arguments
+from megatron_smartmoe.planner.auto import PlanRequest, PlanResult, choose_launch, describe, reuse_saved_plan, to_json
+from megatron_smartmoe.planner.constraints import DECIDED, KEPT_FROM_CONFIG, Constraints, constraints_from_flags
+from megatron_smartmoe.planner.flags import launch_flags, parse_tokens
 from megatron_smartmoe.planner.load import scenarios_of
-from megatron_smartmoe.planner.model_flags import model_from_arguments
 from megatron_smartmoe.spec.parallel import ParallelSpec
 from megatron_smartmoe.spec.run import FlagValue, RunSpec
 
 PLAN_FILE = "plan.json"
-PREFIX = "--parallel-"  # of the launcher's flags that say more of it
+PREFIX = "--parallel-"  # what --parallel-trace and --parallel-skew begin with
 
 
 @dataclass(frozen=True, kw_only=True)
-class Planned:
-    """What the planner made of a configuration and a command line.
+class AutoPlan:
+    """A configuration and a command line with the flags of a plan.
 
     Attributes:
         spec: the configuration with the plan's flags.
-        command_line: the user's own, which still comes last.
-        lines: what to print.
-        content: of plan.json; None when an earlier plan was taken again.
+        command_line: the user's own flags, which still win.
+        lines: lines to print.
+        content: the content of plan.json; None when a saved plan was reused.
     """
 
     spec: RunSpec
@@ -61,7 +54,7 @@ class Planned:
     content: dict[str, Any] | None
 
     def save(self, directory: Path) -> None:
-        """Write plan.json; other nodes see all of it or nothing."""
+        """Write plan.json at once: no other node can read a part of it."""
         if self.content is not None:
             part = directory / f".{PLAN_FILE}.part"
             part.write_text(json.dumps(self.content, indent=1) + "\n", encoding="utf-8")
@@ -70,7 +63,7 @@ class Planned:
 
 @dataclass(frozen=True)
 class Load:
-    """The load that the user wants to be planned for: a trace, a skew, or neither."""
+    """The load to plan for: a routing trace, a skew, or neither."""
 
     trace: Path | None = None
     skew: str | None = None
@@ -78,81 +71,75 @@ class Load:
 
 def plan_parallel(
     spec: RunSpec, command_line: Sequence[str], topology: Topology, directory: Path, load: Load
-) -> Planned:
-    """Plan, or take the plan of an existing run directory again.
+) -> AutoPlan:
+    """Plan, or reuse the saved plan of an existing run directory.
 
     Raises:
-        ConfigError: the machine is unknown, nothing fits, or a flag cannot be planned with.
+        ConfigError: the machine is unknown, nothing fits, or a flag is not supported by the planner.
     """
-    from megatron_smartmoe.adapter.flags.parser import build_parser, parse
-    from megatron_smartmoe.adapter.pretrain import choose_device, with_defaults
-
-    cpu = choose_device(asked_device(spec, command_line))
-    corpus.check(spec)
-    known = build_parser()._option_string_actions
-    own = without_refusals(command_line, known)
-    config = {name: value for name, value in spec.flags.items() if f"--{name}" not in DECIDED}
-    tokens = flag_lists.merge({**corpus.dataset_flags(spec), **config}, own, known)
-    args = parse(with_defaults([token.replace("{run_dir}", str(directory)) for token in tokens], cpu=cpu, say=False))
-    followed = {name: value for name, value in config.items() if f"--{name}" in FOLLOWED}
-    constraints = _constraints(args, flag_lists.merge(followed, command_line, known), cpu=cpu)
+    # Step 1: read the run without the parallel flags of its configuration.
+    merged = merge(spec, command_line, topology, directory, to_plan=True)
+    args, cpu = merged.args, merged.cpu
+    # Step 2: say what is to be planned.
+    check_plannable(vars(args))
     model = replace(model_from_arguments(vars(args), spec.name), vocab=vocabulary(spec, args))
     cluster, memory_from = find_machine(args, topology, cpu=cpu)
+    kept = {name: value for name, value in spec.flags.items() if f"--{name}" in KEPT_FROM_CONFIG}
+    limits = limits_of_checkpoint(args, space_options(args, cpu=cpu))
+    asked = constraints_from_flags(flag_lists.merge(kept, command_line, merged.known), limits.options)
+    constraints = Constraints(
+        options=asked.options, given={**limits.given, **asked.given}, kept=(*asked.kept, *limits.kept)
+    )
     scenarios = scenarios_of(model, load.trace, load.skew, PREFIX)
-    question = Question(model=model, cluster=cluster, constraints=constraints, scenarios=scenarios)
-    choice, heading = _choice(question, directory / PLAN_FILE)
-    flags = flag_lists.as_mapping(launch_flags(model, choice.plan.spec))
-    return Planned(
-        spec=replace(spec, flags={**_with_pool(config, args, choice.plan.spec), **flags}),
-        command_line=own,
-        lines=[heading, *describe(choice, question, memory_from, _replaced(spec, command_line, flags))],
-        content=None if choice.result is None else to_json(choice, question),
+    request = PlanRequest(model=model, cluster=cluster, constraints=constraints, scenarios=scenarios)
+    # Step 3: plan, and put the plan's flags where the configuration's were.
+    result, heading = _reused_or_new(request, directory / PLAN_FILE)
+    flags = flag_lists.as_mapping(launch_flags(model, result.launch.spec))
+    others = {name: value for name, value in spec.flags.items() if f"--{name}" not in DECIDED}
+    return AutoPlan(
+        spec=replace(spec, flags={**_with_pool(others, args, result.launch.spec), **flags}),
+        command_line=merged.command_line,
+        lines=[heading, *describe(result, request, memory_from, _replaced(spec, command_line, flags))],
+        content=None if result.search is None else to_json(result, request),
     )
 
 
-def _choice(question: Question, path: Path) -> tuple[Choice, str]:
-    """The choice and the line that says where it comes from."""
+def _reused_or_new(request: PlanRequest, path: Path) -> tuple[PlanResult, str]:
+    """The plan and the line that says where it comes from."""
     if not path.is_file():
-        return choose_launch(question), "--parallel auto"
+        return choose_launch(request), "--parallel auto"
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        way_out = "Remove it, and it is planned anew."
-        raise ConfigError("--run-dir", str(path), "cannot be read as JSON", way_out) from None
-    again = choose_again(content, question)
-    if isinstance(again, Choice):
-        return again, f"--parallel auto: as before, from {path} (remove it to plan anew)"
-    return choose_launch(question), f"--parallel auto: planned anew, the plan in {path} cannot be kept: {again}"
-
-
-def _constraints(args: Namespace, words: Sequence[str], *, cpu: bool) -> Constraints:
-    """What the layers, a checkpoint and the user's own flags leave open."""
-    limits = limits_of_checkpoint(args, space_options(args, cpu=cpu))
-    asked = constraints_from_flags(words, limits.options)
-    given = {**limits.given, **asked.given}
-    return Constraints(options=asked.options, given=given, kept=(*asked.kept, *limits.kept))
+        raise ConfigError("--run-dir", str(path), "cannot be read as JSON", "Remove it to plan again.") from None
+    reused = reuse_saved_plan(content, request)
+    if isinstance(reused, PlanResult):
+        return reused, f"--parallel auto: reuses the plan in {path} (remove it to plan again)"
+    return choose_launch(request), f"--parallel auto: planned again, the plan in {path} no longer applies: {reused}"
 
 
 def _with_pool(config: dict[str, FlagValue], args: Namespace, plan: ParallelSpec) -> dict[str, FlagValue]:
-    """The configuration's flags with `--smartmoe-pool auto` where the plan leaves more than the homes to switch, and
-    without it where there is nothing. A pool that the user names stays; `--no-smartmoe-pool` takes ours away."""
-    flag, asked = FLAG.removeprefix("--"), args.smartmoe_pool
+    """The configuration's flags, with `--smartmoe-pool auto` where the plan has more to switch than the homes.
+
+    Where there is nothing to switch the flag is removed. A pool file of the user stays.
+    """
+    flag, asked = POOL.removeprefix("--"), args.smartmoe_pool
     if not args.smartmoe or asked not in (None, AUTO):
         return config
-    copies = plan.spare_slots > 0 and args.smartmoe_replicas != "off"
-    if plan.ep > 1 and not args.mtp_num_layers and (asked or copies or plan.overlap_degree > 1):
+    replicas = plan.spare_slots > 0 and args.smartmoe_replicas != "off"
+    if plan.ep > 1 and not args.mtp_num_layers and (asked or replicas or plan.overlap_degree > 1):
         return {**config, flag: AUTO}
     return {name: value for name, value in config.items() if name != flag}
 
 
-def _replaced(spec: RunSpec, command_line: Sequence[str], flags: dict[str, FlagValue]) -> list[str]:
-    """Flags of the configuration that the plan says differently, with both values."""
-    given = {token.split("=")[0] for token in command_line}
+def _replaced(spec: RunSpec, command_line: Sequence[str], flags: Mapping[str, FlagValue]) -> list[str]:
+    """Flags of the configuration for which the plan has another value, with both values."""
+    given = parse_tokens(command_line)
     found = []
     for name, before in spec.flags.items():
         flag, now = f"--{name}", flags.get(name)
         if flag in DECIDED and flag not in given and before != now:
-            found.append(f"{flag} {_text(before)} by {_text(now)}")
+            found.append(f"{flag} {_text(before)} with {_text(now)}")
     return found
 
 

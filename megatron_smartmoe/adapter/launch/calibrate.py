@@ -1,8 +1,8 @@
-"""Behind `smartmoe calibrate`: find the machine, start the ranks, measure, write the cluster file. No Megatron.
+"""The ranks of `smartmoe calibrate`: find the machine, start the ranks, measure, write the cluster file. No Megatron.
 
-Without a rank of its own (`python -m megatron_smartmoe.adapter.launch.calibrate`) this starts the ranks as the
-launcher starts training: torchrun on this host, on each node of a Slurm allocation, or the task itself where Slurm
-starts one per rank. Under torchrun it is a rank.
+`python -m megatron_smartmoe.adapter.launch.calibrate` starts the ranks as the launcher starts training: torchrun on
+this host, on each node of a Slurm allocation, or the task itself where Slurm starts one per rank. Under torchrun (with
+RANK in the environment) it measures as one of the ranks.
 """
 
 from __future__ import annotations
@@ -19,24 +19,23 @@ import torch
 import torch.distributed as dist
 
 from megatron_smartmoe.adapter.launch import process
+from megatron_smartmoe.adapter.launch.command import program, rank_environment
 from megatron_smartmoe.adapter.launch.launcher import srun
-from megatron_smartmoe.adapter.launch.plan import program, rank_environment
-from megatron_smartmoe.adapter.launch.topology import find_topology, speaks_for_the_job
+from megatron_smartmoe.adapter.launch.topology import find_topology, reports_errors
 from megatron_smartmoe.calibrate.cluster_file import fit_machine
-from megatron_smartmoe.calibrate.measure import Bench, Plan, measure, usable_cores
-from megatron_smartmoe.calibrate.measured import Measured
+from megatron_smartmoe.calibrate.measure import Bench, BenchPlan, measure, usable_cores
+from megatron_smartmoe.calibrate.measurement import MachineMeasurement
 from megatron_smartmoe.calibrate.options import CalibrateOptions, add_arguments, as_argv, copy_sizes
 from megatron_smartmoe.calibrate.table import as_table
 from megatron_smartmoe.cost.compute import ExpertShape
 from megatron_smartmoe.errors import EXIT_CONFIG_ERROR, ConfigError, SmartMoEError
-from megatron_smartmoe.spec.cluster import ClusterSpec, cluster_as_yaml, load_cluster_spec
-from megatron_smartmoe.spec.shipped import fitting_cluster
+from megatron_smartmoe.spec.cluster import ClusterSpec, cluster_as_yaml, fitting_cluster, load_cluster_spec
 
 _MODULE = "megatron_smartmoe.adapter.launch.calibrate"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Start the ranks, or be one; returns the exit status, 2 for a wrong command line."""
+    """Start the ranks, or measure as one of them; returns the exit status, 2 for a wrong command line."""
     parser = argparse.ArgumentParser(prog="smartmoe calibrate", description="Measure this machine.")
     add_arguments(parser)
     parsed = parser.parse_args(argv)
@@ -47,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return run_rank(options, nominal)
         return start_ranks(options)
     except SmartMoEError as error:
-        if speaks_for_the_job() and os.environ.get("RANK", "0") == "0":
+        if reports_errors() and os.environ.get("RANK", "0") == "0":
             print(f"smartmoe calibrate: {error}", file=sys.stderr)
         return EXIT_CONFIG_ERROR
 
@@ -63,7 +62,7 @@ def start_ranks(options: CalibrateOptions) -> int:
     if topology.needs_srun:
         return srun(topology, as_argv(options), _MODULE)
     environment = rank_environment(topology, cpu=not cuda)
-    # A rank knows how many there are, and torchrun takes --nproc for an option of its own, wherever it stands.
+    # Without --nproc: ranks have LOCAL_WORLD_SIZE, and torchrun takes --nproc for its own option wherever it stands.
     command = [*program(topology, _MODULE), *as_argv(replace(options, nproc=None))]
     if topology.rank is not None:
         os.environ.update(environment)
@@ -80,7 +79,7 @@ def run_rank(options: CalibrateOptions, nominal: ClusterSpec | None) -> int:
     kind = _kind(options)
     options = options.for_device(kind)
     local, per_node = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    device = torch.device(kind, local if kind == "cuda" else None)
+    device = torch.device(kind, local) if kind == "cuda" else torch.device(kind)
     if kind == "cuda":
         torch.cuda.set_device(device)
     backend = "nccl" if kind == "cuda" else "gloo"
@@ -90,7 +89,8 @@ def run_rank(options: CalibrateOptions, nominal: ClusterSpec | None) -> int:
         bench = _bench(device, dtype, per_node, options.repeats)
         measured = measure(_plan(options, kind, dtype), bench, _how(backend, dtype))
         if dist.get_rank() == 0:
-            _report(measured, options, nominal or _shipped(kind))
+            shipped = fitting_cluster(torch.cuda.get_device_name() if kind == "cuda" else None)
+            _report(measured, options, nominal or shipped)
     finally:
         dist.destroy_process_group()
     return 0
@@ -110,14 +110,19 @@ def _ranks(options: CalibrateOptions, cuda: bool) -> int:
 
 
 def _dtype(kind: str) -> torch.dtype:
-    """What is trained in: bf16 where the GPU has it, fp32 on a CPU."""
+    """The precision that training uses: bf16 where the GPU has it, else fp16; fp32 on a CPU."""
     if kind == "cpu":
         return torch.float32
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
-def _plan(options: CalibrateOptions, kind: str, dtype: torch.dtype) -> Plan:
-    return Plan(
+def _plan(options: CalibrateOptions, kind: str, dtype: torch.dtype) -> BenchPlan:
+    assert options.hidden is not None, "for_device fills all of them in"
+    assert options.ffn is not None
+    assert options.experts is not None
+    assert options.tokens is not None
+    assert options.sizes is not None
+    return BenchPlan(
         expert=ExpertShape(hidden=options.hidden, ffn=options.ffn, element_bytes=dtype.itemsize),
         num_experts=options.experts,
         tokens=options.tokens,
@@ -127,14 +132,14 @@ def _plan(options: CalibrateOptions, kind: str, dtype: torch.dtype) -> Plan:
 
 
 def _bench(device: torch.device, dtype: torch.dtype, per_node: int, repeats: int) -> Bench:
-    """Process groups: the ranks of each node; and, across nodes, the ranks at the same place of theirs.
+    """Make the process groups: the ranks of each node and, across nodes, the ranks with the same local rank.
 
     All groups of a kind measure at the same time, so that the GPUs of a node share its network card as in training.
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
     if world_size % per_node:
-        rule = f"{world_size} ranks do not make nodes of {per_node}"
-        raise ConfigError("LOCAL_WORLD_SIZE", per_node, rule, "Start the same number of ranks on every node.")
+        rule = f"must divide the {world_size} ranks: every node needs the same number of them"
+        raise ConfigError("LOCAL_WORLD_SIZE", per_node, rule, "For example: torchrun --nnodes 2 --nproc-per-node 8.")
     nodes, links = world_size // per_node, {}
     if per_node > 1:
         within = [list(range(node * per_node, (node + 1) * per_node)) for node in range(nodes)]
@@ -143,29 +148,25 @@ def _bench(device: torch.device, dtype: torch.dtype, per_node: int, repeats: int
         across = [list(range(place, world_size, per_node)) for place in range(per_node)]
         links["inter"] = [dist.new_group(ranks) for ranks in across][rank % per_node]
 
-    def say(what: str) -> None:
+    def report(name: str) -> None:
         if rank == 0:
-            print(f"measuring {what} ...", flush=True)
+            print(f"measuring {name} ...", flush=True)
 
     world = dist.group.WORLD
     assert world is not None
-    return Bench(device=device, dtype=dtype, world=world, links=links, nodes=nodes, repeats=repeats, say=say)
+    return Bench(device=device, dtype=dtype, world=world, links=links, nodes=nodes, repeats=repeats, report=report)
 
 
 def _how(backend: str, dtype: torch.dtype) -> str:
     version = f"torch {torch.__version__}"
     if backend == "nccl":
-        version += f", NCCL {'.'.join(str(part) for part in torch.cuda.nccl.version())}"
+        version += f", NCCL {'.'.join(str(part) for part in torch.cuda.nccl.version())}"  # type: ignore[no-untyped-call]
     number = torch.get_num_threads()
-    threads = f"{number} thread{'s' * (number > 1)} a rank, " if backend == "gloo" else ""
+    threads = f"{number} thread{'s' * (number > 1)} per rank, " if backend == "gloo" else ""
     return f"{backend}, {str(dtype).removeprefix('torch.')}, {threads}{version}, {datetime.date.today().isoformat()}"
 
 
-def _shipped(kind: str) -> ClusterSpec | None:
-    return fitting_cluster(torch.cuda.get_device_name() if kind == "cuda" else None)
-
-
-def _report(measured: Measured, options: CalibrateOptions, nominal: ClusterSpec | None) -> None:
+def _report(measured: MachineMeasurement, options: CalibrateOptions, nominal: ClusterSpec | None) -> None:
     """Print the table, write the file."""
     fit = fit_machine(measured, nominal, options.name or options.output.stem)
     cluster = fit.cluster
@@ -173,13 +174,13 @@ def _report(measured: Measured, options: CalibrateOptions, nominal: ClusterSpec 
         cluster = replace(cluster, replica_scope="group")
     print(f"\n{as_table(measured, fit, nominal)}\n")
     notes = "\n".join(f"warning: {warning}" for warning in fit.warnings)
-    comment = f"Written by smartmoe calibrate: rates that training reaches, no peaks ({measured.how}).\n{notes}"
+    comment = f"Written by smartmoe calibrate: rates that training reaches, not peaks ({measured.how}).\n{notes}"
     options.output.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(f"{options.output}.partial")
     partial.write_text(cluster_as_yaml(cluster, comment.strip()), encoding="utf-8")
     partial.replace(options.output)
-    load_cluster_spec(options.output)  # what was written can be read
-    print(f"wrote {options.output}: smartmoe plan --cluster FILE, or --smartmoe-cluster FILE while training")
+    load_cluster_spec(options.output)  # the written file can be read
+    print(f"wrote {options.output}: use it with smartmoe plan --cluster FILE, or --smartmoe-cluster FILE in training")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""What a checkpoint that will be gone on with leaves open to `--parallel auto`: its optimizer state must fit.
+"""What the checkpoint of a resumed run leaves open to `--parallel auto`: its optimizer state must fit.
 
-Weights of torch_dist checkpoints go anywhere. Optimizer state does not: not between EP 1 and more than 1, not into or
-out of the distributed optimizer, and, unless it was saved fully reshardable, to no other layout at all.
+Weights of torch_dist checkpoints can be loaded at any sizes. Optimizer state cannot: not across EP 1 and more than 1,
+not into or out of the distributed optimizer, and, unless it was saved fully reshardable, at no other sizes at all.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from megatron_smartmoe.planner.space import SpaceOptions
 
 
 def limits_of_checkpoint(args: Namespace, options: SpaceOptions) -> Constraints:
-    """The space without what the checkpoint cannot be loaded into; all of it where there is none.
+    """The launches of a space that can load the checkpoint; all of them where there is none.
 
     Args:
-        args: as parsed; --load names the checkpoint.
+        args: parsed arguments; --load names the checkpoint.
         options: the space.
     """
     saved = _saved(args)
@@ -42,7 +42,7 @@ def limits_of_checkpoint(args: Namespace, options: SpaceOptions) -> Constraints:
     )
     words = [f"{name.upper()} {size}" for name, size in sizes.items()] or ["EP > 1" if parallel else "EP 1"]
     words.append("a distributed optimizer" if sharded else "an optimizer that is not distributed")
-    kept = f"{' and '.join(words)}, as the checkpoint was saved (--no-load-optim lifts it)"
+    kept = f"{' and '.join(words)}, as in the checkpoint (pass --no-load-optim to change it)"
     return Constraints(options=options, given={"distributed_optimizer": sharded, **sizes}, kept=(kept,))
 
 

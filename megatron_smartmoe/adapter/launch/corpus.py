@@ -1,4 +1,4 @@
-"""The corpus that a run configuration may ask for under `data`: which flags read it, and preparing it once."""
+"""The corpus under `data` in a run configuration: the flags that read it, and its preparation, once."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ from megatron_smartmoe.adapter.corpus.command import build_parser
 from megatron_smartmoe.adapter.corpus.spec import TOKENIZER_TYPE, PreparedCorpus
 from megatron_smartmoe.adapter.launch import flags as flag_lists
 from megatron_smartmoe.errors import ConfigError
+from megatron_smartmoe.planner.flags import parse_tokens
 from megatron_smartmoe.spec.run import FlagValue, RunSpec
 
 _OTHER_DATA = ("data-path", "train-data-path", "data-args-path", "per-split-data-args-path", "mock-data")
 
 
 def only_if_read(spec: RunSpec, command_line: Sequence[str]) -> RunSpec:
-    """Without `data` when the user names other data on the command line: what nobody reads is not prepared."""
-    given = {token.split("=")[0] for token in command_line}
-    return replace(spec, data=None) if given & {f"--{name}" for name in _OTHER_DATA} else spec
+    """The configuration, without `data` when the command line names other data: unread data is not prepared."""
+    given = parse_tokens(command_line)
+    return replace(spec, data=None) if any(f"--{name}" in given for name in _OTHER_DATA) else spec
 
 
 def dataset_flags(spec: RunSpec) -> dict[str, FlagValue]:
@@ -32,7 +33,7 @@ def dataset_flags(spec: RunSpec) -> dict[str, FlagValue]:
 
 
 def exists(spec: RunSpec) -> bool:
-    """Whether there is nothing to prepare."""
+    """Whether the corpus exists, or none is configured."""
     return spec.data is None or PreparedCorpus.exists(spec.data["prefix"])
 
 
@@ -63,15 +64,15 @@ def preparation(spec: RunSpec) -> list[str]:
 
 
 def prepare(spec: RunSpec) -> None:
-    """Prepare it. Nodes and runs that come at the same time wait for the first one: the preparation holds a lock.
+    """Prepare the corpus. Nodes and runs that start at the same time wait for the first: the preparation holds a lock.
 
     Raises:
-        ConfigError: it could not be prepared; the reason was printed.
+        ConfigError: the preparation failed; it printed the reason.
     """
     assert spec.data is not None
     command = preparation(spec)
-    print(f"smartmoe: preparing {spec.data['prefix']}, once", flush=True)
+    print(f"smartmoe: preparing the corpus {spec.data['prefix']} (only before the first run)", flush=True)
     status = subprocess.run(command, check=False).returncode
     if status:
         rule = f"could not be prepared (exit status {status})"
-        raise ConfigError("data.prefix", spec.data["prefix"], rule, "See the message above.")
+        raise ConfigError("data.prefix", spec.data["prefix"], rule, "See the error above.")

@@ -5,25 +5,26 @@ from __future__ import annotations
 import shlex
 from collections.abc import Collection, Mapping, Sequence
 
+from megatron_smartmoe.planner.flags import parse_tokens
 from megatron_smartmoe.spec.run import FlagValue
 
 
 def merge(config: Mapping[str, FlagValue], command_line: Sequence[str], known: Collection[str]) -> list[str]:
     """The configuration's flags that the command line does not set, then the command line.
 
-    `--no-X` on the command line takes away a flag `--X` of the configuration where Megatron itself has no `--no-X`.
+    `--no-X` on the command line removes a flag `--X` of the configuration where Megatron itself has no `--no-X`.
 
     Args:
         config: flag without dashes -> value, from a RunSpec.
         command_line: tokens as the user gave them.
         known: every option string of Megatron's parser.
     """
-    given = {token.split("=")[0] for token in command_line if token.startswith("--")}
-    taken_away = {flag for flag in given if flag.startswith("--no-") and flag not in known}
-    taken_away = {flag for flag in taken_away if flag.removeprefix("--no-") in config}
-    dropped = given | {"--" + flag.removeprefix("--no-") for flag in taken_away}
+    given = set(parse_tokens(command_line))
+    negated = {flag for flag in given if flag.startswith("--no-") and flag not in known}
+    negated = {flag for flag in negated if flag.removeprefix("--no-") in config}
+    dropped = given | {"--" + flag.removeprefix("--no-") for flag in negated}
     tokens = [token for name, value in config.items() if f"--{name}" not in dropped for token in tokens_of(name, value)]
-    return tokens + [token for token in command_line if token not in taken_away]
+    return tokens + [token for token in command_line if token not in negated]
 
 
 def tokens_of(name: str, value: FlagValue) -> list[str]:
@@ -34,30 +35,15 @@ def tokens_of(name: str, value: FlagValue) -> list[str]:
 
 
 def as_mapping(tokens: Sequence[str]) -> dict[str, FlagValue]:
-    """The reverse of `tokens_of`: what a configuration file would say; of a repeated flag the last counts."""
-    flags: dict[str, FlagValue] = {}
-    values: list[str] = []
-    for token in [*tokens, "--"]:
-        if not token.startswith("--"):
-            values.append(token)
-            continue
-        if flags:
-            _set_last(flags, values)
-        name, equals, value = token.removeprefix("--").partition("=")
-        flags.pop(name, None)
-        flags[name], values = True, [value] if equals else []
-    del flags[""]
-    return flags
-
-
-def _set_last(flags: dict[str, FlagValue], values: list[str]) -> None:
-    name = next(reversed(flags))
-    if values:
-        flags[name] = values[0] if len(values) == 1 else values
+    """The reverse of `tokens_of`: what a configuration file would say; the last of a repeated flag wins."""
+    return {
+        flag.removeprefix("--"): True if not values else values[0] if len(values) == 1 else values
+        for flag, values in parse_tokens(tokens).items()
+    }
 
 
 def render(command: Sequence[str], environment: Mapping[str, str]) -> str:
-    """The command as text for a shell, a flag with its values per line."""
+    """The command as text for a shell, one line per flag with its values."""
     words = [f"{name}={shlex.quote(value)}" for name, value in environment.items()]
     lines: list[list[str]] = [words]
     for word in command:

@@ -1,4 +1,4 @@
-"""What the planner asks of the machine: its cluster file, a rank's memory, and the size of the vocabulary."""
+"""What `--parallel auto` needs beside the flags: the cluster file, a rank's memory, the size of the vocabulary."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ from megatron_smartmoe.errors import ConfigError
 from megatron_smartmoe.spec.cluster import ClusterSpec
 from megatron_smartmoe.spec.run import RunSpec
 
-_SAME_MEMORY = 0.9  # of the file's: a device with less is another product
-_EXTRA_TOKENS = {"NullTokenizer": 1}  # that a tokenizer adds to --vocab-size
+_SAME_MEMORY = 0.9  # share of the file's memory; a device with less is another product
+_EXTRA_TOKENS = {"NullTokenizer": 1}  # tokens that a tokenizer adds to --vocab-size
 
 
 def find_machine(args: Namespace, topology: Topology, *, cpu: bool) -> tuple[ClusterSpec, str]:
-    """The cluster file of this machine with the job's nodes and ranks, and who says how much memory a rank has.
+    """The cluster file of this machine with the job's nodes and ranks, and the source of a rank's memory.
 
     Raises:
-        ConfigError: no file is shipped for this GPU, or its memory is far from the file's on several nodes.
+        ConfigError: no file is shipped for this GPU; or there are several nodes, and a GPU has less memory than in the
+            file.
     """
-    from megatron_smartmoe.adapter.machine import machine
+    from megatron_smartmoe.adapter.cost_inputs import machine
 
     cluster = machine(args)
     cluster = replace(cluster, nodes=topology.num_nodes, gpus_per_node=topology.ranks_per_node)
@@ -29,9 +30,9 @@ def find_machine(args: Namespace, topology: Topology, *, cpu: bool) -> tuple[Clu
     if cpu:
         return cluster, file
     device_bytes, file_bytes = device_memory_bytes(topology.ranks_per_node), cluster.gpu.memory_bytes
-    if topology.num_nodes > 1:  # each node plans for itself, and must see what the others see
+    if topology.num_nodes > 1:  # each node plans by itself, and must plan with the same memory as the others
         if device_bytes < _SAME_MEMORY * file_bytes:
-            rule = f"the GPUs here have {device_bytes / 1e9:.1f} GB, {file} says {file_bytes / 1e9:.1f} GB"
+            rule = f"the GPUs here have {device_bytes / 1e9:.1f} GB, and in {file} they have {file_bytes / 1e9:.1f} GB"
             way_out = "Pass --smartmoe-cluster FILE with this memory_bytes, the same on every node; "
             way_out += "smartmoe calibrate writes one."
             raise ConfigError("--smartmoe-cluster", args.smartmoe_cluster, rule, way_out)
@@ -49,12 +50,12 @@ def device_memory_bytes(ranks: int) -> int:
 
 
 def vocabulary(spec: RunSpec, args: Namespace) -> int:
-    """Entries of the vocabulary: what the flags say, what the corpus will have, else what the tokenizer's file says.
+    """Entries of the vocabulary: those of the flags, of the corpus to prepare, else of the tokenizer's file.
 
-    In this order, so that a node that comes while another one prepares the corpus plans for the same size.
+    In this order, so that a node that starts while another one prepares the corpus plans for the same size.
 
     Raises:
-        ConfigError: nobody says it.
+        ConfigError: none of them has it.
     """
     if getattr(args, "padded_vocab_size", None):
         return int(args.padded_vocab_size)
@@ -64,8 +65,8 @@ def vocabulary(spec: RunSpec, args: Namespace) -> int:
         return int(spec.data["vocab-size"])
     if "SentencePiece" in (args.tokenizer_type or "") and args.tokenizer_model:
         return _pieces(args.tokenizer_model)
-    rule = "is needed by --parallel auto, which does not open this kind of tokenizer"
-    raise ConfigError("--vocab-size", None, rule, "Pass the tokenizer's number of entries.")
+    rule = "is required by --parallel auto, which cannot read the size of this kind of tokenizer"
+    raise ConfigError("--vocab-size", None, rule, "Pass the tokenizer's number of entries, for example 32000.")
 
 
 def _pieces(name: str) -> int:

@@ -2,11 +2,11 @@
 
 ```
 runs/quickstart-20260102-030405/
-  config.yaml        name, ranks and flags as merged; give the directory as --run-dir to go on with them
+  config.yaml        name, ranks and flags as merged; --run-dir with this directory resumes with them
   command.sh         the exact command, ready to run
-  plan.json          with --parallel auto: the launch that was chosen, the others, and why; kept when gone on with
+  plan.json          with --parallel auto: the chosen launch, the others, and why; a resumed run reuses it
   environment.json   git revision, versions, host, Slurm's variables
-  train.log          what was printed (node1.log, ... for further nodes; with a Slurm task per rank, Slurm has it)
+  train.log          the output (node1.log, ... for further nodes; with a Slurm task per rank, Slurm writes it)
   arguments.txt      every argument of Megatron after validation
   metrics.jsonl      a line per logged iteration
   summary.json       how it ended
@@ -32,11 +32,17 @@ from megatron_smartmoe.spec.run import RunSpec
 from megatron_smartmoe.spec.yaml_io import dump_yaml
 
 _PACKAGES = ("megatron-smartmoe", "megatron-core", "torch", "transformer-engine", "apex", "numpy", "sentencepiece")
-_CHECKOUT = Path(__file__).resolve().parents[3]
+_CHECKOUT = Path(__file__).resolve().parents[3]  # where the package lies in one; site-packages of an installation
+
+
+def launcher_command() -> str:
+    """How a user starts the launcher: the script of a checkout, the module of an installation."""
+    script = "scripts/pretrain_gpt_moe.sh"
+    return script if (_CHECKOUT / script).is_file() else "python -m megatron_smartmoe.adapter.launch"
 
 
 def choose(asked: Path | None, name: str, environ: Mapping[str, str] = os.environ) -> Path:
-    """The directory that the user names, else a new one under runs/; the same one on every node of a Slurm job."""
+    """The directory of --run-dir, else a new one under runs/, the same on every node of a Slurm job."""
     if asked is not None:
         return asked
     job = environ.get("SLURM_JOB_ID")
@@ -44,7 +50,7 @@ def choose(asked: Path | None, name: str, environ: Mapping[str, str] = os.enviro
 
 
 def create(path: Path, spec: RunSpec, command: str) -> None:
-    """Write the directory's files; an existing directory is gone on with.
+    """Write the directory's files; those of an existing directory that the launcher does not write stay.
 
     Raises:
         ConfigError: the path cannot be a directory.
@@ -52,7 +58,9 @@ def create(path: Path, spec: RunSpec, command: str) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError("--run-dir", str(path), error.strerror or "cannot be made", "Choose another.") from None
+        raise ConfigError(
+            "--run-dir", str(path), error.strerror or "cannot be created", "Pass another directory."
+        ) from None
     content = {"name": spec.name, "nproc": spec.nproc, "data": spec.data, "flags": {"all": spec.flags}}
     (path / "config.yaml").write_text(dump_yaml(content), encoding="utf-8")
     script = path / "command.sh"
@@ -76,12 +84,17 @@ def _environment() -> dict[str, Any]:
 
 
 def _git(*arguments: str) -> str | None:
-    """What git says of the project's checkout; None where it is not one."""
+    """The output of git in the project's checkout; None where it is not one.
+
+    An installation may lie inside another project's checkout, whose revision would be a false answer.
+    """
+    if not (_CHECKOUT / ".git").exists():
+        return None
     try:
-        said = subprocess.run(["git", "-C", str(_CHECKOUT), *arguments], capture_output=True, text=True, check=True)
+        done = subprocess.run(["git", "-C", str(_CHECKOUT), *arguments], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return None
-    return said.stdout.strip()
+    return done.stdout.strip()
 
 
 def _version(package: str) -> str | None:

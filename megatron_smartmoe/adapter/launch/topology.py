@@ -1,6 +1,6 @@
 """Where the ranks of this job run: on this host alone, or on the nodes of a Slurm allocation.
 
-Three situations inside Slurm, told apart by what Slurm itself says:
+Three situations inside Slurm, distinguished by Slurm's variables:
 
 - the batch script of `sbatch`, or the shell of `salloc` (no step): start one launcher per node through srun. With one
   node too: salloc's shell may be on a login node, and Slurm sends signals to steps;
@@ -48,25 +48,25 @@ class Topology:
         return self.num_nodes * self.ranks_per_node
 
     @property
-    def speaks(self) -> bool:
-        """Whether this process prints and writes the run directory for the job."""
+    def is_reporter(self) -> bool:
+        """Whether this process prints, and writes the run directory, for the whole job."""
         return self.node == 0 and not self.rank
 
 
-def speaks_for_the_job(environ: Mapping[str, str] = os.environ) -> bool:
-    """Whether this process is the one that reports errors: not every task of a Slurm step repeats them."""
+def reports_errors(environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether this process reports errors: of a Slurm step only task 0 does."""
     return "SLURM_STEP_NUM_TASKS" not in environ or environ.get("SLURM_PROCID", "0") == "0"
 
 
 def find_topology(ranks_per_node: int, environ: Mapping[str, str] = os.environ) -> Topology:
-    """Look where this process runs.
+    """The topology of the job that this process belongs to.
 
     Args:
-        ranks_per_node: what the user or the machine asks for; a Slurm step with a task per rank has the last word.
-        environ: the environment; Slurm's variables are read from it.
+        ranks_per_node: of the user or the machine; a Slurm step with a task per rank overrides it.
+        environ: the environment with Slurm's variables.
 
     Raises:
-        ConfigError: the Slurm step has tasks of unequal number on its nodes.
+        ConfigError: the Slurm step has unequal numbers of tasks on its nodes.
     """
     if "SLURM_JOB_ID" not in environ:
         return Topology(ranks_per_node=ranks_per_node)
@@ -92,23 +92,28 @@ def _tasks_per_node(text: str, num_nodes: int) -> int:
     match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", text)
     if match is None or int(match[2] or 1) != num_nodes:
         raise ConfigError(
-            "SLURM_STEP_TASKS_PER_NODE", text, "every node needs the same number of tasks", "Use --ntasks-per-node."
+            "SLURM_STEP_TASKS_PER_NODE",
+            text,
+            "must be the same number of tasks on every node",
+            "Use srun --ntasks-per-node=1.",
         )
     return int(match[1])
 
 
 def _port(environ: Mapping[str, str]) -> int:
-    """A port per job, the same on every node; MASTER_PORT has the last word."""
+    """MASTER_PORT, else a port that depends on the job and the step only, so that every node has the same."""
     asked = environ.get("MASTER_PORT")
     if asked and not (asked.isdecimal() and 1 <= int(asked) <= 65535):
         rule = "must be a port number, 1 to 65535"
-        raise ConfigError("MASTER_PORT", asked, rule, "Unset it for one per job, or set a free one.")
+        raise ConfigError(
+            "MASTER_PORT", asked, rule, "Unset it for a port per job, or set a free one, for example 29500."
+        )
     job, step = int(environ["SLURM_JOB_ID"]), int(environ["SLURM_STEP_ID"])
     return int(asked) if asked else 20000 + (job * 7 + step) % 20000
 
 
 def _address(environ: Mapping[str, str], nodelist: str) -> str:
-    """The address of the first node: MASTER_ADDR, else what Slurm knows, else the node's name."""
+    """The address of the first node: MASTER_ADDR, else Slurm's NodeAddr, else the node's name."""
     if environ.get("MASTER_ADDR"):
         return environ["MASTER_ADDR"]
     first = _scontrol("show", "hostnames", nodelist).split()[0]
@@ -119,8 +124,10 @@ def _address(environ: Mapping[str, str], nodelist: str) -> str:
 
 def _scontrol(*arguments: str) -> str:
     if shutil.which("scontrol") is None:
-        rule = "scontrol, which knows the nodes' addresses, is not on PATH"
-        raise ConfigError("MASTER_ADDR", None, rule, "Load Slurm's programs, or set MASTER_ADDR to the first node.")
+        rule = "is not set, and scontrol, which lists the nodes' addresses, is not on PATH"
+        raise ConfigError(
+            "MASTER_ADDR", None, rule, "Add Slurm's programs to PATH, or set MASTER_ADDR to the first node."
+        )
     done = subprocess.run(["scontrol", *arguments], check=False, capture_output=True, text=True)
     if done.returncode:
         rule = f"`scontrol {' '.join(arguments)}` failed: {done.stderr.strip() or done.returncode}"

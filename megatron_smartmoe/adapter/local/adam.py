@@ -1,8 +1,8 @@
 """Adam where neither TransformerEngine nor apex is installed, in plain torch.
 
 Megatron then falls back to `torch.optim.AdamW`, which keeps a `step` tensor per parameter. The distributed optimizer
-knows two shapes of state only, one of them with `step` in the parameter group, and cannot load back a checkpoint that
-it saved with AdamW (`KeyError: 'step'`). This Adam has the same update and the state of apex's FusedAdam, so that
+supports two shapes of state only, one of them with `step` in the parameter group, and cannot load a checkpoint that it
+saved with AdamW (`KeyError: 'step'`). This Adam has the same update and the state of apex's FusedAdam, so that
 checkpoints work, on CPU and GPU alike, and are interchangeable with runs that have FusedAdam.
 """
 
@@ -18,14 +18,17 @@ class TorchAdam(torch.optim.Optimizer):
     """Adam with decoupled weight decay (Loshchilov and Hutter 2019) over torch's multi-tensor ops.
 
     Args:
-        params: parameters or groups, as any torch optimizer.
+        params: parameters or parameter groups, as for any torch optimizer.
         lr: learning rate.
         bias_correction: divide the moments by 1 - beta^t (Kingma and Ba 2015, algorithm 1).
         betas: decay of the two moments, per step.
         eps: added to the root of the second moment.
         adam_w_mode: weight decay is decoupled from the gradient; False adds it to the gradient.
         weight_decay: per step, times `lr` in adam_w_mode.
-        capturable: refused when True; CUDA graphs of the optimizer need FusedAdam.
+        capturable: must be False; CUDA graphs of the optimizer need FusedAdam.
+
+    Raises:
+        ValueError: `capturable` is True.
     """
 
     def __init__(
@@ -52,7 +55,7 @@ class TorchAdam(torch.optim.Optimizer):
         self.adam_w_mode = adam_w_mode
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient, in place."""
         loss = closure() if closure is not None else None
         for group in self.param_groups:
@@ -62,6 +65,7 @@ class TorchAdam(torch.optim.Optimizer):
         return loss
 
     def _step_group(self, group: dict[str, Any]) -> None:
+        # Step 1: the parameters that have a gradient, with state made at their first step
         params = [p for p in group["params"] if p.grad is not None]
         if not params:
             return
@@ -73,33 +77,18 @@ class TorchAdam(torch.optim.Optimizer):
         exp_avg_sqs = [self.state[p]["exp_avg_sq"] for p in params]
         beta1, beta2 = group["betas"]
         lr, decay, step = group["lr"], group["weight_decay"], group["step"]
+        # Step 2: weight decay, on the parameters (AdamW) or as a part of the gradient (Adam with L2)
         if decay and self.adam_w_mode:
             torch._foreach_mul_(params, 1 - lr * decay)
         elif decay:
             grads = list(torch._foreach_add(grads, params, alpha=decay))
+        # Step 3: the moments, m = beta1 m + (1 - beta1) g and v = beta2 v + (1 - beta2) g^2
         torch._foreach_lerp_(exp_avgs, grads, 1 - beta1)
         torch._foreach_mul_(exp_avg_sqs, beta2)
         torch._foreach_addcmul_(exp_avg_sqs, grads, grads, 1 - beta2)
+        # Step 4: p = p - lr m' / (sqrt(v') + eps), with m' = m / correction1 and v' = v / correction2
         correction1, correction2 = (1 - beta1**step, 1 - beta2**step) if group["bias_correction"] else (1.0, 1.0)
         denominators = torch._foreach_sqrt(exp_avg_sqs)
         torch._foreach_div_(denominators, correction2**0.5)
         torch._foreach_add_(denominators, group["eps"])
         torch._foreach_addcdiv_(params, exp_avgs, denominators, -lr / correction1)
-
-
-def install() -> None:
-    """Give Megatron this Adam where it would fall back to torch's. Does nothing where FusedAdam is installed.
-
-    Three names of `megatron.core.optimizer` say which Adam it found; all are read when the optimizer is built.
-    """
-    import megatron.core.optimizer as optimizer
-    import megatron.core.optimizer.distrib_optimizer as distrib_optimizer
-
-    if not optimizer.USING_PYTORCH_OPTIMIZER:
-        return
-    optimizer.Adam, optimizer.USING_PYTORCH_OPTIMIZER = TorchAdam, False
-    distrib_optimizer.Adam, distrib_optimizer.HAVE_APEX_OR_TE, distrib_optimizer.USING_APEX_OPTIMIZER = (
-        TorchAdam,
-        True,
-        True,
-    )

@@ -27,14 +27,14 @@ from megatron_smartmoe.errors import CompatError
 def zigzag_positions(cp_rank: int, cp_size: int, num_local: int) -> torch.Tensor:
     """Global positions of the tokens that one context-parallel rank holds, `[num_local]`.
 
-    Megatron cuts a sequence in 2 x cp_size chunks and gives rank r chunk r and its mirror, so that the causal
-    triangle's work is the same for everyone (`get_batch_on_this_cp_rank`).
+    Megatron splits a sequence into 2 x cp_size stripes and gives rank r stripe r and its mirror, so that the causal
+    triangle's work is the same for every rank (`get_batch_on_this_cp_rank`).
     """
     if cp_size == 1:
         return torch.arange(num_local)
-    chunk = num_local // 2
-    first, mirror = cp_rank * chunk, (2 * cp_size - 1 - cp_rank) * chunk
-    return torch.cat([torch.arange(first, first + chunk), torch.arange(mirror, mirror + chunk)])
+    stripe = num_local // 2
+    first, mirror = cp_rank * stripe, (2 * cp_size - 1 - cp_rank) * stripe
+    return torch.cat([torch.arange(first, first + stripe), torch.arange(mirror, mirror + stripe)])
 
 
 class SDPAttention(MegatronModule):

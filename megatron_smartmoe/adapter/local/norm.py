@@ -2,8 +2,8 @@
 
 Under sequence parallelism each tensor-parallel rank normalises its own part of the sequence, so the gradients of the
 norm's weights must be summed over the tensor-parallel group. Megatron does that for every parameter that carries
-`sequence_parallel = True`. Its own wrapper of torch's norms refuses sequence parallelism only because nobody sets the
-mark; MoE with tensor parallelism cannot do without. Used through the layer spec where TransformerEngine is absent.
+`sequence_parallel = True`. Its own wrapper of torch's norms refuses sequence parallelism only because it does not set
+the mark; MoE with tensor parallelism cannot do without. Used through the layer spec where TransformerEngine is absent.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class TorchNorm:
     ) -> torch.nn.Module:
         """Return the torch norm over the last dimension of `[..., hidden_size]`, its parameters marked."""
         norm_cls = {"LayerNorm": torch.nn.LayerNorm, "RMSNorm": torch.nn.RMSNorm}[config.normalization]
-        norm = norm_cls(hidden_size, eps=eps)
+        norm: torch.nn.Module = norm_cls(hidden_size, eps=eps)
         for parameter in norm.parameters():
             parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
         return norm

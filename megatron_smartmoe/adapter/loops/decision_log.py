@@ -76,7 +76,7 @@ class DecisionLog:
             parts.append(f"{moved.wire_bytes / 2**20:.1f} MiB in {moved.seconds:.2f} s")
         return " " + " | ".join(parts) + " |"
 
-    def trouble(self, iteration: int, text: str) -> None:
+    def warn(self, iteration: int, text: str) -> None:
         """See `runtime.controller.Reporter`. What concerns one rank is printed there, what concerns all on rank 0."""
         if self._is_reporter or not text.startswith("the ranks"):
             print(f" smartmoe: iteration {iteration:8d} | WARNING: {text} |", flush=True)

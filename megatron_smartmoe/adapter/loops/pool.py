@@ -19,23 +19,28 @@ import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 
-from megatron_smartmoe.adapter.cost_inputs import replica_options
-from megatron_smartmoe.adapter.flags.pool_settings import pool_settings, starting_setting
+from megatron_smartmoe.adapter.cost_inputs import (
+    launch_of_run,
+    machine_of_job,
+    model_of_run,
+    nodes_of_group,
+    replica_options,
+)
+from megatron_smartmoe.adapter.flags.pool_settings import settings_of_pool, starting_setting
 from megatron_smartmoe.adapter.hooks import Callback, Order
 from megatron_smartmoe.adapter.loops.decision_log import DecisionLog
 from megatron_smartmoe.adapter.loops.homes import HomesLoop
 from megatron_smartmoe.adapter.loops.replicas import ReplicaLoop
-from megatron_smartmoe.adapter.machine import machine, nodes_of_group
 from megatron_smartmoe.adapter.moe.overlap import OverlappedMoELayer
-from megatron_smartmoe.adapter.moe.overlap_degree import OverlapDegree, run_model, run_parallel
+from megatron_smartmoe.adapter.moe.overlap_degree import OverlapDegree
 from megatron_smartmoe.adapter.moe.routers import count_tokens
 from megatron_smartmoe.adapter.run import Run
 from megatron_smartmoe.placement.decisions import Decision, digest_of
 from megatron_smartmoe.planner.pool import SETTLE_ITERATIONS, PoolSetting
 from megatron_smartmoe.runtime.pool.prediction import PoolLoad, PoolPrices, moe_seconds
 from megatron_smartmoe.runtime.pool.switchboard import (
-    Measured,
     PoolVerdict,
+    StepTimes,
     Switchboard,
     SwitchboardOptions,
     with_setting,
@@ -82,8 +87,8 @@ class PoolLoop(Callback):
         )
         count_tokens([(number, layer) for number, layer in run.layers if number in sampled], self._counts)
         now = starting_setting(args, self._degree())
-        self._settings = with_setting(pool_settings(args), now)
-        rest = SwitchboardOptions(rest_iterations=args.smartmoe_pool_interval)
+        self._settings = with_setting(settings_of_pool(args), now)
+        rest = SwitchboardOptions(cooldown_iterations=args.smartmoe_pool_interval)
         self._board = Switchboard(now, args.iteration, rest)
         self._prices = _prices(args, len(run.layer_numbers), homes_move=args.smartmoe_homes == "on")
         self._seconds: deque[float] = deque(maxlen=max(args.smartmoe_pool_interval, SETTLE_ITERATIONS))
@@ -114,10 +119,10 @@ class PoolLoop(Callback):
         totals_ILE, batches_BLRE = self._counts.collect(
             ranks.ep_rank,
             self._prices.spec.ep,
-            speaks=ranks.edp_rank == 0,
+            is_reporter=ranks.edp_rank == 0,
             shares=mpu.get_expert_tensor_parallel_world_size(),
         )
-        measured = _of_slowest_rank(Measured.of(self._seconds))
+        measured = _of_slowest_rank(StepTimes.of(self._seconds))
         verdict: list[PoolVerdict | None] = [None]
         if self._run.is_reporter:
             load = PoolLoad(totals_ILE=totals_ILE, batches_BLRE=batches_BLRE, homes_LRH=self._homes_LRH())
@@ -129,12 +134,12 @@ class PoolLoop(Callback):
             self._switch_to(verdict[0].setting)
         self._report(iteration, verdict[0], digest_of(totals_ILE, batches_BLRE))
 
-    def _decide(self, iteration: int, measured: Measured, load: PoolLoad) -> PoolVerdict | None:
+    def _decide(self, iteration: int, measured: StepTimes, load: PoolLoad) -> PoolVerdict | None:
         """On rank 0. Whatever goes wrong, training continues with the setting as it is."""
         try:
-            return self._board.look(iteration, measured, lambda: moe_seconds(self._settings, load, self._prices))
+            return self._board.evaluate(iteration, measured, lambda: moe_seconds(self._settings, load, self._prices))
         except Exception as error:
-            self._log.trouble(iteration, f"pool: {type(error).__name__}: {error}; the setting stays")
+            self._log.warn(iteration, f"pool: {type(error).__name__}: {error}; the setting stays")
             return None
 
     def _switch_to(self, setting: PoolSetting) -> None:
@@ -143,7 +148,7 @@ class PoolLoop(Callback):
         if self._replicas is not None:
             self._replicas.switch_to(setting.replicas, setting.spare_slots)
         for layer in self._layers:
-            layer.cut_into(setting.overlap_degree)
+            layer.set_degree(setting.overlap_degree)
         self._seconds.clear()
         self._untimed = UNTIMED
 
@@ -188,23 +193,23 @@ def _spread(length: int, most: int) -> list[int]:
     return found
 
 
-def _of_slowest_rank(measured: Measured) -> Measured:
+def _of_slowest_rank(measured: StepTimes) -> StepTimes:
     """The longest step and the largest noise of any rank: one all-reduce."""
     longest = torch.tensor([measured.step_s, measured.noise_s], device=torch.cuda.current_device())
     dist.all_reduce(longest, op=dist.ReduceOp.MAX)
     step_s, noise_s = longest.tolist()
-    return Measured(step_s=step_s, noise_s=noise_s, iterations=measured.iterations)
+    return StepTimes(step_s=step_s, noise_s=noise_s, iterations=measured.iterations)
 
 
 def _prices(args: Namespace, num_layers: int, *, homes_move: bool) -> PoolPrices:
     """This run's sizes and machine, as the planner would price them."""
-    spec, micro_batches = run_parallel(args, degree=1), get_num_microbatches()
+    spec, micro_batches = launch_of_run(args), get_num_microbatches()
     chunks = args.virtual_pipeline_model_parallel_size or 1
     in_a_row = micro_batches + (spec.pp - 1) / chunks  # of a stage: its micro-batches and the bubble
     return PoolPrices(
-        model=run_model(args),
+        model=model_of_run(args),
         spec=spec,
-        cluster=machine(args),
+        cluster=machine_of_job(args),
         num_nodes=nodes_of_group(spec.ep),
         micro_batches=micro_batches,
         layers_in_a_row=num_layers / spec.pp * in_a_row,

@@ -23,12 +23,11 @@ from megatron.core import parallel_state as mpu
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 
-from megatron_smartmoe.adapter.cost_inputs import copy_price_tokens, online_options, scope_nodes
-from megatron_smartmoe.adapter.flags.replica_arguments import replicas_mode
+from megatron_smartmoe.adapter.cost_inputs import nodes_of_group, online_options, replica_price_tokens, scope_nodes
+from megatron_smartmoe.adapter.flags.smartmoe_arguments import replicas_mode
 from megatron_smartmoe.adapter.hooks import Callback, Order
-from megatron_smartmoe.adapter.machine import nodes_of_group
 from megatron_smartmoe.adapter.moe.layer import SmartMoELayer
-from megatron_smartmoe.adapter.moe.replica_dispatcher import Planner, ReplicaDispatcher
+from megatron_smartmoe.adapter.moe.replica_dispatcher import PlanReplicas, ReplicaDispatcher
 from megatron_smartmoe.adapter.run import Run
 from megatron_smartmoe.placement.replica_planner import ReplicaPlanner
 from megatron_smartmoe.runtime.replicas.slots import SpareSlots
@@ -65,7 +64,7 @@ class ReplicaLoop(Callback):
         self._wire = ReplicaWire(_own_group(mpu.get_expert_model_parallel_group()))
         self._layers: list[SmartMoELayer] = [layer for _, layer in run.layers]
         self._tallies = [LayerTally() for _ in self._layers]
-        self._price_tokens = copy_price_tokens(args)  # once: the cluster file may be edited during the run
+        self._price_tokens = replica_price_tokens(args)  # once: the cluster file may be edited during the run
         for layer, tally in zip(self._layers, self._tallies, strict=True):
             self._equip(layer, tally, keeps=needs_history)
         if needs_history and self._layers:
@@ -125,7 +124,7 @@ class ReplicaLoop(Callback):
             layer.token_dispatcher.set_shared_experts(layer.shared_experts)
         layer.register_forward_pre_hook(_set_training_flag)
 
-    def _exact_planner(self) -> Planner:
+    def _exact_planner(self) -> PlanReplicas:
         """Plans replicas from the counts of one micro-batch, experts named by their homes."""
         args = self._run.args
         home_slots = args.num_experts // self._wire.num_ranks
@@ -185,7 +184,7 @@ class ReplicaLoop(Callback):
         except Exception as error:  # whatever it is, training continues without replicas
             problem = f"{type(error).__name__}: {error}"
         digest = planner.placement.digest if problem is None else f"{self._wire.rank:015x}"
-        if not self._wire.agrees(digest):
+        if not self._wire.is_equal_on_all_ranks(digest):
             return problem or "the plans of the group's ranks differ, or one rank could not plan"
         if problem is None and decision is not None:
             self._write(DECISIONS_FILE, decision.to_line())
@@ -213,7 +212,7 @@ class ReplicaLoop(Callback):
         self._write(BALANCE_FILE, balance_line(iteration, [number for number, _ in self._run.layers], records))
         if self._run.is_reporter:
             before_split, after_split = imbalance(records)
-            per_layer = sum(m.num_copies for record in records for m in record) / sum(len(record) for record in records)
+            per_layer = float(np.mean([micro.num_replicas for record in records for micro in record]))
             print(
                 f" smartmoe: iteration {iteration:8d} | replicas: {per_layer:.1f} per layer | "
                 f"max/mean tokens per rank {before_split:.3f} -> {after_split:.3f} |",

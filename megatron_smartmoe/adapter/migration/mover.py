@@ -21,7 +21,7 @@ from megatron_smartmoe.spec.placement import EMPTY, Placement, with_empty_slots
 
 
 def with_home_slots(placement: Placement, slot_LE: IntArray) -> Placement:
-    """The placement with other homes, and without replicas: those are planned anew before the next iteration."""
+    """The placement with other homes and without replicas: those are planned again before the next iteration."""
     slots_LRS = placement.slots_LRS.copy()
     homes_LE = np.argsort(slot_LE, axis=1)
     slots_LRS[:, :, : placement.home_slots] = homes_LE.reshape(len(slot_LE), placement.num_ranks, -1)
@@ -33,10 +33,10 @@ class ExpertMover:
     """Carries out changes of homes on this rank's layers.
 
     Args:
-        layers: MoE layers of this rank, by their row in the placement.
-        model_chunks: as Megatron's loop has them.
-        optimizer: Megatron's.
-        staging_bytes: memory for what arrives.
+        layers: this rank's MoE layers, by their row in the placement.
+        model_chunks: as Megatron's training loop has them, wrapped for data parallelism.
+        optimizer: Megatron's optimizer.
+        staging_bytes: memory for arriving experts, which are committed when all are there.
         timeout_s: how long to wait for a peer.
     """
 
@@ -61,7 +61,7 @@ class ExpertMover:
         )
 
     def move(self, before: Placement, after: Placement) -> Moved:
-        """See `runtime.controller.Mover`; between an optimizer step and the next forward pass."""
+        """See `runtime.controller.Mover`; called between an optimizer step and the next forward pass."""
         slot_LE, failure = before.home_slot_LE.copy(), None
         report = MigrationReport()
         try:
@@ -70,10 +70,10 @@ class ExpertMover:
             raise
         except MigrationError as error:
             failure = str(error)
-        return self._agreed(before, after, slot_LE, report, failure)
+        return self._combine_stages(before, after, slot_LE, report, failure)
 
     def _execute(self, slot_LE: IntArray, wanted_LE: IntArray) -> MigrationReport:
-        """Move this stage's experts, step by step; `slot_LE` follows what was committed."""
+        """Move this stage's experts, step by step; each commit is written to `slot_LE`."""
         self._states.prepare(gradients_spent=True)
         states = self._states.states()
         rows = sorted(self._layers)
@@ -91,10 +91,13 @@ class ExpertMover:
 
         return self._exchange.execute(plan, states, on_commit)
 
-    def _agreed(
+    def _combine_stages(
         self, before: Placement, after: Placement, slot_LE: IntArray, report: MigrationReport, failure: str | None
     ) -> Moved:
-        """What all stages together have done: a stage that failed has kept its old homes, or some of them."""
+        """The placement that all stages together have reached: a stage that failed keeps some or all of its old homes.
+
+        A collective call of all ranks.
+        """
         table_LE = torch.full(slot_LE.shape, -1, dtype=torch.int64)
         rows = sorted(self._layers)
         table_LE[rows] = torch.from_numpy(slot_LE[rows])
@@ -104,11 +107,12 @@ class ExpertMover:
         dist.all_reduce(totals)
         sent_bytes, failures = totals.tolist()
         if failures and failure is None:
-            failure = f"{failures} other ranks could not move their experts; what they say is in their logs"
+            ranks = "1 other rank" if failures == 1 else f"{failures} other ranks"
+            failure = f"{ranks} could not move their experts; the reason is in their logs"
         reached_LE = table_LE.cpu().numpy()
-        arrived = np.array_equal(reached_LE, after.home_slot_LE)
+        complete = np.array_equal(reached_LE, after.home_slot_LE)
         return Moved(
-            placement=after if arrived else with_home_slots(before, reached_LE),
+            placement=after if complete else with_home_slots(before, reached_LE),
             wire_bytes=sent_bytes,
             seconds=report.seconds,
             failure=failure,

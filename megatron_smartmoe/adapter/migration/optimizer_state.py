@@ -1,12 +1,12 @@
 """Where Megatron's optimizers keep the state of a parameter: main weight, moments, and which rank holds which part.
 
-Three optimizers, and chains of them, are known. `FP32Optimizer`: state keyed by the parameter, which is its own main
-weight. `Float16OptimizerWithFloat16Params`: an fp32 main weight per bf16/fp16 parameter, state keyed by it.
+Three optimizers, and chains of them, are supported. `FP32Optimizer`: state keyed by the parameter, which is its own
+main weight. `Float16OptimizerWithFloat16Params`: an fp32 main weight per bf16/fp16 parameter, state keyed by it.
 `DistributedOptimizer`: flat shards over the expert-data-parallel group, cut bucket by bucket without regard for
 parameters; the shards of all ranks follow from the buffer's layout, which is equal on all expert-parallel ranks, so
-nobody has to ask. Whatever keeps state elsewhere or in another form is refused by name.
+no communication is needed. Any other optimizer or form of state is refused by its flag's name.
 
-The tensors are looked up anew for each migration, since loading a checkpoint replaces them. `step` is one number for
+The tensors are looked up again for each migration, since loading a checkpoint replaces them. `step` is one number for
 all parameters and does not move. Neither does the loss scale of fp16: moments and main weights are of unscaled
 gradients.
 """
@@ -32,7 +32,7 @@ from megatron.core.optimizer.optimizer import (
 from megatron_smartmoe.errors import CompatError, ConfigError
 
 MAIN = "main"  # the name of the fp32 main weight among the states
-_WAY_OUT = "Leave it away, or set --smartmoe-homes off."
+_WAY_OUT = "Remove the flag, or set --smartmoe-homes off."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,8 +40,8 @@ class ParameterState:
     """The optimizer's state of one parameter.
 
     Attributes:
-        shards: elements [start, stop) of the flat parameter that each rank of `group` holds; None when every rank holds
-            all of it.
+        shards: elements [start, stop) of the flat parameter that each rank of `group_ranks` holds; None when every rank
+            holds all of it.
         group_ranks: global ranks of the shards; None when every rank holds all of it.
         own_start: first element that this rank holds.
         tensors: flat views of what this rank holds, by name: `main` (16-bit parameters only), `exp_avg`, ...; empty
@@ -55,10 +55,10 @@ class ParameterState:
 
 
 def check_optimizer(optimizer: MegatronOptimizer, model_chunks: Iterable[torch.nn.Module]) -> None:
-    """Refuse what keeps expert state where it cannot be moved from.
+    """Refuse optimizers and precisions whose expert state cannot be moved.
 
     Raises:
-        ConfigError: names the flag.
+        ConfigError: the first of them; it names the flag.
     """
     for chunk in model_chunks:
         ddp = getattr(chunk, "ddp_config", None)
@@ -72,12 +72,10 @@ def check_optimizer(optimizer: MegatronOptimizer, model_chunks: Iterable[torch.n
 
 def _check_one(optimizer: Any) -> None:
     config = optimizer.config
-    if isinstance(optimizer, LayerWiseDistributedOptimizer) or getattr(
-        config, "use_layer_wise_distributed_optimizer", False
-    ):
-        raise _refusal(
-            "--optimizer", config.optimizer, "the layer-wise optimizer gives whole parameters to single ranks"
-        )
+    layer_wise = getattr(config, "use_layer_wise_distributed_optimizer", False)
+    if layer_wise or isinstance(optimizer, LayerWiseDistributedOptimizer):
+        rule = "the layer-wise optimizer gives whole parameters to single ranks"
+        raise _refusal("--optimizer", config.optimizer, rule)
     if isinstance(getattr(optimizer, "optimizer", None), HybridDeviceOptimizer) or config.optimizer_cpu_offload:
         raise _refusal("--optimizer-cpu-offload", True, "the state of experts is kept on the CPU, in another order")
     if config.use_precision_aware_optimizer:
@@ -95,24 +93,27 @@ def _refusal(flag: str, value: object, rule: str) -> ConfigError:
 def parameter_states(
     optimizer: MegatronOptimizer, parameters: Iterable[torch.nn.Parameter]
 ) -> dict[torch.nn.Parameter, ParameterState]:
-    """The state of parameters of this rank, as it is now.
+    """The present state of this rank's parameters.
 
     Raises:
-        CompatError: no optimizer has one of them, or its state has a shape that cannot be cut with it.
+        CompatError: a parameter belongs to no optimizer, or its state has a shape that cannot be cut with it.
     """
-    homes: dict[int, Any] = {}  # which optimizer, and which of its buffers, by the identity of what it optimizes
+    # Step 1: the optimizer of each tensor, and its gradient buffer in a distributed optimizer. Keyed by identity:
+    # comparing tensors compares their elements.
+    owners: dict[int, Any] = {}
     for one in _chained(optimizer):
         if isinstance(one, DistributedOptimizer):
-            homes |= {id(p): (one, buffer) for buffer in one.buffers for p in buffer.param_index_map}
+            owners |= {id(p): (one, buffer) for buffer in one.buffers for p in buffer.param_index_map}
         else:
-            homes |= {id(p): (one, None) for group in one.optimizer.param_groups for p in group["params"]}
+            owners |= {id(p): (one, None) for group in one.optimizer.param_groups for p in group["params"]}
+    # Step 2: the state of each parameter, under its main weight where it has one
     states = {}
     for parameter in parameters:
         main = getattr(parameter, "main_param", None)
-        main = parameter if main is None or id(parameter) in homes else main
-        if id(main) not in homes:
-            raise CompatError(f"no optimizer has the expert parameter of shape {tuple(parameter.shape)}")
-        one, buffer = homes[id(main)]
+        main = parameter if main is None or id(parameter) in owners else main
+        if id(main) not in owners:
+            raise CompatError(f"no optimizer holds the expert parameter of shape {tuple(parameter.shape)}")
+        one, buffer = owners[id(main)]
         if buffer is not None:
             states[parameter] = _sharded(one, buffer, parameter)
         else:
@@ -131,7 +132,8 @@ def _chained(optimizer: MegatronOptimizer) -> Iterator[Any]:
 
 
 def _sharded(optimizer: Any, buffer: Any, parameter: torch.nn.Parameter) -> ParameterState:
-    """Every rank's shard of a parameter: its part of each bucket's equal pieces."""
+    """The state of a parameter in a distributed optimizer, which gives each rank an equal part of each bucket."""
+    # Step 1: the overlap of the parameter's range in the buffer with each rank's part of its bucket
     start, stop, bucket_id = buffer.param_index_map[parameter]
     bucket = buffer.buckets[bucket_id]
     group = optimizer.data_parallel_group
@@ -142,13 +144,18 @@ def _sharded(optimizer: Any, buffer: Any, parameter: torch.nn.Parameter) -> Para
         low, high = max(low, start), min(high, stop)
         shards.append((low - start, high - start) if low < high else (0, 0))
     own = shards[group.rank()]
+    # Step 2: Megatron must have found the same range for this rank
     held = parameter in optimizer.model_param_gbuf_map
+    found = (0, 0)
     if held:
-        megatrons = optimizer._get_model_param_range_map(parameter)["param"]
-        if own != (megatrons.start, megatrons.end):
-            raise CompatError(f"this Megatron cuts optimizer state otherwise: {megatrons} instead of {own}")
-    elif own != (0, 0):
-        raise CompatError(f"this Megatron cuts optimizer state otherwise: nothing instead of {own}")
+        found_range = optimizer._get_model_param_range_map(parameter)["param"]
+        found = (found_range.start, found_range.end)
+    if own != found:
+        raise CompatError(
+            f"unexpected optimizer sharding: Megatron has elements {found[0]} to {found[1]} of a parameter on this "
+            f"rank, expected {own[0]} to {own[1]}"
+        )
+    # Step 3: what this rank holds
     tensors = {}
     if held:
         group_index, order = optimizer.model_param_group_index_map[parameter]
@@ -163,7 +170,7 @@ def _sharded(optimizer: Any, buffer: Any, parameter: torch.nn.Parameter) -> Para
 
 
 def _tensors(optimizer: Any, parameter: torch.nn.Parameter, main: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Main weight (unless it is the parameter itself) and the state that belongs to it, element by element."""
+    """Flat views of the main weight (unless it is the parameter itself) and of the state of each of its elements."""
     tensors = {} if parameter.dtype == torch.float32 else {MAIN: main.detach().view(-1)}
     for name, value in optimizer.optimizer.state.get(main, {}).items():
         if not isinstance(value, torch.Tensor) or (name == "step" and value.numel() == 1):

@@ -8,6 +8,8 @@ What differs from `MoEAlltoAllTokenDispatcher`:
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -31,17 +33,19 @@ class SlotDispatcher(MoEAlltoAllTokenDispatcher):
     """Dispatches to slots.
 
     Args:
-        num_local_experts: S, home slots of this rank.
-        local_expert_indices: the slots of this rank.
-        config: of the transformer.
-        pg_collection: with the groups `ep`, `expt_tp` and `tp_ep`.
-        counts_on_device: whether the experts want their tokens per slot on the device, not on the host.
+        num_local_experts: S, the number of this rank's home slots.
+        local_expert_indices: this rank's home slots, counted over the whole layer.
+        config: the transformer's configuration.
+        pg_collection: process groups; `ep`, `expt_tp` and `tp_ep` are used.
+        counts_on_device: whether the experts need their tokens per slot on the device rather than on the host.
 
     Attributes:
         slot_of_expert_E: int64, on the device; the layer sets it before each dispatch.
     """
 
     slot_of_expert_E: torch.Tensor
+    tokens_per_expert: Any  # rows of each slot of this rank, or None; Megatron's dispatcher reads it
+    num_out_tokens: Any  # rows that this rank sends, an int or a tensor; Megatron's dispatcher reads it
 
     def __init__(
         self,
@@ -70,18 +74,35 @@ class SlotDispatcher(MoEAlltoAllTokenDispatcher):
         self.hidden_shape = hidden_states.shape
         self.probs = probs
         tokens_TH = hidden_states.view(-1, self.hidden_shape[-1])
+        # Step 1: the row of every choice in the order of the home slots, and the tokens of each
         ids_TK = chosen_experts(routing_map, self.config.moe_router_topk)
-        self.rows_TK, tokens_S = dispatch_map(ids_TK, self.slot_of_expert_E, self.num_experts)
-        # Megatron's preprocess adds up the rows of a map to counts; the counts are known, so they are its only row
-        self.tokens_per_expert = self._tokens_on_device_S = self.preprocess(tokens_S.unsqueeze(0))
-        if self.config.moe_expert_capacity_factor is None:
-            self.num_out_tokens = ids_TK.numel()
+        rows_TK, tokens_E = dispatch_map(ids_TK, self.slot_of_expert_E, self.num_experts)
+        # Step 2: how many rows go where
+        self.rows_TK = self._set_splits(rows_TK, tokens_E)
+        # Step 3: the shared experts' gather overlaps with the permutation and the copy of the counts to the host
         if self.shared_experts is not None:
             self.shared_experts.pre_forward_comm(hidden_states)
         self.tokens_per_expert = self._maybe_dtoh_and_synchronize("before_permutation_1", self.tokens_per_expert)
+        # Step 4: rows and weights in the order in which they are sent
         num_rows = int(self.num_out_tokens)
-        weights_TK = probs.gather(1, ids_TK.clamp(max=self.num_experts - 1))
+        weights_TK = probs.gather(1, ids_TK.clamp(max=self.num_experts - 1))  # E, a dropped choice, has no column
         return permute(tokens_TH, self.rows_TK, num_rows), self._sorted(weights_TK, num_rows)
+
+    def _set_splits(self, rows_TK: torch.Tensor, tokens_E: torch.Tensor) -> torch.Tensor:
+        """Set the counts and split sizes that Megatron's all-to-all reads.
+
+        Args:
+            rows_TK: the row of each choice when rows are sorted by home slot, `[T, K_top]`; -1 for a dropped choice.
+            tokens_E: rows of each home slot of the layer.
+
+        Returns:
+            The row of each choice in the order in which rows are sent, `[T, K_top]`.
+        """
+        # Megatron's preprocess sums a routing map over its rows; the sums are known, so the map has this one row
+        self.tokens_per_expert = self._tokens_on_device_S = self.preprocess(tokens_E.unsqueeze(0))
+        if self.config.moe_expert_capacity_factor is None:
+            self.num_out_tokens = rows_TK.numel()
+        return rows_TK
 
     def dispatch_postprocess(
         self, global_input_tokens: torch.Tensor, global_probs: torch.Tensor
@@ -91,20 +112,23 @@ class SlotDispatcher(MoEAlltoAllTokenDispatcher):
         return tokens, self._tokens_on_device_S if self._counts_on_device else on_host_S, probs
 
     def traffic(self) -> tuple[list[int], torch.Tensor]:
-        """Who sends what, for a layer that exchanges the rows itself; waits for the counts as Megatron's exchange does.
+        """The sizes of the all-to-all, for a layer that exchanges the rows itself.
+
+        Waits for the counts at the same points as Megatron's exchange does.
 
         Returns:
             Rows that this rank sends to each rank `[R]`, and rows that arrive at each of the P expert-tensor ranks from
             each rank for each slot, `[P, R, slots]` on the host.
         """
+        tokens_S: torch.Tensor = self.tokens_per_expert
         for point in ("before_ep_alltoall", "before_permutation_2", "before_finish"):
-            self.tokens_per_expert = self._maybe_dtoh_and_synchronize(point, self.tokens_per_expert)
-        num_slots, self.tokens_per_expert = len(self.tokens_per_expert), None
+            tokens_S = self._maybe_dtoh_and_synchronize(point, tokens_S)
+        num_slots, self.tokens_per_expert = len(tokens_S), None
         sent_R = [int(size) for size in self.input_splits]
-        if self.num_local_experts == 1:  # Megatron keeps the counts of this rank alone then
+        if self.num_local_experts == 1:  # then Megatron keeps only the counts of this rank
             return sent_R, self._arriving_at_all().unsqueeze(2).cpu()
         arriving_PRS = self.num_global_tokens_per_local_expert.view(self.tp_size, len(sent_R), -1)
-        # with --moe-permute-fusion Megatron leaves them on the device, else they are on the host already
+        # with --moe-permute-fusion Megatron leaves the counts on the device; otherwise they are on the host already
         return sent_R, arriving_PRS[:, :, :num_slots].cpu()
 
     def _arriving_at_all(self) -> torch.Tensor:

@@ -1,6 +1,6 @@
 """Slotted experts: the home experts of a rank in two parameters, slot-major, computed by grouped GEMMs.
 
-One expert is one contiguous piece of each parameter, so that it can be sent, received and copied without packing. A
+One expert is one contiguous range of each parameter, so that it can be sent, received and copied without packing. A
 rank's home slots are `weight1` `[S, F1, H]` and `weight2` `[S, H, F2]`, where F2 = ffn / ETP and F1 = F2, or 2 x F2 for
 a gated activation (gate rows first). Megatron's TEGroupedMLP has the same GEMMs with a parameter per expert;
 SequentialMLP has a GEMM per expert. On disk all three look alike (see `slot_sharding`), so their checkpoints load into
@@ -41,16 +41,16 @@ class SlottedExperts(MegatronModule):
     """The experts whose home is this rank; a drop-in for Megatron's SequentialMLP and TEGroupedMLP, without biases.
 
     Args:
-        num_local_experts: S, home slots of this rank.
-        config: of the transformer.
-        pg_collection: with the groups `ep`, `expt_tp` and `expt_dp`.
-        name: of the module; Megatron passes it to every builder, nothing here needs it.
+        num_local_experts: S, the number of this rank's home slots.
+        config: the transformer's configuration.
+        pg_collection: process groups; `ep`, `expt_tp` and `expt_dp` are used.
+        name: unused; Megatron passes the module's name to every builder.
 
     Attributes:
         weight1: `[S, F1, H]`.
         weight2: `[S, H, F2]`.
         experts_in_slots: logical expert in each home slot; at the start those of a contiguous placement.
-        spare_slots: slots for copies of other ranks' experts, or None. They are no parameters and are never saved.
+        spare_slots: slots for replicas of other ranks' experts, or None. They are not parameters and are never saved.
     """
 
     spare_slots: SpareSlots | None = None
@@ -86,11 +86,12 @@ class SlottedExperts(MegatronModule):
         set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=partition_dim, stride=stride)
         tp_differs = config.expert_tensor_parallel_size != config.tensor_model_parallel_size
         own_group = config.expert_model_parallel_size > 1 or tp_differs
-        parameter.allreduce = not own_group  # type: ignore[attr-defined]  # Megatron: reduced over expert-data ranks
+        # Megatron reduces gradients of parameters without `allreduce` over the expert-data-parallel group
+        parameter.allreduce = not own_group  # type: ignore[attr-defined]
         return parameter
 
     def _initialize(self, hidden: int, ffn: int) -> None:
-        """Draw the weights in the order in which Megatron's experts do: seed for seed the same model."""
+        """Draw the weights in the order in which Megatron's experts do: the same seed gives the same model."""
         config = self.config
         for slot in range(self.num_local_experts):
             sizes = (
@@ -122,8 +123,8 @@ class SlottedExperts(MegatronModule):
 
         Args:
             tokens_NH: rows sorted by slot.
-            tokens_per_expert: rows of each slot, int64 `[S]`; on the device of the rows, so that nobody waits for it.
-                With copies in use: `[S + K]`, home slots first, on the host.
+            tokens_per_expert: rows of each slot, int64 `[S]`, on the device of the rows, so that the host does not wait
+                for them. With replicas in use: `[S + K]`, home slots first, on the host.
             probs_N: weight of each row, multiplied into the activation as Megatron does.
 
         Returns:
@@ -134,14 +135,15 @@ class SlottedExperts(MegatronModule):
             probs_N = torch.ones_like(probs_N)
         if len(tokens_per_expert) == self.num_local_experts:
             return self._compute(tokens_NH, tokens_per_expert, probs_N, self.weight1, self.weight2), None
-        assert self.spare_slots is not None, "rows for copies, and no spare slots"
-        copied1, copied2 = self.spare_slots.weights()
-        home_S, spare_K = tokens_per_expert.split([self.num_local_experts, self.spare_slots.num_slots])
+        assert self.spare_slots is not None, "rows for replicas, and no spare slots"
+        spare1, spare2 = self.spare_slots.weights()  # [K, F1, H], [K, H, F2]
+        home_S, spare_K = torch.split(tokens_per_expert, [self.num_local_experts, self.spare_slots.num_slots])
         rows = [int(home_S.sum()), int(spare_K.sum())]
-        (home_NH, spare_NH), (home_probs_N, spare_probs_N) = tokens_NH.split(rows), probs_N.split(rows)
+        home_NH, spare_NH = torch.split(tokens_NH, rows)
+        home_probs_N, spare_probs_N = torch.split(probs_N, rows)
         outputs = (
             self._compute(home_NH, home_S, home_probs_N, self.weight1, self.weight2),
-            self._compute(spare_NH, spare_K, spare_probs_N, copied1, copied2),
+            self._compute(spare_NH, spare_K, spare_probs_N, spare1, spare2),
         )
         return torch.cat(outputs), None
 
@@ -161,10 +163,12 @@ class SlottedExperts(MegatronModule):
     def _activate(self, inner_NF: torch.Tensor, probs_N1: torch.Tensor) -> torch.Tensor:
         """The activation times the router's probability, through Megatron's fused functions where it would use them."""
         config = self.config
+        activated: torch.Tensor
         if config.bias_activation_fusion and self._gated and config.activation_func is F.silu:
-            return weighted_bias_swiglu_impl(inner_NF, None, probs_N1, config.activation_func_fp8_input_store)
+            activated = weighted_bias_swiglu_impl(inner_NF, None, probs_N1, config.activation_func_fp8_input_store)
+            return activated
         if config.bias_activation_fusion and self._gated and config.activation_func is quick_gelu:
-            return weighted_bias_quick_geglu_impl(
+            activated = weighted_bias_quick_geglu_impl(
                 inner_NF,
                 None,
                 probs_N1,
@@ -172,6 +176,7 @@ class SlottedExperts(MegatronModule):
                 config.glu_linear_offset,
                 config.activation_func_clamp_value,
             )
+            return activated
         if self._gated:
             gate, linear = inner_NF.chunk(2, dim=-1)
             if (limit := config.activation_func_clamp_value) is not None:
@@ -182,7 +187,7 @@ class SlottedExperts(MegatronModule):
         return (activated * probs_N1).to(activated.dtype)
 
     def backward_dw(self) -> None:
-        """Nothing: weight gradients are never delayed (`--delay-wgrad-compute` is refused at start-up)."""
+        """Do nothing: weight gradients are never delayed (`--delay-wgrad-compute` is refused at start-up)."""
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
@@ -212,7 +217,7 @@ class SlottedExperts(MegatronModule):
         return state
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        """Torch's, without the empty extra states that checkpoints have for Megatron's sake."""
+        """Load as torch does, without the empty extra states that only Megatron's checkpoint format needs."""
         for key in [key for key in state_dict if key.startswith(f"{prefix}{_EXTRA_STATE}.")]:
             del state_dict[key]
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

@@ -1,7 +1,7 @@
 """SmartMoELayer: Megatron's MoE layer with a table between logical experts and the slots where they live.
 
-The router, its losses, its bias, dropping and every statistic know logical experts only. Between routing and dispatch
-a table on the device, `slot_of_expert_E`, says which slot each expert is in: slot s of the layer is home slot s % S of
+The router, its losses, its bias, dropping and every statistic use logical experts. Between routing and dispatch a
+table on the device, `slot_of_expert_E`, gives the slot of each expert: slot s of the layer is home slot s % S of
 expert-parallel rank s // S. With the all-to-all dispatcher the lookup is part of the counting sort that dispatch needs
 anyway (see `SlotDispatcher`). Megatron's other dispatchers (allgather, flex, and all-to-all padded to capacity) get
 the router's columns in the order of the slots instead.
@@ -53,7 +53,7 @@ class SmartMoELayer(MoELayer):
                 self.token_dispatcher.set_shared_experts(self.shared_experts)
 
     def set_homes(self, slot_of_expert_E: torch.Tensor) -> None:
-        """Tell the layer where its experts live now. Moves no weights.
+        """Set where the layer's experts live. Moves no weights.
 
         Args:
             slot_of_expert_E: a permutation of the slots, int64 `[E]`, on the CPU.
@@ -74,4 +74,5 @@ class SmartMoELayer(MoELayer):
         else:
             probs = probs.index_select(1, self.expert_of_slot_E)
             routing_map = routing_map.index_select(1, self.expert_of_slot_E)
-        return super().preprocess(hidden_states, probs, routing_map)
+        rows_and_weights: tuple[torch.Tensor, torch.Tensor] = super().preprocess(hidden_states, probs, routing_map)
+        return rows_and_weights

@@ -1,7 +1,7 @@
 """The layer spec: Megatron's own, with a few modules replaced.
 
 `--smartmoe` puts `SmartMoELayer` in the place of Megatron's MoE layer, with `SlottedExperts` unless TransformerEngine's
-are asked for; where its all-to-alls are cut it is an `OverlappedMoELayer`. Two modules are replaced where
+are asked for; where its all-to-alls are split into chunks it is an `OverlappedMoELayer`. Two modules are replaced where
 TransformerEngine is not used.
 
 `--transformer-impl transformer_engine` gets Megatron's TransformerEngine spec as it is. `--transformer-impl local`
@@ -28,8 +28,7 @@ from megatron.core.transformer.torch_norm import L2Norm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.training.models.gpt import GPTModelConfig, default_layer_spec
 
-from megatron_smartmoe.adapter.flags.pool_settings import may_cut as pool_may_cut
-from megatron_smartmoe.adapter.hooks import rebind
+from megatron_smartmoe.adapter.flags.pool_settings import may_overlap as pool_may_overlap
 from megatron_smartmoe.adapter.local.attention import SDPAttention
 from megatron_smartmoe.adapter.local.norm import TorchNorm
 from megatron_smartmoe.adapter.moe.experts import SlottedExperts
@@ -38,21 +37,21 @@ from megatron_smartmoe.adapter.moe.overlap import OverlappedMoELayer
 from megatron_smartmoe.adapter.moe.overlap_degree import OverlapDegree
 from megatron_smartmoe.errors import CompatError
 
-Spec = ModuleSpec | TransformerBlockSubmodules
+type Spec = ModuleSpec | TransformerBlockSubmodules
 
 
 def spec_for(args: Namespace, overlap_degree: OverlapDegree | None = None) -> Callable[..., Spec]:
     """The spec that the flags ask for.
 
     Args:
-        args: Megatron's, after validation.
-        overlap_degree: that others ask too; None for one of its own.
+        args: Megatron's arguments, after validation.
+        overlap_degree: shared with the pool, so that the degree is chosen once; None to choose it here.
     """
     if not args.smartmoe:
         return layer_spec
     slotted = args.smartmoe_experts == "grouped_mm"
     degree = overlap_degree or OverlapDegree(args)
-    return partial(smartmoe_layer_spec, slotted=slotted, overlap_degree=degree, may_cut=pool_may_cut(args))
+    return partial(smartmoe_layer_spec, slotted=slotted, overlap_degree=degree, may_cut=pool_may_overlap(args))
 
 
 def layer_spec(config: GPTModelConfig, vp_stage: int | None = None) -> Spec:
@@ -71,25 +70,21 @@ def layer_spec(config: GPTModelConfig, vp_stage: int | None = None) -> Spec:
     return replace(block, layer_specs=layer_specs, layer_norm=TorchNorm)
 
 
-def install_prediction_blocks() -> None:
-    """Give layers of multi-token prediction the modules of `layer_spec`: Megatron makes their spec by itself.
+def wrap_mtp_block_spec(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Give layers of multi-token prediction the modules of `layer_spec`; Megatron builds their spec separately.
 
-    Raises:
-        CompatError: this Megatron makes it elsewhere.
+    Args:
+        original: `megatron.training.models.gpt.mtp_block_spec`.
     """
-    import megatron.training.models.gpt as gpt
 
-    def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
-        def mtp_block_spec(config: GPTModelConfig, *args: Any, **kwargs: Any) -> Any:
-            block = original(config, *args, **kwargs)
-            if block is None or not _is_plain_local(config):
-                return block
-            use_sdpa = _uses_sdpa(config)
-            return replace(block, layer_specs=[_with_torch_prediction(spec, use_sdpa) for spec in block.layer_specs])
+    def mtp_block_spec(config: GPTModelConfig, *args: Any, **kwargs: Any) -> Any:
+        block = original(config, *args, **kwargs)
+        if block is None or not _is_plain_local(config):
+            return block
+        use_sdpa = _uses_sdpa(config)
+        return replace(block, layer_specs=[_with_torch_prediction(spec, use_sdpa) for spec in block.layer_specs])
 
-        return mtp_block_spec
-
-    rebind(gpt, "mtp_block_spec", wrap)
+    return mtp_block_spec
 
 
 def smartmoe_layer_spec(
@@ -103,18 +98,17 @@ def smartmoe_layer_spec(
     """`layer_spec` with this project's MoE layer.
 
     Args:
-        config: of the model.
-        vp_stage: of the virtual pipeline.
+        config: the model's configuration.
+        vp_stage: stage of the virtual pipeline; None without one.
         slotted: False for TransformerEngine's experts.
-        overlap_degree: says into how many pieces each all-to-all is cut; asked when the process groups exist.
-        may_cut: whether they may come to be cut later: then the layer can do both.
+        overlap_degree: returns the number of chunks of each all-to-all; called when the process groups exist.
+        may_cut: whether the degree may change later; then the layer supports every degree.
 
     Raises:
-        CompatError: the spec's MoE layers are not built as in the Megatron that this project knows.
+        CompatError: the spec's MoE layers are not built as in a supported Megatron.
     """
     spec, degree = layer_spec(config, vp_stage), overlap_degree()
-    cuts = may_cut or degree > 1
-    layer = partial(OverlappedMoELayer, overlap_degree=degree) if cuts else SmartMoELayer
+    layer = partial(OverlappedMoELayer, overlap_degree=degree) if may_cut or degree > 1 else SmartMoELayer
     if isinstance(spec, TransformerBlockSubmodules):
         return replace(spec, layer_specs=[_with_smart_moe(one, slotted, layer) for one in spec.layer_specs])
     return _with_smart_moe(spec, slotted, layer)
@@ -126,7 +120,9 @@ def _with_smart_moe(spec: ModuleSpec, slotted: bool, layer: Callable[..., SmartM
     if isinstance(mlp, ModuleSpec) or _is_dense(mlp):
         return spec
     if not isinstance(mlp, partial) or mlp.func is not MoELayer:
-        raise CompatError(f"--smartmoe: this Megatron builds its MoE layers from {mlp}. Use megatron-core 0.19.0.")
+        raise CompatError(
+            f"--smartmoe: this Megatron builds its MoE layers from {str(mlp)[:200]}. Use megatron-core 0.19.2."
+        )
     submodules = mlp.keywords["submodules"]
     if slotted:
         submodules = replace(submodules, experts=SlottedExperts)
@@ -168,7 +164,7 @@ def _is_plain_local(config: GPTModelConfig) -> bool:
 
 
 def _uses_sdpa(config: GPTModelConfig) -> bool:
-    """Unless the user asks for Megatron's own attention."""
+    """Whether attention runs on torch's kernels: always, unless the user asks for Megatron's own attention."""
     return config.transformer.attention_backend not in (AttnBackend.unfused, AttnBackend.local)
 
 
@@ -177,5 +173,5 @@ def _norm_fields(submodules: object) -> list[str]:
 
 
 def _is_norm(module: object) -> bool:
-    """Whether a submodule is a real norm: neither absent, nor the L2 norm, which has no weights to mark."""
+    """Whether a submodule is a norm with weights: neither absent nor the L2 norm."""
     return module not in (None, IdentityOp, L2Norm)

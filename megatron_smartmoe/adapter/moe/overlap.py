@@ -1,13 +1,13 @@
-"""OverlappedMoELayer: dispatch, experts and combine in D pieces, so that rows travel while others are computed on.
+"""OverlappedMoELayer: dispatch, experts and combine in D chunks, so that rows travel while others are computed on.
 
-FasterMoE's smart schedule (PPoPP 2022) on this project's layer. The pieces are groups of peers (`peer_groups`). All
-dispatches are posted at once; then each piece is waited for, computed, and sent back, and the last function waits for
-what comes back. With D = 3:
+FasterMoE's smart schedule (PPoPP 2022) on this project's layer. A chunk is the rows that one group of peers exchanges
+(`chunk_peers`). All dispatches are posted at once; then each chunk is waited for, computed, and sent back, and
+`combine` waits for what comes back. With D = 3:
 
     wire     dispatch 0 | dispatch 1 | dispatch 2 | combine 0 | combine 1 | combine 2
     compute                experts 0 |  experts 1 |  experts 2 |
 
-The backward pass is the mirror image (see `runtime.chunked_all_to_all`). The experts compute each piece by itself, so
+The backward pass is the mirror image (see `runtime.chunked_all_to_all`). The experts compute each chunk by itself, so
 the gradient of a weight is a sum of D products instead of one: losses agree with D = 1 to rounding, not to the bit. A
 run that is repeated is bit-equal.
 """
@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from megatron.core.tensor_parallel import (
@@ -29,32 +29,32 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_smartmoe.adapter.moe.experts import SlottedExperts
 from megatron_smartmoe.adapter.moe.layer import SmartMoELayer
-from megatron_smartmoe.runtime.chunked_all_to_all import PeerGroup, RowExchange, cut, join, peer_groups
+from megatron_smartmoe.runtime.chunked_all_to_all import ChunkPeers, RowExchange, chunk_peers, join_rows, split_rows
 from megatron_smartmoe.runtime.replicas.slots import SpareSlots
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Piece:
-    """One group of peers on its way to the experts and back.
+class _PeerChunk:
+    """The rows of one group of peers on their way to the experts.
 
     Attributes:
         counts_PQS: rows at each expert-tensor rank from each of its sources for each slot, on the host.
-        there: the dispatch; None for a rank's own rows.
-        back: the combine; None for a rank's own rows.
-        rows: tokens `[N, H]` and their weights `[N]`; before `there` is finished their memory only.
+        dispatch: the exchange that brings the rows here; None for a rank's own rows.
+        combine: the exchange that will take the results back; None for a rank's own rows.
+        rows: tokens `[N, H]` and their weights `[N]`; unwritten memory until `dispatch` is finished.
     """
 
     counts_PQS: torch.Tensor
-    there: RowExchange | None
-    back: RowExchange | None
+    dispatch: RowExchange | None
+    combine: RowExchange | None
     rows: tuple[torch.Tensor, ...]
 
 
-@dataclass(frozen=True)
-class _Returning:
-    """The experts' output of one piece on its way back."""
+@dataclass(frozen=True, kw_only=True)
+class _ReturningChunk:
+    """The experts' output `[N, H]` of one chunk on its way back; `combine` is None for a rank's own rows."""
 
-    back: RowExchange | None
+    combine: RowExchange | None
     rows: tuple[torch.Tensor, ...]
 
 
@@ -62,66 +62,71 @@ class OverlappedMoELayer(SmartMoELayer):
     """A SmartMoELayer whose all-to-alls overlap with the experts; same parameters, same checkpoints.
 
     Args:
-        overlap_degree: D, pieces of each all-to-all; 1 to the number of expert-parallel ranks. With 1, which only a
-            pool of settings asks for, the layer does what a SmartMoELayer does.
+        overlap_degree: D, the chunks of each all-to-all: 1 to the number of expert-parallel ranks. With 1, which only
+            a pool of settings asks for, the layer does what a SmartMoELayer does.
     """
 
     def __init__(self, config: TransformerConfig, *args: Any, overlap_degree: int, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
-        self.cut_into(overlap_degree)
+        self.set_degree(overlap_degree)
         self._sent_R: list[int] = []  # rows to each rank, from `dispatch` to `combine` of one micro-batch
 
-    def cut_into(self, overlap_degree: int) -> None:
-        """Change the degree; between iterations, and on all ranks alike."""
+    def set_degree(self, overlap_degree: int) -> None:
+        """Change the degree. All ranks must do this between the same two iterations."""
         self.overlap_degree = overlap_degree
-        self._peers = peer_groups(self.ep_group.rank(), self.ep_group.size(), overlap_degree)
+        self._peers = chunk_peers(self.ep_group.rank(), self.ep_group.size(), overlap_degree)
         self._targets = [peers.targets for peers in self._peers]
 
     def dispatch(self, hidden_states: torch.Tensor, probs: torch.Tensor) -> Any:
-        """Post the dispatch of every piece; returns the pieces, and None for their weights.
+        """Post the dispatch of every chunk.
 
         Args:
             hidden_states: rows `[N, H]` in the order of the ranks that they go to.
             probs: their weights `[N]`.
+
+        Returns:
+            The chunks, which hold the weights too, and None in the place of the weights.
         """
         if self.overlap_degree == 1:
             return super().dispatch(hidden_states, probs)
         dispatcher = self.token_dispatcher
         shared = dispatcher.shared_experts
-        if shared is not None:  # as in Megatron's dispatcher: they start beside the dispatch, on a stream of their own
+        if shared is not None:  # as in Megatron's dispatcher: they run beside the dispatch, on a stream of their own
             shared.wait_current_stream()
         self._sent_R, arriving_PRS = dispatcher.traffic()
-        rows = cut(hidden_states, self._sent_R, self._targets)
-        weights = cut(probs, self._sent_R, self._targets)
-        pieces = [
-            self._send(peers, arriving_PRS, *piece) for peers, *piece in zip(self._peers, rows, weights, strict=True)
+        rows = split_rows(hidden_states, self._sent_R, self._targets)
+        weights = split_rows(probs, self._sent_R, self._targets)
+        chunks = [
+            self._send(peers, arriving_PRS, *chunk) for peers, *chunk in zip(self._peers, rows, weights, strict=True)
         ]
         if shared is not None:
             shared.linear_fc1_forward_and_act()
-        return pieces, None
+        return chunks, None
 
-    def _send(self, peers: PeerGroup, arriving_PRS: torch.Tensor, *rows: torch.Tensor) -> _Piece:
+    def _send(self, peers: ChunkPeers, arriving_PRS: torch.Tensor, *rows: torch.Tensor) -> _PeerChunk:
+        """Post the dispatch of one chunk: rows `[N, H]` and weights `[N]` for the targets of `peers`."""
         counts_PQS = arriving_PRS[:, list(peers.sources)]
         if peers.sources == (self.ep_group.rank(),):
-            return _Piece(counts_PQS=counts_PQS, there=None, back=None, rows=rows)
+            return _PeerChunk(counts_PQS=counts_PQS, dispatch=None, combine=None, rows=rows)
         sent_R = [size if rank in peers.targets else 0 for rank, size in enumerate(self._sent_R)]
         arriving_R = arriving_PRS[self.token_dispatcher.tp_rank].sum(dim=1).tolist()
         received_R = [size if rank in peers.sources else 0 for rank, size in enumerate(arriving_R)]
-        there, back = RowExchange(self.ep_group, sent_R, received_R), RowExchange(self.ep_group, received_R, sent_R)
-        return _Piece(counts_PQS=counts_PQS, there=there, back=back, rows=there.start(*rows))
+        dispatch = RowExchange(self.ep_group, sent_R, received_R)
+        combine = RowExchange(self.ep_group, received_R, sent_R)
+        return _PeerChunk(counts_PQS=counts_PQS, dispatch=dispatch, combine=combine, rows=dispatch.start(*rows))
 
     def routed_experts_compute(self, hidden_states: Any, probs: Any) -> Any:
-        """Compute each piece when it is there and start its way back; returns what returns, and no bias."""
+        """Compute each chunk when it has arrived and post its combine; returns the chunks on their way, and no bias."""
         if self.overlap_degree == 1:
             return super().routed_experts_compute(hidden_states, probs)
-        pieces: list[_Piece] = hidden_states
+        chunks: list[_PeerChunk] = hidden_states
         returning = []
-        with _copies_fetched_once(self.experts):
-            for piece in pieces:
-                rows = piece.rows if piece.there is None else piece.there.finish(*piece.rows)
-                output_NH = self._compute(piece.counts_PQS, *rows)
-                back = (output_NH,) if piece.back is None else piece.back.start(output_NH)
-                returning.append(_Returning(piece.back, back))
+        with _replicas_fetched_once(self.experts):
+            for chunk in chunks:
+                rows = chunk.rows if chunk.dispatch is None else chunk.dispatch.finish(*chunk.rows)
+                output_NH = self._compute(chunk.counts_PQS, *rows)
+                posted = (output_NH,) if chunk.combine is None else chunk.combine.start(output_NH)
+                returning.append(_ReturningChunk(combine=chunk.combine, rows=posted))
         return returning, None
 
     def _compute(self, counts_PQS: torch.Tensor, rows_NH: torch.Tensor, weights_N: torch.Tensor) -> torch.Tensor:
@@ -141,36 +146,40 @@ class OverlappedMoELayer(SmartMoELayer):
         return output_NH
 
     def _compute_by_slot(self, counts_QS: torch.Tensor, rows_NH: torch.Tensor, weights_N: torch.Tensor) -> torch.Tensor:
+        """The experts on blocks of rows (source, slot), which they need in the order (slot, source)."""
         sources, slots = counts_QS.shape
         tokens_S = counts_QS.sum(dim=0)
-        if sources == 1 or slots == 1:  # they are in the order of the slots
-            return self.experts(rows_NH, tokens_S, weights_N)[0]
-        chunks = torch.arange(counts_QS.numel())
-        to_slots, to_sources = chunks.view(sources, slots).T.ravel(), chunks.view(slots, sources).T.ravel()
+        output_NH: torch.Tensor
+        if sources == 1 or slots == 1:  # both orders are the same
+            output_NH, _ = self.experts(rows_NH, tokens_S, weights_N)
+            return output_NH
+        blocks = torch.arange(counts_QS.numel())
+        to_slots, to_sources = blocks.view(sources, slots).T.ravel(), blocks.view(slots, sources).T.ravel()
         rows_NH, weights_N = sort_chunks_by_idxs(rows_NH, counts_QS.ravel(), to_slots, probs=weights_N)
         output_NH, _ = self.experts(rows_NH, tokens_S, weights_N)
-        return sort_chunks_by_idxs(output_NH, counts_QS.T.ravel(), to_sources)[0]
+        output_NH, _ = sort_chunks_by_idxs(output_NH, counts_QS.T.ravel(), to_sources)
+        return output_NH
 
     def combine(self, output: Any) -> torch.Tensor:
-        """Wait for every piece; `[N, H]` in the order of the ranks, as it was sent."""
+        """Wait for every chunk; returns `[N, H]` in the order in which `dispatch` got the rows."""
         if self.overlap_degree == 1:
             combined: torch.Tensor = super().combine(output)
             return combined
-        returning: list[_Returning] = output
+        returning: list[_ReturningChunk] = output
         shared = self.token_dispatcher.shared_experts
         if shared is not None:
             shared.wait_current_stream()
             shared.linear_fc2_forward()
             shared.post_forward_comm()
-        rows = [(piece.rows if piece.back is None else piece.back.finish(*piece.rows))[0] for piece in returning]
-        return join(rows, self._sent_R, self._targets)
+        rows = [(one.rows if one.combine is None else one.combine.finish(*one.rows))[0] for one in returning]
+        return join_rows(rows, self._sent_R, self._targets)
 
 
 class _FetchedOnce:
-    """Spare slots whose copies enter the autograd graph once a micro-batch, however many pieces use them.
+    """Spare slots whose replicas enter the autograd graph once per micro-batch, however many chunks use them.
 
-    Their gradients go home after a number of backward passes through that entry (`CopiesInUse.collect`): an entry for
-    each piece would send them D times.
+    The gradients of replicas are sent home after a fixed number of backward passes through that entry (see
+    `runtime.replicas.slots`): an entry for each chunk would send them D times.
     """
 
     def __init__(self, spare: SpareSlots) -> None:
@@ -185,13 +194,13 @@ class _FetchedOnce:
 
 
 @contextmanager
-def _copies_fetched_once(experts: SlottedExperts) -> Iterator[None]:
-    """Within it, the experts compute pieces of one micro-batch."""
+def _replicas_fetched_once(experts: SlottedExperts) -> Iterator[None]:
+    """Have `experts` fetch the replicas' weights once for all chunks of one micro-batch."""
     spare = experts.spare_slots
     if spare is None:
         yield
         return
-    experts.spare_slots = _FetchedOnce(spare)
+    experts.spare_slots = cast(SpareSlots, _FetchedOnce(spare))  # the two members that the experts use
     try:
         yield
     finally:

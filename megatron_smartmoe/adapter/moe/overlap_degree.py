@@ -1,7 +1,7 @@
-"""The overlap degree of a run: the flag's number, or the smallest that is predicted to be nearly the fastest.
+"""The overlap degree of a run: the flag's number, or the smallest one whose predicted time is nearly the shortest.
 
 The prediction is the planner's (`cost.step.moe`), for this run's sizes on this machine's cluster file, with an even
-load: what the load will be is not known at start-up. Rank 0 chooses for all, because ranks that cut their all-to-alls
+load: the real one is not known at start-up. Rank 0 chooses for all, because ranks that split their all-to-alls
 differently would wait for each other for ever.
 """
 
@@ -9,117 +9,89 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 import torch.distributed as dist
 
-from megatron_smartmoe.adapter.flags.overlap_checks import AUTO, MOST_PIECES
-from megatron_smartmoe.adapter.machine import machine, nodes_of_group
+from megatron_smartmoe.adapter.cost_inputs import launch_of_run, machine_of_job, model_of_run, nodes_of_group
+from megatron_smartmoe.adapter.flags.smartmoe_arguments import AUTO, MOST_CHUNKS
 from megatron_smartmoe.cost.moe_layer import LayerFlow
 from megatron_smartmoe.cost.step.constants import StepConstants, layer_constants
+from megatron_smartmoe.cost.step.dense import tokens_of
 from megatron_smartmoe.cost.step.moe import moe_times
 from megatron_smartmoe.spec.cluster import ClusterSpec
-from megatron_smartmoe.spec.model import ModelSpec, MoESpec
-from megatron_smartmoe.spec.parallel import ParallelSpec
 from megatron_smartmoe.spec.placement import Placement
 
-NEARLY = 0.01  # of the best time
+NEARLY = 0.01  # share of the shortest time that a smaller degree may be slower; an estimate
 
 
 class OverlapDegree:
-    """Says the degree; chooses it at the first call, which all ranks of the job make once.
+    """The degree, chosen at the first call, which all ranks of the job make once.
 
     Args:
-        options: Megatron's arguments, after validation.
+        args: Megatron's arguments, after validation.
     """
 
-    def __init__(self, options: Namespace) -> None:
-        self._options = options
+    def __init__(self, args: Namespace) -> None:
+        self._args = args
         self._chosen: int | None = None
 
     def __call__(self) -> int:
         """The degree, on every rank the same."""
         if self._chosen is None:
-            self._chosen = self._choose()
+            self._chosen = _choose(self._args)
         return self._chosen
 
-    def _choose(self) -> int:
-        options = self._options
-        if options.smartmoe_overlap_degree != AUTO:
-            return int(options.smartmoe_overlap_degree)
-        ranks = options.expert_model_parallel_size
-        if ranks == 1:
-            return 1
-        num_nodes = nodes_of_group(ranks)
-        chosen = [1]
-        if dist.get_rank() == 0:
-            seconds = predicted_seconds(options, machine(options), num_nodes)
-            chosen = [fewest_pieces(seconds)]
-            print(f"smartmoe: {explain(chosen[0], seconds)}", flush=True)
-        dist.broadcast_object_list(chosen, src=0)
-        return chosen[0]
+
+def _choose(args: Namespace) -> int:
+    if args.smartmoe_overlap_degree != AUTO:
+        return int(args.smartmoe_overlap_degree)
+    ranks = args.expert_model_parallel_size
+    if ranks == 1:
+        return 1
+    num_nodes = nodes_of_group(ranks)
+    chosen = [1]
+    if dist.get_rank() == 0:
+        seconds = predicted_seconds(args, machine_of_job(args), num_nodes)
+        chosen = [fewest_chunks(seconds)]
+        print(f"smartmoe: {explain(chosen[0], seconds)}", flush=True)
+    dist.broadcast_object_list(chosen, src=0)
+    return chosen[0]
 
 
-def fewest_pieces(seconds: Mapping[int, float]) -> int:
-    """The smallest degree that is nearly the best: what a prediction says of the last percent is not worth a launch."""
+def fewest_chunks(seconds: Mapping[int, float]) -> int:
+    """The smallest degree that is nearly the fastest: a predicted gain below 1% is not worth more launches."""
     return min(degree for degree, each in seconds.items() if each <= min(seconds.values()) * (1 + NEARLY))
 
 
 def explain(chosen: int, seconds: Mapping[int, float]) -> str:
-    """One line: the choice and what was predicted for each degree."""
-    tried = ", ".join(f"{degree}: {each * 1e3:.3f}" for degree, each in seconds.items())
+    """One line: the choice and the prediction for each degree."""
+    predicted = ", ".join(f"{degree}: {each * 1e3:.3f}" for degree, each in seconds.items())
     return (
-        f"overlap degree {chosen}, the fewest pieces within {NEARLY:.0%} of the best; predicted ms of a MoE layer, "
-        f"forward and backward, at even load: {tried}"
+        f"overlap degree {chosen}, the fewest chunks within {NEARLY:.0%} of the shortest predicted time; predicted ms "
+        f"of a MoE layer, forward and backward, with an even load: {predicted}"
     )
 
 
-def predicted_seconds(options: Namespace, cluster: ClusterSpec, num_nodes: int) -> dict[int, float]:
-    """Seconds of one MoE layer and micro-batch for each degree that is possible."""
-    ranks, experts = options.expert_model_parallel_size, options.num_experts
-    tensor, context = options.tensor_model_parallel_size, options.context_parallel_size
-    tokens = options.micro_batch_size * options.seq_length // (tensor * context)  # of a rank
-    counts_RE = np.full((ranks, experts), tokens * options.moe_router_topk / experts)
-    homes = Placement.contiguous(num_layers=1, num_experts=experts, num_ranks=ranks, spare_slots=0)
+def predicted_seconds(args: Namespace, cluster: ClusterSpec, num_nodes: int) -> dict[int, float]:
+    """Seconds of one MoE layer and micro-batch by overlap degree.
+
+    Args:
+        args: Megatron's arguments, after validation.
+        cluster: the machine.
+        num_nodes: nodes of an expert-parallel group.
+    """
+    model, spec, constants = model_of_run(args), launch_of_run(args), StepConstants.of(cluster)
+    # Step 1: an even load, on experts in logical order.
+    assignments = tokens_of(model, spec) / spec.tp * model.moe.top_k  # of a rank
+    counts_RE = np.full((spec.ep, model.moe.experts), assignments / model.moe.experts)
+    homes = Placement.contiguous(num_layers=1, num_experts=model.moe.experts, num_ranks=spec.ep, spare_slots=0)
     flow = LayerFlow.equal_split(counts_RE, homes.slots_LRS[0], num_nodes)
-    model, constants = run_model(options), StepConstants.of(cluster)
+    # Step 2: its price by degree.
     seconds = {}
-    for degree in range(1, min(ranks, MOST_PIECES) + 1):
-        spec = run_parallel(options, degree)
-        prices = layer_constants(cluster, model, spec, constants)
-        seconds[degree] = moe_times([flow], prices, model, spec, cluster, constants).total_s
+    for degree in range(1, min(spec.ep, MOST_CHUNKS) + 1):
+        overlapped = replace(spec, overlap_degree=degree)
+        prices = layer_constants(cluster, model, overlapped, constants)
+        seconds[degree] = moe_times([flow], prices, model, overlapped, cluster, constants).total_s
     return seconds
-
-
-def run_model(options: Namespace) -> ModelSpec:
-    """The model as far as its MoE layers' time knows it."""
-    return ModelSpec(
-        name="this run",
-        layers=options.num_layers,
-        hidden=options.moe_latent_size or options.hidden_size,
-        heads=options.num_attention_heads,
-        query_groups=options.num_attention_heads,
-        head_dim=options.hidden_size // options.num_attention_heads,
-        ffn=options.ffn_hidden_size,
-        vocab=1,  # not a matter of the layers
-        seq_length=options.seq_length,
-        moe=MoESpec(experts=options.num_experts, top_k=options.moe_router_topk, ffn=options.moe_ffn_hidden_size),
-        global_batch=options.global_batch_size,
-        gated=options.swiglu,
-    )
-
-
-def run_parallel(options: Namespace, degree: int) -> ParallelSpec:
-    """How this run is spread, as far as its MoE layers' time knows it."""
-    return ParallelSpec(
-        gpus=options.world_size,
-        tp=options.tensor_model_parallel_size,
-        pp=options.pipeline_model_parallel_size,
-        cp=options.context_parallel_size,
-        ep=options.expert_model_parallel_size,
-        etp=options.expert_tensor_parallel_size,
-        micro_batch=options.micro_batch_size,
-        global_batch=options.global_batch_size,
-        overlap_degree=degree,
-        precision="fp32" if options.params_dtype.itemsize == 4 else "bf16",
-    )

@@ -1,9 +1,14 @@
-"""ReplicaDispatcher: tokens go to copies of experts, split exactly by the counts of this micro-batch.
+"""ReplicaDispatcher: an expert's tokens are split over its home and its replicas by the counts of this micro-batch.
 
 Megatron's dropless dispatch gathers the counts of all ranks and brings sums of them to the host. Here the counts come
 to the host whole and a little earlier, before the permutation: the one synchronisation is moved, none is added. From
 them every rank computes the same split (see `runtime.replicas.split`); the rows that a rank receives are sorted by its
 home slots first and its spare slots after them.
+
+With expert tensor parallelism the P ranks that share an expert route different tokens: their counts have an axis P in
+front. Each sends its tokens to the ranks of its own expert-parallel group, and the ranks that share an expert gather
+them from each other. So they must all have the same replicas, planned for the sum of their counts, while each splits
+its own tokens.
 """
 
 from __future__ import annotations
@@ -16,37 +21,33 @@ import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_smartmoe.adapter.moe.dispatcher import SlotDispatcher, chosen_experts
-from megatron_smartmoe.ops import dispatch_map, permute
+from megatron_smartmoe.adapter.moe.dispatcher import SlotDispatcher
 from megatron_smartmoe.runtime.replicas.slots import SpareSlots
-from megatron_smartmoe.runtime.replicas.split import homes_only, piece_shifts, shifted_rows, split_tokens
+from megatron_smartmoe.runtime.replicas.split import homes_only, segment_shifts, shifted_rows, split_tokens
 from megatron_smartmoe.spec.arrays import IntArray
 
-Planner = Callable[[IntArray], IntArray]
-Listener = Callable[[IntArray, IntArray], None]
-# With expert tensor parallelism the ranks that share an expert route tokens of their own: an axis P in front, T in
-# Megatron's words. Each sends its tokens to the ranks of its own expert-parallel group, and those gather them from
-# each other. So all must have the same copies, planned for the sum, while each may split its tokens for itself.
+PlanReplicas = Callable[[IntArray], IntArray]  # counts [R, E] of one micro-batch to slots [R, S + K]
+Listener = Callable[[IntArray, IntArray], None]  # counts [R, E], and what is sent [source rank, rank, slot]
 
 
 class ReplicaDispatcher(SlotDispatcher):
     """Dispatches to home slots and spare slots.
 
     Args:
-        num_local_experts: S, home slots of this rank.
-        local_expert_indices: the home slots of this rank.
-        config: of the transformer.
-        pg_collection: with the groups `ep`, `expt_tp` and `tp_ep`.
-        spare: the spare slots of this rank.
-        num_nodes: nodes that the expert-parallel group lies on.
-        fetch_early: whether the home weights are up to date when tokens are dispatched, not only when experts compute.
-        plan: from counts `[R, E]` to slots `[R, S + K]` with copies for this micro-batch; None when they are set from
-            outside, through `slots_RS`.
-        listener: told the counts `[R, E]` of every training micro-batch and what was sent, `[source, rank, slot]`.
+        num_local_experts: S, the number of this rank's home slots.
+        local_expert_indices: this rank's home slots, counted over the whole layer.
+        config: the transformer's configuration.
+        pg_collection: process groups; `ep`, `expt_tp` and `tp_ep` are used.
+        spare: this rank's spare slots.
+        num_nodes: nodes that the expert-parallel group spans.
+        fetch_early: whether the home weights are up to date when tokens are dispatched, and not only when the experts
+            compute: then the replicas' weights are fetched during the dispatch.
+        plan: plans the replicas of each micro-batch from its counts; None when `slots_RS` is set from outside.
+        listener: called once for every training micro-batch.
 
     Attributes:
-        slots_RS: expert in each slot, by its home; homes first.
-        training: whether copies serve; the layer's. In evaluation they would be stale.
+        slots_RS: expert in each slot, `[R, S + K]`, home slots first; experts are numbered by their home.
+        training: whether replicas are used; set by the layer. In evaluation their weights would be stale.
     """
 
     training = True
@@ -61,7 +62,7 @@ class ReplicaDispatcher(SlotDispatcher):
         spare: SpareSlots,
         num_nodes: int = 1,
         fetch_early: bool = True,
-        plan: Planner | None = None,
+        plan: PlanReplicas | None = None,
         listener: Listener | None = None,
     ) -> None:
         super().__init__(num_local_experts, local_expert_indices, config, pg_collection, counts_on_device=True)
@@ -71,51 +72,43 @@ class ReplicaDispatcher(SlotDispatcher):
         self.slots_RS = self._homes_RS
         self._home_slots = num_local_experts
         self.num_local_experts = num_local_experts + spare.num_slots  # Megatron sorts what arrives by these
-        chunks = torch.arange(self.tp_size * self.ep_size * self.num_local_experts).view(-1, self.num_local_experts)
-        self.sort_input_by_local_experts = chunks.T.ravel()
-        self.restore_output_by_local_experts = chunks.view(self.num_local_experts, -1).T.ravel()
+        # what arrives is one block of rows for each (source, slot); the experts need the order (slot, source)
+        blocks_QS = torch.arange(self.tp_size * self.ep_size * self.num_local_experts).view(-1, self.num_local_experts)
+        self.sort_input_by_local_experts = blocks_QS.T.ravel()
+        self.restore_output_by_local_experts = blocks_QS.view(self.num_local_experts, -1).T.ravel()
 
-    def plan_with(self, plan: Planner | None) -> None:
-        """Plan copies another way from the next iteration on, and drop those that serve now.
+    def plan_with(self, plan: PlanReplicas | None) -> None:
+        """Drop the current replicas and use another planner from the next iteration on.
 
         Args:
-            plan: as for the constructor.
+            plan: see the constructor.
         """
         self._plan, self.slots_RS = plan, self._homes_RS
         self._spare.in_use = None
 
-    def dispatch_preprocess(
-        self, hidden_states: torch.Tensor, routing_map: torch.Tensor, probs: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Sort this rank's tokens by the slots that they go to; see `SlotDispatcher`."""
-        self.hidden_shape = hidden_states.shape
-        self.probs = probs
-        tokens_TH = hidden_states.view(-1, self.hidden_shape[-1])
-        ids_TK = chosen_experts(routing_map, self.config.moe_router_topk)
-        rows_TK, tokens_E = dispatch_map(ids_TK, self.slot_of_expert_E, self.num_experts)
-        counts_PRE = self._counts(tokens_E)
-        slots_RS = self._choose(counts_PRE.sum(axis=0))
+    def _set_splits(self, rows_TK: torch.Tensor, tokens_E: torch.Tensor) -> torch.Tensor:
+        """Plan the replicas, split the tokens, and set the sizes of the all-to-all; see `SlotDispatcher`."""
+        # Step 1: the counts of all ranks, and the replicas planned for their sum
+        counts_PRE = self._gather_counts(tokens_E)
+        slots_RS = self._choose_slots(counts_PRE.sum(axis=0))
+        # Step 2: how many tokens each rank sends to each slot, [P, source rank, rank, slot]
         sent_PRRS = np.stack([split_tokens(each, slots_RS, self._home_slots, self._num_nodes) for each in counts_PRE])
         if self._listener is not None and self.training and torch.is_grad_enabled():  # recomputation counts once
             self._listener(counts_PRE.sum(axis=0), sent_PRRS.sum(axis=0))
-        self._lay_out(sent_PRRS)
-        if self.shared_experts is not None:
-            self.shared_experts.pre_forward_comm(hidden_states)
-        mine_RS = sent_PRRS[self.tp_rank, self.ep_group.rank()]
-        self.rows_TK = shifted_rows(rows_TK, *piece_shifts(mine_RS, slots_RS))
-        num_rows = int(self.num_out_tokens)
-        weights_TK = probs.gather(1, ids_TK.clamp(max=self.num_experts - 1))
-        return permute(tokens_TH, self.rows_TK, num_rows), self._sorted(weights_TK, num_rows)
+        # Step 3: sizes for Megatron's exchange, and the rows of this rank moved to where they are sent from
+        self._set_sizes(sent_PRRS)
+        own_RS = sent_PRRS[self.tp_rank, self.ep_group.rank()]
+        return shifted_rows(rows_TK, *segment_shifts(own_RS, slots_RS))
 
-    def _counts(self, tokens_E: torch.Tensor) -> IntArray:
-        """Everybody's tokens per home, `[P, R, E]`, on the host: the one synchronisation of the layer."""
+    def _gather_counts(self, tokens_E: torch.Tensor) -> IntArray:
+        """Tokens per home slot of all ranks, `[P, R, E]`, on the host: the one synchronisation of the layer."""
         counts = tokens_E.new_empty(self.ep_size * self.tp_size * self.num_experts)
         dist.all_gather_into_tensor(counts, tokens_E, group=self.tp_ep_group)
         counts_RPE = counts.cpu().numpy().reshape(self.ep_size, self.tp_size, self.num_experts)
         return np.ascontiguousarray(counts_RPE.transpose(1, 0, 2))
 
-    def _choose(self, counts_RE: IntArray) -> IntArray:
-        """The slots that serve this micro-batch."""
+    def _choose_slots(self, counts_RE: IntArray) -> IntArray:
+        """The slots `[R, S + K]` that this micro-batch uses; starts to fetch the weights of its replicas."""
         if not self.training:
             return self._homes_RS
         if self._plan is not None:
@@ -125,10 +118,10 @@ class ReplicaDispatcher(SlotDispatcher):
                 used.start()
         return self.slots_RS
 
-    def _lay_out(self, sent_PRRS: IntArray) -> None:
-        """What Megatron's exchange wants to know, all of it on the host."""
+    def _set_sizes(self, sent_PRRS: IntArray) -> None:
+        """Set the attributes that Megatron's exchange reads, all of them on the host."""
         rank = self.ep_group.rank()
-        arriving_PRS = sent_PRRS[:, :, rank]
+        arriving_PRS = sent_PRRS[:, :, rank]  # here, from each source rank of each expert-tensor rank
         leaving_RS = sent_PRRS[self.tp_rank, rank]
         self.num_out_tokens = int(leaving_RS.sum())
         self.input_splits = leaving_RS.sum(axis=1).tolist()
@@ -136,10 +129,10 @@ class ReplicaDispatcher(SlotDispatcher):
         self.output_splits_tp = torch.from_numpy(arriving_PRS.sum(axis=(1, 2)))
         self.num_global_tokens_per_local_expert = torch.from_numpy(arriving_PRS.reshape(-1, arriving_PRS.shape[2]))
         tokens_S = torch.from_numpy(arriving_PRS.sum(axis=(0, 1)))
-        with_copies = self.training and self._spare.in_use is not None
-        self.tokens_per_expert = self._tokens_on_device_S = tokens_S if with_copies else tokens_S[: self._home_slots]
+        with_replicas = self.training and self._spare.in_use is not None
+        self.tokens_per_expert = self._tokens_on_device_S = tokens_S if with_replicas else tokens_S[: self._home_slots]
 
     def _maybe_dtoh_and_synchronize(self, point: str, tokens_per_expert: torch.Tensor | None = None) -> torch.Tensor:
-        """Nothing to bring to the host: it is there."""
+        """Return the counts as they are: they are on the host already."""
         assert tokens_per_expert is not None
         return tokens_per_expert

@@ -22,14 +22,14 @@ def moe_layers(model_chunks: list[torch.nn.Module]) -> Iterator[tuple[int, MoELa
 
 
 def all_layer_numbers(numbers: list[int]) -> list[int]:
-    """The MoE layers of the whole model, whichever stage they are on. A collective call of all ranks.
+    """The numbers of all MoE layers of the model, whichever stage they are on. A collective call of all ranks.
 
     Args:
-        numbers: of those on this rank.
+        numbers: the numbers of this rank's layers.
     """
-    everybody: list[list[int]] = [[]] * dist.get_world_size()
-    dist.all_gather_object(everybody, numbers)
-    return sorted({number for stage in everybody for number in stage})
+    gathered: list[list[int]] = [[]] * dist.get_world_size()
+    dist.all_gather_object(gathered, numbers)
+    return sorted({number for of_rank in gathered for number in of_rank})
 
 
 def count_tokens(layers: Iterable[tuple[int, MoELayer]], counts: ExpertCounts | RecentCounts) -> None:

@@ -24,11 +24,11 @@ class SlotSharding:
     Attributes:
         linear: `linear_fc1` or `linear_fc2`, as Megatron's experts name it.
         experts: logical expert in each slot.
-        num_experts: E, of the whole layer.
+        num_experts: E, the experts of the whole layer.
         tp_axis: axis of one expert's matrix that expert tensor parallelism splits.
-        tp_rank, tp_size: of the expert-tensor-parallel group.
-        gated: whether the matrix holds gate and linear rows, which are split over ranks each for itself.
-        offsets: of the layers around, from Megatron: (axis, rank, ranks) each.
+        tp_rank, tp_size: this rank in the expert-tensor-parallel group, and the group's size.
+        gated: whether the matrix holds gate and linear rows; expert tensor parallelism splits each half separately.
+        offsets: position of the layer in the global tensor, from Megatron; (axis, index, size) for each axis in front.
         singleton: one key per expert instead of one global tensor (`singleton_local_shards` in Megatron's metadata).
     """
 
@@ -43,7 +43,13 @@ class SlotSharding:
     singleton: bool
 
     def factory(self, parameter: torch.Tensor, prefix: str, replica_id: ReplicaId) -> ShardedTensorFactory:
-        """The parameter `[S, rows, columns]` for `sharded_state_dict`; `prefix` is that of Megatron's experts."""
+        """Make the entry of a parameter `[S, rows, columns]` for `sharded_state_dict`.
+
+        Args:
+            parameter: weights of all home slots, or optimizer state of the same shape.
+            prefix: key of the layer's experts in Megatron's checkpoints.
+            replica_id: which of the ranks that hold the same data this one is; Megatron saves the one with zeros.
+        """
         key = prefix if self.singleton else f"{prefix}.{self.linear}.weight"
         return ShardedTensorFactory(key, parameter, self._build, self._merge, replica_id)
 
@@ -64,28 +70,30 @@ class SlotSharding:
     @torch.no_grad()
     def _build(self, key: str, slots: torch.Tensor, replica_id: ReplicaId, flattened_range: object) -> list[Any]:
         assert flattened_range is None, "Megatron flattens no tensor any more"
-        parts = 2 if self.gated else 1
+        halves = 2 if self.gated else 1
         return [
-            self._piece(key, piece, expert, part, replica_id)
+            self._sharded_matrix(key, rows, expert, half, replica_id)
             for expert, matrix in zip(self.experts, slots, strict=True)
-            for part, piece in enumerate(matrix.chunk(parts, dim=0))
+            for half, rows in enumerate(matrix.chunk(halves, dim=0))
         ]
 
-    def _piece(self, key: str, piece: torch.Tensor, expert: int, part: int, replica_id: ReplicaId) -> ShardedTensor:
-        """One expert's matrix, or its gate (part 0) or linear (part 1) rows."""
-        offsets, parts = self.offsets, 1
-        if self.singleton:
-            key = f"{key}.{expert}.{self.linear}.weight" + ("", ("_w", "_v")[part])[self.gated]
-        else:
-            offsets, parts = (*offsets, (len(offsets), expert, self.num_experts)), 2 if self.gated else 1
-        tp_offset = self.tp_rank + (part * self.tp_size if parts == 2 else 0)
-        split = (self.tp_axis + len(offsets), tp_offset, self.tp_size * parts)
+    def _sharded_matrix(
+        self, key: str, matrix: torch.Tensor, expert: int, half: int, replica_id: ReplicaId
+    ) -> ShardedTensor:
+        """One expert's matrix; of a gated one only the gate rows (half 0) or the linear rows (half 1)."""
+        if self.singleton:  # a key per expert; the halves have keys of their own
+            key = f"{key}.{expert}.{self.linear}.weight" + (("_w", "_v")[half] if self.gated else "")
+            offsets, tp_index, tp_parts = self.offsets, self.tp_rank, self.tp_size
+        else:  # one tensor [..., E, rows, columns], in which all gate rows come before all linear rows
+            offsets = (*self.offsets, (len(self.offsets), expert, self.num_experts))
+            tp_index, tp_parts = self.tp_rank + half * self.tp_size, self.tp_size * (2 if self.gated else 1)
+        split = (self.tp_axis + len(offsets), tp_index, tp_parts)
         return ShardedTensor.from_rank_offsets(
-            key, piece, *offsets, split, replica_id=replica_id, prepend_axis_num=len(offsets)
+            key, matrix, *offsets, split, replica_id=replica_id, prepend_axis_num=len(offsets)
         )
 
     @torch.no_grad()
-    def _merge(self, pieces: list[torch.Tensor]) -> torch.Tensor:
+    def _merge(self, matrices: list[torch.Tensor]) -> torch.Tensor:
         if self.gated:
-            pieces = [torch.cat(pair) for pair in zip(pieces[::2], pieces[1::2], strict=True)]
-        return torch.stack(pieces)
+            matrices = [torch.cat(halves) for halves in zip(matrices[::2], matrices[1::2], strict=True)]
+        return torch.stack(matrices)

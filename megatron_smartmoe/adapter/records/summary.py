@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_smartmoe.adapter.corpus.spec import PreparedCorpus
+from megatron_smartmoe.adapter.launch.run_dir import launcher_command
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +131,7 @@ def _place_lines(args: Namespace, run_dir: Path | None) -> list[str]:
 
 
 def _next_steps(args: Namespace, run_dir: Path) -> list[str]:
-    script = "scripts/pretrain_gpt_moe.sh"
+    script = launcher_command()
     steps = {}
     if args.save and args.load and args.train_iters:
         more = f"--train-iters {2 * args.train_iters} --override-opt-param-scheduler"

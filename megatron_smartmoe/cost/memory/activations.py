@@ -1,9 +1,9 @@
 """Bytes of activations that one rank keeps for its backward pass, under a load: the hottest rank's, not the mean's.
 
-Method. What each module keeps is a list of tensors (`kept_fused`, `kept_local`: one per implementation), and this file
+Method. What each module keeps is a list of tensors (`saved_te`, `saved_torch`: one per implementation), and this file
 adds them up. Everything up to the router scales with the rank's own tokens; what the experts keep scales with the
-tokens that the busiest rank computes, which is `hot` times the mean. A pipeline stage holds as many micro-batches as
-its schedule has in flight.
+tokens that the busiest rank computes, which is `imbalance` times the mean. A pipeline stage holds as many micro-batches
+as its schedule has in flight.
 
 The alternative, tokens x top-k for every rank, is what every public estimator does; a run then dies hundreds of steps
 in, when the load has shifted.
@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from megatron_smartmoe.cost.memory import saved_te, saved_torch
-from megatron_smartmoe.cost.memory.saved_tensors import LayerTensors, Rank, total
+from megatron_smartmoe.cost.memory.saved_tensors import Rank, total
 from megatron_smartmoe.cost.step.pipeline import in_flight
 from megatron_smartmoe.spec.model import ModelSpec
-from megatron_smartmoe.spec.parallel import Chunk, ParallelSpec, chunks
+from megatron_smartmoe.spec.parallel import ParallelSpec, PipelineChunk, pipeline_chunks
 
 _LAYER = {"transformer_engine": saved_te.layer, "local": saved_torch.layer}
 _ENDS = {"transformer_engine": saved_te.ends, "local": saved_torch.ends}
@@ -32,7 +32,7 @@ class LayerBytes:
         attention: norm, projections, attention.
         mlp: dense MLP, or router and shared expert with the norm before them.
         experts: what the busiest rank's experts keep.
-        working: the largest that is alive at once while a recomputed layer runs again.
+        working: the most that is alive at once while a recomputed layer runs its forward pass again.
     """
 
     attention: float
@@ -42,7 +42,7 @@ class LayerBytes:
 
     @property
     def kept(self) -> float:
-        """All that waits for the backward pass."""
+        """Bytes that wait for the backward pass."""
         return self.attention + self.mlp + self.experts
 
 
@@ -51,10 +51,10 @@ class ActivationBytes:
     """Activations of one chunk and micro-batch, or of the fullest moment of one stage, in bytes.
 
     Attributes:
-        layers: all that is in none of the others.
+        layers: what the layers and the embedding keep, without the parts below.
         experts: what the busiest rank's experts keep.
         logits: from the final norm on.
-        working: the largest that is alive at once while a layer runs again.
+        working: the most that is alive at once while a recomputed layer runs its forward pass again.
     """
 
     layers: float
@@ -64,39 +64,36 @@ class ActivationBytes:
 
     @property
     def total(self) -> float:
-        """All of it."""
+        """Bytes of all parts."""
         return self.layers + self.experts + self.logits + self.working
 
 
 @lru_cache(maxsize=100_000)
-def layer_bytes(model: ModelSpec, spec: ParallelSpec, experts: bool, hot: float) -> LayerBytes:
-    """One layer; `hot` is the busiest rank's tokens over the mean."""
-    rank = Rank(model, spec, hot)
+def layer_bytes(model: ModelSpec, spec: ParallelSpec, experts: bool, imbalance: float) -> LayerBytes:
+    """Bytes that one layer keeps; `imbalance` is the busiest rank's tokens over the mean."""
+    rank = Rank(model, spec, imbalance)
     kept = _LAYER[spec.implementation](rank, experts)
     attention, norm, mlp, routed = (total(part) for part in (kept.attention, kept.norm, kept.mlp, kept.experts))
-    row = rank.own * model.hidden * rank.element
-    sent = rank.own * model.moe.top_k
-    moved = (sent + sent * hot) * model.hidden * rank.element if experts else row
+    row = rank.tokens_local * model.hidden * rank.element
+    sent = rank.tokens_local * model.moe.top_k
+    moved = (sent + sent * imbalance) * model.hidden * rank.element if experts else row
     if spec.recompute == "full":
         return LayerBytes(row, 0.0, 0.0, attention + norm + mlp + routed + moved)
     if spec.recompute == "moe" and experts:
         return LayerBytes(attention, norm, 0.0, norm + mlp + routed + moved)
     if spec.recompute == "act":
-        again = _made_again(kept)
-        return LayerBytes(attention - again[0], norm + mlp - again[1], routed - again[2], moved)
+        saved = [
+            total(tensor for tensor in part if tensor.recomputed)
+            for part in (kept.attention, kept.norm + kept.mlp, kept.experts)
+        ]
+        return LayerBytes(attention - saved[0], norm + mlp - saved[1], routed - saved[2], moved)
     return LayerBytes(attention, norm + mlp, routed, moved)
 
 
-def _made_again(kept: LayerTensors) -> list[float]:
-    """Bytes of attention, MLP with its norm, and experts that recomputation of norms and activations saves."""
-    parts = (kept.attention, kept.norm + kept.mlp, kept.experts)
-    return [total(tensor for tensor in part if tensor.again) for part in parts]
-
-
-def chunk_bytes(model: ModelSpec, spec: ParallelSpec, chunk: Chunk, hot: float) -> ActivationBytes:
-    """One model chunk and one micro-batch."""
-    dense, moe = (layer_bytes(model, spec, kind, hot) for kind in (False, True))
-    ends = _ENDS[spec.implementation](Rank(model, spec, hot), chunk)
+def chunk_bytes(model: ModelSpec, spec: ParallelSpec, chunk: PipelineChunk, imbalance: float) -> ActivationBytes:
+    """Bytes that one model chunk keeps of one micro-batch."""
+    dense, moe = (layer_bytes(model, spec, kind, imbalance) for kind in (False, True))
+    ends = _ENDS[spec.implementation](Rank(model, spec, imbalance), chunk)
     kinds = [model.has_experts(layer) for layer in chunk.layers]
     kinds += [model.has_experts(model.layers)] * chunk.mtp_layers
     num_moe = sum(kinds)
@@ -106,9 +103,11 @@ def chunk_bytes(model: ModelSpec, spec: ParallelSpec, chunk: Chunk, hot: float) 
     return ActivationBytes(layers, num_moe * moe.experts, total(ends.head), max(moe.working, dense.working))
 
 
-def activation_bytes(model: ModelSpec, spec: ParallelSpec, stage: int, hot: float) -> ActivationBytes:
-    """The fullest moment of a stage."""
-    mine = [chunk_bytes(model, spec, chunk, hot) for chunk in chunks(model, spec) if chunk.stage == stage]
+def activation_bytes(model: ModelSpec, spec: ParallelSpec, stage: int, imbalance: float) -> ActivationBytes:
+    """Bytes of a stage at its fullest moment."""
+    mine = [
+        chunk_bytes(model, spec, chunk, imbalance) for chunk in pipeline_chunks(model, spec) if chunk.stage == stage
+    ]
     share = in_flight(stage, spec.pp, spec.vpp, spec.micro_batches) / len(mine)
     return ActivationBytes(
         layers=sum(chunk.layers for chunk in mine) * share,

@@ -1,4 +1,4 @@
-"""All of a rank's memory, stage by stage, in parts that add up, against what the GPU has."""
+"""A rank's memory, stage by stage, in parts that add up."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from megatron_smartmoe.cost.memory.activations import activation_bytes
 from megatron_smartmoe.cost.memory.buffers import largest_state_bytes
 from megatron_smartmoe.spec.cluster import GpuSpec
 from megatron_smartmoe.spec.model import ModelSpec
-from megatron_smartmoe.spec.parallel import ParallelSpec, chunks
+from megatron_smartmoe.spec.parallel import ParallelSpec, pipeline_chunks
 
-FRAGMENTATION = 0.04  # of the memory, lost between blocks: an estimate
-STAGED_EXPERTS = 2  # experts whose state lies in staging buffers while homes move, one in, one out
-STATE_BYTES = 12  # fp32 main parameter and two moments
-COPY_GRADIENT_BYTES = 4  # the gradients of a replica are added up in fp32 whatever the others are
+FRAGMENTATION = 0.04  # share of the memory that is lost between blocks: an estimate
+STAGED_EXPERTS = 2  # experts whose state lies in staging buffers while homes move: one arrives, one leaves
+STATE_BYTES = 12  # bytes per parameter: fp32 main parameter and two moments
+REPLICA_GRADIENT_BYTES = 4  # bytes per parameter: replicas' gradients are summed in fp32 whatever the others are
 
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryBudget:
-    """Bytes of the fullest rank of one stage; `total` is the sum of the parts."""
+    """Bytes that the fullest rank of one stage holds; `total` is the sum of the parts."""
 
     weights: float
     gradients: float
@@ -33,31 +33,31 @@ class MemoryBudget:
 
     @property
     def total(self) -> float:
-        """All of it."""
+        """Bytes of all parts."""
         return float(sum(getattr(self, part.name) for part in fields(self)))
 
     def parts(self) -> list[tuple[str, float]]:
         """(what, bytes) of every part that is not zero."""
-        return [(WORDS[f.name], getattr(self, f.name)) for f in fields(self) if getattr(self, f.name)]
+        return [(LABELS[f.name], getattr(self, f.name)) for f in fields(self) if getattr(self, f.name)]
 
 
-WORDS = {
+LABELS = {
     "weights": "weights",
     "gradients": "gradients",
     "optimizer": "main weights and moments",
     "activations": "activations",
     "expert_activations": "experts' activations, busiest rank",
     "logits": "logits",
-    "working": "one layer at work, dispatch buffers",
+    "working": "one layer recomputed, dispatch buffers",
     "replicas": "replica slots",
     "staging": "staging for moved experts",
     "reserved": "CUDA, NCCL, fragmentation",
 }
 
 
-def memory_budget(model: ModelSpec, spec: ParallelSpec, gpu: GpuSpec, hot: float) -> tuple[MemoryBudget, int]:
-    """(fullest stage's budget, which stage); `hot` is the busiest rank's tokens over the mean."""
-    found = [stage_budget(model, spec, gpu, stage, hot) for stage in _candidates(spec)]
+def memory_budget(model: ModelSpec, spec: ParallelSpec, gpu: GpuSpec, imbalance: float) -> tuple[MemoryBudget, int]:
+    """(fullest stage's budget, which stage); `imbalance` is the busiest rank's tokens over the mean."""
+    found = [stage_budget(model, spec, gpu, stage, imbalance) for stage in _candidates(spec)]
     at = max(range(len(found)), key=lambda i: found[i].total)
     return found[at], _candidates(spec)[at]
 
@@ -69,16 +69,16 @@ def _candidates(spec: ParallelSpec) -> tuple[int, ...]:
     return tuple(sorted({0, min(1, spec.pp - 1), spec.pp - 1}))
 
 
-def stage_budget(model: ModelSpec, spec: ParallelSpec, gpu: GpuSpec, stage: int, hot: float) -> MemoryBudget:
-    """One stage."""
+def stage_budget(model: ModelSpec, spec: ParallelSpec, gpu: GpuSpec, stage: int, imbalance: float) -> MemoryBudget:
+    """Bytes of the fullest rank of one stage."""
     dense, expert = largest_state_bytes(model, spec, stage)
     state = dense + expert
-    kept = activation_bytes(model, spec, stage, hot)
+    kept = activation_bytes(model, spec, stage, imbalance)
     matrices = 3 if model.gated else 2
     numel = matrices * model.hidden * model.moe.ffn // spec.etp
     moe_layers = sum(
         sum(model.has_experts(layer) for layer in chunk.layers) + chunk.mtp_layers * model.has_experts(model.layers)
-        for chunk in chunks(model, spec)
+        for chunk in pipeline_chunks(model, spec)
         if chunk.stage == stage
     )
     moves = spec.homes_interval > 0 and spec.ep > 1
@@ -90,7 +90,7 @@ def stage_budget(model: ModelSpec, spec: ParallelSpec, gpu: GpuSpec, stage: int,
         expert_activations=kept.experts,
         logits=kept.logits,
         working=kept.working,
-        replicas=float(spec.spare_slots * moe_layers * numel * (spec.element_bytes + COPY_GRADIENT_BYTES)),
+        replicas=float(spec.spare_slots * moe_layers * numel * (spec.element_bytes + REPLICA_GRADIENT_BYTES)),
         staging=float(STAGED_EXPERTS * numel * (spec.element_bytes + STATE_BYTES)) if moves else 0.0,
         reserved=gpu.reserved_bytes + FRAGMENTATION * gpu.memory_bytes,
     )

@@ -3,7 +3,7 @@
 Method. Megatron's DistributedDataParallel lays a chunk's gradients into one contiguous buffer per kind (dense, expert),
 in reverse order of registration. With the distributed optimizer the parameters lie in a twin of that buffer, every
 parameter starts at a multiple of 64 elements, and a bucket ends at a multiple of lcm(data-parallel ranks, 128); buckets
-are cut when they reach `max(40e6, 1e6 x ranks)` elements, only on the first stage's first chunk and only when
+end when they reach `max(40e6, 1e6 x ranks)` elements, only on the first stage's first chunk and only when
 gradients are reduced while the backward pass runs; a tied embedding gets a bucket to itself. Each data-parallel rank
 owns an equal slice of every bucket; fp32 main parameters and both moments exist for the parameters' part of it only, so
 ranks differ by a few elements. Without the distributed optimizer there is no padding and every rank holds everything.
@@ -25,12 +25,14 @@ from megatron_smartmoe.cost.compute import ExpertShape
 from megatron_smartmoe.cost.memory.parameters import Parameter, Sharding, chunk_parameters, layer_parameters
 from megatron_smartmoe.spec.arrays import IntArray
 from megatron_smartmoe.spec.model import ModelSpec
-from megatron_smartmoe.spec.parallel import Chunk, ParallelSpec, chunks
+from megatron_smartmoe.spec.parallel import ParallelSpec, PipelineChunk, pipeline_chunks
 
 PARAM_ALIGNMENT = 64  # elements
 BUCKET_ALIGNMENT = 128  # elements
-MAIN_BYTES = 4  # of an fp32 main parameter
-MOMENT_BYTES = 8  # of Adam's two fp32 moments
+MAIN_BYTES = 4  # bytes of an fp32 main parameter
+MOMENT_BYTES = 8  # bytes of Adam's two fp32 moments
+BUCKET_ELEMENTS = 40_000_000  # Megatron's smallest bucket
+BUCKET_ELEMENTS_PER_RANK = 1_000_000  # its growth with the data-parallel ranks
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ class StateBytes:
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """Bytes of all parts."""
         return self.params + self.gradients + self.main_params + self.moments
 
 
@@ -115,11 +117,11 @@ def _owned(starts: list[int], ends: list[int], buckets: list[tuple[int, int]], n
 
 
 @dataclass(frozen=True)
-class _Key:
-    """What the static memory of a chunk depends on; launches that share it share the result."""
+class StateKey:
+    """What the static memory of a chunk depends on; launches with equal keys share the result."""
 
     sharding: Sharding
-    chunk: Chunk
+    chunk: PipelineChunk
     dense_ranks: int
     expert_ranks: int
     bucket_size: int | None
@@ -128,39 +130,32 @@ class _Key:
     grad_bytes: int
 
 
-def state_bytes_by_kind(
-    model: ModelSpec, spec: ParallelSpec, chunk: Chunk
-) -> tuple[list[StateBytes], list[StateBytes]]:
-    """(dense, expert) static memory, each entry one data-parallel (one EDP) rank's slice."""
-    return _slices(model, _key(model, spec, chunk))
-
-
 def optimizer_bytes(element_bytes: int) -> int:
-    """Of one parameter: Adam's moments, and an fp32 main parameter unless the model's own is one."""
+    """Bytes that Adam keeps per parameter: two moments, and an fp32 main parameter unless the weight itself is fp32."""
     return MOMENT_BYTES + (MAIN_BYTES if element_bytes < MAIN_BYTES else 0)
 
 
 def expert_state_bytes(expert: ExpertShape) -> int:
-    """What moves with an expert: its weights, and what the optimizer has of them."""
+    """Bytes that move with an expert: its weights and their optimizer state."""
     return expert.weight_bytes + expert.num_params * optimizer_bytes(expert.element_bytes)
 
 
 def largest_state_bytes(model: ModelSpec, spec: ParallelSpec, stage: int) -> tuple[StateBytes, StateBytes]:
     """(dense, expert) static memory of the fullest rank of a pipeline stage, all its chunks together."""
     dense_sum, expert_sum = StateBytes(), StateBytes()
-    for chunk in chunks(model, spec):
+    for chunk in pipeline_chunks(model, spec):
         if chunk.stage == stage:
-            dense, expert = _largest(model, _key(model, spec, chunk))
+            dense, expert = _largest(model, state_key(model, spec, chunk))
             dense_sum, expert_sum = dense_sum + dense, expert_sum + expert
     return dense_sum, expert_sum
 
 
 def least_state_bytes(model: ModelSpec, spec: ParallelSpec) -> float:
-    """A lower bound of the first stage's static memory, without embedding and padding; quick where `layout` is not."""
+    """A lower bound of the first stage's static bytes, without embedding and padding; quick where `layout` is not."""
     sharding = Sharding.of(spec)
     sums = {kind: _layer_numel(model, sharding, kind) for kind in (False, True)}
     dense = expert = 0
-    for chunk in chunks(model, spec):
+    for chunk in pipeline_chunks(model, spec):
         for layer in chunk.layers if chunk.stage == 0 else ():
             one = sums[model.has_experts(layer)]
             dense, expert = dense + one[0], expert + one[1]
@@ -179,23 +174,25 @@ def _layer_numel(model: ModelSpec, sharding: Sharding, experts: bool) -> tuple[i
     return total - expert, expert
 
 
-def _key(model: ModelSpec, spec: ParallelSpec, chunk: Chunk) -> _Key:
+def state_key(model: ModelSpec, spec: ParallelSpec, chunk: PipelineChunk) -> StateKey:
+    """What decides the static memory of a chunk, the same for chunks that differ in their place alone."""
     first = chunk.stage == 0 and chunk.virtual == 0
     dense_ranks = spec.dp * spec.cp
+    bucket_size = max(BUCKET_ELEMENTS, BUCKET_ELEMENTS_PER_RANK * dense_ranks)
     # What depends on the layer's place is only whether it has experts: renumber, so that equal chunks share a key.
-    return _Key(
+    return StateKey(
         sharding=Sharding.of(spec),
         chunk=_canonical(model, chunk),
         dense_ranks=dense_ranks,
         expert_ranks=spec.edp,
-        bucket_size=max(40_000_000, 1_000_000 * dense_ranks) if first and spec.overlap_grad_reduce else None,
+        bucket_size=bucket_size if first and spec.overlap_grad_reduce else None,
         distributed=spec.distributed_optimizer,
         element_bytes=spec.element_bytes,
         grad_bytes=spec.grad_bytes,
     )
 
 
-def _canonical(model: ModelSpec, chunk: Chunk) -> Chunk:
+def _canonical(model: ModelSpec, chunk: PipelineChunk) -> PipelineChunk:
     first_moe = next(layer for layer in range(model.layers) if model.has_experts(layer))
     dense = next((layer for layer in range(model.layers) if not model.has_experts(layer)), first_moe)
     layers = tuple(first_moe if model.has_experts(layer) else dense for layer in chunk.layers)
@@ -203,12 +200,13 @@ def _canonical(model: ModelSpec, chunk: Chunk) -> Chunk:
 
 
 @lru_cache(maxsize=20_000)
-def _largest(model: ModelSpec, key: _Key) -> tuple[StateBytes, StateBytes]:
-    dense, expert = _slices(model, key)
+def _largest(model: ModelSpec, key: StateKey) -> tuple[StateBytes, StateBytes]:
+    dense, expert = state_slices(model, key)
     return max(dense, key=lambda part: part.total), max(expert, key=lambda part: part.total)
 
 
-def _slices(model: ModelSpec, key: _Key) -> tuple[list[StateBytes], list[StateBytes]]:
+def state_slices(model: ModelSpec, key: StateKey) -> tuple[list[StateBytes], list[StateBytes]]:
+    """(dense, expert) static memory, each entry one data-parallel (one EDP) rank's slice."""
     sharding = key.sharding
     spec = ParallelSpec(
         gpus=sharding.tp * sharding.ep * sharding.etp,  # not read: only the sizes of parameters are wanted
@@ -223,7 +221,7 @@ def _slices(model: ModelSpec, key: _Key) -> tuple[list[StateBytes], list[StateBy
     return dense, expert
 
 
-def _buffer(params: list[Parameter], num_ranks: int, key: _Key) -> list[StateBytes]:
+def _buffer(params: list[Parameter], num_ranks: int, key: StateKey) -> list[StateBytes]:
     """One kind's buffer, a StateBytes per data-parallel rank."""
     has_main = key.element_bytes < MAIN_BYTES  # fp32 weights are their own main parameters
     if not key.distributed:

@@ -5,7 +5,7 @@ Method. The list is made in `named_parameters()` order, because padding, buckets
 experts) and ETP (inner size); norms, routers and MLA's down projections (TransformerEngine) are whole on every rank.
 
 The alternative, parameters per layer times layers (Megatron's own `theoretical_memory_usage`), divides what is
-replicated and knows no padding, no buckets, no second copy of a tied embedding.
+replicated and leaves out padding, buckets and the second copy of a tied embedding.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from megatron_smartmoe.spec.model import ModelSpec
-from megatron_smartmoe.spec.parallel import Chunk, ParallelSpec
+from megatron_smartmoe.spec.parallel import ParallelSpec, PipelineChunk
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Sharding:
 
     @classmethod
     def of(cls, spec: ParallelSpec) -> Sharding:
-        """Of a launch."""
+        """The sharding of a launch."""
         return cls(tp=spec.tp, ep=spec.ep, etp=spec.etp, local=spec.implementation == "local")
 
     @property
@@ -54,7 +54,7 @@ class Sharding:
         return self.ep > 1 or self.etp != self.tp
 
 
-def chunk_parameters(model: ModelSpec, spec: ParallelSpec, chunk: Chunk) -> list[Parameter]:
+def chunk_parameters(model: ModelSpec, spec: ParallelSpec, chunk: PipelineChunk) -> list[Parameter]:
     """Parameters of one chunk on one rank, in registration order."""
     sharding = Sharding.of(spec)
     vocab_rows = model.padded_vocab(spec.tp) // spec.tp * model.hidden

@@ -6,8 +6,16 @@ not compared with a run, which needs a GPU. Embedding, final norm and rotary tab
 
 from __future__ import annotations
 
-from megatron_smartmoe.cost.memory.saved_tensors import FP32, INT64, EndTensors, Kept, LayerTensors, Rank, Tensors
-from megatron_smartmoe.spec.parallel import Chunk
+from megatron_smartmoe.cost.memory.saved_tensors import (
+    FP32,
+    INT64,
+    EndTensors,
+    LayerTensors,
+    Rank,
+    SavedTensor,
+    Tensors,
+)
+from megatron_smartmoe.spec.parallel import PipelineChunk
 
 ROUTER_COPIES = 3  # logits, probabilities, the map of choices, each [tokens, E]
 LOGIT_BYTES = 10  # per logit: bf16, its fp32 copy, the saved exponential
@@ -23,24 +31,24 @@ def layer(rank: Rank, experts: bool) -> LayerTensors:
     )
 
 
-def ends(rank: Rank, chunk: Chunk) -> EndTensors:
+def ends(rank: Rank, chunk: PipelineChunk) -> EndTensors:
     """The logits, of a prediction block too."""
     if not chunk.loss:
         return EndTensors()
     vocab = rank.model.padded_vocab(rank.spec.tp) / rank.spec.tp
-    return EndTensors(head=(Kept("logits", (1 + chunk.mtp_layers) * rank.tokens, vocab, LOGIT_BYTES),))
+    return EndTensors(head=(SavedTensor("logits", (1 + chunk.mtp_layers) * rank.tokens, vocab, LOGIT_BYTES),))
 
 
 def _norm(rank: Rank) -> Tensors:
     hidden = rank.model.hidden
     return (
-        Kept("norm's input", rank.own, hidden, rank.element),
-        Kept("norm's output", rank.own, hidden, rank.element, again=True),
+        SavedTensor("norm's input", rank.tokens_local, hidden, rank.element),
+        SavedTensor("norm's output", rank.tokens_local, hidden, rank.element, recomputed=True),
     )
 
 
 def _mask(rank: Rank) -> Tensors:
-    return (Kept("dropout mask", rank.own, rank.model.hidden, 1),) if rank.model.dropout else ()
+    return (SavedTensor("dropout mask", rank.tokens_local, rank.model.hidden, 1),) if rank.model.dropout else ()
 
 
 def _attention(rank: Rank) -> Tensors:
@@ -55,8 +63,8 @@ def _attention(rank: Rank) -> Tensors:
         widths += (model.query_size + model.query_groups * model.head_dim) / tp if model.qk_norm else 0
     return (
         *_norm(rank),
-        Kept("softmax statistics", rank.tokens, model.heads / tp, FP32),
-        Kept("projections and the core's output", rank.tokens, widths, rank.element),
+        SavedTensor("softmax statistics", rank.tokens, model.heads / tp, FP32),
+        SavedTensor("projections and the core's output", rank.tokens, widths, rank.element),
         *_mask(rank),
     )
 
@@ -65,8 +73,8 @@ def _inner(name: str, rank: Rank, rows: float, width: float) -> Tensors:
     """Between the two products of an MLP: the first one's output, gate and all, and the activation."""
     first = (2 if rank.model.gated else 1) * width
     return (
-        Kept(f"{name}: first product", rows, first, rank.element),
-        Kept(f"{name}: activation", rows, width, rank.element),
+        SavedTensor(f"{name}: first product", rows, first, rank.element),
+        SavedTensor(f"{name}: activation", rows, width, rank.element),
     )
 
 
@@ -81,17 +89,17 @@ def _mlp(rank: Rank, experts: bool) -> Tensors:
 def _router(rank: Rank) -> Tensors:
     moe = rank.model.moe
     return (
-        Kept("logits, probabilities, map of choices", rank.own, ROUTER_COPIES * moe.experts, FP32),
-        Kept("way through permute and back", rank.own, moe.top_k, INT64),
+        SavedTensor("logits, probabilities, map of choices", rank.tokens_local, ROUTER_COPIES * moe.experts, FP32),
+        SavedTensor("way through permute and back", rank.tokens_local, moe.top_k, INT64),
     )
 
 
 def _experts(rank: Rank) -> Tensors:
-    rows = rank.computed
+    rows = rank.expert_rows
     first, activation = _inner("experts", rank, rows, rank.model.moe.ffn / rank.spec.etp)
     return (
-        Kept("experts' input", rows, rank.model.hidden, rank.element),
+        SavedTensor("experts' input", rows, rank.model.hidden, rank.element),
         first,
-        activation._replace(again=True),
-        Kept("way through permute and back", rows, 1, INT64),
+        activation._replace(recomputed=True),
+        SavedTensor("way through permute and back", rows, 1, INT64),
     )

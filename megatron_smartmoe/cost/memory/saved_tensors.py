@@ -1,6 +1,6 @@
 """A tensor that waits for the backward pass, and lists of them: of a layer, and of what lies around the layers.
 
-What a module keeps depends on who wrote it: `kept_fused` lists TransformerEngine's, `kept_local` Megatron's plain torch
+What a module keeps depends on who wrote it: `saved_te` lists TransformerEngine's, `saved_torch` Megatron's plain torch
 modules and this project's. `activations` adds the lists up. To count another implementation is to write another list.
 """
 
@@ -16,50 +16,50 @@ from megatron_smartmoe.spec.parallel import ParallelSpec
 FP32, INT64, INT32, BOOL = 4, 8, 4, 1  # bytes of an element
 
 
-class Kept(NamedTuple):
+class SavedTensor(NamedTuple):
     """One tensor on one rank.
 
     Attributes:
         name: what it is.
-        rows: of it, such as tokens.
+        rows: number of rows, such as tokens.
         width: elements of a row.
         element: bytes of an element.
-        again: whether recomputation of norms and activations (`act`) makes it a second time instead of keeping it.
+        recomputed: whether recomputation of norms and activations (`act`) computes it again instead of keeping it.
     """
 
     name: str
     rows: float
     width: float
     element: int
-    again: bool = False
+    recomputed: bool = False
 
     @property
     def nbytes(self) -> float:
-        """All of it."""
+        """Bytes of the tensor."""
         return self.rows * self.width * self.element
 
 
-Tensors = tuple[Kept, ...]
+Tensors = tuple[SavedTensor, ...]
 
 
-def total(tensors: Iterable[Kept]) -> float:
-    """Bytes of all."""
+def total(tensors: Iterable[SavedTensor]) -> float:
+    """Bytes of all of them."""
     return sum(tensor.nbytes for tensor in tensors)
 
 
 @dataclass(frozen=True)
 class Rank:
-    """One micro-batch as one rank sees it.
+    """One micro-batch on the busiest rank.
 
     Attributes:
         model: what is trained.
         spec: how it is spread.
-        hot: tokens of the busiest rank's experts over the mean.
+        imbalance: tokens of the busiest rank's experts over the mean.
     """
 
     model: ModelSpec
     spec: ParallelSpec
-    hot: float
+    imbalance: float
 
     @property
     def sequence(self) -> float:
@@ -68,18 +68,18 @@ class Rank:
 
     @property
     def tokens(self) -> float:
-        """Of all samples, between the projections of attention or of a dense MLP."""
+        """Tokens of all samples between the projections of attention or of a dense MLP."""
         return self.spec.micro_batch * self.sequence
 
     @property
-    def own(self) -> float:
-        """Tokens outside them: sequence parallelism cuts there."""
+    def tokens_local(self) -> float:
+        """Tokens outside those projections, where sequence parallelism shards the sequence."""
         return self.tokens / self.spec.tp
 
     @property
-    def computed(self) -> float:
-        """Rows that the busiest rank's experts compute; ranks that share an expert gather each other's."""
-        return self.own * self.model.moe.top_k * self.hot * self.spec.etp
+    def expert_rows(self) -> float:
+        """Rows that the busiest rank's experts compute; the ranks of an ETP group gather each other's."""
+        return self.tokens_local * self.model.moe.top_k * self.imbalance * self.spec.etp
 
     @property
     def element(self) -> int:
@@ -110,8 +110,8 @@ class EndTensors:
     """What a model chunk keeps of one micro-batch around its layers.
 
     Attributes:
-        embedding: of the first chunk.
-        head: final norm, logits and loss; of the last chunk, whose micro-batches are never two at a time.
+        embedding: what the first chunk keeps before its layers.
+        head: final norm, logits and loss of the last chunk, which holds one micro-batch of them at a time.
         checkpoint: what recomputation of whole layers keeps once for all of them.
     """
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from megatron_smartmoe.cost.compute import ExpertShape
+from megatron_smartmoe.cost.compute import ExpertShape, replica_grad_bytes
 from megatron_smartmoe.cost.moe_layer import (
     GEMM_EFFICIENCY,
     LINK_EFFICIENCY,
@@ -26,7 +26,7 @@ from megatron_smartmoe.spec.parallel import ParallelSpec
 
 @dataclass(frozen=True, kw_only=True)
 class StepConstants:
-    """Shares of the peaks in the cluster file, and a few counts. Estimates until measured; none is.
+    """Shares of the peaks in the cluster file, and a few counts: all estimates, none of them is measured.
 
     Attributes:
         gemm: large matrix products, of the dense peak.
@@ -38,13 +38,13 @@ class StepConstants:
         all_reduce_inter: the same between nodes.
         all_to_all_intra: token exchange inside a node.
         all_to_all_inter: the same between nodes.
-        launch_s: from one small kernel to the next, where the GPU waits for it.
+        launch_s: seconds from one small kernel to the next, where the GPU waits for it.
         launches_per_layer: such kernels of a layer without its experts, forward and backward.
-        step_s: once a step: clipping, logging, data.
+        step_s: seconds of a step for clipping, logging and data.
         row_passes: H-wide rows read or written per token and layer by norms, residuals and activations, both ways.
         fused_attention: scores never reach memory.
-        hidden_grad_share: of the backward pass of one micro-batch that gradient traffic may hide behind.
-        hidden_p2p_share: of the sends between stages that the interleaved schedule hides.
+        hidden_grad_share: share of one micro-batch's backward pass that gradient traffic may hide behind.
+        hidden_p2p_share: share of the sends between stages that the interleaved schedule hides.
     """
 
     gemm: float = GEMM_EFFICIENCY
@@ -78,7 +78,7 @@ class StepConstants:
 
     @property
     def all_reduce_shares(self) -> tuple[float, float]:
-        """Of the bandwidth inside a node and between nodes."""
+        """Shares of the bandwidth that an all-reduce reaches inside a node and between nodes."""
         intra, inter = self.all_reduce_intra, self.all_reduce_inter
         return self.ring_intra if intra is None else intra, self.ring_inter if inter is None else inter
 
@@ -86,7 +86,7 @@ class StepConstants:
 def layer_constants(
     cluster: ClusterSpec, model: ModelSpec, spec: ParallelSpec, constants: StepConstants, *, shared_card: bool = False
 ) -> LayerConstants:
-    """Constants of the MoE layer: per token that reaches a rank's expert-tensor group, per expert, per copy.
+    """Constants of the MoE layer: per token that reaches a rank's expert-tensor group, per expert, per replica.
 
     With ETP > 1 a rank computes 1 / ETP of every expert on the tokens of ETP ranks, hence the factor.
     """
@@ -101,7 +101,7 @@ def layer_constants(
         nodes=spec_nodes(cluster, spec.ep * spec.etp),
         intra_node=_scaled(cluster.intra_node, constants.all_to_all_intra),
         inter_node=_scaled(cluster.inter_node, constants.all_to_all_inter),
-        efficiency=dict.fromkeys(SHARES, 1.0),  # taken off above
+        efficiency=dict.fromkeys(SHARES, 1.0),  # already applied above
     )
     found = constants_of(scaled, expert_shape(model, spec), ranks=spec.ep, shared_network_card=shared_card)
     return replace(found, token_s=found.token_s * spec.etp)
@@ -114,7 +114,7 @@ def expert_shape(model: ModelSpec, spec: ParallelSpec) -> ExpertShape:
         ffn=model.moe.ffn // spec.etp,
         gated=model.gated,
         element_bytes=spec.element_bytes,
-        grad_bytes=spec.grad_bytes,
+        grad_bytes=replica_grad_bytes(spec.replicas, spec.element_bytes),
     )
 
 

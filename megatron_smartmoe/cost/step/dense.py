@@ -19,7 +19,8 @@ PASSES = 3.0  # forward, and backward for the input and for the weights
 SCORE_PASSES = 14.0  # over the scores, unfused, both ways: product, mask, softmax, dropout, and their gradients
 LOGIT_PASSES = 8.0  # over the fp32 logits: cast, maximum, exponential, gradient
 LOSS_REDUCTIONS = 3.0  # over the vocabulary: maximum, the label's logit, sum of exponentials
-TENSOR_COLLECTIVES = 5.0  # per sequence-parallel block: 2 forward, 2 backward, 1 gathered again for the weights
+FORWARD_TENSOR_COLLECTIVES = 2.0  # per sequence-parallel block: an all-gather before it, a reduce-scatter after it
+TENSOR_COLLECTIVES = 5.0  # per block: those, 2 backward, and its input gathered again for the weights' gradient
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ Method. Ranks are numbered `tp-cp-ep-dp-pp`, so a group is `size` ranks with a f
 share a node. A ring that crosses nodes goes through every member's own card, so a node's part of the group brings
 `members_per_node` cards (hierarchical rings of NCCL reach the same). An all-gather or a reduce-scatter of n bytes over
 p ranks takes n (p - 1) / p over the bandwidth (Thakur, Rabenseifner, Gropp 2005) and 1 + log2(p) latencies, as trees
-and pipelined rings do, or p - 1 where the cluster file knows a ring's; an all-reduce is both.
+and pipelined rings do, or p - 1 where the cluster file has a ring's; an all-reduce is both.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from megatron_smartmoe.spec.cluster import ClusterSpec
 
 @dataclass(frozen=True)
 class Group:
-    """Ranks that talk: `size` of them, `stride` apart."""
+    """The ranks of one process group: `size` of them, `stride` apart."""
 
     size: int
     stride: int
@@ -42,7 +42,7 @@ def all_reduce_s(num_bytes: float, group: Group, cluster: ClusterSpec, constants
 
 
 def _collective_s(num_bytes: float, group: Group, cluster: ClusterSpec, shares: tuple[float, float]) -> float:
-    """`num_bytes` once round the group, at these shares of the bandwidth inside a node and between nodes."""
+    """Seconds of one ring pass of `num_bytes`, at these shares of the bandwidth inside a node and between nodes."""
     if group.size < 2 or num_bytes <= 0:
         return 0.0
     intra, inter = shares

@@ -2,7 +2,7 @@
 
 `moe_layer.layer_time` prices every flow; here is only what a launch adds to it: expert tensor parallelism gathers the
 busiest rank's tokens over its ETP group, replicas planned from history move once a step and not once a micro-batch,
-and a cut all-to-all reads the experts' weights once more per cut.
+and an all-to-all in chunks reads the experts' weights once more for each further chunk.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ from megatron_smartmoe.spec.cluster import ClusterSpec
 from megatron_smartmoe.spec.model import ModelSpec
 from megatron_smartmoe.spec.parallel import ParallelSpec
 
-LAUNCHES_PER_CUT = 24  # of a cut all-to-all: its collectives and the grouped GEMMs, both ways
+# Kernels that each further chunk of the all-to-all adds: its collectives and its grouped GEMMs, forward and backward.
+# An estimate, not measured.
+LAUNCHES_PER_CHUNK = 24
 
 
 @dataclass(frozen=True)
@@ -33,20 +35,20 @@ class MoETimes:
 
     Attributes:
         layer: the layer model's terms, replicas left out.
-        replicas_s: copies out and gradients back, once.
+        replicas_s: replica weights out and gradients back, once.
         expert_tensor_s: gathering and scattering over the ETP group.
-        cuts_s: what cutting the all-to-all costs.
+        chunking_s: what the chunks of an overlapped all-to-all cost.
     """
 
     layer: LayerTime
     replicas_s: float
     expert_tensor_s: float
-    cuts_s: float
+    chunking_s: float
 
     @property
     def total_s(self) -> float:
-        """All but the replicas, which may move once a step."""
-        return self.layer.total_s + self.expert_tensor_s + self.cuts_s
+        """Seconds without the replicas, which may move once a step."""
+        return self.layer.total_s + self.expert_tensor_s + self.chunking_s
 
 
 def moe_times(
@@ -68,13 +70,13 @@ def moe_times(
     tensor_group = Group(spec.etp, 1)
     tensor_s = ALL_TO_ALLS * ring_s(gathered, tensor_group, cluster, constants)
     tensor_s += (EXCHANGES - ALL_TO_ALLS) * ring_s(1.0, tensor_group, cluster, constants)  # the probabilities
-    per_cut_s = mean["experts_s"] + LAUNCHES_PER_CUT * constants.launch_s
-    return MoETimes(LayerTime(**mean), replicas_s, tensor_s, (spec.overlap_degree - 1) * per_cut_s)
+    per_chunk_s = mean["experts_s"] + LAUNCHES_PER_CHUNK * constants.launch_s
+    return MoETimes(LayerTime(**mean), replicas_s, tensor_s, (spec.overlap_degree - 1) * per_chunk_s)
 
 
 def forward_again_s(times: MoETimes) -> float:
     """What recomputing the layer in the backward pass adds: a third of the arithmetic, half of everything else."""
     layer = times.layer
-    arithmetic_s = (layer.gemm_s + layer.experts_s) / 3
+    arithmetic_s = (layer.gemm_s + layer.experts_s) / 3  # backward is twice forward
     moved_s = (layer.source_s + layer.fixed_s + layer.all_to_all_intra_s + layer.all_to_all_inter_s) / 2
-    return arithmetic_s + moved_s + (times.expert_tensor_s + layer.hidden_s + times.cuts_s) / 2
+    return arithmetic_s + moved_s + (times.expert_tensor_s + layer.hidden_s + times.chunking_s) / 2

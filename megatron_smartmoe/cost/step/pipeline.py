@@ -16,12 +16,12 @@ from megatron_smartmoe.cost.compute import time_shared
 def schedule_s(
     stage_s: Sequence[float], micro_batches: int, virtual: int, ranks_per_device: float = 1.0
 ) -> tuple[float, float, int]:
-    """(all of it, bubble, slowest stage): the bubble is what the slowest stage waits.
+    """(seconds of the schedule, bubble, slowest stage): the bubble is what the slowest stage waits.
 
-    Where stages share what computes (CPU ranks on fewer cores), the others are `ranks_per_device` times as fast while
-    one waits: if the stages wait in turn, for the sum of what each of them waits; but nothing is done before all work
-    has been shared out. The bubble may be negative then: the slowest stage is faster than it would be beside others
-    that never wait.
+    Where stages share a device (CPU ranks on fewer cores), the others are `ranks_per_device` times as fast while one
+    waits: if the stages wait in turn, for the sum of what each of them waits; but the schedule never ends before all
+    work has been shared out. The bubble may then be negative: the slowest stage is faster than it would be beside
+    others that never wait.
 
     Args:
         stage_s: forward and backward of one micro-batch on each stage, all its chunks.

@@ -1,11 +1,11 @@
 """Time of one training step under a load: every term in seconds of the step, their sum is the step.
 
 Method. Each pipeline stage's micro-batch is the sum of its layers; the schedule makes a step of it (`pipeline`); what
-follows the schedule, gradients, optimizer and parameters, is added as far as it is not hidden. The terms are those of
-the slowest stage, times the micro-batches; what that stage waits for the others is the bubble.
+follows the schedule, gradients, optimizer and parameters, is added as far as it is exposed. The terms are those of the
+slowest stage, times the micro-batches; what that stage waits for the others is the bubble.
 
 Alternatives: an event simulation of the schedule costs a thousand times more and differs by the order of sends; a
-single formula (12 L H^2 over peak) cannot tell two plans apart.
+single formula (12 L H^2 over peak) cannot distinguish two plans.
 """
 
 from __future__ import annotations
@@ -18,21 +18,33 @@ import numpy as np
 
 from megatron_smartmoe.cost.memory.buffers import MOMENT_BYTES, largest_state_bytes
 from megatron_smartmoe.cost.step.constants import StepConstants
-from megatron_smartmoe.cost.step.dense import DenseTimes, dense_times, tokens_of
+from megatron_smartmoe.cost.step.dense import (
+    FORWARD_TENSOR_COLLECTIVES,
+    PASSES,
+    TENSOR_COLLECTIVES,
+    DenseTimes,
+    dense_times,
+    tokens_of,
+)
 from megatron_smartmoe.cost.step.groups import Group, all_reduce_s, ring_s, send_s
 from megatron_smartmoe.cost.step.moe import MoETimes, forward_again_s
 from megatron_smartmoe.cost.step.pipeline import schedule_s
 from megatron_smartmoe.spec.arrays import FloatArray
 from megatron_smartmoe.spec.cluster import ClusterSpec
 from megatron_smartmoe.spec.model import ModelSpec
-from megatron_smartmoe.spec.parallel import ParallelSpec, chunks
+from megatron_smartmoe.spec.parallel import ParallelSpec, pipeline_chunks
 
-OPTIMIZER_BYTES = 32  # per owned parameter: gradient, main weight and moments read, three written, weight written
+# Memory traffic of Adam, bytes per owned parameter: fp32 gradient, main weight and two moments read (16), the last
+# three written (12), the model's weight written (at most 4).
+OPTIMIZER_BYTES = 32
+# Of overlapped gradients and parameters: the last bucket's reduction starts when the backward pass has ended, and the
+# first bucket's gather ends before the forward pass starts. An estimate, not measured.
+LEAST_EXPOSED_SHARE = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepTime:
-    """Where a step's seconds go; `total_s` is the sum of the terms. `hidden_s` is negative or zero."""
+    """The terms of a step's time; `total_s` is their sum, `hidden_s` is negative or zero."""
 
     attention_s: float = 0.0
     dense_mlp_s: float = 0.0
@@ -64,10 +76,10 @@ class StepTime:
 
     def terms(self) -> list[tuple[str, float]]:
         """(what, seconds) of every term that is not zero, in order."""
-        return [(WORDS[f.name], getattr(self, f.name)) for f in fields(self) if getattr(self, f.name)]
+        return [(LABELS[f.name], getattr(self, f.name)) for f in fields(self) if getattr(self, f.name)]
 
 
-WORDS = {
+LABELS = {
     "attention_s": "attention",
     "dense_mlp_s": "dense MLP",
     "shared_expert_s": "shared expert",
@@ -78,7 +90,7 @@ WORDS = {
     "all_to_all_intra_s": "all-to-all inside nodes",
     "all_to_all_inter_s": "all-to-all between nodes",
     "expert_tensor_s": "expert tensor parallel gather",
-    "hidden_s": "hidden behind GEMMs (overlap degree)",
+    "hidden_s": "all-to-all hidden behind GEMMs",
     "replicas_s": "replica weights and gradients",
     "tensor_comm_s": "tensor and sequence parallel",
     "context_comm_s": "context parallel",
@@ -86,10 +98,10 @@ WORDS = {
     "loss_s": "embedding, loss, prediction blocks",
     "pipeline_comm_s": "sends between stages",
     "bubble_s": "pipeline bubble and uneven stages",
-    "grad_sync_s": "gradients, not hidden",
-    "param_gather_s": "parameters, not hidden",
-    "optimizer_s": "optimizer",
-    "other_s": "once a step, cutting the all-to-all",
+    "grad_sync_s": "exposed gradient reduction",
+    "param_gather_s": "exposed parameter all-gather",
+    "optimizer_s": "optimizer and per-step overhead",
+    "other_s": "extra all-to-all chunks",
 }
 
 
@@ -106,19 +118,22 @@ def step_time(
         moe: one MoE layer of one micro-batch under the load, from `moe_times`; several entries are equal parts of the
             model from first layer to last, so that a stage whose layers are hotter shows.
     """
+    # Step 1: terms of one micro-batch on each stage, from the layers that the stage holds.
     dense = dense_times(model, spec, cluster, constants)
     held = _stages(model, spec.pp, spec.vpp, spec.layers_of_chunk, len(moe))
     terms_ST = held.experts_SN @ np.array([_expert_layer(dense, one, spec) for one in moe])
     terms_ST += np.outer(held.layers_S, _any_layer(dense, spec)) + np.outer(held.dense_S, _dense_layer(dense, spec))
-    terms_ST[:, _AT["loss_s"]] += held.losses_S * dense.loss_s + held.mtp_S * dense.mtp_extra_s
-    terms_ST[:, _AT["pipeline_comm_s"]] += _sends(model, spec, cluster, constants)
+    terms_ST[:, _INDEX["loss_s"]] += held.losses_S * dense.loss_s + held.mtp_S * dense.mtp_extra_s
+    terms_ST[:, _INDEX["pipeline_comm_s"]] += _sends(model, spec, cluster, constants)
+    # Step 2: the schedule. The slowest stage sets the pace, the others' share of one micro-batch is the bubble.
     micro_S = terms_ST.sum(axis=1).tolist()
     _, bubble_s, slowest = schedule_s(micro_S, spec.micro_batches, spec.vpp, cluster.gpu.ranks_per_device)
-    copies_s = float(held.experts_SN[slowest] @ np.array([one.replicas_s for one in moe]))
+    # Step 3: replicas. From history they move once a step, from exact counts with every micro-batch.
+    replicas_s = float(held.experts_SN[slowest] @ np.array([one.replicas_s for one in moe]))
     times = 1 if spec.replicas in ("history", "off") else spec.micro_batches
     return StepTime(
         **dict(zip(_TERMS, (terms_ST[slowest] * spec.micro_batches).tolist(), strict=True)),
-        replicas_s=copies_s * times,
+        replicas_s=replicas_s * times,
         bubble_s=bubble_s,
         **_after(model, spec, cluster, constants, slowest, micro_S[slowest]),
     )
@@ -130,19 +145,19 @@ _TERMS = tuple(
     "all_to_all_inter_s expert_tensor_s hidden_s tensor_comm_s context_comm_s recompute_s loss_s pipeline_comm_s "
     "other_s".split()
 )
-_AT = {name: at for at, name in enumerate(_TERMS)}
+_INDEX = {name: at for at, name in enumerate(_TERMS)}
 
 
 def _vector(**values: float) -> FloatArray:
     found = np.zeros(len(_TERMS))
     for name, value in values.items():
-        found[_AT[name]] = value
+        found[_INDEX[name]] = value
     return found
 
 
 def _any_layer(dense: DenseTimes, spec: ParallelSpec) -> FloatArray:
     """Attention, which every layer has."""
-    again_s = dense.attention_s / 3 + 0.4 * dense.tensor_comm_attention_s if spec.recompute == "full" else 0.0
+    again_s = _forward_s(dense.attention_s, dense.tensor_comm_attention_s) if spec.recompute == "full" else 0.0
     return _vector(
         attention_s=dense.attention_s,
         tensor_comm_s=dense.tensor_comm_attention_s,
@@ -151,16 +166,21 @@ def _any_layer(dense: DenseTimes, spec: ParallelSpec) -> FloatArray:
     )
 
 
+def _forward_s(arithmetic_s: float, tensor_comm_s: float) -> float:
+    """The forward part of a block's seconds: what recomputing it in the backward pass adds."""
+    return arithmetic_s / PASSES + FORWARD_TENSOR_COLLECTIVES / TENSOR_COLLECTIVES * tensor_comm_s
+
+
 def _dense_layer(dense: DenseTimes, spec: ParallelSpec) -> FloatArray:
     """The MLP of a layer without experts."""
-    again_s = dense.dense_mlp_s / 3 + 0.4 * dense.tensor_comm_mlp_s if spec.recompute == "full" else 0.0
+    again_s = _forward_s(dense.dense_mlp_s, dense.tensor_comm_mlp_s) if spec.recompute == "full" else 0.0
     return _vector(dense_mlp_s=dense.dense_mlp_s, tensor_comm_s=dense.tensor_comm_mlp_s, recompute_s=again_s)
 
 
 def _expert_layer(dense: DenseTimes, moe: MoETimes, spec: ParallelSpec) -> FloatArray:
     """The experts, and the shared one, of a layer that has them."""
     layer = moe.layer
-    again_s = forward_again_s(moe) + dense.shared_expert_s / 3 if spec.recompute in ("moe", "full") else 0.0
+    again_s = forward_again_s(moe) + dense.shared_expert_s / PASSES if spec.recompute in ("moe", "full") else 0.0
     return _vector(
         shared_expert_s=dense.shared_expert_s,
         moe_gemm_s=layer.gemm_s,
@@ -173,7 +193,7 @@ def _expert_layer(dense: DenseTimes, moe: MoETimes, spec: ParallelSpec) -> Float
         hidden_s=layer.hidden_s,
         tensor_comm_s=dense.tensor_comm_mlp_s if dense.shared_expert_s else 0.0,
         recompute_s=again_s,
-        other_s=moe.cuts_s,
+        other_s=moe.chunking_s,
     )
 
 
@@ -192,7 +212,7 @@ class _Held:
 def _stages(model: ModelSpec, pp: int, vpp: int, layout: tuple[int, ...] | None, parts: int) -> _Held:
     layers_S, dense_S, losses_S, mtp_S = (np.zeros(pp) for _ in range(4))
     experts_SN = np.zeros((pp, parts))
-    for chunk in chunks(model, ParallelSpec(gpus=pp, pp=pp, vpp=vpp, layers_of_chunk=layout)):
+    for chunk in pipeline_chunks(model, ParallelSpec(gpus=pp, pp=pp, vpp=vpp, layers_of_chunk=layout)):
         at = chunk.stage
         for layer in [*chunk.layers, *range(model.layers, model.layers + chunk.mtp_layers)]:
             layers_S[at] += 1
@@ -211,8 +231,8 @@ def _sends(model: ModelSpec, spec: ParallelSpec, cluster: ClusterSpec, constants
         return 0.0
     num_bytes = tokens_of(model, spec) / spec.tp * model.hidden * spec.element_bytes
     one_s = send_s(num_bytes, spec.gpus // spec.pp, cluster, constants)
-    shown = 1.0 if spec.vpp == 1 else 1.0 - constants.hidden_p2p_share
-    return 2 * one_s * spec.vpp * shown
+    exposed = 1.0 if spec.vpp == 1 else 1.0 - constants.hidden_p2p_share
+    return 2 * one_s * spec.vpp * exposed
 
 
 def _after(
@@ -223,7 +243,7 @@ def _after(
     stage: int,
     micro_s: float,
 ) -> dict[str, float]:
-    """Gradients, optimizer and parameters of one stage, as far as nothing hides them."""
+    """Seconds of one stage for gradients and parameters, as far as they are exposed, and for the optimizer."""
     dense, expert = largest_state_bytes(model, spec, stage)
     dense_group, expert_group = Group(spec.dp * spec.cp, spec.tp), Group(spec.edp, spec.etp * spec.ep)
 
@@ -237,16 +257,17 @@ def _after(
         params_s = both(ring_s, dense.params, expert.params)
     else:  # every rank updates everything
         grads_s, params_s = both(all_reduce_s, dense.gradients, expert.gradients), 0.0
-    backward_s, forward_s = micro_s * 2 / 3, micro_s / 3
-    shown_grads_s, shown_params_s = grads_s, params_s
+    # Megatron's overlap hides this traffic behind the last backward and the first forward of the step's micro-batches.
+    backward_s, forward_s = micro_s * 2 / 3, micro_s / 3  # backward is twice forward
+    exposed_grads_s, exposed_params_s = grads_s, params_s
     if spec.overlap_grad_reduce:
-        shown_grads_s = max(grads_s - constants.hidden_grad_share * backward_s, 0.1 * grads_s)
+        exposed_grads_s = max(grads_s - constants.hidden_grad_share * backward_s, LEAST_EXPOSED_SHARE * grads_s)
     if spec.overlap_param_gather:
-        shown_params_s = max(params_s - constants.hidden_grad_share * forward_s, 0.1 * params_s)
+        exposed_params_s = max(params_s - constants.hidden_grad_share * forward_s, LEAST_EXPOSED_SHARE * params_s)
     owned = (dense.moments + expert.moments) / MOMENT_BYTES
     bandwidth = cluster.gpu.memory_bandwidth_bytes_s * constants.memory
     return {
-        "grad_sync_s": shown_grads_s,
-        "param_gather_s": shown_params_s,
+        "grad_sync_s": exposed_grads_s,
+        "param_gather_s": exposed_params_s,
         "optimizer_s": owned * OPTIMIZER_BYTES / bandwidth + constants.step_s,
     }

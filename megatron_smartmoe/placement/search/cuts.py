@@ -1,9 +1,10 @@
-"""What limits a placement: sets of ranks whose experts have no copy outside, weighed over many loads at once.
+"""What limits a placement: sets of ranks (cuts) whose experts have no host outside, for many loads at once.
 
 With the best split, the largest rank load of a placement is the maximum over rank sets Q of (load of the experts all of
-whose copies lie inside Q) / |Q| (Hall's condition). Up to 8 ranks all sets are listed; beyond, only the ones that were
-ever binding: an exact split finds them (`split.binding_cuts`) and they are kept (cutting planes). A search can then
-judge thousands of changed placements by matrix products and ask the exact oracle only about the one it wants to make.
+whose hosts lie inside Q) / |Q| (Hall's condition, 1935). Up to 8 ranks all sets are listed; beyond, only the ones that
+were ever binding: an exact split finds them (`split.binding_cuts`) and they are kept, as in a cutting-plane method
+(Kelley 1960). A search can then judge thousands of changed placements by matrix products and run the exact oracle only
+for the one it wants to make.
 
 Alternatives: a subset-sum transform over all 2^R sets per candidate (exact, but 65,536 sets at 16 ranks and
 impossible at 64); a flow per candidate and load (exact, 0.2 to 1 ms each).
@@ -21,8 +22,8 @@ from megatron_smartmoe.placement.split import binding_cuts, split_graph
 from megatron_smartmoe.spec.arrays import FloatArray, IntArray
 from megatron_smartmoe.spec.placement import BoolArray
 
-MEAN_LOAD = 1_000_000  # a scenario is scaled so that a rank's mean load is about this
-ALL_SETS_UP_TO_RANKS = 8
+MEAN_LOAD = 1_000_000  # tokens; a scenario is scaled so that a rank's mean load is about this: six digits of balance
+ALL_SETS_UP_TO_RANKS = 8  # 255 sets, a matrix product that stays in the cache
 
 
 def scaled(loads_KE: FloatArray | IntArray, num_ranks: int) -> FloatArray:
@@ -33,7 +34,7 @@ def scaled(loads_KE: FloatArray | IntArray, num_ranks: int) -> FloatArray:
 
 
 class CutPool:
-    """Rank sets that bind or might.
+    """The rank sets that a search judges placements by.
 
     Args:
         num_ranks: R.
@@ -59,7 +60,7 @@ class CutPool:
         return np.packbits(outside_R).tobytes()
 
     def add(self, cuts: Iterable[list[int]]) -> bool:
-        """Keep rank sets that are not known yet; whether there were any."""
+        """Add rank sets that are not known yet; returns whether there were any."""
         fresh = []
         for ranks in cuts:
             outside_R = np.ones(self.num_ranks, dtype=np.bool_)
@@ -73,15 +74,15 @@ class CutPool:
         return bool(fresh)
 
     def ask_oracle(self, scenarios_KE: FloatArray, hosts_ER: BoolArray) -> Iterator[bool]:
-        """Add the sets that bind, scenario by scenario; yields whether there were new ones. Nothing when all are
-        listed."""
+        """Add the sets that bind, scenario by scenario; yields whether there were new ones, or nothing when every set
+        is listed."""
         if self.complete:
             return
         graph = split_graph(hosts_ER, scenarios_KE.max(axis=0).astype(np.int64))
         for load_E in scenarios_KE.astype(np.int64):
             yield self.add(binding_cuts(graph, load_E)[1])
 
-    def copies_outside(self, hosts_ER: BoolArray) -> FloatArray:
-        """`[E, Q]`: copies of expert e outside set Q; none means that its load is locked in."""
+    def hosts_outside(self, hosts_ER: BoolArray) -> FloatArray:
+        """`[E, Q]`: hosts of expert e outside set Q; with none of them its load is locked into the set."""
         outside_EQ: FloatArray = hosts_ER.astype(np.float64) @ self._outside_RQ
         return outside_EQ

@@ -1,4 +1,4 @@
-"""Small changes of a slot table, many at once: fill or empty a spare slot, exchange two copies, swap two homes.
+"""Small changes of a slot table, many at once: fill or empty a spare slot, exchange two replicas, swap two homes.
 
 Every kind changes the hosts of at most two experts, by one rank each; that is all a search needs to judge it.
 """
@@ -13,7 +13,7 @@ from megatron_smartmoe.placement.search.objective import Objective, Space
 from megatron_smartmoe.spec.arrays import FloatArray, IntArray
 from megatron_smartmoe.spec.placement import EMPTY, BoolArray
 
-NOWHERE = -1  # instead of a rank: the expert only loses or only gains a copy
+NOWHERE = -1  # instead of a rank: the expert only loses or only gains a host
 EXCHANGE = -2  # instead of a new expert: the move exchanges its two slots
 
 
@@ -22,7 +22,7 @@ class Moves:
     """M changes.
 
     Attributes:
-        at_M2: flat indices of the one or two slots concerned.
+        at_M2: flat indices of the one or two slots that change.
         new_M: what slot `at_M2[:, 0]` gets (EMPTY to clear it), or EXCHANGE.
         expert_M2: experts whose hosts change, EMPTY for none.
         from_M2: rank that loses the expert, or NOWHERE.
@@ -43,7 +43,7 @@ class Moves:
         return len(self.new_M)
 
     def applied(self, move: int, slots_RS: IntArray) -> IntArray:
-        """A copy of the slots with one move made; a replica that meets its own home on a rank gives up its slot."""
+        """New slots with one move made; a replica on the rank where its own home arrives is cleared."""
         slots_RS = slots_RS.copy()
         flat = slots_RS.reshape(-1)
         first, second = self.at_M2[move]
@@ -65,8 +65,8 @@ class Table:
 
     Attributes:
         slots_RS: the slots as they are.
-        hosts_ER: whether rank r holds a copy of expert e.
-        start_ER: whether it did when the search began: a copy that is new since then has its price.
+        hosts_ER: whether rank r holds expert e.
+        start_ER: whether it did when the search began: a replica that is new since then has its price.
         space: what may be changed.
         objective: prices.
     """
@@ -96,8 +96,7 @@ def clearings(table: Table) -> Moves:
 
 
 def replacements(table: Table, wanted_E: IntArray, cheap_S: IntArray) -> Moves:
-    """Put an expert of `wanted_E` into a spare slot of `cheap_S` (numbered as in `clearings`) whose rank may hold
-    it."""
+    """Put an expert of `wanted_E` into a spare slot of `cheap_S` (numbered as in `clearings`) where it may lie."""
     rank, slot = (values[cheap_S] for values in table.spare())
     may_CR = (table.space.allowed_ER(table.slots_RS) & ~table.hosts_ER)[wanted_E]
     which, at = np.nonzero(may_CR[:, rank])
@@ -108,9 +107,9 @@ def _put(table: Table, rank: IntArray, slot: IntArray, new: IntArray) -> Moves:
     """Moves that put expert `new` (or EMPTY) into slot (rank, slot)."""
     slots_RS, start_ER, objective = table.slots_RS, table.start_ER, table.objective
     old = slots_RS[rank, slot]
-    strange_new = (new != EMPTY) & ~start_ER[new, rank]
-    strange_old = (old != EMPTY) & ~start_ER[old, rank]
-    copies = (new != EMPTY).astype(np.float64) - (old != EMPTY)
+    changed_new = (new != EMPTY) & ~start_ER[new, rank]
+    changed_old = (old != EMPTY) & ~start_ER[old, rank]
+    replicas = (new != EMPTY).astype(np.float64) - (old != EMPTY)
     nowhere = np.full(len(new), NOWHERE)
     flat = rank * slots_RS.shape[1] + slot
     return Moves(
@@ -119,13 +118,13 @@ def _put(table: Table, rank: IntArray, slot: IntArray, new: IntArray) -> Moves:
         expert_M2=np.stack([new, old], axis=1),
         from_M2=np.stack([nowhere, rank], axis=1),
         to_M2=np.stack([rank, nowhere], axis=1),
-        price_M=objective.copy_price * copies + objective.change_price * (strange_new * 1.0 - strange_old),
+        price_M=objective.replica_price * replicas + objective.change_price * (changed_new * 1.0 - changed_old),
         home_slots=table.space.home_slots,
     )
 
 
 def exchanges(table: Table, wanted_E: IntArray, cheap_S: IntArray) -> Moves:
-    """Exchange a copy of an expert of `wanted_E` with what a spare slot of `cheap_S` on another rank holds."""
+    """Exchange a replica of an expert of `wanted_E` with what a spare slot of `cheap_S` on another rank holds."""
     rank, slot = table.spare()
     held = table.slots_RS[rank, slot]
     wanted_S = np.isin(held, wanted_E)
@@ -134,7 +133,7 @@ def exchanges(table: Table, wanted_E: IntArray, cheap_S: IntArray) -> Moves:
     may_SS = may_SR[:, rank]
     cheap = np.isin(np.arange(len(held)), cheap_S)
     pairs_SS = may_SS & may_SS.T & wanted_S[:, None] & cheap & (held[:, None] != held)
-    first, second = np.nonzero(pairs_SS & ~(np.tril(pairs_SS) & pairs_SS.T))  # a pair that is there twice counts once
+    first, second = np.nonzero(pairs_SS & ~(np.tril(pairs_SS) & pairs_SS.T))  # each pair once
     return _exchange(table, (rank, slot), first, second, table.objective.change_price)
 
 
@@ -147,7 +146,7 @@ def home_swaps(table: Table, wanted_E: IntArray) -> Moves:
     once = ~wanted_S[second] | (first < second)
     first, second = first[once], second[once]
     swaps = _exchange(table, (rank, slot), first, second, table.objective.home_price)
-    already = table.hosts_ER[swaps.expert_M2, swaps.to_M2]  # a replica waits where the home arrives: one host less
+    already = table.hosts_ER[swaps.expert_M2, swaps.to_M2]  # the home arrives at its own replica: one host less
     return Moves(**{**vars(swaps), "to_M2": np.where(already, NOWHERE, swaps.to_M2)})
 
 
@@ -160,8 +159,8 @@ def _exchange(
     from_M2 = np.stack([rank[first], rank[second]], axis=1)
     to_M2 = from_M2[:, ::-1]
     filled = expert_M2 != EMPTY
-    strange_after = filled & ~start_ER[expert_M2, to_M2]
-    strange_before = filled & ~start_ER[expert_M2, from_M2]
+    changed_after = filled & ~start_ER[expert_M2, to_M2]
+    changed_before = filled & ~start_ER[expert_M2, from_M2]
     flat = rank * slots_RS.shape[1] + slot
     return Moves(
         at_M2=np.stack([flat[first], flat[second]], axis=1),
@@ -169,6 +168,6 @@ def _exchange(
         expert_M2=expert_M2,
         from_M2=from_M2,
         to_M2=to_M2,
-        price_M=price * (strange_after.sum(axis=1) - strange_before.sum(axis=1)),
+        price_M=price * (changed_after.sum(axis=1) - changed_before.sum(axis=1)),
         home_slots=table.space.home_slots,
     )

@@ -1,8 +1,8 @@
 """What a slot table is worth, and what a search may change: the terms that all planners share.
 
 The makespan alone is a poor guide: with two equal bottlenecks no single change lowers the maximum. So the overflow, the
-tokens above the mean load that no split can place, is added with a small weight; it falls with every useful copy.
-Averaging over scenarios and adding the worst keeps a plan from being perfect for yesterday and brittle today.
+tokens above the mean load that no split can place, is added with a small weight; it falls with every useful replica.
+Averaging over scenarios and adding the worst keeps a plan from being perfect for the last record only.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ class Objective:
     """What a slot table is worth, in units of the mean rank load (lower is better).
 
     Attributes:
-        worst_weight: of the worst scenario beside the mean over all of them.
-        copy_price: of each replica, every iteration: its weights out and its gradients back.
-        change_price: of each slot filled with an expert that its rank did not hold at the start.
-        home_price: of each expert whose home moves: weights, main weights and moments, over the horizon they last.
-        min_gain: what a change must win above its price.
-        enough: an excess (see `excess`) below which nothing is looked for.
+        worst_weight: weight of the worst scenario beside the mean over all of them.
+        replica_price: price of a replica in an iteration: its weights out and its gradients back.
+        change_price: price of a slot that is filled with an expert which its rank did not hold at the start.
+        home_price: price of an expert whose home moves: weights, main weights and moments, over the plan's horizon.
+        min_gain: what a change must gain above its price.
+        enough: an excess (see `excess`) below which the search stops.
     """
 
     worst_weight: float = 0.3
-    copy_price: float = 0.0
+    replica_price: float = 0.0
     change_price: float = 0.0
     home_price: float = 0.0
     min_gain: float = 1e-4
@@ -47,10 +47,10 @@ class Space:
         home_slots: columns of homes, E / R.
         node_R: node of each rank; a replica lies on its home's node. All zero when replicas may lie anywhere.
         move_homes: whether homes may be swapped (within a node).
-        max_steps: changes at most.
-        max_experts: experts considered for a copy in one step, those with the largest loads; bounds the time of a step.
-        max_slots: slots considered for it, those whose copies are missed least.
-        trials: candidates of one kind and step that the exact oracle may be asked about.
+        max_steps: most changes.
+        max_experts: experts considered for a replica in one step, those with the largest loads; bounds a step's time.
+        max_slots: slots considered for it, those whose replicas matter least.
+        trials: candidates of one kind and step that are tried on the exact oracle.
     """
 
     home_slots: int

@@ -1,17 +1,18 @@
 """Execute a migration plan: every step arrives whole and verified on all ranks, and is committed then, or not at all.
 
-A step goes like this. What stays on a rank is copied aside. What leaves is packed, chunk by chunk, and sent while the
-next chunk is packed; what arrives is staged, and its checksum taken while the next chunk is on its way. Then all ranks
-of the pipeline stage agree: sender and receiver add and subtract the checksum of each message in one small all-reduce,
-which must come out as zero. A second one confirms that everybody saw this. Only then is the staged state written.
+A step goes like this. Experts that change slots within a rank are copied to staging memory. What leaves is packed,
+chunk by chunk, and sent while the next chunk is packed; what arrives is staged, and its checksum is taken while the
+next chunk is on its way. Then the ranks of the pipeline stage compare checksums: sender and receiver add and subtract
+the checksum of each message in one small all-reduce, which must come out as zero. A second one confirms that every rank
+has got this result. Only then is the staged state written.
 
 What is guaranteed:
-- A checksum that does not fit, a peer that does not answer, a message that fails: `MigrationError`, nothing of that
-  step is written on any rank, steps before it are complete on all. The caller's homes are right, because they change
-  in `on_commit`, step by step.
-- A failure between the agreement and its confirmation, an all-reduce of 8 bytes: `CommitUnknownError`. Other ranks may
+- A wrong checksum, a peer that does not answer, a message that fails: `MigrationError`, nothing of that step is written
+  on any rank, steps before it are complete on all. The caller's homes are right, because they change in `on_commit`,
+  step by step.
+- A failure between the comparison and its confirmation, an all-reduce of 8 bytes: `CommitUnknownError`. Other ranks may
   have written, so training must stop and restart from its last checkpoint. (A rank that was itself too slow for the
-  others may end here too, although they have given up and written nothing: it cannot know.)
+  others may end here too, although they have given up and written nothing: both cases look alike from there.)
 - A process that dies at any instant: the others get one of the two errors, the job restarts from its last checkpoint.
   Nothing on disk is touched here.
 
@@ -40,12 +41,16 @@ Probe = Callable[[str, MigrationStep, torch.Tensor | None], None]
 
 
 class CommitUnknownError(MigrationError):
-    """Whether the other ranks have committed cannot be known: end the training, restart it from its checkpoint."""
+    """Other ranks may have committed a step or not: end the training and restart it from its last checkpoint."""
 
 
 @dataclass(kw_only=True)
 class MigrationReport:
-    """What a migration did on this rank; bytes of experts' state, without checksums and agreements."""
+    """What a migration did on this rank.
+
+    Bytes are those of the experts' state, without checksums and comparisons. `local_bytes` were copied between slots of
+    this rank; `peak_staging_bytes` is the largest staging memory of any migration so far.
+    """
 
     steps: int = 0
     sent_bytes: int = 0
@@ -59,14 +64,14 @@ class ExpertExchange:
     """Moves experts between the ranks of one pipeline stage.
 
     Args:
-        group: all ranks of the pipeline stage, for this alone, made with the same timeout. Every one of them calls
-            `execute` together.
-        workers: global rank of each worker of this rank's grid, w = ep_rank * D + edp_rank.
-        device: where the experts are.
-        staging_bytes: bound of the staging memory, as given to the plan.
-        timeout_s: how long to wait for a peer.
-        probe: for tests; called at `received` (with a staged chunk, before its checksum), `staged` (everything is
-            there), `agreed` (before the commit) and `committed`.
+        group: All ranks of the pipeline stage; used for nothing else and made with the same timeout. All of its ranks
+            call `execute` together.
+        workers: Global rank of each worker of this rank's grid, w = ep_rank * D + edp_rank.
+        device: The device of the experts' tensors.
+        staging_bytes: Bound of the staging memory, as given to the plan.
+        timeout_s: Longest wait for a peer.
+        probe: For tests; called at `received` (with a staged chunk, before its checksum), `staged` (after the last
+            chunk), `agreed` (before the commit) and `committed`.
     """
 
     def __init__(
@@ -93,17 +98,17 @@ class ExpertExchange:
         """Carry out a plan, step by step. A collective call of the whole pipeline stage.
 
         Args:
-            plan: equal on all ranks (its digest is compared first).
-            states: by layer; live tensors with complete weights and without gradients that wait for the optimizer.
-            on_commit: called on every rank right after a step is written: set the homes of `step.experts` to
+            plan: Equal on all ranks (its digest is compared first).
+            states: The live tensors by layer, with complete weights and without gradients that wait for the optimizer.
+            on_commit: Called on every rank right after a step is written: set the homes of `step.experts` to
                 `step.to_slot`.
 
         Raises:
-            MigrationError: this step and those after it were not carried out; see above for what holds.
-            CommitUnknownError: training must stop.
+            MigrationError: This step and those after it were not carried out; see the module for what is guaranteed.
+            CommitUnknownError: Training must stop.
         """
         if self._broken:
-            raise MigrationError(f"no migration any more, an earlier one broke the connections: {self._broken}")
+            raise MigrationError(f"expert migration is disabled: an earlier one lost its process group: {self._broken}")
         begin = time.perf_counter()
         report = MigrationReport()
         try:
@@ -121,7 +126,7 @@ class ExpertExchange:
         return report
 
     def _compare(self, plan: MigrationPlan) -> None:
-        """All ranks must have the same plan; the first rank that has another one would otherwise hang or corrupt."""
+        """Check that all ranks have the same plan; executing different ones would hang or corrupt experts."""
         bounds = digest_bounds(plan.digest, self._device)
         self._wire.all_reduce(bounds, "comparing plans", dist.ReduceOp.MAX)
         if not is_one_digest(bounds.tolist()):
@@ -132,22 +137,22 @@ class ExpertExchange:
 
     @torch.no_grad()
     def _step(self, step: MigrationStep, state: LayerState, report: MigrationReport) -> None:
-        """Stage, agree, commit."""
+        """Stage, compare, commit."""
         staging = Staging(step, self.worker, state, self._arena)
         report.local_bytes += staging.stage_local()
         checksum_M = self._transfer(step, staging, report)
         self._probe("staged", step, None)
-        self._agree(step, checksum_M)
+        self._verify(step, checksum_M)
         self._probe("agreed", step, None)
-        self._commit(staging)
+        staging.commit()
         report.steps += 1
         self._probe("committed", step, None)
 
     def _transfer(self, step: MigrationStep, staging: Staging, report: MigrationReport) -> torch.Tensor:
-        """Send and receive all messages of this worker, two turns of chunks on their way at a time.
+        """Send and receive all messages of this worker; the chunks of two turns are on their way at a time.
 
         Returns:
-            checksum of each message of the step, int64: plus where it was sent, minus where it was received.
+            The checksum of each message of the step, int64: plus where it was sent, minus where it was received.
         """
         checksum_M = torch.zeros(len(step.messages), dtype=torch.int64, device=self._device)
         previous: Batch | None = None
@@ -163,7 +168,7 @@ class ExpertExchange:
         return checksum_M
 
     def _finish(self, step: MigrationStep, batch: Batch, checksum_M: torch.Tensor, report: MigrationReport) -> None:
-        """Wait for a batch and take its checksums; what was sent is still in its buffer."""
+        """Wait for a batch and add its checksums; sent chunks are still in their buffers."""
         self._wire.finish(step, batch)
         for chunk, data in zip(batch.chunks, batch.data, strict=True):
             if chunk.outgoing:
@@ -174,9 +179,9 @@ class ExpertExchange:
                 self._probe("received", step, data)
                 checksum_M[chunk.message] -= chunk_checksum(data, chunk.number)
 
-    def _agree(self, step: MigrationStep, checksum_M: torch.Tensor) -> None:
-        """Everybody has everything, unchanged; and everybody knows it."""
-        what = f"layer {step.layer}: agreeing on the commit"
+    def _verify(self, step: MigrationStep, checksum_M: torch.Tensor) -> None:
+        """Check that all messages arrived unchanged on all ranks, and that all ranks have got this result."""
+        what = f"layer {step.layer}: comparing checksums"
         self._wire.all_reduce(checksum_M, what)
         wrong = checksum_M.nonzero().flatten().tolist()
         if wrong:
@@ -190,9 +195,6 @@ class ExpertExchange:
             self._wire.all_reduce(torch.zeros(1, dtype=torch.int64, device=self._device), what)
         except PeerError as error:
             raise CommitUnknownError(
-                f"layer {step.layer}: lost a rank between the agreement and its confirmation, some ranks may have "
-                f"committed. Restart the training from its last checkpoint. ({error.__cause__})"
+                f"layer {step.layer}: lost a rank between the comparison of checksums and its confirmation, some "
+                f"ranks may have committed. Restart the training from its last checkpoint. ({error.__cause__})"
             ) from error
-
-    def _commit(self, staging: Staging) -> None:
-        staging.commit()

@@ -1,9 +1,8 @@
-"""Staging memory of a migration: where incoming state waits for the commit, and two chunks to send from.
+"""Staging memory of a migration: incoming state waits in it for the commit, and two chunks are sent from it.
 
-One arena is sliced anew for each step; it grows to the largest need of any plan, so that the bound that the user gave
-holds by construction, and is kept, because memory that is new to the process arrives at a third of the speed. Incoming
-messages lie whole in it, because all or nothing means that nothing of the old state may be overwritten before
-everything has arrived.
+One arena is sliced anew for each step. It grows to the largest need of any plan, never above the user's bound, and
+stays allocated, because receiving into memory that is new to the process takes three times as long. Incoming messages
+lie whole in it, because all or nothing means that no old state may be overwritten before everything has arrived.
 """
 
 from __future__ import annotations
@@ -15,20 +14,22 @@ from megatron_smartmoe.errors import MigrationError
 from megatron_smartmoe.placement.migration import ALIGNMENT_BYTES, STAGING_FLAG, MigrationStep
 from megatron_smartmoe.runtime.migration.expert_tensors import LayerState
 from megatron_smartmoe.runtime.migration.wire import Chunk
+from megatron_smartmoe.spec.arrays import IntArray
 
-_ROW_BYTES, _BLOCK_BYTES = 512, 1 << 20  # of a checksum
-_ODD = 0x9E3779B97F4A7C15 - (1 << 64)
+_ROW_BYTES = 512  # bytes that a checksum sums before it weights the sum
+_BLOCK_BYTES = 1 << 20  # bytes of an unaligned chunk that are copied at a time
+_ODD = 0x9E3779B97F4A7C15 - (1 << 64)  # 2^64 / golden ratio, as a signed number: spreads the weights over 64 bits
 
 
 class Arena:
-    """The memory of all steps, one after the other.
+    """The staging memory that all steps use, one after the other.
 
     Args:
-        limit_bytes: what `--smartmoe-migration-staging-mib` allows.
-        device: of the experts.
+        limit_bytes: The bound that `--smartmoe-migration-staging-mib` gives.
+        device: The device of the experts' tensors.
 
     Attributes:
-        peak_bytes: the most that was ever allocated.
+        peak_bytes: The most bytes that were ever allocated.
     """
 
     def __init__(self, limit_bytes: int, device: torch.device) -> None:
@@ -36,7 +37,7 @@ class Arena:
         self._bytes: torch.Tensor | None = None
 
     def take(self, nbytes: int) -> torch.Tensor:
-        """The first `nbytes` of the arena, uint8; what was taken before is lost."""
+        """The first `nbytes` of the arena, uint8; whatever was taken before is overwritten."""
         if nbytes > self.limit_bytes:
             raise MigrationError(
                 f"{nbytes} bytes of staging memory asked for, {STAGING_FLAG} allows {self.limit_bytes}"
@@ -52,9 +53,9 @@ class Staging:
     """The staging memory of one worker in one step.
 
     Attributes:
-        chunks: two buffers to send from.
-        incoming: staged bytes of each message for this worker, by its index in `step.messages`.
-        local: staged bytes of what moves between slots of this worker, and its transfers.
+        chunks: Two buffers for packed chunks that are sent.
+        incoming: Staged bytes of each message for this worker, by its index in `step.messages`.
+        local: Staged bytes of the transfers between slots of this worker.
     """
 
     def __init__(self, step: MigrationStep, worker: int, state: LayerState, arena: Arena) -> None:
@@ -75,13 +76,15 @@ class Staging:
         self.local = memory[at : at + local_bytes]
 
     def stage_local(self) -> int:
-        """Copy what stays on this worker aside, for another slot takes its place; returns the bytes."""
+        """Copy the transfers between slots of this worker to staging memory; returns their number of bytes."""
         self._copy(self._local, self.local, into_staging=True)
         return len(self.local)
 
     def memory_of(self, chunk: Chunk, turn: int) -> torch.Tensor:
-        """Where a chunk is received, or what is to be sent: a part of one live tensor as it is, or several transfers
-        packed into the buffer that is free in this turn."""
+        """The memory that a chunk is received into or sent from.
+
+        A chunk is sent from the live tensor if it is a part of one, and otherwise packed into this turn's free buffer.
+        """
         if not chunk.outgoing:
             return self.incoming[chunk.message][chunk.offset : chunk.offset + chunk.nbytes]
         message = self._step.messages[chunk.message]
@@ -97,13 +100,13 @@ class Staging:
         return buffer
 
     def commit(self) -> None:
-        """Write everything that is staged into the live tensors."""
+        """Write all staged bytes into the live tensors."""
         for index, staged in self.incoming.items():
             message = self._step.messages[index]
             self._copy(np.arange(message.first, message.last), staged, into_staging=False)
         self._copy(self._local, self.local, into_staging=False)
 
-    def _copy(self, rows: np.ndarray, staged: torch.Tensor, *, into_staging: bool) -> None:
+    def _copy(self, rows: IntArray, staged: torch.Tensor, *, into_staging: bool) -> None:
         at = 0
         for row in rows.tolist():
             part = staged[at : at + int(self._step.transfers.nbytes[row])]
@@ -125,20 +128,20 @@ class Staging:
 
 
 def padded(nbytes: int) -> int:
-    """Rounded up to the alignment of a message."""
+    """A number of bytes, rounded up to the alignment of a message."""
     return -(-nbytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
 
 
 def chunk_checksum(chunk: torch.Tensor, number: int) -> torch.Tensor:
     """A 64-bit checksum of a chunk's bytes, int64 scalar on its device; one pass at the speed of memory.
 
-    Rows of 512 bytes are summed as 64-bit words, and the sums weighted by their position. So a flipped bit and bytes
-    at another place are noticed; words that change places within a row are not. Weights per word would cost a
-    second pass, and what they would add is nothing that a transport is known to do.
+    Rows of 512 bytes are summed as 64-bit words, and the sums weighted by their position. So a flipped bit and
+    misplaced bytes are detected; words that change places within a row are not. Weights per word would cost a second
+    pass to detect what no transport is known to do.
 
     Args:
-        chunk: uint8; what does not start at a multiple of 8 bytes is copied block by block.
-        number: of the chunk within its message.
+        chunk: The bytes, uint8; a chunk that does not start at a multiple of 8 bytes is copied block by block.
+        number: The chunk's number within its message.
     """
     total = torch.zeros((), dtype=torch.int64, device=chunk.device)
     aligned = chunk.storage_offset() % 8 == 0 and chunk.data_ptr() % 8 == 0

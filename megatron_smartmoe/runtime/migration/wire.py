@@ -1,4 +1,4 @@
-"""The wire of a migration: chunks of messages between pairs of ranks, and small all-reduces, with a time limit on both.
+"""Messages of a migration: chunks between pairs of ranks, and small all-reduces, with a time limit on both.
 
 A step's messages come in rounds in which every rank sends at most one and receives at most one, and a round's messages
 in chunks: long runs of a tensor go as they are, short ones are packed together. All ranks walk through (round, chunk)
@@ -20,12 +20,12 @@ from megatron_smartmoe.errors import MigrationError
 from megatron_smartmoe.placement.migration import Message, MigrationStep
 
 TIMEOUT_FLAG = "--smartmoe-migration-timeout-s"
-DIRECT_BYTES = 64 << 20  # longest part of a run that is sent at once
-_POLL_S = 2e-4
+DIRECT_BYTES = 64 << 20  # longest part of a tensor's run that is one chunk
+_POLL_S = 2e-4  # seconds between two queries of a CUDA event
 
 
 class PeerError(MigrationError):
-    """A peer did not answer, or the connection to it broke; the process group cannot be used any more."""
+    """A peer did not answer or its connection broke; the process group cannot be used any more."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,13 +33,13 @@ class Chunk:
     """A part of a message.
 
     Attributes:
-        message: index in `step.messages`.
-        number: of the chunk in its message.
-        offset: first byte in the message.
-        nbytes: its length.
-        transfer: the one transfer of which it is a part, or None: parts of several, to be packed.
-        peer: worker at the other end.
-        outgoing: sent by this worker, not received.
+        message: The message's index in `step.messages`.
+        number: The chunk's number in its message.
+        offset: Its first byte in the message.
+        nbytes: Its length.
+        transfer: The one transfer that it is a part of; None if it packs several.
+        peer: The worker at the other end.
+        outgoing: Whether this worker sends it.
     """
 
     message: int
@@ -53,7 +53,7 @@ class Chunk:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Batch:
-    """Chunks that are on their way together, with their memory."""
+    """Chunks that were posted together, with their memory."""
 
     chunks: tuple[Chunk, ...]
     data: tuple[torch.Tensor, ...]
@@ -61,7 +61,7 @@ class Batch:
 
 
 def turns(step: MigrationStep, worker: int) -> Iterator[list[Chunk]]:
-    """What a worker does in each turn: at most one chunk out and one in."""
+    """The chunks of a worker in each turn: at most one to send and one to receive."""
     for members in step.rounds:
         mine = [index for index in members if worker in (step.messages[index].source, step.messages[index].target)]
         for together in itertools.zip_longest(*(_chunks(step, index, worker) for index in mine)):
@@ -72,7 +72,7 @@ def _chunks(step: MigrationStep, index: int, worker: int) -> Iterator[Chunk]:
     message = step.messages[index]
     outgoing = message.source == worker
     peer = message.target if outgoing else message.source
-    for number, (offset, nbytes, transfer) in enumerate(_cuts(step, message)):
+    for number, (offset, nbytes, transfer) in enumerate(_chunk_bounds(step, message)):
         yield Chunk(
             message=index,
             number=number,
@@ -84,12 +84,12 @@ def _chunks(step: MigrationStep, index: int, worker: int) -> Iterator[Chunk]:
         )
 
 
-def _cuts(step: MigrationStep, message: Message) -> Iterator[tuple[int, int, int | None]]:
-    """Offset, length and transfer of each chunk; equal at both ends."""
+def _chunk_bounds(step: MigrationStep, message: Message) -> Iterator[tuple[int, int, int | None]]:
+    """Offset, length and transfer of each chunk of a message; equal at both ends."""
     packed_from = at = 0
     for row in range(message.first, message.last):
         size = int(step.transfers.nbytes[row])
-        if size * 4 >= step.chunk_bytes:  # long enough to go alone
+        if size * 4 >= step.chunk_bytes:  # from a quarter of a chunk on a run is sent from where it lies, unpacked
             if packed_from < at:
                 yield packed_from, at - packed_from, None
             for start in range(0, size, DIRECT_BYTES):
@@ -104,19 +104,19 @@ def _cuts(step: MigrationStep, message: Message) -> Iterator[tuple[int, int, int
 
 
 class Wire:
-    """Sends, receives and reduces within a group, and says who did not answer.
+    """Sends, receives and reduces within a group; its errors name the ranks that did not answer.
 
     Args:
-        group: all ranks concerned.
-        workers: global rank of each worker.
-        timeout_s: how long a wait may take; gloo uses the timeout that the group was made with.
+        group: All ranks of the pipeline stage.
+        workers: Global rank of each worker.
+        timeout_s: Longest wait; gloo uses the timeout that the group was made with.
     """
 
     def __init__(self, group: dist.ProcessGroup, workers: Sequence[int], timeout_s: float) -> None:
         self._group, self._workers, self._timeout_s = group, list(workers), timeout_s
 
     def start(self, step: MigrationStep, chunks: Sequence[Chunk], data: Sequence[torch.Tensor]) -> Batch:
-        """Post chunks; their memory must stay as it is until `finish`."""
+        """Post chunks; their memory must not be touched until `finish`."""
         operations = [
             dist.P2POp(dist.isend if c.outgoing else dist.irecv, part, self._workers[c.peer], self._group)
             for c, part in zip(chunks, data, strict=True)
@@ -128,20 +128,20 @@ class Wire:
         return Batch(chunks=tuple(chunks), data=tuple(data), works=works)
 
     def finish(self, step: MigrationStep, batch: Batch) -> None:
-        """Wait for a batch. CUDA: the current stream waits, not the host; `settle` does at the end."""
+        """Wait for a batch. On CUDA the current stream waits and the host does not; `settle` makes it wait."""
         one_each = len(batch.works) == len(batch.chunks)  # NCCL has one handle for the whole batch
         for index, work in enumerate(batch.works):
             chunks = batch.chunks[index : index + 1] if one_each else batch.chunks
             self._wait(work, f"layer {step.layer}: {self._who(chunks)}")
 
     def settle(self, device: torch.device, what: str) -> None:
-        """Have the host wait for everything that the current stream waits for. Nothing to do on the CPU."""
+        """Make the host wait for everything that the current stream waits for. On the CPU there is nothing to do."""
         if device.type != "cuda":
             return
-        reached = torch.cuda.Event()
+        reached = torch.cuda.Event()  # type: ignore[no-untyped-call]
         reached.record()
         deadline = time.monotonic() + self._timeout_s
-        while not reached.query():
+        while not reached.query():  # type: ignore[no-untyped-call]
             if time.monotonic() > deadline:
                 raise self._peer_error(what, RuntimeError("timed out"))
             time.sleep(_POLL_S)
@@ -156,14 +156,14 @@ class Wire:
         self.settle(values.device, what)
 
     def _wait(self, work: dist.Work, what: str) -> None:
-        """gloo: until the group's timeout, which ends the operation (one given here would end the waiting only)."""
+        """Wait up to the group's timeout: on gloo that ends the operation, a timeout given here only the waiting."""
         try:
             work.wait()
         except RuntimeError as error:
             raise self._peer_error(what, error) from error
 
     def name(self, worker: int) -> str:
-        """How a worker is called in messages."""
+        """The name of a worker in error messages."""
         return f"rank {self._workers[worker]}"
 
     def _who(self, chunks: Sequence[Chunk]) -> str:

@@ -1,13 +1,12 @@
-"""Seconds of a step's MoE layers under each setting of the pool, from the load as it was in the last iterations.
+"""Predicted seconds of a step's MoE layers under each setting of the pool, for the load of the last iterations.
 
-Method. Copies of `history` are planned from all iterations but the last, those of `exact` from the last one's
-micro-batches, both by the functions that training calls; then the last iteration's micro-batches are split among the
-copies as the dispatcher would, and `cost.step.moe` prices the flows, as it does for the planner. So the price of
-planning from history is in it: what the forecast gets wrong shows in the last iteration. Copies from history travel
-once an iteration, exact ones once a micro-batch. Where homes may move they are where the homes loop would swap them to.
+Method. Replicas of `history` are planned from all iterations but the last, those of `exact` from the last one's
+micro-batches, both by the functions that training calls; then the last iteration's micro-batches are split over homes
+and replicas as in the dispatcher, and `cost.step.moe` prices the flows, as it does for the planner. So the prediction
+includes the forecast's error, which shows in the last iteration. Replicas from history travel once per iteration, exact
+ones once per micro-batch. If homes may move, they are where the homes loop would swap them to.
 
-A sample of the layers and micro-batches is enough for a choice between settings: prediction takes time on rank 0, while
-all others wait.
+Only a sample of the layers and micro-batches is priced, because rank 0 predicts while all other ranks wait.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from megatron_smartmoe.cost.comm import replica_copies
+from megatron_smartmoe.cost.comm import replica_traffic
 from megatron_smartmoe.cost.moe_layer import LayerFlow
 from megatron_smartmoe.cost.step.constants import StepConstants, layer_constants
 from megatron_smartmoe.cost.step.moe import moe_times
@@ -35,12 +34,12 @@ from megatron_smartmoe.spec.placement import EMPTY, with_empty_slots
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PoolLoad:
-    """What was routed lately, by one expert-parallel group, in a sample of the layers.
+    """The recent load of one expert-parallel group, in a sample of the layers.
 
     Attributes:
-        totals_ILE: tokens of each expert in each of the last iterations, the latest last; two at least.
-        batches_BLRE: the first micro-batches of the latest iteration, by source rank.
-        homes_LRH: expert in each home slot.
+        totals_ILE: Tokens of each expert in each of the last iterations, the latest last; at least two.
+        batches_BLRE: Tokens of each expert by source rank, in the first micro-batches of the latest iteration.
+        homes_LRH: Expert in each home slot.
     """
 
     totals_ILE: IntArray
@@ -50,19 +49,19 @@ class PoolLoad:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PoolPrices:
-    """What a step's MoE layers are priced with.
+    """Everything that prices a step's MoE layers.
 
     Attributes:
-        model: sizes.
-        spec: how the run is spread; its overlap degree is the setting's.
-        cluster: the machine.
-        num_nodes: that an expert-parallel group lies on.
-        micro_batches: of an iteration, which copies from history serve.
-        layers_in_a_row: layers times micro-batches that a step waits for, one after another: those of a pipeline
-            stage, and the bubble.
-        replica: as the replicas loop plans.
-        homes: as the homes loop plans.
-        homes_move: whether the homes loop may move experts at all.
+        model: The model's sizes.
+        spec: The parallel sizes; the overlap degree comes from the setting instead.
+        cluster: The machine.
+        num_nodes: Nodes that an expert-parallel group lies on.
+        micro_batches: Micro-batches of an iteration, which replicas from history serve all of.
+        layers_in_a_row: Layers times micro-batches that a step executes one after another: those of a pipeline stage,
+            and the bubble.
+        replica: Options of the replicas loop.
+        homes: Options of the homes loop.
+        homes_move: Whether the homes loop may move experts at all.
     """
 
     model: ModelSpec
@@ -77,25 +76,38 @@ class PoolPrices:
 
 
 def moe_seconds(settings: Iterable[PoolSetting], load: PoolLoad, prices: PoolPrices) -> dict[PoolSetting, float]:
-    """Seconds of a step's MoE layers, forward and backward, by setting."""
-    history = _history(load)
-    homes: dict[tuple[bool, int], IntArray] = {}  # these two by what they follow from: planning takes its time
+    """Predicted seconds of a step's MoE layers, forward and backward, by setting."""
+    history = _history_before_latest(load)
+    # Planning is what takes time, so settings that lead to the same homes, or to the same flows, share them.
+    homes: dict[tuple[bool, int], IntArray] = {}
     flows: dict[tuple[bytes, int, str], Sequence[LayerFlow]] = {}
     seconds = {}
     for setting in settings:
-        wanted = (setting.homes_interval > 0, setting.spare_slots)
-        if wanted not in homes:
-            homes[wanted] = _homes(setting, load, history, prices)
-        homes_LRH = homes[wanted]
+        # Step 1: the homes that this setting would have.
+        moved = (setting.homes_interval > 0, setting.spare_slots)
+        if moved not in homes:
+            homes[moved] = _homes(setting, load, history, prices)
+        homes_LRH = homes[moved]
+        # Step 2: the tokens and replicas that travel, in every sampled layer and micro-batch.
         key = (homes_LRH.tobytes(), setting.spare_slots, setting.replicas)
         if key not in flows:
             flows[key] = _flows(setting, homes_LRH, load, history, prices)
+        # Step 3: their seconds under the setting's overlap degree.
         seconds[setting] = _seconds(setting, flows[key], prices)
     return seconds
 
 
+def _history_before_latest(load: PoolLoad) -> History:
+    """The load history as the replicas loop had it before the latest iteration."""
+    num_layers, num_experts = load.totals_ILE.shape[1:]
+    history = History(num_layers, num_experts)
+    for totals_LE in load.totals_ILE[:-1]:
+        history.update(totals_LE[:, None])
+    return history
+
+
 def _homes(setting: PoolSetting, load: PoolLoad, history: History, prices: PoolPrices) -> IntArray:
-    """Expert in each home slot, `[L, R, S]`: as they are, or where the homes loop would have them."""
+    """Expert in each home slot, `[L, R, S]`: the homes in force, or those that the homes loop would move to."""
     if not setting.homes_interval or not prices.homes_move:
         return load.homes_LRH
     home_slots, moved = load.homes_LRH.shape[2], []
@@ -105,28 +117,10 @@ def _homes(setting: PoolSetting, load: PoolLoad, history: History, prices: PoolP
     return np.stack(moved)[:, :, :home_slots]
 
 
-def _seconds(setting: PoolSetting, flows: Sequence[LayerFlow], prices: PoolPrices) -> float:
-    constants = StepConstants.of(prices.cluster)
-    spec = replace(prices.spec, overlap_degree=setting.overlap_degree)
-    layer = layer_constants(prices.cluster, prices.model, spec, constants)
-    times = moe_times(flows, layer, prices.model, spec, prices.cluster, constants)
-    served = prices.micro_batches if setting.replicas == "history" else 1
-    return prices.layers_in_a_row * (times.total_s + times.replicas_s / served)
-
-
-def _history(load: PoolLoad) -> History:
-    """What the replicas loop knew before the latest iteration."""
-    num_layers, num_experts = load.totals_ILE.shape[1:]
-    history = History(num_layers, num_experts)
-    for totals_LE in load.totals_ILE[:-1]:
-        history.update(totals_LE[:, None])
-    return history
-
-
 def _flows(
     setting: PoolSetting, homes_LRH: IntArray, load: PoolLoad, history: History, prices: PoolPrices
 ) -> list[LayerFlow]:
-    """Who computes what in every layer and micro-batch of the sample."""
+    """The flow of every sampled layer and micro-batch."""
     flows = []
     for layer, homes_RH in enumerate(homes_LRH):
         slots_RS, home_slots = with_empty_slots(homes_RH, setting.spare_slots), homes_RH.shape[1]
@@ -140,7 +134,7 @@ def _flows(
 
 
 def _flow(setting: PoolSetting, slots_RS: IntArray, counts_RE: IntArray, prices: PoolPrices) -> LayerFlow:
-    """One layer and micro-batch."""
+    """The flow of one layer and micro-batch: tokens by expert and rank, tokens and replicas between ranks."""
     num_ranks, num_experts = counts_RE.shape
     home_slots = num_experts // num_ranks
     if setting.replicas == "exact":
@@ -150,7 +144,7 @@ def _flow(setting: PoolSetting, slots_RS: IntArray, counts_RE: IntArray, prices:
             home_slots,
             num_nodes=prices.replica.num_nodes,
             limit=BALANCED,
-            price_tokens=prices.replica.copy_price_tokens,
+            price_tokens=prices.replica.replica_price_tokens,
         )
     sent_RRS = split_tokens(counts_RE, slots_RS, home_slots, prices.num_nodes)
     rank, slot = np.nonzero(slots_RS != EMPTY)
@@ -159,6 +153,16 @@ def _flow(setting: PoolSetting, slots_RS: IntArray, counts_RE: IntArray, prices:
     return LayerFlow(
         load_ER=load_ER,
         traffic_RR=sent_RRS.sum(axis=2).astype(np.float64),
-        copies_RR=replica_copies(slots_RS, num_experts),
+        replicas_RR=replica_traffic(slots_RS, num_experts),
         num_nodes=prices.num_nodes,
     )
+
+
+def _seconds(setting: PoolSetting, flows: Sequence[LayerFlow], prices: PoolPrices) -> float:
+    """Seconds of a step's MoE layers, from the mean over the sampled flows."""
+    constants = StepConstants.of(prices.cluster)
+    spec = replace(prices.spec, overlap_degree=setting.overlap_degree, replicas=setting.replicas)
+    layer = layer_constants(prices.cluster, prices.model, spec, constants)
+    times = moe_times(flows, layer, prices.model, spec, prices.cluster, constants)
+    served = prices.micro_batches if setting.replicas == "history" else 1  # micro-batches that share a transfer
+    return prices.layers_in_a_row * (times.total_s + times.replicas_s / served)

@@ -1,16 +1,17 @@
-"""The switchboard: which setting of the pool is in force, judged by the cost model and the stopwatch.
+"""The switchboard: keeps the setting of the pool that is in force, and judges switches by measured step times.
 
-Method. At a look each setting's MoE layers are predicted under the load as it was lately (`pool_prediction`);
-everything else of the step is what was measured minus the prediction for the setting in force. `planner.pool.choose`
-says whether another setting wins more than a margin. A switch is a trial: at the next look the measured step is
-compared with the one before the switch, and a step that became longer by more than its noise and a tolerance brings the
-old setting back. The one that lost rests, twice as long after each loss (`placement.policy.Policy`, one a setting).
+Method. At a re-evaluation the seconds of the MoE layers under each setting are predicted for the recent load
+(`runtime.pool.prediction`); the rest of the step is what was measured minus the prediction for the setting in force.
+`planner.pool.choose` switches if another setting wins more than a margin. A switch is a trial: at the next
+re-evaluation the measured step is compared with the one before the switch, and if it became longer by more than noise
+and a tolerance, the switch is reverted. The setting that lost is in cooldown then, for twice as long after each loss
+(`placement.policy.Policy`, one for each setting).
 
-The stopwatch judges, because the cost model is what proposed the switch. What else changed between the two looks, above
-all the load, is laid at the switch's door; a wrong verdict costs one rest. (The homes loop, whose moves are dear,
-reviews by the model instead: see `placement.review`.)
+Measurements judge, because the cost model is what proposed the switch. Whatever else changed between the two
+re-evaluations, above all the load, counts for or against the switch; a wrong verdict costs one cooldown. (The homes
+loop, whose moves are expensive, reviews them by the model instead: see `placement.review`.)
 
-No torch, no clock, no process group: rank 0 runs it for all, and every switch can be replayed.
+It uses no torch, no clock and no process group: rank 0 runs it for all ranks, and every switch can be replayed.
 """
 
 from __future__ import annotations
@@ -24,21 +25,21 @@ import numpy as np
 from megatron_smartmoe.placement.policy import Policy, PolicyOptions
 from megatron_smartmoe.planner.pool import MARGIN, PoolSetting, choose
 
-FEWEST_TIMES = 5  # of iterations, for a verdict on a switch
-NOISE_WIDTHS = 2.0  # standard errors of two medians' difference that are taken for noise
-TOLERANCE = 0.02  # of a step, that it may become longer without a switch back
-_MAD_TO_SIGMA = 1.4826  # of a normal distribution
-_MEDIAN_TO_MEAN = 1.2533  # standard error of the median over that of the mean
+MIN_TIMED_STEPS = 5  # steps that must be timed before the verdict on a switch
+NOISE_WIDTHS = 2.0  # standard errors of the difference of two medians that count as noise (95% of a normal one)
+TOLERANCE = 0.02  # share of the step by which it may become longer before a switch is reverted; as large as MARGIN
+_MAD_TO_SIGMA = 1.4826  # standard deviation over median absolute deviation, normal distribution: 1 / quantile(0.75)
+_MEDIAN_TO_MEAN = 1.2533  # standard error of the median over that of the mean, normal distribution: sqrt(pi / 2)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measured:
-    """Step times since the last switch.
+class StepTimes:
+    """Measured step times since the last switch.
 
     Attributes:
-        step_s: median, of the slowest rank.
-        noise_s: standard error of that median.
-        iterations: that were timed.
+        step_s: Their median, on the slowest rank.
+        noise_s: Standard error of that median.
+        iterations: Number of steps that were timed.
     """
 
     step_s: float
@@ -46,8 +47,8 @@ class Measured:
     iterations: int
 
     @classmethod
-    def of(cls, seconds: Sequence[float]) -> Measured:
-        """Of one rank's step times, at least one. Medians: a checkpoint in between is not the setting's fault."""
+    def of(cls, seconds: Sequence[float]) -> StepTimes:
+        """From one rank's step times, at least one. Medians leave out a checkpoint that was saved in between."""
         times = np.asarray(seconds)
         median = float(np.median(times))
         spread = _MAD_TO_SIGMA * float(np.median(np.abs(times - median)))
@@ -56,15 +57,15 @@ class Measured:
 
 @dataclass(frozen=True, kw_only=True)
 class PoolVerdict:
-    """What a look at the pool came to.
+    """The result of a re-evaluation.
 
     Attributes:
-        setting: in force from now on.
-        before: in force until now.
-        reason: of what kind the reason is; a look that changes nothing is told when this changes.
-        why: in words, with the numbers.
-        predicted_gain_s: seconds a step that a switch promises; of a verdict on a switch, what it had promised.
-        realised_gain_s: seconds a step that a switch saved, from the stopwatch.
+        setting: The setting in force from now on.
+        before: The setting in force until now.
+        reason: Keyword of the reason. A result that changes nothing is logged only if this differs from the last one.
+        why: The reason in a sentence, with its numbers.
+        predicted_gain_s: Predicted seconds per step that the switch saves, also in the verdict on it.
+        realised_gain_s: Measured seconds per step that the switch saved; None except in a verdict.
     """
 
     setting: PoolSetting
@@ -76,36 +77,36 @@ class PoolVerdict:
 
     @property
     def switched(self) -> bool:
-        """Whether another setting is in force than before."""
+        """Whether the setting in force changes."""
         return self.setting != self.before
 
     @property
     def is_decision(self) -> bool:
-        """Whether it is a switch or the verdict on one, which are told each time."""
+        """Whether it is a switch or the verdict on one, which are always logged."""
         return self.switched or self.realised_gain_s is not None
 
 
 @dataclass(frozen=True, kw_only=True)
 class SwitchboardOptions:
-    """When a switch is worth it.
+    """When a switch is made and when it is reverted.
 
     Attributes:
-        margin: share of the step that another setting must win.
-        tolerance: share of the step that it may become longer without a switch back.
-        rest_iterations: how long a setting rests, doubled by each of its losses in a row.
+        margin: Share of the step that another setting must be predicted to win.
+        tolerance: Share of the step by which it may become longer before the switch is reverted.
+        cooldown_iterations: Cooldown of a setting, doubled by each of its reverted switches in a row.
     """
 
     margin: float = MARGIN
     tolerance: float = TOLERANCE
-    rest_iterations: int = 100
+    cooldown_iterations: int = 100
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Trial:
-    """A switch on which there is no verdict yet."""
+    """A switch that waits for its verdict."""
 
     before: PoolSetting
-    measured: Measured
+    times: StepTimes
     predicted_gain_s: float
 
 
@@ -113,70 +114,70 @@ class Switchboard:
     """Keeps the setting in force.
 
     Args:
-        now: the setting that the run starts with.
-        iteration: the last one before the run.
-        options: see SwitchboardOptions.
+        now: The setting that the run starts with.
+        iteration: The last iteration before the run.
+        options: Margin, tolerance and cooldown; None takes the defaults.
     """
 
     def __init__(self, now: PoolSetting, iteration: int, options: SwitchboardOptions | None = None) -> None:
         self.now, self.options = now, options or SwitchboardOptions()
-        self._since = iteration  # of the last switch
+        self._since = iteration  # the last switch, or the start
         self._trial: _Trial | None = None
         self._policies: dict[PoolSetting, Policy] = {}
 
-    def look(
-        self, iteration: int, measured: Measured, predict: Callable[[], Mapping[PoolSetting, float]]
+    def evaluate(
+        self, iteration: int, times: StepTimes, predict: Callable[[], Mapping[PoolSetting, float]]
     ) -> PoolVerdict:
-        """Judge the last switch, or look for a better setting.
+        """Judge the last switch, or search for a better setting.
 
         Args:
-            iteration: that has just ended.
-            measured: under the setting in force.
-            predict: seconds of a step's MoE layers by setting, under the load as it is; must have the one in force.
+            iteration: The iteration that has just ended.
+            times: Step times under the setting in force.
+            predict: Predicts the seconds of a step's MoE layers by setting, the one in force among them.
         """
         if self._trial is not None:
-            return self._review(iteration, measured, self._trial)
-        seconds = step_seconds(predict(), self.now, measured.step_s)
-        rested = {setting: each for setting, each in seconds.items() if not self._rests(setting, iteration)}
+            return self._review(iteration, times, self._trial)
+        seconds = step_seconds(predict(), self.now, times.step_s)
+        allowed = {setting: each for setting, each in seconds.items() if not self._is_in_cooldown(setting, iteration)}
         since = iteration - self._since
-        choice = choose(self.now, rested, measured_s=measured.step_s, since_switch=since, margin=self.options.margin)
+        choice = choose(self.now, allowed, measured_s=times.step_s, since_switch=since, margin=self.options.margin)
         if not choice.switched:
             return self._stay(choice.reason, choice.why)
-        gain_s = (1 - seconds[choice.setting] / seconds[self.now]) * measured.step_s
-        self._policy(choice.setting).judge(iteration, gain_s, cost_s=0.0)  # notes when it was taken
-        self._trial = _Trial(before=self.now, measured=measured, predicted_gain_s=gain_s)
+        gain_s = (1 - seconds[choice.setting] / seconds[self.now]) * times.step_s
+        self._policy(choice.setting).judge(iteration, gain_s, cost_s=0.0)  # records when it was taken
+        self._trial = _Trial(before=self.now, times=times, predicted_gain_s=gain_s)
         return self._switch(choice.setting, iteration, choice.reason, choice.why, gain_s)
 
-    def _review(self, iteration: int, measured: Measured, trial: _Trial) -> PoolVerdict:
-        """Keep the setting on trial, or go back to the one before."""
-        if measured.iterations < FEWEST_TIMES:
-            return self._stay("trial", f"{measured.iterations} steps timed since the switch, {FEWEST_TIMES} are needed")
+    def _review(self, iteration: int, times: StepTimes, trial: _Trial) -> PoolVerdict:
+        """Keep the setting on trial, or revert to the one before."""
+        if times.iterations < MIN_TIMED_STEPS:
+            timed = f"{times.iterations} step{'s' if times.iterations != 1 else ''} timed since the switch"
+            return self._stay("trial", f"{timed}, {MIN_TIMED_STEPS} are needed")
         self._trial = None
-        gain_s = trial.measured.step_s - measured.step_s
-        noise_s = NOISE_WIDTHS * math.hypot(trial.measured.noise_s, measured.noise_s)
+        gain_s = trial.times.step_s - times.step_s
+        noise_s = NOISE_WIDTHS * math.hypot(trial.times.noise_s, times.noise_s)
         beyond_s = gain_s if gain_s >= 0 else min(gain_s + noise_s, 0.0)
         policy = self._policy(self.now)
-        keep = policy.realised(iteration_s=trial.measured.step_s, gain_s=beyond_s).take
+        keep = policy.realised(iteration_s=trial.times.step_s, gain_s=beyond_s).take
         why = (
-            f"a step takes {measured.step_s:.4g} s, before the switch {trial.measured.step_s:.4g} s "
-            f"(promised {trial.predicted_gain_s:+.3g} s, realised {gain_s:+.3g} s, noise {noise_s:.2g} s)"
+            f"a step takes {times.step_s:.4g} s, before the switch {trial.times.step_s:.4g} s "
+            f"(predicted {trial.predicted_gain_s:+.3g} s, measured {gain_s:+.3g} s, noise {noise_s:.2g} s)"
         )
         if keep:
             return self._stay("kept", f"kept: {why}", trial.predicted_gain_s, gain_s)
-        why = f"back: {why}; {self.now.key} rests {policy.rest_iterations} iterations"
-        policy.last_taken = iteration  # it rests from now on
+        why = f"reverted: {why}; cooldown of {self.now.key}: {policy.cooldown_iterations} iterations"
+        policy.last_taken = iteration  # its cooldown starts now
         return self._switch(trial.before, iteration, "loss", why, trial.predicted_gain_s, gain_s)
 
-    def _rests(self, setting: PoolSetting, iteration: int) -> bool:
-        """Whether a setting that lost has to wait."""
+    def _is_in_cooldown(self, setting: PoolSetting, iteration: int) -> bool:
         policy = self._policies.get(setting)
         if setting == self.now or policy is None or policy.last_taken is None or not policy.losses:
             return False
-        return iteration - policy.last_taken < policy.rest_iterations
+        return iteration - policy.last_taken < policy.cooldown_iterations
 
     def _policy(self, setting: PoolSetting) -> Policy:
         options = self.options
-        new = Policy(PolicyOptions(rest_iterations=options.rest_iterations, tolerance=options.tolerance))
+        new = Policy(PolicyOptions(cooldown_iterations=options.cooldown_iterations, tolerance=options.tolerance))
         return self._policies.setdefault(setting, new)
 
     def _stay(
@@ -201,10 +202,10 @@ class Switchboard:
 
 
 def step_seconds(moe_s: Mapping[PoolSetting, float], now: PoolSetting, measured_s: float) -> dict[PoolSetting, float]:
-    """Seconds of a step by setting.
+    """Predicted seconds of a step by setting.
 
-    What is outside the MoE layers is what was measured minus what they are predicted to take now; if they are predicted
-    to take more than the whole step, nothing is left for it and only the ratios of the predictions count.
+    The part of the step outside the MoE layers is the measured step minus the prediction for the setting in force. If
+    the prediction is longer than the whole step that part is taken as zero, and only ratios of predictions count.
     """
     other_s = max(measured_s - moe_s[now], 0.0)
     return {setting: other_s + seconds for setting, seconds in moe_s.items()}

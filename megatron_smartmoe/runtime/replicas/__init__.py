@@ -1,1 +1,1 @@
-"""Replicas on the ranks: spare slots, weights out and gradients home, the token split, and what was balanced."""
+"""Replicas on the ranks: spare slots, the exchange of weights and gradients, the token split, and its balance."""

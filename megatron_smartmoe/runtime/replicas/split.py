@@ -1,9 +1,10 @@
-"""Which copy computes which token: the split of one micro-batch, as every rank works it out for itself.
+"""Which replica computes which token: the split of one micro-batch, computed on every rank alike.
 
-All ranks of an expert-parallel group know the counts of all of them (the dropless dispatch gathers them anyway), so all
-find the same split without a word. A rank keeps its tokens sorted by expert; an expert's run is cut into consecutive
-pieces, one per copy in the order of the ranks, and a piece moves as a whole to its place in what is sent. So the row of
-a choice is its row in the order of the experts plus the shift of its piece: two small vectors go to the device.
+All ranks of an expert-parallel group hold the counts of all of them (the dropless dispatch gathers them anyway), so
+they compute the same split without further messages. A rank keeps its tokens sorted by expert; an expert's run is
+divided into consecutive segments, one for its home and each replica in the order of the ranks, and a segment moves as a
+whole to its place in the send order. So the row of a choice is its row in the order of the experts plus the shift of
+its segment: two small vectors go to the device.
 
 Experts are numbered by their home here: expert e is at home on rank e // S in home slot e % S.
 """
@@ -17,15 +18,15 @@ import torch
 
 from megatron_smartmoe import ops
 from megatron_smartmoe.placement import exact_replicas, split
-from megatron_smartmoe.placement.plan_replicas import copies_pay
+from megatron_smartmoe.placement.plan_replicas import replicas_pay
 from megatron_smartmoe.spec.arrays import IntArray
 from megatron_smartmoe.spec.placement import EMPTY, hosts_of, with_empty_slots
 
-BALANCED = 1.01  # max / mean tokens per rank up to which a micro-batch needs no copies
+BALANCED = 1.01  # max / mean tokens per rank up to which a micro-batch gets no replicas: they could win 1% at most
 
 
 @dataclass(frozen=True, kw_only=True)
-class Copy:
+class Replica:
     """One replica: `slot` counts the spare slots of `rank`, `home_slot` the home slots of `home_rank`."""
 
     expert: int
@@ -41,37 +42,42 @@ def homes_only(num_experts: int, num_ranks: int, spare_slots: int) -> IntArray:
     return with_empty_slots(homes_RS, spare_slots)
 
 
-def copies_of(slots_RS: IntArray, home_slots: int) -> tuple[Copy, ...]:
-    """The replicas of a slot table, by rank, then slot: the order in which they are sent and added up everywhere."""
-    rank_C, slot_C = np.nonzero(slots_RS[:, home_slots:] != EMPTY)
-    copies = []
-    for rank, slot in zip(rank_C.tolist(), slot_C.tolist(), strict=True):
+def replicas_of(slots_RS: IntArray, home_slots: int) -> tuple[Replica, ...]:
+    """The replicas of a slot table, by rank, then slot: the order in which every rank sends and sums them."""
+    rank_N, slot_N = np.nonzero(slots_RS[:, home_slots:] != EMPTY)
+    replicas = []
+    for rank, slot in zip(rank_N.tolist(), slot_N.tolist(), strict=True):
         expert = int(slots_RS[rank, home_slots + slot])
         home_rank, home_slot = divmod(expert, home_slots)
-        copies.append(Copy(expert=expert, home_rank=home_rank, home_slot=home_slot, rank=rank, slot=slot))
-    return tuple(copies)
+        replicas.append(Replica(expert=expert, home_rank=home_rank, home_slot=home_slot, rank=rank, slot=slot))
+    return tuple(replicas)
 
 
 def exact_slots(
     counts_RE: IntArray, slots_RS: IntArray, home_slots: int, *, num_nodes: int, limit: float, price_tokens: float
 ) -> IntArray:
-    """Slots with copies planned for these very tokens; without any where they would not pay.
+    """Slots with replicas planned for exactly these tokens, or without any where replicas would not pay.
 
     Args:
-        counts_RE: tokens of source rank r for expert e.
-        slots_RS: the homes; what the spare slots hold is not looked at.
-        home_slots: S.
-        num_nodes: a replica stays on its home's node; 1 lets it go anywhere.
-        limit: max / mean of the homes alone up to which no copy is made.
-        price_tokens: see `placement.plan_replicas.copies_pay`.
+        counts_RE: Tokens of source rank r for expert e.
+        slots_RS: The slot table; only its home slots are read.
+        home_slots: S, the home slots of a rank.
+        num_nodes: Nodes of the group; a replica stays on its home's node. 1 lets it go anywhere.
+        limit: No replica is made while max / mean tokens per rank of the homes alone are at most this.
+        price_tokens: See `placement.plan_replicas.replicas_pay`.
+
+    Returns:
+        The slot table `[R, S + K]`.
     """
     num_ranks = len(slots_RS)
     load_E = counts_RE.sum(axis=0)
     bare_RS = slots_RS.copy()
     bare_RS[:, home_slots:] = EMPTY
+    # Step 1: homes that are balanced well enough get no replicas.
     busiest, tokens = int(load_E[slots_RS[:, :home_slots]].sum(axis=1).max()), int(load_E.sum())
     if busiest * num_ranks <= limit * tokens:
         return bare_RS
+    # Step 2: plan replicas; the compiled op and its numpy twin give the same integers, the twin about 20 times slower.
     if _compiled():
         planned = ops.exact_replicas(torch.from_numpy(load_E), torch.from_numpy(bare_RS), home_slots, num_nodes)
         planned_RS = np.asarray(planned.numpy())
@@ -79,24 +85,30 @@ def exact_slots(
         planned_RS = exact_replicas.exact_replicas(load_E, bare_RS, home_slots, num_nodes)
     if (planned_RS[:, home_slots:] == EMPTY).all():
         return bare_RS
-    saved_tokens = busiest - tokens / num_ranks  # at best; such copies mostly come within a few tokens of it
-    return planned_RS if copies_pay(planned_RS, home_slots, saved_tokens, price_tokens) else bare_RS
+    # Step 3: keep them if they pay. They can bring the busiest rank down to the mean at best, and mostly come within a
+    # few tokens of it.
+    saved_tokens = busiest - tokens / num_ranks
+    return planned_RS if replicas_pay(planned_RS, home_slots, saved_tokens, price_tokens) else bare_RS
 
 
 def split_tokens(counts_RE: IntArray, slots_RS: IntArray, home_slots: int, num_nodes: int = 1) -> IntArray:
-    """Tokens that each source rank sends to each slot, `[source rank, rank, slot]`: the busiest rank gets as few as
-    any split can give it.
+    """Split the tokens over homes and replicas so that the busiest rank gets as few as any split can give it.
 
     Args:
-        counts_RE: tokens of source rank r for expert e.
-        slots_RS: expert in each slot, homes first, EMPTY for none.
-        home_slots: S.
-        num_nodes: nodes that the ranks lie on; copies on a token's own node are preferred.
+        counts_RE: Tokens of source rank r for expert e.
+        slots_RS: Expert in each slot, homes first, EMPTY for none.
+        home_slots: S, the home slots of a rank.
+        num_nodes: Nodes that the ranks lie on; a replica on a token's own node is preferred.
+
+    Returns:
+        The tokens that each source rank sends to each slot, `[source rank, rank, slot]`.
     """
+    # Without replicas every token goes to its expert's home.
     if (slots_RS[:, home_slots:] == EMPTY).all():
         sent_RRS = np.zeros((len(counts_RE), *slots_RS.shape), dtype=np.int64)
         sent_RRS[:, :, :home_slots] = counts_RE[:, slots_RS[:, :home_slots]]
         return sent_RRS
+    # Step 1: tokens of each expert on each of its ranks. Step 2: the source ranks that they come from.
     hosts_ER = hosts_of(slots_RS, counts_RE.shape[1])
     if _compiled():
         tokens_ER = ops.min_max_split(torch.from_numpy(counts_RE), torch.from_numpy(hosts_ER)).numpy()
@@ -105,35 +117,36 @@ def split_tokens(counts_RE: IntArray, slots_RS: IntArray, home_slots: int, num_n
     return split.assign_sources(counts_RE, slots_RS, tokens_ER, num_nodes)
 
 
-def piece_shifts(sent_RS: IntArray, slots_RS: IntArray) -> tuple[IntArray, IntArray]:
-    """How one source rank's rows move from the order of the experts to the order in which they are sent.
+def segment_shifts(sent_RS: IntArray, slots_RS: IntArray) -> tuple[IntArray, IntArray]:
+    """How one source rank's rows move from the order of the experts to the send order, which is by rank, then slot.
 
     Args:
-        sent_RS: tokens of this source rank for each slot; sent by rank, then slot.
-        slots_RS: expert in each slot, EMPTY for none.
+        sent_RS: Tokens of this source rank for each slot.
+        slots_RS: Expert in each slot, EMPTY for none.
 
     Returns:
-        The lengths of the pieces `[P]` in the order of the experts, an expert's pieces by rank, and how many rows each
-        moves, `[P]`.
+        The lengths of the segments `[P]`, ordered by expert, then rank; and by how many rows each moves, `[P]`.
     """
+    # Step 1: a segment for each used slot, ordered by expert, then rank.
     rank_P, slot_P = np.nonzero(slots_RS != EMPTY)
     order_P = np.lexsort((rank_P, slots_RS[rank_P, slot_P]))
     rank_P, slot_P = rank_P[order_P], slot_P[order_P]
     length_P = sent_RS[rank_P, slot_P]
+    # Step 2: its start in the send order minus its start in the order of the experts.
     begin_RS = (np.cumsum(sent_RS) - sent_RS.ravel()).reshape(sent_RS.shape)
     return length_P, begin_RS[rank_P, slot_P] - (np.cumsum(length_P) - length_P)
 
 
 def shifted_rows(rows_TK: torch.Tensor, length_P: IntArray, shift_P: IntArray) -> torch.Tensor:
-    """The rows `[T, K_top]` after the pieces have moved; -1 stays -1. The host waits for nothing."""
+    """The rows `[T, K_top]` after the segments have moved; -1 stays -1. The host does not wait for the device."""
     num_rows = int(length_P.sum())
     if num_rows == 0:
         return rows_TK
-    pieces_2P = torch.from_numpy(np.stack((length_P, shift_P))).to(rows_TK.device, non_blocking=True)
-    shift_N = torch.repeat_interleave(pieces_2P[1], pieces_2P[0], output_size=num_rows).to(rows_TK.dtype)
+    segments_2P = torch.from_numpy(np.stack((length_P, shift_P))).to(rows_TK.device, non_blocking=True)
+    shift_N = torch.repeat_interleave(segments_2P[1], segments_2P[0], output_size=num_rows).to(rows_TK.dtype)
     return torch.where(rows_TK < 0, rows_TK, rows_TK + shift_N[rows_TK.clamp(min=0).long()])
 
 
 def _compiled() -> bool:
-    """Whether the host ops are there; their numpy twins give the same integers, some 20 times slower."""
+    """Whether the extension with the host ops is loaded."""
     return ops.backend().startswith("compiled")

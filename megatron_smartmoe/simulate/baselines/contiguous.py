@@ -15,7 +15,7 @@ from megatron_smartmoe.simulate.baselines.slots import fill_slots
 
 @dataclass(frozen=True, kw_only=True)
 class Contiguous:
-    """Experts in order, no copies, whatever the load."""
+    """Experts in order, no replicas, whatever the load."""
 
     name: str = "none"
     sees: Sees = "history"

@@ -36,8 +36,10 @@ class Echo:
         replica_ER = np.zeros_like(host_ER)
         quota_ER = np.where(host_ER, load_E[:, None], 0)
         mean = int(load_E.sum()) // problem.num_ranks
+        # Step 1: what each expert spills above the mean, and the room below it on each rank.
         spill_E = spillover(load_E, home_E, problem.num_ranks, mean)
         room_R = np.maximum(mean - quota_ER.sum(axis=0), 0)
+        # Step 2: one round per spare slot; the ranks with the most room take the largest spillovers.
         for _ in range(problem.spare_slots):
             for rank in np.argsort(-room_R, kind="stable"):
                 candidate_E = np.where(host_ER[:, rank] | replica_ER[:, rank], 0, spill_E)

@@ -1,11 +1,13 @@
-"""DeepSeek EPLB: copies to the experts with the largest load per copy, then longest-first packing; equal split.
+"""DeepSeek EPLB: replicas of the experts with the largest load per replica, then longest-first packing; equal split.
 
-Method, global: the R * K redundant slots are given out one by one, each to the expert whose load per copy is largest;
-then all copies, longest first, go to the least loaded rank with a free slot. Hierarchical: experts come in groups that
-routing keeps together; groups are packed onto nodes first, copies are given out and packed inside each node, so that
-no copy leaves its group's node. It applies when the groups divide evenly among the nodes, else the global rule does.
+Method, global: the R * K redundant slots are given out one by one, each to the expert whose load per replica is
+largest; then all replicas, longest first, go to the least loaded rank with a free slot. Hierarchical: experts come in
+groups that routing keeps together; groups are packed onto nodes first, replicas are given out and packed inside each
+node, so that none leaves its group's node. It applies when the groups divide evenly among the nodes, else the global
+rule does.
 
-A rank may get two copies of one expert; its tokens are shared equally by all copies. Homes move with every plan.
+In this file a replica is as in EPLB: every instance of an expert, the first one included. A rank may get two replicas
+of one expert; its tokens are shared equally by all of them. Homes move with every plan.
 Source: DeepSeek-V3 technical report (2412.19437) section 3.4; github.com/deepseek-ai/EPLB, README and eplb.py (MIT).
 Default: the eight groups of DeepSeek-V3.
 """
@@ -36,7 +38,7 @@ class Eplb:
 
 @dataclass(frozen=True, kw_only=True)
 class EplbHierarchical:
-    """Groups to nodes, then copies inside nodes.
+    """Groups to nodes, then replicas inside nodes.
 
     Attributes:
         num_groups: expert groups of the routing, E / num_groups consecutive experts each.
@@ -54,6 +56,7 @@ class EplbHierarchical:
         group_size = num_experts // self.num_groups
         load_G = problem.load_E.reshape(self.num_groups, group_size).sum(axis=1).astype(np.float64)
         experts_of_rank: list[list[int]] = []
+        # Step 1: pack the groups onto the nodes. Step 2: inside each node, as the global rule does.
         for groups in pack_evenly(load_G, num_nodes):
             experts = np.concatenate([np.arange(g * group_size, (g + 1) * group_size) for g in groups])
             ranks = problem.num_ranks // num_nodes
@@ -61,12 +64,12 @@ class EplbHierarchical:
         return _plan(problem, experts_of_rank)
 
 
-def copies_by_load(load_E: IntArray, num_extra: int) -> IntArray:
-    """How many copies each expert gets: one, and `num_extra` more where the load per copy is largest."""
-    copies_E = np.ones(len(load_E), dtype=np.int64)
+def replicas_by_load(load_E: IntArray, num_extra: int) -> IntArray:
+    """How many replicas each expert gets: one, and `num_extra` more where the load per replica is largest."""
+    replicas_E = np.ones(len(load_E), dtype=np.int64)
     for _ in range(num_extra):
-        copies_E[np.argmax(load_E / copies_E)] += 1
-    return copies_E
+        replicas_E[np.argmax(load_E / replicas_E)] += 1
+    return replicas_E
 
 
 def pack_evenly(load_N: FloatArray, num_packs: int) -> list[list[int]]:
@@ -85,10 +88,12 @@ def pack_evenly(load_N: FloatArray, num_packs: int) -> list[list[int]]:
 
 
 def _replicate_and_pack(experts_M: IntArray, load_E: IntArray, num_ranks: int, spare_slots: int) -> list[list[int]]:
-    """Experts of each of `num_ranks` ranks that host `experts_M` and `spare_slots` copies more each."""
-    copies_M = copies_by_load(load_E[experts_M], num_ranks * spare_slots)
-    expert_C = np.repeat(experts_M, copies_M)
-    load_C = np.repeat(load_E[experts_M] / copies_M, copies_M)
+    """Experts of each of `num_ranks` ranks that host `experts_M`, with `spare_slots` more replicas on each."""
+    # Step 1: give out the redundant slots.
+    replicas_M = replicas_by_load(load_E[experts_M], num_ranks * spare_slots)
+    expert_C = np.repeat(experts_M, replicas_M)
+    load_C = np.repeat(load_E[experts_M] / replicas_M, replicas_M)
+    # Step 2: pack all replicas onto the ranks.
     return [expert_C[pack].tolist() for pack in pack_evenly(load_C, num_ranks)]
 
 

@@ -1,13 +1,13 @@
 """FasterMoE shadowing: the hottest experts are broadcast to all ranks when a cost model says that it pays.
 
 Method. A shadowed expert is computed where its tokens come from; nothing is sent for it but its weights (out) and its
-gradients (back). Experts are looked at in order of falling load, C_1 >= C_2 >= ..., B_i of the C_i tokens coming from
+gradients (back). Experts are considered in order of falling load, C_1 >= C_2 >= ..., B_i of the C_i tokens coming from
 other ranks than expert i's home. With one token's transfer t_f, its forward GEMM t_c and one expert's weights t_m:
 
     T_0 = 3 t_c C_1 + 4 t_f B_1
     T_k = 3 t_c (C_{k+1} + tokens of the k shadows that start on the home of expert k+1) + 4 t_f B_{k+1} + k t_m
 
-The scan over k ends when T_k is no better than T_0; the best k so far is taken. The model looks at the busiest expert,
+The scan over k ends when T_k is no better than T_0; the best k so far is taken. The model prices the busiest expert,
 not at the busiest rank, which is right only with one expert per rank. Spare slots play no part: memory for the shadows
 is taken as it comes. Source: He et al., "FasterMoE", PPoPP 2022, section 4; fmoe/fastermoe/shadow_policy.py of
 laekov/fastmoe (Apache-2.0), in the version of the SmartMoE artifact, whose scan does not stop before it can gain.
@@ -37,7 +37,7 @@ class FasterMoE:
         ffn_factor: expert's inner size over H (FMOE_FASTER_GLBPLC_ALPHA).
         network_bytes_s: bandwidth of one rank (FMOE_FASTER_GLBPLC_NETBW).
         gpu_flops: arithmetic of one rank (FMOE_FASTER_GLBPLC_GPUTP).
-        element_bytes: of weights and activations.
+        element_bytes: bytes of a weight or an activation.
         weight_transfers: how many times an expert's weights cross the network for one shadow.
     """
 

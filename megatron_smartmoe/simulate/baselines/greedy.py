@@ -1,7 +1,7 @@
 """Longest first with a cap on the number of experts per rank: plain, and as SmartMoE (2023) uses it.
 
 Method. Experts in order of falling load; each goes to the least loaded rank that still has a free slot (Graham's LPT,
-1969, with a cardinality constraint). Homes only, no copies: spare slots stay empty.
+1969, with a cardinality constraint). Homes only, no replicas: spare slots stay empty.
 
 `Lpt` starts from nothing, every time; it is also what MindSpeed, EPLB without redundant experts, TensorRT-LLM and LAER
 come to. `SmartMoE2023` is the published greedy: it starts from the placement in force (contiguous at first), prefers an

@@ -3,8 +3,8 @@
 Method. First between ranks: the most loaded home rank fills up the emptiest rank to the mean, completely, again and
 again until no rank is above it; each step settles one receiver, so there are at most R - 1 flows and every receiver but
 few has one sender. Then inside each sender: its largest flow takes from its expert with the most tokens left, until all
-flows are served. Nothing bounds the copies on a rank by construction (E / R slots are reserved); two incoming experts
-have been enough on all loads tried. The spare slots of the problem are not looked at: this rule takes what it needs.
+flows are served. Nothing bounds the replicas on a rank by construction (E / R slots are reserved); two incoming experts
+have been enough on all loads tried. The problem's number of spare slots is ignored: this rule takes what it needs.
 
 Source: github.com/MoonshotAI/MoonEP (MIT), its planning kernel and tests/planning_reference.py (read in the fork
 zhumakhan/MoonEP). There every rank has the same number of tokens, so the mean is whole; here a remainder goes to the
@@ -32,9 +32,11 @@ class MoonEp:
 
     def plan(self, problem: LayerProblem) -> LayerPlan:
         """Flows between ranks, then tokens of experts."""
+        # Step 1: flows between ranks, after which every rank has the mean.
         home_ER = hosts_of(problem.slots_RS[:, : problem.home_slots], problem.num_experts)
         quota_ER = np.where(home_ER, problem.load_E[:, None], 0)
         flow_RR = rank_flows(quota_ER.sum(axis=0))
+        # Step 2: choose the tokens of each sender's flows.
         for source in range(problem.num_ranks):
             _serve(quota_ER, source, flow_RR[source])
         replica_ER = (quota_ER > 0) & ~home_ER

@@ -1,4 +1,4 @@
-"""What the rules share: putting experts and copies into slots."""
+"""What the rules share: putting homes and replicas into slots."""
 
 from __future__ import annotations
 

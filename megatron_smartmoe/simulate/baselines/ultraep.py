@@ -2,7 +2,7 @@
 
 Method. A threshold on the tokens of a rank is searched between the mean and the largest rank load. For one threshold:
 ranks above it, most loaded first, give away their excess; of each, experts in order of falling load; each time to the
-rank with the most room that has a free spare slot and no copy of the expert. What an instance takes is its quota: the
+rank with the most room that has a free spare slot and does not hold the expert. What a rank takes is its quota: the
 smallest of what is to go, what fits and what the expert has. A threshold is feasible when no excess is left. Homes
 never move and spare slots start empty, so a plan is what the binary search last found feasible, within `tolerance` of
 the mean.
@@ -30,7 +30,7 @@ class UltraEp:
 
     Attributes:
         tolerance: width of the last search interval, as a share of the mean rank load.
-        min_tokens_per_replica: a smaller quota is not worth a copy.
+        min_tokens_per_replica: a smaller quota is not worth a replica.
     """
 
     name: str = "ultraep"
@@ -43,6 +43,7 @@ class UltraEp:
         num_experts, num_ranks = problem.num_experts, problem.num_ranks
         home_ER = hosts_of(problem.slots_RS[:, : problem.home_slots], num_experts)
         best_ER = np.where(home_ER, problem.load_E[:, None], 0)
+        # The search interval: from the mean, rounded up, to the largest load without replicas.
         high = int(best_ER.sum(axis=0).max())
         low = -(-int(problem.load_E.sum()) // num_ranks)
         step = max(1, int(self.tolerance * low))
@@ -61,8 +62,8 @@ class UltraEp:
     def quotas(self, problem: LayerProblem, threshold: int) -> IntArray | None:
         """Tokens of expert e on rank r, `[E, R]`, none above the threshold; None if the greedy finds none."""
         load_E, home_E = problem.load_E, problem.home_rank_E
-        copy_ER = hosts_of(problem.slots_RS[:, : problem.home_slots], problem.num_experts)
-        quota_ER = np.where(copy_ER, load_E[:, None], 0)
+        hosts_ER = hosts_of(problem.slots_RS[:, : problem.home_slots], problem.num_experts)
+        quota_ER = np.where(hosts_ER, load_E[:, None], 0)
         load_R = quota_ER.sum(axis=0)
         room_R = np.maximum(threshold - load_R, 0)
         free_R = np.full(problem.num_ranks, problem.spare_slots)
@@ -71,14 +72,14 @@ class UltraEp:
             experts = np.nonzero(home_E == source)[0]
             for expert in experts[np.argsort(-load_E[experts], kind="stable")]:
                 while excess > 0:
-                    open_R = np.where((free_R > 0) & ~copy_ER[expert], room_R, 0)
+                    open_R = np.where((free_R > 0) & ~hosts_ER[expert], room_R, 0)
                     target = int(np.argmax(open_R))
                     take = min(excess, int(open_R[target]), int(quota_ER[expert, source]))
                     if take < self.min_tokens_per_replica:
                         break
                     quota_ER[expert, source] -= take
                     quota_ER[expert, target] += take
-                    copy_ER[expert, target] = True
+                    hosts_ER[expert, target] = True
                     room_R[target] -= take
                     free_R[target] -= 1
                     excess -= take

@@ -41,6 +41,9 @@ inline const char* cudaGetErrorString(cudaError_t) {
 }
 
 namespace cuda_emulator {
+// The deliberate bug that is switched on in kernels that tests/unit/ops/test_mutations.py compiles; 0 for none.
+inline int mutant = 0;
+
 // Draws the order of threads and blocks of later launches.
 inline uint64_t& seed() {
   static uint64_t value = 0;
@@ -139,7 +142,7 @@ T atomicAdd(T* at, T value) {
   return __atomic_fetch_add(at, value, __ATOMIC_RELAXED);
 }
 
-// csrc/cuda/device.h leaves these to the header that it includes.
+// csrc/cuda/device.cuh leaves these to the header that it includes.
 #define SMARTMOE_LAUNCH(kernel, grid, block_size, shared_bytes, stream, ...) \
   ((void)(stream), ::cuda_emulator::launch((grid), (block_size), (shared_bytes), [=] { kernel(__VA_ARGS__); }))
 #define SMARTMOE_DYNAMIC_SHARED(type, name) \

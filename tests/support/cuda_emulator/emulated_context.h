@@ -1,22 +1,22 @@
-// Included before all else when torch's glue is built for the emulator: kernels that run on the CPU need no device, no
-// stream and no guard.
+// Included before all else when glue.cpp is built for the emulator, in the place of csrc/cuda/context.h: kernels that
+// run on the CPU need no device, no stream and no guard.
 #pragma once
 #define SMARTMOE_CONTEXT
 #include <torch/csrc/stable/tensor.h>
 
 #include "checks.h"
-#include "cuda/launch.h"
+#include "cuda/launchers.h"
 
 namespace smartmoe::cuda {
 class Context {
  public:
   explicit Context(const torch::stable::Tensor&) {}
-  const Launch& launch() const { return launch_; }
+  const Stream& stream() const { return stream_; }
   static void check(const char* op, LaunchError error) {
     if (error != nullptr) fail("smartmoe::", op, ": ", error);
   }
 
  private:
-  Launch launch_{0, nullptr};
+  Stream stream_{.device = 0, .handle = nullptr};
 };
 }  // namespace smartmoe::cuda

@@ -111,7 +111,7 @@ __attribute__((no_sanitize("thread"))) inline void switch_to(Context& from, Cont
 #endif
 }
 
-// The first thing that a new fiber does: tells the sanitizer that it has arrived, and learns the scheduler's stack.
+// The first thing that a new fiber does: reports its arrival to the sanitizer, which returns the scheduler's stack.
 inline void arrive([[maybe_unused]] Context& scheduler) {
 #ifdef __SANITIZE_ADDRESS__
   __sanitizer_finish_switch_fiber(nullptr, &scheduler.stack, &scheduler.stack_bytes);

@@ -13,7 +13,6 @@ void set_seed(int64_t seed) {
 
 STABLE_TORCH_LIBRARY(smartmoe_emulated, m) {
   m.def("set_seed(int seed) -> ()");
-  m.def("expert_histogram(Tensor ids, int num_experts) -> Tensor");
   m.def("dispatch_map(Tensor ids_TK, Tensor slot_of_E, int num_slots) -> (Tensor, Tensor)");
   m.def("permute(Tensor x_TH, Tensor rows_TK, int num_rows) -> Tensor");
   m.def("unpermute(Tensor y_NH, Tensor rows_TK, Tensor? weights_TK) -> Tensor");
@@ -23,7 +22,6 @@ STABLE_TORCH_LIBRARY(smartmoe_emulated, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(smartmoe_emulated, CPU, m) {
-  m.impl("expert_histogram", TORCH_BOX(&smartmoe::cuda::expert_histogram));
   m.impl("dispatch_map", TORCH_BOX(&smartmoe::cuda::dispatch_map));
   m.impl("permute", TORCH_BOX(&smartmoe::cuda::permute));
   m.impl("unpermute", TORCH_BOX(&smartmoe::cuda::unpermute));

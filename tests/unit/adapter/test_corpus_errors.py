@@ -28,9 +28,9 @@ def mixed(tmp_path):
     return write_jsonl(tmp_path / "mixed.jsonl", lines + texts(40, first=8))
 
 
-@pytest.mark.parametrize("chunk_bytes", [50, 10**6])
-def test_bad_lines_are_listed_and_nothing_is_written(mixed, tmp_path, monkeypatch, chunk_bytes):
-    monkeypatch.setattr(sources, "CHUNK_BYTES", chunk_bytes)
+@pytest.mark.parametrize("group_bytes", [50, 10**6])
+def test_bad_lines_are_listed_and_nothing_is_written(mixed, tmp_path, monkeypatch, group_bytes):
+    monkeypatch.setattr(sources, "GROUP_BYTES", group_bytes)
     with pytest.raises(ConfigError) as caught:
         prepare(spec_for(tmp_path / "out" / "x", mixed))
     for number, (_, reason) in enumerate(BAD_LINES):

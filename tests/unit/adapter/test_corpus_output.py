@@ -58,8 +58,8 @@ def stop_in_mid_write(spec, ready):
     """Prepare, and stand still with a part of the tokens written."""
     read_documents = indexed.read_documents
 
-    def read_half(chunk, json_keys):
-        for index, text in enumerate(read_documents(chunk, json_keys)):
+    def read_half(group, json_keys):
+        for index, text in enumerate(read_documents(group, json_keys)):
             if index == 30:
                 ready.set()
                 time.sleep(60)

@@ -63,7 +63,7 @@ def test_no_append_eod(jsonl, out):
 
 
 def test_result_does_not_depend_on_the_run_or_the_workers(jsonl, tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "CHUNK_BYTES", 1000)  # Enough chunks for two workers.
+    monkeypatch.setattr(sources, "GROUP_BYTES", 1000)  # Enough groups for two workers.
     for name, workers in (("one", 1), ("again", 1), ("two", 2)):
         prepare(spec_for(tmp_path / name, jsonl, workers=workers))
     for suffix in ("bin", "idx", "tokenizer.model"):
@@ -73,9 +73,9 @@ def test_result_does_not_depend_on_the_run_or_the_workers(jsonl, tmp_path, monke
     assert decode(PreparedCorpus.load(tmp_path / "two")) == texts(60)
 
 
-@pytest.mark.parametrize("chunk_bytes", [1, 97, 1000, 10**6])
-def test_cutting_json_lines_loses_nothing(jsonl, out, monkeypatch, chunk_bytes):
-    monkeypatch.setattr(sources, "CHUNK_BYTES", chunk_bytes)
+@pytest.mark.parametrize("group_bytes", [1, 97, 1000, 10**6])
+def test_cutting_json_lines_loses_nothing(jsonl, out, monkeypatch, group_bytes):
+    monkeypatch.setattr(sources, "GROUP_BYTES", group_bytes)
     jsonl.write_bytes(jsonl.read_bytes().removesuffix(b"\n"))  # The last line may come without its end.
     assert decode(prepare(spec_for(out, jsonl))) == texts(60)
 
@@ -115,9 +115,9 @@ def test_empty_documents_are_left_out_and_counted(tmp_path, out):
     assert decode(corpus) == texts(40)
 
 
-@pytest.mark.parametrize("chunk_bytes", [100, 10**6])
-def test_max_bytes_keeps_the_first_documents(jsonl, out, monkeypatch, chunk_bytes):
-    monkeypatch.setattr(sources, "CHUNK_BYTES", chunk_bytes)
+@pytest.mark.parametrize("group_bytes", [100, 10**6])
+def test_max_bytes_keeps_the_first_documents(jsonl, out, monkeypatch, group_bytes):
+    monkeypatch.setattr(sources, "GROUP_BYTES", group_bytes)
     sizes = [len(text.encode()) for text in texts(60)]
     corpus = prepare(spec_for(out, jsonl, max_bytes=sum(sizes[:31]) - 1, vocab_size=300))
     assert decode(corpus) == texts(30)

@@ -61,7 +61,7 @@ def test_long_lines_are_cut_and_not_dropped(tmp_path):
 
 
 def test_a_sample_of_a_large_corpus_is_drawn_by_seed(tmp_path, monkeypatch):
-    monkeypatch.setattr("megatron_smartmoe.adapter.corpus.sources.CHUNK_BYTES", 1000)
+    monkeypatch.setattr("megatron_smartmoe.adapter.corpus.sources.GROUP_BYTES", 1000)
     path = write_jsonl(tmp_path / "a.jsonl", texts(300))
     models = []
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):

@@ -51,10 +51,19 @@ def test_a_missing_name_is_an_error(module: Any) -> None:
     )
 
 
+def test_names_are_replaced_together_or_not_at_all(module: Any) -> None:
+    module.found = False
+    hooks.replace_names(module, {"found": True})
+    assert module.found
+    with pytest.raises(CompatError, match=r"some_module\.lost = missing"):
+        hooks.replace_names(module, {"found": False, "lost": 1})
+    assert module.found
+
+
 def test_all_missing_names_of_the_loop_are_listed(module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in set(hooks._LOOP_NAMES) - {"evaluate", "train_step"}:
         setattr(module, name, module.double)
-    monkeypatch.setattr(hooks.importlib, "import_module", lambda name: module)
+    monkeypatch.setattr("importlib.import_module", lambda name: module)
     with pytest.raises(CompatError, match=r"some_module\.train_step, megatron\.some_module\.evaluate = missing"):
         hooks.attach([])
 
@@ -112,7 +121,7 @@ def assignments(tree: ast.AST) -> Iterator[tuple[str, int]]:
                     yield ast.unparse(node), node.lineno
         for target in targets:
             if isinstance(target, ast.Attribute) and root(target) in names:
-                yield ast.unparse(target), node.lineno
+                yield ast.unparse(target), target.lineno
 
 
 def test_the_search_finds_assignments() -> None:

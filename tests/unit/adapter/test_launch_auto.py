@@ -30,6 +30,7 @@ ARGS = Namespace(
     bf16=True,
     fp16=False,
     grad_reduce_in_bf16=False,
+    accumulate_allreduce_grads_in_fp32=False,
     optimizer="adam",
     transformer_impl="transformer_engine",
     moe_grouped_gemm=True,
@@ -59,7 +60,7 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> Any:
 
     def memory(device_bytes: int) -> None:
         stub = SimpleNamespace(machine=lambda _: H100)
-        monkeypatch.setitem(sys.modules, "megatron_smartmoe.adapter.machine", stub)
+        monkeypatch.setitem(sys.modules, "megatron_smartmoe.adapter.cost_inputs", stub)
         monkeypatch.setattr(machine, "device_memory_bytes", lambda ranks: device_bytes)
 
     return memory
@@ -94,7 +95,7 @@ def test_a_file_of_another_product_is_refused(gpus: Any) -> None:
     with pytest.raises(ConfigError) as caught:
         machine.find_machine(ARGS, NODES, cpu=False)
     assert str(caught.value) == (
-        f"--smartmoe-cluster = None: the GPUs here have 40.0 GB, {FILE} says 80.0 GB. "
+        f"--smartmoe-cluster = None: the GPUs here have 40.0 GB, and in {FILE} they have 80.0 GB. "
         "Pass --smartmoe-cluster FILE with this memory_bytes, the same on every node; smartmoe calibrate writes one."
     )
 
@@ -125,7 +126,7 @@ def test_the_corpus_says_it_before_it_exists() -> None:
 
 
 def test_an_unknown_vocabulary_is_asked_for() -> None:
-    with pytest.raises(ConfigError, match="--vocab-size = None: is needed by --parallel auto"):
+    with pytest.raises(ConfigError, match="--vocab-size = None: is required by --parallel auto"):
         machine.vocabulary(RunSpec(name="a"), ARGS)
 
 
@@ -189,7 +190,7 @@ def test_optimizer_state_keeps_its_kind(monkeypatch: pytest.MonkeyPatch) -> None
     assert (plain.options.distributed_optimizer, plain.options.overlap_param_gather) == (False, False)
     assert (plain.options.expert_parallel, plain.given) == (False, {"distributed_optimizer": False})
     assert plain.kept == (
-        "EP 1 and an optimizer that is not distributed, as the checkpoint was saved (--no-load-optim lifts it)",
+        "EP 1 and an optimizer that is not distributed, as in the checkpoint (pass --no-load-optim to change it)",
     )
 
 
@@ -209,14 +210,14 @@ def test_weights_go_anywhere(monkeypatch: pytest.MonkeyPatch, flag: str) -> None
 
 
 def test_the_plan_appears_whole(tmp_path: Path) -> None:
-    planned = auto.Planned(spec=RunSpec(name="a"), command_line=[], lines=[], content={"version": 1})
+    planned = auto.AutoPlan(spec=RunSpec(name="a"), command_line=[], lines=[], content={"version": 1})
     planned.save(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
     assert json.loads((tmp_path / "plan.json").read_text()) == {"version": 1}
 
 
 def test_a_plan_that_was_kept_is_not_written_again(tmp_path: Path) -> None:
-    auto.Planned(spec=RunSpec(name="a"), command_line=[], lines=[], content=None).save(tmp_path)
+    auto.AutoPlan(spec=RunSpec(name="a"), command_line=[], lines=[], content=None).save(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -234,7 +235,7 @@ def test_what_is_replaced_is_said_with_both_values() -> None:
     )
     flags = {"expert-model-parallel-size": "2", "pipeline-model-parallel-size": "1", "recompute-modules": "moe"}
     assert auto._replaced(spec, ["--micro-batch-size=8"], flags) == [
-        "--pipeline-model-parallel-size 2 by 1",
-        "--overlap-grad-reduce on by none",
-        "--recompute-modules moe mlp by moe",
+        "--pipeline-model-parallel-size 2 with 1",
+        "--overlap-grad-reduce on with none",
+        "--recompute-modules moe mlp with moe",
     ]

@@ -66,7 +66,7 @@ def test_the_option_names_are_those_of_the_command() -> None:
 def test_it_is_prepared(commands: Commands, capfd: pytest.CaptureFixture[str]) -> None:
     corpus.prepare(SPEC)
     assert commands == [PREPARE]
-    assert capfd.readouterr().out == "smartmoe: preparing data/x/corpus, once\n"
+    assert capfd.readouterr().out == "smartmoe: preparing the corpus data/x/corpus (only before the first run)\n"
 
 
 def test_a_corpus_that_cannot_be_prepared(commands: Commands) -> None:
@@ -74,7 +74,7 @@ def test_a_corpus_that_cannot_be_prepared(commands: Commands) -> None:
     with pytest.raises(ConfigError) as caught:
         corpus.prepare(RunSpec(name="a", data={"prefix": "absent/x"}))
     assert str(caught.value) == (
-        "data.prefix = 'absent/x': could not be prepared (exit status 3). See the message above."
+        "data.prefix = 'absent/x': could not be prepared (exit status 3). See the error above."
     )
 
 

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_smartmoe.adapter.launch.flags import as_mapping, merge, render, tokens_of
+from megatron_smartmoe.spec.run import FlagValue
 
 KNOWN = {"--lr", "--save", "--swiglu", "--split", "--no-load-optim", "--data-path"}
 
@@ -26,7 +27,7 @@ def test_tokens_are_what_argparse_reads(value: object, tokens: list[str]) -> Non
     assert tokens_of("x", value) == tokens  # type: ignore[arg-type]
 
 
-MERGES = {
+MERGES: dict[str, tuple[dict[str, FlagValue], list[str], list[str]]] = {
     "both": ({"lr": "1", "swiglu": True}, ["--save", "here"], ["--lr", "1", "--swiglu", "--save", "here"]),
     "the command line wins": ({"lr": "1", "split": "9,1"}, ["--lr", "2"], ["--split", "9,1", "--lr", "2"]),
     "with an equals sign too": ({"lr": "1"}, ["--lr=2"], ["--lr=2"]),

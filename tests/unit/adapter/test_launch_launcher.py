@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from megatron_smartmoe.adapter.launch import auto, launcher
-from megatron_smartmoe.adapter.launch.plan import Plan
+from megatron_smartmoe.adapter.launch.command import LaunchCommand
 from megatron_smartmoe.adapter.launch.topology import Topology
 from megatron_smartmoe.errors import ConfigError
 from megatron_smartmoe.spec.run import RunSpec, load_run_spec
@@ -62,9 +62,9 @@ class Story:
         self.events: list[str] = []
         self.ran: tuple[Any, ...] = ()
 
-    def make_plan(self, spec: RunSpec, command_line: list[str], topology: Topology, run_dir: Path) -> Plan:
+    def make_command(self, spec: RunSpec, command_line: list[str], topology: Topology, run_dir: Path) -> LaunchCommand:
         self.events.append(f"plan {' '.join(command_line)} in {run_dir}")
-        return Plan(command=["python", "--x", "1"], environment={"A": "1"}, spec=replace(spec, nproc=2))
+        return LaunchCommand(command=["python", "--x", "1"], environment={"A": "1"}, spec=replace(spec, nproc=2))
 
     def prepare(self, spec: RunSpec) -> None:
         assert spec.data is not None
@@ -84,7 +84,7 @@ def story(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Story:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(launcher, "ranks_per_node", lambda nproc, spec, command_line: 2)
     monkeypatch.setattr(launcher, "find_topology", lambda ranks_per_node: story.topology)
-    monkeypatch.setattr(launcher, "make_plan", story.make_plan)
+    monkeypatch.setattr(launcher, "make_command", story.make_command)
     monkeypatch.setattr(launcher.corpus, "prepare", story.prepare)
     monkeypatch.setattr(launcher.process, "run", story.run)
     monkeypatch.setattr(launcher.run_dir, "_environment", dict)
@@ -104,7 +104,7 @@ def test_flags_are_checked_then_data_is_prepared_then_the_ranks_run(
     spec = RunSpec(name="mine", nproc=2, data={"prefix": "data/corpus", "seed": 3})
     assert load_run_spec(Path("here/config.yaml")) == spec
     assert Path("here/command.sh").read_text().endswith("\nA=1 python \\\n  --x 1\n")
-    assert capsys.readouterr() == ("smartmoe: 2 ranks on 1 node(s), run directory here\n", "")
+    assert capsys.readouterr() == ("smartmoe: 2 ranks on 1 node, run directory here\n", "")
 
 
 @pytest.fixture
@@ -113,11 +113,11 @@ def planner(story: Story, monkeypatch: pytest.MonkeyPatch) -> None:
 
     def plan_parallel(
         spec: RunSpec, command_line: list[str], topology: Topology, run_dir: Path, load: auto.Load
-    ) -> auto.Planned:
+    ) -> auto.AutoPlan:
         story.events.append(f"choose for {topology.world_size} ranks")
         story.events += [f"under a skew of {load.skew}"] if load.skew else []
         planned = replace(spec, flags={"tensor-model-parallel-size": "2"})
-        return auto.Planned(spec=planned, command_line=["--lr", "2"], lines=["TP 2", " why"], content={"version": 1})
+        return auto.AutoPlan(spec=planned, command_line=["--lr", "2"], lines=["TP 2", " why"], content={"version": 1})
 
     monkeypatch.setattr(auto, "plan_parallel", plan_parallel)
 
@@ -139,7 +139,7 @@ def test_the_load_to_plan_for_is_the_planners(story: Story, planner: None, capsy
     assert launcher.main([*AUTO, "--parallel-skew", "3"]) == 7
     assert story.events[:3] == ["choose for 2 ranks", "under a skew of 3", "plan --lr 2 in here"]
     assert launcher.main([*ARGV, "--parallel-trace", "t.npz"]) == 2
-    rule = "says what load to plan for, and nothing is planned. Add --parallel auto, or leave it out."
+    rule = "has no effect without --parallel auto. Add --parallel auto, or remove it."
     assert capsys.readouterr().err == f"error: --parallel-trace = 't.npz': {rule}\n"
 
 
@@ -192,7 +192,7 @@ def test_flags_that_are_wrong_prepare_nothing(
     def refuse(*_: Any, **__: Any) -> None:
         raise ConfigError("--lr", "x", "is wrong", "Mend it.")
 
-    monkeypatch.setattr(launcher, "make_plan", refuse)
+    monkeypatch.setattr(launcher, "make_command", refuse)
     assert launcher.main(ARGV) == 2
     assert (story.events, commands) == ([], [])
     assert not Path("here").exists()
@@ -249,9 +249,14 @@ def test_a_task_per_rank_becomes_its_rank(story: Story, monkeypatch: pytest.Monk
 
 
 def test_a_batch_script_starts_a_launcher_per_node(monkeypatch: pytest.MonkeyPatch) -> None:
-    ran = []
+    ran: list[Any] = []
+
+    def run(*args: Any) -> int:
+        ran.append(args)
+        return 7
+
     monkeypatch.setattr(launcher.shutil, "which", lambda name: f"/bin/{name}")
-    monkeypatch.setattr(launcher.process, "run", lambda *args: ran.append(args) or 7)
+    monkeypatch.setattr(launcher.process, "run", run)
     assert launcher.srun(Topology(num_nodes=2, needs_srun=True), ["--config", "a b.yaml"]) == 7
     command, environment, log, _ = ran[0]
     nodes = ["--nodes", "2", "--ntasks", "2", "--ntasks-per-node", "1"]
@@ -272,10 +277,10 @@ def test_a_missing_srun_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launcher.shutil, "which", lambda name: None)
     with pytest.raises(ConfigError) as caught:
         launcher.srun(Topology(num_nodes=2, needs_srun=True), [])
-    assert str(caught.value) == "SLURM_JOB_NUM_NODES = 2: srun is not on PATH. Load Slurm's programs."
+    assert str(caught.value) == "SLURM_JOB_NUM_NODES = 2: srun is not on PATH. Add Slurm's programs to PATH."
 
 
-WRONG = "error: a.yaml:1 = 'flags: [1, 2': is not YAML: expected ',' or ']', but got '<stream end>'. Mend the line.\n"
+WRONG = "error: a.yaml:1 = 'flags: [1, 2': is not YAML: expected ',' or ']', but got '<stream end>'. Correct line 1.\n"
 
 
 @pytest.mark.parametrize(

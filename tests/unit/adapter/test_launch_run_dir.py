@@ -6,6 +6,7 @@ import json
 import os
 import re
 import subprocess
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -69,7 +70,7 @@ def test_the_command_runs_from_a_directory_with_a_space(tmp_path: Path, monkeypa
 def test_the_environment_is_noted(made: Path) -> None:
     noted = json.loads((made / "environment.json").read_text())
     assert list(noted) == ["time", "git", "git_changes", "python", "versions", "host", "argv", "slurm"]
-    assert noted["versions"]["megatron-core"] == "0.19.0"
+    assert noted["versions"]["megatron-core"] == metadata.version("megatron-core")
     assert noted["slurm"]["SLURM_JOB_ID"] == "7"
 
 
@@ -79,7 +80,16 @@ def test_no_git_is_no_error(made: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert json.loads((made / "environment.json").read_text())["git"] is None
 
 
-def test_an_existing_directory_is_gone_on_with(made: Path) -> None:
+def test_a_package_outside_a_checkout_has_no_revision(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even when it lies in another project's checkout, as in that project's .venv."""
+    subprocess.run(["git", "init", "--quiet"], cwd=made.parent, check=True)
+    monkeypatch.setattr(run_dir, "_CHECKOUT", made.resolve())
+    run_dir.create(made, SPEC, "true")
+    assert json.loads((made / "environment.json").read_text())["git"] is None
+    assert run_dir.launcher_command() == "python -m megatron_smartmoe.adapter.launch"
+
+
+def test_an_existing_directory_is_reused(made: Path) -> None:
     (made / "metrics.jsonl").write_text("{}\n")
     run_dir.create(made, RunSpec(name="quick", nproc=2), "true")
     assert load_run_spec(made / "config.yaml").nproc == 2
@@ -91,7 +101,7 @@ def test_a_path_that_cannot_be_a_directory(tmp_path: Path, path: str, why: str) 
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError) as caught:
         run_dir.create(tmp_path / path, SPEC, "true")
-    assert str(caught.value) == f"--run-dir = '{tmp_path / path}': {why}. Choose another."
+    assert str(caught.value) == f"--run-dir = '{tmp_path / path}': {why}. Pass another directory."
 
 
 @given(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_smartmoe.adapter.launch.topology import Topology, find_topology, speaks_for_the_job
+from megatron_smartmoe.adapter.launch.topology import Topology, find_topology, reports_errors
 from megatron_smartmoe.errors import ConfigError
 
 JOB = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2"}
@@ -61,7 +61,7 @@ def test_outside_slurm(no_scontrol: None) -> None:
     topology = find_topology(4, {"SLURM_CONF": "/etc/slurm.conf"})
     assert topology == Topology(ranks_per_node=4)
     assert topology.world_size == 4
-    assert topology.speaks
+    assert topology.is_reporter
 
 
 def test_a_batch_script_of_two_nodes_needs_srun(no_scontrol: None) -> None:
@@ -81,11 +81,11 @@ def test_a_task_per_node_starts_the_ranks_of_its_node(scontrol: None) -> None:
         num_nodes=2, node=1, ranks_per_node=4, master_addr="127.0.0.5", master_port=20049, rank=None
     )
     assert topology.world_size == 8
-    assert not topology.speaks
+    assert not topology.is_reporter
 
 
 def test_the_first_task_of_a_node_each_speaks(scontrol: None) -> None:
-    assert find_topology(4, NODE_TASK | {"SLURM_PROCID": "0", "SLURM_NODEID": "0"}).speaks
+    assert find_topology(4, NODE_TASK | {"SLURM_PROCID": "0", "SLURM_NODEID": "0"}).is_reporter
 
 
 def test_a_task_per_rank_is_that_rank(scontrol: None) -> None:
@@ -99,7 +99,7 @@ def test_a_task_per_rank_is_that_rank(scontrol: None) -> None:
 @pytest.mark.parametrize(("rank", "node", "speaks"), [(0, 0, True), (1, 0, False), (2, 1, False), (3, 1, False)])
 def test_only_rank_0_speaks(scontrol: None, rank: int, node: int, speaks: bool) -> None:
     environ = RANK_TASK | {"SLURM_PROCID": str(rank), "SLURM_NODEID": str(node)}
-    assert find_topology(1, environ).speaks is speaks
+    assert find_topology(1, environ).is_reporter is speaks
 
 
 def test_one_node_needs_no_address(no_scontrol: None) -> None:
@@ -128,7 +128,7 @@ def test_the_environment_is_this_processs_own(scontrol: None, monkeypatch: pytes
     for name, value in (NODE_TASK | {"MASTER_ADDR": "10.0.0.1"}).items():
         monkeypatch.setenv(name, value)
     assert find_topology(4) == find_topology(4, NODE_TASK | {"MASTER_ADDR": "10.0.0.1"})
-    assert not speaks_for_the_job()
+    assert not reports_errors()
 
 
 def test_ports(scontrol: None) -> None:
@@ -151,7 +151,8 @@ def test_unequal_tasks_are_refused(scontrol: None, text: str) -> None:
     with pytest.raises(ConfigError) as caught:
         find_topology(1, RANK_TASK | {"SLURM_STEP_TASKS_PER_NODE": text})
     assert str(caught.value) == (
-        f"SLURM_STEP_TASKS_PER_NODE = {text!r}: every node needs the same number of tasks. Use --ntasks-per-node."
+        f"SLURM_STEP_TASKS_PER_NODE = {text!r}: must be the same number of tasks on every node. "
+        "Use srun --ntasks-per-node=1."
     )
 
 
@@ -159,8 +160,8 @@ def test_a_missing_scontrol_is_said(no_scontrol: None) -> None:
     with pytest.raises(ConfigError) as caught:
         find_topology(1, NODE_TASK)
     assert str(caught.value) == (
-        "MASTER_ADDR = None: scontrol, which knows the nodes' addresses, is not on PATH. "
-        "Load Slurm's programs, or set MASTER_ADDR to the first node."
+        "MASTER_ADDR = None: is not set, and scontrol, which lists the nodes' addresses, is not on PATH. "
+        "Add Slurm's programs to PATH, or set MASTER_ADDR to the first node."
     )
 
 
@@ -178,7 +179,8 @@ def test_a_wrong_port_is_said(scontrol: None, port: str) -> None:
     with pytest.raises(ConfigError) as caught:
         find_topology(1, NODE_TASK | {"MASTER_PORT": port})
     assert str(caught.value) == (
-        f"MASTER_PORT = '{port}': must be a port number, 1 to 65535. Unset it for one per job, or set a free one."
+        f"MASTER_PORT = '{port}': must be a port number, 1 to 65535. Unset it for a port per job, "
+        "or set a free one, for example 29500."
     )
 
 
@@ -196,4 +198,4 @@ def test_a_wrong_port_is_said(scontrol: None, port: str) -> None:
     ids=["no Slurm", "batch", "node 1", "node 0", "rank 3", "rank 0", "no step"],
 )
 def test_errors_are_reported_by_task_0_only(environ: dict[str, str], speaks: bool) -> None:
-    assert speaks_for_the_job(environ) is speaks
+    assert reports_errors(environ) is speaks

@@ -1,12 +1,14 @@
 """From measured points to a cluster file, and on to the cost model: a measured number is discounted nowhere."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from megatron_smartmoe.calibrate.cluster_file import fit_machine
-from megatron_smartmoe.calibrate.measured import COLLECTIVES, Measured, Point, Series
+from megatron_smartmoe.calibrate.measurement import COLLECTIVES, MachineMeasurement, Point, Series
 from megatron_smartmoe.calibrate.table import as_table
 from megatron_smartmoe.cost.compute import ExpertShape
 from megatron_smartmoe.cost.moe_layer import (
@@ -32,13 +34,13 @@ RATES = {  # bytes a second, by link and operation
 }
 
 
-def line(fixed_s, unit_s, amounts):
+def line(fixed_s: float, unit_s: float, amounts: Sequence[float]) -> Series:
     return Series(points=tuple(Point(units=x, time_s=fixed_s + x * unit_s) for x in amounts))
 
 
-def measured(links=("intra", "inter"), **changes):
+def measured(links: tuple[str, ...] = ("intra", "inter"), **changes: Any) -> MachineMeasurement:
     sizes = (1e4, 1e6, 1e8)
-    found = Measured(
+    found = MachineMeasurement(
         device="H100-80GB-HBM3",
         memory_bytes=84.9e9,
         nodes=2 if "inter" in links else 1,
@@ -55,7 +57,7 @@ def measured(links=("intra", "inter"), **changes):
     return replace(found, **changes)
 
 
-def test_the_file_says_what_was_measured(tmp_path):
+def test_the_file_says_what_was_measured(tmp_path: Path) -> None:
     fit = fit_machine(measured(), NOMINAL, "mine")
     path = tmp_path / "mine.yaml"
     path.write_text(cluster_as_yaml(fit.cluster, "a comment"))
@@ -84,15 +86,15 @@ def test_the_file_says_what_was_measured(tmp_path):
         },
         rel=1e-3,
     )
-    for path, source in cluster.sources.items():
-        assert source.startswith("measured: ") or path in ("efficiency.gemm", "efficiency.memory"), path
+    for key, source in cluster.sources.items():
+        assert source.startswith("measured: ") or key in ("efficiency.gemm", "efficiency.memory"), key
     assert "send to the next rank among 8 ranks" in cluster.sources["intra_node.latency_s"]
     assert "among 8 ranks, of each of its 14 steps" in cluster.sources["intra_node.ring_latency_s"]
     assert "line off by 0.0% on average" in cluster.sources["gpu.peak_flops"]
     assert "torch 2.11.0, 2026-11-21" in cluster.sources["gpu.peak_flops"]
 
 
-def test_the_layer_model_gives_the_measured_times_back():
+def test_the_layer_model_gives_the_measured_times_back() -> None:
     """No efficiency comes on top of a measured number: not of products, memory or links."""
     fit = fit_machine(measured(), NOMINAL)
     constants = constants_of(fit.cluster, EXPERT)
@@ -105,7 +107,7 @@ def test_the_layer_model_gives_the_measured_times_back():
     assert fit.half_rate_tokens == pytest.approx(EXPERT_S / (EXPERT.flops_per_token / FLOPS), rel=1e-3)
 
 
-def test_the_step_model_does_too():
+def test_the_step_model_does_too() -> None:
     cluster = fit_machine(measured(), NOMINAL).cluster
     shares = StepConstants.of(cluster)
     assert (shares.gemm, shares.memory) == (1.0, 1.0)
@@ -126,13 +128,13 @@ def test_the_step_model_does_too():
     assert layer_constants(cluster, model, spec, shares).token_s == pytest.approx(constants_of(cluster, expert).token_s)
 
 
-def test_a_datasheet_keeps_the_priors():
+def test_a_datasheet_keeps_the_priors() -> None:
     assert StepConstants.of(NOMINAL) == StepConstants()
     assert exchange_bytes_s(NOMINAL, between_nodes=False) == 0.8 * 450e9
     assert exchange_bytes_s(NOMINAL, between_nodes=True) == 0.8 * 50e9
 
 
-def test_a_link_that_nobody_could_measure_is_the_shipped_files():
+def test_a_link_that_was_not_measured_is_the_shipped_files() -> None:
     fit = fit_machine(measured(links=("intra",)), NOMINAL)
     assert fit.cluster.inter_node == NOMINAL.inter_node
     source = fit.cluster.sources["inter_node.bandwidth_bytes_s"]
@@ -142,7 +144,7 @@ def test_a_link_that_nobody_could_measure_is_the_shipped_files():
     assert any("links between nodes: not measured" in warning for warning in fit.warnings)
 
 
-def test_without_a_shipped_file_it_is_an_estimate_that_says_so(tmp_path):
+def test_without_a_shipped_file_it_is_an_estimate_that_says_so(tmp_path: Path) -> None:
     fit = fit_machine(measured(links=()), None)
     for link in ("intra", "inter"):
         assert "estimate" in fit.cluster.sources[f"{link}_node.latency_s"]
@@ -151,13 +153,13 @@ def test_without_a_shipped_file_it_is_an_estimate_that_says_so(tmp_path):
     assert load_cluster_spec(path) == fit.cluster
 
 
-def test_no_cost_of_an_expert_leaves_the_prior():
+def test_no_cost_of_an_expert_leaves_the_prior() -> None:
     fit = fit_machine(measured(gemm=line(0.0, 1e-9, (16, 256, 4096))), NOMINAL)
     assert fit.cluster.gpu.weight_passes == NOMINAL.gpu.weight_passes
     assert "gpu.weight_passes" not in fit.cluster.sources
 
 
-def test_ranks_that_share_cores_are_faster_alone(tmp_path):
+def test_ranks_that_share_cores_are_faster_alone(tmp_path: Path) -> None:
     found = measured(links=("intra",), device="CPU-thread", ranks_per_node=8, cores_per_node=4, ranks_per_device=1.9)
     fit = fit_machine(found, None)
     path = tmp_path / "cpu.yaml"
@@ -168,7 +170,7 @@ def test_ranks_that_share_cores_are_faster_alone(tmp_path):
     assert "one rank alone    1.90 times as fast: ranks share cores" in as_table(found, fit, None)
 
 
-def test_warnings_name_the_series():
+def test_warnings_name_the_series() -> None:
     points = [
         Point(units=x, time_s=1e-5 * factor, spread=0.9) for x, factor in ((1e4, 1), (1e6, 4), (1e7, 1), (1e8, 30))
     ]
@@ -182,7 +184,7 @@ def test_warnings_name_the_series():
     assert "gemm: half of the full rate at 1000000 tokens" in "\n".join(fit_machine(slow, NOMINAL).warnings)
 
 
-def test_the_table_shows_points_lines_and_the_nominal_file():
+def test_the_table_shows_points_lines_and_the_nominal_file() -> None:
     found = measured(extra={"host to device": 50e9})
     fit = fit_machine(found, NOMINAL)
     table = as_table(found, fit, NOMINAL)
@@ -192,10 +194,10 @@ def test_the_table_shows_points_lines_and_the_nominal_file():
         "500 TFLOP/s, half of it at 636 tokens per expert",
         "300 GB/s after 8 us; line off by 0.0%, worst 0.0%",
         "host to device    50 GB/s (not in the file)",
-        "against 2x8-h100-sxm",
+        "compared with 2x8-h100-sxm",
         "  products                    500 TFLOP/s  593.6 TFLOP/s   0.84x",
         "  exchange between nodes          40 GB/s        40 GB/s   1.00x",
         "  latency inside a node              8 us           5 us   1.60x",
     ):
         assert words in table, table
-    assert "against" not in as_table(found, fit, None)
+    assert "compared with" not in as_table(found, fit, None)

@@ -60,9 +60,12 @@ def test_defaults_depend_on_the_device() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--nproc", "0"], "--nproc = 0: must be at least 1. Leave it out for the default."),
+        (["--nproc", "0"], "--nproc = 0: must be at least 1. For example: --nproc 8."),
         (["--repeats", "-1"], "--repeats = -1: must be at least 1"),
-        (["--tokens", "8,8"], "--tokens = (8,): a line needs two different amounts. Give more, with commas."),
+        (
+            ["--tokens", "8,8"],
+            "--tokens = (8,): needs at least two different amounts. For example: ",
+        ),
         (["--output", "HERE"], "exists already. Name another file, or add --overwrite."),
     ],
 )
@@ -79,4 +82,4 @@ def test_wrong_input(
 def test_amounts_are_positive_whole_numbers(text: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["calibrate", "--tokens", text])
-    assert "is no list of positive whole numbers, such as 8,64,512" in capsys.readouterr().err
+    assert "is not a list of positive whole numbers, such as 8,64,512" in capsys.readouterr().err

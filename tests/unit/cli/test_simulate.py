@@ -3,10 +3,12 @@
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from megatron_smartmoe.cli.main import main
+from megatron_smartmoe.placement.homes_planner import ReplicaMode
 from tests.support.synthetic import SyntheticSpec, synthetic_trace
 
 POLICIES = [
@@ -24,7 +26,7 @@ POLICIES = [
 
 
 @pytest.fixture(scope="module")
-def trace(tmp_path_factory):
+def trace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A skewed, slowly drifting load on 16 source ranks, two micro-batches apart."""
     path = tmp_path_factory.mktemp("trace") / "drift.npz"
     spec = SyntheticSpec(kind="drifting", num_records=14, num_layers=2, micro_batches=2, skew=1.5, drift=0.02)
@@ -32,13 +34,13 @@ def trace(tmp_path_factory):
     return path
 
 
-def simulate(trace, tmp_path, *arguments):
+def simulate(trace: Path, tmp_path: Path, *arguments: str) -> tuple[int, dict[str, Any]]:
     """Exit status and JSON of one run."""
     status = main(["simulate", "--trace", str(trace), "--json", str(tmp_path / "out.json"), *arguments])
     return status, json.loads((tmp_path / "out.json").read_text())
 
 
-def test_every_policy_with_the_promised_keys(trace, tmp_path, capsys):
+def test_every_policy_with_the_promised_keys(trace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plot = tmp_path / "plot.svg"
     status, content = simulate(
         trace, tmp_path, "--ep", "8", "--spare-slots", "1", "--policy", "all", "--plot", str(plot)
@@ -63,12 +65,12 @@ def test_every_policy_with_the_promised_keys(trace, tmp_path, capsys):
     assert "lower bound" in capsys.readouterr().out
 
 
-def test_exact_load_replicas_are_perfect(trace, tmp_path):
+def test_exact_load_replicas_are_perfect(trace: Path, tmp_path: Path) -> None:
     _, content = simulate(trace, tmp_path, "--ep", "16", "--spare-slots", "2", "--replicas", "exact")
     assert content["policies"]["smartmoe"]["imbalance"]["mean"] <= 1.002
 
 
-def test_auto_plans_from_the_counts_when_history_fails(tmp_path):
+def test_auto_plans_from_the_counts_when_history_fails(tmp_path: Path) -> None:
     path = tmp_path / "burst.npz"
     synthetic_trace(SyntheticSpec(kind="burst", num_records=30, num_layers=1, burst_factor=12.0)).save(path)
     found = {}
@@ -81,7 +83,7 @@ def test_auto_plans_from_the_counts_when_history_fails(tmp_path):
     assert found["auto"]["slots_changed"] < found["exact"]["slots_changed"]
 
 
-def test_ranks_of_a_megatron_trace_are_chosen(tmp_path, capsys):
+def test_ranks_of_a_megatron_trace_are_chosen(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for rank in range(4):
         line = {"step": 0, "block": "decoder", "layer": 1, "rank": rank, "topk": 1, "top_indices": [[rank % 2], [0]]}
         lines = [json.dumps({**line, "step": step}) for step in range(3)]
@@ -97,7 +99,9 @@ def test_ranks_of_a_megatron_trace_are_chosen(tmp_path, capsys):
     assert "must be ranks and ranges of them" in capsys.readouterr().err
 
 
-def test_without_spare_slots_homes_move_and_reach_the_bound(trace, tmp_path, capsys):
+def test_without_spare_slots_homes_move_and_reach_the_bound(
+    trace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     _, content = simulate(trace, tmp_path, "--ep", "8", "--policy", "smartmoe,lpt,none")
     reviews = content["policies"]["smartmoe"]["reviews"]
     assert reviews
@@ -109,14 +113,16 @@ def test_without_spare_slots_homes_move_and_reach_the_bound(trace, tmp_path, cap
     assert ours["homes"]["experts_moved"] < lpt["homes"]["experts_moved"] / 4
 
 
-def test_nodes_keep_replicas_at_home_and_homes_balance_the_nodes(trace, tmp_path):
+def test_nodes_keep_replicas_at_home_and_homes_balance_the_nodes(trace: Path, tmp_path: Path) -> None:
     _, content = simulate(trace, tmp_path, "--ep", "16", "--spare-slots", "1", "--nodes", "2", "--homes-interval", "1")
     assert content["nodes"] == 2
     assert content["policies"]["smartmoe"]["imbalance"]["mean"] <= 1.1
 
 
 @pytest.mark.parametrize("spare", ["0", "1"])
-def test_a_replay_reproduces_every_decision(trace, tmp_path, capsys, spare):
+def test_a_replay_reproduces_every_decision(
+    trace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], spare: str
+) -> None:
     saved = tmp_path / "decisions.jsonl"
     simulate(trace, tmp_path, "--ep", "8", "--spare-slots", spare, "--save-decisions", str(saved))
     header, *decisions = [json.loads(line) for line in saved.read_text().splitlines()]
@@ -129,6 +135,9 @@ def test_a_replay_reproduces_every_decision(trace, tmp_path, capsys, spare):
     assert main(["simulate", "--trace", str(trace), "--replay", str(saved)]) == 0
     assert f"all {len(decisions)} decisions reproduced" in capsys.readouterr().out
     lines = saved.read_text().splitlines()
+    reworded = [json.dumps({**json.loads(line), "why": "as an earlier version wrote it"}) for line in lines[1:]]
+    saved.write_text("\n".join([lines[0], *reworded]) + "\n")
+    assert main(["simulate", "--trace", str(trace), "--replay", str(saved)]) == 0
     lines[2] = lines[2].replace('"iteration": ', '"iteration": 9')
     saved.write_text("\n".join(lines) + "\n")
     assert main(["simulate", "--trace", str(trace), "--replay", str(saved)]) == 1
@@ -137,18 +146,18 @@ def test_a_replay_reproduces_every_decision(trace, tmp_path, capsys, spare):
     assert main(["simulate", "--trace", str(trace), "--replay", str(saved)]) == 1
 
 
-def test_a_replay_on_another_trace_says_so(trace, tmp_path, capsys):
+def test_a_replay_on_another_trace_says_so(trace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     saved, other = tmp_path / "decisions.jsonl", tmp_path / "other.npz"
     simulate(trace, tmp_path, "--ep", "16", "--spare-slots", "1", "--save-decisions", str(saved))
     synthetic_trace(SyntheticSpec(kind="uniform", num_records=5, num_layers=2)).save(other)
     assert main(["simulate", "--trace", str(other), "--replay", str(saved)]) == 1
-    assert "line 1 differs (the trace or the settings)" in capsys.readouterr().out
+    assert "line 1 differs (the trace or the options)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "--ep = None: is needed"),
+        ([], "--ep = None: is required"),
         (["--ep", "5"], "--ep = 5: must divide the trace's 32 experts"),
         (["--ep", "0"], "--ep = 0: must be at least 1"),
         (["--ep", "8", "--spare-slots", "-1"], "--spare-slots = -1: must be at least 0"),
@@ -163,7 +172,9 @@ def test_a_replay_on_another_trace_says_so(trace, tmp_path, capsys):
         (["--ep", "8", "--cluster", "/nowhere.yaml"], "does not exist"),
     ],
 )
-def test_wrong_input_is_one_line(trace, arguments, message, capsys):
+def test_wrong_input_is_one_line(
+    trace: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["simulate", "--trace", str(trace), *arguments]) == 2
     error = capsys.readouterr().err
     assert message in error
@@ -176,7 +187,7 @@ def test_wrong_input_is_one_line(trace, arguments, message, capsys):
     [(4, 1, "history", 1.005), (8, 1, "history", 1.005), (8, 2, "history", 1.003), (16, 1, "history", 1.02),
      (16, 2, "history", 1.005), (8, 2, "exact", 1.002)],
 )  # fmt: skip
-def test_targets_on_a_recorded_trace(tmp_path, ep, spare, replicas, limit):
+def test_targets_on_a_recorded_trace(tmp_path: Path, ep: int, spare: int, replicas: ReplicaMode, limit: float) -> None:
     arguments = ["--ep", str(ep), "--spare-slots", str(spare), "--replicas", replicas]
     _, content = simulate(Path(os.environ["SMARTMOE_TRACE"]), tmp_path, *arguments)
     assert content["policies"]["smartmoe"]["imbalance"]["mean"] <= limit

@@ -1,6 +1,7 @@
 """Constants and flows that are easy to compute by hand."""
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from megatron_smartmoe.cost.moe_layer import LayerConstants, LayerFlow
 from megatron_smartmoe.spec.cluster import ClusterSpec, GpuSpec, LinkSpec
@@ -14,19 +15,19 @@ ROUND = LayerConstants(
     inter_gpu_token_s=1.0,
     inter_node_token_s=0.5,
     inter_node_reverse_token_s=0.125,
-    intra_copy_s=3.0,
-    inter_copy_s=7.0,
+    intra_replica_s=3.0,
+    inter_replica_s=7.0,
 )
 
 
-def contiguous_flow(counts_RE, num_nodes=1):
+def contiguous_flow(counts_RE: ArrayLike, num_nodes: int = 1) -> LayerFlow:
     """Experts at home in order, no replicas."""
     counts_RE = np.asarray(counts_RE)
     slots_RS = np.arange(counts_RE.shape[1]).reshape(counts_RE.shape[0], -1)
     return LayerFlow.equal_split(counts_RE, slots_RS, num_nodes)
 
 
-def cluster(*, nodes=2, intra_bytes_s=100.0, inter_bytes_s=10.0):
+def cluster(*, nodes: int = 2, intra_bytes_s: float = 100.0, inter_bytes_s: float = 10.0) -> ClusterSpec:
     """Round numbers."""
     return ClusterSpec(
         name="round",

@@ -11,12 +11,12 @@ from megatron_smartmoe.spec.cluster import load_cluster_spec
 FILES = sorted((Path(__file__).parents[3] / "configs" / "clusters").glob("*.yaml"))
 
 
-def test_the_files_are_there():
+def test_the_files_are_there() -> None:
     assert {"a100-sxm4-80gb", "h100-sxm", "h200-sxm", "b200-sxm"} <= {file.stem for file in FILES}
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
-def test_a_cluster_file(file):
+def test_a_cluster_file(file: Path) -> None:
     cluster = load_cluster_spec(file)
     assert len(cluster.sources) == (8 if file.stem == "cpu" else 7)
     assert cluster.intra_node.bandwidth_bytes_s > cluster.inter_node.bandwidth_bytes_s

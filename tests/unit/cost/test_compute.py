@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from megatron_smartmoe.cost.compute import ExpertShape, busiest_rank, gemm_efficiency, time_shared
+from megatron_smartmoe.cost.compute import ExpertShape, busiest_rank, time_shared
 
 
-def test_few_tokens_in_many_experts_may_take_longer():
+def test_few_tokens_in_many_experts_may_take_longer() -> None:
     # Rank 0: 12 tokens in one expert; rank 1: 3 + 3 + 4 = 10 in three. At 2 tokens per active expert: 14 and 16.
     load_ER = np.array([[12, 0], [0, 3], [0, 3], [0, 4]], dtype=float)
     assert busiest_rank(load_ER, 0.0).rank == 0
@@ -24,24 +24,18 @@ def test_few_tokens_in_many_experts_may_take_longer():
         ([0.0, 4.0], 1.25, 3.2),
     ],
 )
-def test_ranks_that_share_cores_take_over_those_that_wait(work_R, shared, seconds):
+def test_ranks_that_share_cores_take_over_those_that_wait(work_R: list[float], shared: float, seconds: float) -> None:
     assert time_shared(work_R, shared) == pytest.approx(seconds)
 
 
-def test_a_hot_rank_costs_less_where_cores_are_shared():
+def test_a_hot_rank_costs_less_where_cores_are_shared() -> None:
     load_ER = np.diag([10.0, 10.0, 30.0, 30.0])
     busy = busiest_rank(load_ER, 0.0, ranks_per_device=2.0)
     assert (busy.rank, busy.tokens) == (2, pytest.approx(20.0))
     assert busy.active_experts == pytest.approx(20 / 30)
 
 
-def test_efficiency_curve():
-    assert gemm_efficiency(0, 100) == 0
-    assert gemm_efficiency(100, 100) == 0.5
-    assert gemm_efficiency(1e9, 100) == pytest.approx(1.0)
-
-
-def test_expert_sizes():
+def test_expert_sizes() -> None:
     # Three 4 x 6 matrices: 72 weights, 2 bytes each, 6 operations per weight and token.
     gated = ExpertShape(hidden=4, ffn=6)
     assert (gated.num_params, gated.weight_bytes, gated.gradient_bytes, gated.token_bytes) == (72, 144, 288, 8)

@@ -11,7 +11,7 @@ from megatron_smartmoe.cost.memory.budget import memory_budget
 from megatron_smartmoe.cost.memory.buffers import Layout, largest_state_bytes, layout
 from megatron_smartmoe.cost.memory.parameters import Parameter
 from megatron_smartmoe.spec.parallel import ParallelSpec
-from tests.unit.planner.cases import CLUSTER, SMALL
+from tests.support.models import CLUSTER, SMALL
 
 SPEC = ParallelSpec(gpus=8, ep=4, pp=2, micro_batch=2, global_batch=64)
 
@@ -82,7 +82,7 @@ def test_the_first_stage_holds_more_micro_batches() -> None:
 
 def test_parts_add_up_and_replicas_cost() -> None:
     plain, _ = memory_budget(SMALL, SPEC, CLUSTER.gpu, 1.0)
-    copies, _ = memory_budget(SMALL, replace(SPEC, spare_slots=2, replicas="history"), CLUSTER.gpu, 1.0)
+    replicas, _ = memory_budget(SMALL, replace(SPEC, spare_slots=2, replicas="history"), CLUSTER.gpu, 1.0)
     assert sum(size for _, size in plain.parts()) == plain.total
     expert = 3 * 1024 * 2048
-    assert copies.total - plain.total == 2 * 4 * expert * 6  # slots, layers of a stage, weights and fp32 gradients
+    assert replicas.total - plain.total == 2 * 4 * expert * 6  # slots, layers of a stage, weights and fp32 gradients

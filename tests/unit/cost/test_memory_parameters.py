@@ -8,14 +8,14 @@ import pytest
 
 from megatron_smartmoe.cost.memory.parameters import chunk_parameters
 from megatron_smartmoe.spec.model import ModelSpec, load_model_spec
-from megatron_smartmoe.spec.parallel import ParallelSpec, chunks
+from megatron_smartmoe.spec.parallel import ParallelSpec, pipeline_chunks
 from tests.unit.spec.test_model import MODELS, PUBLISHED
 
 
 def count(model: ModelSpec, spec: ParallelSpec) -> float:
     """Weights of the whole model: every rank's own, experts times EP."""
     total = 0
-    for chunk in chunks(model, spec):
+    for chunk in pipeline_chunks(model, spec):
         for param in chunk_parameters(model, spec, chunk):
             total += param.numel * (spec.ep if param.expert else 1)
     return total

@@ -13,7 +13,7 @@ from megatron_smartmoe.errors import PlanError
 from tests.unit.cost.cases import ROUND, cluster, contiguous_flow
 
 
-def test_every_term_by_hand():
+def test_every_term_by_hand() -> None:
     # Ranks 0 and 1 on two nodes, expert 0 on rank 0, 1 on rank 1. Rank 0 computes 6 + 4 = 10 tokens, rank 1 2 + 8.
     # Equal tokens, one expert each: rank 0. Sources send 8 and 12. 4 tokens go from 1 to 0, 2 back: ports 4, reverse 2.
     time = layer_time(contiguous_flow([[6, 2], [4, 8]], num_nodes=2), ROUND)
@@ -28,8 +28,8 @@ def test_every_term_by_hand():
     assert time.total_s == pytest.approx(1 + 1.2 + 5 + 2 + 6.25)
 
 
-def test_replicas_cost_their_traffic():
-    # Expert 0 of rank 0 has a copy on rank 1: one copy over the port inside the node, 3 s. It halves expert 0.
+def test_replicas_cost_their_traffic() -> None:
+    # Expert 0 of rank 0 has a replica on rank 1: one replica over the port inside the node, 3 s. It halves expert 0.
     slots_RS = np.array([[0, -1], [1, 0]])
     flow = LayerFlow.equal_split(np.array([[6, 0], [4, 0]]), slots_RS)
     time = layer_time(flow, ROUND)
@@ -39,7 +39,7 @@ def test_replicas_cost_their_traffic():
     assert layer_time(LayerFlow.equal_split(np.array([[6, 0], [4, 0]]), slots_RS, num_nodes=2), ROUND).replicas_s == 7.0
 
 
-def test_overlap_hides_at_most_the_compute():
+def test_overlap_hides_at_most_the_compute() -> None:
     flow = contiguous_flow([[6, 2], [4, 8]], num_nodes=2)
     # Four chunks leave a quarter of the 6.25 s in the open; nothing hides behind more than the 7 s of compute.
     assert layer_time(flow, ROUND, all_to_all_chunks=4).hidden_s == pytest.approx(-0.75 * 6.25)
@@ -48,23 +48,20 @@ def test_overlap_hides_at_most_the_compute():
     assert time.hidden_s == -(time.gemm_s + time.experts_s)
 
 
-def test_an_exact_assignment_gives_the_same_as_its_shares():
-    assigned_RER = np.zeros((2, 2, 2), dtype=np.int64)  # source, expert, rank
-    assigned_RER[0, 0] = [3, 3]
-    assigned_RER[1, 1] = [0, 5]
-    slots_RS = np.array([[0, -1], [1, 0]])
-    flow = LayerFlow.from_assignment(assigned_RER, slots_RS)
-    shares = LayerFlow.from_shares(np.array([[6, 0], [0, 5]]), assigned_RER.sum(axis=0), slots_RS)
-    assert np.array_equal(flow.load_ER, shares.load_ER)
-    assert np.array_equal(flow.traffic_RR, shares.traffic_RR)
+def test_hosts_take_their_shares_from_every_source() -> None:
+    share_ER = np.array([[3, 1], [0, 5]])  # expert 0 at home on rank 0, a replica on rank 1
+    flow = LayerFlow.from_shares(np.array([[8, 0], [4, 5]]), share_ER, np.array([[0, -1], [1, 0]]))
+    assert flow.load_ER.tolist() == [[9, 3], [0, 5]]
+    assert flow.traffic_RR.tolist() == [[6, 2], [3, 1 + 5]]
+    assert flow.replicas_RR.tolist() == [[0, 1], [0, 0]]
 
 
-def test_tokens_without_a_copy_are_named():
+def test_tokens_without_a_host_are_named() -> None:
     with pytest.raises(PlanError, match="expert 1 has 7 tokens and no share on any rank"):
         LayerFlow.from_shares(np.array([[0, 7]]), np.array([[1], [0]]), np.array([[0, 1]]))
 
 
-def test_explain_prints_every_term_and_their_sum():
+def test_explain_prints_every_term_and_their_sum() -> None:
     lines = layer_time(contiguous_flow([[6, 2], [4, 8]], num_nodes=2), ROUND).explain().splitlines()
     terms = [float(line.split(" ms")[0].split()[-1]) for line in lines]
     assert len(terms) == 9
@@ -74,7 +71,7 @@ def test_explain_prints_every_term_and_their_sum():
 
 @settings(max_examples=50, deadline=None)
 @given(st.integers(0, 2**32 - 1), st.sampled_from([(4, 1), (4, 2), (8, 2)]), st.integers(1, 4))
-def test_terms_add_up_and_tokens_are_conserved(seed, ranks_and_nodes, chunks):
+def test_terms_add_up_and_tokens_are_conserved(seed: int, ranks_and_nodes: tuple[int, int], chunks: int) -> None:
     num_ranks, num_nodes = ranks_and_nodes
     counts_RE = np.random.default_rng(seed).integers(0, 50, (num_ranks, 2 * num_ranks))
     flow = contiguous_flow(counts_RE, num_nodes)
@@ -85,8 +82,8 @@ def test_terms_add_up_and_tokens_are_conserved(seed, ranks_and_nodes, chunks):
     assert 0 < time.total_s <= layer_time(flow, ROUND).total_s + 1e-9
 
 
-def test_constants_of_a_datasheet():
-    # 2 x 3 x 5 = 30 weights: 60 bytes a copy, 180 operations and 6 bytes a token. Memory 1000 B/s at 80%, links at 80%.
+def test_constants_of_a_datasheet() -> None:
+    # 2 x 3 x 5 = 30 weights: 60 bytes a replica, 180 operations and 6 bytes a token. Memory and links: 80% of 1000 B/s.
     constants = constants_of(cluster(), ExpertShape(hidden=3, ffn=5, gated=False))
     row_s = 6 / 800
     assert constants.fixed_s == pytest.approx(200 * 10e-6 + (6 + 2) * 2.0)  # sizes among 2 ranks go 2 messages deep
@@ -97,11 +94,11 @@ def test_constants_of_a_datasheet():
     assert constants.intra_token_s == pytest.approx(4 * 6 / 80)
     assert constants.inter_gpu_token_s == pytest.approx(4 * 6 / 8)
     assert constants.inter_node_token_s == 0
-    assert constants.intra_copy_s == pytest.approx((60 + 120) / 80)
-    assert constants.inter_copy_s == pytest.approx((60 + 120) / 8)
+    assert constants.intra_replica_s == pytest.approx((60 + 120) / 80)
+    assert constants.inter_replica_s == pytest.approx((60 + 120) / 8)
 
 
-def test_a_shared_card_is_as_fast_as_all_its_shares():
+def test_a_shared_card_is_as_fast_as_all_its_shares() -> None:
     constants = constants_of(cluster(), ExpertShape(hidden=3, ffn=5, gated=False), shared_network_card=True)
     assert constants.inter_gpu_token_s == constants.intra_token_s  # the way to the card is the port used inside
     assert constants.inter_node_token_s == pytest.approx(4 * 6 / 16)

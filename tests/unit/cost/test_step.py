@@ -14,7 +14,7 @@ from megatron_smartmoe.cost.step.moe import MoETimes
 from megatron_smartmoe.cost.step.pipeline import in_flight, schedule_s
 from megatron_smartmoe.cost.step.step import StepTime, step_time
 from megatron_smartmoe.spec.parallel import ParallelSpec
-from tests.unit.planner.cases import CLUSTER, SMALL
+from tests.support.models import CLUSTER, SMALL
 
 CONSTANTS = StepConstants()
 SPEC = ParallelSpec(gpus=8, ep=4, pp=2, micro_batch=2, global_batch=64)

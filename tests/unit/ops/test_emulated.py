@@ -62,15 +62,6 @@ def test_rows_have_the_bits_of_the_twins(kernels: Any, case: Rows, seed: int) ->
     assert_near(grad_weights, expected[1], case)
 
 
-@given(seed=SEEDS, num_ids=st.sampled_from([0, 1, 31, 2047, 2049, 5000]), num_experts=st.sampled_from([1, 8, 33, 4096]))
-@settings(deadline=None, max_examples=20)
-def test_the_histogram_is_that_of_the_twin(kernels: Any, seed: int, num_ids: int, num_experts: int) -> None:
-    kernels.set_seed(seed)
-    for dtype in (torch.int32, torch.int64):
-        ids = torch.randint(-2, num_experts + 2, (num_ids,), dtype=dtype)
-        assert torch.equal(kernels.expert_histogram(ids, num_experts), reference.expert_histogram(ids, num_experts))
-
-
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.float64])
 def test_permute_moves_any_bytes(kernels: Any, dtype: torch.dtype) -> None:
     rows_TK = torch.tensor([[4, 0], [-1, 2], [3, 7]], dtype=torch.int32)

@@ -5,7 +5,9 @@ Each case is a small copy of the checkout, because what serves the ops is decide
 
 from __future__ import annotations
 
+import inspect
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_smartmoe.ops import library, reference
+from megatron_smartmoe.ops import fake, library, reference
 
 ROOT = Path(__file__).resolve().parents[3]
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
@@ -48,18 +50,27 @@ def build(checkout: Path, **env: str) -> subprocess.CompletedProcess[str]:
     return python(checkout, "megatron_smartmoe/ops/_build.py", **env)
 
 
+@pytest.mark.parametrize("name", library.SCHEMAS)
+def test_twins_and_fake_kernels_have_the_arguments_of_the_schema(name: str) -> None:
+    schema = library.SCHEMAS[name].split(" -> ")[0]
+    arguments = re.findall(r"(\w+)[,)]", schema)
+    for module in (fake,) if name in library.HOST_OPS else (fake, reference):
+        assert list(inspect.signature(getattr(module, name)).parameters) == arguments
+
+
 CHECK = """
 import torch
 from megatron_smartmoe import ops
 from megatron_smartmoe.ops import reference
 seed = torch.seed()
 for dtype in (torch.int32, torch.int64):
-    for num_ids, num_experts in ((0, 1), (1, 1), (1000, 7), (50000, 256)):
-        ids = torch.randint(-2, num_experts + 2, (num_ids, 3), dtype=dtype)
+    for num_tokens, num_experts in ((0, 1), (1, 1), (1000, 7), (50000, 256)):
+        ids, slot_of = torch.randint(-2, num_experts + 2, (num_tokens, 3), dtype=dtype), torch.randperm(num_experts)
         for view in (ids, ids.t(), ids[::2]):
-            same = torch.equal(ops.expert_histogram(view, num_experts), reference.expert_histogram(view, num_experts))
-            assert same, (seed, dtype, num_ids, num_experts)
-torch.library.opcheck(torch.ops.smartmoe.expert_histogram.default, (torch.tensor([[0, 1], [-1, 5]]), 3))
+            args = (view, slot_of, num_experts)
+            for found, expected in zip(ops.dispatch_map(*args), reference.dispatch_map(*args), strict=True):
+                assert torch.equal(found, expected), (seed, dtype, num_tokens, num_experts)
+torch.library.opcheck(torch.ops.smartmoe.dispatch_map.default, (torch.tensor([[0, 1], [-1, 5]]), torch.arange(3), 3))
 print(ops.backend())
 """
 
@@ -76,6 +87,7 @@ def cpu_checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_without_nvcc_the_library_is_built_for_the_cpu_and_right(cpu_checkout: Path) -> None:
     done = python(cpu_checkout, "-c", CHECK)
     assert done.returncode == 0, done.stderr
@@ -84,6 +96,7 @@ def test_without_nvcc_the_library_is_built_for_the_cpu_and_right(cpu_checkout: P
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_a_second_build_does_nothing(cpu_checkout: Path) -> None:
     made = cpu_checkout / "megatron_smartmoe" / "ops" / "_smartmoe.so"
     before = made.stat()
@@ -93,18 +106,20 @@ def test_a_second_build_does_nothing(cpu_checkout: Path) -> None:
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_a_library_of_another_version_is_refused(cpu_checkout: Path, tmp_path: Path) -> None:
     checkout = tmp_path / "checkout"
     shutil.copytree(cpu_checkout, checkout)
     registrations = checkout / "csrc" / "ops.cpp"
-    registrations.write_text(registrations.read_text().replace("int num_experts", "int experts"))
+    registrations.write_text(registrations.read_text().replace("int num_slots", "int slots"))
     assert build(checkout, SMARTMOE_CUDA="0").returncode == 0
     done = python(checkout, "-c", "import megatron_smartmoe.ops")
     assert done.returncode != 0
     assert "CompatError" in done.stderr
     assert (
-        "has smartmoe::expert_histogram(Tensor ids, int experts) -> Tensor for "
-        "smartmoe::expert_histogram(Tensor ids, int num_experts) -> Tensor: it is of another version. "
+        "has smartmoe::dispatch_map(Tensor ids_TK, Tensor slot_of_E, int slots) -> (Tensor, Tensor) for "
+        "smartmoe::dispatch_map(Tensor ids_TK, Tensor slot_of_E, int num_slots) -> (Tensor, Tensor): "
+        "it is of another version. "
         "Rebuild it: python megatron_smartmoe/ops/_build.py (or delete it to use the torch reference)"
     ) in done.stderr
 
@@ -130,17 +145,18 @@ def test_without_a_library_torch_serves_the_ops_and_says_so(tmp_path: Path) -> N
     )
     assert done.stderr.count("SlowOpsWarning") == 1
     assert warning in done.stderr
-    assert python(checkout, "-c", CHECK, LOCAL_RANK="1").stderr == ""  # one voice per node
+    assert python(checkout, "-c", CHECK, LOCAL_RANK="1").stderr == ""  # one warning per node
 
 
 def test_a_cpu_library_says_once_that_torch_serves_gpu_tensors() -> None:
-    serve = library._loud("expert_histogram", reference.expert_histogram)
+    serve = library.warn_on_first_call("permute", reference.permute)
+    args = torch.tensor([[5], [7]]), torch.tensor([[1], [0]], dtype=torch.int32), 2
     text = (
-        r"_smartmoe\.so has no CUDA kernels: smartmoe::expert_histogram on a GPU is served by the torch reference\. "
+        r"_smartmoe\.so has no CUDA kernels: smartmoe::permute on a GPU is served by the torch reference\. "
         r"Build it where nvcc is: SMARTMOE_CUDA=1 python megatron_smartmoe/ops/_build\.py"
     )
     with pytest.warns(library.SlowOpsWarning, match=text):
-        assert serve(torch.tensor([1, 1]), 2).tolist() == [0, 2]
+        assert serve(*args).tolist() == [[7], [5]]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        serve(torch.tensor([1, 1]), 2)
+        serve(*args)

@@ -1,12 +1,16 @@
 """Deliberate bugs in the CUDA kernels: the emulated checks must catch every one, or they would miss honest ones.
 
-Each is one edit of one file, built in the mode that has to notice (plain for wrong results, or with a sanitizer), and
-run on that op's cases alone. An edit that no longer matches the source exactly once is an error.
+Method: all bugs of a mode are compiled into one program, each behind a test of `cuda_emulator::mutant`, and the program
+is run once per bug, on the cases of the bug's op alone. Mode `thread` looks for races, `address` for wrong results and
+steps out of bounds. With no bug switched on the program must find nothing.
+Alternative: a program per bug, whose compilations took most of the time.
 """
 
 from __future__ import annotations
 
+import os
 import subprocess
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,214 +20,188 @@ import pytest
 from tests.support import emulator
 from tests.unit.ops.test_emulated import has_sanitizer, pytestmark  # noqa: F401
 
+# the first race ends the program, and looking its source lines up would take longer than finding it
+SANITIZER_OPTIONS = {"TSAN_OPTIONS": "halt_on_error=1:symbolize=0", "ASAN_OPTIONS": "symbolize=0"}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Mutation:
-    """One bug: in `file`, `old` becomes `new`; `op` are the cases of check.cpp to run and `mode` the build."""
+    """One bug: in `file`, the part of `place` between the @ becomes `new`; `op` are the cases of check.cpp to run.
+
+    The part is one expression, or whole statements, which end in a semicolon and declare nothing that is used later.
+    """
 
     name: str
     file: str
-    old: str
+    place: str
     new: str
     op: str
-    mode: str = "thread"
-    seeds: int = 1
+    mode: str
 
 
-def histogram(name: str, old: str, new: str, mode: str = "thread") -> Mutation:
-    return Mutation(name=name, file="expert_histogram.cu", old=old, new=new, op="histogram", mode=mode)
+def sort(name: str, place: str, new: str, mode: str = "thread") -> Mutation:
+    return Mutation(name=name, file="dispatch_map.cu", place=place, new=new, op="dispatch_map", mode=mode)
 
 
-def sort(name: str, old: str, new: str, mode: str = "thread") -> Mutation:
-    return Mutation(name=name, file="dispatch_map.cu", old=old, new=new, op="dispatch_map", mode=mode)
+def rows(op: str, name: str, place: str, new: str, file: str = "") -> Mutation:
+    return Mutation(name=name, file=file or f"{op}.cu", place=place, new=new, op=op, mode="address")
 
 
-def rows(op: str, name: str, old: str, new: str, mode: str = "thread", file: str = "") -> Mutation:
-    return Mutation(name=name, file=file or f"{op}.cu", old=old, new=new, op=op, mode=mode)
-
-
-def backward(name: str, old: str, new: str, mode: str = "thread") -> Mutation:
-    file = "unpermute_backward.cu"
-    return Mutation(name=name, file=file, old=old, new=new, op="backward", mode=mode)
+def backward(name: str, place: str, new: str, mode: str = "address") -> Mutation:
+    return Mutation(name=name, file="unpermute_backward.cu", place=place, new=new, op="backward", mode=mode)
 
 
 MUTATIONS = [
-    histogram("histogram: no barrier after clearing", "counts[e] = 0;\n  __syncthreads();", "counts[e] = 0;"),
-    histogram(
-        "histogram: no barrier before writing", "}\n  __syncthreads();\n\n  uint32_t* row", "}\n\n  uint32_t* row"
-    ),
-    histogram(
-        "histogram: an addition that is not atomic",
-        "if (leader && expert[j] >= 0) atomicAdd(&counts[expert[j]], static_cast<uint32_t>(__popc(peers)));",
-        "if (expert[j] >= 0) counts[expert[j]] += 1;",
-    ),
-    histogram(
-        "histogram: no barrier before the slices are added",
-        "= sum;\n  __syncthreads();\n  if (slice",
-        "= sum;\n  if (slice",
-    ),
-    histogram(
-        "histogram: a slice too many",
-        "for (int s = 1; s < kSumSlices; ++s)",
-        "for (int s = 0; s < kSumSlices; ++s)",
-        mode="plain",
-    ),
-    sort("sort: no barrier after clearing", "counts[s] = 0;\n  __syncthreads();", "counts[s] = 0;"),
-    sort("sort: no barrier before writing", "}\n  __syncthreads();\n\n  uint32_t* row", "}\n\n  uint32_t* row"),
+    sort("sort: no barrier after clearing", "counts[s] = 0;\n  @__syncthreads();@", ""),
+    sort("sort: no barrier before writing", "}\n  @__syncthreads();@\n\n  uint32_t* row", ""),
     sort(
         "sort: an addition that is not atomic",
-        "if (leader && slot[i] >= 0) atomicAdd(&counts[slot[i]], static_cast<uint32_t>(__popc(peers)));",
+        "@if (leader && slot[i] >= 0) atomicAdd(&counts[slot[i]], static_cast<uint32_t>(__popc(peers)));@",
         "if (slot[i] >= 0) counts[slot[i]] += 1;",
     ),
-    sort("scan: no barrier after the warps' sums", "= inclusive;\n  __syncthreads();", "= inclusive;"),
-    sort("scan: no barrier after the sum of sums", "= sum;\n  }\n  __syncthreads();", "= sum;\n  }"),
-    sort("scan: no barrier before reuse", "__syncthreads();  // sums may be used again", ""),
+    sort("scan: no barrier after the warps' sums", "= inclusive;\n  @__syncthreads();@", ""),
+    sort("scan: no barrier after the sum of sums", "= sum;\n  }\n  @__syncthreads();@", ""),
+    sort("scan: no barrier before reuse", "@__syncthreads();@  // sums may be used again", ""),
     sort(
         "scan: a shuffle under a branch",
-        "const int other = __shfl_up_sync(kFullWarp, value, static_cast<unsigned>(distance));\n"
-        "    if (lane_id() >= distance) value += other;",
+        "@const int other = __shfl_up_sync(kFullWarp, value, static_cast<unsigned>(distance));\n"
+        "    if (lane_id() >= distance) value += other;@",
         "if (lane_id() >= distance) value += __shfl_up_sync(kFullWarp, value, static_cast<unsigned>(distance));",
-        mode="plain",
+        mode="address",
     ),
-    sort("rank: no first __syncwarp", "__syncwarp();  // all lanes have read", "// all lanes have read"),
-    sort("rank: no second __syncwarp", "__syncwarp();\n    rank[i]", "rank[i]"),
-    sort("rank: wrong mask of lanes", "((1u << lane_id()) - 1u)", "((2u << lane_id()) - 1u)", mode="plain"),
+    sort("rank: no first __syncwarp", "@__syncwarp();@  // all lanes have read", ""),
+    sort("rank: no second __syncwarp", "@__syncwarp();@\n    rank[i]", ""),
+    sort("rank: wrong mask of lanes", "(@(1u << lane_id())@ - 1u)", "2u << lane_id()", mode="address"),
     sort(
         "rank: match under a branch",
-        "const unsigned peers = __match_any_sync(kFullWarp, slot[i]);\n    const int before",
-        "const unsigned peers = slot[i] >= 0 ? __match_any_sync(kFullWarp, slot[i]) : 0u;\n    const int before",
-        mode="plain",
+        "const unsigned peers = @__match_any_sync(kFullWarp, slot[i])@;\n    const int before",
+        "slot[i] >= 0 ? __match_any_sync(kFullWarp, slot[i]) : 0u",
+        mode="address",
     ),
-    sort("place: no barrier after clearing", "counts[i] = 0;\n    __syncthreads();", "counts[i] = 0;"),
-    sort(
-        "place: no barrier before the warps are added up",
-        "warp_counts, slot, rank);\n    __syncthreads();",
-        "warp_counts, slot, rank);",
-    ),
-    sort(
-        "place: no barrier before rows are given out",
-        "next_row[s] += distance;\n    }\n    __syncthreads();",
-        "next_row[s] += distance;\n    }",
-    ),
-    sort("place: no barrier before the next step", "__syncthreads();  // counts are cleared", "// counts are cleared"),
-    sort("place: the wrong end of the tile", "end < num_choices ? end : num_choices", "num_choices", mode="plain"),
-    sort("place: tiles counted twice", "tile < tile_here ? count : 0", "tile <= tile_here ? count : 0", mode="plain"),
-    sort(
-        "place: shared memory short by 4 bytes",
-        "(slots + kWarps) * sizeof(int)",
-        "(slots + kWarps - 1) * sizeof(int)",
-        "address",
-    ),
+    sort("place: no barrier after clearing", "counts[i] = 0;\n    @__syncthreads();@", ""),
+    sort("place: no barrier before the warps are added up", "warp_counts, slot, rank);\n    @__syncthreads();@", ""),
+    sort("place: no barrier before rows are given out", "next_row[s] += distance;\n    }\n    @__syncthreads();@", ""),
+    sort("place: no barrier before the next step", "@__syncthreads();@  // counts are cleared", ""),
+    sort("place: the wrong end of the tile", "@end < num_choices ? end : num_choices@", "num_choices", mode="address"),
+    sort("place: tiles counted twice", "@tile < tile_here@ ? count : 0", "tile <= tile_here", mode="address"),
+    sort("place: shared memory short by 4 bytes", "(@slots + kWarps@) * sizeof(int)", "slots + kWarps - 1", "address"),
     rows(
         "permute",
         "permute: one vector too many is stored",
-        "if (begin + i * threads < vectors) to[",
-        "if (begin + i * threads <= vectors) to[",
-        "address",
+        "if (@begin + i * threads < vectors@) to[",
+        "begin + i * threads <= vectors",
     ),
     rows(
         "permute",
         "permute: one vector too many is loaded",
-        "if (begin + i * threads < vectors) vector[i]",
-        "if (begin + i * threads <= vectors) vector[i]",
-        "address",
+        "if (@begin + i * threads < vectors@) vector[i]",
+        "begin + i * threads <= vectors",
     ),
-    rows(
-        "permute",
-        "permute: the last tokens' group is not stopped",
-        "if (token >= num_tokens) return;",
-        "",
-        "address",
-    ),
-    rows(
-        "permute",
-        "permute: rows that no choice names are left",
-        "choice_of_row, y, num_rows, row_bytes, where);",
-        "choice_of_row, y, 0, row_bytes, where);",
-        "plain",
-    ),
+    rows("permute", "permute: the last tokens' group is not stopped", "@if (token >= num_tokens) return;@", ""),
+    rows("permute", "permute: rows that no choice names are left", ".num_rows = @args.num_rows@,", "int64_t{0}"),
     rows(
         "permute",
         "zero rows: garbage is believed",
-        "choice >= num_choices || rows[choice] != row",
-        "choice >= num_choices",
+        "choice < 0 || choice >= num_choices || @rows[choice] != row@",
+        "false",
         file="zero_rows.cu",
-        mode="plain",
     ),
     rows(
         "permute",
         "zero rows: garbage is used as an index",
-        "choice < 0 || choice >= num_choices || rows[choice] != row",
-        "rows[choice] != row",
-        "address",
+        "@choice < 0 || choice >= num_choices@ || rows[choice] != row",
+        "false",
         file="zero_rows.cu",
     ),
     rows(
         "permute",
         "zero rows: a vote under a branch",
-        "unsigned left = __ballot_sync(kFullWarp, unnamed);",
-        "unsigned left = row < num_rows ? __ballot_sync(kFullWarp, unnamed) : 0u;",
+        "unsigned left = @__ballot_sync(kFullWarp, unnamed)@;",
+        "row < num_rows ? __ballot_sync(kFullWarp, unnamed) : 0u",
         file="zero_rows.cu",
-        mode="plain",
     ),
-    rows(
-        "unpermute", "unpermute: choices in another order", "j0 + j) : 1.0f", "j0 + kStep - 1 - j) : 1.0f", mode="plain"
-    ),
-    rows("unpermute", "unpermute: a dropped choice is added", "if (row[j] < 0) continue;", "", mode="plain"),
+    rows("unpermute", "unpermute: choices in another order", "j0 + @j@) : 1.0f", "kStep - 1 - j"),
+    rows("unpermute", "unpermute: a dropped choice is added", "@if (row[j] < 0) continue;@", ""),
     rows(
         "unpermute",
         "unpermute: a vector behind the row is loaded",
-        "c < vectors; c += blockDim.x) {\n    float sum",
-        "c <= vectors; c += blockDim.x) {\n    float sum",
-        "address",
+        "@c < vectors@; c += blockDim.x) {\n    float sum",
+        "c <= vectors",
     ),
     backward(
         "backward: no barrier before the warps are added up",
-        "partial[warp_id()][j] = sum;\n    }\n    __syncthreads();",
-        "partial[warp_id()][j] = sum;\n    }",
-    ),
-    backward("backward: no barrier before partial is reused", "__syncthreads();  // partial is used again", ""),
-    backward(
-        "backward: shared memory short by a warp", "partial, [kWarps][kStep]", "partial, [kWarps - 1][kStep]", "address"
+        "partial[warp_id()][j] = sum;\n    }\n    @__syncthreads();@",
+        "",
+        mode="thread",
     ),
     backward(
-        "backward: half of the warp is added up", "distance = kWarpSize / 2;", "distance = kWarpSize / 4;", mode="plain"
+        "backward: no barrier before partial is reused",
+        "@__syncthreads();@  // partial is used again",
+        "",
+        mode="thread",
     ),
+    backward("backward: a step behind the shared memory", "partial[@warp_id()@][j] = sum", "kWarps"),
+    backward("backward: half of the warp is added up", "distance = @kWarpSize / 2@;", "kWarpSize / 4"),
 ]
 
 
-def mutated(mutation: Mutation) -> str:
-    """The file's text with the bug."""
-    text = (emulator.ROOT / "csrc" / "cuda" / mutation.file).read_text()
-    found = text.count(mutation.old)
-    assert found == 1, f"{mutation.name}: the edit matches {mutation.file} {found} times. Bring it up to date"
-    return text.replace(mutation.old, mutation.new)
+def with_mutants(file: str, mode: str) -> str:
+    """The file's text with the bugs of a mode, numbered from 1 in the order of MUTATIONS, each behind its switch."""
+    text = (emulator.ROOT / "csrc" / "cuda" / file).read_text()
+    switched: list[tuple[int, str, str]] = []  # where a part begins, the part, and what stands for it
+    for number, mutation in enumerate(MUTATIONS, start=1):
+        if (mutation.file, mutation.mode) != (file, mode):
+            continue
+        before, old, after = mutation.place.split("@")
+        found = text.count(before + old + after)
+        assert found == 1, f"{mutation.name}: the place matches {file} {found} times. Bring it up to date"
+        switch = f"::cuda_emulator::mutant == {number}"
+        if old.endswith(";"):
+            new = f"if ({switch}) {{ {mutation.new} }} else {{ {old} }}"
+        else:
+            new = f"({switch} ? ({mutation.new}) : ({old}))"
+        switched.append((text.index(before + old + after) + len(before), old, new))
+    for begin, old, new in sorted(switched, reverse=True):
+        text = text[:begin] + new + text[begin + len(old) :]
+    return text
 
 
-def escapes(mutation: Mutation) -> bool:
-    """Whether the check finds nothing."""
-    program = emulator.check_program(mutation.mode, {mutation.file: mutated(mutation)})
-    command = [str(program), mutation.op, str(mutation.seeds)]
+def programs() -> dict[str, Path]:
+    """By mode, the check with all bugs of the mode."""
+    files = defaultdict(set)
+    for mutation in MUTATIONS:
+        files[mutation.mode].add(mutation.file)
+    return {
+        mode: emulator.check_program(mode, {name: with_mutants(name, mode) for name in sorted(names)})
+        for mode, names in files.items()
+    }
+
+
+def finds_nothing(program: Path, op: str, mutant: int) -> bool:
+    """Whether the check ends well; a hang is a finding."""
+    env = {**os.environ, **SANITIZER_OPTIONS}
     try:
-        done = subprocess.run(command, capture_output=True, timeout=120, check=False)
+        done = subprocess.run([program, op, "1", str(mutant)], env=env, capture_output=True, timeout=600, check=False)
     except subprocess.TimeoutExpired:
         return False
-    finally:
-        program.unlink(missing_ok=True)
     return done.returncode == 0
 
 
-def test_edits_match_the_sources() -> None:
+def test_places_match_the_sources() -> None:
     for mutation in MUTATIONS:
-        mutated(mutation)
+        with_mutants(mutation.file, mutation.mode)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_every_bug_is_caught(tmp_path: Path) -> None:
     for mode in {mutation.mode for mutation in MUTATIONS}:
         if not has_sanitizer(mode, tmp_path):
             pytest.skip(f"g++ cannot build and run a program with {' '.join(emulator.MODES[mode])}")
-        emulator.check_program(mode)  # the objects that bugs have in common
+    program = programs()
+    for mode, op in sorted({(mutation.mode, mutation.op) for mutation in MUTATIONS}):
+        assert finds_nothing(program[mode], op, 0), f"{op} in mode {mode} fails without a bug"
     with ThreadPoolExecutor(2) as pool:
-        found = list(pool.map(escapes, MUTATIONS))
-    escaped = [mutation.name for mutation, missed in zip(MUTATIONS, found, strict=True) if missed]
-    assert escaped == []
+        numbers = range(1, len(MUTATIONS) + 1)
+        missed = list(pool.map(lambda n, m: finds_nothing(program[m.mode], m.op, n), numbers, MUTATIONS))
+    assert [mutation.name for mutation, escaped in zip(MUTATIONS, missed, strict=True) if escaped] == []

@@ -2,22 +2,28 @@
 
 import numpy as np
 
+from megatron_smartmoe.placement.layer_plan import LayerPlan, tokens_by_rank
+from megatron_smartmoe.spec.arrays import FloatArray, IntArray
 from megatron_smartmoe.spec.placement import EMPTY
 
 
-def contiguous_slots(num_experts, num_ranks, spare_slots):
+def contiguous_slots(num_experts: int, num_ranks: int, spare_slots: int) -> IntArray:
     """Megatron's homes and empty spare slots, `[R, S]`."""
     home_RH = np.arange(num_experts).reshape(num_ranks, -1)
     return np.pad(home_RH, ((0, 0), (0, spare_slots)), constant_values=EMPTY)
 
 
-def random_counts(rng, num_ranks, num_experts, *, sigma=1.0, tokens=2048):
+def random_counts(
+    rng: np.random.Generator, num_ranks: int, num_experts: int, *, sigma: float = 1.0, tokens: int = 2048
+) -> IntArray:
     """Counts `[R, E]` of a lognormal popularity, drawn token by token."""
     popularity = rng.lognormal(0, sigma, num_experts)
     return rng.multinomial(tokens, popularity / popularity.sum(), size=num_ranks)
 
 
-def random_slots(rng, num_experts, num_ranks, spare_slots, *, filled=0.8):
+def random_slots(
+    rng: np.random.Generator, num_experts: int, num_ranks: int, spare_slots: int, *, filled: float = 0.8
+) -> IntArray:
     """A permutation of homes, spare slots filled with random experts that the rank does not hold yet."""
     slots_RS = contiguous_slots(num_experts, num_ranks, spare_slots)
     slots_RS[:, : num_experts // num_ranks] = rng.permutation(num_experts).reshape(num_ranks, -1)
@@ -27,3 +33,8 @@ def random_slots(rng, num_experts, num_ranks, spare_slots, *, filled=0.8):
             if rng.random() < filled and expert not in slots_RS[rank]:
                 slots_RS[rank, slot] = expert
     return slots_RS
+
+
+def rank_loads(plan: LayerPlan, counts_RE: IntArray) -> FloatArray:
+    """Tokens that each rank computes, `[R]`, when `plan` is applied to `counts_RE`."""
+    return np.asarray(tokens_by_rank(plan, counts_RE).sum(axis=0), dtype=np.float64)

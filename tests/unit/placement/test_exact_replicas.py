@@ -1,4 +1,4 @@
-"""Replicas from the exact load: balanced, within the slots, within the node, a copy finishes a rank."""
+"""Replicas from the exact load: balanced, within the slots, within the node, a replica finishes a rank."""
 
 import numpy as np
 import pytest
@@ -7,23 +7,24 @@ from hypothesis import strategies as st
 
 from megatron_smartmoe.placement.exact_replicas import exact_replicas
 from megatron_smartmoe.placement.split import min_max_split
+from megatron_smartmoe.spec.arrays import IntArray
 from megatron_smartmoe.spec.placement import EMPTY, Placement, hosts_of
 from tests.unit.placement.cases import contiguous_slots, random_counts
 
 
-def imbalance(counts_RE, slots_RS):
+def imbalance(counts_RE: IntArray, slots_RS: IntArray) -> float:
     load_R = min_max_split(counts_RE, hosts_of(slots_RS, counts_RE.shape[1])).sum(axis=0)
-    return load_R.max() / load_R.mean()
+    return float(load_R.max() / load_R.mean())
 
 
-def test_a_worked_example():
+def test_a_worked_example() -> None:
     """Loads 10 + 2, 1 + 1, 3 + 3 on three ranks: T = 7 (20 / 3 up). Rank 0 fills rank 1 with 5 tokens of expert 0."""
     slots_RS = contiguous_slots(6, 3, 1)
     found = exact_replicas(np.array([10, 2, 1, 1, 3, 3]), slots_RS, 2)
     assert found.tolist() == [[0, 1, EMPTY], [2, 3, 0], [4, 5, EMPTY]]
 
 
-def test_a_donor_gives_more_than_its_surplus_and_receives_in_turn():
+def test_a_donor_gives_more_than_its_surplus_and_receives_in_turn() -> None:
     """Loads 9, 8, 1: T = 6. No surplus (3, 2) fills the gap of 5, so rank 1 gives 5 of 8 and takes 3 from rank 0."""
     found = exact_replicas(np.array([9, 8, 1]), contiguous_slots(3, 3, 1), 1)
     assert found.tolist() == [[0, EMPTY], [1, 0], [2, 1]] or found.tolist() == [[0, 1], [1, EMPTY], [2, 0]]
@@ -32,7 +33,7 @@ def test_a_donor_gives_more_than_its_surplus_and_receives_in_turn():
 
 @given(seed=st.integers(0, 2**32 - 1), spare=st.integers(0, 3), num_nodes=st.sampled_from([1, 2]))
 @settings(max_examples=60)
-def test_always_a_valid_placement_never_worse_than_homes_alone(seed, spare, num_nodes):
+def test_always_a_valid_placement_never_worse_than_homes_alone(seed: int, spare: int, num_nodes: int) -> None:
     rng = np.random.default_rng(seed)
     counts_RE = random_counts(rng, 8, 32, sigma=rng.uniform(0, 2.5), tokens=int(rng.integers(1, 4000)))
     slots_RS = contiguous_slots(32, 8, spare)
@@ -49,7 +50,7 @@ def test_always_a_valid_placement_never_worse_than_homes_alone(seed, spare, num_
     ("num_experts", "num_ranks", "spare", "sigma", "limit"),
     [(32, 8, 2, 1.5, 1.002), (32, 16, 2, 1.5, 1.002), (256, 64, 1, 1.0, 1.005), (256, 64, 2, 0.5, 1.002)],
 )
-def test_balance_of_drawn_loads(num_experts, num_ranks, spare, sigma, limit):
+def test_balance_of_drawn_loads(num_experts: int, num_ranks: int, spare: int, sigma: float, limit: float) -> None:
     rng = np.random.default_rng(0)
     found = []
     for _ in range(12):
@@ -61,6 +62,6 @@ def test_balance_of_drawn_loads(num_experts, num_ranks, spare, sigma, limit):
     assert np.mean(found) <= limit
 
 
-def test_no_tokens_need_no_copies():
+def test_no_tokens_need_no_replicas() -> None:
     slots_RS = contiguous_slots(8, 4, 2)
     assert np.array_equal(exact_replicas(np.zeros(8, np.int64), slots_RS, 2), slots_RS)

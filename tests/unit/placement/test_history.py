@@ -1,20 +1,23 @@
 """History: cold start, forecasts that follow or average, errors, scenarios."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 
 from megatron_smartmoe.errors import PlanError
-from megatron_smartmoe.placement.history import History, HistoryOptions, noise_factors
+from megatron_smartmoe.placement.history import History, HistoryOptions, perturbations
+from megatron_smartmoe.spec.arrays import FloatArray
 
 
-def test_cold_start_expects_even_loads():
+def test_cold_start_expects_even_loads() -> None:
     history = History(2, 4)
     assert (history.forecast_LE() == 0.25).all()
     assert np.isnan(history.update(np.ones((2, 1, 4), np.int64))).all()
     assert history.forecast_error_L.tolist() == [0.0, 0.0]
 
 
-def test_a_steady_load_is_averaged_and_a_drifting_one_is_followed():
+def test_a_steady_load_is_averaged_and_a_drifting_one_is_followed() -> None:
     rng = np.random.default_rng(0)
     history = History(2, 32)
     steady = rng.lognormal(0, 1, 32)
@@ -28,14 +31,14 @@ def test_a_steady_load_is_averaged_and_a_drifting_one_is_followed():
     assert error_L == pytest.approx(history.forecast_error_L, abs=0.05)
 
 
-def test_the_error_is_the_part_of_the_tokens_that_went_elsewhere():
+def test_the_error_is_the_part_of_the_tokens_that_went_elsewhere() -> None:
     history = History(1, 4)
     history.update(np.array([[[4, 0, 0, 0]]]))
     assert history.update(np.array([[[3, 1, 0, 0]]])).tolist() == [0.25]
 
 
-def test_scenarios_are_shares_with_the_forecast_first():
-    history = History(1, 4, HistoryOptions(window=2, noise=(1.0, 2.0), micro_batches=2))
+def test_scenarios_are_shares_with_the_forecast_first() -> None:
+    history = History(1, 4, HistoryOptions(window=2, spreads=(1.0, 2.0), micro_batches=2))
     history.update(np.array([[[1, 1, 0, 0], [1, 1, 0, 0], [1, 1, 0, 0]]]))
     history.update(np.array([[[2, 0, 0, 0], [1, 1, 0, 0], [0, 0, 0, 4]]]))
     rows_KE = history.scenarios_KE(0)
@@ -47,14 +50,14 @@ def test_scenarios_are_shares_with_the_forecast_first():
     assert rows_KE[3].tolist() == [0.5, 0.5, 0, 0]
 
 
-def test_noise_is_the_same_in_every_call_and_has_its_spread():
-    factors = noise_factors((0.1, 0.2), 4096)
-    assert np.array_equal(factors, noise_factors((0.1, 0.2), 4096))
+def test_noise_is_the_same_in_every_call_and_has_its_spread() -> None:
+    factors = perturbations((0.1, 0.2), 4096)
+    assert np.array_equal(factors, perturbations((0.1, 0.2), 4096))
     assert factors.std(axis=1) == pytest.approx([0.1, 0.2], rel=0.05)
     assert factors.mean(axis=1) == pytest.approx([1, 1], abs=0.01)
 
 
-def test_a_record_without_tokens_and_one_of_the_wrong_shape():
+def test_a_record_without_tokens_and_one_of_the_wrong_shape() -> None:
     history = History(1, 4)
     history.update(np.zeros((1, 1, 4), np.int64))
     assert np.isfinite(history.scenarios_KE(0)).all()
@@ -62,16 +65,16 @@ def test_a_record_without_tokens_and_one_of_the_wrong_shape():
         history.update(np.zeros((1, 4), np.int64))
 
 
-def share_of(counts_E):
+def share_of(counts_E: FloatArray) -> Any:
     return pytest.approx(counts_E / np.sum(counts_E), abs=0.02)
 
 
-def test_a_jump_is_followed_at_once_and_the_regime_before_is_kept_and_found_again():
+def test_a_jump_is_followed_at_once_and_the_regime_before_is_kept_and_found_again() -> None:
     rng = np.random.default_rng(0)
     base, burst = np.ones(8), np.array([8.0, 1, 1, 1, 1, 1, 1, 1])
     history = History(1, 8, HistoryOptions(regime_records=6))
 
-    def see(popularity):
+    def see(popularity: FloatArray) -> FloatArray:
         history.update(rng.multinomial(20_000, popularity / popularity.sum())[None, None])
         return history.scenarios_KE(0)
 
@@ -89,7 +92,7 @@ def test_a_jump_is_followed_at_once_and_the_regime_before_is_kept_and_found_agai
     assert len(later) == len(calm)  # forgotten
 
 
-def test_a_load_that_always_jumps_is_hard_to_forecast_and_not_a_jump_each_time():
+def test_a_load_that_always_jumps_is_hard_to_forecast_and_not_a_jump_each_time() -> None:
     rng = np.random.default_rng(0)
     history = History(1, 8)
     for _ in range(20):

@@ -6,9 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_smartmoe.errors import PlanError
-from megatron_smartmoe.placement.layer_plan import LayerPlan, LayerProblem, evaluate, rank_loads
+from megatron_smartmoe.placement.layer_plan import LayerPlan, LayerProblem, SplitRule, evaluate
 from megatron_smartmoe.spec.placement import EMPTY
-from tests.unit.placement.cases import random_counts, random_slots
+from tests.unit.placement.cases import random_counts, random_slots, rank_loads
 
 SLOTS = np.array([[0, 1, EMPTY], [2, 3, 0]])  # expert 0 on both ranks
 COUNTS = np.array([[6, 1, 1, 0], [2, 1, 0, 3]])
@@ -27,7 +27,7 @@ COUNTS = np.array([[6, 1, 1, 0], [2, 1, 0, 3]])
         ),
     ],
 )
-def test_four_ways_to_share(plan, loads, traffic):
+def test_four_ways_to_share(plan: LayerPlan, loads: list[float], traffic: list[list[float]]) -> None:
     outcome = evaluate(plan, COUNTS)
     assert rank_loads(plan, COUNTS).tolist() == loads
     assert outcome.load_ER.sum(axis=0).tolist() == loads
@@ -35,7 +35,7 @@ def test_four_ways_to_share(plan, loads, traffic):
 
 
 @given(seed=st.integers(0, 2**32 - 1), split=st.sampled_from(["equal", "exact", "local", "quota"]))
-def test_no_token_is_lost_and_traffic_arrives(seed, split):
+def test_no_token_is_lost_and_traffic_arrives(seed: int, split: SplitRule) -> None:
     rng = np.random.default_rng(seed)
     counts_RE, slots_RS = random_counts(rng, 4, 16), random_slots(rng, 16, 4, 2)
     home_E = np.argsort(slots_RS[:, :4].ravel()) // 4
@@ -46,16 +46,16 @@ def test_no_token_is_lost_and_traffic_arrives(seed, split):
     assert outcome.traffic_RR.sum(axis=0) == pytest.approx(outcome.load_ER.sum(axis=0))
 
 
-def test_a_plan_that_lacks_something_says_so():
+def test_a_plan_that_lacks_something_says_so() -> None:
     with pytest.raises(PlanError, match="'quota' must carry quota_ER"):
         rank_loads(LayerPlan(slots_RS=SLOTS, split="quota"), COUNTS)
     with pytest.raises(PlanError, match="'local' must carry home_rank_E"):
         rank_loads(LayerPlan(slots_RS=SLOTS, split="local"), COUNTS)
-    with pytest.raises(PlanError, match="expert 3 has 3 tokens and no copy"):
+    with pytest.raises(PlanError, match="expert 3 has 3 tokens and no slot"):
         rank_loads(LayerPlan(slots_RS=SLOTS % 3, split="equal"), COUNTS)
 
 
-def test_what_a_rule_is_told():
+def test_what_a_rule_sees() -> None:
     problem = LayerProblem(counts_RE=COUNTS, slots_RS=SLOTS, spare_slots=1)
     assert (problem.num_ranks, problem.num_experts, problem.home_slots) == (2, 4, 2)
     assert problem.load_E.tolist() == [8, 2, 1, 3]

@@ -1,22 +1,21 @@
-"""Copies planned from history: good on the next record, kept while they serve, renewed after a jump, fast enough."""
-
-import time
+"""Replicas planned from history: good on the next record, kept while they balance, renewed after a jump."""
 
 import numpy as np
 import pytest
 
 from megatron_smartmoe.placement.history import History, HistoryOptions
-from megatron_smartmoe.placement.layer_plan import LayerPlan, rank_loads
+from megatron_smartmoe.placement.layer_plan import LayerPlan
 from megatron_smartmoe.placement.plan_replicas import ReplicaOptions, fill_spare_slots, plan_replicas, search_space
 from megatron_smartmoe.placement.search.objective import Objective
 from megatron_smartmoe.placement.split import min_max_split
+from megatron_smartmoe.spec.arrays import FloatArray
 from megatron_smartmoe.spec.placement import EMPTY, Placement, hosts_of
 from tests.support.synthetic import SyntheticSpec, synthetic_trace
-from tests.unit.placement.cases import contiguous_slots
+from tests.unit.placement.cases import contiguous_slots, rank_loads
 
 
-def follow(spec, num_ranks, spare_slots):
-    """Plan before each record, evaluate on it: imbalance, slots changed and seconds, without the first two."""
+def follow(spec: SyntheticSpec, num_ranks: int, spare_slots: int) -> FloatArray:
+    """Plan before each record, evaluate on it: imbalance and slots changed, without the first two records."""
     counts = synthetic_trace(spec).groups(num_ranks)[:, 0, 0, 0]
     home_slots = spec.num_experts // num_ranks
     slots_RS = contiguous_slots(spec.num_experts, num_ranks, spare_slots)
@@ -24,13 +23,12 @@ def follow(spec, num_ranks, spare_slots):
     rows = []
     for counts_RE in counts:
         if history.num_records:
-            before_ER, begin = hosts_of(slots_RS, spec.num_experts), time.process_time()
+            before_ER = hosts_of(slots_RS, spec.num_experts)
             slots_RS = plan_replicas(slots_RS, history.scenarios_KE(0), home_slots).slots_RS
-            seconds = time.process_time() - begin
             Placement(slots_LRS=slots_RS[None], num_experts=spec.num_experts)
             load_R = rank_loads(LayerPlan(slots_RS=slots_RS, split="exact"), counts_RE)
             changed = (hosts_of(slots_RS, spec.num_experts) & ~before_ER).sum()
-            rows.append((load_R.max() / load_R.mean(), changed, seconds))
+            rows.append((load_R.max() / load_R.mean(), changed))
         history.update(counts_RE.sum(axis=0)[None, None])
     return np.array(rows[2:]).T
 
@@ -39,18 +37,18 @@ def follow(spec, num_ranks, spare_slots):
     ("kind", "num_ranks", "spare_slots", "limit"),
     [("lognormal", 8, 1, 1.005), ("lognormal", 16, 2, 1.005), ("drifting", 8, 1, 1.02), ("zipf", 8, 2, 1.003)],
 )
-def test_balance_on_the_next_record(kind, num_ranks, spare_slots, limit):
+def test_balance_on_the_next_record(kind: str, num_ranks: int, spare_slots: int, limit: float) -> None:
     spec = SyntheticSpec(kind=kind, num_records=12, num_layers=1, skew=1.5, seed=3)
-    imbalance, _, _ = follow(spec, num_ranks, spare_slots)
+    imbalance, _ = follow(spec, num_ranks, spare_slots)
     assert imbalance.mean() <= limit
 
 
-def test_copies_stay_while_they_serve():
-    _, changed, _ = follow(SyntheticSpec(kind="lognormal", num_records=12, num_layers=1, skew=1.3), 8, 1)
+def test_replicas_stay_while_they_balance() -> None:
+    _, changed = follow(SyntheticSpec(kind="lognormal", num_records=12, num_layers=1, skew=1.3), 8, 1)
     assert changed.mean() < 0.5
 
 
-def test_a_jump_of_the_load_is_met_by_a_fresh_plan():
+def test_a_jump_of_the_load_is_met_by_a_fresh_plan() -> None:
     rng = np.random.default_rng(0)
     old_E, new_E = rng.lognormal(0, 1.2, 32), rng.lognormal(0, 1.2, 32)
     slots_RS = plan_replicas(contiguous_slots(32, 8, 1), old_E[None], 4).slots_RS
@@ -58,41 +56,30 @@ def test_a_jump_of_the_load_is_met_by_a_fresh_plan():
     assert after.imbalance_K[0] < 1.001
 
 
-def test_a_copy_has_to_earn_its_traffic():
+def test_a_replica_has_to_earn_its_traffic() -> None:
     load_E = np.random.default_rng(1).lognormal(0, 1.2, 32)[None]
-    copies = {}
+    replicas = {}
     for price in (0.0, 1e-3, 0.2):
-        options = ReplicaOptions(objective=Objective(copy_price=price))
+        options = ReplicaOptions(objective=Objective(replica_price=price))
         found = plan_replicas(contiguous_slots(32, 8, 2), load_E, 4, options).slots_RS
-        copies[price] = int((found[:, 4:] != EMPTY).sum())
-    assert copies[1e-3] <= copies[0.0]
-    assert copies[0.2] < copies[1e-3] <= 8
+        replicas[price] = int((found[:, 4:] != EMPTY).sum())
+    assert replicas[1e-3] <= replicas[0.0]
+    assert replicas[0.2] < replicas[1e-3] <= 8
 
 
-def test_replicas_of_several_nodes_stay_at_home():
+def test_replicas_of_several_nodes_stay_at_home() -> None:
     load_E = np.random.default_rng(2).lognormal(0, 1.2, 32)[None]
     found = plan_replicas(contiguous_slots(32, 8, 1), load_E, 4, ReplicaOptions(num_nodes=2)).slots_RS
     for rank, slot in np.argwhere(found[:, 4:] != EMPTY):
         assert found[rank, slot + 4] // 16 == rank // 4
 
 
-def test_without_spare_slots_there_is_nothing_to_plan():
+def test_without_spare_slots_there_is_nothing_to_plan() -> None:
     slots_RS = contiguous_slots(32, 8, 0)
     assert np.array_equal(plan_replicas(slots_RS, np.arange(32.0)[None], 4).slots_RS, slots_RS)
 
 
-@pytest.mark.parametrize(("num_experts", "num_ranks"), [(32, 16), (256, 64)])
-def test_time_of_a_warm_plan(num_experts, num_ranks):
-    """Measured 2 ms for 32 experts on 16 ranks and 5 to 15 ms for 256 on 64; the limit leaves room for a busy
-    machine."""
-    spec = SyntheticSpec(
-        kind="drifting", num_records=8, num_layers=1, num_sources=num_ranks, num_experts=num_experts, drift=0.02
-    )
-    _, _, seconds = follow(spec, num_ranks, 1)
-    assert np.median(seconds) < 80e-3
-
-
-def test_free_slots_are_filled_with_the_largest_loads_per_copy_on_their_home_node():
+def test_free_slots_are_filled_with_the_largest_loads_per_host_on_their_home_node() -> None:
     slots_RS = contiguous_slots(8, 4, 1)  # two experts a rank, two ranks a node
     slots_RS[1, 2] = 0
     load_E = np.array([90, 10, 40, 10, 80, 10, 10, 10])
@@ -104,7 +91,7 @@ def test_free_slots_are_filled_with_the_largest_loads_per_copy_on_their_home_nod
     Placement(slots_LRS=anywhere[None], num_experts=8)
 
 
-def test_many_ranks_use_their_second_slot_to_be_robust():
+def test_many_ranks_use_their_second_slot_to_be_robust() -> None:
     spec = SyntheticSpec(kind="drifting", num_records=2, num_layers=1, num_sources=32, num_experts=128, seed=1)
     before_RE, after_RE = synthetic_trace(spec).groups(32)[:, 0, 0, 0]
     history = History(1, 128, HistoryOptions.for_ranks(32))

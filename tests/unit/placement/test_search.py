@@ -10,34 +10,35 @@ from megatron_smartmoe.placement.search.improve import _judge, _View, improve
 from megatron_smartmoe.placement.search.moves import Moves, Table, clearings, exchanges, home_swaps, replacements
 from megatron_smartmoe.placement.search.objective import Objective, Space
 from megatron_smartmoe.placement.split import min_max_split
+from megatron_smartmoe.spec.arrays import FloatArray, IntArray
 from megatron_smartmoe.spec.placement import EMPTY, Placement, hosts_of
 from tests.unit.placement.cases import contiguous_slots, random_counts, random_slots
 
 
-def one_node(num_ranks):
+def one_node(num_ranks: int) -> IntArray:
     return np.zeros(num_ranks, dtype=np.int64)
 
 
-def true_imbalance(slots_RS, load_E):
+def true_imbalance(slots_RS: IntArray, load_E: IntArray | FloatArray) -> float:
     """From the split itself, which the search does not use."""
     num_ranks = len(slots_RS)
     load_E = scaled(load_E[None], num_ranks)[0].astype(np.int64)
     counts_RE = np.zeros((num_ranks, len(load_E)), np.int64)
     counts_RE[0] = load_E
     load_R = min_max_split(counts_RE, hosts_of(slots_RS, len(load_E))).sum(axis=0)
-    return load_R.max() / load_R.mean()
+    return float(load_R.max() / load_R.mean())
 
 
 @given(seed=st.integers(0, 2**32 - 1), num_ranks=st.sampled_from([4, 8, 16]))
 @settings(max_examples=30)
-def test_cuts_give_the_makespan_of_the_exact_split(seed, num_ranks):
+def test_cuts_give_the_makespan_of_the_exact_split(seed: int, num_ranks: int) -> None:
     rng = np.random.default_rng(seed)
     slots_RS = random_slots(rng, 32, num_ranks, 2)
     loads_KE = scaled(np.stack([rng.lognormal(0, 1.5, 32) for _ in range(3)]), num_ranks)
     pool = CutPool(num_ranks)
     view = _View(slots_RS, loads_KE, pool, Objective())
-    view.ask()
-    view.look()
+    view.ask_oracle()
+    view.evaluate()
     for load_E, locked_Q in zip(loads_KE, view.locked_KQ, strict=True):
         found = max(1.0, (locked_Q / pool.size_Q).max() / MEAN_LOAD)
         assert found == pytest.approx(true_imbalance(slots_RS, load_E), rel=1e-5)
@@ -45,7 +46,7 @@ def test_cuts_give_the_makespan_of_the_exact_split(seed, num_ranks):
 
 @given(seed=st.integers(0, 2**32 - 1))
 @settings(max_examples=30)
-def test_a_move_does_what_it_was_judged_for(seed):
+def test_a_move_does_what_it_was_judged_for(seed: int) -> None:
     rng = np.random.default_rng(seed)
     slots_RS = random_slots(rng, 16, 4, 2)
     hosts_ER, all_E = hosts_of(slots_RS, 16), np.arange(16)
@@ -67,7 +68,7 @@ def test_a_move_does_what_it_was_judged_for(seed):
             Placement(slots_LRS=after_RS[None], num_experts=16)
 
 
-def test_moves_never_leave_the_node_of_a_home():
+def test_moves_never_leave_the_node_of_a_home() -> None:
     rng = np.random.default_rng(1)
     slots_RS = contiguous_slots(16, 4, 2)
     space = Space(home_slots=4, node_R=np.array([0, 0, 1, 1]))
@@ -77,7 +78,7 @@ def test_moves_never_leave_the_node_of_a_home():
         assert home_rank // 2 == rank // 2
 
 
-def test_homes_stay_where_they_are_unless_they_may_move():
+def test_homes_stay_where_they_are_unless_they_may_move() -> None:
     rng = np.random.default_rng(2)
     slots_RS, loads_KE = contiguous_slots(32, 8, 1), rng.lognormal(0, 1.5, (3, 32))
     space = Space(home_slots=4, node_R=one_node(8))
@@ -86,7 +87,7 @@ def test_homes_stay_where_they_are_unless_they_may_move():
     assert (fixed.slots_RS[:, 4] != EMPTY).any()
 
 
-def test_homes_that_may_move_balance_ranks_without_spare_slots():
+def test_homes_that_may_move_balance_ranks_without_spare_slots() -> None:
     load_E = np.array([8.0, 8, 1, 1, 1, 1, 1, 1])  # both heavy experts on rank 0
     space = Space(home_slots=2, node_R=one_node(4), move_homes=True)
     found = improve(contiguous_slots(8, 4, 0), load_E[None], Objective(), space)
@@ -94,7 +95,7 @@ def test_homes_that_may_move_balance_ranks_without_spare_slots():
     assert found.steps == 1
 
 
-def test_a_placement_that_is_good_is_left_alone():
+def test_a_placement_that_is_good_is_left_alone() -> None:
     rng = np.random.default_rng(3)
     loads_KE = random_counts(rng, 4, 32, sigma=1.0).astype(float)
     space = Space(home_slots=4, node_R=one_node(8))
@@ -104,7 +105,7 @@ def test_a_placement_that_is_good_is_left_alone():
     assert np.array_equal(again.slots_RS, first.slots_RS)
 
 
-def test_never_worse_than_the_start():
+def test_never_worse_than_the_start() -> None:
     rng = np.random.default_rng(4)
     for _ in range(10):
         slots_RS, loads_KE = random_slots(rng, 32, 16, 1), rng.lognormal(0, 1, (3, 32))
@@ -113,16 +114,16 @@ def test_never_worse_than_the_start():
         assert improve(slots_RS, loads_KE, Objective(), space).excess <= before.excess
 
 
-def test_a_copy_that_costs_more_than_it_wins_is_cleared():
+def test_a_copy_that_costs_more_than_it_wins_is_cleared() -> None:
     slots_RS = contiguous_slots(8, 4, 1)
     slots_RS[1, 2] = 0
     even = np.ones((1, 8))
     space = Space(home_slots=2, node_R=one_node(4))
     assert (improve(slots_RS, even, Objective(), space).slots_RS == slots_RS).all()
-    assert (improve(slots_RS, even, Objective(copy_price=1e-3), space).slots_RS[:, 2] == EMPTY).all()
+    assert (improve(slots_RS, even, Objective(replica_price=1e-3), space).slots_RS[:, 2] == EMPTY).all()
 
 
-def test_the_result_does_not_depend_on_the_scale_of_the_loads():
+def test_the_result_does_not_depend_on_the_scale_of_the_loads() -> None:
     rng = np.random.default_rng(5)
     loads_KE = rng.integers(1, 1000, (3, 32))
     space = Space(home_slots=4, node_R=one_node(8))
@@ -131,7 +132,7 @@ def test_the_result_does_not_depend_on_the_scale_of_the_loads():
     assert np.array_equal(one.slots_RS, other.slots_RS)
 
 
-def test_an_exchange_of_homes_takes_the_replica_that_was_waiting():
+def test_an_exchange_of_homes_takes_the_replica_that_was_waiting() -> None:
     slots_RS = np.array([[0, 1, EMPTY], [2, 3, 0]])
     moves = Moves(
         at_M2=np.array([[0, 3]]),

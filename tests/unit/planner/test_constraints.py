@@ -1,4 +1,4 @@
-"""Constraints: what a user's flags take out of the space, and which words only the planner understands."""
+"""Constraints: what a user's flags take out of the space, and which tokens only the planner knows."""
 
 from __future__ import annotations
 
@@ -7,19 +7,20 @@ from typing import Any
 import pytest
 
 from megatron_smartmoe.errors import ConfigError
-from megatron_smartmoe.planner.constraints import DECIDED, FOLLOWED, constraints_from_flags, without_refusals
+from megatron_smartmoe.planner.constraints import DECIDED, KEPT_FROM_CONFIG, constraints_from_flags, without_negated
 from megatron_smartmoe.planner.flags import launch_flags
 from megatron_smartmoe.planner.search import search
 from megatron_smartmoe.planner.space import SpaceOptions, shapes
 from megatron_smartmoe.spec.parallel import ParallelSpec
-from tests.unit.planner.cases import CLUSTER, SMALL, pricing
+from tests.support.models import CLUSTER, SMALL
+from tests.unit.planner.cases import pricing
 
 BASE = SpaceOptions(micro_batches=(1, 2), spare_slots=(0,), overlap_degrees=(1,), max_virtual=2)
 
 
-def launches(words: str) -> list[ParallelSpec]:
+def launches(tokens: str) -> list[ParallelSpec]:
     """What a command line leaves of the space."""
-    options = constraints_from_flags(words.split(), BASE).options
+    options = constraints_from_flags(tokens.split(), BASE).options
     return [point for point in shapes(SMALL, CLUSTER, 8, options) if isinstance(point, ParallelSpec)]
 
 
@@ -29,7 +30,7 @@ def test_nothing_said_leaves_everything() -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "field", "value"),
+    ("tokens", "field", "value"),
     [
         ("--tensor-model-parallel-size 2", "tp", 2),
         ("--pipeline-model-parallel-size=4", "pp", 4),
@@ -43,13 +44,13 @@ def test_nothing_said_leaves_everything() -> None:
         ("--use-distributed-optimizer", "distributed_optimizer", True),
     ],
 )
-def test_every_launch_has_what_was_given(words: str, field: str, value: Any) -> None:
-    found = launches(words)
+def test_every_launch_has_what_was_given(tokens: str, field: str, value: Any) -> None:
+    found = launches(tokens)
     assert found
     assert {getattr(spec, field) for spec in found} == {value}
-    constraints = constraints_from_flags(words.split(), BASE)
+    constraints = constraints_from_flags(tokens.split(), BASE)
     assert constraints.given[field] == value
-    assert constraints.kept == (words.replace("=", " "),)
+    assert constraints.kept == (tokens.replace("=", " "),)
     assert all(constraints.disagreement(spec) is None for spec in found)
 
 
@@ -66,8 +67,8 @@ def test_a_size_that_breaks_a_rule_gives_the_rule() -> None:
 
 
 def test_a_layout_fixes_the_chunks() -> None:
-    words = "--pipeline-model-parallel-size 2 --pipeline-model-parallel-layout Ettt|ttttt|L".replace("|L", "L")
-    assert {(spec.pp, spec.vpp, spec.layers_of_chunk) for spec in launches(words)} == {(2, 1, (3, 5))}
+    tokens = "--pipeline-model-parallel-size 2 --pipeline-model-parallel-layout Ettt|ttttt|L".replace("|L", "L")
+    assert {(spec.pp, spec.vpp, spec.layers_of_chunk) for spec in launches(tokens)} == {(2, 1, (3, 5))}
 
 
 def test_a_number_of_virtual_stages_goes_with_no_layout() -> None:
@@ -76,25 +77,25 @@ def test_a_number_of_virtual_stages_goes_with_no_layout() -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "mode"),
+    ("tokens", "mode"),
     [
         ("--recompute-granularity full", "full"),
         ("--recompute-granularity selective --recompute-modules moe layernorm", "moe"),
         ("--recompute-granularity selective", "none"),  # Megatron's default module is attention, which is fused
     ],
 )
-def test_recomputation_is_the_users(words: str, mode: str) -> None:
-    found = constraints_from_flags(words.split(), BASE)
+def test_recomputation_is_the_users(tokens: str, mode: str) -> None:
+    found = constraints_from_flags(tokens.split(), BASE)
     assert found.options.recompute == (mode,)
-    assert " ".join(found.kept) == words
+    assert " ".join(found.kept) == tokens
 
 
 def test_spare_slots_and_overlap_are_taken_at_their_word() -> None:
-    words = "--smartmoe-spare-slots 2 --smartmoe-overlap-degree 4".split()
-    options = constraints_from_flags(words, BASE).options
+    tokens = "--smartmoe-spare-slots 2 --smartmoe-overlap-degree 4".split()
+    options = constraints_from_flags(tokens, BASE).options
     assert (options.spare_slots, options.overlap_degrees) == ((2,), (4,))
     assert constraints_from_flags(["--smartmoe-overlap-degree", "auto"], BASE).options == BASE
-    assert {spec.ep for spec in launches(" ".join(words))} == {4, 8}  # the trainer refuses more pieces than ranks
+    assert {spec.ep for spec in launches(" ".join(tokens))} == {4, 8}  # the trainer refuses more pieces than ranks
     assert {spec.ep for spec in launches("--smartmoe-spare-slots 9")} == {4, 8}  # EP 2 has 8 experts on the other rank
 
 
@@ -107,13 +108,13 @@ def test_the_gather_overlaps_only_on_what_it_rests_on() -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("tokens", "message"),
     [
         ("--tensor-model-parallel-size two", "--tensor-model-parallel-size = 'two': must be a whole number"),
-        ("--micro-batch-size 0", "--micro-batch-size = 0: must be at least 1. Leave it out, and it is planned."),
+        ("--micro-batch-size 0", "--micro-batch-size = 0: must be at least 1. Remove it to have it planned."),
         (
             "--num-layers-per-virtual-pipeline-stage 2",
-            "--num-layers-per-virtual-pipeline-stage = '2': is not a split that --parallel auto can search with. Say",
+            "'2': is a pipeline split that --parallel auto does not support. Use --pipeline-model-parallel-layout or",
         ),
         (
             "--pipeline-model-parallel-layout Etttt|ttttL",
@@ -121,9 +122,9 @@ def test_the_gather_overlaps_only_on_what_it_rests_on() -> None:
         ),
     ],
 )
-def test_what_cannot_be_searched_is_refused(words: str, message: str) -> None:
+def test_what_cannot_be_searched_is_refused(tokens: str, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        constraints_from_flags(words.split(), BASE)
+        constraints_from_flags(tokens.split(), BASE)
     assert message in str(caught.value)
 
 
@@ -134,9 +135,9 @@ def test_a_launch_that_differs_says_in_what() -> None:
 
 
 def test_only_what_megatron_does_not_know_is_taken_away() -> None:
-    words = "--no-use-distributed-optimizer --lr 1 --no-overlap-grad-reduce --no-load-optim --no-swiglu".split()
+    tokens = "--no-use-distributed-optimizer --lr 1 --no-overlap-grad-reduce --no-load-optim --no-swiglu".split()
     known = {"--no-load-optim", "--no-overlap-grad-reduce"}
-    assert without_refusals(words, known) == "--lr 1 --no-overlap-grad-reduce --no-load-optim --no-swiglu".split()
+    assert without_negated(tokens, known) == "--lr 1 --no-overlap-grad-reduce --no-load-optim --no-swiglu".split()
 
 
 @pytest.mark.parametrize(
@@ -150,6 +151,6 @@ def test_only_what_megatron_does_not_know_is_taken_away() -> None:
 )
 def test_a_plan_says_nothing_that_it_does_not_decide(spec: ParallelSpec) -> None:
     """What it says replaces the configuration's; a flag outside DECIDED would be said twice."""
-    words = launch_flags(SMALL, spec)
-    assert {word for word in words if word.startswith("--")} <= {*DECIDED, *FOLLOWED}
-    assert constraints_from_flags(words, BASE).disagreement(spec) is None
+    tokens = launch_flags(SMALL, spec)
+    assert {word for word in tokens if word.startswith("--")} <= {*DECIDED, *KEPT_FROM_CONFIG}
+    assert constraints_from_flags(tokens, BASE).disagreement(spec) is None

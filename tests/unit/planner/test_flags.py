@@ -9,7 +9,7 @@ import pytest
 from megatron_smartmoe.errors import ConfigError
 from megatron_smartmoe.planner.flags import layout_text, megatron_flags, parallel_from_flags
 from megatron_smartmoe.spec.parallel import ParallelSpec
-from tests.unit.planner.cases import SMALL
+from tests.support.models import SMALL
 
 SPEC = ParallelSpec(gpus=16, tp=2, pp=2, ep=4, micro_batch=2, global_batch=64)
 
@@ -37,8 +37,8 @@ def test_a_layout_has_embedding_loss_and_prediction_blocks() -> None:
 
 
 def test_a_written_layout_may_multiply() -> None:
-    words = "--pipeline-model-parallel-size 2 --pipeline-model-parallel-layout E(tt|)*3,ttL".split()
-    spec = parallel_from_flags(words, SMALL, 16)
+    tokens = "--pipeline-model-parallel-size 2 --pipeline-model-parallel-layout E(tt|)*3,ttL".split()
+    spec = parallel_from_flags(tokens, SMALL, 16)
     assert (spec.layers_of_chunk, spec.vpp) == ((2, 2, 2, 2), 2)
 
 
@@ -53,15 +53,15 @@ def test_the_last_of_a_repeated_flag_wins() -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("tokens", "message"),
     [
         ("--micro-batch-size two", "--micro-batch-size = 'two': must be a whole number"),
         ("--pipeline-model-parallel-layout Ettx|L", "may hold E, t, m, L and | only"),
     ],
 )
-def test_what_cannot_be_read_is_refused(words: str, message: str) -> None:
+def test_what_cannot_be_read_is_refused(tokens: str, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        parallel_from_flags(words.split(), SMALL, 16)
+        parallel_from_flags(tokens.split(), SMALL, 16)
     assert message in str(caught.value)
 
 

@@ -19,8 +19,8 @@ from megatron_smartmoe.planner.load import (
     scenarios_of,
     zipf,
 )
+from tests.support.models import SMALL
 from tests.support.synthetic import SyntheticSpec, synthetic_trace
-from tests.unit.planner.cases import SMALL
 
 
 def test_skew_is_the_hottest_experts_load_over_the_mean() -> None:
@@ -51,7 +51,7 @@ def test_a_load_is_a_trace_a_skew_or_what_the_model_suggests(tmp_path: Path) -> 
 
 def test_a_trace_must_have_the_models_experts() -> None:
     trace = synthetic_trace(SyntheticSpec(kind="uniform", num_experts=32, num_records=4))
-    with pytest.raises(ConfigError, match="has 32 experts, the model 16"):
+    with pytest.raises(ConfigError, match="has 32 experts, the model has 16"):
         scenarios_from_trace(SMALL, trace)
 
 
@@ -64,23 +64,23 @@ def test_a_traces_worst_record_is_worse() -> None:
 
 def test_balancing_lowers_the_busiest_rank_and_loses_no_token() -> None:
     loads = LoadModel(scenarios_from_skew(SMALL, 5.0, "x"))
-    plain = loads.fallen(Balance(8, 2, 0, False))[0]
-    homes = loads.fallen(Balance(8, 2, 0, True))[0]
-    copies = loads.fallen(Balance(8, 2, 1, True))[0]
+    plain = loads.after_balancing(Balance(8, 2, 0, False))[0]
+    homes = loads.after_balancing(Balance(8, 2, 0, True))[0]
+    copies = loads.after_balancing(Balance(8, 2, 1, True))[0]
     assert plain.hot >= homes.hot > copies.hot
     assert copies.hot < 1.2
-    for fallen in (plain, homes, copies):
-        for flow in fallen.flows:
+    for load in (plain, homes, copies):
+        for flow in load.flows:
             assert flow.load_ER.sum() == pytest.approx(8)  # a unit per rank
             np.testing.assert_allclose(flow.traffic_RR.sum(axis=1), 1.0)
             np.testing.assert_allclose(flow.traffic_RR.sum(axis=0), flow.load_ER.sum(axis=0))
 
 
 def test_scaled_keeps_copies() -> None:
-    flow = LoadModel(scenarios_from_skew(SMALL, 5.0, "x")).fallen(Balance(8, 2, 1, True))[0].flows[0]
+    flow = LoadModel(scenarios_from_skew(SMALL, 5.0, "x")).after_balancing(Balance(8, 2, 1, True))[0].flows[0]
     big = scaled(flow, 1000.0)
     np.testing.assert_allclose(big.load_ER, flow.load_ER * 1000)
-    assert big.copies_RR is flow.copies_RR
+    assert big.replicas_RR is flow.replicas_RR
 
 
 def test_what_is_assumed_depends_on_the_router() -> None:

@@ -24,7 +24,7 @@ ON = replace(OFF, spare_slots=1, replicas="history")
 @pytest.fixture(scope="module")
 def pool() -> Pool:
     prices = pricing(5.0)
-    return make_pool(prices.plan(SPEC), prices, SpaceOptions())
+    return make_pool(prices.price(SPEC), prices, SpaceOptions())
 
 
 def test_it_holds_every_setting_once_fastest_first(pool: Pool) -> None:
@@ -37,7 +37,7 @@ def test_it_holds_every_setting_once_fastest_first(pool: Pool) -> None:
 def test_the_plans_own_setting_has_the_plans_price(pool: Pool) -> None:
     own = PoolSetting(homes_interval=100, spare_slots=1, replicas="history", overlap_degree=1)
     price = next(entry.expected_s for entry in pool.entries if entry.setting == own)
-    assert price == pytest.approx(pricing(5.0).plan(SPEC).expected_s)
+    assert price == pytest.approx(pricing(5.0).price(SPEC).expected_s)
 
 
 def test_it_reads_back_what_it_saved(pool: Pool, tmp_path: Path) -> None:
@@ -46,7 +46,7 @@ def test_it_reads_back_what_it_saved(pool: Pool, tmp_path: Path) -> None:
 
 
 def test_another_version_is_refused(pool: Pool) -> None:
-    with pytest.raises(ConfigError, match="only version 1 is known"):
+    with pytest.raises(ConfigError, match=r"must be 1\. Write the pool again with smartmoe plan --pool FILE"):
         Pool.from_json({**pool.to_json(), "version": 2})
 
 
@@ -54,14 +54,16 @@ def test_it_switches_for_more_than_the_margin() -> None:
     switch = choose(OFF, {OFF: 1.0, ON: 0.9}, measured_s=1.1, since_switch=50)
     assert switch.switched
     assert switch.setting == ON
-    assert switch.why == "homes0-K0-off-ov1 takes 1.100 s, homes0-K1-history-ov1 should take 0.990 s (10.0%)"
+    assert switch.why == (
+        "homes0-K0-off-ov1: measured 1.100 s per step; homes0-K1-history-ov1: predicted 0.990 s (10.0% less)"
+    )
 
 
 @pytest.mark.parametrize(
     ("other_s", "since", "why"),
     [
-        (0.99, 50, "wins 1.0%, below 2%"),
-        (0.5, 3, "3 iterations since the last switch, too few"),
+        (0.99, 50, "is predicted to save 1.0%, below 2%"),
+        (0.5, 3, "3 iterations since the last switch, 20 are needed"),
         (1.2, 50, "no other setting is predicted to be faster"),
     ],
 )

@@ -10,7 +10,8 @@ from megatron_smartmoe.errors import ConfigError
 from megatron_smartmoe.planner.search import SearchResult, search
 from megatron_smartmoe.planner.space import RECOMPUTE, Rejected, SpaceOptions, shapes
 from megatron_smartmoe.spec.parallel import violation
-from tests.unit.planner.cases import CLUSTER, SMALL, pricing
+from tests.support.models import CLUSTER, SMALL
+from tests.unit.planner.cases import pricing
 
 SPACE = SpaceOptions(micro_batches=(1, 2), spare_slots=(0, 1), overlap_degrees=(1, 2), max_virtual=2)
 
@@ -38,7 +39,7 @@ def test_the_best_are_those_of_the_whole_space(result: SearchResult) -> None:
                         overlap_degree=degree,
                         recompute=mode,
                     )
-                    plan = prices.plan(spec)
+                    plan = prices.price(spec)
                     if plan.memory.total <= CLUSTER.gpu.memory_bytes:
                         best = min(best, plan.expected_s)
         seconds.append(best)
@@ -89,5 +90,5 @@ def test_replicas_pay_under_skew_only() -> None:
 
 def test_nothing_fits_says_how_far() -> None:
     tiny = replace(CLUSTER, gpu=replace(CLUSTER.gpu, memory_bytes=4e9))
-    with pytest.raises(ConfigError, match=r"no launch fits: the smallest needs .* GB per GPU, there are 4.0 GB"):
+    with pytest.raises(ConfigError, match=r"no launch fits: the smallest needs .* GB per GPU, and a GPU has 4.0 GB"):
         search(pricing(cluster=tiny), 8, SPACE)

@@ -1,4 +1,4 @@
-"""Digests of what an expert is, and the checks on its pieces."""
+"""Fingerprints of experts, and the checks on their pieces."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import torch
 
 from megatron_smartmoe.errors import PlanError
 from megatron_smartmoe.placement.transfers import LayerLayout, TensorLayout
-from megatron_smartmoe.runtime.migration import expert_tensors as state_module
-from megatron_smartmoe.runtime.migration.expert_tensors import LayerState, digest
+from megatron_smartmoe.runtime.migration.expert_tensors import LayerState
+from tests.support import fingerprints
+from tests.support.fingerprints import digest
 
 
 @pytest.fixture
@@ -27,7 +28,7 @@ def test_the_whole_is_the_sum_of_its_parts(dtype: torch.dtype, values: torch.Ten
 
 def test_blocks_do_not_show(values: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = digest(values)
-    monkeypatch.setattr(state_module, "_BLOCK", 17)
+    monkeypatch.setattr(fingerprints, "_BLOCK", 17)
     assert digest(values) == whole
 
 
@@ -62,5 +63,5 @@ def test_a_piece_of_another_size_is_refused() -> None:
     assert str(caught.value) == (
         "layer 3, slot 0, weight1/exp_avg: a flat piece of 4 elements of 4 bytes is expected, got (3,) of torch.float32"
     )
-    with pytest.raises(PlanError, match="1 slots of pieces, 2 slots in the layout"):
+    with pytest.raises(PlanError, match="slots of pieces = 1: the layout has 2"):
         LayerState(layout=layout(), shards=(0,), pieces=((torch.zeros(4),),))

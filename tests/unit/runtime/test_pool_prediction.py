@@ -16,24 +16,21 @@ from megatron_smartmoe.planner.pool import PoolSetting
 from megatron_smartmoe.runtime.pool.prediction import PoolLoad, PoolPrices, moe_seconds
 from megatron_smartmoe.spec.arrays import IntArray
 from megatron_smartmoe.spec.cluster import load_cluster_spec
-from megatron_smartmoe.spec.model import ModelSpec, MoESpec
+from megatron_smartmoe.spec.model import MoESpec
 from megatron_smartmoe.spec.parallel import ParallelSpec
+from tests.support.models import SMALL
 
 RANKS, EXPERTS, TOKENS = 4, 16, 64_000  # tokens of a rank and micro-batch
 CLUSTER = load_cluster_spec(Path(__file__).parents[3] / "configs" / "clusters" / "h100-sxm.yaml")
-MODEL = ModelSpec(
-    name="test",
+MODEL = replace(
+    SMALL,
     layers=2,
     hidden=2048,
-    heads=16,
     query_groups=16,
     head_dim=128,
-    ffn=4096,
     vocab=1000,
     seq_length=4096,
     moe=MoESpec(experts=EXPERTS, top_k=2, ffn=4096),
-    global_batch=64,
-    gated=True,
 )
 SPEC = ParallelSpec(gpus=RANKS, ep=RANKS, micro_batch=1, global_batch=64)
 PRICES = PoolPrices(model=MODEL, spec=SPEC, cluster=CLUSTER, num_nodes=1, micro_batches=16, layers_in_a_row=32.0)
@@ -63,11 +60,11 @@ JUMPED = load(hot(0), hot(0), hot(9))
 EVEN = load(*[np.ones(EXPERTS, dtype=np.int64)] * 3)
 
 
-def test_copies_help_a_hot_expert_and_cost_where_all_are_even() -> None:
+def test_replicas_help_a_hot_expert_and_cost_where_all_are_even() -> None:
     steady = moe_seconds([OFF, HISTORY, EXACT], STEADY, PRICES)
     assert max(steady[HISTORY], steady[EXACT]) < 0.8 * steady[OFF]
     assert steady[HISTORY] < steady[EXACT]  # they travel once an iteration, not once a micro-batch
-    dear = replace(PRICES, replica=ReplicaOptions(copy_price_tokens=1e9))
+    dear = replace(PRICES, replica=ReplicaOptions(replica_price_tokens=1e9))
     even = moe_seconds([OFF, HISTORY, EXACT], EVEN, dear)
     assert even[HISTORY] == even[EXACT] == even[OFF]
 

@@ -8,10 +8,10 @@ import torch
 
 from megatron_smartmoe.ops import reference
 from megatron_smartmoe.runtime.replicas.split import (
-    copies_of,
     exact_slots,
     homes_only,
-    piece_shifts,
+    replicas_of,
+    segment_shifts,
     shifted_rows,
     split_tokens,
 )
@@ -34,7 +34,7 @@ def planned(counts_RE: IntArray, *, limit: float = 1.01, price_tokens: float = 0
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_every_token_goes_to_a_copy_of_its_expert(seed: int) -> None:
+def test_every_token_goes_to_a_slot_of_its_expert(seed: int) -> None:
     counts_RE = skewed_counts(seed)
     slots_RS = planned(counts_RE)
     sent_RRS = split_tokens(counts_RE, slots_RS, HOME_SLOTS)
@@ -45,7 +45,7 @@ def test_every_token_goes_to_a_copy_of_its_expert(seed: int) -> None:
     assert sent_RRS.sum(axis=(0, 2)).max() <= alone_R.max()
 
 
-def test_copies_in_plenty_balance_to_the_token() -> None:
+def test_replicas_in_plenty_balance_to_the_token() -> None:
     counts_RE = skewed_counts(0)
     slots_RS = exact_slots(
         counts_RE, homes_only(EXPERTS, RANKS, 3), HOME_SLOTS, num_nodes=1, limit=1.0, price_tokens=0.0
@@ -54,19 +54,19 @@ def test_copies_in_plenty_balance_to_the_token() -> None:
     assert load_R.max() == -(-int(counts_RE.sum()) // RANKS)
 
 
-def test_no_copies_for_what_is_balanced_or_does_not_pay() -> None:
+def test_no_replicas_for_what_is_balanced_or_does_not_pay() -> None:
     even_RE = np.full((RANKS, EXPERTS), 5)
-    assert copies_of(planned(even_RE), HOME_SLOTS) == ()
+    assert replicas_of(planned(even_RE), HOME_SLOTS) == ()
     skewed_RE = skewed_counts(0)
-    assert copies_of(planned(skewed_RE), HOME_SLOTS)
-    assert copies_of(planned(skewed_RE, price_tokens=1000.0), HOME_SLOTS) == ()
-    assert copies_of(planned(skewed_RE, limit=4.0), HOME_SLOTS) == ()
+    assert replicas_of(planned(skewed_RE), HOME_SLOTS)
+    assert replicas_of(planned(skewed_RE, price_tokens=1000.0), HOME_SLOTS) == ()
+    assert replicas_of(planned(skewed_RE, limit=4.0), HOME_SLOTS) == ()
 
 
-def test_copies_stay_on_the_node_of_their_home() -> None:
-    for copy in copies_of(planned(skewed_counts(3), num_nodes=2), HOME_SLOTS):
-        assert copy.home_rank // 2 == copy.rank // 2
-        assert copy.home_rank != copy.rank
+def test_replicas_stay_on_the_node_of_their_home() -> None:
+    for replica in replicas_of(planned(skewed_counts(3), num_nodes=2), HOME_SLOTS):
+        assert replica.home_rank // 2 == replica.rank // 2
+        assert replica.home_rank != replica.rank
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -80,7 +80,7 @@ def test_rows_are_sent_in_the_order_of_ranks_and_slots(seed: int) -> None:
         ids_TK = torch.from_numpy(np.random.default_rng(seed).permutation(ids)).reshape(-1, 2)
         identity_E = torch.arange(EXPERTS)
         rows_TK, _ = reference.dispatch_map(ids_TK, identity_E, EXPERTS)
-        moved_TK = shifted_rows(rows_TK, *piece_shifts(sent_RRS[source], slots_RS))
+        moved_TK = shifted_rows(rows_TK, *segment_shifts(sent_RRS[source], slots_RS))
         assert sorted(moved_TK.flatten().tolist()) == list(range(ids_TK.numel()))
         slot_of_row = np.repeat(slots_RS.ravel(), sent_RRS[source].ravel())
         assert slot_of_row[moved_TK.numpy()].tolist() == ids_TK.tolist()
@@ -92,14 +92,14 @@ def test_dropped_choices_stay_dropped() -> None:
     sent_RS = np.zeros((RANKS, 3), dtype=np.int64)
     sent_RS[0, 0], sent_RS[3, 2] = 1, 1
     rows_TK = torch.tensor([[0, -1], [1, -1]], dtype=torch.int32)
-    assert shifted_rows(rows_TK, *piece_shifts(sent_RS, slots_RS)).tolist() == [[0, -1], [1, -1]]
-    sent_RS[1, 0] = 1  # a row of expert 2, between the two pieces of expert 0 on the way, behind them in the map
+    assert shifted_rows(rows_TK, *segment_shifts(sent_RS, slots_RS)).tolist() == [[0, -1], [1, -1]]
+    sent_RS[1, 0] = 1  # a row of expert 2, between the two segments of expert 0 on the way, behind them in the map
     rows_TK = torch.tensor([[0, 2], [1, -1]], dtype=torch.int32)
-    assert shifted_rows(rows_TK, *piece_shifts(sent_RS, slots_RS)).tolist() == [[0, 1], [2, -1]]
+    assert shifted_rows(rows_TK, *segment_shifts(sent_RS, slots_RS)).tolist() == [[0, 1], [2, -1]]
 
 
 def test_a_rank_without_tokens_moves_nothing() -> None:
     slots_RS = homes_only(EXPERTS, RANKS, SPARE)
     rows_TK = torch.full((3, 2), -1, dtype=torch.int32)
-    lengths_P, shifts_P = piece_shifts(np.zeros((RANKS, 3), dtype=np.int64), slots_RS)
+    lengths_P, shifts_P = segment_shifts(np.zeros((RANKS, 3), dtype=np.int64), slots_RS)
     assert torch.equal(shifted_rows(rows_TK, lengths_P, shifts_P), rows_TK)

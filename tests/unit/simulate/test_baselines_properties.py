@@ -5,10 +5,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_smartmoe.placement.layer_plan import LayerPlan, LayerProblem, copies_of, rank_loads
+from megatron_smartmoe.placement.layer_plan import LayerPlan, LayerProblem, host_counts
 from megatron_smartmoe.simulate.baselines import by_name
 from megatron_smartmoe.spec.placement import EMPTY
-from tests.unit.placement.cases import contiguous_slots, random_counts, random_slots
+from tests.unit.placement.cases import contiguous_slots, random_counts, random_slots, rank_loads
 
 HOMES_FIXED = ("fastermoe", "echo", "ultraep", "moonep")
 SLOTS_BOUND = ("none", "smartmoe2023", "lpt", "eplb", "eplb-hierarchical", "echo", "ultraep")
@@ -16,7 +16,7 @@ SLOTS_BOUND = ("none", "smartmoe2023", "lpt", "eplb", "eplb-hierarchical", "echo
 shapes = st.tuples(st.sampled_from([2, 4, 8]), st.integers(1, 4), st.integers(0, 2), st.integers(0, 2**32 - 1))
 
 
-def drawn(shape):
+def drawn(shape: tuple[int, int, int, int]) -> LayerProblem:
     num_ranks, experts_per_rank, spare_slots, seed = shape
     rng = np.random.default_rng(seed)
     num_experts = num_ranks * experts_per_rank
@@ -30,12 +30,12 @@ def drawn(shape):
 @pytest.mark.parametrize("name", by_name())
 @settings(max_examples=40, deadline=None)
 @given(shape=shapes)
-def test_every_rule(name, shape):
+def test_every_rule(name: str, shape: tuple[int, int, int, int]) -> None:
     problem = drawn(shape)
     before = problem.counts_RE.copy(), problem.slots_RS.copy()
     rule = by_name()[name]
     plan = rule.plan(problem)
-    assert (copies_of(plan.slots_RS, problem.num_experts).sum(axis=1) >= 1).all()
+    assert (host_counts(plan.slots_RS, problem.num_experts).sum(axis=1) >= 1).all()
     assert rank_loads(plan, problem.counts_RE).sum() == pytest.approx(problem.counts_RE.sum())
     other_RE = random_counts(np.random.default_rng(1), problem.num_ranks, problem.num_experts)
     assert rank_loads(plan, other_RE).sum() == pytest.approx(other_RE.sum())
@@ -49,12 +49,12 @@ def test_every_rule(name, shape):
     if plan.quota_ER is not None:
         assert np.array_equal(plan.quota_ER.sum(axis=1), problem.load_E)
         assert (plan.quota_ER >= 0).all()
-        assert (copies_of(plan.slots_RS, problem.num_experts)[plan.quota_ER > 0] == 1).all()
+        assert (host_counts(plan.slots_RS, problem.num_experts)[plan.quota_ER > 0] == 1).all()
 
 
 @settings(max_examples=40, deadline=None)
 @given(shape=shapes)
-def test_exact_rules_never_exceed_no_balancing(shape):
+def test_exact_rules_never_exceed_no_balancing(shape: tuple[int, int, int, int]) -> None:
     problem = drawn(shape)
     homes = LayerPlan(slots_RS=problem.slots_RS[:, : problem.home_slots], split="equal")
     now = rank_loads(homes, problem.counts_RE).max()
@@ -64,13 +64,13 @@ def test_exact_rules_never_exceed_no_balancing(shape):
 
 @settings(max_examples=40, deadline=None)
 @given(shape=shapes)
-def test_moonep_is_exact(shape):
+def test_moonep_is_exact(shape: tuple[int, int, int, int]) -> None:
     problem = drawn(shape)
     load_R = rank_loads(by_name()["moonep"].plan(problem), problem.counts_RE)
     assert load_R.max() - load_R.min() <= 1 + 1e-9
 
 
-def test_without_tokens_nothing_is_copied():
+def test_without_tokens_nothing_is_copied() -> None:
     problem = LayerProblem(
         counts_RE=np.zeros((4, 8), dtype=np.int64), slots_RS=contiguous_slots(8, 4, 1), spare_slots=1
     )

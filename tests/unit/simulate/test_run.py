@@ -1,19 +1,22 @@
-"""The replay's books and bounds, on cases small enough to do by hand."""
+"""The replay's stats and bounds, on cases small enough to do by hand."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pytest
 
 from megatron_smartmoe.cost.moe_layer import LayerConstants
+from megatron_smartmoe.placement.decisions import Decision
 from megatron_smartmoe.placement.homes_planner import OnlineOptions
 from megatron_smartmoe.placement.layer_cost import layer_seconds
-from megatron_smartmoe.placement.layer_plan import LayerPlan, LayerProblem
+from megatron_smartmoe.placement.layer_plan import LayerPlan, LayerProblem, Rule, Sees
 from megatron_smartmoe.placement.policy import PolicyOptions
 from megatron_smartmoe.simulate.baselines.eplb import Eplb
 from megatron_smartmoe.simulate.baselines.ultraep import UltraEp
 from megatron_smartmoe.simulate.policies import OnlinePolicy, RulePolicy
 from megatron_smartmoe.simulate.run import SimulationSetup, lower_bounds, replay
+from megatron_smartmoe.spec.arrays import FloatArray
 from megatron_smartmoe.spec.placement import EMPTY, Placement
 from megatron_smartmoe.spec.trace import RoutingTrace
 from tests.support.synthetic import SyntheticSpec, synthetic_trace
@@ -21,10 +24,10 @@ from tests.support.synthetic import SyntheticSpec, synthetic_trace
 
 @dataclass
 class Flipping:
-    """Swaps the homes of ranks 0 and 1 at every call and puts a copy of expert 0 into the free slot of the other
+    """Swaps the homes of ranks 0 and 1 at every call and puts a replica of expert 0 into the free slot of the other
     rank."""
 
-    sees: str = "history"
+    sees: Sees = "history"
     name: str = "flipping"
     calls: int = 0
 
@@ -34,105 +37,105 @@ class Flipping:
         return LayerPlan(slots_RS=np.array(slots), split="equal")
 
 
-def trace_of(*records, sources=2):
+def trace_of(*records: list[int], sources: int = 2) -> RoutingTrace:
     """Each record: tokens of expert 0 and 1 from the first source rank; the others route nothing."""
     counts = np.zeros((len(records), 1, sources, 2), np.uint32)
     counts[:, 0, 0] = records
     return RoutingTrace(counts=counts, iteration=np.arange(len(records)), layer=np.array([0]))
 
 
-def setting(**changes):
+def setup(**changes: Any) -> SimulationSetup:
     given = {"num_ranks": 2, "spare_slots": 1, "warmup": 0, "constants": LayerConstants(token_s=1.0), "state_bytes": 7}
     return SimulationSetup(**{**given, **changes})
 
 
-def start():
+def start() -> Placement:
     return Placement.contiguous(num_layers=1, num_experts=2, num_ranks=2, spare_slots=1)
 
 
-def test_books_of_a_rule_that_flips():
+def test_stats_of_a_rule_that_flips() -> None:
     policy = RulePolicy(Flipping(), start(), num_groups=1, num_nodes=1, interval=1)
-    result = replay(trace_of([6, 2], [6, 2], [6, 2]), policy, setting())
+    result = replay(trace_of([6, 2], [6, 2], [6, 2]), policy, setup())
     assert result.imbalance.tolist() == [1.5, 1.25, 1.25]  # 6 | 2, then 3 | 5, then 5 | 3
     assert result.layer_s.tolist() == [6, 5, 5]
-    books = result.books
-    assert books.plans == 2
-    assert books.slots_changed == 1 + 1  # the copy of expert 0; then expert 1 on rank 0 (expert 0 is on both already)
-    assert books.experts_moved == 1  # expert 0 stays at home: rank 0 keeps a copy
-    assert books.copies_made == 1 + 1
+    stats = result.stats
+    assert stats.plans == 2
+    assert stats.slots_changed == 1 + 1  # a replica of expert 0; then expert 1 on rank 0 (expert 0 is on both)
+    assert stats.experts_moved == 1  # expert 0 stays at home: rank 0 keeps a replica
+    assert stats.replicas_made == 1 + 1
 
 
-def test_only_records_after_warmup_count():
+def test_only_records_after_warmup_count() -> None:
     policy = RulePolicy(Flipping(), start(), num_groups=1, num_nodes=1, interval=1)
-    result = replay(trace_of([6, 2], [6, 2], [6, 2]), policy, setting(warmup=2))
+    result = replay(trace_of([6, 2], [6, 2], [6, 2]), policy, setup(warmup=2))
     assert result.imbalance.tolist() == [1.25]
-    assert result.books.plans == 1
+    assert result.stats.plans == 1
 
 
-def test_an_interval_keeps_a_plan():
+def test_an_interval_keeps_a_plan() -> None:
     rule = Flipping()
-    replay(trace_of(*[[6, 2]] * 7), RulePolicy(rule, start(), num_groups=1, num_nodes=1, interval=3), setting())
+    replay(trace_of(*[[6, 2]] * 7), RulePolicy(rule, start(), num_groups=1, num_nodes=1, interval=3), setup())
     assert rule.calls == 2  # before iterations 1 and 4
 
 
-def test_an_exact_rule_plans_every_group_and_micro_batch():
+def test_an_exact_rule_plans_every_group_and_micro_batch() -> None:
     rule = Flipping(sees="exact")
-    result = replay(trace_of([6, 2], sources=4), RulePolicy(rule, start(), 2, 1, 1), setting())
+    result = replay(trace_of([6, 2], sources=4), RulePolicy(rule, start(), 2, 1, 1), setup())
     assert rule.calls == 2
     assert len(result.imbalance) == 2
 
 
-def test_lower_bounds_with_and_without_spare_slots():
+def test_lower_bounds_with_and_without_spare_slots() -> None:
     trace = trace_of([6, 3])
-    assert lower_bounds(trace, setting()).tolist() == [pytest.approx(5 / 4.5)]
-    assert lower_bounds(trace, setting(spare_slots=0)).tolist() == [pytest.approx(6 / 4.5)]
+    assert lower_bounds(trace, setup()).tolist() == [pytest.approx(5 / 4.5)]
+    assert lower_bounds(trace, setup(spare_slots=0)).tolist() == [pytest.approx(6 / 4.5)]
 
 
-def test_ours_reaches_the_bound_on_a_steady_load():
-    policy = OnlinePolicy(start(), 1, OnlineOptions(replicas="history"), layer_seconds(setting().pricing))
-    result = replay(trace_of(*[[6, 2]] * 4), policy, setting(warmup=1))
+def test_ours_reaches_the_bound_on_a_steady_load() -> None:
+    policy = OnlinePolicy(start(), 1, OnlineOptions(replicas="history"), layer_seconds(setup().pricing))
+    result = replay(trace_of(*[[6, 2]] * 4), policy, setup(warmup=1))
     assert result.imbalance.tolist() == [1, 1, 1]
-    assert result.books.copies_made == 3
-    assert result.books.slots_changed == 1
+    assert result.stats.replicas_made == 3
+    assert result.stats.slots_changed == 1
     assert [decision.kind for decision in result.decisions] == ["replicas"]
 
 
-def flipping_load(records, flip_at):
+def flipping_load(records: int, flip_at: int) -> RoutingTrace:
     """4 experts, 2 ranks: experts 0 and 1 hot, from record `flip_at` on 0 and 3. Contiguous homes suit the second."""
     counts = np.zeros((records, 1, 2, 4), np.uint32)
     counts[:flip_at, 0, 0], counts[flip_at:, 0, 0] = [40, 40, 10, 10], [40, 10, 10, 40]
     return RoutingTrace(counts=counts, iteration=np.arange(records), layer=np.array([0]))
 
 
-def homes_only(trace):
+def homes_only(trace: RoutingTrace) -> tuple[list[Decision], OnlinePolicy]:
     start = Placement.contiguous(num_layers=1, num_experts=4, num_ranks=2)
-    options = OnlineOptions(homes_interval=4, review_records=2, policy=PolicyOptions(rest_iterations=6))
-    policy = OnlinePolicy(start, 1, options, layer_seconds(setting().pricing))
-    return replay(trace, policy, setting(spare_slots=0)).decisions, policy
+    options = OnlineOptions(homes_interval=4, review_records=2, policy=PolicyOptions(cooldown_iterations=6))
+    policy = OnlinePolicy(start, 1, options, layer_seconds(setup().pricing))
+    return replay(trace, policy, setup(spare_slots=0)).decisions, policy
 
 
-def test_a_move_that_wins_is_reviewed_and_kept():
+def test_a_move_that_wins_is_reviewed_and_kept() -> None:
     decisions, policy = homes_only(flipping_load(8, 99))
     move, review = decisions
     assert (move.kind, review.kind) == ("homes", "review")
     assert move.taken
     assert review.iteration == move.iteration + 2
     assert review.predicted_gain_s == review.realised_gain_s == pytest.approx(30.0)  # 80 tokens on a rank, then 50
-    assert review.why.startswith("kept: realised 30000.000 ms")
+    assert review.why.startswith("measured 30000.000 ms/iter: kept")
     assert review.changes == ()
     assert policy.homes_planner.policy.losses == 0
 
 
-def test_a_move_that_loses_is_undone_and_the_next_one_waits_longer():
+def test_a_move_that_loses_is_reverted_and_the_next_one_waits_longer() -> None:
     decisions, policy = homes_only(flipping_load(14, 1))
     move, review, *later = decisions
     assert (move.kind, review.kind) == ("homes", "review")
     assert review.realised_gain_s == pytest.approx(-30.0)
-    assert review.why.startswith("revert, and rest 12 iterations: realised -30000.000 ms")
+    assert review.why.startswith("measured -30000.000 ms/iter: reverted, next attempt in 12 iterations")
     assert review.after == move.before
     assert review.moved_bytes == move.moved_bytes
     assert policy.homes(0).tolist() == [0, 0, 1, 1]
-    assert policy.homes_planner.policy.rest_iterations == 12
+    assert policy.homes_planner.policy.cooldown_iterations == 12
     assert not any(decision.taken for decision in later)
 
 
@@ -142,18 +145,20 @@ DRIFT = {"kind": "drifting", "drift": 0.1}
 
 @pytest.mark.parametrize("kind", [BURST, DRIFT], ids=["burst", "drift"])
 @pytest.mark.parametrize(("ranks", "experts", "spare"), [(4, 32, 2), (8, 32, 1), (8, 64, 2), (16, 64, 1)])
-def test_never_worse_than_the_better_peer_under_bursts_and_drift(kind, ranks, experts, spare):
+def test_never_worse_than_the_better_peer_under_bursts_and_drift(
+    kind: dict[str, Any], ranks: int, experts: int, spare: int
+) -> None:
     """By default better than both, UltraEP's exact counts included; from history alone, than both from history."""
     spec = SyntheticSpec(**kind, num_records=20, num_layers=1, num_sources=ranks, num_experts=experts, seed=ranks)
     trace = synthetic_trace(spec)
     begin = Placement.contiguous(num_layers=1, num_experts=experts, num_ranks=ranks, spare_slots=spare)
-    given = setting(num_ranks=ranks, spare_slots=spare, warmup=4)
+    given = setup(num_ranks=ranks, spare_slots=spare, warmup=4)
 
-    def ours(**options):
+    def ours(**options: Any) -> FloatArray:
         policy = OnlinePolicy(begin, 1, OnlineOptions(homes_interval=0, **options), layer_seconds(given.pricing))
         return replay(trace, policy, given).imbalance
 
-    def peer(rule):
+    def peer(rule: Rule) -> FloatArray:
         return replay(trace, RulePolicy(rule, begin, 1, 1, 1), given).imbalance
 
     by_default, eplb, ultraep = ours(), peer(Eplb()), peer(UltraEp())

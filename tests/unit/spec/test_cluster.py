@@ -6,8 +6,14 @@ from pathlib import Path
 import pytest
 
 from megatron_smartmoe.errors import ConfigError
-from megatron_smartmoe.spec.cluster import RESERVED_BYTES, WEIGHT_PASSES, cluster_as_yaml, load_cluster_spec
-from megatron_smartmoe.spec.shipped import fitting_cluster
+from megatron_smartmoe.spec.cluster import (
+    RESERVED_BYTES,
+    WEIGHT_PASSES,
+    ClusterSpec,
+    cluster_as_yaml,
+    fitting_cluster,
+    load_cluster_spec,
+)
 
 GOOD = """
 name: two-boxes
@@ -23,13 +29,13 @@ inter_node: {bandwidth_bytes_s: {value: 25e9, source: datasheet}, latency_s: {va
 """
 
 
-def load(tmp_path: Path, text: str):
+def load(tmp_path: Path, text: str) -> ClusterSpec:
     path = tmp_path / "cluster.yaml"
     path.write_text(text)
     return load_cluster_spec(path)
 
 
-def test_numbers_and_their_sources(tmp_path):
+def test_numbers_and_their_sources(tmp_path: Path) -> None:
     cluster = load(tmp_path, GOOD)
     assert (cluster.name, cluster.nodes, cluster.gpus_per_node, cluster.replica_scope) == ("two-boxes", 2, 8, "node")
     assert cluster.gpu.peak_flops == 312e12
@@ -39,7 +45,7 @@ def test_numbers_and_their_sources(tmp_path):
     assert len(cluster.sources) == 7
 
 
-def test_nodes_of_a_group(tmp_path):
+def test_nodes_of_a_group(tmp_path: Path) -> None:
     cluster = load(tmp_path, GOOD)
     assert [cluster.nodes_of_group(ranks) for ranks in (1, 4, 8, 16, 64)] == [1, 1, 1, 2, 8]
     with pytest.raises(ConfigError, match="must fill whole nodes of 8"):
@@ -55,7 +61,7 @@ def test_nodes_of_a_group(tmp_path):
         ("nodes: 2\n", "nodes: 2\nreplica_scope: rack\n", "replica_scope = 'rack': must be node or group"),
         ("name: A100", "nick: A100", "gpu.nick = 'A100': is not a known key"),
         ("{value: 312e12, source: datasheet}", "312e12", "gpu.peak_flops = 312000000000000.0: must be a mapping"),
-        ("{value: 312e12, source: datasheet}", "{value: 312e12}", "gpu.peak_flops.source = None: must say where"),
+        ("{value: 312e12, source: datasheet}", "{value: 312e12}", "gpu.peak_flops.source = None: must state where"),
         ("{value: 312e12, ", "{value: -1, ", "gpu.peak_flops.value = -1: must be a positive number"),
         ("{value: 312e12, ", "{value: .inf, ", "gpu.peak_flops.value = inf: must be a positive number"),
         ("{value: 312e12, ", "{value: 1, unit: F, ", "gpu.peak_flops.unit = 'F': is not a known key"),
@@ -69,7 +75,7 @@ def test_nodes_of_a_group(tmp_path):
         (
             "nodes: 2\n",
             "nodes: 2\nefficiency: {gemm: {value: 1.2, source: s}}\n",
-            "efficiency.gemm.value = 1.2: must be a share, above 0 and at most 1. Leave it out for the model's prior",
+            "efficiency.gemm.value = 1.2: must be a share, above 0 and at most 1. Use 1 for a rate",
         ),
         (
             "  memory_bytes:",
@@ -78,7 +84,7 @@ def test_nodes_of_a_group(tmp_path):
         ),
     ],
 )
-def test_a_wrong_entry_is_named_by_its_path(tmp_path, old, new, message):
+def test_a_wrong_entry_is_named_by_its_path(tmp_path: Path, old: str, new: str, message: str) -> None:
     assert old in GOOD
     with pytest.raises(ConfigError, match=re.escape(message)):
         load(tmp_path, GOOD.replace(old, new, 1))
@@ -94,7 +100,7 @@ MEASURED = (
 )
 
 
-def test_an_old_file_leaves_everything_to_the_priors(tmp_path):
+def test_an_old_file_leaves_everything_to_the_priors(tmp_path: Path) -> None:
     cluster = load(tmp_path, GOOD)
     assert cluster.efficiency == {}
     assert cluster.gpu.weight_passes == WEIGHT_PASSES
@@ -104,7 +110,7 @@ def test_an_old_file_leaves_everything_to_the_priors(tmp_path):
     assert cluster.intra_node.all_to_all_latency_of(8) == 3e-6
 
 
-def test_a_measured_file_says_what_is_reached(tmp_path):
+def test_a_measured_file_says_what_is_reached(tmp_path: Path) -> None:
     cluster = load(tmp_path, MEASURED)
     assert cluster.efficiency == {"gemm": 1.0, "ring_inter": 0.25}
     assert (cluster.gpu.weight_passes, cluster.gpu.ranks_per_device) == (4.5, 2)
@@ -113,7 +119,7 @@ def test_a_measured_file_says_what_is_reached(tmp_path):
 
 
 @pytest.mark.parametrize("text", [GOOD, MEASURED], ids=["datasheets", "measured"])
-def test_what_is_written_is_read_back(tmp_path, text):
+def test_what_is_written_is_read_back(tmp_path: Path, text: str) -> None:
     cluster = load(tmp_path, text)
     written = cluster_as_yaml(cluster, "a comment\nof two lines")
     assert written.startswith("# a comment\n# of two lines\nname: ")
@@ -130,12 +136,12 @@ def test_what_is_written_is_read_back(tmp_path, text):
         ("NVIDIA GeForce RTX 4090", None),
     ],
 )
-def test_the_shipped_file_for_a_device(device, name):
+def test_the_shipped_file_for_a_device(device: str | None, name: str) -> None:
     found = fitting_cluster(device)
     assert (found and found.name) == name
 
 
-def test_a_missing_section_is_named(tmp_path):
+def test_a_missing_section_is_named(tmp_path: Path) -> None:
     text = GOOD.replace(GOOD[GOOD.index("inter_node") :], "")
     with pytest.raises(ConfigError, match="inter_node = None: must be a mapping"):
         load(tmp_path, text)

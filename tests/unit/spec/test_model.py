@@ -48,7 +48,7 @@ def test_numbers_sources_and_doubts(tmp_path: Path) -> None:
         ("layers: 4", "layers: 4.5", "shape.layers = 4.5: must be a whole number"),
         ("layers: 4, ", "", "shape.layers = None: is missing"),
         ("top_k: 2", "top_k: 9", "moe.top_k = 9: must not exceed moe.experts = 8"),
-        ("source: there, ", "", "moe.experts.source = None: must say where the number comes from"),
+        ("source: there, ", "", "moe.experts.source = None: must state where the number comes from"),
         ("source: elsewhere, uncertain", "sauce: elsewhere, uncertain", "moe.ffn.sauce = 'elsewhere': is not a known"),
         ("ffn: 128", "ffn: 128, norm: BatchNorm", "shape.norm = 'BatchNorm': must be one of RMSNorm, LayerNorm"),
         ("ffn: 128", "ffn: 128, query_groups: 3", "shape.query_groups = 3: must divide shape.heads = 4"),

@@ -6,20 +6,18 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_smartmoe.spec.model import LatentAttention, ModelSpec, MoESpec
-from megatron_smartmoe.spec.parallel import ParallelSpec, chunks, violation
+from megatron_smartmoe.spec.model import LatentAttention, MoESpec
+from megatron_smartmoe.spec.parallel import ParallelSpec, pipeline_chunks, violation
+from tests.support.models import SMALL
 
-MODEL = ModelSpec(
-    name="m",
-    layers=8,
+MODEL = replace(
+    SMALL,
     hidden=64,
     heads=8,
-    query_groups=4,
     head_dim=8,
     ffn=128,
     vocab=500,
     seq_length=64,
-    global_batch=64,
     moe=MoESpec(experts=8, top_k=2, ffn=96),
     mtp_layers=1,
 )
@@ -32,7 +30,7 @@ def test_sizes_that_follow() -> None:
 
 
 def test_chunks_in_pipeline_order() -> None:
-    found = list(chunks(MODEL, replace(SPEC, pp=2, vpp=2)))
+    found = list(pipeline_chunks(MODEL, replace(SPEC, pp=2, vpp=2)))
     assert [(c.stage, c.virtual, c.layers) for c in found] == [
         (0, 0, (0, 1)),
         (1, 0, (2, 3)),
@@ -55,7 +53,7 @@ def test_chunks_in_pipeline_order() -> None:
         ({"vpp": 2, "pp": 1}, "the interleaved schedule needs at least two stages"),
         ({"vpp": 2, "micro_batch": 8}, "the interleaved schedule needs 4 micro-batches, there are 2"),
         ({"micro_batch": 3}, "micro-batch x DP = 12 does not divide the global batch of 64"),
-        ({"spare_slots": 1}, "spare slots without replicas are wasted"),
+        ({"spare_slots": 1}, "spare slots need replicas: history or exact"),
         ({"replicas": "history"}, "replicas need EP > 1 and spare slots"),
         ({"distributed_optimizer": False}, "overlapping the parameter gather needs"),
         ({"layers_of_chunk": (2, 2, 2, 1)}, "layers_of_chunk must be 4 numbers that sum to 8"),

@@ -139,11 +139,12 @@ ERRORS = {
     },
     "flags: [lr]": "flags = ['lr']: must be groups of flags. For example: flags: {model: {num-layers: 4}}.",
     "flags: {lr: 1}": "flags.lr = 1: must be a group: a mapping of flags to values. Write flags: {lr: {...}}.",
-    "flags: {a: {lr: 1}, b: {lr: 2}}": "flags.b.lr = 2: is given in another group too. Keep one of them.",
+    "flags: {a: {lr: 1}, b: {lr: 2}}": "flags.b.lr = 2: is given in another group too. "
+    "Remove lr from one of the groups.",
     "flags: {a: {swiglu: false}, b: {swiglu: true}}": "flags.b.swiglu = True: is given in another group too. "
-    "Keep one of them.",
+    "Remove swiglu from one of the groups.",
     "flags: {a: {swiglu: true}, b: {swiglu: }}": "flags.b.swiglu = None: is given in another group too. "
-    "Keep one of them.",
+    "Remove swiglu from one of the groups.",
     "flags: false": "flags = False: must be groups of flags. For example: flags: {model: {num-layers: 4}}.",
     "flags: {a: }": "flags.a = None: must be a group: a mapping of flags to values. Write flags: {a: {...}}.",
     "flags: {a: {--lr: 1}}": "flags.a.--lr = 1: is a flag with its dashes. Write lr.",

@@ -2,6 +2,8 @@
 
 import json
 import re
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from megatron_smartmoe.spec.trace import RoutingTrace, from_megatron, load_trace
 from tests.support.synthetic import SyntheticSpec, synthetic_trace
 
 
-def small(**changes):
+def small(**changes: Any) -> RoutingTrace:
     given = {
         "counts": np.arange(2 * 3 * 4 * 8, dtype=np.uint16).reshape(2, 3, 4, 8),
         "iteration": np.array([1, 11]),
@@ -21,7 +23,7 @@ def small(**changes):
     return RoutingTrace(**{**given, **changes})
 
 
-def test_file_round_trip(tmp_path):
+def test_file_round_trip(tmp_path: Path) -> None:
     trace = small()
     trace.save(tmp_path / "t.npz")
     again = load_trace(tmp_path / "t.npz")
@@ -45,12 +47,12 @@ def test_file_round_trip(tmp_path):
         ({"meta": {"experts": 16}}, "trace meta experts = 16: counts have 8"),
     ],
 )
-def test_a_contradiction_is_named(changes, message):
+def test_a_contradiction_is_named(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(PlanError, match=re.escape(message)):
         small(**changes)
 
 
-def test_unreadable_files_say_why(tmp_path):
+def test_unreadable_files_say_why(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="does not exist"):
         load_trace(tmp_path / "none.npz")
     np.savez(tmp_path / "other.npz", counts=np.zeros(3))
@@ -64,7 +66,7 @@ def test_unreadable_files_say_why(tmp_path):
         load_trace(tmp_path / "text.npz")
 
 
-def test_groups_of_consecutive_ranks():
+def test_groups_of_consecutive_ranks() -> None:
     trace = small()
     groups = trace.groups(2)
     assert groups.shape == (2, 3, 2, 1, 2, 8)
@@ -72,29 +74,29 @@ def test_groups_of_consecutive_ranks():
     assert trace.groups(4).shape == (2, 3, 1, 1, 4, 8)
 
 
-def test_groups_keep_micro_batches_apart():
+def test_groups_keep_micro_batches_apart() -> None:
     counts = np.arange(2 * 3 * 4 * 5 * 8, dtype=np.uint16).reshape(2, 3, 4, 5, 8)
     groups = small(counts=counts).groups(2)
     assert groups.shape == (2, 3, 2, 5, 2, 8)
     assert np.array_equal(groups[1, 2, 1, 3, 0], counts[1, 2, 2, 3])
 
 
-def test_few_source_ranks_are_spread_without_losing_a_token():
+def test_few_source_ranks_are_spread_without_losing_a_token() -> None:
     trace = small()
     groups = trace.groups(12)
     assert groups.shape == (2, 3, 1, 1, 12, 8)
     assert np.array_equal(groups[:, :, 0, 0].reshape(2, 3, 4, 3, 8).sum(axis=3), trace.counts)
     assert np.ptp(groups[0, 0, 0, 0].reshape(4, 3, 8), axis=1).max() <= 1
-    with pytest.raises(ConfigError, match="does not divide the trace's 4 source ranks"):
+    with pytest.raises(ConfigError, match="must divide, or be a multiple of, the trace's 4 source ranks"):
         trace.groups(3)
 
 
-def megatron_line(step, layer, rank, chosen, **more):
+def megatron_line(step: int, layer: int, rank: int, chosen: list[list[int]], **more: Any) -> str:
     record = {"step": step, "stage": "pre_dispatch", "block": "decoder", "layer": layer, "rank": rank}
     return json.dumps({**record, "num_tokens": len(chosen), "topk": 2, "top_indices": chosen, **more}) + "\n"
 
 
-def test_megatron_lines_become_counts(tmp_path):
+def test_megatron_lines_become_counts(tmp_path: Path) -> None:
     for rank in range(2):
         lines = [
             megatron_line(step, layer, rank, [[0, 1], [rank + 2, 1 + 4 * micro]])
@@ -112,7 +114,7 @@ def test_megatron_lines_become_counts(tmp_path):
     assert trace.meta["top_k"] == 2
 
 
-def test_megatron_ranks_sort_as_numbers_and_mtp_comes_last(tmp_path):
+def test_megatron_ranks_sort_as_numbers_and_mtp_comes_last(tmp_path: Path) -> None:
     for rank in (2, 10):
         lines = megatron_line(0, 5, rank, [[rank % 8, 0]]) + megatron_line(0, 0, rank, [[7, 6]], block="mtp", mtp_idx=0)
         (tmp_path / f"router_trace_rank{rank}.jsonl").write_text(lines)
@@ -125,7 +127,7 @@ def test_megatron_ranks_sort_as_numbers_and_mtp_comes_last(tmp_path):
     assert trace.counts[0, 1, 0, 7] == 1
 
 
-def test_megatron_refusals_name_the_line(tmp_path):
+def test_megatron_refusals_name_the_line(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"has no router_trace_rank\*\.jsonl"):
         load_trace(tmp_path)
     file = tmp_path / "router_trace_rank0.jsonl"
@@ -149,7 +151,7 @@ def test_megatron_refusals_name_the_line(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["uniform", "zipf", "lognormal", "drifting", "one_hot", "burst"])
-def test_synthetic_kinds_conserve_tokens_and_follow_their_seed(kind):
+def test_synthetic_kinds_conserve_tokens_and_follow_their_seed(kind: str) -> None:
     spec = SyntheticSpec(kind=kind, num_records=14, num_layers=2, num_sources=4, num_experts=16, skew=2.0)
     trace = synthetic_trace(spec)
     assert (trace.counts.sum(axis=-1) == 2 * 8192).all()
@@ -157,7 +159,7 @@ def test_synthetic_kinds_conserve_tokens_and_follow_their_seed(kind):
     assert trace.counts.sum(axis=2).max() <= 4 * 8192 * 1.03  # one expert per choice of a token
 
 
-def test_zipf_and_one_hot_meet_their_skew():
+def test_zipf_and_one_hot_meet_their_skew() -> None:
     trace = synthetic_trace(SyntheticSpec(kind="zipf", skew=2.0, num_ranks=8, num_layers=6))
     load = trace.counts.sum(axis=2).reshape(64, 6, 8, 4).sum(axis=-1)
     assert np.mean(load.max(axis=-1) / load.mean(axis=-1)) == pytest.approx(2.0, rel=0.02)
@@ -166,7 +168,7 @@ def test_zipf_and_one_hot_meet_their_skew():
     assert np.mean(load.max(axis=-1) / load.mean(axis=-1)) == pytest.approx(6.0, rel=0.02)
 
 
-def test_drift_and_bursts_change_the_load():
+def test_drift_and_bursts_change_the_load() -> None:
     calm = synthetic_trace(SyntheticSpec(kind="lognormal")).counts.sum(axis=2).astype(float)
     drifting = synthetic_trace(SyntheticSpec(kind="drifting", drift=0.1)).counts.sum(axis=2).astype(float)
     assert np.abs(drifting[32] - drifting[0]).sum() > 5 * np.abs(calm[32] - calm[0]).sum()
@@ -175,7 +177,7 @@ def test_drift_and_bursts_change_the_load():
     assert (burst[11] / burst[0]).max() < 1.5
 
 
-def test_synthetic_refusals():
+def test_synthetic_refusals() -> None:
     with pytest.raises(ConfigError, match="Known: uniform, zipf"):
         synthetic_trace(SyntheticSpec(kind="real"))
     with pytest.raises(ConfigError, match="must be between 1 and 16 here"):

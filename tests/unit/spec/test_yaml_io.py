@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_smartmoe.errors import ConfigError
-from megatron_smartmoe.spec.yaml_io import dump_yaml, load_yaml, refuse_unknown_keys
+from megatron_smartmoe.spec.yaml_io import dump_yaml, find_config, load_yaml, refuse_unknown_keys, shipped_directory
 
 
 @pytest.fixture
@@ -126,16 +126,16 @@ def test_nesting_lists_and_anchors_work(load: Any) -> None:
 
 
 def test_a_repeated_key_is_refused_with_its_line(error_of: Any) -> None:
-    assert error_of("a: 1\nb: 2\na: 3\n") == "/file.yaml:3 = 'a': is given twice. Keep one of them."
+    assert error_of("a: 1\nb: 2\na: 3\n") == "/file.yaml:3 = 'a': is given twice. Remove one of the two lines."
 
 
 def test_a_repeated_key_is_found_at_any_depth(error_of: Any) -> None:
     text = "flags:\n  model:\n    lr: 1\n\n    lr: 2\n"
-    assert error_of(text) == "/file.yaml:5 = 'lr': is given twice. Keep one of them."
+    assert error_of(text) == "/file.yaml:5 = 'lr': is given twice. Remove one of the two lines."
 
 
 def test_a_repeated_key_is_found_in_a_list(error_of: Any) -> None:
-    assert error_of("a: [{b: 1, b: 2}]\n") == "/file.yaml:1 = 'b': is given twice. Keep one of them."
+    assert error_of("a: [{b: 1, b: 2}]\n") == "/file.yaml:1 = 'b': is given twice. Remove one of the two lines."
 
 
 def test_the_same_key_in_two_groups_is_two_keys(load: Any) -> None:
@@ -147,24 +147,24 @@ def test_a_missing_file(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         load_yaml(path)
     assert str(caught.value) == (
-        f"configuration file = '{path}': does not exist. Check the path; examples are in configs/."
+        f"configuration file = '{path}': does not exist. Give the path of a YAML file; examples are in configs/."
     )
 
 
 def test_a_file_that_is_not_yaml(error_of: Any) -> None:
     assert error_of("a: 1\nb: [1, 2\n") == (
-        "/file.yaml:2 = 'b: [1, 2': is not YAML: expected ',' or ']', but got '<stream end>'. Mend the line."
+        "/file.yaml:2 = 'b: [1, 2': is not YAML: expected ',' or ']', but got '<stream end>'. Correct line 2."
     )
 
 
 REFUSED = {
     "a: !!python/object/apply:os.getcwd []": "/file.yaml:1 = 'a: !!python/object/apply:os.getcwd []': is not YAML: "
-    "could not determine a constructor for the tag 'tag:yaml.org,2002:python/object/apply:os.getcwd'. Mend the line.",
-    "\n? [a]\n: b\n": "/file.yaml:2 = '? [a]': is not YAML: found unhashable key. Mend the line.",
-    "a: 1\nb: c: d\n": "/file.yaml:2 = 'b: c: d': is not YAML: mapping values are not allowed here. Mend the line.",
-    "a: 1\n---\nb: 2\n": "/file.yaml:2 = '---': is not YAML: but found another document. Mend the line.",
+    "could not determine a constructor for the tag 'tag:yaml.org,2002:python/object/apply:os.getcwd'. Correct line 1.",
+    "\n? [a]\n: b\n": "/file.yaml:2 = '? [a]': is not YAML: found unhashable key. Correct line 2.",
+    "a: 1\nb: c: d\n": "/file.yaml:2 = 'b: c: d': is not YAML: mapping values are not allowed here. Correct line 2.",
+    "a: 1\n---\nb: 2\n": "/file.yaml:2 = '---': is not YAML: but found another document. Correct line 2.",
     "a: \x07": "configuration file = '/file.yaml': is not YAML: unacceptable character #x0007: special characters are "
-    'not allowed in "/file.yaml", position 3. Mend it.',
+    'not allowed in "/file.yaml", position 3. Correct the text that it names.',
 }
 
 
@@ -181,7 +181,7 @@ def test_what_yaml_itself_refuses_is_said_in_one_line(error_of: Any, text: str) 
     ],
 )
 def test_a_value_that_its_tag_refuses(error_of: Any, text: str, says: str) -> None:
-    assert error_of(text) == f"configuration file = '/file.yaml': is not YAML: {says}. Mend it."
+    assert error_of(text) == f"configuration file = '/file.yaml': is not YAML: {says}. Correct the text that it names."
 
 
 @pytest.mark.parametrize("text", ["2026-01-02", "2026-02-30", "2026-01-02 03:04:05"])
@@ -201,14 +201,14 @@ def test_a_file_that_is_not_utf8(tmp_path: Path) -> None:
     path.write_bytes(b"name: caf\xe9\n")
     with pytest.raises(ConfigError) as caught:
         load_yaml(path)
-    assert str(caught.value) == f"configuration file = '{path}': is not UTF-8 text. Check the path."
+    assert str(caught.value) == f"configuration file = '{path}': is not UTF-8 text. Save it as UTF-8."
 
 
 def test_a_directory_is_called_one(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         load_yaml(tmp_path)
     assert str(caught.value) == (
-        f"configuration file = '{tmp_path}': is a directory. Check the path; examples are in configs/."
+        f"configuration file = '{tmp_path}': is a directory. Give the path of a YAML file; examples are in configs/."
     )
 
 
@@ -248,3 +248,34 @@ def test_unknown_keys_at_the_top_have_no_path() -> None:
 
 def test_known_keys_pass() -> None:
     refuse_unknown_keys("", {"name": 1}, ("name", "nproc"))
+
+
+def test_a_shipped_file_is_found_by_its_name_and_by_its_place_in_a_checkout(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shipped = shipped_directory("runs") / "quickstart.yaml"
+    assert find_config("runs", Path("quickstart")) == shipped
+    assert find_config("runs", Path("configs/runs/quickstart.yaml")) == shipped
+    assert find_config("clusters", Path("a100-sxm4-80gb")) == shipped_directory("clusters") / "a100-sxm4-80gb.yaml"
+
+
+def test_an_existing_file_wins_over_a_shipped_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("quickstart").write_text("name: mine\n")
+    assert find_config("runs", Path("quickstart")) == Path("quickstart")
+
+
+def test_an_unknown_name_lists_the_shipped_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError) as caught:
+        find_config("clusters", Path("h100"))
+    assert str(caught.value) == (
+        "configuration file = 'h100': is neither a file nor a name in configs/clusters. "
+        "Give a path, or one of: a100-sxm4-80gb, b200-sxm, cpu, h100-sxm, h200-sxm, v100-pcie."
+    )
+
+
+def test_a_path_that_does_not_exist_stays_a_path() -> None:
+    """So that the error of reading it names it as it was given."""
+    assert find_config("runs", Path("nowhere/quickstart.yaml")) == Path("nowhere/quickstart.yaml")

@@ -12,7 +12,7 @@ import pytest
 
 from megatron_smartmoe.errors import ConfigError
 from scripts.validation import validate_planner
-from scripts.validation.fit import PRIORS, Fitted, fit, settings_of
+from scripts.validation.fit import PRIORS, Fitted, fit, fit_settings
 from scripts.validation.measured import COLUMNS, GateLaw, MeasuredRun, flows_of, popularity, run_of
 
 CLUSTERS = validate_planner.clusters_of([])
@@ -87,7 +87,7 @@ def test_capacity_drops_and_padding_fills() -> None:
         np.testing.assert_allclose(flow.load_ER.sum(axis=1), 1.2 * tokens)
 
 
-def test_shadowing_moves_no_token_and_copies_the_hottest() -> None:
+def test_shadowing_moves_no_token_and_replicates_the_hottest() -> None:
     run: MeasuredRun = run_of({**ROW, "hidden": "256", "system": "fastermoe", "shadow": "ON"})
     plain = flows_of(replace(run, shadow=False), GateLaw(2.0), 2)
     for before, after in zip(plain, flows_of(run, GateLaw(2.0), 2), strict=True):
@@ -98,7 +98,7 @@ def test_shadowing_moves_no_token_and_copies_the_hottest() -> None:
 
 def test_regret_is_what_the_first_choice_costs() -> None:
     runs = [replace(run_of({**ROW, "ep": ep}), time_s=s) for ep, s in (("16", 2.0), ("8", 1.0))]
-    (setting,) = settings_of(runs, [0.5, 0.6])
+    (setting,) = fit_settings(runs, [0.5, 0.6])
     assert setting.regret == 1.0
     assert setting.first_predicted == runs[0].label
 

@@ -17,15 +17,17 @@ PRIOR = LayerConstants(
     expert_s=1e-4,
     intra_token_s=4e-7,
     inter_node_token_s=1e-6,
-    intra_copy_s=1e-3,
-    inter_copy_s=2e-3,
+    intra_replica_s=1e-3,
+    inter_replica_s=2e-3,
 )
 TRUTH = replace(
     PRIOR, fixed_s=3e-3, source_token_s=5e-7, token_s=5e-7, expert_s=3e-4, intra_token_s=2e-7, inter_node_token_s=6e-7
 )
 
 
-def measured(rng, *, num_ranks, num_nodes, tokens, rows=40, noise=0.0):
+def measured(
+    rng: np.random.Generator, *, num_ranks: int, num_nodes: int, tokens: int, rows: int = 40, noise: float = 0.0
+) -> list[Measurement]:
     """Layers of random skew, timed by the truth."""
     found = []
     for _ in range(rows):
@@ -36,9 +38,9 @@ def measured(rng, *, num_ranks, num_nodes, tokens, rows=40, noise=0.0):
     return found
 
 
-def test_it_finds_the_constants_of_several_settings():
+def test_it_finds_the_constants_of_several_settings() -> None:
     rng = np.random.default_rng(0)
-    settings = [
+    settings: list[dict[str, int]] = [
         {"num_ranks": 4, "num_nodes": 1, "tokens": 4096},
         {"num_ranks": 4, "num_nodes": 1, "tokens": 16384},
         {"num_ranks": 8, "num_nodes": 2, "tokens": 8192},
@@ -55,7 +57,7 @@ def test_it_finds_the_constants_of_several_settings():
         assert getattr(found, name) == pytest.approx(getattr(truth, name), rel=0.25), name
 
 
-def test_it_predicts_a_batch_and_a_node_count_that_it_was_not_fitted_to():
+def test_it_predicts_a_batch_and_a_node_count_that_it_was_not_fitted_to() -> None:
     rng = np.random.default_rng(1)
     rows = measured(rng, num_ranks=4, num_nodes=1, tokens=8192, noise=0.01)
     rows += measured(rng, num_ranks=8, num_nodes=2, tokens=4096, rows=10, noise=0.01)
@@ -64,16 +66,16 @@ def test_it_predicts_a_batch_and_a_node_count_that_it_was_not_fitted_to():
     assert residuals(measured(rng, num_ranks=8, num_nodes=2, tokens=8192), fit.constants).mape < 0.05
 
 
-def test_what_was_not_measured_keeps_its_prior():
+def test_what_was_not_measured_keeps_its_prior() -> None:
     rows = measured(np.random.default_rng(2), num_ranks=4, num_nodes=1, tokens=8192)
     constants = calibrate(rows, PRIOR).constants
     assert constants.inter_node_token_s == pytest.approx(PRIOR.inter_node_token_s)
-    assert constants.intra_copy_s == pytest.approx(PRIOR.intra_copy_s)
+    assert constants.intra_replica_s == pytest.approx(PRIOR.intra_replica_s)
     pinned = calibrate(rows, PRIOR, replace(spread_of(PRIOR), token_s=0.0)).constants
     assert pinned.token_s == PRIOR.token_s
 
 
-def test_a_shared_cards_port_follows_what_was_measured_inside_the_node():
+def test_a_shared_cards_port_follows_what_was_measured_inside_the_node() -> None:
     prior = replace(PRIOR, inter_gpu_token_s=PRIOR.intra_token_s)
     constants = calibrate(measured(np.random.default_rng(2), num_ranks=4, num_nodes=1, tokens=8192), prior).constants
     assert constants.inter_gpu_token_s == pytest.approx(constants.intra_token_s)
@@ -83,14 +85,14 @@ def test_a_shared_cards_port_follows_what_was_measured_inside_the_node():
     assert constants.inter_gpu_token_s == pytest.approx(own_card.inter_gpu_token_s)
 
 
-def test_constants_are_never_negative():
+def test_constants_are_never_negative() -> None:
     # Times that fall with the load: plain least squares would want a negative constant per token.
     flows = [contiguous_flow([[n, 0], [0, 10]]) for n in (10, 1000, 4000)]
     rows = [Measurement(flow=flow, time_s=time_s) for flow, time_s in zip(flows, (3.0, 2.0, 1.0), strict=True)]
     assert min(astuple(calibrate(rows, PRIOR).constants)) >= 0
 
 
-def test_residuals_by_hand():
+def test_residuals_by_hand() -> None:
     # The truth takes 10% more and 10% less than "measured": mape 10%, bias 0.
     flow = contiguous_flow([[100, 0], [0, 10]])
     time_s = layer_time(flow, TRUTH).total_s
@@ -104,7 +106,7 @@ def test_residuals_by_hand():
     )
 
 
-def test_nothing_to_fit():
+def test_nothing_to_fit() -> None:
     with pytest.raises(PlanError, match="at least one measured layer time"):
         calibrate([], PRIOR)
     with pytest.raises(PlanError, match=r"measured time\[0\] = 0.0: must be positive"):

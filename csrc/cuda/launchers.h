@@ -1,0 +1,100 @@
+// What the launchers of the CUDA kernels take and return: one struct of arguments each, with the names and axes of the
+// op. Plain C++: neither torch nor the CUDA headers, so glue.cpp is compiled without the toolkit and the kernels are
+// compiled without torch. Callers name every field that they set, in the order of the declaration.
+//
+// T tokens, K choices of each, N rows sorted by slot, H elements of a row, E experts, S slots. All pointers are device
+// memory. Results and scratch are written in full, so nobody has to clear them.
+#pragma once
+#include <cstdint>
+
+namespace smartmoe::cuda {
+// Where a kernel is queued: the index of the device and its cudaStream_t.
+struct Stream {
+  int device;
+  void* handle;
+};
+
+// nullptr, or the text of the CUDA error that stopped the launch (static storage).
+using LaunchError = const char*;
+
+// The floating-point types that the kernels know.
+enum class FloatType { kFloat16, kBFloat16, kFloat32 };
+
+// Integers of either width.
+struct IntArray {
+  const void* data;
+  bool is_int64;
+};
+
+struct DispatchMapArgs {
+  IntArray ids_TK;
+  int64_t num_choices;  // T x K
+  IntArray slot_of_E;
+  int64_t num_experts;
+  int num_slots;
+  int num_tiles;          // blocks that sort in parallel; any number from 1 on gives the same result
+  uint32_t* tile_counts;  // scratch [num_tiles, S]
+  int32_t* rows_TK;       // result: the row of each choice, -1 where it is dropped
+  int64_t* tokens_S;      // result: rows of each slot
+};
+
+// A good num_tiles for this many choices.
+int dispatch_map_num_tiles(int64_t num_choices);
+
+// Choices whose id is outside [0, E), or whose slot is outside [0, S), are dropped.
+LaunchError launch_dispatch_map(const DispatchMapArgs& args, const Stream& stream);
+
+struct PermuteArgs {
+  const void* x_TH;
+  const int32_t* rows_TK;
+  int64_t num_tokens;
+  int num_choices;  // of a token
+  void* y_NH;       // result: the row of x_TH that names it, zero where none does
+  int64_t num_rows;
+  int64_t row_bytes;       // of the H elements of a row
+  int32_t* choice_of_row;  // scratch [N]
+};
+LaunchError launch_permute(const PermuteArgs& args, const Stream& stream);
+
+struct UnpermuteArgs {
+  const void* y_NH;
+  FloatType type;  // of y_NH and x_TH
+  int64_t num_rows;
+  const int32_t* rows_TK;
+  const void* weights_TK;  // nullptr: every weight is 1
+  FloatType weight_type;
+  int64_t num_tokens;
+  int num_choices;  // of a token
+  void* x_TH;       // result: sum of the choices' rows times their weights, in the order of the choices
+  int64_t hidden;
+};
+LaunchError launch_unpermute(const UnpermuteArgs& args, const Stream& stream);
+
+struct UnpermuteBackwardArgs {
+  const void* grad_TH;
+  const void* y_NH;
+  FloatType type;  // of grad_TH, y_NH and grad_y_NH
+  int64_t num_rows;
+  const int32_t* rows_TK;
+  const void* weights_TK;
+  FloatType weight_type;  // of weights_TK and grad_weights_TK
+  int64_t num_tokens;
+  int num_choices;        // of a token
+  void* grad_y_NH;        // result: weight times the token's row of grad_TH, zero where no choice names the row
+  void* grad_weights_TK;  // result: grad_TH's row times y_NH's row, zero where the choice names no row
+  int64_t hidden;
+  int32_t* choice_of_row;  // scratch [N]
+};
+LaunchError launch_unpermute_backward(const UnpermuteBackwardArgs& args, const Stream& stream);
+
+// Clears the rows that no choice names: the last step of permute and of unpermute_backward.
+struct ZeroUnnamedRowsArgs {
+  const int32_t* rows_TK;
+  int64_t num_choices;           // T x K
+  const int32_t* choice_of_row;  // [N], for each row that is named a choice that names it; elsewhere anything
+  void* y_NH;
+  int64_t num_rows;
+  int64_t row_bytes;
+};
+LaunchError launch_zero_unnamed_rows(const ZeroUnnamedRowsArgs& args, const Stream& stream);
+}  // namespace smartmoe::cuda

@@ -1,0 +1,207 @@
+"""The project's own flags, `--smartmoe-*`, in the order of --help, and what their values stand for."""
+
+from __future__ import annotations
+
+import argparse
+
+from megatron_smartmoe.planner.flags import HOMES_INTERVAL, OVERLAP_DEGREE, SPARE_SLOTS
+
+DEVICES = ("auto", "cpu", "cuda")
+EXPERTS = ("grouped_mm", "transformer_engine")
+HOMES = ("on", "off", "dry", "shuffle")
+REPLICAS = ("off", "history", "exact")
+SCOPES = ("node", "group")
+
+POOL = "--smartmoe-pool"
+POOL_INTERVAL = "--smartmoe-pool-interval"
+AUTO = "auto"  # of the overlap degree and of the pool
+MOST_CHUNKS = 8  # that `auto` tries: a ninth would hide another 1/72 of the all-to-alls at best
+
+
+def add_smartmoe_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add the project's flags; passed to Megatron as `extra_args_provider`."""
+    group = parser.add_argument_group("smartmoe", "load balancing for MoE training")
+    group.add_argument(
+        "--smartmoe-device",
+        choices=DEVICES,
+        default="auto",
+        help="cuda: NCCL and GPU kernels. cpu: gloo, through the CPU facade. auto: cuda where there is a GPU. Default: "
+        "auto.",
+    )
+    group.add_argument(
+        "--smartmoe-run-dir",
+        metavar="DIR",
+        default=None,
+        help="Write metrics.jsonl, smartmoe.jsonl, arguments.txt and summary.json to this directory. Default: write "
+        "none of them.",
+    )
+    group.add_argument(
+        "--smartmoe",
+        action="store_true",
+        help="Build the model with this project's MoE layer, whose experts can move between ranks while training.",
+    )
+    group.add_argument(
+        "--smartmoe-experts",
+        choices=EXPERTS,
+        default="grouped_mm",
+        help="With --smartmoe: what computes the experts. grouped_mm: torch's grouped GEMM. transformer_engine: "
+        "TransformerEngine's grouped linear layers. Default: grouped_mm.",
+    )
+    group.add_argument(
+        OVERLAP_DEGREE,
+        metavar="D",
+        default="1",
+        help="With --smartmoe and expert parallelism: split dispatch and combine into D chunks and overlap the "
+        "all-to-all of one chunk with the experts' computation of another. 1: no overlap. At most the number of "
+        "expert-parallel ranks. auto: the degree with the shortest predicted time. Default: 1.",
+    )
+    group.add_argument(
+        "--smartmoe-record-trace",
+        metavar="FILE",
+        default=None,
+        help="Write the tokens per expert of every iteration, layer and source rank to this .npz file, for `smartmoe "
+        "simulate`, --parallel-trace and --smartmoe-replay-trace. Works without --smartmoe too. Default: no trace.",
+    )
+    group.add_argument(
+        "--smartmoe-replay-trace",
+        metavar="FILE",
+        default=None,
+        help="BENCHMARKS ONLY: route tokens as this trace did, whatever the routers choose. The trained model is "
+        "meaningless.",
+    )
+    _add_homes(group)
+    _add_replicas(group)
+    _add_pool(group)
+    return parser
+
+
+def _add_homes(group: argparse._ArgumentGroup) -> None:
+    """Flags of the slow loop, which moves experts between ranks for good."""
+    group.add_argument(
+        "--smartmoe-homes",
+        choices=HOMES,
+        default="on",
+        help="With --smartmoe and expert parallelism. on: move experts to other ranks when the predicted gain is worth "
+        "the cost. off: never. dry: decide and log, but move nothing. shuffle: move experts to random ranks at every "
+        "interval, to test that moving them changes nothing in the training. Default: on.",
+    )
+    group.add_argument(
+        "--smartmoe-homes-interval",
+        type=int,
+        metavar="N",
+        default=HOMES_INTERVAL,
+        help="Re-evaluate expert placement every N iterations. Default: 100.",
+    )
+    group.add_argument(
+        "--smartmoe-homes-start",
+        type=int,
+        metavar="ITERATION",
+        default=0,
+        help="Do not move experts before this iteration (routing is unstable early in training). Default: 0.",
+    )
+    group.add_argument(
+        "--smartmoe-homes-stop",
+        type=int,
+        metavar="ITERATION",
+        default=None,
+        help="Do not move experts after this iteration. Default: no limit.",
+    )
+    group.add_argument(
+        "--smartmoe-homes-margin",
+        type=float,
+        metavar="FACTOR",
+        default=2.0,
+        help="Move experts when the gain predicted over the horizon is more than FACTOR times the cost of moving them. "
+        "Default: 2.",
+    )
+    group.add_argument(
+        "--smartmoe-homes-horizon",
+        type=int,
+        metavar="N",
+        default=500,
+        help="Count the predicted gain of a move over N iterations. Default: 500.",
+    )
+    group.add_argument(
+        "--smartmoe-migration-staging-mib",
+        type=int,
+        metavar="MIB",
+        default=1024,
+        help="Memory per rank for experts in transit, in MiB. Larger migrations take several steps. Default: 1024.",
+    )
+    group.add_argument(
+        "--smartmoe-migration-timeout-s",
+        type=float,
+        metavar="SECONDS",
+        default=600.0,
+        help="Abort a migration when a rank does not respond for this long. Default: 600.",
+    )
+    group.add_argument(
+        "--smartmoe-cluster",
+        metavar="FILE",
+        default=None,
+        help="Cluster file of this machine, from which times are predicted, as in configs/clusters/; `smartmoe "
+        "calibrate` writes one. Default: the shipped file for this GPU, or for the CPU.",
+    )
+
+
+def _add_replicas(group: argparse._ArgumentGroup) -> None:
+    """Flags of the medium loop, which copies hot experts into spare slots."""
+    group.add_argument(
+        SPARE_SLOTS,
+        type=int,
+        metavar="K",
+        default=0,
+        help="With --smartmoe and expert parallelism: slots per rank and layer for replicas of other ranks' experts. A "
+        "slot takes the memory of one expert's weights and fp32 gradients, and no optimizer state. Default: 0.",
+    )
+    group.add_argument(
+        "--smartmoe-replicas",
+        choices=REPLICAS,
+        default=None,
+        help="How replicas are planned. history: from earlier iterations, fetched once per iteration. exact: from each "
+        "micro-batch's own token counts. off: no replicas. Default: history with spare slots, else off.",
+    )
+    group.add_argument(
+        "--smartmoe-replicas-scope",
+        choices=SCOPES,
+        default="node",
+        help="node: a replica is placed on the node of its expert's home. group: anywhere in the expert-parallel "
+        "group. Default: node.",
+    )
+    group.add_argument(
+        "--smartmoe-replicas-margin",
+        type=float,
+        metavar="FACTOR",
+        default=1.0,
+        help="Make replicas in a layer when the time that they save its busiest rank is more than FACTOR times the "
+        "time to send their weights and gradients, both predicted from --smartmoe-cluster. 0: whenever they improve "
+        "the balance. Default: 1.",
+    )
+
+
+def _add_pool(group: argparse._ArgumentGroup) -> None:
+    """Flags of the pool: settings that training may switch between without a restart."""
+    group.add_argument(
+        POOL,
+        metavar="FILE|auto",
+        default=None,
+        help="With --smartmoe and expert parallelism: while training, switch among settings that need no restart, by "
+        "predicted and measured step time. FILE: the settings that `smartmoe plan --pool` or a plan.json lists. auto: "
+        "all that the other flags allow: 0 to --smartmoe-spare-slots slots, replicas off, history or exact, experts "
+        "that move or stay, and 1, 2, 4 or 8 chunks unless --smartmoe-overlap-degree is 1. The run starts with the "
+        "setting of its other flags. Default: no switching.",
+    )
+    group.add_argument(
+        POOL_INTERVAL,
+        type=int,
+        metavar="N",
+        default=100,
+        help="Re-evaluate the settings of --smartmoe-pool every N iterations. Default: 100.",
+    )
+
+
+def replicas_mode(args: argparse.Namespace) -> str:
+    """How replicas are planned: one of REPLICAS."""
+    if args.smartmoe_spare_slots == 0:
+        return "off"
+    return args.smartmoe_replicas or "history"

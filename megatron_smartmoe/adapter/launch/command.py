@@ -1,0 +1,104 @@
+"""What will be run: how many ranks, with which flags, and the command that starts them."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_smartmoe.adapter.launch import corpus
+from megatron_smartmoe.adapter.launch.merged import asked_device, merge
+from megatron_smartmoe.adapter.launch.topology import Topology
+from megatron_smartmoe.errors import ConfigError
+from megatron_smartmoe.spec.run import RunSpec
+
+ENTRY = "megatron_smartmoe.adapter.pretrain"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaunchCommand:
+    """A checked launch.
+
+    Attributes:
+        command: the program and its arguments.
+        environment: variables of the command beside those of this process.
+        spec: the merged configuration, with `{run_dir}` not filled in.
+    """
+
+    command: list[str]
+    environment: dict[str, str]
+    spec: RunSpec
+
+
+def ranks_per_node(nproc: int | None, spec: RunSpec, command_line: Sequence[str]) -> int:
+    """Ranks per node: --nproc, else the configuration's, else one per GPU, else 1.
+
+    Raises:
+        ConfigError: not a positive number, or more ranks than GPUs on a machine that has some.
+    """
+    if nproc is not None and nproc < 1:
+        raise ConfigError("--nproc", nproc, "must be at least 1", "For example --nproc 8, the ranks per node.")
+    asked = nproc or spec.nproc
+    num_gpus = 0 if asked_device(spec, command_line) == "cpu" else count_gpus()
+    if asked and num_gpus and asked > num_gpus:
+        way_out = f"Pass --nproc {num_gpus} and a parallelism that fits, or --smartmoe-device cpu."
+        raise ConfigError("--nproc", asked, f"there are {num_gpus} GPUs here, and each rank needs one", way_out)
+    return asked or num_gpus or 1
+
+
+def count_gpus() -> int:
+    """Number of GPUs that CUDA programs can use on this host."""
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def make_command(spec: RunSpec, command_line: Sequence[str], topology: Topology, run_dir: Path) -> LaunchCommand:
+    """Merge the flags, check them as the ranks will, and build the command that starts the ranks.
+
+    Raises:
+        ConfigError: anything that would stop the ranks.
+    """
+    from megatron_smartmoe.adapter.flags.checkpoint_check import check_load
+    from megatron_smartmoe.adapter.flags.megatron_checks import check_args, megatron_verdict
+
+    merged = merge(spec, command_line, topology, run_dir)
+    check_args(merged.args, cpu=merged.cpu, data_exists=corpus.exists(spec))
+    check_load(merged.args)
+    if not merged.args.use_checkpoint_args:
+        megatron_verdict(merged.args)
+    return LaunchCommand(
+        command=[*program(topology), *merged.tokens, "--smartmoe-run-dir", str(run_dir)],
+        environment=rank_environment(topology, cpu=merged.cpu),
+        spec=merged.spec,
+    )
+
+
+def program(topology: Topology, entry: str = ENTRY) -> list[str]:
+    """The command that starts the ranks of module `entry`: torchrun, or the module where Slurm starts each rank."""
+    if topology.rank is not None:
+        return [sys.executable, "-m", entry]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(topology.ranks_per_node)]
+    if topology.num_nodes == 1:
+        return [*torchrun, "--standalone", "--module", entry]
+    where = ["--nnodes", str(topology.num_nodes), "--node-rank", str(topology.node)]
+    master = ["--master-addr", topology.master_addr, "--master-port", str(topology.master_port)]
+    return [*torchrun, *where, *master, "--module", entry]
+
+
+def rank_environment(topology: Topology, *, cpu: bool) -> dict[str, str]:
+    """Environment variables of the ranks; OMP_NUM_THREADS stays if the user has set it."""
+    threads = max(1, (os.cpu_count() or 1) // topology.ranks_per_node) if cpu else 1
+    environment = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}
+    if topology.rank is not None:
+        environment |= {
+            "RANK": str(topology.rank),
+            "WORLD_SIZE": str(topology.world_size),
+            "LOCAL_RANK": os.environ["SLURM_LOCALID"],
+            "LOCAL_WORLD_SIZE": str(topology.ranks_per_node),
+            "MASTER_ADDR": topology.master_addr,
+            "MASTER_PORT": str(topology.master_port),
+        }
+    return environment

@@ -1,0 +1,57 @@
+#!/usr/bin/env bash
+cd FOLDER
+OMP_NUM_THREADS=1 PYTHON -m torch.distributed.run \
+  --nproc-per-node 2 \
+  --standalone \
+  --module megatron_smartmoe.adapter.pretrain \
+  --tensor-model-parallel-size 1 \
+  --pipeline-model-parallel-size 1 \
+  --expert-tensor-parallel-size 1 \
+  --num-layers 1 \
+  --hidden-size 16 \
+  --num-attention-heads 2 \
+  --ffn-hidden-size 32 \
+  --seq-length 16 \
+  --max-position-embeddings 16 \
+  --num-experts 4 \
+  --moe-router-topk 2 \
+  --moe-ffn-hidden-size 16 \
+  --swiglu \
+  --normalization RMSNorm \
+  --position-embedding-type rope \
+  --disable-bias-linear \
+  --attention-dropout 0 \
+  --hidden-dropout 0 \
+  --moe-aux-loss-coeff 1e-2 \
+  --moe-router-load-balancing-type aux_loss \
+  --moe-router-dtype fp32 \
+  --micro-batch-size 1 \
+  --global-batch-size 4 \
+  --train-iters 8 \
+  --lr 1e-3 \
+  --lr-decay-style constant \
+  --use-distributed-optimizer \
+  --dist-ckpt-optim-fully-reshardable \
+  --eval-iters 0 \
+  --eval-interval 1000 \
+  --log-interval 1 \
+  --rerun-mode disabled \
+  --seed 1234 \
+  --split 90,10,0 \
+  --num-workers 0 \
+  --mock-data \
+  --tokenizer-type NullTokenizer \
+  --vocab-size 63 \
+  --make-vocab-size-divisible-by 8 \
+  --smartmoe \
+  --smartmoe-homes shuffle \
+  --smartmoe-homes-interval 2 \
+  --smartmoe-record-trace run/trace.npz \
+  --expert-model-parallel-size 2 \
+  --smartmoe-spare-slots 0 \
+  --smartmoe-overlap-degree 1 \
+  --save run/checkpoints \
+  --load run/checkpoints \
+  --save-interval 4 \
+  --exit-interval 4 \
+  --smartmoe-run-dir run

@@ -1,0 +1,118 @@
+"""A run has one description and one price, for the planner as for the overlap degree and the pool of a run."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megatron_smartmoe.adapter.cost_inputs import expert_shape, launch_of_run, machine_of_job, model_of_run
+from megatron_smartmoe.adapter.moe.overlap_degree import predicted_seconds
+from megatron_smartmoe.cost.step.constants import StepConstants, layer_constants
+from megatron_smartmoe.cost.step.constants import expert_shape as planned_expert
+from megatron_smartmoe.planner.arguments import model_from_arguments
+from megatron_smartmoe.planner.flags import megatron_flags, parallel_from_flags
+from megatron_smartmoe.planner.load import LoadModel, Scenario
+from megatron_smartmoe.planner.pricing import Pricing
+from megatron_smartmoe.spec.cluster import load_cluster_spec
+from tests.support.arguments import LAUNCH, VALUES
+
+CLUSTERS = Path(__file__).parents[3] / "configs" / "clusters"
+# Heads of another size than hidden / heads, grouped queries, shared experts, a vocabulary.
+SHAPE = {
+    "num_layers": 4,
+    "hidden_size": 2048,
+    "num_attention_heads": 16,
+    "kv_channels": 192,
+    "group_query_attention": True,
+    "num_query_groups": 4,
+    "num_experts": 64,
+    "moe_router_topk": 4,
+    "moe_ffn_hidden_size": 1408,
+    "moe_shared_expert_intermediate_size": 2816,
+    "vocab_size": 32000,
+    "seq_length": 4096,
+    "global_batch_size": 64,
+    "swiglu": True,
+    "add_bias_linear": False,
+}
+EP8 = {"expert_model_parallel_size": 8, "world_size": 16, "bf16": True, "smartmoe": True}
+
+
+def arguments(**values: Any) -> Namespace:
+    return Namespace(**VALUES | LAUNCH | SHAPE | EP8 | {"smartmoe_cluster": None} | values)
+
+
+def test_the_model_of_a_run_is_the_one_that_is_planned() -> None:
+    args = arguments()
+    model = model_of_run(args)
+    assert model == model_from_arguments(vars(args))
+    assert (model.head_dim, model.query_groups, model.moe.shared_ffn, model.vocab) == (192, 4, 2816, 32000)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        {"tensor_model_parallel_size": 2, "expert_tensor_parallel_size": 1},
+        {"grad_reduce_in_bf16": True, "smartmoe_spare_slots": 1},
+        {"bf16": False, "transformer_impl": "local"},
+    ],
+)
+def test_the_launch_of_a_run_is_the_one_whose_flags_are_planned(values: dict[str, Any]) -> None:
+    args = arguments(**values)
+    model, launch = model_of_run(args), launch_of_run(args)
+    tokens = [*megatron_flags(model, launch).all, *(["--transformer-impl", "local"] if "bf16" in values else [])]
+    assert parallel_from_flags(tokens, model, 16) == launch
+
+
+@pytest.mark.parametrize("cluster", ["h100-sxm", "cpu"])
+def test_the_overlap_degree_has_the_planners_price(cluster: str) -> None:
+    args, machine = arguments(micro_batch_size=2), load_cluster_spec(CLUSTERS / f"{cluster}.yaml")
+    machine = replace(machine, nodes=2, gpus_per_node=8)
+    even = Scenario("even", 1.0, np.full((1, 64), 1 / 64))
+    pricing = Pricing(model_of_run(args), machine, LoadModel([even]))
+    for degree, seconds in predicted_seconds(args, machine, num_nodes=1).items():
+        ((layer,),) = pricing._moe(replace(launch_of_run(args), overlap_degree=degree, homes_interval=0))
+        assert seconds == pytest.approx(layer.total_s, rel=1e-3)  # a popularity has 14 bits
+
+
+@pytest.mark.parametrize(("mode", "grad_bytes"), [("history", 4), ("exact", 2)])
+@pytest.mark.parametrize("values", [{}, {"grad_reduce_in_bf16": True}])
+def test_a_replica_has_one_price_in_the_plan_and_in_the_run(mode: str, grad_bytes: int, values: dict[str, Any]) -> None:
+    """Sums of an iteration travel in fp32, the gradient of one micro-batch as it is."""
+    args = arguments(smartmoe_spare_slots=1, smartmoe_replicas=mode, **values)
+    expert = planned_expert(model_of_run(args), launch_of_run(args))
+    assert expert == expert_shape(args)
+    assert expert.grad_bytes == grad_bytes
+
+
+def test_exact_replicas_cost_less_than_those_from_history_in_bf16() -> None:
+    machine = load_cluster_spec(CLUSTERS / "h100-sxm.yaml")
+    args = arguments(smartmoe_spare_slots=1)
+    launch, model, constants = launch_of_run(args), model_of_run(args), StepConstants.of(machine)
+    copy_s = {
+        mode: layer_constants(machine, model, replace(launch, replicas=mode), constants).intra_replica_s
+        for mode in ("history", "exact")
+    }
+    assert copy_s["exact"] == pytest.approx(copy_s["history"] * (2 + 2) / (2 + 4))
+
+
+@pytest.mark.parametrize(
+    "values", [{"moe_latent_size": 512}, {"rampup_batch_size": ["4", "4", "64"]}, {"moe_layer_freq": [1, 0, 1, 1]}]
+)
+def test_a_run_that_cannot_be_planned_is_priced_all_the_same(values: dict[str, Any]) -> None:
+    args = arguments(**values)
+    assert model_of_run(args).hidden == values.get("moe_latent_size", 2048)
+    seconds = predicted_seconds(args, load_cluster_spec(CLUSTERS / "h100-sxm.yaml"), num_nodes=1)
+    assert list(seconds) == [1, 2, 3, 4, 5, 6, 7, 8]
+
+
+def test_the_machine_has_the_jobs_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    machine = machine_of_job(arguments(smartmoe_cluster=str(CLUSTERS / "h100-sxm.yaml"), world_size=16))
+    assert (machine.nodes, machine.gpus_per_node) == (4, 4)
