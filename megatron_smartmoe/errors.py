@@ -52,3 +52,21 @@ class PlanError(SmartMoEError):
 
 class MigrationError(SmartMoEError):
     """Experts could not be moved; they stay where they were."""
+
+
+class CheckpointError(SmartMoEError):
+    """A checkpoint is damaged or incomplete, or cannot be read.
+
+    Args:
+        place: the file or folder.
+        what: what is wrong with it, as the end of a sentence about `place`.
+        reason: how that shows.
+    """
+
+    def __init__(self, place: str, what: str, reason: str) -> None:
+        self.place, self.what, self.reason = place, what, reason
+        super().__init__(f"{place} {what}: {reason}" if reason else f"{place} {what}")
+
+    def __reduce__(self) -> tuple[type[CheckpointError], tuple[str, str, str]]:
+        """Pickle by the three parts."""
+        return type(self), (self.place, self.what, self.reason)

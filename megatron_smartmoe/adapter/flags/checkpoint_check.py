@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import warnings
 from pathlib import Path
 
 from megatron_smartmoe.adapter.flags.parser import attribute
-from megatron_smartmoe.errors import ConfigError
+from megatron_smartmoe.checkpoint.torch_dist import is_torch_dist, read_common
+from megatron_smartmoe.errors import CheckpointError, ConfigError
 from megatron_smartmoe.spec.placement import Placement
+
+TRACKER = "latest_checkpointed_iteration.txt"  # Megatron's: the number of the newest checkpoint
 
 
 def check_load(args: argparse.Namespace) -> None:
@@ -76,20 +78,51 @@ def saved_placement(args: argparse.Namespace) -> Placement | None:
 
 
 def latest_checkpoint(args: argparse.Namespace) -> Path | None:
-    """The folder of the iteration that would be loaded, if it is a torch_dist checkpoint."""
+    """The folder of the iteration that would be loaded, if it is a torch_dist checkpoint.
+
+    Raises:
+        ConfigError: the tracker or --ckpt-step names no iteration, or one that is not there.
+    """
     if args.load is None:
         return None
-    tracker = Path(args.load) / "latest_checkpointed_iteration.txt"
-    step = str(args.ckpt_step) if args.ckpt_step else tracker.read_text().strip() if tracker.is_file() else ""
-    folder = Path(args.load) / f"iter_{int(step):07d}" if step.isdecimal() else None
-    return folder if folder is not None and (folder / "metadata.json").is_file() else None
+    directory = Path(args.load)
+    tracker = directory / TRACKER
+    if args.ckpt_step:
+        step, field, value = str(args.ckpt_step), "--ckpt-step", args.ckpt_step
+    elif tracker.is_file():
+        step = tracker.read_bytes()[:100].decode(errors="replace").strip()
+        field, value = str(tracker), step
+    else:
+        return None
+    if step == "release":  # weights without an iteration, as Megatron's converters write them
+        return None
+    if not (step.isascii() and step.isdecimal()):
+        raise ConfigError(field, value, "must be the number of an iteration", _what_is_there(directory))
+    folder = directory / f"iter_{int(step):07d}"
+    if not folder.is_dir():
+        raise ConfigError(field, value, f"there is no checkpoint {folder}", _what_is_there(directory))
+    return folder if is_torch_dist(folder) else None
+
+
+def _what_is_there(directory: Path) -> str:
+    """The way out of a tracker that is wrong: the checkpoints that exist, newest first."""
+    folders = (path.name.removeprefix("iter_") for path in directory.glob("iter_*") if path.is_dir())
+    steps = sorted((int(name) for name in folders if name.isascii() and name.isdecimal()), reverse=True)
+    if not steps:
+        return f"There is none in {directory}: pass another --load, or leave it out to start from iteration 0."
+    found = ", ".join(map(str, steps[:10]))
+    return f"Pass --ckpt-step {steps[0]} to resume from the newest one there (found: {found})."
 
 
 def saved_arguments(folder: Path) -> argparse.Namespace | None:
-    """The arguments of the run that saved a checkpoint, if they are in there."""
-    from megatron.core.dist_checkpointing.serialization import load_common_state_dict
+    """The arguments of the run that saved a checkpoint, if they are in there. Runs nothing that the checkpoint says.
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that torch.distributed is not initialized yet
-        saved = load_common_state_dict(str(folder)).get("args")
+    Raises:
+        ConfigError: they cannot be read.
+    """
+    try:
+        saved = read_common(folder).get("args")
+    except CheckpointError as error:
+        way_out = f"Restore the file. {_what_is_there(folder.parent)}"
+        raise ConfigError("--load", str(folder.parent), str(error), way_out) from None
     return saved if isinstance(saved, argparse.Namespace) else None

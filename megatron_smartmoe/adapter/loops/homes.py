@@ -85,7 +85,7 @@ class HomesLoop(Callback):
     def _restore(self) -> None:
         """A checkpoint holds experts in logical order; its placement is a hint, used if it fits this run."""
         args, controller = self._run.args, self._controller
-        hint = [saved_placement(args) if self._run.is_reporter and args.iteration else None]
+        hint = [self._saved_placement() if self._run.is_reporter and args.iteration else None]
         dist.broadcast_object_list(hint, src=0)
         saved, present = hint[0], controller.placement
         if saved is None or args.smartmoe_homes == "dry" or not _same_shape(saved, present):
@@ -98,6 +98,15 @@ class HomesLoop(Callback):
                 size = f"{moved.wire_bytes / MIB:.1f} MiB moved"
                 text = moved.failure or f"restored expert placement from checkpoint ({size})"
                 print(f" smartmoe: iteration {args.iteration:8d} | homes: {text} |", flush=True)
+
+    def _saved_placement(self) -> Placement | None:
+        """The placement beside the checkpoint's arguments. One that cannot be read is no hint, and no error."""
+        try:
+            return saved_placement(self._run.args)
+        except Exception as error:  # of a damaged hint anything may be wrong, and the other ranks wait
+            text = f"the placement in the checkpoint cannot be read, experts start at home: {error}"
+            print(f" smartmoe: iteration {self._run.args.iteration:8d} | WARNING: homes: {text} |", flush=True)
+            return None
 
     def between_steps(self, iteration: int) -> None:
         """Re-evaluate the homes, when the interval is over."""

@@ -1,0 +1,176 @@
+"""The index and the objects of a torch_dist checkpoint, read as data.
+
+A torch_dist checkpoint is a folder: `metadata.json` names the format, `.metadata` is a pickled index of every tensor
+and object, and the `.distcp` files hold their bytes, each a file of `torch.save`. Since Megatron 0.19 what is not
+sharded (arguments, iteration, scheduler) is one of the objects, `common_state`; before, it was a file `common.pt`. Both
+are zip files with a pickle in them.
+
+torch's own reader unpickles index and objects, and so runs whatever they say. This one reads them with
+`unpickle.read_pickle`, in milliseconds, before torch or Megatron is imported.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_smartmoe.checkpoint.unpickle import Opaque, read_pickle
+from megatron_smartmoe.errors import CheckpointError
+
+COMMON_OBJECT = "common_state/shard_0_1"  # key of Megatron's ShardedObject("common_state", None, (1,), (0,))
+COMMON_FILE = "common.pt"
+INDEX_FILE = ".metadata"
+FORMAT_FILE = "metadata.json"
+_LARGEST_OBJECT_BYTES = 2**30  # unpacked; arguments and random states take kilobytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredItem:
+    """Where the bytes of one object, or of one chunk of a tensor, are.
+
+    Attributes:
+        file: name of the file, in the checkpoint's folder.
+        offset_bytes: first byte in the file.
+        length_bytes: number of bytes.
+    """
+
+    file: str
+    offset_bytes: int
+    length_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointIndex:
+    """What a torch_dist checkpoint holds.
+
+    Attributes:
+        folder: of the checkpoint.
+        shapes: the global shape of each tensor, by key.
+        items: where each object, and each chunk of a tensor, is, by key and offsets of the chunk (empty for objects).
+    """
+
+    folder: Path
+    shapes: Mapping[str, tuple[int, ...]]
+    items: Mapping[tuple[str, tuple[int, ...]], StoredItem]
+
+    def read_object(self, key: str) -> Any:
+        """The object with this key.
+
+        Raises:
+            CheckpointError: the checkpoint has no such object, or its bytes are missing or damaged.
+        """
+        item = self.items.get((key, ()))
+        if item is None:
+            raise CheckpointError(str(self.folder), "is incomplete", f"it has no object {key!r}")
+        path = self.folder / item.file
+        try:
+            with path.open("rb") as file:
+                file.seek(item.offset_bytes)
+                data = file.read(min(item.length_bytes, _LARGEST_OBJECT_BYTES))
+            size = path.stat().st_size
+        except OSError as error:
+            raise CheckpointError(str(path), "cannot be read", error.strerror or "") from None
+        if len(data) < item.length_bytes:
+            rule = f"it has {size:,} bytes, and {key!r} ends at byte {item.offset_bytes + item.length_bytes:,}"
+            raise CheckpointError(str(path), "is truncated", rule)
+        return read_torch_save(data, f"{path}, object {key!r}")
+
+
+def is_torch_dist(folder: Path) -> bool:
+    """Whether the folder says that it is a torch_dist checkpoint; what it holds may still be damaged."""
+    try:
+        content = json.loads((folder / FORMAT_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and content.get("sharded_backend") == "torch_dist"
+
+
+def read_index(folder: Path) -> CheckpointIndex:
+    """The index of a torch_dist checkpoint.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+    """
+    path = folder / INDEX_FILE
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(str(path), "cannot be read", error.strerror or "") from None
+    content = _fields(read_pickle(data, {}, str(path)), "Metadata", path)
+    try:
+        shapes = {
+            str(key): tuple(int(size) for size in entry.state["size"])
+            for key, entry in content["state_dict_metadata"].items()
+            if _class_of(entry) == "TensorStorageMetadata"
+        }
+        items = dict(_item(index, info, path) for index, info in content["storage_data"].items())
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(str(path), "is damaged", f"{type(error).__name__}: {error}") from None
+    return CheckpointIndex(folder=folder, shapes=shapes, items=items)
+
+
+def read_common(folder: Path) -> Mapping[str, Any]:
+    """What a checkpoint holds besides its tensors: `args`, `iteration`, and the schedules.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    path = folder / COMMON_FILE
+    if path.is_file():
+        try:
+            content = read_torch_save(path.read_bytes(), str(path))
+        except OSError as error:
+            raise CheckpointError(str(path), "cannot be read", error.strerror or "") from None
+    else:
+        path = folder / INDEX_FILE
+        content = read_index(folder).read_object(COMMON_OBJECT)
+    if isinstance(content, list) and len(content) == 1:  # Megatron wraps an object in a list
+        content = content[0]
+    if not isinstance(content, Mapping):
+        raise CheckpointError(str(path), "is damaged", f"its common state is a {type(content).__name__}, no mapping")
+    return content
+
+
+def read_torch_save(data: bytes, where: str) -> Any:
+    """The object in a file of `torch.save`; tensors and other unknown objects come as `Opaque`.
+
+    Raises:
+        CheckpointError: the file is damaged, or unpacks to more than an object of a checkpoint's head ever takes.
+    """
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            (entry,) = (info for info in archive.infolist() if info.filename.rpartition("/")[2] == "data.pkl")
+            if entry.file_size > _LARGEST_OBJECT_BYTES:
+                raise CheckpointError(where, "is too large", f"it unpacks to {entry.file_size:,} bytes")
+            content = archive.read(entry)
+    except (zipfile.BadZipFile, ValueError, NotImplementedError, RuntimeError, EOFError) as error:
+        raise CheckpointError(where, "is damaged", f"{type(error).__name__}: {error}") from None
+    return read_pickle(content, {}, where)
+
+
+def _class_of(entry: object) -> str:
+    return entry.qualified_name.rpartition(".")[2] if isinstance(entry, Opaque) else type(entry).__name__
+
+
+def _fields(entry: object, name: str, path: Path) -> Mapping[str, Any]:
+    """The fields of a pickled dataclass of torch.distributed.checkpoint."""
+    state = getattr(entry, "state", None)
+    if _class_of(entry) != name or not isinstance(state, Mapping):
+        raise CheckpointError(str(path), "is damaged", f"it holds {entry!r:.100}, where {name} was expected")
+    return state
+
+
+def _item(index: object, info: object, path: Path) -> tuple[tuple[str, tuple[int, ...]], StoredItem]:
+    where, what = _fields(info, "_StorageInfo", path), _fields(index, "MetadataIndex", path)
+    file = str(where["relative_path"])
+    if "/" in file or file.startswith("."):
+        raise CheckpointError(str(path), "is damaged", f"it names the file {file[:100]!r}, outside its folder")
+    item = StoredItem(file=file, offset_bytes=int(where["offset"]), length_bytes=int(where["length"]))
+    if item.offset_bytes < 0 or item.length_bytes < 0:
+        raise CheckpointError(str(path), "is damaged", f"it has an item of {file!r} at a negative place")
+    return (str(what["fqn"]), tuple(int(size) for size in what.get("offset") or ())), item

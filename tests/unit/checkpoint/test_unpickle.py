@@ -1,0 +1,75 @@
+"""Pickles are read as data: nothing that they name is run."""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import os
+import pickle
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_smartmoe.checkpoint.unpickle import Opaque, read_pickle
+from megatron_smartmoe.errors import CheckpointError
+
+
+class Planted:
+    """Unpickling it runs a command."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, (f"touch {self.path}",)
+
+
+def test_a_planted_command_does_not_run(tmp_path: Path) -> None:
+    data = pickle.dumps({"args": Planted(tmp_path / "ran")})
+    pickle.loads(pickle.dumps(Planted(tmp_path / "control")))
+    assert (tmp_path / "control").exists()  # the plant works
+
+    content = read_pickle(data, {}, "a file")
+    assert not (tmp_path / "ran").exists()
+    assert repr(content["args"]) == "<posix.system>"
+    assert content["args"].args == (f"touch {tmp_path / 'ran'}",)
+
+
+NAMES = "builtins.eval builtins.exec builtins.getattr builtins.__import__ subprocess.Popen os.popen".split()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_callable_is_reached(name: str, tmp_path: Path) -> None:
+    module, _, attribute = name.rpartition(".")
+    data = f'c{module}\n{attribute}\n(S\'open("{tmp_path}/ran", "w")\'\ntR.'.encode()
+    assert isinstance(read_pickle(data, {}, "a file"), Opaque)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_checkpoints_hold_survives() -> None:
+    content = {
+        "args": argparse.Namespace(num_layers=4, path=Path("a/b"), many=[1, 2.5, None, True, "x", b"y"]),
+        "ordered": collections.OrderedDict(a=1),
+        "sets": [{1, 2}, frozenset({3})],
+    }
+    assert read_pickle(pickle.dumps(content), {}, "a file") == content
+
+
+def test_unknown_objects_keep_their_state() -> None:
+    process = subprocess.CompletedProcess(["x"], 3)
+    found = read_pickle(pickle.dumps(process), {}, "a file")
+    assert isinstance(found, Opaque)
+    assert found.state == {"args": ["x"], "returncode": 3, "stdout": None, "stderr": None}
+
+
+def test_unknown_containers_drop_their_items() -> None:
+    found = read_pickle(pickle.dumps(collections.deque([1, 2])), {}, "a file")
+    assert repr(found) == "<collections.deque>"
+
+
+@pytest.mark.parametrize("data", [b"", b"no pickle", pickle.dumps(list(range(1000)))[:-7], b"\x80\x05K\x01", b"0."])
+def test_damage_is_one_error(data: bytes) -> None:
+    with pytest.raises(CheckpointError, match=r"^here cannot be read: [A-Z]\w+"):
+        read_pickle(data, {}, "here")
