@@ -97,8 +97,7 @@ def _train(argv: list[str], repaired: bool) -> _Ended:
         try:
             main(argv)
         except SystemExit as stop:
-            assert isinstance(stop.code, int)
-            status = stop.code
+            status = int(stop.code or 0)
     return _Ended(status=status, padding=max(shifts))
 
 

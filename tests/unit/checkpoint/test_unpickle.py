@@ -58,7 +58,7 @@ def test_what_checkpoints_hold_survives() -> None:
 
 
 def test_unknown_objects_keep_their_state() -> None:
-    process = subprocess.CompletedProcess(["x"], 3)
+    process: subprocess.CompletedProcess[str] = subprocess.CompletedProcess(["x"], 3)
     found = read_pickle(pickle.dumps(process), {}, "a file")
     assert isinstance(found, Opaque)
     assert found.state == {"args": ["x"], "returncode": 3, "stdout": None, "stderr": None}
