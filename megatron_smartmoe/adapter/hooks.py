@@ -126,7 +126,7 @@ class _Loop:
         return result
 
     def save_checkpoint(self, call: Callable[..., Any], bound: inspect.BoundArguments) -> Any:
-        """Megatron also saves before there is a run, when it converts a checkpoint: then nobody is asked."""
+        """Megatron also saves before there is a run, when it converts a checkpoint: then no callback is called."""
         with ExitStack() as contexts:
             for callback in self.callbacks if self._running else ():
                 contexts.enter_context(callback.around_save(bound.arguments["iteration"]))
@@ -167,7 +167,7 @@ def attach(callbacks: Iterable[Callback]) -> None:
 
 
 def end() -> None:
-    """Tell the attached callbacks that the run has ended. A collective call of all ranks."""
+    """Call `on_end` of the attached callbacks. A collective call of all ranks."""
     for callback in _attached.callbacks if _attached is not None else ():
         callback.on_end()
 
@@ -195,7 +195,7 @@ def rebind(
         key: identifies the hook; hooks with different keys on one name are stacked.
 
     Raises:
-        CompatError: the module has no such function; this Megatron is not one that the project knows.
+        CompatError: the module has no such function; this Megatron is not supported.
     """
     original = getattr(module, name, None)
     if original is None:
@@ -215,7 +215,7 @@ def replace_names(module: ModuleType, values: Mapping[str, object]) -> None:
         values: the new value of each name.
 
     Raises:
-        CompatError: the module lacks some of them; this Megatron is not one that the project supports.
+        CompatError: the module lacks some of them; this Megatron is not supported.
     """
     if missing := [name for name in values if not hasattr(module, name)]:
         raise CompatError(_is_missing(module, missing))

@@ -51,7 +51,7 @@ def merge(
         topology: the ranks of the job.
         directory: the run directory, for `{run_dir}` in values.
         to_plan: whether the planner will decide the parallel flags: those of the configuration are left out then, and
-            so are `--no-X` flags that only the planner knows.
+            so are `--no-X` flags that only the planner reads.
 
     Raises:
         ConfigError: an unknown flag or key, or a value of the wrong type.

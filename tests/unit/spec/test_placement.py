@@ -52,7 +52,7 @@ def test_a_wrong_entry_is_named(changes: dict[str, int], message: str) -> None:
     [
         (np.zeros((2, 3), int), 4, "slots must be [layers, ranks, slots]"),
         (np.zeros((1, 3, 2), int), 4, "4 experts cannot be shared evenly by 3 ranks"),
-        (np.zeros((1, 2, 1), int), 4, "1 slots per rank are too few for 2 homes per rank"),
+        (np.zeros((1, 2, 1), int), 4, "slots per rank = 1: must be at least the homes per rank, 2"),
     ],
 )
 def test_a_wrong_shape_is_named(slots: IntArray, num_experts: int, message: str) -> None:
