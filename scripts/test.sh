@@ -12,7 +12,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 FAST="fast or not (dist or slow or slurm or gpu)"
-PARALLEL=(-n 2 --dist loadgroup --no-loadscope-reorder) # two workers of pytest-xdist; a file's tests stay together
+PARALLEL=(-n 2 --no-loadscope-reorder) # two workers of pytest-xdist; a file's tests stay together
 
 seconds=()
 report() {

@@ -2,9 +2,11 @@
 
 import os
 from collections import Counter
+from typing import Any
 
 import pytest
 from hypothesis import settings
+from xdist.scheduler import LoadScopeScheduling
 
 for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ[name] = "1"  # two cores, several ranks; read when torch and numpy are imported
@@ -13,17 +15,22 @@ settings.register_profile("any machine", deadline=None)  # a busy one is slow, n
 settings.load_profile("any machine")
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests of one file share started runs and stay in one worker; so do all Slurm tests, which share one cluster."""
-    if not hasattr(config, "workerinput"):  # this process is no worker of xdist
-        return
-    for item in items:
-        group = "slurm" if item.get_closest_marker("slurm") else item.location[0]
-        item.add_marker(pytest.mark.xdist_group(group))
-    # Long ones first, so that no worker has one left when the other is done.
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files first, so that no worker of pytest-xdist has one left when the other is done."""
     long = {item.location[0] for item in items if item.get_closest_marker("slow") or item.get_closest_marker("slurm")}
-    items.sort(key=lambda item: item.location[0] not in long)
+    items.sort(key=lambda item: (item.location[0] not in long, "/dist/" not in item.location[0]))
+
+
+@pytest.hookimpl(optionalhook=True)  # called with -n alone
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
+    """Tests of one file share started runs and stay in one worker; so do all Slurm tests, which share one cluster."""
+
+    class FileScheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.split("::")[0]
+            return "tests/slurm" if file.startswith("tests/slurm/") else file
+
+    return FileScheduling(config, log)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -184,7 +184,9 @@ def _check_shape(slots_LRS: IntArray, num_experts: int) -> None:
     if num_experts < 1 or num_experts % num_ranks:
         raise PlanError(f"{num_experts} experts cannot be shared evenly by {num_ranks} ranks")
     if num_slots < num_experts // num_ranks:
-        raise PlanError(f"slots per rank = {num_slots}: must be at least the homes per rank, {num_experts // num_ranks}")
+        raise PlanError(
+            f"slots per rank = {num_slots}: must be at least the homes per rank, {num_experts // num_ranks}"
+        )
 
 
 def _check_range(slots_LRS: IntArray, num_experts: int) -> None:

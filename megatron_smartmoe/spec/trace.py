@@ -115,7 +115,7 @@ class RoutingTrace:
             grouped = spread.reshape(*front, 1, num_ranks, num_micro, num_experts)
         else:
             rule = f"must divide, or be a multiple of, the trace's {num_sources} source ranks"
-            raise ConfigError("--ep", num_ranks, rule, f"For example: --ep {math.gcd(num_ranks, num_sources)}.")
+            raise ConfigError("--ep", num_ranks, rule, f"For example: {math.gcd(num_ranks, num_sources)}.")
         return np.swapaxes(grouped, -3, -2)
 
     def save(self, path: Path) -> None:

@@ -35,7 +35,7 @@ CASES = {
     "not YAML": (
         ["--config", "not.yaml"],
         "error: not.yaml:2 = '  model: {num-layers: 4': is not YAML: expected ',' or '}', but got "
-        "'<stream end>'. Correct line 1.",
+        "'<stream end>'. Correct line 2.",
     ),
     "run directory": (
         [*MODEL, "--vocab-size", "128", "--run-dir", "wrong.yaml"],

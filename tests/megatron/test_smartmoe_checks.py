@@ -96,8 +96,8 @@ CASES = {
     "a trace of other ranks": Case(
         flags="--smartmoe-replay-trace {data}/eight.npz --expert-model-parallel-size 2",
         ranks=2,
-        says="--expert-model-parallel-size = 2: does not divide the trace's 3 source ranks, nor they it. Choose a "
-        "divisor or a multiple of the source ranks.",
+        says="--expert-model-parallel-size = 2: must divide, or be a multiple of, the trace's 3 source ranks. "
+        "For example: 1.",
     ),
     "a trace and a capacity": Case(
         flags="--smartmoe-replay-trace {data}/eight.npz --moe-expert-capacity-factor 1.0",

@@ -135,6 +135,9 @@ class _Sink:
 def _copy(lines: IO[bytes], log: Path | None, is_ending: Callable[[], bool]) -> None:
     """Copy every line to the log and to the terminal, to the end of `lines` whatever happens to the two."""
     file = None if log is None else _Sink(str(log), log, is_ending)
+    if log is not None:
+        with contextlib.suppress(OSError):  # the first line fails too then, and that is noted
+            log.touch()
     terminal = _standard_sink("the terminal", sys.stdout, is_ending)
     stderr = _standard_sink("stderr", sys.stderr, lambda: True)  # may be the same terminal, or another one
     try:
