@@ -42,7 +42,7 @@ def test_the_run_resumes(golden: Path, tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
-    assert "--parallel auto: as before, from run/plan.json" in done.stdout
+    assert "--parallel auto: reuses the plan in run/plan.json" in done.stdout
     assert (tmp_path / "run" / "plan.json").read_bytes() == (golden / "run" / "plan.json").read_bytes()
     assert re.search(r"smartmoe: .*(back where they were|restored expert placement)", done.stdout)
     resumed = {str(line["iteration"]): line["lm loss"] for line in metrics(tmp_path / "run")[4:] if "lm loss" in line}
