@@ -84,7 +84,8 @@ def add_parser(tools: Any) -> None:
     add("--peers-interval", type=int, default=1, metavar="N", help=text)
     text = "first records that are replayed but not counted (default: 25, or a fifth of a shorter trace)"
     add("--warmup", type=int, metavar="RECORDS", help=text)
-    add("--cluster", type=Path, metavar="YAML", help="machine for the predicted times (default: H100, 8 per node)")
+    text = "machine for the predicted times, a file or the name of a shipped one (default: H100, 8 per node)"
+    add("--cluster", type=Path, metavar="YAML", help=text)
     add("--hidden", type=int, default=4096, help="model hidden size, for predicted times and bytes (default: 4096)")
     add("--ffn", type=int, default=1536, help="intermediate size of one expert (default: 1536)")
     add("--json", type=Path, metavar="FILE", help="write the table's numbers as JSON")

@@ -139,8 +139,9 @@ def _add_homes(group: argparse._ArgumentGroup) -> None:
         "--smartmoe-cluster",
         metavar="FILE",
         default=None,
-        help="Cluster file of this machine, from which times are predicted, as in configs/clusters/; `smartmoe "
-        "calibrate` writes one. Default: the shipped file for this GPU, or for the CPU.",
+        help="Cluster file of this machine, from which times are predicted, or the name of a shipped one, such as "
+        "h100-sxm (configs/clusters/); `smartmoe calibrate` writes one. Default: the shipped file for this GPU, or for "
+        "the CPU.",
     )
 
 
