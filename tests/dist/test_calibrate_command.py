@@ -87,7 +87,7 @@ def test_plan_takes_the_file(written: tuple[Path, str], capsys: pytest.CaptureFi
     assert smartmoe(["plan", "--model", model, "--cluster", str(written[0]), "--no-overlap"]) == 0
     printed = capsys.readouterr().out
     assert "on 2 x CPU-thread" in printed
-    assert "times rest on the measurements in the cluster file mine" in printed
+    assert "times are predicted from the measurements in the cluster file mine" in printed
 
 
 @pytest.mark.dist

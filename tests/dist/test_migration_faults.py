@@ -99,12 +99,13 @@ def moments_swapped() -> bool:
 
 
 def one_rank_does_not_commit() -> bool:
+    from megatron_smartmoe.runtime.migration.staging import Staging
+
     job = Job(MIX)
     job.step()
-    exchange = job.exchange()
-    if dist.get_rank() == 1:
-        exchange._commit = lambda staging: None
-    return unchanged_by(job, lambda: job.migrate(job.random_homes(1), exchange))
+    commit = Staging.commit if dist.get_rank() != 1 else lambda staging: None
+    with mock.patch.object(Staging, "commit", commit):
+        return unchanged_by(job, lambda: job.migrate(job.random_homes(1), job.exchange()))
 
 
 def weights_not_gathered() -> bool:

@@ -86,7 +86,7 @@ def test_a_switch_is_logged(tmp_path: Path, data_flags: list[str]) -> None:
     lines = [line for line in (tmp_path / "ranks" / "rank0.log").read_text().splitlines() if "pool" in line]
     assert lines[0] == ("smartmoe: pool: 2 settings, re-evaluated every 22 iterations, starting with homes0-K0-off-ov2")
     assert lines[1].startswith(
-        " smartmoe: iteration       22 | pool: homes0-K0-off-ov2 -> homes0-K0-off-ov1 | homes0-K0-off-ov2 takes "
+        " smartmoe: iteration       22 | pool: homes0-K0-off-ov2 -> homes0-K0-off-ov1 | homes0-K0-off-ov2: measured "
     )
     first, second = decisions(tmp_path)
     assert (first["iteration"], first["kind"], first["taken"]) == (22, "pool", True)

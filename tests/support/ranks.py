@@ -7,9 +7,11 @@ to the next would save half of that, and Megatron's global state would tie the t
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing
 import os
 import pickle
+import signal
 import socket
 import sys
 import time
@@ -76,15 +78,24 @@ def _wait(ranks: list[ForkServerProcess], log_dir: Path, timeout_s: float) -> No
         time.sleep(0.02)
         failed = [rank for rank in ranks if rank.exitcode not in (None, 0)]
         if time.monotonic() > deadline:
-            failed = [rank for rank in ranks if rank.is_alive()]
+            for rank in ranks:  # a rank answers with the stacks of its threads
+                if rank.is_alive() and rank.pid is not None:
+                    os.kill(rank.pid, signal.SIGABRT)
+            time.sleep(1)
+            failed = [rank for rank in ranks if rank.exitcode != 0]
     failed = failed or [rank for rank in ranks if rank.exitcode != 0]
+    ends = ", ".join(f"{rank.name}: {rank.exitcode}" for rank in ranks)
     for rank in ranks:
         if failed:
             rank.kill()
         rank.join()
     if failed:
         log = (log_dir / f"{failed[0].name}.log").read_text(errors="replace")
-        raise AssertionError(f"{failed[0].name} failed (of {len(ranks)}); the end of its log:\n{log[-6000:]}")
+        late = f" after {timeout_s:.0f} s" if time.monotonic() > deadline else ""
+        raise AssertionError(
+            f"{failed[0].name} failed{late} (exit status of each, -N for signal N: {ends}); the end of its log:\n"
+            f"{log[-6000:]}"
+        )
 
 
 def _rank_main(
@@ -98,6 +109,7 @@ def _rank_main(
     os.dup2(log, 2)
     sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
     sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
+    faulthandler.enable()  # a crash, or SIGABRT after the time limit, leaves the stacks of all threads in the log
     try:
         from tests.support import ready_groups  # imports torch, which the process that starts the ranks can do without
 

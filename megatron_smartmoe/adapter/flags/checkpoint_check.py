@@ -32,7 +32,10 @@ def check_load(args: argparse.Namespace) -> None:
         return
     here, there = args.expert_model_parallel_size, saved.expert_model_parallel_size
     if (here > 1) != (there > 1):
-        rule = f"the optimizer state in {folder} was saved at {there}, and cannot be loaded across 1 and more than 1"
+        rule = (
+            f"the optimizer state in {folder} was saved at {there}, and cannot be loaded at {here}, because experts "
+            "have an optimizer of their own only above 1"
+        )
         way_out = f"Pass --expert-model-parallel-size {there}, or --no-load-optim for the weights alone."
         raise ConfigError("--expert-model-parallel-size", here, rule, way_out)
     _check_layout(args, saved, folder)
