@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # Everything that must hold before a change lands: style, types, who imports whom, and the tests.
 #
-#   scripts/test.sh                  all of it, before a change lands: under 15 minutes on 2 cores
+#   scripts/test.sh                  all of it but the long ones, before a change lands
 #   scripts/test.sh --fast           while you work on a change: the checks, tests/unit, and one training test of each kind
 #                                    (pytest -m "$FAST", below), under 3 minutes on 2 cores
+#   scripts/test.sh --long           the checks, and the two tests that train 200 steps: before a release
 #   scripts/test.sh tests/unit -x    the checks, and these tests in one process (arguments are pytest's)
 #
 # Slurm's tests need the Debian packages slurm-wlm and munge. What a machine cannot run (a GPU, Slurm) is skipped, and
@@ -11,7 +12,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-FAST="fast or not (dist or slow or slurm or gpu)"
+FAST="fast or not (dist or slow or slurm or gpu or long)"
 PARALLEL=(-n 2 --no-loadscope-reorder) # two workers of pytest-xdist; a file's tests stay together
 
 seconds=()
@@ -37,7 +38,8 @@ step clang-format --dry-run --Werror csrc/*.* csrc/*/* tests/support/cuda_emulat
 step mypy
 step lint-imports --no-logo
 case ${1:-} in
-  "") step python -m pytest "${PARALLEL[@]}" ;;
+  "") step python -m pytest "${PARALLEL[@]}" -m "not long" ;;
+  --long) step python -m pytest -m long "${@:2}" ;;
   --fast) step python -m pytest "${PARALLEL[@]}" -m "$FAST" "${@:2}" ;;
   *) step python -m pytest "$@" ;;
 esac

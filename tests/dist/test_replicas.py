@@ -68,8 +68,8 @@ def test_copies_change_no_loss(mix: str, tmp_path: Path, data_flags: list[str]) 
     assert np.mean(last["split"]) < np.mean(last["homes"])
 
 
-@pytest.mark.slow
-def test_200_steps_with_copies(tmp_path: Path, data_flags: list[str]) -> None:
+@pytest.mark.long
+def test_200_steps_with_replicas(tmp_path: Path, data_flags: list[str]) -> None:
     """The learning rate keeps rounding errors small: top-k routing is chaotic, and at 1e-3 a learning rate that
     differs in its last bit alone takes the losses 4e-3 apart in 200 steps."""
     flags = [*EP2.split(), "--global-batch-size", "4", "--lr", "1e-4"]
