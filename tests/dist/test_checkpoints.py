@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.dist.test_parallel_equality import largest_difference
+from tests.support.marks import some_fast
 from tests.support.training import TINY_MODEL, TINY_TRAINING, train
 
 pytestmark = pytest.mark.dist
@@ -51,7 +52,7 @@ def saved(
     return Saved(tmp_path_factory.mktemp("saved"), data_flags, initial_weights, request.param)
 
 
-@pytest.mark.fast
+@pytest.mark.parametrize("saved", some_fast(OPTIMIZERS, "distributed"), indirect=True, scope="module")
 def test_resumed_losses_are_bit_equal(saved: Saved, tmp_path: Path) -> None:
     assert saved.resume(tmp_path, 2, *EP2) == saved.losses[4:]
 

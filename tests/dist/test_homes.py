@@ -104,7 +104,6 @@ def test_raw_optimizer_buffers_are_saved_at_home(tmp_path: Path, data_flags: lis
     assert resumed == shuffled[4:]
 
 
-@pytest.mark.fast
 def test_a_dry_run_decides_and_moves_nothing(tmp_path: Path, data_flags: list[str]) -> None:
     """Prices at which moving always pays: `on` moves, `dry` says that it would."""
     cheap = ["--smartmoe-homes-interval", "2", "--smartmoe-homes-horizon", "1000000", "--smartmoe"]
