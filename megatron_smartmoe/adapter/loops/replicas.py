@@ -74,12 +74,14 @@ class ReplicaLoop(Callback):
             self._announce()
 
     def _announce(self) -> None:
-        slots = self._run.args.smartmoe_spare_slots
-        spare_bytes = sum(layer.experts.spare_slots.nbytes for layer in self._layers)
+        slots, spares = self._run.args.smartmoe_spare_slots, [layer.experts.spare_slots for layer in self._layers]
+        kept, per_batch = sum(s.nbytes for s in spares) / MIB, sum(s.micro_batch_nbytes for s in spares) / MIB
+        memory = f"{kept:.1f} MiB on this rank"
+        if self._mode == "exact":
+            memory += f" and {per_batch:.1f} MiB for each micro-batch in flight"
         print(
             f"smartmoe: {slots} spare slot{'s' if slots != 1 else ''} per rank and layer, replicas: {self._mode}, "
-            f"{spare_bytes / MIB:.1f} MiB on this rank; a replica pays off above {self._price_tokens:,.0f} tokens "
-            "taken from the busiest rank",
+            f"{memory}; a replica pays off above {self._price_tokens:,.0f} tokens taken from the busiest rank",
             flush=True,
         )
 

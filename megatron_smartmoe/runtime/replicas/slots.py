@@ -142,6 +142,11 @@ class SpareSlots:
         """Bytes of the buffers that stay allocated."""
         return sum(buffer.nbytes for buffer in (*(self._weights or ()), *(self._sums or ())))
 
+    @property
+    def micro_batch_nbytes(self) -> int:
+        """Bytes of the replicas' weights that one micro-batch holds where replicas do not stay for an iteration."""
+        return sum(self.num_slots * home[0].nbytes for home in self._homes)
+
     def use(self, slots_RS: IntArray, *, num_passes: int) -> ReplicasInUse | None:
         """Use the replicas of a slot table from now on.
 
