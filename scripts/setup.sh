@@ -62,14 +62,25 @@ command -v flock >/dev/null && flock 9
 
 is_python312 .venv/bin/python || make_venv
 
-stamp=.venv/.smartmoe-$requirements
-want=$(cat "$requirements" requirements.txt pyproject.toml setup.py | cksum; pwd)
-if [[ ! -f $stamp || $(<"$stamp") != "$want" ]]; then
+# What .venv was made from, in a stamp of its own for training and for the tests.
+inputs_of() {
+  cat "$1" requirements.txt pyproject.toml setup.py | cksum
+  pwd
+}
+is_current() {
+  local stamp=.venv/.smartmoe-$1
+  [[ -f $stamp && $(<"$stamp") == "$(inputs_of "$1")" ]]
+}
+
+if ! is_current "$requirements"; then
   echo "setup: installing the pinned packages of $requirements into .venv (the first time about 3 GB, a few minutes)"
   quietly .venv/bin/python -m pip install --disable-pip-version-check -r "$requirements"
   echo "setup: building csrc and installing megatron_smartmoe"
   quietly .venv/bin/python -m pip install --disable-pip-version-check --no-build-isolation --no-deps -e .
-  printf '%s' "$want" >"$stamp"
+  # What the tests need contains what training needs: a launcher that a test starts must not install again.
+  for made in "$requirements" requirements.txt; do
+    inputs_of "$made" >".venv/.smartmoe-$made"
+  done
 fi
 # Rebuild the ops if csrc has changed; unchanged sources are recognised by their content.
 .venv/bin/python megatron_smartmoe/ops/_build.py
