@@ -107,12 +107,14 @@ def latest_checkpoint(args: argparse.Namespace) -> Path | None:
     return folder if is_torch_dist(folder) else None
 
 
-def _what_is_there(directory: Path) -> str:
-    """The way out of a tracker that is wrong: the checkpoints that exist, newest first."""
-    folders = (path.name.removeprefix("iter_") for path in directory.glob("iter_*") if path.is_dir())
-    steps = sorted((int(name) for name in folders if name.isascii() and name.isdecimal()), reverse=True)
+def _what_is_there(directory: Path, damaged: Path | None = None) -> str:
+    """The way out of a tracker or a checkpoint that is wrong: the other checkpoints, newest first."""
+    folders = (path for path in directory.glob("iter_*") if path.is_dir() and path != damaged)
+    names = (path.name.removeprefix("iter_") for path in folders)
+    steps = sorted((int(name) for name in names if name.isascii() and name.isdecimal()), reverse=True)
     if not steps:
-        return f"There is none in {directory}: pass another --load, or leave it out to start from iteration 0."
+        other = "none" if damaged is None else "no other"
+        return f"There is {other} in {directory}: pass another --load, or leave it out to start from iteration 0."
     found = ", ".join(map(str, steps[:10]))
     return f"Pass --ckpt-step {steps[0]} to resume from the newest one there (found: {found})."
 
@@ -126,6 +128,6 @@ def saved_arguments(folder: Path) -> argparse.Namespace | None:
     try:
         saved = read_common(folder).get("args")
     except CheckpointError as error:
-        way_out = f"Restore the file. {_what_is_there(folder.parent)}"
+        way_out = f"Restore the file. {_what_is_there(folder.parent, damaged=folder)}"
         raise ConfigError("--load", str(folder.parent), str(error), way_out) from None
     return saved if isinstance(saved, argparse.Namespace) else None

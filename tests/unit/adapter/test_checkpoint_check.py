@@ -93,5 +93,5 @@ def test_a_damaged_checkpoint_is_one_line_and_runs_nothing(saved: Path) -> None:
     assert not (saved / "ran").exists()
     assert str(caught.value) == (
         f"--load = '{saved}': {folder}/.metadata is damaged: it holds <posix.system>, where Metadata was expected. "
-        "Restore the file. Pass --ckpt-step 10 to resume from the newest one there (found: 10, 5)."
+        "Restore the file. Pass --ckpt-step 5 to resume from the newest one there (found: 5)."
     )
