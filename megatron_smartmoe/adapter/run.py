@@ -102,6 +102,8 @@ class Run:
         """All layers of the model that may have experts, prediction blocks (MTP) included."""
         return int(self.args.num_layers + (self.args.mtp_num_layers or 0))
 
-    def file(self, name: str) -> Path | None:
-        """The path of one of the run's files, or None where the run writes none."""
-        return None if self.directory is None else self.directory / name
+    def append(self, name: str, line: str) -> None:
+        """Append a line to one of the run's files, where the run writes any. Each file is written by one rank."""
+        if self.directory is not None:
+            with (self.directory / name).open("a", encoding="utf-8") as file:
+                file.write(line + "\n")

@@ -20,7 +20,7 @@ class DecisionLog:
     """
 
     def __init__(self, run: Run, *, dry: bool) -> None:
-        self._path, self._is_reporter = run.file("smartmoe.jsonl"), run.is_reporter
+        self._run, self._is_reporter = run, run.is_reporter
         self._dry = dry
 
     def decided(self, decision: Decision, before: float, after: float, moved: Moved | None) -> None:
@@ -29,7 +29,7 @@ class DecisionLog:
             decision = replace(decision, moved_bytes=moved.wire_bytes)
         if self._is_reporter:
             print(self._line(decision, before, after, moved), flush=True)
-            self._append(decision)
+            self._run.append("smartmoe.jsonl", decision.to_line())
         scalars = {"smartmoe/imbalance": after if moved is not None else before}
         if decision.predicted_gain_s is not None:
             scalars["smartmoe/predicted gain (ms)"] = decision.predicted_gain_s * 1e3
@@ -48,16 +48,11 @@ class DecisionLog:
             index: number of the setting in force, for the curve.
         """
         if self._is_reporter:
-            self._append(decision)
+            self._run.append("smartmoe.jsonl", decision.to_line())
         scalars = {"smartmoe/pool setting": float(index)}
         if decision.realised_gain_s is not None:
             scalars["smartmoe/pool realised gain (ms)"] = decision.realised_gain_s * 1e3
         self._write_scalars(scalars, decision.iteration)
-
-    def _append(self, decision: Decision) -> None:
-        if self._path is not None:
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(decision.to_line() + "\n")
 
     def _line(self, decision: Decision, before: float, after: float, moved: Moved | None) -> str:
         """` smartmoe: iteration 100 | homes: ... | max/mean tokens per rank 1.33 -> 1.02 | ... |`"""

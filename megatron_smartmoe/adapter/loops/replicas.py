@@ -195,10 +195,8 @@ class ReplicaLoop(Callback):
     def _write(self, name: str, line: str) -> None:
         """Append a line of JSON to a file, on the first rank of the group."""
         ranks = self._run.ranks
-        path = self._run.file(name.format(stage=ranks.pp_rank, group=ranks.edp_rank))
-        if path is not None and ranks.ep_rank == 0 and ranks.etp_rank == 0:
-            with path.open("a", encoding="utf-8") as file:
-                file.write(line + "\n")
+        if ranks.ep_rank == 0 and ranks.etp_rank == 0:
+            self._run.append(name.format(stage=ranks.pp_rank, group=ranks.edp_rank), line)
 
     def after_step(self, iteration: int, losses: Mapping[str, torch.Tensor]) -> None:
         """Record what was routed, and report how balanced it was."""

@@ -89,10 +89,8 @@ class Metrics(Callback):
         self._last_logged = (self._last_logged[0], time.perf_counter())
 
     def _write(self, line: dict[str, Any]) -> None:
-        path = self._run.file("metrics.jsonl")
-        if path is not None and dist.get_rank() == dist.get_world_size() - 1:
-            with path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+        if dist.get_rank() == dist.get_world_size() - 1:
+            self._run.append("metrics.jsonl", json.dumps(line))
 
     def on_end(self) -> None:
         """Print the summary on rank 0, and write summary.json."""
