@@ -185,6 +185,12 @@ class PreparedCorpus:
         return meta_path(prefix).is_file() and Path(f"{prefix}.idx").is_file()
 
     @classmethod
+    def is_noted(cls, prefix: str | Path) -> bool:
+        """Whether the metadata beside a dataset are there and can be read; datasets of other tools have none."""
+        meta = read_meta(meta_path(prefix)) if cls.exists(prefix) else None
+        return meta is not None and meta.get("version") == META_VERSION
+
+    @classmethod
     def load(cls, prefix: str | Path) -> Self:
         """Read `PREFIX.json`. Raises ConfigError when there is no whole dataset at this prefix."""
         path = meta_path(prefix)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_smartmoe.adapter.corpus.formats import Format, unpacked
-from megatron_smartmoe.adapter.corpus.records import missing_key
+from megatron_smartmoe.adapter.corpus.records import NESTED_LEVELS, missing_key
 from megatron_smartmoe.errors import ConfigError
 
 # A record that is longer than this is taken for a damaged file: an open quote would be read to the file's end.
@@ -170,6 +170,21 @@ def _columns(path: Path, table: Any, json_keys: Sequence[str]) -> list[str]:
         found = key if key in names else key.partition(".")[0]
         if found not in names:
             rows = f"{table.metadata.num_rows:,} rows"
-            raise missing_key(str(path), rows, key, {name: str(table.schema_arrow.field(name).type) for name in names})
+            raise missing_key(str(path), rows, key, _kinds(table.schema_arrow))
         columns.append(found)
     return list(dict.fromkeys(columns))
+
+
+def _kinds(fields: Iterable[Any], prefix: str = "", levels: int = NESTED_LEVELS) -> dict[str, str]:
+    """The kind of each column, as `records` names them; of a structure, those of its parts."""
+    kinds: dict[str, str] = {}
+    for one in fields:
+        name, kind = f"{prefix}{one.name}", str(one.type)
+        if kind.startswith("struct<") and levels > 1:
+            parts = (one.type.field(at) for at in range(one.type.num_fields))
+            kinds |= _kinds(parts, f"{name}.", levels - 1)
+        elif kind.startswith(("list<", "large_list<")):
+            kinds[name] = "chat messages" if "role: " in kind and "content: " in kind else "list"
+        else:
+            kinds[name] = "string" if kind in ("string", "large_string", "string_view") else kind
+    return kinds

@@ -60,13 +60,15 @@ def exists(spec: RunSpec) -> bool:
 
 
 def check(spec: RunSpec) -> None:
-    """Raises ConfigError for a key of `data` that is not an option of scripts/prepare_data.py."""
+    """Raises ConfigError for a key of `data` that is no option of scripts/prepare_data.py, or an absent tokenizer."""
     options = {option for option in build_parser()._option_string_actions if option.startswith("--")}
     known = sorted(option.removeprefix("--") for option in options - {"--help", "--output-prefix"})
     for name, value in (spec.data or {}).items():
         if name not in (*known, "prefix"):
             rule = "is not an option of scripts/prepare_data.py"
             raise ConfigError(f"data.{name}", value, rule, f"Known here: prefix, {', '.join(known)}.")
+    if model := (spec.data or {}).get("tokenizer-model"):
+        detect(Path(str(model)), "data.tokenizer-model")
 
 
 def preparation(spec: RunSpec) -> list[str]:
