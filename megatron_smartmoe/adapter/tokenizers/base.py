@@ -54,10 +54,10 @@ class TokenizerFacts:
         if self.pad is not None and self.pad == self.eod:
             pad += " (the same, so padding is not left out of the loss)"
         place = "" if self.path is None else f" {self.path}"
-        note = f" ({self.note})" if self.note else ""
+        note = f"; {self.note}" if self.note else ""
         return (
             f"{self.kind}{place}: {self.vocab_size:,} entries, bos {self.bos or 'none'}, "
-            f"eod {self.eod or 'none'}{note}, pad {pad}"
+            f"eod {self.eod or 'none'}, pad {pad}{note}"
         )
 
 

@@ -1,8 +1,8 @@
 """Hugging Face tokenizers through the package `tokenizers`, without `transformers`.
 
 `tokenizer.json` holds everything that turns text into ids; what transformers adds is in the files beside it: which
-tokens are bos, eos and pad, whether bos or eos is put around a text, and the chat template. Those are read here with
-transformers' meaning, so that both give the same ids. Tokenizers without a `tokenizer.json` need transformers.
+tokens are bos, eos and pad, and the chat template. Those are read here with transformers' meaning (release 5), so that
+both give the same ids. Tokenizers without a `tokenizer.json` need transformers.
 """
 
 from __future__ import annotations
@@ -163,24 +163,19 @@ def _complete(
     # Step 1: the vocabulary, with tokens that only the configuration names
     _add_missing(tokenizer, config, additional, path, option)
     # Step 2: which tokens are special
-    special, note = dict(config.special), ""
+    special, notes = dict(config.special), []
     if "eos_token" not in special and "sep_token" not in special:
         special["eos_token"] = _usual_eod(tokenizer, path, option)
-        note = "the usual name: no file beside tokenizer.json says which token ends a text"
+        notes.append("eod by its usual name: no file beside tokenizer.json says which token ends a text")
     # Step 3: what is put around a text
-    before: tuple[int, ...] = ()
-    after: tuple[int, ...] = ()
+    before, after = _around(tokenizer) if include_special_tokens else ((), ())
     if include_special_tokens:
-        before, after = _around(tokenizer)
-        before = _forced(
-            before, tokenizer.token_to_id(special.get("bos_token", "")), config.values.get("add_bos_token")
-        )
-        after = _forced(after, tokenizer.token_to_id(special.get("eos_token", "")), config.values.get("add_eos_token"))
+        notes += _disagreements(tokenizer, config, special)
     chat = None
     if config.template is not None:
         chat = ChatTemplate(source=config.template, tokens=tuple(sorted(special.items())))
     return HuggingFaceTextTokenizer(
-        tokenizer=tokenizer, path=path, special=special, before=before, after=after, chat=chat, note=note
+        tokenizer=tokenizer, path=path, special=special, before=before, after=after, chat=chat, note="; ".join(notes)
     )
 
 
@@ -194,11 +189,21 @@ def _around(tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return (), ()
 
 
-def _forced(ids: tuple[int, ...], token: int | None, wanted: object) -> tuple[int, ...]:
-    """What is put around a text, where the configuration says whether a token is among it."""
-    if token is None or not isinstance(wanted, bool) or wanted == (token in ids):
-        return ids
-    return (token,) if wanted else tuple(one for one in ids if one != token)
+def _disagreements(tokenizer: Tokenizer, config: _Config, special: Mapping[str, str]) -> list[str]:
+    """Where tokenizer_config.json says something else about bos and eos than tokenizer.json does.
+
+    The file decides, as in transformers 5; releases before it let the configuration of some models decide.
+    """
+    notes = []
+    before, after = _around(tokenizer)
+    for name, ids, where in (("bos_token", before, "before"), ("eos_token", after, "after")):
+        said, token = config.values.get(f"add_{name}"), tokenizer.token_to_id(special.get(name, ""))
+        if token is not None and isinstance(said, bool) and said != (token in ids):
+            puts = "puts it" if token in ids else "puts none"
+            notes.append(
+                f"add_{name} is {str(said).lower()}, but {HUGGING_FACE_FILE} decides and {puts} {where} a text"
+            )
+    return notes
 
 
 def _add_missing(tokenizer: Tokenizer, config: _Config, additional: Sequence[str], path: Path, option: str) -> None:

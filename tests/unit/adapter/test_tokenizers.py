@@ -104,25 +104,41 @@ def test_a_pad_that_is_the_eod_is_said(model: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("config", "puts_before", "expected"),
+    ("config", "puts_before", "before", "note"),
     [
-        ({"bos_token": "<|im_start|>", "add_bos_token": True}, None, ([1], [])),
-        ({"bos_token": "<|im_start|>", "add_bos_token": False}, "<|im_start|>", ([], [])),
-        ({"bos_token": "<|im_start|>"}, "<|im_start|>", ([1], [])),
-        ({"bos_token": "<|im_start|>"}, None, ([], [])),
-        ({"add_eos_token": True}, None, ([], [2])),
-        ({"bos_token": "<|im_start|>", "add_bos_token": True, "add_eos_token": True}, "<|im_start|>", ([1], [2])),
+        ({"bos_token": "<|im_start|>", "add_bos_token": True}, "<|im_start|>", [1], ""),
+        ({"bos_token": "<|im_start|>"}, "<|im_start|>", [1], ""),
+        ({"bos_token": "<|im_start|>"}, None, [], ""),
+        (
+            {"bos_token": "<|im_start|>", "add_bos_token": True},
+            None,
+            [],
+            "add_bos_token is true, but tokenizer.json decides and puts none before a text",
+        ),
+        (
+            {"bos_token": "<|im_start|>", "add_bos_token": False},
+            "<|im_start|>",
+            [1],
+            "add_bos_token is false, but tokenizer.json decides and puts it before a text",
+        ),
+        (
+            {"add_eos_token": True},
+            None,
+            [],
+            "add_eos_token is true, but tokenizer.json decides and puts none after a text",
+        ),
     ],
 )
 def test_what_is_put_around_a_text(
-    tmp_path: Path, config: dict[str, Any], puts_before: str | None, expected: tuple[list[int], list[int]]
+    tmp_path: Path, config: dict[str, Any], puts_before: str | None, before: list[int], note: str
 ) -> None:
     folder = write_huggingface(tmp_path / "m", {**CONFIG, **config}, puts_before=puts_before)
     plain = byte_level_bpe().encode(TEXT).ids
-    assert load(folder).encode(TEXT) == [*expected[0], *plain, *expected[1]]
+    assert load(folder).encode(TEXT) == [*before, *plain]
+    assert load(folder).facts.note == note
     assert load(folder, include_special_tokens=False).encode(TEXT) == plain
     assert load(folder).encode(TEXT, is_chat=True) == plain
-    assert megatrons(flags(tokenizer_model=folder)).tokenize(TEXT) == [*expected[0], *plain, *expected[1]]
+    assert megatrons(flags(tokenizer_model=folder)).tokenize(TEXT) == [*before, *plain]
 
 
 def test_tokens_that_only_the_configuration_names_are_added(model: Path, tmp_path: Path) -> None:
@@ -137,7 +153,9 @@ def test_tokens_that_only_the_configuration_names_are_added(model: Path, tmp_pat
 
 def test_without_a_configuration_the_usual_token_ends_a_text(tmp_path: Path) -> None:
     facts = load(write_huggingface(tmp_path / "m", {})).facts
-    assert "eod <|endoftext|> 0 (the usual name: no file beside tokenizer.json says" in facts.line()
+    assert facts.line().endswith("; eod by its usual name: no file beside tokenizer.json says which token ends a text")
+    assert facts.eod is not None
+    assert facts.eod.id == 0
 
 
 def test_a_tokenizer_that_ends_nothing_is_refused(model: Path, tmp_path: Path) -> None:
@@ -186,16 +204,22 @@ def test_megatron_builds_it_without_transformers(model: Path) -> None:
 def test_ids_are_those_of_transformers(tmp_path: Path) -> None:
     """With transformers installed, Megatron's own class gives the same ids."""
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-    for number, changes in enumerate(
-        ({}, {"bos_token": "<|im_start|>", "add_bos_token": True}, {"pad_token": "<pad>"})
-    ):
-        folder = write_huggingface(tmp_path / str(number), {**CONFIG, **changes})
-        theirs = transformers.AutoTokenizer.from_pretrained(str(folder))
-        ours = load(folder)
-        assert ours.facts.vocab_size == len(theirs)
-        assert ours.facts.eod is not None
-        assert ours.facts.eod.id == theirs.eos_token_id
-        assert all(ours.encode(text) == theirs(text).input_ids for text in texts(20))
+    changes: list[dict[str, Any]] = [{}, {"bos_token": "<|im_start|>", "add_bos_token": True}, {"pad_token": "<pad>"}]
+    for number, change in enumerate(changes):
+        for puts_before in (None, "<|im_start|>"):
+            folder = write_huggingface(
+                tmp_path / f"{number}{puts_before}", {**CONFIG, **change}, puts_before=puts_before
+            )
+            theirs = transformers.AutoTokenizer.from_pretrained(str(folder))
+            ours = load(folder)
+            assert ours.facts.vocab_size == len(theirs)
+            assert ours.facts.eod is not None
+            assert ours.facts.eod.id == theirs.eos_token_id
+            assert all(ours.encode(text) == theirs(text).input_ids for text in texts(20))
+            chat = [{"role": "user", "content": "a"}]
+            assert isinstance(ours, huggingface.HuggingFaceTextTokenizer)
+            assert ours.chat is not None
+            assert ours.chat.render(chat) == theirs.apply_chat_template(chat, tokenize=False)
 
 
 def test_others_need_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -235,8 +259,8 @@ def test_tiktoken_ids_are_megatrons(ranks: Path, tmp_path: Path) -> None:
     own = load(ranks)
     ids = own.encode(f"{TEXT}</s>")
     assert own.facts.line() == (
-        f"TikTokenizer {ranks}: {len(tokens) + 1000:,} entries, bos <s> 1, eod </s> 2 (special tokens have the ids "
-        "below 1000, the file's entries follow), pad <pad> 4"
+        f"TikTokenizer {ranks}: {len(tokens) + 1000:,} entries, bos <s> 1, eod </s> 2, pad <pad> 4; special tokens have "
+        "the ids below 1000, the file's entries follow"
     )
     assert min(ids[:-1]) >= 1000
     assert ids[-1] == 2
