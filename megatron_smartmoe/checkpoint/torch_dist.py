@@ -125,8 +125,12 @@ def read_index(folder: Path) -> CheckpointIndex:
     return CheckpointIndex(folder=folder, shapes=shapes, items=items)
 
 
-def read_common(folder: Path) -> Mapping[str, Any]:
+def read_common(folder: Path, index: CheckpointIndex | None = None) -> Mapping[str, Any]:
     """What a checkpoint holds besides its tensors: `args`, `iteration`, and the schedules.
+
+    Args:
+        folder: of the checkpoint.
+        index: its index, if it was read already.
 
     Raises:
         CheckpointError: it cannot be read.
@@ -136,7 +140,7 @@ def read_common(folder: Path) -> Mapping[str, Any]:
         content = read_saved(path, str(path))
     else:
         path = folder / INDEX_FILE
-        content = read_index(folder).read_object(COMMON_OBJECT)
+        content = (index or read_index(folder)).read_object(COMMON_OBJECT)
     if isinstance(content, list) and len(content) == 1:  # Megatron wraps an object in a list
         content = content[0]
     if not isinstance(content, Mapping):
