@@ -10,8 +10,8 @@ from __future__ import annotations
 import io
 import math
 import zipfile
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,29 +68,43 @@ class StoredTensor:
         """Bytes of its elements."""
         return self.num_elements * ITEM_BYTES[self.dtype]
 
+    def at(self, index: Sequence[int]) -> StoredTensor:
+        """The part at an index of the first axes, which it does not have any more."""
+        skipped = sum(i * stride for i, stride in zip(index, self.strides, strict=False))
+        return replace(
+            self,
+            shape=self.shape[len(index) :],
+            strides=self.strides[len(index) :],
+            offset_bytes=self.offset_bytes + skipped * ITEM_BYTES[self.dtype],
+        )
+
+    def rows(self, first: int, count: int) -> StoredTensor:
+        """Some entries of the first axis."""
+        assert first + count <= self.shape[0], (first, count, self.shape)
+        skipped_bytes = first * self.strides[0] * ITEM_BYTES[self.dtype]
+        return replace(self, shape=(count, *self.shape[1:]), offset_bytes=self.offset_bytes + skipped_bytes)
+
     def read(self, start: int = 0, stop: int | None = None) -> NDArray[Any]:
         """Elements in row-major order, from `start` to `stop`; bfloat16 and 8-bit floats as unsigned integers.
+
+        A tensor whose elements do not follow each other, such as a transposed one, is read as a whole first.
 
         Raises:
             CheckpointError: the file has become shorter.
         """
         stop = self.num_elements if stop is None else stop
-        if not _is_contiguous(self.shape, self.strides):
-            return self._read_view()[start:stop]
-        numbers = self._read_storage(start, stop - start)
-        return numbers
+        if _is_contiguous(self.shape, self.strides):
+            return self._read_storage(start, stop - start)
+        numbers = self._read_storage(0, _span(self.shape, self.strides))
+        strides = [stride * numbers.itemsize for stride in self.strides]
+        view = np.lib.stride_tricks.as_strided(numbers, self.shape, strides, writeable=False)
+        return view.reshape(-1)[start:stop]
 
     def blocks(self) -> Iterator[tuple[int, NDArray[Any]]]:
         """All elements in row-major order, a block at a time: index of the block's first element, and the block."""
-        for start in range(0, self.num_elements, BLOCK_ELEMENTS):
-            yield start, self.read(start, min(start + BLOCK_ELEMENTS, self.num_elements))
-
-    def _read_view(self) -> NDArray[Any]:
-        """A tensor whose elements do not follow each other, such as a transposed one: read at once."""
-        span = _span(self.shape, self.strides)
-        numbers = self._read_storage(0, span)
-        strides = [stride * numbers.itemsize for stride in self.strides]
-        return np.lib.stride_tricks.as_strided(numbers, self.shape, strides, writeable=False).reshape(-1)
+        size = BLOCK_ELEMENTS if _is_contiguous(self.shape, self.strides) else max(self.num_elements, 1)
+        for start in range(0, self.num_elements, size):
+            yield start, self.read(start, min(start + size, self.num_elements))
 
     def _read_storage(self, first: int, count: int) -> NDArray[Any]:
         """`count` elements of the storage, `first` elements behind the tensor's first one."""
