@@ -86,6 +86,17 @@ def latest_checkpoint(args: argparse.Namespace) -> Path | None:
     Raises:
         ConfigError: the tracker or --ckpt-step names no iteration, or one that is not there.
     """
+    step = named_iteration(args)
+    folder = Path(args.load) / f"iter_{step:07d}" if step is not None else None
+    return folder if folder is not None and is_torch_dist(folder) else None
+
+
+def named_iteration(args: argparse.Namespace) -> int | None:
+    """The iteration that would be loaded, whatever its format; None where nothing is, or weights without an iteration.
+
+    Raises:
+        ConfigError: the tracker or --ckpt-step names no iteration, or one that is not there.
+    """
     if args.load is None:
         return None
     directory = Path(args.load)
@@ -104,7 +115,7 @@ def latest_checkpoint(args: argparse.Namespace) -> Path | None:
     folder = directory / f"iter_{int(step):07d}"
     if not folder.is_dir():
         raise ConfigError(field, value, f"there is no checkpoint {folder}", _what_is_there(directory))
-    return folder if is_torch_dist(folder) else None
+    return int(step)
 
 
 def _what_is_there(directory: Path, damaged: Path | None = None) -> str:
