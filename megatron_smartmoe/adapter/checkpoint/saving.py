@@ -327,7 +327,7 @@ class CheckpointSaves(Callback):
             if not save.is_async:  # otherwise Megatron writes the tracker next
                 tracker.prepare(save.directory, str(save.iteration))
                 tracker.commit(save.directory)
-        except OSError as error:
+        except Exception as error:  # the other ranks wait for this one, whatever it is
             return _reason(error)
         return ""
 
@@ -411,7 +411,6 @@ def _manifest(save: _Save, entries: list[FileEntry], digests: tuple[Any, ...]) -
     listed = {entry.name for entry in entries}
     names = {path.relative_to(save.folder).as_posix(): path for path in _files(save.folder)}
     others = [_entry(save.folder, path) for name, path in names.items() if name not in listed]
-    placement = getattr(args, "smartmoe_placement", None)
     return Manifest(
         iteration=save.iteration,
         format=args.ckpt_format,
@@ -419,7 +418,7 @@ def _manifest(save: _Save, entries: list[FileEntry], digests: tuple[Any, ...]) -
         digests=digests,
         consumed_samples=int(args.consumed_train_samples),
         arguments={name: value for name, value in sorted(vars(args).items()) if _is_plain(value)},
-        placement=json.loads(placement) if placement is not None else None,
+        placement=getattr(args, "smartmoe_placement", None),
         software={"megatron_smartmoe": __version__} | {name: metadata.version(name) for name in _SOFTWARE},
     )
 
