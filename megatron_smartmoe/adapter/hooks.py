@@ -149,7 +149,8 @@ class _Loop:
     def _after_save(self, bound: inspect.BoundArguments) -> None:
         from megatron.training import get_args
 
-        from megatron_smartmoe.adapter.checkpoint.folders import folder_of, save_directory
+        from megatron_smartmoe.adapter.checkpoint.folders import save_directory
+        from megatron_smartmoe.checkpoint.directory import folder_of
 
         iteration, non_persistent = bound.arguments["iteration"], bound.arguments.get("non_persistent_ckpt", False)
         directory = save_directory(get_args(), non_persistent=non_persistent) if self._running else None

@@ -14,8 +14,8 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.utils import unwrap_model
 from megatron.training import get_args
 
-from megatron_smartmoe.adapter.checkpoint.folders import folder_of
 from megatron_smartmoe.adapter.moe.routers import all_layer_numbers, moe_layers
+from megatron_smartmoe.checkpoint.directory import folder_of
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,22 +22,19 @@ from megatron.core.utils import unwrap_model
 from megatron.training import get_args
 
 from megatron_smartmoe.adapter.checkpoint.digests import DigestReduction, LocalDigests
-from megatron_smartmoe.adapter.checkpoint.folders import is_whole, iteration_folders, iteration_of
 from megatron_smartmoe.adapter.checkpoint.held import held_tensors
-from megatron_smartmoe.adapter.flags import checkpoint_check
+from megatron_smartmoe.adapter.flags.resume import checkpoint_to_load, take_up_whole_checkpoint, what_is_there
 from megatron_smartmoe.checkpoint.digest import WEIGHT
+from megatron_smartmoe.checkpoint.directory import iteration_of
+from megatron_smartmoe.checkpoint.inspection import inspect, readable_bytes
 from megatron_smartmoe.checkpoint.manifest import (
-    MANIFEST_FILE,
     FileEntry,
     Level,
     Manifest,
     ParameterDigest,
     check_files,
-    read_manifest,
 )
-from megatron_smartmoe.errors import EXIT_CONFIG_ERROR, CheckpointError, ConfigError
-
-MB = 10**6
+from megatron_smartmoe.errors import EXIT_CONFIG_ERROR, ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,18 +97,29 @@ def check_before(args: Namespace) -> _Checked | None:
     Raises:
         ConfigError: it is damaged; on all ranks alike.
     """
-    candidates: list[Path] = _from_rank_0(lambda: _candidates(args)) if args.load is not None else []
-    problems: list[str] = []
-    for folder in candidates:
-        problem, checked = _check(folder, getattr(args, "smartmoe_checkpoint_check", "full"))
+    if args.load is None or "://" in args.load:
+        return None
+    damaged: dict[int, str] = {}
+    while True:
+        # Step 1: the checkpoint, chosen by one rank.
+        folder, line, args.ckpt_step = from_rank_0(functools.partial(_choose, args, damaged))
+        if folder is None:
+            if line and dist.get_rank() == 0:
+                print(f" smartmoe: {line}", flush=True)
+            return None
+        # Step 2: its files, compared by all ranks.
+        problem, checked = _check(folder, args.smartmoe_checkpoint_check)
+        iteration = iteration_of(folder)
         if problem is None:
-            if problems:
-                _go_back(args, folder, problems)
-            return checked
-        problems.append(problem)
-    if problems:
-        raise ConfigError("--load", args.load, "; ".join(problems), _way_out(candidates[-1]))
-    return None
+            break
+        if args.smartmoe_resume != "newest-whole" or iteration is None:
+            rule = f"{folder.name} is damaged: {problem}"
+            way_out = from_rank_0(functools.partial(what_is_there, folder.parent, damaged=folder))
+            raise ConfigError("--load", args.load, rule, way_out)
+        damaged[iteration] = problem
+    if line and dist.get_rank() == 0:
+        print(f" smartmoe: {line}", flush=True)
+    return checked
 
 
 def check_after(args: Namespace, checked: _Checked, ddp_model: Any, optimizer: Any) -> None:
@@ -121,7 +129,7 @@ def check_after(args: Namespace, checked: _Checked, ddp_model: Any, optimizer: A
         ConfigError: something differs; on all ranks alike.
     """
     said, manifest, started = checked.said, checked.manifest, time.perf_counter()
-    if manifest is not None and getattr(args, "smartmoe_checkpoint_check", "full") == "full":
+    if manifest is not None and args.smartmoe_checkpoint_check == "full":
         if not manifest.digests:
             said += "; it has no digests to compare what was loaded with"
         else:
@@ -142,10 +150,10 @@ def check_after(args: Namespace, checked: _Checked, ddp_model: Any, optimizer: A
             kinds = "weights, main weights and moments" if _loads_optimizer(args, saved) else "weights"
             said += f"; {kinds} as loaded have the digests of the save: {compared} tensors{others}, {seconds:.2f} s"
     if dist.get_rank() == 0:
-        print(f" smartmoe: checkpoint {checked.folder}: {said}", flush=True)
+        print(f" smartmoe: checkpoint {checked.folder.name}: {said}", flush=True)
 
 
-def _from_rank_0(decide: Callable[[], Any]) -> Any:
+def from_rank_0(decide: Callable[[], Any]) -> Any:
     """What `decide` returns or raises on rank 0, on all ranks: files may change between two looks at them."""
     result: list[Any] = [None]
     if dist.get_rank() == 0:
@@ -159,22 +167,16 @@ def _from_rank_0(decide: Callable[[], Any]) -> Any:
     return result[0]
 
 
-def _candidates(args: Namespace) -> list[Path]:
-    """On rank 0: the checkpoint that Megatron will load; with `newest-whole`, those before it too, newest first."""
-    directory, goes_back = Path(args.load), getattr(args, "smartmoe_resume", None) == "newest-whole"
-    if "://" in args.load:
-        return []
-    folders = iteration_folders(directory)
-    try:
-        named = checkpoint_check.named_iteration(args)
-    except ConfigError:
-        if not goes_back:
-            raise
-        named = None
-    if named is None and not goes_back:
-        return []
-    chosen = [folder for folder in folders if named is None or iteration_of(folder) <= named]
-    return chosen if goes_back else chosen[:1]
+def _choose(args: Namespace, damaged: Mapping[int, str]) -> tuple[Path | None, str | None, int | None]:
+    """On rank 0: the checkpoint to load, what is done instead of what the tracker says, and `ckpt_step` for that.
+
+    Raises:
+        ConfigError: there is none that could be loaded.
+    """
+    if args.smartmoe_resume != "newest-whole":
+        return checkpoint_to_load(args), None, args.ckpt_step
+    folder, line = take_up_whole_checkpoint(args, damaged)
+    return folder, line, args.ckpt_step
 
 
 def _check(folder: Path, level: Level) -> tuple[str | None, _Checked | None]:
@@ -182,12 +184,12 @@ def _check(folder: Path, level: Level) -> tuple[str | None, _Checked | None]:
     if level == "off":
         return None, _Checked(folder=folder, manifest=None, said="not checked (--smartmoe-checkpoint-check off)")
     started = time.perf_counter()
-    manifest: Manifest | str | None = _from_rank_0(lambda: _manifest_or_problem(folder))
+    manifest: Manifest | str | None = from_rank_0(lambda: _manifest_or_problem(folder))
     if isinstance(manifest, str):
         return manifest, None
     if manifest is None:
         said = (
-            f"it has no {MANIFEST_FILE} (it was saved without smartmoe, or before it wrote them): nothing is compared"
+            "it has no manifest (it was saved by other software or an earlier version): changed bytes cannot be found"
         )
         return None, _Checked(folder=folder, manifest=None, said=said)
     names = _shares(manifest.files, dist.get_world_size())[dist.get_rank()]
@@ -196,23 +198,18 @@ def _check(folder: Path, level: Level) -> tuple[str | None, _Checked | None]:
     damages = {damage.name: damage for of_rank in found for damage in of_rank}
     if damages:
         first = next(damages[entry.name] for entry in manifest.files if entry.name in damages)
-        more = f", and {len(damages) - 1} more files are damaged" if len(damages) > 1 else ""
-        return f"{folder} is damaged: {first}{more}", None
+        others = len(damages) - 1
+        more = f" ({others} more file{'s' * (others > 1)} damaged)" if others else ""
+        return f"{first}{more}", None
     seconds, what = time.perf_counter() - started, "sizes and checksums" if level == "full" else "sizes"
-    said = (
-        f"{len(manifest.files)} files ({manifest.size_bytes / MB:,.1f} MB) have the {what} of the save, {seconds:.2f} s"
-    )
+    said = f"{len(manifest.files)} files ({readable_bytes(manifest.size_bytes)}) have the {what} of the save, {seconds:.2f} s"
     return None, _Checked(folder=folder, manifest=manifest, said=said)
 
 
 def _manifest_or_problem(folder: Path) -> Manifest | str | None:
-    try:
-        manifest = read_manifest(folder)
-    except CheckpointError as error:
-        return str(error)
-    if manifest is None and not is_whole(folder):
-        return f"{folder} is half-written: its save was interrupted"
-    return manifest
+    """On rank 0: what is to be compared; a text if something is wrong already."""
+    found = inspect(folder)
+    return found.manifest if found.is_whole else found.problem
 
 
 def _shares(files: Sequence[FileEntry], num_ranks: int) -> list[set[str]]:
@@ -224,27 +221,6 @@ def _shares(files: Sequence[FileEntry], num_ranks: int) -> list[set[str]]:
         shares[rank].add(entry.name)
         heapq.heappush(heap, (size_bytes + entry.size_bytes, rank))
     return shares
-
-
-def _go_back(args: Namespace, folder: Path, problems: Sequence[str]) -> None:
-    """Resume from an earlier checkpoint than the newest one, and say what is lost."""
-    iteration = args.ckpt_step = iteration_of(folder)
-    if dist.get_rank() == 0:
-        for problem in problems:
-            print(f" smartmoe: {problem}", flush=True)
-        print(f" smartmoe: --smartmoe-resume newest-whole: resuming from iteration {iteration}; later ones are lost")
-
-
-def _way_out(damaged: Path) -> str:
-    whole = next(
-        (folder for folder in iteration_folders(damaged.parent) if folder != damaged and is_whole(folder)), None
-    )
-    if whole is None:
-        return "Restore the files, or pass another --load: there is no other whole checkpoint there."
-    return (
-        f"Pass --ckpt-step {iteration_of(whole)} to resume from the newest whole one, or "
-        "--smartmoe-resume newest-whole, which finds it by itself."
-    )
 
 
 def _loads_optimizer(args: Namespace, saved: Mapping[tuple[str, str], ParameterDigest]) -> bool:

@@ -33,18 +33,12 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_smartmoe import __version__
 from megatron_smartmoe.adapter.checkpoint import tracker
 from megatron_smartmoe.adapter.checkpoint.digests import DigestReduction, LocalDigests
-from megatron_smartmoe.adapter.checkpoint.folders import (
-    folder_of,
-    is_whole,
-    iteration_folders,
-    iteration_of,
-    save_directory,
-)
+from megatron_smartmoe.adapter.checkpoint.folders import save_directory
 from megatron_smartmoe.adapter.checkpoint.held import held_tensors
-from megatron_smartmoe.adapter.flags.checkpoint_check import TRACKER
 from megatron_smartmoe.adapter.hooks import Callback, Order
 from megatron_smartmoe.adapter.run import Run
 from megatron_smartmoe.checkpoint.checksum import checksum_of_file
+from megatron_smartmoe.checkpoint.directory import folder_of, iteration_of, read_tracker
 from megatron_smartmoe.checkpoint.manifest import (
     FORMATS,
     MANIFEST_FILE,
@@ -52,7 +46,8 @@ from megatron_smartmoe.checkpoint.manifest import (
     Manifest,
     write_manifest,
 )
-from megatron_smartmoe.errors import SmartMoEError
+from megatron_smartmoe.checkpoint.resume import newest_whole
+from megatron_smartmoe.errors import CheckpointError, SmartMoEError
 
 _PART = ".smartmoe_checksums_{rank}.json"  # what an asynchronous writer hands to its rank
 _SHARD = "__{rank}_*.distcp"  # files of one rank in torch_dist
@@ -454,31 +449,30 @@ def _prepare(save: _Save) -> str:
 
 def _remove_old(save: _Save) -> None:
     what = "an earlier save of this iteration" if (save.folder / MANIFEST_FILE).is_file() else "a half-written save"
-    if _tracked(save.directory) == save.folder.name:
-        others = [path for path in iteration_folders(save.directory) if path != save.folder]
-        before = next((path for path in others if is_whole(path)), None)
+    if _tracked(save.directory) == save.iteration:
+        before, _ = newest_whole(save.directory, without=(save.iteration,))
         if before is None:
             return  # there is nothing to go back to: Megatron writes over it, file by file
-        tracker.prepare(save.directory, str(iteration_of(before)))
+        tracker.prepare(save.directory, str(iteration_of(before.folder)))
         tracker.commit(save.directory)
     shutil.rmtree(save.folder)
     print(f" smartmoe: iteration {save.iteration:8d} | checkpoint: {what} is replaced: {save.folder} |", flush=True)
 
 
-def _tracked(directory: Path) -> str | None:
-    """Name of the folder that the tracker names."""
+def _tracked(directory: Path) -> int | None:
+    """The iteration that is in force."""
     try:
-        text = (directory / TRACKER).read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError):
+        named = read_tracker(directory)
+    except CheckpointError:
         return None
-    return folder_of(directory, int(text)).name if text.isascii() and text.isdecimal() else None
+    return named if isinstance(named, int) else None
 
 
 def _clean_up(save: _Save) -> str:
     """On rank 0, after a failed save: remove what it has written; says so, and what is in force."""
     in_force = _tracked(save.directory)
-    said = f"{in_force} stays in force" if in_force is not None else "there is no earlier checkpoint"
-    if in_force != save.folder.name and not save.folder.is_symlink():
+    said = "there is no earlier checkpoint" if in_force is None else f"iteration {in_force} stays the newest checkpoint"
+    if in_force != save.iteration and not save.folder.is_symlink():
         shutil.rmtree(save.folder, ignore_errors=True)
         said = f"its files are removed, {said}"
     return f"{said}, and training continues"

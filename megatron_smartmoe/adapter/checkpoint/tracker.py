@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from megatron_smartmoe.adapter.flags.checkpoint_check import TRACKER
+from megatron_smartmoe.checkpoint.directory import TRACKER
 
 _NEXT = f".{TRACKER}.next"
 
