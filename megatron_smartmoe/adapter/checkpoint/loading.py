@@ -99,10 +99,10 @@ def check_before(args: Namespace) -> _Checked | None:
     """
     if args.load is None or "://" in args.load:
         return None
-    damaged: dict[int, str] = {}
+    asked, damaged = args.ckpt_step, dict[int, str]()
     while True:
         # Step 1: the checkpoint, chosen by one rank.
-        folder, line, args.ckpt_step = from_rank_0(functools.partial(_choose, args, damaged))
+        folder, line, args.ckpt_step = from_rank_0(functools.partial(_choose, args, asked, damaged))
         if folder is None:
             if line and dist.get_rank() == 0:
                 print(f" smartmoe: {line}", flush=True)
@@ -167,14 +167,17 @@ def from_rank_0(decide: Callable[[], Any]) -> Any:
     return result[0]
 
 
-def _choose(args: Namespace, damaged: Mapping[int, str]) -> tuple[Path | None, str | None, int | None]:
+def _choose(
+    args: Namespace, asked: int | None, damaged: Mapping[int, str]
+) -> tuple[Path | None, str | None, int | None]:
     """On rank 0: the checkpoint to load, what is done instead of what the tracker says, and `ckpt_step` for that.
 
     Raises:
         ConfigError: there is none that could be loaded.
     """
     if args.smartmoe_resume != "newest-whole":
-        return checkpoint_to_load(args), None, args.ckpt_step
+        return checkpoint_to_load(args), None, asked
+    args.ckpt_step = asked
     folder, line = take_up_whole_checkpoint(args, damaged)
     return folder, line, args.ckpt_step
 
@@ -202,7 +205,8 @@ def _check(folder: Path, level: Level) -> tuple[str | None, _Checked | None]:
         more = f" ({others} more file{'s' * (others > 1)} damaged)" if others else ""
         return f"{first}{more}", None
     seconds, what = time.perf_counter() - started, "sizes and checksums" if level == "full" else "sizes"
-    said = f"{len(manifest.files)} files ({readable_bytes(manifest.size_bytes)}) have the {what} of the save, {seconds:.2f} s"
+    files = f"{len(manifest.files)} files ({readable_bytes(manifest.size_bytes)})"
+    said = f"{files} have the {what} of the save, {seconds:.2f} s"
     return None, _Checked(folder=folder, manifest=manifest, said=said)
 
 
