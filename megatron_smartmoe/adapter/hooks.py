@@ -292,6 +292,9 @@ def prepare_megatron(*, cpu: bool) -> None:
     _skip_compiled_helpers()
     if cpu:  # Megatron has this switch (`initialize_megatron`), and `pretrain` does not pass it on
         rebind(training, "initialize_megatron", lambda call: functools.partial(call, allow_no_cuda=True))
+        # The process that writes checkpoints in the background needs the facade too: a fork has it.
+        initialize = importlib.import_module("megatron.training.initialize")
+        rebind(initialize, "init_persistent_async_worker", lambda call: lambda rank, mp_mode: call(rank, "fork"))
 
 
 def _repair_optimizer_checkpoints(training: ModuleType) -> None:

@@ -205,7 +205,7 @@ def _check(folder: Path, level: Level) -> tuple[str | None, _Checked | None]:
         more = f" ({others} more file{'s' * (others > 1)} damaged)" if others else ""
         return f"{first}{more}", None
     seconds, what = time.perf_counter() - started, "sizes and checksums" if level == "full" else "sizes"
-    files = f"{len(manifest.files)} files ({readable_bytes(manifest.size_bytes)})"
+    files = f"{len(manifest.files)} file{'s' * (len(manifest.files) != 1)} ({readable_bytes(manifest.size_bytes)})"
     said = f"{files} have the {what} of the save, {seconds:.2f} s"
     return None, _Checked(folder=folder, manifest=manifest, said=said)
 

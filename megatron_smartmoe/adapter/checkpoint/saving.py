@@ -35,6 +35,7 @@ from megatron_smartmoe.adapter.checkpoint import tracker
 from megatron_smartmoe.adapter.checkpoint.digests import DigestReduction, LocalDigests
 from megatron_smartmoe.adapter.checkpoint.folders import save_directory
 from megatron_smartmoe.adapter.checkpoint.held import held_tensors
+from megatron_smartmoe.adapter.checkpoint.writer import PART, SHARDS, WithChecksums
 from megatron_smartmoe.adapter.hooks import Callback, Order
 from megatron_smartmoe.adapter.run import Run
 from megatron_smartmoe.checkpoint.checksum import checksum_of_file
@@ -49,8 +50,6 @@ from megatron_smartmoe.checkpoint.manifest import (
 from megatron_smartmoe.checkpoint.resume import newest_whole
 from megatron_smartmoe.errors import CheckpointError, SmartMoEError
 
-_PART = ".smartmoe_checksums_{rank}.json"  # what an asynchronous writer hands to its rank
-_SHARD = "__{rank}_*.distcp"  # files of one rank in torch_dist
 _SOFTWARE = ("megatron-core", "torch", "numpy")  # whose versions a manifest names
 
 
@@ -160,7 +159,7 @@ class CheckpointSaves(Callback):
             if request is None or current is None:
                 return request
             if request.async_fn is not None:
-                writer = _WithChecksums(request.async_fn, str(current.folder), dist.get_rank())
+                writer = WithChecksums(request.async_fn, str(current.folder), dist.get_rank())
                 request = request._replace(async_fn=writer)
             self._pending.append(current)
             request.finalize_fns.append(functools.partial(self._finish, current))
@@ -344,27 +343,6 @@ class CheckpointSaves(Callback):
             print(f" smartmoe: iteration {iteration:8d} | {text} |", flush=True)
 
 
-class _WithChecksums:
-    """What writes a rank's files in the background, and then computes their checksums. It may be sent to a process."""
-
-    def __init__(self, write: Callable[..., Any], folder: str, rank: int) -> None:
-        self._write, self._folder, self._rank = write, folder, rank
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        result = self._write(*args, **kwargs)
-        folder = Path(self._folder)
-        try:
-            entries = [[path.name, *checksum_of_file(path)] for path in sorted(folder.glob(_shards(self._rank)))]
-            (folder / _PART.format(rank=self._rank)).write_text(json.dumps(entries), encoding="utf-8")
-        except OSError:  # then the rank computes them itself, and finds out why it cannot
-            pass
-        return result
-
-
-def _shards(rank: int) -> str:
-    return _SHARD.format(rank=rank)
-
-
 def _own_entries(save: _Save) -> list[FileEntry]:
     """Size and checksum of the files that this rank is responsible for: in torch_dist its own, else an equal part.
 
@@ -374,13 +352,13 @@ def _own_entries(save: _Save) -> list[FileEntry]:
     if save.arguments.ckpt_format not in FORMATS:
         return []
     rank, world = dist.get_rank(), dist.get_world_size()
-    part = save.folder / _PART.format(rank=rank)
+    part = save.folder / PART.format(rank=rank)
     if part.is_file():
         found = json.loads(part.read_text(encoding="utf-8"))
         part.unlink()
         return [FileEntry(name=name, size_bytes=size, checksum=checksum) for name, size, checksum in found]
     if save.arguments.ckpt_format == "torch_dist":
-        paths = sorted(save.folder.glob(_shards(rank)))
+        paths = sorted(save.folder.glob(SHARDS.format(rank=rank)))
     else:
         paths = _files(save.folder)[rank::world]
     return [_entry(save.folder, path) for path in paths]
