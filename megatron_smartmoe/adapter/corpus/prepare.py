@@ -35,7 +35,7 @@ from megatron_smartmoe.adapter.tokenizers.huggingface import HuggingFaceTextToke
 from megatron_smartmoe.adapter.tokenizers.load import TokenizerOptions, load_tokenizer
 from megatron_smartmoe.adapter.tokenizers.sentencepiece import load_sentencepiece
 from megatron_smartmoe.adapter.tokenizers.tiktoken import TikTokenOptions
-from megatron_smartmoe.errors import ConfigError
+from megatron_smartmoe.errors import ConfigError, one_line
 
 logger = logging.getLogger(__name__)
 
@@ -131,7 +131,7 @@ def chat_template(spec: CorpusSpec, given: TextTokenizer | None) -> ChatTemplate
     try:
         template.check()
     except ChatTemplateError as error:
-        rule = f"is not a Jinja template ({error})"
+        rule = f"is not a Jinja template ({one_line(error)})"
         raise ConfigError("--chat-template", spec.chat_template, rule, "Correct it.") from error
     return template
 

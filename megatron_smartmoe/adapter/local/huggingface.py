@@ -73,18 +73,16 @@ class LocalHuggingFaceTokenizer(MegatronTokenizerTextAbstract):
 
     def tokens_to_ids(self, tokens: list[str]) -> list[int]:
         """The ids of tokens; a token that is not in the vocabulary is a KeyError."""
-        ids = [self.tokenizer.token_to_id(token) for token in tokens]
-        if None in ids:
-            raise KeyError(tokens[ids.index(None)])
-        return ids
+        vocabulary: dict[str, int] = self.tokenizer.get_vocab(with_added_tokens=True)
+        return [vocabulary[token] for token in tokens]
 
     def token_to_id(self, token: str) -> int:
         """The id of a token."""
         return self.tokens_to_ids([token])[0]
 
     def ids_to_tokens(self, ids: list[int]) -> list[str]:
-        """The tokens of ids."""
-        return [self.tokenizer.id_to_token(number) for number in ids]
+        """The tokens of ids; an id that the vocabulary leaves out is empty."""
+        return [self.tokenizer.id_to_token(number) or "" for number in ids]
 
     def text_to_ids(self, text: str) -> list[int]:
         """The ids of a text, with those that the tokenizer puts around it."""
@@ -122,7 +120,7 @@ class LocalHuggingFaceTokenizer(MegatronTokenizerTextAbstract):
     @property
     def vocab(self) -> list[str]:
         """The tokens in the order of their ids."""
-        return [self.tokenizer.id_to_token(number) for number in range(self.vocab_size)]
+        return self.ids_to_tokens(list(range(self.vocab_size)))
 
     @property
     def inv_vocab(self) -> dict[int, str]:

@@ -19,7 +19,7 @@ from tokenizers import AddedToken, Tokenizer
 from megatron_smartmoe.adapter.tokenizers.base import HUGGING_FACE, SpecialToken, TokenizerFacts
 from megatron_smartmoe.adapter.tokenizers.chat import ChatTemplate
 from megatron_smartmoe.adapter.tokenizers.detect import HUGGING_FACE_FILE
-from megatron_smartmoe.errors import ConfigError
+from megatron_smartmoe.errors import ConfigError, one_line
 
 # In transformers' order: tokens that are missing from the vocabulary get their ids in it.
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -111,7 +111,7 @@ def load_huggingface(
     try:
         tokenizer = Tokenizer.from_str(file.read_text(encoding="utf-8"))
     except Exception as error:  # the package raises nothing more specific
-        rule = f"is not a Hugging Face tokenizer ({error})"
+        rule = f"is not a Hugging Face tokenizer ({one_line(error)})"
         raise ConfigError(option, str(file), rule, "Give the tokenizer.json that is beside the model.") from error
     return _complete(tokenizer, path, config, additional, include_special_tokens, option)
 
@@ -142,7 +142,7 @@ def _from_transformers(
         loaded = auto.from_pretrained(str(path))
         backend: Tokenizer = loaded.backend_tokenizer
     except Exception as error:  # whatever reading, converting or downloading raises
-        rule = f"cannot be read by transformers ({type(error).__name__}: {error})"
+        rule = f"cannot be read by transformers ({type(error).__name__}: {one_line(error)})"
         raise ConfigError(option, str(path), rule, "Give a folder with tokenizer.json.") from error
     special = {name: str(getattr(loaded, name)) for name in _SPECIAL_NAMES if getattr(loaded, name, None) is not None}
     config = _Config(special=special, template=loaded.chat_template)

@@ -259,8 +259,8 @@ def test_tiktoken_ids_are_megatrons(ranks: Path, tmp_path: Path) -> None:
     own = load(ranks)
     ids = own.encode(f"{TEXT}</s>")
     assert own.facts.line() == (
-        f"TikTokenizer {ranks}: {len(tokens) + 1000:,} entries, bos <s> 1, eod </s> 2, pad <pad> 4; special tokens have "
-        "the ids below 1000, the file's entries follow"
+        f"TikTokenizer {ranks}: {len(tokens) + 1000:,} entries, bos <s> 1, eod </s> 2, pad <pad> 4; special tokens "
+        "have the ids below 1000, the file's entries follow"
     )
     assert min(ids[:-1]) >= 1000
     assert ids[-1] == 2
