@@ -13,8 +13,9 @@ from typing import Any
 
 from megatron.core.tokenizers.text.libraries.abstract_tokenizer import MegatronTokenizerTextAbstract
 
+from megatron_smartmoe.adapter.tokenizers.base import GPT2
 from megatron_smartmoe.adapter.tokenizers.detect import HUGGING_FACE_FILE
-from megatron_smartmoe.adapter.tokenizers.huggingface import load_huggingface
+from megatron_smartmoe.adapter.tokenizers.huggingface import HuggingFaceTextTokenizer, load_gpt2, load_huggingface
 
 
 def is_read_here(
@@ -32,11 +33,28 @@ def choose_class(megatrons: Callable[..., Any]) -> Callable[..., Any]:
         wanted = {name: options[name] for name in ("use_fast", "trust_remote_code", "vocab_file") if name in options}
         if not is_read_here(Path(tokenizer_path), **wanted):
             return megatrons(tokenizer_path, **options)
+        additional = options.get("additional_special_tokens") or ()
+        include = options.get("include_special_tokens", True)
         return LocalHuggingFaceTokenizer(
-            tokenizer_path,
-            additional_special_tokens=options.get("additional_special_tokens") or (),
-            include_special_tokens=options.get("include_special_tokens", True),
+            load_huggingface(Path(tokenizer_path), additional=additional, include_special_tokens=include),
+            additional_special_tokens=additional,
+            include_special_tokens=include,
             chat_template=options.get("chat_template"),
+        )
+
+    return build
+
+
+def choose_gpt2_class(megatrons: Callable[..., Any]) -> Callable[..., Any]:
+    """What stands in for Megatron's class of GPT2BPETokenizer and BERT's: GPT-2's two files are read here."""
+
+    def build(tokenizer_path: str, **options: Any) -> Any:
+        vocab_file, merge_file = options.get("vocab_file"), options.get("merges_file")
+        if tokenizer_path != GPT2 or vocab_file is None or merge_file is None:
+            return megatrons(tokenizer_path, **options)
+        additional = options.get("additional_special_tokens") or ()
+        return LocalHuggingFaceTokenizer(
+            load_gpt2(vocab_file, merge_file, additional), additional_special_tokens=additional
         )
 
     return build
@@ -47,15 +65,13 @@ class LocalHuggingFaceTokenizer(MegatronTokenizerTextAbstract):
 
     def __init__(
         self,
-        tokenizer_path: str,
+        text_tokenizer: HuggingFaceTextTokenizer,
         *,
         additional_special_tokens: Sequence[str] = (),
         include_special_tokens: bool = True,
         chat_template: str | None = None,
     ) -> None:
-        self.text_tokenizer = load_huggingface(
-            Path(tokenizer_path), additional=additional_special_tokens, include_special_tokens=include_special_tokens
-        )
+        self.text_tokenizer = text_tokenizer
         self.tokenizer = self.text_tokenizer.tokenizer
         self.include_special_tokens = include_special_tokens
         own = self.text_tokenizer.chat

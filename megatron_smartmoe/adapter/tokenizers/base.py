@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-SENTENCEPIECE, HUGGING_FACE, TIKTOKEN, NULL = (
+SENTENCEPIECE, HUGGING_FACE, TIKTOKEN, GPT2, NULL = (
     "SentencePieceTokenizer",
     "HuggingFaceTokenizer",
     "TikTokenizer",
+    "GPT2BPETokenizer",
     "NullTokenizer",
 )  # values of Megatron's --tokenizer-type
 

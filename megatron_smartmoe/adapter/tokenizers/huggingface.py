@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Tokenizer
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from megatron_smartmoe.adapter.tokenizers.base import HUGGING_FACE, SpecialToken, TokenizerFacts
 from megatron_smartmoe.adapter.tokenizers.chat import ChatTemplate
@@ -23,6 +23,7 @@ from megatron_smartmoe.errors import ConfigError, one_line
 
 # In transformers' order: tokens that are missing from the vocabulary get their ids in it.
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_GPT2_EOD = "<|endoftext|>"
 # Where no file says which token ends a text: one of these, if just one of them is a special token.
 _USUAL_EOD = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]")
 
@@ -114,6 +115,37 @@ def load_huggingface(
         rule = f"is not a Hugging Face tokenizer ({one_line(error)})"
         raise ConfigError(option, str(file), rule, "Give the tokenizer.json that is beside the model.") from error
     return _complete(tokenizer, path, config, additional, include_special_tokens, option)
+
+
+def load_gpt2(vocab_file: str, merge_file: str, additional: Sequence[str] = ()) -> HuggingFaceTextTokenizer:
+    """GPT-2's tokenizer from its two files, as Megatron's tools have prepared data with it for years.
+
+    Args:
+        vocab_file: vocab.json (Megatron's --vocab-file).
+        merge_file: merges.txt (Megatron's --merge-file).
+        additional: special tokens to add.
+
+    Raises:
+        ConfigError: a file cannot be read, or the vocabulary lacks `<|endoftext|>`.
+    """
+    for option, name in (("--vocab-file", vocab_file), ("--merge-file", merge_file)):
+        if not Path(name).is_file():
+            raise ConfigError(
+                option, name, "is not a file", f"Pass the {option.split('-')[2]} file of GPT-2's tokenizer."
+            )
+    try:
+        tokenizer = Tokenizer(models.BPE.from_file(vocab_file, merge_file))
+    except Exception as error:  # the package raises nothing more specific
+        rule = f"is not the vocabulary of a BPE tokenizer, with {merge_file} ({one_line(error)})"
+        raise ConfigError("--vocab-file", vocab_file, rule, "Pass GPT-2's vocab.json and merges.txt.") from error
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    if tokenizer.token_to_id(_GPT2_EOD) is None:
+        rule = f"has no {_GPT2_EOD}, with which GPT-2's tokenizer ends documents"
+        raise ConfigError("--vocab-file", vocab_file, rule, "Pass GPT-2's vocab.json.")
+    special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), _GPT2_EOD)
+    tokenizer.add_special_tokens([AddedToken(_GPT2_EOD, special=True, normalized=False)])
+    return _complete(tokenizer, Path(vocab_file), _Config(special=special), additional, True, "--vocab-file")
 
 
 def transformers_is_installed() -> bool:

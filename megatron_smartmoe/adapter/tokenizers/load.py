@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from megatron_smartmoe.adapter.tokenizers.base import (
+    GPT2,
     HUGGING_FACE,
     NULL,
     SENTENCEPIECE,
@@ -17,6 +18,7 @@ from megatron_smartmoe.adapter.tokenizers.base import (
 )
 from megatron_smartmoe.adapter.tokenizers.detect import HUGGING_FACE_FILE, detect
 from megatron_smartmoe.adapter.tokenizers.huggingface import (
+    load_gpt2,
     load_huggingface,
     needs_transformers,
     transformers_is_installed,
@@ -25,6 +27,7 @@ from megatron_smartmoe.adapter.tokenizers.sentencepiece import load_sentencepiec
 from megatron_smartmoe.adapter.tokenizers.tiktoken import TikTokenOptions, load_tiktoken, tiktoken_facts
 from megatron_smartmoe.errors import ConfigError
 
+_BERT_KINDS = ("BertWordPieceLowerCase", "BertWordPieceCase")
 _SENTENCEPIECE_KINDS = (SENTENCEPIECE, "GPTSentencePieceTokenizer", "Llama2Tokenizer")
 
 
@@ -73,6 +76,8 @@ def facts_of(args: Namespace) -> TokenizerFacts | None:
     kind, model = args.tokenizer_type, args.tokenizer_model
     if kind == NULL:
         return _null_facts(args)
+    if kind in (GPT2, *_BERT_KINDS):
+        return _gpt2_facts(args)
     if kind not in (*_SENTENCEPIECE_KINDS, HUGGING_FACE, TIKTOKEN) or args.metadata_path is not None:
         return None
     if model is None:
@@ -117,6 +122,21 @@ def _huggingface_facts(args: Namespace, path: Path) -> TokenizerFacts | None:
         return None
     _kind_and_place(path, HUGGING_FACE)
     return load_huggingface(path, additional=args.special_tokens or ()).facts
+
+
+def _gpt2_facts(args: Namespace) -> TokenizerFacts | None:
+    """GPT-2's two files are read here; without them Megatron downloads the files and lets transformers read them."""
+    if args.tokenizer_type == GPT2 and args.vocab_file is not None and args.merge_file is not None:
+        facts = load_gpt2(args.vocab_file, args.merge_file, args.special_tokens or ()).facts
+        return replace(facts, kind=GPT2)
+    if not transformers_is_installed():
+        rule = "needs the package transformers, which is not installed"
+        way_out = "Install it: pip install transformers (the extra megatron-smartmoe[transformers])."
+        if args.tokenizer_type == GPT2:
+            rule = f"needs --vocab-file and --merge-file, or {rule.removeprefix('needs ')}"
+            way_out = f"Pass --vocab-file vocab.json --merge-file merges.txt, or {way_out[0].lower()}{way_out[1:]}"
+        raise ConfigError("--tokenizer-type", args.tokenizer_type, rule, way_out)
+    return None
 
 
 def _null_facts(args: Namespace) -> TokenizerFacts:

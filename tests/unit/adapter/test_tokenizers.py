@@ -222,6 +222,49 @@ def test_ids_are_those_of_transformers(tmp_path: Path) -> None:
             assert ours.chat.render(chat) == theirs.apply_chat_template(chat, tokenize=False)
 
 
+def test_gpt2s_two_files_are_enough(tmp_path: Path) -> None:
+    byte_level_bpe().model.save(str(tmp_path))
+    args = flags(
+        tokenizer_type="GPT2BPETokenizer", vocab_file=tmp_path / "vocab.json", merge_file=tmp_path / "merges.txt"
+    )
+    built, facts = megatrons(args), facts_of(args)
+    assert facts is not None
+    assert built.tokenize(f"{TEXT}<|endoftext|>") == [*byte_level_bpe().encode(TEXT).ids, 0]
+    assert built.detokenize(built.tokenize(TEXT)) == TEXT
+    assert (built.vocab_size, built.eod, facts.eod and facts.eod.id) == (facts.vocab_size, 0, 0)
+    assert facts.line().startswith(f"GPT2BPETokenizer {tmp_path}/vocab.json: 400 entries, bos <|endoftext|> 0")
+    (tmp_path / "merges.txt").write_text("a b c d")
+    with pytest.raises(ConfigError, match=r"is not the vocabulary of a BPE tokenizer, with .*merges.txt"):
+        facts_of(args)
+
+
+def test_gpt2_and_bert_by_name_need_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megatron_smartmoe.adapter.tokenizers.load.transformers_is_installed", lambda: False)
+    with pytest.raises(ConfigError) as caught:
+        facts_of(flags(tokenizer_type="GPT2BPETokenizer"))
+    assert str(caught.value) == (
+        "--tokenizer-type = 'GPT2BPETokenizer': needs --vocab-file and --merge-file, or the package transformers, which "
+        "is not installed. Pass --vocab-file vocab.json --merge-file merges.txt, or install it: pip install transformers "
+        "(the extra megatron-smartmoe[transformers])."
+    )
+    with pytest.raises(
+        ConfigError, match="'BertWordPieceCase': needs the package transformers, which is not installed"
+    ):
+        facts_of(flags(tokenizer_type="BertWordPieceCase"))
+
+
+def test_transformers_reads_what_has_no_tokenizer_json(tmp_path: Path) -> None:
+    """Prepared as Megatron's own class tokenizes."""
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    byte_level_bpe().model.save(str(tmp_path))
+    config = {"tokenizer_class": "GPT2Tokenizer", "eos_token": "<|endoftext|>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    built, own = megatrons(flags(tokenizer_model=tmp_path)), load(tmp_path)
+    assert own.facts.eod is not None
+    assert (built.vocab_size, built.eod) == (own.facts.vocab_size, own.facts.eod.id)
+    assert all(built.tokenize(text) == own.encode(text) for text in texts(20))
+
+
 def test_others_need_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface, "transformers_is_installed", lambda: False)
     monkeypatch.setattr("megatron_smartmoe.adapter.tokenizers.load.transformers_is_installed", lambda: False)
