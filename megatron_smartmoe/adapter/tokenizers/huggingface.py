@@ -70,7 +70,8 @@ class HuggingFaceTextTokenizer:
 
     def encode(self, text: str, *, is_chat: bool = False) -> list[int]:
         """Ids of one document; special tokens in the text count as themselves, as everywhere in Hugging Face."""
-        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
+        (encoded,) = self.tokenizer.encode_batch_fast([text], add_special_tokens=False)  # without characters' places
+        ids: list[int] = encoded.ids
         return ids if is_chat else [*self.before, *ids, *self.after]
 
     def decode(self, ids: Sequence[int]) -> str:

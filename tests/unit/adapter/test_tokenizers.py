@@ -243,9 +243,9 @@ def test_gpt2_and_bert_by_name_need_transformers(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(ConfigError) as caught:
         facts_of(flags(tokenizer_type="GPT2BPETokenizer"))
     assert str(caught.value) == (
-        "--tokenizer-type = 'GPT2BPETokenizer': needs --vocab-file and --merge-file, or the package transformers, which "
-        "is not installed. Pass --vocab-file vocab.json --merge-file merges.txt, or install it: pip install transformers "
-        "(the extra megatron-smartmoe[transformers])."
+        "--tokenizer-type = 'GPT2BPETokenizer': needs --vocab-file and --merge-file, or the package transformers, "
+        "which is not installed. Pass --vocab-file vocab.json --merge-file merges.txt, or install it: pip install "
+        "transformers (the extra megatron-smartmoe[transformers])."
     )
     with pytest.raises(
         ConfigError, match="'BertWordPieceCase': needs the package transformers, which is not installed"
