@@ -47,6 +47,19 @@ class TokenizerOptions:
     include_special_tokens: bool = True
     tiktoken: TikTokenOptions = field(default_factory=TikTokenOptions)
 
+    def refuse_unused(self, kind: str) -> None:
+        """Raise ConfigError for a flag that a tokenizer of this kind has no use for."""
+        pattern, num_special = self.tiktoken.pattern, self.tiktoken.num_special
+        uses = (
+            ("--tokenizer-special-tokens", " ".join(self.special_tokens), "", (HUGGING_FACE, TIKTOKEN)),
+            ("--tokenizer-hf-no-include-special-tokens", not self.include_special_tokens, False, (HUGGING_FACE,)),
+            ("--tiktoken-pattern", pattern, None, (TIKTOKEN,)),
+            ("--tiktoken-num-special-tokens", num_special, TikTokenOptions.num_special, (TIKTOKEN,)),
+        )
+        for flag, value, default, kinds in uses:
+            if value != default and kind not in kinds:
+                raise ConfigError(flag, value, f"has no effect on a {kind}", "Remove it.")
+
 
 def load_tokenizer(path: Path, options: TokenizerOptions) -> TextTokenizer:
     """Load a tokenizer.
@@ -55,6 +68,7 @@ def load_tokenizer(path: Path, options: TokenizerOptions) -> TextTokenizer:
         ConfigError: it is not there, cannot be read, is of another kind than the options say, or needs a package.
     """
     kind, place = _kind_and_place(path, options.kind)
+    options.refuse_unused(kind)
     if kind == HUGGING_FACE:
         return load_huggingface(
             place, additional=options.special_tokens, include_special_tokens=options.include_special_tokens

@@ -246,6 +246,11 @@ def test_wrong_templates(tmp_path: Path, template: str, message: str) -> None:
     assert message in str(caught.value)
 
 
+def test_a_template_that_nothing_uses_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"has no effect: no record holds chat messages under text. Give their key"):
+        prepare(spec_for(tmp_path / "x", write_jsonl(tmp_path / "a.jsonl", DOCUMENTS), chat_template="{{ messages }}"))
+
+
 def test_a_file_is_read_once_by_whatever_names(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = tmp_path / "in"
     (folder / "deep").mkdir(parents=True)

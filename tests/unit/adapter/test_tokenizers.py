@@ -397,6 +397,24 @@ def test_another_type_than_asked_for(model: Path) -> None:
 # --- in data preparation
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"special_tokens": ("<x>",)}, "--tokenizer-special-tokens = '<x>': has no effect on a SentencePieceTokenizer"),
+        (
+            {"include_special_tokens": False},
+            "--tokenizer-hf-no-include-special-tokens = True: has no effect on a Sente",
+        ),
+        ({"tiktoken_pattern": "v1"}, "--tiktoken-pattern = 'v1': has no effect on a SentencePieceTokenizer"),
+        ({"tokenizer_type": "TikTokenizer"}, "--tokenizer-type = 'TikTokenizer': is not trained here"),
+    ],
+)
+def test_flags_without_effect_are_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        prepare(spec_for(tmp_path / "x", write_jsonl(tmp_path / "a.jsonl", texts(3)), **changes))
+    assert str(caught.value).startswith(message)
+
+
 def test_prepared_data_know_their_tokenizer(model: Path, tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "in.jsonl", texts(60))
     options: dict[str, Any] = {"vocab_size": None, "special_tokens": ("<extra>",), "include_special_tokens": False}
