@@ -122,6 +122,19 @@ def test_metadata_of_earlier_commits_lack_the_sizes(prepared: PreparedCorpus, tm
     assert PreparedCorpus.load(prefix).bin_bytes is None
 
 
+def test_damaged_metadata_are_named(prepared: PreparedCorpus, tmp_path: Path) -> None:
+    prefix = copied(prepared, tmp_path, ".bin", ".idx", ".json")
+    meta = json.loads(Path(f"{prefix}.json").read_text())
+    del meta["vocab_size"]
+    Path(f"{prefix}.json").write_text(json.dumps({**meta, "bin_bytes": "many", "bad_lines": 3}))
+    with pytest.raises(ConfigError) as caught:
+        check_data(args(data_path=[prefix]))
+    assert str(caught.value) == (
+        f"--data-path = '{prefix}.json': is damaged: vocab_size, bad_lines, bin_bytes missing or of a wrong type. "
+        "Restore the file, or prepare the corpus with --force."
+    )
+
+
 def test_of_a_large_dataset_a_sample_is_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     documents = [list(range(10)) for _ in range(1000)]
     documents[999][9] = 500  # the last token is in the sample
