@@ -24,7 +24,7 @@ from megatron_smartmoe.adapter.tokenizers.huggingface import (
     transformers_is_installed,
 )
 from megatron_smartmoe.adapter.tokenizers.sentencepiece import load_sentencepiece
-from megatron_smartmoe.adapter.tokenizers.tiktoken import TikTokenOptions, load_tiktoken, tiktoken_facts
+from megatron_smartmoe.adapter.tokenizers.tiktoken import TikTokenOptions, load_tiktoken, read_ranks, tiktoken_facts
 from megatron_smartmoe.errors import ConfigError
 
 _BERT_KINDS = ("BertWordPieceLowerCase", "BertWordPieceCase")
@@ -172,6 +172,17 @@ def _kind_and_place(path: Path, asked: str | None) -> tuple[str, Path]:
     if asked == HUGGING_FACE and path.is_dir() and not (path / HUGGING_FACE_FILE).is_file():
         return HUGGING_FACE, path  # transformers reads more kinds of folders
     if asked is not None and kind != asked:
+        _check_is_tokenizer(kind, place)
         rule = f"is a tokenizer of --tokenizer-type {kind}, not of {asked}"
         raise ConfigError("--tokenizer-model", str(path), rule, f"Pass --tokenizer-type {kind}.")
     return kind, place
+
+
+def _check_is_tokenizer(kind: str, place: Path) -> None:
+    """Raise ConfigError when a path that looks like a kind of tokenizer is none: then no other flag helps."""
+    if kind == SENTENCEPIECE:
+        load_sentencepiece(place.read_bytes(), place)
+    elif kind == TIKTOKEN:
+        read_ranks(place)
+    elif place.exists():
+        load_huggingface(place)

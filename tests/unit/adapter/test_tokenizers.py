@@ -394,6 +394,14 @@ def test_another_type_than_asked_for(model: Path) -> None:
         facts_of(flags(tokenizer_type="SentencePieceTokenizer", tokenizer_model=model / "tokenizer.json"))
 
 
+def test_a_file_that_is_no_tokenizer(tmp_path: Path) -> None:
+    for text, message in (("name: tiny\n", "is not a sentencepiece model"), ("{}", "is not a Hugging Face tokenizer")):
+        (tmp_path / "tiny.yaml").write_text(text)
+        for kind in ("SentencePieceTokenizer", "HuggingFaceTokenizer", "TikTokenizer"):
+            with pytest.raises(ConfigError, match=f"tiny.yaml': {message}"):
+                facts_of(flags(tokenizer_type=kind, tokenizer_model=tmp_path / "tiny.yaml"))
+
+
 # --- in data preparation
 
 
