@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
 
 from megatron_smartmoe.adapter.flags.smartmoe_arguments import RESUME
@@ -79,27 +80,36 @@ def chosen_checkpoint(args: argparse.Namespace) -> Resume:
     return choose_resume(Path(args.load), args.ckpt_step or None)
 
 
-def take_up_whole_checkpoint(args: argparse.Namespace, *, is_rank_0: bool) -> None:
-    """In a rank, with --smartmoe-resume newest-whole: have Megatron load what is chosen, as --ckpt-step would.
+def take_up_whole_checkpoint(
+    args: argparse.Namespace, damaged: Mapping[int, str] | None = None
+) -> tuple[Path | None, str | None]:
+    """With --smartmoe-resume newest-whole: have Megatron load what is chosen, as --ckpt-step would. On one rank.
 
     Megatron reads the tracker first even then, and ends on one that is no number; such a one is written anew.
+
+    Args:
+        args: of the run; `ckpt_step` is set where the tracker names another iteration.
+        damaged: what was already found to be wrong with iterations, by the ranks that have read them.
+
+    Returns:
+        The folder to load, and what is done instead of what the tracker says; None for nothing.
 
     Raises:
         ConfigError: nothing whole is there.
     """
-    if args.load is None or args.smartmoe_resume != "newest-whole":
-        return
-    choice = chosen_checkpoint(args)
-    if _whole_folder(args, choice) is None or choice.iteration is None:
-        return
+    directory = Path(args.load)
+    choice = choose_resume(directory, args.ckpt_step or None, damaged=damaged)
+    folder = _whole_folder(args, choice)
+    if folder is None or choice.iteration is None:
+        return folder, choice.line()
     try:
-        tracked = read_tracker(Path(args.load))
+        tracked = read_tracker(directory)
     except CheckpointError:
         tracked = None
-        if is_rank_0:
-            write_tracker(Path(args.load), choice.iteration)
+        write_tracker(directory, choice.iteration)
     if tracked != choice.iteration:
         args.ckpt_step = choice.iteration
+    return folder, choice.line()
 
 
 def _whole_folder(args: argparse.Namespace, choice: Resume) -> Path | None:
