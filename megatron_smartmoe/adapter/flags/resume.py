@@ -31,6 +31,8 @@ def check_files(args: argparse.Namespace) -> tuple[str, ...]:
     """
     if args.load is None or args.smartmoe_checkpoint_check == "off":
         return ()
+    if "://" in args.load:
+        return (f"the checkpoint in {args.load} is not checked: it is in no directory of this host",)
     directory = Path(args.load)
     if args.smartmoe_resume == "newest-whole":
         choice = chosen_checkpoint(args)
