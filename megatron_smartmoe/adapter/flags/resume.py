@@ -56,7 +56,7 @@ def checkpoint_to_load(args: argparse.Namespace) -> Path | None:
     Raises:
         ConfigError: the tracker or --ckpt-step names no iteration, or one that is not there, or nothing whole is there.
     """
-    if args.load is None:
+    if args.load is None or "://" in args.load:
         return None
     if args.smartmoe_resume == "newest-whole":
         return _whole_folder(args, chosen_checkpoint(args))
