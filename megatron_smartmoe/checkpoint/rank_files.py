@@ -105,6 +105,7 @@ class _Layout:
         expert_tensor_ranks = self._args.get("expert_tensor_parallel_size") or self._tensor_ranks
         self._first_layers = _first_layers(files)
         self._placement = _placement(self._args)
+        self._is_gated = any(self._args.get(name) for name in ("swiglu", "quick_geglu"))
         if self._args.get("num_experts") and expert_tensor_ranks != self._tensor_ranks:
             what = "cannot be read by parameter"
             reason = f"its experts are cut by {expert_tensor_ranks} and its other layers by {self._tensor_ranks}"
@@ -116,6 +117,8 @@ class _Layout:
         match = _LAYER_NUMBER.match(name)
         if match is not None:
             name = f"{name[: match.start(1)]}{int(match[1]) + first_layer}{name[match.end(1) :]}"
+        if name == "output_layer.weight" and not self._args.get("untie_embeddings_and_output_weights", True):
+            name = "embedding.word_embeddings.weight"  # the last stage has a copy
         name, local = _without_expert(canonical(name))
         slots = _SLOTS.search(name) if local is None and len(tensor.shape) == 3 else None
         if slots is not None:
@@ -144,7 +147,7 @@ class _Layout:
         if is_copy or _is_there(self._contents, key, tensor, file.tensor_rank):
             return
         parts = self._tensor_ranks if is_cut else 1
-        halves = 2 if axis == 0 and parts > 1 and ".linear_fc1." in key.name and self._args.get("swiglu") else 1
+        halves = 2 if axis == 0 and parts > 1 and ".linear_fc1." in key.name and self._is_gated else 1
         for half in range(halves):
             self._contents.parameters.setdefault(key, []).append(
                 _part(tensor, axis or 0, file.tensor_rank if is_cut else 0, parts, half, halves)
@@ -206,18 +209,17 @@ def _state_of_one(
     parameters: Sequence[tuple[int, str, StoredTensor]], optimizer: Any, experts_apart: bool
 ) -> list[_State] | None:
     groups, states = (_inner(optimizer).get(name) for name in ("param_groups", "state"))
-    main = optimizer.get("fp32_from_fp16_params") if isinstance(optimizer, Mapping) else None
     if not isinstance(groups, list) or not isinstance(states, Mapping):
         return None
+    mains = optimizer.get("fp32_from_fp16_params", [])
     found: list[_State] = []
     for number, group in enumerate(groups):
         members = [entry for entry in parameters if _is_member(entry[1], entry[2], group, experts_apart)]
-        if len(members) != len(group.get("params", ())):
+        main = mains[number] if number < len(mains) else [None] * len(members)  # none where weights are float32
+        if not len(members) == len(group.get("params", ())) == len(main):
             return None
         for place, (index, (chunk, name, weight)) in enumerate(zip(group["params"], members, strict=True)):
-            tensors = dict(states.get(index, {}))
-            if isinstance(main, list):
-                tensors[MAIN_WEIGHT] = main[number][place]
+            tensors = {MAIN_WEIGHT: main[place], **states.get(index, {})}
             for kind in (MAIN_WEIGHT, EXP_AVG, EXP_AVG_SQ):
                 tensor = tensors.get(kind)
                 if isinstance(tensor, StoredTensor):
