@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from math import gcd
 from pathlib import Path
 
+from megatron_smartmoe.adapter.flags.checkpoint_options import check_checkpoint_options
 from megatron_smartmoe.adapter.flags.parser import attribute, has_transformer_engine
 from megatron_smartmoe.adapter.flags.smartmoe_checks import check_smartmoe
 from megatron_smartmoe.adapter.repairs.bucket_padding import check_bucket_padding
@@ -40,6 +41,7 @@ def check(args: argparse.Namespace, *, world_size: int, cpu: bool, data_exists: 
         _check_model(args)
     _check_parallelism(args, world_size)
     _check_batch(args, world_size)
+    check_checkpoint_options(args)
     check_smartmoe(args, cpu=cpu)
     check_bucket_padding(args)
     if data_exists:
