@@ -288,6 +288,7 @@ def prepare_megatron(*, cpu: bool) -> None:
     import megatron.training.training as training
 
     use_torch_adam()
+    complete_tokenizers()
     _repair_optimizer_checkpoints(training)
     _skip_compiled_helpers()
     if cpu:  # Megatron has this switch (`initialize_megatron`), and `pretrain` does not pass it on
@@ -336,6 +337,18 @@ def use_torch_adam() -> None:
     if optimizer.USING_PYTORCH_OPTIMIZER:
         replace_names(optimizer, {"Adam": TorchAdam, "USING_PYTORCH_OPTIMIZER": False})
         replace_names(distrib_optimizer, {"Adam": TorchAdam, "HAVE_APEX_OR_TE": True, "USING_APEX_OPTIMIZER": True})
+
+
+def complete_tokenizers() -> None:
+    """Let Megatron's HuggingFaceTokenizer work without transformers, and its TikTokenizer read `.tiktoken` files."""
+    import megatron.core.tokenizers.text.libraries as libraries
+    import megatron.core.tokenizers.text.libraries.tiktoken_tokenizer as tiktoken_tokenizer
+
+    from megatron_smartmoe.adapter.local import huggingface, tiktoken
+
+    rebind(libraries, "HuggingFaceTokenizer", huggingface.choose_class)
+    replace_names(libraries, {"TikTokenTokenizer": tiktoken.CompleteTikTokenizer})
+    rebind(tiktoken_tokenizer, "reload_mergeable_ranks", tiktoken.around_reload)
 
 
 def use_torch_prediction_blocks() -> None:

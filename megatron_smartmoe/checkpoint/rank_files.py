@@ -143,7 +143,7 @@ class _Layout:
 
 
 def _part(tensor: StoredTensor, axis: int, rank: int, parts: int, half: int, halves: int) -> Part:
-    """A rank's part of a parameter; of a gated layer its gate rows or its linear rows, each of which is cut by itself."""
+    """A rank's part of a parameter; of a gated layer its gate or its linear rows, each of which is cut by itself."""
     shape, offsets, sizes = list(tensor.shape), [0] * len(tensor.shape), list(tensor.shape)
     if shape:
         sizes[axis] //= halves

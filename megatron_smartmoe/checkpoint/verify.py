@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_smartmoe.checkpoint.compare import digests_of
-from megatron_smartmoe.checkpoint.contents import Contents, ParameterKey, as_numbers, by_parameter
+from megatron_smartmoe.checkpoint.contents import WORDS, Contents, ParameterKey, as_numbers, by_parameter
 from megatron_smartmoe.checkpoint.digest import EXP_AVG, EXP_AVG_SQ, MAIN_WEIGHT, WEIGHT
 from megatron_smartmoe.checkpoint.inspection import Inspection, inspect
 from megatron_smartmoe.checkpoint.manifest import Manifest
@@ -249,9 +249,7 @@ def _round(numbers: NDArray[np.float32], dtype: str) -> NDArray[Any]:
 
 def _wrong_main_weights(contents: Contents, key: ParameterKey, differing: int, tails: dict[str, int]) -> Finding:
     what = f"does not round to the weights: {differing:,} of {_size(contents, key):,} elements differ"
-    ends = [
-        f"{kind.replace('_', ' ')} {tails[kind]:,}" for kind in (MAIN_WEIGHT, EXP_AVG, EXP_AVG_SQ) if tails.get(kind)
-    ]
+    ends = [f"{WORDS[kind]}s {tails[kind]:,}" for kind in (MAIN_WEIGHT, EXP_AVG, EXP_AVG_SQ) if tails.get(kind)]
     if ends and not tails[WEIGHT]:
         what += f", and ends in zeros ({', '.join(ends)})"
     return Finding(subject=str(key), what=what, kind="main_weights")

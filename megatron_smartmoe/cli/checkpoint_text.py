@@ -97,9 +97,7 @@ def contents(found: Contents, manifest: Manifest | None, *, all_arguments: bool)
         lines.append(_line("buffers", what))
     arguments = _arguments(found)
     if all_arguments:
-        lines += [
-            _line("argument" if not i else "", f"{k} = {v}") for i, (k, v) in enumerate(sorted(arguments.items()))
-        ]
+        lines += [_line("argument", f"{name} = {value}") for name, value in sorted(arguments.items())]
     else:
         for name, wanted in (("model", _MODEL), ("layout", _LAYOUT), ("training", _TRAINING)):
             shown = [f"{key} {arguments[key]}" for key in wanted if arguments.get(key) not in (None, False)]
