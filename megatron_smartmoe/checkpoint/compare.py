@@ -165,10 +165,11 @@ def _difference(first: Contents, second: Contents, key: ParameterKey) -> Differe
 
 def _only(one: Contents, other: Contents) -> tuple[ParameterKey, ...]:
     """Parameters that the other one lacks, and has not in buffers, or as weights that are main weights too."""
-    return tuple(sorted((key for key in one.parameters if not _has(other, key)), key=_order))
+    return tuple(sorted((key for key in one.parameters if not has(other, key)), key=_order))
 
 
-def _has(contents: Contents, key: ParameterKey) -> bool:
+def has(contents: Contents, key: ParameterKey) -> bool:
+    """Whether a checkpoint has a parameter: also as weights that are main weights, or in buffers."""
     if key in contents.parameters:
         return True
     if key.kind == MAIN_WEIGHT:

@@ -3,8 +3,9 @@
 A file `mp_rank_<tensor>[_<pipeline>][_<expert>]/model_optim_rng.pt` holds a rank's parameters under its own numbers of
 layers and experts. Here they get the model's: layers are counted through the stages, experts through the ranks (or as
 the placement in the arguments says), and what tensor parallelism cuts is put together by the axis that Megatron cuts
-each kind of layer along. Optimizer state is a list in the order of the rank's optimizer, which only the run knows: it
-is counted, not named.
+each kind of layer along. Optimizer state is numbered: each group of the optimizer has the parameters with or without
+weight decay, of experts or not, in the order of the model. Where that does not give every number a parameter of its
+shape, as for the distributed optimizer's buffers, the state is counted and not named.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_smartmoe.checkpoint.contents import Contents, ParameterKey, Part, arguments_in, iteration_in
-from megatron_smartmoe.checkpoint.digest import WEIGHT, Piece
+from megatron_smartmoe.checkpoint.digest import EXP_AVG, EXP_AVG_SQ, MAIN_WEIGHT, WEIGHT, Piece
+from megatron_smartmoe.checkpoint.names import canonical
 from megatron_smartmoe.checkpoint.torch_save import StoredTensor, read_saved
 from megatron_smartmoe.errors import CheckpointError, PlanError
 from megatron_smartmoe.spec.placement import Placement
@@ -27,7 +29,7 @@ _FOLDER = re.compile(r"mp_rank_(\d+)(?:_(\d+))?(?:_(\d+))?")
 _LAYER_NUMBER = re.compile(r"^(?:decoder|encoder)\.layers\.(\d+)\.")
 _EXPERT_MODULE = re.compile(r"\.experts\.local_experts\.(\d+)\.")
 _EXPERT_WEIGHT = re.compile(r"(\.experts\.linear_fc[12]\.(?:weight|bias))(\d+)$")
-_SLOTS = re.compile(r"\.experts\.linear_fc[12]\.weight$")
+_SLOTS = re.compile(r"\.experts\.(?:weight|linear_fc)([12])(?:\.weight)?$")  # [slots, rows, columns]
 # The axis that tensor parallelism cuts, by the end of a parameter's name; all others are whole on every rank.
 _CUT_AXIS = {
     "linear_qkv.weight": 0,
@@ -80,9 +82,13 @@ def read_rank_files(folder: Path) -> Contents:
     for file in files:
         for number, chunk in enumerate(file.chunks()):
             for name, tensor in chunk.items():
-                layout.add(file, number, name, tensor)
-        for where, tensor in _tensors(file.content.get("optimizer"), "optimizer"):
-            contents.buffers[f"{file.path.parent.name}, {where}"] = tensor.num_elements
+                layout.add(file, number, name, tensor, WEIGHT)
+        state = optimizer_state(file.chunks(), file.content.get("optimizer"))
+        for entry in state or ():
+            layout.add(file, entry.chunk, entry.name, entry.tensor, entry.kind)
+        if state is None:
+            for where, tensor in _tensors(file.content.get("optimizer"), "optimizer"):
+                contents.buffers[f"{file.path.parent.name}, {where}"] = tensor.num_elements
     for path in sorted(folder.glob(f"mp_rank_*/{OPTIMIZER_FILE}")):
         for where, tensor in _tensors(read_saved(path, str(path)), OPTIMIZER_FILE):
             contents.buffers[f"{path.parent.name}, {where}"] = tensor.num_elements
@@ -104,22 +110,25 @@ class _Layout:
             reason = f"its experts are cut by {expert_tensor_ranks} and its other layers by {self._tensor_ranks}"
             raise CheckpointError(str(contents.folder), what, reason)
 
-    def add(self, file: _RankFile, chunk: int, name: str, tensor: StoredTensor) -> None:
+    def add(self, file: _RankFile, chunk: int, name: str, tensor: StoredTensor, kind: str) -> None:
         """Add a rank's tensor, under the model's name."""
         first_layer = self._first_layers[chunk, file.stage]
         match = _LAYER_NUMBER.match(name)
         if match is not None:
             name = f"{name[: match.start(1)]}{int(match[1]) + first_layer}{name[match.end(1) :]}"
-        name, local = _without_expert(name)
-        if local is None and _SLOTS.search(name) and len(tensor.shape) == 3:
+        name, local = _without_expert(canonical(name))
+        slots = _SLOTS.search(name) if local is None and len(tensor.shape) == 3 else None
+        if slots is not None:
             layer = int(match[1]) + first_layer if match is not None else 0
+            name = f"{name[: slots.start()]}.experts.linear_fc{slots[1]}.weight"
             for slot in range(tensor.shape[0]):
-                self._add(file, name, self._expert(file, layer, slot, tensor.shape[0]), tensor.at((slot,)))
+                expert = self._expert(file, layer, slot, tensor.shape[0])
+                self._add(file, ParameterKey(name, expert, kind), tensor.at((slot,)))
         elif local is None:
-            self._add(file, name, None, tensor)
+            self._add(file, ParameterKey(name, None, kind), tensor)
         else:
             num_local = int(self._args.get("num_experts") or 0) // self._expert_ranks
-            self._add(file, name, file.expert_rank * num_local + local, tensor)
+            self._add(file, ParameterKey(name, file.expert_rank * num_local + local, kind), tensor)
 
     def _expert(self, file: _RankFile, layer: int, slot: int, num_slots: int) -> int:
         """The logical expert in a home slot."""
@@ -128,18 +137,26 @@ class _Layout:
         moe_layer = _moe_layers(self._args).index(layer)
         return int(self._placement.slots_LRS[moe_layer, file.expert_rank, slot])
 
-    def _add(self, file: _RankFile, name: str, expert: int | None, tensor: StoredTensor) -> None:
-        axis = next((axis for end, axis in _CUT_AXIS.items() if name.endswith(end)), None)
+    def _add(self, file: _RankFile, key: ParameterKey, tensor: StoredTensor) -> None:
+        axis = next((axis for end, axis in _CUT_AXIS.items() if key.name.endswith(end)), None)
         is_cut = axis is not None and self._tensor_ranks > 1
-        is_copy = (expert is None and file.expert_rank > 0) or (not is_cut and file.tensor_rank > 0)
-        if is_copy:
+        is_copy = (key.expert is None and file.expert_rank > 0) or (not is_cut and file.tensor_rank > 0)
+        if is_copy or _is_there(self._contents, key, tensor, file.tensor_rank):
             return
-        key, parts = ParameterKey(name, expert, WEIGHT), self._tensor_ranks if is_cut else 1
-        halves = 2 if axis == 0 and parts > 1 and ".linear_fc1." in name and self._args.get("swiglu") else 1
+        parts = self._tensor_ranks if is_cut else 1
+        halves = 2 if axis == 0 and parts > 1 and ".linear_fc1." in key.name and self._args.get("swiglu") else 1
         for half in range(halves):
             self._contents.parameters.setdefault(key, []).append(
                 _part(tensor, axis or 0, file.tensor_rank if is_cut else 0, parts, half, halves)
             )
+
+
+def _is_there(contents: Contents, key: ParameterKey, tensor: StoredTensor, tensor_rank: int) -> bool:
+    """Whether another stage has the same part, as of embeddings that first and last stage share."""
+    return any(
+        part.tensor.path != tensor.path and part.tensor.path.parent.name.startswith(f"mp_rank_{tensor_rank:02d}")
+        for part in contents.parameters.get(key, ())
+    )
 
 
 def _part(tensor: StoredTensor, axis: int, rank: int, parts: int, half: int, halves: int) -> Part:
@@ -152,6 +169,69 @@ def _part(tensor: StoredTensor, axis: int, rank: int, parts: int, half: int, hal
     if halves > 1:
         tensor = tensor.rows(half * sizes[0], sizes[0])
     return Part(piece=Piece(shape=tuple(shape), offsets=tuple(offsets), sizes=tuple(sizes)), tensor=tensor)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _State:
+    """A tensor of the optimizer, and the parameter that it belongs to, by the rank's names."""
+
+    chunk: int
+    name: str
+    kind: str
+    tensor: StoredTensor
+
+
+def optimizer_state(chunks: Sequence[Mapping[str, StoredTensor]], optimizer: Any) -> list[_State] | None:
+    """Main weights and moments with the names of their parameters; None where they cannot be told."""
+    parameters = [(number, name, chunk[name]) for number, chunk in enumerate(chunks) for name in chunk]
+    optimizers = optimizer if isinstance(optimizer, list) else [optimizer]
+    groups = [group for one in optimizers for group in _inner(one).get("param_groups", ())]
+    experts_apart = any(group.get("is_expert_parallel") for group in groups)  # not at EP 1
+    found: list[_State] = []
+    for one in optimizers:
+        named = _state_of_one(parameters, one, experts_apart)
+        if named is None:
+            return None
+        found += named
+    return found
+
+
+def _inner(optimizer: Any) -> Mapping[str, Any]:
+    """The state of torch's optimizer in that of Megatron's."""
+    content = optimizer.get("optimizer", optimizer) if isinstance(optimizer, Mapping) else None
+    return content if isinstance(content, Mapping) else {}
+
+
+def _state_of_one(
+    parameters: Sequence[tuple[int, str, StoredTensor]], optimizer: Any, experts_apart: bool
+) -> list[_State] | None:
+    groups, states = (_inner(optimizer).get(name) for name in ("param_groups", "state"))
+    main = optimizer.get("fp32_from_fp16_params") if isinstance(optimizer, Mapping) else None
+    if not isinstance(groups, list) or not isinstance(states, Mapping):
+        return None
+    found: list[_State] = []
+    for number, group in enumerate(groups):
+        members = [entry for entry in parameters if _is_member(entry[1], entry[2], group, experts_apart)]
+        if len(members) != len(group.get("params", ())):
+            return None
+        for place, (index, (chunk, name, weight)) in enumerate(zip(group["params"], members, strict=True)):
+            tensors = dict(states.get(index, {}))
+            if isinstance(main, list):
+                tensors[MAIN_WEIGHT] = main[number][place]
+            for kind in (MAIN_WEIGHT, EXP_AVG, EXP_AVG_SQ):
+                tensor = tensors.get(kind)
+                if isinstance(tensor, StoredTensor):
+                    if tensor.shape != weight.shape:
+                        return None
+                    found.append(_State(chunk=chunk, name=name, kind=kind, tensor=tensor))
+    return found
+
+
+def _is_member(name: str, tensor: StoredTensor, group: Mapping[str, Any], experts_apart: bool) -> bool:
+    """Whether a parameter belongs to a group of Megatron's optimizers: biases and norms have no weight decay."""
+    has_decay = len(tensor.shape) > 1 and not name.endswith(".bias")
+    is_expert = experts_apart and ".experts." in name
+    return bool(group.get("wd_mult", 1.0)) == has_decay and bool(group.get("is_expert_parallel")) == is_expert
 
 
 def _read(path: Path) -> _RankFile:

@@ -31,6 +31,11 @@ _TRAINING = (
     "micro_batch_size global_batch_size train_iters lr bf16 fp16 use_distributed_optimizer "
     "dist_ckpt_optim_fully_reshardable smartmoe smartmoe_experts smartmoe_homes smartmoe_spare_slots"
 ).split()
+_WAY_OUT_OF_MAIN_WEIGHTS = (
+    "megatron-core up to 0.19.2 saves optimizer state like that from several gradient buckets "
+    "(--dist-ckpt-optim-fully-reshardable with --overlap-grad-reduce), and the weights are right: resume with "
+    "--no-load-optim, or from an iteration that was saved without one of these flags"
+)
 _SECRET = ("key", "token", "secret", "password")
 
 
@@ -54,6 +59,8 @@ def verification(result: Verification) -> list[str]:
     lines += [_line("DAMAGED" if finding.severity == "damage" else "warning", str(finding)) for finding in shown]
     if len(shown) < len(result.findings):
         lines.append(_line("", f"and {len(result.findings) - len(shown):,} more; --json writes all"))
+    if any(finding.kind == "main_weights" for finding in damaged):
+        lines.append(_line("way out", _WAY_OUT_OF_MAIN_WEIGHTS))
     verdict = "whole" if not damaged else f"damaged: {len(damaged):,} finding{'s' * (len(damaged) > 1)}"
     return [*lines, _line("result", verdict)]
 
