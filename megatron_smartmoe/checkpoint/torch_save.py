@@ -231,7 +231,8 @@ def _read_archive(archive: zipfile.ZipFile, part: _Part, path: Path, where: str)
     def with_attributes(build: Any, _: Any, args: Any, *rest: Any) -> StoredTensor:
         if build is not tensor:
             raise ValueError(f"a tensor that {build!r:.100} makes")
-        return tensor(*args)
+        found: StoredTensor = tensor(*args)
+        return found
 
     known = {
         "torch._utils._rebuild_tensor_v2": tensor,
