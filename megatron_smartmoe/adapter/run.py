@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,7 @@ class Run:
         layers: (number, layer) of each MoE layer on this rank. Numbers count all layers of the model, from 0.
         layer_numbers: the numbers of all MoE layers of the model, on whichever pipeline stage they are, ascending.
         directory: where the run's files go, or None for nowhere.
+        incomplete: names of those that lines are missing from.
     """
 
     args: Namespace
@@ -75,6 +77,7 @@ class Run:
     layers: tuple[tuple[int, MoELayer], ...]
     layer_numbers: tuple[int, ...]
     directory: Path | None
+    incomplete: set[str] = field(default_factory=set)
 
     @classmethod
     def of(cls, model_chunks: Sequence[torch.nn.Module], optimizer: Any) -> Run:
@@ -112,7 +115,38 @@ class Run:
         return int(self.args.num_layers + (self.args.mtp_num_layers or 0))
 
     def append(self, name: str, line: str) -> None:
-        """Append a line to one of the run's files, where the run writes any. Each file is written by one rank."""
-        if self.directory is not None:
-            with (self.directory / name).open("a", encoding="utf-8") as file:
-                file.write(line + "\n")
+        """Append a line to one of the run's files, where the run writes any. Each file is written by one rank.
+
+        A full disk costs lines and not the training: what was written of a line is taken back, and one line says so.
+        """
+        if self.directory is None:
+            return
+        path = self.directory / name
+        try:
+            append_line(path, line)
+        except OSError as error:
+            if name not in self.incomplete:
+                self.incomplete.add(name)
+                text = f"{path} cannot be written: {error.strerror}; training continues, and lines are missing from it"
+                print(f" smartmoe: WARNING: {text}", flush=True)
+
+
+def append_line(path: Path, line: str) -> None:
+    """Append a line to a file, whole or not at all.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    data = (line + "\n").encode()
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+    try:
+        size = os.fstat(descriptor).st_size
+        try:
+            written = os.write(descriptor, data)
+            if written < len(data):  # a disk that is full now says so at the next write
+                written += os.write(descriptor, data[written:])
+        except OSError:
+            os.ftruncate(descriptor, size)
+            raise
+    finally:
+        os.close(descriptor)

@@ -23,8 +23,10 @@ from megatron.training import get_args
 
 from megatron_smartmoe.adapter.checkpoint.digests import DigestReduction, LocalDigests
 from megatron_smartmoe.adapter.checkpoint.held import held_tensors
+from megatron_smartmoe.adapter.flags.checkpoint_check import check_state
 from megatron_smartmoe.adapter.flags.resume import checkpoint_to_load, take_up_whole_checkpoint, what_is_there
-from megatron_smartmoe.checkpoint.digest import WEIGHT
+from megatron_smartmoe.checkpoint.contents import WORDS
+from megatron_smartmoe.checkpoint.digest import KINDS, WEIGHT
 from megatron_smartmoe.checkpoint.directory import iteration_of
 from megatron_smartmoe.checkpoint.inspection import inspect, readable_bytes
 from megatron_smartmoe.checkpoint.manifest import (
@@ -119,6 +121,8 @@ def check_before(args: Namespace) -> _Checked | None:
         damaged[iteration] = problem
     if line and dist.get_rank() == 0:
         print(f" smartmoe: {line}", flush=True)
+    # Step 3: whether its state fits this run, for ranks that no launcher has started.
+    from_rank_0(functools.partial(check_state, args))
     return checked
 
 
@@ -139,7 +143,7 @@ def check_after(args: Namespace, checked: _Checked, ddp_model: Any, optimizer: A
             loaded = reduction.reduce(local, any_is_new=True)
             wrong, compared = _compare(loaded, saved)
             if wrong:
-                rule = f"what was loaded from {checked.folder} is not what was saved: {wrong} differ"
+                rule = f"what was loaded from {checked.folder} is not what was saved: {wrong} differs"
                 way_out = (
                     "Pass --ckpt-step N for another iteration, or --smartmoe-checkpoint-check sizes to train with it "
                     "all the same."
@@ -206,7 +210,8 @@ def _check(folder: Path, level: Level) -> tuple[str | None, _Checked | None]:
         return f"{first}{more}", None
     seconds, what = time.perf_counter() - started, "sizes and checksums" if level == "full" else "sizes"
     files = f"{len(manifest.files)} file{'s' * (len(manifest.files) != 1)} ({readable_bytes(manifest.size_bytes)})"
-    said = f"{files} have the {what} of the save, {seconds:.2f} s"
+    have = "has" if len(manifest.files) == 1 else "have"
+    said = f"{files} {have} the {what} of the save, {seconds:.2f} s"
     return None, _Checked(folder=folder, manifest=manifest, said=said)
 
 
@@ -235,7 +240,7 @@ def _loads_optimizer(args: Namespace, saved: Mapping[tuple[str, str], ParameterD
 def _compare(loaded: Sequence[ParameterDigest], saved: Mapping[tuple[str, str], ParameterDigest]) -> tuple[str, int]:
     """What differs, in words, and how many parameters could be compared."""
     wrong, compared = [], 0
-    for entry in loaded:
+    for entry in sorted(loaded, key=lambda entry: (KINDS.index(entry.kind), entry.name)):
         there = saved.get((entry.name, entry.kind))
         if there is None or (there.dtype, there.shape, len(there.digests)) != (
             entry.dtype,
@@ -246,7 +251,8 @@ def _compare(loaded: Sequence[ParameterDigest], saved: Mapping[tuple[str, str], 
         compared += 1
         experts = [e for e, (a, b) in enumerate(zip(entry.digests, there.digests, strict=True)) if a != b]
         if experts:
-            which = f" of expert {experts[0]}" if len(entry.digests) > 1 else ""
-            wrong.append(f"{entry.kind} {entry.name}{which}")
-    more = f" and {len(wrong) - 1} more tensors" if len(wrong) > 1 else ""
+            which = f", expert {experts[0]}" if len(entry.digests) > 1 else ""
+            wrong.append(f"{entry.name}{which}, {WORDS[entry.kind]}")
+    others = len(wrong) - 1
+    more = f" (and {others} more tensor{'s' * (others > 1)})" if others > 0 else ""
     return (wrong[0] + more if wrong else ""), compared

@@ -40,6 +40,7 @@ from megatron_smartmoe.adapter.hooks import Callback, Order
 from megatron_smartmoe.adapter.run import Run
 from megatron_smartmoe.checkpoint.checksum import checksum_of_file
 from megatron_smartmoe.checkpoint.directory import folder_of, iteration_of, read_tracker
+from megatron_smartmoe.checkpoint.inspection import readable_bytes
 from megatron_smartmoe.checkpoint.manifest import (
     FORMATS,
     MANIFEST_FILE,
@@ -50,6 +51,7 @@ from megatron_smartmoe.checkpoint.manifest import (
 from megatron_smartmoe.checkpoint.resume import newest_whole
 from megatron_smartmoe.errors import CheckpointError, SmartMoEError
 
+_TORCH_WRITER = ("inline_container", "PytorchStreamWriter")  # its errors are about itself, and not about the disk
 _SOFTWARE = ("megatron-core", "torch", "numpy")  # whose versions a manifest names
 
 
@@ -331,7 +333,9 @@ class CheckpointSaves(Callback):
         dist.barrier()  # no rank writes any more
         if dist.get_rank() == 0:
             reason = str(error) if isinstance(error, SaveFailed) else save.problem or _reason(error)
-            self._say(save.iteration, f"WARNING: checkpoint: not saved: {reason}; {_clean_up(save)}")
+            free = shutil.disk_usage(save.directory).free if save.directory.is_dir() else 0
+            room = f"{readable_bytes(free)} are free there"
+            self._say(save.iteration, f"WARNING: checkpoint: not saved: {reason}; {room}; {_clean_up(save)}")
 
     def _tracker_failed(self, error: OSError) -> None:
         """On rank 0, after an asynchronous save: the checkpoint is whole, and the tracker names the one before."""
@@ -468,5 +472,7 @@ def _reason(error: BaseException) -> str:
         for failure, _ in error.failures.values():
             return _reason(failure)
         return "another rank could not write its files"
+    if any(name in str(error) for name in _TORCH_WRITER):
+        return "torch could not write a file"
     lines = str(error).strip().splitlines()
     return lines[0][:200] if lines else type(error).__name__
