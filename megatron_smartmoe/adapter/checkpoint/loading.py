@@ -27,7 +27,7 @@ from megatron_smartmoe.adapter.flags.checkpoint_check import check_state
 from megatron_smartmoe.adapter.flags.resume import checkpoint_to_load, take_up_whole_checkpoint, what_is_there
 from megatron_smartmoe.checkpoint.contents import WORDS
 from megatron_smartmoe.checkpoint.digest import KINDS, WEIGHT
-from megatron_smartmoe.checkpoint.directory import iteration_of
+from megatron_smartmoe.checkpoint.directory import folder_of, iteration_of, iterations, listed
 from megatron_smartmoe.checkpoint.inspection import inspect, readable_bytes
 from megatron_smartmoe.checkpoint.manifest import (
     FileEntry,
@@ -119,8 +119,9 @@ def check_before(args: Namespace) -> _Checked | None:
             way_out = from_rank_0(functools.partial(what_is_there, folder.parent, damaged=folder))
             raise ConfigError("--load", args.load, rule, way_out)
         damaged[iteration] = problem
-    if line and dist.get_rank() == 0:
-        print(f" smartmoe: {line}", flush=True)
+    for text in (line, _newer(folder)) if dist.get_rank() == 0 else ():
+        if text:
+            print(f" smartmoe: {text}", flush=True)
     # Step 3: whether its state fits this run, for ranks that no launcher has started.
     from_rank_0(functools.partial(check_state, args))
     return checked
@@ -139,7 +140,7 @@ def check_after(args: Namespace, checked: _Checked, ddp_model: Any, optimizer: A
         else:
             saved = {(entry.name, entry.kind): entry for entry in manifest.digests}
             held, _ = held_tensors(unwrap_model(list(ddp_model)), optimizer if _loads_optimizer(args, saved) else None)
-            local, reduction = LocalDigests(held, args.num_experts or 0, ahead=False), DigestReduction()
+            local, reduction = LocalDigests(held, args.num_experts or 0, beside=None), DigestReduction()
             loaded = reduction.reduce(local, any_is_new=True)
             wrong, compared = _compare(loaded, saved)
             if wrong:
@@ -184,6 +185,21 @@ def _choose(
     args.ckpt_step = asked
     folder, line = take_up_whole_checkpoint(args, damaged)
     return folder, line, args.ckpt_step
+
+
+def _newer(folder: Path) -> str:
+    """On rank 0: what is beside a checkpoint and newer, such as a save that was interrupted; nothing if nothing is."""
+    iteration = iteration_of(folder)
+    newer = [step for step in iterations(folder.parent) if iteration is not None and step > iteration]
+    if not newer:
+        return ""
+    half = [step for step in newer if inspect(folder_of(folder.parent, step)).manifest is None]
+    states = [f"half-written: {listed(half)}"] if half else []
+    states += [f"later: {listed(others)}"] if (others := [step for step in newer if step not in half]) else []
+    return (
+        f"{folder.parent} has checkpoints that are newer than iteration {iteration} and not used ({'; '.join(states)}); "
+        "training replaces those whose iterations it saves"
+    )
 
 
 def _check(folder: Path, level: Level) -> tuple[str | None, _Checked | None]:

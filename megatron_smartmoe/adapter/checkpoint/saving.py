@@ -25,7 +25,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
@@ -276,7 +276,8 @@ class CheckpointSaves(Callback):
         if skipped and skipped != self._said:
             self._said = skipped
             self._say(save.iteration, f"checkpoint: the manifest has no digests of {skipped}")
-        return LocalDigests(held, run.args.num_experts or 0, ahead=True)
+        beside: Literal["thread", "process"] = "process" if save.is_async else "thread"
+        return LocalDigests(held, run.args.num_experts or 0, beside=beside)
 
     def _finish(self, save: _Save) -> None:
         """Write the manifest and put the checkpoint in force. A collective call of all ranks.
@@ -419,8 +420,6 @@ def _prepare(save: _Save) -> str:
         probe = save.directory / f".smartmoe_probe.{os.getpid()}"
         with probe.open("wb") as file:
             file.write(b"probe")
-            file.flush()
-            os.fsync(file.fileno())
         probe.unlink()
         if save.folder.is_dir() and not save.folder.is_symlink() and any(save.folder.iterdir()):
             _remove_old(save)
