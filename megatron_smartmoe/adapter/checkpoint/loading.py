@@ -196,10 +196,8 @@ def _newer(folder: Path) -> str:
     half = [step for step in newer if inspect(folder_of(folder.parent, step)).manifest is None]
     states = [f"half-written: {listed(half)}"] if half else []
     states += [f"later: {listed(others)}"] if (others := [step for step in newer if step not in half]) else []
-    return (
-        f"{folder.parent} has checkpoints that are newer than iteration {iteration} and not used ({'; '.join(states)}); "
-        "training replaces those whose iterations it saves"
-    )
+    unused = f"{folder.parent} has checkpoints newer than iteration {iteration} that are not used ({'; '.join(states)})"
+    return f"{unused}; training replaces those whose iterations it saves"
 
 
 def _check(folder: Path, level: Level) -> tuple[str | None, _Checked | None]:
