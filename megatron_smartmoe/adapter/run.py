@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from megatron.core.utils import unwrap_model
 from megatron.training import get_args
 
 from megatron_smartmoe.adapter.moe.routers import all_layer_numbers, moe_layers
+from megatron_smartmoe.adapter.records.append import append_line
 from megatron_smartmoe.checkpoint.directory import folder_of
 
 
@@ -129,24 +129,3 @@ class Run:
                 self.incomplete.add(name)
                 text = f"{path} cannot be written: {error.strerror}; training continues, and lines are missing from it"
                 print(f" smartmoe: WARNING: {text}", flush=True)
-
-
-def append_line(path: Path, line: str) -> None:
-    """Append a line to a file, whole or not at all.
-
-    Raises:
-        OSError: it cannot be written.
-    """
-    data = (line + "\n").encode()
-    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
-    try:
-        size = os.fstat(descriptor).st_size
-        try:
-            written = os.write(descriptor, data)
-            if written < len(data):  # a disk that is full now says so at the next write
-                written += os.write(descriptor, data[written:])
-        except OSError:
-            os.ftruncate(descriptor, size)
-            raise
-    finally:
-        os.close(descriptor)
