@@ -36,7 +36,7 @@ from megatron_smartmoe.checkpoint.manifest import (
     ParameterDigest,
     check_files,
 )
-from megatron_smartmoe.errors import EXIT_CONFIG_ERROR, ConfigError
+from megatron_smartmoe.errors import EXIT_CONFIG_ERROR, CheckpointError, ConfigError, SmartMoEError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +82,7 @@ def _on_all_ranks(check: Callable[[], Any]) -> Any:
     """
     try:
         return check()
-    except ConfigError as error:
+    except SmartMoEError as error:
         if dist.get_rank() == 0:
             print(f"\nerror: {error}\n", file=sys.stderr, flush=True)
         raise SystemExit(EXIT_CONFIG_ERROR) from None
@@ -133,29 +133,41 @@ def check_after(args: Namespace, checked: _Checked, ddp_model: Any, optimizer: A
     Raises:
         ConfigError: something differs; on all ranks alike.
     """
-    said, manifest, started = checked.said, checked.manifest, time.perf_counter()
+    said, manifest = checked.said, checked.manifest
     if manifest is not None and args.smartmoe_checkpoint_check == "full":
-        if not manifest.digests:
-            said += "; it has no digests to compare what was loaded with"
-        else:
-            saved = {(entry.name, entry.kind): entry for entry in manifest.digests}
-            held, _ = held_tensors(unwrap_model(list(ddp_model)), optimizer if _loads_optimizer(args, saved) else None)
-            local, reduction = LocalDigests(held, args.num_experts or 0, beside=None), DigestReduction()
-            loaded = reduction.reduce(local, any_is_new=True)
-            wrong, compared = _compare(loaded, saved)
-            if wrong:
-                rule = f"what was loaded from {checked.folder} is not what was saved: {wrong} differs"
-                way_out = (
-                    "Pass --ckpt-step N for another iteration, or --smartmoe-checkpoint-check sizes to train with it "
-                    "all the same."
-                )
-                raise ConfigError("--load", args.load, rule, way_out)
-            seconds = time.perf_counter() - started
-            others = f" ({len(loaded) - compared} have other shapes or types here)" if compared < len(loaded) else ""
-            kinds = "weights, main weights and moments" if _loads_optimizer(args, saved) else "weights"
-            said += f"; {kinds} as loaded have the digests of the save: {compared} tensors{others}, {seconds:.2f} s"
+        said += f"; {_compared_numbers(args, manifest, checked.folder, ddp_model, optimizer)}"
     if dist.get_rank() == 0:
         print(f" smartmoe: checkpoint {checked.folder.name}: {said}", flush=True)
+
+
+def _compared_numbers(args: Namespace, manifest: Manifest, folder: Path, ddp_model: Any, optimizer: Any) -> str:
+    """Compare digests, and say how many; see `check_after`."""
+    if not manifest.digests:
+        return "it has no digests to compare what was loaded with"
+    started, saved = time.perf_counter(), {(entry.name, entry.kind): entry for entry in manifest.digests}
+    with_optimizer = _loads_optimizer(args, saved)
+    # Step 1: what this rank holds; no model is an error here that Megatron could load.
+    local, problem = None, ""
+    try:
+        held, _ = held_tensors(unwrap_model(list(ddp_model)), optimizer if with_optimizer else None)
+        local = LocalDigests(held, args.num_experts or 0, beside=None)
+    except Exception as error:
+        problem = f"{type(error).__name__}: {error}"
+    problems: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(problems, problem)
+    if local is None or any(problems):
+        return f"what was loaded could not be compared: {next(filter(None, problems))}"
+    # Step 2: the digests over all ranks.
+    loaded = DigestReduction().reduce(local, any_is_new=True)
+    wrong, compared = _compare(loaded, saved)
+    if wrong:
+        rule = f"what was loaded from {folder} is not what was saved: {wrong} differs"
+        way_out = "Pass --ckpt-step N for another iteration, or --smartmoe-checkpoint-check sizes to train with it all "
+        raise ConfigError("--load", args.load, rule, way_out + "the same.")
+    seconds = time.perf_counter() - started
+    others = f" ({len(loaded) - compared} have other shapes or types here)" if compared < len(loaded) else ""
+    kinds = "weights, main weights and moments" if with_optimizer else "weights"
+    return f"{kinds} as loaded have the digests of the save: {compared} tensors{others}, {seconds:.2f} s"
 
 
 def from_rank_0(decide: Callable[[], Any]) -> Any:
@@ -164,10 +176,12 @@ def from_rank_0(decide: Callable[[], Any]) -> Any:
     if dist.get_rank() == 0:
         try:
             result = [decide()]
-        except ConfigError as error:
+        except SmartMoEError as error:
             result = [error]
+        except OSError as error:
+            result = [CheckpointError(str(error.filename), "cannot be read or written", error.strerror or "")]
     dist.broadcast_object_list(result, src=0)
-    if isinstance(result[0], ConfigError):
+    if isinstance(result[0], SmartMoEError):
         raise result[0]
     return result[0]
 
