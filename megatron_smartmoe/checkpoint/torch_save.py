@@ -228,10 +228,18 @@ def _read_archive(archive: zipfile.ZipFile, part: _Part, path: Path, where: str)
             dtype = getattr(rest[2], "qualified_name", "").rpartition(".")[2] if len(rest) > 2 else None
         return _view(held, dtype, first, tuple(shape), tuple(strides), path)
 
+    def with_attributes(build: Any, _: Any, args: Any, *rest: Any) -> StoredTensor:
+        if build is not tensor:
+            raise ValueError(f"a tensor that {build!r:.100} makes")
+        found: StoredTensor = tensor(*args)
+        return found
+
     known = {
         "torch._utils._rebuild_tensor_v2": tensor,
         "torch._utils._rebuild_tensor_v3": tensor,
         "torch._utils._rebuild_parameter": lambda inner, *_: inner,
+        "torch._utils._rebuild_parameter_with_state": lambda inner, *_: inner,
+        "torch._tensor._rebuild_from_type_v2": with_attributes,
     }
     return read_pickle(archive.read(pickled), known, where, storage)
 

@@ -43,7 +43,7 @@ def verification(result: Verification) -> list[str]:
     """What was checked and what is wrong, and a verdict at the end."""
     look, damaged = result.inspection, [f for f in result.findings if f.severity == "damage"]
     manifest = look.manifest
-    of_files = f"{look.num_files:,} file{'s' * (look.num_files != 1)}, {readable_bytes(look.size_bytes)}"
+    of_files = f"{_count(look.num_files, 'file')}, {readable_bytes(look.size_bytes)}"
     how = "no manifest: names and sizes as far as the format has them"
     if manifest is not None:
         how = "sizes and checksums compared with the manifest"
@@ -61,7 +61,7 @@ def verification(result: Verification) -> list[str]:
         lines.append(_line("", f"and {len(result.findings) - len(shown):,} more; --json writes all"))
     if any(finding.kind == "main_weights" for finding in damaged):
         lines.append(_line("way out", _WAY_OUT_OF_MAIN_WEIGHTS))
-    verdict = "whole" if not damaged else f"damaged: {len(damaged):,} finding{'s' * (len(damaged) > 1)}"
+    verdict = "whole" if not damaged else f"damaged: {_count(len(damaged), 'finding')}"
     return [*lines, _line("result", verdict)]
 
 
@@ -153,7 +153,7 @@ def comparison(result: Comparison, first: Path, second: Path, most: int) -> list
     if not result.is_equal:
         experts = {(found.key.name, found.key.expert) for found in result.differences if found.key.expert is not None}
         others = {found.key.name for found in result.differences if found.key.expert is None}
-        verdict += f": {len(others):,} parameters and {len(experts):,} experts' matrices differ"
+        verdict += f" in {_count(len(others), 'parameter')} and {_count(len(experts), 'matrix', 'matrices')} of experts"
     return [*lines, _line("result", verdict)]
 
 
@@ -184,6 +184,10 @@ def comparison_json(result: Comparison, first: Path, second: Path) -> dict[str, 
 
 def _line(name: str, what: str) -> str:
     return f"{name:<{_WIDTH}}{what}"
+
+
+def _count(number: int, one: str, many: str | None = None) -> str:
+    return f"{number:,} {one if number == 1 else many or one + 's'}"
 
 
 def _difference(found: Difference) -> str:

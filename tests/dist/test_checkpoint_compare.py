@@ -16,8 +16,7 @@ from tests.support.training import train
 pytestmark = pytest.mark.dist
 
 MIXES = {
-    "TP2": "--tensor-model-parallel-size 2 --sequence-parallel",
-    "PP2": "--pipeline-model-parallel-size 2 --bf16",
+    "TP2, bf16": "--tensor-model-parallel-size 2 --sequence-parallel --bf16",
     "EP2, experts that moved": "--expert-model-parallel-size 2 --smartmoe --smartmoe-homes shuffle "
     "--smartmoe-homes-interval 1",
 }

@@ -48,6 +48,13 @@ def test_no_checkpoint_is_a_start_from_nothing(tmp_path: Path) -> None:
         assert check_files(args) == ()
 
 
+def test_a_checkpoint_in_an_object_store_is_not_checked_and_that_is_said() -> None:
+    args = argparse.Namespace(load="msc://bucket/run", smartmoe_checkpoint_check="full", smartmoe_resume="newest")
+    assert check_files(args) == (
+        "the checkpoint in msc://bucket/run is not checked: it is in no directory of this host",
+    )
+
+
 def test_converted_weights_have_no_iteration(saved: Path) -> None:
     (saved / TRACKER).write_text("release")
     (saved / "iter_0000005").rename(saved / "release")
