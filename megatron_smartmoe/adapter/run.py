@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,7 @@ class Run:
         layers: (number, layer) of each MoE layer on this rank. Numbers count all layers of the model, from 0.
         layer_numbers: the numbers of all MoE layers of the model, on whichever pipeline stage they are, ascending.
         directory: where the run's files go, or None for nowhere.
-        incomplete: names of those that lines are missing from.
+        incomplete: files that could not be written, or lack lines.
     """
 
     args: Namespace
@@ -77,7 +78,7 @@ class Run:
     layers: tuple[tuple[int, MoELayer], ...]
     layer_numbers: tuple[int, ...]
     directory: Path | None
-    incomplete: set[str] = field(default_factory=set)
+    incomplete: set[Path] = field(default_factory=set)
 
     @classmethod
     def of(cls, model_chunks: Sequence[torch.nn.Module], optimizer: Any) -> Run:
@@ -119,13 +120,16 @@ class Run:
 
         A full disk costs lines and not the training: what was written of a line is taken back, and one line says so.
         """
-        if self.directory is None:
-            return
-        path = self.directory / name
+        if self.directory is not None:
+            path = self.directory / name
+            self.attempt(path, functools.partial(append_line, path, line))
+
+    def attempt(self, path: Path, write: Callable[[], object]) -> None:
+        """Write a file that training can do without; if that fails, the first time, one line says so."""
         try:
-            append_line(path, line)
+            write()
         except OSError as error:
-            if name not in self.incomplete:
-                self.incomplete.add(name)
-                text = f"{path} cannot be written: {error.strerror}; training continues, and lines are missing from it"
+            if path not in self.incomplete:
+                self.incomplete.add(path)
+                text = f"{path} cannot be written: {error.strerror}; training continues, and it is incomplete"
                 print(f" smartmoe: WARNING: {text}", flush=True)
