@@ -17,7 +17,6 @@ from megatron.training import get_args
 
 from megatron_smartmoe.adapter.moe.routers import all_layer_numbers, moe_layers
 from megatron_smartmoe.adapter.records.append import append_line
-from megatron_smartmoe.checkpoint.directory import folder_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,10 +104,8 @@ class Run:
     @property
     def loaded_folder(self) -> Path | None:
         """Folder of the checkpoint that this run continues from; None for a run that began with iteration 1."""
-        args = self.args
-        if args.load is None or not args.iteration or args.finetune or "://" in args.load:
-            return None
-        return folder_of(Path(args.load), args.iteration)
+        args, folder = self.args, getattr(self.args, "smartmoe_loaded_folder", None)
+        return Path(folder) if folder is not None and args.iteration and not args.finetune else None
 
     @property
     def num_layers(self) -> int:

@@ -22,12 +22,13 @@ from megatron.core.utils import unwrap_model
 from megatron.training import get_args
 
 from megatron_smartmoe.adapter.checkpoint.digests import DigestReduction, LocalDigests
+from megatron_smartmoe.adapter.checkpoint.folders import NON_PERSISTENT
 from megatron_smartmoe.adapter.checkpoint.held import held_tensors
 from megatron_smartmoe.adapter.flags.checkpoint_check import check_state
 from megatron_smartmoe.adapter.flags.resume import checkpoint_to_load, take_up_whole_checkpoint, what_is_there
 from megatron_smartmoe.checkpoint.contents import WORDS
 from megatron_smartmoe.checkpoint.digest import KINDS, WEIGHT
-from megatron_smartmoe.checkpoint.directory import folder_of, iteration_of, iterations, listed
+from megatron_smartmoe.checkpoint.directory import folder_of, iteration_of, iterations, listed, read_tracker
 from megatron_smartmoe.checkpoint.inspection import inspect, readable_bytes
 from megatron_smartmoe.checkpoint.manifest import (
     FileEntry,
@@ -92,6 +93,7 @@ def check_before(args: Namespace) -> _Checked | None:
     """Compare the files of the checkpoint that Megatron is about to load. A collective call of all ranks.
 
     With `--smartmoe-resume newest-whole` a damaged checkpoint is left out, and `args.ckpt_step` set to the one before.
+    The folder that is loaded is noted in `args.smartmoe_loaded_folder`.
 
     Returns:
         The checkpoint; None where there is nothing to load.
@@ -99,7 +101,8 @@ def check_before(args: Namespace) -> _Checked | None:
     Raises:
         ConfigError: it is damaged; on all ranks alike.
     """
-    if args.load is None or "://" in args.load:
+    args.smartmoe_loaded_folder = None
+    if args.load is None or "://" in args.load or args.non_persistent_ckpt_type == "local":
         return None
     asked, damaged = args.ckpt_step, dict[int, str]()
     while True:
@@ -114,6 +117,10 @@ def check_before(args: Namespace) -> _Checked | None:
         iteration = iteration_of(folder)
         if problem is None:
             break
+        if folder.parent != Path(args.load):
+            rule = f"the non-persistent checkpoint {folder} is damaged: {problem}"
+            way_out = "Remove the flag to resume from the checkpoints that stay."
+            raise ConfigError("--non-persistent-ckpt-type", args.non_persistent_ckpt_type, rule, way_out)
         if args.smartmoe_resume != "newest-whole" or iteration is None:
             rule = f"{folder.name} is damaged: {problem}"
             way_out = from_rank_0(functools.partial(what_is_there, folder.parent, damaged=folder))
@@ -124,6 +131,7 @@ def check_before(args: Namespace) -> _Checked | None:
             print(f" smartmoe: {text}", flush=True)
     # Step 3: whether its state fits this run, for ranks that no launcher has started.
     from_rank_0(functools.partial(check_state, args))
+    args.smartmoe_loaded_folder = str(folder)
     return checked
 
 
@@ -194,11 +202,22 @@ def _choose(
     Raises:
         ConfigError: there is none that could be loaded.
     """
-    if args.smartmoe_resume != "newest-whole":
-        return checkpoint_to_load(args), None, asked
-    args.ckpt_step = asked
-    folder, line = take_up_whole_checkpoint(args, damaged)
-    return folder, line, args.ckpt_step
+    args.ckpt_step, line = asked, None
+    if args.smartmoe_resume == "newest-whole":
+        folder, line = take_up_whole_checkpoint(args, damaged)
+    else:
+        folder = checkpoint_to_load(args)
+    newer = _non_persistent(args, -1 if folder is None else iteration_of(folder) or 0)
+    return newer or folder, line, args.ckpt_step
+
+
+def _non_persistent(args: Namespace, iteration: int) -> Path | None:
+    """On rank 0: the checkpoint that Megatron loads instead of one that stays and is not newer, if there is one."""
+    if args.non_persistent_ckpt_type != "global":
+        return None
+    directory = Path(args.non_persistent_global_ckpt_dir or Path(args.load) / NON_PERSISTENT)
+    found = read_tracker(directory)
+    return folder_of(directory, found) if isinstance(found, int) and found >= iteration else None
 
 
 def _newer(folder: Path) -> str:

@@ -115,9 +115,9 @@ class CheckpointSaves(Callback):
 
     def on_start(self, run: Run) -> None:
         """Note which checkpoint the run's state was loaded from."""
-        self._run, args = run, run.args
-        if args.load is not None and args.iteration and not args.finetune:
-            self._saved = Path(args.load).resolve(), args.iteration
+        self._run = run
+        if run.loaded_folder is not None:
+            self._saved = run.loaded_folder.parent.resolve(), run.args.iteration
 
     def on_end(self) -> None:
         """A run whose last save failed does not end as if all were well."""
