@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
+import functools
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from megatron.core.utils import unwrap_model
 from megatron.training import get_args
 
 from megatron_smartmoe.adapter.moe.routers import all_layer_numbers, moe_layers
-from megatron_smartmoe.checkpoint.directory import folder_of
+from megatron_smartmoe.adapter.records.append import append_line
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +66,7 @@ class Run:
         layers: (number, layer) of each MoE layer on this rank. Numbers count all layers of the model, from 0.
         layer_numbers: the numbers of all MoE layers of the model, on whichever pipeline stage they are, ascending.
         directory: where the run's files go, or None for nowhere.
-        incomplete: names of those that lines are missing from.
+        incomplete: files that could not be written, or lack lines.
     """
 
     args: Namespace
@@ -77,7 +77,7 @@ class Run:
     layers: tuple[tuple[int, MoELayer], ...]
     layer_numbers: tuple[int, ...]
     directory: Path | None
-    incomplete: set[str] = field(default_factory=set)
+    incomplete: set[Path] = field(default_factory=set)
 
     @classmethod
     def of(cls, model_chunks: Sequence[torch.nn.Module], optimizer: Any) -> Run:
@@ -104,10 +104,8 @@ class Run:
     @property
     def loaded_folder(self) -> Path | None:
         """Folder of the checkpoint that this run continues from; None for a run that began with iteration 1."""
-        args = self.args
-        if args.load is None or not args.iteration or args.finetune or "://" in args.load:
-            return None
-        return folder_of(Path(args.load), args.iteration)
+        args, folder = self.args, getattr(self.args, "smartmoe_loaded_folder", None)
+        return Path(folder) if folder is not None and args.iteration and not args.finetune else None
 
     @property
     def num_layers(self) -> int:
@@ -119,34 +117,16 @@ class Run:
 
         A full disk costs lines and not the training: what was written of a line is taken back, and one line says so.
         """
-        if self.directory is None:
-            return
-        path = self.directory / name
+        if self.directory is not None:
+            path = self.directory / name
+            self.attempt(path, functools.partial(append_line, path, line))
+
+    def attempt(self, path: Path, write: Callable[[], object]) -> None:
+        """Write a file that training can do without; if that fails, the first time, one line says so."""
         try:
-            append_line(path, line)
+            write()
         except OSError as error:
-            if name not in self.incomplete:
-                self.incomplete.add(name)
-                text = f"{path} cannot be written: {error.strerror}; training continues, and lines are missing from it"
+            if path not in self.incomplete:
+                self.incomplete.add(path)
+                text = f"{path} cannot be written: {error.strerror}; training continues, and it is incomplete"
                 print(f" smartmoe: WARNING: {text}", flush=True)
-
-
-def append_line(path: Path, line: str) -> None:
-    """Append a line to a file, whole or not at all.
-
-    Raises:
-        OSError: it cannot be written.
-    """
-    data = (line + "\n").encode()
-    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
-    try:
-        size = os.fstat(descriptor).st_size
-        try:
-            written = os.write(descriptor, data)
-            if written < len(data):  # a disk that is full now says so at the next write
-                written += os.write(descriptor, data[written:])
-        except OSError:
-            os.ftruncate(descriptor, size)
-            raise
-    finally:
-        os.close(descriptor)

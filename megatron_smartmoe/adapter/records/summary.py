@@ -16,6 +16,9 @@ from megatron_smartmoe.adapter.launch.run_dir import launcher_command
 SHOWN_TEXT = 80  # characters of the data's text, quotes included
 
 
+FILE = "summary.json"  # in the run directory
+
+
 @dataclass(frozen=True, kw_only=True)
 class LayerLoad:
     """How one MoE layer's tokens fell in the last iterations.
@@ -158,6 +161,6 @@ def _next_steps(args: Namespace, run_dir: Path) -> list[str]:
     return [f"{command:{width}}  # {purpose}" for purpose, command in steps.items()]
 
 
-def write(summary: dict[str, Any], run_dir: Path) -> None:
+def write(summary: dict[str, Any], path: Path) -> None:
     """Write summary.json."""
-    (run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
