@@ -49,7 +49,21 @@ def main(argv: Sequence[str] | None = None, callbacks: Iterable[Callback] = ()) 
         if is_rank_0:
             print(f"\nerror: {error}\n", file=sys.stderr, flush=True)
         raise SystemExit(EXIT_CONFIG_ERROR) from None
-    train(argv, cpu=cpu, callbacks=callbacks)
+    with _noted_exception():
+        train(argv, cpu=cpu, callbacks=callbacks)
+
+
+@contextlib.contextmanager
+def _noted_exception() -> Iterator[None]:
+    """Leave an exception where the parent of this rank looks for it (torchrun names a file)."""
+    try:
+        yield
+    except Exception as error:
+        if "TORCHELASTIC_ERROR_FILE" in os.environ:
+            from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+            get_error_handler().record_exception(error)
+        raise
 
 
 def choose_device(asked: str) -> bool:

@@ -44,7 +44,7 @@ def ranks_of(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
     return [
         child
         for child in children
-        if "--num-layers" in child.cmdline() and "torch.distributed.run" not in child.cmdline()
+        if "--num-layers" in child.cmdline() and "megatron_smartmoe.adapter.launch.torchrun" not in child.cmdline()
     ]
 
 

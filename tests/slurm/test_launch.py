@@ -98,7 +98,7 @@ def test_srun_trains_with_a_task_per_rank(slurm: SlurmCluster, tmp_path: Path, e
         "srun", *where, LAUNCHER, "--run-dir", run_dir, *tiny(*EP2_PP2), env=own_port(), cwd=ROOT, timeout=TIMEOUT_S
     )
     assert_same_run(run_dir, done.stdout, expected)
-    assert "torch.distributed.run" not in (run_dir / "command.sh").read_text()
+    assert "adapter.launch.torchrun" not in (run_dir / "command.sh").read_text()
 
 
 def test_the_launcher_in_a_batch_script_starts_itself_on_all_nodes(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -12,10 +13,13 @@ from pathlib import Path
 
 from megatron_smartmoe.adapter.launch import corpus, process, run_dir
 from megatron_smartmoe.adapter.launch import flags as flag_lists
-from megatron_smartmoe.adapter.launch.command import make_command, ranks_per_node
+from megatron_smartmoe.adapter.launch.command import LaunchCommand, make_command, ranks_per_node
+from megatron_smartmoe.adapter.launch.ending import Ending, SharedDeaths, attempt_of
 from megatron_smartmoe.adapter.launch.topology import Topology, find_topology, reports_errors
 from megatron_smartmoe.errors import EXIT_CONFIG_ERROR, ConfigError, SmartMoEError
 from megatron_smartmoe.spec.run import RunSpec, load_run_spec
+
+_SRUN_LIMIT_S = 60.0  # from SIGTERM to the end of srun: more than the launchers on its nodes need
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -68,12 +72,25 @@ def launch(argv: list[str]) -> int:
         ranks, nodes = topology.world_size, topology.num_nodes
         where = f"{ranks} rank{'s' * (ranks > 1)} on {nodes} node{'s' * (nodes > 1)}"
         print(f"smartmoe: {where}, run directory {directory}", flush=True)
-    if topology.rank is not None:
-        os.environ.update(ready.environment)
-        os.execv(ready.command[0], ready.command)
     directory.mkdir(parents=True, exist_ok=True)  # another node may have come first
     log = directory / ("train.log" if topology.node == 0 else f"node{topology.node}.log")
-    return process.run(ready.command, ready.environment, log)
+    if topology.rank is not None:
+        log = None  # Slurm collects the output of its tasks
+    return process.run(
+        ready.command, ready.environment, log, ending=_ending(ready, topology, directory), rank=topology.rank
+    )
+
+
+def _ending(ready: LaunchCommand, topology: Topology, directory: Path) -> Ending:
+    """What the last line needs to know."""
+    name = f"node{topology.node}" if topology.rank is None else f"rank{topology.rank}"
+    several = topology.num_nodes > 1 or topology.rank is not None
+    resume = [*run_dir.launcher_command().split(), "--run-dir", str(directory), *ready.resume_flags]
+    return Ending(
+        save=ready.save,
+        resume=shlex.join(resume) + (f" (in an allocation of {topology.num_nodes} nodes)" if several else ""),
+        shared=SharedDeaths(directory=directory, name=name, attempt=attempt_of()) if several else None,
+    )
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -155,7 +172,7 @@ def srun(topology: Topology, argv: Sequence[str], module: str = __package__) -> 
     def terminate(child: object) -> None:  # srun itself would kill its tasks at once; scancel sends them SIGTERM
         subprocess.run(["scancel", "--signal=TERM", os.environ["SLURM_JOB_ID"]], check=False)
 
-    return process.run(command, {}, None, terminate)
+    return process.run(command, {}, None, terminate, limit_s=_SRUN_LIMIT_S)
 
 
 def _help_megatron() -> int:
