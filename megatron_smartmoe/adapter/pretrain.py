@@ -9,6 +9,7 @@ does nothing.
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import sys
 from argparse import Namespace
@@ -25,6 +26,8 @@ from megatron_smartmoe.adapter.flags.parser import (
     parse,
 )
 from megatron_smartmoe.adapter.flags.smartmoe_arguments import add_smartmoe_arguments
+from megatron_smartmoe.adapter.launch.secrets import MASK, secrets_among
+from megatron_smartmoe.adapter.run_files import write_text
 from megatron_smartmoe.errors import EXIT_CONFIG_ERROR, CompatError, SmartMoEError
 
 if TYPE_CHECKING:
@@ -187,19 +190,26 @@ def megatron_args(argv: Sequence[str]) -> Namespace:
     args = parse(argv)
     log_filters.set_log_level(args.logging_level)
     run_dir = args.smartmoe_run_dir
-    with _stdout_to(Path(run_dir) / "arguments.txt" if run_dir else None):
+    with _stdout_to(Path(run_dir) / "arguments.txt" if run_dir else None, secrets=secrets_among(argv)):
         validated: Namespace = parse_and_validate_args(extra_args_provider=add_smartmoe_arguments)
     return validated
 
 
 @contextlib.contextmanager
-def _stdout_to(path: Path | None) -> Iterator[None]:
+def _stdout_to(path: Path | None, secrets: Sequence[str]) -> Iterator[None]:
     if path is None or int(os.environ.get("RANK", "0")) != 0:
         yield
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8") as file, contextlib.redirect_stdout(file):
-        yield
+    text = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(text):
+            yield
+    finally:
+        content = text.getvalue()
+        for secret in secrets:
+            content = content.replace(secret, MASK)
+        write_text(path, content)
     print(f"smartmoe: all of Megatron's arguments are in {path}", flush=True)
 
 

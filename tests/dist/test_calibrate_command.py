@@ -108,7 +108,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
         monkeypatch.delenv(name)
     commands: list[list[str]] = []
 
-    def run(command: list[str], environment: Any, log: Any) -> int:
+    def run(command: list[str], environment: Any, log: Any, **_: Any) -> int:
         commands.append(list(command))
         return 0
 

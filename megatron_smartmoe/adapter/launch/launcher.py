@@ -9,12 +9,14 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from megatron_smartmoe.adapter.launch import corpus, process, run_dir
+from megatron_smartmoe.adapter.launch import corpus, process, run_dir, run_lock, secrets
 from megatron_smartmoe.adapter.launch import flags as flag_lists
 from megatron_smartmoe.adapter.launch.command import LaunchCommand, make_command, ranks_per_node
 from megatron_smartmoe.adapter.launch.ending import Ending, SharedDeaths, attempt_of
+from megatron_smartmoe.adapter.launch.run_lock import RunLock
 from megatron_smartmoe.adapter.launch.topology import Topology, find_topology, reports_errors
 from megatron_smartmoe.errors import EXIT_CONFIG_ERROR, ConfigError, SmartMoEError
 from megatron_smartmoe.spec.run import RunSpec, load_run_spec
@@ -42,7 +44,24 @@ def launch(argv: list[str]) -> int:
     topology = find_topology(ranks_per_node(options.nproc, spec, command_line))
     if topology.needs_srun and "SLURMD_NODENAME" not in os.environ:
         return srun(topology, argv)  # salloc's shell may be on a login node, whose GPUs are not the nodes'
-    directory = run_dir.choose(options.run_dir, spec.name)
+    reserve = run_dir.choose if options.dry_run else run_dir.reserve
+    directory = reserve(options.run_dir, spec.name)
+    try:
+        return _launch(options, command_line, spec, topology, directory, argv)
+    finally:
+        if options.run_dir is None and not options.dry_run:
+            run_dir.release(directory)  # if nothing came of it
+
+
+def _launch(
+    options: argparse.Namespace,
+    command_line: list[str],
+    spec: RunSpec,
+    topology: Topology,
+    directory: Path,
+    argv: Sequence[str],
+) -> int:
+    """The launch in its run directory, which need not exist."""
     auto_plan = None
     if options.parallel == "auto":
         from megatron_smartmoe.adapter.launch.auto import Load, plan_parallel  # the planner takes time to import
@@ -53,7 +72,8 @@ def launch(argv: list[str]) -> int:
     ready = make_command(spec, command_line, topology, directory)
     if topology.needs_srun:  # after the check: an error is printed once, before any node starts
         return srun(topology, argv)
-    text = flag_lists.render(ready.command, ready.environment)
+    _check_directory(topology, directory, dry_run=options.dry_run)
+    text = secrets.masked_command(ready.command, ready.environment)
     if topology.is_reporter:
         for line in auto_plan.lines if auto_plan is not None else ():
             print(("# " if options.dry_run else "smartmoe: ") + line, flush=True)
@@ -65,19 +85,52 @@ def launch(argv: list[str]) -> int:
         return 0
     if not corpus.exists(spec):
         corpus.prepare(spec)
-    if topology.is_reporter:
+    run_dir.make(directory)  # another node may have come first
+    if not topology.is_reporter:
+        return _run(ready, topology, directory, keep_open=())
+    with RunLock.acquire(directory) as lock:
         run_dir.create(directory, ready.spec, text)
         if auto_plan is not None:
             auto_plan.save(directory)
-        ranks, nodes = topology.world_size, topology.num_nodes
-        where = f"{ranks} rank{'s' * (ranks > 1)} on {nodes} node{'s' * (nodes > 1)}"
-        print(f"smartmoe: {where}, run directory {directory}", flush=True)
-    directory.mkdir(parents=True, exist_ok=True)  # another node may have come first
+        for line in _start_lines(ready, topology, directory, lock):
+            print(f"smartmoe: {line}", flush=True)
+        return _run(ready, topology, directory, keep_open=(lock.descriptor,))
+
+
+def _check_directory(topology: Topology, directory: Path, *, dry_run: bool) -> None:
+    """Refuse a run directory that cannot be used before anything is done for it; it need not exist.
+
+    Raises:
+        ConfigError: it cannot be written, or another run uses it.
+    """
+    if not directory.exists() and not directory.is_symlink():
+        return
+    if topology.is_reporter:
+        run_dir.make(directory)
+    if not dry_run:  # looking at the command of a run that is going on is fine
+        run_lock.check(directory)
+
+
+def _start_lines(ready: LaunchCommand, topology: Topology, directory: Path, lock: RunLock) -> list[str]:
+    ranks, nodes = topology.world_size, topology.num_nodes
+    where = f"{ranks} rank{'s' * (ranks > 1)} on {nodes} node{'s' * (nodes > 1)}"
+    lines = [] if lock.taken_over is None else [lock.taken_over]
+    lines.append(f"{where}, run directory {run_dir.described(directory)}")
+    if ready.save is not None and ready.save.is_symlink():
+        lines.append(f"checkpoints go to {run_dir.described(ready.save)}")
+    return lines
+
+
+def _run(ready: LaunchCommand, topology: Topology, directory: Path, keep_open: Sequence[int]) -> int:
+    """Run the ranks of this launcher to their end."""
     log = directory / ("train.log" if topology.node == 0 else f"node{topology.node}.log")
-    if topology.rank is not None:
-        log = None  # Slurm collects the output of its tasks
     return process.run(
-        ready.command, ready.environment, log, ending=_ending(ready, topology, directory), rank=topology.rank
+        ready.command,
+        ready.environment,
+        log if topology.rank is None else None,  # Slurm collects the output of its tasks
+        ending=_ending(ready, topology, directory),
+        rank=topology.rank,
+        keep_open=keep_open,
     )
 
 
@@ -154,10 +207,12 @@ def _check_load(options: argparse.Namespace) -> None:
 def read_spec(options: argparse.Namespace) -> RunSpec:
     """The configuration file, else that of an existing run directory, else an empty one."""
     if options.config is not None:
-        return load_run_spec(options.config)
-    if options.run_dir is not None and (options.run_dir / "config.yaml").is_file():
-        return load_run_spec(options.run_dir / "config.yaml")
-    return RunSpec(name="run")
+        spec = load_run_spec(options.config)
+    elif options.run_dir is not None and (options.run_dir / "config.yaml").is_file():
+        spec = load_run_spec(options.run_dir / "config.yaml")
+    else:
+        spec = RunSpec(name="run")
+    return replace(spec, flags=secrets.revealed_flags(spec.flags))
 
 
 def srun(topology: Topology, argv: Sequence[str], module: str = __package__) -> int:

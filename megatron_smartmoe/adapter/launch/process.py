@@ -25,6 +25,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import IO, TextIO
@@ -34,6 +35,7 @@ import psutil
 from megatron_smartmoe.adapter.launch.deaths import Death, oom_kills, read_death
 from megatron_smartmoe.adapter.launch.ending import Ending, as_message
 from megatron_smartmoe.adapter.launch.torchrun import GRACE_S, PIPE_VARIABLE
+from megatron_smartmoe.adapter.run_files import open_to_append
 
 _PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 _ORPHANS_GRACE_S, _SHORT_GRACE_S = 5.0, 2.0  # for what a rank left behind, after a good end and after a death
@@ -49,6 +51,7 @@ def run(
     ending: Ending | None = None,
     rank: int | None = None,
     limit_s: float = 40.0,
+    keep_open: Sequence[int] = (),
 ) -> int:
     """Run `command` to its end and return its exit status (128 + N when signal N ended it).
 
@@ -65,6 +68,7 @@ def run(
         ending: collects deaths and says the last line; None: the command reports its end itself.
         rank: the rank that the command is; None where it is the parent of ranks.
         limit_s: after SIGTERM or Ctrl-C everything is killed when so many seconds have passed.
+        keep_open: descriptors that the command inherits.
     """
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)
     _become_subreaper()
@@ -74,7 +78,7 @@ def run(
         variables = {**os.environ, **environment}
         if error_file is not None:
             variables["TORCHELASTIC_ERROR_FILE"] = str(error_file)
-        child, reports = _start(command, variables, with_pipe=ending is not None and rank is None)
+        child, reports = _start(command, variables, keep_open, with_pipe=ending is not None and rank is None)
         _install_handlers(child, signals, terminate, child_is_rank=rank is not None)
         assert child.stdout is not None
         output = _Output(log, lambda: bool(signals))
@@ -127,20 +131,15 @@ def _error_file(rank: int | None) -> Iterator[Path | None]:
 
 
 def _start(
-    command: Sequence[str], variables: Mapping[str, str], *, with_pipe: bool
+    command: Sequence[str], variables: Mapping[str, str], keep_open: Sequence[int], *, with_pipe: bool
 ) -> tuple[subprocess.Popen[bytes], IO[bytes] | None]:
     """The child and, if asked for, what it reports through a pipe of its own (see `torchrun`)."""
+    start = partial(subprocess.Popen, command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     if not with_pipe:
-        return subprocess.Popen(command, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT), None
+        return start(env=variables, pass_fds=keep_open), None
     reading, writing = os.pipe()
     try:
-        child = subprocess.Popen(
-            command,
-            env={**variables, PIPE_VARIABLE: str(writing)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            pass_fds=[writing],
-        )
+        child = start(env={**variables, PIPE_VARIABLE: str(writing)}, pass_fds=[*keep_open, writing])
     finally:
         os.close(writing)
     return child, os.fdopen(reading, "rb")
@@ -223,7 +222,7 @@ class _Sink:
     def _write(self, line: bytes) -> None:
         try:
             if isinstance(self._target, Path):
-                self._target = os.open(self._target, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+                self._target = open_to_append(self._target)
             if self.lost_lines:
                 newline = "" if self.is_at_line_start else "\n"
                 self._write_all(self._target, f"{newline}smartmoe: {self.missing}\n".encode())
@@ -264,7 +263,7 @@ class _Output:
         self._file = None if log is None else _Sink(str(log), log, is_ending)
         if log is not None:
             with contextlib.suppress(OSError):  # the first line fails too then, and that is noted
-                log.touch()
+                os.close(open_to_append(log))
         self._terminal = _standard_sink("the terminal", sys.stdout, is_ending)
         self._stderr = _standard_sink("stderr", sys.stderr, lambda: True)  # may be the same terminal, or another one
 
