@@ -17,7 +17,7 @@ from megatron_smartmoe.adapter.launch import flags as flag_lists
 from megatron_smartmoe.adapter.launch.command import LaunchCommand, make_command, ranks_per_node
 from megatron_smartmoe.adapter.launch.ending import Ending, SharedDeaths, attempt_of
 from megatron_smartmoe.adapter.launch.run_lock import RunLock
-from megatron_smartmoe.adapter.launch.topology import Topology, find_topology, reports_errors
+from megatron_smartmoe.adapter.launch.topology import Topology, find_topology, port_of_steps, reports_errors
 from megatron_smartmoe.errors import EXIT_CONFIG_ERROR, ConfigError, SmartMoEError
 from megatron_smartmoe.spec.run import RunSpec, load_run_spec
 
@@ -42,6 +42,9 @@ def launch(argv: list[str]) -> int:
     _check_load(options)
     spec = corpus.only_if_read(read_spec(options), command_line)
     topology = find_topology(ranks_per_node(options.nproc, spec, command_line))
+    if options.nproc is not None and options.nproc != topology.ranks_per_node:
+        rule = f"srun has started {topology.ranks_per_node} tasks on each node, and each of them is one rank"
+        raise ConfigError("--nproc", options.nproc, rule, "Remove it, or use srun --ntasks-per-node=1.")
     if topology.needs_srun and "SLURMD_NODENAME" not in os.environ:
         return srun(topology, argv)  # salloc's shell may be on a login node, whose GPUs are not the nodes'
     reserve = run_dir.choose if options.dry_run else run_dir.reserve
@@ -227,7 +230,9 @@ def srun(topology: Topology, argv: Sequence[str], module: str = __package__) -> 
     def terminate(child: object) -> None:  # srun itself would kill its tasks at once; scancel sends them SIGTERM
         subprocess.run(["scancel", "--signal=TERM", os.environ["SLURM_JOB_ID"]], check=False)
 
-    return process.run(command, {}, None, terminate, limit_s=_SRUN_LIMIT_S)
+    port = port_of_steps()
+    environment = {} if port is None else {"MASTER_PORT": str(port)}
+    return process.run(command, environment, None, terminate, limit_s=_SRUN_LIMIT_S)
 
 
 def _help_megatron() -> int:
