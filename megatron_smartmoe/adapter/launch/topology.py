@@ -217,7 +217,13 @@ def _address(environ: Mapping[str, str]) -> str:
     """The address of the first node: MASTER_ADDR, else Slurm's NodeAddr, else the node's name."""
     if environ.get("MASTER_ADDR"):
         return environ["MASTER_ADDR"]
-    first = first_host(environ.get("SLURM_STEP_NODELIST", ""))
+    nodelist = environ.get("SLURM_STEP_NODELIST", "")
+    components = [value for name, value in environ.items() if name.startswith("SLURM_NODELIST_HET_GROUP_")]
+    if components and nodelist not in components:
+        rule = "this step is on several components of the job, and Slurm's list need not begin with the node of task 0"
+        way_out = "Set MASTER_ADDR to that node, or use one component: srun --het-group=0 --ntasks-per-node=1 ..."
+        raise ConfigError("SLURM_STEP_NODELIST", nodelist, rule, way_out)
+    first = first_host(nodelist)
     if shutil.which("scontrol") is None:
         _check_name(first)
         return first

@@ -272,8 +272,22 @@ def test_a_step_over_several_components_is_refused(scontrol: None) -> None:
     )
 
 
+HET = {"SLURM_HET_SIZE": "2", "SLURM_NODELIST_HET_GROUP_0": "n[1-2]", "SLURM_NODELIST_HET_GROUP_1": "n3"}
+
+
 def test_a_step_on_one_component_is_right(scontrol: None) -> None:
-    assert find_topology(4, NODE_TASK | {"SLURM_HET_SIZE": "2"}).world_size == 8
+    assert find_topology(4, NODE_TASK | HET).world_size == 8
+
+
+def test_a_step_on_several_components_needs_the_address_of_its_first_task(scontrol: None) -> None:
+    nodes = {"SLURM_STEP_NODELIST": "n[1-3]", "SLURM_STEP_NUM_NODES": "3", "SLURM_STEP_NUM_TASKS": "3"}
+    several = NODE_TASK | HET | nodes | {"SLURM_STEP_TASKS_PER_NODE": "1(x3)"}
+    assert refusal(several) == (
+        "SLURM_STEP_NODELIST = 'n[1-3]': this step is on several components of the job, and Slurm's list need not begin "
+        "with the node of task 0. Set MASTER_ADDR to that node, or use one component: "
+        "srun --het-group=0 --ntasks-per-node=1 ..."
+    )
+    assert find_topology(1, several | {"MASTER_ADDR": "n3"}).num_nodes == 3
 
 
 def test_ranks_that_are_dealt_out_over_the_nodes_are_refused(scontrol: None) -> None:
