@@ -283,8 +283,8 @@ def test_a_step_on_several_components_needs_the_address_of_its_first_task(scontr
     nodes = {"SLURM_STEP_NODELIST": "n[1-3]", "SLURM_STEP_NUM_NODES": "3", "SLURM_STEP_NUM_TASKS": "3"}
     several = NODE_TASK | HET | nodes | {"SLURM_STEP_TASKS_PER_NODE": "1(x3)"}
     assert refusal(several) == (
-        "SLURM_STEP_NODELIST = 'n[1-3]': this step is on several components of the job, and Slurm's list need not begin "
-        "with the node of task 0. Set MASTER_ADDR to that node, or use one component: "
+        "SLURM_STEP_NODELIST = 'n[1-3]': this step is on several components of the job, and Slurm's list need not "
+        "begin with the node of task 0. Set MASTER_ADDR to that node, or use one component: "
         "srun --het-group=0 --ntasks-per-node=1 ..."
     )
     assert find_topology(1, several | {"MASTER_ADDR": "n3"}).num_nodes == 3
