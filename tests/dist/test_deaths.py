@@ -27,7 +27,7 @@ command = [sys.executable, "-m", "megatron_smartmoe.adapter.launch.torchrun", "-
 ending = Ending(resume="launch --run-dir D")
 sys.exit(process.run([*command, "--module", "rank_program"], {}, Path("train.log"), ending=ending))
 """
-WAY_ON = "nothing is saved: there is no --save | to start again: launch --run-dir D"
+WAY_ON = "no folder of checkpoints (--save) | to start again: launch --run-dir D"
 # Rank 0 waits, with a handler for SIGTERM that never gets to run, as in a collective whose other side is gone.
 PROGRAM = """
 import os, signal, sys, time

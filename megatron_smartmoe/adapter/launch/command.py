@@ -27,8 +27,9 @@ class LaunchCommand:
         command: the program and its arguments.
         environment: variables of the command beside those of this process.
         spec: the merged configuration, with `{run_dir}` not filled in.
-        save: where checkpoints go, if anywhere.
+        save: the folder that checkpoints go to, if there is one.
         resume_flags: flags that resuming from `save` needs beside the configuration.
+        lines: what the checks have to say.
     """
 
     command: list[str]
@@ -36,6 +37,7 @@ class LaunchCommand:
     spec: RunSpec
     save: Path | None = None
     resume_flags: tuple[str, ...] = ()
+    lines: tuple[str, ...] = ()
 
 
 def ranks_per_node(nproc: int | None, spec: RunSpec, command_line: Sequence[str]) -> int:
@@ -72,16 +74,22 @@ def make_command(spec: RunSpec, command_line: Sequence[str], topology: Topology,
 
     merged = merge(spec, command_line, topology, run_dir)
     check_args(merged.args, cpu=merged.cpu, data_exists=corpus.exists(spec))
-    check_load(merged.args)
+    lines = check_load(merged.args)
     if not merged.args.use_checkpoint_args:
         megatron_verdict(merged.args)
     return LaunchCommand(
         command=[*program(topology), *merged.tokens, "--smartmoe-run-dir", str(run_dir)],
         environment=rank_environment(topology, cpu=merged.cpu),
         spec=merged.spec,
-        save=Path(merged.args.save) if getattr(merged.args, "save", None) else None,
+        save=_local(getattr(merged.args, "save", None)),
         resume_flags=_resume_flags(merged.args),
+        lines=lines,
     )
+
+
+def _local(folder: str | None) -> Path | None:
+    """A folder of a file system; None for object storage, which the launcher cannot look into."""
+    return None if not folder or "://" in folder else Path(folder)
 
 
 def _resume_flags(args: Namespace) -> tuple[str, ...]:

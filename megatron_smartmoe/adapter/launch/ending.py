@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_smartmoe.adapter.launch.deaths import Death, first_cause
+from megatron_smartmoe.checkpoint.directory import read_tracker
+from megatron_smartmoe.errors import CheckpointError
 
-_TRACKER = "latest_checkpointed_iteration.txt"  # Megatron's; as in `checkpoint_check`, which takes time to import
 _PREFIX = "failed-"
 _TERMINATED = -signal.SIGTERM
 
@@ -143,21 +144,18 @@ class Ending:
             return what
         iteration = newest_iteration(self.save)
         if iteration is None:
-            saved = (
-                "nothing is saved: there is no --save" if self.save is None else f"nothing is saved yet in {self.save}"
-            )
+            saved = "no folder of checkpoints (--save)" if self.save is None else f"nothing is saved yet in {self.save}"
             return f"{what} | {saved} | to start again: {self.resume}"
         return f"{what} | saved: iteration {iteration} in {self.save} | to continue: {self.resume}"
 
 
 def newest_iteration(save: Path | None) -> int | None:
     """The iteration of the newest checkpoint, as Megatron's tracker has it."""
-    if save is None:
-        return None
     try:
-        return int((save / _TRACKER).read_text(encoding="ascii"))
-    except (OSError, ValueError):
+        found = None if save is None else read_tracker(save)
+    except CheckpointError:
         return None
+    return found if isinstance(found, int) else None
 
 
 def as_message(line: bytes) -> dict[str, Any]:

@@ -78,7 +78,7 @@ def _launch(
     _check_directory(topology, directory, dry_run=options.dry_run)
     text = secrets.masked_command(ready.command, ready.environment)
     if topology.is_reporter:
-        for line in auto_plan.lines if auto_plan is not None else ():
+        for line in (*(auto_plan.lines if auto_plan is not None else ()), *ready.lines):
             print(("# " if options.dry_run else "smartmoe: ") + line, flush=True)
     if options.dry_run:
         if topology.is_reporter:

@@ -103,9 +103,7 @@ def test_a_death_what_is_saved_and_how_to_continue(save: Path, tmp_path: Path) -
     text = f"rank 1 on n1 was killed by SIGKILL | nothing is saved yet in {tmp_path / 'none'} | to start again: launch"
     assert line(ending, 137) == text + " --run-dir D"
     ending.save = None
-    text = (
-        "rank 1 on n1 was killed by SIGKILL | nothing is saved: there is no --save | to start again: launch --run-dir D"
-    )
+    text = "rank 1 on n1 was killed by SIGKILL | no folder of checkpoints (--save) | to start again: launch --run-dir D"
     assert line(ending, 137) == text
 
 

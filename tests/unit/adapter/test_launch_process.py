@@ -389,7 +389,7 @@ log = Path(sys.argv[1])
 child = [sys.executable, "-u", "-c", sys.argv[2]]
 sys.exit(process.run(child, {}, log, ending=ending, rank=RANK, limit_s=0.5))
 """
-WAY_ON = "nothing is saved: there is no --save | to start again: launch --run-dir D"
+WAY_ON = "no folder of checkpoints (--save) | to start again: launch --run-dir D"
 
 
 def with_ending(monkeypatch: pytest.MonkeyPatch, rank: int | None) -> None:
