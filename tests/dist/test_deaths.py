@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +36,6 @@ if os.environ["RANK"] == "0":
     time.sleep(600)
 while not os.path.exists("rank0"):
     time.sleep(0.05)
-open("died", "w").close()
 """
 RAISES = """
 from megatron_smartmoe.adapter.pretrain import _noted_exception
@@ -53,7 +51,6 @@ class Ended:
     status: int
     out: str
     log: str
-    ended_s: float
     peer: int
 
 
@@ -69,7 +66,6 @@ def die(tmp_path: Path) -> Callable[[str], Ended]:
             status=done.returncode,
             out=done.stdout + done.stderr,
             log=(tmp_path / "train.log").read_text(),
-            ended_s=time.time() - (tmp_path / "died").stat().st_mtime,
             peer=int((tmp_path / "rank0").read_text()),
         )
 
@@ -84,7 +80,7 @@ def assert_ended(ended: Ended, status: int, what: str) -> None:
     assert "rank_program FAILED" not in ended.out
     assert "Root Cause (first observed failure)" in ended.log
     assert not Path(f"/proc/{ended.peer}").exists()
-    assert ended.ended_s < 25  # torchrun alone takes 30; measured: 5 (docs/reliability.md)
+    assert "Unable to shutdown process" not in ended.log  # what torchrun writes when its 30 s are over
 
 
 def test_a_rank_that_is_killed(die: Callable[[str], Ended]) -> None:
@@ -130,6 +126,7 @@ def test_ranks_that_could_not_be_started(tmp_path: Path) -> None:
     )
     assert done.returncode == 1
     assert "Traceback" not in done.stdout + done.stderr
-    assert done.stdout.startswith(f"smartmoe: torchrun on {HOST} failed: ")
-    assert done.stdout.endswith(f"(more in train.log) | {WAY_ON}\n")
+    last = done.stdout.splitlines()[-1]
+    assert last.startswith(f"smartmoe: torchrun on {HOST} failed: ")
+    assert last.endswith(f"(more in train.log) | {WAY_ON}")
     assert "Traceback" in (tmp_path / "train.log").read_text()
