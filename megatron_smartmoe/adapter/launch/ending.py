@@ -21,6 +21,7 @@ from megatron_smartmoe.adapter.launch.deaths import Death, first_cause
 from megatron_smartmoe.checkpoint.directory import read_tracker
 from megatron_smartmoe.errors import CheckpointError
 
+ATTEMPT_VARIABLE = "SMARTMOE_ATTEMPT"  # of the launcher that has started this one through srun
 _PREFIX = "failed-"
 _TERMINATED = -signal.SIGTERM
 
@@ -64,6 +65,8 @@ class SharedDeaths:
 
 def attempt_of(environ: Mapping[str, str] = os.environ) -> str:
     """Which start of a run this is, the same on all nodes of a Slurm step; a job that is queued again has another."""
+    if ATTEMPT_VARIABLE in environ:
+        return environ[ATTEMPT_VARIABLE]
     names = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")
     return ".".join(environ.get(name, "0") for name in names)
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import shlex
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +17,7 @@ from pathlib import Path
 from megatron_smartmoe.adapter.launch import corpus, process, run_dir, run_lock, secrets
 from megatron_smartmoe.adapter.launch import flags as flag_lists
 from megatron_smartmoe.adapter.launch.command import LaunchCommand, make_command, ranks_per_node
-from megatron_smartmoe.adapter.launch.ending import Ending, SharedDeaths, attempt_of
+from megatron_smartmoe.adapter.launch.ending import ATTEMPT_VARIABLE, Ending, SharedDeaths, attempt_of
 from megatron_smartmoe.adapter.launch.run_lock import RunLock
 from megatron_smartmoe.adapter.launch.topology import Topology, find_topology, port_of_steps, reports_errors
 from megatron_smartmoe.errors import EXIT_CONFIG_ERROR, ConfigError, SmartMoEError
@@ -74,7 +76,7 @@ def _launch(
         spec, command_line = auto_plan.spec, auto_plan.command_line
     ready = make_command(spec, command_line, topology, directory)
     if topology.needs_srun:  # after the check: an error is printed once, before any node starts
-        return srun(topology, argv)
+        return srun(topology, argv, ending=_ending(ready, topology, directory))
     _check_directory(topology, directory, dry_run=options.dry_run)
     text = secrets.masked_command(ready.command, ready.environment)
     if topology.is_reporter:
@@ -140,12 +142,16 @@ def _run(ready: LaunchCommand, topology: Topology, directory: Path, keep_open: S
 def _ending(ready: LaunchCommand, topology: Topology, directory: Path) -> Ending:
     """What the last line needs to know."""
     name = f"node{topology.node}" if topology.rank is None else f"rank{topology.rank}"
-    several = topology.num_nodes > 1 or topology.rank is not None
+    if topology.needs_srun:
+        name, attempt = "srun", f"{os.environ['SLURM_JOB_ID']}.{time.time_ns()}"
+    else:
+        attempt = attempt_of()
+    several = topology.num_nodes > 1 or topology.rank is not None or topology.needs_srun
     resume = [*run_dir.launcher_command().split(), "--run-dir", str(directory), *ready.resume_flags]
     return Ending(
         save=ready.save,
         resume=shlex.join(resume) + (f" (in an allocation of {topology.num_nodes} nodes)" if several else ""),
-        shared=SharedDeaths(directory=directory, name=name, attempt=attempt_of()) if several else None,
+        shared=SharedDeaths(directory=directory, name=name, attempt=attempt) if several else None,
     )
 
 
@@ -218,8 +224,18 @@ def read_spec(options: argparse.Namespace) -> RunSpec:
     return replace(spec, flags=secrets.revealed_flags(spec.flags))
 
 
-def srun(topology: Topology, argv: Sequence[str], module: str = __package__) -> int:
-    """Start one launcher, or another module, per node of the allocation."""
+def srun(topology: Topology, argv: Sequence[str], module: str = __package__, ending: Ending | None = None) -> int:
+    """Start one launcher, or another module, per node of the allocation.
+
+    Args:
+        topology: of the allocation.
+        argv: the command line of each launcher.
+        module: what to start.
+        ending: to repeat the last line of the launchers, which is not the last any more when srun has had its say.
+
+    Raises:
+        ConfigError: there is no srun.
+    """
     if shutil.which("srun") is None:
         raise ConfigError(
             "SLURM_JOB_NUM_NODES", topology.num_nodes, "srun is not on PATH", "Add Slurm's programs to PATH."
@@ -232,7 +248,13 @@ def srun(topology: Topology, argv: Sequence[str], module: str = __package__) -> 
 
     port = port_of_steps()
     environment = {} if port is None else {"MASTER_PORT": str(port)}
-    return process.run(command, environment, None, terminate, limit_s=_SRUN_LIMIT_S)
+    if ending is not None and ending.shared is not None:
+        environment[ATTEMPT_VARIABLE] = ending.shared.attempt
+    status = process.run(command, environment, None, terminate, limit_s=_SRUN_LIMIT_S)
+    if ending is not None and ending.others_died() and (line := ending.line(status, [], None)):
+        with contextlib.suppress(OSError):  # nobody reads it
+            print(f"smartmoe: {line}", flush=True)
+    return status
 
 
 def _help_megatron() -> int:

@@ -13,6 +13,8 @@ import pytest
 
 from megatron_smartmoe.adapter.launch import auto, launcher
 from megatron_smartmoe.adapter.launch.command import LaunchCommand
+from megatron_smartmoe.adapter.launch.deaths import Death
+from megatron_smartmoe.adapter.launch.ending import Ending, SharedDeaths, attempt_of
 from megatron_smartmoe.adapter.launch.run_lock import RunLock
 from megatron_smartmoe.adapter.launch.topology import Topology
 from megatron_smartmoe.errors import ConfigError
@@ -219,12 +221,13 @@ def test_a_launcher_per_node_is_started_after_the_check(
 ) -> None:
     """Where this is a node of the allocation; of the nodes' GPUs a login node knows nothing."""
 
-    def srun(topology: Topology, argv: list[str]) -> int:
+    def srun(topology: Topology, argv: list[str], **_: Any) -> int:
         assert argv == ARGV
         story.events.append(f"srun {topology.num_nodes}")
         return 9
 
     story.topology = Topology(ranks_per_node=2, needs_srun=True)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setattr(launcher, "srun", srun)
     monkeypatch.delenv("SLURMD_NODENAME", raising=False)
     if node:
@@ -301,6 +304,26 @@ def test_a_batch_script_starts_a_launcher_per_node(monkeypatch: pytest.MonkeyPat
     how = ["--cpu-bind=none", "--kill-on-bad-exit=1"]
     assert command == ["srun", *nodes, *how, *PYTHON_M, "megatron_smartmoe.adapter.launch", "--config", "a b.yaml"]
     assert (environment, log) == ({}, None)
+
+
+def test_what_the_launchers_say_last_is_said_again_after_srun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """srun itself has a line for every task that failed."""
+    shared = SharedDeaths(directory=tmp_path, name="srun", attempt="7.1")
+
+    def run(command: list[str], environment: dict[str, str], *_: Any, **__: Any) -> int:
+        assert attempt_of(environment) == "7.1"
+        there = replace(shared, name="node1", attempt=attempt_of(environment))
+        there.write([Death(rank=3, host="n2", status=-9, time_s=1.0)])
+        print("srun: error: n2: task 1: Exited with exit code 137")
+        return 137
+
+    monkeypatch.setattr(launcher.shutil, "which", lambda name: f"/bin/{name}")
+    monkeypatch.setattr(launcher.process, "run", run)
+    ending = Ending(shared=shared, resume="launch --run-dir D")
+    assert launcher.srun(Topology(num_nodes=2, needs_srun=True), [], ending=ending) == 137
+    assert capsys.readouterr().out.splitlines()[-1].startswith("smartmoe: rank 3 on n2 was killed by SIGKILL | ")
 
 
 def test_sigterm_goes_to_the_tasks_through_slurm(monkeypatch: pytest.MonkeyPatch, commands: list[list[str]]) -> None:
