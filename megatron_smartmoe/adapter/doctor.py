@@ -41,7 +41,7 @@ def _why_no_cuda() -> str | None:
     import torch
 
     try:
-        torch.cuda.init()
+        torch.cuda.init()  # type: ignore[no-untyped-call]
     except (RuntimeError, AssertionError) as error:
         return str(error).splitlines()[0]
     return None

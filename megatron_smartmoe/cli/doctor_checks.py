@@ -405,7 +405,7 @@ CHECKS: dict[str, Callable[[], Finding]] = {
     "compiler": check_compiler,
     "megatron": check_megatron,
     "collectives": check_collectives,
-    **{name: (lambda name=name: check_package(name)) for name in _PACKAGES},
+    **{name: functools.partial(check_package, name) for name in _PACKAGES},
     "slurm": check_slurm,
     "write": check_write,
     "memory": check_memory,

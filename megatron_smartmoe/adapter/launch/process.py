@@ -25,7 +25,6 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import IO, TextIO
@@ -73,6 +72,7 @@ def run(
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)
     _become_subreaper()
     signals: list[int] = []  # that ask for the end; an Event's lock could be taken already when a handler interrupts
+    output = _Output(log, lambda: bool(signals))
     ooms = oom_kills()
     with _error_file(rank) as error_file:
         variables = {**os.environ, **environment}
@@ -81,7 +81,6 @@ def run(
         child, reports = _start(command, variables, keep_open, with_pipe=ending is not None and rank is None)
         _install_handlers(child, signals, terminate, child_is_rank=rank is not None)
         assert child.stdout is not None
-        output = _Output(log, lambda: bool(signals))
         threads = [threading.Thread(target=output.copy, args=(child.stdout,), daemon=True)]
         if ending is not None and reports is not None:
             threads.append(threading.Thread(target=_receive, args=(reports, ending, output), daemon=True))
@@ -134,15 +133,19 @@ def _start(
     command: Sequence[str], variables: Mapping[str, str], keep_open: Sequence[int], *, with_pipe: bool
 ) -> tuple[subprocess.Popen[bytes], IO[bytes] | None]:
     """The child and, if asked for, what it reports through a pipe of its own (see `torchrun`)."""
-    start = partial(subprocess.Popen, command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    if not with_pipe:
-        return start(env=variables, pass_fds=keep_open), None
-    reading, writing = os.pipe()
+    pipe = os.pipe() if with_pipe else None
     try:
-        child = start(env={**variables, PIPE_VARIABLE: str(writing)}, pass_fds=[*keep_open, writing])
+        child = subprocess.Popen(
+            command,
+            env={**variables, PIPE_VARIABLE: str(pipe[1])} if pipe else variables,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            pass_fds=[*keep_open, *(pipe[1:] if pipe else ())],
+        )
     finally:
-        os.close(writing)
-    return child, os.fdopen(reading, "rb")
+        if pipe:
+            os.close(pipe[1])
+    return child, os.fdopen(pipe[0], "rb") if pipe else None
 
 
 def _receive(reports: IO[bytes], ending: Ending, output: _Output) -> None:
