@@ -123,5 +123,6 @@ def test_good_input_does_start_torchrun(folder: Path, started: Path) -> None:
         "command.sh",
         "config.yaml",
         "environment.json",
+        "run.lock",
         "train.log",
     ]
