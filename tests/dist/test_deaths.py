@@ -38,9 +38,12 @@ while not os.path.exists("rank0"):
     time.sleep(0.05)
 """
 RAISES = """
-from megatron_smartmoe.adapter.pretrain import _noted_exception
-with _noted_exception():
+from megatron_smartmoe.adapter.pretrain import note_exception
+try:
     raise ValueError("x = 3:\\n    too small")
+except ValueError as error:
+    note_exception(error)
+    raise
 """
 
 

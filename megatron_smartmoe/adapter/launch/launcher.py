@@ -18,7 +18,7 @@ from megatron_smartmoe.adapter.launch import corpus, process, run_dir, run_lock,
 from megatron_smartmoe.adapter.launch import flags as flag_lists
 from megatron_smartmoe.adapter.launch.command import LaunchCommand, make_command, ranks_per_node
 from megatron_smartmoe.adapter.launch.ending import ATTEMPT_VARIABLE, Ending, SharedDeaths, attempt_of
-from megatron_smartmoe.adapter.launch.run_lock import RunLock
+from megatron_smartmoe.adapter.launch.run_lock import LOCKED_VARIABLE, RunLock
 from megatron_smartmoe.adapter.launch.topology import Topology, find_topology, port_of_steps, reports_errors
 from megatron_smartmoe.errors import EXIT_CONFIG_ERROR, ConfigError, SmartMoEError
 from megatron_smartmoe.spec.run import RunSpec, load_run_spec
@@ -131,7 +131,7 @@ def _run(ready: LaunchCommand, topology: Topology, directory: Path, keep_open: S
     log = directory / ("train.log" if topology.node == 0 else f"node{topology.node}.log")
     return process.run(
         ready.command,
-        ready.environment,
+        {**ready.environment, LOCKED_VARIABLE: "1"},
         log if topology.rank is None else None,  # Slurm collects the output of its tasks
         ending=_ending(ready, topology, directory),
         rank=topology.rank,

@@ -32,6 +32,7 @@ import psutil
 from megatron_smartmoe.errors import ConfigError
 
 FILE = "run.lock"
+LOCKED_VARIABLE = "SMARTMOE_RUN_LOCKED"  # the launcher holds the lock for its ranks
 SIGN_OF_LIFE_S = 15.0
 SILENT_S = 60.0
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")

@@ -104,7 +104,7 @@ def test_flags_are_checked_then_data_is_prepared_then_the_ranks_run(
 ) -> None:
     assert launcher.main(ARGV) == 7
     assert story.events == ["plan --lr 1 in here", "prepare data/corpus", "run"]
-    assert story.ran == (["python", "--x", "1"], {"A": "1"}, Path("here/train.log"))
+    assert story.ran == (["python", "--x", "1"], {"A": "1", "SMARTMOE_RUN_LOCKED": "1"}, Path("here/train.log"))
     spec = RunSpec(name="mine", nproc=2, data={"prefix": "data/corpus", "seed": 3})
     assert load_run_spec(Path("here/config.yaml")) == spec
     assert Path("here/command.sh").read_text().endswith("\nA=1 python \\\n  --x 1\n")
@@ -241,7 +241,7 @@ def test_a_task_per_rank_is_the_parent_of_its_rank(story: Story) -> None:
     """So that somebody can say by what it died. Its output is Slurm's to collect."""
     story.topology = Topology(num_nodes=2, node=1, ranks_per_node=2, rank=3)
     assert launcher.main(ARGV) == 7
-    assert story.ran == (["python", "--x", "1"], {"A": "1"}, None)
+    assert story.ran == (["python", "--x", "1"], {"A": "1", "SMARTMOE_RUN_LOCKED": "1"}, None)
     assert story.options["rank"] == 3
     assert story.options["ending"].shared.name == "rank3"
 
