@@ -60,8 +60,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             run(options)  # type: ignore[no-untyped-call]
         except ChildFailedError as error:
-            report.write(f"{error}\n")
             watch.finish({f.pid: (rank, f.exitcode, f.error_file) for rank, f in error.failures.items()})
+            if not any(death.is_refusal for death in watch.deaths):  # wrong flags: the one line says all
+                report.write(f"{error}\n")
         except SignalException as error:
             return 128 + error.sigval
         except Exception as error:  # before there was a rank: no address, no port, no answer from another node
