@@ -8,10 +8,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(180)]
@@ -98,10 +100,6 @@ def test_a_rank_that_raises(die: Callable[[str], Ended]) -> None:
     assert ended.out.count("Traceback") == 1  # the rank's own
 
 
-def test_a_rank_that_exits(die: Callable[[str], Ended]) -> None:
-    assert_ended(die("sys.exit(7)"), 7, "ended with exit status 7")
-
-
 def test_by_hand_the_cause_is_the_last_line_too(tmp_path: Path) -> None:
     """command.sh of a run directory starts the same program, without the launcher."""
     (tmp_path / "rank_program.py").write_text("import os; os.kill(os.getpid(), 9)")
@@ -133,3 +131,19 @@ def test_ranks_that_could_not_be_started(tmp_path: Path) -> None:
     assert last.startswith(f"smartmoe: torchrun on {HOST} failed: ")
     assert last.endswith(f"(more in train.log) | {WAY_ON}")
     assert "Traceback" in (tmp_path / "train.log").read_text()
+
+
+def test_ranks_do_not_outlive_a_launcher_that_is_killed(tmp_path: Path) -> None:
+    program = "import os, time\nopen(f'rank{os.environ[\"RANK\"]}', 'w').write(str(os.getpid()))\ntime.sleep(600)"
+    (tmp_path / "rank_program.py").write_text(program)
+    environ = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(Path(__file__).parents[2])])}
+    quiet = subprocess.DEVNULL
+    launcher = subprocess.Popen([sys.executable, "-c", LAUNCHER], cwd=tmp_path, env=environ, stdout=quiet, stderr=quiet)
+    files = [tmp_path / "rank0", tmp_path / "rank1"]
+    while not all(file.exists() and file.read_text() for file in files):
+        assert launcher.poll() is None
+        time.sleep(0.05)
+    ranks = [psutil.Process(int(file.read_text())) for file in files]
+    launcher.kill()
+    launcher.wait()
+    assert psutil.wait_procs(ranks, timeout=60)[1] == []
