@@ -2,8 +2,8 @@
 
 A rank that raises leaves its exception in the error file that torchrun names to it (TORCHELASTIC_ERROR_FILE); of a rank
 that a signal ended only the parent knows. When one rank is gone the others fail a moment later, because their
-connections to it break, so the first death in time is the cause, and a broken connection is one only where nothing
-else is.
+connections to it break or torchrun ends them, so the first death in time is the cause, and a broken connection or a
+SIGTERM is one only where nothing else is.
 """
 
 from __future__ import annotations
@@ -61,8 +61,10 @@ class Death:
         return self.status == EXIT_CONFIG_ERROR
 
     @property
-    def _is_lost_connection(self) -> bool:
-        return self.error is not None and _LOST_CONNECTION.search(self.error) is not None
+    def _may_follow(self) -> bool:
+        """Whether it is what the death of another rank does to this one: a lost connection, or torchrun's SIGTERM."""
+        lost = self.error is not None and _LOST_CONNECTION.search(self.error) is not None
+        return lost or self.status == -signal.SIGTERM
 
     def __str__(self) -> str:
         """Rank, host and cause, as the end of a run's output has them."""
@@ -89,7 +91,7 @@ class Death:
 
 def first_cause(deaths: Iterable[Death]) -> Death | None:
     """The death that the others follow from, as far as their times and exceptions show it."""
-    return min(deaths, key=lambda death: (death._is_lost_connection, death.time_s), default=None)
+    return min(deaths, key=lambda death: (death._may_follow, death.time_s), default=None)
 
 
 def read_death(rank: int, host: str, status: int, ended_s: float, error_file: Path | None, ooms_before: int) -> Death:

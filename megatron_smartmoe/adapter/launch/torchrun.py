@@ -40,6 +40,7 @@ GRACE_S = 4.0
 _ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _JOIN_S = 1.0
+_LOOK_S = 0.02  # between looks for ranks that have just been started
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -163,6 +164,7 @@ class Watch:
 
     def _find(self) -> None:
         """Start a thread for each child that is a rank. torchrun starts all of them at about the same time."""
+        expected = 1
         while True:
             for child in psutil.Process().children():
                 if child.pid not in self._threads:
@@ -170,7 +172,8 @@ class Watch:
                         environ = child.environ()
                         if _ERROR_FILE in environ:  # after exec: before, it still has this process's variables
                             self._wait_for(child.pid, int(environ["RANK"]), Path(environ[_ERROR_FILE]))
-            time.sleep(0.05 if not self._threads else 1.0)
+                            expected = int(environ["LOCAL_WORLD_SIZE"])
+            time.sleep(_LOOK_S if len(self._threads) < expected else 1.0)
 
     def _wait_for(self, pid: int, rank: int, error_file: Path) -> None:
         def wait() -> None:

@@ -46,6 +46,9 @@ def test_the_first_death_is_the_cause_and_a_lost_connection_is_not() -> None:
     assert first_cause([LOST, KILLED, WRONG]) == KILLED
     assert first_cause([WRONG, LOST]) == WRONG
     assert first_cause([LOST]) == LOST
+    ended = replace(KILLED, rank=0, status=-15, time_s=9.0)  # by torchrun, before anybody saw why
+    assert first_cause([ended, KILLED]) == KILLED
+    assert first_cause([replace(LOST, time_s=9.1), ended]) == ended
     assert first_cause([]) is None
 
 
