@@ -130,7 +130,7 @@ class Ending:
         cause = first_cause([*self.deaths, *self._others])
         if signals and (cause is None or cause.status == _TERMINATED):
             return None if status == 0 else self._with_way_on(f"ended by {signal.Signals(signals[0]).name}")
-        if signals and cause is not None:
+        if signals and cause in self.deaths:  # after a death on another node Slurm ends this one by SIGTERM
             return self._with_way_on(f"ended by {signal.Signals(signals[0]).name}, and {cause}")
         if cause is not None:
             return str(cause) if cause.is_refusal else self._with_way_on(str(cause))
