@@ -118,6 +118,7 @@ def test_other_ends() -> None:
     assert says(0, signal.SIGTERM) is None  # it saved and ended, as asked
     assert says(143, signal.SIGTERM) == "ended by SIGTERM"
     assert says(130, signal.SIGINT) == "ended by SIGINT"
+    assert says(130, signal.SIGINT, deaths=[replace(KILLED, status=-2)]) == "ended by SIGINT"
     assert says(1, signal.SIGTERM, deaths=[WRONG]) == f"ended by SIGTERM, and {WRONG}"
     assert says(1, signal.SIGTERM, deaths=[replace(KILLED, status=-15)]) == "ended by SIGTERM"
     assert says(1, deaths=[replace(KILLED, status=-15)]) == "rank 1 on n1 was killed by SIGTERM"
