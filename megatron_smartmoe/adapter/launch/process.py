@@ -87,7 +87,8 @@ def run(
         for thread in threads:
             thread.start()
         status = _wait(child, signals, terminate, ending, limit_s)
-        if ending is not None and rank is not None and status:
+        by_request = status in (-signal.SIGTERM, -signal.SIGKILL) and (signals or (ending and ending.others_died()))
+        if ending is not None and rank is not None and status and not by_request:
             ending.add(read_death(rank, platform.node(), status, time.time(), error_file, ooms))
     _end_descendants(_SHORT_GRACE_S if ending is not None and ending.deaths else _ORPHANS_GRACE_S)
     for thread in threads:  # the pipes are closed: no process holds their other end any more

@@ -457,6 +457,19 @@ def test_sigterm_ends_what_ignores_it(launcher: Launcher, tmp_path: Path, monkey
     assert out == f"smartmoe: ended by SIGTERM | {WAY_ON}\n"
 
 
+def test_a_rank_of_a_task_that_is_ended_for_another_is_no_death(
+    launcher: Launcher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_ending(monkeypatch, rank=3)
+    process = launcher.start(IGNORES_SIGTERM, tmp_path / "log")
+    assert line(process) == "ready"
+    there = SharedDeaths(directory=tmp_path, name="node1", attempt="7")
+    there.write([Death(rank=5, host="n2", status=3, time_s=time.time() + 1000)])  # a clock that is ahead
+    out, _ = process.communicate(timeout=TIMEOUT_S)
+    assert out == f"smartmoe: rank 5 on n2 ended with exit status 3 | {WAY_ON}\n"
+    assert not (tmp_path / "failed-node0.json").exists()
+
+
 def test_sigterm_ends_what_is_stopped(launcher: Launcher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with_ending(monkeypatch, rank=None)
     process = launcher.start("import os, time; print(os.getpid()); time.sleep(100)", tmp_path / "log")
