@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_smartmoe.adapter.records.append import append_line
+from megatron_smartmoe.adapter.run_files import append_line
 
 
 def test_a_line_is_appended_whole_or_not_at_all(tmp_path: Path) -> None:
