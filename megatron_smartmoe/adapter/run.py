@@ -17,7 +17,6 @@ from megatron.training import get_args
 
 from megatron_smartmoe.adapter.moe.routers import all_layer_numbers, moe_layers
 from megatron_smartmoe.adapter.run_files import append_line
-from megatron_smartmoe.checkpoint.directory import folder_of
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -164,5 +164,4 @@ def _next_steps(args: Namespace, run_dir: Path) -> list[str]:
 
 def write(summary: dict[str, Any], path: Path) -> None:
     """Write summary.json."""
-    write_text(path, json.dumps(summary, indent=2) + "
-")
+    write_text(path, json.dumps(summary, indent=2) + "\n")
