@@ -36,6 +36,7 @@ _MARK = "__smartmoe__"  # attribute of a wrapper: the keys of all hooks that it 
 class Order(IntEnum):
     """Which callback is called first at each moment: the one with the smaller number."""
 
+    PROGRESS = 5  # what the others do is part of what is watched
     REPLAY = 10  # forces what the routers choose, so everything after it counts the forced choice
     METRICS = 20
     HOMES = 30
@@ -73,6 +74,18 @@ class Callback:
 
     def around_save(self, iteration: int) -> AbstractContextManager[None]:
         """A context that is entered before a checkpoint is written and left when Megatron's call returns."""
+        return contextlib.nullcontext()
+
+    def around_wait_for_saves(self) -> AbstractContextManager[None]:
+        """A context around Megatron's wait for checkpoints that are still being written (`--async-save`)."""
+        return contextlib.nullcontext()
+
+    def around_evaluation(self, split: str) -> AbstractContextManager[None]:
+        """A context around an evaluation.
+
+        Args:
+            split: `validation` or `test`.
+        """
         return contextlib.nullcontext()
 
     def after_evaluation(self, split: str, losses: Mapping[str, torch.Tensor]) -> None:
@@ -127,9 +140,14 @@ class _Loop:
 
     def save_checkpoint(self, call: Callable[..., Any], bound: inspect.BoundArguments) -> Any:
         """Megatron also saves before there is a run, when it converts a checkpoint: then no callback is called."""
-        with ExitStack() as contexts:
-            for callback in self.callbacks if self._running else ():
-                contexts.enter_context(callback.around_save(bound.arguments["iteration"]))
+        with self._contexts(lambda callback: callback.around_save(bound.arguments["iteration"])):
+            return call()
+
+    def maybe_finalize_async_save(self, call: Callable[..., Any], bound: inspect.BoundArguments) -> Any:
+        """Megatron asks in every iteration whether a save has ended, and waits for it only where it must."""
+        if not bound.arguments.get("blocking"):
+            return call()
+        with self._contexts(lambda callback: callback.around_wait_for_saves()):
             return call()
 
     def evaluate_and_print_results(self, call: Callable[..., Any], bound: inspect.BoundArguments) -> Any:
@@ -139,10 +157,18 @@ class _Loop:
 
     def evaluate(self, call: Callable[..., Any], bound: inspect.BoundArguments) -> Any:
         """Returns (losses, other results, whether time is up)."""
-        result = call()
+        with self._contexts(lambda callback: callback.around_evaluation(self._split)):
+            result = call()
         for callback in self.callbacks:
             callback.after_evaluation(self._split, result[0] or {})
         return result
+
+    def _contexts(self, of: Callable[[Callback], AbstractContextManager[None]]) -> ExitStack:
+        """The callbacks' contexts, entered in their order; none before there is a run."""
+        with ExitStack() as contexts:
+            for callback in self.callbacks if self._running else ():
+                contexts.enter_context(of(callback))
+            return contexts.pop_all()
 
 
 _LOOP_MODULE = "megatron.training.training"

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 
 from megatron_smartmoe.adapter.cost_inputs import expert_shape, state_bytes
 from megatron_smartmoe.adapter.flags.parser import attribute, has_transformer_engine
 from megatron_smartmoe.adapter.flags.pool_settings import homes_interval, may_overlap, settings_of_pool
-from megatron_smartmoe.adapter.flags.smartmoe_arguments import AUTO, POOL, POOL_INTERVAL, REPLICAS, replicas_mode
+from megatron_smartmoe.adapter.flags.smartmoe_arguments import (
+    AUTO,
+    POOL,
+    POOL_INTERVAL,
+    REPLICAS,
+    WATCHDOG_FLOOR,
+    replicas_mode,
+)
 from megatron_smartmoe.errors import ConfigError
 from megatron_smartmoe.planner.flags import OVERLAP_DEGREE, SPARE_SLOTS
 from megatron_smartmoe.planner.pool import PoolSetting
@@ -56,6 +64,7 @@ def check_smartmoe(args: argparse.Namespace, *, cpu: bool) -> None:
     Raises:
         ConfigError: the first rule that is broken.
     """
+    _check_watchdog(args)
     _check_traces(args)
     _check_replicas(args)
     _check_overlap(args)
@@ -92,6 +101,13 @@ def _needs_expert_parallelism(args: argparse.Namespace, flag: str, value: object
     if args.expert_model_parallel_size == 1:
         rule = "needs expert parallelism: on one rank there is nothing to balance or to overlap"
         raise ConfigError(flag, value, rule, "Pass --expert-model-parallel-size 2, for example, or remove it.")
+
+
+def _check_watchdog(args: argparse.Namespace) -> None:
+    floor_s = args.smartmoe_watchdog_floor_s
+    if not 1 <= floor_s < math.inf:  # also refuses NaN
+        rule = "must be a number of seconds, at least 1: every longer hiccup of a short step would be reported"
+        raise ConfigError(WATCHDOG_FLOOR, floor_s, rule, "Remove it for its default, or pass --smartmoe-watchdog off.")
 
 
 def _check_traces(args: argparse.Namespace) -> None:

@@ -14,6 +14,7 @@ from megatron_smartmoe.adapter.launch import corpus, process, run_dir
 from megatron_smartmoe.adapter.launch import flags as flag_lists
 from megatron_smartmoe.adapter.launch.command import make_command, ranks_per_node
 from megatron_smartmoe.adapter.launch.topology import Topology, find_topology, reports_errors
+from megatron_smartmoe.adapter.launch.watch import watch_node
 from megatron_smartmoe.errors import EXIT_CONFIG_ERROR, ConfigError, SmartMoEError
 from megatron_smartmoe.spec.run import RunSpec, load_run_spec
 
@@ -73,7 +74,7 @@ def launch(argv: list[str]) -> int:
         os.execv(ready.command[0], ready.command)
     directory.mkdir(parents=True, exist_ok=True)  # another node may have come first
     log = directory / ("train.log" if topology.node == 0 else f"node{topology.node}.log")
-    return process.run(ready.command, ready.environment, log)
+    return process.run(ready.command, ready.environment, log, watch=watch_node(topology, directory))
 
 
 def build_parser() -> argparse.ArgumentParser:

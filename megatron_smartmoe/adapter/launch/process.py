@@ -24,6 +24,8 @@ from typing import IO, TextIO
 
 import psutil
 
+from megatron_smartmoe.adapter.launch.watch import Watch, no_watch
+
 _PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 
 
@@ -32,6 +34,7 @@ def run(
     environment: Mapping[str, str],
     log: Path | None,
     terminate: Callable[[subprocess.Popen[bytes]], object] = subprocess.Popen.terminate,
+    watch: Watch = no_watch,
 ) -> int:
     """Run `command` to its end and return its exit status (128 + N when signal N ended it).
 
@@ -45,11 +48,15 @@ def run(
         environment: added to this process's own.
         log: where to append the output, besides the terminal; None: only the terminal.
         terminate: how SIGTERM is forwarded.
+        watch: what watches the ranks meanwhile; its lines go where theirs go.
     """
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)
     _become_subreaper()
+    output, input_ = os.pipe()
+    watching = contextlib.ExitStack()
+    table = watching.enter_context(watch(lambda text: os.write(input_, f"smartmoe: {text}\n".encode())))
     child = subprocess.Popen(
-        command, env={**os.environ, **environment}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        command, env={**os.environ, **environment, **table}, stdout=input_, stderr=subprocess.STDOUT
     )
     signals: list[int] = []  # that ask for the end; an Event's lock could be taken already when a handler interrupts
 
@@ -65,10 +72,12 @@ def run(
     signal.signal(signal.SIGTERM, forward_sigterm)
     signal.signal(signal.SIGUSR2, signal_ranks)
     signal.signal(signal.SIGINT, lambda number, frame: signals.append(number))
-    assert child.stdout is not None
-    copier = threading.Thread(target=_copy, args=(child.stdout, log, lambda: bool(signals)), daemon=True)
+    lines = os.fdopen(output, "rb")
+    copier = threading.Thread(target=_copy, args=(lines, log, lambda: bool(signals)), daemon=True)
     copier.start()
     status = _wait(child)
+    watching.close()
+    os.close(input_)
     _end_descendants()
     copier.join()  # the pipe is closed: no process holds its other end any more
     return 128 - status if status < 0 else status
