@@ -42,6 +42,7 @@ OPERATIONS = (
 )
 SENDS = frozenset({"send", "receive"})  # between two ranks, and so no operation of the whole group
 
+_TABLE_NAME = "smartmoe-progress"
 _MAGIC = 0x534D4F45_00000001  # the format, and its version
 _NAME_BYTES = 40
 _GROUP_WORDS = 3 + _NAME_BYTES // 8  # key, operations posted, ranks, name
@@ -103,7 +104,7 @@ class ProgressTable:
 
     def __init__(self, num_ranks: int) -> None:
         self.num_ranks = num_ranks
-        self._descriptor = os.memfd_create("smartmoe-progress")
+        self._descriptor = os.memfd_create(_TABLE_NAME)
         os.ftruncate(self._descriptor, num_ranks * RECORD_BYTES)
         self._memory = mmap.mmap(self._descriptor, num_ranks * RECORD_BYTES)
 
@@ -114,18 +115,30 @@ class ProgressTable:
 
     def read(self) -> list[RankProgress]:
         """Every record that a rank has begun, by rank."""
-        found = []
-        for local_rank in range(self.num_ranks):
-            start = local_rank * RECORD_BYTES
-            progress = RankProgress.from_bytes(self._memory[start : start + RECORD_BYTES], time.monotonic_ns())
-            if progress is not None:
-                found.append(progress)
-        return sorted(found, key=lambda progress: progress.rank)
+        return read_records(self._memory[:])
+
+    @staticmethod
+    def path_in(pid: int) -> str | None:
+        """The path of the table that another process holds, for tools that look at a run from outside."""
+        for descriptor in os.listdir(f"/proc/{pid}/fd"):
+            path = f"/proc/{pid}/fd/{descriptor}"
+            with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+                if os.readlink(path).startswith(f"/memfd:{_TABLE_NAME}"):
+                    return path
+        return None
 
     def close(self) -> None:
         """Give the memory back once the ranks have too."""
         self._memory.close()
         os.close(self._descriptor)
+
+
+def read_records(table: bytes) -> list[RankProgress]:
+    """The records of a table's bytes, by rank; those that no rank has begun are left out."""
+    now_ns = time.monotonic_ns()
+    records = (table[start : start + RECORD_BYTES] for start in range(0, len(table), RECORD_BYTES))
+    found = [progress for record in records if (progress := RankProgress.from_bytes(record, now_ns)) is not None]
+    return sorted(found, key=lambda progress: progress.rank)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,17 +250,21 @@ class RankProgress:
 
     @property
     def place(self) -> str:
-        """`iteration 41, layer 3, backward pass, in an all-to-all (expert model parallel group)`."""
+        """`iteration 41, layer 3, backward pass, waits in an all-to-all (expert model parallel group)`."""
+        parts = [f"iteration {self.iteration}"] if self.iteration else []
+        return ", ".join([*parts, self.place_in_iteration])
+
+    @property
+    def place_in_iteration(self) -> str:
+        """The same without the iteration."""
         parts = [_PHASE_TEXTS[self.phase]] if self.phase is not Phase.STEP else []
-        if self.iteration:
-            parts.append(f"iteration {self.iteration}")
         if self.layer:
             parts.append(f"layer {self.layer}")
         if self.direction is not Pass.NONE and self.layer:
             parts.append(f"{self.direction.name.lower()} pass")
         if self.operation != "none":
             parts.append(self._operation)
-        return ", ".join(parts)
+        return ", ".join(parts) or "no collective yet"
 
     @property
     def _operation(self) -> str:
@@ -296,10 +313,9 @@ class ProgressRecord:
     """
 
     def __init__(self, table: str, local_rank: int, *, rank: int, floor_s: float) -> None:
-        with open(table, "r+b") as file:
-            memory = mmap.mmap(file.fileno(), RECORD_BYTES, offset=local_rank * RECORD_BYTES)
-        memory[:] = bytes(RECORD_BYTES)
-        self.words = words = memoryview(memory).cast("q")
+        self.words = words = self.words_of(table, local_rank)
+        for index in range(len(words)):
+            words[index] = 0
         self._num_groups = 0
         now = time.monotonic_ns()
         words[Word.PID], words[Word.STARTED_TICKS] = os.getpid(), started_ticks(os.getpid()) or 0
@@ -307,6 +323,13 @@ class ProgressRecord:
         words[Word.PEER] = NO_PEER
         words[Word.PHASE], words[Word.BEGUN_NS], words[Word.MOVED_NS] = Phase.STARTING, now, now
         words[Word.MAGIC] = _MAGIC  # last: now it is a record
+
+    @staticmethod
+    def words_of(table: str, local_rank: int) -> memoryview[int]:
+        """The words of a record, as they are."""
+        with open(table, "r+b") as file:
+            memory = mmap.mmap(file.fileno(), RECORD_BYTES, offset=local_rank * RECORD_BYTES)
+        return memoryview(memory).cast("q")
 
     def accept_stack_signal(self, number: int, descriptor: int) -> None:
         """The process now writes its stacks to `descriptor` when it gets signal `number`."""

@@ -63,7 +63,7 @@ _POSTED, _MOVED, _OPERATION, _GROUP, _NUMBER, _PEER, _WAITING, _WAITED = map(
 
 
 class Operations:
-    """Notes what process groups do in a record, between `install` and `uninstall`.
+    """Notes what process groups do in a record, from `install` on to the end of the process.
 
     Args:
         record: this rank's.
@@ -75,7 +75,6 @@ class Operations:
         # id of a Work -> the operation as the record has it. An id is used again once a Work is gone, and by then its
         # entry says nothing: the next operation that gets the id replaces it.
         self._in_flight: dict[int, tuple[int, int, int, int]] = {}
-        self._originals: list[tuple[type, str, Callable[..., Any]]] = []
 
     def install(self) -> None:
         """Begin.
@@ -86,15 +85,9 @@ class Operations:
         for operation, methods in _METHODS.items():
             code = OPERATIONS.index(operation)
             for method in methods:
-                wrap = self._sending if operation in SENDS else self._collective
+                wrap = self.sending if operation in SENDS else self.posting
                 self._replace(dist.ProcessGroup, method, functools.partial(wrap, code))
-        self._replace(Work, "wait", self._waiting)
-
-    def uninstall(self) -> None:
-        """End; the methods are torch's own again."""
-        for owner, name, original in reversed(self._originals):
-            setattr(owner, name, original)
-        self._originals.clear()
+        self._replace(Work, "wait", self.waiting)
 
     def forget(self) -> None:
         """Drop what is known of operations that nobody will wait for any more: a step has ended."""
@@ -105,10 +98,15 @@ class Operations:
         if original is None:
             rule = f"{owner.__name__}.{name} = missing: the watchdog notes its calls, and this torch does not have it."
             raise CompatError(f"{rule} Pass --smartmoe-watchdog off, or use torch 2.11.")
-        self._originals.append((owner, name, original))
         setattr(owner, name, functools.wraps(original)(wrap(original)))
 
-    def _collective(self, code: int, original: Callable[..., Any]) -> Callable[..., Any]:
+    def posting(self, code: int, original: Callable[..., Any]) -> Callable[..., Any]:
+        """The method of a collective, with a note.
+
+        Args:
+            code: its index in OPERATIONS.
+            original: torch's method.
+        """
         words, groups, in_flight, now = self._record.words, self._groups, self._in_flight, time.monotonic_ns
 
         def post(group: dist.ProcessGroup, *args: Any, **kwargs: Any) -> Any:
@@ -127,7 +125,8 @@ class Operations:
 
         return post
 
-    def _sending(self, code: int, original: Callable[..., Any]) -> Callable[..., Any]:
+    def sending(self, code: int, original: Callable[..., Any]) -> Callable[..., Any]:
+        """The method of a send or a receive, with a note; see `posting`."""
         words, groups, in_flight, now = self._record.words, self._groups, self._in_flight, time.monotonic_ns
 
         def post(group: dist.ProcessGroup, tensors: Any, peer: int, *args: Any, **kwargs: Any) -> Any:
@@ -146,7 +145,8 @@ class Operations:
 
         return post
 
-    def _waiting(self, original: Callable[..., Any]) -> Callable[..., Any]:
+    def waiting(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        """`Work.wait`, with a note."""
         words, in_flight, now = self._record.words, self._in_flight, time.monotonic_ns
 
         def wait(work: Work, *args: Any, **kwargs: Any) -> Any:

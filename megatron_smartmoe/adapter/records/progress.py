@@ -14,7 +14,7 @@ import signal
 import sys
 from argparse import Namespace
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -38,13 +38,18 @@ class ProgressRecorder(Callback):
 
     Args:
         args: Megatron's arguments.
+
+    Attributes:
+        record: this rank's; None before it is begun, and where it cannot be.
     """
 
     order = Order.PROGRESS
+    of_this_process: ClassVar[ProgressRecorder | None] = None
 
     def __init__(self, args: Namespace) -> None:
+        ProgressRecorder.of_this_process = self
         self._floor_s: float = args.smartmoe_watchdog_floor_s
-        self._record: ProgressRecord | None = None
+        self.record: ProgressRecord | None = None
         self._watchdog: Watchdog | None = None
         self._compilation: AbstractContextManager[None] | None = None
         table = os.environ.pop(VARIABLE, None)  # this rank's alone, and not of what it starts
@@ -55,25 +60,25 @@ class ProgressRecorder(Callback):
     def _begin(self, table: str) -> None:
         rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
         try:
-            self._record = ProgressRecord(table, local_rank, rank=rank, floor_s=self._floor_s)
+            self.record = ProgressRecord(table, local_rank, rank=rank, floor_s=self._floor_s)
             stacks = os.memfd_create("smartmoe-stacks")
         except OSError as error:
             print(f"smartmoe: rank {rank} is not watched: {error}", file=sys.stderr, flush=True)
             return
         faulthandler.register(STACK_SIGNAL, file=stacks, all_threads=True)
-        self._record.accept_stack_signal(STACK_SIGNAL, stacks)
-        self._operations = Operations(self._record)
+        self.record.accept_stack_signal(STACK_SIGNAL, stacks)
+        self._operations = Operations(self.record)
         self._operations.install()
 
     def on_start(self, run: Run) -> None:
         """Put hooks on the layers; without a launcher, begin to record and to watch."""
         if not self._has_launcher:
             self._begin_without_launcher(run)
-        if self._record is None:
+        if self.record is None:
             return
         if (getattr(run.args, "cuda_graph_impl", None) or "none") == "none":  # Megatron allows no hooks in its graphs
             for chunk in run.chunks:
-                _note_layers(chunk, self._record)
+                _note_layers(chunk, self.record)
         self._note_compilation()
 
     def _begin_without_launcher(self, run: Run) -> None:
@@ -101,9 +106,9 @@ class ProgressRecorder(Callback):
 
     def before_step(self, iteration: int) -> None:
         """A step begins."""
-        if self._record is not None:
+        if self.record is not None:
             self._operations.forget()
-            self._record.begin_step(iteration)
+            self.record.begin_step(iteration)
 
     def around_save(self, iteration: int) -> AbstractContextManager[None]:
         """Saves have a limit of their own."""
@@ -118,7 +123,7 @@ class ProgressRecorder(Callback):
         return self._within(Phase.EVALUATION)
 
     def _within(self, phase: Phase) -> AbstractContextManager[None]:
-        return self._record.within(phase) if self._record is not None else contextlib.nullcontext()
+        return self.record.within(phase) if self.record is not None else contextlib.nullcontext()
 
     def _note_compilation(self) -> None:
         """And torch's compiler, wherever it begins to compile. It is loaded by now if this run compiles anything."""
@@ -140,9 +145,8 @@ class ProgressRecorder(Callback):
 
     def on_end(self) -> None:
         """The end of a run is a phase too; the process goes on to close its process groups."""
-        if self._record is not None:
-            self._record.enter(Phase.ENDING)
-            self._operations.uninstall()
+        if self.record is not None:
+            self.record.enter(Phase.ENDING)
         if self._watchdog is not None:
             self._watchdog.stop()
 

@@ -12,6 +12,7 @@ is the same on all its ranks. In a send or a receive it waits for the rank at th
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -95,7 +96,7 @@ class Verdict:
         else:
             head = f"this step has taken {self.overdue_s:.1f} s, the median step takes {self.median_step_s:.2f} s"
         who = f"the slowest rank is {rank.rank} of {self.num_ranks} (pid {rank.pid} on {self.report.host})"
-        return f"{head}; {who}: {rank.place}; {self._why}"
+        return f"{head}; {who}: {rank.place_in_iteration}; {self._why}"
 
     @property
     def _why(self) -> str:
@@ -107,11 +108,11 @@ class Verdict:
             case Reason.GONE:
                 return "its process has ended"
             case Reason.STOPPED:
-                return f"it is stopped by a signal, {others}; kill -CONT {rank.pid} continues it"
+                return f"it is stopped by a signal, and {others}; kill -CONT {rank.pid} continues it"
             case Reason.BUSY:
                 what = {"R": "it is computing", "D": "it waits for a disk or a file system"}
                 state = what.get(self.report.state or "", "it is outside the collectives")
-                return f"{state}, {others}"
+                return f"{state}, and {others}"
             case Reason.SLOW:
                 own, longest = self.waited_s
                 text = f"it has waited {own:.1f} s for others in this step, another rank {longest:.1f} s"
@@ -125,18 +126,19 @@ def _waiting_text(number: int) -> str:
     return f"{number} rank{' waits' if number == 1 else 's wait'} in a collective"
 
 
-def judge(reports: Sequence[RankReport]) -> Verdict | None:
+def judge(reports: Sequence[RankReport], watched_s: float = math.inf) -> Verdict | None:
     """The verdict, or None while everything is within its limit.
 
     Args:
         reports: of every rank that has reported, from all nodes.
+        watched_s: how long the watchdog has watched; what was before that is not held against anybody.
     """
     active = [report for report in reports if not (report.is_gone and report.progress.phase is Phase.ENDING)]
     if all(report.is_gone for report in active):
         return None  # the job has ended
     limit, median = limit_s(report.progress for report in active)
     overdue = max(_overdue_s(report.progress, has_median=median is not None) for report in active)
-    if overdue <= limit:
+    if min(overdue, watched_s) <= limit:
         return None
     report, reason = _slowest(active)
     waited = [other.progress.waited_s for other in active]

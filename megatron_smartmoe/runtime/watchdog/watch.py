@@ -19,7 +19,7 @@ from megatron_smartmoe.runtime.watchdog.process import is_same, kernel_view, sta
 from megatron_smartmoe.runtime.watchdog.verdict import RankReport, Reason, Verdict, judge
 
 _PERIOD_S = 0.5
-_STARVED_S = 2.0  # a turn that took this long: the machine did not run the watchdog either
+_ABSENT_S = 5.0  # between two turns: the job was suspended, or the machine runs nothing in time
 _CONFIRMATIONS = 2  # turns in a row that have to agree
 _MOST_STACKS_BYTES = 2**20  # of one rank's file, which then begins anew
 _ENDING_TURNS = 4  # after which a process that has ended ends the job too, through torchrun
@@ -45,6 +45,7 @@ class Watchdog:
         self._num_episodes = 0
         self._overdue_turns = 0
         self._stacks_taken = 0  # number of node 0's verdict for which they were
+        self._watching_since = self._last_turn = time.monotonic()
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="smartmoe-watchdog", daemon=True)
 
@@ -69,15 +70,15 @@ class Watchdog:
             self._nodes.stop()
 
     def _watch(self) -> None:
-        last = time.monotonic()
         while not self._end.wait(_PERIOD_S):
-            now = time.monotonic()
-            if now - last > _STARVED_S:
-                self._overdue_turns = 0
-            last = now
-            self._turn()
+            self.turn()
 
-    def _turn(self) -> None:
+    def turn(self) -> None:
+        """Look once, and say what there is to say."""
+        now = time.monotonic()
+        if now - self._last_turn > _ABSENT_S:
+            self.watched_from(now)
+        self._last_turn = now
         # Step 1: where every rank is, on this node and, for node 0, on the others.
         own = self._own_reports()
         reports = own
@@ -94,6 +95,10 @@ class Watchdog:
                 if report.progress.rank == named[1]:
                     self._write_stacks(report, "node 0 names this rank as the slowest")
 
+    def watched_from(self, moment: float) -> None:
+        """Hold nothing against the ranks that was before `moment`, a reading of time.monotonic()."""
+        self._watching_since = moment
+
     def _speaks(self) -> bool:
         return self._node == 0 or (self._nodes is not None and self._nodes.is_cut_off)
 
@@ -105,7 +110,7 @@ class Watchdog:
         return reports
 
     def _judge(self, reports: list[RankReport]) -> None:
-        verdict = judge(reports)
+        verdict = judge(reports, time.monotonic() - self._watching_since)
         self._overdue_turns = self._overdue_turns + 1 if verdict is not None else 0
         if self._episode is not None and self._episode.is_over(reports, is_overdue=verdict is not None):
             self._say(self._episode.end_line(reports))
