@@ -72,6 +72,10 @@ class Callback:
     def between_steps(self, iteration: int) -> None:
         """After Megatron has logged and evaluated, before it saves: the moment to change what the next step uses."""
 
+    def around_changes(self, iteration: int) -> AbstractContextManager[None]:
+        """A context around what all callbacks do between steps, which may be much: experts move then."""
+        return contextlib.nullcontext()
+
     def around_save(self, iteration: int) -> AbstractContextManager[None]:
         """A context that is entered before a checkpoint is written and left when Megatron's call returns."""
         return contextlib.nullcontext()
@@ -133,9 +137,10 @@ class _Loop:
 
     def post_training_step_callbacks(self, call: Callable[..., Any], bound: inspect.BoundArguments) -> Any:
         """What Megatron does at the end of an iteration before it may save."""
-        result = call()
-        for callback in self.callbacks:
-            callback.between_steps(bound.arguments["iteration"])
+        result, iteration = call(), bound.arguments["iteration"]
+        with self._contexts(lambda callback: callback.around_changes(iteration)):
+            for callback in self.callbacks:
+                callback.between_steps(iteration)
         return result
 
     def save_checkpoint(self, call: Callable[..., Any], bound: inspect.BoundArguments) -> Any:

@@ -58,7 +58,8 @@ class Phase(IntEnum):
     SAVE = 3
     EVALUATION = 4
     COMPILATION = 5
-    ENDING = 6
+    CHANGES = 6  # of placement and settings, between two steps
+    ENDING = 7
 
 
 class Pass(IntEnum):
@@ -280,6 +281,7 @@ _PHASE_TEXTS = {
     Phase.SAVE: "saving a checkpoint",
     Phase.EVALUATION: "evaluating",
     Phase.COMPILATION: "compiling",
+    Phase.CHANGES: "re-evaluating expert placement",
     Phase.ENDING: "ending",
 }
 

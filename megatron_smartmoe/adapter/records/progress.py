@@ -110,8 +110,12 @@ class ProgressRecorder(Callback):
             self._operations.forget()
             self.record.begin_step(iteration)
 
+    def around_changes(self, iteration: int) -> AbstractContextManager[None]:
+        """Moving experts has a limit of its own."""
+        return self._within(Phase.CHANGES)
+
     def around_save(self, iteration: int) -> AbstractContextManager[None]:
-        """Saves have a limit of their own."""
+        """So have saves."""
         return self._within(Phase.SAVE)
 
     def around_wait_for_saves(self) -> AbstractContextManager[None]:

@@ -80,6 +80,11 @@ class Nodes:
         """Time since the store has answered."""
         return time.monotonic() - self._last_contact
 
+    @property
+    def num_unheard(self) -> int:
+        """On node 0: other nodes that have never sent a report."""
+        return self.num_nodes - 1 - len(self._received)
+
     def others(self) -> list[RankReport]:
         """On node 0: the reports of the other nodes, as old as they are."""
         now = time.monotonic()

@@ -126,20 +126,25 @@ class Watchdog:
 
     def _report(self, verdict: Verdict) -> None:
         report = verdict.report
-        cut_off = ""
-        if self._nodes is not None and self._node != 0:
-            cut_off = (
-                f"; this is node {self._node}, which has not reached node 0 for {self._nodes.without_contact_s:.0f} s "
-                "and knows its own ranks only"
-            )
         if report.node == self._node:
             stacks = self._write_stacks(report, verdict.line)
         else:
             assert self._nodes is not None
             self._nodes.name(self._num_episodes, report.progress.rank)
             stacks = self._place_of_stacks(report) if verdict.reason is not Reason.SILENT else ""
-        text = verdict.line + cut_off + (f"; {stacks}" if stacks else "")
+        text = "; ".join(part for part in (verdict.line, self._what_is_unknown(), stacks) if part)
         self._say(f"iteration {report.progress.iteration:8d} | WARNING: {text} |")
+
+    def _what_is_unknown(self) -> str:
+        """What a verdict of several nodes lacks; empty if nothing."""
+        nodes = self._nodes
+        if nodes is None:
+            return ""
+        if self._node:
+            contact = f"has not reached node 0 for {nodes.without_contact_s:.0f} s"
+            return f"this is node {self._node}, which {contact} and knows its own ranks only"
+        unheard = nodes.num_unheard
+        return f"{unheard} node{' has' if unheard == 1 else 's have'} never sent a report" if unheard else ""
 
     def _place_of_stacks(self, report: RankReport) -> str:
         """How the line names the file that another node writes."""

@@ -42,6 +42,7 @@ def test_a_step_within_its_limit_is_no_matter() -> None:
         {"phase": Phase.SAVE},
         {"phase": Phase.EVALUATION},
         {"phase": Phase.COMPILATION},
+        {"phase": Phase.CHANGES},
         {"phase": Phase.ENDING},
     ],
     ids=str,
