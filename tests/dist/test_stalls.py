@@ -58,8 +58,10 @@ class Launch:
         raise AssertionError(f"no {pattern} in time:\n{self.output()[-3000:]}")
 
     def end(self) -> None:
-        for process in [*psutil.Process(self.process.pid).children(recursive=True), self.process]:
-            process.kill()
+        if self.process.poll() is None:
+            for child in psutil.Process(self.process.pid).children(recursive=True):
+                child.kill()
+            self.process.kill()
         self.process.wait()
 
 
@@ -91,8 +93,7 @@ def test_a_stopped_rank_is_named_and_the_record_of_a_killed_one_is_left(tmp_path
         assert line in (run_dir / "train.log").read_text()
         assert launch.output().count("WARNING: this step") == 1
     finally:
-        if launch.process.poll() is None:
-            launch.end()
+        launch.end()
 
 
 @pytest.fixture

@@ -174,10 +174,9 @@ def _with_a_slow_rank(argv: list[str]) -> list[tuple[int, str]]:
             for _, layer in run.layers:
                 layer.register_forward_pre_hook(forward)
                 layer.router.weight.register_hook(backward)
-            output: Any = run.chunks[0].output_layer
-            output.register_forward_pre_hook(forward)
-            embedding: Any = run.chunks[0].embedding.word_embeddings.weight
-            embedding.register_hook(backward)
+            model: Any = run.chunks[0]
+            model.output_layer.register_forward_pre_hook(forward)
+            model.embedding.word_embeddings.weight.register_hook(backward)
 
         def before_step(self, iteration: int) -> None:
             self.iteration = iteration

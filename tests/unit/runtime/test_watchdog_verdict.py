@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 
@@ -25,7 +26,7 @@ def named(*reports: RankReport) -> tuple[int, Reason]:
     return verdict.report.progress.rank, verdict.reason
 
 
-def waits(rank: int, number: int, groups: dict[int, int], **changes: object) -> RankReport:
+def waits(rank: int, number: int, groups: dict[int, int], **changes: Any) -> RankReport:
     return report(rank, groups, is_waiting=True, number=number, **changes)
 
 
@@ -47,7 +48,7 @@ def test_a_step_within_its_limit_is_no_matter() -> None:
     ],
     ids=str,
 )
-def test_what_is_no_ordinary_step_has_a_limit_of_its_own_for_all_ranks(changes: dict[str, object]) -> None:
+def test_what_is_no_ordinary_step_has_a_limit_of_its_own_for_all_ranks(changes: dict[str, Any]) -> None:
     assert judge([report(0, phase_s=9000.0), report(1, phase_s=9000.0, **changes)]) is None  # something moved 19 s ago
     verdict = verdict_of(report(0, still_s=LONG_S + 1), report(1, still_s=LONG_S + 2, **changes))
     assert verdict.median_step_s is None
@@ -90,8 +91,7 @@ def test_an_earlier_iteration_is_behind_whatever_was_posted() -> None:
 
 def test_state_of_the_process_counts_before_everything_else() -> None:
     """A stopped rank may have posted before it was stopped, so that all seem to wait in the same operation."""
-    both = {"groups": {EP: 5}, "number": 5}
-    assert named(waits(0, **both, still_s=30.0), waits(1, **both, state="T")) == (1, Reason.STOPPED)
+    assert named(waits(0, 5, {EP: 5}, still_s=30.0), waits(1, 5, {EP: 5}, state="T")) == (1, Reason.STOPPED)
     assert named(report(0, {EP: 4}, state="T"), waits(1, 5, {EP: 5}, state=None)) == (1, Reason.GONE)
     assert named(report(0, state=None), report(1, state="Z"), report(2, silent_s=6.0)) == (2, Reason.SILENT)
 
@@ -138,7 +138,7 @@ def test_a_slow_rank_is_named_by_how_little_it_waited() -> None:
     ],
     ids=str,
 )
-def test_the_line_says_why(changes: dict[str, object], text: str) -> None:
+def test_the_line_says_why(changes: dict[str, Any], text: str) -> None:
     line = verdict_of(waits(0, 5, {EP: 5}), report(1, {EP: 4}, **changes)).line
     assert line.endswith(f"layer 3, backward pass, after an all-to-all (expert model parallel group); {text}")
 
