@@ -53,9 +53,9 @@ class Nodes:
         self._thread.start()
 
     def stop(self) -> None:
-        """End it; a call that the store does not answer is left to the end of the process."""
+        """End it; a call that the store never answers is left to the end of the process."""
         self._end.set()
-        self._thread.join(timeout=_PERIOD_S)
+        self._thread.join(timeout=_TIMEOUT_S + _PERIOD_S)
 
     def publish(self, reports: Sequence[RankReport]) -> None:
         """Have these reports of the own ranks sent."""

@@ -71,7 +71,7 @@ class Story:
         assert not Path("here").exists()
         self.events.append(f"prepare {spec.data['prefix']}")
 
-    def run(self, *args: Any) -> int:
+    def run(self, *args: Any, watch: Any) -> int:
         assert args[2].parent.is_dir()
         self.events.append("run")
         self.ran = args
