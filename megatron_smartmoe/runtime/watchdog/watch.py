@@ -71,7 +71,11 @@ class Watchdog:
 
     def _watch(self) -> None:
         while not self._end.wait(_PERIOD_S):
-            self.turn()
+            try:
+                self.turn()
+            except Exception as error:  # a mistake of the watchdog costs the watchdog
+                self._say(f"the watchdog of {self._host} has ended ({type(error).__name__}: {error}); training goes on")
+                return
 
     def turn(self) -> None:
         """Look once, and say what there is to say."""

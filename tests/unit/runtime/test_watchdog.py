@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -194,6 +195,21 @@ def test_saves_and_evaluations_may_take_longer(node: Node) -> None:
         node.turns()
         (line,) = node.said
     assert line.startswith("iteration        6 | WARNING: no progress for 301 s; the slowest rank is ")
+
+
+def test_a_mistake_of_the_watchdog_costs_the_watchdog_alone(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    def read() -> NoReturn:
+        raise KeyError("what")
+
+    monkeypatch.setattr(node.table, "read", read)
+    with node.watchdog:
+        deadline = time.monotonic() + 30
+        while not node.said:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    (line,) = node.said
+    assert line.startswith("the watchdog of ")
+    assert line.endswith(" has ended (KeyError: 'what'); training goes on")
 
 
 def test_the_thread_ends_with_the_context(node: Node) -> None:
