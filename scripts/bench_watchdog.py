@@ -3,10 +3,11 @@
 
     OMP_NUM_THREADS=1 .venv/bin/python scripts/bench_watchdog.py [--stops N] [-- any flag...]
 
-First the nanoseconds that noting an operation adds to posting it and waiting for it, without any operation; then the
-quickstart run (4 CPU ranks): operations a step, from the ranks' own records, and the share of the median step that
-noting them takes. Then one rank after the other is stopped (SIGSTOP), in an order drawn from --seed, and the time until
-the watchdog's line appears is taken, with default settings; the rank is continued and the run ended at last.
+First the nanoseconds that noting an operation adds to posting it and waiting for it, without any operation, and those
+that noting a layer adds to its two passes. Then the quickstart run (4 CPU ranks): operations a step, from the ranks'
+own records, and the share of the median step that all notes take. Then one rank after the other is stopped (SIGSTOP),
+in an order drawn from --seed, and the time until the watchdog's line appears is taken, with default settings; each rank
+is continued, and the run ended at last.
 """
 
 from __future__ import annotations
@@ -20,14 +21,18 @@ import subprocess
 import sys
 import tempfile
 import time
+import timeit
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from megatron_smartmoe.adapter.pretrain import choose_device
 from megatron_smartmoe.runtime.progress import ProgressRecord, ProgressTable, RankProgress, read_records
 
 CALLS, REPEATS = 100, 3000  # short, so that some are not interrupted by whatever else the machine does
 WARMED_UP = 12  # iterations
+LAYER_PASSES = 4  # of a rank in a quickstart step: 2 layers of its stage, 2 micro-batches
 
 
 def main() -> None:
@@ -39,8 +44,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="draws which ranks are stopped")
     parser.add_argument("flags", nargs="*", help="any flag of the launcher or of Megatron, after --")
     options = parser.parse_args()
-    call_ns = added_ns()
-    print(f"noting one operation, posted and waited for: {call_ns:.0f} ns (least of {REPEATS} x {CALLS:,})", flush=True)
+    choose_device("cpu")
+    call_ns, layer_ns = added_ns(), added_layer_ns()
+    print(f"noting one operation, posted and waited for: {call_ns:.0f} ns (least mean of {CALLS} of {REPEATS:,})")
+    print(f"noting one layer, forward and backward pass: {layer_ns:.0f} ns (likewise)", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         run_dir = Path(folder) / "run"
         command = [sys.executable, "-m", "megatron_smartmoe.adapter.launch", "--config", "quickstart"]
@@ -49,7 +56,7 @@ def main() -> None:
         with output.open("w") as file:
             launcher = subprocess.Popen(command, stdout=file, stderr=file)
         try:
-            observe(launcher, output, call_ns, options.stops, random.Random(options.seed))
+            observe(launcher, output, (call_ns, layer_ns), options.stops, random.Random(options.seed))
         finally:
             launcher.terminate()
             launcher.wait()
@@ -78,27 +85,59 @@ def added_ns() -> float:
     return noted - plain
 
 
+def added_layer_ns() -> float:
+    """What the hooks of a layer add to a layer that only copies its input."""
+    import torch
+    from megatron.core.transformer.transformer_layer import TransformerLayer
+
+    from megatron_smartmoe.adapter.records.progress import note_layers
+
+    class Layer(TransformerLayer):
+        layer_number = 1
+        __call__ = torch.nn.Module.__call__
+
+        def __init__(self) -> None:
+            torch.nn.Module.__init__(self)
+
+        def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+            return hidden.clone()
+
+    table = ProgressTable(1)
+    plain, noted = (torch.nn.Sequential(Layer()) for _ in range(2))
+    note_layers(noted, ProgressRecord(table.path, 0, rank=0, floor_s=8.0))
+    parameter = torch.zeros(1, requires_grad=True)
+
+    def passes(chunk: torch.nn.Module) -> None:
+        chunk[0](parameter * 1).backward()  # type: ignore[index]
+
+    return least(partial(passes, noted)) - least(partial(passes, plain))
+
+
 def least_ns(pair: tuple[Callable[..., Any], Callable[..., Any]], group: Any) -> float:
-    """Nanoseconds of one post and one wait; the least of several means, for the machine does other things too."""
+    """Nanoseconds of one post and one wait."""
     post, wait = pair
-    means = []
-    for _ in range(REPEATS):
-        began = time.perf_counter_ns()
-        for _ in range(CALLS):
-            wait(post(group, None, None))
-        means.append((time.perf_counter_ns() - began) / CALLS)
-    return min(means)
+
+    def both() -> None:
+        wait(post(group, None, None))
+
+    return least(both)
 
 
-def observe(launcher: subprocess.Popen[bytes], output: Path, call_ns: float, stops: int, draw: random.Random) -> None:
+def least(call: Callable[[], None]) -> float:
+    """Nanoseconds of a call; the least of several means, for the machine does other things too."""
+    return min(timeit.repeat(call, number=CALLS, repeat=REPEATS)) / CALLS * 1e9
+
+
+def observe(
+    launcher: subprocess.Popen[bytes], output: Path, costs_ns: tuple[float, float], stops: int, draw: random.Random
+) -> None:
     """The cost in a run that has warmed up, and then the stops."""
     ranks = wait_for(lambda: warmed_up(launcher.pid), launcher, output)
     step_s = statistics.median(rank.median_step_s or 0.0 for rank in ranks)
     operations = max(rank.posted / rank.steps for rank in ranks)
-    share = operations * call_ns / (step_s * 1e9)
-    print(
-        f"{len(ranks)} ranks, median step {step_s * 1e3:.0f} ms, at most {operations:.0f} operations in it: {share:.3%}"
-    )
+    share = (operations * costs_ns[0] + LAYER_PASSES * costs_ns[1]) / (step_s * 1e9)
+    print(f"{len(ranks)} ranks, median step {step_s * 1e3:.0f} ms, at most {operations:.0f} operations in it")
+    print(f"{operations:.0f} operations and {LAYER_PASSES} layers noted: {share:.3%} of the median step", flush=True)
     for number in range(1, stops + 1):
         victim = draw.choice(ranks)
         median_s = max(rank.median_step_s or 0.0 for rank in records(launcher.pid))

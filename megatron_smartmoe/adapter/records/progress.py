@@ -78,7 +78,7 @@ class ProgressRecorder(Callback):
             return
         if (getattr(run.args, "cuda_graph_impl", None) or "none") == "none":  # Megatron allows no hooks in its graphs
             for chunk in run.chunks:
-                _note_layers(chunk, self.record)
+                note_layers(chunk, self.record)
         self._note_compilation()
 
     def _begin_without_launcher(self, run: Run) -> None:
@@ -159,7 +159,7 @@ def _print(text: str) -> None:
     print(f" smartmoe: {text}", flush=True)
 
 
-def _note_layers(chunk: torch.nn.Module, record: ProgressRecord) -> None:
+def note_layers(chunk: torch.nn.Module, record: ProgressRecord) -> None:
     """Note in which layer the rank is, in both passes.
 
     The backward pass is seen by hooks on the gradients of layers' outputs, which change nothing in the graph. Layers of
