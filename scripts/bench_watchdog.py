@@ -92,7 +92,7 @@ def added_layer_ns() -> float:
 
     from megatron_smartmoe.adapter.records.progress import note_layers
 
-    class Layer(TransformerLayer):
+    class Layer(TransformerLayer):  # type: ignore[misc]
         layer_number = 1
         __call__ = torch.nn.Module.__call__
 
