@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from megatron_smartmoe.checkpoint.manifest import LEVELS
 from megatron_smartmoe.planner.flags import HOMES_INTERVAL, OVERLAP_DEGREE, SPARE_SLOTS
 
 DEVICES = ("auto", "cpu", "cuda")
@@ -16,6 +17,9 @@ SWITCH = ("on", "off")
 WATCHDOG = "--smartmoe-watchdog"
 WATCHDOG_FLOOR = "--smartmoe-watchdog-floor-s"
 WATCHDOG_FLOOR_S = 8.0  # with the median step: twice what busy machines were seen to need
+RESUME = "--smartmoe-resume"
+RESUMES = ("newest", "newest-whole")
+
 POOL = "--smartmoe-pool"
 POOL_INTERVAL = "--smartmoe-pool-interval"
 AUTO = "auto"  # of the overlap degree and of the pool
@@ -74,6 +78,7 @@ def add_smartmoe_arguments(parser: argparse.ArgumentParser) -> argparse.Argument
         "meaningless.",
     )
     _add_watchdog(group)
+    _add_checkpoints(group)
     _add_homes(group)
     _add_replicas(group)
     _add_pool(group)
@@ -98,6 +103,26 @@ def _add_watchdog(group: argparse._ArgumentGroup) -> None:
         help="With --smartmoe-watchdog on: report a step that takes longer than 3 times the median step plus SECONDS. "
         "Raise it where steps vary, for example because ranks share cores. Before there are 3 timed steps, and while a "
         "rank saves, evaluates or compiles, the limit is 300 seconds without any progress. Default: 8.",
+    )
+
+
+def _add_checkpoints(group: argparse._ArgumentGroup) -> None:
+    """Flags of what is done about damaged checkpoints."""
+    group.add_argument(
+        "--smartmoe-checkpoint-check",
+        choices=LEVELS,
+        default="full",
+        help="Check the checkpoint of --load before the first iteration, with the manifest that was saved beside it. "
+        "full: sizes of its files before the ranks start, and in each rank the checksums of the files that it reads. "
+        "sizes: sizes only. off: neither. Default: full.",
+    )
+    group.add_argument(
+        RESUME,
+        choices=RESUMES,
+        default="newest",
+        help="newest: resume from the checkpoint that Megatron's tracker (or --ckpt-step) names, and stop if it is "
+        "damaged. newest-whole: if it is damaged, resume from the newest one that is whole, and print what is lost. "
+        "Default: newest.",
     )
 
 

@@ -14,6 +14,7 @@ from megatron_smartmoe.adapter.flags.smartmoe_arguments import (
     POOL,
     POOL_INTERVAL,
     REPLICAS,
+    RESUME,
     WATCHDOG_FLOOR,
     replicas_mode,
 )
@@ -66,6 +67,7 @@ def check_smartmoe(args: argparse.Namespace, *, cpu: bool) -> None:
     """
     _check_watchdog(args)
     _check_traces(args)
+    _check_resume(args)
     _check_replicas(args)
     _check_overlap(args)
     _check_pool(args)
@@ -108,6 +110,17 @@ def _check_watchdog(args: argparse.Namespace) -> None:
     if not 1 <= floor_s < math.inf:  # also refuses NaN
         rule = "must be a number of seconds, at least 1: every longer hiccup of a short step would be reported"
         raise ConfigError(WATCHDOG_FLOOR, floor_s, rule, "Remove it for its default, or pass --smartmoe-watchdog off.")
+
+
+def _check_resume(args: argparse.Namespace) -> None:
+    """Going back to a whole checkpoint needs one to look for, and a look."""
+    if args.smartmoe_resume == "newest":
+        return
+    if args.load is None:
+        raise ConfigError(RESUME, args.smartmoe_resume, "needs --load", "Add --load DIR, or remove it.")
+    if args.smartmoe_checkpoint_check == "off":
+        rule = "needs a check that finds damage, and --smartmoe-checkpoint-check is off"
+        raise ConfigError(RESUME, args.smartmoe_resume, rule, "Pass --smartmoe-checkpoint-check full or sizes.")
 
 
 def _check_traces(args: argparse.Namespace) -> None:

@@ -114,12 +114,8 @@ class ProgressRecorder(Callback):
         """Moving experts has a limit of its own."""
         return self._within(Phase.CHANGES)
 
-    def around_save(self, iteration: int) -> AbstractContextManager[None]:
+    def around_saving(self) -> AbstractContextManager[None]:
         """So have saves."""
-        return self._within(Phase.SAVE)
-
-    def around_wait_for_saves(self) -> AbstractContextManager[None]:
-        """So has the wait for those that are written in the background."""
         return self._within(Phase.SAVE)
 
     def around_evaluation(self, split: str) -> AbstractContextManager[None]:
