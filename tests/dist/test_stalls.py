@@ -156,6 +156,7 @@ def test_two_nodes(tmp_path: Path, data_flags: list[str], hosts: tuple[str, str]
         line = second.wait_for("WARNING: this step has taken")
         assert re.search(r"this is node 1, which has not reached node 0 for \d+ s and knows its own ranks only", line)
         subprocess.run(["ip", "-n", hosts[1], "link", "set", "eth0", "up"], check=True)
+        second.wait_for("the watchdog of node 1 reaches node 0 again, which reports for all nodes")
         first.wait_for(CONTINUES, count=2)
     finally:
         for launch in launches:

@@ -90,21 +90,27 @@ class Watchdog:
             self._nodes.publish(own)
             reports = own + self._nodes.others()
         # Step 2: node 0 judges for all; another node does when it has lost contact with node 0.
-        if self._speaks():
+        if self._node == 0 or (self._nodes is not None and self._nodes.is_cut_off):
             self._judge(reports)
         # Step 3: a rank of this node that node 0 has named writes its stacks.
-        elif self._nodes is not None and (named := self._nodes.named) is not None and named[0] > self._stacks_taken:
-            self._stacks_taken = named[0]
-            for report in own:
-                if report.progress.rank == named[1]:
-                    self._write_stacks(report, "node 0 names this rank as the slowest")
+        elif self._nodes is not None:
+            self._listen(self._nodes, own)
+
+    def _listen(self, nodes: Nodes, own: list[RankReport]) -> None:
+        """On a node that hears from node 0: leave judging to it, and do what it asks for."""
+        if self._episode is not None:
+            self._say(f"the watchdog of node {self._node} reaches node 0 again, which reports for all nodes")
+        self._episode, self._overdue_turns = None, 0
+        if nodes.named is None or nodes.named[0] <= self._stacks_taken:
+            return
+        self._stacks_taken, rank = nodes.named
+        for report in own:
+            if report.progress.rank == rank:
+                self._write_stacks(report, "node 0 names this rank as the slowest")
 
     def watched_from(self, moment: float) -> None:
         """Hold nothing against the ranks that was before `moment`, a reading of time.monotonic()."""
         self._watching_since = moment
-
-    def _speaks(self) -> bool:
-        return self._node == 0 or (self._nodes is not None and self._nodes.is_cut_off)
 
     def _own_reports(self) -> list[RankReport]:
         reports = []
