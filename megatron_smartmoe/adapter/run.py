@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from megatron.core.utils import unwrap_model
 from megatron.training import get_args
 
 from megatron_smartmoe.adapter.moe.routers import all_layer_numbers, moe_layers
+from megatron_smartmoe.adapter.run_files import open_to_append
 from megatron_smartmoe.checkpoint.directory import folder_of
 
 
@@ -114,5 +116,5 @@ class Run:
     def append(self, name: str, line: str) -> None:
         """Append a line to one of the run's files, where the run writes any. Each file is written by one rank."""
         if self.directory is not None:
-            with (self.directory / name).open("a", encoding="utf-8") as file:
+            with os.fdopen(open_to_append(self.directory / name), "a", encoding="utf-8") as file:
                 file.write(line + "\n")

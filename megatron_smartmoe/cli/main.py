@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from megatron_smartmoe.cli import calibrate, checkpoint, plan, simulate
+from megatron_smartmoe.cli import calibrate, checkpoint, doctor, plan, simulate
 from megatron_smartmoe.errors import EXIT_CONFIG_ERROR, SmartMoEError
 
 
@@ -17,6 +17,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     plan.add_parser(tools)
     simulate.add_parser(tools)
     calibrate.add_parser(tools)
+    doctor.add_parser(tools)
     checkpoint.add_parser(tools)
     options = parser.parse_args(arguments)
     try:

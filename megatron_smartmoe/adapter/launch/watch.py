@@ -12,28 +12,49 @@ from megatron_smartmoe.runtime.progress import VARIABLE, ProgressTable
 from megatron_smartmoe.runtime.watchdog.nodes import Address, Nodes
 from megatron_smartmoe.runtime.watchdog.watch import Watchdog
 
-# From what prints a line to a context, in which the ranks are watched and have these environment variables.
-Watch = Callable[[Callable[[str], object]], AbstractContextManager[Mapping[str, str]]]
+
+class Watched:
+    """Ranks that are watched.
+
+    Args:
+        table: their records; None where nobody watches.
+    """
+
+    def __init__(self, table: ProgressTable | None) -> None:
+        self._table = table
+
+    @property
+    def environment(self) -> Mapping[str, str]:
+        """Environment variables that the ranks need."""
+        return {} if self._table is None else {VARIABLE: self._table.path}
+
+    def places(self) -> dict[int, str]:
+        """Where each rank is, or was when it ended."""
+        return {} if self._table is None else {rank.rank: rank.place for rank in self._table.read()}
+
+
+# From what prints a line to a context in which the ranks are watched.
+Watch = Callable[[Callable[[str], object]], AbstractContextManager[Watched]]
 
 
 def watch_node(topology: Topology, run_dir: Path) -> Watch:
     """What watches the ranks of this node, by itself or with the watchdogs of the job's other nodes."""
 
     @contextlib.contextmanager
-    def watch(say: Callable[[str], object]) -> Iterator[Mapping[str, str]]:
+    def watch(say: Callable[[str], object]) -> Iterator[Watched]:
         table = ProgressTable(topology.ranks_per_node)
         nodes = None
         if topology.num_nodes > 1:
             address = Address(host=topology.master_addr, port=topology.master_port)
             nodes = Nodes(address, node=topology.node, num_nodes=topology.num_nodes)
         with Watchdog(table, run_dir=run_dir, say=say, nodes=nodes):
-            yield {VARIABLE: table.path}
+            yield Watched(table)
         table.close()
 
     return watch
 
 
 @contextlib.contextmanager
-def no_watch(say: Callable[[str], object]) -> Iterator[Mapping[str, str]]:
+def no_watch(say: Callable[[str], object]) -> Iterator[Watched]:
     """Nothing is watched: what runs is no training."""
-    yield {}
+    yield Watched(None)

@@ -11,6 +11,7 @@ from typing import Any
 
 from megatron_smartmoe.adapter.corpus.spec import PreparedCorpus
 from megatron_smartmoe.adapter.launch.run_dir import launcher_command
+from megatron_smartmoe.adapter.run_files import write_text
 
 SHOWN_TEXT = 80  # characters of the data's text, quotes included
 
@@ -155,4 +156,4 @@ def _next_steps(args: Namespace, run_dir: Path) -> list[str]:
 
 def write(summary: dict[str, Any], run_dir: Path) -> None:
     """Write summary.json."""
-    (run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    write_text(run_dir / "summary.json", json.dumps(summary, indent=2) + "\n")

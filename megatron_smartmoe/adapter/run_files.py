@@ -1,0 +1,38 @@
+"""Writing the files of a run directory: whole or not at all, and never through a link to somewhere else."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+
+def write_text(path: Path, text: str, mode: int = 0o666) -> None:
+    """Write a file at once: another process reads the old content or the new one. A link is replaced by the file.
+
+    Args:
+        path: the file.
+        text: its content.
+        mode: permissions, less those that the umask takes away.
+    """
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode)
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+        part.replace(path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def open_to_append(path: Path) -> int:
+    """A descriptor to append to a file, which is created if it is not there. A link is replaced by a new file."""
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
+    try:
+        return os.open(path, flags, 0o666)
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+    path.unlink(missing_ok=True)
+    return os.open(path, flags, 0o666)
