@@ -12,8 +12,8 @@ import os
 import platform
 import signal
 import threading
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +87,7 @@ class Ending:
         shared: the deaths of other nodes; None for a job of one launcher.
         deaths: ranks of this launcher that died.
         error: why torchrun could not start the ranks.
-        places: where the ranks of this launcher were last, see `RankProgress.place`.
+        place_of: where a rank of this launcher was last, see `RankProgress.place`.
     """
 
     save: Path | None = None
@@ -95,14 +95,14 @@ class Ending:
     shared: SharedDeaths | None = None
     deaths: list[Death] = field(default_factory=list)
     error: str | None = None
-    places: Mapping[int, str] = field(default_factory=dict)
+    place_of: Callable[[int], str | None] = lambda rank: None
     _others: list[Death] = field(default_factory=list)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def add(self, death: Death) -> None:
         """One rank of this launcher died."""
         with self._lock:
-            self.deaths.append(death)
+            self.deaths.append(replace(death, place=self.place_of(death.rank)))
             if self.shared is not None:
                 self._publish()
 
@@ -133,9 +133,9 @@ class Ending:
         if signals and (cause is None or cause.status == _TERMINATED):
             return None if status == 0 else self._with_way_on(f"ended by {signal.Signals(signals[0]).name}")
         if signals and cause is not None:
-            return self._with_way_on(f"ended by {signal.Signals(signals[0]).name}, and {self._with_place(cause)}")
+            return self._with_way_on(f"ended by {signal.Signals(signals[0]).name}, and {cause}")
         if cause is not None:
-            return str(cause) if cause.is_refusal else self._with_way_on(self._with_place(cause))
+            return str(cause) if cause.is_refusal else self._with_way_on(str(cause))
         if status == 0:
             return None
         where = "" if log is None else f" (more in {log})"
@@ -143,11 +143,6 @@ class Ending:
             return self._with_way_on(f"torchrun on {platform.node()} failed: {self.error}{where}")
         how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with exit status {status}"
         return self._with_way_on(f"the parent of the ranks on {platform.node()} {how}")
-
-    def _with_place(self, death: Death) -> str:
-        """`rank 1 on n1 was killed by SIGKILL | it was in iteration 41, layer 3, backward pass, after a broadcast`."""
-        place = self.places.get(death.rank) if death in self.deaths else None
-        return str(death) if place is None else f"{death} | it was in {place}"
 
     def _with_way_on(self, what: str) -> str:
         if self.resume is None:

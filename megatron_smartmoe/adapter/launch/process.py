@@ -78,6 +78,8 @@ def run(
     output = _Output(log, lambda: bool(signals))
     ooms = oom_kills()
     with _error_file(rank) as error_file, watch(output.say) as watched:
+        if ending is not None:
+            ending.place_of = watched.place_of
         variables = {**os.environ, **environment, **watched.environment}
         if error_file is not None:
             variables["TORCHELASTIC_ERROR_FILE"] = str(error_file)
@@ -90,13 +92,11 @@ def run(
         for thread in threads:
             thread.start()
         status = _wait(child, signals, terminate, ending, limit_s)
-        if ending is not None:
-            ending.places = watched.places()
-            if rank is not None and status:
-                ending.add(read_death(rank, platform.node(), status, time.time(), error_file, ooms))
-    _end_descendants(_SHORT_GRACE_S if ending is not None and ending.deaths else _ORPHANS_GRACE_S)
-    for thread in threads:  # the pipes are closed: no process holds their other end any more
-        thread.join()
+        if ending is not None and rank is not None and status:
+            ending.add(read_death(rank, platform.node(), status, time.time(), error_file, ooms))
+        _end_descendants(_SHORT_GRACE_S if ending is not None and ending.deaths else _ORPHANS_GRACE_S)
+        for thread in threads:  # the pipes are closed: no process holds their other end any more
+            thread.join()
     if ending is not None and (line := ending.line(status, signals, log)):
         output.say(line)
     return 128 - status if status < 0 else status

@@ -28,9 +28,10 @@ class Watched:
         """Environment variables that the ranks need."""
         return {} if self._table is None else {VARIABLE: self._table.path}
 
-    def places(self) -> dict[int, str]:
-        """Where each rank is, or was when it ended."""
-        return {} if self._table is None else {rank.rank: rank.place for rank in self._table.read()}
+    def place_of(self, rank: int) -> str | None:
+        """Where a rank is, or was when it ended; None if that is not known."""
+        records = [] if self._table is None else self._table.read()
+        return next((record.place for record in records if record.rank == rank), None)
 
 
 # From what prints a line to a context in which the ranks are watched.
