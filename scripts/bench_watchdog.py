@@ -30,8 +30,8 @@ from typing import Any
 from megatron_smartmoe.adapter.pretrain import choose_device
 from megatron_smartmoe.runtime.progress import ProgressRecord, ProgressTable, RankProgress, read_records
 
-CALLS, REPEATS = 100, 3000  # short, so that some are not interrupted by whatever else the machine does
-WARMED_UP = 12  # iterations
+CALLS, REPEATS = 100, 300  # short, so that some are not interrupted by whatever else the machine does
+WARMED_UP = 8  # iterations
 LAYER_PASSES = 4  # of a rank in a quickstart step: 2 layers of its stage, 2 micro-batches
 
 

@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -22,6 +22,13 @@ pytestmark = pytest.mark.dist
 FLAGS = ["--expert-model-parallel-size", "2", "--smartmoe", "--train-iters", "100000"]
 PATIENCE_S = 120.0  # a busy machine is slow, not wrong
 CONTINUES = re.compile(r"smartmoe: iteration +\d+ \| training continues; it was held up for \d+ s, .*")
+
+
+def wait_until(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 class Launch:
@@ -48,14 +55,14 @@ class Launch:
 
     def wait_for(self, pattern: str | re.Pattern[str], count: int = 1) -> str:
         """The line with the count-th match of a pattern."""
-        deadline = time.monotonic() + PATIENCE_S
-        while time.monotonic() < deadline:
-            found = [line for line in self.output().splitlines() if re.search(pattern, line)]
-            if len(found) >= count:
-                return found[count - 1]
-            assert self.process.poll() is None, self.output()[-3000:]
-            time.sleep(0.1)
-        raise AssertionError(f"no {pattern} in time:\n{self.output()[-3000:]}")
+
+        def found() -> list[str]:
+            lines = [line for line in self.output().splitlines() if re.search(pattern, line)]
+            assert len(lines) >= count or self.process.poll() is None, self.output()[-3000:]
+            return lines[count - 1 :]
+
+        wait_until(found)
+        return found()[0]
 
     def end(self) -> None:
         if self.process.poll() is None:
@@ -147,9 +154,10 @@ def test_two_nodes(tmp_path: Path, data_flags: list[str], hosts: tuple[str, str]
         assert f"the slowest rank is 1 of 2 (pid {victim.pid} on " in line
         assert "it is stopped by a signal, and 1 rank waits in a collective" in line
         assert f"its stacks: {run_dir}/stacks-rank1.txt (written on " in line
+        stacks = run_dir / "stacks-rank1.txt"
+        wait_until(lambda: stacks.exists() and "State:\tT (stopped)" in stacks.read_text())  # node 1 writes it
         victim.resume()
         first.wait_for(CONTINUES)
-        assert "State:\tT (stopped)" in (run_dir / "stacks-rank1.txt").read_text()
         assert "WARNING: this step" not in second.output()
 
         subprocess.run(["ip", "-n", hosts[1], "link", "set", "eth0", "down"], check=True)
