@@ -29,7 +29,6 @@ BROKEN = {
     },
     "nvidia_resiliency_ext": {
         "nvidia_resiliency_ext/__init__.py": "",
-        "nvidia_resiliency_ext/checkpointing/__init__.py": "",
     },
     "deep_ep": {
         "deep_ep/__init__.py": "class Buffer:\n    def dispatch(self, x, topk_idx): ...",
@@ -77,7 +76,7 @@ def test_this_machine_is_found_to_work() -> None:
         ),
         ("apex", 2, "ModuleNotFoundError: No module named 'a_framework_that_is_not_there'"),
         ("apex without extensions", 2, "0.1, without amp_C, fused_layer_norm_cuda"),
-        ("nvidia_resiliency_ext", 2, "AttributeError: module 'nvidia_resiliency_ext' has no attribute '__version__'"),
+        ("nvidia_resiliency_ext", 2, "installed, without __version__"),
         ("deep_ep", 0, "installed, without deep_ep.utils.EventOverlap, deep_ep.Buffer.get_dispatch_config"),
         ("deep_ep that kills", 0, "Python was killed by SIGSEGV"),
     ],

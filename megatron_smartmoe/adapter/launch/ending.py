@@ -23,7 +23,7 @@ from megatron_smartmoe.errors import CheckpointError
 
 ATTEMPT_VARIABLE = "SMARTMOE_ATTEMPT"  # of the launcher that has started this one through srun
 _PREFIX = "failed-"
-_TERMINATED = -signal.SIGTERM
+_BY_REQUEST = (-signal.SIGTERM, -signal.SIGINT)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,9 +130,9 @@ class Ending:
         if self.shared is not None:
             self._others = self.shared.of_others()
         cause = first_cause([*self.deaths, *self._others])
-        if signals and (cause is None or cause.status == _TERMINATED):
+        if signals and (cause is None or cause.status in _BY_REQUEST):
             return None if status == 0 else self._with_way_on(f"ended by {signal.Signals(signals[0]).name}")
-        if signals and cause is not None:
+        if signals and cause in self.deaths:  # after a death on another node Slurm ends this one by SIGTERM
             return self._with_way_on(f"ended by {signal.Signals(signals[0]).name}, and {cause}")
         if cause is not None:
             return str(cause) if cause.is_refusal else self._with_way_on(str(cause))

@@ -2,8 +2,8 @@
 
 torch's own program, called as a function, with three differences that matter when a rank dies:
 
-- Each rank is waited for in a thread, so the order in which ranks died is known, and the first one is the cause.
-  torchrun looks ten times a second, and of the deaths between two looks it takes any.
+- It is known at once that a rank has died, and which one was the first. torchrun takes times in whole seconds, and says
+  nothing before all ranks have ended.
 - The other ranks have `GRACE_S` seconds to end after torchrun's SIGTERM, where torchrun waits for 30: a rank that has a
   handler for SIGTERM (--exit-signal-handler) cannot run it while it waits for a message of the rank that died.
 - torchrun's own output, which says none of this in its 35 lines, goes to the launcher's log and not to the terminal.
@@ -22,16 +22,15 @@ import json
 import os
 import platform
 import signal
+import subprocess
 import sys
 import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-import psutil
+from typing import Any, ClassVar
 
 from megatron_smartmoe.adapter.launch.deaths import Death, first_cause, oom_kills, read_death
 
@@ -39,8 +38,7 @@ PIPE_VARIABLE = "SMARTMOE_LAUNCHER_PIPE"  # number of an open descriptor
 GRACE_S = 4.0
 _ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
-_JOIN_S = 1.0
-_LOOK_S = 0.02  # between looks for ranks that have just been started
+_LOOK_S = 0.05  # between two looks; torchrun's own are 0.1 s apart
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     end_with_parent()
     terminal, report = sys.stderr, Report.to_launcher()
     sys.stderr = report  # before torch is imported: its loggers keep the stream that they find
+    subprocess.Popen = Rank  # type: ignore[misc, assignment]  # likewise: torchrun imports it by name
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run
@@ -61,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             run(options)  # type: ignore[no-untyped-call]
         except ChildFailedError as error:
-            watch.finish({f.pid: (rank, f.exitcode, f.error_file) for rank, f in error.failures.items()})
+            watch.look()
             if not any(death.is_refusal for death in watch.deaths):  # wrong flags: the one line says all
                 report.write(f"{error}\n")
         except SignalException as error:
@@ -130,8 +129,23 @@ class Report(io.TextIOBase):
                 data = data[os.write(self._descriptor, data) :]
 
 
+class Rank(subprocess.Popen[bytes]):
+    """A process that torchrun starts; of the ranks among them a list is kept.
+
+    An exit status can be collected once, so it has to be read from torchrun's own object, whoever comes first.
+    """
+
+    started: ClassVar[list[Rank]] = []
+
+    def __init__(self, args: Any, **options: Any) -> None:
+        super().__init__(args, **options)
+        self.environ: Mapping[str, str] = options.get("env") or {}
+        if _ERROR_FILE in self.environ:
+            self.started.append(self)
+
+
 class Watch:
-    """Waits for every rank in a thread of its own, and ends the others when one has failed.
+    """Looks at every rank twenty times a second, and ends the others when one has failed.
 
     Attributes:
         deaths: of the ranks that ended before their time; not of those that were ended because another one failed.
@@ -140,75 +154,45 @@ class Watch:
     def __init__(self, report: Report) -> None:
         self.deaths: list[Death] = []
         self._report, self._host, self._ooms = report, platform.node(), oom_kills()
-        self._lock = threading.Lock()
-        self._threads: dict[int, threading.Thread] = {}
-        self._killed: set[int] = set()
+        self._lock, self._seen, self._killed = threading.Lock(), set[int](), set[int]()
 
     def start(self) -> None:
-        """Look for ranks from now on."""
-        threading.Thread(target=self._find, daemon=True).start()
+        """Look from now on."""
+        threading.Thread(target=self._look_on, daemon=True).start()
 
-    def finish(self, failures: dict[int, tuple[int, int, str]]) -> None:
-        """Add what torchrun saw and this class did not: a rank that died before its thread had started.
-
-        Args:
-            failures: process -> rank, exit status and error file.
-        """
-        for thread in list(self._threads.values()):
-            thread.join(_JOIN_S)
+    def look(self) -> None:
+        """See which ranks have ended since the last look."""
         with self._lock:
-            known = {death.rank for death in self.deaths}
-        for pid, (rank, status, error_file) in failures.items():
-            if rank not in known:
-                self._died(pid, rank, status, Path(error_file))
+            for rank in Rank.started:
+                if rank.pid not in self._seen and (status := rank.poll()) is not None:
+                    self._seen.add(rank.pid)
+                    if status and rank.pid not in self._killed:
+                        self._died(rank, status)
 
-    def _find(self) -> None:
-        """Start a thread for each child that is a rank. torchrun starts all of them at about the same time."""
-        expected = 1
+    def _look_on(self) -> None:
         while True:
-            for child in psutil.Process().children():
-                if child.pid not in self._threads:
-                    with contextlib.suppress(psutil.Error):
-                        environ = child.environ()
-                        if _ERROR_FILE in environ:  # after exec: before, it still has this process's variables
-                            self._wait_for(child.pid, int(environ["RANK"]), Path(environ[_ERROR_FILE]))
-                            expected = int(environ["LOCAL_WORLD_SIZE"])
-            time.sleep(_LOOK_S if len(self._threads) < expected else 1.0)
+            self.look()
+            time.sleep(_LOOK_S)
 
-    def _wait_for(self, pid: int, rank: int, error_file: Path) -> None:
-        def wait() -> None:
-            try:
-                ended = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)  # torchrun is still to collect it
-            except ChildProcessError:
-                return  # torchrun was faster; see `finish`
-            if ended is not None:
-                status = ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status
-                if status:
-                    self._died(pid, rank, status, error_file)
-
-        self._threads[pid] = threading.Thread(target=wait, daemon=True)
-        self._threads[pid].start()
-
-    def _died(self, pid: int, rank: int, status: int, error_file: Path) -> None:
-        ended_s = time.time()
-        with self._lock:
-            if pid in self._killed or (self.deaths and status == -signal.SIGTERM):
-                return  # ended because another one had failed
-            death = read_death(rank, self._host, status, ended_s, error_file, self._ooms)
-            self.deaths.append(death)
-            is_first = len(self.deaths) == 1
+    def _died(self, rank: Rank, status: int) -> None:
+        if self.deaths and status == -signal.SIGTERM:
+            return  # torchrun ended it because another one had failed
+        error_file, number = Path(rank.environ[_ERROR_FILE]), int(rank.environ["RANK"])
+        death = read_death(number, self._host, status, time.time(), error_file, self._ooms)
+        self.deaths.append(death)
         self._report.death(death)
-        if is_first:
+        if len(self.deaths) == 1:
             timer = threading.Timer(GRACE_S, self._kill_the_others)
             timer.daemon = True
             timer.start()
 
     def _kill_the_others(self) -> None:
-        for pid, thread in self._threads.items():
-            if thread.is_alive():  # so this process is alive, or torchrun has not collected it yet
-                self._killed.add(pid)
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(pid, signal.SIGKILL)  # torchrun gives each rank a session of its own
+        with self._lock:
+            for rank in Rank.started:
+                if rank.poll() is None:
+                    self._killed.add(rank.pid)
+                    with contextlib.suppress(ProcessLookupError):
+                        os.killpg(rank.pid, signal.SIGKILL)  # torchrun gives each rank a session of its own
 
 
 if __name__ == "__main__":

@@ -126,6 +126,7 @@ def test_other_ends() -> None:
     assert says(0, signal.SIGTERM) is None  # it saved and ended, as asked
     assert says(143, signal.SIGTERM) == "ended by SIGTERM"
     assert says(130, signal.SIGINT) == "ended by SIGINT"
+    assert says(130, signal.SIGINT, deaths=[replace(KILLED, status=-2)]) == "ended by SIGINT"
     assert says(1, signal.SIGTERM, deaths=[WRONG]) == f"ended by SIGTERM, and {WRONG}"
     assert says(1, signal.SIGTERM, deaths=[replace(KILLED, status=-15)]) == "ended by SIGTERM"
     assert says(1, deaths=[replace(KILLED, status=-15)]) == "rank 1 on n1 was killed by SIGTERM"
@@ -159,6 +160,7 @@ def test_nodes_tell_each_other_and_print_the_same_cause(tmp_path: Path) -> None:
     assert not second.others_died()
     first.add(LOST)
     assert line(first, 143) == line(second, 137) == "rank 1 on n2 was killed by SIGKILL"
+    assert line(first, 143, signal.SIGTERM) == "rank 1 on n2 was killed by SIGKILL"  # from Slurm, for this reason
 
 
 def test_deaths_of_an_earlier_start_are_not_this_ones(tmp_path: Path) -> None:
