@@ -14,6 +14,12 @@ ONE_OUT = "Remove one of the two."
 TE = "--transformer-impl transformer_engine"
 CASES = {
     "all well": Case(flags="--smartmoe", verdict=True),
+    "a watchdog without patience": Case(
+        flags="--smartmoe-watchdog-floor-s 0.5",
+        says="--smartmoe-watchdog-floor-s = 0.5: must be a number of seconds, at least 1: every longer hiccup of a "
+        "short step would be reported. Remove it for its default, or pass --smartmoe-watchdog off.",
+    ),
+    "a watchdog with patience": Case(flags="--smartmoe-watchdog-floor-s 60", verdict=True),
     "without experts": Case(
         flags="--smartmoe",
         without=("--num-experts",),

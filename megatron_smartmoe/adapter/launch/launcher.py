@@ -20,6 +20,7 @@ from megatron_smartmoe.adapter.launch.command import LaunchCommand, make_command
 from megatron_smartmoe.adapter.launch.ending import ATTEMPT_VARIABLE, Ending, SharedDeaths, attempt_of
 from megatron_smartmoe.adapter.launch.run_lock import LOCKED_VARIABLE, RunLock
 from megatron_smartmoe.adapter.launch.topology import Topology, find_topology, port_of_steps, reports_errors
+from megatron_smartmoe.adapter.launch.watch import no_watch, watch_node
 from megatron_smartmoe.errors import EXIT_CONFIG_ERROR, ConfigError, SmartMoEError
 from megatron_smartmoe.spec.run import RunSpec, load_run_spec
 
@@ -136,6 +137,7 @@ def _run(ready: LaunchCommand, topology: Topology, directory: Path, keep_open: S
         ending=_ending(ready, topology, directory),
         rank=topology.rank,
         keep_open=keep_open,
+        watch=watch_node(topology, directory) if topology.rank is None else no_watch,
     )
 
 
