@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_smartmoe.checkpoint.unpickle import Opaque, read_pickle
+from megatron_smartmoe.spec.readers.unpickle import Opaque, read_pickle
 from megatron_smartmoe.errors import CheckpointError
 
 COMMON_OBJECT = "common_state/shard_0_1"  # key of Megatron's ShardedObject("common_state", None, (1,), (0,))

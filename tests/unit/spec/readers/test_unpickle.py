@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from megatron_smartmoe.checkpoint.unpickle import Opaque, read_pickle
+from megatron_smartmoe.spec.readers.unpickle import Opaque, read_pickle
 from megatron_smartmoe.errors import CheckpointError
 
 
