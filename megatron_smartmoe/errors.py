@@ -45,7 +45,7 @@ def shown(value: object) -> str:
 
 
 def printable(text: str) -> str:
-    """A text from a file on one line: control characters and lone surrogates as escapes, the middle of a long one cut."""
+    """A text from a file on one line: control characters and surrogates as escapes, the middle of a long one cut."""
     if not text.isprintable():
         text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
     return _cut(text)

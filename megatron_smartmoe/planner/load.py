@@ -37,11 +37,19 @@ WORST_FACTOR = 2.0  # how much further from even the worst scenario is than the 
 
 @dataclass(frozen=True, eq=False)
 class Scenario:
-    """A load with its weight: shares of the assignments, `[parts, experts]`, each row sums to 1."""
+    """A load with its weight.
+
+    Attributes:
+        name: for people.
+        weight: of the scenario in an expected time.
+        share_PE: shares of the assignments, `[parts, experts]`; each row sums to 1.
+        notes: what an import of the recorded load left out or assumed.
+    """
 
     name: str
     weight: float
     share_PE: FloatArray
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -67,7 +75,7 @@ def scenarios_of(model: ModelSpec, trace: Path | None, skew: str | None, prefix:
         ConfigError: the trace cannot be read or is of another model, or the skew is not a number or impossible.
     """
     if trace is not None:
-        return scenarios_from_trace(model, load_trace(trace), f"{prefix}trace")
+        return scenarios_from_trace(model, load_trace(trace, field=f"{prefix}trace"), f"{prefix}trace")
     if skew is None:
         return scenarios_from_model(model)
     flag, most = f"{prefix}skew", model.moe.experts / model.moe.top_k
@@ -115,8 +123,10 @@ def zipf(experts: int, hottest_share: float) -> FloatArray:
 def scenarios_from_trace(model: ModelSpec, trace: RoutingTrace, flag: str = "--trace") -> list[Scenario]:
     """The median record and the one at the 95th percentile of imbalance, layers in `PARTS` places.
 
+    Layers and records without assignments are left out: they have no popularity, and no imbalance.
+
     Raises:
-        ConfigError: naming `flag`, if the trace is of another number of experts.
+        ConfigError: naming `flag`, if the trace is of another number of experts, or has no assignments.
     """
     if trace.num_experts != model.moe.experts:
         rule = f"has {trace.num_experts} experts, the model has {model.moe.experts}"
@@ -124,11 +134,26 @@ def scenarios_from_trace(model: ModelSpec, trace: RoutingTrace, flag: str = "--t
         raise ConfigError(flag, trace.num_experts, rule, way_out)
     axes = tuple(range(2, trace.counts.ndim - 1))
     load_NLE = trace.counts.sum(axis=axes, dtype=np.float64)
-    load_NLE /= np.maximum(load_NLE.sum(axis=-1, keepdims=True), 1)
+    filled_NL = load_NLE.any(axis=-1)
+    filled_NL = filled_NL[:, filled_NL.any(axis=0)]
+    load_NLE = load_NLE[:, load_NLE.any(axis=(0, 2))][filled_NL.all(axis=1)]
+    if not len(load_NLE):
+        rule = "has no record in which every layer with experts has assignments"
+        raise ConfigError(flag, str(trace.meta.get("source")), rule, f"Pass {flag.replace('trace', 'skew')} 3.")
+    load_NLE /= load_NLE.sum(axis=-1, keepdims=True)
     order = np.argsort(load_NLE.max(axis=-1).mean(axis=-1))
-    layers = np.unique(np.linspace(0, trace.num_layers - 1, PARTS).round().astype(int))
+    layers = np.unique(np.linspace(0, load_NLE.shape[1] - 1, PARTS).round().astype(int))
+    notes = list(trace.notes)
+    if load_NLE.shape[:2] != trace.counts.shape[:2]:
+        kept = (
+            f"{load_NLE.shape[0]} of {trace.num_records} records and {load_NLE.shape[1]} of {trace.num_layers} layers"
+        )
+        notes.append(f"{kept} have assignments, the others are left out")
     picks = (("trace, median record", 0.8, 0.5), ("trace, worst 5%", 0.2, 0.95))
-    return [Scenario(name, weight, load_NLE[order[int(at * (len(order) - 1))]][layers]) for name, weight, at in picks]
+    return [
+        Scenario(name, weight, load_NLE[order[int(at * (len(order) - 1))]][layers], tuple(notes))
+        for name, weight, at in picks
+    ]
 
 
 def scenarios_from_model(model: ModelSpec) -> list[Scenario]:

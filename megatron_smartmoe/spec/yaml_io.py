@@ -35,7 +35,7 @@ _BOOL = re.compile(r"^(true|True|TRUE|false|False|FALSE)$")
 
 
 # What a file may hold; an explicit tag of another kind (a date, a set, a Python object) is refused.
-_TAGS = frozenset(f"tag:yaml.org,2002:{name}" for name in ("map", "seq", "str", "int", "float", "bool", "null", "merge"))
+_TAGS = frozenset(f"tag:yaml.org,2002:{name}" for name in "map seq str int float bool null merge".split())
 
 
 class _Loader(yaml.SafeLoader):

@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from megatron_smartmoe.errors import ConfigError
+from megatron_smartmoe.spec.readers import values
+from megatron_smartmoe.spec.readers.files import Named
+from megatron_smartmoe.spec.readers.json_text import read_json
 
 META_FORMAT = "megatron_smartmoe corpus"
 META_VERSION = 1
@@ -157,17 +160,20 @@ class PreparedCorpus:
                 f"Make it with scripts/prepare_data.py --output-prefix {prefix}.",
             )
         meta = read_meta(path)
-        if meta is None or meta.get("version") != META_VERSION:
+        if meta is None or type(meta.get("version")) is not int or meta["version"] != META_VERSION:
             raise ConfigError(
                 "--data-path",
                 str(path),
                 f"is not the metadata of a prepared corpus, version {META_VERSION}",
                 "Prepare the corpus again with --force.",
             )
-        fields = {name: meta[name] for name in cls.__dataclass_fields__ if name in meta}
-        fields["tokenizer_model"] = path.parent / meta["tokenizer_model"]
-        fields["bad_lines"], fields["command"] = tuple(meta["bad_lines"]), tuple(meta["command"])
-        return cls(prefix=Path(prefix), **fields)
+        content = {name: meta[name] for name in cls.__dataclass_fields__ if name in meta}
+        tokenizer = meta.get("tokenizer_model")
+        again = "Prepare the corpus again with --force."
+        if not isinstance(tokenizer, str) or not tokenizer.isprintable():
+            raise ConfigError(f"{path}: tokenizer_model", tokenizer, "must be the path of a file", again)
+        given = {**content, "prefix": Path(prefix), "tokenizer_model": path.parent / tokenizer}
+        return values.build(cls, given, str(path), again)
 
     def to_json(self) -> str:
         """The text of `PREFIX.json`. The tokenizer's path is relative to it, so that the directory can be moved."""
@@ -188,7 +194,7 @@ def meta_path(prefix: str | Path) -> Path:
 def read_meta(path: Path) -> dict[str, Any] | None:
     """The metadata in `path`, or None when the file is something else (perhaps the user's own data)."""
     try:
-        meta = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        meta = read_json(Named(path=path, field="--data-path", way_out="Prepare the corpus again with --force."))
+    except ConfigError:
         return None
     return meta if isinstance(meta, dict) and meta.get("format") == META_FORMAT else None

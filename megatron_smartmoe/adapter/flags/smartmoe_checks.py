@@ -110,10 +110,10 @@ def _check_traces(args: argparse.Namespace) -> None:
     flag = "--smartmoe-replay-trace"
     _needs_experts(args, flag, name)
     try:
-        trace = load_trace(Path(name))
+        trace = load_trace(Path(name), field=flag)
         trace.groups(args.expert_model_parallel_size, record=0)  # the source ranks can be divided among the ranks
     except ConfigError as error:
-        field = flag if error.field == "--trace" else "--expert-model-parallel-size"
+        field = "--expert-model-parallel-size" if error.field == "--ep" else error.field
         raise ConfigError(field, error.value, error.rule, error.way_out) from None
     if args.num_experts is not None and trace.num_experts != args.num_experts:
         rule = f"has {trace.num_experts} experts, and --num-experts is {args.num_experts}"

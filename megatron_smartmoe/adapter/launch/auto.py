@@ -24,13 +24,14 @@ from megatron_smartmoe.adapter.launch.machine import find_machine, vocabulary
 from megatron_smartmoe.adapter.launch.merged import merge
 from megatron_smartmoe.adapter.launch.search_space import space_options
 from megatron_smartmoe.adapter.launch.topology import Topology
-from megatron_smartmoe.errors import ConfigError
 from megatron_smartmoe.planner.arguments import check_plannable, model_from_arguments
 from megatron_smartmoe.planner.auto import PlanRequest, PlanResult, choose_launch, describe, reuse_saved_plan, to_json
 from megatron_smartmoe.planner.constraints import DECIDED, KEPT_FROM_CONFIG, Constraints, constraints_from_flags
 from megatron_smartmoe.planner.flags import launch_flags, parse_tokens
 from megatron_smartmoe.planner.load import scenarios_of
 from megatron_smartmoe.spec.parallel import ParallelSpec
+from megatron_smartmoe.spec.readers.files import Named
+from megatron_smartmoe.spec.readers.json_text import read_json
 from megatron_smartmoe.spec.run import FlagValue, RunSpec
 
 PLAN_FILE = "plan.json"
@@ -108,10 +109,7 @@ def _reused_or_new(request: PlanRequest, path: Path) -> tuple[PlanResult, str]:
     """The plan and the line that says where it comes from."""
     if not path.is_file():
         return choose_launch(request), "--parallel auto"
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        raise ConfigError("--run-dir", str(path), "cannot be read as JSON", "Remove it to plan again.") from None
+    content = read_json(Named(path=path, field="--run-dir", way_out="Remove it to plan again."))
     reused = reuse_saved_plan(content, request)
     if isinstance(reused, PlanResult):
         return reused, f"--parallel auto: reuses the plan in {path} (remove it to plan again)"

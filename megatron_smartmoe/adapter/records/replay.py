@@ -41,17 +41,21 @@ class RoutingReplay(Callback):
                 "This run measures speed; the trained model is meaningless.",
                 flush=True,
             )
+            for note in self._trace.notes:
+                print(f"smartmoe: --smartmoe-replay-trace: {note}", flush=True)
         groups_LGMRE = self._trace.groups(ranks.ep_size)
         counts_NLME = groups_LGMRE[:, :, ranks.edp_rank % groups_LGMRE.shape[2], :, ranks.ep_rank]
+        micro_batches_N = [max(1, self._trace.num_micro_batches(record)) for record in range(self._trace.num_records)]
         for number, layer in run.layers:
-            layer.router.register_forward_hook(self._hook(number, counts_NLME))
+            layer.router.register_forward_hook(self._hook(number, counts_NLME, micro_batches_N))
 
-    def _hook(self, layer: int, counts_NLME: IntArray) -> Any:
+    def _hook(self, layer: int, counts_NLME: IntArray, micro_batches_N: list[int]) -> Any:
         def hook(router: torch.nn.Module, inputs: Any, output: tuple[torch.Tensor, torch.Tensor]) -> Any:
             probs_TE, map_TE = output
             iteration, top_k = self._args.curr_iteration, self._args.moe_router_topk
-            micro = self._micro_batch(layer, iteration) % counts_NLME.shape[2]
-            counts_E = counts_NLME[iteration % len(counts_NLME), layer % counts_NLME.shape[1], micro]
+            record = iteration % len(counts_NLME)
+            micro = self._micro_batch(layer, iteration) % micro_batches_N[record]
+            counts_E = counts_NLME[record, layer % counts_NLME.shape[1], micro]
             scaled_E = scaled_counts(counts_E, len(map_TE), top_k)
             forced_TE = forced_map(scaled_E, len(map_TE)).to(map_TE.device)
             weights_TE = forced_TE.to(probs_TE.dtype) / top_k

@@ -77,7 +77,8 @@ def parse(text: str, named: Named, line: int | None = None) -> Any:
     """
     containers = text.count("[") + text.count("{")
     if len(text) * _BYTES_PER_CHARACTER + containers * _BYTES_PER_CONTAINER > _MOST_BYTES:
-        raise named.refused(f"holds more than can be read: {len(text):,} characters in {containers:,} lists and objects")
+        rule = f"holds more than can be read: {len(text):,} characters in {containers:,} lists and objects"
+        raise named.refused(rule)
     try:
         return json.loads(text, parse_constant=_constant, parse_float=_finite, object_pairs_hook=_unique)
     except json.JSONDecodeError as error:

@@ -79,7 +79,8 @@ def check_cells(cells: int, size_bytes: int, what: str, named: Named) -> None:
     """Raise ConfigError where `what` has more entries than may be read from a file of `size_bytes`."""
     most = max(ALWAYS_CELLS, CELLS_PER_BYTE * size_bytes)
     if cells > most:
-        raise named.refused(f"declares {cells:,} numbers in {what}: at most {most:,} are read from {size_bytes:,} bytes")
+        rule = f"declares {cells:,} numbers in {what}: at most {most:,} are read from {size_bytes:,} bytes"
+        raise named.refused(rule)
 
 
 def _member(archive: zipfile.ZipFile, info: zipfile.ZipInfo, name: str, size: int, named: Named) -> Array:

@@ -1,9 +1,9 @@
 """Tensors of a file of `torch.save`, read without torch and without running what the file says.
 
 The file is a zip with a pickle (`data.pkl`) and the bytes of each storage (`data/0`, ...). The pickle is read by
-`unpickle.read_pickle`; of the names that it may ask for, only the rebuilding of a tensor does something here: it cuts an
-array out of a storage, after the declared sizes were compared with what the archive holds. Tensors of any device are
-read: the device is only a word in the file.
+`unpickle.read_pickle`; of the names that it may ask for, only the rebuilding of a tensor does something here: it cuts
+an array out of a storage, after the declared sizes were compared with what the archive holds. Tensors of any device
+are read: the device is only a word in the file.
 """
 
 from __future__ import annotations

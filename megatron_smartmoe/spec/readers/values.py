@@ -11,7 +11,8 @@ import types
 import typing
 from collections.abc import Mapping
 from dataclasses import MISSING, fields, is_dataclass
-from typing import Any, Literal, TypeVar
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 
@@ -19,7 +20,6 @@ from megatron_smartmoe.errors import ConfigError
 from megatron_smartmoe.spec.arrays import IntArray
 
 LARGEST = 2**62  # of a whole number: a sum of two still fits into 64 bits
-Kind = TypeVar("Kind")
 
 
 def whole(value: object, field: str, *, least: int = 0, most: int = LARGEST, example: object = None) -> int:
@@ -97,7 +97,8 @@ def _collect(value: object, field: str, axes_left: int, shape: list[int], cells:
     if len(shape) <= depth:
         shape.append(len(value))
     if len(value) != shape[depth]:
-        raise ConfigError(field, value, f"must have {shape[depth]} entries, as the lists beside it", "Add or remove some.")
+        rule = f"must have {shape[depth]} entries, as the lists beside it"
+        raise ConfigError(field, value, rule, "Add or remove some.")
     for at, entry in enumerate(value):
         if axes_left > 1:
             _collect(entry, f"{field}[{at}]", axes_left - 1, shape, cells, depth + 1)
@@ -107,7 +108,7 @@ def _collect(value: object, field: str, axes_left: int, shape: list[int], cells:
             cells.append(entry)
 
 
-def build(kind: type[Kind], content: object, field: str, way_out: str, *, known_only: bool = True) -> Kind:
+def build[Kind](kind: type[Kind], content: object, field: str, way_out: str, *, known_only: bool = True) -> Kind:
     """A dataclass from a mapping, each value of the type that its field declares; a list where a tuple is declared.
 
     Args:
@@ -153,7 +154,7 @@ def _typed(value: object, declared: Any, field: str, way_out: str) -> Any:
     if origin is Mapping or origin is dict:
         entries = mapping(value, field, way_out)
         return {key: _typed(one, arguments[1], f"{field}.{key}", way_out) for key, one in entries.items()}
-    if declared is Any:
+    if declared is Any or (declared is Path and isinstance(value, Path)):
         return value
     if declared is bool:
         if not isinstance(value, bool):

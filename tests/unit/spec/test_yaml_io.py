@@ -171,12 +171,14 @@ REFUSED = {
     "a: 1\nb: c: d\n": "/file.yaml:2 = 'b: c: d': is not YAML: mapping values are not allowed here. Correct line 2.",
     "a: 1\n---\nb: 2\n": "/file.yaml:2 = '---': is not YAML: but found another document. Correct line 2.",
     "a: \x07": "/file.yaml:1 = 'a: \\x07': is not YAML: it has the character U+0007. Correct line 1.",
-    "b: 1\na: {1: 2}": "/file.yaml:2 = 'a: {1: 2}': is not YAML: a key that is no text; write it in quotes. Correct line 2.",
+    "b: 1\na: {1: 2}": "/file.yaml:2 = 'a: {1: 2}': is not YAML: a key that is no text; write it in quotes. "
+    "Correct line 2.",
     "a: 1\nb: !!bool maybe": "/file.yaml:2 = 'b: !!bool maybe': is not YAML: not a value of tag:yaml.org,2002:bool. "
     "Correct line 2.",
     "a: !!map [1]": "/file.yaml:1 = 'a: !!map [1]': is not YAML: expected a mapping. Correct line 1.",
     "a: 1e999": "/file.yaml:1 = 'a: 1e999': is not YAML: 1e999 is too large for a number. Correct line 1.",
-    "a: &a [*a]": "/file.yaml:1 = 'a: &a [*a]': is not YAML: an alias that stands for what it is part of. Correct line 1.",
+    "a: &a [*a]": "/file.yaml:1 = 'a: &a [*a]': is not YAML: an alias that stands for what it is part of. "
+    "Correct line 1.",
 }
 
 
@@ -196,7 +198,8 @@ def test_a_value_that_its_tag_refuses(error_of: Any, text: str, says: str) -> No
     assert error_of(text) == f"/file.yaml:1 = {text!r}: is not YAML: {says}. Correct line 1."
 
 
-BOMB = "\n".join(["z0: &z0 [x, x, x, x, x, x, x, x, x]"] + [f"z{n}: &z{n} [{f'*z{n - 1}, ' * 8}*z{n - 1}]" for n in range(1, 9)])
+BOMB = "z0: &z0 [x, x, x, x, x, x, x, x, x]\n"
+BOMB += "\n".join(f"z{n}: &z{n} [{f'*z{n - 1}, ' * 8}*z{n - 1}]" for n in range(1, 9))
 
 
 @pytest.mark.parametrize(
