@@ -202,6 +202,10 @@ def _setup(options: argparse.Namespace, trace: RoutingTrace, cluster: ClusterSpe
         raise ConfigError(
             "--ep", options.ep, rule, f"Every rank has as many experts: --ep {math.gcd(trace.num_experts, options.ep)}."
         )
+    most = trace.num_experts - trace.num_experts // options.ep
+    if options.spare_slots > most:
+        rule = f"must be at most {most}, the experts of the other ranks"
+        raise ConfigError("--spare-slots", options.spare_slots, rule, "1 or 2 is usually enough.")
     num_nodes = options.nodes or (cluster.nodes_of_group(options.ep) if options.cluster else 1)
     if options.ep % num_nodes:
         raise ConfigError(

@@ -75,10 +75,8 @@ def _remarks(trace: RoutingTrace, left_out: dict[str, Any]) -> list[str]:
             if left_out[key]
         ]
         where = f" (among them {'; '.join(named)})" if named else ""
-        unit = "entries by record, layer, group and micro-batch"
-        lines.append(
-            f"note: {left_out['entries']:,} of {left_out['of']:,} {unit} have no assignments{where}: left out of all means"
-        )
+        share = f"{left_out['entries']:,} of {left_out['of']:,} entries by record, layer, group and micro-batch"
+        lines.append(f"note: {share} have no assignments{where}: left out of all means")
     return lines
 
 

@@ -126,7 +126,7 @@ def scenarios_from_trace(model: ModelSpec, trace: RoutingTrace, flag: str = "--t
     Layers and records without assignments are left out: they have no popularity, and no imbalance.
 
     Raises:
-        ConfigError: naming `flag`, if the trace is of another number of experts, or has no assignments.
+        ConfigError: naming `flag`, if the trace is of another number of experts.
     """
     if trace.num_experts != model.moe.experts:
         rule = f"has {trace.num_experts} experts, the model has {model.moe.experts}"
@@ -134,26 +134,25 @@ def scenarios_from_trace(model: ModelSpec, trace: RoutingTrace, flag: str = "--t
         raise ConfigError(flag, trace.num_experts, rule, way_out)
     axes = tuple(range(2, trace.counts.ndim - 1))
     load_NLE = trace.counts.sum(axis=axes, dtype=np.float64)
-    filled_NL = load_NLE.any(axis=-1)
-    filled_NL = filled_NL[:, filled_NL.any(axis=0)]
-    load_NLE = load_NLE[:, load_NLE.any(axis=(0, 2))][filled_NL.all(axis=1)]
-    if not len(load_NLE):
-        rule = "has no record in which every layer with experts has assignments"
-        raise ConfigError(flag, str(trace.meta.get("source")), rule, f"Pass {flag.replace('trace', 'skew')} 3.")
-    load_NLE /= load_NLE.sum(axis=-1, keepdims=True)
-    order = np.argsort(load_NLE.max(axis=-1).mean(axis=-1))
-    layers = np.unique(np.linspace(0, load_NLE.shape[1] - 1, PARTS).round().astype(int))
-    notes = list(trace.notes)
-    if load_NLE.shape[:2] != trace.counts.shape[:2]:
-        kept = (
-            f"{load_NLE.shape[0]} of {trace.num_records} records and {load_NLE.shape[1]} of {trace.num_layers} layers"
-        )
-        notes.append(f"{kept} have assignments, the others are left out")
+    shares_N = [load_LE[load_LE.any(axis=-1)] for load_LE in load_NLE if load_LE.any()]
+    shares_N = [load_LE / load_LE.sum(axis=-1, keepdims=True) for load_LE in shares_N]
+    order = np.argsort([share_LE.max(axis=-1).mean() for share_LE in shares_N])
+    num_records, num_layers = len(shares_N), int(load_NLE.any(axis=(0, 2)).sum())
+    notes = trace.notes
+    if (num_records, num_layers) != load_NLE.shape[:2]:
+        kept = f"{num_records} of {trace.num_records} records and {num_layers} of {trace.num_layers} layers"
+        notes = (*notes, f"{kept} have assignments, the others are left out")
     picks = (("trace, median record", 0.8, 0.5), ("trace, worst 5%", 0.2, 0.95))
     return [
-        Scenario(name, weight, load_NLE[order[int(at * (len(order) - 1))]][layers], tuple(notes))
+        Scenario(name, weight, _parts(shares_N[order[int(at * (num_records - 1))]]), notes)
         for name, weight, at in picks
     ]
+
+
+def _parts(share_LE: FloatArray) -> FloatArray:
+    """`PARTS` layers of a record, from the first to the last."""
+    layers: IntArray = np.unique(np.linspace(0, len(share_LE) - 1, PARTS).round().astype(np.int64))
+    return np.asarray(share_LE[layers])
 
 
 def scenarios_from_model(model: ModelSpec) -> list[Scenario]:

@@ -1,8 +1,8 @@
 """Expert loads that were recorded elsewhere, as traces: EPLB's weights, SGLang's and vLLM's records.
 
 A load says how often each expert was chosen, not by which rank: it becomes a trace with one source rank. What is
-counted by physical expert (a replica has a number of its own) is added up to logical experts with the map that stands beside
-it. Loads with fractions (averages, shares) are scaled to whole numbers, and the trace's notes say so.
+counted by physical expert (a replica has a number of its own) is added up to logical experts with the map that stands
+beside it. Loads with fractions (averages, shares) are scaled to whole numbers, and the trace's notes say so.
 
 | keys | meaning |
 |---|---|
@@ -296,7 +296,7 @@ def _whole(load: Array) -> tuple[IntArray, list[str]]:
     whole = load.dtype.kind in "iu" or bool((load == np.floor(load)).all())
     if whole and load.max() <= MOST_COUNT:
         return load.astype(np.int64), []
-    largest = float(load.sum(axis=-1, dtype=np.float64).max())
-    scaled = np.rint(load * (SCALE / max(largest, 1e-300))).astype(np.int64)
+    share = np.asarray(load, dtype=np.float64) / max(float(load.max()), 1e-300)
+    scaled = np.rint(share * (SCALE / max(float(share.sum(axis=-1).max()), 1.0))).astype(np.int64)
     why = "numbers above 2^32" if whole else "fractions"
     return scaled, [f"it has {why}: scaled so that the busiest layer has {SCALE:,} assignments"]

@@ -54,7 +54,8 @@ class _Loader(yaml.SafeLoader):
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         """Compose a node, refusing one that is nested too deeply or stands for too many entries."""
-        mark, is_alias = self.peek_event().start_mark, self.check_event(yaml.AliasEvent)
+        event: yaml.Event = self.peek_event()  # type: ignore[no-untyped-call]
+        mark, is_alias = event.start_mark, isinstance(event, yaml.AliasEvent)
         self._depth += 1
         if self._depth > _DEEPEST:
             raise yaml.MarkedYAMLError(problem=f"more than {_DEEPEST} levels", problem_mark=mark)
@@ -85,14 +86,14 @@ class _Loader(yaml.SafeLoader):
             problem = f"could not determine a constructor for the tag {node.tag!r}"
             raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
         try:
-            return super().construct_object(node, deep=deep)  # type: ignore[no-untyped-call]
+            return super().construct_object(node, deep=deep)
         except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
             problem = printable(str(error)) if isinstance(error, ValueError) else f"not a value of {node.tag}"
             raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark) from None
 
     def construct_yaml_float(self, node: yaml.ScalarNode) -> float:
         """Build a float, refusing one that is too large for it."""
-        value = float(super().construct_yaml_float(node))  # type: ignore[no-untyped-call]
+        value = float(super().construct_yaml_float(node))
         if math.isinf(value) and "inf" not in node.value.lower():
             raise ValueError(f"{node.value[:40]} is too large for a number")
         return value
@@ -181,7 +182,7 @@ def load_yaml(path: Path) -> dict[str, Any]:
     try:
         loader = _Loader(text)
         loader.name = str(path)
-        content = loader.get_single_data()  # type: ignore[no-untyped-call]
+        content = loader.get_single_data()
     except yaml.MarkedYAMLError as error:
         lines = text.splitlines() or [""]
         number = min(error.problem_mark.line if error.problem_mark else 0, len(lines) - 1)

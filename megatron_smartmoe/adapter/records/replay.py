@@ -23,13 +23,13 @@ class RoutingReplay(Callback):
 
     Args:
         path: of the trace. Its records are replayed in order, one an iteration, and begin again at its end; its layers
-            are the model's MoE layers in order, again from the first when the model has more.
+            that have assignments are the model's MoE layers in order, again from the first when the model has more.
     """
 
     order = Order.REPLAY
 
     def __init__(self, path: Path) -> None:
-        self._trace = load_trace(path)
+        self._trace = load_trace(path, field="--smartmoe-replay-trace")
         self._calls: dict[int, tuple[int, int]] = {}  # layer -> (iteration, micro-batches of it so far)
 
     def on_start(self, run: Run) -> None:
@@ -43,7 +43,8 @@ class RoutingReplay(Callback):
             )
             for note in self._trace.notes:
                 print(f"smartmoe: --smartmoe-replay-trace: {note}", flush=True)
-        groups_LGMRE = self._trace.groups(ranks.ep_size)
+        counts = self._trace.counts
+        groups_LGMRE = self._trace.groups(ranks.ep_size)[:, counts.any(axis=(0, *range(2, counts.ndim)))]
         counts_NLME = groups_LGMRE[:, :, ranks.edp_rank % groups_LGMRE.shape[2], :, ranks.ep_rank]
         micro_batches_N = [max(1, self._trace.num_micro_batches(record)) for record in range(self._trace.num_records)]
         for number, layer in run.layers:

@@ -83,7 +83,7 @@ def parse(text: str, named: Named, line: int | None = None) -> Any:
         return json.loads(text, parse_constant=_constant, parse_float=_finite, object_pairs_hook=_unique)
     except json.JSONDecodeError as error:
         at, rule = line or error.lineno, f"is not JSON: {error.msg} (column {error.colno})"
-        shown = text.splitlines()[error.lineno - 1] if error.lineno <= text.count("\n") + 1 and text.strip() else text
+        shown = text.split("\n")[error.lineno - 1]
         raise ConfigError(named.at(at), shown[:1000].strip(), rule, _way_out(at, line)) from None
     except RecursionError:
         rule = "is not JSON that can be read: it is nested too deeply"

@@ -70,7 +70,7 @@ def _refuse_heavy_tuples(data: bytes, named: Named) -> None:
     Using one of them as a key would never end. So the pickle's stack is followed with a weight in place of each object.
     """
     stack: list[int] = []  # -1: a mark
-    memo: dict[int, int] = {}
+    memo: dict[Any, int] = {}
     for opcode, argument, _ in pickletools.genops(data):
         taken: list[int] = []
         if pickletools.markobject in opcode.stack_before:
