@@ -163,7 +163,7 @@ class Maker:
         elif what < 0.8 and isinstance(inside, dict):
             inside[self.any(["extra", "", "x y", "__proto__", "nan", "1"])] = self.any(ODD)
         elif what < 0.9 and isinstance(entry, int | float) and not isinstance(entry, bool):
-            inside[key] = self.any([-entry, entry + 1, str(entry), [entry], entry + 0.5])
+            inside[key] = self.any([-entry, entry + 1, str(entry), [entry], min(entry, 10**9) + 0.5])
         elif isinstance(inside, list):
             inside.insert(self.random.randrange(len(inside) + 1), self.any(ODD))
 

@@ -20,8 +20,8 @@ from megatron_smartmoe.planner.auto import (
 from megatron_smartmoe.planner.constraints import Constraints, constraints_from_flags
 from megatron_smartmoe.planner.pool import Pool
 from megatron_smartmoe.planner.space import SpaceOptions
-from tests.support.models import CLUSTER, SMALL
 from megatron_smartmoe.spec.parallel import ParallelSpec
+from tests.support.models import CLUSTER, SMALL
 
 SPACE = SpaceOptions(micro_batches=(1, 2), spare_slots=(0,), overlap_degrees=(1,), max_virtual=2)
 REQUEST = PlanRequest(model=SMALL, cluster=CLUSTER, constraints=Constraints(options=SPACE))
