@@ -27,7 +27,8 @@ from megatron_smartmoe.spec.readers.csv_rows import read_rows
 from megatron_smartmoe.spec.readers.files import Named
 from megatron_smartmoe.spec.readers.json_text import CUT, kind_of, read_json, read_json_lines
 from megatron_smartmoe.spec.readers.numpy_files import Array, check_cells, read_npy, read_npz
-from megatron_smartmoe.spec.readers.torch_files import read_torch
+from megatron_smartmoe.spec.readers.torch_files import array_of, read_torch
+from megatron_smartmoe.spec.readers.torch_save import StoredTensor
 from megatron_smartmoe.spec.routing_trace import MOST_COUNT, MOST_EXPERTS, MOST_LAYERS, RoutingTrace
 
 SCALE = 2**20  # assignments of a layer's busiest record, where a load has fractions
@@ -227,6 +228,8 @@ def _logical(content: Mapping[str, Any], name: str, named: Named, where: str) ->
 
 def _array(value: object, where: str, named: Named) -> Array:
     """Nested lists or an array of numbers that are no negative ones, checked."""
+    if isinstance(value, StoredTensor):
+        value = array_of(value, f"{where}load", named)
     if not isinstance(value, np.ndarray):
         if not isinstance(value, list):
             what = type(value).__name__ if not isinstance(value, str | int | float | dict) else kind_of(value)

@@ -125,7 +125,7 @@ def _array(file: Any, length: int, name: str, size: int, named: Named) -> Array:
     if len(data) != declared:
         raise named.refused(f"is truncated: {name} ends after {len(data):,} of {declared:,} bytes")
     file.read(1)  # a zip member's checksum is compared at its end
-    array = np.frombuffer(data, dtype=dtype)
+    array = np.frombuffer(data, dtype=dtype).copy()  # that of a buffer cannot be written
     return array.reshape(shape[::-1]).T if fortran else array.reshape(shape)
 
 

@@ -160,6 +160,8 @@ def test_tuples_of_tuples_are_refused(tmp_path: Path) -> None:
         ("w.npy", np.zeros((2, 4)), "has no assignment"),
         ("w.npy", np.array(["a"]), "has shape (1,) and type <U1"),
         ("w.pt", {"logical_count": "x"}, "is a text"),
+        ("w.pt", {"logical_count": torch.ones(2, 4, dtype=torch.bfloat16)}, "of type bfloat16: save it as float32"),
+        ("w.pt", {"logical_count": torch.ones(1).expand(10**9)}, "whose elements share their bytes"),
     ],
 )
 def test_what_is_no_load_is_refused(tmp_path: Path, name: str, content: Any, message: str) -> None:
