@@ -14,6 +14,7 @@ smallest failing input of each kind is kept in the folder of `--keep`. Same seed
 from __future__ import annotations
 
 import argparse
+import logging
 import resource
 import shutil
 import signal
@@ -71,6 +72,7 @@ class Outcome:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; 1 when a case failed."""
     args = parse(argv)
+    logging.getLogger("megatron_smartmoe").setLevel(logging.ERROR)  # what is said of a file that is read
     failed = False
     for name in args.reader or READERS:
         outcome = fuzz(name, args.cases, args.seed, args.keep)

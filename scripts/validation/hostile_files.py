@@ -25,6 +25,7 @@ import yaml
 from numpy.lib import format as npy
 
 from megatron_smartmoe.adapter.corpus import documents, sources
+from megatron_smartmoe.adapter.corpus.records import RecordReader
 from megatron_smartmoe.adapter.corpus.spec import META_FORMAT, PreparedCorpus
 from megatron_smartmoe.adapter.launch import corpus as corpus_flags
 from megatron_smartmoe.adapter.launch import flags as flag_lists
@@ -387,9 +388,21 @@ def decisions(make: Maker) -> Case:
 
 
 def corpus_inputs(make: Maker) -> Case:
-    """What `prepare_data.py` scans: names, links, pipes, text and JSON lines."""
-    folder = make.folder("in")
-    names = ["a.jsonl", "b.txt", "c.json", ".h", "a\nb.txt", "*.txt", "[x].jsonl", "é.txt", "-x.txt", "d e.txt"]
+    """What `prepare_data.py` scans: names, links, pipes, text, JSON lines, packed files."""
+    folder, unpacked, reader = make.folder("in"), make.folder("unpacked"), RecordReader(json_keys=("text",))
+    names = [
+        "a.jsonl",
+        "b.txt",
+        "c.json",
+        ".h",
+        "a\nb.txt",
+        "*.txt",
+        "[x].jsonl",
+        "é.txt",
+        "-x.txt",
+        "d e.txt",
+        "a.JSONL.gz",
+    ]
     for _ in range(make.any([1, 1, 2, 3])):
         name = make.any([*names, f"$(touch {Path(CANARY).name}).jsonl", "x" * 200, "bad\udcff.txt"])
         with contextlib.suppress(OSError, UnicodeError):
@@ -403,9 +416,10 @@ def corpus_inputs(make: Maker) -> Case:
     item = str(folder) + make.any(["", "", "/**", "/*", "/[", "/nope"])
 
     def read() -> None:
-        for group in sources.group_spans(sources.find_spans([item], python_stdlib=False, seed=0)):
-            documents.scan_group(group, ("text",))
-            list(documents.read_documents(group, ("text",)))
+        spans = sources.find_spans(sources.find_inputs([item]), unpacked, reader.json_keys)
+        for group in sources.group_spans(spans):
+            documents.scan_group(group, reader)
+            list(documents.read_documents(group, reader))
 
     return Case(folder, read)
 
@@ -426,6 +440,7 @@ def _corpus_bytes(make: Maker) -> bytes:
         data = b"\xef\xbb\xbf" * random.randrange(3) + "héllo\r\n\r".encode() * 20
     else:
         data = b"plain text\n" * random.randrange(300)
+    data = gzip.compress(data) if make.chance(0.1) else data
     return make.changed_bytes(data) if make.chance(0.2) else data
 
 
