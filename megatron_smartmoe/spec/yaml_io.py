@@ -54,7 +54,7 @@ class _Loader(yaml.SafeLoader):
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         """Compose a node, refusing one that is nested too deeply or stands for too many entries."""
-        event: yaml.Event = self.peek_event()  # type: ignore[no-untyped-call]
+        event: Any = self.peek_event()  # type: ignore[no-untyped-call]
         mark, is_alias = event.start_mark, isinstance(event, yaml.AliasEvent)
         self._depth += 1
         if self._depth > _DEEPEST:

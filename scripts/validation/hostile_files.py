@@ -232,7 +232,8 @@ def trace_megatron(make: Maker) -> Case:
             record: Any = {**good, "step": step, "layer": layer}
             lines.append(json.dumps(make.changed_value(record) if make.chance(0.6) else record))
     if make.chance(0.1):
-        more = [json.dumps({**good, "top_indices": [value]}) for value in (10**9, 10**15, 1.5, True, [])]
+        values: list[Any] = [10**9, 10**15, 1.5, True, []]
+        more = [json.dumps({**good, "top_indices": [value]}) for value in values]
         lines.append(make.any([*JSON_TRAPS, *more, '"step block layer rank topk top_indices"']))
     data = "\n".join(lines).encode("utf-8", "surrogatepass")
     name = make.any(["0", "0", "X", "9" * 20])
@@ -311,7 +312,7 @@ def pool_file(make: Maker) -> Case:
     """A pool, alone or in a plan."""
     setting = PoolSetting(homes_interval=0, spare_slots=1, replicas="exact", overlap_degree=1)
     good = Pool(launch="x", entries=(PoolEntry(setting=setting, scenario_s={"a": 1.0}, expected_s=1.0),)).to_json()
-    traps = ['{"pool": null}', '{"pool": 3}', '{"pool": []}', b"\xff\xfe{}"]
+    traps: list[str | bytes] = ['{"pool": null}', '{"pool": 3}', '{"pool": []}', b"\xff\xfe{}"]
     path = make.write("pool.json", make.any(traps) if make.chance(0.05) else make.json_text(good))
     return Case(path, lambda: [setting.key for setting in Pool.load(path, "--smartmoe-pool").settings])
 
@@ -509,11 +510,13 @@ def _npz_bytes(make: Maker) -> bytes:
     if what < 0.9:
         others = [b"", b"PK", b"\x93NUMPY", _npy(np.zeros(3)), b"{}", pickle.dumps({"a": 1}), gzip.compress(b"x" * 100)]
         return make.any(others)
-    data = bytearray(_npz(**arrays))  # fields of the zip's directory: versions, flags, methods, sizes, offsets
+    archive = bytearray(_npz(**arrays))  # fields of the zip's directory: versions, flags, methods, sizes, offsets
     for signature, offsets in ((b"PK\x01\x02", [8, 10, 20, 24, 28, 42]), (b"PK\x03\x04", [6, 8, 18, 22, 26])):
-        at, offset = data.find(signature), make.any(offsets)
-        data[at + offset : at + offset + 2] = make.any([b"\1\0", b"c\0", b"\x0c\0", b"\xff\xff", b"\0\0", b"\x08\x08"])
-    return bytes(data)
+        at, offset = archive.find(signature), make.any(offsets)
+        archive[at + offset : at + offset + 2] = make.any(
+            [b"\1\0", b"c\0", b"\x0c\0", b"\xff\xff", b"\0\0", b"\x08\x08"]
+        )
+    return bytes(archive)
 
 
 def _odd_arrays() -> list[Any]:
