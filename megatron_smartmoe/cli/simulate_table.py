@@ -90,7 +90,7 @@ def as_table(results: Sequence[PolicyResult], bounds: FloatArray, setup: Simulat
     )
     columns = (
         "max/mean tokens: mean    p50    p95    p99  worst"
-        " | homes moved     GB | replicas  slots chg | plan ms | layer ms"
+        " | homes moved       GB | replicas  slots chg | plan ms | layer ms"
     )
     lines = [head, *_remarks(trace, content["left_out"]), "", f"{'policy':<18}{columns}"]
     for name, numbers in content["policies"].items():
@@ -98,7 +98,7 @@ def as_table(results: Sequence[PolicyResult], bounds: FloatArray, setup: Simulat
         lines.append(
             f"{name:<18}{imbalance['mean']:>21.4f}"
             + "".join(f"{imbalance[key]:>7.3f}" for key in (*_QUANTILES, "worst"))
-            + f" | {homes['experts_moved']:>11}{homes['bytes_moved'] / 1e9:>7.1f}"
+            + f" | {homes['experts_moved']:>11}{homes['bytes_moved'] / 1e9:>9.1f}"
             + f" | {numbers['replicas']['copies_made']:>8}{numbers['slots_changed']:>11}"
             + f" | {numbers['plan_ms_per_layer']:>7.2f} | {numbers['predicted_layer_ms']:>8.3f}"
         )

@@ -9,8 +9,19 @@ from megatron_smartmoe.adapter.flags.parser import attribute
 from megatron_smartmoe.adapter.flags.resume import check_files, checkpoint_to_load, what_is_there
 from megatron_smartmoe.checkpoint.directory import RELEASE
 from megatron_smartmoe.checkpoint.torch_dist import is_torch_dist, read_common
-from megatron_smartmoe.errors import CheckpointError, ConfigError
+from megatron_smartmoe.errors import CheckpointError, ConfigError, shown
 from megatron_smartmoe.spec.placement import Placement
+
+# Arguments of the run that saved a checkpoint which are compared with this run's, and their defaults.
+_LOOKED_AT: dict[str, int | bool | None] = {
+    "expert_model_parallel_size": 1,
+    "expert_tensor_parallel_size": None,
+    "tensor_model_parallel_size": 1,
+    "pipeline_model_parallel_size": 1,
+    "use_distributed_optimizer": False,
+    "dist_ckpt_optim_fully_reshardable": False,
+    "no_save_optim": False,
+}
 
 
 def check_load(args: argparse.Namespace) -> tuple[str, ...]:
@@ -103,12 +114,23 @@ def latest_checkpoint(args: argparse.Namespace) -> Path | None:
 def saved_arguments(folder: Path) -> argparse.Namespace | None:
     """The arguments of the run that saved a checkpoint, if they are in there. Runs nothing that the checkpoint says.
 
+    Those that are looked at here have their types; one that an older release did not save has its default.
+
     Raises:
-        ConfigError: they cannot be read.
+        ConfigError: they cannot be read, or one of them has another type.
     """
     try:
         saved = read_common(folder).get("args")
     except CheckpointError as error:
         way_out = f"Restore the file. {what_is_there(folder.parent, damaged=folder)}"
         raise ConfigError("--load", str(folder.parent), str(error), way_out) from None
-    return saved if isinstance(saved, argparse.Namespace) else None
+    if not isinstance(saved, argparse.Namespace):
+        return None
+    for name, default in _LOOKED_AT.items():
+        value = getattr(saved, name, default)
+        is_size = type(default) is int or name == "expert_tensor_parallel_size"
+        if value is not None and (type(value) is not (int if is_size else bool) or (is_size and value < 1)):
+            rule = f"its arguments are damaged: {name} = {shown(value)}"
+            raise ConfigError("--load", str(folder), rule, what_is_there(folder.parent, damaged=folder))
+        setattr(saved, name, default if value is None else value)
+    return saved

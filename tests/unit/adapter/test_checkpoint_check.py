@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from megatron_smartmoe.adapter.flags import checkpoint_check
 from megatron_smartmoe.adapter.flags.checkpoint_check import latest_checkpoint, saved_arguments
 from megatron_smartmoe.adapter.flags.resume import check_files, take_up_whole_checkpoint
 from megatron_smartmoe.checkpoint.directory import TRACKER
@@ -214,6 +215,38 @@ def test_a_damaged_checkpoint_is_one_line_and_runs_nothing(saved: Path) -> None:
         check_files(load(saved))
     assert str(caught.value) == f"--load = '{saved}': iter_0000010 is damaged: " + error.format("")
     assert not (saved / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"expert_model_parallel_size": "2"}, "its arguments are damaged: expert_model_parallel_size = '2'"),
+        ({"tensor_model_parallel_size": 0}, "tensor_model_parallel_size = 0"),
+        ({"use_distributed_optimizer": 1}, "use_distributed_optimizer = 1"),
+    ],
+)
+def test_arguments_of_another_type_are_one_line(
+    saved: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, object], message: str
+) -> None:
+    folder = saved / "iter_0000010"
+    monkeypatch.setattr(checkpoint_check, "read_common", lambda _: {"args": argparse.Namespace(**changes)})
+    with pytest.raises(ConfigError) as caught:
+        saved_arguments(folder)
+    assert message in str(caught.value)
+    assert "--ckpt-step 5" in str(caught.value)
+
+
+def test_an_argument_that_an_older_release_did_not_save_has_its_default(
+    saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint_check, "read_common", lambda _: {"args": argparse.Namespace(no_save_optim=None)})
+    found = saved_arguments(saved / "iter_0000010")
+    assert found is not None
+    assert (found.expert_model_parallel_size, found.expert_tensor_parallel_size, found.no_save_optim) == (
+        1,
+        None,
+        False,
+    )
 
 
 def test_a_thousand_files_are_checked_by_looking_at_their_sizes(
