@@ -2,9 +2,10 @@
 
 A line has the experts that every token of the micro-batch chose. Three things are not in it, and are found here:
 
-- *The pipeline stage.* Megatron numbers layers by their place in the rank's own stage. Consecutive ranks with the same
-  layers form a stage; where all stages have equally many layers nothing tells them apart, and `stages` says how many
-  there are (Megatron numbers ranks stage by stage). Layers are then numbered over all stages.
+- *The pipeline stage.* Megatron numbers layers by their place in the rank's own stage, and ranks stage by stage.
+  Consecutive ranks with the same layers form a stage. Where all stages have equally many layers, their loads tell them
+  apart: ranks of a stage have the same routers, and choose experts alike. With few tokens, or one rank a stage, nothing
+  does, and `stages` says how many there are. Layers are then numbered over all stages.
 - *Where a rank stopped.* Ranks write when a step ends, so a killed one is behind. A step is used as far as all ranks
   have it: the micro-batches that each of them has of every layer; a step that one of them lacks is left out.
 - *The micro-batch.* A rank's n-th line of a step and layer is micro-batch n. Steps with fewer than others (batch size
@@ -15,6 +16,7 @@ Whatever is left out or assumed becomes a note of the trace.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -31,6 +33,7 @@ from megatron_smartmoe.spec.readers.json_text import CUT, read_json_lines
 from megatron_smartmoe.spec.routing_trace import MOST_EXPERTS, RoutingTrace
 
 WAY_OUT = "Run with --moe-routing-trace-path, and give its directory."
+OTHER_ROUTERS = 4.0  # an estimate; halves of a recorded model differ 11 (one record) to 128 times as much as ranks do
 ALWAYS_CELLS = 2**25  # counts of a trace that files of any size may give: 128 MiB
 _RANK_FILE = re.compile(r"router_trace_rank(\d+)\.jsonl$")
 _KEYS = ("step", "block", "layer", "rank", "topk", "top_indices")
@@ -233,6 +236,12 @@ def _stages(
     if len(set(map(len, stages))) > 1:
         # A rank that stopped in its first step lacks layers of its stage; what it has must be part of theirs.
         stages = [ranks] if len(frozenset.union(*layers)) == max(map(len, layers)) else stages
+    if len(stages) == 1 and (by_load := _stages_by_load(by_rank)) > 1:
+        size = len(ranks) // by_load
+        stages = [ranks[begin : begin + size] for begin in range(0, len(ranks), size)]
+        text = f"{by_load} pipeline stages of {size} ranks, told apart by their loads"
+        notes.append(f"{text}; if they are one, pass --trace-stages 1")
+        return stages
     if len(set(map(len, stages))) > 1:
         found = ", ".join(str(len(stage)) for stage in stages)
         raise PlanError(f"pipeline stages, told apart by their layers, have {found} ranks: pass --trace-ranks")
@@ -242,6 +251,48 @@ def _stages(
     elif len(ranks) > 1:
         notes.append(f"{len(ranks)} ranks are read as one pipeline stage; if they are N of them, pass --trace-stages N")
     return stages
+
+
+def _stages_by_load(by_rank: Mapping[int, RankRecords]) -> int:
+    """The number of stages into which the loads of consecutive ranks fall; 1 where they do not.
+
+    Neighbours are compared by the two-sample chi-square statistic over its degrees of freedom, which is about 1 for
+    tokens that were drawn alike and a few times that for real batches. Other routers differ by far more.
+    """
+    loads_LE = [_total_load(records) for records in by_rank.values()]
+    differences = [_difference(one, other) for one, other in itertools.pairwise(loads_LE)]
+    for size in range(2, len(by_rank) // 2 + 1):
+        if len(by_rank) % size == 0:
+            borders = differences[size - 1 :: size]
+            inside = [found for at, found in enumerate(differences, 1) if at % size]
+            if min(borders) > OTHER_ROUTERS * max(1.0, *inside):
+                return len(by_rank) // size
+    return 1
+
+
+def _total_load(records: RankRecords) -> dict[Layer, NDArray[np.int64]]:
+    """Assignments to each expert in all steps, by layer."""
+    loads: dict[Layer, NDArray[np.int64]] = {}
+    for layers in records.steps.values():
+        for layer, batches in layers.items():
+            load_E = loads.setdefault(layer, np.zeros(records.highest + 1, dtype=np.int64))
+            for experts, times in batches:
+                load_E[experts] += times
+    return loads
+
+
+def _difference(one: Mapping[Layer, NDArray[np.int64]], other: Mapping[Layer, NDArray[np.int64]]) -> float:
+    """Mean over the layers of chi-square over degrees of freedom."""
+    found = []
+    for layer in one.keys() & other.keys():
+        pair = np.zeros((2, max(len(one[layer]), len(other[layer]))))
+        pair[0, : len(one[layer])], pair[1, : len(other[layer])] = one[layer], other[layer]
+        pair = pair[:, pair.any(axis=0)]
+        totals = pair.sum(axis=1)
+        if totals.all() and pair.shape[1] > 1:
+            scaled = pair * np.sqrt(totals[::-1] / totals)[:, None]
+            found.append(((scaled[0] - scaled[1]) ** 2 / pair.sum(axis=0)).sum() / (pair.shape[1] - 1))
+    return float(np.mean(found)) if found else 0.0
 
 
 def _layer_numbers(stages: Sequence[Sequence[int]], by_rank: Mapping[int, RankRecords]) -> list[dict[Layer, int]]:

@@ -304,6 +304,24 @@ def test_pipeline_stages_with_equal_layers_are_counted_by_the_user(tmp_path: Pat
         load_trace(tmp_path, stages=3)
 
 
+@pytest.mark.parametrize("num_stages", [1, 2, 4])
+def test_pipeline_stages_with_equal_layers_are_told_apart_by_their_loads(tmp_path: Path, num_stages: int) -> None:
+    """Eight ranks; those of a stage have the same routers, whose popularity drifts a little from rank to rank."""
+    random, ranks_of_stage = np.random.default_rng(5), 8 // num_stages
+    popularity = random.dirichlet(np.ones(16), size=(num_stages, 2))
+    for rank in range(8):
+        lines = ""
+        for layer in range(2):
+            share_E = popularity[rank // ranks_of_stage, layer] * random.uniform(0.9, 1.1, 16)
+            chosen = [random.choice(16, 2, replace=False, p=share_E / share_E.sum()).tolist() for _ in range(300)]
+            lines += megatron_line(0, layer, rank, chosen)
+        write_ranks(tmp_path, {rank: lines})
+    trace = load_trace(tmp_path)
+    assert trace.counts.shape == (1, 2 * num_stages, ranks_of_stage, 16)
+    assert f"{num_stages} pipeline stage" in trace.notes[0] or num_stages == 1
+    assert load_trace(tmp_path, stages=1).counts.shape == (1, 2, 8, 16)
+
+
 def test_layers_that_are_numbered_over_all_stages_keep_their_numbers(tmp_path: Path) -> None:
     write_ranks(tmp_path, {rank: megatron_line(0, 3 + rank // 2, rank, [[rank, 4]]) for rank in range(4)})
     trace = load_trace(tmp_path)
