@@ -17,7 +17,7 @@ from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
-from megatron_smartmoe.errors import ConfigError
+from megatron_smartmoe.errors import ConfigError, PlanError
 from megatron_smartmoe.spec import trace_loads, trace_megatron
 from megatron_smartmoe.spec.readers import files
 from megatron_smartmoe.spec.readers.files import Named
@@ -51,7 +51,7 @@ def load_trace(
 
     Raises:
         ConfigError: missing, unreadable, of an unknown format or version; names file and line.
-        PlanError: its numbers contradict each other.
+        PlanError: records of Megatron contradict each other.
     """
     named = Named(path=path, field=field, way_out=WAY_OUT)
     choice = MegatronChoice(num_experts=num_experts, ranks=ranks, stages=stages)
@@ -61,7 +61,10 @@ def load_trace(
             if given is not None:
                 rule = "is for Megatron's JSONL; this file has its layers and experts already"
                 raise ConfigError(flag, given, rule, f"Remove {flag}.")
-        trace: RoutingTrace = reader(named)
+        try:
+            trace: RoutingTrace = reader(named)
+        except PlanError as error:
+            raise named.refused(f"is not a routing trace: {error}") from None
     else:
         trace = trace_megatron.read(named, choice)
     if trace.total == 0:

@@ -73,6 +73,8 @@ def written(path: Path, **changes: Any) -> Path:
             {"iteration": np.array([1, 2**64 - 1], np.uint64)},
             "has iteration of 18446744073709551615: must be below 2^62",
         ),
+        ({"counts": np.ones((2, 3, 4))}, "is not a routing trace: trace counts must have 4 or 5 axes"),
+        ({"iteration": [2, 1]}, "is not a routing trace: trace iteration[1] = 1: must be above the one before it"),
         ({"counts": np.zeros((2, 3, 4, 8), object)}, "holds object in counts: only numbers and texts are read"),
     ],
 )
