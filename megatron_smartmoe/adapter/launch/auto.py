@@ -24,6 +24,7 @@ from megatron_smartmoe.adapter.launch.machine import find_machine, vocabulary
 from megatron_smartmoe.adapter.launch.merged import merge
 from megatron_smartmoe.adapter.launch.search_space import space_options
 from megatron_smartmoe.adapter.launch.topology import Topology
+from megatron_smartmoe.errors import ConfigError
 from megatron_smartmoe.planner.arguments import check_plannable, model_from_arguments
 from megatron_smartmoe.planner.auto import PlanRequest, PlanResult, choose_launch, describe, reuse_saved_plan, to_json
 from megatron_smartmoe.planner.constraints import DECIDED, KEPT_FROM_CONFIG, Constraints, constraints_from_flags
@@ -109,8 +110,11 @@ def _reused_or_new(request: PlanRequest, path: Path) -> tuple[PlanResult, str]:
     """The plan and the line that says where it comes from."""
     if not path.is_file():
         return choose_launch(request), "--parallel auto"
-    content = read_json(Named(path=path, field="--run-dir", way_out="Remove it to plan again."))
-    reused = reuse_saved_plan(content, request)
+    way_out = f"Remove {path} to plan again."
+    try:
+        reused = reuse_saved_plan(read_json(Named(path=path, field="--run-dir", way_out=way_out)), request)
+    except ConfigError as error:  # nobody corrects a file that a program wrote
+        raise ConfigError(error.field, error.value, error.rule, way_out) from None
     if isinstance(reused, PlanResult):
         return reused, f"--parallel auto: reuses the plan in {path} (remove it to plan again)"
     return choose_launch(request), f"--parallel auto: planned again, the plan in {path} no longer applies: {reused}"
