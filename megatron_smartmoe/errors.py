@@ -28,7 +28,7 @@ class ConfigError(SmartMoEError):
 
     def __init__(self, field: str, value: object, rule: str, way_out: str) -> None:
         self.field, self.value, self.rule, self.way_out = field, value, rule, way_out
-        super().__init__(f"{printable(field)} = {shown(value)}: {rule}. {way_out}")
+        super().__init__(_escaped(f"{printable(field)} = {shown(value)}: {rule}. {way_out}", keep="\n"))
 
     def __reduce__(self) -> tuple[type[ConfigError], tuple[str, object, str, str]]:
         """Pickle by the four parts (the default would replay the joined message as `field`)."""
@@ -46,9 +46,14 @@ def shown(value: object) -> str:
 
 def printable(text: str) -> str:
     """A text from a file on one line: control characters and surrogates as escapes, the middle of a long one cut."""
-    if not text.isprintable():
-        text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
-    return _cut(text)
+    return _cut(_escaped(text))
+
+
+def _escaped(text: str, keep: str = "") -> str:
+    """The text with escapes in place of what a terminal does not print, but for the characters of `keep`."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 def _cut(text: str) -> str:

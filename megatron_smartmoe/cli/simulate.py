@@ -12,6 +12,7 @@ import hashlib
 import importlib.util
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -162,7 +163,7 @@ def _check_outputs(options: argparse.Namespace) -> None:
         ("--save-decisions", options.save_decisions),
         ("--save-trace", options.save_trace),
     ):
-        if path is not None and not path.parent.is_dir():
+        if path is not None and not os.path.isdir(path.parent):
             raise ConfigError(flag, str(path), f"there is no directory {path.parent}", f"Run mkdir -p {path.parent}.")
     if options.save_trace is not None and options.save_trace.suffix != ".npz":
         way_out = f"Pass {options.save_trace}.npz."
@@ -282,7 +283,8 @@ def _read_decisions(options: argparse.Namespace) -> list[dict[str, Any]]:
     lines = []
     for number, value, text in read_json_lines(named):
         if not isinstance(value, dict):
-            raise ConfigError(named.at(number), text[:100], "is not a decision: it is no JSON object", named.way_out)
+            line = text[:100].decode(errors="backslashreplace").strip()
+            raise ConfigError(named.at(number), line, "is not a decision: it is no JSON object", named.way_out)
         lines.append(value)
     if not lines or any(name not in lines[0] for name in _SETTINGS):
         raise named.refused("is not a decision file: its first line lacks the options of the simulation")

@@ -13,6 +13,7 @@ A load without source ranks becomes a trace with one, whose tokens `RoutingTrace
 
 from __future__ import annotations
 
+import os
 from collections.abc import Container
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,7 @@ def load_trace(
 
 def _reader_of(named: Named) -> Any:
     """The function that reads what the file, or the files of the directory, hold."""
-    if named.path.is_dir():
+    if os.path.isdir(named.path):
         return trace_loads.read_recorders if any(named.path.glob("*.pt")) else trace_megatron.read
     files.size_of(named)
     with named.path.open("rb") as file:

@@ -17,6 +17,7 @@ Whatever is left out or assumed becomes a note of the trace.
 from __future__ import annotations
 
 import itertools
+import os
 import re
 from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -113,7 +114,7 @@ def read(named: Named, choice: MegatronChoice) -> RoutingTrace:
 def _read_files(named: Named, choice: MegatronChoice) -> tuple[dict[int, RankRecords], int, list[str]]:
     """Records by rank, bytes read, and notes."""
     path = named.path
-    paths = sorted(path.glob("router_trace_rank*.jsonl"), key=_rank_of) if path.is_dir() else [path]
+    paths = sorted(path.glob("router_trace_rank*.jsonl"), key=_rank_of) if os.path.isdir(path) else [path]
     if not paths:
         raise ConfigError(named.field, str(path), "has no router_trace_rank*.jsonl", WAY_OUT)
     chosen = [file for file in paths if choice.ranks is None or _rank_of(file) in choice.ranks]

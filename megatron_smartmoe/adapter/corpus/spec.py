@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -185,7 +186,7 @@ class PreparedCorpus:
     @staticmethod
     def exists(prefix: str | Path) -> bool:
         """Whether a whole dataset is there; the `.idx` is put in place last, so it answers for all."""
-        return meta_path(prefix).is_file() and Path(f"{prefix}.idx").is_file()
+        return os.path.isfile(meta_path(prefix)) and os.path.isfile(f"{prefix}.idx")
 
     @classmethod
     def is_noted(cls, prefix: str | Path) -> bool:
@@ -218,7 +219,7 @@ class PreparedCorpus:
             raise ConfigError(f"{path}: tokenizer_model", tokenizer, "must be the path of a file", again)
         model, beside = Path(tokenizer), path.parent / tokenizer
         given = {**content, "prefix": Path(prefix)}
-        given["tokenizer_model"] = model if is_hub_name(model) and not beside.exists() else beside
+        given["tokenizer_model"] = model if is_hub_name(model) and not os.path.exists(beside) else beside
         return values.build(cls, given, str(path), again)
 
     def to_json(self) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
@@ -83,8 +84,8 @@ def _text(flag: str, name: str) -> str:
 
 def _check_exists(flag: str, prefix: str) -> None:
     for suffix in (".bin", ".idx"):
-        if "://" not in prefix and not Path(prefix + suffix).is_file():
-            if Path(prefix).is_file() and prefix.endswith((".bin", ".idx")):
+        if "://" not in prefix and not os.path.isfile(prefix + suffix):
+            if os.path.isfile(prefix) and prefix.endswith((".bin", ".idx")):
                 rule, way_out = "is a file, and the prefix of both files is needed", f"Pass {flag} {prefix[:-4]}."
             else:
                 rule = f"there is no file {prefix + suffix}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 from megatron_smartmoe.adapter.cost_inputs import expert_shape, state_bytes
@@ -121,7 +122,7 @@ def _check_traces(args: argparse.Namespace) -> None:
         _needs_experts(args, flag, name)
         if Path(name).suffix != ".npz":
             raise ConfigError(flag, name, "must end in .npz", f"Pass {name}.npz.")
-        if Path(name).is_dir():
+        if os.path.isdir(name):
             raise ConfigError(flag, name, "is a directory", f"Pass a file in it, for example {name}/trace.npz.")
     name = args.smartmoe_replay_trace
     if name is None:

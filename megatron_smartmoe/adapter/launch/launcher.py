@@ -138,7 +138,7 @@ def read_spec(options: argparse.Namespace) -> RunSpec:
     """The configuration file, else that of an existing run directory, else an empty one."""
     if options.config is not None:
         return load_run_spec(options.config)
-    if options.run_dir is not None and (options.run_dir / "config.yaml").is_file():
+    if options.run_dir is not None and os.path.isfile(options.run_dir / "config.yaml"):
         return load_run_spec(options.run_dir / "config.yaml")
     return RunSpec(name="run")
 

@@ -194,12 +194,13 @@ def test_wrong_input_is_one_line(
     ("line", "message"),
     [
         ('{"ep": 8}', "is not a decision file: its first line lacks the options"),
-        ("[]", ":1 = b'[]\\n': is not a decision: it is no JSON object"),
+        ("[]", ":1 = '[]': is not a decision: it is no JSON object"),
         ("{'ep'}", ":1 = \"{'ep'}\": is not JSON"),
         ({"ep": 2.5}, ":1: ep = 2.5: must be a whole number of at least 1"),
         ({"spare_slots": -1}, ":1: spare_slots = -1: must be a whole number of at least 0"),
         ({"replicas": ["x"]}, ":1: replicas = ['x']: must be history, exact or auto"),
         ({"cluster": 3}, ":1: cluster = 3: must be a text"),
+        ({"cluster": "a" * 300}, "is neither a file nor a name in configs/clusters"),
         ({"warmup": "1"}, ":1: warmup = '1': must be a whole number"),
     ],
 )
