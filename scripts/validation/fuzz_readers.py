@@ -35,6 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the checkout, wh
 from megatron_smartmoe.errors import SmartMoEError
 from scripts.validation.hostile_files import CANARY, READERS, Case, Maker
 
+_ROOT = Path(__file__).resolve().parents[2]
 MOST_CPU_S = 5.0
 MOST_BYTES = 2**30
 MOST_CHARACTERS = 2000
@@ -128,7 +129,7 @@ def outcome_of(case: Case) -> str:
         kind = "more than 1 GiB"
     except (Exception, SystemExit) as error:
         signal.setitimer(signal.ITIMER_PROF, 0)
-        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "smartmoe" in frame.filename]
+        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if str(_ROOT) in frame.filename]
         at = f"{Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else "?"
         kind = f"{type(error).__name__} at {at}"
     else:
