@@ -208,8 +208,9 @@ def _holds_boolean(chosen: list[Any]) -> bool:
 
 def _add(records: RankRecords, record: Mapping[str, Any]) -> None:
     layer = (record["block"], record.get("mtp_idx", 0), record["layer"])
-    experts, counts = np.unique(record["top_indices"], return_counts=True)
-    records.steps.setdefault(record["step"], {}).setdefault(layer, []).append((experts, counts))
+    counts_E = np.bincount(record["top_indices"])
+    experts = np.flatnonzero(counts_E)
+    records.steps.setdefault(record["step"], {}).setdefault(layer, []).append((experts, counts_E[experts]))
     records.top_k = max(records.top_k, record["topk"])
     records.highest = max(records.highest, int(experts[-1]) if len(experts) else -1)
 
