@@ -161,7 +161,7 @@ def _records(named: Named, limit: int) -> Iterator[dict[str, Any] | None]:
         limit: experts must be below it.
     """
     for number, record, line in read_json_lines(named):
-        where = f"{named.path.name}:{number}"
+        where = named.at(number)
         if record is CUT:
             yield None
             continue

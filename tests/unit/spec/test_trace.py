@@ -208,7 +208,7 @@ def test_a_damaged_megatron_line_is_named(tmp_path: Path, changes: dict[str, Any
     (tmp_path / "router_trace_rank0.jsonl").write_text(line + wrong)
     with pytest.raises((ConfigError, PlanError)) as caught:
         load_trace(tmp_path)
-    assert str(caught.value).startswith("router_trace_rank0.jsonl:2")
+    assert str(caught.value).startswith(f"{tmp_path}/router_trace_rank0.jsonl:2")
     assert message in str(caught.value)
 
 
