@@ -100,8 +100,8 @@ CASES = {
     ),
     "no trace": Case(
         flags="--smartmoe-replay-trace nowhere.npz",
-        says="--smartmoe-replay-trace = 'nowhere.npz': does not exist. Give an .npz file or Megatron's trace "
-        "directory.",
+        says="--smartmoe-replay-trace = 'nowhere.npz': does not exist. Give an .npz trace, Megatron's trace "
+        "directory, or a load of EPLB, SGLang or vLLM (docs/traces.md).",
     ),
     "a trace of other experts": Case(
         flags="--smartmoe-replay-trace {data}/six.npz",

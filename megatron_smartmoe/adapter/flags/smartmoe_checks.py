@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 from pathlib import Path
 
 from megatron_smartmoe.adapter.cost_inputs import expert_shape, state_bytes
@@ -134,7 +135,7 @@ def _check_traces(args: argparse.Namespace) -> None:
         _needs_experts(args, flag, name)
         if Path(name).suffix != ".npz":
             raise ConfigError(flag, name, "must end in .npz", f"Pass {name}.npz.")
-        if Path(name).is_dir():
+        if os.path.isdir(name):
             raise ConfigError(flag, name, "is a directory", f"Pass a file in it, for example {name}/trace.npz.")
     name = args.smartmoe_replay_trace
     if name is None:
@@ -142,10 +143,10 @@ def _check_traces(args: argparse.Namespace) -> None:
     flag = "--smartmoe-replay-trace"
     _needs_experts(args, flag, name)
     try:
-        trace = load_trace(Path(name))
+        trace = load_trace(Path(name), field=flag)
         trace.groups(args.expert_model_parallel_size, record=0)  # the source ranks can be divided among the ranks
     except ConfigError as error:
-        field = flag if error.field == "--trace" else "--expert-model-parallel-size"
+        field = "--expert-model-parallel-size" if error.field == "--ep" else error.field
         raise ConfigError(field, error.value, error.rule, error.way_out) from None
     if args.num_experts is not None and trace.num_experts != args.num_experts:
         rule = f"has {trace.num_experts} experts, and --num-experts is {args.num_experts}"

@@ -219,7 +219,7 @@ def read_spec(options: argparse.Namespace) -> RunSpec:
     """The configuration file, else that of an existing run directory, else an empty one."""
     if options.config is not None:
         spec = load_run_spec(options.config)
-    elif options.run_dir is not None and (options.run_dir / "config.yaml").is_file():
+    elif options.run_dir is not None and os.path.isfile(options.run_dir / "config.yaml"):
         spec = load_run_spec(options.run_dir / "config.yaml")
     else:
         spec = RunSpec(name="run")

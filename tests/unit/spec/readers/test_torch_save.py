@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_smartmoe.checkpoint.torch_save import StoredTensor, read_saved
 from megatron_smartmoe.errors import CheckpointError
+from megatron_smartmoe.spec.readers.torch_save import StoredTensor, read_saved
 
 MATRIX = torch.randn(5, 7, generator=torch.Generator().manual_seed(1))
 TENSORS = {
