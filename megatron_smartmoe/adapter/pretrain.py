@@ -14,7 +14,7 @@ import sys
 from argparse import Namespace
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megatron_smartmoe.adapter import log_filters
 from megatron_smartmoe.adapter.flags.parser import (
@@ -43,8 +43,9 @@ def main(argv: Sequence[str] | None = None, callbacks: Iterable[Callback] = ()) 
     is_rank_0 = int(os.environ.get("RANK", "0")) == 0
     try:
         cpu = choose_device(device_from(argv))
-        argv = with_defaults(argv, cpu=cpu, say=is_rank_0)
-        check_flags(argv, cpu=cpu)
+        given, argv = argv, with_defaults(argv, cpu=cpu, say=is_rank_0)
+        args = check_flags(argv, cpu=cpu)
+        rehearse_once(args, given, argv[: len(argv) - len(given)], cpu=cpu)
     except SmartMoEError as error:
         if is_rank_0:
             print(f"\nerror: {error}\n", file=sys.stderr, flush=True)
@@ -97,6 +98,42 @@ def check_flags(argv: Sequence[str], *, cpu: bool, data_exists: bool = True) -> 
     return args
 
 
+def rehearse_once(args: Namespace, tokens: Sequence[str], defaults: Sequence[str], *, cpu: bool) -> None:
+    """Rehearse the run on rank 0 before process groups form, unless the launcher has done it.
+
+    Raises:
+        ConfigError: on rank 0: what would stop the ranks. Other ranks exit.
+    """
+    from megatron_smartmoe.adapter.rehearsal.lines import lines_of
+    from megatron_smartmoe.adapter.rehearsal.rehearse import ALREADY, digest_of, rehearse
+    from megatron_smartmoe.adapter.rehearsal.request import Request
+    from megatron_smartmoe.adapter.rehearsal.word import rank_0_first
+
+    if args.smartmoe_rehearsal == "off" or os.environ.get(ALREADY) == digest_of(list(tokens)):
+        return
+    request = Request(
+        defaults=tuple(defaults),
+        tokens=tuple(tokens),
+        world_size=args.world_size,
+        ranks_per_node=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+        cpu=cpu,
+        capability=device_capability(cpu=cpu),
+    )
+
+    def rehearsal() -> None:
+        for line in lines_of(rehearse(request)):
+            print(f"smartmoe: {line}", flush=True)
+
+    rank_0_first(rehearsal)
+
+
+def device_capability(*, cpu: bool) -> tuple[int, int]:
+    """Compute capability of the GPUs; (0, 0) without one."""
+    import torch
+
+    return (0, 0) if cpu else torch.cuda.get_device_capability()
+
+
 def train(argv: Sequence[str], *, cpu: bool, callbacks: Iterable[Callback] = ()) -> None:
     """Parse, attach the callbacks to Megatron's loop, and run it.
 
@@ -108,24 +145,19 @@ def train(argv: Sequence[str], *, cpu: bool, callbacks: Iterable[Callback] = ())
     import torch
     from megatron.core.enums import ModelType
     from megatron.training import pretrain
-    from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
+    from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
     from megatron_smartmoe.adapter import hooks
     from megatron_smartmoe.adapter.batch import embedding_ranks, forward_step
     from megatron_smartmoe.adapter.datasets import train_valid_test_datasets_provider
-    from megatron_smartmoe.adapter.moe.layer_spec import spec_for
     from megatron_smartmoe.adapter.moe.overlap_degree import OverlapDegree
 
     hooks.prepare_megatron(cpu=cpu)
     args = megatron_args(argv)
     overlap_degree = OverlapDegree(args)
     hooks.attach([*callbacks_for(args, overlap_degree), *callbacks])
-    model_config = gpt_config_from_args(args)
-    if args.spec is None:
-        hooks.use_torch_prediction_blocks()
-        model_config.transformer_layer_spec = spec_for(args, overlap_degree)
     pretrain(
-        pretrain_cfg_container_from_args(args, model_config),
+        pretrain_cfg_container_from_args(args, model_config_of(args, overlap_degree)),
         train_valid_test_datasets_provider,
         ModelType.encoder_or_decoder,
         forward_step,
@@ -133,6 +165,25 @@ def train(argv: Sequence[str], *, cpu: bool, callbacks: Iterable[Callback] = ())
     )
     hooks.end()
     torch.distributed.destroy_process_group()
+
+
+def model_config_of(args: Namespace, overlap_degree: OverlapDegree) -> Any:
+    """Megatron's configuration of the model, with the project's layer spec unless the user has one.
+
+    Args:
+        args: Megatron's arguments, after validation.
+        overlap_degree: shared with the pool, so that the degree is chosen once.
+    """
+    from megatron.training.argument_utils import gpt_config_from_args
+
+    from megatron_smartmoe.adapter import hooks
+    from megatron_smartmoe.adapter.moe.layer_spec import spec_for
+
+    config = gpt_config_from_args(args)
+    if args.spec is None:
+        hooks.use_torch_prediction_blocks()
+        config.transformer_layer_spec = spec_for(args, overlap_degree)
+    return config
 
 
 def callbacks_for(args: Namespace, overlap_degree: OverlapDegree) -> list[Callback]:

@@ -37,12 +37,14 @@ class RunSpec:
         nproc: ranks per node; with None the launcher starts one per GPU or core.
         data: options of scripts/prepare_data.py without their dashes, with `prefix`; None: the data exists already.
         flags: Megatron flag (without dashes) to its value as text, True for a flag that stands alone.
+        origins: flag (without dashes) to where it was set, for errors: the file and its key, or a plan.
     """
 
     name: str
     nproc: int | None = None
     data: dict[str, Any] | None = None
     flags: dict[str, FlagValue] = field(default_factory=dict)
+    origins: dict[str, str] = field(default_factory=dict, compare=False)
 
 
 def load_run_spec(path: Path) -> RunSpec:
@@ -51,16 +53,21 @@ def load_run_spec(path: Path) -> RunSpec:
     Raises:
         ConfigError: unknown key, wrong type, or a flag given in two groups.
     """
-    content = load_yaml(find_config("runs", path))
+    file = find_config("runs", path)
+    content = load_yaml(file)
     refuse_unknown_keys("", content, ("name", "nproc", "data", "flags"))
     nproc = content.get("nproc")
     if nproc is not None and (not isinstance(nproc, int) or isinstance(nproc, bool) or nproc < 1):
         raise ConfigError("nproc", nproc, "must be a positive whole number of ranks per node", "For example: nproc: 4.")
+    groups = {} if content.get("flags") is None else content["flags"]
+    flags = _flags(groups)
     return RunSpec(
         name=str(content.get("name") or path.stem),
         nproc=nproc,
         data=_data(content.get("data")),
-        flags=_flags({} if content.get("flags") is None else content["flags"]),
+        flags=flags,
+        origins={"data": f"{file}, data"}
+        | {str(name): f"{file}, flags.{group}.{name}" for group, names in groups.items() for name in names},
     )
 
 

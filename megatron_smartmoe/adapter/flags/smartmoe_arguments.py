@@ -12,6 +12,7 @@ HOMES = ("on", "off", "dry", "shuffle")
 REPLICAS = ("off", "history", "exact")
 SCOPES = ("node", "group")
 
+REHEARSAL = "--smartmoe-rehearsal"
 POOL = "--smartmoe-pool"
 POOL_INTERVAL = "--smartmoe-pool-interval"
 AUTO = "auto"  # of the overlap degree and of the pool
@@ -34,6 +35,14 @@ def add_smartmoe_arguments(parser: argparse.ArgumentParser) -> argparse.Argument
         default=None,
         help="Write metrics.jsonl, smartmoe.jsonl, arguments.txt and summary.json to this directory. Default: write "
         "none of them.",
+    )
+    group.add_argument(
+        REHEARSAL,
+        choices=("on", "off"),
+        default="on",
+        help="on: before any rank starts, build what a rank will build once, without memory: configuration, tokenizer, "
+        "schedules, datasets, and the model of every kind of pipeline stage with one micro-batch. off: only check the "
+        "flags. Default: on.",
     )
     group.add_argument(
         "--smartmoe",

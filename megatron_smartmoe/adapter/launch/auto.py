@@ -97,7 +97,11 @@ def plan_parallel(
     flags = flag_lists.as_mapping(launch_flags(model, result.launch.spec))
     others = {name: value for name, value in spec.flags.items() if f"--{name}" not in DECIDED}
     return AutoPlan(
-        spec=replace(spec, flags={**_with_pool(others, args, result.launch.spec), **flags}),
+        spec=replace(
+            spec,
+            flags={**_with_pool(others, args, result.launch.spec), **flags},
+            origins={**spec.origins, **dict.fromkeys(flags, "plan of --parallel auto")},
+        ),
         command_line=merged.command_line,
         lines=[heading, *describe(result, request, memory_from, _replaced(spec, command_line, flags))],
         content=None if result.search is None else to_json(result, request),

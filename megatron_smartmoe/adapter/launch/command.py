@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_smartmoe.adapter.launch import corpus
-from megatron_smartmoe.adapter.launch.merged import asked_device, merge
+from megatron_smartmoe.adapter.launch.machine import vocabulary
+from megatron_smartmoe.adapter.launch.merged import Merged, asked_device, merge
 from megatron_smartmoe.adapter.launch.topology import Topology
+from megatron_smartmoe.adapter.rehearsal.request import Request
 from megatron_smartmoe.errors import ConfigError
 from megatron_smartmoe.spec.run import RunSpec
 
@@ -25,11 +27,15 @@ class LaunchCommand:
         command: the program and its arguments.
         environment: variables of the command beside those of this process.
         spec: the merged configuration, with `{run_dir}` not filled in.
+        flags: the flags of the ranks.
+        request: what is to be rehearsed; None where the user wants no rehearsal.
     """
 
     command: list[str]
     environment: dict[str, str]
     spec: RunSpec
+    flags: list[str]
+    request: Request | None
 
 
 def ranks_per_node(nproc: int | None, spec: RunSpec, command_line: Sequence[str]) -> int:
@@ -65,14 +71,37 @@ def make_command(spec: RunSpec, command_line: Sequence[str], topology: Topology,
     from megatron_smartmoe.adapter.flags.megatron_checks import check_args, megatron_verdict
 
     merged = merge(spec, command_line, topology, run_dir)
-    check_args(merged.args, cpu=merged.cpu, data_exists=corpus.exists(spec))
-    check_load(merged.args)
-    if not merged.args.use_checkpoint_args:
-        megatron_verdict(merged.args)
+    with merged.naming_origins():
+        check_args(merged.args, cpu=merged.cpu, data_exists=corpus.exists(spec))
+        check_load(merged.args)
+        is_rehearsed = merged.args.smartmoe_rehearsal == "on"
+        if not is_rehearsed and not merged.args.use_checkpoint_args:
+            megatron_verdict(merged.args)
+    flags = [*merged.tokens, "--smartmoe-run-dir", str(run_dir)]
     return LaunchCommand(
-        command=[*program(topology), *merged.tokens, "--smartmoe-run-dir", str(run_dir)],
+        command=[*program(topology), *flags],
         environment=rank_environment(topology, cpu=merged.cpu),
         spec=merged.spec,
+        flags=flags,
+        request=_request(merged, spec, topology, run_dir) if is_rehearsed else None,
+    )
+
+
+def _request(merged: Merged, spec: RunSpec, topology: Topology, run_dir: Path) -> Request:
+    """The rehearsal of this launch; the run directory, which is another one every time, is left open."""
+    from megatron_smartmoe.adapter.pretrain import device_capability, with_defaults
+
+    exists = corpus.exists(spec)
+    return Request(
+        defaults=tuple(with_defaults([], cpu=merged.cpu, say=False)),
+        tokens=tuple(token.replace(str(run_dir), "{run_dir}") for token in merged.tokens),
+        origins=merged.origins,
+        world_size=topology.world_size,
+        ranks_per_node=topology.ranks_per_node,
+        cpu=merged.cpu,
+        capability=device_capability(cpu=merged.cpu),
+        data_exists=exists,
+        vocabulary=None if exists else vocabulary(spec, merged.args),
     )
 
 

@@ -8,12 +8,15 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from megatron_smartmoe.adapter.launch import corpus, process, run_dir
 from megatron_smartmoe.adapter.launch import flags as flag_lists
-from megatron_smartmoe.adapter.launch.command import make_command, ranks_per_node
+from megatron_smartmoe.adapter.launch.command import LaunchCommand, make_command, ranks_per_node
 from megatron_smartmoe.adapter.launch.topology import Topology, find_topology, reports_errors
+from megatron_smartmoe.adapter.rehearsal.lines import lines_of
+from megatron_smartmoe.adapter.rehearsal.rehearse import ALREADY, digest_of, rehearse
 from megatron_smartmoe.errors import EXIT_CONFIG_ERROR, ConfigError, SmartMoEError
 from megatron_smartmoe.spec.run import RunSpec, load_run_spec
 
@@ -47,6 +50,7 @@ def launch(argv: list[str]) -> int:
         auto_plan = plan_parallel(spec, command_line, topology, directory, load)
         spec, command_line = auto_plan.spec, auto_plan.command_line
     ready = make_command(spec, command_line, topology, directory)
+    seen = _rehearse(ready, topology, is_dry=options.dry_run)
     if topology.needs_srun:  # after the check: an error is printed once, before any node starts
         return srun(topology, argv)
     text = flag_lists.render(ready.command, ready.environment)
@@ -57,6 +61,8 @@ def launch(argv: list[str]) -> int:
         if topology.is_reporter:
             if not corpus.exists(spec):
                 print(f"# first, once:\n{flag_lists.render(corpus.preparation(spec), {})}\n")
+            for line in seen:
+                print(f"# {line}")
             print(text)
         return 0
     if not corpus.exists(spec):
@@ -68,12 +74,31 @@ def launch(argv: list[str]) -> int:
         ranks, nodes = topology.world_size, topology.num_nodes
         where = f"{ranks} rank{'s' * (ranks > 1)} on {nodes} node{'s' * (nodes > 1)}"
         print(f"smartmoe: {where}, run directory {directory}", flush=True)
+        for line in seen:
+            print(f"smartmoe: {line}", flush=True)
     if topology.rank is not None:
         os.environ.update(ready.environment)
         os.execv(ready.command[0], ready.command)
     directory.mkdir(parents=True, exist_ok=True)  # another node may have come first
     log = directory / ("train.log" if topology.node == 0 else f"node{topology.node}.log")
-    return process.run(ready.command, ready.environment, log)
+    return process.run(ready.command, {**ready.environment, ALREADY: digest_of(ready.flags)}, log)
+
+
+def _rehearse(ready: LaunchCommand, topology: Topology, *, is_dry: bool) -> list[str]:
+    """Rehearse the run, once for the whole job, and return what was seen as lines.
+
+    A Slurm task per rank leaves it to the ranks, which wait for rank 0; so do launchers of other nodes.
+
+    Raises:
+        ConfigError: what would stop the ranks.
+    """
+    digest = digest_of(ready.flags)
+    is_ours = topology.is_reporter and (topology.rank is None or is_dry)
+    if ready.request is None or not is_ours or os.environ.get(ALREADY) == digest:
+        return []
+    report = rehearse(replace(ready.request, keep_index=not is_dry))
+    os.environ[ALREADY] = digest  # for launchers that srun starts from here
+    return list(lines_of(report))
 
 
 def build_parser() -> argparse.ArgumentParser:
