@@ -281,6 +281,11 @@ def use_torch_prediction_blocks() -> None:
     rebind(gpt, "mtp_block_spec", wrap_mtp_block_spec)
 
 
+def loop_module() -> Any:
+    """Megatron's module of the loop, for a process that calls what the loop calls, and trains nothing."""
+    return importlib.import_module(_LOOP_MODULE)
+
+
 def keep_views() -> None:
     """Leave views as they are, in a process that rehearses: Megatron gives them a storage, and these have none."""
     import megatron.core.utils as utils

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import functools
 import importlib.util
 import os
 import re
@@ -107,8 +108,9 @@ class _Parser(argparse.ArgumentParser):
         )
 
 
+@functools.cache
 def build_parser() -> argparse.ArgumentParser:
-    """Megatron's own parser with the project's flags."""
+    """Megatron's own parser with the project's flags; built once, since it reads Megatron's sources for help texts."""
     from megatron.training.arguments import add_megatron_arguments
 
     parser = _Parser(prog="pretrain_gpt_moe", allow_abbrev=False)

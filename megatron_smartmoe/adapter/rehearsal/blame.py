@@ -22,7 +22,7 @@ DETAILS = "{details}"  # in a way out: the file with the whole traceback
 _NAMED, _RELATED = 1.0, 0.5  # how much a text says about a flag: its name, or a name that begins alike
 _FADING = 0.8  # what a source line counts, compared with the next inner one
 _MOST_SECONDS = 20.0  # of the search; what is left then is named by the text alone
-_NEVER = ("--smartmoe-run-dir", "--smartmoe-rehearsal", "--save", "--num-workers")
+_NEVER = ("--smartmoe-run-dir", "--smartmoe-rehearsal", "--num-workers")
 
 # What each step reads most, for the case that neither text nor search names a flag.
 _TYPICAL = {
@@ -73,7 +73,10 @@ def rank_suspects(request: Request, failure: Failure, flags: Sequence[str]) -> l
         if flag in _NEVER:
             continue
         score = max(
-            (_mention(flag, text) * _FADING**depth for depth, text in enumerate((failure.message, *failure.statements))),
+            (
+                _mention(flag, text) * _FADING**depth
+                for depth, text in enumerate((failure.message, *failure.statements))
+            ),
             default=0.0,
         )
         from_file = request.origin(flag) != "command line"

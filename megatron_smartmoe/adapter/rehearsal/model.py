@@ -16,8 +16,8 @@ from megatron.core.transformer.transformer_block import TransformerBlock, get_nu
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from megatron.core.utils import unwrap_model
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
-from megatron.training.training import get_megatron_optimizer_config
 
+from megatron_smartmoe.adapter import hooks
 from megatron_smartmoe.adapter.batch import Batch, forward_step
 from megatron_smartmoe.adapter.moe.overlap_degree import OverlapDegree
 from megatron_smartmoe.adapter.pretrain import model_config_of
@@ -135,7 +135,7 @@ class Stages:
                 data_parallel_random_init=False,
             )
             if with_optimizer:
-                optimizer, overrides = get_megatron_optimizer_config(args)
+                optimizer, overrides = hooks.loop_module().get_megatron_optimizer_config(args)
                 get_megatron_optimizer(optimizer, wrapped, config_overrides=overrides)
         finally:
             torch.cuda.current_device = current_device

@@ -69,7 +69,9 @@ def _verdict(request: Request) -> Verdict:
     try:
         verdict: Verdict = pickle.loads(done.stdout)
     except (pickle.UnpicklingError, EOFError):
-        note = f"The rehearsal ended with status {done.returncode} and says nothing about this run; details: {_DETAILS}."
+        note = (
+            f"The rehearsal ended with status {done.returncode} and says nothing about this run; details: {_DETAILS}."
+        )
         return Verdict(report=Report(notes=(note,)), details=done.stderr.decode(errors="replace"))
     return verdict
 

@@ -22,7 +22,9 @@ from typing import Any
 
 import torch
 
+from megatron_smartmoe.adapter.flags.ignored_options import remarks
 from megatron_smartmoe.adapter.flags.parser import parse
+from megatron_smartmoe.adapter.flags.start_checks import is_first_start
 from megatron_smartmoe.adapter.rehearsal.request import Attempt, DataReport, Failure, Report, Request
 from megatron_smartmoe.errors import ConfigError, SmartMoEError
 
@@ -78,6 +80,10 @@ class Rehearsal:
 
             load_args_from_checkpoint(args, load_arg="pretrained_checkpoint")
             load_args_from_checkpoint(args)
+        for remark in remarks(args):
+            self._note(remark)
+        if is_first_start(args):
+            self._note(f"there is no checkpoint in {args.load} yet: training starts from iteration 0 and saves there.")
         validate_args(args, {})
         core_transformer_config_from_args(args)
         _leave_the_world_alone(args)
@@ -101,13 +107,19 @@ class Rehearsal:
 
     def _walk_learning_rates(self) -> None:
         """The optimizer's schedule, from its first step to its last."""
-        from megatron.training.training import get_optimizer_param_scheduler
+        from megatron_smartmoe.adapter import hooks
 
         args = self._args
         if args.skip_train:
             return
-        group: dict[str, Any] = {"lr": args.lr, "max_lr": args.lr, "min_lr": args.min_lr, "wd_mult": 1.0, "lr_mult": 1.0}
-        schedule = get_optimizer_param_scheduler(SimpleNamespace(param_groups=[group]))
+        group: dict[str, Any] = {
+            "lr": args.lr,
+            "max_lr": args.lr,
+            "min_lr": args.min_lr,
+            "wd_mult": 1.0,
+            "lr_mult": 1.0,
+        }
+        schedule = hooks.loop_module().get_optimizer_param_scheduler(SimpleNamespace(param_groups=[group]))
         total = args.train_samples or args.train_iters * args.global_batch_size
         for _ in range(4):
             schedule.step(increment=max(1, total // 4))
@@ -146,8 +158,7 @@ class Rehearsal:
 
     def _read_data(self) -> None:
         """The datasets with as many samples as the run asks for, and its first micro-batch."""
-        from megatron.training.training import build_train_valid_test_data_iterators
-
+        from megatron_smartmoe.adapter import hooks
         from megatron_smartmoe.adapter.datasets import train_valid_test_datasets_provider
 
         args = self._args
@@ -164,7 +175,7 @@ class Rehearsal:
 
         provider.is_distributed = True  # type: ignore[attr-defined]
         with self._index_place():
-            train, _, _ = build_train_valid_test_data_iterators(provider)
+            train, _, _ = hooks.loop_module().build_train_valid_test_data_iterators(provider)
         reports = [
             DataReport(split=split, asked=asked, epoch=_epoch_samples(dataset))
             for split, (dataset, asked) in zip(SPLITS, built, strict=True)
@@ -206,9 +217,9 @@ class Rehearsal:
     def _predict_memory(self) -> None:
         """The fullest rank's memory, as the planner predicts it."""
         from megatron_smartmoe.adapter.cost_inputs import launch_of_run, machine, model_of_run
+        from megatron_smartmoe.cost.memory.budget import memory_budget
         from megatron_smartmoe.planner.load import LoadModel, scenarios_from_model
         from megatron_smartmoe.planner.pricing import Pricing
-        from megatron_smartmoe.cost.memory.budget import memory_budget
 
         args = self._args
         if args.num_experts is None:
