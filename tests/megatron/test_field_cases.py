@@ -85,7 +85,7 @@ ROWS = {
     "the quickstart with fewer iterations than its warm-up": Row(f"--train-iters 12 {MOCK}", config="quickstart"),
     "warm-up longer than the run": Row(
         "--lr-warmup-iters 20",
-        "--lr-warmup-iters = 20 (command line): must be less than --train-iters = 6, when the learning rate has decayed",
+        "--lr-warmup-iters = 20 (command line): must be less than --train-iters = 6, when the learning rate",
     ),
     "warm-up of the file longer than the run": Row(
         "--train-iters 1",
@@ -119,7 +119,7 @@ ROWS = {
     ),
     "a batch size that ranks cannot share": Row(
         '--no-global-batch-size --step-batch-size-schedule "0:4 512:7"',
-        "--step-batch-size-schedule = '0:4 512:7' (command line): batch sizes: current global batch size (7) is not div",
+        "--step-batch-size-schedule = '0:4 512:7' (command line): batch sizes: current global batch size (7) is",
     ),
     "a tokenizer that is no model": Row(
         "--tokenizer-model tiny.yaml", "--tokenizer-model = 'tiny.yaml' (command line)"

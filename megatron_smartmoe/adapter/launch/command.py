@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_smartmoe.adapter.launch import corpus
@@ -34,8 +34,8 @@ class LaunchCommand:
     command: list[str]
     environment: dict[str, str]
     spec: RunSpec
-    flags: list[str]
-    request: Request | None
+    flags: list[str] = field(default_factory=list)
+    request: Request | None = None
 
 
 def ranks_per_node(nproc: int | None, spec: RunSpec, command_line: Sequence[str]) -> int:

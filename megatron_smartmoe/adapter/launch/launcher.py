@@ -67,6 +67,9 @@ def launch(argv: list[str]) -> int:
         return 0
     if not corpus.exists(spec):
         corpus.prepare(spec)
+        if ready.request is not None:  # what could not be read before
+            ready = replace(ready, request=replace(ready.request, data_exists=True, vocabulary=None))
+            seen = _rehearse(ready, topology, is_dry=False)
     if topology.is_reporter:
         run_dir.create(directory, ready.spec, text)
         if auto_plan is not None:
@@ -81,7 +84,8 @@ def launch(argv: list[str]) -> int:
         os.execv(ready.command[0], ready.command)
     directory.mkdir(parents=True, exist_ok=True)  # another node may have come first
     log = directory / ("train.log" if topology.node == 0 else f"node{topology.node}.log")
-    return process.run(ready.command, {**ready.environment, ALREADY: digest_of(ready.flags)}, log)
+    done = {} if ready.request is None else {ALREADY: digest_of(ready.flags)}
+    return process.run(ready.command, {**ready.environment, **done}, log)
 
 
 def _rehearse(ready: LaunchCommand, topology: Topology, *, is_dry: bool) -> list[str]:
@@ -97,7 +101,8 @@ def _rehearse(ready: LaunchCommand, topology: Topology, *, is_dry: bool) -> list
     if ready.request is None or not is_ours or os.environ.get(ALREADY) == digest:
         return []
     report = rehearse(replace(ready.request, keep_index=not is_dry))
-    os.environ[ALREADY] = digest  # for launchers that srun starts from here
+    if ready.request.data_exists:
+        os.environ[ALREADY] = digest  # for launchers that srun starts from here
     return list(lines_of(report))
 
 

@@ -72,13 +72,8 @@ def rank_suspects(request: Request, failure: Failure, flags: Sequence[str]) -> l
     for place, flag in enumerate(flags):
         if flag in _NEVER:
             continue
-        score = max(
-            (
-                _mention(flag, text) * _FADING**depth
-                for depth, text in enumerate((failure.message, *failure.statements))
-            ),
-            default=0.0,
-        )
+        texts = (failure.message, *failure.statements)
+        score = max(_mention(flag, text) * _FADING**depth for depth, text in enumerate(texts))
         from_file = request.origin(flag) != "command line"
         scored.append((-score, from_file, -place, flag))
     return [(flag, -score) for score, _, _, flag in sorted(scored)]

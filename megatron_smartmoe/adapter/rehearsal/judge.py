@@ -15,7 +15,7 @@ def judge(request: Request) -> Verdict:
     try:
         attempt: Attempt = in_child(rehearse_here, request)
     except ChildDied as death:
-        note = f"The rehearsal could not be finished and says nothing about this run; details: {DETAILS}."
+        note = f"The rehearsal could not be finished: nothing was rehearsed; details: {DETAILS}."
         return Verdict(report=Report(notes=(note,)), details=str(death))
     failure = attempt.failure
     if failure is None:

@@ -148,7 +148,7 @@ class Stages:
         if args.sequence_parallel:
             sequence //= args.tensor_model_parallel_size
         hidden = (sequence, args.micro_batch_size, args.hidden_size)
-        with GroupedGemmShapes():
+        with GroupedGemmShapes():  # type: ignore[no-untyped-call]
             for chunk in chunks:
                 shapes.convert(chunk)
                 _keep_distinct_layers(chunk)
@@ -157,9 +157,9 @@ class Stages:
                     chunk.set_input_tensor(received)  # type: ignore[operator]
                 output, loss_of = forward_step(_micro_batches(args), chunk)
                 if chunk.post_process:
-                    loss_of(output)[0].backward()
+                    torch.autograd.backward(loss_of(output)[0])
                 else:
-                    output.backward(shapes.empty(output.shape, output.dtype))
+                    torch.autograd.backward(output, shapes.empty(output.shape, output.dtype))
 
 
 def _layer_kind(config: Any, layer: int) -> tuple[object, ...]:

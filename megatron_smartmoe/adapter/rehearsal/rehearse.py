@@ -1,8 +1,8 @@
 """The door of the rehearsal: a run in, a report out, or the one line that says what is wrong with it.
 
 The work is done in forks of this process where the CPU facade is loaded (they start in milliseconds and have torch and
-Megatron imported); elsewhere in a process of its own that sees no GPU. A run that passed is remembered by its flags, the
-files that they name and the versions of the software, so that the same line costs nothing the next time.
+Megatron imported); elsewhere in a process of its own that sees no GPU. A run that passed is remembered by its flags,
+the files that they name and the versions of the software, so that the same line costs nothing the next time.
 """
 
 from __future__ import annotations
@@ -69,9 +69,7 @@ def _verdict(request: Request) -> Verdict:
     try:
         verdict: Verdict = pickle.loads(done.stdout)
     except (pickle.UnpicklingError, EOFError):
-        note = (
-            f"The rehearsal ended with status {done.returncode} and says nothing about this run; details: {_DETAILS}."
-        )
+        note = f"The rehearsal ended with status {done.returncode}: nothing was rehearsed; details: {_DETAILS}."
         return Verdict(report=Report(notes=(note,)), details=done.stderr.decode(errors="replace"))
     return verdict
 

@@ -54,7 +54,8 @@ class Shapes:
                 if isinstance(value, torch.Tensor) and value.is_meta:
                     setattr(module, name, self.of(value))
             if is_router:
-                module.gating = partial(self._real_logits, module.gating)
+                router: Any = module
+                router.gating = partial(self._real_logits, router.gating)
             if isinstance(module, SmartMoELayer):
                 for name in ("slot_of_expert_E", "expert_of_slot_E"):
                     module._buffers[name] = torch.arange(module.config.num_moe_experts)
@@ -78,16 +79,16 @@ class _Random(torch.autograd.Function):
         return ctx.shapes.empty(ctx.shape, ctx.dtype), None
 
 
-class GroupedGemmShapes(TorchDispatchMode):
+class GroupedGemmShapes(TorchDispatchMode):  # type: ignore[no-untyped-call]  # of torch's own hook for subclasses
     """Shapes of torch's grouped GEMM for every type: torch's own rule for fake tensors knows bf16 only."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         if func is not torch.ops.aten._grouped_mm.default:
             return func(*args, **(kwargs or {}))
         left, right = args[0], args[1]
-        offsets = args[2] if len(args) > 2 else (kwargs or {}).get("offs")
+        if left.shape[-1] != right.shape[-2]:
+            raise RuntimeError(f"grouped GEMM: {list(left.shape)} times {list(right.shape)}: the inner sizes differ")
         if left.dim() == 2 and right.dim() == 2:  # one product for each group of columns of `left`
-            torch._check(left.shape[1] == right.shape[0], lambda: "grouped GEMM: the inner sizes differ")
+            offsets = args[2] if len(args) > 2 else (kwargs or {})["offs"]
             return left.new_empty((offsets.shape[0], left.shape[0], right.shape[1]))
-        torch._check(left.shape[-1] == right.shape[-2], lambda: "grouped GEMM: the inner sizes differ")
         return left.new_empty((*left.shape[:-1], right.shape[-1]))

@@ -1,6 +1,6 @@
 """Without the launcher: rank 0 rehearses before process groups form, and the other ranks wait for its word.
 
-They meet in the store that torch.distributed's own start uses (torchrun's, or rank 0's), because nothing else exists yet.
+They meet in the store that torch.distributed's own start uses (torchrun's, or rank 0's): nothing else exists yet.
 """
 
 from __future__ import annotations
