@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_smartmoe.spec.trace import load_trace
 from tests.support.ranks import run_ranks
 from tests.support.training import TINY_MODEL, TINY_TRAINING
 
@@ -135,8 +136,10 @@ def test_without_the_launcher_rank_0_says_what_is_wrong_and_all_stop(tmp_path: P
 
 
 def test_without_the_launcher_ranks_train_after_the_rehearsal(tmp_path: Path) -> None:
-    statuses, logs = _ranks(tmp_path, "--train-iters", "1")
+    trace = tmp_path / "trace"
+    statuses, logs = _ranks(tmp_path, "--train-iters", "1", "--moe-routing-trace-path", str(trace))
     assert statuses == [0, 0]
+    assert load_trace(trace).num_experts == 8
     assert "smartmoe: pipeline stage 0: 4 MoE layers, " in logs[0]
 
 

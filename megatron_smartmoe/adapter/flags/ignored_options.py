@@ -51,6 +51,12 @@ NEVER_READ = {
 _WITHOUT_EFFECT = {
     "--moe-enable-routing-replay": "records and replays where a program asks Megatron to, and pretraining does not",
 }
+# They ask a GPU, and there is none on CPU ranks.
+_NEEDS_GPU = {
+    "--log-straggler": "it reads temperature, power and clock of a GPU",
+    "--record-memory-history": "it records CUDA's memory allocator",
+    "--gpu-sniff-test-interval": "it tests a GPU",
+}
 # Without effect, and harmless: what they ask for happens anyway. Said once.
 HARMLESS = {
     "--use-mcore-models": "Megatron's core models are the only ones since 0.17",
@@ -75,7 +81,7 @@ RENAMED = {
 }
 
 
-def check_ignored(args: argparse.Namespace) -> None:
+def check_ignored(args: argparse.Namespace, *, cpu: bool) -> None:
     """Refuse options that would be ignored, or that mean nothing in this run.
 
     Raises:
@@ -90,6 +96,13 @@ def check_ignored(args: argparse.Namespace) -> None:
     for flag, reason in _WITHOUT_EFFECT.items():
         if value := getattr(args, attribute(flag), False):
             raise ConfigError(flag, value, f"would do nothing: it {reason}", "Remove it.")
+
+    for flag, reason in _NEEDS_GPU.items() if cpu else ():
+        for _, value in _given(args, [attribute(flag)]):
+            raise ConfigError(flag, value, f"is not possible on CPU ranks: {reason}", "Remove it.")
+    if cpu and args.profile and not args.use_pytorch_profiler:
+        rule = "is not possible on CPU ranks: it starts the CUDA profiler"
+        raise ConfigError("--profile", True, rule, "Add --use-pytorch-profiler, or remove it.")
 
 
 def remarks(args: argparse.Namespace) -> Iterator[str]:

@@ -42,7 +42,7 @@ def check(args: argparse.Namespace, *, world_size: int, cpu: bool, data_exists: 
         _check_model(args)
     _check_parallelism(args, world_size)
     _check_batch(args, world_size)
-    check_ignored(args)
+    check_ignored(args, cpu=cpu)
     check_smartmoe(args, cpu=cpu)
     check_start(args)
     check_bucket_padding(args)

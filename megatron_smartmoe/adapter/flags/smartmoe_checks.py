@@ -141,9 +141,9 @@ def _check_experts(args: argparse.Namespace, *, cpu: bool) -> None:
             raise ConfigError("--smartmoe-experts", args.smartmoe_experts, rule, way_out)
         return
     for flag, reason in _NOT_WITH_GROUPED_MM.items():
-        if getattr(args, attribute(flag), False):
+        if value := getattr(args, attribute(flag), False):
             rule = f"is not supported with --smartmoe-experts grouped_mm: {reason}"
-            raise ConfigError(flag, True, rule, _REMOVE_ONE)
+            raise ConfigError(flag, value, rule, _REMOVE_ONE)
     _check_experts_memory(args)
     if args.add_bias_linear:
         rule = "is required: --smartmoe-experts grouped_mm has no biases"
