@@ -25,7 +25,7 @@ from megatron_smartmoe.adapter.flags.parser import (
     parse,
 )
 from megatron_smartmoe.adapter.flags.smartmoe_arguments import add_smartmoe_arguments
-from megatron_smartmoe.errors import EXIT_CONFIG_ERROR, CompatError, SmartMoEError
+from megatron_smartmoe.errors import EXIT_CONFIG_ERROR, CompatError, ConfigError, SmartMoEError
 
 if TYPE_CHECKING:
     from megatron_smartmoe.adapter.hooks import Callback
@@ -41,12 +41,15 @@ def main(argv: Sequence[str] | None = None, callbacks: Iterable[Callback] = ()) 
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     is_rank_0 = int(os.environ.get("RANK", "0")) == 0
+    given = list(argv)
     try:
         cpu = choose_device(device_from(argv))
-        given, argv = argv, with_defaults(argv, cpu=cpu, say=is_rank_0)
+        argv = with_defaults(given, cpu=cpu, say=is_rank_0)
         args = check_flags(argv, cpu=cpu)
         rehearse_once(args, given, argv[: len(argv) - len(given)], cpu=cpu)
     except SmartMoEError as error:
+        if isinstance(error, ConfigError) and error.field in given:
+            error = error.set_by("command line")
         if is_rank_0:
             print(f"\nerror: {error}\n", file=sys.stderr, flush=True)
         raise SystemExit(EXIT_CONFIG_ERROR) from None
@@ -149,13 +152,17 @@ def train(argv: Sequence[str], *, cpu: bool, callbacks: Iterable[Callback] = ())
 
     from megatron_smartmoe.adapter import hooks
     from megatron_smartmoe.adapter.batch import embedding_ranks, forward_step
+    from megatron_smartmoe.adapter.checkpoint.loading import CheckpointLoads
+    from megatron_smartmoe.adapter.checkpoint.saving import CheckpointSaves
     from megatron_smartmoe.adapter.datasets import train_valid_test_datasets_provider
     from megatron_smartmoe.adapter.moe.overlap_degree import OverlapDegree
 
     hooks.prepare_megatron(cpu=cpu)
     args = megatron_args(argv)
     overlap_degree = OverlapDegree(args)
-    hooks.attach([*callbacks_for(args, overlap_degree), *callbacks])
+    saves = CheckpointSaves()
+    hooks.attach([saves, *callbacks_for(args, overlap_degree), *callbacks])
+    hooks.attach_checkpoints(saves, CheckpointLoads())
     pretrain(
         pretrain_cfg_container_from_args(args, model_config_of(args, overlap_degree)),
         train_valid_test_datasets_provider,

@@ -125,7 +125,8 @@ ROWS = {
         "--tokenizer-model tiny.yaml", "--tokenizer-model = 'tiny.yaml' (command line)"
     ),
     "a vocabulary that is too small": Row(
-        "--tokenizer-type NullTokenizer --vocab-size 100", "--vocab-size = 100 (command line): the tokenizer has"
+        "--tokenizer-type NullTokenizer --vocab-size 100",
+        "--data-path = 'data/corpus' (tiny.yaml, flags.data.data-path): has token ids up to",
     ),
     "no interval between evaluations": Row("--no-eval-interval"),
     "a ramp that Megatron ignores": Row(

@@ -6,7 +6,7 @@ import argparse
 import math
 from pathlib import Path
 
-from megatron_smartmoe.adapter.flags.checkpoint_check import TRACKER
+from megatron_smartmoe.checkpoint.directory import TRACKER
 from megatron_smartmoe.errors import ConfigError
 
 _SPLIT_EXAMPLE = "For example --split 99,1,0: shares of training, validation and test."

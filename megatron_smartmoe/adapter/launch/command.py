@@ -27,6 +27,7 @@ class LaunchCommand:
         command: the program and its arguments.
         environment: variables of the command beside those of this process.
         spec: the merged configuration, with `{run_dir}` not filled in.
+        lines: what the checks have to say.
         flags: the flags of the ranks.
         request: what is to be rehearsed; None where the user wants no rehearsal.
     """
@@ -34,6 +35,7 @@ class LaunchCommand:
     command: list[str]
     environment: dict[str, str]
     spec: RunSpec
+    lines: tuple[str, ...] = ()
     flags: list[str] = field(default_factory=list)
     request: Request | None = None
 
@@ -73,7 +75,7 @@ def make_command(spec: RunSpec, command_line: Sequence[str], topology: Topology,
     merged = merge(spec, command_line, topology, run_dir)
     with merged.naming_origins():
         check_args(merged.args, cpu=merged.cpu, data_exists=corpus.exists(spec))
-        check_load(merged.args)
+        lines = check_load(merged.args)
         is_rehearsed = merged.args.smartmoe_rehearsal == "on"
         if not is_rehearsed and not merged.args.use_checkpoint_args:
             megatron_verdict(merged.args)
@@ -82,6 +84,7 @@ def make_command(spec: RunSpec, command_line: Sequence[str], topology: Topology,
         command=[*program(topology), *flags],
         environment=rank_environment(topology, cpu=merged.cpu),
         spec=merged.spec,
+        lines=lines,
         flags=flags,
         request=_request(merged, spec, topology, run_dir) if is_rehearsed else None,
     )
