@@ -53,7 +53,7 @@ def find_cause(request: Request, failure: Failure) -> ConfigError | None:
         return None
     values = flags[cause]
     value = True if not values else values[0] if len(values) == 1 else " ".join(values)
-    where = f", {failure.places[0]}" if failure.places else ""
+    where = f", {failure.place}" if failure.place else ""
     rule = f"{failure.step}: {failure.message} ({failure.kind}{where})"
     way_out = f"Change it or remove it: without it this step passes. Details: {DETAILS}."
     if not confirmed:

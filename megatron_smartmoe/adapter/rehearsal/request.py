@@ -104,7 +104,7 @@ class Failure:
         kind: name of the exception's class.
         message: its text, or the assertion that failed.
         statements: source lines of the traceback, innermost first.
-        places: `file:line` of each of them.
+        place: `file:line` of the innermost one that is Megatron's.
         details: the whole traceback and what was printed.
         refusal: the error where it is one of this project, which needs no search.
         is_limit: whether it says something about the rehearsal and nothing about the run.
@@ -115,7 +115,7 @@ class Failure:
     kind: str
     message: str
     statements: tuple[str, ...] = ()
-    places: tuple[str, ...] = ()
+    place: str = ""
     details: str = ""
     refusal: ConfigError | None = None
     is_limit: bool = False

@@ -305,7 +305,7 @@ def _failure(step: str, number: int, error: BaseException, printed: str) -> Fail
         kind=type(error).__name__,
         message=_message(error, frames, printed),
         statements=tuple(_statement(frame) for frame in frames),
-        places=tuple(f"{Path(frame.filename).name}:{frame.lineno}" for frame in frames),
+        place=_place(frames),
         details=f"{text}\n--- printed before it\n{printed}",
         refusal=refusal,
         is_limit=_is_limit(error, text),
@@ -319,6 +319,12 @@ def _message(error: BaseException, frames: list[traceback.FrameSummary], printed
         return lines[-1] if lines else "exit"
     said = " ".join(str(error).split())
     return said if said else (frames[0].line or type(error).__name__ if frames else type(error).__name__)
+
+
+def _place(frames: list[traceback.FrameSummary]) -> str:
+    """`file:line` of the innermost line that is Megatron's, for who wants to read it."""
+    inside = [frame for frame in frames if "/megatron/" in frame.filename] or frames
+    return f"{Path(inside[0].filename).name}:{inside[0].lineno}" if inside else ""
 
 
 def _statement(frame: traceback.FrameSummary) -> str:
