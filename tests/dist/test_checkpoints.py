@@ -77,7 +77,8 @@ def test_a_longer_run_has_to_choose_its_schedule(saved: Saved, tmp_path: Path) -
     assert done.returncode == 2
     assert done.stderr == (
         "error: --train-iters = 9 (command line): the learning-rate schedule in "
-        f"{saved.checkpoint / 'iter_0000004'} was made with 8. Add --override-opt-param-scheduler for the schedule of these flags, or --use-checkpoint-opt-param-scheduler "
+        f"{saved.checkpoint / 'iter_0000004'} was made with 8. "
+        "Add --override-opt-param-scheduler for the schedule of these flags, or --use-checkpoint-opt-param-scheduler "
         "for the saved one.\n"
     )
     done = launch(saved, tmp_path, "2", *EP2, "--train-iters", "9", "--override-opt-param-scheduler")
