@@ -335,7 +335,10 @@ PARSING = {
         flags="--qqqqqqqqqqqq",
         says=f"command line = '--qqqqqqqqqqqq': {NO_FLAG} See --help-megatron for all flags.",
     ),
-    "stray word": Case(flags="word", says=f"command line = 'word': {NO_FLAG} See --help-megatron for all flags."),
+    "stray word": Case(
+        flags="word",
+        says="--vocab-size = 'word': is one value too many. See --help-megatron for the values that it takes.",
+    ),
     "no abbreviations": Case(
         flags="--seq-len 64",
         says=f"command line = '--seq-len': {NO_FLAG} Did you mean --seq-length or --seed or --encoder-seq-length?",
