@@ -259,11 +259,11 @@ def rebind(
         setattr(module, name, wrapper)
 
 
-def replace_names(module: ModuleType, values: Mapping[str, object]) -> None:
+def replace_names(module: ModuleType | type, values: Mapping[str, object]) -> None:
     """Replace names of a module that are not functions to wrap.
 
     Args:
-        module: where the names are looked up at call time.
+        module: where the names are looked up at call time; a class for its attributes.
         values: the new value of each name.
 
     Raises:
@@ -296,6 +296,17 @@ def prepare_megatron(*, cpu: bool) -> None:
         # The process that writes checkpoints in the background needs the facade too: a fork has it.
         initialize = importlib.import_module("megatron.training.initialize")
         rebind(initialize, "init_persistent_async_worker", lambda call: lambda rank, mp_mode: call(rank, "fork"))
+        _copy_before_background_writes()
+
+
+def _copy_before_background_writes() -> None:
+    """Have the writer in the background copy tensors of the host first, which it would share with the training."""
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+
+    from megatron_smartmoe.adapter.checkpoint.writer import copying_in_background
+
+    preload = copying_in_background(FileSystemWriterAsync.preload_tensors)
+    replace_names(FileSystemWriterAsync, {"preload_tensors": staticmethod(preload)})
 
 
 def _repair_optimizer_checkpoints(training: ModuleType) -> None:
@@ -329,13 +340,14 @@ def use_torch_adam() -> None:
 
 
 def complete_tokenizers() -> None:
-    """Let Megatron's HuggingFaceTokenizer work without transformers, and its TikTokenizer read `.tiktoken` files."""
+    """Let Hugging Face's and GPT-2's tokenizers work without transformers, and TikTokenizer read others' files."""
     import megatron.core.tokenizers.text.libraries as libraries
     import megatron.core.tokenizers.text.libraries.tiktoken_tokenizer as tiktoken_tokenizer
 
     from megatron_smartmoe.adapter.local import huggingface, tiktoken
 
     rebind(libraries, "HuggingFaceTokenizer", huggingface.choose_class)
+    rebind(libraries, "MegatronHFTokenizer", huggingface.choose_gpt2_class)
     replace_names(libraries, {"TikTokenTokenizer": tiktoken.CompleteTikTokenizer})
     rebind(tiktoken_tokenizer, "reload_mergeable_ranks", tiktoken.around_reload)
 

@@ -9,10 +9,12 @@ does nothing.
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import sys
 from argparse import Namespace
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +27,10 @@ from megatron_smartmoe.adapter.flags.parser import (
     parse,
 )
 from megatron_smartmoe.adapter.flags.smartmoe_arguments import add_smartmoe_arguments
+from megatron_smartmoe.adapter.launch import run_dir
+from megatron_smartmoe.adapter.launch.run_lock import LOCKED_VARIABLE, RunLock
+from megatron_smartmoe.adapter.launch.secrets import MASK, secrets_among
+from megatron_smartmoe.adapter.run_files import write_text
 from megatron_smartmoe.errors import EXIT_CONFIG_ERROR, CompatError, ConfigError, SmartMoEError
 
 if TYPE_CHECKING:
@@ -46,14 +52,44 @@ def main(argv: Sequence[str] | None = None, callbacks: Iterable[Callback] = ()) 
         cpu = choose_device(device_from(argv))
         argv = with_defaults(given, cpu=cpu, say=is_rank_0)
         args = check_flags(argv, cpu=cpu)
+        lock = _lock(args) if is_rank_0 else contextlib.nullcontext()
         rehearse_once(args, given, argv[: len(argv) - len(given)], cpu=cpu)
     except SmartMoEError as error:
         if isinstance(error, ConfigError) and error.field in given:
             error = error.set_by("command line")
         if is_rank_0:
             print(f"\nerror: {error}\n", file=sys.stderr, flush=True)
+        note_exception(error)
         raise SystemExit(EXIT_CONFIG_ERROR) from None
-    train(argv, cpu=cpu, callbacks=callbacks)
+    try:
+        with lock:
+            train(argv, cpu=cpu, callbacks=callbacks)
+    except Exception as error:
+        note_exception(error)
+        raise
+
+
+def note_exception(error: Exception) -> None:
+    """Leave an exception where the parent of this rank looks for it (torchrun names a file)."""
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:
+        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+        get_error_handler().record_exception(error)
+
+
+def _lock(args: Namespace) -> AbstractContextManager[object]:
+    """The lock of the run directory, which the launcher holds where there is one.
+
+    Raises:
+        ConfigError: another run uses the directory, or it cannot be written.
+    """
+    if args.smartmoe_run_dir is None or LOCKED_VARIABLE in os.environ:
+        return contextlib.nullcontext()
+    run_dir.make(Path(args.smartmoe_run_dir))
+    lock = RunLock.acquire(Path(args.smartmoe_run_dir))
+    if lock.taken_over is not None:
+        print(f"smartmoe: {lock.taken_over}", flush=True)
+    return lock
 
 
 def choose_device(asked: str) -> bool:
@@ -230,20 +266,27 @@ def megatron_args(argv: Sequence[str]) -> Namespace:
     sys.argv[1:] = list(argv)
     args = parse(argv)
     log_filters.set_log_level(args.logging_level)
-    run_dir = args.smartmoe_run_dir
-    with _stdout_to(Path(run_dir) / "arguments.txt" if run_dir else None):
+    directory = args.smartmoe_run_dir
+    with _stdout_to(Path(directory) / "arguments.txt" if directory else None, secrets=secrets_among(argv)):
         validated: Namespace = parse_and_validate_args(extra_args_provider=add_smartmoe_arguments)
     return validated
 
 
 @contextlib.contextmanager
-def _stdout_to(path: Path | None) -> Iterator[None]:
+def _stdout_to(path: Path | None, secrets: Sequence[str]) -> Iterator[None]:
     if path is None or int(os.environ.get("RANK", "0")) != 0:
         yield
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8") as file, contextlib.redirect_stdout(file):
-        yield
+    text = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(text):
+            yield
+    finally:
+        content = text.getvalue()
+        for secret in secrets:
+            content = content.replace(secret, MASK)
+        write_text(path, content)
     print(f"smartmoe: all of Megatron's arguments are in {path}", flush=True)
 
 

@@ -19,6 +19,15 @@ CASES = {
         without=("--num-experts",),
         says="--smartmoe = True: needs a model with experts. Pass --num-experts 8, for example, or remove it.",
     ),
+    "a whole checkpoint of no directory": Case(
+        flags="--smartmoe-resume newest-whole",
+        says="--smartmoe-resume = 'newest-whole': needs --load. Add --load DIR, or remove it.",
+    ),
+    "a whole checkpoint without looking": Case(
+        flags="--load x --smartmoe-resume newest-whole --smartmoe-checkpoint-check off",
+        says="--smartmoe-resume = 'newest-whole': needs a check that finds damage, and --smartmoe-checkpoint-check is "
+        "off. Pass --smartmoe-checkpoint-check full or sizes.",
+    ),
     "FSDP": Case(
         flags="--smartmoe --use-megatron-fsdp",
         says="--use-megatron-fsdp = True: is not supported with --smartmoe: it shards parameters in a layout of its "

@@ -114,6 +114,9 @@ def _check_resume(args: argparse.Namespace) -> None:
         return
     if args.load is None:
         raise ConfigError(RESUME, args.smartmoe_resume, "needs --load", "Add --load DIR, or remove it.")
+    if "://" in args.load:
+        rule = f"looks for checkpoints in a directory, and --load is {args.load}"
+        raise ConfigError(RESUME, args.smartmoe_resume, rule, "Remove it, or pass --load DIR.")
     if args.smartmoe_checkpoint_check == "off":
         rule = "needs a check that finds damage, and --smartmoe-checkpoint-check is off"
         raise ConfigError(RESUME, args.smartmoe_resume, rule, "Pass --smartmoe-checkpoint-check full or sizes.")

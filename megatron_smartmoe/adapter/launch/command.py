@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,7 @@ from megatron_smartmoe.errors import ConfigError
 from megatron_smartmoe.spec.run import RunSpec
 
 ENTRY = "megatron_smartmoe.adapter.pretrain"
+TORCHRUN = "megatron_smartmoe.adapter.launch.torchrun"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +29,8 @@ class LaunchCommand:
         command: the program and its arguments.
         environment: variables of the command beside those of this process.
         spec: the merged configuration, with `{run_dir}` not filled in.
+        save: the folder that checkpoints go to, if there is one.
+        resume_flags: flags that resuming from `save` needs beside the configuration.
         lines: what the checks have to say.
         flags: the flags of the ranks.
         request: what is to be rehearsed; None where the user wants no rehearsal.
@@ -35,6 +39,8 @@ class LaunchCommand:
     command: list[str]
     environment: dict[str, str]
     spec: RunSpec
+    save: Path | None = None
+    resume_flags: tuple[str, ...] = ()
     lines: tuple[str, ...] = ()
     flags: list[str] = field(default_factory=list)
     request: Request | None = None
@@ -84,6 +90,8 @@ def make_command(spec: RunSpec, command_line: Sequence[str], topology: Topology,
         command=[*program(topology), *flags],
         environment=rank_environment(topology, cpu=merged.cpu),
         spec=merged.spec,
+        save=_local(getattr(merged.args, "save", None)),
+        resume_flags=_resume_flags(merged.args),
         lines=lines,
         flags=flags,
         request=_request(merged, spec, topology, run_dir) if is_rehearsed else None,
@@ -108,11 +116,25 @@ def _request(merged: Merged, spec: RunSpec, topology: Topology, run_dir: Path) -
     )
 
 
+def _local(folder: str | None) -> Path | None:
+    """A folder of a file system; None for object storage, which the launcher cannot look into."""
+    return None if not folder or "://" in folder else Path(folder)
+
+
+def _resume_flags(args: Namespace) -> tuple[str, ...]:
+    """What the configuration lacks to resume from its own checkpoints: it may load others, or none."""
+    values = vars(args)
+    if not values.get("save"):
+        return ()
+    load = () if values.get("load") == values["save"] else ("--load", values["save"])
+    return (*load, "--no-finetune") if values.get("finetune") else load
+
+
 def program(topology: Topology, entry: str = ENTRY) -> list[str]:
     """The command that starts the ranks of module `entry`: torchrun, or the module where Slurm starts each rank."""
     if topology.rank is not None:
         return [sys.executable, "-m", entry]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(topology.ranks_per_node)]
+    torchrun = [sys.executable, "-m", TORCHRUN, "--nproc-per-node", str(topology.ranks_per_node)]
     if topology.num_nodes == 1:
         return [*torchrun, "--standalone", "--module", entry]
     where = ["--nnodes", str(topology.num_nodes), "--node-rank", str(topology.node)]

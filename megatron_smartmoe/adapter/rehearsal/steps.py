@@ -10,6 +10,7 @@ import contextlib
 import io
 import itertools
 import os
+import re
 import sys
 import tempfile
 import traceback
@@ -306,7 +307,7 @@ def _failure(step: str, number: int, error: BaseException, printed: str) -> Fail
         message=_message(error, frames, printed),
         statements=tuple(_statement(frame) for frame in frames),
         place=_place(frames),
-        details=f"{text}\n--- printed before it\n{printed}",
+        details=f"{text}\n--- printed before it, without Megatron's list of arguments\n{_without_arguments(printed)}",
         refusal=refusal,
         is_limit=_is_limit(error, text),
     )
@@ -319,6 +320,11 @@ def _message(error: BaseException, frames: list[traceback.FrameSummary], printed
         return lines[-1] if lines else "exit"
     said = " ".join(str(error).split())
     return said if said else (frames[0].line or type(error).__name__ if frames else type(error).__name__)
+
+
+def _without_arguments(printed: str) -> str:
+    """What was printed, without values of arguments, some of which are secrets."""
+    return "\n".join(line for line in printed.splitlines() if not re.match(r"  \w+ \.{3,} ", line))
 
 
 def _place(frames: list[traceback.FrameSummary]) -> str:
