@@ -24,15 +24,23 @@ class ConfigError(SmartMoEError):
         value: the value that the user gave.
         rule: the rule that it breaks, as a statement.
         way_out: what to write instead.
+        origin: where the value was set, such as "command line" or a file and its key; empty where nobody asked.
     """
 
-    def __init__(self, field: str, value: object, rule: str, way_out: str) -> None:
-        self.field, self.value, self.rule, self.way_out = field, value, rule, way_out
-        super().__init__(_escaped(f"{printable(field)} = {shown(value)}: {rule}. {way_out}", keep="\n"))
+    def __init__(self, field: str, value: object, rule: str, way_out: str, origin: str = "") -> None:
+        self.field, self.value, self.rule, self.way_out, self.origin = field, value, rule, way_out, origin
+        where = f" ({printable(origin)})" if origin else ""
+        super().__init__(_escaped(f"{printable(field)} = {shown(value)}{where}: {rule}. {way_out}", keep="\n"))
 
-    def __reduce__(self) -> tuple[type[ConfigError], tuple[str, object, str, str]]:
-        """Pickle by the four parts (the default would replay the joined message as `field`)."""
-        return type(self), (self.field, self.value, self.rule, self.way_out)
+    def set_by(self, origin: str | None) -> ConfigError:
+        """The same error with the place where the value was set; itself where that is not known, or named already."""
+        if not origin or self.origin:
+            return self
+        return type(self)(self.field, self.value, self.rule, self.way_out, origin)
+
+    def __reduce__(self) -> tuple[type[ConfigError], tuple[str, object, str, str, str]]:
+        """Pickle by the parts (the default would replay the joined message as `field`)."""
+        return type(self), (self.field, self.value, self.rule, self.way_out, self.origin)
 
 
 def shown(value: object) -> str:

@@ -63,6 +63,16 @@ def _sequences(path: str) -> dict[str, Any]:
     return read_object(Named(path=Path(path), field="--per-dataset-sequences-path", way_out="Give a JSON object."))
 
 
+def _leave_out_unused(config: GPTDatasetConfig, num_samples: list[int]) -> None:
+    """Leave out the splits of a blend of which no sample is asked: a blend of no samples is an assertion in Megatron.
+
+    A single dataset is built as it is: the name of its index on disk depends on the splits.
+    """
+    if config.split_matrix is not None and config.blend is not None and len(config.blend[0]) > 1:
+        pairs = zip(config.split_matrix, num_samples, strict=True)
+        config.split_matrix = [None if asked == 0 else part for part, asked in pairs]
+
+
 def _is_built_on_this_rank(vp_stage: int | None) -> bool:
     """Only tensor-parallel rank 0 reads, and only stages that need tokens or labels."""
     if mpu.get_tensor_model_parallel_rank() != 0:
@@ -86,9 +96,9 @@ def train_valid_test_datasets_provider(num_samples: list[int], vp_stage: int | N
     args = get_args()
     kind = MockGPTDataset if args.mock_data else GPTFIMDataset if args.fim_data else GPTDataset
     print_rank_0("> building train, validation, and test datasets for GPT ...")
-    builder = BlendedMegatronDatasetBuilder(
-        kind, num_samples, partial(_is_built_on_this_rank, vp_stage), dataset_config(args)
-    )
+    config = dataset_config(args)
+    _leave_out_unused(config, num_samples)
+    builder = BlendedMegatronDatasetBuilder(kind, num_samples, partial(_is_built_on_this_rank, vp_stage), config)
     return builder.build()
 
 

@@ -399,6 +399,18 @@ def use_torch_prediction_blocks() -> None:
     rebind(gpt, "mtp_block_spec", wrap_mtp_block_spec)
 
 
+def loop_module() -> Any:
+    """Megatron's module of the loop, for a process that calls what the loop calls, and trains nothing."""
+    return importlib.import_module(_LOOP_MODULE)
+
+
+def keep_views() -> None:
+    """Leave views as they are, in a process that rehearses: Megatron gives them a storage, and these have none."""
+    import megatron.core.utils as utils
+
+    rebind(utils, "_kernel_make_viewless_tensor", lambda call: lambda view, requires_grad: view, key="views")
+
+
 def _skip_compiled_helpers() -> None:
     """Megatron runs `make` for its dataset helper at every start; the wheel carries it compiled, and no Makefile."""
     import megatron.core.datasets.utils as utils

@@ -16,7 +16,7 @@ from argparse import Namespace
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megatron_smartmoe.adapter import log_filters
 from megatron_smartmoe.adapter.flags.parser import (
@@ -31,7 +31,7 @@ from megatron_smartmoe.adapter.launch import run_dir
 from megatron_smartmoe.adapter.launch.run_lock import LOCKED_VARIABLE, RunLock
 from megatron_smartmoe.adapter.launch.secrets import MASK, secrets_among
 from megatron_smartmoe.adapter.run_files import write_text
-from megatron_smartmoe.errors import EXIT_CONFIG_ERROR, CompatError, SmartMoEError
+from megatron_smartmoe.errors import EXIT_CONFIG_ERROR, CompatError, ConfigError, SmartMoEError
 
 if TYPE_CHECKING:
     from megatron_smartmoe.adapter.hooks import Callback
@@ -47,12 +47,16 @@ def main(argv: Sequence[str] | None = None, callbacks: Iterable[Callback] = ()) 
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     is_rank_0 = int(os.environ.get("RANK", "0")) == 0
+    given = list(argv)
     try:
         cpu = choose_device(device_from(argv))
-        argv = with_defaults(argv, cpu=cpu, say=is_rank_0)
+        argv = with_defaults(given, cpu=cpu, say=is_rank_0)
         args = check_flags(argv, cpu=cpu)
         lock = _lock(args) if is_rank_0 else contextlib.nullcontext()
+        rehearse_once(args, given, argv[: len(argv) - len(given)], cpu=cpu)
     except SmartMoEError as error:
+        if isinstance(error, ConfigError) and error.field in given:
+            error = error.set_by("command line")
         if is_rank_0:
             print(f"\nerror: {error}\n", file=sys.stderr, flush=True)
         note_exception(error)
@@ -133,6 +137,42 @@ def check_flags(argv: Sequence[str], *, cpu: bool, data_exists: bool = True) -> 
     return args
 
 
+def rehearse_once(args: Namespace, tokens: Sequence[str], defaults: Sequence[str], *, cpu: bool) -> None:
+    """Rehearse the run on rank 0 before process groups form, unless the launcher has done it.
+
+    Raises:
+        ConfigError: on rank 0: what would stop the ranks. Other ranks exit.
+    """
+    from megatron_smartmoe.adapter.rehearsal.lines import lines_of
+    from megatron_smartmoe.adapter.rehearsal.rehearse import ALREADY, digest_of, rehearse
+    from megatron_smartmoe.adapter.rehearsal.request import Request
+    from megatron_smartmoe.adapter.rehearsal.word import rank_0_first
+
+    if args.smartmoe_rehearsal == "off" or os.environ.get(ALREADY) == digest_of(list(tokens)):
+        return
+    request = Request(
+        defaults=tuple(defaults),
+        tokens=tuple(tokens),
+        world_size=args.world_size,
+        ranks_per_node=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+        cpu=cpu,
+        capability=device_capability(cpu=cpu),
+    )
+
+    def rehearsal() -> None:
+        for line in lines_of(rehearse(request)):
+            print(f"smartmoe: {line}", flush=True)
+
+    rank_0_first(rehearsal)
+
+
+def device_capability(*, cpu: bool) -> tuple[int, int]:
+    """Compute capability of the GPUs; (0, 0) without one."""
+    import torch
+
+    return (0, 0) if cpu else torch.cuda.get_device_capability()
+
+
 def train(argv: Sequence[str], *, cpu: bool, callbacks: Iterable[Callback] = ()) -> None:
     """Parse, attach the callbacks to Megatron's loop, and run it.
 
@@ -144,14 +184,13 @@ def train(argv: Sequence[str], *, cpu: bool, callbacks: Iterable[Callback] = ())
     import torch
     from megatron.core.enums import ModelType
     from megatron.training import pretrain
-    from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
+    from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
     from megatron_smartmoe.adapter import hooks
     from megatron_smartmoe.adapter.batch import embedding_ranks, forward_step
     from megatron_smartmoe.adapter.checkpoint.loading import CheckpointLoads
     from megatron_smartmoe.adapter.checkpoint.saving import CheckpointSaves
     from megatron_smartmoe.adapter.datasets import train_valid_test_datasets_provider
-    from megatron_smartmoe.adapter.moe.layer_spec import spec_for
     from megatron_smartmoe.adapter.moe.overlap_degree import OverlapDegree
     from megatron_smartmoe.adapter.records import flight_recorder
 
@@ -163,12 +202,8 @@ def train(argv: Sequence[str], *, cpu: bool, callbacks: Iterable[Callback] = ())
     saves = CheckpointSaves()
     hooks.attach([saves, *callbacks_for(args, overlap_degree), *callbacks])
     hooks.attach_checkpoints(saves, CheckpointLoads())
-    model_config = gpt_config_from_args(args)
-    if args.spec is None:
-        hooks.use_torch_prediction_blocks()
-        model_config.transformer_layer_spec = spec_for(args, overlap_degree)
     pretrain(
-        pretrain_cfg_container_from_args(args, model_config),
+        pretrain_cfg_container_from_args(args, model_config_of(args, overlap_degree)),
         train_valid_test_datasets_provider,
         ModelType.encoder_or_decoder,
         forward_step,
@@ -176,6 +211,25 @@ def train(argv: Sequence[str], *, cpu: bool, callbacks: Iterable[Callback] = ())
     )
     hooks.end()
     torch.distributed.destroy_process_group()
+
+
+def model_config_of(args: Namespace, overlap_degree: OverlapDegree) -> Any:
+    """Megatron's configuration of the model, with the project's layer spec unless the user has one.
+
+    Args:
+        args: Megatron's arguments, after validation.
+        overlap_degree: shared with the pool, so that the degree is chosen once.
+    """
+    from megatron.training.argument_utils import gpt_config_from_args
+
+    from megatron_smartmoe.adapter import hooks
+    from megatron_smartmoe.adapter.moe.layer_spec import spec_for
+
+    config = gpt_config_from_args(args)
+    if args.spec is None:
+        hooks.use_torch_prediction_blocks()
+        config.transformer_layer_spec = spec_for(args, overlap_degree)
+    return config
 
 
 def callbacks_for(args: Namespace, overlap_degree: OverlapDegree) -> list[Callback]:

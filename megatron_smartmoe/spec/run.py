@@ -39,12 +39,14 @@ class RunSpec:
         nproc: ranks per node; with None the launcher starts one per GPU or core.
         data: options of scripts/prepare_data.py without their dashes, with `prefix`; None: the data exists already.
         flags: Megatron flag (without dashes) to its value as text, True for a flag that stands alone.
+        origins: flag (without dashes) to where it was set, for errors: the file and its key, or a plan.
     """
 
     name: str
     nproc: int | None = None
     data: dict[str, Any] | None = None
     flags: dict[str, FlagValue] = field(default_factory=dict)
+    origins: dict[str, str] = field(default_factory=dict, compare=False)
 
 
 def load_run_spec(path: Path) -> RunSpec:
@@ -61,11 +63,15 @@ def load_run_spec(path: Path) -> RunSpec:
         if nproc is not None and (type(nproc) is not int or not 1 <= nproc <= MOST_RANKS):
             rule = "must be a positive whole number of ranks per node"
             raise ConfigError("nproc", nproc, rule, "For example: nproc: 4.")
+        groups = {} if content.get("flags") is None else content["flags"]
+        flags = _flags(groups)
         return RunSpec(
             name=_name(content.get("name"), path),
             nproc=nproc,
             data=_data(content.get("data")),
-            flags=_flags({} if content.get("flags") is None else content["flags"]),
+            flags=flags,
+            origins={"data": f"{path}, data"}
+            | {str(name): f"{path}, flags.{group}.{name}" for group, names in groups.items() for name in names},
         )
 
 

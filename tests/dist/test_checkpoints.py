@@ -82,7 +82,8 @@ def test_a_longer_run_has_to_choose_its_schedule(saved: Saved, tmp_path: Path) -
     done = launch(saved, tmp_path, "2", *EP2, "--train-iters", "9")
     assert done.returncode == 2
     assert done.stderr == (
-        f"error: --train-iters = 9: the learning-rate schedule in {saved.checkpoint / 'iter_0000004'} was made with 8. "
+        "error: --train-iters = 9 (command line): the learning-rate schedule in "
+        f"{saved.checkpoint / 'iter_0000004'} was made with 8. "
         "Add --override-opt-param-scheduler for the schedule of these flags, or --use-checkpoint-opt-param-scheduler "
         "for the saved one.\n"
     )
@@ -97,8 +98,8 @@ def test_optimizer_state_between_ep_1_and_more_is_refused_before_it_fails(saved:
     assert done.returncode == 2
     folder = saved.checkpoint / "iter_0000004"
     assert done.stderr == (
-        f"error: --expert-model-parallel-size = 1: the optimizer state in {folder} was saved at 2, and cannot be "
-        "loaded at 1, because experts have an optimizer of their own only above 1. "
+        f"error: --expert-model-parallel-size = 1 (command line): the optimizer state in {folder} was saved at 2, "
+        "and cannot be loaded at 1, because experts have an optimizer of their own only above 1. "
         "Pass --expert-model-parallel-size 2, or --no-load-optim for the weights alone.\n"
     )
     weights_only = saved.resume(tmp_path / "weights", 1, "--no-load-optim", "--no-load-rng")

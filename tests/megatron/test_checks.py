@@ -24,7 +24,7 @@ pytestmark = [pytest.mark.dist, pytest.mark.fast]
 
 PP2, TP2 = "--pipeline-model-parallel-size 2", "--tensor-model-parallel-size 2 --sequence-parallel"
 VPP = f"{PP2} --num-layers-per-virtual-pipeline-stage"
-CHECKPOINT_ARGS = "--use-checkpoint-args --load /nowhere"
+CHECKPOINT_ARGS = "--use-checkpoint-args --load /nowhere --save /nowhere"
 FSDP = "--use-megatron-fsdp --use-distributed-optimizer --ckpt-format fsdp_dtensor"
 NOT_HERE = "is not supported by this entry point, which pretrains GPT-MoE. Remove it."
 LOWER = "or lower one of these sizes."
@@ -335,7 +335,10 @@ PARSING = {
         flags="--qqqqqqqqqqqq",
         says=f"command line = '--qqqqqqqqqqqq': {NO_FLAG} See --help-megatron for all flags.",
     ),
-    "stray word": Case(flags="word", says=f"command line = 'word': {NO_FLAG} See --help-megatron for all flags."),
+    "stray word": Case(
+        flags="word",
+        says="--vocab-size = 'word': is one value too many. See --help-megatron for the values that it takes.",
+    ),
     "no abbreviations": Case(
         flags="--seq-len 64",
         says=f"command line = '--seq-len': {NO_FLAG} Did you mean --seq-length or --seed or --encoder-seq-length?",

@@ -46,9 +46,13 @@ def nodes_of(path: Path) -> int:
 RUNS = {path.stem: nodes for path in sorted((CONFIGS / "runs").glob("*.yaml")) if (nodes := nodes_of(path))}
 
 
+REHEARSED = "deepseek-v3"  # the largest: 16 pipeline stages of three kinds on 512 ranks; a rehearsal takes 6 to 12 s
+
+
 class Checked(NamedTuple):
     """What came out of a dry run: the printed command's flags and launcher, and the model that Megatron would build."""
 
+    comments: list[str]
     flags: list[str]
     torchrun: list[str]
     model: ModelSpec
@@ -78,13 +82,15 @@ def _dry_runs(runs: dict[str, int]) -> list[Checked]:
         }
         with contextlib.redirect_stdout(io.StringIO()) as printed:
             # rotary embeddings are fused by TransformerEngine or apex, which Megatron looks for itself
-            assert launch(["--config", name, "--dry-run", "--no-rope-fusion"]) == 0
-        tokens = shlex.split(printed.getvalue().replace("\\\n", " "))
+            rehearsal = ["--smartmoe-rehearsal", "on" if name == REHEARSED else "off"]
+            assert launch(["--config", name, "--dry-run", "--no-rope-fusion", *rehearsal]) == 0
+        comments = [line for line in printed.getvalue().splitlines() if line.startswith("#")]
+        tokens = shlex.split(printed.getvalue().replace("\\\n", " "), comments=True)
         flags = tokens[tokens.index(ENTRY) + 1 :]
         args = parse(flags)
         model = replace(model_from_arguments(vars(args), name), vocab=vocabulary(load_run_spec(Path(name)), args))
         kept = {key: value for key, value in vars(args).items() if isinstance(value, bool | int | float | str)}
-        found.append(Checked(flags, tokens[: tokens.index(ENTRY)], model, kept))
+        found.append(Checked(comments, flags, tokens[: tokens.index(ENTRY)], model, kept))
     return found
 
 
@@ -105,6 +111,16 @@ def test_every_shipped_model_has_a_run() -> None:
 def test_it_starts_on_the_nodes_that_its_head_names(name: str, checked: dict[str, Checked]) -> None:
     torchrun = shlex.join(checked[name].torchrun)
     assert f"--nproc-per-node 8 --nnodes {RUNS[name]} --node-rank 0" in torchrun
+
+
+def test_a_rehearsal_builds_every_kind_of_stage(checked: dict[str, Checked]) -> None:
+    """Parameters of a rank, as Megatron counts them: 8 of 256 experts in each MoE layer."""
+    stages = [line for line in checked[REHEARSED].comments if "pipeline stage" in line]
+    assert stages == [
+        "# pipeline stage 0: 1 MoE and 3 dense layers, 4,319,412,224 parameters per rank",
+        "# pipeline stages 1 to 14: 4 MoE layers, 6,569,132,032 parameters per rank each",
+        "# pipeline stage 15: 2 MoE layers, 5,240,713,216 parameters per rank",
+    ]
 
 
 @pytest.mark.parametrize("name", RUNS)

@@ -165,7 +165,7 @@ ERRORS = {
     ),
     "another split": (
         [*QUICKSTART, "--decoder-first-pipeline-num-layers", "1"],
-        "error: --decoder-first-pipeline-num-layers = '1': is a pipeline split that --parallel auto does not support.",
+        "error: --decoder-first-pipeline-num-layers = '1' (command line): is a pipeline split that --parallel auto",
         "or remove --parallel auto.",
     ),
     "a trace of another model": (

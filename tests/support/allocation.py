@@ -10,7 +10,7 @@ from tests.support.ranks import run_ranks
 MOCK_DATA = "--mock-data --tokenizer-type NullTokenizer".split()
 TRAINING = (
     "--lr 1e-3 --lr-decay-style constant --eval-iters 0 --eval-interval 1000 --log-interval 1 --logging-level 40 "
-    "--rerun-mode disabled --seed 1234 --num-workers 0 --train-iters 1"
+    "--rerun-mode disabled --seed 1234 --num-workers 0 --train-iters 1 --smartmoe-rehearsal off"
 ).split()
 
 

@@ -19,7 +19,7 @@ TINY_MODEL = (
 TINY_TRAINING = (
     "--micro-batch-size 1 --global-batch-size 4 --lr 1e-3 --lr-decay-style constant --eval-iters 0 "
     "--eval-interval 1000 --log-interval 1 --logging-level 40 --rerun-mode disabled --seed 1234 --split 90,10,0 "
-    "--num-workers 0"
+    "--num-workers 0 --smartmoe-rehearsal off"  # a second and a half for each training; tests of it switch it on
 ).split()
 
 

@@ -29,6 +29,11 @@ from megatron_smartmoe.errors import CompatError
 _installed = False
 
 
+def is_installed() -> bool:
+    """Whether this process has the facade."""
+    return _installed
+
+
 def install() -> None:
     """Install every group, once. A second call does nothing.
 

@@ -83,6 +83,7 @@ def _memory_statistics() -> None:
         max_memory_allocated=max_resident_bytes,
         max_memory_reserved=max_resident_bytes,
         memory_stats=statistics,
+        device_memory_used=resident_bytes,
         reset_peak_memory_stats=lambda device=None: None,
         mem_get_info=lambda device=None: (psutil.virtual_memory().available, psutil.virtual_memory().total),
     )
@@ -119,6 +120,11 @@ class Stream:
 
     device = CPU
     cuda_stream = 0
+
+    @staticmethod
+    def priority_range() -> tuple[int, int]:
+        """Lowest and highest priority: there is one."""
+        return 0, 0
 
     def __new__(cls, *args: object, **kwargs: object) -> Stream:
         """Return the only instance."""
@@ -162,6 +168,7 @@ def _streams_and_events() -> None:
         current_stream=lambda device=None: _THE_STREAM,
         default_stream=lambda device=None: _THE_STREAM,
         set_stream=lambda stream: None,
+        is_current_stream_capturing=lambda: False,
         stream=lambda stream: contextlib.nullcontext(stream),
     )
     replace(torch.Tensor, record_stream=lambda self, stream: None)

@@ -87,7 +87,8 @@ def _methods() -> None:
 def _type_names() -> None:
     """Megatron's optimizers compare `param.type()` with "torch.cuda.FloatTensor" and its like.
 
-    Only callers inside Megatron get the CUDA name; torch and everything else gets the real one.
+    Only callers inside Megatron get the CUDA name; torch and everything else gets the real one. Tensors of the meta
+    device stand for tensors of the accelerator (see the rehearsal).
     """
     type_: Callable[..., Any] = torch.Tensor.type
 
@@ -97,7 +98,7 @@ def _type_names() -> None:
         if isinstance(name, str) and name.startswith("torch.") and not name.startswith("torch.cuda."):
             caller = sys._getframe(1).f_globals.get("__name__", "")
             if caller.startswith("megatron."):
-                return "torch.cuda." + name.removeprefix("torch.")
+                return "torch.cuda." + name.removeprefix("torch.").removeprefix("meta.")
         return name
 
     replace(torch.Tensor, type=wrapper)

@@ -187,9 +187,8 @@ def saved_arguments(folder: Path) -> argparse.Namespace | None:
     try:
         manifest = read_manifest(folder)
         if manifest is not None and manifest.arguments:
-            saved = argparse.Namespace(**manifest.arguments)
-            if manifest.placement is not None:
-                saved.smartmoe_placement = dict(manifest.placement)
+            placement = {} if manifest.placement is None else {"smartmoe_placement": dict(manifest.placement)}
+            saved: object = argparse.Namespace(**{**manifest.arguments, **placement})
         else:
             saved = read_common(folder).get("args")
     except CheckpointError as error:

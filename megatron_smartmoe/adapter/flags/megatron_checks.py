@@ -16,8 +16,10 @@ from math import gcd
 
 from megatron_smartmoe.adapter.flags.checkpoint_options import check_checkpoint_options
 from megatron_smartmoe.adapter.flags.data_checks import check_data
+from megatron_smartmoe.adapter.flags.ignored_options import check_ignored
 from megatron_smartmoe.adapter.flags.parser import attribute, has_transformer_engine
 from megatron_smartmoe.adapter.flags.smartmoe_checks import check_smartmoe
+from megatron_smartmoe.adapter.flags.start_checks import check_start
 from megatron_smartmoe.adapter.repairs.bucket_padding import check_bucket_padding
 from megatron_smartmoe.errors import ConfigError
 
@@ -40,8 +42,10 @@ def check(args: argparse.Namespace, *, world_size: int, cpu: bool, data_exists: 
         _check_model(args)
     _check_parallelism(args, world_size)
     _check_batch(args, world_size)
+    check_ignored(args, cpu=cpu)
     check_checkpoint_options(args)
     check_smartmoe(args, cpu=cpu)
+    check_start(args)
     check_bucket_padding(args)
     if data_exists:
         check_data(args)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import functools
 import importlib.util
 import os
 import re
@@ -61,6 +62,7 @@ def machine_defaults(*, cpu: bool, transformer_engine: bool, apex: bool) -> list
         ),
         Default(flags=("--no-one-logger",), reason="an NVIDIA-internal service"),
         Default(flags=("--logging-level", "30"), reason="20 for Megatron's INFO lines"),
+        Default(flags=("--eval-interval", "1000"), reason="Megatron needs a number, also with --eval-iters 0"),
     ]
     if not transformer_engine:
         defaults.append(
@@ -106,8 +108,9 @@ class _Parser(argparse.ArgumentParser):
         )
 
 
+@functools.cache
 def build_parser() -> argparse.ArgumentParser:
-    """Megatron's own parser with the project's flags."""
+    """Megatron's own parser with the project's flags; built once, since it reads Megatron's sources for help texts."""
     from megatron.training.arguments import add_megatron_arguments
 
     parser = _Parser(prog="pretrain_gpt_moe", allow_abbrev=False)
@@ -125,6 +128,20 @@ def help_text() -> str:
     return parser.format_help()
 
 
+def _extra_value(value: str, argv: Sequence[str], parser: argparse.ArgumentParser) -> ConfigError:
+    """The error of a value that no flag takes: it names the flag in front of it."""
+    before = [token for token in argv[: list(argv).index(value)] if token.startswith("--")]
+    if not before:
+        rule = "is not a flag of Megatron or of smartmoe"
+        return ConfigError("command line", value, rule, "See --help-megatron for all flags.")
+    flag = before[-1]
+    if getattr(parser._option_string_actions.get(flag), "nargs", None) == 0:
+        name = flag.removeprefix("--")
+        way_out = f"Write the flag alone; in a configuration file: {name}: true, or {name}: false to leave it out."
+        return ConfigError(flag, value, "takes no value: it is a switch", way_out)
+    return ConfigError(flag, value, "is one value too many", "See --help-megatron for the values that it takes.")
+
+
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Parse flags with Megatron's own parser, without checking them against each other.
 
@@ -134,6 +151,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = build_parser()
     args, unknown = parser.parse_known_args(list(argv))
     if unknown:
+        if not unknown[0].startswith("-"):
+            raise _extra_value(unknown[0], argv, parser)
         near = difflib.get_close_matches(unknown[0].split("=")[0], parser._option_string_actions, n=3)
         hint = f"Did you mean {' or '.join(near)}?" if near else "See --help-megatron for all flags."
         raise ConfigError("command line", unknown[0], "is not a flag of Megatron or of smartmoe", hint)

@@ -14,6 +14,7 @@ REPLICAS = ("off", "history", "exact")
 SCOPES = ("node", "group")
 SWITCH = ("on", "off")
 
+REHEARSAL = "--smartmoe-rehearsal"
 WATCHDOG = "--smartmoe-watchdog"
 WATCHDOG_FLOOR = "--smartmoe-watchdog-floor-s"
 WATCHDOG_FLOOR_S = 8.0  # with the median step: twice what busy machines were seen to need
@@ -42,6 +43,14 @@ def add_smartmoe_arguments(parser: argparse.ArgumentParser) -> argparse.Argument
         default=None,
         help="Write metrics.jsonl, smartmoe.jsonl, arguments.txt and summary.json to this directory. Default: write "
         "none of them.",
+    )
+    group.add_argument(
+        REHEARSAL,
+        choices=("on", "off"),
+        default="on",
+        help="on: before any rank starts, build what a rank will build once, without memory: configuration, tokenizer, "
+        "schedules, datasets, and the model of every kind of pipeline stage with one micro-batch. off: only check the "
+        "flags. Default: on.",
     )
     group.add_argument(
         "--smartmoe",

@@ -44,6 +44,12 @@ _NOT_WITH_GROUPED_MM = {
     "--moe-router-padding-for-quantization": "experts are not padded",
     "--moe-use-device-initiated-grouped-gemm": "it is an option of TransformerEngine's experts",
     "--moe-single-grouped-weight": "it is an option of TransformerEngine's experts",
+    "--moe-mlp-glu-interleave-size": "gate and linear rows are not interleaved",
+    "--moe-paged-stash": "it is an option of TransformerEngine's experts",
+    "--moe-expert-rank-capacity-factor": "it is an option of TransformerEngine's experts",
+    "--use-te-activation-func": "the activation is Megatron's",
+    "--use-transformer-engine-op-fuser": "it fuses TransformerEngine's experts",
+    "--use-fused-weighted-squared-relu": "the activation is not fused",
 }
 # with --smartmoe-homes other than off,
 _NOT_WITH_HOMES = {
@@ -168,9 +174,10 @@ def _check_experts(args: argparse.Namespace, *, cpu: bool) -> None:
             raise ConfigError("--smartmoe-experts", args.smartmoe_experts, rule, way_out)
         return
     for flag, reason in _NOT_WITH_GROUPED_MM.items():
-        if getattr(args, attribute(flag), False):
+        if value := getattr(args, attribute(flag), False):
             rule = f"is not supported with --smartmoe-experts grouped_mm: {reason}"
-            raise ConfigError(flag, True, rule, _REMOVE_ONE)
+            raise ConfigError(flag, value, rule, _REMOVE_ONE)
+    _check_experts_memory(args)
     if args.add_bias_linear:
         rule = "is required: --smartmoe-experts grouped_mm has no biases"
         raise ConfigError("--disable-bias-linear", False, rule, "Add --disable-bias-linear.")
@@ -181,6 +188,19 @@ def _check_experts(args: argparse.Namespace, *, cpu: bool) -> None:
             raise ConfigError(flag, value, rule, "Remove it, or pass --smartmoe-experts transformer_engine.")
     if not cpu and not args.use_checkpoint_args:
         _check_alignment(args)
+
+
+def _check_experts_memory(args: argparse.Namespace) -> None:
+    """Parts of Megatron's experts that could be recomputed or offloaded, and that these do not have."""
+    for flag, parts in (("--recompute-modules", ("moe_act",)), ("--offload-modules", ("expert_fc1", "moe_act"))):
+        chosen = getattr(args, attribute(flag)) or []
+        if flag == "--recompute-modules" and args.recompute_granularity != "selective":
+            continue
+        for part in parts:
+            if part in chosen:
+                rule = f"has {part}, which is a part of Megatron's experts that --smartmoe-experts grouped_mm replaces"
+                way_out = f"Remove {part}, or pass --smartmoe-experts transformer_engine."
+                raise ConfigError(flag, " ".join(chosen), rule, way_out)
 
 
 def _check_alignment(args: argparse.Namespace) -> None:

@@ -21,7 +21,7 @@ from megatron_smartmoe.adapter.flags.smartmoe_arguments import AUTO, POOL
 from megatron_smartmoe.adapter.launch import flags as flag_lists
 from megatron_smartmoe.adapter.launch.checkpoint_limits import limits_of_checkpoint
 from megatron_smartmoe.adapter.launch.machine import find_machine, vocabulary
-from megatron_smartmoe.adapter.launch.merged import merge
+from megatron_smartmoe.adapter.launch.merged import Merged, merge
 from megatron_smartmoe.adapter.launch.search_space import space_options
 from megatron_smartmoe.adapter.launch.topology import Topology
 from megatron_smartmoe.adapter.run_files import write_text
@@ -80,6 +80,14 @@ def plan_parallel(
     """
     # Step 1: read the run without the parallel flags of its configuration.
     merged = merge(spec, command_line, topology, directory, to_plan=True)
+    with merged.naming_origins():
+        return _planned(merged, spec, command_line, topology, directory, load)
+
+
+def _planned(
+    merged: Merged, spec: RunSpec, command_line: Sequence[str], topology: Topology, directory: Path, load: Load
+) -> AutoPlan:
+    """What `plan_parallel` says, of a run that is merged."""
     args, cpu = merged.args, merged.cpu
     # Step 2: say what is to be planned.
     check_plannable(vars(args))
@@ -98,7 +106,11 @@ def plan_parallel(
     flags = flag_lists.as_mapping(launch_flags(model, result.launch.spec))
     others = {name: value for name, value in spec.flags.items() if f"--{name}" not in DECIDED}
     return AutoPlan(
-        spec=replace(spec, flags={**_with_pool(others, args, result.launch.spec), **flags}),
+        spec=replace(
+            spec,
+            flags={**_with_pool(others, args, result.launch.spec), **flags},
+            origins={**spec.origins, **dict.fromkeys(flags, "plan of --parallel auto")},
+        ),
         command_line=merged.command_line,
         lines=[heading, *describe(result, request, memory_from, _replaced(spec, command_line, flags))],
         content=None if result.search is None else to_json(result, request),

@@ -6,12 +6,14 @@ import os
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_smartmoe.adapter.launch import corpus
-from megatron_smartmoe.adapter.launch.merged import asked_device, merge
+from megatron_smartmoe.adapter.launch.machine import vocabulary
+from megatron_smartmoe.adapter.launch.merged import Merged, asked_device, merge
 from megatron_smartmoe.adapter.launch.topology import Topology
+from megatron_smartmoe.adapter.rehearsal.request import Request
 from megatron_smartmoe.errors import ConfigError
 from megatron_smartmoe.spec.run import RunSpec
 
@@ -30,6 +32,8 @@ class LaunchCommand:
         save: the folder that checkpoints go to, if there is one.
         resume_flags: flags that resuming from `save` needs beside the configuration.
         lines: what the checks have to say.
+        flags: the flags of the ranks.
+        request: what is to be rehearsed; None where the user wants no rehearsal.
     """
 
     command: list[str]
@@ -38,6 +42,8 @@ class LaunchCommand:
     save: Path | None = None
     resume_flags: tuple[str, ...] = ()
     lines: tuple[str, ...] = ()
+    flags: list[str] = field(default_factory=list)
+    request: Request | None = None
 
 
 def ranks_per_node(nproc: int | None, spec: RunSpec, command_line: Sequence[str]) -> int:
@@ -73,17 +79,40 @@ def make_command(spec: RunSpec, command_line: Sequence[str], topology: Topology,
     from megatron_smartmoe.adapter.flags.megatron_checks import check_args, megatron_verdict
 
     merged = merge(spec, command_line, topology, run_dir)
-    check_args(merged.args, cpu=merged.cpu, data_exists=corpus.exists(spec))
-    lines = check_load(merged.args)
-    if not merged.args.use_checkpoint_args:
-        megatron_verdict(merged.args)
+    with merged.naming_origins():
+        check_args(merged.args, cpu=merged.cpu, data_exists=corpus.exists(spec))
+        lines = check_load(merged.args)
+        is_rehearsed = merged.args.smartmoe_rehearsal == "on"
+        if not is_rehearsed and not merged.args.use_checkpoint_args:
+            megatron_verdict(merged.args)
+    flags = [*merged.tokens, "--smartmoe-run-dir", str(run_dir)]
     return LaunchCommand(
-        command=[*program(topology), *merged.tokens, "--smartmoe-run-dir", str(run_dir)],
+        command=[*program(topology), *flags],
         environment=rank_environment(topology, cpu=merged.cpu),
         spec=merged.spec,
         save=_local(getattr(merged.args, "save", None)),
         resume_flags=_resume_flags(merged.args),
         lines=lines,
+        flags=flags,
+        request=_request(merged, spec, topology, run_dir) if is_rehearsed else None,
+    )
+
+
+def _request(merged: Merged, spec: RunSpec, topology: Topology, run_dir: Path) -> Request:
+    """The rehearsal of this launch; the run directory, which is another one every time, is left open."""
+    from megatron_smartmoe.adapter.pretrain import device_capability, with_defaults
+
+    exists = corpus.exists(spec)
+    return Request(
+        defaults=tuple(with_defaults([], cpu=merged.cpu, say=False)),
+        tokens=tuple(token.replace(str(run_dir), "{run_dir}") for token in merged.tokens),
+        origins=merged.origins,
+        world_size=topology.world_size,
+        ranks_per_node=topology.ranks_per_node,
+        cpu=merged.cpu,
+        capability=device_capability(cpu=merged.cpu),
+        data_exists=exists,
+        vocabulary=None if exists else vocabulary(spec, merged.args),
     )
 
 

@@ -8,11 +8,24 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from megatron_smartmoe.planner.flags import parse_tokens
 from megatron_smartmoe.spec.run import FlagValue
 
+# Ways to say one thing, of which Megatron accepts one: a way on the command line replaces those of the configuration.
+_ALTERNATIVES = (
+    (("lr-warmup-iters",), ("lr-warmup-fraction",), ("lr-warmup-samples",)),
+    (
+        ("mock-data",),
+        ("data-path",),
+        ("train-data-path", "valid-data-path", "test-data-path"),
+        ("data-args-path",),
+        ("per-split-data-args-path",),
+    ),
+)
+
 
 def merge(config: Mapping[str, FlagValue], command_line: Sequence[str], known: Collection[str]) -> list[str]:
     """The configuration's flags that the command line does not set, then the command line.
 
-    `--no-X` on the command line removes a flag `--X` of the configuration where Megatron itself has no `--no-X`.
+    `--no-X` on the command line removes a flag `--X` of the configuration where Megatron itself has no `--no-X`. So
+    does another way to say the same thing: `--mock-data` on the command line removes the configuration's data-path.
 
     Args:
         config: flag without dashes -> value, from a RunSpec.
@@ -22,9 +35,19 @@ def merge(config: Mapping[str, FlagValue], command_line: Sequence[str], known: C
     given = set(parse_tokens(command_line))
     negated = {flag for flag in given if flag.startswith("--no-") and flag not in known}
     negated = {flag for flag in negated if flag.removeprefix("--no-") in config}
-    dropped = given | {"--" + flag.removeprefix("--no-") for flag in negated}
+    dropped = given | {"--" + flag.removeprefix("--no-") for flag in negated} | _replaced(given)
     tokens = [token for name, value in config.items() if f"--{name}" not in dropped for token in tokens_of(name, value)]
     return tokens + [token for token in command_line if token not in negated]
+
+
+def _replaced(given: Collection[str]) -> set[str]:
+    """Flags that say in another way what a flag of the command line says."""
+    found: set[str] = set()
+    for ways in _ALTERNATIVES:
+        used = [way for way in ways if any(f"--{name}" in given for name in way)]
+        if used:
+            found |= {f"--{name}" for way in ways if way not in used for name in way}
+    return found
 
 
 def tokens_of(name: str, value: FlagValue) -> list[str]:

@@ -21,6 +21,8 @@ from megatron_smartmoe.adapter.launch.ending import ATTEMPT_VARIABLE, Ending, Sh
 from megatron_smartmoe.adapter.launch.run_lock import LOCKED_VARIABLE, RunLock
 from megatron_smartmoe.adapter.launch.topology import Topology, find_topology, port_of_steps, reports_errors
 from megatron_smartmoe.adapter.launch.watch import no_watch, watch_node
+from megatron_smartmoe.adapter.rehearsal.lines import lines_of
+from megatron_smartmoe.adapter.rehearsal.rehearse import ALREADY, digest_of, rehearse
 from megatron_smartmoe.errors import EXIT_CONFIG_ERROR, ConfigError, SmartMoEError
 from megatron_smartmoe.spec.run import RunSpec, load_run_spec
 
@@ -76,6 +78,7 @@ def _launch(
         auto_plan = plan_parallel(spec, command_line, topology, directory, load)
         spec, command_line = auto_plan.spec, auto_plan.command_line
     ready = make_command(spec, command_line, topology, directory)
+    seen = _rehearse(ready, topology, is_dry=options.dry_run)
     if topology.needs_srun:  # after the check: an error is printed once, before any node starts
         return srun(topology, argv, ending=_ending(ready, topology, directory))
     _check_directory(topology, directory, dry_run=options.dry_run)
@@ -87,10 +90,15 @@ def _launch(
         if topology.is_reporter:
             if not corpus.exists(spec):
                 print(f"# first, once:\n{flag_lists.render(corpus.preparation(spec), {})}\n")
+            for line in seen:
+                print(f"# {line}")
             print(text)
         return 0
     if not corpus.exists(spec):
         corpus.prepare(spec)
+        if ready.request is not None:  # what could not be read before
+            ready = replace(ready, request=replace(ready.request, data_exists=True, vocabulary=None))
+            seen = _rehearse(ready, topology, is_dry=False)
     run_dir.make(directory)  # another node may have come first
     if not topology.is_reporter:
         return _run(ready, topology, directory, keep_open=())
@@ -98,9 +106,27 @@ def _launch(
         run_dir.create(directory, ready.spec, text)
         if auto_plan is not None:
             auto_plan.save(directory)
-        for line in _start_lines(ready, topology, directory, lock):
+        for line in (*_start_lines(ready, topology, directory, lock), *seen):
             print(f"smartmoe: {line}", flush=True)
         return _run(ready, topology, directory, keep_open=(lock.descriptor,))
+
+
+def _rehearse(ready: LaunchCommand, topology: Topology, *, is_dry: bool) -> list[str]:
+    """Rehearse the run, once for the whole job, and return what was seen as lines.
+
+    A Slurm task per rank leaves it to the ranks, which wait for rank 0; so do launchers of other nodes.
+
+    Raises:
+        ConfigError: what would stop the ranks.
+    """
+    digest = digest_of(ready.flags)
+    is_ours = topology.is_reporter and (topology.rank is None or is_dry)
+    if ready.request is None or not is_ours or os.environ.get(ALREADY) == digest:
+        return []
+    report = rehearse(replace(ready.request, keep_index=not is_dry))
+    if ready.request.data_exists:
+        os.environ[ALREADY] = digest  # for launchers that srun starts from here
+    return list(lines_of(report))
 
 
 def _check_directory(topology: Topology, directory: Path, *, dry_run: bool) -> None:
@@ -130,9 +156,11 @@ def _start_lines(ready: LaunchCommand, topology: Topology, directory: Path, lock
 def _run(ready: LaunchCommand, topology: Topology, directory: Path, keep_open: Sequence[int]) -> int:
     """Run the ranks of this launcher to their end."""
     log = directory / ("train.log" if topology.node == 0 else f"node{topology.node}.log")
+    by_launcher = ready.request is not None and topology.rank is None
+    rehearsed = {ALREADY: digest_of(ready.flags)} if by_launcher else {}
     return process.run(
         ready.command,
-        {**ready.environment, LOCKED_VARIABLE: "1"},
+        {**ready.environment, LOCKED_VARIABLE: "1", **rehearsed},
         log if topology.rank is None else None,  # Slurm collects the output of its tasks
         ending=_ending(ready, topology, directory),
         rank=topology.rank,

@@ -6,17 +6,20 @@ in front, so the arguments are those that the ranks will see.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from argparse import Namespace
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_smartmoe.adapter.launch import corpus
 from megatron_smartmoe.adapter.launch import flags as flag_lists
 from megatron_smartmoe.adapter.launch.topology import Topology
+from megatron_smartmoe.errors import ConfigError
 from megatron_smartmoe.planner.constraints import DECIDED, without_negated
-from megatron_smartmoe.spec.run import RunSpec
+from megatron_smartmoe.planner.flags import parse_tokens
+from megatron_smartmoe.spec.run import FlagValue, RunSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +33,7 @@ class Merged:
         command_line: the user's own flags among the tokens.
         known: every option string of the parser.
         cpu: whether the ranks are CPU ranks.
+        origins: where each flag was set: the command line, the configuration with the key, or a plan.
     """
 
     args: Namespace
@@ -38,6 +42,13 @@ class Merged:
     command_line: list[str]
     known: Collection[str]
     cpu: bool
+    origins: Mapping[str, str]
+
+    @contextlib.contextmanager
+    def naming_origins(self) -> Iterator[None]:
+        """A context whose ConfigErrors say where the flag that they name was set."""
+        with _naming(self.origins):
+            yield
 
 
 def merge(
@@ -67,18 +78,38 @@ def merge(
         command_line = without_negated(command_line, known)
         spec = replace(spec, flags={name: value for name, value in spec.flags.items() if f"--{name}" not in DECIDED})
     derived = corpus.dataset_flags(spec)
+    origins = _origins(spec, derived, command_line)
     open_tokens = flag_lists.merge({**derived, **spec.flags}, command_line, known)
     tokens = [token.replace("{run_dir}", str(directory)) for token in open_tokens]
     # Flags that `data` stands for are not repeated in the configuration: dropping `data` later drops them too.
     flags = {name: value for name, value in flag_lists.as_mapping(open_tokens).items() if derived.get(name) != value}
+    with _naming(origins):
+        args = parse(with_defaults(tokens, cpu=cpu, say=False))
     return Merged(
-        args=parse(with_defaults(tokens, cpu=cpu, say=False)),
+        args=args,
         tokens=tokens,
         spec=replace(spec, nproc=topology.ranks_per_node, flags=flags),
         command_line=list(command_line),
         known=known,
         cpu=cpu,
+        origins=origins,
     )
+
+
+def _origins(spec: RunSpec, derived: Mapping[str, FlagValue], command_line: Sequence[str]) -> dict[str, str]:
+    """Where each flag was set; the command line wins over the configuration."""
+    data = spec.origins.get("data", "data of the configuration")
+    found = {f"--{name}": data for name in derived}
+    found |= {f"--{name}": spec.origins.get(name, "configuration") for name in spec.flags}
+    return found | dict.fromkeys(parse_tokens(command_line), "command line")
+
+
+@contextlib.contextmanager
+def _naming(origins: Mapping[str, str]) -> Iterator[None]:
+    try:
+        yield
+    except ConfigError as error:
+        raise error.set_by(next((origins[word] for word in error.field.split() if word in origins), None)) from error
 
 
 def asked_device(spec: RunSpec, command_line: Sequence[str]) -> str:

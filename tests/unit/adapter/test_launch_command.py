@@ -111,7 +111,7 @@ class Megatron:
 
     def __init__(self) -> None:
         self.judged: dict[str, Any] = {}
-        self.args = Namespace(use_checkpoint_args=False, load=None)
+        self.args = Namespace(use_checkpoint_args=False, load=None, smartmoe_rehearsal="off")
 
     def parser(self) -> ArgumentParser:
         parser = ArgumentParser()
