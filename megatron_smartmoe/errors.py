@@ -75,6 +75,12 @@ def _short_repr() -> reprlib.Repr:
 _SHORT = _short_repr()
 
 
+def one_line(error: object) -> str:
+    """Another library's message as part of one of ours: without line breaks, of a long one the beginning."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]} ..."
+
+
 class CompatError(SmartMoEError):
     """The installed software (Megatron, torch, a compiler) is not supported."""
 

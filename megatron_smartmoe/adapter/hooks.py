@@ -329,13 +329,14 @@ def use_torch_adam() -> None:
 
 
 def complete_tokenizers() -> None:
-    """Let Megatron's HuggingFaceTokenizer work without transformers, and its TikTokenizer read `.tiktoken` files."""
+    """Let Hugging Face's and GPT-2's tokenizers work without transformers, and TikTokenizer read others' files."""
     import megatron.core.tokenizers.text.libraries as libraries
     import megatron.core.tokenizers.text.libraries.tiktoken_tokenizer as tiktoken_tokenizer
 
     from megatron_smartmoe.adapter.local import huggingface, tiktoken
 
     rebind(libraries, "HuggingFaceTokenizer", huggingface.choose_class)
+    rebind(libraries, "MegatronHFTokenizer", huggingface.choose_gpt2_class)
     replace_names(libraries, {"TikTokenTokenizer": tiktoken.CompleteTikTokenizer})
     rebind(tiktoken_tokenizer, "reload_mergeable_ranks", tiktoken.around_reload)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
+import sys
 from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,8 +97,12 @@ def render(summary: dict[str, Any], args: Namespace, run_dir: Path | None) -> st
 
 
 def quoted(text: str) -> str:
-    """A text in one line, cut where it gets long."""
+    """A text in one line, cut where it gets long; what a terminal or its encoding cannot show is escaped."""
     shown = json.dumps(text, ensure_ascii=False)
+    shown = "".join(one if one.isprintable() else f"\\u{ord(one):04x}" for one in shown)
+    shown = shown.encode(sys.stdout.encoding or "utf-8", errors="backslashreplace").decode(
+        sys.stdout.encoding or "utf-8"
+    )
     return shown if len(shown) <= SHOWN_TEXT else f'{shown[: SHOWN_TEXT - 5]} ..."'
 
 
