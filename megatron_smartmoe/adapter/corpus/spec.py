@@ -214,13 +214,16 @@ class PreparedCorpus:
                 "Prepare the corpus again with --force.",
             )
         content = {name: meta[name] for name in cls.__dataclass_fields__ if name in meta}
-        tokenizer, again = meta.get("tokenizer_model"), "Prepare the corpus again with --force."
+        tokenizer, again = meta.get("tokenizer_model"), "Restore the file, or prepare the corpus with --force."
         if not isinstance(tokenizer, str) or not tokenizer.isprintable():
             raise ConfigError(f"{path}: tokenizer_model", tokenizer, "must be the path of a file", again)
         model, beside = Path(tokenizer), path.parent / tokenizer
         given = {**content, "prefix": Path(prefix)}
         given["tokenizer_model"] = model if is_hub_name(model) and not os.path.exists(beside) else beside
-        return values.build(cls, given, str(path), again)
+        try:
+            return values.build(cls, given, "", again)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error.field}", error.value, error.rule, again) from None
 
     def to_json(self) -> str:
         """The text of `PREFIX.json`. The tokenizer's path is relative to it, so that the directory can be moved."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import os
+import json
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,8 +14,6 @@ from megatron_smartmoe.adapter.flags.parser import attribute
 from megatron_smartmoe.adapter.tokenizers.base import NULL, TokenizerFacts
 from megatron_smartmoe.adapter.tokenizers.load import facts_of
 from megatron_smartmoe.errors import ConfigError
-from megatron_smartmoe.spec.readers.files import Named
-from megatron_smartmoe.spec.readers.json_text import read_object
 
 _DATA_FLAGS = ("--data-path", "--train-data-path", "--valid-data-path", "--test-data-path")
 MAKE_ONE = "make the dataset with scripts/prepare_data.py"
@@ -58,13 +56,20 @@ def data_prefixes(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
         yield from _without_weights("--data-args-path", _text("--data-args-path", args.data_args_path).split())
     if args.per_split_data_args_path is not None:
         flag = "--per-split-data-args-path"
-        rule = 'must be JSON, such as {"train": ["0.3", "a"], "valid": [], "test": []}'
-        splits = read_object(Named(path=Path(args.per_split_data_args_path), field=flag, way_out=f"It {rule}."))
-        lists = [item for item in splits.values() if item is not None]
-        if any(not isinstance(item, str | list) for item in lists):
-            raise ConfigError(flag, args.per_split_data_args_path, rule, "Correct the file.")
+        try:
+            splits = json.loads(_text(flag, args.per_split_data_args_path))
+            lists = [_words(item) for item in splits.values() if item is not None]
+        except (ValueError, AttributeError, TypeError, RecursionError) as error:
+            rule = 'must be JSON, such as {"train": ["0.3", "a"], "valid": [], "test": []}'
+            raise ConfigError(flag, args.per_split_data_args_path, f"{rule} ({error})", "Correct the file.") from error
         for item in lists:
-            yield from _without_weights(flag, item.split() if isinstance(item, str) else [str(part) for part in item])
+            yield from _without_weights(flag, item)
+
+
+def _words(item: object) -> list[str]:
+    if not isinstance(item, str | list):
+        raise TypeError(f"a list is needed, this is a {type(item).__name__}")
+    return item.split() if isinstance(item, str) else [str(part) for part in item]
 
 
 def _without_weights(flag: str, items: list[str] | tuple[str, ...]) -> Iterator[tuple[str, str]]:
@@ -84,8 +89,8 @@ def _text(flag: str, name: str) -> str:
 
 def _check_exists(flag: str, prefix: str) -> None:
     for suffix in (".bin", ".idx"):
-        if "://" not in prefix and not os.path.isfile(prefix + suffix):
-            if os.path.isfile(prefix) and prefix.endswith((".bin", ".idx")):
+        if "://" not in prefix and not Path(prefix + suffix).is_file():
+            if Path(prefix).is_file() and prefix.endswith((".bin", ".idx")):
                 rule, way_out = "is a file, and the prefix of both files is needed", f"Pass {flag} {prefix[:-4]}."
             else:
                 rule = f"there is no file {prefix + suffix}"
