@@ -67,7 +67,7 @@ def check_state(args: argparse.Namespace) -> None:
     if saved is None:
         return
     _check_format(args, saved, folder, is_sharded=is_sharded)
-    _check_left_out(args, saved, folder)
+    _check_left_out(args, saved, folder, is_sharded=is_sharded)
     if args.num_experts is None or args.finetune or args.no_load_optim:
         return
     here, there = args.expert_model_parallel_size, saved.expert_model_parallel_size
@@ -106,12 +106,14 @@ def _check_format(args: argparse.Namespace, saved: argparse.Namespace, folder: P
         raise ConfigError("--load", args.load, rule, way_out)
 
 
-def _check_left_out(args: argparse.Namespace, saved: argparse.Namespace, folder: Path) -> None:
-    """What a save has left out has to be left out by the load; Megatron would end with a KeyError."""
+def _check_left_out(args: argparse.Namespace, saved: argparse.Namespace, folder: Path, *, is_sharded: bool) -> None:
+    """What a save has left out has to be left out by the load, where Megatron would end with a KeyError."""
     for left_out, flag, what, instead in (
         ("no_save_optim", "--no-load-optim", "optimizer state (--no-save-optim)", "moments"),
         ("no_save_rng", "--no-load-rng", "random states (--no-save-rng)", "random states"),
     ):
+        if left_out == "no_save_rng" and is_sharded:  # Megatron finds that out by itself
+            continue
         if getattr(saved, left_out, False) and not (args.finetune or getattr(args, attribute(flag))):
             rule = f"is required: {folder} was saved without {what}"
             raise ConfigError(flag, False, rule, f"Add {flag}: training resumes with new {instead}.")
