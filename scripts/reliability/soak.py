@@ -27,12 +27,12 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))  # the checkout, when the script is run by its path
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the checkout, when the script is run by its path
 
 from scripts.reliability import soak_judge
 from tests.support.synthetic import SyntheticSpec, synthetic_trace
 
+ROOT = Path(__file__).resolve().parents[2]
 RANKS, LAYERS, EXPERTS, SEQUENCE = 4, 1, 8, 32
 MODEL = (
     f"--num-layers {LAYERS} --hidden-size 32 --num-attention-heads 2 --ffn-hidden-size 64 --seq-length {SEQUENCE} "
@@ -95,7 +95,7 @@ def main() -> int:
     if any(iterations_of(args.directory / name) < args.steps for name in RUNS):
         print("soak: the other runs are not complete; the same command without --only completes and judges them")
         return 0
-    return soak_judge.judge(args.directory, args.steps)
+    return soak_judge.judge(args.directory, args.steps, RUNS)
 
 
 def prepare(directory: Path, steps: int) -> list[str]:
