@@ -13,7 +13,8 @@ that experts move and replicas change all the time. They differ in this:
 
 A run resumes from its last checkpoint, so the command may be ended at any time and given again. Each attempt appends a
 line to outcomes.jsonl. When all runs are complete, `soak_judge` compares them, prints a table and writes soak.json, and
-`soak_plot` draws soak.svg. The exit status is 1 if a claim does not hold.
+`soak_plot` draws soak.svg. Then one training mix is repeated under heap checks (`heap.py`). The exit status is 1 if a
+claim does not hold or a heap check speaks.
 """
 
 from __future__ import annotations
@@ -30,9 +31,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the checkout, when the script is run by its path
 
 from scripts.reliability import soak_judge
+from scripts.reliability.corpus import ROOT, corpus_flags
 from tests.support.synthetic import SyntheticSpec, synthetic_trace
 
-ROOT = Path(__file__).resolve().parents[2]
 RANKS, LAYERS, EXPERTS, SEQUENCE = 4, 1, 8, 32
 MODEL = (
     f"--num-layers {LAYERS} --hidden-size 32 --num-attention-heads 2 --ffn-hidden-size 64 --seq-length {SEQUENCE} "
@@ -85,6 +86,7 @@ def main() -> int:
     parser.add_argument("directory", type=Path, nargs="?", default=Path("runs/soak"), metavar="DIR")
     parser.add_argument("--steps", type=int, default=5000, metavar="N", help="steps of each run. Default: 5000.")
     parser.add_argument("--only", nargs="+", choices=RUNS, default=list(RUNS), metavar="NAME", help="of the five runs")
+    parser.add_argument("--heap", type=int, default=100, metavar="N", help="repeats under heap checks. Default: 100.")
     args = parser.parse_args()
     args.directory.mkdir(parents=True, exist_ok=True)
     data = prepare(args.directory, args.steps)
@@ -95,16 +97,14 @@ def main() -> int:
     if any(iterations_of(args.directory / name) < args.steps for name in RUNS):
         print("soak: the other runs are not complete; the same command without --only completes and judges them")
         return 0
-    return soak_judge.judge(args.directory, args.steps, RUNS)
+    status = soak_judge.judge(args.directory, args.steps, RUNS)
+    heap = [sys.executable, str(ROOT / "scripts" / "reliability" / "heap.py"), str(args.directory / "heap")]
+    return max(status, subprocess.run([*heap, "--repeats", str(args.heap)], check=False).returncode)
 
 
 def prepare(directory: Path, steps: int) -> list[str]:
     """Flags of the corpus and of the trace, which are made once."""
-    prefix, trace = directory / "corpus", directory / "trace.npz"
-    if not prefix.with_suffix(".json").exists():
-        command = [sys.executable, str(ROOT / "scripts" / "prepare_data.py"), "--python-stdlib", "--quiet"]
-        options = ["--max-bytes", "400000", "--vocab-size", "512", "--output-prefix", str(prefix)]
-        subprocess.run([*command, *options], check=True)
+    trace = directory / "trace.npz"
     if not trace.exists():
         spec = SyntheticSpec(
             kind="drifting",
@@ -117,8 +117,7 @@ def prepare(directory: Path, steps: int) -> list[str]:
             drift=0.15,
         )
         synthetic_trace(spec).save(trace)
-    tokenizer = ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", f"{prefix}.tokenizer.model"]
-    return ["--data-path", str(prefix), *tokenizer, "--smartmoe-replay-trace", str(trace)]
+    return [*corpus_flags(directory), "--smartmoe-replay-trace", str(trace)]
 
 
 def train(directory: Path, name: str, steps: int, data: list[str]) -> bool:
