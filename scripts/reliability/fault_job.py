@@ -16,6 +16,7 @@ from pathlib import Path
 
 import psutil
 
+from scripts.reliability import fault_link
 from scripts.reliability.corpus import ROOT
 from scripts.reliability.fault_points import Order
 from tests.support.ranks import start_ranks
@@ -56,7 +57,13 @@ def run_ranks_with(
     """Train on ranks of the fork server; the harness ends them where the launcher would."""
     log_dir.mkdir(parents=True, exist_ok=True)
     started = time.time()
-    ranks = start_ranks(train_with, world_size, list(argv), asdict(order) if order else None, log_dir=log_dir)
+    networks = log_dir if order is not None and order.action == "cut the link" else None
+    for old in log_dir.glob("*"):
+        old.unlink()
+    told = asdict(order) if order else None
+    ranks = start_ranks(train_with, world_size, list(argv), told, networks, log_dir=log_dir)
+    if networks is not None:
+        fault_link.plug_in(networks)
     statuses: list[int | None] = [None] * world_size
     slow: tuple[int, ...] = ()
     hung, died_at, continued = False, None, False
@@ -131,8 +138,10 @@ def run_launcher_with(
     )
 
 
-def train_with(argv: list[str], order: dict[str, object] | None) -> None:
-    """In a rank: the real entry, with the fault in wait."""
+def train_with(argv: list[str], order: dict[str, object] | None, networks: Path | None) -> None:
+    """In a rank: the real entry, with the fault in wait; in a network of its own if there is a folder for that."""
+    if networks is not None:
+        fault_link.enter(networks, int(os.environ["RANK"]))
     from megatron_smartmoe.adapter.pretrain import main
     from scripts.reliability.fault_points import Order, install
 

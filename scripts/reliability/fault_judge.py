@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from scripts.reliability import fault_link
 from scripts.reliability.fault_job import GRACE_S, End, clear_lines
 from scripts.reliability.fault_plan import ITERATIONS, ON_FILES, Fault
 
@@ -16,6 +17,7 @@ GOOD = ("same losses", "stopped", "refused")
 BAD = ("wrong losses", "hangs", "unclear", "slow to stop", "did not strike")
 REFUSED_S = 120.0  # to read a damaged checkpoint and say so, ranks' start included, on a busy machine
 STOPPED_S = GRACE_S + 5  # the launcher's grace, and what ending processes takes on a busy machine
+LINK_S = 3 * 60.0 * fault_link.TIMEOUT_MINUTES  # a migration may wait before the collective after it does
 # The clear line of each kind, where the ranks print it themselves.
 LINES = {
     "disk full": r"No space left on device",
@@ -79,7 +81,8 @@ def judge(
         return verdict("same losses")
     if pattern and not lines:
         return verdict("unclear", f"status {end.status}, no line like {pattern}; last: {last_line(end)}")
-    if end.seconds > (REFUSED_S if fault.kind in ON_FILES else STOPPED_S):
+    limit_s = {"cut the link": LINK_S, **dict.fromkeys(ON_FILES, REFUSED_S)}.get(fault.kind, STOPPED_S)
+    if end.seconds > limit_s:
         return verdict("slow to stop", f"after {end.seconds} s")
     if resumed is None or not resumed.good:
         details = f"resumed: {resumed.status}, {last_line(resumed)}" if resumed else "was not resumed"

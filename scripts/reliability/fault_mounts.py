@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from scripts.reliability import fault_link
 from scripts.reliability.fault_plan import ON_MOUNTS
 
 SIZE = "64m"
@@ -23,7 +24,7 @@ def missing_kinds() -> tuple[str, ...]:
         can_mount = _mount(Path(folder))
         if can_mount:
             _unmount(Path(folder))
-    return () if can_mount else ON_MOUNTS
+    return (() if can_mount else ON_MOUNTS) + (() if fault_link.can_cut() else ("cut the link",))
 
 
 @contextlib.contextmanager

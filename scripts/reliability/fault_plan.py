@@ -20,9 +20,11 @@ KINDS = {
     "flipped file": 3,
     "truncated file": 2,
     "missing file": 1,
+    "cut the link": 1,
 }
 ON_FILES = ("flipped file", "truncated file", "missing file")
 ON_MOUNTS = ("disk full", "read-only")
+NOT_LAUNCHED = (*ON_FILES, "cut the link")
 ON_ANY_POINT = ("kill", "pause", "slow")
 AFTER_LAST_SAVE = ("end",)
 FILES = ("largest shard", "another shard", "index", "format", "tracker")
@@ -90,7 +92,9 @@ def draw(count: int, seed: int, *, kinds: Sequence[str], launched_every: int, re
                     seconds=round(rng.uniform(0.5, 2.0), 2),
                     replicas=rng.choice(list(replicas)),
                     at=round(rng.uniform(0.02, 0.98), 3),
-                    launched=kind not in ON_FILES and launched_every > 0 and number % launched_every == 0,
+                    launched=kind not in (*ON_FILES, "cut the link")
+                    and launched_every > 0
+                    and number % launched_every == 0,
                 )
             )
     return faults[:count]

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from scripts.reliability import fault_link
+
 # Where a fault can strike: `module:name` of the function that is wrapped; the fault comes when it is called.
 FUNCTIONS = {
     "counting": "megatron_smartmoe.runtime.counts:IntervalCounts.start_reduction",
@@ -201,6 +203,10 @@ def _make_read_only(order: Order) -> None:
     subprocess.run(["mount", "-o", "remount,ro", order.mount], check=False, capture_output=True)
 
 
+def _cut(order: Order) -> None:
+    fault_link.cut()
+
+
 def _nothing(order: Order) -> None:
     """For a fault that something else brings about."""
 
@@ -212,5 +218,5 @@ ACTIONS: dict[str, Callable[[Order], None]] = {
     "disk full": _fill_disk,
     "read-only": _make_read_only,
     "refuse memory": _nothing,
-    "cut the link": _nothing,
+    "cut the link": _cut,
 }

@@ -24,7 +24,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the checkout, when the script is run by its path
 
-from scripts.reliability import fault_files, fault_mounts
+from scripts.reliability import fault_files, fault_judge, fault_link, fault_mounts
 from scripts.reliability.corpus import corpus_flags
 from scripts.reliability.fault_job import End, losses_of, run_launcher_with, run_ranks_with
 from scripts.reliability.fault_judge import BAD, GOOD, judge
@@ -106,7 +106,10 @@ class Suite:
         )
         start = run_launcher_with if fault.launched else run_ranks_with
         argv = self.argv(run_dir, fault.replicas)
-        end = start(argv, RANKS, self.directory / "logs", order)
+        limits = ["--distributed-timeout-minutes", str(fault_link.TIMEOUT_MINUTES)]
+        limits += ["--smartmoe-migration-timeout-s", str(60 * fault_link.TIMEOUT_MINUTES)]
+        told = [*argv, *limits] if fault.kind == "cut the link" else argv
+        end = start(told, RANKS, self.directory / "logs", order, fault_judge.LINK_S)
         if end.good:
             return end, None
         fault_mounts.repair(run_dir)
