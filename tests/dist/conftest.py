@@ -40,4 +40,4 @@ def reference_losses(
     tmp_path_factory: pytest.TempPathFactory, data_flags: list[str], initial_weights: list[str]
 ) -> list[float]:
     """Losses of the single process, fp32."""
-    return train(tmp_path_factory.mktemp("reference"), 1, data_flags, *initial_weights, iterations=8)
+    return train(tmp_path_factory.mktemp("reference"), 1, data_flags, *initial_weights, iterations=6)

@@ -36,7 +36,7 @@ MOCK_DATA = "--mock-data --tokenizer-type NullTokenizer --vocab-size 255".split(
 def test_same_losses(
     way: str, tmp_path: Path, data_flags: list[str], initial_weights: list[str], reference_losses: list[float]
 ) -> None:
-    losses = train(tmp_path, 2, data_flags, *initial_weights, *EP2, *SAME_LOSSES[way].split(), iterations=8)
+    losses = train(tmp_path, 2, data_flags, *initial_weights, *EP2, *SAME_LOSSES[way].split(), iterations=6)
     assert largest_difference(losses, reference_losses) < FP32_TOLERANCE
 
 

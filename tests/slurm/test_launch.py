@@ -29,7 +29,7 @@ EP2_PP2 = "--expert-model-parallel-size 2 --pipeline-model-parallel-size 2".spli
 EP2 = "--expert-model-parallel-size 2 --use-distributed-optimizer --dist-ckpt-optim-fully-reshardable".split()
 SAVING = ["--save", "{run_dir}/checkpoints", "--load", "{run_dir}/checkpoints", "--save-interval", "1000"]
 ITERATIONS = 6
-LONG_ITERATIONS = 40  # enough to be stopped in the middle
+LONG_ITERATIONS = 24  # enough to be stopped in the middle
 
 
 def tiny(*flags: str, iterations: int = ITERATIONS) -> list[str]:

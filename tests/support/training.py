@@ -17,7 +17,7 @@ TINY_MODEL = (
     "--moe-aux-loss-coeff 0 --moe-router-load-balancing-type none --moe-router-dtype fp32"
 ).split()
 TINY_TRAINING = (
-    "--micro-batch-size 1 --global-batch-size 8 --lr 1e-3 --lr-decay-style constant --eval-iters 0 "
+    "--micro-batch-size 1 --global-batch-size 4 --lr 1e-3 --lr-decay-style constant --eval-iters 0 "
     "--eval-interval 1000 --log-interval 1 --logging-level 40 --rerun-mode disabled --seed 1234 --split 90,10,0 "
     "--num-workers 0"
 ).split()
