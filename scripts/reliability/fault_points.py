@@ -174,7 +174,7 @@ def _refuse_memory(trap: _Trap) -> None:
         finally:
             torch.empty = empty
 
-    staging.Arena.take = refusing  # type: ignore[method-assign]
+    staging.Arena.take = refusing  # type: ignore[method-assign, assignment]
 
 
 def _kill(order: Order) -> None:

@@ -96,7 +96,8 @@ def lines_of(file: Path) -> list[dict[str, Any]]:
 
 def holdings(run: SoakRun) -> list[Claim]:
     """What the processes of one run hold, and their step time."""
-    memory, threads, files, groups, step_time = [], [], [], [], []
+    memory, step_time = list[float](), list[float]()
+    threads, files, groups = list[int](), list[int](), list[int]()
     for process in processes(run):
         early, late = tenth(process, 1), tenth(process, 9)
         apart = (late[0]["iteration"] + late[-1]["iteration"] - early[0]["iteration"] - early[-1]["iteration"]) / 2
@@ -179,8 +180,9 @@ def comparisons(directory: Path, runs: Mapping[str, SoakRun], steps: int) -> lis
         checkpoints_agree(directory, steps),
         Claim(
             name=f"all: mean loss of the last {LAST_STEPS} steps",
-            found=f"{mean['all']:.6f}, {'between' if within else 'outside'} {min(three):.6f} - {max(three):.6f}",
-            limit=f"{middle:.6f} +- {reach:.6f}, where a fourth run that differs by rounding lies 95 times in 100",
+            found=f"{mean['all'] - middle:+.1e} from {middle:.6f}, the mean of three runs without balancing that "
+            f"differ by rounding only; {'within' if within else 'outside'} their range of {max(three) - min(three):.1e}",
+            limit=f"+-{reach:.1e}, within which a fourth such run lies 95 times in 100",
             holds=abs(mean["all"] - middle) <= reach,
         ),
         Claim(

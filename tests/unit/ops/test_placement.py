@@ -165,7 +165,7 @@ def text_of(function: Callable[..., object], args: tuple[object, ...]) -> str:
 
 def texts_of_twins(name: str, args: tuple[object, ...]) -> list[str]:
     """The errors of the compiled op and of its numpy twin."""
-    twins = {"min_max_split": min_max_split, "exact_replicas": exact_replicas}
+    twins: dict[str, Callable[..., object]] = {"min_max_split": min_max_split, "exact_replicas": exact_replicas}
     arrays = tuple(arg.numpy() if isinstance(arg, torch.Tensor) else arg for arg in args)
     return [text_of(getattr(ops, name), args), text_of(twins[name], arrays)]
 
