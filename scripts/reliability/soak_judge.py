@@ -181,7 +181,7 @@ def comparisons(directory: Path, runs: Mapping[str, SoakRun], steps: int) -> lis
         Claim(
             name=f"all: mean loss of the last {LAST_STEPS} steps",
             found=f"{mean['all'] - middle:+.1e} from {middle:.6f}, the mean of three runs without balancing that "
-            f"differ by rounding only; {'within' if within else 'outside'} their range of {max(three) - min(three):.1e}",
+            f"differ by rounding; {'within' if within else 'outside'} their range of {max(three) - min(three):.1e}",
             limit=f"+-{reach:.1e}, within which a fourth such run lies 95 times in 100",
             holds=abs(mean["all"] - middle) <= reach,
         ),
