@@ -19,6 +19,7 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from enum import IntEnum
+from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -27,6 +28,8 @@ from megatron_smartmoe.errors import CompatError
 if TYPE_CHECKING:
     import torch
 
+    from megatron_smartmoe.adapter.checkpoint.loading import CheckpointLoads
+    from megatron_smartmoe.adapter.checkpoint.saving import CheckpointSaves
     from megatron_smartmoe.adapter.run import Run
 
 TESTED_RELEASE = "0.19.2"
@@ -36,6 +39,7 @@ _MARK = "__smartmoe__"  # attribute of a wrapper: the keys of all hooks that it 
 class Order(IntEnum):
     """Which callback is called first at each moment: the one with the smaller number."""
 
+    CHECKPOINT = 5  # what was loaded is known before anything is built on it
     REPLAY = 10  # forces what the routers choose, so everything after it counts the forced choice
     METRICS = 20
     HOMES = 30
@@ -74,6 +78,14 @@ class Callback:
     def around_save(self, iteration: int) -> AbstractContextManager[None]:
         """A context that is entered before a checkpoint is written and left when Megatron's call returns."""
         return contextlib.nullcontext()
+
+    def after_save(self, iteration: int, folder: Path) -> None:
+        """Megatron's files of a checkpoint are written, or are being written in the background; it is not in force yet.
+
+        Args:
+            iteration: that was saved.
+            folder: of the checkpoint, to add files to.
+        """
 
     def after_evaluation(self, split: str, losses: Mapping[str, torch.Tensor]) -> None:
         """After an evaluation.
@@ -130,7 +142,22 @@ class _Loop:
         with ExitStack() as contexts:
             for callback in self.callbacks if self._running else ():
                 contexts.enter_context(callback.around_save(bound.arguments["iteration"]))
-            return call()
+            result = call()
+        self._after_save(bound)
+        return result
+
+    def _after_save(self, bound: inspect.BoundArguments) -> None:
+        from megatron.training import get_args
+
+        from megatron_smartmoe.adapter.checkpoint.folders import save_directory
+        from megatron_smartmoe.checkpoint.directory import folder_of
+
+        iteration, non_persistent = bound.arguments["iteration"], bound.arguments.get("non_persistent_ckpt", False)
+        directory = save_directory(get_args(), non_persistent=non_persistent) if self._running else None
+        if directory is None:
+            return
+        for callback in self.callbacks:
+            callback.after_save(iteration, folder_of(directory, iteration))
 
     def evaluate_and_print_results(self, call: Callable[..., Any], bound: inspect.BoundArguments) -> Any:
         """Its prefix is the only thing that distinguishes the test set from the validation set."""
@@ -164,6 +191,31 @@ def attach(callbacks: Iterable[Callback]) -> None:
     for name in _LOOP_NAMES:
         rebind(training, name, functools.partial(_dispatching, name), key="loop")
     _attached = _Loop(callbacks)
+
+
+def attach_checkpoints(saves: CheckpointSaves, loads: CheckpointLoads) -> None:
+    """Put this project's saves and loads around Megatron's; after `attach`, so that they are around its callbacks too.
+
+    Raises:
+        CompatError: this Megatron lacks a function that has to be hooked.
+    """
+    training = importlib.import_module(_LOOP_MODULE)
+    checkpointing = importlib.import_module("megatron.training.checkpointing")
+    strategies = "megatron.core.dist_checkpointing.strategies"
+    serialization = importlib.import_module("megatron.core.dist_checkpointing.serialization")
+    writer = importlib.import_module(f"{strategies}.filesystem_async").FileSystemWriterAsync
+    key = "checkpoint"
+    replace_names(checkpointing, {"maybe_msc": saves.around_files(checkpointing.maybe_msc)})
+    rebind(training, "save_checkpoint", saves.around_save_checkpoint, key=key)
+    rebind(training, "maybe_finalize_async_save", saves.around_finalize, key=key)
+    rebind(training, "load_checkpoint", loads.around_load_checkpoint, key=key)
+    rebind(checkpointing.dist_checkpointing, "save", saves.around_dist_save, key=key)
+    rebind(checkpointing, "_async_delete_checkpoint_impl", saves.around_delete, key=key)
+    rebind(checkpointing, "ensure_directory_exists", saves.recorded, key=key)
+    rebind(serialization, "save_config", saves.recorded, key=key)
+    rebind(writer, "finish", saves.recorded, key=key)
+    rebind(writer, "write_preloaded_data", saves.noted, key=key)
+    rebind(checkpointing.torch, "save", saves.recorded_if_legacy, key=key)
 
 
 def end() -> None:
@@ -236,10 +288,14 @@ def prepare_megatron(*, cpu: bool) -> None:
     import megatron.training.training as training
 
     use_torch_adam()
+    complete_tokenizers()
     _repair_optimizer_checkpoints(training)
     _skip_compiled_helpers()
     if cpu:  # Megatron has this switch (`initialize_megatron`), and `pretrain` does not pass it on
         rebind(training, "initialize_megatron", lambda call: functools.partial(call, allow_no_cuda=True))
+        # The process that writes checkpoints in the background needs the facade too: a fork has it.
+        initialize = importlib.import_module("megatron.training.initialize")
+        rebind(initialize, "init_persistent_async_worker", lambda call: lambda rank, mp_mode: call(rank, "fork"))
 
 
 def _repair_optimizer_checkpoints(training: ModuleType) -> None:
@@ -270,6 +326,18 @@ def use_torch_adam() -> None:
     if optimizer.USING_PYTORCH_OPTIMIZER:
         replace_names(optimizer, {"Adam": TorchAdam, "USING_PYTORCH_OPTIMIZER": False})
         replace_names(distrib_optimizer, {"Adam": TorchAdam, "HAVE_APEX_OR_TE": True, "USING_APEX_OPTIMIZER": True})
+
+
+def complete_tokenizers() -> None:
+    """Let Megatron's HuggingFaceTokenizer work without transformers, and its TikTokenizer read `.tiktoken` files."""
+    import megatron.core.tokenizers.text.libraries as libraries
+    import megatron.core.tokenizers.text.libraries.tiktoken_tokenizer as tiktoken_tokenizer
+
+    from megatron_smartmoe.adapter.local import huggingface, tiktoken
+
+    rebind(libraries, "HuggingFaceTokenizer", huggingface.choose_class)
+    replace_names(libraries, {"TikTokenTokenizer": tiktoken.CompleteTikTokenizer})
+    rebind(tiktoken_tokenizer, "reload_mergeable_ranks", tiktoken.around_reload)
 
 
 def use_torch_prediction_blocks() -> None:

@@ -112,6 +112,8 @@ def train(argv: Sequence[str], *, cpu: bool, callbacks: Iterable[Callback] = ())
 
     from megatron_smartmoe.adapter import hooks
     from megatron_smartmoe.adapter.batch import embedding_ranks, forward_step
+    from megatron_smartmoe.adapter.checkpoint.loading import CheckpointLoads
+    from megatron_smartmoe.adapter.checkpoint.saving import CheckpointSaves
     from megatron_smartmoe.adapter.datasets import train_valid_test_datasets_provider
     from megatron_smartmoe.adapter.moe.layer_spec import spec_for
     from megatron_smartmoe.adapter.moe.overlap_degree import OverlapDegree
@@ -119,7 +121,9 @@ def train(argv: Sequence[str], *, cpu: bool, callbacks: Iterable[Callback] = ())
     hooks.prepare_megatron(cpu=cpu)
     args = megatron_args(argv)
     overlap_degree = OverlapDegree(args)
-    hooks.attach([*callbacks_for(args, overlap_degree), *callbacks])
+    saves = CheckpointSaves()
+    hooks.attach([saves, *callbacks_for(args, overlap_degree), *callbacks])
+    hooks.attach_checkpoints(saves, CheckpointLoads())
     model_config = gpt_config_from_args(args)
     if args.spec is None:
         hooks.use_torch_prediction_blocks()

@@ -15,6 +15,7 @@ from megatron.core.utils import unwrap_model
 from megatron.training import get_args
 
 from megatron_smartmoe.adapter.moe.routers import all_layer_numbers, moe_layers
+from megatron_smartmoe.checkpoint.directory import folder_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +97,14 @@ class Run:
     def is_reporter(self) -> bool:
         """Whether this is rank 0, which prints for all ranks."""
         return self.ranks.rank == 0
+
+    @property
+    def loaded_folder(self) -> Path | None:
+        """Folder of the checkpoint that this run continues from; None for a run that began with iteration 1."""
+        args = self.args
+        if args.load is None or not args.iteration or args.finetune or "://" in args.load:
+            return None
+        return folder_of(Path(args.load), args.iteration)
 
     @property
     def num_layers(self) -> int:

@@ -11,22 +11,20 @@ torch's own reader unpickles index and objects, and so runs whatever they say. T
 
 from __future__ import annotations
 
-import io
 import json
-import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_smartmoe.checkpoint.unpickle import Opaque, read_pickle
+from megatron_smartmoe.checkpoint.torch_save import StoredTensor, class_of, read_saved
+from megatron_smartmoe.checkpoint.unpickle import read_pickle
 from megatron_smartmoe.errors import CheckpointError
 
 COMMON_OBJECT = "common_state/shard_0_1"  # key of Megatron's ShardedObject("common_state", None, (1,), (0,))
 COMMON_FILE = "common.pt"
 INDEX_FILE = ".metadata"
 FORMAT_FILE = "metadata.json"
-_LARGEST_OBJECT_BYTES = 2**30  # unpacked; arguments and random states take kilobytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,17 +66,30 @@ class CheckpointIndex:
         if item is None:
             raise CheckpointError(str(self.folder), "is incomplete", f"it has no object {key!r}")
         path = self.folder / item.file
-        try:
-            with path.open("rb") as file:
-                file.seek(item.offset_bytes)
-                data = file.read(min(item.length_bytes, _LARGEST_OBJECT_BYTES))
-            size = path.stat().st_size
-        except OSError as error:
-            raise CheckpointError(str(path), "cannot be read", error.strerror or "") from None
-        if len(data) < item.length_bytes:
-            rule = f"it has {size:,} bytes, and {key!r} ends at byte {item.offset_bytes + item.length_bytes:,}"
-            raise CheckpointError(str(path), "is truncated", rule)
-        return read_torch_save(data, f"{path}, object {key!r}")
+        return read_saved(path, f"{path}, object {key!r}", item.offset_bytes, item.length_bytes)
+
+    def tensors(self) -> Iterator[tuple[str, tuple[int, ...], StoredTensor]]:
+        """Key, offsets and numbers of each chunk of each tensor, in the order of the files: one is open at a time.
+
+        Raises:
+            CheckpointError: a chunk is missing, damaged or no tensor, or lies outside its tensor.
+        """
+        items = [(item, *where) for where, item in self.items.items() if where[0] in self.shapes]
+        for item, key, offsets in sorted(items, key=lambda entry: (entry[0].file, entry[0].offset_bytes)):
+            path = self.folder / item.file
+            tensor = read_saved(path, f"{path}, tensor {key!r}", item.offset_bytes, item.length_bytes)
+            shape = self.shapes[key]
+            if not isinstance(tensor, StoredTensor) or not _is_inside(offsets, tensor.shape, shape):
+                rule = f"{key!r} at {offsets} is {tensor!r:.200}, and the whole is {shape}"
+                raise CheckpointError(str(path), "is damaged", rule)
+            yield key, offsets, tensor
+
+    def smallest_sizes(self) -> Mapping[str, int]:
+        """The bytes that each file must have at least, to hold what the index says."""
+        sizes: dict[str, int] = {}
+        for item in self.items.values():
+            sizes[item.file] = max(sizes.get(item.file, 0), item.offset_bytes + item.length_bytes)
+        return sizes
 
 
 def is_torch_dist(folder: Path) -> bool:
@@ -106,7 +117,7 @@ def read_index(folder: Path) -> CheckpointIndex:
         shapes = {
             str(key): tuple(int(size) for size in entry.state["size"])
             for key, entry in content["state_dict_metadata"].items()
-            if _class_of(entry) == "TensorStorageMetadata"
+            if class_of(entry) == "TensorStorageMetadata"
         }
         items = dict(_item(index, info, path) for index, info in content["storage_data"].items())
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -114,21 +125,22 @@ def read_index(folder: Path) -> CheckpointIndex:
     return CheckpointIndex(folder=folder, shapes=shapes, items=items)
 
 
-def read_common(folder: Path) -> Mapping[str, Any]:
+def read_common(folder: Path, index: CheckpointIndex | None = None) -> Mapping[str, Any]:
     """What a checkpoint holds besides its tensors: `args`, `iteration`, and the schedules.
+
+    Args:
+        folder: of the checkpoint.
+        index: its index, if it was read already.
 
     Raises:
         CheckpointError: it cannot be read.
     """
     path = folder / COMMON_FILE
     if path.is_file():
-        try:
-            content = read_torch_save(path.read_bytes(), str(path))
-        except OSError as error:
-            raise CheckpointError(str(path), "cannot be read", error.strerror or "") from None
+        content = read_saved(path, str(path))
     else:
         path = folder / INDEX_FILE
-        content = read_index(folder).read_object(COMMON_OBJECT)
+        content = (index or read_index(folder)).read_object(COMMON_OBJECT)
     if isinstance(content, list) and len(content) == 1:  # Megatron wraps an object in a list
         content = content[0]
     if not isinstance(content, Mapping):
@@ -136,31 +148,16 @@ def read_common(folder: Path) -> Mapping[str, Any]:
     return content
 
 
-def read_torch_save(data: bytes, where: str) -> Any:
-    """The object in a file of `torch.save`; tensors and other unknown objects come as `Opaque`.
-
-    Raises:
-        CheckpointError: the file is damaged, or unpacks to more than an object of a checkpoint's head ever takes.
-    """
-    try:
-        with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            (entry,) = (info for info in archive.infolist() if info.filename.rpartition("/")[2] == "data.pkl")
-            if entry.file_size > _LARGEST_OBJECT_BYTES:
-                raise CheckpointError(where, "is too large", f"it unpacks to {entry.file_size:,} bytes")
-            content = archive.read(entry)
-    except (zipfile.BadZipFile, ValueError, NotImplementedError, RuntimeError, EOFError) as error:
-        raise CheckpointError(where, "is damaged", f"{type(error).__name__}: {error}") from None
-    return read_pickle(content, {}, where)
-
-
-def _class_of(entry: object) -> str:
-    return entry.qualified_name.rpartition(".")[2] if isinstance(entry, Opaque) else type(entry).__name__
+def _is_inside(offsets: tuple[int, ...], sizes: tuple[int, ...], shape: tuple[int, ...]) -> bool:
+    return len(offsets) == len(sizes) == len(shape) and all(
+        offset >= 0 and offset + size <= whole for offset, size, whole in zip(offsets, sizes, shape, strict=True)
+    )
 
 
 def _fields(entry: object, name: str, path: Path) -> Mapping[str, Any]:
     """The fields of a pickled dataclass of torch.distributed.checkpoint."""
     state = getattr(entry, "state", None)
-    if _class_of(entry) != name or not isinstance(state, Mapping):
+    if class_of(entry) != name or not isinstance(state, Mapping):
         raise CheckpointError(str(path), "is damaged", f"it holds {entry!r:.100}, where {name} was expected")
     return state
 

@@ -4,15 +4,22 @@ A pickle is a program: it may name any importable callable and have it called. `
 that to a list, and needs torch; the index of a torch_dist checkpoint is read by torch with plain `pickle.load`. Here
 every name that a pickle asks for is answered by a class of this module: the few that carry data we use (`_KNOWN`), and
 an `Opaque` for all others, which keeps what it is given and does nothing. So loading can be wrong, but it cannot act.
+
+A small pickle may also ask for much memory. Two ways are closed: lengths and memo numbers larger than the pickle itself
+(CPython allocates an array up to the largest memo number), found by a scan of its opcodes, and copies of one large
+container over and over, of which there is a limit.
 """
 
 from __future__ import annotations
 
 import argparse
 import collections
+import functools
 import io
 import pickle
-from collections.abc import Mapping
+import pickletools
+import re
+from collections.abc import Callable, Mapping, Sized
 from pathlib import PurePosixPath
 from types import SimpleNamespace
 from typing import Any
@@ -60,53 +67,129 @@ class Opaque:
 
 
 # What is used of the standard library; none of these does anything when it is called.
-_KNOWN: dict[str, Any] = {
+_CLASSES: dict[str, Any] = {
     "argparse.Namespace": argparse.Namespace,
-    "collections.OrderedDict": collections.OrderedDict,
     "types.SimpleNamespace": SimpleNamespace,
     "pathlib.PosixPath": PurePosixPath,
     "pathlib.PurePosixPath": PurePosixPath,
     "pathlib._local.PosixPath": PurePosixPath,
+    "builtins.complex": complex,
+}
+_CONTAINERS: dict[str, Callable[..., Any]] = {
+    "collections.OrderedDict": collections.OrderedDict,
     "builtins.set": set,
     "builtins.frozenset": frozenset,
     "builtins.list": list,
     "builtins.dict": dict,
     "builtins.tuple": tuple,
-    "builtins.complex": complex,
     "torch.Size": tuple,
 }
+_COPIED_ITEMS_PER_BYTE = 16  # that containers may hold in all; a real pickle copies an item about once
 
 
 class _Unpickler(pickle.Unpickler):
-    def __init__(self, file: io.BufferedIOBase, known: Mapping[str, Any]) -> None:
-        super().__init__(file)
-        self._classes = {**_KNOWN, **known}
+    def __init__(self, data: bytes, known: Mapping[str, Any], storages: Callable[[Any], Any]) -> None:
+        super().__init__(io.BytesIO(data))
+        self._classes = {**_CLASSES, **known}
+        self._storages = storages
+        self._copies_left = _COPIED_ITEMS_PER_BYTE * len(data)
 
     def find_class(self, module: str, name: str) -> Any:
         """The class that stands for `module.name` here."""
         qualified = f"{module}.{name}"
         if qualified not in self._classes:
-            self._classes[qualified] = type("Opaque", (Opaque,), {"qualified_name": qualified})
+            container = _CONTAINERS.get(qualified)
+            self._classes[qualified] = (
+                type("Opaque", (Opaque,), {"qualified_name": qualified})
+                if container is None
+                else functools.partial(self._copy, container)
+            )
         return self._classes[qualified]
 
     def persistent_load(self, pid: Any) -> Any:
-        """Storages of tensors are kept beside the pickle; only their description is returned."""
-        return pid
+        """Storages of tensors are kept beside the pickle; this is what stands for one."""
+        return self._storages(pid)
+
+    def _copy(self, container: Callable[..., Any], *args: Any) -> Any:
+        self._copies_left -= sum(len(argument) for argument in args if isinstance(argument, Sized))
+        if self._copies_left < 0:
+            raise pickle.UnpicklingError("it copies the same items too often")
+        return container(*args)
 
 
-def read_pickle(data: bytes, known: Mapping[str, Any], where: str) -> Any:
+def read_pickle(
+    data: bytes, known: Mapping[str, Any], where: str, storages: Callable[[Any], Any] = lambda pid: pid
+) -> Any:
     """The object in `data`, with inert stand-ins for every class that is not in `known`.
 
     Args:
         data: a whole pickle.
         known: further classes by qualified name. They are called with what the pickle says, so they must only keep it.
         where: names the source in an error.
+        storages: what stands for a tensor's storage, given its description; the description itself by default.
 
     Raises:
         CheckpointError: it is not a pickle, or a damaged one.
     """
     try:
-        return _Unpickler(io.BytesIO(data), known).load()
+        _check_sizes(data)
+        return _Unpickler(data, known, storages).load()
+    except CheckpointError:
+        raise
     except Exception as error:  # a damaged pickle fails in any way: missing opcode, wrong stack, bad utf-8, MemoryError
         reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
         raise CheckpointError(where, "cannot be read", reason) from None
+
+
+# Opcodes by the length of what follows them, as pickletools lists them.
+_SIZE_BYTES = {
+    pickletools.TAKEN_FROM_ARGUMENT1: 1,
+    pickletools.TAKEN_FROM_ARGUMENT4: 4,
+    pickletools.TAKEN_FROM_ARGUMENT4U: 4,
+    pickletools.TAKEN_FROM_ARGUMENT8U: 8,
+}
+_FRAME, _LONG_BINPUT = b"\x95", b"r"
+_LINES = {"INST": 2, "GLOBAL": 2}  # opcodes followed by two lines
+
+
+def _plain_opcodes() -> re.Pattern[bytes]:
+    """Any number of opcodes with nothing or a fixed number of bytes behind them, and nothing else to look at."""
+    choices = []
+    for opcode in pickletools.opcodes:
+        length = 0 if opcode.arg is None else opcode.arg.n
+        code = opcode.code.encode("latin-1")
+        if length >= 0 and code not in (_FRAME, _LONG_BINPUT, b"."):
+            choices.append(re.escape(code) + b".{%d}" % length)
+    return re.compile(b"(?:" + b"|".join(choices) + b")*+", re.DOTALL)
+
+
+_PLAIN = _plain_opcodes()
+_OTHERS = {opcode.code.encode("latin-1"): opcode for opcode in pickletools.opcodes}
+
+
+def _check_sizes(data: bytes) -> None:
+    """Raise for a length or a memo number that is larger than the pickle."""
+    at, end = 0, len(data)
+    while True:
+        found = _PLAIN.match(data, at)
+        assert found is not None, "the pattern matches nothing too"
+        at = found.end()
+        opcode = _OTHERS.get(data[at : at + 1])
+        if opcode is None or opcode.name == "STOP" or opcode.arg is None:
+            return  # its end; damage is the unpickler's to report
+        at += 1
+        value, length = 0, opcode.arg.n
+        if length == pickletools.UP_TO_NEWLINE:
+            line_end = at
+            for _ in range(_LINES.get(opcode.name, 1)):
+                line_end = data.find(b"\n", line_end) + 1 or end
+            if opcode.name == "PUT":
+                digits = data[at : line_end - 1].strip()
+                value = int(digits) if len(digits) < 20 and digits.isdigit() else end + 1
+            at = line_end
+        else:
+            num_bytes = _SIZE_BYTES.get(length, length)
+            value = int.from_bytes(data[at : at + num_bytes], "little")
+            at += num_bytes + (value if length < 0 else 0)
+        if value > end or at > end:
+            raise pickle.UnpicklingError(f"{opcode.name} of {value} in {end} bytes")

@@ -19,9 +19,12 @@ function and so is equal on every machine.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from megatron_smartmoe.errors import PlanError
 from megatron_smartmoe.spec.arrays import FloatArray, IntArray
@@ -67,6 +70,19 @@ class HistoryOptions:
         return cls() if num_ranks <= 16 else cls(window=1, spreads=(1.0, 2.0), micro_batches=2)
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Record:
+    """One record of the window.
+
+    Attributes:
+        total_LE: its counts.
+        micro_LME: those of the micro-batches that scenarios use.
+    """
+
+    total_LE: IntArray
+    micro_LME: IntArray
+
+
 class History:
     """Counts of the latest records of every layer of one group of ranks (or of all ranks).
 
@@ -80,7 +96,7 @@ class History:
         self.options = options or HistoryOptions()
         self.num_layers, self.num_experts = num_layers, num_experts
         self.num_records = 0
-        self._window: deque[IntArray] = deque(maxlen=self.options.window)
+        self._window: deque[_Record] = deque(maxlen=self.options.window)
         self._average_DLE = np.zeros((len(self.options.decays), num_layers, num_experts))
         self._error_DL = np.zeros((len(self.options.decays), num_layers))
         self._surprise_L = np.zeros(num_layers)  # running error of the forecasts, jumps and all
@@ -108,7 +124,8 @@ class History:
         # Step 3: update the averages and the window.
         keep_D11 = (decay_D if self.num_records else np.zeros_like(decay_D))[:, None, None]
         self._average_DLE = keep_D11 * self._average_DLE + (1 - keep_D11) * share_LE
-        self._window.append(counts_LME.copy())
+        chosen_M = _evenly(np.arange(counts_LME.shape[1]), self.options.micro_batches)
+        self._window.append(_Record(total_LE=counts_LME.sum(axis=1), micro_LME=counts_LME[:, chosen_M]))
         self.num_records += 1
         return error_L
 
@@ -137,6 +154,51 @@ class History:
         """Layers with a jump that is not too long ago."""
         return np.asarray(self._jumped_at_L >= max(self.num_records - self.options.regime_records, 0))
 
+    def state(self) -> dict[str, NDArray[Any]]:
+        """All that the next forecasts and scenarios depend on, as arrays whose first axis is the layer."""
+        state: dict[str, NDArray[Any]] = {
+            "average_LDE": self._average_DLE.swapaxes(0, 1),
+            "error_LD": self._error_DL.T,
+            "surprise_L": self._surprise_L,
+            "regime_LE": self._regime_LE,
+            "jumped_at_L": self._jumped_at_L,
+            "num_records_L": np.full(self.num_layers, self.num_records),
+        }
+        for age, record in enumerate(reversed(self._window)):
+            state[f"total_{age}_LE"], state[f"micro_{age}_LME"] = record.total_LE, record.micro_LME
+        return state
+
+    def restore(self, state: Mapping[str, NDArray[Any]]) -> None:
+        """Continue from what `state` gave, for the same layers and options.
+
+        Raises:
+            PlanError: it is of another shape.
+        """
+        # Step 1: what is there has the shape that this history's would have.
+        num_records = int(state["num_records_L"][0]) if state.get("num_records_L", np.zeros(0)).size else 0
+        ages = range(min(num_records, self.options.window))
+        layers_experts = (self.num_layers, self.num_experts)
+        shapes = {name: array.shape for name, array in History(*layers_experts, self.options).state().items()}
+        shapes |= {f"total_{age}_LE": layers_experts for age in ages}
+        for name, shape in shapes.items():
+            if name not in state or state[name].shape != shape:
+                found = state[name].shape if name in state else "missing"
+                raise PlanError(f"{name} of the saved history is {found}: must be {shape}")
+        micro = [state.get(f"micro_{age}_LME", np.zeros(0)) for age in ages]
+        if any(one.ndim != 3 or one.shape[::2] != layers_experts for one in micro):
+            raise PlanError(f"the micro-batches of the saved history have shapes {[one.shape for one in micro]}")
+        # Step 2: adopt it, in the order in memory that it had, since the order of sums follows that.
+        self._average_DLE = np.ascontiguousarray(state["average_LDE"].swapaxes(0, 1), np.float64)
+        self._error_DL = np.ascontiguousarray(state["error_LD"].T, np.float64)
+        self._surprise_L = state["surprise_L"].astype(np.float64)
+        self._regime_LE = state["regime_LE"].astype(np.float64)
+        self._jumped_at_L = state["jumped_at_L"].astype(np.int64)
+        self._window.clear()
+        for age in reversed(ages):
+            total_LE = state[f"total_{age}_LE"].astype(np.int64)
+            self._window.append(_Record(total_LE=total_LE, micro_LME=micro[age].astype(np.int64)))
+        self.num_records = num_records
+
     def forecast_LE(self) -> FloatArray:
         """Expected share of the tokens for each expert; even shares before the first record."""
         if not self.num_records:
@@ -153,11 +215,9 @@ class History:
         """Loads to plan for, in shares: the forecast first, then recent records, perturbed forecasts last."""
         forecast_E = self.forecast_LE()[layer]
         rows = [forecast_E[None]]
-        for age, counts_LME in enumerate(reversed(self._window)):
-            record_ME = counts_LME[layer].astype(np.float64)
-            if age > 0 or len(record_ME) == 1:
-                record_ME = record_ME.sum(axis=0, keepdims=True)
-            rows.append(_shares(_evenly(record_ME, self.options.micro_batches)))
+        for age, record in enumerate(reversed(self._window)):
+            counts_NE = record.micro_LME[layer] if age == 0 else record.total_LE[layer][None]
+            rows.append(_shares(counts_NE.astype(np.float64)))
         if self._regime_known_L[layer]:
             rows.append(self._regime_LE[layer][None])
         spread = self._expected_spread(layer)
@@ -191,7 +251,7 @@ def _distance(share_NE: FloatArray, other_NE: FloatArray) -> FloatArray:
     return np.asarray(0.5 * np.abs(share_NE - other_NE).sum(axis=-1))
 
 
-def _evenly(rows: FloatArray, most: int) -> FloatArray:
+def _evenly(rows: IntArray, most: int) -> IntArray:
     """Up to `most` of the rows, evenly spaced."""
     if len(rows) <= most:
         return rows

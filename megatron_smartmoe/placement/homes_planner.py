@@ -8,11 +8,14 @@ given; neither uses a clock, a process group or a device.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
+from megatron_smartmoe.errors import PlanError
 from megatron_smartmoe.placement.decisions import Decision, digest_of
 from megatron_smartmoe.placement.exact_replicas import exact_replicas
 from megatron_smartmoe.placement.history import History, HistoryOptions
@@ -25,6 +28,7 @@ from megatron_smartmoe.spec.arrays import IntArray
 from megatron_smartmoe.spec.placement import Placement
 
 ReplicaMode = Literal["history", "exact", "auto"]
+NEVER = -1  # in a saved state: the iteration of what has not happened yet
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +111,58 @@ class HomesPlanner:
         self.history.update(counts_LRE.sum(axis=1)[:, None])
         if self._move is not None:
             self._move.observe(counts_LRE)
+
+    def state(self) -> dict[str, NDArray[Any]]:
+        """All that the next decisions depend on besides the options."""
+        state = {f"history_{name}": array for name, array in self.history.state().items()}
+        last = [self._last_evaluation, self.policy.last_taken]
+        state["policy"] = np.array([self.policy.losses, *(NEVER if one is None else one for one in last)])
+        if self._counts_LRE is not None:
+            state["counts_LRE"] = self._counts_LRE
+        if self._move is not None:
+            move = self._move
+            state["move_before_LRS"], state["move_after_LRS"] = move.before.slots_LRS, move.after.slots_LRS
+            state["move_gain_s"] = np.array([move.predicted_gain_s])
+            state |= {f"move_counts_{age}_LRE": counts_LRE for age, counts_LRE in enumerate(move.counts)}
+        return state
+
+    def restore(self, state: Mapping[str, NDArray[Any]], placement: Placement) -> None:
+        """Continue from what `state` gave, for the same layers, ranks and options.
+
+        Args:
+            state: as `state` gave it.
+            placement: the present one.
+
+        Raises:
+            PlanError: it is of another shape, or incomplete.
+        """
+        counts_LRE = state.get("counts_LRE")
+        sizes = (placement.num_layers, placement.num_ranks, placement.num_experts)
+        if "policy" not in state or state["policy"].shape != (3,):
+            raise PlanError("the saved state of the homes has no policy")
+        if counts_LRE is not None and counts_LRE.shape != sizes:
+            raise PlanError(f"counts_LRE of the saved homes is {counts_LRE.shape}: must be {sizes}")
+        move = self._restored_move(state, placement)
+        self.history.restore({name.removeprefix("history_"): array for name, array in state.items()})
+        losses, last_evaluation, last_taken = (int(one) for one in state["policy"])
+        self.policy.losses = losses
+        self.policy.last_taken = None if last_taken == NEVER else last_taken
+        self._last_evaluation = None if last_evaluation == NEVER else last_evaluation
+        self._counts_LRE = None if counts_LRE is None else counts_LRE.astype(np.int64)
+        self._move = move
+
+    def _restored_move(self, state: Mapping[str, NDArray[Any]], placement: Placement) -> MoveReview | None:
+        if "move_gain_s" not in state:
+            return None
+        slots = [state.get(f"move_{when}_LRS", np.zeros(0, np.int64)) for when in ("before", "after")]
+        if any(one.shape != placement.slots_LRS.shape for one in slots):
+            raise PlanError(f"the saved move has slots {slots[0].shape}: must be {placement.slots_LRS.shape}")
+        before, after = (replace(placement, slots_LRS=one) for one in slots)
+        move = MoveReview(before, after, float(state["move_gain_s"][0]), self.options.review_records)
+        for age in range(self.options.review_records):
+            if (counts_LRE := state.get(f"move_counts_{age}_LRE")) is not None:
+                move.observe(counts_LRE.astype(np.int64))
+        return move
 
     def due(self, iteration: int) -> bool:
         """Whether the homes are to be re-evaluated; never while a move is under review."""

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
+from megatron_smartmoe.errors import PlanError
 from megatron_smartmoe.placement.decisions import Decision, digest_of
 from megatron_smartmoe.placement.exact_replicas import exact_replicas
 from megatron_smartmoe.placement.history import History, HistoryOptions
@@ -36,6 +40,30 @@ class ReplicaPlanner:
         """Add this group's counts of one iteration; returns the forecast's error per layer."""
         self._tokens_L = counts_LME.sum(axis=(1, 2)) / self.placement.num_ranks
         return self.history.update(counts_LME)
+
+    def state(self) -> dict[str, NDArray[Any]]:
+        """All that the next plans depend on besides the options, as arrays whose first axis is the layer."""
+        return {**self.history.state(), "tokens_L": self._tokens_L, "slots_LRS": self.placement.slots_LRS}
+
+    def restore(self, state: Mapping[str, NDArray[Any]]) -> None:
+        """Continue from what `state` gave, for the same layers, ranks, slots and options; the homes become its homes.
+
+        Raises:
+            PlanError: it is of another shape, or no placement.
+        """
+        for name, present in (("tokens_L", self._tokens_L), ("slots_LRS", self.placement.slots_LRS)):
+            if name not in state or state[name].shape != present.shape:
+                found = state[name].shape if name in state else "missing"
+                raise PlanError(f"{name} of the saved plan is {found}: must be {present.shape}")
+        placement = replace(self.placement, slots_LRS=state["slots_LRS"].astype(self.placement.slots_LRS.dtype))
+        self.history.restore(state)
+        self.placement, self._tokens_L = placement, state["tokens_L"].astype(np.float64)
+
+    def forget(self, placement: Placement) -> None:
+        """Start again, with an empty history and the slots of `placement`."""
+        self.placement = placement
+        self.history = History(placement.num_layers, placement.num_experts, self.history.options)
+        self._tokens_L = np.zeros(placement.num_layers)
 
     def exact_slots(self, layer: int, load_E: IntArray) -> IntArray | None:
         """Slots with replicas for the counts of one micro-batch, or None to use the present replicas.

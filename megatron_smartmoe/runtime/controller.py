@@ -12,8 +12,9 @@ training step and are called from there (`adapter.loops.replicas`, `adapter.moe.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -262,6 +263,32 @@ class Controller:
             load_R = np.bincount(home_rank_E, weights=load_E, minlength=placement.num_ranks)
             ratios.append(load_R.max() / max(load_R.mean(), 1e-300))  # a layer without tokens has the ratio 0
         return float(np.mean(ratios))
+
+    def state(self) -> dict[str, NDArray[Any]]:
+        """All that the next decisions depend on besides the options and the placement. A collective call."""
+        state = {f"planner_{name}": array for name, array in self.planner.state().items()}
+        state |= {f"counts_{name}": array for name, array in self._counts.state().items()}
+        if self._counts_LRE is not None:
+            state["last_LRE"] = self._counts_LRE
+        return state
+
+    def restore(self, state: Mapping[str, NDArray[Any]], *, adds_sums: bool) -> None:
+        """Continue from what `state` gave, which every rank has; the placement is restored apart.
+
+        Args:
+            state: as `state` gave it.
+            adds_sums: true on one rank, see `IntervalCounts.restore`.
+
+        Raises:
+            PlanError: it is of another shape.
+        """
+        parts = {
+            part: {name.removeprefix(f"{part}_"): array for name, array in state.items() if name.startswith(f"{part}_")}
+            for part in ("planner", "counts")
+        }
+        self.planner.restore(parts["planner"], self.placement)
+        self._counts.restore(parts["counts"], adds_sums=adds_sums)
+        self._counts_LRE = state["last_LRE"].astype(np.int64) if "last_LRE" in state else None
 
     def at_home(self) -> AtHome:
         """A context in which every expert is at its logical home: for checkpoints whose bytes follow the slots."""

@@ -6,12 +6,15 @@ over ranks is one all-reduce, on request or, for the decisions, once per interva
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
+
+from megatron_smartmoe.errors import PlanError
 
 
 class ExpertCounts:
@@ -76,7 +79,8 @@ class IntervalCounts:
         sizes = (shape.windows, len(shape.rows), shape.num_ranks, num_experts)
         self._sums_WLRE = torch.zeros(sizes, dtype=torch.int64, device=device)
         self._iterations_W = [0] * shape.windows
-        self._pending: tuple[dist.Work, torch.Tensor, list[int]] | None = None
+        # (reduction, or None when it is done; its result; iterations of each window)
+        self._pending: tuple[dist.Work | None, torch.Tensor, list[int]] | None = None
 
     @property
     def device(self) -> torch.device:
@@ -98,6 +102,44 @@ class IntervalCounts:
         self._sums_WLRE.zero_()
         self._iterations_W = [0] * self._shape.windows
 
+    def state(self) -> dict[str, NDArray[np.int64]]:
+        """The counts of the interval so far, and those whose reduction is under way, over all ranks. A collective call.
+
+        Neither is changed: the reduction is waited for, and its result stays to be fetched.
+        """
+        sums_WLRE = self._sums_WLRE.clone()
+        dist.all_reduce(sums_WLRE)
+        state = {"sums_WLRE": sums_WLRE.cpu().numpy(), "iterations_W": np.array(self._iterations_W)}
+        if self._pending is not None:
+            work, total_WLRE, iterations_W = self._pending
+            if work is not None:
+                work.wait()
+            self._pending = (None, total_WLRE, iterations_W)
+            state |= {"pending_WLRE": total_WLRE.cpu().numpy(), "pending_iterations_W": np.array(iterations_W)}
+        return state
+
+    def restore(self, state: Mapping[str, NDArray[np.int64]], *, adds_sums: bool) -> None:
+        """Continue from what `state` gave.
+
+        Args:
+            state: as `state` gave it.
+            adds_sums: whether this rank adds the counts of the interval so far; one rank does.
+
+        Raises:
+            PlanError: it is of another shape.
+        """
+        pending = "pending_WLRE" in state
+        for name in ("sums", *(["pending"] if pending else [])):
+            shape, windows = state.get(f"{name}_WLRE", np.zeros(0)).shape, (self._shape.windows,)
+            iterations = state.get("iterations_W" if name == "sums" else "pending_iterations_W", np.zeros(0)).shape
+            if shape != self._sums_WLRE.shape or iterations != windows:
+                raise PlanError(f"the saved counts have shape {shape}: must be {tuple(self._sums_WLRE.shape)}")
+        self._sums_WLRE.copy_(torch.from_numpy(state["sums_WLRE"] * adds_sums))
+        self._iterations_W = state["iterations_W"].tolist()
+        if pending:
+            total_WLRE = torch.from_numpy(state["pending_WLRE"].astype(np.int64)).to(self.device)
+            self._pending = (None, total_WLRE, state["pending_iterations_W"].tolist())
+
     def reduced(self) -> list[NDArray[np.float64]] | None:
         """Wait for the reduction that was started; None if there is none.
 
@@ -107,6 +149,7 @@ class IntervalCounts:
         if self._pending is None:
             return None
         (work, total_WLRE, iterations_W), self._pending = self._pending, None
-        work.wait()
+        if work is not None:
+            work.wait()
         sums_WLRE = total_WLRE.cpu().numpy().astype(np.float64)
         return [sums_LRE / n for sums_LRE, n in zip(sums_WLRE, iterations_W, strict=True) if n]

@@ -17,6 +17,7 @@ import pytest
 from megatron_smartmoe.adapter.flags import parser
 from megatron_smartmoe.errors import ConfigError
 from tests.support.checks import Case, judge, judge_all
+from tests.support.corpus import write_indexed_files
 from tests.support.ranks import run_ranks
 
 pytestmark = [pytest.mark.dist, pytest.mark.fast]
@@ -255,7 +256,28 @@ DATASETS = {
         "--data-path PREFIX, or pass --mock-data.",
     ),
     "a dataset": Case(flags="--data-path {data}/good", without=("--mock-data",), verdict=True),
-    "datasets from a file": Case(flags="--data-args-path {data}/list", without=("--mock-data",)),
+    "datasets from a file": Case(flags="--data-args-path {data}/remote", without=("--mock-data",)),
+    "an empty list of datasets": Case(
+        flags="--data-args-path {data}/list",
+        without=("--mock-data",),
+        says="--data-path = None: is required. Make one with scripts/prepare_data.py and pass "
+        "--data-path PREFIX, or pass --mock-data.",
+    ),
+    "a dataset that is cut off": Case(
+        flags="--data-path {data}/cut",
+        says="--data-path = '{data}/cut': {data}/cut.bin has 9 bytes, and {data}/cut.idx says 10: the dataset is cut "
+        "off or damaged. Copy it again, or make the dataset with scripts/prepare_data.py --force.",
+    ),
+    "ids that the tokenizer has not": Case(
+        flags="--data-path {data}/large",
+        says="--data-path = '{data}/large': has token ids up to 200, and the tokenizer (NullTokenizer) has 128 "
+        "entries. Pass --vocab-size 201 or more.",
+    ),
+    "a file for a prefix": Case(
+        flags="--data-path {data}/good.bin",
+        says="--data-path = '{data}/good.bin': is a file, and the prefix of both files is needed. "
+        "Pass --data-path {data}/good.",
+    ),
     "no such dataset": Case(
         flags="--data-path {data}/absent",
         says=f"--data-path = '{{data}}/absent': there is no file {{data}}/absent.bin. {CHECK_PREFIX}",
@@ -276,13 +298,23 @@ DATASETS = {
     ),
     "no tokenizer model": Case(
         flags="--tokenizer-type SentencePieceTokenizer",
-        says="--tokenizer-model = None: is not a file. Pass the .model file that made the dataset.",
+        says="--tokenizer-model = None: is required by --tokenizer-type SentencePieceTokenizer. Pass --tokenizer-model "
+        "PATH, the tokenizer that made the dataset.",
     ),
     "absent tokenizer model": Case(
         flags="--tokenizer-type SentencePieceTokenizer --tokenizer-model {data}/absent",
         says="--tokenizer-model = '{data}/absent': is not a file. Pass the .model file that made the dataset.",
     ),
-    "a tokenizer model": Case(flags="--tokenizer-type SentencePieceTokenizer --tokenizer-model {data}/list"),
+    "no tokenizer": Case(
+        flags="--tokenizer-type SentencePieceTokenizer --tokenizer-model {data}/remote",
+        says="--tokenizer-model = '{data}/remote': is not a sentencepiece model. Give a tokenizer: a sentencepiece "
+        ".model, a folder with tokenizer.json, or a tiktoken file.",
+    ),
+    "a tokenizer that transformers reads": Case(
+        flags="--tokenizer-type HuggingFaceTokenizer --tokenizer-model owner/name",
+        says="--tokenizer-model = 'owner/name': has no tokenizer.json, and the package transformers, which reads other "
+        "tokenizers, is not installed. Give a folder with tokenizer.json, or install it: pip install transformers.",
+    ),
     "data comes later": Case(
         flags="--tokenizer-type SentencePieceTokenizer --tokenizer-model {data}/absent",
         without=("--mock-data",),
@@ -411,8 +443,12 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("checks")
     data = folder / "data"
     data.mkdir()
-    for name in ("good.bin", "good.idx", "no_index.bin", "list"):
+    for name in ("no_index.bin", "list"):
         (data / name).touch()
+    (data / "remote").write_text("0.5 s3://bucket/corpus\n")
+    for name in ("good", "cut", "large"):
+        write_indexed_files(data / name, [[1, 2, 3], [4, 200 if name == "large" else 127]])
+    (data / "cut.bin").write_bytes((data / "cut.bin").read_bytes()[:-1])
     results: dict[str, Any] = run_ranks(everything, 1, data, log_dir=folder)[0]
     return results
 

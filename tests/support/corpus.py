@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import struct
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +53,17 @@ def decode(corpus: PreparedCorpus) -> list[str]:
     documents = [tokens.tolist() for tokens in read_back(corpus.prefix)]
     assert all((tokens[-1] == corpus.eod_id) == corpus.append_eod for tokens in documents)
     return [processor.decode(tokens[:-1] if corpus.append_eod else tokens) for tokens in documents]
+
+
+def write_indexed_files(prefix: Path, documents: Sequence[Sequence[int]]) -> None:
+    """The two files of an indexed dataset with uint16 tokens, as Megatron's builder writes them, and no metadata."""
+    lengths = [len(document) for document in documents]
+    starts = [2 * sum(lengths[:index]) for index in range(len(documents))]
+    head = b"MMIDIDX\x00\x00" + struct.pack("<QBQQ", 1, 8, len(documents), len(documents) + 1)
+    parts = [(lengths, np.int32), (starts, np.int64), (range(len(documents) + 1), np.int64)]
+    tail = b"".join(np.array(values, dtype=dtype).tobytes() for values, dtype in parts)
+    Path(f"{prefix}.idx").write_bytes(head + tail)
+    Path(f"{prefix}.bin").write_bytes(np.array([i for document in documents for i in document], np.uint16).tobytes())
 
 
 def files(folder: Path) -> set[str]:

@@ -1,21 +1,23 @@
 """Turn text into a dataset for Megatron: PREFIX.bin, PREFIX.idx, PREFIX.json and, if trained here, a tokenizer.
 
     python scripts/prepare_data.py --input corpus.jsonl --vocab-size 32000 --output-prefix data/corpus
+    python scripts/prepare_data.py --input corpus.jsonl.zst --tokenizer-model models/qwen3 --output-prefix data/corpus
     python scripts/prepare_data.py --python-stdlib --max-bytes 8000000 --vocab-size 4096 --output-prefix data/python
 
-Then train with --data-path PREFIX --tokenizer-type SentencePieceTokenizer --tokenizer-model PREFIX.tokenizer.model.
+The last line that it prints has the flags to train on it.
 Trained tokenizers give back any text as it was, except for the character U+2581, which comes back as a space.
 """
 
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_smartmoe.adapter.corpus.prepare import prepare
-from megatron_smartmoe.adapter.corpus.spec import CorpusSpec, PreparedCorpus
+from megatron_smartmoe.adapter.corpus.spec import TOKENIZER_TYPES, CorpusSpec, PreparedCorpus
 from megatron_smartmoe.errors import SmartMoEError
 
 
@@ -24,7 +26,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = build_parser()
     fields = vars(parser.parse_args(arguments))
     command = ("prepare_data.py", *(sys.argv[1:] if arguments is None else arguments))
-    fields["inputs"], fields["json_keys"] = tuple(fields["inputs"]), tuple(fields["json_keys"])
+    for name in ("inputs", "json_keys", "special_tokens"):
+        fields[name] = None if fields[name] is None else tuple(fields[name])
     try:
         corpus = prepare(CorpusSpec(**fields, command=command))
     except SmartMoEError as error:
@@ -52,7 +55,8 @@ def build_parser() -> argparse.ArgumentParser:
         nargs="+",
         default=[],
         metavar="PATH",
-        help="files, directories or globs; .jsonl and .json hold a JSON object per line, other files are one document",
+        help="files, directories or globs: JSON (.jsonl, .ndjson and .json: an object per line, or an array of them), "
+        "parquet, and text, a document per file; each of them also as .gz, .zst, .xz or .bz2 but parquet",
     )
     text.add_argument(
         "--python-stdlib", action="store_true", help="use the text that every Python carries: about 10 MB, no download"
@@ -61,7 +65,13 @@ def build_parser() -> argparse.ArgumentParser:
         "--json-keys",
         nargs="+",
         default=["text"],
-        help="keys whose strings, joined by a newline, are a JSON line's document (default: text)",
+        help="keys whose strings, joined by a newline, are a record's document; data.text is the key text inside data; "
+        "a key may hold chat messages (default: text)",
+    )
+    text.add_argument(
+        "--chat-template",
+        metavar="FILE",
+        help="Jinja template that makes text of chat messages: its file, or itself (default: the tokenizer's)",
     )
     text.add_argument("--max-bytes", type=int, help="keep the first documents that have at most this many bytes")
     text.add_argument(
@@ -71,8 +81,42 @@ def build_parser() -> argparse.ArgumentParser:
         help="lines that cannot be used: stop and list them, or leave them out and count them (default: refuse)",
     )
     tokens = parser.add_argument_group("tokenizer (one of the first two)")
-    tokens.add_argument("--tokenizer-model", type=Path, metavar="FILE", help="a sentencepiece model")
-    tokens.add_argument("--vocab-size", type=int, metavar="N", help="train a model with N entries on this text")
+    tokens.add_argument(
+        "--tokenizer-model",
+        type=Path,
+        metavar="PATH",
+        help="a sentencepiece model, a folder with Hugging Face's tokenizer.json (or that file), or a tiktoken file",
+    )
+    tokens.add_argument(
+        "--vocab-size",
+        type=int,
+        metavar="N",
+        help="train a sentencepiece model with N entries on this text; of a tiktoken file: use N entries",
+    )
+    tokens.add_argument(
+        "--tokenizer-type", choices=TOKENIZER_TYPES, help="of --tokenizer-model (default: told by its content)"
+    )
+    tokens.add_argument(
+        "--tokenizer-special-tokens",
+        dest="special_tokens",
+        nargs="+",
+        metavar="TOKEN",
+        help="further special tokens of a Hugging Face or tiktoken tokenizer; pass them in training too",
+    )
+    tokens.add_argument(
+        "--tokenizer-hf-no-include-special-tokens",
+        dest="include_special_tokens",
+        action="store_false",
+        help="leave out what a Hugging Face tokenizer puts around a text, such as bos",
+    )
+    tokens.add_argument("--tiktoken-pattern", choices=("v1", "v2"), help="how tiktoken cuts words (default: v2)")
+    tokens.add_argument(
+        "--tiktoken-num-special-tokens",
+        type=int,
+        default=CorpusSpec.tiktoken_num_special_tokens,
+        metavar="N",
+        help="ids in front of a tiktoken file's (default: 1000)",
+    )
     tokens.add_argument(
         "--tokenizer-sample-bytes",
         type=int,
@@ -103,11 +147,19 @@ def build_parser() -> argparse.ArgumentParser:
 def summary(corpus: PreparedCorpus) -> str:
     """What was made, and the flags to train on it."""
     left_out = f"{corpus.num_empty_documents} empty documents and {corpus.num_bad_lines} bad lines left out"
+    flags = shlex.join(corpus.tokenizer_flags)
     return (
         f"{corpus.prefix}: {corpus.num_documents:,} documents, {corpus.text_bytes:,} bytes,"
         f" {corpus.num_tokens:,} tokens ({left_out})\n"
-        f"vocabulary {corpus.vocab_size}, end of document {corpus.eod_id},"
+        f"vocabulary {corpus.vocab_size}, end of document {corpus.eod_id}, {_special(corpus)},"
         f" unigram entropy {corpus.unigram_entropy_nats:.4f} nats per token\n"
-        f"--data-path {corpus.prefix} --tokenizer-type SentencePieceTokenizer"
-        f" --tokenizer-model {corpus.tokenizer_model}"
+        f"--data-path {corpus.prefix} --tokenizer-type {corpus.tokenizer_type}"
+        f" --tokenizer-model {corpus.tokenizer_model}{' ' * bool(flags)}{flags}"
+    )
+
+
+def _special(corpus: PreparedCorpus) -> str:
+    return ", ".join(
+        f"{name} {'none' if token is None else token}"
+        for name, token in {"begin of text": corpus.bos_id, "padding": corpus.pad_id}.items()
     )

@@ -11,11 +11,12 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from sentencepiece import SentencePieceProcessor
 
 from megatron_smartmoe.adapter import log_filters
 from megatron_smartmoe.adapter.corpus.documents import read_documents
+from megatron_smartmoe.adapter.corpus.records import Document, RecordReader
 from megatron_smartmoe.adapter.corpus.sources import SpanGroup
+from megatron_smartmoe.adapter.tokenizers.base import TextTokenizer
 
 # sentencepiece's memory is about 65 bytes per character of one call, and its time grows faster than the text.
 LONG_DOCUMENT_CHARACTERS = 2**20
@@ -31,12 +32,14 @@ class EncodedGroup:
         lengths: int32 [D], tokens of each document.
         text_bytes: UTF-8 bytes of the documents.
         digests: sha256 of each document's text, 32 bytes each, one after another.
+        num_inner_eod: how often the end-of-document id is inside a document, because its text spells that token.
     """
 
     tokens: NDArray[np.int32]
     lengths: NDArray[np.int32]
     text_bytes: int
     digests: bytes
+    num_inner_eod: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,16 +47,18 @@ class Encoder:
     """Tokenize the first documents of a group: `(SpanGroup, number of documents) -> EncodedGroup`, run in the workers.
 
     Args:
-        processor: the tokenizer (pickles as its model file).
-        eod_id: appended to every document; None to append nothing.
-        json_keys: see CorpusSpec.
+        tokenizer: text to ids; pickles as its model.
+        eod_id: the end-of-document id.
+        append_eod: whether every document ends with it; one that the tokenizer has already ended is left as it is.
+        reader: reads documents out of JSON records.
         newline_splits: whether a text may be cut at a newline without changing its tokens, because newline is a piece
             that merges with nothing. True for the tokenizers trained here; others may not have this property.
     """
 
-    processor: SentencePieceProcessor
-    eod_id: int | None
-    json_keys: tuple[str, ...]
+    tokenizer: TextTokenizer
+    eod_id: int
+    append_eod: bool
+    reader: RecordReader
     newline_splits: bool
 
     def __call__(self, item: tuple[SpanGroup, int]) -> EncodedGroup:
@@ -62,12 +67,13 @@ class Encoder:
         tokens: list[int] = []
         lengths: list[int] = []
         digests: list[bytes] = []
-        text_bytes = 0
-        for text in islice(read_documents(group, self.json_keys), num_documents):
-            ids = self.encode(text)
+        text_bytes = num_inner_eod = 0
+        for document in islice(read_documents(group, self.reader), num_documents):
+            ids = self.encode(document)
             tokens.extend(ids)
             lengths.append(len(ids))
-            data = text.encode()
+            num_inner_eod += ids[:-1].count(self.eod_id)
+            data = document.text.encode()
             text_bytes += len(data)
             digests.append(hashlib.sha256(data).digest())
         return EncodedGroup(
@@ -75,13 +81,17 @@ class Encoder:
             lengths=np.array(lengths, dtype=np.int32),
             text_bytes=text_bytes,
             digests=b"".join(digests),
+            num_inner_eod=num_inner_eod,
         )
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, document: Document) -> list[int]:
         """Token ids of one document, eod included."""
+        text = document.text
         parts = _line_parts(text) if self.newline_splits and len(text) > LONG_DOCUMENT_CHARACTERS else [text]
-        ids = [token for part in parts for token in self.processor.encode(part)]
-        return ids if self.eod_id is None else [*ids, self.eod_id]
+        ids = [token for part in parts for token in self.tokenizer.encode(part, is_chat=document.is_chat)]
+        if self.append_eod and (not ids or ids[-1] != self.eod_id):
+            ids.append(self.eod_id)
+        return ids
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +101,7 @@ class Totals:
     num_documents: int
     text_bytes: int
     token_counts: NDArray[np.int64]
+    num_inner_eod: int
     sha256: str
 
 
@@ -109,7 +120,7 @@ def write_indexed(encoded: Iterable[EncodedGroup], bin_path: Path, idx_path: Pat
     builder = IndexedDatasetBuilder(str(bin_path), dtype=DType.optimal_dtype(vocab_size))
     token_counts = np.zeros(vocab_size, dtype=np.int64)
     documents_hash = hashlib.sha256()
-    num_documents = text_bytes = 0
+    num_documents = text_bytes = num_inner_eod = 0
     try:
         for group in chain(first, groups):
             ends = np.cumsum(group.lengths)
@@ -119,6 +130,7 @@ def write_indexed(encoded: Iterable[EncodedGroup], bin_path: Path, idx_path: Pat
             documents_hash.update(group.digests)
             num_documents += len(group.lengths)
             text_bytes += group.text_bytes
+            num_inner_eod += group.num_inner_eod
         builder.finalize(str(idx_path))
     finally:
         builder.data_file.close()
@@ -126,6 +138,7 @@ def write_indexed(encoded: Iterable[EncodedGroup], bin_path: Path, idx_path: Pat
         num_documents=num_documents,
         text_bytes=text_bytes,
         token_counts=token_counts,
+        num_inner_eod=num_inner_eod,
         sha256=documents_hash.hexdigest(),
     )
 

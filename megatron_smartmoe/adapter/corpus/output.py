@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
+import shutil
 import signal
 import threading
 from collections.abc import Iterator
@@ -26,13 +27,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class OutputPaths:
-    """The files of one prefix, in the order in which they are put in place."""
+    """The files of one prefix, in the order in which they are put in place; its lock; a folder for unpacked inputs."""
 
     meta: Path
     tokenizer: Path
     bin: Path
     idx: Path
     lock: Path
+    unpacked: Path
 
     @classmethod
     def of(cls, prefix: Path) -> OutputPaths:
@@ -43,6 +45,7 @@ class OutputPaths:
             bin=Path(f"{prefix}.bin"),
             idx=Path(f"{prefix}.idx"),
             lock=Path(f"{prefix}.lock"),
+            unpacked=Path(f"{prefix}.unpacked.partial"),
         )
 
     def targets(self) -> tuple[Path, ...]:
@@ -84,12 +87,17 @@ def partial_files(paths: OutputPaths) -> Iterator[None]:
     """Remove partial files before (a killed preparer's) and after (after a commit there are none)."""
     leftovers = [partial(path) for path in paths.targets()]
     try:
-        for path in leftovers:
-            path.unlink(missing_ok=True)
+        _remove(leftovers, paths.unpacked)
         yield
     finally:
-        for path in leftovers:
-            path.unlink(missing_ok=True)
+        _remove(leftovers, paths.unpacked)
+
+
+def _remove(files: list[Path], folder: Path) -> None:
+    for path in files:
+        path.unlink(missing_ok=True)
+    if folder.is_dir():
+        shutil.rmtree(folder)
 
 
 @contextmanager

@@ -8,11 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
+from megatron_smartmoe.adapter.tokenizers.base import HUGGING_FACE, SENTENCEPIECE, TIKTOKEN
+from megatron_smartmoe.adapter.tokenizers.detect import is_hub_name
 from megatron_smartmoe.errors import ConfigError
 
 META_FORMAT = "megatron_smartmoe corpus"
 META_VERSION = 1
-TOKENIZER_TYPE = "SentencePieceTokenizer"
+DEFAULT_TIKTOKEN_SPECIALS = 1000  # as in Megatron
+TOKENIZER_TYPES = (SENTENCEPIECE, HUGGING_FACE, TIKTOKEN)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,12 +24,17 @@ class CorpusSpec:
 
     Args:
         output_prefix: path without suffix, the later value of Megatron's `--data-path`.
-        inputs: files, directories (walked, hidden names left out) or globs. `.jsonl` and `.json` hold one JSON object
-            per line; any other file is one document.
+        inputs: files, directories (walked, hidden names left out) or globs, each file read once. See `formats.py`:
+            JSON files hold records, as do parquet tables; any other file is one document.
         python_stdlib: add the text that every Python carries, see `sources.stdlib_spans`.
-        tokenizer_model: a sentencepiece model to use.
-        vocab_size: entries of the tokenizer to train on this corpus.
-        json_keys: keys of a JSON line; their strings, joined by a newline, are its document.
+        tokenizer_model: a tokenizer to use: a sentencepiece model, a folder or file of Hugging Face, a tiktoken file.
+        tokenizer_type: which of TOKENIZER_TYPES it is; None to tell by its content.
+        vocab_size: entries of the tokenizer to train on this corpus; of a tiktoken file, the entries to use.
+        include_special_tokens: of a Hugging Face tokenizer, put around a text what it puts around it (such as bos).
+        special_tokens: further special tokens, as Megatron's --tokenizer-special-tokens.
+        tiktoken_pattern, tiktoken_num_special_tokens: Megatron's flags of these names.
+        chat_template: Jinja, or a file of it, for records that hold messages; None for the tokenizer's own.
+        json_keys: keys of a record, dotted where they are nested; their strings, joined by a newline, are its document.
         append_eod: end every document with the id that Megatron uses as `eod`.
         max_bytes: keep the first documents, in order, that have at most this many bytes of UTF-8 together.
         seed: orders the standard library's documents, and picks what the tokenizer is trained on.
@@ -42,7 +50,13 @@ class CorpusSpec:
     inputs: tuple[str, ...] = ()
     python_stdlib: bool = False
     tokenizer_model: Path | None = None
+    tokenizer_type: str | None = None
     vocab_size: int | None = None
+    include_special_tokens: bool = True
+    special_tokens: tuple[str, ...] | None = None
+    tiktoken_pattern: str | None = None
+    tiktoken_num_special_tokens: int = DEFAULT_TIKTOKEN_SPECIALS
+    chat_template: str | None = None
     json_keys: tuple[str, ...] = ("text",)
     append_eod: bool = True
     max_bytes: int | None = None
@@ -58,20 +72,7 @@ class CorpusSpec:
         """Raise ConfigError for what is wrong in the request itself, before any input is read."""
         if not self.inputs and not self.python_stdlib:
             raise ConfigError("--input", "", "there is no text to prepare", "Give --input FILE... or --python-stdlib.")
-        if (self.tokenizer_model is None) == (self.vocab_size is None):
-            raise ConfigError(
-                "--tokenizer-model, --vocab-size",
-                "both" if self.vocab_size is not None else "neither",
-                "exactly one of the two says which tokenizer to use",
-                "Give --tokenizer-model FILE to use one, or --vocab-size N to train one here.",
-            )
-        if self.tokenizer_model is not None and not self.tokenizer_model.is_file():
-            raise ConfigError(
-                "--tokenizer-model",
-                str(self.tokenizer_model),
-                "no such file",
-                "Give the path of a sentencepiece model, such as data/corpus.tokenizer.model.",
-            )
+        self._check_tokenizer()
         for field, value in (
             ("--vocab-size", self.vocab_size),
             ("--max-bytes", self.max_bytes),
@@ -87,9 +88,33 @@ class CorpusSpec:
                 "--output-prefix", str(self.output_prefix), "is a directory", "Give a name in it, such as data/corpus."
             )
 
+    def _check_tokenizer(self) -> None:
+        """The tokenizer's options against each other."""
+        both = self.tokenizer_model is not None and self.vocab_size is not None and self.tokenizer_type != TIKTOKEN
+        if both or (self.tokenizer_model is None and self.vocab_size is None):
+            raise ConfigError(
+                "--tokenizer-model, --vocab-size",
+                "both" if both else "neither",
+                "exactly one of the two says which tokenizer to use",
+                "Give --tokenizer-model PATH to use one, or --vocab-size N to train one here.",
+            )
+        if self.tokenizer_model is None and self.tokenizer_type not in (None, SENTENCEPIECE):
+            rule = "is not trained here, and --tokenizer-model names none"
+            way_out = f"Give --tokenizer-model PATH, or leave the flag out to train a {SENTENCEPIECE}."
+            raise ConfigError("--tokenizer-type", self.tokenizer_type, rule, way_out)
+
     def request(self) -> dict[str, Any]:
         """Everything that decides the bytes of the result (JSON values only), so that two requests can be compared."""
-        return {
+        specials = self.tiktoken_num_special_tokens
+        given = {
+            "tokenizer_type": self.tokenizer_type,
+            "include_special_tokens": None if self.include_special_tokens else False,
+            "special_tokens": None if self.special_tokens is None else list(self.special_tokens),
+            "tiktoken_pattern": self.tiktoken_pattern,
+            "tiktoken_num_special_tokens": None if specials == DEFAULT_TIKTOKEN_SPECIALS else specials,
+            "chat_template": self.chat_template,
+        }
+        return {name: value for name, value in given.items() if value is not None} | {
             "inputs": [str(Path(item).absolute()) for item in self.inputs],
             "python_stdlib": self.python_stdlib,
             "tokenizer_model": None if self.tokenizer_model is None else str(self.tokenizer_model.absolute()),
@@ -109,9 +134,12 @@ class PreparedCorpus:
 
     Args:
         prefix: for `--data-path`.
-        tokenizer_model: for `--tokenizer-model`, with `--tokenizer-type SentencePieceTokenizer`.
+        tokenizer_model: for `--tokenizer-model`.
+        tokenizer_type: for `--tokenizer-type`.
+        tokenizer_flags: further flags that Megatron's tokenizer needs to be the same.
         vocab_size: entries of the tokenizer, before Megatron pads it.
         eod_id: the end-of-document id, Megatron's `tokenizer.eod`.
+        bos_id, pad_id: ids of the tokenizer's other special tokens; None where it has none, or the file is older.
         append_eod: whether every document ends with it.
         num_documents, num_tokens: what the dataset holds, eod included.
         text_bytes: UTF-8 bytes of these documents.
@@ -122,6 +150,9 @@ class PreparedCorpus:
         input_sha256: hash over the hashes of the documents, in order.
         request: `CorpusSpec.request()` of the request that made it.
         command: the command line that made it.
+        num_inner_eod: how often the end-of-document id is inside a document.
+        max_token_id: the largest id in it; None in older files.
+        bin_bytes, idx_bytes: sizes of `PREFIX.bin` and `PREFIX.idx`; None in older files.
     """
 
     prefix: Path
@@ -139,11 +170,25 @@ class PreparedCorpus:
     input_sha256: str
     request: Mapping[str, Any]
     command: tuple[str, ...]
+    tokenizer_type: str = SENTENCEPIECE
+    tokenizer_flags: tuple[str, ...] = ()
+    bos_id: int | None = None
+    pad_id: int | None = None
+    num_inner_eod: int = 0
+    max_token_id: int | None = None
+    bin_bytes: int | None = None
+    idx_bytes: int | None = None
 
     @staticmethod
     def exists(prefix: str | Path) -> bool:
         """Whether a whole dataset is there; the `.idx` is put in place last, so it answers for all."""
         return meta_path(prefix).is_file() and Path(f"{prefix}.idx").is_file()
+
+    @classmethod
+    def is_noted(cls, prefix: str | Path) -> bool:
+        """Whether the metadata beside a dataset are there and can be read; datasets of other tools have none."""
+        meta = read_meta(meta_path(prefix)) if cls.exists(prefix) else None
+        return meta is not None and meta.get("version") == META_VERSION
 
     @classmethod
     def load(cls, prefix: str | Path) -> Self:
@@ -165,18 +210,23 @@ class PreparedCorpus:
                 "Prepare the corpus again with --force.",
             )
         fields = {name: meta[name] for name in cls.__dataclass_fields__ if name in meta}
-        fields["tokenizer_model"] = path.parent / meta["tokenizer_model"]
-        fields["bad_lines"], fields["command"] = tuple(meta["bad_lines"]), tuple(meta["command"])
+        model = Path(meta["tokenizer_model"])
+        beside = path.parent / model
+        fields["tokenizer_model"] = model if is_hub_name(model) and not beside.exists() else beside
+        for name in ("bad_lines", "command", "tokenizer_flags"):
+            fields[name] = tuple(meta.get(name, ()))
         return cls(prefix=Path(prefix), **fields)
 
     def to_json(self) -> str:
         """The text of `PREFIX.json`. The tokenizer's path is relative to it, so that the directory can be moved."""
         fields = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "prefix"}
-        try:
-            tokenizer = self.tokenizer_model.absolute().relative_to(self.prefix.absolute().parent, walk_up=True)
-        except ValueError:
-            tokenizer = self.tokenizer_model.absolute()
-        head = {"format": META_FORMAT, "version": META_VERSION, "tokenizer_type": TOKENIZER_TYPE}
+        tokenizer = self.tokenizer_model
+        if not is_hub_name(tokenizer):
+            try:
+                tokenizer = tokenizer.absolute().relative_to(self.prefix.absolute().parent, walk_up=True)
+            except ValueError:
+                tokenizer = tokenizer.absolute()
+        head = {"format": META_FORMAT, "version": META_VERSION, "tokenizer_type": self.tokenizer_type}
         return json.dumps(head | fields | {"tokenizer_model": str(tokenizer)}, indent=2, ensure_ascii=False) + "\n"
 
 

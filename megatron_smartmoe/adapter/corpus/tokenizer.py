@@ -1,4 +1,4 @@
-"""The sentencepiece tokenizer: trained here or given.
+"""The sentencepiece tokenizer that is trained here.
 
 Trained here it is BPE with byte fallback, identity normalisation and no whitespace rules, so that source code comes
 back as it went in: `decode(encode(text)) == text` for any text without U+2581 (sentencepiece writes spaces as that
@@ -16,9 +16,10 @@ import io
 import re
 from collections.abc import Iterator, Sequence
 
-from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
+from sentencepiece import SentencePieceTrainer
 
 from megatron_smartmoe.adapter.corpus.documents import read_documents
+from megatron_smartmoe.adapter.corpus.records import RecordReader
 from megatron_smartmoe.adapter.corpus.sources import SpanGroup
 from megatron_smartmoe.errors import ConfigError
 
@@ -59,37 +60,12 @@ def train(lines: Iterator[str], vocab_size: int) -> bytes:
     return model.getvalue()
 
 
-def load(model: bytes, name: str) -> SentencePieceProcessor:
-    """Load a model and check that Megatron can end documents with it.
-
-    Raises:
-        ConfigError: not a sentencepiece model, or one without `eos`.
-    """
-    processor = SentencePieceProcessor()
-    try:
-        processor.LoadFromSerializedProto(model)
-    except RuntimeError as error:
-        raise ConfigError(
-            "--tokenizer-model", name, "is not a sentencepiece model", "Give a .model file, or --vocab-size to train."
-        ) from error
-    if processor.eos_id() < 0:
-        raise ConfigError(
-            "--tokenizer-model",
-            name,
-            "has no end-of-sentence id (eos_id), which Megatron uses as end of document",
-            "Train the model with an eos_id, or give --vocab-size to train one here.",
-        )
-    return processor
-
-
-def sample_lines(
-    groups: Sequence[tuple[SpanGroup, int]], json_keys: tuple[str, ...], seed: int, limit: int
-) -> list[str]:
+def sample_lines(groups: Sequence[tuple[SpanGroup, int]], reader: RecordReader, seed: int, limit: int) -> list[str]:
     """The lines that the tokenizer is trained on: of all groups when they fit, else of groups picked by `seed`.
 
     Args:
         groups: groups of spans, each with the number of its documents that belong to the corpus.
-        json_keys: see CorpusSpec.
+        reader: reads documents out of JSON records.
         seed: picks the groups.
         limit: bytes to return at most, about.
     """
@@ -98,10 +74,10 @@ def sample_lines(
     room = limit
     for index in order:
         group, num_documents = groups[index]
-        for text, _ in zip(read_documents(group, json_keys), range(num_documents), strict=False):
+        for document, _ in zip(read_documents(group, reader), range(num_documents), strict=False):
             if room <= 0:
                 return lines
-            part = text[:room]
+            part = document.text[:room]
             room -= len(part.encode())
             for line in part.split("\n"):
                 starts = range(0, len(line), MAX_LINE_CHARACTERS)

@@ -1,4 +1,4 @@
-"""Start-up checks of the checkpoint that will be loaded: whether its state fits this run."""
+"""Start-up checks of the checkpoint that will be loaded: whether it is whole, and whether its state fits this run."""
 
 from __future__ import annotations
 
@@ -6,15 +6,29 @@ import argparse
 from pathlib import Path
 
 from megatron_smartmoe.adapter.flags.parser import attribute
+from megatron_smartmoe.adapter.flags.resume import check_files, checkpoint_to_load, what_is_there
+from megatron_smartmoe.checkpoint.directory import RELEASE
 from megatron_smartmoe.checkpoint.torch_dist import is_torch_dist, read_common
 from megatron_smartmoe.errors import CheckpointError, ConfigError
 from megatron_smartmoe.spec.placement import Placement
 
-TRACKER = "latest_checkpointed_iteration.txt"  # Megatron's: the number of the newest checkpoint
+
+def check_load(args: argparse.Namespace) -> tuple[str, ...]:
+    """Check the checkpoint that --load names, and its state against the flags; it need not exist.
+
+    Returns:
+        What was checked and what is done about damage, in lines to print.
+
+    Raises:
+        ConfigError: see `check_files` and `_check_state`.
+    """
+    lines = check_files(args)
+    _check_state(args)
+    return lines
 
 
-def check_load(args: argparse.Namespace) -> None:
-    """Check the checkpoint that --load names against the flags; it need not exist.
+def _check_state(args: argparse.Namespace) -> None:
+    """Check that optimizer state and schedule can be loaded.
 
     With expert parallelism Megatron has two optimizers, one of them for the experts; without it, one. The state of two
     cannot be loaded into one or the reverse (weights can), and Megatron fails late, with a traceback on every rank.
@@ -81,42 +95,9 @@ def saved_placement(args: argparse.Namespace) -> Placement | None:
 
 
 def latest_checkpoint(args: argparse.Namespace) -> Path | None:
-    """The folder of the iteration that would be loaded, if it is a torch_dist checkpoint.
-
-    Raises:
-        ConfigError: the tracker or --ckpt-step names no iteration, or one that is not there.
-    """
-    if args.load is None:
-        return None
-    directory = Path(args.load)
-    tracker = directory / TRACKER
-    if args.ckpt_step:
-        step, field, value = str(args.ckpt_step), "--ckpt-step", args.ckpt_step
-    elif tracker.is_file():
-        step = tracker.read_bytes()[:100].decode(errors="replace").strip()
-        field, value = str(tracker), step
-    else:
-        return None
-    if step == "release":  # weights without an iteration, as Megatron's converters write them
-        return None
-    if not (step.isascii() and step.isdecimal()):
-        raise ConfigError(field, value, "must be the number of an iteration", _what_is_there(directory))
-    folder = directory / f"iter_{int(step):07d}"
-    if not folder.is_dir():
-        raise ConfigError(field, value, f"there is no checkpoint {folder}", _what_is_there(directory))
-    return folder if is_torch_dist(folder) else None
-
-
-def _what_is_there(directory: Path, damaged: Path | None = None) -> str:
-    """The way out of a tracker or a checkpoint that is wrong: the other checkpoints, newest first."""
-    folders = (path for path in directory.glob("iter_*") if path.is_dir() and path != damaged)
-    names = (path.name.removeprefix("iter_") for path in folders)
-    steps = sorted((int(name) for name in names if name.isascii() and name.isdecimal()), reverse=True)
-    if not steps:
-        other = "none" if damaged is None else "no other"
-        return f"There is {other} in {directory}: pass another --load, or leave it out to start from iteration 0."
-    found = ", ".join(map(str, steps[:10]))
-    return f"Pass --ckpt-step {steps[0]} to resume from the newest one there (found: {found})."
+    """`checkpoint_to_load` if it is a torch_dist checkpoint of an iteration."""
+    folder = checkpoint_to_load(args)
+    return folder if folder is not None and folder.name != RELEASE and is_torch_dist(folder) else None
 
 
 def saved_arguments(folder: Path) -> argparse.Namespace | None:
@@ -128,6 +109,6 @@ def saved_arguments(folder: Path) -> argparse.Namespace | None:
     try:
         saved = read_common(folder).get("args")
     except CheckpointError as error:
-        way_out = f"Restore the file. {_what_is_there(folder.parent, damaged=folder)}"
+        way_out = f"Restore the file. {what_is_there(folder.parent, damaged=folder)}"
         raise ConfigError("--load", str(folder.parent), str(error), way_out) from None
     return saved if isinstance(saved, argparse.Namespace) else None

@@ -12,10 +12,9 @@ import contextlib
 import io
 import os
 import traceback
-from collections.abc import Iterator
 from math import gcd
-from pathlib import Path
 
+from megatron_smartmoe.adapter.flags.data_checks import check_data
 from megatron_smartmoe.adapter.flags.parser import attribute, has_transformer_engine
 from megatron_smartmoe.adapter.flags.smartmoe_checks import check_smartmoe
 from megatron_smartmoe.adapter.repairs.bucket_padding import check_bucket_padding
@@ -43,8 +42,7 @@ def check(args: argparse.Namespace, *, world_size: int, cpu: bool, data_exists: 
     check_smartmoe(args, cpu=cpu)
     check_bucket_padding(args)
     if data_exists:
-        _check_data(args)
-        _check_tokenizer(args)
+        check_data(args)
 
 
 def check_args(args: argparse.Namespace, *, cpu: bool, data_exists: bool = True) -> None:
@@ -219,40 +217,6 @@ def _check_batch(args: argparse.Namespace, world_size: int) -> None:
     dp = world_size // model_size
     name = f"--micro-batch-size x data-parallel size ({args.micro_batch_size} x {dp})"
     _divides("--global-batch-size", args.global_batch_size, args.micro_batch_size * dp, name)
-
-
-def _data_prefixes(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
-    """(flag, prefix) of every dataset that the flags name, without weights."""
-    for flag in ("--data-path", "--train-data-path", "--valid-data-path", "--test-data-path"):
-        for item in getattr(args, attribute(flag)) or ():
-            try:
-                float(item)
-            except ValueError:
-                yield flag, item
-
-
-def _check_data(args: argparse.Namespace) -> None:
-    prefixes = list(_data_prefixes(args))
-    from_file = args.data_args_path or args.per_split_data_args_path
-    if not prefixes and not args.mock_data and not from_file:
-        way_out = "Make one with scripts/prepare_data.py and pass --data-path PREFIX, or pass --mock-data."
-        raise ConfigError("--data-path", None, "is required", way_out)
-    for flag, prefix in prefixes:
-        for suffix in (".bin", ".idx"):
-            if "://" not in prefix and not Path(prefix + suffix).is_file():
-                way_out = "Check the prefix (without .bin), or make the dataset with scripts/prepare_data.py."
-                raise ConfigError(flag, prefix, f"there is no file {prefix + suffix}", way_out)
-
-
-def _check_tokenizer(args: argparse.Namespace) -> None:
-    kind, model = args.tokenizer_type, args.tokenizer_model
-    if kind is None:
-        way_out = (
-            "Pass --tokenizer-type SentencePieceTokenizer --tokenizer-model FILE, or NullTokenizer with --mock-data."
-        )
-        raise ConfigError("--tokenizer-type", None, "is required", way_out)
-    if "SentencePiece" in kind and (model is None or not Path(model).is_file()):
-        raise ConfigError("--tokenizer-model", model, "is not a file", "Pass the .model file that made the dataset.")
 
 
 def megatron_verdict(args: argparse.Namespace) -> None:

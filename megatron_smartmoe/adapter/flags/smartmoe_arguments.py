@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from megatron_smartmoe.checkpoint.manifest import LEVELS
 from megatron_smartmoe.planner.flags import HOMES_INTERVAL, OVERLAP_DEGREE, SPARE_SLOTS
 
 DEVICES = ("auto", "cpu", "cuda")
@@ -11,6 +12,9 @@ EXPERTS = ("grouped_mm", "transformer_engine")
 HOMES = ("on", "off", "dry", "shuffle")
 REPLICAS = ("off", "history", "exact")
 SCOPES = ("node", "group")
+
+RESUME = "--smartmoe-resume"
+RESUMES = ("newest", "newest-whole")
 
 POOL = "--smartmoe-pool"
 POOL_INTERVAL = "--smartmoe-pool-interval"
@@ -69,10 +73,31 @@ def add_smartmoe_arguments(parser: argparse.ArgumentParser) -> argparse.Argument
         help="BENCHMARKS ONLY: route tokens as this trace did, whatever the routers choose. The trained model is "
         "meaningless.",
     )
+    _add_checkpoints(group)
     _add_homes(group)
     _add_replicas(group)
     _add_pool(group)
     return parser
+
+
+def _add_checkpoints(group: argparse._ArgumentGroup) -> None:
+    """Flags of what is done about damaged checkpoints."""
+    group.add_argument(
+        "--smartmoe-checkpoint-check",
+        choices=LEVELS,
+        default="full",
+        help="Check the checkpoint of --load before the first iteration, with the manifest that was saved beside it. "
+        "full: sizes of its files before the ranks start, and in each rank the checksums of the files that it reads. "
+        "sizes: sizes only. off: neither. Default: full.",
+    )
+    group.add_argument(
+        RESUME,
+        choices=RESUMES,
+        default="newest",
+        help="newest: resume from the checkpoint that Megatron's tracker (or --ckpt-step) names, and stop if it is "
+        "damaged. newest-whole: if it is damaged, resume from the newest one that is whole, and print what is lost. "
+        "Default: newest.",
+    )
 
 
 def _add_homes(group: argparse._ArgumentGroup) -> None:

@@ -8,7 +8,14 @@ from pathlib import Path
 from megatron_smartmoe.adapter.cost_inputs import expert_shape, state_bytes
 from megatron_smartmoe.adapter.flags.parser import attribute, has_transformer_engine
 from megatron_smartmoe.adapter.flags.pool_settings import homes_interval, may_overlap, settings_of_pool
-from megatron_smartmoe.adapter.flags.smartmoe_arguments import AUTO, POOL, POOL_INTERVAL, REPLICAS, replicas_mode
+from megatron_smartmoe.adapter.flags.smartmoe_arguments import (
+    AUTO,
+    POOL,
+    POOL_INTERVAL,
+    REPLICAS,
+    RESUME,
+    replicas_mode,
+)
 from megatron_smartmoe.errors import ConfigError
 from megatron_smartmoe.planner.flags import OVERLAP_DEGREE, SPARE_SLOTS
 from megatron_smartmoe.planner.pool import PoolSetting
@@ -57,6 +64,7 @@ def check_smartmoe(args: argparse.Namespace, *, cpu: bool) -> None:
         ConfigError: the first rule that is broken.
     """
     _check_traces(args)
+    _check_resume(args)
     _check_replicas(args)
     _check_overlap(args)
     _check_pool(args)
@@ -92,6 +100,17 @@ def _needs_expert_parallelism(args: argparse.Namespace, flag: str, value: object
     if args.expert_model_parallel_size == 1:
         rule = "needs expert parallelism: on one rank there is nothing to balance or to overlap"
         raise ConfigError(flag, value, rule, "Pass --expert-model-parallel-size 2, for example, or remove it.")
+
+
+def _check_resume(args: argparse.Namespace) -> None:
+    """Going back to a whole checkpoint needs one to look for, and a look."""
+    if args.smartmoe_resume == "newest":
+        return
+    if args.load is None:
+        raise ConfigError(RESUME, args.smartmoe_resume, "needs --load", "Add --load DIR, or remove it.")
+    if args.smartmoe_checkpoint_check == "off":
+        rule = "needs a check that finds damage, and --smartmoe-checkpoint-check is off"
+        raise ConfigError(RESUME, args.smartmoe_resume, rule, "Pass --smartmoe-checkpoint-check full or sizes.")
 
 
 def _check_traces(args: argparse.Namespace) -> None:

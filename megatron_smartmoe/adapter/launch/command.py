@@ -25,11 +25,13 @@ class LaunchCommand:
         command: the program and its arguments.
         environment: variables of the command beside those of this process.
         spec: the merged configuration, with `{run_dir}` not filled in.
+        lines: what the checks have to say.
     """
 
     command: list[str]
     environment: dict[str, str]
     spec: RunSpec
+    lines: tuple[str, ...] = ()
 
 
 def ranks_per_node(nproc: int | None, spec: RunSpec, command_line: Sequence[str]) -> int:
@@ -66,13 +68,14 @@ def make_command(spec: RunSpec, command_line: Sequence[str], topology: Topology,
 
     merged = merge(spec, command_line, topology, run_dir)
     check_args(merged.args, cpu=merged.cpu, data_exists=corpus.exists(spec))
-    check_load(merged.args)
+    lines = check_load(merged.args)
     if not merged.args.use_checkpoint_args:
         megatron_verdict(merged.args)
     return LaunchCommand(
         command=[*program(topology), *merged.tokens, "--smartmoe-run-dir", str(run_dir)],
         environment=rank_environment(topology, cpu=merged.cpu),
         spec=merged.spec,
+        lines=lines,
     )
 
 

@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from megatron_smartmoe.adapter.corpus.command import build_parser
-from megatron_smartmoe.adapter.corpus.spec import TOKENIZER_TYPE, PreparedCorpus
+from megatron_smartmoe.adapter.corpus.spec import PreparedCorpus
 from megatron_smartmoe.adapter.launch import flags as flag_lists
+from megatron_smartmoe.adapter.tokenizers.base import HUGGING_FACE, SENTENCEPIECE, TIKTOKEN
+from megatron_smartmoe.adapter.tokenizers.detect import detect, is_hub_name
 from megatron_smartmoe.errors import ConfigError
 from megatron_smartmoe.planner.flags import parse_tokens
 from megatron_smartmoe.spec.run import FlagValue, RunSpec
 
+# Options of the preparation that Megatron's tokenizer needs too, by its type; both spell them alike.
+_TOKENIZER_OPTIONS = {
+    SENTENCEPIECE: (),
+    HUGGING_FACE: ("tokenizer-special-tokens", "tokenizer-hf-no-include-special-tokens"),
+    TIKTOKEN: ("tokenizer-special-tokens", "vocab-size", "tiktoken-pattern", "tiktoken-num-special-tokens"),
+}
 _OTHER_DATA = ("data-path", "train-data-path", "data-args-path", "per-split-data-args-path", "mock-data")
 
 
@@ -28,8 +37,21 @@ def dataset_flags(spec: RunSpec) -> dict[str, FlagValue]:
     if spec.data is None:
         return {}
     prefix = str(spec.data["prefix"])
-    model = str(spec.data.get("tokenizer-model") or f"{prefix}.tokenizer.model")
-    return {"data-path": prefix, "tokenizer-type": TOKENIZER_TYPE, "tokenizer-model": model}
+    kind, model = _tokenizer(spec.data, prefix)
+    options = {name: spec.data[name] for name in _TOKENIZER_OPTIONS.get(kind, ()) if name in spec.data}
+    return {"data-path": prefix, "tokenizer-type": kind, "tokenizer-model": model, **options}
+
+
+def _tokenizer(data: Mapping[str, FlagValue], prefix: str) -> tuple[str, str]:
+    """Type and path of the tokenizer: the one that is given, else the one that the preparation trains."""
+    given = data.get("tokenizer-model")
+    if not given:
+        return SENTENCEPIECE, f"{prefix}.tokenizer.model"
+    path = Path(str(given))
+    if not path.exists() and not is_hub_name(path):  # the preparation, or the check of the flags, refuses it
+        return str(data.get("tokenizer-type") or SENTENCEPIECE), str(given)
+    kind, place = detect(path, "data.tokenizer-model")
+    return str(data.get("tokenizer-type") or kind), str(place)
 
 
 def exists(spec: RunSpec) -> bool:
@@ -38,13 +60,15 @@ def exists(spec: RunSpec) -> bool:
 
 
 def check(spec: RunSpec) -> None:
-    """Raises ConfigError for a key of `data` that is not an option of scripts/prepare_data.py."""
+    """Raises ConfigError for a key of `data` that is no option of scripts/prepare_data.py, or an absent tokenizer."""
     options = {option for option in build_parser()._option_string_actions if option.startswith("--")}
     known = sorted(option.removeprefix("--") for option in options - {"--help", "--output-prefix"})
     for name, value in (spec.data or {}).items():
         if name not in (*known, "prefix"):
             rule = "is not an option of scripts/prepare_data.py"
             raise ConfigError(f"data.{name}", value, rule, f"Known here: prefix, {', '.join(known)}.")
+    if model := (spec.data or {}).get("tokenizer-model"):
+        detect(Path(str(model)), "data.tokenizer-model")
 
 
 def preparation(spec: RunSpec) -> list[str]:

@@ -51,7 +51,7 @@ def launch(argv: list[str]) -> int:
         return srun(topology, argv)
     text = flag_lists.render(ready.command, ready.environment)
     if topology.is_reporter:
-        for line in auto_plan.lines if auto_plan is not None else ():
+        for line in (*(auto_plan.lines if auto_plan is not None else ()), *ready.lines):
             print(("# " if options.dry_run else "smartmoe: ") + line, flush=True)
     if options.dry_run:
         if topology.is_reporter:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from argparse import Namespace
 from dataclasses import replace
-from pathlib import Path
 
 from megatron_smartmoe.adapter.launch.topology import Topology
+from megatron_smartmoe.adapter.tokenizers.load import facts_of
 from megatron_smartmoe.errors import ConfigError
 from megatron_smartmoe.spec.cluster import ClusterSpec
 from megatron_smartmoe.spec.run import RunSpec
@@ -63,16 +63,8 @@ def vocabulary(spec: RunSpec, args: Namespace) -> int:
         return int(args.vocab_size) + _EXTRA_TOKENS.get(args.tokenizer_type, 0)
     if spec.data is not None and spec.data.get("vocab-size"):
         return int(spec.data["vocab-size"])
-    if "SentencePiece" in (args.tokenizer_type or "") and args.tokenizer_model:
-        return _pieces(args.tokenizer_model)
+    facts = facts_of(args) if args.tokenizer_model else None
+    if facts is not None:
+        return facts.vocab_size
     rule = "is required by --parallel auto, which cannot read the size of this kind of tokenizer"
     raise ConfigError("--vocab-size", None, rule, "Pass the tokenizer's number of entries, for example 32000.")
-
-
-def _pieces(name: str) -> int:
-    """Entries of a sentencepiece model."""
-    if not Path(name).is_file():
-        raise ConfigError("--tokenizer-model", name, "is not a file", "Pass the .model file that made the dataset.")
-    from sentencepiece import SentencePieceProcessor
-
-    return int(SentencePieceProcessor(model_file=name).get_piece_size())

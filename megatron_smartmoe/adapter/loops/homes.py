@@ -6,19 +6,25 @@ import contextlib
 from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core.num_microbatches_calculator import get_num_microbatches
+from numpy.typing import NDArray
 
 from megatron_smartmoe.adapter.cost_inputs import online_options, online_setting
 from megatron_smartmoe.adapter.flags.checkpoint_check import saved_placement
 from megatron_smartmoe.adapter.flags.smartmoe_arguments import REPLICAS, replicas_mode
 from megatron_smartmoe.adapter.hooks import Callback, Order
+from megatron_smartmoe.adapter.loops import saved_state
 from megatron_smartmoe.adapter.loops.decision_log import DecisionLog
 from megatron_smartmoe.adapter.migration.mover import ExpertMover, with_home_slots, with_spare_slots
 from megatron_smartmoe.adapter.moe.routers import count_tokens
 from megatron_smartmoe.adapter.run import Run
+from megatron_smartmoe.errors import PlanError
 from megatron_smartmoe.placement.homes_planner import HomesPlanner, ReplicaMode
 from megatron_smartmoe.placement.layer_cost import layer_seconds
 from megatron_smartmoe.planner.pool import PoolSetting
@@ -29,6 +35,7 @@ from megatron_smartmoe.spec.placement import Placement
 
 WINDOWS = 4  # records that an interval is observed in: enough to see a drift, few enough to keep
 MIB = 2**20
+STATE_FILE = "smartmoe_homes.npz"  # in a checkpoint's folder
 
 
 class HomesLoop(Callback):
@@ -98,6 +105,38 @@ class HomesLoop(Callback):
                 size = f"{moved.wire_bytes / MIB:.1f} MiB moved"
                 text = moved.failure or f"restored expert placement from checkpoint ({size})"
                 print(f" smartmoe: iteration {args.iteration:8d} | homes: {text} |", flush=True)
+        if np.array_equal(saved.home_slot_LE, controller.placement.home_slot_LE):
+            self._restore_state()
+
+    def _restore_state(self) -> None:
+        """Continue with the counts and the decisions that the checkpoint was saved with, so that homes move when they
+        would have moved without a restart."""
+        run, problem = self._run, ""
+        content: list[dict[str, NDArray[Any]] | str | None] = [None]
+        if run.is_reporter and run.loaded_folder is not None:
+            content = [_load_state(run.loaded_folder / STATE_FILE)]
+        dist.broadcast_object_list(content, src=0)
+        state = content[0]
+        if state is None:
+            return
+        if isinstance(state, str):
+            problem = state
+        else:
+            try:
+                self._controller.restore(state, adds_sums=run.is_reporter)
+            except PlanError as error:
+                problem = str(error)
+        if problem and run.is_reporter:
+            text = f"the checkpoint's load history is not used: {problem}"
+            print(f" smartmoe: iteration {run.args.iteration:8d} | homes: {text} |", flush=True)
+
+    def after_save(self, iteration: int, folder: Path) -> None:
+        """Keep what the next decisions depend on in the checkpoint."""
+        state = self._controller.state()
+        problem = saved_state.save(folder / STATE_FILE, state) if self._run.is_reporter else ""
+        if problem:
+            text = f"WARNING: homes: {problem}; a run that resumes from here starts without load history"
+            print(f" smartmoe: iteration {iteration:8d} | {text} |", flush=True)
 
     def _saved_placement(self) -> Placement | None:
         """The placement beside the checkpoint's arguments. One that cannot be read is no hint, and no error."""
@@ -147,6 +186,16 @@ class HomesLoop(Callback):
                 f" smartmoe: iteration {iteration:8d} | checkpoint: experts moved home for it and back, {moved} |",
                 flush=True,
             )
+
+
+def _load_state(path: Path) -> dict[str, NDArray[Any]] | str | None:
+    """What a checkpoint has of the homes loop; a text if it cannot be read, None if it has nothing."""
+    if not path.is_file():
+        return None
+    try:
+        return saved_state.load(path)
+    except PlanError as error:
+        return str(error)
 
 
 def _same_shape(one: Placement, other: Placement) -> bool:

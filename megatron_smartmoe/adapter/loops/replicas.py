@@ -14,6 +14,7 @@ A pool of settings may change between iterations how replicas are planned and ho
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,9 +27,12 @@ from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 from megatron_smartmoe.adapter.cost_inputs import nodes_of_group, online_options, replica_price_tokens, scope_nodes
 from megatron_smartmoe.adapter.flags.smartmoe_arguments import replicas_mode
 from megatron_smartmoe.adapter.hooks import Callback, Order
+from megatron_smartmoe.adapter.loops import saved_state
 from megatron_smartmoe.adapter.moe.layer import SmartMoELayer
 from megatron_smartmoe.adapter.moe.replica_dispatcher import PlanReplicas, ReplicaDispatcher
 from megatron_smartmoe.adapter.run import Run
+from megatron_smartmoe.errors import PlanError
+from megatron_smartmoe.placement.decisions import digest_of
 from megatron_smartmoe.placement.replica_planner import ReplicaPlanner
 from megatron_smartmoe.runtime.replicas.slots import SpareSlots
 from megatron_smartmoe.runtime.replicas.split import BALANCED, exact_slots, homes_only
@@ -40,6 +44,8 @@ from megatron_smartmoe.spec.placement import EMPTY, Placement, with_empty_slots
 MIB = 2**20
 DECISIONS_FILE = "replicas-stage{stage}-group{group}.jsonl"
 BALANCE_FILE = "balance-stage{stage}-group{group}.jsonl"
+STATE_FILE = "smartmoe_replicas_stage{stage}_group{group}.npz"  # in a checkpoint's folder
+_GROUPS = "groups"  # number of expert-parallel groups, each of which has its own history
 
 
 class ReplicaLoop(Callback):
@@ -72,6 +78,50 @@ class ReplicaLoop(Callback):
             self._planner = ReplicaPlanner(self._placement(), run.ranks.edp_rank, online)
         if run.is_reporter:
             self._announce()
+        self._restore()
+
+    def _restore(self) -> None:
+        """Plan on from the history that the checkpoint was saved with. It is a hint, like the placement."""
+        run, planner = self._run, self._planner
+        if planner is None or run.loaded_folder is None:
+            return
+        problem = ""
+        try:
+            pattern = STATE_FILE.format(stage="*", group=run.ranks.edp_rank)
+            paths = sorted(run.loaded_folder.glob(pattern))
+            if not paths:
+                raise PlanError("it was saved without one")
+            states = [saved_state.load(path) for path in paths]
+            if any(state.pop(_GROUPS, np.zeros(1)).tolist() != [run.ranks.edp_size] for state in states):
+                raise PlanError("it was saved with another number of expert-parallel groups")
+            state = saved_state.of_layers(states, [number for number, _ in run.layers])
+            planner.restore(state)
+            digest = digest_of(*(state[name] for name in sorted(state)))
+        except PlanError as error:
+            problem, digest = str(error), f"{self._wire.rank:015x}"
+        if not self._wire.is_equal_on_all_ranks(digest):
+            problem = problem or "other ranks cannot read it"
+            planner.forget(self._placement())
+        if run.is_reporter:
+            found = (
+                f"the checkpoint's load history is not used: {problem}"
+                if problem
+                else "continuing with the checkpoint's load history"
+            )
+            print(f" smartmoe: iteration {run.args.iteration:8d} | replicas: {found} |", flush=True)
+
+    def after_save(self, iteration: int, folder: Path) -> None:
+        """Keep what the next plans depend on in the checkpoint, on the first rank of the group."""
+        run, planner = self._run, self._planner
+        ranks = run.ranks
+        if planner is None or ranks.ep_rank or ranks.etp_rank:
+            return
+        numbers = np.array([number for number, _ in run.layers])
+        state = {**planner.state(), saved_state.LAYERS: numbers, _GROUPS: np.array([ranks.edp_size])}
+        problem = saved_state.save(folder / STATE_FILE.format(stage=ranks.pp_rank, group=ranks.edp_rank), state)
+        if problem:
+            text = f"WARNING: replicas: {problem}; a run that resumes from here starts without load history"
+            print(f" smartmoe: iteration {iteration:8d} | {text} |", flush=True)
 
     def _announce(self) -> None:
         slots, spares = self._run.args.smartmoe_spare_slots, [layer.experts.spare_slots for layer in self._layers]

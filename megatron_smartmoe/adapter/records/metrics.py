@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from megatron_smartmoe.adapter.hooks import Callback, Order
 from megatron_smartmoe.adapter.moe.routers import count_tokens
-from megatron_smartmoe.adapter.records import summary
+from megatron_smartmoe.adapter.records import data_text, summary
 from megatron_smartmoe.adapter.run import Run
 from megatron_smartmoe.runtime.counts import ExpertCounts
 
@@ -39,13 +39,24 @@ class Metrics(Callback):
         self._train: dict[str, float] = {}
         self._evaluated: dict[str, dict[str, float]] = {}  # "validation" or "test" -> losses
         self._step_seconds: list[float] = []
+        self._first_text: str | None = None
 
     def on_start(self, run: Run) -> None:
-        """Put counters on the routers."""
+        """Put counters on the routers, and say which tokenizer reads the data."""
         self._run, self._last_logged = run, (0, time.perf_counter())
+        if run.is_reporter:
+            self._say_data(run)
         if run.args.num_experts is not None:
             self._counts = ExpertCounts(run.num_layers, run.args.num_experts, torch.cuda.current_device())
             count_tokens(run.layers, self._counts)
+
+    def _say_data(self, run: Run) -> None:
+        tokenizer = data_text.tokenizer_line(run.args)
+        self._first_text = data_text.first_text(run.args)
+        if tokenizer is not None:
+            print(f"smartmoe: tokenizer {tokenizer}", flush=True)
+        if self._first_text is not None:
+            print(f"smartmoe: the data begin {summary.quoted(self._first_text)}", flush=True)
 
     def after_step(self, iteration: int, losses: Mapping[str, torch.Tensor]) -> None:
         """Keep the step's losses, on the device."""
@@ -100,7 +111,8 @@ class Metrics(Callback):
         load = self._counts.reduced() if self._counts is not None else torch.zeros(0, 0)
         if not run.is_reporter:
             return
-        gathered = {"iteration": self._iteration or run.args.iteration, "load_LE": load.tolist(), **known[0]}
+        iteration = self._iteration or run.args.iteration
+        gathered = {"iteration": iteration, "load_LE": load.tolist(), "first_text": self._first_text, **known[0]}
         content = summary.summarise(gathered, run.args)
         print(summary.render(content, run.args, run.directory), flush=True)
         if run.directory is not None:

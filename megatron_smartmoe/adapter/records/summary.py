@@ -12,6 +12,8 @@ from typing import Any
 from megatron_smartmoe.adapter.corpus.spec import PreparedCorpus
 from megatron_smartmoe.adapter.launch.run_dir import launcher_command
 
+SHOWN_TEXT = 80  # characters of the data's text, quotes included
+
 
 @dataclass(frozen=True, kw_only=True)
 class LayerLoad:
@@ -61,6 +63,7 @@ def summarise(gathered: dict[str, Any], args: Namespace) -> dict[str, Any]:
         "unigram_entropy": corpus.unigram_entropy_nats if corpus else None,
         "seconds_per_step": step,
         "tokens_per_second": args.global_batch_size * args.seq_length / step if step else None,
+        "data_begins": gathered.get("first_text"),
         "layers": [vars(load) for load in layer_loads(gathered["load_LE"], args.expert_model_parallel_size)],
     }
 
@@ -84,10 +87,18 @@ def render(summary: dict[str, Any], args: Namespace, run_dir: Path | None) -> st
             f"{summary['tokens_per_second']:,.0f} tokens/s ({summary['seconds_per_step'] * 1e3:.0f} ms a step, median)"
         )
         lines.append(f"  speed            {speed}")
+    if summary["data_begins"] is not None:
+        lines.append(f"  the data begin   {quoted(summary['data_begins'])}")
     lines += _load_lines(summary["layers"], args.expert_model_parallel_size)
     lines += _place_lines(args, run_dir)
     lines += ["=" * 100]
     return "\n".join(lines)
+
+
+def quoted(text: str) -> str:
+    """A text in one line, cut where it gets long."""
+    shown = json.dumps(text, ensure_ascii=False)
+    return shown if len(shown) <= SHOWN_TEXT else f'{shown[: SHOWN_TEXT - 5]} ..."'
 
 
 def _loss_lines(summary: dict[str, Any]) -> list[str]:

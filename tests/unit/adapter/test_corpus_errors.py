@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from megatron_smartmoe.adapter.corpus import prepare, sources, tokenizer
+from megatron_smartmoe.adapter.corpus import bad_lines, prepare, sources, tokenizer
 from megatron_smartmoe.errors import ConfigError
 from tests.support.corpus import decode, files, spec_for, texts, write_jsonl
 
@@ -39,9 +39,13 @@ def test_bad_lines_are_listed_and_nothing_is_written(
     monkeypatch.setattr(sources, "GROUP_BYTES", group_bytes)
     with pytest.raises(ConfigError) as caught:
         prepare(spec_for(tmp_path / "out" / "x", mixed))
-    for number, (_, reason) in enumerate(BAD_LINES):
-        assert f"\n  {mixed}:{2 * number + 2}: {reason}" in str(caught.value)
-    assert "--on-bad-line skip" in str(caught.value)
+    message = str(caught.value)
+    assert message.startswith(f"--input = '{mixed}': {len(BAD_LINES)} lines cannot be used: 2 x invalid JSON: ")
+    assert f"(first {mixed}:2); 1 x key 'text' is missing ({mixed}:4; keys there: 'other'); " in message
+    assert message.endswith(
+        "Give --json-keys other, or the keys that hold the text. --on-bad-line skip leaves bad lines out."
+    )
+    assert "\n" not in message
     assert files(tmp_path / "out") == set()
 
 
@@ -50,19 +54,32 @@ def test_bad_lines_are_skipped_and_counted(mixed: Path, tmp_path: Path, caplog: 
     assert decode(corpus) == texts(48)
     assert (corpus.num_bad_lines, corpus.num_documents) == (len(BAD_LINES), 48)
     assert corpus.bad_lines[1] == f"{mixed}:4: key 'text' is missing"
-    assert f"left out {len(BAD_LINES)} bad lines" in caplog.text
+    assert f"left out {len(BAD_LINES)} bad lines: 2 x invalid JSON" in caplog.text
 
 
-def test_only_the_first_bad_lines_are_listed(tmp_path: Path) -> None:
-    path = write_jsonl(tmp_path / "bad.jsonl", [b"{"] * 1000)
-    with pytest.raises(ConfigError, match="the first ones") as caught:
+def test_what_is_wrong_is_said_once_with_a_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_jsonl(tmp_path / "bad.jsonl", [b'{"text": }'] * 1000)
+    with pytest.raises(ConfigError, match="1,000 lines cannot be used: 1,000 x invalid JSON") as caught:
         prepare(spec_for(tmp_path / "x", path))
-    assert str(caught.value).count("invalid JSON") == 20
+    assert str(caught.value).count("invalid JSON") == 1
+    monkeypatch.setattr(bad_lines, "MAX_COUNTED", 1000)
+    with pytest.raises(ConfigError, match="1,000 or more lines cannot be used"):
+        prepare(spec_for(tmp_path / "x", path))
+
+
+def test_a_wrong_key_lists_the_keys_that_are_there(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", texts(40), key="content")
+    with pytest.raises(ConfigError) as caught:
+        prepare(spec_for(tmp_path / "x", path))
+    assert str(caught.value) == (
+        f"--input = '{path}': 40 lines cannot be used: 40 x key 'text' is missing (first {path}:1; keys there: "
+        "'content'). Give --json-keys content, or the keys that hold the text. --on-bad-line skip leaves bad lines out."
+    )
 
 
 def test_a_text_file_that_is_not_utf8(tmp_path: Path) -> None:
     (tmp_path / "bad.txt").write_bytes(b"one\ntwo\nthr\xe9e\n")
-    with pytest.raises(ConfigError, match=rf"{tmp_path}/bad.txt:3: invalid UTF-8: .*byte 0xe9"):
+    with pytest.raises(ConfigError, match=rf"1 x invalid UTF-8: .*byte 0xe9\) \({tmp_path}/bad.txt:3\)"):
         prepare(spec_for(tmp_path / "x", tmp_path / "bad.txt", tmp_path / "bad.txt"))
 
 

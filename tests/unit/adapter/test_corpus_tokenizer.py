@@ -10,12 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_smartmoe.adapter.corpus import PreparedCorpus, prepare, tokenizer
+from megatron_smartmoe.adapter.tokenizers.sentencepiece import load_sentencepiece
 from megatron_smartmoe.errors import ConfigError
 from tests.support.corpus import decode, spec_for, texts, write_jsonl
 
 LINES = [line for text in texts(60) for line in text.split("\n")]
 MODEL = tokenizer.train(iter(LINES), 340)
-PROCESSOR = tokenizer.load(MODEL, "test")
+PROCESSOR = load_sentencepiece(MODEL, Path("test")).processor
 
 CASES = [
     "",
@@ -119,13 +120,13 @@ def test_a_model_without_eos_is_refused() -> None:
         sentence_iterator=iter(LINES), model_writer=model, vocab_size=200, eos_id=-1, minloglevel=2, model_type="bpe"
     )
     with pytest.raises(ConfigError, match="has no end-of-sentence id"):
-        tokenizer.load(model.getvalue(), "x.model")
+        load_sentencepiece(model.getvalue(), Path("x.model"))
 
 
 @pytest.mark.parametrize("content", [b"", b"not a model", bytes(range(256)) * 10])
 def test_something_that_is_no_model_is_refused(content: bytes) -> None:
     with pytest.raises(ConfigError, match="is not a sentencepiece model"):
-        tokenizer.load(content, "x.model")
+        load_sentencepiece(content, Path("x.model"))
 
 
 @pytest.mark.parametrize(

@@ -42,6 +42,7 @@ ARGS = Namespace(
     vocab_size=None,
     tokenizer_type="HuggingFaceTokenizer",
     tokenizer_model=None,
+    metadata_path=None,
     finetune=False,
     no_load_optim=False,
 )

@@ -79,8 +79,9 @@ def test_a_corpus_that_cannot_be_prepared(commands: Commands) -> None:
 
 
 KNOWN = (
-    "prefix, append-eod, force, input, json-keys, max-bytes, no-append-eod, on-bad-line, python-stdlib, quiet, seed, "
-    "tokenizer-model, tokenizer-sample-bytes, vocab-size, workers"
+    "prefix, append-eod, chat-template, force, input, json-keys, max-bytes, no-append-eod, on-bad-line, python-stdlib, "
+    "quiet, seed, tiktoken-num-special-tokens, tiktoken-pattern, tokenizer-hf-no-include-special-tokens, "
+    "tokenizer-model, tokenizer-sample-bytes, tokenizer-special-tokens, tokenizer-type, vocab-size, workers"
 )
 
 

@@ -9,7 +9,6 @@ import os
 import pickle
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,6 @@ from megatron_smartmoe.checkpoint.torch_dist import (
     is_torch_dist,
     read_common,
     read_index,
-    read_torch_save,
 )
 from megatron_smartmoe.errors import CheckpointError
 
@@ -102,8 +100,10 @@ def test_neither_torch_nor_code_of_the_file_is_loaded(tmp_path: Path) -> None:
 
 
 def test_tensors_come_as_descriptions(tmp_path: Path) -> None:
-    found = read_torch_save(saved({"tensor": torch.zeros(2)}), "a file")
-    assert repr(found["tensor"]) == "<torch._utils._rebuild_tensor_v2>"
+    index = read_index(write(tmp_path / "iter", {}))
+    found = {offsets: tensor.read().tolist() for key, offsets, tensor in index.tensors() if key == "weight"}
+    assert found == {(0,): [0, 1, 2, 3], (4,): [0, 1, 2, 3]}
+    assert index.smallest_sizes() == {"__0_0.distcp": (tmp_path / "iter" / "__0_0.distcp").stat().st_size}
 
 
 @pytest.mark.parametrize(
@@ -118,7 +118,7 @@ def test_tensors_come_as_descriptions(tmp_path: Path) -> None:
         (lambda folder: (folder / "__0_0.distcp").unlink(), r"__0_0\.distcp cannot be read: No such file"),
         (
             lambda folder: os.truncate(folder / "__0_0.distcp", 3000),
-            r"__0_0\.distcp is truncated: it has 3,000 bytes, and 'common_state/shard_0_1' ends at byte [\d,]+$",
+            r"__0_0\.distcp is truncated: it has 3,000 bytes, and object 'common_state/shard_0_1' ends at byte [\d,]+$",
         ),
         (lambda folder: (folder / "common.pt").write_bytes(b"x"), r"common\.pt is damaged: BadZipFile"),
         (
@@ -138,12 +138,3 @@ def test_a_file_outside_the_folder_is_refused(tmp_path: Path) -> None:
     folder = write(tmp_path / "iter", {"args": ARGS}, file="../other/__0_0.distcp")
     with pytest.raises(CheckpointError, match="outside its folder"):
         read_common(folder)
-
-
-def test_a_zip_bomb_is_not_unpacked() -> None:
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive, archive.open("a/data.pkl", "w") as entry:
-        for _ in range(1100):
-            entry.write(bytes(2**20))
-    with pytest.raises(CheckpointError, match=r"is too large: it unpacks to 1,153,433,600 bytes"):
-        read_torch_save(buffer.getvalue(), "a file")

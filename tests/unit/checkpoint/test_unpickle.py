@@ -73,3 +73,41 @@ def test_unknown_containers_drop_their_items() -> None:
 def test_damage_is_one_error(data: bytes) -> None:
     with pytest.raises(CheckpointError, match=r"^here cannot be read: [A-Z]\w+"):
         read_pickle(data, {}, "here")
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        (b"\x80\x02]r\xff\xff\xff\x7f.", "LONG_BINPUT of 2147483647 in 9 bytes"),
+        (b"]p4000000000\n.", "PUT of 4000000000 in 14 bytes"),
+        (b"\x80\x04\x8e" + (2**40).to_bytes(8, "little") + b"a.", "BINBYTES8 of 1099511627776 in 13 bytes"),
+        (b"\x80\x05\x96" + (2**40).to_bytes(8, "little") + b"a.", "BYTEARRAY8 of 1099511627776 in 13 bytes"),
+        (b"\x80\x04\x95" + (2**40).to_bytes(8, "little") + b"N.", "FRAME of 1099511627776 in 13 bytes"),
+        (b"X\xff\xff\xff\x7fabc.", "BINUNICODE of 2147483647 in 9 bytes"),
+    ],
+)
+def test_a_small_pickle_gets_no_memory_for_a_large_one(data: bytes, says: str) -> None:
+    """CPython allocates, and fills, an array up to the largest memo number: 32 GiB for the first of these."""
+    with pytest.raises(CheckpointError, match=says):
+        read_pickle(data, {}, "here")
+
+
+def test_a_list_is_not_copied_over_and_over() -> None:
+    many = b"(" + b"N" * 10_000 + b"l" + b"q\x00"  # a list of 10,000, remembered
+    copy = b"cbuiltins\nlist\n(h\x00tR0"
+    read_pickle(many + copy * 3 + b"h\x00.", {}, "here")
+    with pytest.raises(CheckpointError, match="it copies the same items too often"):
+        read_pickle(many + copy * 10_000 + b"h\x00.", {}, "here")
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_the_scan_of_sizes_knows_every_protocol(protocol: int) -> None:
+    """Texts and bytes of all lengths, numbers, more than 256 remembered objects."""
+    content = {
+        "texts": ["\u00fc" * n for n in (0, 1, 100, 300, 70_000)],
+        "numbers": [0, 255, 65_535, -1, 2**31, 2**70, -(2**70), 1.5, True, None],
+        "many": [[str(n)] for n in range(1_000)],
+    }
+    if protocol > 2:
+        content["bytes"] = [b"r" * n for n in (0, 1, 300, 70_000)]
+    assert read_pickle(pickle.dumps(content, protocol), {}, "here") == content

@@ -98,3 +98,35 @@ def test_a_load_that_always_jumps_is_hard_to_forecast_and_not_a_jump_each_time()
     for _ in range(20):
         history.update(rng.multinomial(1000, rng.dirichlet(np.ones(8)))[None, None])
     assert history.forecast_error_L[0] > 0.1
+
+
+def test_a_restored_history_forecasts_and_plans_as_if_it_had_never_stopped() -> None:
+    rng = np.random.default_rng(3)
+    loads = [rng.multinomial(500, rng.dirichlet(np.ones(16)), size=(3, 6)) for _ in range(12)]
+    whole = History(3, 16)
+    for step, counts_LME in enumerate(loads):
+        if step == 7:
+            resumed = History(3, 16)
+            resumed.restore({name: array.copy() for name, array in whole.state().items()})
+        whole.update(counts_LME)
+        if step >= 7:
+            resumed.update(counts_LME)
+            assert np.array_equal(resumed.forecast_LE(), whole.forecast_LE())
+            for layer in range(3):
+                assert np.array_equal(resumed.scenarios_KE(layer), whole.scenarios_KE(layer))
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"surprise_L": np.zeros(3)}, r"surprise_L of the saved history is \(3,\): must be \(2,\)"),
+        ({"total_0_LE": None}, r"total_0_LE of the saved history is missing: must be \(2, 4\)"),
+        ({"micro_0_LME": np.zeros((2, 4))}, r"the micro-batches of the saved history have shapes \[\(2, 4\)\]"),
+    ],
+)
+def test_a_state_of_another_shape_is_refused(change: dict[str, Any], text: str) -> None:
+    history = History(2, 4)
+    history.update(np.ones((2, 3, 4), np.int64))
+    state = {name: array for name, array in (history.state() | change).items() if array is not None}
+    with pytest.raises(PlanError, match=text):
+        History(2, 4).restore(state)

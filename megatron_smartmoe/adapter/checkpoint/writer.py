@@ -1,0 +1,37 @@
+"""What runs in the process that writes a checkpoint in the background. It imports little: it may be a new process."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from megatron_smartmoe.checkpoint.checksum import checksum_of_file
+
+PART = ".smartmoe_checksums_{rank}.json"  # what the writer hands to its rank
+SHARDS = "__{rank}_*.distcp"  # files of one rank in torch_dist
+
+
+class WithChecksums:
+    """Writes a rank's files, and then computes their checksums while they are in memory still.
+
+    Args:
+        write: what writes them.
+        folder: of the checkpoint.
+        rank: whose files they are.
+    """
+
+    def __init__(self, write: Callable[..., Any], folder: str, rank: int) -> None:
+        self._write, self._folder, self._rank = write, folder, rank
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Write with these arguments."""
+        result = self._write(*args, **kwargs)
+        folder = Path(self._folder)
+        with contextlib.suppress(OSError):  # then the rank computes them itself, and finds out why it cannot
+            paths = sorted(folder.glob(SHARDS.format(rank=self._rank)))
+            entries = [[path.name, *checksum_of_file(path)] for path in paths]
+            (folder / PART.format(rank=self._rank)).write_text(json.dumps(entries), encoding="utf-8")
+        return result

@@ -1,0 +1,221 @@
+"""The weights in a checkpoint of Megatron's older `torch` format: a file for each model-parallel rank.
+
+A file `mp_rank_<tensor>[_<pipeline>][_<expert>]/model_optim_rng.pt` holds a rank's parameters under its own numbers of
+layers and experts. Here they get the model's: layers are counted through the stages, experts through the ranks (or as
+the placement in the arguments says), and what tensor parallelism cuts is put together by the axis that Megatron cuts
+each kind of layer along. Optimizer state is a list in the order of the rank's optimizer, which only the run knows: it
+is counted, not named.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_smartmoe.checkpoint.contents import Contents, ParameterKey, Part, arguments_in, iteration_in
+from megatron_smartmoe.checkpoint.digest import WEIGHT, Piece
+from megatron_smartmoe.checkpoint.torch_save import StoredTensor, read_saved
+from megatron_smartmoe.errors import CheckpointError, PlanError
+from megatron_smartmoe.spec.placement import Placement
+
+RANK_FILE = "model_optim_rng.pt"
+OPTIMIZER_FILE = "distrib_optim.pt"
+_FOLDER = re.compile(r"mp_rank_(\d+)(?:_(\d+))?(?:_(\d+))?")
+_LAYER_NUMBER = re.compile(r"^(?:decoder|encoder)\.layers\.(\d+)\.")
+_EXPERT_MODULE = re.compile(r"\.experts\.local_experts\.(\d+)\.")
+_EXPERT_WEIGHT = re.compile(r"(\.experts\.linear_fc[12]\.(?:weight|bias))(\d+)$")
+_SLOTS = re.compile(r"\.experts\.linear_fc[12]\.weight$")
+# The axis that tensor parallelism cuts, by the end of a parameter's name; all others are whole on every rank.
+_CUT_AXIS = {
+    "linear_qkv.weight": 0,
+    "linear_qkv.bias": 0,
+    "linear_q_proj.weight": 0,
+    "linear_q_up_proj.weight": 0,
+    "linear_kv_up_proj.weight": 0,
+    "linear_fc1.weight": 0,
+    "linear_fc1.bias": 0,
+    "word_embeddings.weight": 0,
+    "output_layer.weight": 0,
+    "linear_proj.weight": 1,
+    "linear_fc2.weight": 1,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _RankFile:
+    """One rank's file, read."""
+
+    path: Path
+    tensor_rank: int
+    stage: int
+    expert_rank: int
+    content: Mapping[str, Any]
+
+    def chunks(self) -> list[Mapping[str, StoredTensor]]:
+        """Parameters of each virtual stage, by the rank's names."""
+        names = sorted((key for key in self.content if re.fullmatch(r"model\d*", key)), key=lambda key: (len(key), key))
+        return [
+            {name: tensor for name, tensor in self.content[key].items() if isinstance(tensor, StoredTensor)}
+            for key in names
+            if isinstance(self.content[key], Mapping)
+        ]
+
+
+def read_rank_files(folder: Path) -> Contents:
+    """Where the weights are in a checkpoint of the `torch` format.
+
+    Raises:
+        CheckpointError: there are no such files, one is damaged, or the parallelism is one that is not read here.
+    """
+    files = [_read(path) for path in sorted(folder.glob(f"mp_rank_*/{RANK_FILE}"))]
+    if not files:
+        what = "is neither a torch_dist nor a torch checkpoint"
+        raise CheckpointError(str(folder), what, f"it has no readable metadata.json and no mp_rank_*/{RANK_FILE}")
+    contents = Contents(folder=folder, iteration=iteration_in(files[0].content))
+    contents.arguments = arguments_in(files[0].content)
+    layout = _Layout(files, contents)
+    for file in files:
+        for number, chunk in enumerate(file.chunks()):
+            for name, tensor in chunk.items():
+                layout.add(file, number, name, tensor)
+        for where, tensor in _tensors(file.content.get("optimizer"), "optimizer"):
+            contents.buffers[f"{file.path.parent.name}, {where}"] = tensor.num_elements
+    for path in sorted(folder.glob(f"mp_rank_*/{OPTIMIZER_FILE}")):
+        for where, tensor in _tensors(read_saved(path, str(path)), OPTIMIZER_FILE):
+            contents.buffers[f"{path.parent.name}, {where}"] = tensor.num_elements
+    return contents
+
+
+class _Layout:
+    """Translates the ranks' names, layers and experts."""
+
+    def __init__(self, files: Sequence[_RankFile], contents: Contents) -> None:
+        self._contents, self._args = contents, contents.arguments
+        self._tensor_ranks = 1 + max(file.tensor_rank for file in files)
+        self._expert_ranks = 1 + max(file.expert_rank for file in files)
+        expert_tensor_ranks = self._args.get("expert_tensor_parallel_size") or self._tensor_ranks
+        self._first_layers = _first_layers(files)
+        self._placement = _placement(self._args)
+        if self._args.get("num_experts") and expert_tensor_ranks != self._tensor_ranks:
+            what = "cannot be read by parameter"
+            reason = f"its experts are cut by {expert_tensor_ranks} and its other layers by {self._tensor_ranks}"
+            raise CheckpointError(str(contents.folder), what, reason)
+
+    def add(self, file: _RankFile, chunk: int, name: str, tensor: StoredTensor) -> None:
+        """Add a rank's tensor, under the model's name."""
+        first_layer = self._first_layers[chunk, file.stage]
+        match = _LAYER_NUMBER.match(name)
+        if match is not None:
+            name = f"{name[: match.start(1)]}{int(match[1]) + first_layer}{name[match.end(1) :]}"
+        name, local = _without_expert(name)
+        if local is None and _SLOTS.search(name) and len(tensor.shape) == 3:
+            layer = int(match[1]) + first_layer if match is not None else 0
+            for slot in range(tensor.shape[0]):
+                self._add(file, name, self._expert(file, layer, slot, tensor.shape[0]), tensor.at((slot,)))
+        elif local is None:
+            self._add(file, name, None, tensor)
+        else:
+            num_local = int(self._args.get("num_experts") or 0) // self._expert_ranks
+            self._add(file, name, file.expert_rank * num_local + local, tensor)
+
+    def _expert(self, file: _RankFile, layer: int, slot: int, num_slots: int) -> int:
+        """The logical expert in a home slot."""
+        if self._placement is None or self._placement.slots_LRS.shape[1] != self._expert_ranks:
+            return file.expert_rank * num_slots + slot
+        moe_layer = _moe_layers(self._args).index(layer)
+        return int(self._placement.slots_LRS[moe_layer, file.expert_rank, slot])
+
+    def _add(self, file: _RankFile, name: str, expert: int | None, tensor: StoredTensor) -> None:
+        axis = next((axis for end, axis in _CUT_AXIS.items() if name.endswith(end)), None)
+        is_cut = axis is not None and self._tensor_ranks > 1
+        is_copy = (expert is None and file.expert_rank > 0) or (not is_cut and file.tensor_rank > 0)
+        if is_copy:
+            return
+        key, parts = ParameterKey(name, expert, WEIGHT), self._tensor_ranks if is_cut else 1
+        halves = 2 if axis == 0 and parts > 1 and ".linear_fc1." in name and self._args.get("swiglu") else 1
+        for half in range(halves):
+            self._contents.parameters.setdefault(key, []).append(
+                _part(tensor, axis or 0, file.tensor_rank if is_cut else 0, parts, half, halves)
+            )
+
+
+def _part(tensor: StoredTensor, axis: int, rank: int, parts: int, half: int, halves: int) -> Part:
+    """A rank's part of a parameter; of a gated layer its gate or its linear rows, each of which is cut by itself."""
+    shape, offsets, sizes = list(tensor.shape), [0] * len(tensor.shape), list(tensor.shape)
+    if shape:
+        sizes[axis] //= halves
+        shape[axis] *= parts
+        offsets[axis] = (half * parts + rank) * sizes[axis]
+    if halves > 1:
+        tensor = tensor.rows(half * sizes[0], sizes[0])
+    return Part(piece=Piece(shape=tuple(shape), offsets=tuple(offsets), sizes=tuple(sizes)), tensor=tensor)
+
+
+def _read(path: Path) -> _RankFile:
+    match = _FOLDER.fullmatch(path.parent.name)
+    content = read_saved(path, str(path))
+    if match is None or not isinstance(content, Mapping):
+        raise CheckpointError(str(path), "is damaged", f"it holds a {type(content).__name__}, no mapping")
+    args = arguments_in(content)
+    second, third = (int(part) if part is not None else 0 for part in match.groups()[1:])
+    has_stages = int(args.get("pipeline_model_parallel_size") or 1) > 1
+    stage, expert_rank = (second, third) if has_stages else (0, second)
+    return _RankFile(path=path, tensor_rank=int(match[1]), stage=stage, expert_rank=expert_rank, content=content)
+
+
+def _first_layers(files: Sequence[_RankFile]) -> dict[tuple[int, int], int]:
+    """The number of the first layer of each chunk and stage: chunks come one after the other, through all stages."""
+    counts: dict[tuple[int, int], int] = {}
+    for file in files:
+        for number, chunk in enumerate(file.chunks()):
+            layers = {int(match[1]) for name in chunk if (match := _LAYER_NUMBER.match(name))}
+            counts[number, file.stage] = len(layers)
+    firsts, first = {}, 0
+    for where in sorted(counts):
+        firsts[where] = first
+        first += counts[where]
+    return firsts
+
+
+def _without_expert(name: str) -> tuple[str, int | None]:
+    """A parameter's name without the number of the rank's expert, and that number."""
+    match = _EXPERT_MODULE.search(name)
+    if match is not None:
+        return f"{name[: match.start()]}.experts.{name[match.end() :]}", int(match[1])
+    match = _EXPERT_WEIGHT.search(name)
+    if match is not None:
+        return name[: match.end(1)], int(match[2])
+    return name, None
+
+
+def _placement(args: Mapping[str, Any]) -> Placement | None:
+    content = args.get("smartmoe_placement")
+    if not isinstance(content, Mapping):
+        return None
+    try:
+        return Placement.from_json(content)
+    except (PlanError, KeyError, TypeError, ValueError, OverflowError):
+        return None
+
+
+def _moe_layers(args: Mapping[str, Any]) -> list[int]:
+    """Numbers of the layers that have experts."""
+    num_layers, frequency = int(args.get("num_layers") or 0), args.get("moe_layer_freq") or 1
+    if isinstance(frequency, int):
+        return list(range(0, num_layers, frequency))
+    return [layer for layer, is_moe in enumerate(frequency) if is_moe]
+
+
+def _tensors(content: Any, where: str) -> Iterator[tuple[str, StoredTensor]]:
+    """All tensors in nested mappings and lists."""
+    if isinstance(content, StoredTensor):
+        yield where, content
+    elif isinstance(content, Mapping):
+        for key, value in content.items():
+            yield from _tensors(value, f"{where}.{key}")
+    elif isinstance(content, list | tuple):
+        for number, value in enumerate(content):
+            yield from _tensors(value, f"{where}.{number}")

@@ -1,0 +1,42 @@
+"""Reading a checkpoint of either format: where its parameters are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_smartmoe.checkpoint.contents import Contents, ParameterKey, Part, arguments_in, iteration_in
+from megatron_smartmoe.checkpoint.names import logical_pieces
+from megatron_smartmoe.checkpoint.rank_files import read_rank_files
+from megatron_smartmoe.checkpoint.torch_dist import is_torch_dist, read_common, read_index
+from megatron_smartmoe.checkpoint.torch_save import StoredTensor
+
+
+def read_contents(folder: Path) -> Contents:
+    """Where everything in a checkpoint is; its index and the heads of its files are read.
+
+    Raises:
+        CheckpointError: it is damaged, or of a format that is not known here.
+    """
+    if not is_torch_dist(folder):
+        return read_rank_files(folder)
+    index = read_index(folder)
+    common = read_common(folder, index)
+    contents = Contents(folder=folder, iteration=iteration_in(common), arguments=arguments_in(common))
+    for key, offsets, tensor in index.tensors():
+        _add_tensor(contents, key, index.shapes[key], offsets, tensor)
+    return contents
+
+
+def _add_tensor(
+    contents: Contents, key: str, shape: Sequence[int], offsets: Sequence[int], tensor: StoredTensor
+) -> None:
+    """Add a box of a tensor of a torch_dist checkpoint."""
+    is_parameter = False
+    for found in logical_pieces(key, shape, offsets, tensor.shape):
+        part = Part(piece=found.piece, tensor=tensor.at(found.index))
+        where = ParameterKey(found.name, found.expert, found.kind)
+        contents.parameters.setdefault(where, []).append(part)
+        is_parameter = True
+    if not is_parameter:
+        contents.buffers[key] = contents.buffers.get(key, 0) + tensor.num_elements
