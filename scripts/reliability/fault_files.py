@@ -6,7 +6,9 @@ import json
 import shutil
 from pathlib import Path
 
-TRACKER = "latest_checkpointed_iteration.txt"
+from megatron_smartmoe.checkpoint.directory import TRACKER, folder_of
+from megatron_smartmoe.checkpoint.manifest import MANIFEST_FILE
+
 BITS = 0x41  # that a flip changes in every byte
 FLIPPED_BYTES = 64
 
@@ -33,7 +35,7 @@ def damage(checkpoints: Path, kind: str, which: str, at: float) -> Path:
         which: a name of `fault_plan.FILES`.
         at: where in the file, as a share of its length.
     """
-    newest = checkpoints / f"iter_{int((checkpoints / TRACKER).read_text()):07d}"
+    newest = folder_of(checkpoints, int((checkpoints / TRACKER).read_text()))
     shards = sorted(newest.glob("*.distcp"), key=lambda shard: -shard.stat().st_size)
     file = {
         "largest shard": shards[0],
@@ -41,6 +43,7 @@ def damage(checkpoints: Path, kind: str, which: str, at: float) -> Path:
         "index": newest / ".metadata",
         "format": newest / "metadata.json",
         "tracker": checkpoints / TRACKER,
+        "manifest": newest / MANIFEST_FILE,
     }[which]
     content = bytearray(file.read_bytes())
     if kind == "missing file":

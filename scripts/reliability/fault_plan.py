@@ -6,7 +6,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from scripts.reliability.fault_points import POINTS
+from scripts.reliability.fault_points import ON_RANK_0, POINTS
 
 ITERATIONS, SAVE_EVERY = 9, 3
 # Of a block of faults, how many are of each kind.
@@ -25,10 +25,7 @@ KINDS = {
 ON_FILES = ("flipped file", "truncated file", "missing file")
 ON_MOUNTS = ("disk full", "read-only")
 NOT_LAUNCHED = (*ON_FILES, "cut the link")
-ON_ANY_POINT = ("kill", "pause", "slow")
-AFTER_LAST_SAVE = ("end",)
-FILES = ("largest shard", "another shard", "index", "format", "tracker")
-SAVES = ("save: begin", "save: shards", "save: index", "save: end")
+FILES = ("largest shard", "another shard", "index", "format", "tracker", "manifest")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +84,7 @@ def draw(count: int, seed: int, *, kinds: Sequence[str], launched_every: int, re
                     number=number,
                     kind=kind,
                     place=place,
-                    victim=0 if place == "save: index" else rng.randrange(2),  # rank 0 alone writes the index
+                    victim=0 if place in ON_RANK_0 else rng.randrange(2),
                     iteration=rng.randint(1, ITERATIONS - SAVE_EVERY + 1),
                     seconds=round(rng.uniform(0.5, 2.0), 2),
                     replicas=rng.choice(list(replicas)),
@@ -107,7 +104,7 @@ def places_of(kind: str) -> Sequence[str]:
     if kind == "refuse memory":
         return ("migration: staged",)
     if kind in ON_MOUNTS:
-        return (*SAVES[:3], "counting", "optimizer step", "evaluation")
+        return ("save: begin", "save: shards", *ON_RANK_0, "counting", "optimizer step", "evaluation")
     if kind == "cut the link":
         return ("optimizer step", "replica fetch", "migration: received", "save: begin")
     return POINTS

@@ -33,9 +33,12 @@ FUNCTIONS = {
         "megatron.core.dist_checkpointing.strategies.filesystem_async:FileSystemWriterAsync.retrieve_write_results"
     ),
     "save: index": "megatron.core.dist_checkpointing.strategies.filesystem_async:FileSystemWriterAsync.finish",
+    "save: manifest": "megatron_smartmoe.adapter.checkpoint.saving:write_manifest",
+    "save: tracker": "megatron_smartmoe.adapter.checkpoint.tracker:commit",
 }
 MIGRATION = {f"migration: {point}": point for point in ("received", "staged", "agreed", "committed")}
 MOMENTS = ("start", "save: begin", "save: end", "evaluation", "end")  # of a Callback
+ON_RANK_0 = ("save: index", "save: manifest", "save: tracker")  # what that rank alone does
 POINTS = (*FUNCTIONS, *MIGRATION, *MOMENTS)
 
 
