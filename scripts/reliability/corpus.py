@@ -15,6 +15,8 @@ def corpus_flags(directory: Path) -> list[str]:
     if not prefix.with_suffix(".json").exists():
         command = [sys.executable, str(ROOT / "scripts" / "prepare_data.py"), "--python-stdlib", "--quiet"]
         options = ["--max-bytes", "400000", "--vocab-size", "512", "--output-prefix", str(prefix)]
-        subprocess.run([*command, *options], check=True, capture_output=True)
+        done = subprocess.run([*command, *options], check=False, capture_output=True, text=True)
+        if done.returncode:
+            raise SystemExit(f"the corpus could not be prepared:\n{done.stderr}")
     tokenizer = ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", f"{prefix}.tokenizer.model"]
     return ["--data-path", str(prefix), *tokenizer]

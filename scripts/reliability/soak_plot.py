@@ -26,12 +26,13 @@ LABELS = {
     "all": "homes, replicas and pool",
 }
 MEAN_STEPS = 200  # of the losses' moving mean
+EVERY = 10  # steps between two points of it
 SAMPLES = 10  # of which the step time is the median
 MIB = 2**20
 
 
 def draw(runs: Mapping[str, SoakRun], path: Path) -> None:
-    """Write the picture as SVG."""
+    """Write the picture, in the format that the file's name ends with."""
     figure, ((loss, apart), (memory, cpu)) = plt.subplots(2, 2, figsize=(10, 6.6), layout="constrained")
     for name, run in runs.items():
         style: dict[str, Any] = {"color": COLOURS[name], "label": LABELS[name], "linewidth": 1.1}
@@ -45,8 +46,10 @@ def draw(runs: Mapping[str, SoakRun], path: Path) -> None:
         cpu.plot(*_cpu(first), **style)
     loss.set(ylabel=f"loss, nats per token, mean of {MEAN_STEPS} steps")
     apart.set(ylabel=f"loss minus that of off, mean of {MEAN_STEPS} steps")
-    memory.set(ylabel="memory of the largest rank, MiB (RSS)", ylim=(0, None))
-    cpu.set(ylabel="CPU time of rank 0 per step, ms", ylim=(0, None))
+    memory.set(ylabel="memory of the largest rank, MiB (RSS)")
+    cpu.set(ylabel="CPU time of rank 0 per step, ms")
+    for axes in (memory, cpu):
+        axes.set_ylim(0, 1.1 * axes.get_ylim()[1])
     for axes in (loss, apart, memory, cpu):
         axes.set_xlabel("training step")
         axes.grid(alpha=0.3)
@@ -59,7 +62,7 @@ def _moving_mean(run: SoakRun) -> tuple[np.ndarray, np.ndarray]:
     losses = np.array([run.losses[iteration] for iteration in sorted(run.losses)])
     width = min(MEAN_STEPS, len(losses))
     mean = np.convolve(losses, np.full(width, 1 / width), mode="valid")
-    return np.arange(width, len(losses) + 1), mean
+    return np.arange(width, len(losses) + 1)[::EVERY], mean[::EVERY]
 
 
 def _rss(samples: Any, row: int) -> float:
