@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the checkout, wh
 from scripts.reliability import fault_files, fault_judge, fault_link, fault_mounts
 from scripts.reliability.corpus import corpus_flags
 from scripts.reliability.fault_job import End, losses_of, run_launcher_with, run_ranks_with
-from scripts.reliability.fault_judge import BAD, GOOD, judge
+from scripts.reliability.fault_judge import BAD, GOOD, Verdict, judge
 from scripts.reliability.fault_plan import ITERATIONS, KINDS, ON_FILES, ON_MOUNTS, SAVE_EVERY, Fault, draw
 from scripts.reliability.fault_points import Order
 
@@ -135,7 +135,12 @@ def run(directory: Path, faults: Sequence[Fault], *, say: bool = True) -> list[d
     for fault in faults:
         if fault.number in done:
             continue
-        outcome = suite.strike(fault)
+        try:
+            outcome = suite.strike(fault)
+        except Exception as error:  # of the harness: the others can be struck all the same, and this one counts as bad
+            details = f"the harness failed: {type(error).__name__}: {error}"
+            verdict = Verdict(outcome="did not strike", line="", details=details)
+            outcome = {**asdict(fault), **asdict(verdict), "stopped_s": 0.0}
         outcomes.append(outcome)
         with file.open("a", encoding="utf-8") as lines:
             lines.write(json.dumps(outcome) + "\n")
