@@ -13,6 +13,7 @@ not allowed.
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import shutil
 import sys
@@ -56,6 +57,11 @@ class Suite:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         directory.mkdir(parents=True, exist_ok=True)
+        self._lock = (directory / "lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise SystemExit(f"faults: another run is at work in {directory}. Pass another --directory.") from None
         self._data = corpus_flags(directory)
 
     def argv(self, run_dir: Path, replicas: str) -> list[str]:
