@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Trains 5,000 steps on 4 ranks with every loop at work, five times, and looks for what grows, drifts or differs.
 #
-#   scripts/soak.sh [DIR] [--steps N]    about 1.5 hours on 2 free cores; DIR defaults to runs/soak
+#   scripts/soak.sh [DIR] [--steps N]    under an hour on 2 cores, and the heap checks; DIR defaults to runs/soak
 #
 # It may be ended at any time: the same command resumes. What it prints and draws is in docs/reliability.md.
 set -euo pipefail
