@@ -59,7 +59,7 @@ def main() -> int:
     """Start again under the checks, then repeat."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory", type=Path, metavar="DIR")
-    parser.add_argument("--repeats", type=int, default=100, metavar="N", help="in all. Default: 100.")
+    parser.add_argument("--repeats", type=int, default=300, metavar="N", help="in all. Default: 300.")
     parser.add_argument("--iterations", type=int, default=4, metavar="N", help="of each repeat. Default: 4.")
     args = parser.parse_args()
     if any(os.environ.get(name) != value for name, value in CHECKS.items()):

@@ -86,7 +86,7 @@ def main() -> int:
     parser.add_argument("directory", type=Path, nargs="?", default=Path("runs/soak"), metavar="DIR")
     parser.add_argument("--steps", type=int, default=5000, metavar="N", help="steps of each run. Default: 5000.")
     parser.add_argument("--only", nargs="+", choices=RUNS, default=list(RUNS), metavar="NAME", help="of the five runs")
-    parser.add_argument("--heap", type=int, default=100, metavar="N", help="repeats under heap checks. Default: 100.")
+    parser.add_argument("--heap", type=int, default=300, metavar="N", help="repeats under heap checks. Default: 300.")
     args = parser.parse_args()
     args.directory.mkdir(parents=True, exist_ok=True)
     data = prepare(args.directory, args.steps)

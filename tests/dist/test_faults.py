@@ -31,7 +31,7 @@ def test_twelve_faults(tmp_path: Path) -> None:
 
 
 def test_the_heap_stays_whole(tmp_path: Path) -> None:
-    """The mix that ended with a corrupted heap once: scripts/soak.sh repeats it a hundred times."""
+    """The mix that ended with a corrupted heap once: scripts/soak.sh repeats it 300 times."""
     if (problem := heap.checks_do_nothing()) is not None:
         pytest.skip(f"no heap checks here: {problem}")
     command = [sys.executable, str(Path(heap.__file__)), str(tmp_path), "--repeats", "2", "--iterations", "2"]
