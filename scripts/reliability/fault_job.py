@@ -158,7 +158,7 @@ def strike_of(order: Order | None) -> float | None:
 
 def _continue(order: Order | None, now: float) -> bool:
     """Continue a rank that has stopped itself, when its time is over."""
-    if order is None or order.action != "pause":
+    if order is None or order.action not in ("pause", "long pause"):
         return True
     struck_at = strike_of(order)
     if struck_at is None or now < struck_at + order.seconds:

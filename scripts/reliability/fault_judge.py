@@ -13,6 +13,7 @@ from scripts.reliability import fault_link
 from scripts.reliability.fault_job import GRACE_S, End, clear_lines
 from scripts.reliability.fault_plan import ITERATIONS, ON_FILES, Fault
 
+REPORTED = ("refuse memory", "long pause")  # training continues, and a line says what was wrong
 GOOD = ("same losses", "stopped", "refused")
 BAD = ("wrong losses", "hangs", "unclear", "slow to stop", "did not strike")
 REFUSED_S = 120.0  # to read a damaged checkpoint and say so, ranks' start included, on a busy machine
@@ -28,7 +29,10 @@ LINES = {
     "missing file": r"(error: |Error: ).*(iter_\d+|latest_checkpointed_iteration)",
     "cut the link": r"(rank \d+.*(hold|not answer|not heard|stopped)|Timed out|timed out|Connection)",
 }
-LAUNCHER_LINES = {"kill": r"rank \d+ .*SIGKILL"}
+LAUNCHER_LINES = {
+    "kill": r"rank {victim} on .* SIGKILL",
+    "long pause": r"WARNING: this step has taken .* the slowest rank is {victim} of .* stopped by a signal",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +63,7 @@ def judge(
         tolerance: relative; 0 where the bits are promised.
     """
     pattern = (LAUNCHER_LINES if fault.launched else {}).get(fault.kind) or LINES.get(fault.kind, "")
+    pattern = pattern.replace("{victim}", str(fault.victim))
     lines = clear_lines(end.lines, pattern) if pattern else []
     line = lines[-1][:300] if lines else ""
 
@@ -74,8 +79,8 @@ def judge(
         return verdict("hangs", f"status {end.status}" + (f", resumed {resumed.status}" if resumed else ""))
     missing = sorted(set(range(1, ITERATIONS + 1)) - {i for i, _ in losses})
     if end.good:
-        if pattern and fault.kind == "refuse memory" and not lines:
-            return verdict("unclear", "the refusal was not reported")
+        if fault.kind in REPORTED and not lines:
+            return verdict("unclear", f"no line like {pattern}")
         if missing and not lines:
             return verdict("wrong losses", f"no losses of iterations {missing}")
         return verdict("same losses")

@@ -13,6 +13,7 @@ ITERATIONS, SAVE_EVERY = 9, 3
 KINDS = {
     "kill": 5,
     "pause": 2,
+    "long pause": 1,
     "slow": 2,
     "disk full": 2,
     "read-only": 1,
@@ -24,6 +25,9 @@ KINDS = {
 }
 ON_FILES = ("flipped file", "truncated file", "missing file")
 ON_MOUNTS = ("disk full", "read-only")
+IN_STEPS = ("counting", "planning homes", "replica fetch", "gradient return", "split", "optimizer step")
+LONG_PAUSE_S = 15.0  # the watchdog names a rank after 3 times the median step and 8 s
+TIMED_STEPS = 5  # after which there is a median
 NOT_LAUNCHED = (*ON_FILES, "cut the link")
 FILES = ("largest shard", "another shard", "index", "format", "tracker", "manifest")
 
@@ -78,20 +82,19 @@ def draw(count: int, seed: int, *, kinds: Sequence[str], launched_every: int, re
     while len(faults) < count:
         for kind in rng.sample(block, len(block)):
             place = next_of(kind, places_of(kind))
-            number = len(faults)
+            number, long = len(faults), kind == "long pause"
+            due = launched_every > 0 and number % launched_every == 0
             faults.append(
                 Fault(
                     number=number,
                     kind=kind,
                     place=place,
                     victim=0 if place in ON_RANK_0 else rng.randrange(2),
-                    iteration=rng.randint(1, ITERATIONS - SAVE_EVERY + 1),
-                    seconds=round(rng.uniform(0.5, 2.0), 2),
+                    iteration=max(rng.randint(1, ITERATIONS - SAVE_EVERY + 1), TIMED_STEPS if long else 0),
+                    seconds=LONG_PAUSE_S if long else round(rng.uniform(0.5, 2.0), 2),
                     replicas=rng.choice(list(replicas)),
                     at=round(rng.uniform(0.02, 0.98), 3),
-                    launched=kind not in (*ON_FILES, "cut the link")
-                    and launched_every > 0
-                    and number % launched_every == 0,
+                    launched=long or (due and kind not in NOT_LAUNCHED),
                 )
             )
     return faults[:count]
@@ -101,6 +104,8 @@ def places_of(kind: str) -> Sequence[str]:
     """Where a kind of fault can strike."""
     if kind in ON_FILES:
         return FILES
+    if kind == "long pause":
+        return IN_STEPS
     if kind == "refuse memory":
         return ("migration: staged",)
     if kind in ON_MOUNTS:

@@ -217,6 +217,7 @@ def _nothing(order: Order) -> None:
 ACTIONS: dict[str, Callable[[Order], None]] = {
     "kill": _kill,
     "pause": _pause,
+    "long pause": _pause,
     "slow": _sleep,
     "disk full": _fill_disk,
     "read-only": _make_read_only,

@@ -19,7 +19,7 @@ SEED = 1
 
 
 def test_twelve_faults(tmp_path: Path) -> None:
-    left_out = (*fault_mounts.missing_kinds(), "cut the link")  # which takes a minute: a collective's shortest timeout
+    left_out = (*fault_mounts.missing_kinds(), "cut the link", "long pause")  # these two take long
     kinds = [kind for kind in KINDS if kind not in left_out]
     drawn = draw(12, SEED, kinds=kinds, launched_every=0, replicas=("exact",))
     outcomes = faults.run(tmp_path, drawn)
