@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from scripts.reliability import fault_link
 from scripts.reliability.fault_job import GRACE_S, End, clear_lines
-from scripts.reliability.fault_plan import ITERATIONS, ON_FILES, Fault
+from scripts.reliability.fault_plan import ON_FILES, Fault
 
 REPORTED = ("refuse memory", "long pause")  # training continues, and a line says what was wrong
 GOOD = ("same losses", "stopped", "refused")
@@ -77,7 +77,7 @@ def judge(
         return verdict("did not strike")
     if end.hung or (resumed is not None and resumed.hung):
         return verdict("hangs", f"status {end.status}" + (f", resumed {resumed.status}" if resumed else ""))
-    missing = sorted(set(range(1, ITERATIONS + 1)) - {i for i, _ in losses})
+    missing = sorted(set(reference) - {i for i, _ in losses})
     if end.good:
         if fault.kind in REPORTED and not lines:
             return verdict("unclear", f"no line like {pattern}")

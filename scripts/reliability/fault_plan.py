@@ -8,7 +8,17 @@ from dataclasses import dataclass
 
 from scripts.reliability.fault_points import ON_RANK_0, POINTS
 
-ITERATIONS, SAVE_EVERY = 9, 3
+
+@dataclass(frozen=True, kw_only=True)
+class Length:
+    """Of the trainings that are struck: their iterations, and how many lie between two saves."""
+
+    iterations: int
+    save_every: int
+
+
+LONG = Length(iterations=9, save_every=3)
+SHORT = Length(iterations=6, save_every=2)  # for CI
 # Of a block of faults, how many are of each kind.
 KINDS = {
     "kill": 5,
@@ -59,12 +69,15 @@ class Fault:
     launched: bool
 
 
-def draw(count: int, seed: int, *, kinds: Sequence[str], launched_every: int, replicas: Sequence[str]) -> list[Fault]:
+def draw(
+    count: int, seed: int, *, length: Length, kinds: Sequence[str], launched_every: int, replicas: Sequence[str]
+) -> list[Fault]:
     """`count` faults, the same for the same arguments; a longer draw begins with a shorter one.
 
     Args:
         count: of faults.
         seed: of the draw.
+        length: of the trainings.
         kinds: those that this machine can bring about.
         launched_every: of so many faults on processes one goes through the launcher; 0: none does.
         replicas: how replicas may be planned.
@@ -90,7 +103,9 @@ def draw(count: int, seed: int, *, kinds: Sequence[str], launched_every: int, re
                     kind=kind,
                     place=place,
                     victim=0 if place in ON_RANK_0 else rng.randrange(2),
-                    iteration=max(rng.randint(1, ITERATIONS - SAVE_EVERY + 1), TIMED_STEPS if long else 0),
+                    iteration=max(
+                        rng.randint(1, length.iterations - length.save_every + 1), TIMED_STEPS if long else 0
+                    ),
                     seconds=LONG_PAUSE_S if long else round(rng.uniform(0.5, 2.0), 2),
                     replicas=rng.choice(list(replicas)),
                     at=round(rng.uniform(0.02, 0.98), 3),
