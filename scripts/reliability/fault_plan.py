@@ -91,6 +91,7 @@ def draw(
             turn[name] = rng.sample(list(choices), len(choices))
         return turn[name].pop()
 
+    latest = length.iterations - length.save_every + 1  # every point comes once more
     faults: list[Fault] = []
     while len(faults) < count:
         for kind in rng.sample(block, len(block)):
@@ -103,9 +104,7 @@ def draw(
                     kind=kind,
                     place=place,
                     victim=0 if place in ON_RANK_0 else rng.randrange(2),
-                    iteration=max(
-                        rng.randint(1, length.iterations - length.save_every + 1), TIMED_STEPS if long else 0
-                    ),
+                    iteration=max(rng.randint(1, latest), TIMED_STEPS if long else 0),
                     seconds=LONG_PAUSE_S if long else round(rng.uniform(0.5, 2.0), 2),
                     replicas=rng.choice(list(replicas)),
                     at=round(rng.uniform(0.02, 0.98), 3),

@@ -29,7 +29,7 @@ from scripts.reliability import fault_files, fault_judge, fault_link, fault_moun
 from scripts.reliability.corpus import corpus_flags
 from scripts.reliability.fault_job import End, losses_of, run_launcher_with, run_ranks_with
 from scripts.reliability.fault_judge import BAD, GOOD, Verdict, judge
-from scripts.reliability.fault_plan import ITERATIONS, KINDS, ON_FILES, ON_MOUNTS, SAVE_EVERY, Fault, draw
+from scripts.reliability.fault_plan import KINDS, LONG, ON_FILES, ON_MOUNTS, Fault, Length, draw
 from scripts.reliability.fault_points import Order
 
 RANKS = 2
@@ -43,8 +43,7 @@ MODEL = (
 TRAINING = (
     "--expert-model-parallel-size 2 --use-distributed-optimizer --dist-ckpt-optim-fully-reshardable "
     "--micro-batch-size 1 --global-batch-size 4 --lr 1e-3 --lr-decay-style constant --clip-grad 0 "
-    f"--train-iters {ITERATIONS} --save-interval {SAVE_EVERY} --eval-iters 1 --eval-interval 4 --log-interval 1 "
-    "--logging-level 40 --rerun-mode disabled --seed 1234 --split 90,10,0 --num-workers 0 "
+    "--eval-iters 1 --log-interval 1 --logging-level 40 --rerun-mode disabled --seed 1234 --split 90,10,0 --num-workers 0 "
     "--smartmoe --smartmoe-homes shuffle --smartmoe-homes-interval 2 --smartmoe-spare-slots 1 "
     "--smartmoe-replicas-margin 0"
 ).split()
@@ -54,8 +53,8 @@ TOLERANCE = 0.0  # relative: what replicas were planned from is saved, so a resu
 class Suite:
     """The faults of one directory: what they share, and the way from a fault to its outcome."""
 
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
+    def __init__(self, directory: Path, length: Length) -> None:
+        self.directory, self.length = directory, length
         directory.mkdir(parents=True, exist_ok=True)
         self._lock = (directory / "lock").open("w")
         try:
@@ -67,8 +66,11 @@ class Suite:
     def argv(self, run_dir: Path, replicas: str) -> list[str]:
         """The command of a run."""
         checkpoints = str(run_dir / "checkpoints")
+        steps, save_every = self.length.iterations, self.length.save_every
+        length = ["--train-iters", str(steps), "--save-interval", str(save_every)]
+        length += ["--eval-interval", str(save_every + 1)]
         places = ["--save", checkpoints, "--load", checkpoints, "--smartmoe-run-dir", str(run_dir)]
-        return [*MODEL, *TRAINING, *self._data, "--smartmoe-replicas", replicas, *places]
+        return [*MODEL, *TRAINING, *length, *self._data, "--smartmoe-replicas", replicas, *places]
 
     def reference(self, replicas: str) -> dict[int, float]:
         """The losses of the uninterrupted run; its folder is where file faults start from."""
@@ -123,7 +125,8 @@ class Suite:
 
     def _on_file(self, fault: Fault, run_dir: Path) -> tuple[End, End | None]:
         """Damage a file of the newest checkpoint but one, as if training had been interrupted after it."""
-        fault_files.prepare(self.directory / f"reference-{fault.replicas}", run_dir, ITERATIONS - SAVE_EVERY)
+        last = self.length.iterations - self.length.save_every
+        fault_files.prepare(self.directory / f"reference-{fault.replicas}", run_dir, last)
         fault_files.damage(run_dir / "checkpoints", fault.kind, fault.place, fault.at)
         argv = self.argv(run_dir, fault.replicas)
         end = run_ranks_with(argv, RANKS, self.directory / "logs", None)
@@ -133,9 +136,9 @@ class Suite:
         return end, run_ranks_with(newest_whole, RANKS, self.directory / "logs-resumed", None)
 
 
-def run(directory: Path, faults: Sequence[Fault], *, say: bool = True) -> list[dict[str, Any]]:
+def run(directory: Path, faults: Sequence[Fault], length: Length) -> list[dict[str, Any]]:
     """Strike with every fault that has no outcome yet; returns all outcomes."""
-    suite, file = Suite(directory), directory / "faults.jsonl"
+    suite, file = Suite(directory, length), directory / "faults.jsonl"
     outcomes = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     done = {outcome["number"] for outcome in outcomes}
     for fault in faults:
@@ -150,10 +153,9 @@ def run(directory: Path, faults: Sequence[Fault], *, say: bool = True) -> list[d
         outcomes.append(outcome)
         with file.open("a", encoding="utf-8") as lines:
             lines.write(json.dumps(outcome) + "\n")
-        if say:
-            where = f"{fault.kind}, {fault.place}, rank {fault.victim}, {fault.replicas}"
-            text = outcome["details"] or outcome["line"]
-            print(f"{fault.number + 1:4} {outcome['outcome']:15} {where}: {text[:160]}", flush=True)
+        where = f"{fault.kind}, {fault.place}, rank {fault.victim}, {fault.replicas}"
+        text = outcome["details"] or outcome["line"]
+        print(f"{fault.number + 1:4} {outcome['outcome']:15} {where}: {text[:160]}", flush=True)
     return outcomes
 
 
@@ -183,8 +185,9 @@ def main() -> int:
     kinds = [kind for kind in KINDS if kind not in fault_mounts.missing_kinds()]
     if left_out := sorted(set(KINDS) - set(kinds)):
         print(f"faults: this machine cannot bring about: {', '.join(left_out)}", flush=True)
-    faults = draw(args.count, args.seed, kinds=kinds, launched_every=args.launched_every, replicas=("exact", "history"))
-    outcomes = run(args.directory or Path(f"runs/faults-seed{args.seed}"), faults)
+    replicas, every = ("exact", "history"), args.launched_every
+    faults = draw(args.count, args.seed, length=LONG, kinds=kinds, launched_every=every, replicas=replicas)
+    outcomes = run(args.directory or Path(f"runs/faults-seed{args.seed}"), faults, LONG)
     print(table(outcomes))
     return 1 if any(outcome["outcome"] in BAD for outcome in outcomes) else 0
 

@@ -8,9 +8,9 @@ import pytest
 
 from scripts.reliability.fault_job import End
 from scripts.reliability.fault_judge import BAD, judge
-from scripts.reliability.fault_plan import ITERATIONS, KINDS, Fault, draw, places_of
+from scripts.reliability.fault_plan import KINDS, LONG, Fault, draw, places_of
 
-REFERENCE = {iteration: 6.0 - iteration / 100 for iteration in range(1, ITERATIONS + 1)}
+REFERENCE = {iteration: 6.0 - iteration / 100 for iteration in range(1, LONG.iterations + 1)}
 WHOLE = list(REFERENCE.items())
 GOOD = End(status=(0, 0), struck=True, seconds=3.0, slow_ranks=(), hung=False, lines=("done",))
 DIED = replace(GOOD, status=(1, -9), lines=("Traceback", "RuntimeError: Connection closed by peer"))
@@ -51,7 +51,7 @@ def test_what_is_allowed() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_loss_that_differs_in_its_last_bit_is_wrong(kind: str) -> None:
-    losses = [*WHOLE[:-1], (ITERATIONS, REFERENCE[ITERATIONS] * (1 + 2**-52))]
+    losses = [*WHOLE[:-1], (LONG.iterations, WHOLE[-1][1] * (1 + 2**-52))]
     assert outcome(kind, GOOD, None, losses) == "wrong losses"
 
 
@@ -91,7 +91,7 @@ def test_a_fault_that_did_not_strike_proves_nothing() -> None:
 
 def test_a_longer_draw_begins_with_a_shorter_one() -> None:
     def drawn(count: int) -> list[Fault]:
-        return draw(count, 3, kinds=list(KINDS), launched_every=8, replicas=("exact", "history"))
+        return draw(count, 3, length=LONG, kinds=list(KINDS), launched_every=8, replicas=("exact", "history"))
 
     assert drawn(200)[:12] == drawn(12)
     assert {each.kind for each in drawn(40)} == set(KINDS)
