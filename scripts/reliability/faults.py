@@ -43,7 +43,8 @@ MODEL = (
 TRAINING = (
     "--expert-model-parallel-size 2 --use-distributed-optimizer --dist-ckpt-optim-fully-reshardable "
     "--micro-batch-size 1 --global-batch-size 4 --lr 1e-3 --lr-decay-style constant --clip-grad 0 "
-    "--eval-iters 1 --log-interval 1 --logging-level 40 --rerun-mode disabled --seed 1234 --split 90,10,0 --num-workers 0 "
+    "--eval-iters 1 --log-interval 1 --logging-level 40 --rerun-mode disabled --seed 1234 --split 90,10,0 "
+    "--num-workers 0 "
     "--smartmoe --smartmoe-homes shuffle --smartmoe-homes-interval 2 --smartmoe-spare-slots 1 "
     "--smartmoe-replicas-margin 0"
 ).split()
