@@ -35,7 +35,7 @@ KINDS = {
 }
 ON_FILES = ("flipped file", "truncated file", "missing file")
 ON_MOUNTS = ("disk full", "read-only")
-IN_STEPS = ("counting", "planning homes", "replica fetch", "gradient return", "split", "optimizer step")
+IN_STEPS = ("replica fetch", "gradient return", "split", "optimizer step")
 LONG_PAUSE_S = 15.0  # the watchdog names a rank after 3 times the median step and 8 s
 TIMED_STEPS = 5  # after which there is a median
 NOT_LAUNCHED = (*ON_FILES, "cut the link")
