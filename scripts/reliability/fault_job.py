@@ -22,6 +22,7 @@ from scripts.reliability.fault_points import Order
 from tests.support.ranks import start_ranks
 
 GRACE_S = 10.0  # after a rank has died the launcher ends the others within so long; here the harness stands in for it
+HANGS_S = 600.0  # no training here takes a minute on a free machine
 VARIABLE = "SMARTMOE_INJECTED_FAULT"
 
 
@@ -52,7 +53,7 @@ class End:
 
 
 def run_ranks_with(
-    argv: Sequence[str], world_size: int, log_dir: Path, order: Order | None, limit_s: float = 90.0
+    argv: Sequence[str], world_size: int, log_dir: Path, order: Order | None, limit_s: float = HANGS_S
 ) -> End:
     """Train on ranks of the fork server; the harness ends them where the launcher would."""
     log_dir.mkdir(parents=True, exist_ok=True)
@@ -104,7 +105,7 @@ def run_ranks_with(
 
 
 def run_launcher_with(
-    argv: Sequence[str], world_size: int, log_dir: Path, order: Order | None, limit_s: float = 180.0
+    argv: Sequence[str], world_size: int, log_dir: Path, order: Order | None, limit_s: float = HANGS_S
 ) -> End:
     """Train through the launcher, as a user does, and let it deal with everything."""
     log_dir.mkdir(parents=True, exist_ok=True)

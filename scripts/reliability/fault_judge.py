@@ -73,10 +73,10 @@ def judge(
     wrong = [i for i, loss in losses if i in reference and abs(loss - reference[i]) > tolerance * abs(reference[i])]
     if wrong:
         return verdict("wrong losses", f"in iterations {sorted(set(wrong))}")
-    if not end.struck and fault.kind not in ON_FILES:
-        return verdict("did not strike")
     if end.hung or (resumed is not None and resumed.hung):
         return verdict("hangs", f"status {end.status}" + (f", resumed {resumed.status}" if resumed else ""))
+    if not end.struck and fault.kind not in ON_FILES:
+        return verdict("did not strike")
     missing = sorted(set(reference) - {i for i, _ in losses})
     if end.good:
         if fault.kind in REPORTED and not lines:

@@ -25,7 +25,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the checkout, when the script is run by its path
 
-from scripts.reliability import fault_files, fault_judge, fault_link, fault_mounts
+from scripts.reliability import fault_files, fault_link, fault_mounts
 from scripts.reliability.corpus import corpus_flags
 from scripts.reliability.fault_job import End, losses_of, run_launcher_with, run_ranks_with
 from scripts.reliability.fault_judge import BAD, GOOD, Verdict, judge
@@ -118,7 +118,7 @@ class Suite:
         limits = ["--distributed-timeout-minutes", str(fault_link.TIMEOUT_MINUTES)]
         limits += ["--smartmoe-migration-timeout-s", str(60 * fault_link.TIMEOUT_MINUTES)]
         told = [*argv, *limits] if fault.kind == "cut the link" else argv
-        end = start(told, RANKS, self.directory / "logs", order, fault_judge.LINK_S)
+        end = start(told, RANKS, self.directory / "logs", order)
         if end.good:
             return end, None
         fault_mounts.repair(run_dir)
