@@ -42,6 +42,12 @@ def shown(value: object) -> str:
     return f"{text[:head]} ... ({len(text) - head - tail} characters) ... {text[-tail:]}"
 
 
+def one_line(error: object) -> str:
+    """Another library's message as part of one of ours: without line breaks, of a long one the beginning."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]} ..."
+
+
 class CompatError(SmartMoEError):
     """The installed software (Megatron, torch, a compiler) is not supported."""
 

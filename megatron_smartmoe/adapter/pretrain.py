@@ -9,10 +9,12 @@ does nothing.
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import sys
 from argparse import Namespace
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +27,10 @@ from megatron_smartmoe.adapter.flags.parser import (
     parse,
 )
 from megatron_smartmoe.adapter.flags.smartmoe_arguments import add_smartmoe_arguments
+from megatron_smartmoe.adapter.launch import run_dir
+from megatron_smartmoe.adapter.launch.run_lock import LOCKED_VARIABLE, RunLock
+from megatron_smartmoe.adapter.launch.secrets import MASK, secrets_among
+from megatron_smartmoe.adapter.run_files import write_text
 from megatron_smartmoe.errors import EXIT_CONFIG_ERROR, CompatError, SmartMoEError
 
 if TYPE_CHECKING:
@@ -44,12 +50,42 @@ def main(argv: Sequence[str] | None = None, callbacks: Iterable[Callback] = ()) 
     try:
         cpu = choose_device(device_from(argv))
         argv = with_defaults(argv, cpu=cpu, say=is_rank_0)
-        check_flags(argv, cpu=cpu)
+        args = check_flags(argv, cpu=cpu)
+        lock = _lock(args) if is_rank_0 else contextlib.nullcontext()
     except SmartMoEError as error:
         if is_rank_0:
             print(f"\nerror: {error}\n", file=sys.stderr, flush=True)
+        note_exception(error)
         raise SystemExit(EXIT_CONFIG_ERROR) from None
-    train(argv, cpu=cpu, callbacks=callbacks)
+    try:
+        with lock:
+            train(argv, cpu=cpu, callbacks=callbacks)
+    except Exception as error:
+        note_exception(error)
+        raise
+
+
+def note_exception(error: Exception) -> None:
+    """Leave an exception where the parent of this rank looks for it (torchrun names a file)."""
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:
+        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+        get_error_handler().record_exception(error)
+
+
+def _lock(args: Namespace) -> AbstractContextManager[object]:
+    """The lock of the run directory, which the launcher holds where there is one.
+
+    Raises:
+        ConfigError: another run uses the directory, or it cannot be written.
+    """
+    if args.smartmoe_run_dir is None or LOCKED_VARIABLE in os.environ:
+        return contextlib.nullcontext()
+    run_dir.make(Path(args.smartmoe_run_dir))
+    lock = RunLock.acquire(Path(args.smartmoe_run_dir))
+    if lock.taken_over is not None:
+        print(f"smartmoe: {lock.taken_over}", flush=True)
+    return lock
 
 
 def choose_device(asked: str) -> bool:
@@ -117,9 +153,12 @@ def train(argv: Sequence[str], *, cpu: bool, callbacks: Iterable[Callback] = ())
     from megatron_smartmoe.adapter.datasets import train_valid_test_datasets_provider
     from megatron_smartmoe.adapter.moe.layer_spec import spec_for
     from megatron_smartmoe.adapter.moe.overlap_degree import OverlapDegree
+    from megatron_smartmoe.adapter.records import flight_recorder
 
     hooks.prepare_megatron(cpu=cpu)
     args = megatron_args(argv)
+    if not cpu:
+        flight_recorder.write_to(args.smartmoe_run_dir)
     overlap_degree = OverlapDegree(args)
     saves = CheckpointSaves()
     hooks.attach([saves, *callbacks_for(args, overlap_degree), *callbacks])
@@ -146,6 +185,7 @@ def callbacks_for(args: Namespace, overlap_degree: OverlapDegree) -> list[Callba
     from megatron_smartmoe.adapter.loops.pool import PoolLoop
     from megatron_smartmoe.adapter.loops.replicas import ReplicaLoop
     from megatron_smartmoe.adapter.records.metrics import Metrics
+    from megatron_smartmoe.adapter.records.progress import ProgressRecorder
     from megatron_smartmoe.adapter.records.replay import RoutingReplay
     from megatron_smartmoe.adapter.records.trace import TraceRecorder
 
@@ -155,6 +195,7 @@ def callbacks_for(args: Namespace, overlap_degree: OverlapDegree) -> list[Callba
     if args.smartmoe and (modes := modes_of(args)) != {"off"}:
         replicas = ReplicaLoop(modes)
     wanted = [
+        ProgressRecorder(args) if args.smartmoe_watchdog == "on" else None,
         RoutingReplay(Path(args.smartmoe_replay_trace)) if args.smartmoe_replay_trace is not None else None,
         Metrics(),
         homes,
@@ -176,20 +217,27 @@ def megatron_args(argv: Sequence[str]) -> Namespace:
     sys.argv[1:] = list(argv)
     args = parse(argv)
     log_filters.set_log_level(args.logging_level)
-    run_dir = args.smartmoe_run_dir
-    with _stdout_to(Path(run_dir) / "arguments.txt" if run_dir else None):
+    directory = args.smartmoe_run_dir
+    with _stdout_to(Path(directory) / "arguments.txt" if directory else None, secrets=secrets_among(argv)):
         validated: Namespace = parse_and_validate_args(extra_args_provider=add_smartmoe_arguments)
     return validated
 
 
 @contextlib.contextmanager
-def _stdout_to(path: Path | None) -> Iterator[None]:
+def _stdout_to(path: Path | None, secrets: Sequence[str]) -> Iterator[None]:
     if path is None or int(os.environ.get("RANK", "0")) != 0:
         yield
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8") as file, contextlib.redirect_stdout(file):
-        yield
+    text = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(text):
+            yield
+    finally:
+        content = text.getvalue()
+        for secret in secrets:
+            content = content.replace(secret, MASK)
+        write_text(path, content)
     print(f"smartmoe: all of Megatron's arguments are in {path}", flush=True)
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from argparse import Namespace
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from megatron.core.utils import unwrap_model
 from megatron.training import get_args
 
 from megatron_smartmoe.adapter.moe.routers import all_layer_numbers, moe_layers
-from megatron_smartmoe.checkpoint.directory import folder_of
+from megatron_smartmoe.adapter.run_files import append_line
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +66,7 @@ class Run:
         layers: (number, layer) of each MoE layer on this rank. Numbers count all layers of the model, from 0.
         layer_numbers: the numbers of all MoE layers of the model, on whichever pipeline stage they are, ascending.
         directory: where the run's files go, or None for nowhere.
+        incomplete: files that could not be written, or lack lines.
     """
 
     args: Namespace
@@ -75,6 +77,7 @@ class Run:
     layers: tuple[tuple[int, MoELayer], ...]
     layer_numbers: tuple[int, ...]
     directory: Path | None
+    incomplete: set[Path] = field(default_factory=set)
 
     @classmethod
     def of(cls, model_chunks: Sequence[torch.nn.Module], optimizer: Any) -> Run:
@@ -101,10 +104,8 @@ class Run:
     @property
     def loaded_folder(self) -> Path | None:
         """Folder of the checkpoint that this run continues from; None for a run that began with iteration 1."""
-        args = self.args
-        if args.load is None or not args.iteration or args.finetune or "://" in args.load:
-            return None
-        return folder_of(Path(args.load), args.iteration)
+        args, folder = self.args, getattr(self.args, "smartmoe_loaded_folder", None)
+        return Path(folder) if folder is not None and args.iteration and not args.finetune else None
 
     @property
     def num_layers(self) -> int:
@@ -112,7 +113,20 @@ class Run:
         return int(self.args.num_layers + (self.args.mtp_num_layers or 0))
 
     def append(self, name: str, line: str) -> None:
-        """Append a line to one of the run's files, where the run writes any. Each file is written by one rank."""
+        """Append a line to one of the run's files, where the run writes any. Each file is written by one rank.
+
+        A full disk costs lines and not the training: what was written of a line is taken back, and one line says so.
+        """
         if self.directory is not None:
-            with (self.directory / name).open("a", encoding="utf-8") as file:
-                file.write(line + "\n")
+            path = self.directory / name
+            self.attempt(path, functools.partial(append_line, path, line))
+
+    def attempt(self, path: Path, write: Callable[[], object]) -> None:
+        """Write a file that training can do without; if that fails, the first time, one line says so."""
+        try:
+            write()
+        except OSError as error:
+            if path not in self.incomplete:
+                self.incomplete.add(path)
+                text = f"{path} cannot be written: {error.strerror}; training continues, and it is incomplete"
+                print(f" smartmoe: WARNING: {text}", flush=True)

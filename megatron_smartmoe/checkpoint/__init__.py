@@ -1,1 +1,1 @@
-"""Checkpoints as data: what is in their files, without torch and without running anything that a file says."""
+"""Checkpoints as data: manifests, digests and readers, without torch and without running anything that a file says."""

@@ -82,7 +82,7 @@ def compare(
     known = [digests_of(manifest) for manifest in manifests if manifest is not None and manifest.digests]
     known = known if len(known) == 2 else []
     both = [key for key in first.parameters if key in second.parameters]
-    differences, num_equal = [], 0
+    differences, num_equal = _by_digests(known, set(both))
     for key in progress(sorted(both, key=_order)):
         found = None if _same_digests(first, second, key, known) else _difference(first, second, key)
         if found is None:
@@ -90,13 +90,25 @@ def compare(
         else:
             differences.append(found)
     return Comparison(
-        differences=tuple(differences),
+        differences=tuple(sorted(differences, key=lambda found: _order(found.key))),
         num_equal=num_equal,
         only_in_first=_only(first, second),
         only_in_second=_only(second, first),
-        buffers=tuple(str(c.folder) for c in (first, second) if c.buffers),
+        buffers=() if known else tuple(str(c.folder) for c in (first, second) if c.buffers),
         digests_from="manifests" if known else "files",
     )
+
+
+def _by_digests(
+    known: list[Mapping[ParameterKey, tuple[str, int]]], readable: set[ParameterKey]
+) -> tuple[list[Difference], int]:
+    """What only the manifests tell of both: optimizer state in buffers. Differences, and the number of equal ones."""
+    if not known:
+        return [], 0
+    keys = sorted((key for key in known[0] if key in known[1] and key not in readable), key=_order)
+    differing = [key for key in keys if known[0][key] != known[1][key]]
+    what = "its digest differs; how far it is apart is not known, because it was saved buffer by buffer"
+    return [Difference(key=key, num_elements=0, what=what) for key in differing], len(keys) - len(differing)
 
 
 def digests_of(manifest: Manifest) -> Mapping[ParameterKey, tuple[str, int]]:
@@ -165,10 +177,11 @@ def _difference(first: Contents, second: Contents, key: ParameterKey) -> Differe
 
 def _only(one: Contents, other: Contents) -> tuple[ParameterKey, ...]:
     """Parameters that the other one lacks, and has not in buffers, or as weights that are main weights too."""
-    return tuple(sorted((key for key in one.parameters if not _has(other, key)), key=_order))
+    return tuple(sorted((key for key in one.parameters if not has(other, key)), key=_order))
 
 
-def _has(contents: Contents, key: ParameterKey) -> bool:
+def has(contents: Contents, key: ParameterKey) -> bool:
+    """Whether a checkpoint has a parameter: also as weights that are main weights, or in buffers."""
     if key in contents.parameters:
         return True
     if key.kind == MAIN_WEIGHT:

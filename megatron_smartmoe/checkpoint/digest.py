@@ -15,8 +15,8 @@ twin on int64 tensors is as fast as memory (`>>` of int64 fills in the sign: mas
 
 What it finds: each step above maps different x to different x, so a change of one element always changes the digest.
 For changes of several elements the sum acts like a random number: one in 2^64 goes unnoticed, by accident; it is no
-protection against somebody who looks for one (tests/unit/checkpoint/test_digest.py measures the rate on parts of the
-64 bits, for swapped, shifted, zeroed, negated and rounded elements).
+protection against somebody who looks for one. tests/unit/checkpoint/test_digest.py measures the rate on parts of the 64
+bits, for swapped, shifted, zeroed, negated and rounded elements; it fails without either of the two xor.
 
 The logical tensor of a record is one parameter of one layer (of one expert, for experts), in row-major order, as
 Megatron's checkpoints order it: gate rows of a gated layer before linear rows, whatever tensor parallelism cuts. The

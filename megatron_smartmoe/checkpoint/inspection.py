@@ -161,11 +161,19 @@ def _torch_files(folder: Path) -> tuple[dict[str, int], tuple[str, ...]]:
     for path in files:
         name = path.relative_to(folder).as_posix()
         sizes[name] = path.stat().st_size
-        if not zipfile.is_zipfile(path):
+        if not _has_end(path):
             problems.append(f"{name} is damaged: it has no end")
     if not problems:
         problems += _missing_ranks(folder)
     return sizes, tuple(problems)
+
+
+def _has_end(path: Path) -> bool:
+    """Whether a file of torch.save is there to its end, where a zip archive has its index."""
+    try:
+        return zipfile.is_zipfile(path)
+    except zipfile.BadZipFile:
+        return False
 
 
 def _missing_ranks(folder: Path) -> Iterator[str]:

@@ -6,6 +6,8 @@ Megatron stacks the layers of a model in one tensor, `decoder.layers.mlp.router.
 behind `optimizer.state.exp_avg.` and its like. Here each is one parameter of one layer, and of one expert:
 
     decoder.layers.3.mlp.experts.linear_fc1.weight, expert 5, kind exp_avg
+
+Norms have the names that they have in Megatron's checkpoints where they are fused with the layer behind them.
 """
 
 from __future__ import annotations
@@ -27,6 +29,10 @@ _KINDS = {
 }
 _STACKED_LAYERS = re.compile(r"(?:^|\.)layers\.(?!\d)")
 _EXPERTS = re.compile(r"\.experts\.experts\.(?:(\d+)\.)?")
+_FUSED_NORMS = (
+    (".input_layernorm.", ".self_attention.linear_qkv.layer_norm_"),
+    (".pre_mlp_layernorm.", ".mlp.linear_fc1.layer_norm_"),
+)
 _HALVES = {"weight_w": 0, "weight_v": 1}  # gate and linear rows, where they have keys of their own
 
 
@@ -87,6 +93,13 @@ def logical_pieces(
         yield LogicalPiece(name=_plain(name, layer), kind=kind, expert=expert, piece=piece, index=index)
 
 
+def canonical(name: str) -> str:
+    """A parameter's name with the name of a fused norm, however the norm is implemented."""
+    for apart, fused in _FUSED_NORMS:
+        name = name.replace(apart, fused)
+    return name
+
+
 def _kind_and_parameter(key: str) -> tuple[str, str] | None:
     """Kind and key of the parameter that a tensor belongs to; None for what is neither weight nor optimizer state."""
     optimizer = _OPTIMIZER.fullmatch(key)
@@ -101,4 +114,4 @@ def _kind_and_parameter(key: str) -> tuple[str, str] | None:
 def _plain(name: str, layer: int | None) -> str:
     if layer is not None:
         name = _STACKED_LAYERS.sub(lambda found: f"{found[0]}{layer}.", name, count=1)
-    return _EXPERTS.sub(".experts.", name, count=1)
+    return canonical(_EXPERTS.sub(".experts.", name, count=1))

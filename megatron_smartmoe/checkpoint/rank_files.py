@@ -1,10 +1,12 @@
-"""The weights in a checkpoint of Megatron's older `torch` format: a file for each model-parallel rank.
+"""The parameters in a checkpoint of Megatron's older `torch` format: a file for each model-parallel rank.
 
 A file `mp_rank_<tensor>[_<pipeline>][_<expert>]/model_optim_rng.pt` holds a rank's parameters under its own numbers of
-layers and experts. Here they get the model's: layers are counted through the stages, experts through the ranks (or as
-the placement in the arguments says), and what tensor parallelism cuts is put together by the axis that Megatron cuts
-each kind of layer along. Optimizer state is a list in the order of the rank's optimizer, which only the run knows: it
-is counted, not named.
+layers and experts. Here they get the model's: layers are counted through the stages, experts through the ranks, and
+what tensor parallelism cuts is put together by the axis that Megatron cuts each kind of layer along.
+
+Optimizer state is numbered: each group of the optimizer has the parameters with or without weight decay, of experts or
+not, in the order of the model. Where that does not give every number a parameter of its shape, as for the distributed
+optimizer's buffers, the state is counted and not named.
 """
 
 from __future__ import annotations
@@ -13,13 +15,13 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from megatron_smartmoe.checkpoint.contents import Contents, ParameterKey, Part, arguments_in, iteration_in
-from megatron_smartmoe.checkpoint.digest import WEIGHT, Piece
+from megatron_smartmoe.checkpoint.digest import EXP_AVG, EXP_AVG_SQ, MAIN_WEIGHT, WEIGHT, Piece
+from megatron_smartmoe.checkpoint.names import canonical
 from megatron_smartmoe.checkpoint.torch_save import StoredTensor, read_saved
-from megatron_smartmoe.errors import CheckpointError, PlanError
-from megatron_smartmoe.spec.placement import Placement
+from megatron_smartmoe.errors import CheckpointError
 
 RANK_FILE = "model_optim_rng.pt"
 OPTIMIZER_FILE = "distrib_optim.pt"
@@ -27,7 +29,7 @@ _FOLDER = re.compile(r"mp_rank_(\d+)(?:_(\d+))?(?:_(\d+))?")
 _LAYER_NUMBER = re.compile(r"^(?:decoder|encoder)\.layers\.(\d+)\.")
 _EXPERT_MODULE = re.compile(r"\.experts\.local_experts\.(\d+)\.")
 _EXPERT_WEIGHT = re.compile(r"(\.experts\.linear_fc[12]\.(?:weight|bias))(\d+)$")
-_SLOTS = re.compile(r"\.experts\.linear_fc[12]\.weight$")
+_SLOTS = re.compile(r"\.experts\.(?:weight|linear_fc)([12])(?:\.weight)?$")  # [slots, rows, columns]
 # The axis that tensor parallelism cuts, by the end of a parameter's name; all others are whole on every rank.
 _CUT_AXIS = {
     "linear_qkv.weight": 0,
@@ -80,9 +82,13 @@ def read_rank_files(folder: Path) -> Contents:
     for file in files:
         for number, chunk in enumerate(file.chunks()):
             for name, tensor in chunk.items():
-                layout.add(file, number, name, tensor)
-        for where, tensor in _tensors(file.content.get("optimizer"), "optimizer"):
-            contents.buffers[f"{file.path.parent.name}, {where}"] = tensor.num_elements
+                layout.add(file, number, name, tensor, WEIGHT)
+        state = optimizer_state(file.chunks(), file.content.get("optimizer"))
+        for entry in state or ():
+            layout.add(file, entry.chunk, entry.name, entry.tensor, entry.kind)
+        if state is None:
+            for where, tensor in _tensors(file.content.get("optimizer"), "optimizer"):
+                contents.buffers[f"{file.path.parent.name}, {where}"] = tensor.num_elements
     for path in sorted(folder.glob(f"mp_rank_*/{OPTIMIZER_FILE}")):
         for where, tensor in _tensors(read_saved(path, str(path)), OPTIMIZER_FILE):
             contents.buffers[f"{path.parent.name}, {where}"] = tensor.num_elements
@@ -98,48 +104,53 @@ class _Layout:
         self._expert_ranks = 1 + max(file.expert_rank for file in files)
         expert_tensor_ranks = self._args.get("expert_tensor_parallel_size") or self._tensor_ranks
         self._first_layers = _first_layers(files)
-        self._placement = _placement(self._args)
+        self._is_gated = any(self._args.get(name) for name in ("swiglu", "quick_geglu"))
         if self._args.get("num_experts") and expert_tensor_ranks != self._tensor_ranks:
             what = "cannot be read by parameter"
             reason = f"its experts are cut by {expert_tensor_ranks} and its other layers by {self._tensor_ranks}"
             raise CheckpointError(str(contents.folder), what, reason)
 
-    def add(self, file: _RankFile, chunk: int, name: str, tensor: StoredTensor) -> None:
+    def add(self, file: _RankFile, chunk: int, name: str, tensor: StoredTensor, kind: str) -> None:
         """Add a rank's tensor, under the model's name."""
         first_layer = self._first_layers[chunk, file.stage]
         match = _LAYER_NUMBER.match(name)
         if match is not None:
             name = f"{name[: match.start(1)]}{int(match[1]) + first_layer}{name[match.end(1) :]}"
-        name, local = _without_expert(name)
-        if local is None and _SLOTS.search(name) and len(tensor.shape) == 3:
-            layer = int(match[1]) + first_layer if match is not None else 0
+        if name == "output_layer.weight" and not self._args.get("untie_embeddings_and_output_weights", True):
+            name = "embedding.word_embeddings.weight"  # the last stage has a copy
+        name, local = _without_expert(canonical(name))
+        slots = _SLOTS.search(name) if local is None and len(tensor.shape) == 3 else None
+        if slots is not None:  # experts are brought home for a save in this format
+            name = f"{name[: slots.start()]}.experts.linear_fc{slots[1]}.weight"
             for slot in range(tensor.shape[0]):
-                self._add(file, name, self._expert(file, layer, slot, tensor.shape[0]), tensor.at((slot,)))
+                expert = file.expert_rank * tensor.shape[0] + slot
+                self._add(file, ParameterKey(name, expert, kind), tensor.at((slot,)))
         elif local is None:
-            self._add(file, name, None, tensor)
+            self._add(file, ParameterKey(name, None, kind), tensor)
         else:
             num_local = int(self._args.get("num_experts") or 0) // self._expert_ranks
-            self._add(file, name, file.expert_rank * num_local + local, tensor)
+            self._add(file, ParameterKey(name, file.expert_rank * num_local + local, kind), tensor)
 
-    def _expert(self, file: _RankFile, layer: int, slot: int, num_slots: int) -> int:
-        """The logical expert in a home slot."""
-        if self._placement is None or self._placement.slots_LRS.shape[1] != self._expert_ranks:
-            return file.expert_rank * num_slots + slot
-        moe_layer = _moe_layers(self._args).index(layer)
-        return int(self._placement.slots_LRS[moe_layer, file.expert_rank, slot])
-
-    def _add(self, file: _RankFile, name: str, expert: int | None, tensor: StoredTensor) -> None:
-        axis = next((axis for end, axis in _CUT_AXIS.items() if name.endswith(end)), None)
+    def _add(self, file: _RankFile, key: ParameterKey, tensor: StoredTensor) -> None:
+        axis = next((axis for end, axis in _CUT_AXIS.items() if key.name.endswith(end)), None)
         is_cut = axis is not None and self._tensor_ranks > 1
-        is_copy = (expert is None and file.expert_rank > 0) or (not is_cut and file.tensor_rank > 0)
-        if is_copy:
+        is_copy = (key.expert is None and file.expert_rank > 0) or (not is_cut and file.tensor_rank > 0)
+        if is_copy or _is_there(self._contents, key, tensor, file.tensor_rank):
             return
-        key, parts = ParameterKey(name, expert, WEIGHT), self._tensor_ranks if is_cut else 1
-        halves = 2 if axis == 0 and parts > 1 and ".linear_fc1." in name and self._args.get("swiglu") else 1
+        parts = self._tensor_ranks if is_cut else 1
+        halves = 2 if axis == 0 and parts > 1 and ".linear_fc1." in key.name and self._is_gated else 1
         for half in range(halves):
             self._contents.parameters.setdefault(key, []).append(
                 _part(tensor, axis or 0, file.tensor_rank if is_cut else 0, parts, half, halves)
             )
+
+
+def _is_there(contents: Contents, key: ParameterKey, tensor: StoredTensor, tensor_rank: int) -> bool:
+    """Whether another stage has the same part, as of embeddings that first and last stage share."""
+    return any(
+        part.tensor.path != tensor.path and part.tensor.path.parent.name.startswith(f"mp_rank_{tensor_rank:02d}")
+        for part in contents.parameters.get(key, ())
+    )
 
 
 def _part(tensor: StoredTensor, axis: int, rank: int, parts: int, half: int, halves: int) -> Part:
@@ -152,6 +163,82 @@ def _part(tensor: StoredTensor, axis: int, rank: int, parts: int, half: int, hal
     if halves > 1:
         tensor = tensor.rows(half * sizes[0], sizes[0])
     return Part(piece=Piece(shape=tuple(shape), offsets=tuple(offsets), sizes=tuple(sizes)), tensor=tensor)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _State:
+    """A tensor of the optimizer, and the parameter that it belongs to, by the rank's names."""
+
+    chunk: int
+    name: str
+    kind: str
+    tensor: StoredTensor
+
+
+class _Parameter(NamedTuple):
+    """A parameter of a rank: virtual stage, name and shape."""
+
+    chunk: int
+    name: str
+    shape: tuple[int, ...]
+
+
+def optimizer_state(chunks: Sequence[Mapping[str, StoredTensor]], optimizer: Any) -> list[_State] | None:
+    """Main weights and moments with the names of their parameters; None where they cannot be told."""
+    parameters = [_Parameter(number, name, chunk[name].shape) for number, chunk in enumerate(chunks) for name in chunk]
+    optimizers = optimizer if isinstance(optimizer, list) else [optimizer]
+    groups = [group for one in optimizers for group in _inner(one).get("param_groups", ())]
+    experts_apart = any(group.get("is_expert_parallel") for group in groups)  # not at EP 1
+    for order in (parameters, _with_slots(parameters)):
+        found = [_state_of_one(order, one, experts_apart) for one in optimizers]
+        if None not in found:
+            return [state for states in found for state in states or ()]
+    return None
+
+
+def _with_slots(parameters: Sequence[_Parameter]) -> list[_Parameter]:
+    """Parameters as an optimizer has them whose experts are in slots: one for all experts of a layer."""
+    found: dict[tuple[int, str], _Parameter] = {}
+    for parameter in parameters:
+        name, expert = _without_expert(parameter.name)
+        shape = parameter.shape if expert is None else (expert + 1, *parameter.shape)
+        found[parameter.chunk, name] = _Parameter(parameter.chunk, name, shape)
+    return list(found.values())
+
+
+def _inner(optimizer: Any) -> Mapping[str, Any]:
+    """The state of torch's optimizer in that of Megatron's."""
+    content = optimizer.get("optimizer", optimizer) if isinstance(optimizer, Mapping) else None
+    return content if isinstance(content, Mapping) else {}
+
+
+def _state_of_one(parameters: Sequence[_Parameter], optimizer: Any, experts_apart: bool) -> list[_State] | None:
+    groups, states = (_inner(optimizer).get(name) for name in ("param_groups", "state"))
+    if not isinstance(groups, list) or not isinstance(states, Mapping):
+        return None
+    mains = optimizer.get("fp32_from_fp16_params", [])
+    found: list[_State] = []
+    for number, group in enumerate(groups):
+        members = [parameter for parameter in parameters if _is_member(parameter, group, experts_apart)]
+        main = mains[number] if number < len(mains) else [None] * len(members)  # none where weights are float32
+        if not len(members) == len(group.get("params", ())) == len(main):
+            return None
+        for place, (index, member) in enumerate(zip(group["params"], members, strict=True)):
+            tensors = {MAIN_WEIGHT: main[place], **states.get(index, {})}
+            for kind in (MAIN_WEIGHT, EXP_AVG, EXP_AVG_SQ):
+                tensor = tensors.get(kind)
+                if isinstance(tensor, StoredTensor):
+                    if tensor.shape != member.shape:
+                        return None
+                    found.append(_State(chunk=member.chunk, name=member.name, kind=kind, tensor=tensor))
+    return found
+
+
+def _is_member(parameter: _Parameter, group: Mapping[str, Any], experts_apart: bool) -> bool:
+    """Whether a parameter belongs to a group of Megatron's optimizers: biases and norms have no weight decay."""
+    has_decay = len(parameter.shape) > 1 and not parameter.name.endswith(".bias")
+    is_expert = experts_apart and ".experts." in parameter.name
+    return bool(group.get("wd_mult", 1.0)) == has_decay and bool(group.get("is_expert_parallel")) == is_expert
 
 
 def _read(path: Path) -> _RankFile:
@@ -189,24 +276,6 @@ def _without_expert(name: str) -> tuple[str, int | None]:
     if match is not None:
         return name[: match.end(1)], int(match[2])
     return name, None
-
-
-def _placement(args: Mapping[str, Any]) -> Placement | None:
-    content = args.get("smartmoe_placement")
-    if not isinstance(content, Mapping):
-        return None
-    try:
-        return Placement.from_json(content)
-    except (PlanError, KeyError, TypeError, ValueError, OverflowError):
-        return None
-
-
-def _moe_layers(args: Mapping[str, Any]) -> list[int]:
-    """Numbers of the layers that have experts."""
-    num_layers, frequency = int(args.get("num_layers") or 0), args.get("moe_layer_freq") or 1
-    if isinstance(frequency, int):
-        return list(range(0, num_layers, frequency))
-    return [layer for layer, is_moe in enumerate(frequency) if is_moe]
 
 
 def _tensors(content: Any, where: str) -> Iterator[tuple[str, StoredTensor]]:

@@ -10,6 +10,19 @@ from megatron_smartmoe.checkpoint.names import logical_pieces
 from megatron_smartmoe.checkpoint.rank_files import read_rank_files
 from megatron_smartmoe.checkpoint.torch_dist import is_torch_dist, read_common, read_index
 from megatron_smartmoe.checkpoint.torch_save import StoredTensor
+from megatron_smartmoe.errors import CheckpointError
+
+_WRONG_CONTENT = (
+    KeyError,
+    TypeError,
+    ValueError,
+    IndexError,
+    AttributeError,
+    AssertionError,
+    OverflowError,
+    ZeroDivisionError,
+    RecursionError,
+)
 
 
 def read_contents(folder: Path) -> Contents:
@@ -18,8 +31,13 @@ def read_contents(folder: Path) -> Contents:
     Raises:
         CheckpointError: it is damaged, or of a format that is not known here.
     """
-    if not is_torch_dist(folder):
-        return read_rank_files(folder)
+    try:
+        return _torch_dist(folder) if is_torch_dist(folder) else read_rank_files(folder)
+    except _WRONG_CONTENT as error:  # what is in the files is of other types and sizes than anybody writes
+        raise CheckpointError(str(folder), "is damaged", f"{type(error).__name__}: {error!s:.200}") from None
+
+
+def _torch_dist(folder: Path) -> Contents:
     index = read_index(folder)
     common = read_common(folder, index)
     contents = Contents(folder=folder, iteration=iteration_in(common), arguments=arguments_in(common))

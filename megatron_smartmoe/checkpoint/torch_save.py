@@ -8,8 +8,11 @@ more memory than a block, whatever sizes the file claims: a view has to lie in i
 from __future__ import annotations
 
 import io
+import lzma
 import math
+import struct
 import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -37,6 +40,20 @@ _STORAGES = {
     "ByteStorage": "uint8",
     "BoolStorage": "bool",
 }
+# What zipfile and the code below raise for an archive that is none.
+_DAMAGE = (
+    zipfile.BadZipFile,
+    zlib.error,
+    lzma.LZMAError,
+    ValueError,
+    NotImplementedError,
+    RuntimeError,
+    EOFError,
+    LookupError,
+    TypeError,
+    OverflowError,
+    struct.error,
+)
 _NUMPY = {"float64": "<f8", "float32": "<f4", "float16": "<f2", "int64": "<i8", "int32": "<i4", "int16": "<i2"}
 
 
@@ -144,7 +161,7 @@ def read_saved(path: Path, where: str, offset_bytes: int = 0, length_bytes: int 
                 return _read_archive(archive, part, path, where)
     except OSError as error:
         raise CheckpointError(str(path), "cannot be read", error.strerror or str(error)) from None
-    except (zipfile.BadZipFile, ValueError, NotImplementedError, RuntimeError, EOFError, KeyError) as error:
+    except _DAMAGE as error:
         raise CheckpointError(where, "is damaged", f"{type(error).__name__}: {error!s:.200}") from None
 
 
@@ -211,10 +228,18 @@ def _read_archive(archive: zipfile.ZipFile, part: _Part, path: Path, where: str)
             dtype = getattr(rest[2], "qualified_name", "").rpartition(".")[2] if len(rest) > 2 else None
         return _view(held, dtype, first, tuple(shape), tuple(strides), path)
 
+    def with_attributes(build: Any, _: Any, args: Any, *rest: Any) -> StoredTensor:
+        if build is not tensor:
+            raise ValueError(f"a tensor that {build!r:.100} makes")
+        found: StoredTensor = tensor(*args)
+        return found
+
     known = {
         "torch._utils._rebuild_tensor_v2": tensor,
         "torch._utils._rebuild_tensor_v3": tensor,
         "torch._utils._rebuild_parameter": lambda inner, *_: inner,
+        "torch._utils._rebuild_parameter_with_state": lambda inner, *_: inner,
+        "torch._tensor._rebuild_from_type_v2": with_attributes,
     }
     return read_pickle(archive.read(pickled), known, where, storage)
 

@@ -68,15 +68,17 @@ class Opaque:
 
 # What is used of the standard library; none of these does anything when it is called.
 _CLASSES: dict[str, Any] = {
-    "argparse.Namespace": argparse.Namespace,
-    "types.SimpleNamespace": SimpleNamespace,
     "pathlib.PosixPath": PurePosixPath,
     "pathlib.PurePosixPath": PurePosixPath,
     "pathlib._local.PosixPath": PurePosixPath,
     "builtins.complex": complex,
 }
-_CONTAINERS: dict[str, Callable[..., Any]] = {
+_WITH_STATE: dict[str, type] = {
+    "argparse.Namespace": argparse.Namespace,
+    "types.SimpleNamespace": SimpleNamespace,
     "collections.OrderedDict": collections.OrderedDict,
+}
+_CONTAINERS: dict[str, Callable[..., Any]] = {
     "builtins.set": set,
     "builtins.frozenset": frozenset,
     "builtins.list": list,
@@ -98,23 +100,42 @@ class _Unpickler(pickle.Unpickler):
         """The class that stands for `module.name` here."""
         qualified = f"{module}.{name}"
         if qualified not in self._classes:
-            container = _CONTAINERS.get(qualified)
-            self._classes[qualified] = (
-                type("Opaque", (Opaque,), {"qualified_name": qualified})
-                if container is None
-                else functools.partial(self._copy, container)
-            )
+            self._classes[qualified] = self._stand_in(qualified)
         return self._classes[qualified]
+
+    def _stand_in(self, qualified: str) -> Any:
+        if qualified in _CONTAINERS:
+            return functools.partial(self._copy, _CONTAINERS[qualified])
+        if qualified in _WITH_STATE:
+            return self._counted(_WITH_STATE[qualified])
+        return type("Opaque", (Opaque,), {"qualified_name": qualified})
 
     def persistent_load(self, pid: Any) -> Any:
         """Storages of tensors are kept beside the pickle; this is what stands for one."""
         return self._storages(pid)
 
     def _copy(self, container: Callable[..., Any], *args: Any) -> Any:
+        self._count(*args)
+        return container(*args)
+
+    def _counted(self, base: type) -> type:
+        """A class whose objects copy what they are made of and what their state is, and count it."""
+        count = self._count
+
+        def make(this: Any, *args: Any, **kwargs: Any) -> None:
+            count(*args, kwargs)
+            base.__init__(this, *args, **kwargs)  # type: ignore[misc]
+
+        def set_state(this: Any, state: Any) -> None:
+            count(state)
+            vars(this).update(state)
+
+        return type(base.__name__, (base,), {"__init__": make, "__setstate__": set_state})
+
+    def _count(self, *args: Any) -> None:
         self._copies_left -= sum(len(argument) for argument in args if isinstance(argument, Sized))
         if self._copies_left < 0:
             raise pickle.UnpicklingError("it copies the same items too often")
-        return container(*args)
 
 
 def read_pickle(

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_smartmoe.checkpoint.compare import digests_of
+from megatron_smartmoe.checkpoint.compare import digests_of, has
 from megatron_smartmoe.checkpoint.contents import WORDS, Contents, ParameterKey, as_numbers, by_parameter
 from megatron_smartmoe.checkpoint.digest import EXP_AVG, EXP_AVG_SQ, MAIN_WEIGHT, WEIGHT
 from megatron_smartmoe.checkpoint.inspection import Inspection, inspect
@@ -111,7 +111,7 @@ def verify(folder: Path, progress: Callable[[list[Any]], Any] = list, *, files_o
         except CheckpointError as error:
             findings.append(Finding(subject=error.place, what=f"{error.what}: {error.reason}", kind="file"))
         num_main_weights += not scaled and _has_main_weights(contents, name, expert, kinds)
-    findings += [_lost(key) for key in digests if key not in contents.parameters and not contents.buffers]
+    findings += [_lost(key) for key in digests if not has(contents, key)]
     return replace(
         result,
         findings=tuple(sorted(dict.fromkeys(findings), key=lambda finding: finding.severity == "warning")),

@@ -31,6 +31,11 @@ _TRAINING = (
     "micro_batch_size global_batch_size train_iters lr bf16 fp16 use_distributed_optimizer "
     "dist_ckpt_optim_fully_reshardable smartmoe smartmoe_experts smartmoe_homes smartmoe_spare_slots"
 ).split()
+_WAY_OUT_OF_MAIN_WEIGHTS = (
+    "megatron-core up to 0.19.2 saves optimizer state like that from several gradient buckets "
+    "(--dist-ckpt-optim-fully-reshardable with --overlap-grad-reduce), and the weights are right: resume with "
+    "--no-load-optim, or from an iteration that was saved without one of these flags"
+)
 _SECRET = ("key", "token", "secret", "password")
 
 
@@ -38,7 +43,7 @@ def verification(result: Verification) -> list[str]:
     """What was checked and what is wrong, and a verdict at the end."""
     look, damaged = result.inspection, [f for f in result.findings if f.severity == "damage"]
     manifest = look.manifest
-    of_files = f"{look.num_files:,} file{'s' * (look.num_files != 1)}, {readable_bytes(look.size_bytes)}"
+    of_files = f"{_count(look.num_files, 'file')}, {readable_bytes(look.size_bytes)}"
     how = "no manifest: names and sizes as far as the format has them"
     if manifest is not None:
         how = "sizes and checksums compared with the manifest"
@@ -54,7 +59,9 @@ def verification(result: Verification) -> list[str]:
     lines += [_line("DAMAGED" if finding.severity == "damage" else "warning", str(finding)) for finding in shown]
     if len(shown) < len(result.findings):
         lines.append(_line("", f"and {len(result.findings) - len(shown):,} more; --json writes all"))
-    verdict = "whole" if not damaged else f"damaged: {len(damaged):,} finding{'s' * (len(damaged) > 1)}"
+    if any(finding.kind == "main_weights" for finding in damaged):
+        lines.append(_line("way out", _WAY_OUT_OF_MAIN_WEIGHTS))
+    verdict = "whole" if not damaged else f"damaged: {_count(len(damaged), 'finding')}"
     return [*lines, _line("result", verdict)]
 
 
@@ -146,7 +153,7 @@ def comparison(result: Comparison, first: Path, second: Path, most: int) -> list
     if not result.is_equal:
         experts = {(found.key.name, found.key.expert) for found in result.differences if found.key.expert is not None}
         others = {found.key.name for found in result.differences if found.key.expert is None}
-        verdict += f": {len(others):,} parameters and {len(experts):,} experts' matrices differ"
+        verdict += f" in {_count(len(others), 'parameter')} and {_count(len(experts), 'matrix', 'matrices')} of experts"
     return [*lines, _line("result", verdict)]
 
 
@@ -177,6 +184,10 @@ def comparison_json(result: Comparison, first: Path, second: Path) -> dict[str, 
 
 def _line(name: str, what: str) -> str:
     return f"{name:<{_WIDTH}}{what}"
+
+
+def _count(number: int, one: str, many: str | None = None) -> str:
+    return f"{number:,} {one if number == 1 else many or one + 's'}"
 
 
 def _difference(found: Difference) -> str:

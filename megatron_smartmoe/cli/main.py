@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
-from megatron_smartmoe.cli import calibrate, checkpoint, plan, simulate
+from megatron_smartmoe.cli import calibrate, checkpoint, doctor, plan, simulate
 from megatron_smartmoe.errors import EXIT_CONFIG_ERROR, SmartMoEError
+
+EXIT_BROKEN_PIPE = 141  # as of a program that SIGPIPE ends, in a shell
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -17,10 +20,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     plan.add_parser(tools)
     simulate.add_parser(tools)
     calibrate.add_parser(tools)
+    doctor.add_parser(tools)
     checkpoint.add_parser(tools)
     options = parser.parse_args(arguments)
     try:
-        return int(options.run(options))
+        status = int(options.run(options))
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # the reader has seen enough, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_BROKEN_PIPE
     except SmartMoEError as error:
         print(f"smartmoe {options.tool}: {error}", file=sys.stderr)
         return EXIT_CONFIG_ERROR

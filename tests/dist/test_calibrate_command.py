@@ -108,7 +108,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
         monkeypatch.delenv(name)
     commands: list[list[str]] = []
 
-    def run(command: list[str], environment: Any, log: Any) -> int:
+    def run(command: list[str], environment: Any, log: Any, **_: Any) -> int:
         commands.append(list(command))
         return 0
 
@@ -119,7 +119,14 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
 def test_it_starts_a_rank_per_core(started: list[list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calibrate, "usable_cores", lambda: 5)
     assert calibrate.start_ranks(CalibrateOptions(device="cpu", tokens=(1, 2))) == 0
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "5", "--standalone"]
+    torchrun = [
+        sys.executable,
+        "-m",
+        "megatron_smartmoe.adapter.launch.torchrun",
+        "--nproc-per-node",
+        "5",
+        "--standalone",
+    ]
     assert started == [[*torchrun, "--module", MODULE, "--device", "cpu", "--tokens", "1,2"]]
 
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
+import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +14,7 @@ import pytest
 
 from tests.dist.test_parallel_equality import largest_difference
 from tests.support.marks import some_fast
-from tests.support.training import TINY_MODEL, TINY_TRAINING, train
+from tests.support.training import TINY_MODEL, TINY_TRAINING, losses, train
 
 pytestmark = pytest.mark.dist
 
@@ -64,7 +68,9 @@ def test_resumed_at_another_parallelism(saved: Saved, mix: str, tmp_path: Path) 
     assert largest_difference(losses, saved.losses[4:]) < 1e-6
 
 
-def launch(saved: Saved, tmp_path: Path, nproc: str, *flags: str) -> subprocess.CompletedProcess[str]:
+def launch(
+    saved: Saved | argparse.Namespace, tmp_path: Path, nproc: str, *flags: str
+) -> subprocess.CompletedProcess[str]:
     """The launcher on the saved checkpoint."""
     command = [sys.executable, "-m", "megatron_smartmoe.adapter.launch", "--nproc", nproc]
     command += ["--run-dir", str(tmp_path / "run")]
@@ -97,3 +103,31 @@ def test_optimizer_state_between_ep_1_and_more_is_refused_before_it_fails(saved:
     )
     weights_only = saved.resume(tmp_path / "weights", 1, "--no-load-optim", "--no-load-rng")
     assert largest_difference(weights_only[:1], saved.losses[4:5]) < 1e-6  # the first loss needs no optimizer
+
+
+@pytest.mark.parametrize("saved", ["distributed"], indirect=True, scope="module")
+def test_a_truncated_shard_is_refused_or_left_out(saved: Saved, tmp_path: Path) -> None:
+    """By the launcher: in one line, or from the checkpoint before it, whose losses go on with the same bits."""
+    directory = tmp_path / "checkpoint"
+    shutil.copytree(saved.checkpoint, directory)
+    (directory / "latest_checkpointed_iteration.txt").write_text("8")
+    shard = directory / "iter_0000008" / "__1_0.distcp"
+    os.truncate(shard, 1000)
+    there = argparse.Namespace(checkpoint=directory, flags=saved.flags)
+    done = launch(there, tmp_path, "2", *EP2, "--train-iters", "8")
+    assert done.returncode == 2
+    what = r"__1_0\.distcp has 1,000 of (at least )?[\d,]+ bytes"
+    assert re.fullmatch(
+        rf"error: --load = '{directory}': iter_0000008 is damaged: {what}\. Pass --ckpt-step 4 to resume from the "
+        r"newest whole one there \(found: 4\), or --smartmoe-resume newest-whole to do so by itself; 4 iterations of "
+        r"training are lost\.\n",
+        done.stderr,
+    )
+    done = launch(there, tmp_path, "2", *EP2, "--train-iters", "8", "--smartmoe-resume", "newest-whole")
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert re.search(
+        rf"smartmoe: iter_0000008: {what}; resuming from iteration 4, the newest whole checkpoint; 4 iterations of "
+        r"training are lost\n",
+        done.stdout,
+    )
+    assert losses(tmp_path / "run") == saved.losses[4:]

@@ -67,6 +67,9 @@ def test_a_migration_every_5_steps(steps: int, tmp_path: Path, data_flags: list[
     assert compare(tmp_path, 8, data_flags, flags, iterations=steps, every=5) == steps // 5 - 1
 
 
+BACKGROUND = "--async-save --use-persistent-ckpt-worker --async-strategy mcore".split()
+
+
 def test_resuming_restores_the_placement(tmp_path: Path, data_flags: list[str]) -> None:
     """Saved after a migration, killed, resumed: the placement is restored, and the losses are the same."""
     flags = [*EP2.split(), *DISTRIBUTED.split(), *UNCLIPPED, *SHUFFLE]
@@ -85,7 +88,7 @@ def test_an_asynchronous_save_while_a_migration_is_due(raw: bool, tmp_path: Path
     """Experts move after the same step that is saved, while the checkpoint is still being written."""
     optimizer = ["--use-distributed-optimizer", "--bf16"] + ([] if raw else ["--dist-ckpt-optim-fully-reshardable"])
     flags = [*EP2.split(), *optimizer, *UNCLIPPED, *SHUFFLE]
-    save = ["--save", str(tmp_path / "saved"), "--save-interval", "4", "--async-save"]
+    save = ["--save", str(tmp_path / "saved"), "--save-interval", "4", *BACKGROUND]
     whole = train(tmp_path / "whole", 2, data_flags, *flags, *save, iterations=6)
     (tmp_path / "saved" / "latest_checkpointed_iteration.txt").write_text("4")
     resumed = train(tmp_path / "resumed", 2, data_flags, *flags, "--load", str(tmp_path / "saved"), iterations=6)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -38,13 +39,18 @@ def wait_for_checkpoint(run_dir: Path, process: subprocess.Popen[bytes], timeout
     raise AssertionError("no checkpoint in time")
 
 
+def last_line(run_dir: Path) -> str:
+    """The last line that a person sees."""
+    return (run_dir / "train.log").read_text().splitlines()[-1]
+
+
 def ranks_of(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
     """The training processes below a launcher."""
     children = psutil.Process(process.pid).children(recursive=True)
     return [
         child
         for child in children
-        if "--num-layers" in child.cmdline() and "torch.distributed.run" not in child.cmdline()
+        if "--num-layers" in child.cmdline() and "megatron_smartmoe.adapter.launch.torchrun" not in child.cmdline()
     ]
 
 
@@ -55,7 +61,11 @@ def test_a_killed_run_resumes_exactly(tmp_path: Path, data_flags: list[str]) -> 
     victims = ranks_of(process)
     assert len(victims) == 2
     victims[1].kill()
-    assert process.wait(120) != 0
+    assert process.wait(120) == 128 + signal.SIGKILL
+    died = [line for line in last_line(run_dir).split(" | ") if line]
+    assert died[0] == f"smartmoe: rank 1 on {os.uname().nodename} was killed by SIGKILL"
+    assert died[1] in [f"saved: iteration {saved} in {run_dir}/checkpoints" for saved in (5, 10)]
+    assert died[2] == f"to continue: scripts/pretrain_gpt_moe.sh --run-dir {run_dir}"
 
     survived = len(metrics(run_dir))
     assert survived < ITERATIONS
@@ -81,5 +91,6 @@ def test_no_rank_outlives_the_launcher(tmp_path: Path, data_flags: list[str]) ->
     children = psutil.Process(process.pid).children(recursive=True)
     process.terminate()
     assert process.wait(60) != 0
+    assert last_line(tmp_path / "run").startswith("smartmoe: ended by SIGTERM | saved: iteration ")
     _, alive = psutil.wait_procs(children, timeout=35)
     assert not alive

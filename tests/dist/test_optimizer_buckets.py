@@ -14,6 +14,7 @@ from unittest import mock
 
 import pytest
 
+from megatron_smartmoe.checkpoint.verify import verify
 from megatron_smartmoe.errors import EXIT_CONFIG_ERROR
 from tests.dist.test_parallel_equality import largest_difference
 from tests.support.ranks import run_ranks
@@ -162,6 +163,17 @@ def test_a_damaged_checkpoint_is_refused(trainer: Trainer, damaged: Run, dp: int
     )
     logs = [(run_dir / "ranks" / f"rank{rank}.log").read_text().splitlines() for rank in range(dp)]
     assert [log.count(error) for log in logs] == [1] + [0] * (dp - 1)
+
+
+def test_a_damaged_checkpoint_is_found_without_loading_it(whole: Run, damaged: Run) -> None:
+    """By `smartmoe checkpoint verify`: parameters behind a padded bucket, and the zeros at the end of the last one."""
+    assert verify(whole.checkpoint / f"iter_{SAVED_AT:07d}").findings == ()
+    findings = [str(found) for found in verify(damaged.checkpoint / f"iter_{SAVED_AT:07d}").findings]
+    assert len(findings) == 3
+    assert all(", main weight does not round to the weights: " in found for found in findings)
+    assert findings[0].startswith("decoder.layers.0.self_attention.linear_proj.weight")
+    assert findings[-1].startswith("embedding.word_embeddings.weight")
+    assert findings[-1].endswith("and ends in zeros (main weights 64, first moments 64, second moments 64)")
 
 
 def test_a_damaged_checkpoint_has_the_right_weights(trainer: Trainer, damaged: Run) -> None:

@@ -49,6 +49,11 @@ def test_the_run_resumes(golden: Path, tmp_path: Path) -> None:
     assert resumed == pytest.approx(json.loads((golden / "losses.json").read_text()), rel=RELATIVE)
 
 
+def test_the_checkpoint_is_read_without_torch(golden: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert smartmoe(["checkpoint", "verify", str(golden / "run" / "checkpoints")]) == 0
+    assert "not checked     checksums and digests: there is no manifest" in capsys.readouterr().out
+
+
 def test_decisions_of_training_are_read(golden: Path) -> None:
     names = {field.name for field in fields(Decision)}
     for line in (golden / "run" / "smartmoe.jsonl").read_text().splitlines():

@@ -56,7 +56,7 @@ def folder(tmp_path: Path) -> Path:
 TRACE = """
 import os, sys
 from pathlib import Path
-if "torch.distributed.run" in sys.orig_argv:
+if "megatron_smartmoe.adapter.launch.torchrun" in sys.orig_argv:
     Path(__file__).with_name("started").touch()
     os._exit(9)
 """
@@ -123,5 +123,6 @@ def test_good_input_does_start_torchrun(folder: Path, started: Path) -> None:
         "command.sh",
         "config.yaml",
         "environment.json",
+        "run.lock",
         "train.log",
     ]

@@ -14,10 +14,25 @@ ONE_OUT = "Remove one of the two."
 TE = "--transformer-impl transformer_engine"
 CASES = {
     "all well": Case(flags="--smartmoe", verdict=True),
+    "a watchdog without patience": Case(
+        flags="--smartmoe-watchdog-floor-s 0.5",
+        says="--smartmoe-watchdog-floor-s = 0.5: must be a number of seconds, at least 1: every longer hiccup of a "
+        "short step would be reported. Remove it for its default, or pass --smartmoe-watchdog off.",
+    ),
+    "a watchdog with patience": Case(flags="--smartmoe-watchdog-floor-s 60", verdict=True),
     "without experts": Case(
         flags="--smartmoe",
         without=("--num-experts",),
         says="--smartmoe = True: needs a model with experts. Pass --num-experts 8, for example, or remove it.",
+    ),
+    "a whole checkpoint of no directory": Case(
+        flags="--smartmoe-resume newest-whole",
+        says="--smartmoe-resume = 'newest-whole': needs --load. Add --load DIR, or remove it.",
+    ),
+    "a whole checkpoint without looking": Case(
+        flags="--load x --smartmoe-resume newest-whole --smartmoe-checkpoint-check off",
+        says="--smartmoe-resume = 'newest-whole': needs a check that finds damage, and --smartmoe-checkpoint-check is "
+        "off. Pass --smartmoe-checkpoint-check full or sizes.",
     ),
     "FSDP": Case(
         flags="--smartmoe --use-megatron-fsdp",

@@ -7,6 +7,8 @@ differs, the launch put a rank in the wrong place.
 from __future__ import annotations
 
 import json
+import os
+import signal
 import time
 from pathlib import Path
 
@@ -98,7 +100,7 @@ def test_srun_trains_with_a_task_per_rank(slurm: SlurmCluster, tmp_path: Path, e
         "srun", *where, LAUNCHER, "--run-dir", run_dir, *tiny(*EP2_PP2), env=own_port(), cwd=ROOT, timeout=TIMEOUT_S
     )
     assert_same_run(run_dir, done.stdout, expected)
-    assert "torch.distributed.run" not in (run_dir / "command.sh").read_text()
+    assert "adapter.launch.torchrun" not in (run_dir / "command.sh").read_text()
 
 
 def test_the_launcher_in_a_batch_script_starts_itself_on_all_nodes(
@@ -146,6 +148,31 @@ def test_a_job_whose_time_is_up_saves_is_queued_again_and_resumes_exactly(
     lines = metrics(run_dir)
     assert [line["iteration"] for line in lines] == list(range(1, LONG_ITERATIONS + 1))  # nothing lost, nothing twice
     assert losses(run_dir) == expected_long  # bit for bit
+
+
+def test_a_rank_that_dies_on_one_node_ends_the_job_with_its_name(slurm: SlurmCluster, tmp_path: Path) -> None:
+    """Both launchers end; the last line of the job's output is neither srun's nor torchrun's."""
+    run_dir = tmp_path / "run"
+    flags = ["--nproc", "1", "--run-dir", str(run_dir), *tiny(*EP2, iterations=1000)]
+    options = sbatch_options(tmp_path, "--nodes", "2")
+    job_id = slurm.submit(BATCH_SCRIPT, *options, *flags, env=from_anywhere(), cwd=tmp_path)
+    wait_for_iteration(slurm, job_id, run_dir, 1)
+    victims = [pid for pid, command in slurm.processes() if "adapter.pretrain" in command and has_rank(pid, 1)]
+    ranks = [pid for pid in victims if "adapter.launch" not in Path(f"/proc/{pid}/cmdline").read_text()]
+    os.kill(ranks[0], signal.SIGKILL)
+    job = slurm.wait(job_id, timeout=TIMEOUT_S)
+    assert (job.state, job.exit_code) == ("FAILED", 137), job.stdout[-6000:]
+    last = f"smartmoe: rank 1 on {os.uname().nodename} was killed by SIGKILL | it was in iteration "
+    assert job.stdout.splitlines()[-1].startswith(last), job.stdout[-3000:]
+    assert " | no folder of checkpoints (--save) | " in job.stdout.splitlines()[-1]
+    assert "(first observed failure)" not in job.stdout
+    for log in ("train.log", "node1.log"):
+        assert (run_dir / log).read_text().splitlines()[-1].startswith(last)
+
+
+def has_rank(pid: int, rank: int) -> bool:
+    """Whether a process has this RANK in its environment."""
+    return f"RANK={rank}".encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
 
 
 def test_wrong_flags_end_the_job_with_one_line(slurm: SlurmCluster, tmp_path: Path) -> None:

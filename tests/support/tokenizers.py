@@ -21,7 +21,7 @@ CONFIG: dict[str, Any] = {
     "tokenizer_class": "PreTrainedTokenizerFast",
     "bos_token": None,
     "eos_token": "<|im_end|>",
-    "pad_token": {"content": "<|endoftext|>", "special": True},
+    "pad_token": {"__type": "AddedToken", "content": "<|endoftext|>", "special": True},
     "chat_template": CHAT_TEMPLATE,
     "model_max_length": 32,
 }

@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 
 import pytest
 
-STARTS_RANKS = ("torch.distributed.run", "torchrun", "srun", "sbatch")
+STARTS_RANKS = ("torch.distributed.run", "torchrun", "megatron_smartmoe.adapter.launch.torchrun", "srun", "sbatch")
 
 
 def refuse(what: str) -> Callable[..., NoReturn]:

@@ -1,8 +1,9 @@
 """Digests of the model and the optimizer, over all ranks: each digests what it holds, one reduction adds them up.
 
 On a GPU the digests are computed there, in a small part of the time that the copy to the host takes. On CPU ranks they
-are computed by a forked process, which sees the memory as it was when it was forked: the save, and after an
-asynchronous one training, go on meanwhile. It uses numpy alone, because torch's threads do not survive a fork.
+are computed beside the save: by a thread where training waits for the save, and for a save in the background by a
+forked process, which sees the memory as it was when it was forked. Both use numpy alone: it lets other threads run, and
+torch's own threads do not survive a fork.
 """
 
 from __future__ import annotations
@@ -11,10 +12,12 @@ import ctypes
 import multiprocessing
 import pickle
 import signal
+import threading
 import warnings
 from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -45,13 +48,14 @@ class LocalDigests:
     Args:
         held: what this rank holds.
         num_experts: E, the logical experts of a layer.
-        ahead: compute in a forked process where the tensors are in this host's memory.
+        beside: what computes them where the tensors are in this host's memory: a thread if they stay as they are until
+            `sums` returns, else a process; None for this call itself.
 
     Attributes:
         entries: the parameters, by their order in `sums`; the same on all ranks of a pipeline stage.
     """
 
-    def __init__(self, held: Sequence[Held], num_experts: int, *, ahead: bool) -> None:
+    def __init__(self, held: Sequence[Held], num_experts: int, *, beside: Literal["thread", "process"] | None) -> None:
         found = {
             _Entry(
                 name=part.name,
@@ -64,14 +68,19 @@ class LocalDigests:
         }
         self.entries = sorted(found)
         self._child: Any = None
+        self._thread: Future[list[int]] | None = None
         self._values: list[int] | None = None
         places = _places(self.entries)
         parts = [(places[part.name, part.kind] + (part.expert or 0), part) for part in held if part.tensor is not None]
         self._size = sum(max(entry.num_experts, 1) for entry in self.entries)
-        if ahead and not any(part.tensor is not None and part.tensor.is_cuda for _, part in parts):
+        on_device = any(part.tensor is not None and part.tensor.is_cuda for _, part in parts)
+        if beside is None or on_device:
+            self._values = self._compute(parts)
+        elif beside == "process":
             self._fork(parts)
         else:
-            self._values = self._compute(parts)
+            self._thread = Future()
+            threading.Thread(target=self._fulfil, args=(self._thread, parts), daemon=True).start()
 
     def sums(self) -> list[int]:
         """The sums of this rank, by entry and expert.
@@ -79,6 +88,8 @@ class LocalDigests:
         Raises:
             OSError: the process that computes them has ended without a result.
         """
+        if self._thread is not None:
+            self._values, self._thread = self._thread.result(), None
         if self._values is None:
             process, receiver = self._child
             try:
@@ -97,6 +108,12 @@ class LocalDigests:
             assert part.tensor is not None
             values[place] = (values[place] + digest_of_tensor(part.tensor, part.piece)) % MODULUS
         return values
+
+    def _fulfil(self, future: Future[list[int]], parts: Sequence[tuple[int, Held]]) -> None:
+        try:
+            future.set_result(self._compute(parts))
+        except BaseException as error:  # raised where the result is asked for
+            future.set_exception(error)
 
     def _fork(self, parts: Sequence[tuple[int, Held]]) -> None:
         context = multiprocessing.get_context("fork")

@@ -158,9 +158,11 @@ def _optimizer_state(box: _Box, state: ParameterState, optimizer: Any) -> Iterat
     for held, start in _logical(box):
         stop = start + held.piece.num_elements
         for kind in _kinds(optimizer):
-            if kind == MAIN_WEIGHT and box.parameter.dtype == torch.float32:  # its own main weight
+            if kind == MAIN_WEIGHT and box.parameter.dtype == torch.float32:
+                # It is its own main weight, which only the distributed optimizer saves once more.
                 tensor = flat[start:stop] if all(index == 0 for index in replica_id) else None
-                yield replace(held, kind=kind, tensor=tensor)
+                if is_sharded:
+                    yield replace(held, kind=kind, tensor=tensor)
                 continue
             entry = replace(held, kind=kind, dtype=_FP32)
             own = tensors.get(kind)

@@ -22,10 +22,13 @@ from megatron.core.utils import unwrap_model
 from megatron.training import get_args
 
 from megatron_smartmoe.adapter.checkpoint.digests import DigestReduction, LocalDigests
+from megatron_smartmoe.adapter.checkpoint.folders import NON_PERSISTENT
 from megatron_smartmoe.adapter.checkpoint.held import held_tensors
+from megatron_smartmoe.adapter.flags.checkpoint_check import check_state
 from megatron_smartmoe.adapter.flags.resume import checkpoint_to_load, take_up_whole_checkpoint, what_is_there
-from megatron_smartmoe.checkpoint.digest import WEIGHT
-from megatron_smartmoe.checkpoint.directory import iteration_of
+from megatron_smartmoe.checkpoint.contents import WORDS
+from megatron_smartmoe.checkpoint.digest import KINDS, WEIGHT
+from megatron_smartmoe.checkpoint.directory import folder_of, iteration_of, iterations, listed, read_tracker
 from megatron_smartmoe.checkpoint.inspection import inspect, readable_bytes
 from megatron_smartmoe.checkpoint.manifest import (
     FileEntry,
@@ -34,7 +37,7 @@ from megatron_smartmoe.checkpoint.manifest import (
     ParameterDigest,
     check_files,
 )
-from megatron_smartmoe.errors import EXIT_CONFIG_ERROR, ConfigError
+from megatron_smartmoe.errors import EXIT_CONFIG_ERROR, CheckpointError, ConfigError, SmartMoEError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +83,7 @@ def _on_all_ranks(check: Callable[[], Any]) -> Any:
     """
     try:
         return check()
-    except ConfigError as error:
+    except SmartMoEError as error:
         if dist.get_rank() == 0:
             print(f"\nerror: {error}\n", file=sys.stderr, flush=True)
         raise SystemExit(EXIT_CONFIG_ERROR) from None
@@ -90,6 +93,7 @@ def check_before(args: Namespace) -> _Checked | None:
     """Compare the files of the checkpoint that Megatron is about to load. A collective call of all ranks.
 
     With `--smartmoe-resume newest-whole` a damaged checkpoint is left out, and `args.ckpt_step` set to the one before.
+    The folder that is loaded is noted in `args.smartmoe_loaded_folder`.
 
     Returns:
         The checkpoint; None where there is nothing to load.
@@ -97,7 +101,8 @@ def check_before(args: Namespace) -> _Checked | None:
     Raises:
         ConfigError: it is damaged; on all ranks alike.
     """
-    if args.load is None or "://" in args.load:
+    args.smartmoe_loaded_folder = None
+    if args.load is None or "://" in args.load or args.non_persistent_ckpt_type == "local":
         return None
     asked, damaged = args.ckpt_step, dict[int, str]()
     while True:
@@ -112,13 +117,21 @@ def check_before(args: Namespace) -> _Checked | None:
         iteration = iteration_of(folder)
         if problem is None:
             break
+        if folder.parent != Path(args.load):
+            rule = f"the non-persistent checkpoint {folder} is damaged: {problem}"
+            way_out = "Remove the flag to resume from the checkpoints that stay."
+            raise ConfigError("--non-persistent-ckpt-type", args.non_persistent_ckpt_type, rule, way_out)
         if args.smartmoe_resume != "newest-whole" or iteration is None:
             rule = f"{folder.name} is damaged: {problem}"
             way_out = from_rank_0(functools.partial(what_is_there, folder.parent, damaged=folder))
             raise ConfigError("--load", args.load, rule, way_out)
         damaged[iteration] = problem
-    if line and dist.get_rank() == 0:
-        print(f" smartmoe: {line}", flush=True)
+    for text in (line, _newer(folder)) if dist.get_rank() == 0 else ():
+        if text:
+            print(f" smartmoe: {text}", flush=True)
+    # Step 3: whether its state fits this run, for ranks that no launcher has started.
+    from_rank_0(functools.partial(check_state, args))
+    args.smartmoe_loaded_folder = str(folder)
     return checked
 
 
@@ -128,29 +141,41 @@ def check_after(args: Namespace, checked: _Checked, ddp_model: Any, optimizer: A
     Raises:
         ConfigError: something differs; on all ranks alike.
     """
-    said, manifest, started = checked.said, checked.manifest, time.perf_counter()
+    said, manifest = checked.said, checked.manifest
     if manifest is not None and args.smartmoe_checkpoint_check == "full":
-        if not manifest.digests:
-            said += "; it has no digests to compare what was loaded with"
-        else:
-            saved = {(entry.name, entry.kind): entry for entry in manifest.digests}
-            held, _ = held_tensors(unwrap_model(list(ddp_model)), optimizer if _loads_optimizer(args, saved) else None)
-            local, reduction = LocalDigests(held, args.num_experts or 0, ahead=False), DigestReduction()
-            loaded = reduction.reduce(local, any_is_new=True)
-            wrong, compared = _compare(loaded, saved)
-            if wrong:
-                rule = f"what was loaded from {checked.folder} is not what was saved: {wrong} differ"
-                way_out = (
-                    "Pass --ckpt-step N for another iteration, or --smartmoe-checkpoint-check sizes to train with it "
-                    "all the same."
-                )
-                raise ConfigError("--load", args.load, rule, way_out)
-            seconds = time.perf_counter() - started
-            others = f" ({len(loaded) - compared} have other shapes or types here)" if compared < len(loaded) else ""
-            kinds = "weights, main weights and moments" if _loads_optimizer(args, saved) else "weights"
-            said += f"; {kinds} as loaded have the digests of the save: {compared} tensors{others}, {seconds:.2f} s"
+        said += f"; {_compared_numbers(args, manifest, checked.folder, ddp_model, optimizer)}"
     if dist.get_rank() == 0:
         print(f" smartmoe: checkpoint {checked.folder.name}: {said}", flush=True)
+
+
+def _compared_numbers(args: Namespace, manifest: Manifest, folder: Path, ddp_model: Any, optimizer: Any) -> str:
+    """Compare digests, and say how many; see `check_after`."""
+    if not manifest.digests:
+        return "it has no digests to compare what was loaded with"
+    started, saved = time.perf_counter(), {(entry.name, entry.kind): entry for entry in manifest.digests}
+    with_optimizer = _loads_optimizer(args, saved)
+    # Step 1: what this rank holds; no model is an error here that Megatron could load.
+    local, problem = None, ""
+    try:
+        held, _ = held_tensors(unwrap_model(list(ddp_model)), optimizer if with_optimizer else None)
+        local = LocalDigests(held, args.num_experts or 0, beside=None)
+    except Exception as error:
+        problem = f"{type(error).__name__}: {error}"
+    problems: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(problems, problem)
+    if local is None or any(problems):
+        return f"what was loaded could not be compared: {next(filter(None, problems))}"
+    # Step 2: the digests over all ranks.
+    loaded = DigestReduction().reduce(local, any_is_new=True)
+    wrong, compared = _compare(loaded, saved)
+    if wrong:
+        rule = f"what was loaded from {folder} is not what was saved: {wrong} differs"
+        way_out = "Pass --ckpt-step N for another iteration, or --smartmoe-checkpoint-check sizes to train with it all "
+        raise ConfigError("--load", args.load, rule, way_out + "the same.")
+    seconds = time.perf_counter() - started
+    others = f" ({len(loaded) - compared} have other shapes or types here)" if compared < len(loaded) else ""
+    kinds = "weights, main weights and moments" if with_optimizer else "weights"
+    return f"{kinds} as loaded have the digests of the save: {compared} tensors{others}, {seconds:.2f} s"
 
 
 def from_rank_0(decide: Callable[[], Any]) -> Any:
@@ -159,10 +184,12 @@ def from_rank_0(decide: Callable[[], Any]) -> Any:
     if dist.get_rank() == 0:
         try:
             result = [decide()]
-        except ConfigError as error:
+        except SmartMoEError as error:
             result = [error]
+        except OSError as error:
+            result = [CheckpointError(str(error.filename), "cannot be read or written", error.strerror or "")]
     dist.broadcast_object_list(result, src=0)
-    if isinstance(result[0], ConfigError):
+    if isinstance(result[0], SmartMoEError):
         raise result[0]
     return result[0]
 
@@ -175,11 +202,35 @@ def _choose(
     Raises:
         ConfigError: there is none that could be loaded.
     """
-    if args.smartmoe_resume != "newest-whole":
-        return checkpoint_to_load(args), None, asked
-    args.ckpt_step = asked
-    folder, line = take_up_whole_checkpoint(args, damaged)
-    return folder, line, args.ckpt_step
+    args.ckpt_step, line = asked, None
+    if args.smartmoe_resume == "newest-whole":
+        folder, line = take_up_whole_checkpoint(args, damaged)
+    else:
+        folder = checkpoint_to_load(args)
+    newer = _non_persistent(args, -1 if folder is None else iteration_of(folder) or 0)
+    return newer or folder, line, args.ckpt_step
+
+
+def _non_persistent(args: Namespace, iteration: int) -> Path | None:
+    """On rank 0: the checkpoint that Megatron loads instead of one that stays and is not newer, if there is one."""
+    if args.non_persistent_ckpt_type != "global":
+        return None
+    directory = Path(args.non_persistent_global_ckpt_dir or Path(args.load) / NON_PERSISTENT)
+    found = read_tracker(directory)
+    return folder_of(directory, found) if isinstance(found, int) and found >= iteration else None
+
+
+def _newer(folder: Path) -> str:
+    """On rank 0: what is beside a checkpoint and newer, such as a save that was interrupted; nothing if nothing is."""
+    iteration = iteration_of(folder)
+    newer = [step for step in iterations(folder.parent) if iteration is not None and step > iteration]
+    if not newer:
+        return ""
+    half = [step for step in newer if inspect(folder_of(folder.parent, step)).manifest is None]
+    states = [f"half-written: {listed(half)}"] if half else []
+    states += [f"later: {listed(others)}"] if (others := [step for step in newer if step not in half]) else []
+    unused = f"{folder.parent} has checkpoints newer than iteration {iteration} that are not used ({'; '.join(states)})"
+    return f"{unused}; training replaces those whose iterations it saves"
 
 
 def _check(folder: Path, level: Level) -> tuple[str | None, _Checked | None]:
@@ -206,7 +257,8 @@ def _check(folder: Path, level: Level) -> tuple[str | None, _Checked | None]:
         return f"{first}{more}", None
     seconds, what = time.perf_counter() - started, "sizes and checksums" if level == "full" else "sizes"
     files = f"{len(manifest.files)} file{'s' * (len(manifest.files) != 1)} ({readable_bytes(manifest.size_bytes)})"
-    said = f"{files} have the {what} of the save, {seconds:.2f} s"
+    have = "has" if len(manifest.files) == 1 else "have"
+    said = f"{files} {have} the {what} of the save, {seconds:.2f} s"
     return None, _Checked(folder=folder, manifest=manifest, said=said)
 
 
@@ -235,7 +287,7 @@ def _loads_optimizer(args: Namespace, saved: Mapping[tuple[str, str], ParameterD
 def _compare(loaded: Sequence[ParameterDigest], saved: Mapping[tuple[str, str], ParameterDigest]) -> tuple[str, int]:
     """What differs, in words, and how many parameters could be compared."""
     wrong, compared = [], 0
-    for entry in loaded:
+    for entry in sorted(loaded, key=lambda entry: (KINDS.index(entry.kind), entry.name)):
         there = saved.get((entry.name, entry.kind))
         if there is None or (there.dtype, there.shape, len(there.digests)) != (
             entry.dtype,
@@ -246,7 +298,8 @@ def _compare(loaded: Sequence[ParameterDigest], saved: Mapping[tuple[str, str], 
         compared += 1
         experts = [e for e, (a, b) in enumerate(zip(entry.digests, there.digests, strict=True)) if a != b]
         if experts:
-            which = f" of expert {experts[0]}" if len(entry.digests) > 1 else ""
-            wrong.append(f"{entry.kind} {entry.name}{which}")
-    more = f" and {len(wrong) - 1} more tensors" if len(wrong) > 1 else ""
+            which = f", expert {experts[0]}" if len(entry.digests) > 1 else ""
+            wrong.append(f"{entry.name}{which}, {WORDS[entry.kind]}")
+    others = len(wrong) - 1
+    more = f" (and {others} more tensor{'s' * (others > 1)})" if others > 0 else ""
     return (wrong[0] + more if wrong else ""), compared

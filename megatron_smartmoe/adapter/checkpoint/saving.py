@@ -25,7 +25,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
@@ -40,6 +40,7 @@ from megatron_smartmoe.adapter.hooks import Callback, Order
 from megatron_smartmoe.adapter.run import Run
 from megatron_smartmoe.checkpoint.checksum import checksum_of_file
 from megatron_smartmoe.checkpoint.directory import folder_of, iteration_of, read_tracker
+from megatron_smartmoe.checkpoint.inspection import readable_bytes
 from megatron_smartmoe.checkpoint.manifest import (
     FORMATS,
     MANIFEST_FILE,
@@ -50,6 +51,7 @@ from megatron_smartmoe.checkpoint.manifest import (
 from megatron_smartmoe.checkpoint.resume import newest_whole
 from megatron_smartmoe.errors import CheckpointError, SmartMoEError
 
+_TORCH_WRITER = ("inline_container", "PytorchStreamWriter")  # its errors are about itself, and not about the disk
 _SOFTWARE = ("megatron-core", "torch", "numpy")  # whose versions a manifest names
 
 
@@ -113,9 +115,9 @@ class CheckpointSaves(Callback):
 
     def on_start(self, run: Run) -> None:
         """Note which checkpoint the run's state was loaded from."""
-        self._run, args = run, run.args
-        if args.load is not None and args.iteration and not args.finetune:
-            self._saved = Path(args.load).resolve(), args.iteration
+        self._run = run
+        if run.loaded_folder is not None:
+            self._saved = run.loaded_folder.parent.resolve(), run.args.iteration
 
     def on_end(self) -> None:
         """A run whose last save failed does not end as if all were well."""
@@ -270,11 +272,16 @@ class CheckpointSaves(Callback):
         """Start to compute what this rank adds to the digests."""
         if run.args.ckpt_format not in FORMATS:
             return None
-        held, skipped = held_tensors(run.chunks, None if run.args.no_save_optim else run.optimizer)
+        beside: Literal["thread", "process"] = "process" if save.is_async else "thread"
+        try:
+            held, skipped = held_tensors(run.chunks, None if run.args.no_save_optim else run.optimizer)
+            local = LocalDigests(held, run.args.num_experts or 0, beside=beside)
+        except Exception as error:  # a model that cannot be described is saved all the same
+            local, skipped = None, f"this model ({type(error).__name__}: {error})"
         if skipped and skipped != self._said:
             self._said = skipped
             self._say(save.iteration, f"checkpoint: the manifest has no digests of {skipped}")
-        return LocalDigests(held, run.args.num_experts or 0, ahead=True)
+        return local
 
     def _finish(self, save: _Save) -> None:
         """Write the manifest and put the checkpoint in force. A collective call of all ranks.
@@ -283,17 +290,12 @@ class CheckpointSaves(Callback):
             SaveFailed: on all ranks, if anything has gone wrong on one of them.
         """
         own: list[FileEntry] = []
-        is_new, lacking = False, ""
         try:
             own = _own_entries(save)
-            if save.digests is not None:
-                is_new = self._reduction.is_new(save.digests)
-                save.digests.sums()
         except OSError as error:
-            if own or save.digests is None:
-                lacking = _reason(error)
-            else:
-                save.note(error)
+            save.note(error)
+        lacking = _lacking(save)
+        is_new = save.digests is not None and self._reduction.is_new(save.digests)
         gathered: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(gathered, (save.problem, own, is_new, lacking))
         for rank, (problem, *_) in enumerate(gathered):
@@ -331,7 +333,9 @@ class CheckpointSaves(Callback):
         dist.barrier()  # no rank writes any more
         if dist.get_rank() == 0:
             reason = str(error) if isinstance(error, SaveFailed) else save.problem or _reason(error)
-            self._say(save.iteration, f"WARNING: checkpoint: not saved: {reason}; {_clean_up(save)}")
+            free = shutil.disk_usage(save.directory).free if save.directory.is_dir() else 0
+            room = f"{readable_bytes(free)} are free there"
+            self._say(save.iteration, f"WARNING: checkpoint: not saved: {reason}; {room}; {_clean_up(save)}")
 
     def _tracker_failed(self, error: OSError) -> None:
         """On rank 0, after an asynchronous save: the checkpoint is whole, and the tracker names the one before."""
@@ -341,6 +345,17 @@ class CheckpointSaves(Callback):
     def _say(self, iteration: int, text: str) -> None:
         if dist.get_rank() == 0:
             print(f" smartmoe: iteration {iteration:8d} | {text} |", flush=True)
+
+
+def _lacking(save: _Save) -> str:
+    """What keeps this rank from adding to the digests, or nothing; waits until its part of them is computed."""
+    if save.digests is None:
+        return "this rank has no digests"
+    try:
+        save.digests.sums()
+    except Exception as error:  # the manifest is written without digests then
+        return _reason(error)
+    return ""
 
 
 def _own_entries(save: _Save) -> list[FileEntry]:
@@ -415,8 +430,6 @@ def _prepare(save: _Save) -> str:
         probe = save.directory / f".smartmoe_probe.{os.getpid()}"
         with probe.open("wb") as file:
             file.write(b"probe")
-            file.flush()
-            os.fsync(file.fileno())
         probe.unlink()
         if save.folder.is_dir() and not save.folder.is_symlink() and any(save.folder.iterdir()):
             _remove_old(save)
@@ -468,5 +481,7 @@ def _reason(error: BaseException) -> str:
         for failure, _ in error.failures.values():
             return _reason(failure)
         return "another rank could not write its files"
+    if any(name in str(error) for name in _TORCH_WRITER):
+        return "torch could not write a file"
     lines = str(error).strip().splitlines()
     return lines[0][:200] if lines else type(error).__name__

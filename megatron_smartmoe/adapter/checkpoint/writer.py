@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
+import multiprocessing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -35,3 +37,22 @@ class WithChecksums:
             entries = [[path.name, *checksum_of_file(path)] for path in paths]
             (folder / PART.format(rank=self._rank)).write_text(json.dumps(entries), encoding="utf-8")
         return result
+
+
+def copying_in_background(preload: Callable[..., Any]) -> Callable[..., Any]:
+    """Around what brings tensors to the host: in a process of its own, tensors that are there already are copied.
+
+    Such a process shares their memory with the rank, which waits for this call and then goes on to change them.
+    """
+
+    @functools.wraps(preload)
+    def copied(*args: Any, **kwargs: Any) -> Any:
+        buckets = preload(*args, **kwargs)
+        if multiprocessing.parent_process() is None or not multiprocessing.current_process().daemon:
+            return buckets  # a synchronous save, in the rank itself
+        return [
+            (path, key, (data, [(item, tensor.clone()) for item, tensor in tensors]))
+            for path, key, (data, tensors) in buckets
+        ]
+
+    return copied

@@ -31,6 +31,7 @@ class SpanScan:
 
     num_lines: int
     document_bytes: tuple[int, ...]
+    num_chats: int
     num_empty: int
     bad_lines: tuple[BadLine, ...]
 
@@ -42,6 +43,7 @@ class Scan:
     Args:
         groups: groups of spans, each with the number of its documents, from its first, that belong to the corpus.
         num_documents, text_bytes: size of the corpus.
+        num_chats: how many documents were chat messages.
         full: whether a document was left out because of `max_bytes`; all behind it are too.
         num_empty, bad_lines: left out, up to the group in which the corpus ends.
     """
@@ -50,6 +52,7 @@ class Scan:
     num_documents: int = 0
     text_bytes: int = 0
     full: bool = False
+    num_chats: int = 0
     num_empty: int = 0
     bad_lines: BadLines = field(default_factory=BadLines)
 
@@ -70,6 +73,7 @@ class Scan:
             first_line = 0 if span.start == 0 else lines_before.get(span.path, 0)
             lines_before[span.path] = first_line + result.num_lines
             self.num_empty += result.num_empty
+            self.num_chats += result.num_chats
             for bad in result.bad_lines:
                 self.bad_lines.add(replace(bad, line=bad.line + first_line))
             # Step 2: the documents, until one does not fit
@@ -105,6 +109,9 @@ def scan_documents(spec: CorpusSpec, spans: list[Span], reader: RecordReader) ->
                 break
     _report_bad_lines(spec, scan)
     _refuse_empty_corpus(spec, scan)
+    if spec.chat_template is not None and not scan.num_chats:
+        rule = f"has no effect: no record holds chat messages under {' '.join(spec.json_keys)}"
+        raise ConfigError("--chat-template", spec.chat_template, rule, "Give their key with --json-keys, or remove it.")
     return scan
 
 
@@ -119,6 +126,7 @@ def scan_group(group: SpanGroup, reader: RecordReader) -> list[SpanScan]:
             SpanScan(
                 num_lines=len(items),
                 document_bytes=sizes,
+                num_chats=sum(isinstance(item, Document) and item.is_chat for item in items),
                 num_empty=len(texts) - len(sizes),
                 bad_lines=tuple(item for item in items if isinstance(item, BadLine)),
             )

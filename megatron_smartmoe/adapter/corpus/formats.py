@@ -16,11 +16,11 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Literal
+from typing import IO, Any, Literal
 
 import zstandard
 
-from megatron_smartmoe.errors import ConfigError
+from megatron_smartmoe.errors import ConfigError, one_line
 
 HEAD_BYTES = 64 * 1024
 PIECE_BYTES = 2**20
@@ -149,12 +149,12 @@ def _pieces(file: IO[bytes], packing: Packing | None) -> Iterator[bytes]:
     if packing == "zstd":
         yield from _zstd_pieces(file)
         return
-    openers: dict[str | None, Callable[[IO[bytes]], IO[bytes]]] = {
+    openers: dict[str | None, Callable[[Any], Any]] = {
         "gzip": gzip.open,
         "xz": lzma.open,
         "bzip2": bz2.open,
     }
-    opened = openers[packing](file) if packing in openers else file
+    opened: IO[bytes] = openers[packing](file) if packing in openers else file
     while piece := opened.read(PIECE_BYTES):
         yield piece
 
@@ -221,7 +221,7 @@ def _is_json(line: str) -> bool:
 
 
 def _damaged(path: Path, packing: str | None, error: Exception) -> ConfigError:
-    return _wrong(path, f"is {packing} data that is damaged or cut off ({error})", "Get the file again.")
+    return _wrong(path, f"is {packing} data that is damaged or cut off ({one_line(error)})", "Get the file again.")
 
 
 def _wrong(path: Path, rule: str, way_out: str) -> ConfigError:

@@ -29,13 +29,13 @@ from megatron_smartmoe.adapter.corpus.records import RecordReader
 from megatron_smartmoe.adapter.corpus.sources import InputFile, find_inputs, find_spans, stdlib_spans
 from megatron_smartmoe.adapter.corpus.spec import DEFAULT_TIKTOKEN_SPECIALS, CorpusSpec, PreparedCorpus
 from megatron_smartmoe.adapter.corpus.workers import ordered_map
-from megatron_smartmoe.adapter.tokenizers.base import HUGGING_FACE, TIKTOKEN, TextTokenizer
+from megatron_smartmoe.adapter.tokenizers.base import HUGGING_FACE, SENTENCEPIECE, TIKTOKEN, TextTokenizer
 from megatron_smartmoe.adapter.tokenizers.chat import ChatTemplate, ChatTemplateError
 from megatron_smartmoe.adapter.tokenizers.huggingface import HuggingFaceTextTokenizer
 from megatron_smartmoe.adapter.tokenizers.load import TokenizerOptions, load_tokenizer
 from megatron_smartmoe.adapter.tokenizers.sentencepiece import load_sentencepiece
 from megatron_smartmoe.adapter.tokenizers.tiktoken import TikTokenOptions
-from megatron_smartmoe.errors import ConfigError
+from megatron_smartmoe.errors import ConfigError, one_line
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +56,10 @@ def prepare(spec: CorpusSpec) -> PreparedCorpus:
     paths = OutputPaths.of(spec.output_prefix)
     files = find_inputs(spec.inputs)
     refuse_input_as_output(files, paths)
-    given = None if spec.tokenizer_model is None else load_tokenizer(spec.tokenizer_model, tokenizer_options(spec))
+    options = tokenizer_options(spec)
+    given = load_tokenizer(spec.tokenizer_model, options) if spec.tokenizer_model is not None else None
+    if given is None:
+        options.refuse_unused(SENTENCEPIECE)
     reader = RecordReader(json_keys=spec.json_keys, chat=chat_template(spec, given))
     with exit_on_sigterm(), exclusive(paths) as waited:
         if waited and PreparedCorpus.exists(spec.output_prefix):  # another process has just made it
@@ -131,7 +134,7 @@ def chat_template(spec: CorpusSpec, given: TextTokenizer | None) -> ChatTemplate
     try:
         template.check()
     except ChatTemplateError as error:
-        rule = f"is not a Jinja template ({error})"
+        rule = f"is not a Jinja template ({one_line(error)})"
         raise ConfigError("--chat-template", spec.chat_template, rule, "Correct it.") from error
     return template
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_smartmoe.adapter.tokenizers.chat import ChatTemplate, ChatTemplateError, chat_messages
-from megatron_smartmoe.errors import ConfigError
+from megatron_smartmoe.errors import ConfigError, one_line
 
 MAX_SHOWN_KEYS = 12
 NESTED_LEVELS = 3
@@ -80,7 +80,7 @@ class RecordReader:
         try:
             return Document(text=self.chat.render(messages, record.get("tools")), is_chat=True)
         except ChatTemplateError as error:
-            raise BadRecordError(f"the chat template refuses the messages: {error}") from error
+            raise BadRecordError(f"the chat template refuses the messages: {one_line(error)}") from error
 
 
 def missing_key(path: str, records: str, key: str, keys: Mapping[str, str]) -> ConfigError:

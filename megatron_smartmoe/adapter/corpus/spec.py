@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType
 from typing import Any, Literal, Self
 
 from megatron_smartmoe.adapter.tokenizers.base import HUGGING_FACE, SENTENCEPIECE, TIKTOKEN
@@ -210,12 +212,37 @@ class PreparedCorpus:
                 "Prepare the corpus again with --force.",
             )
         fields = {name: meta[name] for name in cls.__dataclass_fields__ if name in meta}
+        if wrong := cls._wrong_fields(fields):
+            rule = f"is damaged: {', '.join(wrong)} missing or of a wrong type"
+            raise ConfigError("--data-path", str(path), rule, "Restore the file, or prepare the corpus with --force.")
         model = Path(meta["tokenizer_model"])
         beside = path.parent / model
         fields["tokenizer_model"] = model if is_hub_name(model) and not beside.exists() else beside
         for name in ("bad_lines", "command", "tokenizer_flags"):
             fields[name] = tuple(meta.get(name, ()))
         return cls(prefix=Path(prefix), **fields)
+
+    @classmethod
+    def _wrong_fields(cls, fields: Mapping[str, Any]) -> list[str]:
+        """Names of fields that are missing from metadata, or hold another type than they should."""
+        kinds: dict[str, type | tuple[type, ...]] = {
+            "int": int,
+            "int | None": (int, NoneType),
+            "float": (int, float),
+            "bool": bool,
+            "str": str,
+            "Path": str,
+            "tuple[str, ...]": list,
+            "Mapping[str, Any]": dict,
+        }
+        wrong = []
+        for field in dataclasses.fields(cls):
+            needed = field.default is dataclasses.MISSING
+            present = field.name in fields
+            if field.name != "prefix" and (present or needed):
+                fits = present and isinstance(fields[field.name], kinds[str(field.type)])
+                wrong += [] if fits else [field.name]
+        return wrong
 
     def to_json(self) -> str:
         """The text of `PREFIX.json`. The tokenizer's path is relative to it, so that the directory can be moved."""

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from megatron_smartmoe.adapter.corpus.formats import Format, unpacked
 from megatron_smartmoe.adapter.corpus.records import NESTED_LEVELS, missing_key
-from megatron_smartmoe.errors import ConfigError
+from megatron_smartmoe.errors import ConfigError, one_line
 
 # A record that is longer than this is taken for a damaged file: an open quote would be read to the file's end.
 MAX_RECORD_CHARACTERS = 2**28
@@ -154,11 +154,11 @@ def _table_lines(path: Path, json_keys: Sequence[str]) -> Iterator[bytes]:
             for batch in table.iter_batches(batch_size=TABLE_ROWS, columns=columns):
                 for row in batch.to_pylist():
                     yield json.dumps(row, default=str).encode() + b"\n"
-    except (arrow_error, OSError) as error:
+    except (arrow_error, UnicodeDecodeError, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise  # a disk that fails or is full, not the table
         raise ConfigError(
-            "--input", str(path), f"is a damaged parquet file ({error})", "Get the file again."
+            "--input", str(path), f"is a damaged parquet file ({one_line(error)})", "Get the file again."
         ) from error
 
 

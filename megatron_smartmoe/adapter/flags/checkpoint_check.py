@@ -8,9 +8,19 @@ from pathlib import Path
 from megatron_smartmoe.adapter.flags.parser import attribute
 from megatron_smartmoe.adapter.flags.resume import check_files, checkpoint_to_load, what_is_there
 from megatron_smartmoe.checkpoint.directory import RELEASE
+from megatron_smartmoe.checkpoint.manifest import read_manifest
+from megatron_smartmoe.checkpoint.rank_files import RANK_FILE
 from megatron_smartmoe.checkpoint.torch_dist import is_torch_dist, read_common
+from megatron_smartmoe.checkpoint.torch_save import read_saved
 from megatron_smartmoe.errors import CheckpointError, ConfigError
 from megatron_smartmoe.spec.placement import Placement
+
+_LEGACY_SIZES = (
+    "--tensor-model-parallel-size",
+    "--pipeline-model-parallel-size",
+    "--expert-model-parallel-size",
+    "--expert-tensor-parallel-size",
+)
 
 
 def check_load(args: argparse.Namespace) -> tuple[str, ...]:
@@ -23,26 +33,32 @@ def check_load(args: argparse.Namespace) -> tuple[str, ...]:
         ConfigError: see `check_files` and `_check_state`.
     """
     lines = check_files(args)
-    _check_state(args)
+    check_state(args)
     return lines
 
 
-def _check_state(args: argparse.Namespace) -> None:
-    """Check that optimizer state and schedule can be loaded.
+def check_state(args: argparse.Namespace) -> None:
+    """Check that the format, the optimizer state and the schedule can be loaded.
 
     With expert parallelism Megatron has two optimizers, one of them for the experts; without it, one. The state of two
     cannot be loaded into one or the reverse (weights can), and Megatron fails late, with a traceback on every rank.
 
     Raises:
-        ConfigError: the optimizer state was saved with expert parallelism and this run has none, or the reverse; or
+        ConfigError: the format cannot be read with these flags; or there is no optimizer state, and no flag says to do
+            without; or the optimizer state was saved with expert parallelism and this run has none, or the reverse; or
             its buffers are those of other experts; or the learning-rate schedule differs and no flag decides which
             one to use.
     """
-    folder = latest_checkpoint(args)
-    if folder is None or args.num_experts is None or args.finetune or args.no_load_optim:
+    folder = checkpoint_to_load(args)
+    if folder is None or folder.name == RELEASE:
         return
-    saved = saved_arguments(folder)
-    if saved is None or getattr(saved, "no_save_optim", False):
+    is_sharded = is_torch_dist(folder)
+    saved = saved_arguments(folder) if is_sharded else _legacy_arguments(folder)
+    if saved is None:
+        return
+    _check_format(args, saved, folder, is_sharded=is_sharded)
+    _check_left_out(args, saved, folder)
+    if args.num_experts is None or args.finetune or args.no_load_optim:
         return
     here, there = args.expert_model_parallel_size, saved.expert_model_parallel_size
     if (here > 1) != (there > 1):
@@ -55,6 +71,54 @@ def _check_state(args: argparse.Namespace) -> None:
     _check_layout(args, saved, folder)
     if not args.override_opt_param_scheduler and not args.use_checkpoint_opt_param_scheduler:
         _check_schedule(args, saved, folder)
+
+
+def _check_format(args: argparse.Namespace, saved: argparse.Namespace, folder: Path, *, is_sharded: bool) -> None:
+    """The legacy format is read at the sizes that it was saved at, and torch_dist is not read as the legacy format."""
+    if is_sharded:
+        if args.ckpt_format == "torch":
+            rule = f"cannot read {folder}, which is in torch_dist format"
+            way_out = "Pass --ckpt-format torch_dist, or convert it first (--ckpt-convert-format torch)."
+            raise ConfigError("--ckpt-format", args.ckpt_format, rule, way_out)
+        return
+    for flag in _LEGACY_SIZES:
+        here, there = getattr(args, attribute(flag)), getattr(saved, attribute(flag), None)
+        if there is not None and here is not None and here != there:
+            rule = f"{folder} is in Megatron's torch format, saved at {there}, and is read at the same sizes only"
+            way_out = f"Pass {flag} {there}, or convert it at its own sizes (--ckpt-convert-format torch_dist)."
+            raise ConfigError(flag, here, rule, way_out)
+    here_is, there_is = _experts(args), _experts(saved)
+    if args.num_experts is not None and here_is != there_is and not (args.finetune or args.no_load_optim):
+        rule = (
+            f"the optimizer state in {folder} is in Megatron's torch format for {there_is}, and this run has {here_is}"
+        )
+        way_out = "Pass --no-load-optim for the weights alone, or save with --ckpt-format torch_dist."
+        raise ConfigError("--load", args.load, rule, way_out)
+
+
+def _check_left_out(args: argparse.Namespace, saved: argparse.Namespace, folder: Path) -> None:
+    """What a save has left out has to be left out by the load; Megatron would end with a KeyError."""
+    for left_out, flag, what, instead in (
+        ("no_save_optim", "--no-load-optim", "optimizer state (--no-save-optim)", "moments"),
+        ("no_save_rng", "--no-load-rng", "random states (--no-save-rng)", "random states"),
+    ):
+        if getattr(saved, left_out, False) and not (args.finetune or getattr(args, attribute(flag))):
+            rule = f"is required: {folder} was saved without {what}"
+            raise ConfigError(flag, False, rule, f"Add {flag}: training resumes with new {instead}.")
+
+
+def _legacy_arguments(folder: Path) -> argparse.Namespace | None:
+    """The arguments in the first file of a checkpoint in Megatron's torch format, if they are in there."""
+    first = min(folder.glob(f"mp_rank_*/{RANK_FILE}"), default=None)
+    if first is None:
+        return None
+    try:
+        content = read_saved(first, str(first))
+    except CheckpointError as error:
+        way_out = f"Restore the file. {what_is_there(folder.parent, damaged=folder)}"
+        raise ConfigError("--load", str(folder.parent), str(error), way_out) from None
+    saved = content.get("args") if isinstance(content, dict) else None
+    return saved if isinstance(saved, argparse.Namespace) else None
 
 
 def _check_layout(args: argparse.Namespace, saved: argparse.Namespace, folder: Path) -> None:
@@ -103,12 +167,21 @@ def latest_checkpoint(args: argparse.Namespace) -> Path | None:
 def saved_arguments(folder: Path) -> argparse.Namespace | None:
     """The arguments of the run that saved a checkpoint, if they are in there. Runs nothing that the checkpoint says.
 
+    Those in the manifest are used where there is one: reading the index of a checkpoint of a hundred thousand chunks
+    takes seconds.
+
     Raises:
         ConfigError: they cannot be read.
     """
     try:
-        saved = read_common(folder).get("args")
+        manifest = read_manifest(folder)
+        if manifest is not None and manifest.arguments:
+            saved = argparse.Namespace(**manifest.arguments)
+            if manifest.placement is not None:
+                saved.smartmoe_placement = dict(manifest.placement)
+            return saved
+        found = read_common(folder).get("args")
     except CheckpointError as error:
         way_out = f"Restore the file. {what_is_there(folder.parent, damaged=folder)}"
         raise ConfigError("--load", str(folder.parent), str(error), way_out) from None
-    return saved if isinstance(saved, argparse.Namespace) else None
+    return found if isinstance(found, argparse.Namespace) else None

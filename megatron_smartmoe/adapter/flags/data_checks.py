@@ -58,12 +58,18 @@ def data_prefixes(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
         flag = "--per-split-data-args-path"
         try:
             splits = json.loads(_text(flag, args.per_split_data_args_path))
-            lists = [item for item in splits.values() if item is not None]
-        except (ValueError, AttributeError, RecursionError) as error:
+            lists = [_words(item) for item in splits.values() if item is not None]
+        except (ValueError, AttributeError, TypeError, RecursionError) as error:
             rule = 'must be JSON, such as {"train": ["0.3", "a"], "valid": [], "test": []}'
             raise ConfigError(flag, args.per_split_data_args_path, f"{rule} ({error})", "Correct the file.") from error
         for item in lists:
-            yield from _without_weights(flag, item.split() if isinstance(item, str) else [str(part) for part in item])
+            yield from _without_weights(flag, item)
+
+
+def _words(item: object) -> list[str]:
+    if not isinstance(item, str | list):
+        raise TypeError(f"a list is needed, this is a {type(item).__name__}")
+    return item.split() if isinstance(item, str) else [str(part) for part in item]
 
 
 def _without_weights(flag: str, items: list[str] | tuple[str, ...]) -> Iterator[tuple[str, str]]:

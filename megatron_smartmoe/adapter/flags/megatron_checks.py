@@ -14,6 +14,7 @@ import os
 import traceback
 from math import gcd
 
+from megatron_smartmoe.adapter.flags.checkpoint_options import check_checkpoint_options
 from megatron_smartmoe.adapter.flags.data_checks import check_data
 from megatron_smartmoe.adapter.flags.parser import attribute, has_transformer_engine
 from megatron_smartmoe.adapter.flags.smartmoe_checks import check_smartmoe
@@ -39,6 +40,7 @@ def check(args: argparse.Namespace, *, world_size: int, cpu: bool, data_exists: 
         _check_model(args)
     _check_parallelism(args, world_size)
     _check_batch(args, world_size)
+    check_checkpoint_options(args)
     check_smartmoe(args, cpu=cpu)
     check_bucket_padding(args)
     if data_exists:

@@ -31,6 +31,8 @@ def check_files(args: argparse.Namespace) -> tuple[str, ...]:
     """
     if args.load is None or args.smartmoe_checkpoint_check == "off":
         return ()
+    if "://" in args.load:
+        return (f"the checkpoint in {args.load} is not checked: it is in no directory of this host",)
     directory = Path(args.load)
     if args.smartmoe_resume == "newest-whole":
         choice = chosen_checkpoint(args)
@@ -54,7 +56,7 @@ def checkpoint_to_load(args: argparse.Namespace) -> Path | None:
     Raises:
         ConfigError: the tracker or --ckpt-step names no iteration, or one that is not there, or nothing whole is there.
     """
-    if args.load is None:
+    if args.load is None or "://" in args.load:
         return None
     if args.smartmoe_resume == "newest-whole":
         return _whole_folder(args, chosen_checkpoint(args))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 
 from megatron_smartmoe.adapter.cost_inputs import expert_shape, state_bytes
@@ -14,6 +15,7 @@ from megatron_smartmoe.adapter.flags.smartmoe_arguments import (
     POOL_INTERVAL,
     REPLICAS,
     RESUME,
+    WATCHDOG_FLOOR,
     replicas_mode,
 )
 from megatron_smartmoe.errors import ConfigError
@@ -63,6 +65,7 @@ def check_smartmoe(args: argparse.Namespace, *, cpu: bool) -> None:
     Raises:
         ConfigError: the first rule that is broken.
     """
+    _check_watchdog(args)
     _check_traces(args)
     _check_resume(args)
     _check_replicas(args)
@@ -102,12 +105,22 @@ def _needs_expert_parallelism(args: argparse.Namespace, flag: str, value: object
         raise ConfigError(flag, value, rule, "Pass --expert-model-parallel-size 2, for example, or remove it.")
 
 
+def _check_watchdog(args: argparse.Namespace) -> None:
+    floor_s = args.smartmoe_watchdog_floor_s
+    if not 1 <= floor_s < math.inf:  # also refuses NaN
+        rule = "must be a number of seconds, at least 1: every longer hiccup of a short step would be reported"
+        raise ConfigError(WATCHDOG_FLOOR, floor_s, rule, "Remove it for its default, or pass --smartmoe-watchdog off.")
+
+
 def _check_resume(args: argparse.Namespace) -> None:
     """Going back to a whole checkpoint needs one to look for, and a look."""
     if args.smartmoe_resume == "newest":
         return
     if args.load is None:
         raise ConfigError(RESUME, args.smartmoe_resume, "needs --load", "Add --load DIR, or remove it.")
+    if "://" in args.load:
+        rule = f"looks for checkpoints in a directory, and --load is {args.load}"
+        raise ConfigError(RESUME, args.smartmoe_resume, rule, "Remove it, or pass --load DIR.")
     if args.smartmoe_checkpoint_check == "off":
         rule = "needs a check that finds damage, and --smartmoe-checkpoint-check is off"
         raise ConfigError(RESUME, args.smartmoe_resume, rule, "Pass --smartmoe-checkpoint-check full or sizes.")

@@ -24,6 +24,7 @@ from megatron_smartmoe.adapter.launch.machine import find_machine, vocabulary
 from megatron_smartmoe.adapter.launch.merged import merge
 from megatron_smartmoe.adapter.launch.search_space import space_options
 from megatron_smartmoe.adapter.launch.topology import Topology
+from megatron_smartmoe.adapter.run_files import write_text
 from megatron_smartmoe.errors import ConfigError
 from megatron_smartmoe.planner.arguments import check_plannable, model_from_arguments
 from megatron_smartmoe.planner.auto import PlanRequest, PlanResult, choose_launch, describe, reuse_saved_plan, to_json
@@ -56,9 +57,7 @@ class AutoPlan:
     def save(self, directory: Path) -> None:
         """Write plan.json at once: no other node can read a part of it."""
         if self.content is not None:
-            part = directory / f".{PLAN_FILE}.part"
-            part.write_text(json.dumps(self.content, indent=1) + "\n", encoding="utf-8")
-            part.replace(directory / PLAN_FILE)
+            write_text(directory / PLAN_FILE, json.dumps(self.content, indent=1) + "\n")
 
 
 @dataclass(frozen=True)

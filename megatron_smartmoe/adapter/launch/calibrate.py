@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 from megatron_smartmoe.adapter.launch import process
 from megatron_smartmoe.adapter.launch.command import program, rank_environment
+from megatron_smartmoe.adapter.launch.ending import Ending
 from megatron_smartmoe.adapter.launch.launcher import srun
 from megatron_smartmoe.adapter.launch.topology import find_topology, reports_errors
 from megatron_smartmoe.calibrate.cluster_file import fit_machine
@@ -67,7 +68,7 @@ def start_ranks(options: CalibrateOptions) -> int:
     if topology.rank is not None:
         os.environ.update(environment)
         os.execv(command[0], command)
-    return process.run(command, environment, None)
+    return process.run(command, environment, None, ending=Ending())
 
 
 def run_rank(options: CalibrateOptions, nominal: ClusterSpec | None) -> int:

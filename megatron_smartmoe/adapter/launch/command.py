@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from megatron_smartmoe.errors import ConfigError
 from megatron_smartmoe.spec.run import RunSpec
 
 ENTRY = "megatron_smartmoe.adapter.pretrain"
+TORCHRUN = "megatron_smartmoe.adapter.launch.torchrun"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,12 +27,16 @@ class LaunchCommand:
         command: the program and its arguments.
         environment: variables of the command beside those of this process.
         spec: the merged configuration, with `{run_dir}` not filled in.
+        save: the folder that checkpoints go to, if there is one.
+        resume_flags: flags that resuming from `save` needs beside the configuration.
         lines: what the checks have to say.
     """
 
     command: list[str]
     environment: dict[str, str]
     spec: RunSpec
+    save: Path | None = None
+    resume_flags: tuple[str, ...] = ()
     lines: tuple[str, ...] = ()
 
 
@@ -75,15 +81,31 @@ def make_command(spec: RunSpec, command_line: Sequence[str], topology: Topology,
         command=[*program(topology), *merged.tokens, "--smartmoe-run-dir", str(run_dir)],
         environment=rank_environment(topology, cpu=merged.cpu),
         spec=merged.spec,
+        save=_local(getattr(merged.args, "save", None)),
+        resume_flags=_resume_flags(merged.args),
         lines=lines,
     )
+
+
+def _local(folder: str | None) -> Path | None:
+    """A folder of a file system; None for object storage, which the launcher cannot look into."""
+    return None if not folder or "://" in folder else Path(folder)
+
+
+def _resume_flags(args: Namespace) -> tuple[str, ...]:
+    """What the configuration lacks to resume from its own checkpoints: it may load others, or none."""
+    values = vars(args)
+    if not values.get("save"):
+        return ()
+    load = () if values.get("load") == values["save"] else ("--load", values["save"])
+    return (*load, "--no-finetune") if values.get("finetune") else load
 
 
 def program(topology: Topology, entry: str = ENTRY) -> list[str]:
     """The command that starts the ranks of module `entry`: torchrun, or the module where Slurm starts each rank."""
     if topology.rank is not None:
         return [sys.executable, "-m", entry]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(topology.ranks_per_node)]
+    torchrun = [sys.executable, "-m", TORCHRUN, "--nproc-per-node", str(topology.ranks_per_node)]
     if topology.num_nodes == 1:
         return [*torchrun, "--standalone", "--module", entry]
     where = ["--nnodes", str(topology.num_nodes), "--node-rank", str(topology.node)]

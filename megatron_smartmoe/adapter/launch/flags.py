@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from megatron_smartmoe.planner.flags import parse_tokens
 from megatron_smartmoe.spec.run import FlagValue
@@ -42,12 +42,12 @@ def as_mapping(tokens: Sequence[str]) -> dict[str, FlagValue]:
     }
 
 
-def render(command: Sequence[str], environment: Mapping[str, str]) -> str:
+def render(command: Sequence[str], environment: Mapping[str, str], quote: Callable[[str], str] = shlex.quote) -> str:
     """The command as text for a shell, one line per flag with its values."""
-    words = [f"{name}={shlex.quote(value)}" for name, value in environment.items()]
+    words = [f"{name}={quote(value)}" for name, value in environment.items()]
     lines: list[list[str]] = [words]
     for word in command:
         if word.startswith("--"):
             lines.append([])
-        lines[-1].append(shlex.quote(word))
+        lines[-1].append(quote(word))
     return " \\\n  ".join(" ".join(line) for line in lines if line)

@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
+import shlex
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from megatron_smartmoe.adapter.launch import corpus, process, run_dir
+from megatron_smartmoe.adapter.launch import corpus, process, run_dir, run_lock, secrets
 from megatron_smartmoe.adapter.launch import flags as flag_lists
-from megatron_smartmoe.adapter.launch.command import make_command, ranks_per_node
-from megatron_smartmoe.adapter.launch.topology import Topology, find_topology, reports_errors
+from megatron_smartmoe.adapter.launch.command import LaunchCommand, make_command, ranks_per_node
+from megatron_smartmoe.adapter.launch.ending import ATTEMPT_VARIABLE, Ending, SharedDeaths, attempt_of
+from megatron_smartmoe.adapter.launch.run_lock import LOCKED_VARIABLE, RunLock
+from megatron_smartmoe.adapter.launch.topology import Topology, find_topology, port_of_steps, reports_errors
+from megatron_smartmoe.adapter.launch.watch import no_watch, watch_node
 from megatron_smartmoe.errors import EXIT_CONFIG_ERROR, ConfigError, SmartMoEError
 from megatron_smartmoe.spec.run import RunSpec, load_run_spec
+
+_SRUN_LIMIT_S = 60.0  # from SIGTERM to the end of srun: more than the launchers on its nodes need
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -36,9 +45,29 @@ def launch(argv: list[str]) -> int:
     _check_load(options)
     spec = corpus.only_if_read(read_spec(options), command_line)
     topology = find_topology(ranks_per_node(options.nproc, spec, command_line))
+    if options.nproc is not None and options.nproc != topology.ranks_per_node:
+        rule = f"srun has started {topology.ranks_per_node} tasks on each node, and each of them is one rank"
+        raise ConfigError("--nproc", options.nproc, rule, "Remove it, or use srun --ntasks-per-node=1.")
     if topology.needs_srun and "SLURMD_NODENAME" not in os.environ:
         return srun(topology, argv)  # salloc's shell may be on a login node, whose GPUs are not the nodes'
-    directory = run_dir.choose(options.run_dir, spec.name)
+    reserve = run_dir.choose if options.dry_run else run_dir.reserve
+    directory = reserve(options.run_dir, spec.name)
+    try:
+        return _launch(options, command_line, spec, topology, directory, argv)
+    finally:
+        if options.run_dir is None and not options.dry_run:
+            run_dir.release(directory)  # if nothing came of it
+
+
+def _launch(
+    options: argparse.Namespace,
+    command_line: list[str],
+    spec: RunSpec,
+    topology: Topology,
+    directory: Path,
+    argv: Sequence[str],
+) -> int:
+    """The launch in its run directory, which need not exist."""
     auto_plan = None
     if options.parallel == "auto":
         from megatron_smartmoe.adapter.launch.auto import Load, plan_parallel  # the planner takes time to import
@@ -48,8 +77,9 @@ def launch(argv: list[str]) -> int:
         spec, command_line = auto_plan.spec, auto_plan.command_line
     ready = make_command(spec, command_line, topology, directory)
     if topology.needs_srun:  # after the check: an error is printed once, before any node starts
-        return srun(topology, argv)
-    text = flag_lists.render(ready.command, ready.environment)
+        return srun(topology, argv, ending=_ending(ready, topology, directory))
+    _check_directory(topology, directory, dry_run=options.dry_run)
+    text = secrets.masked_command(ready.command, ready.environment)
     if topology.is_reporter:
         for line in (*(auto_plan.lines if auto_plan is not None else ()), *ready.lines):
             print(("# " if options.dry_run else "smartmoe: ") + line, flush=True)
@@ -61,19 +91,70 @@ def launch(argv: list[str]) -> int:
         return 0
     if not corpus.exists(spec):
         corpus.prepare(spec)
-    if topology.is_reporter:
+    run_dir.make(directory)  # another node may have come first
+    if not topology.is_reporter:
+        return _run(ready, topology, directory, keep_open=())
+    with RunLock.acquire(directory) as lock:
         run_dir.create(directory, ready.spec, text)
         if auto_plan is not None:
             auto_plan.save(directory)
-        ranks, nodes = topology.world_size, topology.num_nodes
-        where = f"{ranks} rank{'s' * (ranks > 1)} on {nodes} node{'s' * (nodes > 1)}"
-        print(f"smartmoe: {where}, run directory {directory}", flush=True)
-    if topology.rank is not None:
-        os.environ.update(ready.environment)
-        os.execv(ready.command[0], ready.command)
-    directory.mkdir(parents=True, exist_ok=True)  # another node may have come first
+        for line in _start_lines(ready, topology, directory, lock):
+            print(f"smartmoe: {line}", flush=True)
+        return _run(ready, topology, directory, keep_open=(lock.descriptor,))
+
+
+def _check_directory(topology: Topology, directory: Path, *, dry_run: bool) -> None:
+    """Refuse a run directory that cannot be used before anything is done for it; it need not exist.
+
+    Raises:
+        ConfigError: it cannot be written, or another run uses it.
+    """
+    if not directory.exists() and not directory.is_symlink():
+        return
+    if topology.is_reporter:
+        run_dir.make(directory)
+    if not dry_run:  # looking at the command of a run that is going on is fine
+        run_lock.check(directory)
+
+
+def _start_lines(ready: LaunchCommand, topology: Topology, directory: Path, lock: RunLock) -> list[str]:
+    ranks, nodes = topology.world_size, topology.num_nodes
+    where = f"{ranks} rank{'s' * (ranks > 1)} on {nodes} node{'s' * (nodes > 1)}"
+    lines = [] if lock.taken_over is None else [lock.taken_over]
+    lines.append(f"{where}, run directory {run_dir.described(directory)}")
+    if ready.save is not None and ready.save.is_symlink():
+        lines.append(f"checkpoints go to {run_dir.described(ready.save)}")
+    return lines
+
+
+def _run(ready: LaunchCommand, topology: Topology, directory: Path, keep_open: Sequence[int]) -> int:
+    """Run the ranks of this launcher to their end."""
     log = directory / ("train.log" if topology.node == 0 else f"node{topology.node}.log")
-    return process.run(ready.command, ready.environment, log)
+    return process.run(
+        ready.command,
+        {**ready.environment, LOCKED_VARIABLE: "1"},
+        log if topology.rank is None else None,  # Slurm collects the output of its tasks
+        ending=_ending(ready, topology, directory),
+        rank=topology.rank,
+        keep_open=keep_open,
+        watch=watch_node(topology, directory) if topology.rank is None else no_watch,
+    )
+
+
+def _ending(ready: LaunchCommand, topology: Topology, directory: Path) -> Ending:
+    """What the last line needs to know."""
+    name = f"node{topology.node}" if topology.rank is None else f"rank{topology.rank}"
+    if topology.needs_srun:
+        name, attempt = "srun", f"{os.environ['SLURM_JOB_ID']}.{time.time_ns()}"
+    else:
+        attempt = attempt_of()
+    several = topology.num_nodes > 1 or topology.rank is not None or topology.needs_srun
+    resume = [*run_dir.launcher_command().split(), "--run-dir", str(directory), *ready.resume_flags]
+    return Ending(
+        save=ready.save,
+        resume=shlex.join(resume) + (f" (in an allocation of {topology.num_nodes} nodes)" if several else ""),
+        shared=SharedDeaths(directory=directory, name=name, attempt=attempt) if several else None,
+    )
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -137,14 +218,26 @@ def _check_load(options: argparse.Namespace) -> None:
 def read_spec(options: argparse.Namespace) -> RunSpec:
     """The configuration file, else that of an existing run directory, else an empty one."""
     if options.config is not None:
-        return load_run_spec(options.config)
-    if options.run_dir is not None and (options.run_dir / "config.yaml").is_file():
-        return load_run_spec(options.run_dir / "config.yaml")
-    return RunSpec(name="run")
+        spec = load_run_spec(options.config)
+    elif options.run_dir is not None and (options.run_dir / "config.yaml").is_file():
+        spec = load_run_spec(options.run_dir / "config.yaml")
+    else:
+        spec = RunSpec(name="run")
+    return replace(spec, flags=secrets.revealed_flags(spec.flags))
 
 
-def srun(topology: Topology, argv: Sequence[str], module: str = __package__) -> int:
-    """Start one launcher, or another module, per node of the allocation."""
+def srun(topology: Topology, argv: Sequence[str], module: str = __package__, ending: Ending | None = None) -> int:
+    """Start one launcher, or another module, per node of the allocation.
+
+    Args:
+        topology: of the allocation.
+        argv: the command line of each launcher.
+        module: what to start.
+        ending: to repeat the last line of the launchers, which is not the last any more when srun has had its say.
+
+    Raises:
+        ConfigError: there is no srun.
+    """
     if shutil.which("srun") is None:
         raise ConfigError(
             "SLURM_JOB_NUM_NODES", topology.num_nodes, "srun is not on PATH", "Add Slurm's programs to PATH."
@@ -155,7 +248,15 @@ def srun(topology: Topology, argv: Sequence[str], module: str = __package__) -> 
     def terminate(child: object) -> None:  # srun itself would kill its tasks at once; scancel sends them SIGTERM
         subprocess.run(["scancel", "--signal=TERM", os.environ["SLURM_JOB_ID"]], check=False)
 
-    return process.run(command, {}, None, terminate)
+    port = port_of_steps()
+    environment = {} if port is None else {"MASTER_PORT": str(port)}
+    if ending is not None and ending.shared is not None:
+        environment[ATTEMPT_VARIABLE] = ending.shared.attempt
+    status = process.run(command, environment, None, terminate, limit_s=_SRUN_LIMIT_S)
+    if ending is not None and ending.others_died() and (line := ending.line(status, [], None)):
+        with contextlib.suppress(OSError):  # nobody reads it
+            print(f"smartmoe: {line}", flush=True)
+    return status
 
 
 def _help_megatron() -> int:

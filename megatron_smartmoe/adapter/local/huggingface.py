@@ -13,8 +13,9 @@ from typing import Any
 
 from megatron.core.tokenizers.text.libraries.abstract_tokenizer import MegatronTokenizerTextAbstract
 
+from megatron_smartmoe.adapter.tokenizers.base import GPT2
 from megatron_smartmoe.adapter.tokenizers.detect import HUGGING_FACE_FILE
-from megatron_smartmoe.adapter.tokenizers.huggingface import load_huggingface
+from megatron_smartmoe.adapter.tokenizers.huggingface import HuggingFaceTextTokenizer, load_gpt2, load_huggingface
 
 
 def is_read_here(
@@ -32,11 +33,28 @@ def choose_class(megatrons: Callable[..., Any]) -> Callable[..., Any]:
         wanted = {name: options[name] for name in ("use_fast", "trust_remote_code", "vocab_file") if name in options}
         if not is_read_here(Path(tokenizer_path), **wanted):
             return megatrons(tokenizer_path, **options)
+        additional = options.get("additional_special_tokens") or ()
+        include = options.get("include_special_tokens", True)
         return LocalHuggingFaceTokenizer(
-            tokenizer_path,
-            additional_special_tokens=options.get("additional_special_tokens") or (),
-            include_special_tokens=options.get("include_special_tokens", True),
+            load_huggingface(Path(tokenizer_path), additional=additional, include_special_tokens=include),
+            additional_special_tokens=additional,
+            include_special_tokens=include,
             chat_template=options.get("chat_template"),
+        )
+
+    return build
+
+
+def choose_gpt2_class(megatrons: Callable[..., Any]) -> Callable[..., Any]:
+    """What stands in for Megatron's class of GPT2BPETokenizer and BERT's: GPT-2's two files are read here."""
+
+    def build(tokenizer_path: str, **options: Any) -> Any:
+        vocab_file, merge_file = options.get("vocab_file"), options.get("merges_file")
+        if tokenizer_path != GPT2 or vocab_file is None or merge_file is None:
+            return megatrons(tokenizer_path, **options)
+        additional = options.get("additional_special_tokens") or ()
+        return LocalHuggingFaceTokenizer(
+            load_gpt2(vocab_file, merge_file, additional), additional_special_tokens=additional
         )
 
     return build
@@ -47,15 +65,13 @@ class LocalHuggingFaceTokenizer(MegatronTokenizerTextAbstract):
 
     def __init__(
         self,
-        tokenizer_path: str,
+        text_tokenizer: HuggingFaceTextTokenizer,
         *,
         additional_special_tokens: Sequence[str] = (),
         include_special_tokens: bool = True,
         chat_template: str | None = None,
     ) -> None:
-        self.text_tokenizer = load_huggingface(
-            Path(tokenizer_path), additional=additional_special_tokens, include_special_tokens=include_special_tokens
-        )
+        self.text_tokenizer = text_tokenizer
         self.tokenizer = self.text_tokenizer.tokenizer
         self.include_special_tokens = include_special_tokens
         own = self.text_tokenizer.chat
@@ -73,18 +89,16 @@ class LocalHuggingFaceTokenizer(MegatronTokenizerTextAbstract):
 
     def tokens_to_ids(self, tokens: list[str]) -> list[int]:
         """The ids of tokens; a token that is not in the vocabulary is a KeyError."""
-        ids = [self.tokenizer.token_to_id(token) for token in tokens]
-        if None in ids:
-            raise KeyError(tokens[ids.index(None)])
-        return ids
+        vocabulary: dict[str, int] = self.tokenizer.get_vocab(with_added_tokens=True)
+        return [vocabulary[token] for token in tokens]
 
     def token_to_id(self, token: str) -> int:
         """The id of a token."""
         return self.tokens_to_ids([token])[0]
 
     def ids_to_tokens(self, ids: list[int]) -> list[str]:
-        """The tokens of ids."""
-        return [self.tokenizer.id_to_token(number) for number in ids]
+        """The tokens of ids; an id that the vocabulary leaves out is empty."""
+        return [self.tokenizer.id_to_token(number) or "" for number in ids]
 
     def text_to_ids(self, text: str) -> list[int]:
         """The ids of a text, with those that the tokenizer puts around it."""
@@ -122,7 +136,7 @@ class LocalHuggingFaceTokenizer(MegatronTokenizerTextAbstract):
     @property
     def vocab(self) -> list[str]:
         """The tokens in the order of their ids."""
-        return [self.tokenizer.id_to_token(number) for number in range(self.vocab_size)]
+        return self.ids_to_tokens(list(range(self.vocab_size)))
 
     @property
     def inv_vocab(self) -> dict[int, str]:

@@ -24,6 +24,7 @@ from megatron_smartmoe.adapter.loops.decision_log import DecisionLog
 from megatron_smartmoe.adapter.migration.mover import ExpertMover, with_home_slots, with_spare_slots
 from megatron_smartmoe.adapter.moe.routers import count_tokens
 from megatron_smartmoe.adapter.run import Run
+from megatron_smartmoe.checkpoint.manifest import read_manifest
 from megatron_smartmoe.errors import PlanError
 from megatron_smartmoe.placement.homes_planner import HomesPlanner, ReplicaMode
 from megatron_smartmoe.placement.layer_cost import layer_seconds
@@ -139,8 +140,12 @@ class HomesLoop(Callback):
             print(f" smartmoe: iteration {iteration:8d} | {text} |", flush=True)
 
     def _saved_placement(self) -> Placement | None:
-        """The placement beside the checkpoint's arguments. One that cannot be read is no hint, and no error."""
+        """The placement in the manifest or beside the checkpoint's arguments. One that cannot be read is no error."""
+        folder = self._run.loaded_folder
         try:
+            manifest = read_manifest(folder) if folder is not None else None
+            if manifest is not None and manifest.placement is not None:
+                return Placement.from_json(dict(manifest.placement))
             return saved_placement(self._run.args)
         except Exception as error:  # of a damaged hint anything may be wrong, and the other ranks wait
             text = f"the placement in the checkpoint cannot be read, experts start at home: {error}"

@@ -216,8 +216,25 @@ class SlottedExperts(MegatronModule):
                 state[f"{prefix}{_EXTRA_STATE}.{slot}"] = extra
         return state
 
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        """A tensor per expert under SequentialMLP's keys: what Megatron's torch format holds, which stock reads.
+
+        Experts are in logical order there: they are brought home for a save in this format.
+        """
+        for linear, parameter in (("linear_fc1", self.weight1), ("linear_fc2", self.weight2)):
+            for slot, weight in enumerate(parameter if keep_vars else parameter.detach()):
+                key = f"{prefix}local_experts.{slot}.{linear}"
+                destination[f"{key}.weight"] = weight.clone()  # a file would hold the memory of all slots for each
+                destination[f"{key}._extra_state"] = None
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        """Load as torch does, without the empty extra states that only Megatron's checkpoint format needs."""
+        """Load as torch does, from a tensor for all slots or one per expert, and without empty extra states."""
         for key in [key for key in state_dict if key.startswith(f"{prefix}{_EXTRA_STATE}.")]:
             del state_dict[key]
+        for name, linear in (("weight1", "linear_fc1"), ("weight2", "linear_fc2")):
+            keys = [f"{prefix}local_experts.{slot}.{linear}" for slot in range(self.num_local_experts)]
+            if all(f"{key}.weight" in state_dict for key in keys):
+                state_dict[prefix + name] = torch.stack([state_dict.pop(f"{key}.weight") for key in keys])
+                for key in keys:
+                    state_dict.pop(f"{key}._extra_state", None)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

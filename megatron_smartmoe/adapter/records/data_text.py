@@ -8,7 +8,7 @@ from megatron_smartmoe.adapter.flags.data_checks import data_prefixes
 from megatron_smartmoe.adapter.tokenizers.base import NULL
 from megatron_smartmoe.adapter.tokenizers.load import facts_of
 
-NUM_TOKENS = 32
+NUM_TOKENS = 64
 
 
 def tokenizer_line(args: Namespace) -> str | None:

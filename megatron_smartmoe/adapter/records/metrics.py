@@ -7,6 +7,7 @@ The device is never synchronised more often than by Megatron's own log: losses s
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import time
@@ -90,7 +91,7 @@ class Metrics(Callback):
         yield
         marker = os.environ.get("SMARTMOE_TO_BE_CONTINUED")
         if marker and self._run.is_reporter:
-            Path(marker).touch()
+            self._run.attempt(Path(marker), Path(marker).touch)
 
     def after_evaluation(self, split: str, losses: Mapping[str, torch.Tensor]) -> None:
         """Keep the losses. The time that an evaluation takes is not training time."""
@@ -116,6 +117,7 @@ class Metrics(Callback):
         content = summary.summarise(gathered, run.args)
         print(summary.render(content, run.args, run.directory), flush=True)
         if run.directory is not None:
-            summary.write(content, run.directory)
+            path = run.directory / summary.FILE
+            run.attempt(path, functools.partial(summary.write, content, path))
         if marker := os.environ.get("SMARTMOE_TO_BE_CONTINUED"):
             Path(marker).unlink(missing_ok=True)

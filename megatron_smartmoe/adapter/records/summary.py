@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
+import sys
 from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +12,12 @@ from typing import Any
 
 from megatron_smartmoe.adapter.corpus.spec import PreparedCorpus
 from megatron_smartmoe.adapter.launch.run_dir import launcher_command
+from megatron_smartmoe.adapter.run_files import write_text
 
 SHOWN_TEXT = 80  # characters of the data's text, quotes included
+
+
+FILE = "summary.json"  # in the run directory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,8 +101,12 @@ def render(summary: dict[str, Any], args: Namespace, run_dir: Path | None) -> st
 
 
 def quoted(text: str) -> str:
-    """A text in one line, cut where it gets long."""
+    """A text in one line, cut where it gets long; what a terminal or its encoding cannot show is escaped."""
     shown = json.dumps(text, ensure_ascii=False)
+    shown = "".join(one if one.isprintable() else f"\\u{ord(one):04x}" for one in shown)
+    shown = shown.encode(sys.stdout.encoding or "utf-8", errors="backslashreplace").decode(
+        sys.stdout.encoding or "utf-8"
+    )
     return shown if len(shown) <= SHOWN_TEXT else f'{shown[: SHOWN_TEXT - 5]} ..."'
 
 
@@ -153,6 +162,6 @@ def _next_steps(args: Namespace, run_dir: Path) -> list[str]:
     return [f"{command:{width}}  # {purpose}" for purpose, command in steps.items()]
 
 
-def write(summary: dict[str, Any], run_dir: Path) -> None:
+def write(summary: dict[str, Any], path: Path) -> None:
     """Write summary.json."""
-    (run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(summary, indent=2) + "\n")

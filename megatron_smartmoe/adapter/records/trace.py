@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -74,7 +75,13 @@ class TraceRecorder(Callback):
             layer=np.array(layers, dtype=np.int64),
             meta={"top_k": self._run.args.moe_router_topk, "source": "megatron_smartmoe"},
         )
+        self._run.attempt(self._path, functools.partial(self._save, trace))
+
+    def _save(self, trace: RoutingTrace) -> None:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         partial = self._path.with_name(f".{self._path.name}.partial.npz")
-        trace.save(partial)
-        partial.replace(self._path)
+        try:
+            trace.save(partial)
+            partial.replace(self._path)
+        finally:
+            partial.unlink(missing_ok=True)

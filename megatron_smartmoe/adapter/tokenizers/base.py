@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-SENTENCEPIECE, HUGGING_FACE, TIKTOKEN, NULL = (
+SENTENCEPIECE, HUGGING_FACE, TIKTOKEN, GPT2, NULL = (
     "SentencePieceTokenizer",
     "HuggingFaceTokenizer",
     "TikTokenizer",
+    "GPT2BPETokenizer",
     "NullTokenizer",
 )  # values of Megatron's --tokenizer-type
 
@@ -54,10 +55,10 @@ class TokenizerFacts:
         if self.pad is not None and self.pad == self.eod:
             pad += " (the same, so padding is not left out of the loss)"
         place = "" if self.path is None else f" {self.path}"
-        note = f" ({self.note})" if self.note else ""
+        note = f"; {self.note}" if self.note else ""
         return (
             f"{self.kind}{place}: {self.vocab_size:,} entries, bos {self.bos or 'none'}, "
-            f"eod {self.eod or 'none'}{note}, pad {pad}"
+            f"eod {self.eod or 'none'}, pad {pad}{note}"
         )
 
 

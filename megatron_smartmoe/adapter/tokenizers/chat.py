@@ -59,7 +59,15 @@ class ChatTemplate:
             return _compile(self.source).render(
                 messages=messages, tools=tools, documents=None, add_generation_prompt=False, **dict(self.tokens)
             )
-        except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
+        except (
+            jinja2.TemplateError,
+            TypeError,
+            ValueError,
+            ArithmeticError,
+            LookupError,
+            AttributeError,
+            RecursionError,
+        ) as error:
             raise ChatTemplateError(str(error) or type(error).__name__) from error
 
 

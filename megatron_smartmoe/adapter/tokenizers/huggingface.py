@@ -1,8 +1,8 @@
 """Hugging Face tokenizers through the package `tokenizers`, without `transformers`.
 
 `tokenizer.json` holds everything that turns text into ids; what transformers adds is in the files beside it: which
-tokens are bos, eos and pad, whether bos or eos is put around a text, and the chat template. Those are read here with
-transformers' meaning, so that both give the same ids. Tokenizers without a `tokenizer.json` need transformers.
+tokens are bos, eos and pad, and the chat template. Those are read here with transformers' meaning (release 5), so that
+both give the same ids. Tokenizers without a `tokenizer.json` need transformers.
 """
 
 from __future__ import annotations
@@ -14,15 +14,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Tokenizer
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from megatron_smartmoe.adapter.tokenizers.base import HUGGING_FACE, SpecialToken, TokenizerFacts
 from megatron_smartmoe.adapter.tokenizers.chat import ChatTemplate
 from megatron_smartmoe.adapter.tokenizers.detect import HUGGING_FACE_FILE
-from megatron_smartmoe.errors import ConfigError
+from megatron_smartmoe.errors import ConfigError, one_line
 
 # In transformers' order: tokens that are missing from the vocabulary get their ids in it.
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_GPT2_EOD = "<|endoftext|>"
 # Where no file says which token ends a text: one of these, if just one of them is a special token.
 _USUAL_EOD = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]")
 
@@ -69,7 +70,8 @@ class HuggingFaceTextTokenizer:
 
     def encode(self, text: str, *, is_chat: bool = False) -> list[int]:
         """Ids of one document; special tokens in the text count as themselves, as everywhere in Hugging Face."""
-        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
+        (encoded,) = self.tokenizer.encode_batch_fast([text], add_special_tokens=False)  # without characters' places
+        ids: list[int] = encoded.ids
         return ids if is_chat else [*self.before, *ids, *self.after]
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -111,9 +113,40 @@ def load_huggingface(
     try:
         tokenizer = Tokenizer.from_str(file.read_text(encoding="utf-8"))
     except Exception as error:  # the package raises nothing more specific
-        rule = f"is not a Hugging Face tokenizer ({error})"
+        rule = f"is not a Hugging Face tokenizer ({one_line(error)})"
         raise ConfigError(option, str(file), rule, "Give the tokenizer.json that is beside the model.") from error
     return _complete(tokenizer, path, config, additional, include_special_tokens, option)
+
+
+def load_gpt2(vocab_file: str, merge_file: str, additional: Sequence[str] = ()) -> HuggingFaceTextTokenizer:
+    """GPT-2's tokenizer from its two files, as Megatron's tools have prepared data with it for years.
+
+    Args:
+        vocab_file: vocab.json (Megatron's --vocab-file).
+        merge_file: merges.txt (Megatron's --merge-file).
+        additional: special tokens to add.
+
+    Raises:
+        ConfigError: a file cannot be read, or the vocabulary lacks `<|endoftext|>`.
+    """
+    for option, name in (("--vocab-file", vocab_file), ("--merge-file", merge_file)):
+        if not Path(name).is_file():
+            raise ConfigError(
+                option, name, "is not a file", f"Pass the {option.split('-')[2]} file of GPT-2's tokenizer."
+            )
+    try:
+        tokenizer = Tokenizer(models.BPE.from_file(vocab_file, merge_file))
+    except Exception as error:  # the package raises nothing more specific
+        rule = f"is not the vocabulary of a BPE tokenizer, with {merge_file} ({one_line(error)})"
+        raise ConfigError("--vocab-file", vocab_file, rule, "Pass GPT-2's vocab.json and merges.txt.") from error
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    if tokenizer.token_to_id(_GPT2_EOD) is None:
+        rule = f"has no {_GPT2_EOD}, with which GPT-2's tokenizer ends documents"
+        raise ConfigError("--vocab-file", vocab_file, rule, "Pass GPT-2's vocab.json.")
+    special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), _GPT2_EOD)
+    tokenizer.add_special_tokens([AddedToken(_GPT2_EOD, special=True, normalized=False)])
+    return _complete(tokenizer, Path(vocab_file), _Config(special=special), additional, True, "--vocab-file")
 
 
 def transformers_is_installed() -> bool:
@@ -142,7 +175,7 @@ def _from_transformers(
         loaded = auto.from_pretrained(str(path))
         backend: Tokenizer = loaded.backend_tokenizer
     except Exception as error:  # whatever reading, converting or downloading raises
-        rule = f"cannot be read by transformers ({type(error).__name__}: {error})"
+        rule = f"cannot be read by transformers ({type(error).__name__}: {one_line(error)})"
         raise ConfigError(option, str(path), rule, "Give a folder with tokenizer.json.") from error
     special = {name: str(getattr(loaded, name)) for name in _SPECIAL_NAMES if getattr(loaded, name, None) is not None}
     config = _Config(special=special, template=loaded.chat_template)
@@ -163,24 +196,19 @@ def _complete(
     # Step 1: the vocabulary, with tokens that only the configuration names
     _add_missing(tokenizer, config, additional, path, option)
     # Step 2: which tokens are special
-    special, note = dict(config.special), ""
+    special, notes = dict(config.special), []
     if "eos_token" not in special and "sep_token" not in special:
         special["eos_token"] = _usual_eod(tokenizer, path, option)
-        note = "the usual name: no file beside tokenizer.json says which token ends a text"
+        notes.append("eod by its usual name: no file beside tokenizer.json says which token ends a text")
     # Step 3: what is put around a text
-    before: tuple[int, ...] = ()
-    after: tuple[int, ...] = ()
+    before, after = _around(tokenizer) if include_special_tokens else ((), ())
     if include_special_tokens:
-        before, after = _around(tokenizer)
-        before = _forced(
-            before, tokenizer.token_to_id(special.get("bos_token", "")), config.values.get("add_bos_token")
-        )
-        after = _forced(after, tokenizer.token_to_id(special.get("eos_token", "")), config.values.get("add_eos_token"))
+        notes += _disagreements(tokenizer, config, special)
     chat = None
     if config.template is not None:
         chat = ChatTemplate(source=config.template, tokens=tuple(sorted(special.items())))
     return HuggingFaceTextTokenizer(
-        tokenizer=tokenizer, path=path, special=special, before=before, after=after, chat=chat, note=note
+        tokenizer=tokenizer, path=path, special=special, before=before, after=after, chat=chat, note="; ".join(notes)
     )
 
 
@@ -194,11 +222,21 @@ def _around(tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return (), ()
 
 
-def _forced(ids: tuple[int, ...], token: int | None, wanted: object) -> tuple[int, ...]:
-    """What is put around a text, where the configuration says whether a token is among it."""
-    if token is None or not isinstance(wanted, bool) or wanted == (token in ids):
-        return ids
-    return (token,) if wanted else tuple(one for one in ids if one != token)
+def _disagreements(tokenizer: Tokenizer, config: _Config, special: Mapping[str, str]) -> list[str]:
+    """Where tokenizer_config.json says something else about bos and eos than tokenizer.json does.
+
+    The file decides, as in transformers 5; releases before it let the configuration of some models decide.
+    """
+    notes = []
+    before, after = _around(tokenizer)
+    for name, ids, where in (("bos_token", before, "before"), ("eos_token", after, "after")):
+        said, token = config.values.get(f"add_{name}"), tokenizer.token_to_id(special.get(name, ""))
+        if token is not None and isinstance(said, bool) and said != (token in ids):
+            puts = "puts it" if token in ids else "puts none"
+            notes.append(
+                f"add_{name} is {str(said).lower()}, but {HUGGING_FACE_FILE} decides and {puts} {where} a text"
+            )
+    return notes
 
 
 def _add_missing(tokenizer: Tokenizer, config: _Config, additional: Sequence[str], path: Path, option: str) -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from megatron_smartmoe.adapter.tokenizers.base import (
+    GPT2,
     HUGGING_FACE,
     NULL,
     SENTENCEPIECE,
@@ -17,14 +18,16 @@ from megatron_smartmoe.adapter.tokenizers.base import (
 )
 from megatron_smartmoe.adapter.tokenizers.detect import HUGGING_FACE_FILE, detect
 from megatron_smartmoe.adapter.tokenizers.huggingface import (
+    load_gpt2,
     load_huggingface,
     needs_transformers,
     transformers_is_installed,
 )
 from megatron_smartmoe.adapter.tokenizers.sentencepiece import load_sentencepiece
-from megatron_smartmoe.adapter.tokenizers.tiktoken import TikTokenOptions, load_tiktoken, tiktoken_facts
+from megatron_smartmoe.adapter.tokenizers.tiktoken import TikTokenOptions, load_tiktoken, read_ranks, tiktoken_facts
 from megatron_smartmoe.errors import ConfigError
 
+_BERT_KINDS = ("BertWordPieceLowerCase", "BertWordPieceCase")
 _SENTENCEPIECE_KINDS = (SENTENCEPIECE, "GPTSentencePieceTokenizer", "Llama2Tokenizer")
 
 
@@ -44,6 +47,19 @@ class TokenizerOptions:
     include_special_tokens: bool = True
     tiktoken: TikTokenOptions = field(default_factory=TikTokenOptions)
 
+    def refuse_unused(self, kind: str) -> None:
+        """Raise ConfigError for a flag that a tokenizer of this kind has no use for."""
+        pattern, num_special = self.tiktoken.pattern, self.tiktoken.num_special
+        uses = (
+            ("--tokenizer-special-tokens", " ".join(self.special_tokens), "", (HUGGING_FACE, TIKTOKEN)),
+            ("--tokenizer-hf-no-include-special-tokens", not self.include_special_tokens, False, (HUGGING_FACE,)),
+            ("--tiktoken-pattern", pattern, None, (TIKTOKEN,)),
+            ("--tiktoken-num-special-tokens", num_special, TikTokenOptions.num_special, (TIKTOKEN,)),
+        )
+        for flag, value, default, kinds in uses:
+            if value != default and kind not in kinds:
+                raise ConfigError(flag, value, f"has no effect on a {kind}", "Remove it.")
+
 
 def load_tokenizer(path: Path, options: TokenizerOptions) -> TextTokenizer:
     """Load a tokenizer.
@@ -52,6 +68,7 @@ def load_tokenizer(path: Path, options: TokenizerOptions) -> TextTokenizer:
         ConfigError: it is not there, cannot be read, is of another kind than the options say, or needs a package.
     """
     kind, place = _kind_and_place(path, options.kind)
+    options.refuse_unused(kind)
     if kind == HUGGING_FACE:
         return load_huggingface(
             place, additional=options.special_tokens, include_special_tokens=options.include_special_tokens
@@ -73,6 +90,8 @@ def facts_of(args: Namespace) -> TokenizerFacts | None:
     kind, model = args.tokenizer_type, args.tokenizer_model
     if kind == NULL:
         return _null_facts(args)
+    if kind in (GPT2, *_BERT_KINDS):
+        return _gpt2_facts(args)
     if kind not in (*_SENTENCEPIECE_KINDS, HUGGING_FACE, TIKTOKEN) or args.metadata_path is not None:
         return None
     if model is None:
@@ -119,6 +138,21 @@ def _huggingface_facts(args: Namespace, path: Path) -> TokenizerFacts | None:
     return load_huggingface(path, additional=args.special_tokens or ()).facts
 
 
+def _gpt2_facts(args: Namespace) -> TokenizerFacts | None:
+    """GPT-2's two files are read here; without them Megatron downloads the files and lets transformers read them."""
+    if args.tokenizer_type == GPT2 and args.vocab_file is not None and args.merge_file is not None:
+        facts = load_gpt2(args.vocab_file, args.merge_file, args.special_tokens or ()).facts
+        return replace(facts, kind=GPT2)
+    if not transformers_is_installed():
+        rule = "needs the package transformers, which is not installed"
+        way_out = "Install it: pip install transformers (the extra megatron-smartmoe[transformers])."
+        if args.tokenizer_type == GPT2:
+            rule = f"needs --vocab-file and --merge-file, or {rule.removeprefix('needs ')}"
+            way_out = f"Pass --vocab-file vocab.json --merge-file merges.txt, or {way_out[0].lower()}{way_out[1:]}"
+        raise ConfigError("--tokenizer-type", args.tokenizer_type, rule, way_out)
+    return None
+
+
 def _null_facts(args: Namespace) -> TokenizerFacts:
     """The null tokenizer is numbers; whether its eod is one of them or one more depends on Megatron's release."""
     from megatron.core.tokenizers.text.libraries.null_tokenizer import NullTokenizer
@@ -138,6 +172,17 @@ def _kind_and_place(path: Path, asked: str | None) -> tuple[str, Path]:
     if asked == HUGGING_FACE and path.is_dir() and not (path / HUGGING_FACE_FILE).is_file():
         return HUGGING_FACE, path  # transformers reads more kinds of folders
     if asked is not None and kind != asked:
+        _check_is_tokenizer(kind, place)
         rule = f"is a tokenizer of --tokenizer-type {kind}, not of {asked}"
         raise ConfigError("--tokenizer-model", str(path), rule, f"Pass --tokenizer-type {kind}.")
     return kind, place
+
+
+def _check_is_tokenizer(kind: str, place: Path) -> None:
+    """Raise ConfigError when a path that looks like a kind of tokenizer is none: then no other flag helps."""
+    if kind == SENTENCEPIECE:
+        load_sentencepiece(place.read_bytes(), place)
+    elif kind == TIKTOKEN:
+        read_ranks(place)
+    elif place.exists():
+        load_huggingface(place)

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_smartmoe.adapter import log_filters
 from megatron_smartmoe.adapter.tokenizers.base import TIKTOKEN, SpecialToken, TokenizerFacts
 from megatron_smartmoe.adapter.tokenizers.detect import is_tiktoken_line
 from megatron_smartmoe.errors import ConfigError
@@ -92,6 +93,7 @@ def tiktoken_facts(path: Path, options: TikTokenOptions, option: str = "--tokeni
     if importlib.util.find_spec("tiktoken") is None:
         way_out = "Install it: pip install tiktoken (the extra megatron-smartmoe[tiktoken])."
         raise ConfigError(option, str(path), "needs the package tiktoken, which is not installed", way_out)
+    log_filters.install()  # warnings that TransformerEngine, apex or a GPU are missing mean nothing here
     from megatron.core.tokenizers.text.libraries.tiktoken_tokenizer import SPECIAL_TOKENS
 
     num_ranks = len(read_ranks(path, option))

@@ -14,7 +14,7 @@ import pytest
 from megatron_smartmoe.adapter.flags.checkpoint_check import latest_checkpoint, saved_arguments
 from megatron_smartmoe.adapter.flags.resume import check_files, take_up_whole_checkpoint
 from megatron_smartmoe.checkpoint.directory import TRACKER
-from megatron_smartmoe.checkpoint.manifest import MANIFEST_FILE
+from megatron_smartmoe.checkpoint.manifest import MANIFEST_FILE, Manifest, file_entries, write_manifest
 from megatron_smartmoe.errors import ConfigError
 from tests.support.checkpoint_files import checkpoint
 
@@ -46,6 +46,13 @@ def test_no_checkpoint_is_a_start_from_nothing(tmp_path: Path) -> None:
     for args in (load(tmp_path), load(tmp_path / "not there"), load(None), newest_whole(tmp_path)):
         assert latest_checkpoint(args) is None
         assert check_files(args) == ()
+
+
+def test_a_checkpoint_in_an_object_store_is_not_checked_and_that_is_said() -> None:
+    args = argparse.Namespace(load="msc://bucket/run", smartmoe_checkpoint_check="full", smartmoe_resume="newest")
+    assert check_files(args) == (
+        "the checkpoint in msc://bucket/run is not checked: it is in no directory of this host",
+    )
 
 
 def test_converted_weights_have_no_iteration(saved: Path) -> None:
@@ -214,6 +221,22 @@ def test_a_damaged_checkpoint_is_one_line_and_runs_nothing(saved: Path) -> None:
         check_files(load(saved))
     assert str(caught.value) == f"--load = '{saved}': iter_0000010 is damaged: " + error.format("")
     assert not (saved / "ran").exists()
+
+
+def test_arguments_and_placement_come_from_the_manifest(saved: Path) -> None:
+    """The index, which is not even there, is not read."""
+    folder = saved / "iter_0000010"
+    placement = {"version": 1}
+    manifest = Manifest(
+        iteration=10,
+        format="torch_dist",
+        files=file_entries(folder),
+        arguments={"train_iters": 12, "lr": 0.1},
+        placement=placement,
+    )
+    write_manifest(folder, manifest)
+    found = saved_arguments(folder)
+    assert found == argparse.Namespace(train_iters=12, lr=0.1, smartmoe_placement=placement)
 
 
 def test_a_thousand_files_are_checked_by_looking_at_their_sizes(

@@ -7,6 +7,7 @@ import gzip
 import json
 import lzma
 import os
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ import pytest
 import zstandard
 
 from megatron_smartmoe.adapter.corpus import prepare, sources, unpack
+from megatron_smartmoe.adapter.corpus.documents import scan_group
+from megatron_smartmoe.adapter.corpus.records import RecordReader
 from megatron_smartmoe.errors import ConfigError
 from tests.support.corpus import decode, files, spec_for, texts, write_jsonl
 from tests.support.tokenizers import write_huggingface
@@ -134,6 +137,30 @@ def test_what_cannot_be_read_is_named(tmp_path: Path, name: str) -> None:
     assert files(tmp_path / "out") == set()
 
 
+def test_damaged_files_of_every_kind(tmp_path: Path) -> None:
+    """Bytes changed, cut and put in at random: documents or one line, and nothing else."""
+    draw = random.Random(1)
+    spoiled: list[bytes] = [b"[", b"{", b"]", b'"', b",", b"\0", b"\xff\xfe", b"NaN", b"9" * 5000, b"[" * 3000, b"\r"]
+    contents = [*FILES.items(), *((name, content) for name, (content, _) in WRONG.items())]
+    said: list[str] = []
+    for number in range(300):
+        name, content = draw.choice(contents)
+        data = bytearray(content[: draw.choice([300, 3000, 10**6])])
+        for _ in range(draw.choice([1, 3, 20])):
+            place = draw.randrange(len(data) + 1)
+            data[place : place + draw.randrange(30)] = draw.choice([*spoiled, bytes([draw.randrange(256)])])
+        path = tmp_path / f"{number}{name}"
+        path.write_bytes(data)
+        try:
+            spans = sources.find_spans(sources.find_inputs([str(path)]), tmp_path / "unpacked", ("text",))
+            for group in sources.group_spans(spans):
+                scan_group(group, RecordReader(json_keys=("text",)))
+        except ConfigError as error:
+            said.append(str(error))
+    assert len(said) > 100
+    assert not any("\n" in text for text in said)
+
+
 def test_a_record_without_end_is_not_read_to_the_end_of_the_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -217,6 +244,11 @@ def test_wrong_templates(tmp_path: Path, template: str, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         prepare(spec_for(tmp_path / "x", path, json_keys=("messages",), chat_template=template))
     assert message in str(caught.value)
+
+
+def test_a_template_that_nothing_uses_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"has no effect: no record holds chat messages under text. Give their key"):
+        prepare(spec_for(tmp_path / "x", write_jsonl(tmp_path / "a.jsonl", DOCUMENTS), chat_template="{{ messages }}"))
 
 
 def test_a_file_is_read_once_by_whatever_names(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

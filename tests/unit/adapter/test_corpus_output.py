@@ -20,6 +20,7 @@ import psutil
 import pytest
 
 from megatron_smartmoe.adapter.corpus import CorpusSpec, PreparedCorpus, indexed, prepare
+from megatron_smartmoe.adapter.corpus.records import Document, RecordReader
 from megatron_smartmoe.adapter.corpus.sources import SpanGroup
 from megatron_smartmoe.errors import ConfigError
 from tests.support.corpus import decode, files, spec_for, texts, write_jsonl
@@ -67,12 +68,12 @@ def stop_in_mid_write(spec: CorpusSpec, ready: Event) -> None:
     """Prepare, and stand still with a part of the tokens written."""
     read_documents = indexed.read_documents
 
-    def read_half(group: SpanGroup, json_keys: tuple[str, ...]) -> Iterator[str]:
-        for index, text in enumerate(read_documents(group, json_keys)):
+    def read_half(group: SpanGroup, reader: RecordReader) -> Iterator[Document]:
+        for index, document in enumerate(read_documents(group, reader)):
             if index == 30:
                 ready.set()
                 time.sleep(60)
-            yield text
+            yield document
 
     indexed.read_documents = read_half
     prepare(spec)

@@ -151,7 +151,7 @@ def megatron(monkeypatch: pytest.MonkeyPatch) -> Megatron:
 
 
 TWO = Topology(ranks_per_node=2)
-TORCHRUN = [*PYTHON_M, "torch.distributed.run", "--nproc-per-node", "4"]
+TORCHRUN = [*PYTHON_M, "megatron_smartmoe.adapter.launch.torchrun", "--nproc-per-node", "4"]
 MODULE = ["--module", "megatron_smartmoe.adapter.pretrain"]
 NODES = {"num_nodes": 2, "node": 1, "master_addr": "n1", "master_port": 20049}
 
@@ -169,7 +169,14 @@ def test_the_whole_plan(megatron: Megatron) -> None:
     )
     made = command.make_command(spec, ["--lr", "2", "--no-swiglu", "--load={run_dir}/old"], TWO, Path("runs/a"))
     flags = ["--save", "runs/a/checkpoints", "--paths", "0.5", "runs/a/x", "--lr", "2", "--load=runs/a/old"]
-    torchrun = [*PYTHON_M, "torch.distributed.run", "--nproc-per-node", "2", "--standalone", *MODULE]
+    torchrun = [
+        *PYTHON_M,
+        "megatron_smartmoe.adapter.launch.torchrun",
+        "--nproc-per-node",
+        "2",
+        "--standalone",
+        *MODULE,
+    ]
     assert made.command == [*torchrun, *flags, "--smartmoe-run-dir", "runs/a"]
     assert made.environment == {"OMP_NUM_THREADS": "1"}
     assert made.spec == RunSpec(

@@ -13,6 +13,9 @@ import pytest
 
 from megatron_smartmoe.adapter.launch import auto, launcher
 from megatron_smartmoe.adapter.launch.command import LaunchCommand
+from megatron_smartmoe.adapter.launch.deaths import Death
+from megatron_smartmoe.adapter.launch.ending import Ending, SharedDeaths, attempt_of
+from megatron_smartmoe.adapter.launch.run_lock import RunLock
 from megatron_smartmoe.adapter.launch.topology import Topology
 from megatron_smartmoe.errors import ConfigError
 from megatron_smartmoe.spec.run import RunSpec, load_run_spec
@@ -61,6 +64,7 @@ class Story:
         self.topology = Topology(ranks_per_node=2)
         self.events: list[str] = []
         self.ran: tuple[Any, ...] = ()
+        self.options: dict[str, Any] = {}
 
     def make_command(self, spec: RunSpec, command_line: list[str], topology: Topology, run_dir: Path) -> LaunchCommand:
         self.events.append(f"plan {' '.join(command_line)} in {run_dir}")
@@ -68,13 +72,13 @@ class Story:
 
     def prepare(self, spec: RunSpec) -> None:
         assert spec.data is not None
-        assert not Path("here").exists()
+        assert not Path("here/config.yaml").exists()
         self.events.append(f"prepare {spec.data['prefix']}")
 
-    def run(self, *args: Any) -> int:
-        assert args[2].parent.is_dir()
+    def run(self, *args: Any, **options: Any) -> int:
+        assert args[2] is None or args[2].parent.is_dir()
         self.events.append("run")
-        self.ran = args
+        self.ran, self.options = args, options
         return 7
 
 
@@ -100,7 +104,7 @@ def test_flags_are_checked_then_data_is_prepared_then_the_ranks_run(
 ) -> None:
     assert launcher.main(ARGV) == 7
     assert story.events == ["plan --lr 1 in here", "prepare data/corpus", "run"]
-    assert story.ran == (["python", "--x", "1"], {"A": "1"}, Path("here/train.log"))
+    assert story.ran == (["python", "--x", "1"], {"A": "1", "SMARTMOE_RUN_LOCKED": "1"}, Path("here/train.log"))
     spec = RunSpec(name="mine", nproc=2, data={"prefix": "data/corpus", "seed": 3})
     assert load_run_spec(Path("here/config.yaml")) == spec
     assert Path("here/command.sh").read_text().endswith("\nA=1 python \\\n  --x 1\n")
@@ -217,12 +221,13 @@ def test_a_launcher_per_node_is_started_after_the_check(
 ) -> None:
     """Where this is a node of the allocation; of the nodes' GPUs a login node knows nothing."""
 
-    def srun(topology: Topology, argv: list[str]) -> int:
+    def srun(topology: Topology, argv: list[str], **_: Any) -> int:
         assert argv == ARGV
         story.events.append(f"srun {topology.num_nodes}")
         return 9
 
     story.topology = Topology(ranks_per_node=2, needs_srun=True)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setattr(launcher, "srun", srun)
     monkeypatch.delenv("SLURMD_NODENAME", raising=False)
     if node:
@@ -232,26 +237,62 @@ def test_a_launcher_per_node_is_started_after_the_check(
     assert not Path("here").exists()
 
 
-def test_a_task_per_rank_becomes_its_rank(story: Story, monkeypatch: pytest.MonkeyPatch) -> None:
-    became: list[Any] = []
-
-    def execv(*args: Any) -> None:
-        became.append((*args, launcher.os.environ["A"]))
-        raise SystemExit
-
+def test_a_task_per_rank_is_the_parent_of_its_rank(story: Story) -> None:
+    """So that somebody can say by what it died. Its output is Slurm's to collect."""
     story.topology = Topology(num_nodes=2, node=1, ranks_per_node=2, rank=3)
-    monkeypatch.setenv("A", "before")
-    monkeypatch.setattr(launcher.os, "execv", execv)
-    with pytest.raises(SystemExit):
-        launcher.main(ARGV)
-    assert became == [("python", ["python", "--x", "1"], "1")]
-    assert story.events[-1] != "run"
+    assert launcher.main(ARGV) == 7
+    assert story.ran == (["python", "--x", "1"], {"A": "1", "SMARTMOE_RUN_LOCKED": "1"}, None)
+    assert story.options["rank"] == 3
+    assert story.options["ending"].shared.name == "rank3"
+
+
+def test_the_last_line_knows_how_to_continue(story: Story) -> None:
+    assert launcher.main(ARGV) == 7
+    assert story.options["ending"].resume == "scripts/pretrain_gpt_moe.sh --run-dir here"
+    assert story.options["ending"].shared is None
+
+
+def test_a_run_directory_has_one_run_at_a_time(story: Story, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("here").mkdir()
+    with RunLock.acquire(Path("here")):
+        assert launcher.main(ARGV) == 2
+    assert story.events == ["plan --lr 1 in here"]  # nothing is prepared
+    assert capsys.readouterr().err.startswith("error: --run-dir = 'here': is in use by another run (host ")
+    assert launcher.main(ARGV) == 7
+    assert Path("here/run.lock").read_text() == ""
+
+
+def test_a_dry_run_may_look_at_a_run_that_is_going_on(story: Story) -> None:
+    Path("here").mkdir()
+    with RunLock.acquire(Path("here")):
+        assert launcher.main([*ARGV, "--dry-run"]) == 0
+
+
+def test_a_linked_run_directory_is_followed_and_named(story: Story, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("there").mkdir()
+    Path("here").symlink_to("there")
+    assert launcher.main(ARGV) == 7
+    there = Path("there").resolve()
+    assert capsys.readouterr().out == f"smartmoe: 2 ranks on 1 node, run directory here (a link to {there})\n"
+    assert Path("there/config.yaml").is_file()
+
+
+def test_a_default_directory_that_nothing_came_of_is_removed(story: Story, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+
+    def refuse(*_: Any, **__: Any) -> None:
+        assert len(list(Path("runs").iterdir())) == 1  # it is this launch's own from the start
+        raise ConfigError("--lr", "x", "is wrong", "Mend it.")
+
+    monkeypatch.setattr(launcher, "make_command", refuse)
+    assert launcher.main(["--config", "a.yaml"]) == 2
+    assert not Path("runs").exists()
 
 
 def test_a_batch_script_starts_a_launcher_per_node(monkeypatch: pytest.MonkeyPatch) -> None:
     ran: list[Any] = []
 
-    def run(*args: Any) -> int:
+    def run(*args: Any, limit_s: float) -> int:
         ran.append(args)
         return 7
 
@@ -265,10 +306,30 @@ def test_a_batch_script_starts_a_launcher_per_node(monkeypatch: pytest.MonkeyPat
     assert (environment, log) == ({}, None)
 
 
+def test_what_the_launchers_say_last_is_said_again_after_srun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """srun itself has a line for every task that failed."""
+    shared = SharedDeaths(directory=tmp_path, name="srun", attempt="7.1")
+
+    def run(command: list[str], environment: dict[str, str], *_: Any, **__: Any) -> int:
+        assert attempt_of(environment) == "7.1"
+        there = replace(shared, name="node1", attempt=attempt_of(environment))
+        there.write([Death(rank=3, host="n2", status=-9, time_s=1.0)])
+        print("srun: error: n2: task 1: Exited with exit code 137")
+        return 137
+
+    monkeypatch.setattr(launcher.shutil, "which", lambda name: f"/bin/{name}")
+    monkeypatch.setattr(launcher.process, "run", run)
+    ending = Ending(shared=shared, resume="launch --run-dir D")
+    assert launcher.srun(Topology(num_nodes=2, needs_srun=True), [], ending=ending) == 137
+    assert capsys.readouterr().out.splitlines()[-1].startswith("smartmoe: rank 3 on n2 was killed by SIGKILL | ")
+
+
 def test_sigterm_goes_to_the_tasks_through_slurm(monkeypatch: pytest.MonkeyPatch, commands: list[list[str]]) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setattr(launcher.shutil, "which", lambda name: f"/bin/{name}")
-    monkeypatch.setattr(launcher.process, "run", lambda command, environment, log, terminate: terminate(None))
+    monkeypatch.setattr(launcher.process, "run", lambda command, environment, log, terminate, **_: terminate(None))
     launcher.srun(Topology(num_nodes=2, needs_srun=True), [])
     assert commands == [["scancel", "--signal=TERM", "7"]]
 

@@ -15,6 +15,9 @@ from typing import Any
 import psutil
 import pytest
 
+from megatron_smartmoe.adapter.launch.deaths import Death
+from megatron_smartmoe.adapter.launch.ending import SharedDeaths
+
 pytestmark = pytest.mark.timeout(60)
 
 TIMEOUT_S = 30
@@ -246,7 +249,7 @@ def assert_gone(pid: int) -> None:
 def test_a_helper_that_ignores_sigterm_is_killed(launcher: Launcher, monkeypatch: pytest.MonkeyPatch) -> None:
     helper = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('ready'); signal.pause()"
     monkeypatch.setenv("HELPER_PROGRAM", helper)
-    short = "\nprocess._end_descendants.__defaults__ = (0.2,)\nlog ="
+    short = "\nprocess._ORPHANS_GRACE_S = 0.2\nlog ="
     monkeypatch.setattr(sys.modules[__name__], "LAUNCHER", LAUNCHER.replace("\nlog =", short))
     status, out = launcher.run(LEAVING_A_HELPER)
     assert status == 128 + signal.SIGKILL
@@ -370,3 +373,119 @@ def test_no_terminal_from_the_start(launcher: Launcher, tmp_path: Path) -> None:
     command = ["sh", "-c", 'exec "$@" >&-', "sh", sys.executable, "-c", LAUNCHER, str(tmp_path / "log"), PRINTING]
     assert subprocess.run(command, timeout=TIMEOUT_S, check=False).returncode == 3
     assert (tmp_path / "log").read_text().splitlines() == PRINTED
+
+
+# --- the last line, and the end that always comes
+
+ENDING = """
+import sys, time
+from pathlib import Path
+from megatron_smartmoe.adapter.launch import process
+from megatron_smartmoe.adapter.launch.ending import Ending, SharedDeaths
+process.GRACE_S = process._MARGIN_S = 0.3
+shared = SharedDeaths(directory=Path(sys.argv[1]).parent, name="node0", attempt="7")
+ending = Ending(resume="launch --run-dir D", shared=shared)
+log = Path(sys.argv[1])
+child = [sys.executable, "-u", "-c", sys.argv[2]]
+sys.exit(process.run(child, {}, log, ending=ending, rank=RANK, limit_s=0.5))
+"""
+WAY_ON = "no folder of checkpoints (--save) | to start again: launch --run-dir D"
+
+
+def with_ending(monkeypatch: pytest.MonkeyPatch, rank: int | None) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "LAUNCHER", ENDING.replace("RANK", repr(rank)))
+
+
+def test_a_rank_of_a_task_is_named_when_it_dies(
+    launcher: Launcher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_ending(monkeypatch, rank=3)
+    status, out = launcher.run("print('text', end=''); import os; os.kill(os.getpid(), 9)", tmp_path / "log")
+    last = f"smartmoe: rank 3 on {os.uname().nodename} was killed by SIGKILL | {WAY_ON}"
+    assert status == 128 + signal.SIGKILL
+    assert out.splitlines() == (tmp_path / "log").read_text().splitlines() == ["text", last]
+    assert '"attempt": "7"' in (tmp_path / "failed-node0.json").read_text()
+
+
+def test_a_rank_of_a_task_leaves_its_exception(
+    launcher: Launcher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_ending(monkeypatch, rank=3)
+    child = (
+        "import json, os\n"
+        "open(os.environ['TORCHELASTIC_ERROR_FILE'], 'w').write(json.dumps({'message': {'message': 'ValueError: x'}}))"
+        "\n"
+        "raise SystemExit(1)"
+    )
+    status, out = launcher.run(child, tmp_path / "log")
+    assert (status, out) == (1, f"smartmoe: rank 3 on {os.uname().nodename} stopped with ValueError: x | {WAY_ON}\n")
+
+
+def test_what_torchruns_process_reports(launcher: Launcher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Deaths and text for the log come through a pipe; the terminal has the last line."""
+    with_ending(monkeypatch, rank=None)
+    child = (
+        "import os, json\n"
+        "from megatron_smartmoe.adapter.launch.deaths import Death\n"
+        "from megatron_smartmoe.adapter.launch.torchrun import Report\n"
+        "report = Report.to_launcher()\n"
+        "report.write('a table\\nof ')\n"
+        "report.write('torchrun\\n')\n"
+        "report.death(Death(rank=1, host='n1', status=-11, time_s=1.0))\n"
+        "print('text of a rank')\n"
+        "raise SystemExit(139)"
+    )
+    status, out = launcher.run(child, tmp_path / "log")
+    last = f"smartmoe: rank 1 on n1 was killed by SIGSEGV (segmentation fault) | {WAY_ON}"
+    assert status == 139
+    assert out.splitlines() == ["text of a rank", last]
+    log = (tmp_path / "log").read_text().splitlines()
+    assert sorted(log[:-1]) == ["a table", "of torchrun", "text of a rank"]
+    assert log[-1] == last
+
+
+IGNORES_SIGTERM = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('ready'); time.sleep(100)"
+
+
+def test_sigterm_ends_what_ignores_it(launcher: Launcher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_ending(monkeypatch, rank=None)
+    process = launcher.start(IGNORES_SIGTERM, tmp_path / "log")
+    assert line(process) == "ready"
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=TIMEOUT_S)
+    assert process.returncode == 128 + signal.SIGKILL
+    assert out == f"smartmoe: ended by SIGTERM | {WAY_ON}\n"
+
+
+def test_a_rank_of_a_task_that_is_ended_for_another_is_no_death(
+    launcher: Launcher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_ending(monkeypatch, rank=3)
+    process = launcher.start(IGNORES_SIGTERM, tmp_path / "log")
+    assert line(process) == "ready"
+    there = SharedDeaths(directory=tmp_path, name="node1", attempt="7")
+    there.write([Death(rank=5, host="n2", status=3, time_s=time.time() + 1000)])  # a clock that is ahead
+    out, _ = process.communicate(timeout=TIMEOUT_S)
+    assert out == f"smartmoe: rank 5 on n2 ended with exit status 3 | {WAY_ON}\n"
+    assert not (tmp_path / "failed-node0.json").exists()
+
+
+def test_sigterm_ends_what_is_stopped(launcher: Launcher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_ending(monkeypatch, rank=None)
+    process = launcher.start("import os, time; print(os.getpid()); time.sleep(100)", tmp_path / "log")
+    os.kill(int(line(process)), signal.SIGSTOP)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(TIMEOUT_S) != 0
+
+
+def test_a_death_on_another_node_ends_this_one(
+    launcher: Launcher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_ending(monkeypatch, rank=None)
+    process = launcher.start(IGNORES_SIGTERM, tmp_path / "log")
+    assert line(process) == "ready"
+    there = SharedDeaths(directory=tmp_path, name="node1", attempt="7")
+    there.write([Death(rank=5, host="n2", status=3, time_s=1.0)])
+    out, _ = process.communicate(timeout=TIMEOUT_S)
+    assert out == f"smartmoe: rank 5 on n2 ended with exit status 3 | {WAY_ON}\n"
+    assert process.returncode != 0

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 
 import pytest
 
-from megatron_smartmoe.adapter.launch.topology import Topology, find_topology, reports_errors
+from megatron_smartmoe.adapter.launch import topology
+from megatron_smartmoe.adapter.launch.topology import (
+    Topology,
+    find_topology,
+    first_host,
+    port_of_steps,
+    reports_errors,
+)
 from megatron_smartmoe.errors import ConfigError
 
 JOB = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2"}
@@ -31,7 +39,6 @@ RANK_TASK = STEP | {
 ONE_NODE = {"SLURM_STEP_NUM_NODES": "1", "SLURM_STEP_NODELIST": "n1", "SLURM_NODEID": "0"}
 SCONTROL = """#!/bin/sh
 case "$*" in
-  "show hostnames n[1-2]") printf 'n1\\nn2\\n' ;;
   "show node n1 --oneliner") echo "NodeName=n1 Arch=x86_64 {address} NodeHostName=host Version=22.05" ;;
   *) echo "unexpected: $*" >&2; exit 1 ;;
 esac
@@ -58,30 +65,30 @@ def no_scontrol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_outside_slurm(no_scontrol: None) -> None:
-    topology = find_topology(4, {"SLURM_CONF": "/etc/slurm.conf"})
-    assert topology == Topology(ranks_per_node=4)
-    assert topology.world_size == 4
-    assert topology.is_reporter
+    found = find_topology(4, {"SLURM_CONF": "/etc/slurm.conf"})
+    assert found == Topology(ranks_per_node=4)
+    assert found.world_size == 4
+    assert found.is_reporter
 
 
 def test_a_batch_script_of_two_nodes_needs_srun(no_scontrol: None) -> None:
-    topology = find_topology(2, BATCH)
-    assert topology == Topology(num_nodes=2, ranks_per_node=2, needs_srun=True)
-    assert topology.world_size == 4
+    found = find_topology(2, BATCH)
+    assert found == Topology(num_nodes=2, ranks_per_node=2, needs_srun=True)
+    assert found.world_size == 4
 
 
 def test_a_batch_script_of_one_node_needs_srun_too(no_scontrol: None) -> None:
-    topology = find_topology(2, BATCH | {"SLURM_JOB_NUM_NODES": "1", "SLURM_NTASKS": "1"})
-    assert topology == Topology(num_nodes=1, ranks_per_node=2, needs_srun=True)
+    found = find_topology(2, BATCH | {"SLURM_JOB_NUM_NODES": "1", "SLURM_NTASKS": "1"})
+    assert found == Topology(num_nodes=1, ranks_per_node=2, needs_srun=True)
 
 
 def test_a_task_per_node_starts_the_ranks_of_its_node(scontrol: None) -> None:
-    topology = find_topology(4, NODE_TASK)
-    assert topology == Topology(
+    found = find_topology(4, NODE_TASK)
+    assert found == Topology(
         num_nodes=2, node=1, ranks_per_node=4, master_addr="127.0.0.5", master_port=20049, rank=None
     )
-    assert topology.world_size == 8
-    assert not topology.is_reporter
+    assert found.world_size == 8
+    assert not found.is_reporter
 
 
 def test_the_first_task_of_a_node_each_speaks(scontrol: None) -> None:
@@ -89,30 +96,28 @@ def test_the_first_task_of_a_node_each_speaks(scontrol: None) -> None:
 
 
 def test_a_task_per_rank_is_that_rank(scontrol: None) -> None:
-    topology = find_topology(1, RANK_TASK)
-    assert topology == Topology(
-        num_nodes=2, node=1, ranks_per_node=2, master_addr="127.0.0.5", master_port=20049, rank=3
-    )
-    assert topology.world_size == 4
+    found = find_topology(1, RANK_TASK)
+    assert found == Topology(num_nodes=2, node=1, ranks_per_node=2, master_addr="127.0.0.5", master_port=20049, rank=3)
+    assert found.world_size == 4
 
 
 @pytest.mark.parametrize(("rank", "node", "speaks"), [(0, 0, True), (1, 0, False), (2, 1, False), (3, 1, False)])
 def test_only_rank_0_speaks(scontrol: None, rank: int, node: int, speaks: bool) -> None:
-    environ = RANK_TASK | {"SLURM_PROCID": str(rank), "SLURM_NODEID": str(node)}
+    environ = RANK_TASK | {"SLURM_PROCID": str(rank), "SLURM_NODEID": str(node), "SLURM_LOCALID": str(rank % 2)}
     assert find_topology(1, environ).is_reporter is speaks
 
 
 def test_one_node_needs_no_address(no_scontrol: None) -> None:
     environ = RANK_TASK | ONE_NODE | {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "2"}
-    topology = find_topology(1, environ | {"SLURM_PROCID": "1"})
-    assert (topology.num_nodes, topology.ranks_per_node, topology.rank) == (1, 2, 1)
-    assert topology.master_addr == "127.0.0.1"
+    found = find_topology(1, environ | {"SLURM_PROCID": "1"})
+    assert (found.num_nodes, found.ranks_per_node, found.rank) == (1, 2, 1)
+    assert found.master_addr == "127.0.0.1"
 
 
 def test_a_step_of_one_task_starts_the_ranks(no_scontrol: None) -> None:
     environ = NODE_TASK | ONE_NODE | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_TASKS_PER_NODE": "1"}
-    topology = find_topology(4, environ | {"SLURM_PROCID": "0"})
-    assert (topology.num_nodes, topology.ranks_per_node, topology.rank) == (1, 4, None)
+    found = find_topology(4, environ | {"SLURM_PROCID": "0"})
+    assert (found.num_nodes, found.ranks_per_node, found.rank) == (1, 4, None)
 
 
 def test_a_node_without_an_address_is_reached_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,7 +145,7 @@ def test_ports(scontrol: None) -> None:
     assert port() == port(SLURM_PROCID="0", SLURM_NODEID="0") == 20049
     assert port(SLURM_STEP_ID="1") == 20050
     assert port(SLURM_JOB_ID="8") == 20056
-    assert all(20000 <= port(SLURM_JOB_ID=str(job)) < 40000 for job in (1, 2857, 2858, 10**8))
+    assert all(20000 <= port(SLURM_JOB_ID=str(job)) < 30000 for job in (1, 2857, 2858, 10**8))
     assert port(MASTER_PORT="1234") == 1234
     assert (port(MASTER_PORT="1"), port(MASTER_PORT="65535")) == (1, 65535)
     assert port(MASTER_PORT="") == 20049
@@ -156,12 +161,49 @@ def test_unequal_tasks_are_refused(scontrol: None, text: str) -> None:
     )
 
 
-def test_a_missing_scontrol_is_said(no_scontrol: None) -> None:
+def test_without_scontrol_the_first_nodes_name_is_the_address(
+    no_scontrol: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(topology.socket, "getaddrinfo", lambda host, port: [])
+    assert find_topology(1, NODE_TASK).master_addr == "n1"
+
+
+def test_without_scontrol_a_name_that_is_no_host_is_said(no_scontrol: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(host: str, port: None) -> None:
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr(topology.socket, "getaddrinfo", unknown)
     with pytest.raises(ConfigError) as caught:
         find_topology(1, NODE_TASK)
     assert str(caught.value) == (
-        "MASTER_ADDR = None: is not set, and scontrol, which lists the nodes' addresses, is not on PATH. "
-        "Add Slurm's programs to PATH, or set MASTER_ADDR to the first node."
+        "MASTER_ADDR = None: is not set, the name n1 has no address here, and scontrol, which knows it, is not on "
+        "PATH. Add Slurm's programs to PATH, or set MASTER_ADDR to the first node."
+    )
+
+
+@pytest.mark.parametrize(
+    ("nodelist", "first"),
+    [
+        ("n1", "n1"),
+        ("n1,n2", "n1"),
+        ("n[1-2]", "n1"),
+        ("n[007-012,020]", "n007"),
+        ("gpu-a[3,5-9],login1", "gpu-a3"),
+        ("rack[1-2]n[07-09,12],m3", "rack1n07"),
+        ("node[5].cluster.org", "node5.cluster.org"),
+    ],
+)
+def test_compressed_lists_of_nodes(nodelist: str, first: str) -> None:
+    assert first_host(nodelist) == first
+
+
+@pytest.mark.parametrize("nodelist", ["", "n[1-2", "n]1[", "[", ",n1", "n[a-b]", "n1 n2", "n[]"])
+def test_a_list_that_is_none_is_said(nodelist: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        first_host(nodelist)
+    assert str(caught.value) == (
+        f"SLURM_STEP_NODELIST = {nodelist!r}: must be a list of nodes as Slurm writes it, for example n[1-4]. "
+        "Set MASTER_ADDR to the first node's address."
     )
 
 
@@ -169,7 +211,7 @@ def test_a_scontrol_that_fails_is_said(scontrol: None) -> None:
     with pytest.raises(ConfigError) as caught:
         find_topology(1, NODE_TASK | {"SLURM_STEP_NODELIST": "gone"})
     assert str(caught.value) == (
-        "MASTER_ADDR = None: `scontrol show hostnames gone` failed: unexpected: show hostnames gone. "
+        "MASTER_ADDR = None: `scontrol show node gone --oneliner` failed: unexpected: show node gone --oneliner. "
         "Set MASTER_ADDR to the first node's address."
     )
 
@@ -182,6 +224,136 @@ def test_a_wrong_port_is_said(scontrol: None, port: str) -> None:
         f"MASTER_PORT = '{port}': must be a port number, 1 to 65535. Unset it for a port per job, "
         "or set a free one, for example 29500."
     )
+
+
+# --- odd environments: right, or one line
+
+OUTSIDE = "Start the launcher with srun, or run `unset SLURM_JOB_ID` first to use this host alone."
+
+
+def refusal(environ: dict[str, str]) -> str:
+    with pytest.raises(ConfigError) as caught:
+        find_topology(1, environ)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("step", ["4294967290", "interactive"])
+def test_the_shell_of_salloc_in_a_step_of_its_own_starts_srun(no_scontrol: None, step: str) -> None:
+    """With use_interactive_step it is a task of a step on the first node, and the job has more nodes than the step."""
+    shell = NODE_TASK | ONE_NODE | {"SLURM_STEP_ID": step, "SLURM_STEP_NUM_TASKS": "1", "SLURM_PTY_PORT": "1"}
+    assert find_topology(2, shell) == Topology(num_nodes=2, ranks_per_node=2, needs_srun=True)
+    assert reports_errors(shell)
+
+
+def test_one_terminal_of_several_tasks_is_refused(scontrol: None) -> None:
+    assert refusal(NODE_TASK | {"SLURM_PTY_PORT": "41234"}) == (
+        "SLURM_STEP_NUM_TASKS = 2: this is the terminal of one of 2 tasks (srun --pty), and nobody starts the others. "
+        "Use the shell of salloc; or srun without --pty; or srun --nodes=1 --ntasks=1 --pty."
+    )
+    alone = (
+        NODE_TASK | ONE_NODE | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_TASKS_PER_NODE": "1", "SLURM_PTY_PORT": "1"}
+    )
+    assert find_topology(4, alone).world_size == 4
+
+
+def test_a_heterogeneous_job_is_refused(no_scontrol: None) -> None:
+    way_out = "Start the launcher on one of them: srun --het-group=0 --ntasks-per-node=1 ..."
+    assert refusal(BATCH | {"SLURM_HET_SIZE": "2"}) == (
+        "SLURM_HET_SIZE = '2': the job has several components (a heterogeneous job), and ranks need nodes of one kind. "
+        + way_out
+    )
+
+
+def test_a_step_over_several_components_is_refused(scontrol: None) -> None:
+    way_out = "Start the launcher on one component: srun --het-group=0 --ntasks-per-node=1 ..."
+    assert refusal(NODE_TASK | {"SLURM_STEP_NUM_TASKS": "3"}) == (
+        "SLURM_STEP_TASKS_PER_NODE = '1(x2)': there are 3 tasks in this step, not the 2 of one component's nodes. "
+        + way_out
+    )
+
+
+HET = {"SLURM_HET_SIZE": "2", "SLURM_NODELIST_HET_GROUP_0": "n[1-2]", "SLURM_NODELIST_HET_GROUP_1": "n3"}
+
+
+def test_a_step_on_one_component_is_right(scontrol: None) -> None:
+    assert find_topology(4, NODE_TASK | HET).world_size == 8
+
+
+def test_a_step_on_several_components_needs_the_address_of_its_first_task(scontrol: None) -> None:
+    nodes = {"SLURM_STEP_NODELIST": "n[1-3]", "SLURM_STEP_NUM_NODES": "3", "SLURM_STEP_NUM_TASKS": "3"}
+    several = NODE_TASK | HET | nodes | {"SLURM_STEP_TASKS_PER_NODE": "1(x3)"}
+    assert refusal(several) == (
+        "SLURM_STEP_NODELIST = 'n[1-3]': this step is on several components of the job, and Slurm's list need not "
+        "begin with the node of task 0. Set MASTER_ADDR to that node, or use one component: "
+        "srun --het-group=0 --ntasks-per-node=1 ..."
+    )
+    assert find_topology(1, several | {"MASTER_ADDR": "n3"}).num_nodes == 3
+
+
+def test_ranks_that_are_dealt_out_over_the_nodes_are_refused(scontrol: None) -> None:
+    """srun --distribution=cyclic: rank 1 is on node 1, and LOCAL_RANK 0 there. Task 0 is where it would be anyway."""
+    first = RANK_TASK | {"SLURM_PROCID": "0", "SLURM_NODEID": "0", "SLURM_LOCALID": "0"}
+    for way in ("cyclic", "plane=1", "arbitrary", "cyclic:block"):
+        assert refusal(first | {"SLURM_DISTRIBUTION": way}) == (
+            f"SLURM_DISTRIBUTION = '{way}': a node's ranks must follow each other. Use srun --distribution=block."
+        )
+    assert find_topology(1, first | {"SLURM_DISTRIBUTION": "block:cyclic"}).rank == 0
+    assert refusal(RANK_TASK | {"SLURM_PROCID": "1", "SLURM_LOCALID": "0"}) == (
+        "SLURM_PROCID = 1: must be 2 for task 0 of node 1: a node's ranks follow each other. "
+        "Use srun --distribution=block."
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "limits"),
+    [
+        ("SLURM_STEP_NUM_NODES", "1 or more"),
+        ("SLURM_NODEID", "from 0 to 1"),
+        ("SLURM_PROCID", "from 0 to 3"),
+        ("SLURM_LOCALID", "from 0 to 1"),
+    ],
+)
+def test_variables_of_a_step_that_are_missing_or_odd(scontrol: None, name: str, limits: str) -> None:
+    without = {key: value for key, value in RANK_TASK.items() if key != name}
+    assert refusal(without) == f"{name} = None: is not set, although SLURM_JOB_ID is. {OUTSIDE}"
+    for odd in ("", "x", "-1", "1.5", "٣", "99999999999999999999"):
+        if name != "SLURM_STEP_NUM_NODES" or odd != "99999999999999999999":
+            assert refusal(RANK_TASK | {name: odd}) == f"{name} = {odd!r}: must be a whole number, {limits}. {OUTSIDE}"
+
+
+def test_variables_of_a_job_that_are_missing_or_odd(no_scontrol: None) -> None:
+    assert refusal({"SLURM_JOB_ID": "7"}) == f"SLURM_NNODES = None: is not set, although SLURM_JOB_ID is. {OUTSIDE}"
+    assert find_topology(1, {"SLURM_JOB_ID": "7", "SLURM_NNODES": "3"}).num_nodes == 3
+    assert refusal(BATCH | {"SLURM_JOB_ID": "7_1"}).startswith(
+        "SLURM_JOB_ID = '7_1': must be a whole number, 1 or more"
+    )
+    without = {key: value for key, value in NODE_TASK.items() if key != "SLURM_STEP_TASKS_PER_NODE"}
+    assert refusal(without | {"MASTER_ADDR": "n1"}).startswith(
+        "SLURM_STEP_TASKS_PER_NODE = '': must be the same number"
+    )
+
+
+def test_a_taken_port_is_said_by_node_0(scontrol: None) -> None:
+    first = NODE_TASK | {"SLURM_PROCID": "0", "SLURM_NODEID": "0"}
+    with socket.socket() as listener:
+        listener.bind(("", 0))
+        listener.listen()
+        port = str(listener.getsockname()[1])
+        assert refusal(first | {"MASTER_PORT": port}) == (
+            f"MASTER_PORT = {port}: another program on this node listens on it, and the ranks are to meet there. "
+            "Set MASTER_PORT to a free port, for example 29501."
+        )
+        assert find_topology(1, NODE_TASK | {"MASTER_PORT": port}).master_port == int(port)  # node 1 listens on nothing
+    assert find_topology(1, first | {"MASTER_PORT": port}).master_port == int(port)
+
+
+def test_a_batch_script_gives_its_steps_a_port_that_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = BATCH | {"SLURMD_NODENAME": "n1", "SLURM_JOB_NODELIST": "n[1-2]"}
+    monkeypatch.setattr(topology, "_is_taken", lambda port: port == 20049)
+    assert port_of_steps(batch) == 20110
+    assert port_of_steps(batch | {"MASTER_PORT": "5"}) is None
+    assert port_of_steps(batch | {"SLURMD_NODENAME": "n2"}) is None
+    assert port_of_steps(BATCH) is None  # a shell of salloc on a login node
 
 
 @pytest.mark.parametrize(

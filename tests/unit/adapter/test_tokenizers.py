@@ -104,25 +104,41 @@ def test_a_pad_that_is_the_eod_is_said(model: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("config", "puts_before", "expected"),
+    ("config", "puts_before", "before", "note"),
     [
-        ({"bos_token": "<|im_start|>", "add_bos_token": True}, None, ([1], [])),
-        ({"bos_token": "<|im_start|>", "add_bos_token": False}, "<|im_start|>", ([], [])),
-        ({"bos_token": "<|im_start|>"}, "<|im_start|>", ([1], [])),
-        ({"bos_token": "<|im_start|>"}, None, ([], [])),
-        ({"add_eos_token": True}, None, ([], [2])),
-        ({"bos_token": "<|im_start|>", "add_bos_token": True, "add_eos_token": True}, "<|im_start|>", ([1], [2])),
+        ({"bos_token": "<|im_start|>", "add_bos_token": True}, "<|im_start|>", [1], ""),
+        ({"bos_token": "<|im_start|>"}, "<|im_start|>", [1], ""),
+        ({"bos_token": "<|im_start|>"}, None, [], ""),
+        (
+            {"bos_token": "<|im_start|>", "add_bos_token": True},
+            None,
+            [],
+            "add_bos_token is true, but tokenizer.json decides and puts none before a text",
+        ),
+        (
+            {"bos_token": "<|im_start|>", "add_bos_token": False},
+            "<|im_start|>",
+            [1],
+            "add_bos_token is false, but tokenizer.json decides and puts it before a text",
+        ),
+        (
+            {"add_eos_token": True},
+            None,
+            [],
+            "add_eos_token is true, but tokenizer.json decides and puts none after a text",
+        ),
     ],
 )
 def test_what_is_put_around_a_text(
-    tmp_path: Path, config: dict[str, Any], puts_before: str | None, expected: tuple[list[int], list[int]]
+    tmp_path: Path, config: dict[str, Any], puts_before: str | None, before: list[int], note: str
 ) -> None:
     folder = write_huggingface(tmp_path / "m", {**CONFIG, **config}, puts_before=puts_before)
     plain = byte_level_bpe().encode(TEXT).ids
-    assert load(folder).encode(TEXT) == [*expected[0], *plain, *expected[1]]
+    assert load(folder).encode(TEXT) == [*before, *plain]
+    assert load(folder).facts.note == note
     assert load(folder, include_special_tokens=False).encode(TEXT) == plain
     assert load(folder).encode(TEXT, is_chat=True) == plain
-    assert megatrons(flags(tokenizer_model=folder)).tokenize(TEXT) == [*expected[0], *plain, *expected[1]]
+    assert megatrons(flags(tokenizer_model=folder)).tokenize(TEXT) == [*before, *plain]
 
 
 def test_tokens_that_only_the_configuration_names_are_added(model: Path, tmp_path: Path) -> None:
@@ -137,7 +153,9 @@ def test_tokens_that_only_the_configuration_names_are_added(model: Path, tmp_pat
 
 def test_without_a_configuration_the_usual_token_ends_a_text(tmp_path: Path) -> None:
     facts = load(write_huggingface(tmp_path / "m", {})).facts
-    assert "eod <|endoftext|> 0 (the usual name: no file beside tokenizer.json says" in facts.line()
+    assert facts.line().endswith("; eod by its usual name: no file beside tokenizer.json says which token ends a text")
+    assert facts.eod is not None
+    assert facts.eod.id == 0
 
 
 def test_a_tokenizer_that_ends_nothing_is_refused(model: Path, tmp_path: Path) -> None:
@@ -186,16 +204,65 @@ def test_megatron_builds_it_without_transformers(model: Path) -> None:
 def test_ids_are_those_of_transformers(tmp_path: Path) -> None:
     """With transformers installed, Megatron's own class gives the same ids."""
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-    for number, changes in enumerate(
-        ({}, {"bos_token": "<|im_start|>", "add_bos_token": True}, {"pad_token": "<pad>"})
+    changes: list[dict[str, Any]] = [{}, {"bos_token": "<|im_start|>", "add_bos_token": True}, {"pad_token": "<pad>"}]
+    for number, change in enumerate(changes):
+        for puts_before in (None, "<|im_start|>"):
+            folder = write_huggingface(
+                tmp_path / f"{number}{puts_before}", {**CONFIG, **change}, puts_before=puts_before
+            )
+            theirs = transformers.AutoTokenizer.from_pretrained(str(folder))
+            ours = load(folder)
+            assert ours.facts.vocab_size == len(theirs)
+            assert ours.facts.eod is not None
+            assert ours.facts.eod.id == theirs.eos_token_id
+            assert all(ours.encode(text) == theirs(text).input_ids for text in texts(20))
+            chat = [{"role": "user", "content": "a"}]
+            assert isinstance(ours, huggingface.HuggingFaceTextTokenizer)
+            assert ours.chat is not None
+            assert ours.chat.render(chat) == theirs.apply_chat_template(chat, tokenize=False)
+
+
+def test_gpt2s_two_files_are_enough(tmp_path: Path) -> None:
+    byte_level_bpe().model.save(str(tmp_path))
+    args = flags(
+        tokenizer_type="GPT2BPETokenizer", vocab_file=tmp_path / "vocab.json", merge_file=tmp_path / "merges.txt"
+    )
+    built, facts = megatrons(args), facts_of(args)
+    assert facts is not None
+    assert built.tokenize(f"{TEXT}<|endoftext|>") == [*byte_level_bpe().encode(TEXT).ids, 0]
+    assert built.detokenize(built.tokenize(TEXT)) == TEXT
+    assert (built.vocab_size, built.eod, facts.eod and facts.eod.id) == (facts.vocab_size, 0, 0)
+    assert facts.line().startswith(f"GPT2BPETokenizer {tmp_path}/vocab.json: 400 entries, bos <|endoftext|> 0")
+    (tmp_path / "merges.txt").write_text("a b c d")
+    with pytest.raises(ConfigError, match=r"is not the vocabulary of a BPE tokenizer, with .*merges.txt"):
+        facts_of(args)
+
+
+def test_gpt2_and_bert_by_name_need_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megatron_smartmoe.adapter.tokenizers.load.transformers_is_installed", lambda: False)
+    with pytest.raises(ConfigError) as caught:
+        facts_of(flags(tokenizer_type="GPT2BPETokenizer"))
+    assert str(caught.value) == (
+        "--tokenizer-type = 'GPT2BPETokenizer': needs --vocab-file and --merge-file, or the package transformers, "
+        "which is not installed. Pass --vocab-file vocab.json --merge-file merges.txt, or install it: pip install "
+        "transformers (the extra megatron-smartmoe[transformers])."
+    )
+    with pytest.raises(
+        ConfigError, match="'BertWordPieceCase': needs the package transformers, which is not installed"
     ):
-        folder = write_huggingface(tmp_path / str(number), {**CONFIG, **changes})
-        theirs = transformers.AutoTokenizer.from_pretrained(str(folder))
-        ours = load(folder)
-        assert ours.facts.vocab_size == len(theirs)
-        assert ours.facts.eod is not None
-        assert ours.facts.eod.id == theirs.eos_token_id
-        assert all(ours.encode(text) == theirs(text).input_ids for text in texts(20))
+        facts_of(flags(tokenizer_type="BertWordPieceCase"))
+
+
+def test_transformers_reads_what_has_no_tokenizer_json(tmp_path: Path) -> None:
+    """Prepared as Megatron's own class tokenizes."""
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    byte_level_bpe().model.save(str(tmp_path))
+    config = {"tokenizer_class": "GPT2Tokenizer", "eos_token": "<|endoftext|>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    built, own = megatrons(flags(tokenizer_model=tmp_path)), load(tmp_path)
+    assert own.facts.eod is not None
+    assert (built.vocab_size, built.eod) == (own.facts.vocab_size, own.facts.eod.id)
+    assert all(built.tokenize(text) == own.encode(text) for text in texts(20))
 
 
 def test_others_need_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -235,8 +302,8 @@ def test_tiktoken_ids_are_megatrons(ranks: Path, tmp_path: Path) -> None:
     own = load(ranks)
     ids = own.encode(f"{TEXT}</s>")
     assert own.facts.line() == (
-        f"TikTokenizer {ranks}: {len(tokens) + 1000:,} entries, bos <s> 1, eod </s> 2 (special tokens have the ids "
-        "below 1000, the file's entries follow), pad <pad> 4"
+        f"TikTokenizer {ranks}: {len(tokens) + 1000:,} entries, bos <s> 1, eod </s> 2, pad <pad> 4; special tokens "
+        "have the ids below 1000, the file's entries follow"
     )
     assert min(ids[:-1]) >= 1000
     assert ids[-1] == 2
@@ -327,7 +394,33 @@ def test_another_type_than_asked_for(model: Path) -> None:
         facts_of(flags(tokenizer_type="SentencePieceTokenizer", tokenizer_model=model / "tokenizer.json"))
 
 
+def test_a_file_that_is_no_tokenizer(tmp_path: Path) -> None:
+    for text, message in (("name: tiny\n", "is not a sentencepiece model"), ("{}", "is not a Hugging Face tokenizer")):
+        (tmp_path / "tiny.yaml").write_text(text)
+        for kind in ("SentencePieceTokenizer", "HuggingFaceTokenizer", "TikTokenizer"):
+            with pytest.raises(ConfigError, match=f"tiny.yaml': {message}"):
+                facts_of(flags(tokenizer_type=kind, tokenizer_model=tmp_path / "tiny.yaml"))
+
+
 # --- in data preparation
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"special_tokens": ("<x>",)}, "--tokenizer-special-tokens = '<x>': has no effect on a SentencePieceTokenizer"),
+        (
+            {"include_special_tokens": False},
+            "--tokenizer-hf-no-include-special-tokens = True: has no effect on a Sente",
+        ),
+        ({"tiktoken_pattern": "v1"}, "--tiktoken-pattern = 'v1': has no effect on a SentencePieceTokenizer"),
+        ({"tokenizer_type": "TikTokenizer"}, "--tokenizer-type = 'TikTokenizer': is not trained here"),
+    ],
+)
+def test_flags_without_effect_are_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        prepare(spec_for(tmp_path / "x", write_jsonl(tmp_path / "a.jsonl", texts(3)), **changes))
+    assert str(caught.value).startswith(message)
 
 
 def test_prepared_data_know_their_tokenizer(model: Path, tmp_path: Path) -> None:

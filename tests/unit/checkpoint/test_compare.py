@@ -112,3 +112,25 @@ def test_manifests_are_enough_where_they_agree(
     assert read == []
     assert result.digests_from == "manifests"
     assert [str(found.key) for found in result.differences] == [f"{NORM}, weight"]
+
+
+def test_state_in_buffers_is_compared_by_the_manifests(saved: dict[str, Contents], tmp_path: Path) -> None:
+    from megatron_smartmoe.checkpoint.manifest import Manifest, ParameterDigest
+
+    weights = {key: tensor for key, tensor in model().items() if not key.startswith(STATE)}
+    buffers = {"optimizer.distributed.dp_group_idx_0.gbuf_idx_0.bucket_idx_0.param": torch.zeros(128)}
+    first, second = (read_contents(write(tmp_path / name, {**weights, **buffers})) for name in ("first", "second"))
+    assert compare(first, second).buffers == (str(tmp_path / "first"), str(tmp_path / "second"))
+
+    def manifest(moment: int) -> Manifest:
+        common = {"name": NORM, "dtype": "float32", "shape": (6,)}
+        state = [("exp_avg", moment), ("exp_avg_sq", 3)]
+        digests = [ParameterDigest(kind=kind, digests=(value,), **common) for kind, value in state]  # type: ignore[arg-type]
+        return Manifest(iteration=7, format="torch_dist", files=(), digests=(*digests_of(first), *digests))
+
+    result = compare(first, second, (manifest(1), manifest(2)))
+    assert result.buffers == ()
+    assert result.num_equal == NUM_PARAMETERS + 1
+    (found,) = result.differences
+    assert str(found.key) == f"{NORM}, first moment"
+    assert found.what == ("its digest differs; how far it is apart is not known, because it was saved buffer by buffer")

@@ -30,12 +30,22 @@ TENSORS = {
     "uint8": torch.arange(3, dtype=torch.uint8),
     "bool": torch.tensor([True, False]),
 }
+
+
+def with_attribute(tensor: torch.Tensor) -> torch.Tensor:
+    """As Megatron's parameters and main weights are."""
+    tensor.shared = False  # type: ignore[attr-defined]
+    return tensor
+
+
 VIEWS = {
     "transposed": MATRIX.t(),
     "slice": MATRIX[1:3, 2:5],
     "scalar": torch.tensor(3.0),
     "empty": torch.zeros(0),
     "parameter": torch.nn.Parameter(MATRIX),
+    "tensor with attributes": with_attribute(MATRIX.clone()),
+    "parameter with attributes": with_attribute(torch.nn.Parameter(MATRIX)),
 }
 
 

@@ -100,6 +100,14 @@ def test_a_list_is_not_copied_over_and_over() -> None:
         read_pickle(many + copy * 10_000 + b"h\x00.", {}, "here")
 
 
+def test_a_state_is_not_copied_over_and_over() -> None:
+    state = b"(d" + b"".join(b"S'%d'\nNs" % n for n in range(2_000)) + b"q\x00"  # 2,000 attributes, remembered
+    made = b"cargparse\nNamespace\n)\x81h\x00b0"
+    assert vars(read_pickle(b"\x80\x02" + state + made[:-1] + b".", {}, "here")) == {str(n): None for n in range(2_000)}
+    with pytest.raises(CheckpointError, match="it copies the same items too often"):
+        read_pickle(b"\x80\x02" + state + made * 2_000 + b"N.", {}, "here")
+
+
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
 def test_the_scan_of_sizes_knows_every_protocol(protocol: int) -> None:
     """Texts and bytes of all lengths, numbers, more than 256 remembered objects."""

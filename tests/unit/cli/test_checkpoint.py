@@ -129,7 +129,7 @@ def test_compare(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
     expert = "differs         decoder.layers.1.mlp.experts.linear_fc1.weight, expert 3"
     assert lines[3].startswith(f"{expert}, main weight: 96 of 96 numbers, by up to ")
     assert lines[4].startswith(f"{expert}, weight: 1 of 96 numbers, by up to 0.992 (relative 0.105)")
-    assert lines[-1] == "result          different: 0 parameters and 1 experts' matrices differ"
+    assert lines[-1] == "result          different in 0 parameters and 1 matrix of experts"
     status, lines, _ = run(capsys, "compare", saved, saved / "iter_0000010", "--read-all")
     assert status == 0
     assert lines[2:] == [
