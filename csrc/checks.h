@@ -16,6 +16,7 @@ using torch::headeronly::ScalarType;
 // A counting sort keeps 20 bytes per slot in shared memory: 40 KiB, which every GPU grants without asking.
 constexpr int64_t kMaxSlots = 2048;
 constexpr int64_t kMaxRows = 2147483647;  // rows are int32
+constexpr int64_t kMaxTokens = 9223372036854775807;
 
 // The parts joined.
 template <class... Parts>
@@ -32,21 +33,27 @@ template <class... Parts>
   throw std::runtime_error(text_of(parts...));
 }
 
-// The dtype as Python spells it.
-inline const char* dtype_name(ScalarType dtype) {
+// The dtype as Python spells it: mostly torch's own name in lower case.
+inline std::string dtype_name(ScalarType dtype) {
   switch (dtype) {
-    case ScalarType::Bool: return "bool";
     case ScalarType::Byte: return "uint8";
     case ScalarType::Char: return "int8";
     case ScalarType::Short: return "int16";
     case ScalarType::Int: return "int32";
     case ScalarType::Long: return "int64";
     case ScalarType::Half: return "float16";
-    case ScalarType::BFloat16: return "bfloat16";
     case ScalarType::Float: return "float32";
     case ScalarType::Double: return "float64";
-    default: return torch::headeronly::toString(dtype);
+    case ScalarType::ComplexHalf: return "complex32";
+    case ScalarType::ComplexFloat: return "complex64";
+    case ScalarType::ComplexDouble: return "complex128";
+    default: break;
   }
+  std::string name = torch::headeronly::toString(dtype);
+  for (char& letter : name) {
+    if (letter >= 'A' && letter <= 'Z') letter = static_cast<char>(letter - 'A' + 'a');
+  }
+  return name;
 }
 
 // The shape as Python prints a list of its sizes.
@@ -73,7 +80,7 @@ inline void check_ids(const char* name, const torch::stable::Tensor& ids) {
 inline void check_int64(const char* name, const torch::stable::Tensor& tensor) {
   const ScalarType dtype = tensor.scalar_type();
   if (dtype == ScalarType::Long) return;
-  fail(name, ".dtype = ", dtype_name(dtype), ": it must be int64. Convert it with ", name, ".long()");
+  fail(name, ".dtype = ", dtype_name(dtype), ": it must be int64. Convert it to int64");
 }
 
 inline void check_shape(const char* name, const torch::stable::Tensor& tensor, bool ok, const std::string& rule,
@@ -94,10 +101,16 @@ inline void check_num_choices(const char* name, const torch::stable::Tensor& ten
   fail(name, ".shape = ", shape_text(tensor), ": it must have at most ", kMaxRows, " choices. Split the micro-batch");
 }
 
+// Counts of tokens that add up to more than int64 holds would lose tokens in silence.
+[[noreturn]] inline void fail_overflow(const char* name) {
+  fail(name, " = counts that add up to more than ", kMaxTokens,
+       ": the tokens of a layer must fit in int64. Pass counts of tokens");
+}
+
 inline void check_split(const torch::stable::Tensor& counts_RE, const torch::stable::Tensor& hosts_ER) {
   check_int64("counts_RE", counts_RE);
   if (hosts_ER.scalar_type() != ScalarType::Bool) {
-    fail("hosts_ER.dtype = ", dtype_name(hosts_ER.scalar_type()), ": it must be bool. Convert it with hosts_ER.bool()");
+    fail("hosts_ER.dtype = ", dtype_name(hosts_ER.scalar_type()), ": it must be bool. Convert it to bool");
   }
   check_shape("counts_RE", counts_RE, counts_RE.dim() == 2 && counts_RE.size(0) >= 1, "[R, E] with at least one rank",
               "Pass the counts of one layer, a row per source rank");

@@ -6,6 +6,8 @@ traceback to correct a command line. Anything else that is raised is a bug of th
 
 from __future__ import annotations
 
+import reprlib
+
 EXIT_CONFIG_ERROR = 2  # exit status of every command of the project for a wrong command line or file
 SHOWN_CHARACTERS = 200  # of a value in a message: enough to recognize it
 
@@ -27,8 +29,8 @@ class ConfigError(SmartMoEError):
 
     def __init__(self, field: str, value: object, rule: str, way_out: str, origin: str = "") -> None:
         self.field, self.value, self.rule, self.way_out, self.origin = field, value, rule, way_out, origin
-        where = f" ({origin})" if origin else ""
-        super().__init__(f"{field} = {shown(value)}{where}: {rule}. {way_out}")
+        where = f" ({printable(origin)})" if origin else ""
+        super().__init__(_escaped(f"{printable(field)} = {shown(value)}{where}: {rule}. {way_out}", keep="\n"))
 
     def set_by(self, origin: str | None) -> ConfigError:
         """The same error with the place where the value was set; itself where that is not known, or named already."""
@@ -43,7 +45,26 @@ class ConfigError(SmartMoEError):
 
 def shown(value: object) -> str:
     """A value as an error shows it: its repr, of a long one the beginning and the end."""
-    text = repr(value)
+    try:
+        text = repr(value) if isinstance(value, str | bytes) else _SHORT.repr(value)
+    except (ValueError, RecursionError):  # a whole number of thousands of digits
+        text = f"a {type(value).__name__}"
+    return _cut(text)
+
+
+def printable(text: str) -> str:
+    """A text from a file on one line: control characters and surrogates as escapes, the middle of a long one cut."""
+    return _cut(_escaped(text))
+
+
+def _escaped(text: str, keep: str = "") -> str:
+    """The text with escapes in place of what a terminal does not print, but for the characters of `keep`."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def _cut(text: str) -> str:
     if len(text) <= SHOWN_CHARACTERS:
         return text
     head, tail = SHOWN_CHARACTERS * 3 // 4, SHOWN_CHARACTERS // 4
@@ -54,6 +75,18 @@ def one_line(error: object) -> str:
     """Another library's message as part of one of ours: without line breaks, of a long one the beginning."""
     text = " ".join(str(error).split())
     return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]} ..."
+
+
+def _short_repr() -> reprlib.Repr:
+    """A repr that looks at the first entries of a container only: a few lines of YAML can stand for a billion."""
+    short = reprlib.Repr()
+    short.maxlevel, short.maxstring, short.maxother, short.maxlong = 4, 1000, 1000, 1000
+    short.maxlist = short.maxtuple = short.maxset = short.maxfrozenset = short.maxdeque = short.maxarray = 8
+    short.maxdict = 8
+    return short
+
+
+_SHORT = _short_repr()
 
 
 class CompatError(SmartMoEError):

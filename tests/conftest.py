@@ -11,6 +11,7 @@ from xdist.scheduler import LoadScopeScheduling
 for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ[name] = "1"  # two cores, several ranks; read when torch and numpy are imported
 os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+os.environ.setdefault("MALLOC_PERTURB_", "165")  # ranks fill what they free: a use after that shows (scripts/soak.sh)
 settings.register_profile("any machine", deadline=None)  # a busy one is slow, not wrong
 settings.load_profile("any machine")
 

@@ -195,13 +195,16 @@ class Filling {
 // Checks the values, on which the indices of the pass rest; returns the total load.
 int64_t checked_total(const int64_t* load_E, int64_t num_experts, const int64_t* slots_RS, int64_t num_ranks,
                       int64_t num_slots, int64_t home_slots) {
-  int64_t total = 0;
+  uint64_t total = 0;
+  bool overflows = false;
   for (int64_t expert = 0; expert < num_experts; ++expert) {
     if (load_E[expert] < 0) {
       fail("load_E[", expert, "] = ", load_E[expert], ": a number of tokens is at least 0. Pass counts of tokens");
     }
-    total += load_E[expert];
+    total += static_cast<uint64_t>(load_E[expert]);
+    overflows |= total > static_cast<uint64_t>(kMaxTokens);
   }
+  if (overflows) fail_overflow("load_E");
   std::vector<bool> seen_E(num_experts, false);
   for (int64_t rank = 0; rank < num_ranks; ++rank) {
     for (int64_t slot = 0; slot < home_slots; ++slot) {
@@ -213,7 +216,7 @@ int64_t checked_total(const int64_t* load_E, int64_t num_experts, const int64_t*
       seen_E[expert] = true;
     }
   }
-  return total;
+  return static_cast<int64_t>(total);
 }
 }  // namespace
 

@@ -39,22 +39,37 @@ struct Hop {
 constexpr Index kUnseen = -2;
 constexpr Index kRoot = -1;  // as Hop::from_rank: the path begins here
 
-// Sum over source ranks; a negative count would break the search, so it is refused.
+// Whether the counts, none of them negative, add up to more than int64 holds.
+bool overflows(const int64_t* counts_RE, int64_t num_counts) {
+  int64_t left = kMaxTokens;
+  for (int64_t i = 0; i < num_counts; ++i) {
+    if (counts_RE[i] > left) return true;
+    left -= counts_RE[i];
+  }
+  return false;
+}
+
+// Sum over source ranks; a negative count would break the search, an overflow lose tokens, so both are refused.
 std::vector<int64_t> total_load(const int64_t* counts_RE, int64_t num_ranks, int64_t num_experts) {
   std::vector<int64_t> load_E(num_experts, 0);
-  int64_t signs = 0;
+  int64_t bits = 0;  // of all counts: negative if one of them is, and at least as large as the largest
   for (int64_t rank = 0; rank < num_ranks; ++rank) {
     const int64_t* counts_E = counts_RE + rank * num_experts;
     for (int64_t expert = 0; expert < num_experts; ++expert) {
-      load_E[expert] += counts_E[expert];
-      signs |= counts_E[expert];
+      // unsigned: an overflow is found below, and must not be undefined here
+      load_E[expert] = static_cast<int64_t>(static_cast<uint64_t>(load_E[expert]) +
+                                            static_cast<uint64_t>(counts_E[expert]));
+      bits |= counts_E[expert];
     }
   }
-  if (signs >= 0) return load_E;
-  const int64_t at =
-      std::find_if(counts_RE, counts_RE + num_ranks * num_experts, [](int64_t n) { return n < 0; }) - counts_RE;
-  fail("counts_RE[", at / num_experts, ", ", at % num_experts, "] = ", counts_RE[at],
-       ": a number of tokens is at least 0. Pass counts of tokens");
+  const int64_t num_counts = num_ranks * num_experts;
+  if (bits < 0) {
+    const int64_t at = std::find_if(counts_RE, counts_RE + num_counts, [](int64_t n) { return n < 0; }) - counts_RE;
+    fail("counts_RE[", at / num_experts, ", ", at % num_experts, "] = ", counts_RE[at],
+         ": a number of tokens is at least 0. Pass counts of tokens");
+  }
+  if (bits > 0 && bits > kMaxTokens / num_counts && overflows(counts_RE, num_counts)) fail_overflow("counts_RE");
+  return load_E;
 }
 
 Hosts find_hosts(const uint8_t* hosts_ER, int64_t num_experts, int64_t num_ranks) {

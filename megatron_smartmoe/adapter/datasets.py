@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from argparse import Namespace
 from functools import partial
 from pathlib import Path
@@ -16,6 +15,9 @@ from megatron.training import get_args, get_tokenizer, print_rank_0
 from megatron.training.argument_utils import core_transformer_config_from_args
 from megatron.training.datasets.fim_dataset import GPTFIMDataset, GPTFIMDatasetConfig
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
+
+from megatron_smartmoe.spec.readers.files import Named
+from megatron_smartmoe.spec.readers.json_text import read_object
 
 # Fields of Megatron's dataset config that are flags of another name.
 _RENAMED = {
@@ -45,7 +47,7 @@ def dataset_config(args: Namespace) -> GPTDatasetConfig:
         "blend": blend,
         "blend_per_split": blend_per_split,
         "sequence_parallel_size": args.tensor_model_parallel_size * args.sequence_parallel,
-        "sequences_per_dataset": json.loads(Path(sequences).read_text()) if sequences else None,
+        "sequences_per_dataset": _sequences(sequences) if sequences else None,
     }
     if not args.fim_data:
         return GPTDatasetConfig(**values)
@@ -54,6 +56,11 @@ def dataset_config(args: Namespace) -> GPTDatasetConfig:
         name: getattr(args, f"fim_{name}_token") for name in ("prefix", "middle", "suffix", "pad", "eod")
     }
     return GPTFIMDatasetConfig(**values)
+
+
+def _sequences(path: str) -> dict[str, Any]:
+    """The content of --per-dataset-sequences-path: sequences by dataset."""
+    return read_object(Named(path=Path(path), field="--per-dataset-sequences-path", way_out="Give a JSON object."))
 
 
 def _leave_out_unused(config: GPTDatasetConfig, num_samples: list[int]) -> None:

@@ -39,6 +39,7 @@ _MARK = "__smartmoe__"  # attribute of a wrapper: the keys of all hooks that it 
 class Order(IntEnum):
     """Which callback is called first at each moment: the one with the smaller number."""
 
+    PROGRESS = 3  # what the others do is part of what is watched
     CHECKPOINT = 5  # what was loaded is known before anything is built on it
     REPLAY = 10  # forces what the routers choose, so everything after it counts the forced choice
     METRICS = 20
@@ -75,8 +76,26 @@ class Callback:
     def between_steps(self, iteration: int) -> None:
         """After Megatron has logged and evaluated, before it saves: the moment to change what the next step uses."""
 
+    def around_changes(self, iteration: int) -> AbstractContextManager[None]:
+        """A context around what all callbacks do between steps, which may be much: experts move then."""
+        return contextlib.nullcontext()
+
     def around_save(self, iteration: int) -> AbstractContextManager[None]:
         """A context that is entered before a checkpoint is written and left when Megatron's call returns."""
+        return contextlib.nullcontext()
+
+    def around_saving(self) -> AbstractContextManager[None]:
+        """A context around all that belongs to a save: what comes before and after it, and the wait for one that is
+        still being written (`--async-save`).
+        """
+        return contextlib.nullcontext()
+
+    def around_evaluation(self, split: str) -> AbstractContextManager[None]:
+        """A context around an evaluation.
+
+        Args:
+            split: `validation` or `test`.
+        """
         return contextlib.nullcontext()
 
     def after_save(self, iteration: int, folder: Path) -> None:
@@ -132,18 +151,17 @@ class _Loop:
 
     def post_training_step_callbacks(self, call: Callable[..., Any], bound: inspect.BoundArguments) -> Any:
         """What Megatron does at the end of an iteration before it may save."""
-        result = call()
-        for callback in self.callbacks:
-            callback.between_steps(bound.arguments["iteration"])
+        result, iteration = call(), bound.arguments["iteration"]
+        with self._contexts(lambda callback: callback.around_changes(iteration)):
+            for callback in self.callbacks:
+                callback.between_steps(iteration)
         return result
 
     def save_checkpoint(self, call: Callable[..., Any], bound: inspect.BoundArguments) -> Any:
         """Megatron also saves before there is a run, when it converts a checkpoint: then no callback is called."""
-        with ExitStack() as contexts:
-            for callback in self.callbacks if self._running else ():
-                contexts.enter_context(callback.around_save(bound.arguments["iteration"]))
+        with self._contexts(lambda callback: callback.around_save(bound.arguments["iteration"])):
             result = call()
-        self._after_save(bound)
+            self._after_save(bound)
         return result
 
     def _after_save(self, bound: inspect.BoundArguments) -> None:
@@ -159,6 +177,18 @@ class _Loop:
         for callback in self.callbacks:
             callback.after_save(iteration, folder_of(directory, iteration))
 
+    def maybe_finalize_async_save(self, call: Callable[..., Any], bound: inspect.BoundArguments) -> Any:
+        """Megatron asks in every iteration whether a save has ended, and waits for it only where it must."""
+        if not bound.arguments.get("blocking"):
+            return call()
+        with self._contexts(lambda callback: callback.around_saving()):
+            return call()
+
+    def save_checkpoint_and_time(self, call: Callable[..., Any], bound: inspect.BoundArguments) -> Any:
+        """Calls `save_checkpoint`, whatever this project has put around it."""
+        with self._contexts(lambda callback: callback.around_saving()):
+            return call()
+
     def evaluate_and_print_results(self, call: Callable[..., Any], bound: inspect.BoundArguments) -> Any:
         """Its prefix is the only thing that distinguishes the test set from the validation set."""
         self._split = "test" if "test set" in bound.arguments["prefix"] else "validation"
@@ -166,10 +196,18 @@ class _Loop:
 
     def evaluate(self, call: Callable[..., Any], bound: inspect.BoundArguments) -> Any:
         """Returns (losses, other results, whether time is up)."""
-        result = call()
+        with self._contexts(lambda callback: callback.around_evaluation(self._split)):
+            result = call()
         for callback in self.callbacks:
             callback.after_evaluation(self._split, result[0] or {})
         return result
+
+    def _contexts(self, of: Callable[[Callback], AbstractContextManager[None]]) -> ExitStack:
+        """The callbacks' contexts, entered in their order; none before there is a run."""
+        with ExitStack() as contexts:
+            for callback in self.callbacks if self._running else ():
+                contexts.enter_context(of(callback))
+            return contexts.pop_all()
 
 
 _LOOP_MODULE = "megatron.training.training"

@@ -193,9 +193,12 @@ def train(argv: Sequence[str], *, cpu: bool, callbacks: Iterable[Callback] = ())
     from megatron_smartmoe.adapter.checkpoint.saving import CheckpointSaves
     from megatron_smartmoe.adapter.datasets import train_valid_test_datasets_provider
     from megatron_smartmoe.adapter.moe.overlap_degree import OverlapDegree
+    from megatron_smartmoe.adapter.records import flight_recorder
 
     hooks.prepare_megatron(cpu=cpu)
     args = megatron_args(argv)
+    if not cpu:
+        flight_recorder.write_to(args.smartmoe_run_dir)
     overlap_degree = OverlapDegree(args)
     saves = CheckpointSaves()
     hooks.attach([saves, *callbacks_for(args, overlap_degree), *callbacks])
@@ -237,6 +240,7 @@ def callbacks_for(args: Namespace, overlap_degree: OverlapDegree) -> list[Callba
     from megatron_smartmoe.adapter.loops.pool import PoolLoop
     from megatron_smartmoe.adapter.loops.replicas import ReplicaLoop
     from megatron_smartmoe.adapter.records.metrics import Metrics
+    from megatron_smartmoe.adapter.records.progress import ProgressRecorder
     from megatron_smartmoe.adapter.records.replay import RoutingReplay
     from megatron_smartmoe.adapter.records.trace import TraceRecorder
 
@@ -246,6 +250,7 @@ def callbacks_for(args: Namespace, overlap_degree: OverlapDegree) -> list[Callba
     if args.smartmoe and (modes := modes_of(args)) != {"off"}:
         replicas = ReplicaLoop(modes)
     wanted = [
+        ProgressRecorder(args) if args.smartmoe_watchdog == "on" else None,
         RoutingReplay(Path(args.smartmoe_replay_trace)) if args.smartmoe_replay_trace is not None else None,
         Metrics(),
         homes,

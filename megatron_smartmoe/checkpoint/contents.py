@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_smartmoe.checkpoint.digest import EXP_AVG, EXP_AVG_SQ, MAIN_WEIGHT, WEIGHT, Piece, combine, digest
-from megatron_smartmoe.checkpoint.torch_save import BLOCK_ELEMENTS, StoredTensor
 from megatron_smartmoe.errors import CheckpointError
+from megatron_smartmoe.spec.readers.torch_save import BLOCK_ELEMENTS, StoredTensor
 
 # What messages call the kinds of tensors.
 WORDS = {WEIGHT: "weight", MAIN_WEIGHT: "main weight", EXP_AVG: "first moment", EXP_AVG_SQ: "second moment"}

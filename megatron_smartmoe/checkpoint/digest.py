@@ -34,6 +34,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_smartmoe.spec.readers.torch_save import ITEM_BYTES
+
 POSITION = 0x9E3779B97F4A7C15
 VALUE = 0xBF58476D1CE4E5B9
 MIX = 0x94D049BB133111EB
@@ -42,11 +44,6 @@ MODULUS = 2**64
 
 WEIGHT, MAIN_WEIGHT, EXP_AVG, EXP_AVG_SQ = KINDS = ("weight", "main_weight", "exp_avg", "exp_avg_sq")
 
-# Bytes of one element, by torch's name of the type without "torch.".
-ITEM_BYTES = {
-    "float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "float8_e5m2": 1,
-    "int64": 8, "int32": 4, "int16": 2, "int8": 1, "uint8": 1, "bool": 1,
-}  # fmt: skip
 _CHUNK_ELEMENTS = 2**15  # two arrays of this many 64-bit numbers stay in a core's own cache
 
 

@@ -17,8 +17,8 @@ from pathlib import Path
 from megatron_smartmoe.checkpoint.manifest import Level, Manifest, check_files, read_manifest
 from megatron_smartmoe.checkpoint.rank_files import RANK_FILE
 from megatron_smartmoe.checkpoint.torch_dist import INDEX_FILE, is_torch_dist, read_common, read_index
-from megatron_smartmoe.checkpoint.torch_save import read_saved
 from megatron_smartmoe.errors import CheckpointError
+from megatron_smartmoe.spec.readers.torch_save import read_saved
 
 _MOST_RANKS = 10_000
 

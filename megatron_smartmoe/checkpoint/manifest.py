@@ -18,8 +18,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from megatron_smartmoe.checkpoint.checksum import ALGORITHM, checksum_of_bytes, checksums
-from megatron_smartmoe.checkpoint.digest import ITEM_BYTES, KINDS
+from megatron_smartmoe.checkpoint.digest import KINDS
 from megatron_smartmoe.errors import CheckpointError
+from megatron_smartmoe.spec.readers.torch_save import ITEM_BYTES
 
 MANIFEST_FILE = "smartmoe_manifest.json"
 VERSION = 1

@@ -20,8 +20,8 @@ from typing import Any, NamedTuple
 from megatron_smartmoe.checkpoint.contents import Contents, ParameterKey, Part, arguments_in, iteration_in
 from megatron_smartmoe.checkpoint.digest import EXP_AVG, EXP_AVG_SQ, MAIN_WEIGHT, WEIGHT, Piece
 from megatron_smartmoe.checkpoint.names import canonical
-from megatron_smartmoe.checkpoint.torch_save import StoredTensor, read_saved
 from megatron_smartmoe.errors import CheckpointError
+from megatron_smartmoe.spec.readers.torch_save import StoredTensor, read_saved
 
 RANK_FILE = "model_optim_rng.pt"
 OPTIMIZER_FILE = "distrib_optim.pt"

@@ -9,8 +9,8 @@ from megatron_smartmoe.checkpoint.contents import Contents, ParameterKey, Part, 
 from megatron_smartmoe.checkpoint.names import logical_pieces
 from megatron_smartmoe.checkpoint.rank_files import read_rank_files
 from megatron_smartmoe.checkpoint.torch_dist import is_torch_dist, read_common, read_index
-from megatron_smartmoe.checkpoint.torch_save import StoredTensor
 from megatron_smartmoe.errors import CheckpointError
+from megatron_smartmoe.spec.readers.torch_save import StoredTensor
 
 _WRONG_CONTENT = (
     KeyError,

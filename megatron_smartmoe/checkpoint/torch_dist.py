@@ -6,20 +6,21 @@ sharded (arguments, iteration, scheduler) is one of the objects, `common_state`;
 are zip files with a pickle in them.
 
 torch's own reader unpickles index and objects, and so runs whatever they say. This one reads them with
-`unpickle.read_pickle`, in milliseconds, before torch or Megatron is imported.
+`spec.readers.unpickle`, in milliseconds, before torch or Megatron is imported.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_smartmoe.checkpoint.torch_save import StoredTensor, class_of, read_saved
-from megatron_smartmoe.checkpoint.unpickle import read_pickle
-from megatron_smartmoe.errors import CheckpointError
+from megatron_smartmoe.errors import CheckpointError, ConfigError
+from megatron_smartmoe.spec.readers.files import Named
+from megatron_smartmoe.spec.readers.json_text import read_json
+from megatron_smartmoe.spec.readers.torch_save import StoredTensor, class_of, read_saved
+from megatron_smartmoe.spec.readers.unpickle import read_pickle
 
 COMMON_OBJECT = "common_state/shard_0_1"  # key of Megatron's ShardedObject("common_state", None, (1,), (0,))
 COMMON_FILE = "common.pt"
@@ -95,8 +96,8 @@ class CheckpointIndex:
 def is_torch_dist(folder: Path) -> bool:
     """Whether the folder says that it is a torch_dist checkpoint; what it holds may still be damaged."""
     try:
-        content = json.loads((folder / FORMAT_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        content = read_json(Named(path=folder / FORMAT_FILE, field="--load", way_out="Pass another checkpoint."))
+    except ConfigError:
         return False
     return isinstance(content, dict) and content.get("sharded_backend") == "torch_dist"
 

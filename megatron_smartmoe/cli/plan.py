@@ -42,7 +42,7 @@ def add_parser(tools: Any) -> None:
     add("--global-batch-size", type=int, metavar="N", help="samples of one step (default: the model file's)")
     add("--seq-length", type=int, metavar="N", help="tokens of one sample (default: the model file's)")
     load = parser.add_mutually_exclusive_group()
-    load.add_argument("--trace", type=Path, help="routing trace of this model: .npz, or Megatron's trace directory")
+    load.add_argument("--trace", type=Path, help="routing trace or expert load of this model (formats: docs/traces.md)")
     text = f"hottest expert's load over the mean, or {', '.join(SKEWS)} (default: from how the router is balanced)"
     load.add_argument("--skew", metavar="S", help=text)
     add("--rank-by", choices=("expected", "worst"), default="expected", help="step time to rank by (default: expected)")
@@ -135,7 +135,8 @@ def _ground(cluster: ClusterSpec) -> str:
 def _headline(model: ModelSpec, cluster: ClusterSpec, gpus: int, pricing: Pricing) -> str:
     loads = "; ".join(f"{scenario.name} ({scenario.weight:.0%})" for scenario in pricing.loads.scenarios)
     batch = f"{model.global_batch} x {model.seq_length} tokens per step"
-    return f"{model.name} on {gpus} x {cluster.gpu.name}, {batch}\nload: {loads}\n"
+    notes = "".join(f"note: {note}\n" for note in pricing.loads.scenarios[0].notes)
+    return f"{model.name} on {gpus} x {cluster.gpu.name}, {batch}\nload: {loads}\n{notes}"
 
 
 def _explain_flags(options: argparse.Namespace, pricing: Pricing, space: SpaceOptions, gpus: int) -> int:

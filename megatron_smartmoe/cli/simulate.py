@@ -12,6 +12,7 @@ import hashlib
 import importlib.util
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,9 @@ from megatron_smartmoe.simulate.policies import OnlinePolicy, RulePolicy, Simula
 from megatron_smartmoe.simulate.run import PolicyResult, SimulationSetup, lower_bounds, replay
 from megatron_smartmoe.spec.cluster import ClusterSpec, GpuSpec, LinkSpec, load_cluster_spec
 from megatron_smartmoe.spec.placement import Placement
+from megatron_smartmoe.spec.readers import values
+from megatron_smartmoe.spec.readers.files import Named
+from megatron_smartmoe.spec.readers.json_text import read_json_lines
 from megatron_smartmoe.spec.trace import RoutingTrace, load_trace
 
 # Assumed without --cluster, for the predicted times only: the balance does not depend on it. NVIDIA's H100 SXM
@@ -51,6 +55,7 @@ _LEAST = {
     "ep": 1,
     "nodes": 1,
     "trace_experts": 1,
+    "trace_stages": 1,
     "spare_slots": 0,
     "homes_interval": 0,
     "peers_interval": 1,
@@ -59,17 +64,25 @@ _LEAST = {
     "ffn": 1,
 }
 
+_MOST = {"ep": 65_536, "nodes": 65_536, "trace_experts": 65_536, "spare_slots": 1000}  # a typing error beyond these
+_MOST_OF_ANY = 10**9
+
 
 def add_parser(tools: Any) -> None:
     """Add the subcommand to the parser of the tools."""
     parser = tools.add_parser("simulate", help="replay a routing trace through placement policies", description=__doc__)
     add = parser.add_argument
-    add("--trace", type=Path, required=True, help=".npz trace, or the directory of Megatron's --moe-routing-trace-path")
-    text = "Megatron trace: ranks to read, such as 0-7,16, those of one pipeline stage whose tokens are their own "
-    text += "(default: all)"
+    text = (
+        "routing trace or expert load: .npz, the directory of Megatron's --moe-routing-trace-path, a record of SGLang "
+    )
+    add("--trace", type=Path, required=True, help=text + "or vLLM, a matrix of EPLB (.npy, .json, .pt, .csv)")
+    text = "Megatron trace: ranks to read, such as 0-7,16, those whose tokens are their own (default: all)"
     add("--trace-ranks", type=_ranks, metavar="LIST", help=text)
+    text = "Megatron trace: pipeline stages that the ranks belong to (default: told apart by their layers)"
+    add("--trace-stages", type=int, metavar="N", help=text)
     text = "Megatron trace: number of experts (default: highest seen plus one, rounded up to a multiple of 8)"
     add("--trace-experts", type=int, metavar="E", help=text)
+    add("--save-trace", type=Path, metavar="FILE", help="write the trace as .npz, to plan or to train with it")
     add("--ep", type=int, help="ranks of an expert-parallel group; source ranks form groups of this many")
     add("--spare-slots", type=int, default=0, metavar="K", help="replica slots per rank (default: 0)")
     text = "nodes of a group; with several, replicas stay on their home's node (default: from --cluster, else 1)"
@@ -104,9 +117,13 @@ def run(options: argparse.Namespace) -> int:
     if options.ep is None:
         raise ConfigError("--ep", None, "is required: the ranks of an expert-parallel group", "For example: --ep 8.")
     _check_outputs(options)
-    trace = load_trace(options.trace, num_experts=options.trace_experts, ranks=options.trace_ranks)
+    trace = load_trace(
+        options.trace, num_experts=options.trace_experts, ranks=options.trace_ranks, stages=options.trace_stages
+    )
     cluster = load_cluster_spec(Path(options.cluster)) if options.cluster else DEFAULT_CLUSTER
     setup = _setup(options, trace, cluster)
+    if options.save_trace:
+        trace.save(options.save_trace)
     # Step 2: replay it through every policy.
     results = []
     for policy in _policies(options, trace, setup, cluster):
@@ -144,9 +161,13 @@ def _check_outputs(options: argparse.Namespace) -> None:
         ("--json", options.json),
         ("--plot", options.plot),
         ("--save-decisions", options.save_decisions),
+        ("--save-trace", options.save_trace),
     ):
-        if path is not None and not path.parent.is_dir():
+        if path is not None and not os.path.isdir(path.parent):
             raise ConfigError(flag, str(path), f"there is no directory {path.parent}", f"Run mkdir -p {path.parent}.")
+    if options.save_trace is not None and options.save_trace.suffix != ".npz":
+        way_out = f"Pass {options.save_trace}.npz."
+        raise ConfigError("--save-trace", str(options.save_trace), "must end in .npz", way_out)
     if options.plot is not None:
         if options.plot.suffix not in (".svg", ".png", ".pdf"):
             raise ConfigError(
@@ -164,17 +185,28 @@ def _setup(options: argparse.Namespace, trace: RoutingTrace, cluster: ClusterSpe
     if options.warmup >= trace.num_records:
         rule = f"leaves none of the trace's {trace.num_records} records"
         raise ConfigError("--warmup", options.warmup, rule, f"For example: --warmup {trace.num_records // 5}.")
+    if not trace.counts[options.warmup :].any():
+        rule = "leaves records without any assignment"
+        raise ConfigError("--warmup", options.warmup, rule, "For example: --warmup 0.")
     for flag, least in _LEAST.items():
         if getattr(options, flag) is not None and getattr(options, flag) < least:
             name = "--" + flag.replace("_", "-")
             raise ConfigError(
                 name, getattr(options, flag), f"must be at least {least}", f"For example: {name} {max(least, 1)}."
             )
+        most = _MOST.get(flag, _MOST_OF_ANY)
+        if getattr(options, flag) is not None and getattr(options, flag) > most:
+            name = "--" + flag.replace("_", "-")
+            raise ConfigError(name, getattr(options, flag), f"must be at most {most:,}", f"For example: {name} 8.")
     if trace.num_experts % options.ep:
         rule = f"must divide the trace's {trace.num_experts} experts"
         raise ConfigError(
             "--ep", options.ep, rule, f"Every rank has as many experts: --ep {math.gcd(trace.num_experts, options.ep)}."
         )
+    most = trace.num_experts - trace.num_experts // options.ep
+    if options.spare_slots > most:
+        rule = f"must be at most {most}, the experts of the other ranks"
+        raise ConfigError("--spare-slots", options.spare_slots, rule, "1 or 2 is usually enough.")
     num_nodes = options.nodes or (cluster.nodes_of_group(options.ep) if options.cluster else 1)
     if options.ep % num_nodes:
         raise ConfigError(
@@ -241,34 +273,55 @@ def _digest(trace: RoutingTrace) -> str:
     return hashlib.sha256(shape + trace.counts.astype("<u4").tobytes()).hexdigest()[:16]
 
 
-def _read_decisions(options: argparse.Namespace) -> list[str]:
-    """The saved lines; `options` take the values that they were made with."""
-    try:
-        lines = options.replay.read_text(encoding="utf-8").splitlines()
-        header, *_ = [json.loads(line) for line in lines]
-        settings = {name: header[name] for name in _SETTINGS}
-    except (OSError, ValueError, IndexError, KeyError, TypeError) as error:
-        rule = f"is not a decision file: {error!r}"
-        raise ConfigError("--replay", str(options.replay), rule, "Make one with --save-decisions.") from None
-    for name, value in settings.items():
-        setattr(options, name, value)
+def _read_decisions(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """The saved lines; `options` take the values that they were made with.
+
+    Raises:
+        ConfigError: the file cannot be read, a line is not a decision, or an option in it is not of its type.
+    """
+    named = Named(path=options.replay, field="--replay", way_out="Make one with --save-decisions.")
+    lines = []
+    for number, value, text in read_json_lines(named):
+        if not isinstance(value, dict):
+            line = text[:100].decode(errors="backslashreplace").strip()
+            raise ConfigError(named.at(number), line, "is not a decision: it is no JSON object", named.way_out)
+        lines.append(value)
+    if not lines or any(name not in lines[0] for name in _SETTINGS):
+        raise named.refused("is not a decision file: its first line lacks the options of the simulation")
+    for name in _SETTINGS:
+        setattr(options, name, _setting(lines[0][name], name, f"{named.at(1)}: {name}"))
     options.policy = "smartmoe"
-    return list(lines)
+    return lines
 
 
-def _compare(saved: list[str], lines: list[str]) -> int:
+def _setting(value: object, name: str, field: str) -> Any:
+    """An option in a decision file, of the type that the command line gives it."""
+    if name == "replicas":
+        if value not in ("history", "exact", "auto"):
+            raise ConfigError(field, value, "must be history, exact or auto", "Make the file again.")
+        return value
+    if name == "cluster":
+        return None if value is None else Path(values.text(value, field, example="h100-sxm"))
+    if value is None and name in ("nodes", "warmup"):
+        return None
+    return values.whole(value, field, least=_LEAST[name], most=_MOST.get(name, _MOST_OF_ANY))
+
+
+def _compare(saved: list[dict[str, Any]], lines: list[str]) -> int:
     """Print whether the replay made the same decisions, or the first line that differs; returns the exit status.
 
     The reason of a decision is a text, worded otherwise by earlier versions, whose files are read too: it may differ.
     """
 
-    def without_reason(line: str) -> dict[str, Any]:
-        return {key: value for key, value in json.loads(line).items() if key != "why"}
+    def without_reason(line: dict[str, Any]) -> dict[str, Any]:
+        return {key: value for key, value in line.items() if key != "why"}
 
-    for number, (old, new) in enumerate(zip(saved, lines, strict=False), 1):
+    made = [json.loads(line) for line in lines]
+    for number, (old, new) in enumerate(zip(saved, made, strict=False), 1):
         if without_reason(old) != without_reason(new):
             what = "the trace or the options" if number == 1 else f"decision {number - 1}"
-            print(f"replay: line {number} differs ({what})\n  saved:  {old[:200]}\n  replay: {new[:200]}")
+            texts = [json.dumps(one, sort_keys=True)[:200] for one in (old, new)]
+            print(f"replay: line {number} differs ({what})\n  saved:  {texts[0]}\n  replay: {texts[1]}")
             return 1
     if len(saved) != len(lines):
         print(f"replay: {len(saved) - 1} decisions saved, {len(lines) - 1} made")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 
 from megatron_smartmoe.placement.decisions import Decision
-from megatron_smartmoe.simulate.run import PolicyResult, SimulationSetup
+from megatron_smartmoe.simulate.run import PolicyResult, SimulationSetup, left_out
 from megatron_smartmoe.spec.arrays import FloatArray
 from megatron_smartmoe.spec.trace import RoutingTrace
 
@@ -26,6 +27,8 @@ def as_json(
         "records": trace.num_records - setup.warmup,
         "warmup": setup.warmup,
         "layers": trace.num_layers,
+        "left_out": asdict(left_out(trace, setup)),
+        "notes": list(trace.notes),
         "lower_bound": {"mean": float(bounds.mean()), "worst": float(bounds.max())},
         "policies": {result.name: _numbers(result, setup) for result in results},
     }
@@ -62,6 +65,21 @@ def _review(decision: Decision) -> dict[str, Any]:
     }
 
 
+def _remarks(trace: RoutingTrace, left_out: dict[str, Any]) -> list[str]:
+    """What an import did to the trace, and what has no assignments."""
+    lines = [f"note: {note}" for note in trace.notes]
+    if left_out["entries"]:
+        named = [
+            f"{name} {', '.join(map(str, left_out[key][:8]))}{', ...' if len(left_out[key]) > 8 else ''}"
+            for key, name in (("layers", "layers"), ("iterations", "iterations"))
+            if left_out[key]
+        ]
+        where = f" (among them {'; '.join(named)})" if named else ""
+        share = f"{left_out['entries']:,} of {left_out['of']:,} entries by record, layer, group and micro-batch"
+        lines.append(f"note: {share} have no assignments{where}: left out of all means")
+    return lines
+
+
 def as_table(results: Sequence[PolicyResult], bounds: FloatArray, setup: SimulationSetup, trace: RoutingTrace) -> str:
     """The table as text. Imbalance is max / mean tokens per rank; 1 is perfect."""
     content = as_json(results, bounds, setup, trace)
@@ -72,15 +90,15 @@ def as_table(results: Sequence[PolicyResult], bounds: FloatArray, setup: Simulat
     )
     columns = (
         "max/mean tokens: mean    p50    p95    p99  worst"
-        " | homes moved     GB | replicas  slots chg | plan ms | layer ms"
+        " | homes moved       GB | replicas  slots chg | plan ms | layer ms"
     )
-    lines = [head, "", f"{'policy':<18}{columns}"]
+    lines = [head, *_remarks(trace, content["left_out"]), "", f"{'policy':<18}{columns}"]
     for name, numbers in content["policies"].items():
         imbalance, homes = numbers["imbalance"], numbers["homes"]
         lines.append(
             f"{name:<18}{imbalance['mean']:>21.4f}"
             + "".join(f"{imbalance[key]:>7.3f}" for key in (*_QUANTILES, "worst"))
-            + f" | {homes['experts_moved']:>11}{homes['bytes_moved'] / 1e9:>7.1f}"
+            + f" | {homes['experts_moved']:>11}{homes['bytes_moved'] / 1e9:>9.1f}"
             + f" | {numbers['replicas']['copies_made']:>8}{numbers['slots_changed']:>11}"
             + f" | {numbers['plan_ms_per_layer']:>7.2f} | {numbers['predicted_layer_ms']:>8.3f}"
         )

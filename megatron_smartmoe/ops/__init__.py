@@ -38,8 +38,8 @@ def min_max_split(counts_RE: Tensor, hosts_ER: Tensor) -> Tensor:
         tokens_ER: tokens of expert e that rank r takes, int64 [E, R].
 
     Raises:
-        RuntimeError: a dtype or shape is wrong, a count is negative, no rank holds an expert that has tokens, a tensor
-            is on a GPU, or the library is not built.
+        RuntimeError: a dtype or shape is wrong, a count is negative, the counts add up to 2^63 or more, no rank holds
+            an expert that has tokens, a tensor is on a GPU, or the library is not built.
     """
     tokens_ER: Tensor = torch.ops.smartmoe.min_max_split(counts_RE, hosts_ER)
     return tokens_ER
@@ -63,8 +63,8 @@ def exact_replicas(load_E: Tensor, slots_RS: Tensor, home_slots: int, num_nodes:
         slots_RS: the same homes and new replicas, -1 for an empty slot, int64 [R, S].
 
     Raises:
-        RuntimeError: a dtype, shape or number is wrong, a load is negative, an expert has no home or two, a tensor is
-            on a GPU, or the library is not built.
+        RuntimeError: a dtype, shape or number is wrong, a load is negative, the loads add up to 2^63 or more, an expert
+            has no home or two, a tensor is on a GPU, or the library is not built.
     """
     new_RS: Tensor = torch.ops.smartmoe.exact_replicas(load_E, slots_RS, home_slots, num_nodes)
     return new_RS

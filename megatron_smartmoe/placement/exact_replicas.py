@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from bisect import bisect_right, insort
 
+from megatron_smartmoe.placement.checks import check_replicas
 from megatron_smartmoe.spec.arrays import IntArray
 from megatron_smartmoe.spec.placement import EMPTY
 
@@ -30,7 +31,11 @@ def exact_replicas(load_E: IntArray, slots_RS: IntArray, home_slots: int, num_no
         home_slots: columns of homes, E / R.
         num_nodes: a replica stays on the node of its home; the ranks lie on this many, R / num_nodes consecutive ones
             each.
+
+    Raises:
+        PlanError: see `checks.check_replicas`.
     """
+    check_replicas(load_E, slots_RS, home_slots, num_nodes)
     # Step 1: clear the spare slots, and take the mean rank load, rounded up, as the bound.
     new_RS = slots_RS.copy()
     new_RS[:, home_slots:] = EMPTY

@@ -40,7 +40,7 @@ def layer_seconds(pricing: LayerPricing) -> Callable[[IntArray, IntArray], float
 
 
 def price_layer(plan: LayerPlan, counts_RE: IntArray, home_E: IntArray, pricing: LayerPricing) -> tuple[float, float]:
-    """Predicted seconds of the layer, and its max / mean tokens per rank.
+    """Predicted seconds of the layer, and its max / mean tokens per rank (1 for a layer without tokens).
 
     Args:
         plan: slots and split.
@@ -59,4 +59,6 @@ def price_layer(plan: LayerPlan, counts_RE: IntArray, home_E: IntArray, pricing:
         load_ER=outcome.load_ER, traffic_RR=outcome.traffic_RR, replicas_RR=replicas_RR, num_nodes=pricing.num_nodes
     )
     load_R = outcome.load_ER.sum(axis=0)
-    return layer_time(flow, pricing.constants).total_s, float(load_R.max() / max(load_R.mean(), 1e-300))
+    imbalance = float(load_R.max() / load_R.mean()) if load_R.any() else 1.0
+    assert imbalance >= 1 - 1e-9, f"a maximum below the mean: {load_R}"
+    return layer_time(flow, pricing.constants).total_s, imbalance

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_smartmoe.errors import PlanError
+from megatron_smartmoe.placement.checks import check_split
 from megatron_smartmoe.spec.arrays import IntArray
 from megatron_smartmoe.spec.placement import EMPTY, BoolArray
 
@@ -78,7 +79,11 @@ def min_max_split(counts_RE: IntArray, hosts_ER: BoolArray) -> IntArray:
     Args:
         counts_RE: tokens of source rank r for expert e.
         hosts_ER: whether rank r holds expert e; every expert with tokens needs a host.
+
+    Raises:
+        PlanError: see `checks.check_split`; or an expert with tokens has no host.
     """
+    check_split(counts_RE, hosts_ER)
     # Step 1: experts with one host are settled; the others form the graph.
     load_E = counts_RE.sum(axis=0)
     graph = split_graph(hosts_ER, load_E)

@@ -7,8 +7,8 @@ still applies; where it does not, the reason is printed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron_smartmoe.errors import ConfigError
@@ -25,9 +25,12 @@ from megatron_smartmoe.planner.space import exclusion
 from megatron_smartmoe.spec.cluster import ClusterSpec
 from megatron_smartmoe.spec.model import ModelSpec
 from megatron_smartmoe.spec.parallel import ParallelSpec
+from megatron_smartmoe.spec.readers import values
 
 EQUAL = 1e-6  # of the step time: other processors may round differently
 SAVED_LAUNCHES = 10  # in plan.json, fastest first
+LARGEST_SIZE = 10**7  # of a parallel size or a batch in a saved plan
+MOST_SPARE_SLOTS = 1000  # per rank, in a saved plan
 ALTERNATIVES = 1  # printed beside the runner-up
 
 
@@ -130,17 +133,20 @@ def reuse_saved_plan(content: object, request: PlanRequest) -> PlanResult | str:
 
 
 def _spec_from(content: object) -> ParallelSpec:
-    names = {field.name for field in fields(ParallelSpec)}
-    try:
-        saved: Mapping[str, Any] = content["best"][0]["spec"]  # type: ignore[index]
-        values = {name: value for name, value in saved.items() if name in names}
-        if values["layers_of_chunk"] is not None:
-            values["layers_of_chunk"] = tuple(values["layers_of_chunk"])
-        return ParallelSpec(**values)
-    except (TypeError, KeyError, IndexError, AttributeError):
-        rule = "is not a plan that --parallel auto wrote"
-        way_out = "Remove it from the run directory to plan again."
-        raise ConfigError("plan.json", None, rule, way_out) from None
+    way_out = "Remove it from the run directory to plan again."
+    best = content.get("best") if isinstance(content, dict) else None
+    first = best[0] if isinstance(best, list) and best else None
+    if not isinstance(first, dict) or not isinstance(first.get("spec"), dict):
+        raise ConfigError("plan.json", None, "is not a plan that --parallel auto wrote", way_out)
+    where = "plan.json: best[0].spec"
+    spec = values.build(ParallelSpec, first["spec"], where, way_out, known_only=False)
+    for name in ("gpus", "tp", "pp", "vpp", "ep", "etp", "cp", "micro_batch", "global_batch", "overlap_degree"):
+        values.whole(getattr(spec, name), f"{where}.{name}", least=1, most=LARGEST_SIZE)
+    values.whole(spec.spare_slots, f"{where}.spare_slots", most=MOST_SPARE_SLOTS)
+    for name, size in (("TP x PP x CP", spec.tp * spec.pp * spec.cp), ("ETP x EP x PP", spec.etp * spec.ep * spec.pp)):
+        if spec.gpus % size:
+            raise ConfigError(f"{where}.gpus", spec.gpus, f"must be a multiple of {name} = {size}", way_out)
+    return spec
 
 
 def to_json(result: PlanResult, request: PlanRequest) -> dict[str, Any]:
@@ -175,6 +181,7 @@ def describe(result: PlanResult, request: PlanRequest, memory_from: str, replace
         ("machine", f"{request.ranks} x {cluster.gpu.name} on {nodes}, {memory:.1f} GB each ({memory_from})"),
         ("load", "; ".join(scenario.name for scenario in result.pricing.loads.scenarios)),
     ]
+    rows += [("note", note) for note in result.pricing.loads.scenarios[0].notes]
     rows += [("kept", ", ".join(request.constraints.kept))] if request.constraints.kept else []
     rows += [("replaced", f"the configuration's {', '.join(replaced)}")] if replaced else []
     if found is not None:

@@ -37,11 +37,19 @@ WORST_FACTOR = 2.0  # how much further from even the worst scenario is than the 
 
 @dataclass(frozen=True, eq=False)
 class Scenario:
-    """A load with its weight: shares of the assignments, `[parts, experts]`, each row sums to 1."""
+    """A load with its weight.
+
+    Attributes:
+        name: for people.
+        weight: of the scenario in an expected time.
+        share_PE: shares of the assignments, `[parts, experts]`; each row sums to 1.
+        notes: what an import of the recorded load left out or assumed.
+    """
 
     name: str
     weight: float
     share_PE: FloatArray
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -67,7 +75,7 @@ def scenarios_of(model: ModelSpec, trace: Path | None, skew: str | None, prefix:
         ConfigError: the trace cannot be read or is of another model, or the skew is not a number or impossible.
     """
     if trace is not None:
-        return scenarios_from_trace(model, load_trace(trace), f"{prefix}trace")
+        return scenarios_from_trace(model, load_trace(trace, field=f"{prefix}trace"), f"{prefix}trace")
     if skew is None:
         return scenarios_from_model(model)
     flag, most = f"{prefix}skew", model.moe.experts / model.moe.top_k
@@ -115,6 +123,8 @@ def zipf(experts: int, hottest_share: float) -> FloatArray:
 def scenarios_from_trace(model: ModelSpec, trace: RoutingTrace, flag: str = "--trace") -> list[Scenario]:
     """The median record and the one at the 95th percentile of imbalance, layers in `PARTS` places.
 
+    Layers and records without assignments are left out: they have no popularity, and no imbalance.
+
     Raises:
         ConfigError: naming `flag`, if the trace is of another number of experts.
     """
@@ -124,11 +134,25 @@ def scenarios_from_trace(model: ModelSpec, trace: RoutingTrace, flag: str = "--t
         raise ConfigError(flag, trace.num_experts, rule, way_out)
     axes = tuple(range(2, trace.counts.ndim - 1))
     load_NLE = trace.counts.sum(axis=axes, dtype=np.float64)
-    load_NLE /= np.maximum(load_NLE.sum(axis=-1, keepdims=True), 1)
-    order = np.argsort(load_NLE.max(axis=-1).mean(axis=-1))
-    layers = np.unique(np.linspace(0, trace.num_layers - 1, PARTS).round().astype(int))
+    shares_N = [load_LE[load_LE.any(axis=-1)] for load_LE in load_NLE if load_LE.any()]
+    shares_N = [load_LE / load_LE.sum(axis=-1, keepdims=True) for load_LE in shares_N]
+    order = np.argsort([share_LE.max(axis=-1).mean() for share_LE in shares_N])
+    num_records, num_layers = len(shares_N), int(load_NLE.any(axis=(0, 2)).sum())
+    notes = trace.notes
+    if (num_records, num_layers) != load_NLE.shape[:2]:
+        kept = f"{num_records} of {trace.num_records} records and {num_layers} of {trace.num_layers} layers"
+        notes = (*notes, f"{kept} have assignments, the others are left out")
     picks = (("trace, median record", 0.8, 0.5), ("trace, worst 5%", 0.2, 0.95))
-    return [Scenario(name, weight, load_NLE[order[int(at * (len(order) - 1))]][layers]) for name, weight, at in picks]
+    return [
+        Scenario(name, weight, _parts(shares_N[order[int(at * (num_records - 1))]]), notes)
+        for name, weight, at in picks
+    ]
+
+
+def _parts(share_LE: FloatArray) -> FloatArray:
+    """`PARTS` layers of a record, from the first to the last."""
+    layers: IntArray = np.unique(np.linspace(0, len(share_LE) - 1, PARTS).round().astype(np.int64))
+    return np.asarray(share_LE[layers])
 
 
 def scenarios_from_model(model: ModelSpec) -> list[Scenario]:

@@ -14,14 +14,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from megatron_smartmoe.errors import ConfigError
 from megatron_smartmoe.planner.pricing import Launch, Pricing
 from megatron_smartmoe.planner.space import SpaceOptions, overlap_degrees
 from megatron_smartmoe.spec.parallel import Replicas
+from megatron_smartmoe.spec.readers import values
+from megatron_smartmoe.spec.readers.files import Named
+from megatron_smartmoe.spec.readers.json_text import read_object
 
 VERSION = 1
+MOST_ENTRIES = 10_000  # settings of a pool: a launch has a few dozen
 # Estimates; noise of step times is a few percent (docs/pool.md).
 MARGIN = 0.02  # share of the step time that a switch must save
 NEARLY = 0.005  # share of the best predicted time that a setting with fewer changes may be slower
@@ -80,21 +84,22 @@ class Pool:
         """Read what `to_json` wrote.
 
         Raises:
-            ConfigError: another version, or entries are missing.
+            ConfigError: another version, or an entry is missing or has another type.
         """
-        if content.get("version") != VERSION:
-            rule = f"must be {VERSION}"
-            way_out = "Write the pool again with smartmoe plan --pool FILE."
-            raise ConfigError("pool.version", content.get("version"), rule, way_out)
-        entries = tuple(
-            PoolEntry(
-                setting=PoolSetting(**entry["setting"]),
-                scenario_s=dict(entry["scenario_s"]),
-                expected_s=float(entry["expected_s"]),
-            )
-            for entry in cast(list[dict[str, Any]], content["entries"])
+        again = "Write the pool again with smartmoe plan --pool FILE."
+        version = content.get("version")
+        if type(version) is not int or version != VERSION:
+            raise ConfigError("pool.version", version, f"must be {VERSION}", again)
+        entries = content.get("entries")
+        if not isinstance(entries, list) or len(entries) > MOST_ENTRIES:
+            raise ConfigError("pool.entries", entries, f"must be a list of at most {MOST_ENTRIES:,} settings", again)
+        return cls(
+            launch=values.text(content.get("launch"), "pool.launch", example="TP1 PP1 EP8 DP8 mbs1"),
+            entries=tuple(
+                values.build(PoolEntry, entry, f"pool.entries[{at}]", again, known_only=False)
+                for at, entry in enumerate(entries)
+            ),
         )
-        return cls(launch=str(content["launch"]), entries=entries)
 
     @property
     def settings(self) -> tuple[PoolSetting, ...]:
@@ -112,17 +117,17 @@ class Pool:
         Raises:
             ConfigError: the file cannot be read, or has no pool.
         """
-        way_out = "Make one with smartmoe plan --pool FILE, or pass auto."
+        named = Named(path=path, field=field, way_out="Make one with smartmoe plan --pool FILE, or pass auto.")
+        content = read_object(named)
+        content = content.get("pool", content)
+        if not isinstance(content, dict) or "entries" not in content:
+            raise named.refused("does not contain a pool")
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ConfigError(field, str(path), f"cannot be read as JSON: {error}", way_out) from None
-        try:
-            pool = cls.from_json(content.get("pool", content))
-        except (KeyError, TypeError, ValueError, AttributeError):
-            raise ConfigError(field, str(path), "does not contain a pool", way_out) from None
+            pool = cls.from_json(content)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error.field}", error.value, error.rule, error.way_out) from None
         if not pool.entries:
-            raise ConfigError(field, str(path), "contains a pool without settings", way_out)
+            raise named.refused("contains a pool without settings")
         return pool
 
     def save(self, path: Path) -> None:

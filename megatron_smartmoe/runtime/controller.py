@@ -258,11 +258,12 @@ class Controller:
         """Max / mean tokens per rank under these homes in the last window, averaged over the layers."""
         assert self._counts_LRE is not None
         load_LE = self._counts_LRE.sum(axis=1)
-        ratios = []
+        ratios = []  # a layer without tokens has none
         for load_E, home_rank_E in zip(load_LE, placement.home_rank_LE, strict=True):
             load_R = np.bincount(home_rank_E, weights=load_E, minlength=placement.num_ranks)
-            ratios.append(load_R.max() / max(load_R.mean(), 1e-300))  # a layer without tokens has the ratio 0
-        return float(np.mean(ratios))
+            ratios += [load_R.max() / load_R.mean()] if load_R.any() else []
+        assert all(ratio >= 1 - 1e-9 for ratio in ratios), f"a maximum below the mean: {ratios}"
+        return float(np.mean(ratios)) if ratios else 1.0
 
     def state(self) -> dict[str, NDArray[Any]]:
         """All that the next decisions depend on besides the options and the placement. A collective call."""

@@ -1,7 +1,9 @@
 """The replay: for every record, plan from the records before it, evaluate on it, then let the policy observe it.
 
 Imbalance is the largest rank load over the mean, per layer, expert-parallel group and micro-batch; all
-ranks wait for the slowest one. The lower bound beside it is what no placement with these slots could beat.
+ranks wait for the slowest one. The lower bound beside it is what no placement with these slots could beat. Where there
+are no assignments (a dense layer in the record of a whole model, a pass without tokens) there is no mean: such entries
+are left out of everything, and counted.
 """
 
 from __future__ import annotations
@@ -78,6 +80,8 @@ def replay(
         # Step 2: apply the plan to every micro-batch; exact rules plan here, from its counts.
         for layer, group, micro in np.ndindex(*counts_LGMRE.shape[:3]):
             counts_RE = counts_LGMRE[layer, group, micro]
+            if not counts_RE.any():
+                continue
             plan = policy.plan(layer, group, counts_RE)
             if record >= setup.warmup:
                 seconds, worst = price_layer(plan, counts_RE, policy.homes(layer), setup.pricing)
@@ -103,10 +107,50 @@ def lower_bounds(trace: RoutingTrace, setup: SimulationSetup) -> FloatArray:
     bounds = []
     for record in range(setup.warmup, trace.num_records):
         load = np.sort(trace.groups(setup.num_ranks, record).sum(axis=-2).reshape(-1, trace.num_experts), axis=1)
+        load = load[load.any(axis=1)]
         total = load.sum(axis=1)
         least = -(-total // setup.num_ranks)
         if not setup.spare_slots:
             homes = trace.num_experts // setup.num_ranks
             least = np.maximum(least, load[:, -1] + load[:, : homes - 1].sum(axis=1))
-        bounds.append(least * setup.num_ranks / np.maximum(total, 1))
-    return np.concatenate(bounds)
+        bounds.append(least * setup.num_ranks / total)
+    found = np.concatenate(bounds)
+    assert (found >= 1).all(), "a maximum below the mean"
+    return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class LeftOut:
+    """Entries of the counted records without assignments, which no mean includes.
+
+    Attributes:
+        entries: number of them, by record, layer, group and micro-batch; not those of a micro-batch that a record with
+            fewer micro-batches than others does not have.
+        of: number of all entries.
+        layers: layers that have none in any counted record.
+        iterations: iterations of records that have none in any layer.
+    """
+
+    entries: int
+    of: int
+    layers: tuple[int, ...]
+    iterations: tuple[int, ...]
+
+
+def left_out(trace: RoutingTrace, setup: SimulationSetup) -> LeftOut:
+    """What `replay` and `lower_bounds` leave out."""
+    entries, of = 0, 0
+    filled_NL = np.zeros((trace.num_records - setup.warmup, trace.num_layers), dtype=np.bool_)
+    for at in range(len(filled_NL)):
+        counts_LGMRE = trace.groups(setup.num_ranks, setup.warmup + at)
+        has_LGM = counts_LGMRE.any(axis=(-2, -1))
+        has_LGM = has_LGM[:, :, : max(1, trace.num_micro_batches(setup.warmup + at))]
+        filled_NL[at] = has_LGM.any(axis=(1, 2))
+        entries += int((~has_LGM).sum())
+        of += has_LGM.size
+    return LeftOut(
+        entries=entries,
+        of=of,
+        layers=tuple(trace.layer[~filled_NL.any(axis=0)].tolist()),
+        iterations=tuple(trace.iteration[setup.warmup :][~filled_NL.any(axis=1)].tolist()),
+    )

@@ -34,7 +34,15 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from megatron_smartmoe.errors import ConfigError
-from megatron_smartmoe.spec.yaml_io import dump_yaml, find_config, load_yaml, refuse_unknown_keys, shipped_directory
+from megatron_smartmoe.spec.readers import values
+from megatron_smartmoe.spec.yaml_io import (
+    dump_yaml,
+    find_config,
+    load_yaml,
+    located,
+    refuse_unknown_keys,
+    shipped_directory,
+)
 
 ReplicaScope = Literal["node", "group"]
 
@@ -54,6 +62,9 @@ RESERVED_BYTES = 3e9  # bytes for the CUDA context, NCCL's buffers and cuBLAS wo
 _OPTIONAL_GPU = ("weight_passes", "reserved_bytes", "ranks_per_device")
 _LINK = ("bandwidth_bytes_s", "latency_s")
 _OPTIONAL_LINK = ("ring_latency_s", "all_to_all_latency_s")
+
+_MOST_MACHINES = 10**6
+_LARGEST = 1e30  # of any number in a file, in the units of its name
 
 _EXAMPLE = "For example: {value: 312e12, source: NVIDIA A100 datasheet}."
 
@@ -159,11 +170,17 @@ def load_cluster_spec(path: Path) -> ClusterSpec:
     Raises:
         ConfigError: unknown or missing key, wrong type, a share above 1, or a hardware number without a source.
     """
-    content = load_yaml(find_config("clusters", path))
+    path = find_config("clusters", path)
+    content = load_yaml(path)
+    with located(path):
+        return _cluster_of(content, path.stem)
+
+
+def _cluster_of(content: Mapping[str, Any], default_name: str) -> ClusterSpec:
     known = ("name", "nodes", "gpus_per_node", "gpu", "intra_node", "inter_node", "replica_scope", "efficiency")
     refuse_unknown_keys("", content, known)
     scope = content.get("replica_scope", "node")
-    if scope not in ("node", "group"):
+    if not isinstance(scope, str) or scope not in ("node", "group"):
         raise ConfigError("replica_scope", scope, "must be node or group", "For example: replica_scope: node.")
     sources: dict[str, str] = {}
     numbers: tuple[str, ...] = ("peak_flops", "memory_bytes", "memory_bandwidth_bytes_s")
@@ -180,10 +197,10 @@ def load_cluster_spec(path: Path) -> ClusterSpec:
         named = (*_LINK, *(name for name in _OPTIONAL_LINK if name in section))
         links[key] = LinkSpec(**{name: _sourced(section, f"{key}.{name}", sources) for name in named})
     return ClusterSpec(
-        name=str(content.get("name", path.stem)),
+        name=values.text(content.get("name", default_name), "name", example="name: my-cluster"),
         nodes=_whole(content, "nodes"),
         gpus_per_node=_whole(content, "gpus_per_node"),
-        gpu=GpuSpec(name=str(gpu.get("name", "?")), **found),
+        gpu=GpuSpec(name=values.text(gpu.get("name", "?"), "gpu.name", example="name: A100-SXM4-80GB"), **found),
         replica_scope=cast(ReplicaScope, scope),
         efficiency=_efficiency(content, sources),
         sources=sources,
@@ -259,8 +276,9 @@ def _section(content: Mapping[str, Any], key: str, known: tuple[str, ...]) -> Ma
 
 def _whole(content: Mapping[str, Any], key: str) -> int:
     value = content.get(key)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ConfigError(key, value, "must be a positive whole number", f"For example: {key}: 8.")
+    if type(value) is not int or not 1 <= value <= _MOST_MACHINES:
+        rule = f"must be a positive whole number, at most {_MOST_MACHINES:,}"
+        raise ConfigError(key, value, rule, f"For example: {key}: 8.")
     return value
 
 
@@ -271,7 +289,7 @@ def _sourced(section: Mapping[str, Any], path: str, sources: dict[str, str]) -> 
         raise ConfigError(path, entry, "must be a mapping of value and source", _EXAMPLE)
     refuse_unknown_keys(path, entry, ("value", "source"))
     value, source = entry.get("value"), entry.get("source")
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < _LARGEST:
         raise ConfigError(f"{path}.value", value, "must be a positive number", _EXAMPLE)
     if not isinstance(source, str) or not source.strip():
         raise ConfigError(f"{path}.source", source, "must state where the number comes from", _EXAMPLE)

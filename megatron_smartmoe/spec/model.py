@@ -29,7 +29,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_smartmoe.errors import ConfigError
-from megatron_smartmoe.spec.yaml_io import find_config, load_yaml, refuse_unknown_keys
+from megatron_smartmoe.spec.readers import values
+from megatron_smartmoe.spec.yaml_io import find_config, load_yaml, located, refuse_unknown_keys
 
 Norm = Literal["RMSNorm", "LayerNorm"]
 Position = Literal["rope", "learned_absolute", "none"]
@@ -193,6 +194,8 @@ _SHAPE = (
     "layers hidden heads query_groups head_dim ffn vocab seq_length norm gated bias qk_norm qkv_bias tied position "
     "rope_base mtp_layers dropout"
 ).split()
+_MOST = {"layers": 10_000, "mtp_layers": 100, "experts": 65_536, "first_dense": 10_000}  # a typing error beyond these
+_MOST_OF_ANY = 10**9
 _SECTIONS = ("shape", "moe", "latent", "training")
 
 
@@ -202,7 +205,13 @@ def load_model_spec(path: Path) -> ModelSpec:
     Raises:
         ConfigError: unknown or missing key, wrong type, a number without a source, or sizes that contradict.
     """
-    content = load_yaml(find_config("models", path))
+    path = find_config("models", path)
+    content = load_yaml(path)
+    with located(path):
+        return _model_of(content, path.stem)
+
+
+def _model_of(content: Mapping[str, Any], default_name: str) -> ModelSpec:
     refuse_unknown_keys("", content, ("name", *_SECTIONS))
     sources: dict[str, str] = {}
     uncertain: list[str] = []
@@ -210,25 +219,31 @@ def load_model_spec(path: Path) -> ModelSpec:
     for name in ("shape", "moe", "training"):
         if name not in read:
             raise ConfigError(name, None, "is missing", "See configs/models/mixtral-8x7b.yaml.")
+    name = content.get("name", default_name)
+    if not isinstance(name, str) or not name.isprintable():
+        raise ConfigError("name", name, "must be a text on one line", f"For example: name: {default_name}.")
     shape = read["shape"]
     refuse_unknown_keys("shape", shape, tuple(_SHAPE))
     refuse_unknown_keys("training", read["training"], ("global_batch",))
     model_fields = {**shape, **read["training"]}
     if "latent" not in read:
         model_fields.setdefault("query_groups", model_fields.get("heads"))
+        for size in ("hidden", "heads"):
+            if size in model_fields:
+                _check_type(f"shape.{size}", size, "int", model_fields[size])
         if "head_dim" not in model_fields and {"hidden", "heads"} <= set(model_fields):
             model_fields["head_dim"] = model_fields["hidden"] // model_fields["heads"]
     else:
         latent = read["latent"]
-        model_fields["latent"] = _build(LatentAttention, "latent", latent)
+        model_fields["latent"] = sizes = _build(LatentAttention, "latent", latent)
         model_fields.setdefault("query_groups", model_fields.get("heads"))
-        model_fields.setdefault("head_dim", latent["qk_head_dim"] + latent.get("qk_rope_dim", 0))
+        model_fields.setdefault("head_dim", sizes.qk_head_dim + sizes.qk_rope_dim)
     model_fields.setdefault("ffn", read["moe"].get("ffn"))
     model: ModelSpec = _build(
         ModelSpec,
         "shape",
         {
-            "name": str(content.get("name", path.stem)),
+            "name": name,
             "moe": _build(MoESpec, "moe", read["moe"]),
             "sources": sources,
             "uncertain": tuple(uncertain),
@@ -277,19 +292,21 @@ def _build(kind: type[Any], where: str, values: dict[str, Any]) -> Any:
 
 def _check_type(path: str, name: str, declared: str, value: Any) -> None:
     if name in _CHOICES:
-        if value not in _CHOICES[name]:
+        if not isinstance(value, str) or value not in _CHOICES[name]:
             raise ConfigError(
                 path, value, f"must be one of {', '.join(_CHOICES[name])}", f"For example: {_CHOICES[name][0]}."
             )
     elif declared == "int":
         least = 0 if name in ("q_rank", "shared_ffn", "first_dense", "groups", "group_top_k", "mtp_layers") else 1
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise ConfigError(path, value, f"must be a whole number of at least {least}", "For example: 4.")
+        most = _MOST.get(name, _MOST_OF_ANY)
+        if type(value) is not int or not least <= value <= most:
+            rule = f"must be a whole number of at least {least} and at most {most:,}"
+            raise ConfigError(path, value, rule, "For example: 4.")
     elif declared == "bool":
         if not isinstance(value, bool):
             raise ConfigError(path, value, "must be true or false", "For example: true.")
-    elif declared == "float" and (isinstance(value, bool) or not isinstance(value, int | float) or value < 0):
-        raise ConfigError(path, value, "must be a number of at least 0", "For example: 0.01.")
+    elif declared == "float":
+        values.number(value, path, example=0.01)
 
 
 def _check(model: ModelSpec) -> None:

@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_smartmoe.errors import PlanError
+from megatron_smartmoe.errors import ConfigError, PlanError, shown
 from megatron_smartmoe.spec.arrays import IntArray
+from megatron_smartmoe.spec.readers import values
 
 EMPTY = -1  # a spare slot without a replica
 
@@ -155,12 +156,23 @@ class Placement:
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Placement:
-        """Read what `to_json` wrote; another version and a wrong digest are refused."""
-        if content.get("version") != 1:
-            raise PlanError(f"placement version = {content.get('version')!r}: only version 1 is known")
-        placement = cls(slots_LRS=np.array(content["slots"], dtype=np.int64), num_experts=int(content["experts"]))
+        """Read what `to_json` wrote.
+
+        Raises:
+            PlanError: another version, a wrong type, a wrong digest, or a table that breaks a rule.
+        """
+        if not isinstance(content, Mapping):
+            raise PlanError(f"placement = {shown(content)}: must be a mapping")
+        if type(content.get("version")) is not int or content["version"] != 1:
+            raise PlanError(f"placement version = {shown(content.get('version'))}: only version 1 is known")
+        try:
+            slots = values.whole_table(content.get("slots"), "placement.slots", 3)
+            num_experts = values.whole(content.get("experts"), "placement.experts", least=1)
+        except ConfigError as error:
+            raise PlanError(str(error)) from None
+        placement = cls(slots_LRS=slots, num_experts=num_experts)
         if content.get("digest") != placement.digest:
-            raise PlanError(f"placement digest = {content.get('digest')!r}: its slots give {placement.digest!r}")
+            raise PlanError(f"placement digest = {shown(content.get('digest'))}: its slots give {placement.digest!r}")
         return placement
 
 

@@ -18,14 +18,16 @@ directory. Flags are not checked here but by Megatron's own parser.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from megatron_smartmoe.errors import ConfigError
-from megatron_smartmoe.spec.yaml_io import find_config, load_yaml, refuse_unknown_keys
+from megatron_smartmoe.spec.yaml_io import find_config, load_yaml, located, refuse_unknown_keys
 
 FlagValue = str | bool | list[str]
+MOST_RANKS = 4096  # of one node
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,22 +55,32 @@ def load_run_spec(path: Path) -> RunSpec:
     Raises:
         ConfigError: unknown key, wrong type, or a flag given in two groups.
     """
-    file = find_config("runs", path)
-    content = load_yaml(file)
-    refuse_unknown_keys("", content, ("name", "nproc", "data", "flags"))
-    nproc = content.get("nproc")
-    if nproc is not None and (not isinstance(nproc, int) or isinstance(nproc, bool) or nproc < 1):
-        raise ConfigError("nproc", nproc, "must be a positive whole number of ranks per node", "For example: nproc: 4.")
-    groups = {} if content.get("flags") is None else content["flags"]
-    flags = _flags(groups)
-    return RunSpec(
-        name=str(content.get("name") or path.stem),
-        nproc=nproc,
-        data=_data(content.get("data")),
-        flags=flags,
-        origins={"data": f"{file}, data"}
-        | {str(name): f"{file}, flags.{group}.{name}" for group, names in groups.items() for name in names},
-    )
+    path = find_config("runs", path)
+    content = load_yaml(path)
+    with located(path):
+        refuse_unknown_keys("", content, ("name", "nproc", "data", "flags"))
+        nproc = content.get("nproc")
+        if nproc is not None and (type(nproc) is not int or not 1 <= nproc <= MOST_RANKS):
+            rule = "must be a positive whole number of ranks per node"
+            raise ConfigError("nproc", nproc, rule, "For example: nproc: 4.")
+        groups = {} if content.get("flags") is None else content["flags"]
+        flags = _flags(groups)
+        return RunSpec(
+            name=_name(content.get("name"), path),
+            nproc=nproc,
+            data=_data(content.get("data")),
+            flags=flags,
+            origins={"data": f"{path}, data"}
+            | {str(name): f"{path}, flags.{group}.{name}" for group, names in groups.items() for name in names},
+        )
+
+
+def _name(name: Any, path: Path) -> str:
+    if name is None or name == "":
+        return path.stem
+    if isinstance(name, bool) or not isinstance(name, str | int | float) or not str(name).isprintable():
+        raise ConfigError("name", name, "must be a text on one line", f"For example: name: {path.stem}.")
+    return str(name)
 
 
 def _data(content: Any) -> dict[str, Any] | None:
@@ -77,8 +89,10 @@ def _data(content: Any) -> dict[str, Any] | None:
     way_out = "For example: data: {prefix: data/my/corpus}."
     if not isinstance(content, dict) or "prefix" not in content:
         raise ConfigError("data", content, "must be a mapping with `prefix`", way_out)
-    if not isinstance(content["prefix"], str) or not content["prefix"]:
+    if not isinstance(content["prefix"], str) or not content["prefix"] or not content["prefix"].isprintable():
         raise ConfigError("data.prefix", content["prefix"], "must be the path of a dataset, without .bin", way_out)
+    for name, value in content.items():
+        _as_text(f"data.{name}", name, value)
     return content
 
 
@@ -109,6 +123,10 @@ def _as_text(where: str, name: str, value: Any) -> FlagValue | None:
     if value is True:
         return True
     items = value if isinstance(value, list) else [value]
+    if any(isinstance(item, float) and math.isnan(item) for item in items):
+        raise ConfigError(where, value, "is not a number", "Write a number.")
+    if any(isinstance(item, str) and "\0" in item for item in items):
+        raise ConfigError(where, value, "holds a NUL character", "Remove it.")
     if all(isinstance(item, str | int | float) and not isinstance(item, bool) for item in items):
         texts = [_scalar_text(item) for item in items]
         return texts if isinstance(value, list) else texts[0]

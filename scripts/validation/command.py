@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from megatron_smartmoe.errors import EXIT_CONFIG_ERROR, ConfigError, SmartMoEError
+from megatron_smartmoe.errors import EXIT_CONFIG_ERROR, SmartMoEError
+from megatron_smartmoe.spec.readers.csv_rows import Row, read_rows
+from megatron_smartmoe.spec.readers.files import Named
 
 
 def parser_of(documentation: str | None, rows: str) -> argparse.ArgumentParser:
@@ -32,18 +33,10 @@ def run(args: argparse.Namespace, validate: Callable[[argparse.Namespace], Mappi
     return 0
 
 
-def read_csv(path: Path, columns: Sequence[str], rows: str) -> list[dict[str, str]]:
+def read_csv(path: Path, columns: Sequence[str], rows: str) -> list[Row]:
     """The rows of a CSV file that has at least `columns`.
 
     Raises:
-        ConfigError: the file is missing, or lacks a column.
+        ConfigError: the file cannot be read, is not CSV, or lacks a column.
     """
-    if not path.is_file():
-        raise ConfigError(rows, str(path), "does not exist", "Give the path of a CSV file.")
-    with path.open(encoding="utf-8", newline="") as file:
-        reader = csv.DictReader(file)
-        missing = [name for name in columns if name not in (reader.fieldnames or ())]
-        if missing:
-            way_out = f"It needs {', '.join(columns)}."
-            raise ConfigError(rows, str(path), f"lacks column {', '.join(missing)}", way_out)
-        return list(reader)
+    return read_rows(Named(path=path, field=rows, way_out="Give the path of a CSV file."), columns)

@@ -26,7 +26,8 @@ from megatron_smartmoe.errors import ConfigError
 from megatron_smartmoe.spec.arrays import FloatArray
 from megatron_smartmoe.spec.cluster import ClusterSpec
 from megatron_smartmoe.spec.model import ModelSpec, MoESpec
-from megatron_smartmoe.spec.parallel import ParallelSpec
+from megatron_smartmoe.spec.parallel import ParallelSpec, violation
+from megatron_smartmoe.spec.readers.csv_rows import Row
 
 VOCAB = 50304  # GPT-2's, padded, as the runs' FLOP count says
 PADDED = ("deepspeed", "tutel")  # systems that pad every expert
@@ -36,6 +37,13 @@ COLUMNS = (
     "cluster gpus system layers hidden heads seq topk experts gate capacity tp pp dp ep edp gbs mbs shadow "
     "median_ms_skip10"
 ).split()
+
+
+_WHOLE = "gpus hidden heads seq topk experts tp pp ep gbs mbs".split()
+
+
+class NotGpt(ConfigError):
+    """A row of another kind of model."""
 
 
 @dataclass(frozen=True)
@@ -78,58 +86,67 @@ class MeasuredRun:
     time_s: float
 
 
-def run_of(row: Mapping[str, str]) -> MeasuredRun:
+def run_of(row: Row) -> MeasuredRun:
     """Read one row of the CSV.
 
     Raises:
-        ConfigError: the row is not a GPT run (a vision model's sizes are not in the columns).
+        NotGpt: the row is not a GPT run (a vision model's sizes are not in the columns).
+        ConfigError: a cell is not what its column needs.
     """
-    if not row["hidden"].isdigit() or not row["seq"].isdigit():
+    if not row.is_whole("hidden") or not row.is_whole("seq"):
         rule = "is not one transformer shape; only GPT rows can be predicted"
-        raise ConfigError("hidden", row["hidden"], rule, "Leave the row out.")
-    hidden, top_k, gpus = int(row["hidden"]), int(row["topk"]), int(row["gpus"])
+        raise NotGpt(f"{row.where}: hidden", row.text("hidden"), rule, "Leave the row out.")
+    number = {name: row.whole(name, least=1) for name in _WHOLE}
+    hidden, top_k, gpus = number["hidden"], number["topk"], number["gpus"]
+    for name, least in (("heads", hidden), ("topk", 4 * hidden), ("topk", number["experts"])):
+        if number[name] > least:
+            raise ConfigError(f"{row.where}: {name}", number[name], f"must be at most {least}", "Correct the cell.")
     model = ModelSpec(
         name="gpt-moe",
-        layers=int(row["layers"]),
+        layers=row.whole("layers", least=1, most=10_000),
         hidden=hidden,
-        heads=int(row["heads"]),
-        query_groups=int(row["heads"]),
-        head_dim=hidden // int(row["heads"]),
+        heads=number["heads"],
+        query_groups=number["heads"],
+        head_dim=hidden // number["heads"],
         ffn=4 * hidden,
         vocab=VOCAB,
-        seq_length=int(row["seq"]),
-        global_batch=int(row["gbs"]),
+        seq_length=number["seq"],
+        global_batch=number["gbs"],
         norm="LayerNorm",
         gated=False,
         bias=True,
         tied=True,
         position="learned_absolute",
-        moe=MoESpec(experts=int(row["experts"]), top_k=top_k, ffn=4 * hidden // top_k),
+        moe=MoESpec(experts=row.whole("experts", least=1, most=65_536), top_k=top_k, ffn=4 * hidden // top_k),
     )
     spec = ParallelSpec(
         gpus=gpus,
-        tp=int(row["tp"]),
-        pp=int(row["pp"]),
-        ep=int(row["ep"]),
-        micro_batch=int(row["mbs"]),
-        global_batch=int(row["gbs"]),
+        tp=number["tp"],
+        pp=number["pp"],
+        ep=number["ep"],
+        micro_batch=number["mbs"],
+        global_batch=number["gbs"],
         distributed_optimizer=False,
         overlap_grad_reduce=False,
         overlap_param_gather=False,
         grad_reduce_in_fp32=False,
         implementation="local",
     )
+    reason = violation(model, spec)
+    if reason:
+        raise ConfigError(f"{row.where}: gpus", gpus, f"is a launch that cannot be: {reason}", "Correct the row.")
     return MeasuredRun(
-        key=f"{row['cluster']} {gpus} L{model.layers} H{hidden} E{model.moe.experts} capacity {row['capacity']}",
-        label=f"{row['system']} {spec.label()}",
-        system=row["system"],
-        gate=row["gate"],
-        capacity=float(row["capacity"]),
-        cluster=row["cluster"],
-        shadow=row["shadow"] == "ON",
+        key=f"{row.text('cluster')} {gpus} L{model.layers} H{hidden} E{model.moe.experts} "
+        f"capacity {row.text('capacity')}",
+        label=f"{row.text('system')} {spec.label()}",
+        system=row.text("system"),
+        gate=row.text("gate"),
+        capacity=row.number("capacity", finite=False),
+        cluster=row.text("cluster"),
+        shadow=row.text("shadow") == "ON",
         model=model,
         spec=spec,
-        time_s=float(row["median_ms_skip10"]) * 1e-3,
+        time_s=row.number("median_ms_skip10") * 1e-3,
     )
 
 

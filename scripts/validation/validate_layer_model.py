@@ -79,19 +79,23 @@ def measurements(path: Path, trace: RoutingTrace, gpus_per_node: int) -> list[Me
     layer_of = {int(layer): at for at, layer in enumerate(trace.layer)}
     found = []
     for row in command.read_csv(path, COLUMNS, ROWS):
-        record, layer = record_of.get(int(row["iter"])), layer_of.get(int(row["layer"]))
+        record, layer = record_of.get(row.whole("iter")), layer_of.get(row.whole("layer"))
         if record is None or layer is None:
             continue
-        gpus = int(row["gpus"])
+        gpus = row.whole("gpus", least=1)
         if gpus > trace.num_sources or trace.num_experts % gpus:
             rule = f"the trace has {trace.num_sources} source ranks and {trace.num_experts} experts"
-            raise ConfigError(f"{path.name}: gpus", gpus, rule, f"Give a trace of {gpus} source ranks.")
+            raise ConfigError(f"{row.where}: gpus", gpus, rule, f"Give a trace of {gpus} source ranks.")
         counts_RE = trace.counts[record, layer, :gpus].astype(np.float64)
         counts_RE = counts_RE[:, 0] if trace.has_micro_batches else counts_RE
-        counts_RE *= int(row["mbs"]) * ASSIGNMENTS_PER_SEQUENCE / counts_RE.sum(axis=1, keepdims=True)
+        total_R = counts_RE.sum(axis=1, keepdims=True)
+        if not total_R.all():
+            rule = f"layer {row.text('layer')} has a source rank without assignments in iteration {row.text('iter')}"
+            raise ConfigError(f"{row.where}: iter", row.text("iter"), rule, "Delete the row.")
+        counts_RE *= row.whole("mbs", least=1) * ASSIGNMENTS_PER_SEQUENCE / total_R
         home = Placement.contiguous(num_layers=1, num_experts=trace.num_experts, num_ranks=gpus)
         flow = LayerFlow.equal_split(counts_RE, home.slots_LRS[0], num_nodes=-(-gpus // gpus_per_node))
-        found.append(Measurement(flow=flow, time_s=float(row["real_ms"]) * 1e-3))
+        found.append(Measurement(flow=flow, time_s=row.number("real_ms") * 1e-3))
     if not found:
         way_out = f"The trace has iterations {trace.iteration[0]} to {trace.iteration[-1]}, layers {trace.layer}."
         raise ConfigError(ROWS, str(path), "has no row whose iter and layer are in the trace", way_out)

@@ -27,16 +27,19 @@ def test_moments_of_a_run(tmp_path: Path, data_flags: list[str]) -> None:
     start, *moments = first
     assert start == {"layers": [0, 1], "numbers": [0, 1], "ep": 2, "chunks": 1, "reporter": "rank 0 only"}
     step = ["early before", "late before", "early after", "late after"]
-    between = ["early between", "late between"]
+    between = ["late enters changes", "early between", "late between", "late leaves changes"]
+    validation = ["late enters validation", "late leaves validation", "late validation"]
     save_ = ["early enters save", "late enters save", "late leaves save", "early leaves save"]
     assert [text for text in moments if not text.startswith("early validation")] == [
         *[f"{what} 1" for what in step + between],
         *[f"{what} 2" for what in step],
-        "late validation",
+        *validation,
         *[f"{what} 2" for what in between + save_],
         *[f"{what} 3" for what in step + between],
         *[f"{what} 3" for what in save_],
-        "late validation",
+        *validation,
+        "late enters test",
+        "late leaves test",
         "late test",
         "late end",
     ]
@@ -84,6 +87,18 @@ def _record(argv: list[str]) -> list[Any]:
                     "reporter": "rank 0 only",
                 }
             )
+
+        @contextlib.contextmanager
+        def around_changes(self, iteration: int) -> Iterator[None]:
+            moments.append(f"late enters changes {iteration}")
+            yield
+            moments.append(f"late leaves changes {iteration}")
+
+        @contextlib.contextmanager
+        def around_evaluation(self, split: str) -> Iterator[None]:
+            moments.append(f"late enters {split}")
+            yield
+            moments.append(f"late leaves {split}")
 
         def after_evaluation(self, split: str, losses: Any) -> None:
             moments.append(f"late {split}")

@@ -145,6 +145,26 @@ def a_bit_flips() -> dict[str, Any]:
     return facts | {"again": job.fingerprints() == before, "arrived": bool((job.homes_LE == wanted).all())}
 
 
+def memory_is_refused() -> dict[str, Any]:
+    """Rank 2 gets no staging memory: no rank moves anything, none waits, and a later migration works."""
+    job = Job(MIX)
+    job.step()
+    before, wanted, exchange = job.fingerprints(), job.random_homes(1), job.exchange()
+    empty = torch.empty
+
+    def refuse(*args: Any, **kwargs: Any) -> torch.Tensor:
+        if kwargs.get("dtype") == torch.uint8 and dist.get_rank() == 2:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes.\nStack")
+        return empty(*args, **kwargs)
+
+    begin = time.monotonic()
+    with mock.patch("torch.empty", refuse):
+        error = error_of(lambda: job.migrate(wanted, exchange))
+    facts = {"error": error, "seconds": time.monotonic() - begin, "unchanged": job.fingerprints() == before}
+    job.migrate(wanted, exchange)
+    return facts | {"again": job.fingerprints() == before, "arrived": bool((job.homes_LE == wanted).all())}
+
+
 def plans_differ() -> dict[str, Any]:
     job = Job(MIX)
     job.step()
@@ -262,6 +282,7 @@ CASES = [
     weights_not_gathered,
     a_bit_flips,
     plans_differ,
+    memory_is_refused,
     staging_is_bounded,
     gradients_are_there,
     a_peer_is_slow,
@@ -294,6 +315,21 @@ def test_mutation_is_caught(fault: Callable[[], bool], found: list[dict[str, Any
         assert not all(of(found, fault))
     else:
         assert of(found, fault) == [False] * 4
+
+
+def test_a_rank_without_memory_stops_the_migration_on_every_rank(found: list[dict[str, Any]]) -> None:
+    for rank, facts in enumerate(of(found, memory_is_refused)):
+        if rank == 2:
+            assert facts["error"].startswith("MigrationError: rank 2: no memory for ")
+            assert "can't allocate memory: you tried to allocate 1 bytes.). Lower --smartmoe-" in facts["error"]
+            assert facts["error"].endswith("; nothing was moved.")
+        else:
+            text = "another rank has no memory for staging, as its log says; nothing was moved."
+            assert facts["error"] == f"MigrationError: {text}"
+        assert facts["seconds"] < 60  # not the migration's timeout
+        assert facts["unchanged"]
+        assert facts["again"]
+        assert facts["arrived"]
 
 
 def test_a_flipped_bit_stops_its_step_on_every_rank(found: list[dict[str, Any]]) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -122,6 +125,42 @@ def test_an_iteration_can_be_run_again(tmp_path: Path) -> None:
     assert first[0].unique().tolist() == [4.0]  # the expert with a replica: two passes at home, two at the replica
     assert first[1].unique().tolist() == [2.0]
     assert second[0].unique().tolist() == [4.0]
+
+
+def _fetches_that_nobody_asks_for() -> dict[str, tuple[bool, float]]:
+    """After each way to change the replicas in use: whether the fetch before it has ended, and what it brought."""
+    from megatron_smartmoe.adapter.moe.replica_dispatcher import ReplicaDispatcher
+
+    spare, _, _ = _setup()
+    none = np.where(np.arange(3) < 2, SLOTS, -1)
+    dispatcher: Any = SimpleNamespace(_spare=spare, _homes_RS=none)
+    changes: dict[str, Callable[[], object]] = {
+        "other replicas": lambda: spare.use(SLOTS, num_passes=1),
+        "none": lambda: spare.use(none, num_passes=1),
+        "for a micro-batch": lambda: spare.keep(False),
+        "for an iteration": lambda: spare.keep(True),
+        "another planner": lambda: ReplicaDispatcher.plan_with(dispatcher, None),
+    }
+    facts = {}
+    for name, change in changes.items():
+        spare.keep(True)
+        used = spare.use(SLOTS, num_passes=1)
+        used.spares[0].zero_()
+        if spare.wire.rank == 1:  # rank 0 has started to fetch for a while when rank 1 begins to send
+            time.sleep(0.2)
+        used.start()
+        works = used._pending.works
+        change()
+        facts[name] = all(work.is_completed() for work in works), float(used.spares[0].sum())
+    return facts
+
+
+def test_a_fetch_that_nobody_asks_for_is_waited_for(tmp_path: Path) -> None:
+    """Its messages would otherwise arrive in memory that is in use for something else."""
+    for facts, expert in zip(run_ranks(_fetches_that_nobody_asks_for, 2, log_dir=tmp_path), (2, 0), strict=True):
+        brought = float(np.arange(24.0).reshape(4, 6)[expert].sum())
+        assert facts == dict.fromkeys(facts, (True, brought))
+        assert len(facts) == 5
 
 
 def _digests() -> tuple[bool, bool]:

@@ -250,7 +250,8 @@ def test_wrong_input_is_one_line(name: str, said: dict[str, Said]) -> None:
 
 def test_a_file_that_is_no_plan_is_refused(said: dict[str, Said]) -> None:
     path = Path("broken") / "plan.json"
-    error = f"error: --run-dir = '{path}': cannot be read as JSON. Remove it to plan again.\n"
+    rule = "is not JSON: Expecting property name enclosed in double quotes (column 2)"
+    error = f"error: {path}:1 = '{{': {rule}. Remove {path} to plan again.\n"
     assert said["no plan"] == (2, "", error)
 
 

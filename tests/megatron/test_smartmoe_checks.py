@@ -14,6 +14,12 @@ ONE_OUT = "Remove one of the two."
 TE = "--transformer-impl transformer_engine"
 CASES = {
     "all well": Case(flags="--smartmoe", verdict=True),
+    "a watchdog without patience": Case(
+        flags="--smartmoe-watchdog-floor-s 0.5",
+        says="--smartmoe-watchdog-floor-s = 0.5: must be a number of seconds, at least 1: every longer hiccup of a "
+        "short step would be reported. Remove it for its default, or pass --smartmoe-watchdog off.",
+    ),
+    "a watchdog with patience": Case(flags="--smartmoe-watchdog-floor-s 60", verdict=True),
     "without experts": Case(
         flags="--smartmoe",
         without=("--num-experts",),
@@ -94,8 +100,8 @@ CASES = {
     ),
     "no trace": Case(
         flags="--smartmoe-replay-trace nowhere.npz",
-        says="--smartmoe-replay-trace = 'nowhere.npz': does not exist. Give an .npz file or Megatron's trace "
-        "directory.",
+        says="--smartmoe-replay-trace = 'nowhere.npz': does not exist. Give an .npz trace, Megatron's trace "
+        "directory, or a load of EPLB, SGLang or vLLM (docs/traces.md).",
     ),
     "a trace of other experts": Case(
         flags="--smartmoe-replay-trace {data}/six.npz",

@@ -162,8 +162,9 @@ def test_a_rank_that_dies_on_one_node_ends_the_job_with_its_name(slurm: SlurmClu
     os.kill(ranks[0], signal.SIGKILL)
     job = slurm.wait(job_id, timeout=TIMEOUT_S)
     assert (job.state, job.exit_code) == ("FAILED", 137), job.stdout[-6000:]
-    last = f"smartmoe: rank 1 on {os.uname().nodename} was killed by SIGKILL | no folder of checkpoints (--save) | "
+    last = f"smartmoe: rank 1 on {os.uname().nodename} was killed by SIGKILL | it was in iteration "
     assert job.stdout.splitlines()[-1].startswith(last), job.stdout[-3000:]
+    assert " | no folder of checkpoints (--save) | " in job.stdout.splitlines()[-1]
     assert "(first observed failure)" not in job.stdout
     for log in ("train.log", "node1.log"):
         assert (run_dir / log).read_text().splitlines()[-1].startswith(last)

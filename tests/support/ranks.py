@@ -49,6 +49,15 @@ def run_ranks(
     Raises:
         AssertionError: a rank failed or hung; the message ends with the log of the first rank that did.
     """
+    ranks = start_ranks(function, world_size, *args, log_dir=log_dir, **kwargs)
+    _wait(ranks, log_dir, timeout_s)
+    return [pickle.loads((log_dir / f"rank{rank}.pickle").read_bytes()) for rank in range(world_size)]
+
+
+def start_ranks(
+    function: Callable[..., Any], world_size: int, *args: Any, log_dir: Path, **kwargs: Any
+) -> list[ForkServerProcess]:
+    """Start what `run_ranks` starts, and leave the waiting to the caller."""
     log_dir.mkdir(parents=True, exist_ok=True)
     port = free_port()
     ranks = []
@@ -66,8 +75,7 @@ def run_ranks(
         )
         process.start()
         ranks.append(process)
-    _wait(ranks, log_dir, timeout_s)
-    return [pickle.loads((log_dir / f"rank{rank}.pickle").read_bytes()) for rank in range(world_size)]
+    return ranks
 
 
 def _wait(ranks: list[ForkServerProcess], log_dir: Path, timeout_s: float) -> None:

@@ -41,6 +41,20 @@ def test_a_long_value_is_cut(length: int) -> None:
     assert str(pickle.loads(pickle.dumps(error))) == str(error)
 
 
+def test_what_a_terminal_does_not_print_is_escaped() -> None:
+    error = ConfigError("a\nb\ud800", "c\x1b[2J", "is wrong\x07", "Give\n  another\0.")
+    assert str(error) == "a\\nb\\ud800 = 'c\\x1b[2J': is wrong\\x07. Give\n  another\\x00."
+    assert len(str(ConfigError("k" * 10_000, None, "is wrong", "Mend it."))) < 300
+
+
+def test_a_value_that_stands_for_a_billion_entries_is_not_written_out() -> None:
+    value: object = ["x"] * 9
+    for _ in range(9):
+        value = [value] * 9
+    assert len(str(ConfigError("a", {"b": value}, "is wrong", "Mend it."))) < 300
+    assert str(ConfigError("a", 10**5000, "is wrong", "Mend it.")) == "a = a int: is wrong. Mend it."
+
+
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
 @pytest.mark.parametrize("value", [None, "text", 3, Path("runs/a"), {"prefix": ["a", 1]}])
 def test_pickling_keeps_the_four_parts(value: object, protocol: int) -> None:

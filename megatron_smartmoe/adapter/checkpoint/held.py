@@ -22,9 +22,10 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from megatron.core.fp8_utils import is_float8tensor
 
 from megatron_smartmoe.adapter.migration.optimizer_state import MAIN, ParameterState, check_optimizer, parameter_states
-from megatron_smartmoe.checkpoint.digest import EXP_AVG, EXP_AVG_SQ, ITEM_BYTES, MAIN_WEIGHT, WEIGHT, Piece
+from megatron_smartmoe.checkpoint.digest import EXP_AVG, EXP_AVG_SQ, MAIN_WEIGHT, WEIGHT, Piece
 from megatron_smartmoe.checkpoint.names import logical_pieces
 from megatron_smartmoe.errors import CompatError, ConfigError
+from megatron_smartmoe.spec.readers.torch_save import ITEM_BYTES
 
 _KIND_OF_STATE = {MAIN: MAIN_WEIGHT, EXP_AVG: EXP_AVG, EXP_AVG_SQ: EXP_AVG_SQ}
 _FP32 = "float32"  # type of main weights and moments

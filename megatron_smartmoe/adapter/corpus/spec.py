@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import NoneType
 from typing import Any, Literal, Self
 
 from megatron_smartmoe.adapter.tokenizers.base import HUGGING_FACE, SENTENCEPIECE, TIKTOKEN
 from megatron_smartmoe.adapter.tokenizers.detect import is_hub_name
 from megatron_smartmoe.errors import ConfigError
+from megatron_smartmoe.spec.readers import values
+from megatron_smartmoe.spec.readers.files import Named
+from megatron_smartmoe.spec.readers.json_text import read_json
 
 META_FORMAT = "megatron_smartmoe corpus"
 META_VERSION = 1
@@ -184,7 +186,7 @@ class PreparedCorpus:
     @staticmethod
     def exists(prefix: str | Path) -> bool:
         """Whether a whole dataset is there; the `.idx` is put in place last, so it answers for all."""
-        return meta_path(prefix).is_file() and Path(f"{prefix}.idx").is_file()
+        return os.path.isfile(meta_path(prefix)) and os.path.isfile(f"{prefix}.idx")
 
     @classmethod
     def is_noted(cls, prefix: str | Path) -> bool:
@@ -204,45 +206,24 @@ class PreparedCorpus:
                 f"Make it with scripts/prepare_data.py --output-prefix {prefix}.",
             )
         meta = read_meta(path)
-        if meta is None or meta.get("version") != META_VERSION:
+        if meta is None or type(meta.get("version")) is not int or meta["version"] != META_VERSION:
             raise ConfigError(
                 "--data-path",
                 str(path),
                 f"is not the metadata of a prepared corpus, version {META_VERSION}",
                 "Prepare the corpus again with --force.",
             )
-        fields = {name: meta[name] for name in cls.__dataclass_fields__ if name in meta}
-        if wrong := cls._wrong_fields(fields):
-            rule = f"is damaged: {', '.join(wrong)} missing or of a wrong type"
-            raise ConfigError("--data-path", str(path), rule, "Restore the file, or prepare the corpus with --force.")
-        model = Path(meta["tokenizer_model"])
-        beside = path.parent / model
-        fields["tokenizer_model"] = model if is_hub_name(model) and not beside.exists() else beside
-        for name in ("bad_lines", "command", "tokenizer_flags"):
-            fields[name] = tuple(meta.get(name, ()))
-        return cls(prefix=Path(prefix), **fields)
-
-    @classmethod
-    def _wrong_fields(cls, fields: Mapping[str, Any]) -> list[str]:
-        """Names of fields that are missing from metadata, or hold another type than they should."""
-        kinds: dict[str, type | tuple[type, ...]] = {
-            "int": int,
-            "int | None": (int, NoneType),
-            "float": (int, float),
-            "bool": bool,
-            "str": str,
-            "Path": str,
-            "tuple[str, ...]": list,
-            "Mapping[str, Any]": dict,
-        }
-        wrong = []
-        for field in dataclasses.fields(cls):
-            needed = field.default is dataclasses.MISSING
-            present = field.name in fields
-            if field.name != "prefix" and (present or needed):
-                fits = present and isinstance(fields[field.name], kinds[str(field.type)])
-                wrong += [] if fits else [field.name]
-        return wrong
+        content = {name: meta[name] for name in cls.__dataclass_fields__ if name in meta}
+        tokenizer, again = meta.get("tokenizer_model"), "Restore the file, or prepare the corpus with --force."
+        if not isinstance(tokenizer, str) or not tokenizer.isprintable():
+            raise ConfigError(f"{path}: tokenizer_model", tokenizer, "must be the path of a file", again)
+        model, beside = Path(tokenizer), path.parent / tokenizer
+        given = {**content, "prefix": Path(prefix)}
+        given["tokenizer_model"] = model if is_hub_name(model) and not os.path.exists(beside) else beside
+        try:
+            return values.build(cls, given, "", again)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error.field}", error.value, error.rule, again) from None
 
     def to_json(self) -> str:
         """The text of `PREFIX.json`. The tokenizer's path is relative to it, so that the directory can be moved."""
@@ -265,7 +246,7 @@ def meta_path(prefix: str | Path) -> Path:
 def read_meta(path: Path) -> dict[str, Any] | None:
     """The metadata in `path`, or None when the file is something else (perhaps the user's own data)."""
     try:
-        meta = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        meta = read_json(Named(path=path, field="--data-path", way_out="Prepare the corpus again with --force."))
+    except ConfigError:
         return None
     return meta if isinstance(meta, dict) and meta.get("format") == META_FORMAT else None

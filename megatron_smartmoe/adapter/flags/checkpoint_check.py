@@ -11,9 +11,9 @@ from megatron_smartmoe.checkpoint.directory import RELEASE
 from megatron_smartmoe.checkpoint.manifest import read_manifest
 from megatron_smartmoe.checkpoint.rank_files import RANK_FILE
 from megatron_smartmoe.checkpoint.torch_dist import is_torch_dist, read_common
-from megatron_smartmoe.checkpoint.torch_save import read_saved
-from megatron_smartmoe.errors import CheckpointError, ConfigError
+from megatron_smartmoe.errors import CheckpointError, ConfigError, shown
 from megatron_smartmoe.spec.placement import Placement
+from megatron_smartmoe.spec.readers.torch_save import read_saved
 
 _LEGACY_SIZES = (
     "--tensor-model-parallel-size",
@@ -21,6 +21,16 @@ _LEGACY_SIZES = (
     "--expert-model-parallel-size",
     "--expert-tensor-parallel-size",
 )
+# Arguments of the run that saved a checkpoint which are compared with this run's, and their defaults.
+_LOOKED_AT: dict[str, int | bool | None] = {
+    "expert_model_parallel_size": 1,
+    "expert_tensor_parallel_size": None,
+    "tensor_model_parallel_size": 1,
+    "pipeline_model_parallel_size": 1,
+    "use_distributed_optimizer": False,
+    "dist_ckpt_optim_fully_reshardable": False,
+    "no_save_optim": False,
+}
 
 
 def check_load(args: argparse.Namespace) -> tuple[str, ...]:
@@ -57,7 +67,7 @@ def check_state(args: argparse.Namespace) -> None:
     if saved is None:
         return
     _check_format(args, saved, folder, is_sharded=is_sharded)
-    _check_left_out(args, saved, folder)
+    _check_left_out(args, saved, folder, is_sharded=is_sharded)
     if args.num_experts is None or args.finetune or args.no_load_optim:
         return
     here, there = args.expert_model_parallel_size, saved.expert_model_parallel_size
@@ -96,12 +106,14 @@ def _check_format(args: argparse.Namespace, saved: argparse.Namespace, folder: P
         raise ConfigError("--load", args.load, rule, way_out)
 
 
-def _check_left_out(args: argparse.Namespace, saved: argparse.Namespace, folder: Path) -> None:
-    """What a save has left out has to be left out by the load; Megatron would end with a KeyError."""
+def _check_left_out(args: argparse.Namespace, saved: argparse.Namespace, folder: Path, *, is_sharded: bool) -> None:
+    """What a save has left out has to be left out by the load, where Megatron would end with a KeyError."""
     for left_out, flag, what, instead in (
         ("no_save_optim", "--no-load-optim", "optimizer state (--no-save-optim)", "moments"),
         ("no_save_rng", "--no-load-rng", "random states (--no-save-rng)", "random states"),
     ):
+        if left_out == "no_save_rng" and is_sharded:  # Megatron finds that out by itself
+            continue
         if getattr(saved, left_out, False) and not (args.finetune or getattr(args, attribute(flag))):
             rule = f"is required: {folder} was saved without {what}"
             raise ConfigError(flag, False, rule, f"Add {flag}: training resumes with new {instead}.")
@@ -168,20 +180,29 @@ def saved_arguments(folder: Path) -> argparse.Namespace | None:
     """The arguments of the run that saved a checkpoint, if they are in there. Runs nothing that the checkpoint says.
 
     Those in the manifest are used where there is one: reading the index of a checkpoint of a hundred thousand chunks
-    takes seconds.
+    takes seconds. Those that are looked at here have their types; one that an older release did not save has its
+    default.
 
     Raises:
-        ConfigError: they cannot be read.
+        ConfigError: they cannot be read, or one of them has another type.
     """
     try:
         manifest = read_manifest(folder)
         if manifest is not None and manifest.arguments:
-            saved = argparse.Namespace(**manifest.arguments)
-            if manifest.placement is not None:
-                saved.smartmoe_placement = dict(manifest.placement)
-            return saved
-        found = read_common(folder).get("args")
+            placement = {} if manifest.placement is None else {"smartmoe_placement": dict(manifest.placement)}
+            saved: object = argparse.Namespace(**{**manifest.arguments, **placement})
+        else:
+            saved = read_common(folder).get("args")
     except CheckpointError as error:
         way_out = f"Restore the file. {what_is_there(folder.parent, damaged=folder)}"
         raise ConfigError("--load", str(folder.parent), str(error), way_out) from None
-    return found if isinstance(found, argparse.Namespace) else None
+    if not isinstance(saved, argparse.Namespace):
+        return None
+    for name, default in _LOOKED_AT.items():
+        value = getattr(saved, name, default)
+        is_size = type(default) is int or name == "expert_tensor_parallel_size"
+        if value is not None and (type(value) is not (int if is_size else bool) or (is_size and value < 1)):
+            rule = f"its arguments are damaged: {name} = {shown(value)}"
+            raise ConfigError("--load", str(folder), rule, what_is_there(folder.parent, damaged=folder))
+        setattr(saved, name, default if value is None else value)
+    return saved

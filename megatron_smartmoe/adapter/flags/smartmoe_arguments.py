@@ -12,8 +12,12 @@ EXPERTS = ("grouped_mm", "transformer_engine")
 HOMES = ("on", "off", "dry", "shuffle")
 REPLICAS = ("off", "history", "exact")
 SCOPES = ("node", "group")
+SWITCH = ("on", "off")
 
 REHEARSAL = "--smartmoe-rehearsal"
+WATCHDOG = "--smartmoe-watchdog"
+WATCHDOG_FLOOR = "--smartmoe-watchdog-floor-s"
+WATCHDOG_FLOOR_S = 8.0  # with the median step: twice what busy machines were seen to need
 RESUME = "--smartmoe-resume"
 RESUMES = ("newest", "newest-whole")
 
@@ -82,11 +86,33 @@ def add_smartmoe_arguments(parser: argparse.ArgumentParser) -> argparse.Argument
         help="BENCHMARKS ONLY: route tokens as this trace did, whatever the routers choose. The trained model is "
         "meaningless.",
     )
+    _add_watchdog(group)
     _add_checkpoints(group)
     _add_homes(group)
     _add_replicas(group)
     _add_pool(group)
     return parser
+
+
+def _add_watchdog(group: argparse._ArgumentGroup) -> None:
+    """Flags of the watchdog, which names the rank that holds training up."""
+    group.add_argument(
+        WATCHDOG,
+        choices=SWITCH,
+        default="on",
+        help="on: when a step takes much longer than the median step, print one line that names the slowest rank, its "
+        "iteration, layer and collective, and write that rank's stacks to stacks-rank<N>.txt in the run directory. It "
+        "ends nothing, and works without --smartmoe too. off: watch nothing. Default: on.",
+    )
+    group.add_argument(
+        WATCHDOG_FLOOR,
+        type=float,
+        metavar="SECONDS",
+        default=WATCHDOG_FLOOR_S,
+        help="With --smartmoe-watchdog on: report a step that takes longer than 3 times the median step plus SECONDS. "
+        "Raise it where steps vary, for example because ranks share cores. Before there are 3 timed steps, and while a "
+        "rank saves, evaluates or compiles, the limit is 300 seconds without any progress. Default: 8.",
+    )
 
 
 def _add_checkpoints(group: argparse._ArgumentGroup) -> None:

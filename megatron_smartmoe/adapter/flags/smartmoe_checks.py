@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import math
+import os
 from pathlib import Path
 
 from megatron_smartmoe.adapter.cost_inputs import expert_shape, state_bytes
@@ -14,6 +16,7 @@ from megatron_smartmoe.adapter.flags.smartmoe_arguments import (
     POOL_INTERVAL,
     REPLICAS,
     RESUME,
+    WATCHDOG_FLOOR,
     replicas_mode,
 )
 from megatron_smartmoe.errors import ConfigError
@@ -69,6 +72,7 @@ def check_smartmoe(args: argparse.Namespace, *, cpu: bool) -> None:
     Raises:
         ConfigError: the first rule that is broken.
     """
+    _check_watchdog(args)
     _check_traces(args)
     _check_resume(args)
     _check_replicas(args)
@@ -108,6 +112,13 @@ def _needs_expert_parallelism(args: argparse.Namespace, flag: str, value: object
         raise ConfigError(flag, value, rule, "Pass --expert-model-parallel-size 2, for example, or remove it.")
 
 
+def _check_watchdog(args: argparse.Namespace) -> None:
+    floor_s = args.smartmoe_watchdog_floor_s
+    if not 1 <= floor_s < math.inf:  # also refuses NaN
+        rule = "must be a number of seconds, at least 1: every longer hiccup of a short step would be reported"
+        raise ConfigError(WATCHDOG_FLOOR, floor_s, rule, "Remove it for its default, or pass --smartmoe-watchdog off.")
+
+
 def _check_resume(args: argparse.Namespace) -> None:
     """Going back to a whole checkpoint needs one to look for, and a look."""
     if args.smartmoe_resume == "newest":
@@ -130,7 +141,7 @@ def _check_traces(args: argparse.Namespace) -> None:
         _needs_experts(args, flag, name)
         if Path(name).suffix != ".npz":
             raise ConfigError(flag, name, "must end in .npz", f"Pass {name}.npz.")
-        if Path(name).is_dir():
+        if os.path.isdir(name):
             raise ConfigError(flag, name, "is a directory", f"Pass a file in it, for example {name}/trace.npz.")
     name = args.smartmoe_replay_trace
     if name is None:
@@ -138,10 +149,10 @@ def _check_traces(args: argparse.Namespace) -> None:
     flag = "--smartmoe-replay-trace"
     _needs_experts(args, flag, name)
     try:
-        trace = load_trace(Path(name))
+        trace = load_trace(Path(name), field=flag)
         trace.groups(args.expert_model_parallel_size, record=0)  # the source ranks can be divided among the ranks
     except ConfigError as error:
-        field = flag if error.field == "--trace" else "--expert-model-parallel-size"
+        field = "--expert-model-parallel-size" if error.field == "--ep" else error.field
         raise ConfigError(field, error.value, error.rule, error.way_out) from None
     if args.num_experts is not None and trace.num_experts != args.num_experts:
         rule = f"has {trace.num_experts} experts, and --num-experts is {args.num_experts}"

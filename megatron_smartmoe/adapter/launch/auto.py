@@ -32,6 +32,8 @@ from megatron_smartmoe.planner.constraints import DECIDED, KEPT_FROM_CONFIG, Con
 from megatron_smartmoe.planner.flags import launch_flags, parse_tokens
 from megatron_smartmoe.planner.load import scenarios_of
 from megatron_smartmoe.spec.parallel import ParallelSpec
+from megatron_smartmoe.spec.readers.files import Named
+from megatron_smartmoe.spec.readers.json_text import read_json
 from megatron_smartmoe.spec.run import FlagValue, RunSpec
 
 PLAN_FILE = "plan.json"
@@ -119,11 +121,11 @@ def _reused_or_new(request: PlanRequest, path: Path) -> tuple[PlanResult, str]:
     """The plan and the line that says where it comes from."""
     if not path.is_file():
         return choose_launch(request), "--parallel auto"
+    way_out = f"Remove {path} to plan again."
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        raise ConfigError("--run-dir", str(path), "cannot be read as JSON", "Remove it to plan again.") from None
-    reused = reuse_saved_plan(content, request)
+        reused = reuse_saved_plan(read_json(Named(path=path, field="--run-dir", way_out=way_out)), request)
+    except ConfigError as error:  # nobody corrects a file that a program wrote
+        raise ConfigError(error.field, error.value, error.rule, way_out) from None
     if isinstance(reused, PlanResult):
         return reused, f"--parallel auto: reuses the plan in {path} (remove it to plan again)"
     return choose_launch(request), f"--parallel auto: planned again, the plan in {path} no longer applies: {reused}"

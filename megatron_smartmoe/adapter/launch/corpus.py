@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -48,7 +49,7 @@ def _tokenizer(data: Mapping[str, FlagValue], prefix: str) -> tuple[str, str]:
     if not given:
         return SENTENCEPIECE, f"{prefix}.tokenizer.model"
     path = Path(str(given))
-    if not path.exists() and not is_hub_name(path):  # the preparation, or the check of the flags, refuses it
+    if not os.path.exists(path) and not is_hub_name(path):  # the preparation, or the check of the flags, refuses it
         return str(data.get("tokenizer-type") or SENTENCEPIECE), str(given)
     kind, place = detect(path, "data.tokenizer-model")
     return str(data.get("tokenizer-type") or kind), str(place)

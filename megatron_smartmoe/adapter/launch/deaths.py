@@ -41,6 +41,7 @@ class Death:
         time_s: of the exception, else of the end (seconds since the epoch, of this host's clock).
         error: the last line of its exception; None if it raised none.
         out_of_memory: whether the kernel ended it because memory ran out.
+        place: where it was, as the watchdog's notes have it; None if there are none.
     """
 
     rank: int
@@ -49,6 +50,7 @@ class Death:
     time_s: float
     error: str | None = None
     out_of_memory: bool = False
+    place: str | None = None
 
     @property
     def exit_status(self) -> int:
@@ -68,7 +70,8 @@ class Death:
 
     def __str__(self) -> str:
         """Rank, host and cause, as the end of a run's output has them."""
-        return f"rank {self.rank} on {self.host} {self._how()}"
+        where = "" if self.place is None else f" | it was in {self.place}"
+        return f"rank {self.rank} on {self.host} {self._how()}{where}"
 
     def _how(self) -> str:
         if self.out_of_memory:

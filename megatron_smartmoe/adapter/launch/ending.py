@@ -12,8 +12,8 @@ import os
 import platform
 import signal
 import threading
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +87,7 @@ class Ending:
         shared: the deaths of other nodes; None for a job of one launcher.
         deaths: ranks of this launcher that died.
         error: why torchrun could not start the ranks.
+        place_of: where a rank of this launcher was last, see `RankProgress.place`.
     """
 
     save: Path | None = None
@@ -94,13 +95,14 @@ class Ending:
     shared: SharedDeaths | None = None
     deaths: list[Death] = field(default_factory=list)
     error: str | None = None
+    place_of: Callable[[int], str | None] = lambda rank: None
     _others: list[Death] = field(default_factory=list)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def add(self, death: Death) -> None:
         """One rank of this launcher died."""
         with self._lock:
-            self.deaths.append(death)
+            self.deaths.append(replace(death, place=self.place_of(death.rank)))
             if self.shared is not None:
                 self._publish()
 

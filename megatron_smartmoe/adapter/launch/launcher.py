@@ -20,6 +20,7 @@ from megatron_smartmoe.adapter.launch.command import LaunchCommand, make_command
 from megatron_smartmoe.adapter.launch.ending import ATTEMPT_VARIABLE, Ending, SharedDeaths, attempt_of
 from megatron_smartmoe.adapter.launch.run_lock import LOCKED_VARIABLE, RunLock
 from megatron_smartmoe.adapter.launch.topology import Topology, find_topology, port_of_steps, reports_errors
+from megatron_smartmoe.adapter.launch.watch import no_watch, watch_node
 from megatron_smartmoe.adapter.rehearsal.lines import lines_of
 from megatron_smartmoe.adapter.rehearsal.rehearse import ALREADY, digest_of, rehearse
 from megatron_smartmoe.errors import EXIT_CONFIG_ERROR, ConfigError, SmartMoEError
@@ -164,6 +165,7 @@ def _run(ready: LaunchCommand, topology: Topology, directory: Path, keep_open: S
         ending=_ending(ready, topology, directory),
         rank=topology.rank,
         keep_open=keep_open,
+        watch=watch_node(topology, directory) if topology.rank is None else no_watch,
     )
 
 
@@ -245,7 +247,7 @@ def read_spec(options: argparse.Namespace) -> RunSpec:
     """The configuration file, else that of an existing run directory, else an empty one."""
     if options.config is not None:
         spec = load_run_spec(options.config)
-    elif options.run_dir is not None and (options.run_dir / "config.yaml").is_file():
+    elif options.run_dir is not None and os.path.isfile(options.run_dir / "config.yaml"):
         spec = load_run_spec(options.run_dir / "config.yaml")
     else:
         spec = RunSpec(name="run")

@@ -34,6 +34,7 @@ import psutil
 from megatron_smartmoe.adapter.launch.deaths import Death, oom_kills, read_death
 from megatron_smartmoe.adapter.launch.ending import Ending, as_message
 from megatron_smartmoe.adapter.launch.torchrun import GRACE_S, PIPE_VARIABLE
+from megatron_smartmoe.adapter.launch.watch import Watch, no_watch
 from megatron_smartmoe.adapter.run_files import open_to_append
 
 _PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
@@ -51,6 +52,7 @@ def run(
     rank: int | None = None,
     limit_s: float = 40.0,
     keep_open: Sequence[int] = (),
+    watch: Watch = no_watch,
 ) -> int:
     """Run `command` to its end and return its exit status (128 + N when signal N ended it).
 
@@ -68,14 +70,17 @@ def run(
         rank: the rank that the command is; None where it is the parent of ranks.
         limit_s: after SIGTERM or Ctrl-C everything is killed when so many seconds have passed.
         keep_open: descriptors that the command inherits.
+        watch: what watches the ranks meanwhile; its lines go where theirs go.
     """
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)
     _become_subreaper()
     signals: list[int] = []  # that ask for the end; an Event's lock could be taken already when a handler interrupts
     output = _Output(log, lambda: bool(signals))
     ooms = oom_kills()
-    with _error_file(rank) as error_file:
-        variables = {**os.environ, **environment}
+    with _error_file(rank) as error_file, watch(output.say) as watched:
+        if ending is not None:
+            ending.place_of = watched.place_of
+        variables = {**os.environ, **environment, **watched.environment}
         if error_file is not None:
             variables["TORCHELASTIC_ERROR_FILE"] = str(error_file)
         child, reports = _start(command, variables, keep_open, with_pipe=ending is not None and rank is None)
@@ -90,9 +95,9 @@ def run(
         by_request = status in (-signal.SIGTERM, -signal.SIGKILL) and (signals or (ending and ending.others_died()))
         if ending is not None and rank is not None and status and not by_request:
             ending.add(read_death(rank, platform.node(), status, time.time(), error_file, ooms))
-    _end_descendants(_SHORT_GRACE_S if ending is not None and ending.deaths else _ORPHANS_GRACE_S)
-    for thread in threads:  # the pipes are closed: no process holds their other end any more
-        thread.join()
+        _end_descendants(_SHORT_GRACE_S if ending is not None and ending.deaths else _ORPHANS_GRACE_S)
+        for thread in threads:  # the pipes are closed: no process holds their other end any more
+            thread.join()
     if ending is not None and (line := ending.line(status, signals, log)):
         output.say(line)
     return 128 - status if status < 0 else status

@@ -10,6 +10,7 @@ runs/quickstart-20260102-030405/
   arguments.txt      every argument of Megatron after validation
   metrics.jsonl      a line per logged iteration
   summary.json       how it ended
+  stacks-rank3.txt   stacks of a rank that held training up (docs/reliability.md)
   run.lock           who uses the directory now (empty: nobody)
   failed-node0.json  ranks that died, for the launchers of other nodes
 ```

@@ -8,8 +8,6 @@ a damaged file, starts with an empty history.
 
 from __future__ import annotations
 
-import zipfile
-import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_smartmoe.errors import PlanError
+from megatron_smartmoe.errors import ConfigError, PlanError
+from megatron_smartmoe.spec.readers.files import Named
+from megatron_smartmoe.spec.readers.numpy_files import read_npz
 
 State = Mapping[str, NDArray[Any]]
 LAYERS = "layers"  # numbers of the layers, the first axis of the other arrays
@@ -41,10 +41,9 @@ def load(path: Path) -> dict[str, NDArray[Any]]:
         PlanError: it cannot be read.
     """
     try:
-        with np.load(path, allow_pickle=False) as content:
-            return {name: content[name] for name in content.files}
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
-        raise PlanError(f"{path} cannot be read: {type(error).__name__}: {error}") from None
+        return read_npz(Named(path=path, field="saved history", way_out="The history starts anew."))
+    except ConfigError as error:
+        raise PlanError(f"{path} cannot be read: it {error.rule}") from None
 
 
 def of_layers(states: Sequence[State], numbers: Sequence[int]) -> dict[str, NDArray[Any]]:

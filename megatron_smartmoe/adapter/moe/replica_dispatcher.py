@@ -84,7 +84,7 @@ class ReplicaDispatcher(SlotDispatcher):
             plan: see the constructor.
         """
         self._plan, self.slots_RS = plan, self._homes_RS
-        self._spare.in_use = None
+        self._spare.drop()
 
     def _set_splits(self, rows_TK: torch.Tensor, tokens_E: torch.Tensor) -> torch.Tensor:
         """Plan the replicas, split the tokens, and set the sizes of the all-to-all; see `SlotDispatcher`."""

@@ -23,13 +23,13 @@ class RoutingReplay(Callback):
 
     Args:
         path: of the trace. Its records are replayed in order, one an iteration, and begin again at its end; its layers
-            are the model's MoE layers in order, again from the first when the model has more.
+            that have assignments are the model's MoE layers in order, again from the first when the model has more.
     """
 
     order = Order.REPLAY
 
     def __init__(self, path: Path) -> None:
-        self._trace = load_trace(path)
+        self._trace = load_trace(path, field="--smartmoe-replay-trace")
         self._calls: dict[int, tuple[int, int]] = {}  # layer -> (iteration, micro-batches of it so far)
 
     def on_start(self, run: Run) -> None:
@@ -41,17 +41,22 @@ class RoutingReplay(Callback):
                 "This run measures speed; the trained model is meaningless.",
                 flush=True,
             )
-        groups_LGMRE = self._trace.groups(ranks.ep_size)
+            for note in self._trace.notes:
+                print(f"smartmoe: --smartmoe-replay-trace: {note}", flush=True)
+        counts = self._trace.counts
+        groups_LGMRE = self._trace.groups(ranks.ep_size)[:, counts.any(axis=(0, *range(2, counts.ndim)))]
         counts_NLME = groups_LGMRE[:, :, ranks.edp_rank % groups_LGMRE.shape[2], :, ranks.ep_rank]
+        micro_batches_N = [max(1, self._trace.num_micro_batches(record)) for record in range(self._trace.num_records)]
         for number, layer in run.layers:
-            layer.router.register_forward_hook(self._hook(number, counts_NLME))
+            layer.router.register_forward_hook(self._hook(number, counts_NLME, micro_batches_N))
 
-    def _hook(self, layer: int, counts_NLME: IntArray) -> Any:
+    def _hook(self, layer: int, counts_NLME: IntArray, micro_batches_N: list[int]) -> Any:
         def hook(router: torch.nn.Module, inputs: Any, output: tuple[torch.Tensor, torch.Tensor]) -> Any:
             probs_TE, map_TE = output
             iteration, top_k = self._args.curr_iteration, self._args.moe_router_topk
-            micro = self._micro_batch(layer, iteration) % counts_NLME.shape[2]
-            counts_E = counts_NLME[iteration % len(counts_NLME), layer % counts_NLME.shape[1], micro]
+            record = iteration % len(counts_NLME)
+            micro = self._micro_batch(layer, iteration) % micro_batches_N[record]
+            counts_E = counts_NLME[record, layer % counts_NLME.shape[1], micro]
             scaled_E = scaled_counts(counts_E, len(map_TE), top_k)
             forced_TE = forced_map(scaled_E, len(map_TE)).to(map_TE.device)
             weights_TE = forced_TE.to(probs_TE.dtype) / top_k

@@ -34,7 +34,7 @@ from megatron_smartmoe.errors import MigrationError
 from megatron_smartmoe.placement.migration import MigrationPlan, MigrationStep
 from megatron_smartmoe.runtime.digest import digest_bounds, is_one_digest
 from megatron_smartmoe.runtime.migration.expert_tensors import LayerState
-from megatron_smartmoe.runtime.migration.staging import Arena, Staging, chunk_checksum
+from megatron_smartmoe.runtime.migration.staging import Arena, Staging, chunk_checksum, needed_bytes
 from megatron_smartmoe.runtime.migration.wire import Batch, PeerError, Wire, turns
 
 Probe = Callable[[str, MigrationStep, torch.Tensor | None], None]
@@ -112,7 +112,7 @@ class ExpertExchange:
         begin = time.perf_counter()
         report = MigrationReport()
         try:
-            self._compare(plan)
+            self._compare(plan, self._reserve(plan))
             for step in plan.steps:
                 self._step(step, states[step.layer], report)
                 on_commit(step)
@@ -125,15 +125,32 @@ class ExpertExchange:
         report.seconds = time.perf_counter() - begin
         return report
 
-    def _compare(self, plan: MigrationPlan) -> None:
-        """Check that all ranks have the same plan; executing different ones would hang or corrupt experts."""
+    def _reserve(self, plan: MigrationPlan) -> str | None:
+        """Allocate the staging memory of all steps; None, or why that failed.
+
+        Before anything is sent: a rank that found out later would leave the others waiting for its messages.
+        """
+        try:
+            self._arena.take(max((needed_bytes(step, self.worker) for step in plan.steps), default=0))
+        except MigrationError as error:
+            return str(error)
+        return None
+
+    def _compare(self, plan: MigrationPlan, problem: str | None) -> None:
+        """Check that all ranks have the same plan, and memory for it: otherwise they would hang or corrupt experts."""
         bounds = digest_bounds(plan.digest, self._device)
-        self._wire.all_reduce(bounds, "comparing plans", dist.ReduceOp.MAX)
-        if not is_one_digest(bounds.tolist()):
+        reduced = torch.cat([bounds, bounds.new_tensor([problem is not None])])
+        self._wire.all_reduce(reduced, "comparing plans", dist.ReduceOp.MAX)
+        *digests, problems = reduced.tolist()
+        if not is_one_digest(digests):
             raise MigrationError(
                 f"the ranks have different migration plans (digest {plan.digest} on rank {dist.get_rank()}); "
                 "nothing was moved. Their homes, their layouts or their flags differ."
             )
+        if problem is not None:
+            raise MigrationError(f"rank {dist.get_rank()}: {problem}; nothing was moved.")
+        if problems:
+            raise MigrationError("another rank has no memory for staging, as its log says; nothing was moved.")
 
     @torch.no_grad()
     def _step(self, step: MigrationStep, state: LayerState, report: MigrationReport) -> None:

@@ -44,9 +44,23 @@ class Arena:
             )
         if self._bytes is None or len(self._bytes) < nbytes:
             self._bytes = None  # the old one first, so that the two never exist together
-            self._bytes = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+            try:
+                self._bytes = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+            except RuntimeError as error:  # torch.OutOfMemoryError is one; the CPU's allocator raises the class itself
+                reason = str(error).partition("\n")[0]
+                raise MigrationError(
+                    f"no memory for {nbytes} bytes of staging on {self.device} ({reason}). Lower {STAGING_FLAG}"
+                ) from error
             self.peak_bytes = max(self.peak_bytes, nbytes)
         return self._bytes[:nbytes]
+
+
+def needed_bytes(step: MigrationStep, worker: int) -> int:
+    """The staging memory of one worker in one step: two chunks that are sent, what arrives, and what stays."""
+    moved = step.transfers
+    local_bytes = int(moved.nbytes[(moved.source == worker) & (moved.target == worker)].sum())
+    arriving_bytes = sum(padded(m.nbytes) for m in step.messages if m.target == worker)
+    return 2 * step.chunk_bytes + arriving_bytes + padded(local_bytes)
 
 
 class Staging:
@@ -64,8 +78,7 @@ class Staging:
         self._local = np.nonzero((moved.source == worker) & (moved.target == worker))[0]
         local_bytes = int(moved.nbytes[self._local].sum())
         sizes = {index: m.nbytes for index, m in enumerate(step.messages) if m.target == worker}
-        needed = 2 * step.chunk_bytes + sum(map(padded, sizes.values())) + padded(local_bytes)
-        memory = arena.take(needed)
+        memory = arena.take(needed_bytes(step, worker))
         self.chunks = memory[: step.chunk_bytes], memory[step.chunk_bytes : 2 * step.chunk_bytes]
         self.incoming: dict[int, torch.Tensor] = {}
         at = 2 * step.chunk_bytes

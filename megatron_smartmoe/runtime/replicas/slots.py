@@ -58,12 +58,16 @@ class ReplicasInUse:
         if self._pending is None:
             self._pending = self._wire.start_fetch(self.replicas, self._homes, self.spares)
 
+    def finish(self) -> None:
+        """Wait for the fetch if one is under way: nobody else may use its memory or its group before it has ended."""
+        if self._pending is not None:
+            self._pending.wait()
+            self._pending = Pending(works=())
+
     def weights(self) -> tuple[torch.Tensor, ...]:
         """Wait for the replicas' weights and return them as part of the autograd graph. A call of the whole group."""
         self.start()
-        assert self._pending is not None
-        self._pending.wait()
-        self._pending = Pending(works=())
+        self.finish()
         used: tuple[torch.Tensor, ...] = _Use.apply(self, *self._homes)  # type: ignore[no-untyped-call]
         return used
 
@@ -108,8 +112,8 @@ class SpareSlots:
         keeps: Whether replicas stay for an iteration. If so, there is one set of buffers: K slots of weights and K of
             float32 gradients. Otherwise each micro-batch has K slots of weights from its forward to its backward pass.
 
-    Attributes:
-        in_use: The replicas in use, or None.
+    A fetch that has been started and whose weights nobody asked for, in an iteration that was broken off, is waited for
+    before other replicas are used, or none: `_in_use` changes in `_replace` alone.
     """
 
     def __init__(
@@ -126,14 +130,30 @@ class SpareSlots:
         self._keeps = keeps
         self._weights = self._buffers() if keeps else None
         self._sums = self._buffers(torch.float32) if keeps else None
-        self.in_use: ReplicasInUse | None = None
+        self._in_use: ReplicasInUse | None = None
+
+    @property
+    def in_use(self) -> ReplicasInUse | None:
+        """The replicas in use, or None."""
+        return self._in_use
+
+    def _replace(self, used: ReplicasInUse | None) -> None:
+        """Use other replicas, or none, once the fetch of those in use has ended."""
+        if self._in_use is not None:
+            self._in_use.finish()
+        self._in_use = used
+
+    def drop(self) -> None:
+        """Use no replicas until the next call of `use`."""
+        self._replace(None)
 
     def keep(self, keeps: bool) -> None:
         """Set whether replicas stay for an iteration from now on. To be called between iterations.
 
         Buffers stay allocated, so that the memory in use does not depend on the order of the modes.
         """
-        self._keeps, self.in_use = keeps, None
+        self.drop()
+        self._keeps = keeps
         if keeps and self._weights is None:
             self._weights, self._sums = self._buffers(), self._buffers(torch.float32)
 
@@ -158,9 +178,9 @@ class SpareSlots:
             The replicas in use; None if the table has none.
         """
         replicas = replicas_of(slots_RS, self.home_slots)
-        self.in_use = None
+        used = None
         if replicas:
-            self.in_use = ReplicasInUse(
+            used = ReplicasInUse(
                 replicas,
                 self.wire,
                 homes=self._homes,
@@ -169,18 +189,20 @@ class SpareSlots:
                 totals=self._totals,
                 num_passes=num_passes,
             )
-        return self.in_use
+        self._replace(used)
+        return used
 
     def weights(self) -> tuple[torch.Tensor, ...]:
         """The replicas' weights for one micro-batch, `[K, ...]` each; see `ReplicasInUse.weights`.
 
         Replicas for one micro-batch belong to autograd from then on, which frees them after their backward pass.
         """
-        assert self.in_use is not None, "no replicas are in use"
-        used = self.in_use
+        used = self._in_use
+        assert used is not None, "no replicas are in use"
+        weights = used.weights()
         if not self._keeps:
-            self.in_use = None
-        return used.weights()
+            self.drop()
+        return weights
 
     def _buffers(self, dtype: torch.dtype | None = None) -> tuple[torch.Tensor, ...]:
         """Zeros: a slot without a replica gets no rows, but NaN in its weights could spread in the grouped GEMM."""

@@ -29,8 +29,11 @@ class MicroBatch:
 
     @property
     def imbalance(self) -> tuple[float, float]:
-        """Max / mean tokens per rank without and with replicas."""
-        homes, split = (float(load_R.max() / max(load_R.mean(), 1e-300)) for load_R in (self.homes_R, self.split_R))
+        """Max / mean tokens per rank without and with replicas; 1 without tokens."""
+        if not self.load_E.any():
+            return 1.0, 1.0
+        homes, split = (float(load_R.max() / load_R.mean()) for load_R in (self.homes_R, self.split_R))
+        assert min(homes, split) >= 1 - 1e-9, f"a maximum below the mean: {homes}, {split}"
         return homes, split
 
 
@@ -61,8 +64,9 @@ class LayerTally:
 
 
 def imbalance(records: Sequence[Sequence[MicroBatch]]) -> tuple[float, float]:
-    """Max / mean tokens per rank without and with replicas, averaged over micro-batches and layers."""
-    without, with_replicas = np.mean([micro.imbalance for record in records for micro in record], axis=0).tolist()
+    """Max / mean tokens per rank without and with replicas, averaged over micro-batches and layers with tokens."""
+    found = [micro.imbalance for record in records for micro in record if micro.load_E.any()]
+    without, with_replicas = np.mean(found or [(1.0, 1.0)], axis=0).tolist()
     return without, with_replicas
 
 

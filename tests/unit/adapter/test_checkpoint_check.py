@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from megatron_smartmoe.adapter.flags import checkpoint_check
 from megatron_smartmoe.adapter.flags.checkpoint_check import latest_checkpoint, saved_arguments
 from megatron_smartmoe.adapter.flags.resume import check_files, take_up_whole_checkpoint
 from megatron_smartmoe.checkpoint.directory import TRACKER
@@ -236,7 +237,40 @@ def test_arguments_and_placement_come_from_the_manifest(saved: Path) -> None:
     )
     write_manifest(folder, manifest)
     found = saved_arguments(folder)
-    assert found == argparse.Namespace(train_iters=12, lr=0.1, smartmoe_placement=placement)
+    assert found is not None
+    assert (found.train_iters, found.lr, found.smartmoe_placement) == (12, 0.1, placement)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"expert_model_parallel_size": "2"}, "its arguments are damaged: expert_model_parallel_size = '2'"),
+        ({"tensor_model_parallel_size": 0}, "tensor_model_parallel_size = 0"),
+        ({"use_distributed_optimizer": 1}, "use_distributed_optimizer = 1"),
+    ],
+)
+def test_arguments_of_another_type_are_one_line(
+    saved: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, object], message: str
+) -> None:
+    folder = saved / "iter_0000010"
+    monkeypatch.setattr(checkpoint_check, "read_common", lambda _: {"args": argparse.Namespace(**changes)})
+    with pytest.raises(ConfigError) as caught:
+        saved_arguments(folder)
+    assert message in str(caught.value)
+    assert "--ckpt-step 5" in str(caught.value)
+
+
+def test_an_argument_that_an_older_release_did_not_save_has_its_default(
+    saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint_check, "read_common", lambda _: {"args": argparse.Namespace(no_save_optim=None)})
+    found = saved_arguments(saved / "iter_0000010")
+    assert found is not None
+    assert (found.expert_model_parallel_size, found.expert_tensor_parallel_size, found.no_save_optim) == (
+        1,
+        None,
+        False,
+    )
 
 
 def test_a_thousand_files_are_checked_by_looking_at_their_sizes(

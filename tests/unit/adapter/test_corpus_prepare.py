@@ -56,6 +56,27 @@ def test_metadata_follows_a_moved_directory(jsonl: Path, out: Path, tmp_path: Pa
     assert decode(corpus) == texts(60)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tokenizer_model": 3}, "tokenizer_model = 3: must be the path of a file"),
+        ({"num_tokens": 1.5}, "num_tokens = 1.5: must be a whole number"),
+        ({"append_eod": 1}, "append_eod = 1: must be true or false"),
+        ({"bad_lines": "x"}, "bad_lines = 'x': must be a list"),
+        ({"unigram_entropy_nats": "4"}, "unigram_entropy_nats = '4': must be a number"),
+        ({"version": True}, "is not the metadata of a prepared corpus"),
+    ],
+)
+def test_damaged_metadata_name_the_key(jsonl: Path, out: Path, changes: dict[str, object], message: str) -> None:
+    prepare(spec_for(out, jsonl))
+    path = out.with_name(f"{out.name}.json")
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    with pytest.raises(ConfigError) as caught:
+        PreparedCorpus.load(out)
+    assert str(path) in str(caught.value)
+    assert message in str(caught.value)
+
+
 def test_load_without_a_dataset_says_how_to_make_one(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no prepared corpus is here.*prepare_data.py --output-prefix"):
         PreparedCorpus.load(tmp_path / "none")

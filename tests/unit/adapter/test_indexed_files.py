@@ -130,8 +130,7 @@ def test_damaged_metadata_are_named(prepared: PreparedCorpus, tmp_path: Path) ->
     with pytest.raises(ConfigError) as caught:
         check_data(args(data_path=[prefix]))
     assert str(caught.value) == (
-        f"--data-path = '{prefix}.json': is damaged: vocab_size, bad_lines, bin_bytes missing or of a wrong type. "
-        "Restore the file, or prepare the corpus with --force."
+        f"{prefix}.json: vocab_size = None: is missing. Restore the file, or prepare the corpus with --force."
     )
 
 

@@ -41,6 +41,14 @@ def test_a_death_in_words(death: Death, text: str) -> None:
     assert Death.from_json(json.loads(json.dumps(death.to_json()))) == death
 
 
+def test_a_death_has_its_place_where_somebody_watched() -> None:
+    ending = Ending(place_of=lambda rank: f"iteration 41, layer {rank}" if rank == KILLED.rank else None)
+    ending.add(KILLED)
+    ending.add(LOST)
+    place = f" | it was in iteration 41, layer {KILLED.rank}"
+    assert [str(death) for death in ending.deaths] == [f"{KILLED}{place}", str(LOST)]
+
+
 def test_the_first_death_is_the_cause_and_a_lost_connection_is_not() -> None:
     """A process that is killed is gone for its peers before it is for its parent: they may be earlier."""
     assert first_cause([LOST, KILLED, WRONG]) == KILLED

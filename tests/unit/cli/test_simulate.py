@@ -168,7 +168,16 @@ def test_a_replay_on_another_trace_says_so(trace: Path, tmp_path: Path, capsys: 
         (["--ep", "8", "--plot", "plot.tiff"], "--plot = 'plot.tiff': must end in .svg, .png or .pdf"),
         (["--ep", "8", "--nodes", "3"], "--nodes = 3: must divide --ep 8"),
         (["--ep", "8", "--policy", "best"], "--policy = 'best': is not a known policy. Known: smartmoe, none"),
-        (["--ep", "8", "--replay", "/nowhere"], "is not a decision file"),
+        (
+            ["--ep", "8", "--replay", "/nowhere"],
+            "--replay = '/nowhere': does not exist. Make one with --save-decisions.",
+        ),
+        (
+            ["--ep", "8", "--spare-slots", "29"],
+            "--spare-slots = 29: must be at most 28, the experts of the other ranks",
+        ),
+        (["--ep", "8", "--save-trace", "a.txt"], "--save-trace = 'a.txt': must end in .npz"),
+        (["--ep", "8", "--trace-stages", "2"], "--trace-stages = 2: is for Megatron's JSONL"),
         (["--ep", "8", "--cluster", "/nowhere.yaml"], "does not exist"),
     ],
 )
@@ -179,6 +188,51 @@ def test_wrong_input_is_one_line(
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"ep": 8}', "is not a decision file: its first line lacks the options"),
+        ("[]", ":1 = '[]': is not a decision: it is no JSON object"),
+        ("{'ep'}", ":1 = \"{'ep'}\": is not JSON"),
+        ({"ep": 2.5}, ":1: ep = 2.5: must be a whole number of at least 1"),
+        ({"spare_slots": -1}, ":1: spare_slots = -1: must be a whole number of at least 0"),
+        ({"replicas": ["x"]}, ":1: replicas = ['x']: must be history, exact or auto"),
+        ({"cluster": 3}, ":1: cluster = 3: must be a text"),
+        ({"cluster": "a" * 300}, "is neither a file nor a name in configs/clusters"),
+        ({"warmup": "1"}, ":1: warmup = '1': must be a whole number"),
+    ],
+)
+def test_a_damaged_decision_file_is_one_line(
+    trace: Path, tmp_path: Path, line: str | dict[str, Any], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good = dict.fromkeys(("ep", "homes_interval", "hidden", "ffn"), 8) | {"spare_slots": 1, "nodes": 1, "warmup": 0}
+    head = line if isinstance(line, str) else json.dumps({**good, "replicas": "auto", "cluster": None, **line})
+    saved = tmp_path / "decisions.jsonl"
+    saved.write_text(head + "\n{}\n")
+    assert main(["simulate", "--trace", str(trace), "--replay", str(saved)]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_a_load_without_sources_and_a_dense_layer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    weight = [[0] * 8, [1, 2, 3, 4, 5, 6, 7, 8]]
+    (tmp_path / "weight.json").write_text(json.dumps(weight))
+    path = tmp_path / "trace.npz"
+    status, content = simulate(
+        tmp_path / "weight.json", tmp_path, "--ep", "4", "--spare-slots", "1", "--save-trace", str(path)
+    )
+    assert status == 0
+    assert content["lower_bound"]["mean"] >= 1
+    assert content["left_out"] == {"entries": 1, "of": 2, "layers": [0], "iterations": []}
+    out = capsys.readouterr().out
+    assert "note: it has no source ranks: each rank is taken to route an equal share" in out
+    assert (
+        "note: 1 of 2 entries by record, layer, group and micro-batch have no assignments (among them layers 0)" in out
+    )
+    assert simulate(path, tmp_path, "--ep", "4")[1]["policies"]["smartmoe"]["imbalance"]["mean"] >= 1
 
 
 @pytest.mark.skipif("SMARTMOE_TRACE" not in os.environ, reason="SMARTMOE_TRACE names no recorded trace")

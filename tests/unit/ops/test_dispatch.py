@@ -237,6 +237,35 @@ def test_errors_read_the_same_whatever_serves_the_op(name: str, args: tuple[obje
         assert str(caught.value) == text
 
 
+OTHER_DTYPES = (  # those that torch's stable interface passes on
+    "bool uint8 int8 int16 uint16 uint32 uint64 float16 bfloat16 float32 float64 complex32 complex64 complex128 "
+    "float8_e4m3fn float8_e5m2 float8_e4m3fnuz float8_e5m2fnuz"
+).split()
+
+
+@pytest.mark.filterwarnings("ignore:ComplexHalf")
+@pytest.mark.parametrize("dtype", OTHER_DTYPES)
+def test_a_dtype_reads_as_python_spells_it(dtype: str) -> None:
+    ids = torch.empty(2, 2, dtype=getattr(torch, dtype))
+    for function in (KERNELS.dispatch_map, reference.dispatch_map):
+        with pytest.raises(RuntimeError) as caught:
+            function(ids, TABLE, 4)
+        assert str(caught.value) == f"ids_TK.dtype = {dtype}: {NOT_INT} ids_TK.long()"
+
+
+@pytest.mark.parametrize("num_choices", [0, 2])
+def test_rows_without_elements(num_choices: int) -> None:
+    """H = 0, which leaves no memory to clear: forward, and backward with weights."""
+    rows_TK = torch.arange(3 * num_choices, dtype=torch.int32).view(3, num_choices)
+    assert ops.permute(torch.ones(3, 0), rows_TK, 8).shape == (8, 0)
+    y_NH, weights_TK = torch.ones(8, 0, requires_grad=True), torch.ones(3, num_choices, requires_grad=True)
+    ops.unpermute(y_NH, rows_TK, weights_TK).sum().backward()
+    assert y_NH.grad is not None
+    assert y_NH.grad.shape == (8, 0)
+    assert weights_TK.grad is not None
+    assert weights_TK.grad.tolist() == [[0.0] * num_choices] * 3
+
+
 def test_another_device_is_refused() -> None:
     """By the twin; the CUDA glue says the same, with the devices that it sees."""
     with pytest.raises(RuntimeError) as caught:

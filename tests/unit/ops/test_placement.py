@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -116,8 +117,8 @@ COUNTS, HOSTS = torch.ones(2, 4, dtype=torch.int64), torch.ones(4, 2, dtype=torc
 LOAD, SLOTS = torch.ones(4, dtype=torch.int64), torch.tensor([[0, 1, -1], [2, 3, -1]])
 HOMES = "it must be E / R = 4 / 2, and at most S = 3. Pass the number of homes of a rank"
 SPLIT_ERRORS = [
-    ((COUNTS.int(), HOSTS), "counts_RE.dtype = int32: it must be int64. Convert it with counts_RE.long()"),
-    ((COUNTS, HOSTS.byte()), "hosts_ER.dtype = uint8: it must be bool. Convert it with hosts_ER.bool()"),
+    ((COUNTS.int(), HOSTS), "counts_RE.dtype = int32: it must be int64. Convert it to int64"),
+    ((COUNTS, HOSTS.byte()), "hosts_ER.dtype = uint8: it must be bool. Convert it to bool"),
     (
         (COUNTS[0], HOSTS),
         "counts_RE.shape = [4]: it must be [R, E] with at least one rank. "
@@ -138,8 +139,8 @@ SPLIT_ERRORS = [
     ),
 ]
 REPLICA_ERRORS = [
-    ((LOAD.float(), SLOTS, 2, 1), "load_E.dtype = float32: it must be int64. Convert it with load_E.long()"),
-    ((LOAD, SLOTS.int(), 2, 1), "slots_RS.dtype = int32: it must be int64. Convert it with slots_RS.long()"),
+    ((LOAD.float(), SLOTS, 2, 1), "load_E.dtype = float32: it must be int64. Convert it to int64"),
+    ((LOAD, SLOTS.int(), 2, 1), "slots_RS.dtype = int32: it must be int64. Convert it to int64"),
     (
         (LOAD[None], SLOTS, 2, 1),
         "load_E.shape = [1, 4]: it must be [E]. Pass the sum of the counts over the source ranks",
@@ -157,38 +158,69 @@ REPLICA_ERRORS = [
 
 
 def text_of(function: Callable[..., object], args: tuple[object, ...]) -> str:
-    with pytest.raises(RuntimeError) as caught:
+    with pytest.raises((RuntimeError, PlanError)) as caught:
         function(*args)
     return str(caught.value)
+
+
+def texts_of_twins(name: str, args: tuple[object, ...]) -> list[str]:
+    """The errors of the compiled op and of its numpy twin."""
+    twins: dict[str, Callable[..., object]] = {"min_max_split": min_max_split, "exact_replicas": exact_replicas}
+    arrays = tuple(arg.numpy() if isinstance(arg, torch.Tensor) else arg for arg in args)
+    return [text_of(getattr(ops, name), args), text_of(twins[name], arrays)]
 
 
 @needs_library
 @pytest.mark.parametrize(("args", "text"), SPLIT_ERRORS)
 def test_errors_of_the_split(args: tuple[object, ...], text: str) -> None:
-    assert text_of(ops.min_max_split, args) == text
+    assert texts_of_twins("min_max_split", args) == [text, text]
 
 
 @needs_library
 @pytest.mark.parametrize(("args", "text"), REPLICA_ERRORS)
 def test_errors_of_the_replicas(args: tuple[object, ...], text: str) -> None:
-    assert text_of(ops.exact_replicas, args) == text
+    assert texts_of_twins("exact_replicas", args) == [text, text]
 
 
 @needs_library
 def test_errors_in_the_values() -> None:
-    counts_RE, hosts_ER = np.array([[1, 3, 0, 2], [0, 2, 0, 0]]), np.array([[True, True], [False, False]] * 2)
-    with pytest.raises(PlanError) as caught:
-        min_max_split(counts_RE, hosts_ER)
-    lost = text_of(ops.min_max_split, (torch.from_numpy(counts_RE), torch.from_numpy(hosts_ER)))
-    assert lost == str(caught.value) == "expert 1 has 5 tokens and no slot on any rank"
+    counts_RE, hosts_ER = torch.tensor([[1, 3, 0, 2], [0, 2, 0, 0]]), torch.tensor([[True, True], [False, False]] * 2)
+    lost = "expert 1 has 5 tokens and no slot on any rank"
+    assert texts_of_twins("min_max_split", (counts_RE, hosts_ER)) == [lost] * 2
     negative = torch.tensor([[0, 0, 0, 0], [0, 0, -7, 0]])
     rule = "a number of tokens is at least 0. Pass counts of tokens"
-    assert text_of(ops.min_max_split, (negative, HOSTS)) == f"counts_RE[1, 2] = -7: {rule}"
-    assert text_of(ops.exact_replicas, (negative[1], SLOTS, 2)) == f"load_E[2] = -7: {rule}"
+    assert texts_of_twins("min_max_split", (negative, HOSTS)) == [f"counts_RE[1, 2] = -7: {rule}"] * 2
+    assert texts_of_twins("exact_replicas", (negative[1], SLOTS, 2)) == [f"load_E[2] = -7: {rule}"] * 2
     rule = "the homes must be each of the 4 experts once. Pass a valid placement"
     for expert in (-1, 4, 0):
         slots_RS = torch.tensor([[0, 1, -1], [2, expert, -1]])
-        assert text_of(ops.exact_replicas, (LOAD, slots_RS, 2)) == f"slots_RS[1, 1] = {expert}: {rule}"
+        assert texts_of_twins("exact_replicas", (LOAD, slots_RS, 2)) == [f"slots_RS[1, 1] = {expert}: {rule}"] * 2
+
+
+@needs_library
+@pytest.mark.parametrize("spread", ["over the ranks", "over the experts", "one too many"])
+def test_counts_that_overflow(spread: str) -> None:
+    """A sum above 2^63 - 1 would lose tokens in silence; exactly that many are split like any others."""
+    most = 2**63 - 1
+    counts_RE = torch.zeros(2, 4, dtype=torch.int64)
+    counts_RE[0, 0] = most
+    (exact,) = {ops.min_max_split(counts_RE, HOSTS).sum().item(), int(min_max_split(*_arrays(counts_RE, HOSTS)).sum())}
+    assert exact == most
+    counts_RE[{"over the ranks": (1, 0), "over the experts": (0, 3), "one too many": (1, 3)}[spread]] = (
+        1 if spread == "one too many" else most
+    )
+    rule = "= counts that add up to more than 9223372036854775807: the tokens of a layer must fit in int64"
+    text = f"counts_RE {rule}. Pass counts of tokens"
+    assert texts_of_twins("min_max_split", (counts_RE, HOSTS)) == [text] * 2
+    text = f"load_E {rule}. Pass counts of tokens"
+    assert texts_of_twins("exact_replicas", (torch.tensor([most, 1, 0, 0]), SLOTS, 2)) == [text] * 2
+    negative_too = torch.tensor([most, most, 0, -1])  # the first mistake in the order of the checks, in both
+    assert texts_of_twins("exact_replicas", (negative_too, SLOTS, 2))[0].startswith("load_E[3] = -1: ")
+    assert len({*texts_of_twins("exact_replicas", (negative_too, SLOTS, 2))}) == 1
+
+
+def _arrays(*tensors: torch.Tensor) -> list[Any]:
+    return [tensor.numpy() for tensor in tensors]
 
 
 @needs_library

@@ -20,6 +20,7 @@ from megatron_smartmoe.planner.auto import (
 from megatron_smartmoe.planner.constraints import Constraints, constraints_from_flags
 from megatron_smartmoe.planner.pool import Pool
 from megatron_smartmoe.planner.space import SpaceOptions
+from megatron_smartmoe.spec.parallel import ParallelSpec
 from tests.support.models import CLUSTER, SMALL
 
 SPACE = SpaceOptions(micro_batches=(1, 2), spare_slots=(0,), overlap_degrees=(1,), max_virtual=2)
@@ -128,10 +129,30 @@ class TestAgain:
         assert isinstance(again, str)
         assert reason in again
 
-    @pytest.mark.parametrize("content", [{}, [], {"best": []}, {"best": [{"spec": {"tp": 1}}]}, None])
+    @pytest.mark.parametrize("content", [{}, [], {"best": []}, {"best": [3]}, None])
     def test_another_file_is_refused(self, content: object) -> None:
         with pytest.raises(ConfigError, match=r"plan.json = None: is not a plan that --parallel auto wrote. Remove it"):
             reuse_saved_plan(content, REQUEST)
+
+    @pytest.mark.parametrize(
+        ("changed", "message"),
+        [
+            ({"tp": 1.5}, "tp = 1.5: must be a whole number of at least 0"),
+            ({"tp": True}, "tp = True: must be a whole number"),
+            ({"ep": 0}, "ep = 0: must be a whole number of at least 1"),
+            ({"ep": 3}, "gpus = 8: must be a multiple of ETP x EP x PP = 3"),
+            ({"recompute": "some"}, "recompute = 'some': must be one of none, act, moe, full"),
+            ({"layers_of_chunk": [1, "x"]}, r"layers_of_chunk\[1\] = 'x': must be a whole number"),
+            (
+                {"spare_slots": 10**9},
+                "spare_slots = 1000000000: must be a whole number of at least 0 and at most 1,000",
+            ),
+        ],
+    )
+    def test_a_damaged_plan_names_the_key(self, changed: dict[str, object], message: str) -> None:
+        spec = {**ParallelSpec(gpus=8).to_json(), **changed}
+        with pytest.raises(ConfigError, match=rf"plan\.json: best\[0\]\.spec\.{message}"):
+            reuse_saved_plan({"best": [{"spec": spec}]}, REQUEST)
 
 
 def test_a_few_lines_say_what_and_why(result: PlanResult) -> None:

@@ -19,6 +19,7 @@ from megatron_smartmoe.planner.load import (
     scenarios_of,
     zipf,
 )
+from megatron_smartmoe.spec.trace import RoutingTrace
 from tests.support.models import SMALL
 from tests.support.synthetic import SyntheticSpec, synthetic_trace
 
@@ -87,3 +88,19 @@ def test_what_is_assumed_depends_on_the_router() -> None:
     assert "a balanced router" in scenarios_from_model(SMALL)[0].name
     free = replace(SMALL, moe=replace(SMALL.moe, balancing="none"))
     assert scenarios_from_model(free)[0].share_PE.max() > scenarios_from_model(SMALL)[0].share_PE.max()
+
+
+def test_layers_and_records_without_assignments_are_left_out() -> None:
+    """A dense first layer, an empty second record, and a third record in which one layer routed nothing."""
+    experts = SMALL.moe.experts
+    counts = np.zeros((3, 3, 1, experts), np.uint32)
+    counts[0, 1:], counts[2, 2] = np.arange(1, experts + 1), 5
+    trace = RoutingTrace(counts=counts, iteration=np.arange(3), layer=np.arange(3), notes=("as imported",))
+    found = scenarios_from_trace(SMALL, trace)
+    for scenario in found:
+        np.testing.assert_allclose(scenario.share_PE.sum(axis=1), 1)
+        assert scenario.notes == (
+            "as imported",
+            "2 of 3 records and 2 of 3 layers have assignments, the others are left out",
+        )
+    assert [len(scenario.share_PE) for scenario in found] == [1, 1]  # of the even record, which is the calmer one

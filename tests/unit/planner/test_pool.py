@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -48,6 +49,36 @@ def test_it_reads_back_what_it_saved(pool: Pool, tmp_path: Path) -> None:
 def test_another_version_is_refused(pool: Pool) -> None:
     with pytest.raises(ConfigError, match=r"must be 1\. Write the pool again with smartmoe plan --pool FILE"):
         Pool.from_json({**pool.to_json(), "version": 2})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"setting": {"homes_interval": 1.5}}, "setting.homes_interval = 1.5: must be a whole number"),
+        ({"setting": {"replicas": "some"}}, "setting.replicas = 'some': must be one of off, history, exact, auto"),
+        ({"setting": {"extra": 1}}, "setting.extra = 1: is not a known key"),
+        ({"scenario_s": {"a": "1"}}, "scenario_s.a = '1': must be a number"),
+        ({"expected_s": -1}, "expected_s = -1: must be a number of at least 0"),
+        ({"expected_s": None}, "expected_s = None: must be a number"),
+    ],
+)
+def test_a_damaged_entry_is_named(pool: Pool, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    content = pool.to_json()
+    for key, value in changes.items():
+        entry = content["entries"][2]
+        entry[key] = {**entry[key], **value} if isinstance(value, dict) else value
+    path = tmp_path / "pool.json"
+    path.write_text(json.dumps({"pool": content}))
+    with pytest.raises(ConfigError) as caught:
+        Pool.load(path, "--smartmoe-pool")
+    assert str(caught.value).startswith(f"{path}: pool.entries[2].{message}")
+
+
+@pytest.mark.parametrize("text", ["{", "[" * 100_000, '{"pool": NaN}', "[]"])
+def test_a_file_that_is_no_object_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "pool.json").write_text(text)
+    with pytest.raises(ConfigError, match=r"pool\.json"):
+        Pool.load(tmp_path / "pool.json", "--smartmoe-pool")
 
 
 def test_it_switches_for_more_than_the_margin() -> None:

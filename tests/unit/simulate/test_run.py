@@ -15,7 +15,7 @@ from megatron_smartmoe.placement.policy import PolicyOptions
 from megatron_smartmoe.simulate.baselines.eplb import Eplb
 from megatron_smartmoe.simulate.baselines.ultraep import UltraEp
 from megatron_smartmoe.simulate.policies import OnlinePolicy, RulePolicy
-from megatron_smartmoe.simulate.run import SimulationSetup, lower_bounds, replay
+from megatron_smartmoe.simulate.run import SimulationSetup, left_out, lower_bounds, replay
 from megatron_smartmoe.spec.arrays import FloatArray
 from megatron_smartmoe.spec.placement import EMPTY, Placement
 from megatron_smartmoe.spec.trace import RoutingTrace
@@ -80,9 +80,31 @@ def test_an_interval_keeps_a_plan() -> None:
 
 def test_an_exact_rule_plans_every_group_and_micro_batch() -> None:
     rule = Flipping(sees="exact")
-    result = replay(trace_of([6, 2], sources=4), RulePolicy(rule, start(), 2, 1, 1), setup())
+    counts = np.zeros((1, 1, 4, 2), np.uint32)
+    counts[0, 0, ::2] = [6, 2]
+    trace = RoutingTrace(counts=counts, iteration=np.arange(1), layer=np.array([0]))
+    result = replay(trace, RulePolicy(rule, start(), 2, 1, 1), setup())
     assert rule.calls == 2
     assert len(result.imbalance) == 2
+
+
+def test_what_has_no_assignments_is_left_out_and_counted() -> None:
+    """Four records of three layers: layer 1 is dense, record 2 is empty, record 3 has one micro-batch of two."""
+    counts = np.zeros((4, 3, 2, 2, 2), np.uint32)
+    counts[:, [0, 2]] = [6, 2]
+    counts[2], counts[3, :, :, 1] = 0, 0
+    trace = RoutingTrace(counts=counts, iteration=np.array([10, 20, 30, 40]), layer=np.array([4, 5, 6]))
+    placement = Placement.contiguous(num_layers=3, num_experts=2, num_ranks=2, spare_slots=1)
+    rule = Flipping(sees="exact")
+    result = replay(trace, RulePolicy(rule, placement, 1, 1, 1), setup(warmup=1))
+    bounds = lower_bounds(trace, setup(warmup=1))
+    assert len(result.imbalance) == len(bounds) == 2 * 2 + 2
+    assert min(result.imbalance) >= 1
+    assert bounds.min() >= 1
+    found = left_out(trace, setup(warmup=1))
+    assert (found.entries, found.of) == (2 + 3 + 1, 6 + 3 + 3)
+    assert found.layers == (5,)
+    assert found.iterations == (30,)
 
 
 def test_lower_bounds_with_and_without_spare_slots() -> None:

@@ -1,6 +1,7 @@
 """Placement: its rules name the entry that breaks them; digest, diff and JSON."""
 
 import re
+from typing import Any
 
 import numpy as np
 import pytest
@@ -95,6 +96,30 @@ def test_json_round_trip_and_its_refusals() -> None:
         Placement.from_json({**content, "version": 2})
     with pytest.raises(PlanError, match=r"placement digest = 'x'"):
         Placement.from_json({**content, "digest": "x"})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"version": True}, "placement version = True: only version 1 is known"),
+        ({"experts": "4"}, "placement.experts = '4': must be a whole number"),
+        ({"experts": 10**12}, "slots per rank = "),
+        ({"slots": [[[0, 1.5], [2, 3]]]}, "placement.slots[0][0][1] = 1.5: must be a whole number"),
+        ({"slots": [[[0, 1], [2]]]}, "placement.slots[0][1] = [2]: must have 2 entries"),
+        ({"slots": "x"}, "placement.slots = 'x': must be a list"),
+        ({"slots": []}, "none of them zero"),
+        ({"slots": [[[10**30]]]}, "must be a whole number"),
+    ],
+)
+def test_a_damaged_placement_is_refused(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(PlanError, match=re.escape(message)):
+        Placement.from_json({**two_by_two().to_json(), **changes})
+
+
+@pytest.mark.parametrize("content", [None, [], "x", 3])
+def test_what_is_no_placement_is_refused(content: Any) -> None:
+    with pytest.raises(PlanError, match="must be a mapping"):
+        Placement.from_json(content)
 
 
 def test_the_callers_array_is_neither_kept_nor_writable() -> None:

@@ -12,7 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_smartmoe.errors import ConfigError
-from megatron_smartmoe.spec.yaml_io import dump_yaml, find_config, load_yaml, refuse_unknown_keys, shipped_directory
+from megatron_smartmoe.spec.yaml_io import (
+    dump_yaml,
+    find_config,
+    load_yaml,
+    located,
+    refuse_unknown_keys,
+    shipped_directory,
+)
 
 
 @pytest.fixture
@@ -163,8 +170,15 @@ REFUSED = {
     "\n? [a]\n: b\n": "/file.yaml:2 = '? [a]': is not YAML: found unhashable key. Correct line 2.",
     "a: 1\nb: c: d\n": "/file.yaml:2 = 'b: c: d': is not YAML: mapping values are not allowed here. Correct line 2.",
     "a: 1\n---\nb: 2\n": "/file.yaml:2 = '---': is not YAML: but found another document. Correct line 2.",
-    "a: \x07": "configuration file = '/file.yaml': is not YAML: unacceptable character #x0007: special characters are "
-    'not allowed in "/file.yaml", position 3. Correct the text that it names.',
+    "a: \x07": "/file.yaml:1 = 'a: \\x07': is not YAML: it has the character U+0007. Correct line 1.",
+    "b: 1\na: {1: 2}": "/file.yaml:2 = 'a: {1: 2}': is not YAML: a key that is no text; write it in quotes. "
+    "Correct line 2.",
+    "a: 1\nb: !!bool maybe": "/file.yaml:2 = 'b: !!bool maybe': is not YAML: not a value of tag:yaml.org,2002:bool. "
+    "Correct line 2.",
+    "a: !!map [1]": "/file.yaml:1 = 'a: !!map [1]': is not YAML: expected a mapping. Correct line 1.",
+    "a: 1e999": "/file.yaml:1 = 'a: 1e999': is not YAML: 1e999 is too large for a number. Correct line 1.",
+    "a: &a [*a]": "/file.yaml:1 = 'a: &a [*a]': is not YAML: an alias that stands for what it is part of. "
+    "Correct line 1.",
 }
 
 
@@ -181,7 +195,31 @@ def test_what_yaml_itself_refuses_is_said_in_one_line(error_of: Any, text: str) 
     ],
 )
 def test_a_value_that_its_tag_refuses(error_of: Any, text: str, says: str) -> None:
-    assert error_of(text) == f"configuration file = '/file.yaml': is not YAML: {says}. Correct the text that it names."
+    assert error_of(text) == f"/file.yaml:1 = {text!r}: is not YAML: {says}. Correct line 1."
+
+
+BOMB = "z0: &z0 [x, x, x, x, x, x, x, x, x]\n"
+BOMB += "\n".join(f"z{n}: &z{n} [{f'*z{n - 1}, ' * 8}*z{n - 1}]" for n in range(1, 9))
+
+
+@pytest.mark.parametrize(
+    "text", [BOMB, "[" * 3000, "{a: " * 2000, "? " * 2000, "\n".join(" " * at + "a:" for at in range(300))]
+)
+def test_what_would_take_for_ever_is_refused(error_of: Any, text: str) -> None:
+    assert " levels" in error_of(text)
+
+
+def test_what_is_too_large_is_refused(error_of: Any) -> None:
+    assert error_of("a: " + "x" * 2**17).startswith("configuration file = '/file.yaml': is larger than 0.125 MiB. Give")
+
+
+def test_an_error_of_the_content_names_file_and_line(tmp_path: Path) -> None:
+    path = tmp_path / "file.yaml"
+    path.write_text("a: 1\nb:\n  c: 2\n")
+    for field, where in (("b.c", ":3"), ("b.d", ":2"), ("e", "")):
+        with pytest.raises(ConfigError) as caught, located(path):
+            raise ConfigError(field, 2, "is wrong", "Mend it.")
+        assert str(caught.value) == f"{path}{where}: {field} = 2: is wrong. Mend it."
 
 
 @pytest.mark.parametrize("text", ["2026-01-02", "2026-02-30", "2026-01-02 03:04:05"])
@@ -201,7 +239,9 @@ def test_a_file_that_is_not_utf8(tmp_path: Path) -> None:
     path.write_bytes(b"name: caf\xe9\n")
     with pytest.raises(ConfigError) as caught:
         load_yaml(path)
-    assert str(caught.value) == f"configuration file = '{path}': is not UTF-8 text. Save it as UTF-8."
+    assert str(caught.value) == (
+        f"{path}:1 = 'name: caf\\\\xe9': is not UTF-8 text: byte 0xe9. Save the file as UTF-8, or correct line 1."
+    )
 
 
 def test_a_directory_is_called_one(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from megatron_smartmoe.errors import ConfigError
+from megatron_smartmoe.spec.readers.csv_rows import Row
 from scripts.validation import validate_planner
 from scripts.validation.fit import PRIORS, Fitted, fit, fit_settings
 from scripts.validation.measured import COLUMNS, GateLaw, MeasuredRun, flows_of, popularity, run_of
@@ -41,6 +42,10 @@ ROW = {
 TRUE = {**{name: prior.middle for name, prior in PRIORS.items()}, "gemm": 0.55, "naive": 1.0, "all_to_all_inter": 0.2}
 
 
+def as_row(cells: dict[str, str]) -> Row:
+    return Row(where="runs.csv:2", cells=cells)
+
+
 def rows(layers: int = 4) -> list[dict[str, str]]:
     """Runs whose times the model itself made from TRUE."""
     found = []
@@ -48,14 +53,14 @@ def rows(layers: int = 4) -> list[dict[str, str]]:
         for pp, ep in ((1, 16), (2, 8), (4, 2)):
             row = {**ROW, "layers": str(layers), "capacity": capacity, "gate": gate, "pp": str(pp), "ep": str(ep)}
             row["dp"] = str(16 // pp)
-            seconds = Fitted(TRUE, {}, CLUSTERS).predict(run_of(row)).total_s
+            seconds = Fitted(TRUE, {}, CLUSTERS).predict(run_of(as_row(row))).total_s
             found.append({**row, "median_ms_skip10": str(seconds * 1e3)})
     return found
 
 
 def test_a_fit_predicts_what_it_has_not_seen() -> None:
-    model = fit([run_of(row) for row in rows()], CLUSTERS)
-    others = [run_of(row) for row in rows(layers=8)]
+    model = fit([run_of(as_row(row)) for row in rows()], CLUSTERS)
+    others = [run_of(as_row(row)) for row in rows(layers=8)]
     errors = [abs(model.predict(run).total_s / run.time_s - 1) for run in others]
     assert np.median(errors) < 0.02
     assert max(errors) < 0.05
@@ -68,7 +73,7 @@ def test_without_runs_the_priors_hold() -> None:
 
 def test_a_row_that_is_not_gpt_is_refused() -> None:
     with pytest.raises(ConfigError, match="only GPT rows can be predicted"):
-        run_of({**ROW, "hidden": "128..1024"})
+        run_of(as_row({**ROW, "hidden": "128..1024"}))
 
 
 def test_popularity_is_capped_where_a_token_cannot_choose_twice() -> None:
@@ -78,7 +83,7 @@ def test_popularity_is_capped_where_a_token_cannot_choose_twice() -> None:
 
 
 def test_capacity_drops_and_padding_fills() -> None:
-    run = run_of({**ROW, "capacity": "1.2"})
+    run = run_of(as_row({**ROW, "capacity": "1.2"}))
     tokens = 4 * 1024 * 2
     for flow in flows_of(run, GateLaw(2.0), 2):
         assert flow.load_ER.sum(axis=1).max() <= 1.2 * tokens * (1 + 1e-9)
@@ -88,7 +93,7 @@ def test_capacity_drops_and_padding_fills() -> None:
 
 
 def test_shadowing_moves_no_token_and_replicates_the_hottest() -> None:
-    run: MeasuredRun = run_of({**ROW, "hidden": "256", "system": "fastermoe", "shadow": "ON"})
+    run: MeasuredRun = run_of(as_row({**ROW, "hidden": "256", "system": "fastermoe", "shadow": "ON"}))
     plain = flows_of(replace(run, shadow=False), GateLaw(2.0), 2)
     for before, after in zip(plain, flows_of(run, GateLaw(2.0), 2), strict=True):
         assert after.load_ER.sum() == pytest.approx(before.load_ER.sum())
@@ -97,7 +102,7 @@ def test_shadowing_moves_no_token_and_replicates_the_hottest() -> None:
 
 
 def test_regret_is_what_the_first_choice_costs() -> None:
-    runs = [replace(run_of({**ROW, "ep": ep}), time_s=s) for ep, s in (("16", 2.0), ("8", 1.0))]
+    runs = [replace(run_of(as_row({**ROW, "ep": ep})), time_s=s) for ep, s in (("16", 2.0), ("8", 1.0))]
     (setting,) = fit_settings(runs, [0.5, 0.6])
     assert setting.regret == 1.0
     assert setting.first_predicted == runs[0].label

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from megatron_smartmoe.checkpoint.unpickle import Opaque, read_pickle
 from megatron_smartmoe.errors import CheckpointError
+from megatron_smartmoe.spec.readers.unpickle import Opaque, read_pickle
 
 
 class Planted:

@@ -21,10 +21,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_smartmoe.checkpoint.digest import ITEM_BYTES
-from megatron_smartmoe.checkpoint.unpickle import Opaque, read_pickle
 from megatron_smartmoe.errors import CheckpointError
+from megatron_smartmoe.spec.readers.unpickle import Opaque, read_pickle
 
+# Bytes of one element, by torch's name of the type without "torch.".
+ITEM_BYTES = {
+    "float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "float8_e5m2": 1,
+    "int64": 8, "int32": 4, "int16": 2, "int8": 1, "uint8": 1, "bool": 1,
+}  # fmt: skip
 BLOCK_ELEMENTS = 2**20  # that are in memory at a time
 _LARGEST_PICKLE_BYTES = 2**30  # arguments, random states and names of tensors take kilobytes or a few megabytes
 _LOCAL_HEADER_BYTES = 30

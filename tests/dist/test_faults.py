@@ -1,0 +1,40 @@
+"""Twelve faults from a fixed seed: the same losses, or a stop with one clear line; and a mix under heap checks."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from scripts.reliability import fault_mounts, faults, heap
+from scripts.reliability.fault_judge import GOOD
+from scripts.reliability.fault_plan import KINDS, SHORT, draw
+
+pytestmark = pytest.mark.dist
+
+SEED = 3
+
+
+def test_twelve_faults(tmp_path: Path) -> None:
+    left_out = (*fault_mounts.missing_kinds(), "cut the link", "long pause")  # these two take long
+    kinds = [kind for kind in KINDS if kind not in left_out]
+    drawn = draw(12, SEED, length=SHORT, kinds=kinds, launched_every=0, replicas=("exact",))
+    outcomes = faults.run(tmp_path, drawn, SHORT)
+    print(faults.table(outcomes))
+    assert len({fault.kind for fault in drawn}) >= 5
+    bad = [outcome for outcome in outcomes if outcome["outcome"] not in GOOD]
+    assert not bad, bad
+    assert Counter(outcome["outcome"] for outcome in outcomes)["stopped"] > 0
+
+
+def test_the_heap_stays_whole(tmp_path: Path) -> None:
+    """The mix that ended with a corrupted heap once: scripts/soak.sh repeats it 300 times."""
+    if (problem := heap.checks_do_nothing()) is not None:
+        pytest.skip(f"no heap checks here: {problem}")
+    command = [sys.executable, str(Path(heap.__file__)), str(tmp_path), "--repeats", "2", "--iterations", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2 repeats of 4 ranks" in done.stdout
