@@ -143,6 +143,7 @@ def rehearse_once(args: Namespace, tokens: Sequence[str], defaults: Sequence[str
     Raises:
         ConfigError: on rank 0: what would stop the ranks. Other ranks exit.
     """
+    from megatron_smartmoe.adapter.flags.start_checks import start_lines
     from megatron_smartmoe.adapter.rehearsal.lines import lines_of
     from megatron_smartmoe.adapter.rehearsal.rehearse import ALREADY, digest_of, rehearse
     from megatron_smartmoe.adapter.rehearsal.request import Request
@@ -160,7 +161,7 @@ def rehearse_once(args: Namespace, tokens: Sequence[str], defaults: Sequence[str
     )
 
     def rehearsal() -> None:
-        for line in lines_of(rehearse(request)):
+        for line in (*start_lines(args), *lines_of(rehearse(request))):
             print(f"smartmoe: {line}", flush=True)
 
     rank_0_first(rehearsal)

@@ -24,7 +24,7 @@ pytestmark = [pytest.mark.dist, pytest.mark.fast]
 
 PP2, TP2 = "--pipeline-model-parallel-size 2", "--tensor-model-parallel-size 2 --sequence-parallel"
 VPP = f"{PP2} --num-layers-per-virtual-pipeline-stage"
-CHECKPOINT_ARGS = "--use-checkpoint-args --load /nowhere --save /nowhere"
+CHECKPOINT_ARGS = "--use-checkpoint-args --load /nowhere --save /nowhere --save-interval 10"
 FSDP = "--use-megatron-fsdp --use-distributed-optimizer --ckpt-format fsdp_dtensor"
 NOT_HERE = "is not supported by this entry point, which pretrains GPT-MoE. Remove it."
 LOWER = "or lower one of these sizes."

@@ -88,3 +88,11 @@ def test_one_base_class_catches_all(error: Exception) -> None:
 
 def test_a_compat_error_pickles() -> None:
     assert str(pickle.loads(pickle.dumps(CompatError("too old")))) == "too old"
+
+
+def test_a_config_error_says_where_the_value_was_set() -> None:
+    error = ConfigError("--lr", 0, "must be positive", "Pass 1e-3.").set_by("a.yaml, flags.training.lr")
+    assert str(error) == "--lr = 0 (a.yaml, flags.training.lr): must be positive. Pass 1e-3."
+    assert str(pickle.loads(pickle.dumps(error))) == str(error)
+    assert error.set_by("command line") is error
+    assert ConfigError("--lr", 0, "must be positive", "Pass 1e-3.").set_by(None).origin == ""

@@ -107,6 +107,13 @@ def is_first_start(args: argparse.Namespace) -> bool:
     return same and not _has_checkpoint(args)
 
 
+def start_lines(args: argparse.Namespace) -> tuple[str, ...]:
+    """What to say about the start of a run: a line where there is nothing to load yet."""
+    if not is_first_start(args):
+        return ()
+    return (f"there is no checkpoint in {args.load} yet: training starts from iteration 0 and saves there",)
+
+
 def _has_checkpoint(args: argparse.Namespace) -> bool:
     remote = "://" in str(args.load)
     return remote or bool(args.ckpt_step) or (Path(args.load) / TRACKER).is_file()

@@ -77,11 +77,12 @@ def make_command(spec: RunSpec, command_line: Sequence[str], topology: Topology,
     """
     from megatron_smartmoe.adapter.flags.checkpoint_check import check_load
     from megatron_smartmoe.adapter.flags.megatron_checks import check_args, megatron_verdict
+    from megatron_smartmoe.adapter.flags.start_checks import start_lines
 
     merged = merge(spec, command_line, topology, run_dir)
     with merged.naming_origins():
         check_args(merged.args, cpu=merged.cpu, data_exists=corpus.exists(spec))
-        lines = check_load(merged.args)
+        lines = (*check_load(merged.args), *start_lines(merged.args))
         is_rehearsed = merged.args.smartmoe_rehearsal == "on"
         if not is_rehearsed and not merged.args.use_checkpoint_args:
             megatron_verdict(merged.args)
@@ -103,9 +104,11 @@ def _request(merged: Merged, spec: RunSpec, topology: Topology, run_dir: Path) -
     from megatron_smartmoe.adapter.pretrain import device_capability, with_defaults
 
     exists = corpus.exists(spec)
+    # The model of --use-checkpoint-args is in the checkpoint, which has to be found.
+    open_dir = str(run_dir) if merged.args.use_checkpoint_args else "{run_dir}"
     return Request(
         defaults=tuple(with_defaults([], cpu=merged.cpu, say=False)),
-        tokens=tuple(token.replace(str(run_dir), "{run_dir}") for token in merged.tokens),
+        tokens=tuple(token.replace(str(run_dir), open_dir) for token in merged.tokens),
         origins=merged.origins,
         world_size=topology.world_size,
         ranks_per_node=topology.ranks_per_node,

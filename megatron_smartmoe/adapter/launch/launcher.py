@@ -126,7 +126,7 @@ def _rehearse(ready: LaunchCommand, topology: Topology, *, is_dry: bool) -> list
     report = rehearse(replace(ready.request, keep_index=not is_dry))
     if ready.request.data_exists:
         os.environ[ALREADY] = digest  # for launchers that srun starts from here
-    return list(lines_of(report))
+    return [line.replace("{run_dir}", ready.flags[-1]) for line in lines_of(report)]
 
 
 def _check_directory(topology: Topology, directory: Path, *, dry_run: bool) -> None:

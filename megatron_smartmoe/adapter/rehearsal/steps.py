@@ -25,7 +25,6 @@ import torch
 
 from megatron_smartmoe.adapter.flags.ignored_options import remarks
 from megatron_smartmoe.adapter.flags.parser import parse
-from megatron_smartmoe.adapter.flags.start_checks import is_first_start
 from megatron_smartmoe.adapter.rehearsal.request import Attempt, DataReport, Failure, Report, Request
 from megatron_smartmoe.errors import ConfigError, SmartMoEError
 
@@ -83,8 +82,6 @@ class Rehearsal:
             load_args_from_checkpoint(args)
         for remark in remarks(args):
             self._note(remark)
-        if is_first_start(args):
-            self._note(f"there is no checkpoint in {args.load} yet: training starts from iteration 0 and saves there.")
         validate_args(args, {})
         core_transformer_config_from_args(args)
         _leave_the_world_alone(args)

@@ -102,3 +102,21 @@ def test_a_shell_reads_any_command_back(words: list[str]) -> None:
 def test_a_command_is_rendered_with_a_flag_a_line() -> None:
     text = render(["python", "-m", "x", "--betas", "0.9", "0.95", "--save", "a b", "--swiglu"], {"A": "1", "B": "2 3"})
     assert text == "A=1 B='2 3' python -m x \\\n  --betas 0.9 0.95 \\\n  --save 'a b' \\\n  --swiglu"
+
+
+@pytest.mark.parametrize(
+    ("config", "command_line", "expected"),
+    [
+        ({"data-path": "a", "split": "1,1,0"}, ["--mock-data"], ["--split", "1,1,0", "--mock-data"]),
+        ({"lr-warmup-fraction": "0.1"}, ["--lr-warmup-iters", "2"], ["--lr-warmup-iters", "2"]),
+        (
+            {"train-data-path": "a", "valid-data-path": "b"},
+            ["--train-data-path", "c"],
+            ["--valid-data-path", "b", "--train-data-path", "c"],
+        ),
+    ],
+)
+def test_another_way_to_say_it_replaces_the_configurations(
+    config: dict[str, str | bool | list[str]], command_line: list[str], expected: list[str]
+) -> None:
+    assert merge(config, command_line, KNOWN) == expected
