@@ -331,20 +331,27 @@ def prepare_megatron(*, cpu: bool) -> None:
     _skip_compiled_helpers()
     if cpu:  # Megatron has this switch (`initialize_megatron`), and `pretrain` does not pass it on
         rebind(training, "initialize_megatron", lambda call: functools.partial(call, allow_no_cuda=True))
-        # The process that writes checkpoints in the background needs the facade too: a fork has it.
-        initialize = importlib.import_module("megatron.training.initialize")
-        rebind(initialize, "init_persistent_async_worker", lambda call: lambda rank, mp_mode: call(rank, "fork"))
         _copy_before_background_writes()
 
 
 def _copy_before_background_writes() -> None:
-    """Have the writer in the background copy tensors of the host first, which it would share with the training."""
+    """On CPU ranks: fork the writer in the background, which needs the facade, and have it copy tensors first.
+
+    It would share their memory with the training. Megatron starts another one for a save after the last step.
+    """
+    from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
     from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 
     from megatron_smartmoe.adapter.checkpoint.writer import copying_in_background
 
     preload = copying_in_background(FileSystemWriterAsync.preload_tensors)
     replace_names(FileSystemWriterAsync, {"preload_tensors": staticmethod(preload)})
+    start = PersistentAsyncCaller._get_process.__func__
+
+    def forked(cls: type, rank: int, mp_mode: str = "fork", *args: Any, **kwargs: Any) -> Any:
+        return start(cls, rank, "fork", *args, **kwargs)
+
+    replace_names(PersistentAsyncCaller, {"_get_process": classmethod(forked)})
 
 
 def _repair_optimizer_checkpoints(training: ModuleType) -> None:
