@@ -108,7 +108,7 @@ def _request(merged: Merged, spec: RunSpec, topology: Topology, run_dir: Path) -
     open_dir = str(run_dir) if merged.args.use_checkpoint_args else "{run_dir}"
     return Request(
         defaults=tuple(with_defaults([], cpu=merged.cpu, say=False)),
-        tokens=tuple(token.replace(str(run_dir), open_dir) for token in merged.tokens),
+        tokens=tuple(_with_run_dir(token, run_dir, open_dir) for token in merged.tokens),
         origins=merged.origins,
         world_size=topology.world_size,
         ranks_per_node=topology.ranks_per_node,
@@ -117,6 +117,14 @@ def _request(merged: Merged, spec: RunSpec, topology: Topology, run_dir: Path) -
         data_exists=exists,
         vocabulary=None if exists else vocabulary(spec, merged.args),
     )
+
+
+def _with_run_dir(token: str, run_dir: Path, name: str) -> str:
+    """A token that is the run directory, or a path in it, with `name` in its place; `--flag=PATH` is one too."""
+    flag, equals, path = token.rpartition("=")
+    if path != str(run_dir) and not path.startswith(f"{run_dir}/"):
+        return token
+    return f"{flag}{equals}{name}{path.removeprefix(str(run_dir))}"
 
 
 def _local(folder: str | None) -> Path | None:

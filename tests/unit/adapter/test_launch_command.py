@@ -339,3 +339,17 @@ def test_threads_that_the_user_set_stay_in_a_task_per_rank(monkeypatch: pytest.M
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
     monkeypatch.setenv("SLURM_LOCALID", "0")
     assert command.rank_environment(Topology(ranks_per_node=2, rank=0), cpu=True)["OMP_NUM_THREADS"] == "7"
+
+
+@pytest.mark.parametrize(
+    ("token", "expected"),
+    [
+        ("run", "{run_dir}"),
+        ("run/checkpoints", "{run_dir}/checkpoints"),
+        ("--save=run/checkpoints", "--save={run_dir}/checkpoints"),
+        ("--rerun-mode", "--rerun-mode"),
+        ("runs/other", "runs/other"),
+    ],
+)
+def test_the_run_directory_is_left_open_where_a_path_begins_with_it(token: str, expected: str) -> None:
+    assert command._with_run_dir(token, Path("run"), "{run_dir}") == expected
