@@ -13,7 +13,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 FAST="fast or not (dist or slow or slurm or gpu or long)"
-PARALLEL=(-n 2 --no-loadscope-reorder) # two workers of pytest-xdist; a file's tests stay together
+PARALLEL=(-n 3 --no-loadscope-reorder) # three workers of pytest-xdist on two cores, since ranks wait half of their time; a file's tests stay together
 
 seconds=()
 report() {

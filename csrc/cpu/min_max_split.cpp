@@ -57,8 +57,8 @@ std::vector<int64_t> total_load(const int64_t* counts_RE, int64_t num_ranks, int
     const int64_t* counts_E = counts_RE + rank * num_experts;
     for (int64_t expert = 0; expert < num_experts; ++expert) {
       // unsigned: an overflow is found below, and must not be undefined here
-      load_E[expert] = static_cast<int64_t>(static_cast<uint64_t>(load_E[expert]) +
-                                            static_cast<uint64_t>(counts_E[expert]));
+      load_E[expert] =
+          static_cast<int64_t>(static_cast<uint64_t>(load_E[expert]) + static_cast<uint64_t>(counts_E[expert]));
       bits |= counts_E[expert];
     }
   }
