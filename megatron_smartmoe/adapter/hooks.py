@@ -329,9 +329,19 @@ def prepare_megatron(*, cpu: bool) -> None:
     complete_tokenizers()
     _repair_optimizer_checkpoints(training)
     _skip_compiled_helpers()
+    _collect_write_results(cpu=cpu)
     if cpu:  # Megatron has this switch (`initialize_megatron`), and `pretrain` does not pass it on
         rebind(training, "initialize_megatron", lambda call: functools.partial(call, allow_no_cuda=True))
         _copy_before_background_writes()
+
+
+def _collect_write_results(*, cpu: bool) -> None:
+    """Have a synchronous save collect its writers' results in the rank, where they are."""
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    from megatron_smartmoe.adapter.checkpoint.writer import results_queue
+
+    rebind(filesystem_async, "get_write_results_queue", functools.partial(results_queue, cpu=cpu))
 
 
 def _copy_before_background_writes() -> None:

@@ -8,10 +8,8 @@ torch's own threads do not survive a fork.
 
 from __future__ import annotations
 
-import ctypes
 import multiprocessing
 import pickle
-import signal
 import threading
 import warnings
 from collections.abc import Sequence
@@ -24,11 +22,10 @@ import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 
 from megatron_smartmoe.adapter.checkpoint.held import Held
+from megatron_smartmoe.adapter.orphans import forked_beside_rank
 from megatron_smartmoe.checkpoint.digest import MODULUS
 from megatron_smartmoe.checkpoint.manifest import ParameterDigest
 from megatron_smartmoe.runtime.tensor_digest import digest_of_tensor
-
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 @dataclass(frozen=True, kw_only=True, order=True)
@@ -120,7 +117,7 @@ class LocalDigests:
         receiver, sender = context.Pipe(duplex=False)
 
         def work() -> None:
-            _end_with_parent()
+            forked_beside_rank()
             torch.set_num_threads(1)
             sender.send_bytes(pickle.dumps(self._compute(parts)))
 
@@ -139,13 +136,6 @@ def _places(entries: Sequence[_Entry]) -> dict[tuple[str, str], int]:
         places[entry.name, entry.kind] = index
         index += max(entry.num_experts, 1)
     return places
-
-
-def _end_with_parent() -> None:
-    """Have the kernel end this process when its rank is killed: it would keep the rank's connections open."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_DFL)
 
 
 class DigestReduction:

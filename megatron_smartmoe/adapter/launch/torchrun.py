@@ -16,7 +16,6 @@ hand) all goes to stderr, and the first cause is the last line.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import io
 import json
 import os
@@ -33,17 +32,18 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from megatron_smartmoe.adapter.launch.deaths import Death, first_cause, oom_kills, read_death
+from megatron_smartmoe.adapter.orphans import end_with_parent
 
 PIPE_VARIABLE = "SMARTMOE_LAUNCHER_PIPE"  # number of an open descriptor
 GRACE_S = 4.0
 _ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _LOOK_S = 0.05  # between two looks; torchrun's own are 0.1 s apart
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the ranks of this host; returns the exit status of the first cause, 128 + N for signal N."""
-    end_with_parent()
+    if PIPE_VARIABLE in os.environ:  # the launcher may be killed, and the ranks must not outlive it
+        end_with_parent(signal.SIGTERM)
     terminal, report = sys.stderr, Report.to_launcher()
     sys.stderr = report  # before torch is imported: its loggers keep the stream that they find
     subprocess.Popen = Rank  # type: ignore[misc, assignment]  # likewise: torchrun imports it by name
@@ -73,12 +73,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if cause is not None and not report.has_launcher:
         print(f"smartmoe: {cause}", file=terminal, flush=True)
     return 0 if cause is None else cause.exit_status
-
-
-def end_with_parent() -> None:
-    """Receive SIGTERM when the launcher is killed (Linux), so that the ranks do not outlive it."""
-    if sys.platform == "linux" and PIPE_VARIABLE in os.environ:
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
 
 
 class Report(io.TextIOBase):
