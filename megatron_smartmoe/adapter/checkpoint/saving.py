@@ -37,6 +37,7 @@ from megatron_smartmoe.adapter.checkpoint.folders import save_directory
 from megatron_smartmoe.adapter.checkpoint.held import held_tensors
 from megatron_smartmoe.adapter.checkpoint.writer import PART, SHARDS, WithChecksums
 from megatron_smartmoe.adapter.hooks import Callback, Order
+from megatron_smartmoe.adapter.launch.secrets import MASK, secrets_among
 from megatron_smartmoe.adapter.run import Run
 from megatron_smartmoe.checkpoint.checksum import checksum_of_file
 from megatron_smartmoe.checkpoint.directory import folder_of, iteration_of, read_tracker
@@ -405,10 +406,16 @@ def _manifest(save: _Save, entries: list[FileEntry], digests: tuple[Any, ...]) -
         files=tuple(sorted([*entries, *others], key=lambda entry: entry.name)),
         digests=digests,
         consumed_samples=int(args.consumed_train_samples),
-        arguments={name: value for name, value in sorted(vars(args).items()) if _is_plain(value)},
+        arguments={name: _masked(name, value) for name, value in sorted(vars(args).items()) if _is_plain(value)},
         placement=getattr(args, "smartmoe_placement", None),
         software={"megatron_smartmoe": __version__} | {name: metadata.version(name) for name in _SOFTWARE},
     )
+
+
+def _masked(name: str, value: object) -> object:
+    """A value as the manifest has it: as it is, unless it is a secret."""
+    is_secret = isinstance(value, str) and secrets_among((f"--{name.replace('_', '-')}", value))
+    return MASK if is_secret else value
 
 
 def _is_plain(value: object) -> bool:
