@@ -98,7 +98,7 @@ def test_optimizer_state_between_ep_1_and_more_is_refused_before_it_fails(saved:
     assert done.returncode == 2
     folder = saved.checkpoint / "iter_0000004"
     assert done.stderr == (
-        f"error: --expert-model-parallel-size = 1 (command line): the optimizer state in {folder} was saved at 2, "
+        f"error: --expert-model-parallel-size = 1: the optimizer state in {folder} was saved at 2, "
         "and cannot be loaded at 1, because experts have an optimizer of their own only above 1. "
         "Pass --expert-model-parallel-size 2, or --no-load-optim for the weights alone.\n"
     )
@@ -119,8 +119,8 @@ def test_a_truncated_shard_is_refused_or_left_out(saved: Saved, tmp_path: Path) 
     assert done.returncode == 2
     what = r"__1_0\.distcp has 1,000 of (at least )?[\d,]+ bytes"
     assert re.fullmatch(
-        rf"error: --load = '{directory}': iter_0000008 is damaged: {what}\. Pass --ckpt-step 4 to resume from the "
-        r"newest whole one there \(found: 4\), or --smartmoe-resume newest-whole to do so by itself; 4 iterations of "
+        rf"error: --load = '{directory}' \(command line\): iter_0000008 is damaged: {what}\. Pass --ckpt-step 4 to "
+        r"resume from the newest whole one there \(found: 4\), or --smartmoe-resume newest-whole to do so by itself; 4 iterations of "
         r"training are lost\.\n",
         done.stderr,
     )

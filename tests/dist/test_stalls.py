@@ -135,7 +135,7 @@ def hosts() -> Iterator[tuple[str, str]]:
 
 
 def test_two_nodes(tmp_path: Path, data_flags: list[str], hosts: tuple[str, str]) -> None:
-    """Node 0 names a rank of node 1, node 1 writes its stacks; a cut link is named by both, and training goes on."""
+    """Node 0 names a rank of node 1, node 1 writes its stacks; a cut link is named by both."""
     run_dir = tmp_path / "run"
     launches = []
     for node, host in enumerate(hosts):
@@ -166,9 +166,6 @@ def test_two_nodes(tmp_path: Path, data_flags: list[str], hosts: tuple[str, str]
         assert re.search(r"its node has not answered for \d+ s: look at the host and at its network", line)
         line = second.wait_for("WARNING: this step has taken")
         assert re.search(r"this is node 1, which has not reached node 0 for \d+ s and knows its own ranks only", line)
-        subprocess.run(["ip", "-n", hosts[1], "link", "set", "eth0", "up"], check=True)
-        second.wait_for("the watchdog of node 1 reaches node 0 again, which reports for all nodes")
-        first.wait_for(CONTINUES, count=2)
     finally:
         for launch in launches:
             launch.end()

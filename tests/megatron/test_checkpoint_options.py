@@ -102,8 +102,8 @@ WORKS = {
     "not fully parallel": f"{SAVE} --no-ckpt-fully-parallel-save",
     "fully parallel load": f"{SAVE} --load /nowhere --ckpt-fully-parallel-load",
     "fully reshardable": f"{SAVE} --use-distributed-optimizer --dist-ckpt-optim-fully-reshardable",
-    "weights alone": "--load /nowhere --finetune --no-load-optim --no-load-rng",
-    "main weights": "--load /nowhere --no-load-optim --load-main-params-from-ckpt",
+    "weights alone": f"{SAVE} --load /nowhere --finetune --no-load-optim --no-load-rng",
+    "main weights": f"{SAVE} --load /nowhere --no-load-optim --load-main-params-from-ckpt",
     "checked by Megatron too": f"{SAVE} --verify-integrity",
 }
 CASES = {

@@ -92,7 +92,7 @@ def test_data_of_the_configuration_is_what_the_command_reads(config: Path, print
     if data is None:
         assert "--module" in printed
         return
-    assert printed.startswith("# first, once:\n")
+    assert "# first, once:\n" in printed
     assert f"--output-prefix {data['prefix']}" in printed
     assert as_mapping(flags)["data-path"] == data["prefix"]
 

@@ -476,7 +476,7 @@ def test_the_summary_of_a_run_that_did_nothing() -> None:
 
 def test_the_summary_for_programs(tmp_path: Path) -> None:
     content = summary.summarise(GATHERED, arguments())
-    summary.write(content, tmp_path)
+    summary.write(content, tmp_path / "summary.json")
     read = json.loads((tmp_path / "summary.json").read_text())
     assert read["tokens_per_second"] == 16 * 128 / 0.25
     assert read["train_loss"] == 3.25

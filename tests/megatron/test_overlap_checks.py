@@ -143,7 +143,7 @@ DESCRIBED = {
     "replicas and bf16 gradients": "--bf16 --grad-reduce-in-bf16 --smartmoe-spare-slots 1",
     "virtual stages": "--pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 2 --num-layers 4",
     "a layout": "--pipeline-model-parallel-size 2 --pipeline-model-parallel-layout Ettt|tL --num-layers 4",
-    "a growing batch": "--rampup-batch-size 4 4 8 --train-samples 64 --smartmoe-pool auto",
+    "samples and a pool": "--train-samples 64 --smartmoe-pool auto",
 }
 
 
@@ -155,7 +155,9 @@ def _described(cases: dict[str, str]) -> dict[str, tuple[Any, Any, Any, Any]]:
     os.environ["WORLD_SIZE"] = "8"
     found = {}
     for name, flags in cases.items():
-        tokens = with_defaults([*GOOD, *DATA, "--smartmoe", *EP4.split(), *flags.split()], cpu=True, say=False)
+        tokens = with_defaults(
+            [*GOOD, *DATA, "--global-batch-size", "8", "--smartmoe", *EP4.split(), *flags.split()], cpu=True, say=False
+        )
         if "--train-samples" in tokens:
             at = tokens.index("--train-iters")
             del tokens[at : at + 2]

@@ -24,7 +24,10 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 GPUS = {"deepseek-v3": 512, "qwen3-235b-a22b": 256, "mixtral-8x22b": 128, "quickstart": 4}
 SPACE = SpaceOptions(micro_batches=(1, 2), spare_slots=(0, 1), overlap_degrees=(1, 2), max_virtual=2)
 # What the user adds to a plan's flags; sizes play no part in it.
-USER = "--no-rope-fusion --mock-data --tokenizer-type NullTokenizer --lr 1e-4 --train-iters 10 --eval-iters 0".split()
+USER = (
+    "--no-rope-fusion --mock-data --tokenizer-type NullTokenizer --lr 1e-4 --train-iters 10 --eval-iters 0 "
+    "--eval-interval 1000"
+).split()
 
 
 @pytest.fixture(scope="module", params=sorted(path.stem for path in (CONFIGS / "models").glob("*.yaml")))

@@ -119,6 +119,11 @@ class Ending:
             self._others = self.shared.of_others()
         return bool(self._others)
 
+    @property
+    def cause(self) -> Death | None:
+        """The first cause, as far as it is known to this launcher."""
+        return first_cause([*self.deaths, *self._others])
+
     def line(self, status: int, signals: list[int], log: Path | None) -> str | None:
         """The last line; None for a run that ended as it should.
 
@@ -129,7 +134,7 @@ class Ending:
         """
         if self.shared is not None:
             self._others = self.shared.of_others()
-        cause = first_cause([*self.deaths, *self._others])
+        cause = self.cause
         if signals and (cause is None or cause.status in _BY_REQUEST):
             return None if status == 0 else self._with_way_on(f"ended by {signal.Signals(signals[0]).name}")
         if signals and cause in self.deaths:  # after a death on another node Slurm ends this one by SIGTERM

@@ -284,6 +284,8 @@ def srun(topology: Topology, argv: Sequence[str], module: str = __package__, end
     if ending is not None and ending.others_died() and (line := ending.line(status, [], None)):
         with contextlib.suppress(OSError):  # nobody reads it
             print(f"smartmoe: {line}", flush=True)
+        if ending.cause is not None:  # srun's own status may be that of a task which it has ended
+            return ending.cause.exit_status
     return status
 
 
