@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that must hold before a change lands: style, types, who imports whom, and the tests.
 #
-#   scripts/test.sh                  all of it but the long ones, before a change lands: about 23 minutes on 2 cores
+#   scripts/test.sh                  all of it but the long ones, before a change lands: about 22 minutes on 2 cores
 #   scripts/test.sh --fast           while you work on a change: the checks, tests/unit, and one training test of each kind
 #                                    (pytest -m "$FAST", below), under 3 minutes on 2 cores
 #   scripts/test.sh --long           the checks, and the two tests that train 200 steps: before a release
@@ -13,7 +13,8 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 FAST="fast or not (dist or slow or slurm or gpu or long)"
-PARALLEL=(-n 3 --no-loadscope-reorder) # three workers of pytest-xdist on two cores, since ranks wait half of their time; a file's tests stay together
+# Three workers of pytest-xdist on two cores, since ranks wait half of their time; the tests of a file stay together.
+PARALLEL=(-n 3 --no-loadscope-reorder)
 
 seconds=()
 report() {

@@ -120,8 +120,8 @@ def test_a_truncated_shard_is_refused_or_left_out(saved: Saved, tmp_path: Path) 
     what = r"__1_0\.distcp has 1,000 of (at least )?[\d,]+ bytes"
     assert re.fullmatch(
         rf"error: --load = '{directory}' \(command line\): iter_0000008 is damaged: {what}\. Pass --ckpt-step 4 to "
-        r"resume from the newest whole one there \(found: 4\), or --smartmoe-resume newest-whole to do so by itself; 4 iterations of "
-        r"training are lost\.\n",
+        r"resume from the newest whole one there \(found: 4\), or --smartmoe-resume newest-whole to do so by itself; "
+        r"4 iterations of training are lost\.\n",
         done.stderr,
     )
     done = launch(there, tmp_path, "2", *EP2, "--train-iters", "8", "--smartmoe-resume", "newest-whole")

@@ -18,7 +18,7 @@ from megatron_smartmoe.errors import ConfigError
 from megatron_smartmoe.spec.run import FlagValue
 
 TOKEN = "hf_" + "x" * 30
-ENVIRON = {"WANDB_API_KEY": "0123456789abcdef", "HOME": "/root/01234567"}
+ENVIRON = {"WANDB_API_KEY": "0123456789abcdef", "HOME": "/home/u/01234567"}
 
 
 @pytest.mark.parametrize(
@@ -29,7 +29,7 @@ ENVIRON = {"WANDB_API_KEY": "0123456789abcdef", "HOME": "/root/01234567"}
         ("--db-password", "p", "SMARTMOE_SECRET_DB_PASSWORD"),
         ("--load", TOKEN, "SMARTMOE_SECRET_LOAD"),
         ("--load", "s3://user:pass@host/checkpoints", "SMARTMOE_SECRET_LOAD"),
-        ("--save", "/root/01234567", None),
+        ("--save", "/home/u/01234567", None),
         ("--fim-prefix-token", "<fim_prefix>", None),
         ("--num-query-groups", "8", None),
         ("--load", "https://host:8080/x", None),
