@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_smartmoe.adapter.launch.deaths import Death, first_cause
+from megatron_smartmoe.adapter.run_files import write_text
 from megatron_smartmoe.checkpoint.directory import read_tracker
 from megatron_smartmoe.errors import CheckpointError
 
@@ -43,9 +44,7 @@ class SharedDeaths:
     def write(self, deaths: list[Death]) -> None:
         """Publish this launcher's deaths."""
         content = {"attempt": self.attempt, "deaths": [death.to_json() for death in deaths]}
-        part = self.directory / f".{_PREFIX}{self.name}.part"
-        part.write_text(json.dumps(content) + "\n", encoding="utf-8")
-        part.replace(self.directory / f"{_PREFIX}{self.name}.json")
+        write_text(self.directory / f"{_PREFIX}{self.name}.json", json.dumps(content) + "\n")
 
     def of_others(self) -> list[Death]:
         """The deaths that other launchers of this job have published."""

@@ -23,6 +23,8 @@ from typing import Any
 
 from megatron_smartmoe.adapter import cpu
 from megatron_smartmoe.adapter.rehearsal.request import DataReport, Report, Request, StageReport, Verdict
+from megatron_smartmoe.adapter.run_files import write_text
+from megatron_smartmoe.checkpoint.directory import TRACKER
 from megatron_smartmoe.errors import ConfigError
 
 ALREADY = "SMARTMOE_REHEARSED"  # in the environment of ranks: the digest of the flags that were rehearsed for them
@@ -46,7 +48,7 @@ def rehearse(request: Request) -> Report:
     if verdict.details:
         name = _write_details(verdict.details)
         return dataclasses.replace(report, notes=tuple(note.replace(_DETAILS, str(name)) for note in report.notes))
-    _write(remembered, report)
+    write_text(remembered, json.dumps(dataclasses.asdict(report)))
     return report
 
 
@@ -117,7 +119,7 @@ def _key(request: Request) -> str:
 def _files(request: Request) -> Iterator[tuple[str, int, int]]:
     """Files that the flags name, with size and time of change: datasets, tokenizers, checkpoints."""
     for token in request.tokens:
-        for suffix in ("", ".bin", ".idx", "/latest_checkpointed_iteration.txt"):
+        for suffix in ("", ".bin", ".idx", f"/{TRACKER}"):
             path = Path(token + suffix)
             try:
                 found = path.stat()
@@ -131,12 +133,6 @@ def _version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
-
-
-def _write(path: Path, report: Report) -> None:
-    part = path.with_suffix(f".{os.getpid()}")
-    part.write_text(json.dumps(dataclasses.asdict(report)), encoding="utf-8")
-    part.replace(path)
 
 
 def _read(path: Path) -> Report | None:
