@@ -42,12 +42,15 @@ class Door:
         cpu: whether the CPU facade is in use.
         is_own_entry: whether the script is this project's own, which has checked the flags and set the defaults.
         callbacks: further ones, besides those that the flags ask for.
+
+    Attributes:
+        is_asked: whether the flags ask for anything; known when they are validated.
     """
 
     def __init__(self, *, cpu: bool, is_own_entry: bool, callbacks: Iterable[Callback] = ()) -> None:
         self.cpu, self.is_own_entry, self.callbacks = cpu, is_own_entry, tuple(callbacks)
         self._overlap_degree: Any = None
-        self._is_asked = False  # whether the flags ask for anything; known when they are validated
+        self.is_asked = False
         self._has_said = False
         self._held = ExitStack()  # the lock of the run directory, to the end of the process
 
@@ -89,7 +92,7 @@ class Door:
         @functools.wraps(initialize_megatron)
         def initialize(*args: Any, **kwargs: Any) -> Any:
             result = initialize_megatron(*args, **kwargs)
-            if self._is_asked:
+            if self.is_asked:
                 self._attach()
             return result
 
@@ -138,8 +141,8 @@ class Door:
         self._overlap_degree = OverlapDegree(args)
         everywhere = self.is_own_entry and args.spec is None
         hooks.use_modules(Modules.of(args, self._overlap_degree, everywhere=everywhere))
-        self._is_asked = self.is_own_entry or wants(args)
-        if not self._is_asked:
+        self.is_asked = self.is_own_entry or wants(args)
+        if not self.is_asked:
             return
         hooks.prepare_megatron(cpu=self.cpu)
         if not self.cpu:
@@ -161,16 +164,21 @@ class Door:
             _stop(error, is_reporter=True)
         self._held.enter_context(lock)
 
-    def _attach(self) -> None:
+    def callbacks_of_session(self) -> list[Callback]:
+        """What the flags ask for in a loop that is not Megatron's, which saves by itself."""
         from megatron.training import get_args
 
-        from megatron_smartmoe.adapter import hooks
         from megatron_smartmoe.adapter.callbacks import callbacks_for
+
+        return [*callbacks_for(get_args(), self._overlap_degree), *self.callbacks] if self.is_asked else []
+
+    def _attach(self) -> None:
+        from megatron_smartmoe.adapter import hooks
         from megatron_smartmoe.adapter.checkpoint.loading import CheckpointLoads
         from megatron_smartmoe.adapter.checkpoint.saving import CheckpointSaves
 
         saves = CheckpointSaves()
-        hooks.attach([saves, *callbacks_for(get_args(), self._overlap_degree), *self.callbacks])
+        hooks.attach([saves, *self.callbacks_of_session()])
         hooks.attach_checkpoints(saves, CheckpointLoads())
 
 
@@ -259,6 +267,11 @@ def moe_spec(spec: Any) -> Any:
             "known. Call megatron_smartmoe.enable() at the top of the script, and this while the model is built."
         )
     return modules.moe_spec(spec)
+
+
+def current() -> Door | None:
+    """The door of this process, if there is one."""
+    return _door
 
 
 def is_open() -> bool:

@@ -203,10 +203,13 @@ class _Loop:
 
         iteration, non_persistent = bound.arguments["iteration"], bound.arguments.get("non_persistent_ckpt", False)
         directory = save_directory(get_args(), non_persistent=non_persistent) if self._running else None
-        if directory is None:
-            return
+        if directory is not None:
+            self.after_save(iteration, folder_of(directory, iteration))
+
+    def after_save(self, iteration: int, folder: Path) -> None:
+        """The files of a checkpoint are written, or are being written."""
         for callback in self.callbacks:
-            callback.after_save(iteration, folder_of(directory, iteration))
+            callback.after_save(iteration, folder)
 
     def maybe_finalize_async_save(self, call: Callable[..., Any], bound: inspect.BoundArguments) -> Any:
         """Megatron asks in every iteration whether a save has ended, and waits for it only where it must."""
