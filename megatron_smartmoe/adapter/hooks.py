@@ -470,7 +470,9 @@ def prepare_megatron(*, cpu: bool) -> None:
 
 def _run_on_cpu(training: ModuleType) -> None:
     """Megatron has a switch for it (`initialize_megatron`), and `pretrain` does not pass it on."""
-    rebind(training, "initialize_megatron", lambda call: functools.partial(call, allow_no_cuda=True))
+    initialize, package = (importlib.import_module(f"megatron.training{part}") for part in (".initialize", ""))
+    for module in (training, initialize, package):  # a loop of one's own may import it from any of them
+        rebind(module, "initialize_megatron", lambda call: functools.partial(call, allow_no_cuda=True))
 
 
 def _collect_write_results(*, cpu: bool) -> None:

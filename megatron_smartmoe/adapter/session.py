@@ -111,10 +111,12 @@ def session(model: Sequence[torch.nn.Module] | torch.nn.Module, optimizer: Any) 
         raise CompatError(
             "megatron_smartmoe.session(): Megatron's arguments = not set. Call initialize_megatron() before."
         ) from error
+    if not hasattr(args, "iteration"):
+        args.iteration = 0  # which Megatron sets when it builds the model
     loop = hooks.listen(door_of_process.callbacks_of_session())
     chunks = list(model) if isinstance(model, Sequence) else [model]
     if door_of_process.is_asked:
         loop.start(Run.of(chunks, optimizer))
-    yield Session(loop, int(getattr(args, "iteration", 0) or 0))
+    yield Session(loop, int(args.iteration))
     if door_of_process.is_asked:
         hooks.end()

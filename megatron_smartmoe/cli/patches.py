@@ -234,7 +234,7 @@ def run(root: Path, *, script: str | None, reverse: bool, check: bool) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status: 0, 1 for --check where something is to be done, 2 for a refusal."""
+    """Run the command line; returns the exit status: 0, 1 for --check where a change is due, 2 for a refusal."""
     parser = argparse.ArgumentParser(prog="scripts/apply_patches.sh", description=__doc__)
     parser.add_argument("path", type=Path, metavar="PATH", help="a checkout of Megatron-LM, or a fork of it")
     parser.add_argument(

@@ -73,17 +73,21 @@ def _names() -> Iterator[MegatronName]:
     yield from hooked(checkpointing, "checkpoints", "_async_delete_checkpoint_impl", "ensure_directory_exists")
     yield from hooked(f"{saving}.serialization", "checkpoints", "save_config")
     writer, caller = f"{saving}.strategies.filesystem_async", f"{saving}.strategies.async_utils"
-    methods = ("FileSystemWriterAsync.finish", "FileSystemWriterAsync.write_preloaded_data")
-    yield from hooked(writer, "checkpoints", *methods, "get_write_results_queue")
+    yield from hooked(writer, "checkpoints", "FileSystemWriterAsync.finish", "get_write_results_queue")
+    yield from hooked(writer, "checkpoints", "FileSystemWriterAsync.write_preloaded_data")
     yield from hooked(writer, "checkpoints without a GPU", "FileSystemWriterAsync.preload_tensors")
     yield from hooked(caller, "checkpoints without a GPU", "PersistentAsyncCaller._get_process")
     optimizer = f"{core}.optimizer"
     yield from hooked(optimizer, "Adam without TransformerEngine", "Adam", "USING_PYTORCH_OPTIMIZER")
     flags = ("Adam", "HAVE_APEX_OR_TE", "USING_APEX_OPTIMIZER")
     yield from hooked(f"{optimizer}.distrib_optimizer", "Adam without TransformerEngine", *flags)
-    state = ("load_parameter_state_from_fully_reshardable", "sharded_param_state_fully_reshardable")
-    methods = tuple(f"DistributedOptimizer.{name}" for name in state[1:])
-    yield from hooked(f"{optimizer}.distrib_optimizer", "checkpoints of the optimizer", *methods)
+    state = "DistributedOptimizer.load_parameter_state_from_fully_reshardable"
+    yield from hooked(f"{optimizer}.distrib_optimizer", "checkpoints of the optimizer", state)
+    text = f"{core}.tokenizers.text.libraries"
+    names = ("HuggingFaceTokenizer", "MegatronHFTokenizer", "TikTokenTokenizer")
+    yield from hooked(text, "tokenizers without transformers", *names)
+    yield from hooked(f"{text}.tiktoken_tokenizer", "tiktoken's vocabulary files", "reload_mergeable_ranks")
+    yield from hooked(f"{core}.datasets.utils", "the dataset helper of the wheel", "compile_helpers")
     layer = ("route", "preprocess", "dispatch", "routed_experts_compute", "combine")
     methods = tuple(f"MoELayer.{name}" for name in layer)
     yield from hooked(f"{core}.transformer.moe.moe_layer", "the layer that ours is", *methods, is_hooked=False)

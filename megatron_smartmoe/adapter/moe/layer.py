@@ -42,7 +42,7 @@ class SmartMoELayer(MoELayer):
             CompatError: a subclass has set a dispatcher that is not Megatron's.
         """
         super().__init__(config, *args, pg_collection=pg_collection, **kwargs)
-        dispatcher = type(self.token_dispatcher)
+        dispatcher: type = type(self.token_dispatcher)  # type: ignore[has-type]
         if not dispatcher.__module__.startswith("megatron.core."):
             raise CompatError(
                 f"--smartmoe: the dispatcher of a MoE layer = {dispatcher.__module__}.{dispatcher.__qualname__}: was "

@@ -18,7 +18,7 @@ from argparse import Namespace
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeGuard
 
 from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.moe.moe_layer import MoELayer
@@ -121,7 +121,7 @@ class Modules:
         """The layer's class, and what it is built with besides."""
         degree = self.overlap_degree()
         cuts = self.may_cut or degree > 1
-        layer = smart_class(wanted, OverlappedMoELayer if cuts else SmartMoELayer)
+        layer = smart_class(wanted, OverlappedMoELayer if cuts else SmartMoELayer)  # type: ignore[arg-type]
         return layer, {"overlap_degree": degree} if cuts else {}
 
     def _submodules(self, submodules: Any) -> Any:
@@ -197,7 +197,7 @@ def _is_ours(spec: Any) -> bool:
     return isinstance(built, type) and issubclass(built, SmartMoELayer)
 
 
-def _is_moe(module: object) -> bool:
+def _is_moe(module: object) -> TypeGuard[type[MoELayer]]:
     return isinstance(module, type) and issubclass(module, MoELayer)
 
 
