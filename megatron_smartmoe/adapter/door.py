@@ -14,6 +14,7 @@ writes a file) Megatron's loop, modules and optimizer are its own.
 
 from __future__ import annotations
 
+import atexit
 import functools
 import importlib
 import os
@@ -196,7 +197,17 @@ def open_door(*, cpu: bool, is_own_entry: bool, callbacks: Iterable[Callback] = 
 
     door = Door(cpu=cpu, is_own_entry=is_own_entry, callbacks=callbacks)
     hooks.open_door(door)
+    if cpu and not is_own_entry:
+        atexit.register(_leave_groups)
     _door = door
+
+
+def _leave_groups() -> None:
+    """Scripts end without it, and on gloo some then end in an abort: its threads outlive the interpreter."""
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def enable(argv: Sequence[str] | None = None) -> None:
