@@ -190,7 +190,7 @@ def train(argv: Sequence[str], *, cpu: bool, callbacks: Iterable[Callback] = ())
     from megatron_smartmoe.adapter import hooks
     from megatron_smartmoe.adapter.batch import embedding_ranks, forward_step
     from megatron_smartmoe.adapter.checkpoint.loading import CheckpointLoads
-    from megatron_smartmoe.adapter.checkpoint.saving import CheckpointSaves
+    from megatron_smartmoe.adapter.checkpoint.saving import CheckpointSaves, SavedDigests
     from megatron_smartmoe.adapter.datasets import train_valid_test_datasets_provider
     from megatron_smartmoe.adapter.moe.overlap_degree import OverlapDegree
     from megatron_smartmoe.adapter.records import flight_recorder
@@ -201,7 +201,7 @@ def train(argv: Sequence[str], *, cpu: bool, callbacks: Iterable[Callback] = ())
         flight_recorder.write_to(args.smartmoe_run_dir)
     overlap_degree = OverlapDegree(args)
     saves = CheckpointSaves()
-    hooks.attach([saves, *callbacks_for(args, overlap_degree), *callbacks])
+    hooks.attach([saves, SavedDigests(saves), *callbacks_for(args, overlap_degree), *callbacks])
     hooks.attach_checkpoints(saves, CheckpointLoads())
     pretrain(
         pretrain_cfg_container_from_args(args, model_config_of(args, overlap_degree)),

@@ -79,6 +79,11 @@ class LocalDigests:
             self._thread = Future()
             threading.Thread(target=self._fulfil, args=(self._thread, parts), daemon=True).start()
 
+    def wait(self) -> None:
+        """Return when a thread that computes them is done, whatever has come of it: tensors may change then."""
+        if self._thread is not None:
+            self._thread.exception()
+
     def sums(self) -> list[int]:
         """The sums of this rank, by entry and expert.
 
