@@ -176,10 +176,10 @@ class Door:
     def _attach(self) -> None:
         from megatron_smartmoe.adapter import hooks
         from megatron_smartmoe.adapter.checkpoint.loading import CheckpointLoads
-        from megatron_smartmoe.adapter.checkpoint.saving import CheckpointSaves
+        from megatron_smartmoe.adapter.checkpoint.saving import CheckpointSaves, SavedDigests
 
         saves = CheckpointSaves()
-        hooks.attach([saves, *self.callbacks_of_session()])
+        hooks.attach([saves, SavedDigests(saves), *self.callbacks_of_session()])
         hooks.attach_checkpoints(saves, CheckpointLoads())
 
 
