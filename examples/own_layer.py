@@ -49,7 +49,7 @@ def layer_spec(normalization: str) -> ModuleSpec:
 def model_provider(pre_process: bool = True, post_process: bool = True, **placement: Any) -> torch.nn.Module:
     """The model of one pipeline stage."""
     args = get_args()
-    return GPTModel(
+    model: torch.nn.Module = GPTModel(
         config=core_transformer_config_from_args(args),
         transformer_layer_spec=layer_spec(args.normalization),
         vocab_size=args.padded_vocab_size,
@@ -59,6 +59,7 @@ def model_provider(pre_process: bool = True, post_process: bool = True, **placem
         share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
         position_embedding_type=args.position_embedding_type,
     )
+    return model
 
 
 if __name__ == "__main__":

@@ -27,11 +27,11 @@ def add_own_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
     return parser
 
 
-def model_provider(pre_process: bool = True, post_process: bool = True, **placement: Any) -> torch.nn.Module:
+def model_provider(pre_process: bool = True, post_process: bool = True, **placement: Any) -> Any:
     """The model of one pipeline stage."""
     args = get_args()
     config = core_transformer_config_from_args(args)
-    model = GPTModel(
+    model: Any = GPTModel(
         config=config,
         transformer_layer_spec=get_gpt_decoder_block_spec(
             config,

@@ -218,7 +218,7 @@ def main() -> int:
             work = Path(folder) / str(number)
             work.mkdir()
             try:
-                cells = row(make(what, work))  # type: ignore[operator]
+                cells = row(make(what, work))
             except (Failed, subprocess.CalledProcessError) as error:
                 cells = [str(what), "?", f"FAILED: {error}", "", ""]
             rows.append(cells)

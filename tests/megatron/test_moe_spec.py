@@ -55,7 +55,7 @@ def _look() -> None:
     hooks.use_modules(Modules(balances=True, overlap_degree=lambda: 1, **plain))
 
     # A subclass that leaves the way of the tokens alone, and those that do not.
-    class Gained(MoELayer):  # type: ignore[misc]
+    class Gained(MoELayer):
         def postprocess(self, output: Any, shared_expert_output: Any) -> Any:
             return super().postprocess(output, shared_expert_output)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,7 +15,7 @@ pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
 VARIABLE = "SMARTMOE_MEGATRON_CHECKOUTS"
 CHECKOUTS = [Path(each) for each in os.environ.get(VARIABLE, "").split(os.pathsep) if each]
-NONE = pytest.param(None, marks=pytest.mark.skip(reason=f"{VARIABLE} is not set"), id="none")
+NONE: Any = pytest.param(None, marks=pytest.mark.skip(reason=f"{VARIABLE} is not set"), id="none")
 
 
 @pytest.fixture(scope="module", params=CHECKOUTS or [NONE], ids=lambda path: path.name)
