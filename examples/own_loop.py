@@ -41,6 +41,7 @@ def mean(reduced: list[Batch]) -> torch.Tensor:
 def main() -> None:
     """Train, and print the loss of every iteration."""
     args = parse_and_validate_args(extra_args_provider=add_own_arguments)
+    args.check_for_nan_in_loss_and_grad = False  # which belongs to Megatron's own loop
     initialize_megatron()
     model = get_model(model_provider)
     config, _ = get_megatron_optimizer_config(args)

@@ -81,16 +81,17 @@ def _names() -> Iterator[MegatronName]:
     yield from hooked(optimizer, "Adam without TransformerEngine", "Adam", "USING_PYTORCH_OPTIMIZER")
     flags = ("Adam", "HAVE_APEX_OR_TE", "USING_APEX_OPTIMIZER")
     yield from hooked(f"{optimizer}.distrib_optimizer", "Adam without TransformerEngine", *flags)
-    state = "DistributedOptimizer.load_parameter_state_from_fully_reshardable"
-    yield from hooked(f"{optimizer}.distrib_optimizer", "checkpoints of the optimizer", state)
+    state = "sharded_param_state_fully_reshardable", "load_parameter_state_from_fully_reshardable"
+    methods = tuple(f"DistributedOptimizer.{name}" for name in state)
+    yield from hooked(f"{optimizer}.distrib_optimizer", "checkpoints of the optimizer", *methods)
     text = f"{core}.tokenizers.text.libraries"
     names = ("HuggingFaceTokenizer", "MegatronHFTokenizer", "TikTokenTokenizer")
     yield from hooked(text, "tokenizers without transformers", *names)
     yield from hooked(f"{text}.tiktoken_tokenizer", "tiktoken's vocabulary files", "reload_mergeable_ranks")
     yield from hooked(f"{core}.datasets.utils", "the dataset helper of the wheel", "compile_helpers")
     layer = ("route", "preprocess", "dispatch", "routed_experts_compute", "combine")
-    methods = tuple(f"MoELayer.{name}" for name in layer)
-    yield from hooked(f"{core}.transformer.moe.moe_layer", "the layer that ours is", *methods, is_hooked=False)
+    steps = tuple(f"MoELayer.{name}" for name in layer)
+    yield from hooked(f"{core}.transformer.moe.moe_layer", "the layer that ours is", *steps, is_hooked=False)
 
 
 NAMES = tuple(_names())

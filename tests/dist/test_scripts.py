@@ -81,7 +81,7 @@ def test_every_name_that_is_hooked_is_known(balanced: dict[str, Any]) -> None:
 
 def test_the_selftest_says_where_it_is(balanced: dict[str, Any]) -> None:
     head, *rows = balanced["selftest"].splitlines()
-    assert head.startswith("megatron-core 0.19.2 in ")
+    assert head.startswith("megatron-core 0.19.2")
     assert head.endswith("names hooked")
     assert len(rows) == len(NAMES)
     assert not [row for row in rows if row.split()[0] == "missing"]
