@@ -24,6 +24,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_smartmoe.spec.megatron_names import installed_tree
+
 ROOT = Path(__file__).resolve().parents[1]
 FLAGS = [
     flag for line in (ROOT / "examples" / "flags.txt").read_text(encoding="utf-8").splitlines() for flag in line.split()
@@ -118,9 +120,10 @@ def wheel(version: str, work: Path) -> Release:
 
 def _complete(tree: Path) -> None:
     """Megatron's compiled dataset helper, where nobody has built it: the wheel's, if the sources are equal."""
-    import megatron.core.datasets as datasets
-
-    installed, here = Path(str(datasets.__file__)).parent, tree / "megatron" / "core" / "datasets"
+    root = installed_tree()
+    if root is None:
+        return
+    installed, here = (each / "megatron" / "core" / "datasets" for each in (root, tree))
     same = (installed / "helpers.cpp").read_bytes() == (here / "helpers.cpp").read_bytes()
     if same and not list(here.glob("helpers_cpp*.so")):
         for library in installed.glob("helpers_cpp*.so"):

@@ -53,17 +53,13 @@ def test_a_provider_of_ones_own(runs: Path, off: list[float], balanced: dict[str
     assert balanced["argv"]
 
 
-def test_a_loop_of_ones_own(runs: Path, off: list[float]) -> None:
-    train_script(EXAMPLES / "own_loop.py", runs / "loop", *SHUFFLE)
-    assert losses(runs / "loop") == off
-    assert moves(runs, "loop") == 2
-
-
-def test_a_layer_of_ones_own(runs: Path) -> None:
-    for name, flags in (("layer-off", ()), ("layer-on", SHUFFLE)):
-        train_script(EXAMPLES / "own_layer.py", runs / name, *flags)
-    assert losses(runs / "layer-on") == losses(runs / "layer-off")
-    assert moves(runs, "layer-on") == 2
+@pytest.mark.parametrize("example", ["own_loop", "own_layer"])
+def test_a_loop_and_a_layer_of_ones_own(runs: Path, example: str) -> None:
+    for name, flags in ((f"{example}-off", ()), (f"{example}-on", SHUFFLE)):
+        train_script(EXAMPLES / f"{example}.py", runs / name, *flags)
+    assert losses(runs / f"{example}-on") == losses(runs / f"{example}-off")
+    assert len(losses(runs / f"{example}-on")) == 6
+    assert moves(runs, f"{example}-on") == 2
 
 
 def test_every_name_that_is_hooked_is_known(balanced: dict[str, Any]) -> None:
