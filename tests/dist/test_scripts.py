@@ -62,6 +62,15 @@ def test_a_loop_and_a_layer_of_ones_own(runs: Path, example: str) -> None:
     assert moves(runs, f"{example}-on") == 2
 
 
+def test_megatrons_norm_is_replaced_where_it_stops(runs: Path) -> None:
+    """Sequence parallelism without TransformerEngine: in a script too, with --smartmoe and without."""
+    parallel = ("--tensor-model-parallel-size", "2", "--sequence-parallel", "--expert-tensor-parallel-size", "1")
+    for name, flags in (("tp-off", ()), ("tp-on", SHUFFLE)):
+        train_script(EXAMPLES / "own_provider.py", runs / name, *parallel, *flags)
+    assert losses(runs / "tp-on") == losses(runs / "tp-off")
+    assert moves(runs, "tp-on") == 2
+
+
 def test_every_name_that_is_hooked_is_known(balanced: dict[str, Any]) -> None:
     """The table that doctor and the patches go by is that of `hooks.py`."""
     known = {name.full for name in NAMES if name.is_hooked}
