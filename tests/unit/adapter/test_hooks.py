@@ -144,6 +144,10 @@ def test_only_hooks_names_functions_of_megatrons_loop() -> None:
     names = set(hooks._LOOP_NAMES)
     found = []
     for name, tree in sources():
+        if (
+            name == "spec/megatron_names.py"
+        ):  # a table for people and parsers, which tests/dist/test_scripts.py compares
+            continue
         if "megatron.training.training" in ast.unparse(tree):
             found.append(f"{name} imports megatron.training.training")
         for node in ast.walk(tree):
