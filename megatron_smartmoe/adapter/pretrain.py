@@ -96,7 +96,7 @@ def choose_device(asked: str) -> bool:
     """Load the CPU facade when there is no GPU, or when asked. Returns whether this run is on the CPU.
 
     Raises:
-        CompatError: a GPU was asked for and there is none.
+        CompatError: a GPU was asked for and there is none, or there are some and torch cannot use them.
     """
     if asked == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks: nothing below may see the GPU
@@ -105,6 +105,10 @@ def choose_device(asked: str) -> bool:
 
     if torch.cuda.is_available():
         return False
+    if asked != "cpu":
+        from megatron_smartmoe.adapter.gpus import refuse_unusable_gpus
+
+        refuse_unusable_gpus(asked)
     if asked == "cuda":
         raise CompatError(
             "--smartmoe-device cuda: torch sees no CUDA device here. Leave the flag out to train on the CPU."

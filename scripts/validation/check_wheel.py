@@ -20,6 +20,7 @@ import venv
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -85,7 +86,8 @@ def examine() -> str:
     for name, arguments in calls.items():
         found, expected = getattr(torch.ops.smartmoe, name)(*arguments), getattr(reference, name)(*arguments)
         # rows are copied; sums over a row may be taken in another order
-        if not all(torch.allclose(*pair, rtol=1e-5) for pair in zip(_tuple(found), _tuple(expected), strict=True)):
+        pairs = zip(_tuple(found), _tuple(expected), strict=True)
+        if not all(torch.allclose(one, other, rtol=1e-5) for one, other in pairs):
             raise SystemExit(f"error: {name} is another function than its twin in torch")
     counts_RE = torch.tensor([[6, 2], [4, 0]])
     tokens_RER = ops.min_max_split(counts_RE, torch.tensor([[True, True], [False, True]]))
@@ -95,7 +97,7 @@ def examine() -> str:
     return f"torch {torch.__version__}: {ops.backend()}, {len(calls) + 1} ops called, in {where}"
 
 
-def _tuple(result: object) -> tuple[object, ...]:
+def _tuple(result: Any) -> tuple[Any, ...]:
     return result if isinstance(result, tuple) else (result,)
 
 

@@ -293,6 +293,6 @@ def _help_megatron() -> int:
     from megatron_smartmoe.adapter.flags.parser import help_text
     from megatron_smartmoe.adapter.pretrain import choose_device
 
-    choose_device("auto")
+    choose_device("cpu")  # nothing is trained
     print(help_text())
     return 0
