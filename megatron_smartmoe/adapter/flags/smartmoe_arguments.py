@@ -200,8 +200,8 @@ def _add_homes(group: argparse._ArgumentGroup) -> None:
         metavar="FILE",
         default=None,
         help="Cluster file of this machine, from which times are predicted, or the name of a shipped one, such as "
-        "h100-sxm (configs/clusters/); `smartmoe calibrate` writes one. Default: the shipped file for this GPU, or for "
-        "the CPU.",
+        "h100-sxm (configs/clusters/); `smartmoe calibrate` writes one. Default: the shipped file for this GPU (for "
+        "one that has none, the nearest by architecture and memory, which a line at the start names), or for the CPU.",
     )
 
 

@@ -111,7 +111,9 @@ class Megatron:
 
     def __init__(self) -> None:
         self.judged: dict[str, Any] = {}
-        self.args = Namespace(use_checkpoint_args=False, load=None, smartmoe_rehearsal="off")
+        self.args = Namespace(
+            use_checkpoint_args=False, load=None, smartmoe_rehearsal="off", smartmoe=False, smartmoe_cluster=None
+        )
 
     def parser(self) -> ArgumentParser:
         parser = ArgumentParser()
