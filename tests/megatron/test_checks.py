@@ -84,8 +84,8 @@ SUPPORTED = {
     ),
     "te absent": Case(
         flags="--transformer-impl transformer_engine",
-        says="--transformer-impl = 'transformer_engine': needs TransformerEngine, which is not installed. "
-        "Install it, or pass --transformer-impl local.",
+        says="--transformer-impl = 'transformer_engine': needs TransformerEngine, which CPU ranks do not use. "
+        "Remove it, or pass --transformer-impl local.",
     ),
     "te present": Case(flags="--transformer-impl transformer_engine --moe-grouped-gemm", te=True),
     "grouped gemm": Case(

@@ -82,6 +82,27 @@ def test_gpus_that_torch_cannot_use_are_an_error_and_no_cpu_run(asked: str) -> N
     ) in done.stderr
 
 
+def test_packages_for_gpus_are_not_used_on_cpu_ranks(tmp_path: Path) -> None:
+    """In NVIDIA's containers both are installed, and Megatron takes what it finds."""
+    for name in ("transformer_engine", "transformer_engine/pytorch", "apex"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").touch()
+    (tmp_path / "transformer_engine" / "pytorch" / "fp8.py").write_text(
+        "FP8GlobalStateManager = fp8_autocast = fp8_model_init = None\n"
+    )
+    done = python(
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
+        "from megatron_smartmoe.adapter.pretrain import choose_device, with_defaults\n"
+        "choose_device('cpu')\n"
+        "flags = with_defaults([], cpu=True, say=True)\n"
+        "assert flags[flags.index('--transformer-impl') + 1] == 'local'\n"
+        "assert '--no-gradient-accumulation-fusion' in flags\n"
+        "import megatron.core.extensions.transformer_engine as te, megatron.core.optimizer as optimizer\n"
+        "assert not te.HAVE_TE and optimizer.USING_PYTORCH_OPTIMIZER\n"
+    )
+    assert done.returncode == 0, done.stderr
+
+
 def _tensors() -> None:
     assert torch.empty(2, device="cuda").device.type == "cpu"
     assert torch.zeros(2, device=0).device.type == "cpu"
