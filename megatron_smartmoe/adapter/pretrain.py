@@ -120,8 +120,11 @@ def choose_device(asked: str) -> bool:
 
 
 def with_defaults(argv: Sequence[str], *, cpu: bool, say: bool) -> list[str]:
-    """The flags with this machine's defaults in front, where any later flag beats them; printed if `say`."""
+    """The flags with the defaults of machine and run in front, where any later flag beats them; printed if `say`."""
+    from megatron_smartmoe.adapter.flags.run_defaults import run_defaults
+
     defaults = machine_defaults(cpu=cpu, transformer_engine=has_transformer_engine(), apex=has_apex())
+    defaults += run_defaults(argv)
     if say:
         for default in defaults:
             print(f"smartmoe: default {' '.join(default.flags)}   ({default.reason})", flush=True)

@@ -62,6 +62,16 @@ def ranks_per_node(nproc: int | None, spec: RunSpec, command_line: Sequence[str]
     return asked or num_gpus or 1
 
 
+def fit_to_gpus(nproc: int | None, spec: RunSpec, command_line: Sequence[str]) -> RunSpec:
+    """The configuration for this node's GPUs, or for --nproc of them; the same on the CPU.
+
+    Raises:
+        ConfigError: it has entries for GPUs, and none for so few.
+    """
+    num_gpus = 0 if asked_device(spec, command_line) == "cpu" else count_gpus()
+    return spec.on_gpus(min(nproc, num_gpus) if nproc and nproc >= 1 else num_gpus) if num_gpus else spec
+
+
 def count_gpus() -> int:
     """Number of GPUs that CUDA programs can use on this host."""
     import torch
@@ -104,10 +114,11 @@ def _request(merged: Merged, spec: RunSpec, topology: Topology, run_dir: Path) -
     from megatron_smartmoe.adapter.pretrain import device_capability, with_defaults
 
     exists = corpus.exists(spec)
+    tokens = with_defaults(merged.tokens, cpu=merged.cpu, say=False)
     # The model of --use-checkpoint-args is in the checkpoint, which has to be found.
     open_dir = str(run_dir) if merged.args.use_checkpoint_args else "{run_dir}"
     return Request(
-        defaults=tuple(with_defaults([], cpu=merged.cpu, say=False)),
+        defaults=tuple(tokens[: len(tokens) - len(merged.tokens)]),
         tokens=tuple(_with_run_dir(token, run_dir, open_dir) for token in merged.tokens),
         origins=merged.origins,
         world_size=topology.world_size,

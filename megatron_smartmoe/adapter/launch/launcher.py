@@ -16,7 +16,7 @@ from pathlib import Path
 
 from megatron_smartmoe.adapter.launch import corpus, process, run_dir, run_lock, secrets
 from megatron_smartmoe.adapter.launch import flags as flag_lists
-from megatron_smartmoe.adapter.launch.command import LaunchCommand, make_command, ranks_per_node
+from megatron_smartmoe.adapter.launch.command import LaunchCommand, fit_to_gpus, make_command, ranks_per_node
 from megatron_smartmoe.adapter.launch.ending import ATTEMPT_VARIABLE, Ending, SharedDeaths, attempt_of
 from megatron_smartmoe.adapter.launch.run_lock import LOCKED_VARIABLE, RunLock
 from megatron_smartmoe.adapter.launch.topology import Topology, find_topology, port_of_steps, reports_errors
@@ -45,7 +45,7 @@ def launch(argv: list[str]) -> int:
     if options.help_megatron:
         return _help_megatron()
     _check_load(options)
-    spec = corpus.only_if_read(read_spec(options), command_line)
+    spec = corpus.only_if_read(fit_to_gpus(options.nproc, read_spec(options), command_line), command_line)
     topology = find_topology(ranks_per_node(options.nproc, spec, command_line))
     if options.nproc is not None and options.nproc != topology.ranks_per_node:
         rule = f"srun has started {topology.ranks_per_node} tasks on each node, and each of them is one rank"
@@ -204,7 +204,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--nproc",
         type=int,
         metavar="N",
-        help="ranks per node; default: nproc of the configuration, else one per GPU, else 1",
+        help="ranks per node; default: on GPUs what gpus of the configuration has for them, else nproc of the "
+        "configuration, else one per GPU, else 1",
     )
     parser.add_argument(
         "--run-dir",
