@@ -44,3 +44,27 @@ def why_no_cuda() -> str | None:
     except (RuntimeError, AssertionError) as error:
         return str(error).splitlines()[0]
     return None
+
+
+def refuse_unusable_ops(device: torch.device) -> None:
+    """Call a compiled op on this rank's GPU before anything is built: later the first MoE layer would end every rank.
+
+    A library that was built elsewhere may be for other GPUs, or for a newer CUDA than the driver serves: it brings its
+    own CUDA runtime.
+
+    Raises:
+        CompatError: the op cannot run there.
+    """
+    from megatron_smartmoe import ops
+    from megatron_smartmoe.ops.library import BUILD_COMMAND, LIBRARY
+
+    try:
+        ids_TK = torch.zeros(1, 1, device=device, dtype=torch.int32)
+        ops.dispatch_map(ids_TK, ids_TK[0], 1)[1].cpu()
+    except RuntimeError as error:
+        driver = find_driver()
+        raise CompatError(
+            f"the compiled ops cannot run on {device}: {str(error).splitlines()[0]} ({driver}). Build them for this "
+            f"machine, with a CUDA toolkit that its driver serves: {BUILD_COMMAND}. Without {LIBRARY} the ops run on "
+            "plain torch, slowly."
+        ) from error

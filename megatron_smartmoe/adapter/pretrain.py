@@ -53,6 +53,8 @@ def main(argv: Sequence[str] | None = None, callbacks: Iterable[Callback] = ()) 
         cpu = choose_device(device_from(argv))
         argv = with_defaults(given, cpu=cpu, say=is_rank_0)
         args = check_flags(argv, cpu=cpu)
+        if args.smartmoe and not cpu:
+            _try_ops()
         lock = _lock(args) if is_rank_0 else contextlib.nullcontext()
         rehearse_once(args, given, argv[: len(argv) - len(given)], cpu=cpu)
     except SmartMoEError as error:
@@ -68,6 +70,20 @@ def main(argv: Sequence[str] | None = None, callbacks: Iterable[Callback] = ()) 
     except Exception as error:
         note_exception(error)
         raise
+
+
+def _try_ops() -> None:
+    """Call a compiled op on this rank's GPU.
+
+    Raises:
+        CompatError: it cannot run there.
+    """
+    import torch
+
+    from megatron_smartmoe.adapter.gpus import refuse_unusable_ops
+
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    refuse_unusable_ops(torch.device("cuda", local_rank % torch.cuda.device_count()))
 
 
 def note_exception(error: Exception) -> None:
