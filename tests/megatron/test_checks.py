@@ -519,7 +519,6 @@ REASONS = {
         (False, False, True, {"alltoall", "--transformer-impl"}),
         (False, False, False, {"alltoall", "--transformer-impl", "--no-gradient-accumulation-fusion"}),
         (True, False, False, set(REASONS)),
-        (True, True, False, {"alltoall", "gloo"}),
     ],
 )
 def test_each_machine_gets_the_defaults_it_needs(

@@ -72,6 +72,15 @@ def fit_to_gpus(nproc: int | None, spec: RunSpec, command_line: Sequence[str]) -
     return spec.on_gpus(min(nproc, num_gpus) if nproc and nproc >= 1 else num_gpus) if num_gpus else spec
 
 
+def idle_gpus(topology: Topology, *, cpu: bool) -> tuple[str, ...]:
+    """A line where this launcher starts fewer ranks than there are GPUs; none otherwise."""
+    ranks, num_gpus = topology.ranks_per_node, 0 if cpu or topology.rank is not None else count_gpus()
+    if ranks >= num_gpus:
+        return ()
+    way_out = "--nproc, else gpus or nproc of the configuration, decides"
+    return (f"{ranks} of the {num_gpus} GPUs of this node {'is' if ranks == 1 else 'are'} used: {way_out}",)
+
+
 def count_gpus() -> int:
     """Number of GPUs that CUDA programs can use on this host."""
     import torch
@@ -92,7 +101,7 @@ def make_command(spec: RunSpec, command_line: Sequence[str], topology: Topology,
     merged = merge(spec, command_line, topology, run_dir)
     with merged.naming_origins():
         check_args(merged.args, cpu=merged.cpu, data_exists=corpus.exists(spec))
-        lines = (*check_load(merged.args), *start_lines(merged.args))
+        lines = (*check_load(merged.args), *start_lines(merged.args), *idle_gpus(topology, cpu=merged.cpu))
         is_rehearsed = merged.args.smartmoe_rehearsal == "on"
         if not is_rehearsed and not merged.args.use_checkpoint_args:
             megatron_verdict(merged.args)

@@ -73,6 +73,16 @@ def test_the_quickstart_trains_in_bf16_on_all_gpus_of_a_node(
     assert command.ranks_per_node(asked, spec, device) == expected[0]
 
 
+def test_gpus_that_stay_idle_are_named(gpus: Any, megatron: Megatron) -> None:
+    gpus(3)
+    assert command.make_command(RunSpec(name="a"), [], TWO, Path("a")).lines == (
+        "2 of the 3 GPUs of this node are used: --nproc, else gpus or nproc of the configuration, decides",
+    )
+    assert command.make_command(RunSpec(name="a"), CPU, TWO, Path("a")).lines == ()
+    gpus(2)
+    assert command.make_command(RunSpec(name="a"), [], TWO, Path("a")).lines == ()
+
+
 @pytest.mark.parametrize("nproc", [0, -1])
 def test_no_ranks_are_refused(nproc: int) -> None:
     with pytest.raises(ConfigError) as caught:
