@@ -178,7 +178,7 @@ def check_compiler() -> Finding:
         return Finding(check="compiler", state="warning", found="no C++ compiler", means=means, way_out=way_out)
     done = subprocess.run([cxx, "--version"], capture_output=True, text=True, check=False)
     found = f"{(done.stdout.splitlines() or [cxx])[0]}; {nvcc or 'no nvcc'}"
-    if nvcc is None and find_driver().num_gpus:
+    if nvcc is None and find_driver().num_gpus and probe("ops").get("backend") != "compiled (cpu+cuda)":
         means, way_out = "kernels for the GPU cannot be built here", "Install the CUDA toolkit, or set CUDA_HOME to it."
         return Finding(check="compiler", state="warning", found=found, means=means, way_out=way_out)
     return Finding(check="compiler", state="ok", found=found)

@@ -142,6 +142,16 @@ def test_slurm_that_answers_and_that_does_not(
     assert (finding.state, finding.found) == (state, found)
 
 
+@pytest.mark.parametrize(("backend", "state"), [("compiled (cpu)", "warning"), ("compiled (cpu+cuda)", "ok")])
+def test_nobody_needs_nvcc_where_the_kernels_are(monkeypatch: pytest.MonkeyPatch, backend: str, state: str) -> None:
+    which = {"c++": "/bin/true", "nvcc": None}
+    monkeypatch.setattr(doctor_checks.shutil, "which", lambda name: which.get(name))
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(doctor_checks, "find_driver", lambda: DRIVER)
+    monkeypatch.setattr(doctor_checks, "probe", lambda name: {"backend": backend})
+    assert doctor_checks.check_compiler().state == state
+
+
 def test_the_machine_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for name in ("python", "compiler", "write", "memory", "clock"):
