@@ -87,7 +87,7 @@ def story(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Story:
     story = Story()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(launcher, "ranks_per_node", lambda nproc, spec, command_line: 2)
-    monkeypatch.setattr(launcher, "find_topology", lambda ranks_per_node: story.topology)
+    monkeypatch.setattr(launcher, "find_topology", lambda ranks_per_node, nodes: story.topology)
     monkeypatch.setattr(launcher, "make_command", story.make_command)
     monkeypatch.setattr(launcher.corpus, "prepare", story.prepare)
     monkeypatch.setattr(launcher.process, "run", story.run)
