@@ -63,13 +63,13 @@ def ranks_per_node(nproc: int | None, spec: RunSpec, command_line: Sequence[str]
 
 
 def fit_to_gpus(nproc: int | None, spec: RunSpec, command_line: Sequence[str]) -> RunSpec:
-    """The configuration for this node's GPUs, or for --nproc of them; the same on the CPU.
+    """The configuration for this node's GPUs, or for `nproc` ranks on GPUs; the same on the CPU.
 
     Raises:
         ConfigError: it has entries for GPUs, and none for so few.
     """
     num_gpus = 0 if asked_device(spec, command_line) == "cpu" else count_gpus()
-    return spec.on_gpus(min(nproc, num_gpus) if nproc and nproc >= 1 else num_gpus) if num_gpus else spec
+    return spec.on_gpus(nproc if nproc and nproc >= 1 else num_gpus) if num_gpus else spec
 
 
 def idle_gpus(topology: Topology, *, cpu: bool) -> tuple[str, ...]:
