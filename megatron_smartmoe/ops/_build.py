@@ -496,7 +496,7 @@ def _build(tools: Toolchain, out: Path, cache: Path, root: Path) -> Path:
     finally:
         partial.unlink(missing_ok=True)
     glibc = ".".join(map(str, needed_glibc(out)))
-    _say(f"built {out.name} ({kind}; glibc {glibc} or newer) in {time.monotonic() - start_s:.1f} s")
+    _say(f"built {out.name} ({kind}) in {time.monotonic() - start_s:.1f} s; it needs glibc {glibc} or newer")
     return out
 
 

@@ -111,6 +111,10 @@ def _quickstart_on_gpus(numbers: list[int]) -> list[list[str]]:
     found = []
     for number in numbers:
         torch.cuda.device_count = lambda number=number: number  # type: ignore[misc]
+        for name in [
+            name for name in os.environ if name.endswith(("RANK", "WORLD_SIZE")) or name.startswith("MASTER_")
+        ]:
+            del os.environ[name]  # of the rank that this is, and of the dry run before
         with contextlib.redirect_stdout(io.StringIO()) as printed:
             flags = ["--no-rope-fusion", "--smartmoe-rehearsal", "off"]
             assert launch(["--config", "quickstart", "--dry-run", *flags]) == 0

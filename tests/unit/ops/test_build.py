@@ -216,7 +216,7 @@ def test_a_toolkit_builds_for_what_it_knows(
     compiled = next(line for line in calls.read_text().splitlines() if "-c csrc" in line)
     assert re.findall(r"arch=\S+", compiled) == _build.gencode(("80", "90+PTX"))[1::2]
     printed = capfd.readouterr().err
-    assert "built out.so (cpu+cuda: sm_80 sm_90+PTX; glibc " in printed
+    assert "built out.so (cpu+cuda: sm_80 sm_90+PTX) in " in printed
     assert "WARNING" not in printed
 
 
@@ -250,7 +250,7 @@ def test_a_host_compiler_that_nvcc_refuses_leaves_a_cpu_library_and_one_warning(
     library = build(checkout)
     assert library.exists()
     first = capfd.readouterr().err
-    assert "built out.so (cpu; glibc " in first
+    assert "built out.so (cpu) in " in first
     log = checkout / "cache" / "cuda_build.log"
     assert "unsupported GNU version" not in first  # the compilers' own words are in the log
     (warning,) = (line for line in first.splitlines() if "WARNING" in line)
@@ -299,7 +299,7 @@ def test_a_toolkit_that_cannot_be_used_is_like_none(
     printed = capfd.readouterr().err
     assert printed.count("WARNING") == 1
     assert why in printed
-    assert "built out.so (cpu; glibc " in printed
+    assert "built out.so (cpu) in " in printed
 
 
 # --- a library that is carried to other machines
