@@ -48,9 +48,9 @@ find_python() {
   return 1
 }
 
-# Refuses a Python whose torch does not fit; prints the version of one that does.
+# Prints the version of a Python's torch, or fails and prints why it does not fit. The last line: imports may warn.
 torch_of() {
-  "$1" - <<'PYTHON'
+  "$1" -W ignore - <<'PYTHON' 2>&1 | tail -n 1
 import sys
 try:
     import torch
@@ -72,8 +72,8 @@ make_venv() {
     fail "Python 3.12 = not found: it is neither python3.12 on PATH, nor in pyenv, nor known to uv." \
       "Install it (pyenv install 3.12, or uv python install 3.12), or set SMARTMOE_PYTHON to one."
   fi
-  if [[ -n ${SMARTMOE_SITE:-} ]] && ! torch=$(torch_of "$python" 2>&1); then
-    fail "$(tail -n 1 <<<"$torch")." \
+  if [[ -n ${SMARTMOE_SITE:-} ]] && ! torch=$(torch_of "$python"); then
+    fail "$torch." \
       "Activate the environment that has it, set SMARTMOE_PYTHON to its Python, or unset SMARTMOE_SITE for a torch in .venv."
   fi
   rm -rf .venv
@@ -118,7 +118,7 @@ install_packages() {
     pip_install "${index[@]}" "${SMARTMOE_TORCH:-torch>=2.10}"
   fi
   local torch
-  torch=$(torch_of .venv/bin/python 2>&1) || fail "$(tail -n 1 <<<"$torch")." "Set SMARTMOE_TORCH to one, for example torch==2.10.0."
+  torch=$(torch_of .venv/bin/python) || fail "$torch." "Set SMARTMOE_TORCH to one, for example torch==2.10.0."
   echo "torch===$torch" >.venv/torch.txt
   echo "setup: installing what is missing beside torch $torch into .venv, and building csrc"
   # the pins are of the tests' own tools only: what the environment has of the rest stays as it is
