@@ -28,10 +28,17 @@ def attribute(flag: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Default:
-    """Flags that this machine or this project needs, with the reason."""
+    """Flags that this machine or this project needs, with the reason.
+
+    Attributes:
+        flags: in front of the user's.
+        reason: what a line says about them.
+        is_of_machine: whether nothing would run here without them; otherwise they are this project's choice.
+    """
 
     flags: tuple[str, ...]
     reason: str
+    is_of_machine: bool = False
 
 
 def device_from(argv: Sequence[str]) -> str:
@@ -92,6 +99,7 @@ def machine_defaults(*, cpu: bool, transformer_engine: bool, apex: bool) -> list
             Default(
                 flags=("--transformer-impl", "local", "--no-persist-layer-norm", "--no-rope-fusion"),
                 reason="CPU ranks do not use TransformerEngine" if transformer_engine else _why_no_transformer_engine(),
+                is_of_machine=True,
             )
         )
     if cpu or not (transformer_engine or apex):
@@ -101,6 +109,7 @@ def machine_defaults(*, cpu: bool, transformer_engine: bool, apex: bool) -> list
                 reason="CPU ranks use the kernels of neither TransformerEngine nor apex"
                 if transformer_engine or apex
                 else "neither TransformerEngine nor apex is installed",
+                is_of_machine=True,
             )
         )
     if cpu:
@@ -108,6 +117,7 @@ def machine_defaults(*, cpu: bool, transformer_engine: bool, apex: bool) -> list
             Default(
                 flags=("--distributed-backend", "gloo", "--no-bias-swiglu-fusion", "--no-bias-gelu-fusion"),
                 reason="no GPU: gloo, and functions are not compiled",
+                is_of_machine=True,
             )
         )
     return defaults
