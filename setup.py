@@ -3,20 +3,27 @@
 The ops are built for CUDA where a toolkit is and for the CPU otherwise; the build never asks for a GPU and never
 imports torch. The compiler is optional: without the library the ops run on plain torch and say so.
 SMARTMOE_REQUIRE_BUILD=1 makes a failed build fatal; SMARTMOE_LIBRARY names a library that was built elsewhere and is
-taken as it is. A wheel carries the models, clusters and runs of configs/, so that `--config quickstart` works without a
-checkout; a checkout and an editable installation read the folder itself.
+taken as it is.
+
+A wheel with the library needs no compiler where it is installed, and its name says where that is: any Python 3.12 or
+later (the library does not know Python), this processor, and the glibc that the library asks for, which is no newer
+than torch's own (see ops/_build.py). A wheel without it is for every machine. Both carry the models, clusters and runs
+of configs/, so that `--config quickstart` works without a checkout; a checkout and an editable installation read the
+folder itself.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import os
+import platform
 import shutil
 import sys
 from pathlib import Path
 from types import ModuleType
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
@@ -79,8 +86,21 @@ class BuildLibrary(build_ext):
             )
 
 
+class BuildWheel(bdist_wheel):
+    """Names the wheel by what its library needs."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        """Python, ABI and platform: `py3-none-manylinux_2_17_x86_64`, or `py3-none-any` without the library."""
+        build = self.get_finalized_command("build_ext")
+        library = Path(build.get_ext_fullpath("megatron_smartmoe.ops._smartmoe"))
+        if not library.exists():
+            return "py3", "none", "any"
+        major, minor = load_builder().needed_glibc(library)
+        return "py3", "none", f"manylinux_{major}_{minor}_{platform.machine()}"
+
+
 setup(
     # optional: setuptools accepts that the file may be missing after the build
     ext_modules=[Extension("megatron_smartmoe.ops._smartmoe", [], optional=True)],
-    cmdclass={"build_py": BuildPython, "build_ext": BuildLibrary},
+    cmdclass={"build_py": BuildPython, "build_ext": BuildLibrary, "bdist_wheel": BuildWheel},
 )

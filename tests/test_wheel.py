@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import subprocess
 import sys
 import zipfile
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_smartmoe.ops import _build
 from megatron_smartmoe.ops.library import LIBRARY
 
 ROOT = Path(__file__).parents[1]
@@ -52,6 +54,22 @@ def test_the_wheel_has_the_shipped_files_and_the_ops(wheel: Path) -> None:
         assert f"megatron_smartmoe/{path.relative_to(ROOT)}" in names
     assert "megatron_smartmoe/ops/_smartmoe.so" in names
     assert not [name for name in names if name.startswith(("tests/", "scripts/", "csrc/"))]
+
+
+def test_the_wheel_is_named_by_what_its_library_needs(wheel: Path) -> None:
+    """No part of the name depends on Python or torch; pip refuses it where the system is older."""
+    glibc = "_".join(map(str, _build.needed_glibc(LIBRARY)))
+    assert wheel.name.endswith(f"-py3-none-manylinux_{glibc}_{platform.machine()}.whl")
+
+
+def test_the_compiled_ops_run_where_there_is_no_compiler(installation: Path, tmp_path: Path) -> None:
+    """scripts/validation/check_wheel.py does it under other releases of torch, in environments of its own."""
+    environment = {"PATH": str(tmp_path), "PYTHONPATH": str(installation)}
+    command = [sys.executable, str(ROOT / "scripts" / "validation" / "check_wheel.py"), "--examine"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    backend = "cpu+cuda" if b"launch_dispatch_map" in LIBRARY.read_bytes() else "cpu"
+    assert f": compiled ({backend}), 5 ops called, in {installation}/megatron_smartmoe/ops\n" in done.stdout
 
 
 def test_plan_takes_the_names_of_shipped_files(installation: Path, tmp_path: Path) -> None:

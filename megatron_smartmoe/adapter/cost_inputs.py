@@ -18,18 +18,13 @@ from megatron_smartmoe.adapter.flags.smartmoe_arguments import replicas_mode
 from megatron_smartmoe.cost.compute import ExpertShape, replica_grad_bytes
 from megatron_smartmoe.cost.memory.buffers import expert_state_bytes
 from megatron_smartmoe.cost.moe_layer import constants_of, exchange_bytes_s, replica_tokens
-from megatron_smartmoe.errors import ConfigError
 from megatron_smartmoe.placement.homes_planner import OnlineOptions
 from megatron_smartmoe.placement.layer_cost import LayerPricing
 from megatron_smartmoe.placement.plan_replicas import ReplicaOptions
 from megatron_smartmoe.placement.policy import PolicyOptions
 from megatron_smartmoe.planner.arguments import model_from_arguments, parallel_from_arguments
-from megatron_smartmoe.spec.cluster import (
-    ClusterSpec,
-    fitting_cluster,
-    load_cluster_spec,
-    shipped_clusters,
-)
+from megatron_smartmoe.spec.cluster import ClusterSpec, load_cluster_spec
+from megatron_smartmoe.spec.devices import Device, cluster_for
 from megatron_smartmoe.spec.model import ModelSpec
 from megatron_smartmoe.spec.parallel import ParallelSpec
 
@@ -37,22 +32,23 @@ from megatron_smartmoe.spec.parallel import ParallelSpec
 
 
 def machine(args: Namespace) -> ClusterSpec:
-    """The cluster file that --smartmoe-cluster names; else the shipped one for this GPU, or for the CPU.
+    """The cluster file that --smartmoe-cluster names; else the shipped one for this GPU, or for the CPU."""
+    return _machine(args)[0]
 
-    Raises:
-        ConfigError: no shipped file is for this GPU.
-    """
+
+def machine_line(args: Namespace) -> str | None:
+    """What to say at the start about where the prices come from; None where the user or the CPU has decided it."""
+    return _machine(args)[1] if args.smartmoe else None
+
+
+def _machine(args: Namespace) -> tuple[ClusterSpec, str | None]:
     if args.smartmoe_cluster is not None:
-        return load_cluster_spec(Path(args.smartmoe_cluster))
+        return load_cluster_spec(Path(args.smartmoe_cluster)), None
     if not torch.cuda.is_available():
-        return load_cluster_spec(Path("cpu"))
-    name = torch.cuda.get_device_name()
-    fitting = fitting_cluster(name)
-    if fitting is None:
-        known = ", ".join(sorted({spec.gpu.name for spec in shipped_clusters()}))
-        way_out = f"Measure it: smartmoe calibrate --output FILE, then pass --smartmoe-cluster FILE (shipped: {known})."
-        raise ConfigError("--smartmoe-cluster", None, f"no file is shipped for {name}", way_out)
-    return fitting
+        return load_cluster_spec(Path("cpu")), None
+    found = torch.cuda.get_device_properties()
+    capability = (found.major, found.minor)
+    return cluster_for(Device(name=found.name, capability=capability, memory_bytes=float(found.total_memory)))
 
 
 def machine_of_job(args: Namespace) -> ClusterSpec:

@@ -16,7 +16,7 @@ def choose_device(asked: str, *, with_filters: bool = True) -> bool:
         with_filters: filter messages that Megatron and torch print at every start.
 
     Raises:
-        CompatError: a GPU was asked for and there is none.
+        CompatError: a GPU was asked for and there is none, or there are some and torch cannot use them.
     """
     if asked == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks: nothing below may see the GPU
@@ -26,6 +26,10 @@ def choose_device(asked: str, *, with_filters: bool = True) -> bool:
 
     if torch.cuda.is_available():
         return False
+    if asked != "cpu":
+        from megatron_smartmoe.adapter.gpus import refuse_unusable_gpus
+
+        refuse_unusable_gpus(asked)
     if asked == "cuda":
         raise CompatError(
             "--smartmoe-device cuda: torch sees no CUDA device here. Leave the flag out to train on the CPU."

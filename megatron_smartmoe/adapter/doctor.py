@@ -25,6 +25,8 @@ def torch_facts() -> Facts:
     """The build of torch, and the GPUs that it can use."""
     import torch
 
+    from megatron_smartmoe.adapter.gpus import why_no_cuda
+
     facts: Facts = {"version": torch.__version__, "cuda": torch.version.cuda, "available": torch.cuda.is_available()}
     facts["gpus"] = []
     if facts["available"]:
@@ -32,19 +34,8 @@ def torch_facts() -> Facts:
         facts["gpus"] = [[found.name, f"sm_{found.major}{found.minor}"] for found in properties]
         facts["archs"] = torch.cuda.get_arch_list()
     else:
-        facts["why"] = _why_no_cuda()
+        facts["why"] = why_no_cuda()
     return facts
-
-
-def _why_no_cuda() -> str | None:
-    """What CUDA says when it is asked; None where torch has none."""
-    import torch
-
-    try:
-        torch.cuda.init()  # type: ignore[no-untyped-call]
-    except (RuntimeError, AssertionError) as error:
-        return str(error).splitlines()[0]
-    return None
 
 
 def ops() -> Facts:

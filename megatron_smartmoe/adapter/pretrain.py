@@ -53,6 +53,8 @@ def main(argv: Sequence[str] | None = None, callbacks: Iterable[Callback] = ()) 
         cpu = choose_device(device_from(argv))
         argv = with_defaults(given, cpu=cpu, say=is_rank_0)
         args = check_flags(argv, cpu=cpu)
+        if args.smartmoe and not cpu:
+            _try_ops()
         if args.exit_signal_handler:
             save_on_sigterm(args.exit_signal)
         lock = _lock(args) if is_rank_0 else contextlib.nullcontext()
@@ -70,6 +72,20 @@ def main(argv: Sequence[str] | None = None, callbacks: Iterable[Callback] = ()) 
     except Exception as error:
         note_exception(error)
         raise
+
+
+def _try_ops() -> None:
+    """Call a compiled op on this rank's GPU.
+
+    Raises:
+        CompatError: it cannot run there.
+    """
+    import torch
+
+    from megatron_smartmoe.adapter.gpus import refuse_unusable_ops
+
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    refuse_unusable_ops(torch.device("cuda", local_rank % torch.cuda.device_count()))
 
 
 def note_exception(error: Exception) -> None:
@@ -96,8 +112,11 @@ def _lock(args: Namespace) -> AbstractContextManager[object]:
 
 
 def with_defaults(argv: Sequence[str], *, cpu: bool, say: bool) -> list[str]:
-    """The flags with this machine's defaults in front, where any later flag beats them; printed if `say`."""
+    """The flags with the defaults of machine and run in front, where any later flag beats them; printed if `say`."""
+    from megatron_smartmoe.adapter.flags.run_defaults import run_defaults
+
     defaults = machine_defaults(cpu=cpu, transformer_engine=has_transformer_engine(), apex=has_apex())
+    defaults += run_defaults(argv)
     if say:
         for default in defaults:
             print(f"smartmoe: default {' '.join(default.flags)}   ({default.reason})", flush=True)

@@ -22,6 +22,7 @@ from typing import Any, Literal
 import psutil
 
 import megatron_smartmoe
+from megatron_smartmoe.runtime.driver import Driver, TorchBuild, find_driver, why_unusable
 
 State = Literal["ok", "warning", "error", "not applicable"]
 Facts = Mapping[str, Any]
@@ -100,53 +101,29 @@ def check_torch() -> Finding:
 
 def check_gpu() -> Finding:
     """The GPUs, as torch and as the driver see them."""
-    return judge_gpu(probe("torch"), nvml())
+    return judge_gpu(probe("torch"), find_driver())
 
 
-def nvml() -> Facts:
-    """The GPUs and the newest CUDA that the driver serves, by the driver's own library; no GPU without it."""
-    try:
-        library = ctypes.CDLL("libnvidia-ml.so.1")
-    except OSError:
-        return {"gpus": 0}
-    count, version = ctypes.c_uint(), ctypes.c_int()
-    if library.nvmlInit_v2():
-        return {"gpus": 0, "error": "the driver does not answer (nvmlInit)"}
-    library.nvmlDeviceGetCount_v2(ctypes.byref(count))
-    library.nvmlSystemGetCudaDriverVersion_v2(ctypes.byref(version))
-    library.nvmlShutdown()
-    return {"gpus": count.value, "cuda": [version.value // 1000, version.value % 1000 // 10]}
-
-
-def judge_gpu(torch: Facts, driver: Facts, environ: Mapping[str, str] = os.environ) -> Finding:
-    """A GPU that the driver sees and torch does not is an error: training would run on the CPU in silence."""
-    if "error" in driver:
-        way_out = "Restart the host or its driver (nvidia-smi says more); --smartmoe-device cpu trains without."
-        return Finding(check="gpu", state="error", found=driver["error"], means="no GPU can be used", way_out=way_out)
+def judge_gpu(torch: Facts, driver: Driver, environ: Mapping[str, str] = os.environ) -> Finding:
+    """A GPU that the driver sees and torch does not is an error: training refuses to start."""
+    if driver.error:
+        found, repair = f"the driver does not answer: {driver.error}", "Restart the host or its driver"
+        repair += "; --smartmoe-device cpu trains without."
+        return Finding(check="gpu", state="error", found=found, means="no GPU can be used", way_out=repair)
     if torch.get("available"):
-        return _judge_architectures(torch, ".".join(map(str, driver.get("cuda", ["unknown"]))))
-    if not driver["gpus"]:
+        return _judge_architectures(torch, ".".join(map(str, driver.cuda or ["unknown"])))
+    if not driver.num_gpus:
         return Finding(check="gpu", state="not applicable", found="no GPU here: training runs on the CPU")
-    found = f"{driver['gpus']} GPU, and torch can use none"
-    means = "training would run on the CPU"
+    found = f"{driver.num_gpus} GPU, {driver}, and torch can use none"
+    means = "training does not start without --smartmoe-device cpu"
     if "error" in torch:
         return Finding(check="gpu", state="error", found=found, means=means, way_out="Mend torch first.")
-    return Finding(check="gpu", state="error", found=found, means=means, way_out=_why_unusable(torch, driver, environ))
+    build = TorchBuild(version=torch["version"], cuda=torch["cuda"], why=torch.get("why"))
+    return Finding(check="gpu", state="error", found=found, means=means, way_out=why_unusable(build, driver, environ))
 
 
 def _build(torch: Facts) -> str:
     return f"{torch['version']}, {'built for CUDA ' + torch['cuda'] if torch['cuda'] else 'built without CUDA'}"
-
-
-def _why_unusable(torch: Facts, driver: Facts, environ: Mapping[str, str]) -> str:
-    served = ".".join(map(str, driver.get("cuda", ["unknown"])))
-    if not torch["cuda"]:
-        return f"Install a build of torch 2.11.0 for CUDA {served} or older."
-    if environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
-        return f"Unset CUDA_VISIBLE_DEVICES, which is {environ['CUDA_VISIBLE_DEVICES']!r}."
-    if driver.get("cuda") and int(torch["cuda"].split(".")[0]) > driver["cuda"][0]:
-        return f"The driver serves CUDA {served}: update it, or install a build of torch for CUDA {driver['cuda'][0]}."
-    return f"CUDA says: {torch.get('why') or 'nothing'}. Compare nvidia-smi, and access to /dev/nvidia*."
 
 
 def _judge_architectures(torch: Facts, served: str) -> Finding:
@@ -201,7 +178,7 @@ def check_compiler() -> Finding:
         return Finding(check="compiler", state="warning", found="no C++ compiler", means=means, way_out=way_out)
     done = subprocess.run([cxx, "--version"], capture_output=True, text=True, check=False)
     found = f"{(done.stdout.splitlines() or [cxx])[0]}; {nvcc or 'no nvcc'}"
-    if nvcc is None and nvml()["gpus"]:
+    if nvcc is None and find_driver().num_gpus and probe("ops").get("backend") != "compiled (cpu+cuda)":
         means, way_out = "kernels for the GPU cannot be built here", "Install the CUDA toolkit, or set CUDA_HOME to it."
         return Finding(check="compiler", state="warning", found=found, means=means, way_out=way_out)
     return Finding(check="compiler", state="ok", found=found)

@@ -1,11 +1,15 @@
 """Compiles csrc/ into one shared library, megatron_smartmoe/ops/_smartmoe.so.
 
 Method: plain g++ and nvcc commands, objects cached by the hash of everything that went into them. The library uses
-torch's stable ABI, links the CUDA runtime statically and takes its one symbol of libtorch_cuda weakly, so the same file
-loads under any Python and any torch since TORCH_TARGET, with or without CUDA.
+torch's stable ABI, links the CUDA runtime statically, takes its one symbol of libtorch_cuda weakly and asks for no
+newer glibc than torch's own wheel, so the same file loads under any Python and any torch since TORCH_TARGET, with or
+without CUDA: a wheel carries it to machines without compilers.
 Alternative: torch.utils.cpp_extension. It cannot build CUDA code where torch has no CUDA, takes a wrapper script for a
 toolkit, wants torch at build time, and makes one binary per version of torch and Python.
 Reason: a machine without a GPU must build and link the very library that a GPU machine loads.
+
+With SMARTMOE_CUDA=auto, the default, a CUDA toolkit that cannot build the kernels is treated like none: the library is
+built for the CPU, with one warning that names the log of what failed. The same inputs are not tried twice.
 
 This file imports nothing of the project or of torch: setup.py runs it by its path, where neither may be importable. It
 is a program too: `python megatron_smartmoe/ops/_build.py`. Its options are environment variables: SMARTMOE_CUDA (0, 1
@@ -18,14 +22,16 @@ import concurrent.futures
 import hashlib
 import importlib.util
 import os
+import platform
 import re
 import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,8 +41,12 @@ CACHE = ROOT / "build" / "smartmoe"
 HEADERS = (".h", ".cuh")
 
 TORCH_TARGET = (2, 10)  # the oldest torch whose stable ABI has what csrc uses
-DEFAULT_ARCHS = "8.0;9.0;10.0+PTX"  # A100, Hopper, B200; PTX lets later GPUs compile it when they load it
+CUDA_OLDEST = (12, 0)  # the first toolkit whose nvcc reads C++20
+GLIBC = (2, 28)  # the newest that the library may ask for: the one of torch's own wheels since 2.6
+DEFAULT_ARCHS = ("80", "90", "100")  # A100, Hopper, B200: those of them that nvcc knows, and PTX of the last
 FIRST_ARCH = (7, 0)  # the first with __match_any_sync
+_INPUTS = "Inputs, which are not tried again while this file is there: "
+_OTHER_TOOLKIT = "Repair it, set CUDA_HOME to another toolkit, or SMARTMOE_CUDA=0 for the CPU"
 NAMED_ARCHS = {"Ampere": "8.0;8.6+PTX", "Ada": "8.9+PTX", "Hopper": "9.0+PTX", "Blackwell": "10.0;10.3;12.0;12.1+PTX"}
 
 
@@ -45,6 +55,10 @@ class BuildError(Exception):
 
     def __init__(self, field: str, value: object, rule: str, way_out: str) -> None:
         super().__init__(f"{field} = {value!r}: {rule}. {way_out}")
+
+
+class ToolError(BuildError):
+    """A tool is missing or fails, where the settings are right: another library, or none, may do as well."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,9 +117,39 @@ def parse_archs(text: str) -> tuple[str, ...]:
             rule = "'native' needs a GPU, and a build never asks for one"
         elif match:
             rule = f"{entry!r} is older than {FIRST_ARCH[0]}.{FIRST_ARCH[1]}, the first that the kernels can run on"
-        way_out = f"Name your GPUs' architectures, or unset it ({DEFAULT_ARCHS})"
+        way_out = "Name your GPUs' architectures, or unset it for those of A100, H100 and B200"
         raise BuildError("TORCH_CUDA_ARCH_LIST", text, rule, way_out)
     return tuple(archs)
+
+
+def choose_archs(text: str, known: Sequence[str], toolkit: str) -> tuple[str, ...]:
+    """The architectures to build for: the user's, else the defaults that the toolkit knows, with PTX of the last.
+
+    PTX is compiled by the driver when a later GPU loads it.
+
+    Args:
+        text: TORCH_CUDA_ARCH_LIST; empty for the defaults.
+        known: numbers of the architectures that nvcc knows.
+        toolkit: its version.
+
+    Raises:
+        BuildError: an entry is no architecture, too old, or unknown to the toolkit.
+    """
+    if not text:
+        usable = [arch for arch in DEFAULT_ARCHS if arch in known]
+        if not usable:
+            rule = f"nvcc knows {', '.join(known)}, and none of {', '.join(DEFAULT_ARCHS)}"
+            raise ToolError("CUDA toolkit", toolkit, rule, "Set TORCH_CUDA_ARCH_LIST to your GPUs' architectures")
+        return (*usable[:-1], f"{usable[-1]}+PTX")
+    archs = parse_archs(text)
+    unknown = [arch for arch in archs if re.sub(r"[af]?(\+PTX)?$", "", arch) not in known]
+    if unknown:
+        rule = (
+            f"CUDA toolkit {toolkit} does not know sm_{unknown[0].removesuffix('+PTX')} (it knows {', '.join(known)})"
+        )
+        way_out = "Name only architectures that this CUDA toolkit knows, or install a newer one"
+        raise BuildError("TORCH_CUDA_ARCH_LIST", text, rule, way_out)
+    return archs
 
 
 def gencode(archs: Iterable[str]) -> list[str]:
@@ -177,15 +221,53 @@ def find_cuda() -> Path | None:
     return None
 
 
-def find_toolchain() -> Toolchain:
-    """Everything that the environment decides, read once and checked."""
+def toolkit_version(nvcc: Path) -> tuple[int, int]:
+    """The toolkit's version, by nvcc itself.
+
+    Raises:
+        ToolError: nvcc does not run, or the toolkit is too old.
+    """
+    match = re.search(r"release (\d+)\.(\d+)", _output_of(nvcc, "--version"))
+    version = (int(match[1]), int(match[2])) if match else (0, 0)
+    if version < CUDA_OLDEST:
+        found = f"{version[0]}.{version[1]}" if match else "unknown"
+        rule = f"{CUDA_OLDEST[0]}.{CUDA_OLDEST[1]} or newer is needed ({nvcc})"
+        raise ToolError("CUDA toolkit", found, rule, "Set CUDA_HOME to a newer toolkit, or SMARTMOE_CUDA=0 for the CPU")
+    return version
+
+
+def known_archs(nvcc: Path) -> tuple[str, ...]:
+    """Numbers of the architectures that nvcc can build for, such as 90."""
+    return tuple(sorted(set(re.findall(r"compute_(\d+)\b", _output_of(nvcc, "--list-gpu-arch"))), key=int))
+
+
+def _output_of(*command: str | Path) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise ToolError("CUDA toolkit", str(command[0]), f"nvcc cannot be run: {error}", _OTHER_TOOLKIT) from error
+    if done.returncode:
+        rule = f"`nvcc {command[1]}` failed: {(done.stdout + done.stderr).strip()[-2000:] or done.returncode}"
+        raise ToolError("CUDA toolkit", str(command[0]), rule, _OTHER_TOOLKIT)
+    return done.stdout
+
+
+def find_toolchain(cuda: Path | None = None) -> Toolchain:
+    """Everything else that the environment decides, read once and checked.
+
+    Args:
+        cuda: directory of the CUDA toolkit; None for a CPU build.
+    """
     program, *arguments = shlex.split(_env("CXX", "g++")) or ["g++"]
     cxx = shutil.which(program)
     if cxx is None:
-        raise BuildError("CXX", program, "there is no such program", "Install g++, or set CXX to a C++20 compiler")
+        raise ToolError("CXX", program, "there is no such program", "Install g++, or set CXX to a C++20 compiler")
     torch, version = find_torch()
-    cuda = find_cuda()
-    archs = parse_archs(_env("TORCH_CUDA_ARCH_LIST", DEFAULT_ARCHS)) if cuda else ()
+    archs: tuple[str, ...] = ()
+    if cuda:
+        nvcc = cuda / "bin" / "nvcc"
+        toolkit = "{}.{}".format(*toolkit_version(nvcc))
+        archs = choose_archs(_env("TORCH_CUDA_ARCH_LIST", ""), known_archs(nvcc), toolkit)
     return Toolchain(cxx=(cxx, *arguments), torch=torch, torch_version=version, cuda=cuda, archs=archs, jobs=max_jobs())
 
 
@@ -240,12 +322,9 @@ def plan(tools: Toolchain, root: Path, cache: Path) -> list[Job]:
 def _run(command: list[str], root: Path, what: str) -> None:
     done = subprocess.run(command, cwd=root, capture_output=True, text=True)
     output = (done.stdout + done.stderr)[-8000:].strip()
-    if done.returncode and "nsupported gpu architecture" in output:
-        way_out = "Name only architectures that this CUDA toolkit knows, or install a newer one"
-        raise BuildError("TORCH_CUDA_ARCH_LIST", _env("TORCH_CUDA_ARCH_LIST", DEFAULT_ARCHS), output, way_out)
     if done.returncode:
         way_out = f"The command:\n{shlex.join(command)}\nand its output:\n{output}"
-        raise BuildError("exit status", done.returncode, f"{what} could not be built", way_out)
+        raise ToolError("exit status", done.returncode, f"{what} could not be built", way_out)
     if output:
         print(output, file=sys.stderr)
 
@@ -264,33 +343,145 @@ def _compile(job: Job, root: Path, threads: int) -> None:
         partial.unlink(missing_ok=True)
 
 
-def link_command(tools: Toolchain, objects: Iterable[Path]) -> list[str]:
-    """The link, without its output."""
+def link_command(tools: Toolchain, objects: Iterable[Path], runtime: Path | None) -> list[str]:
+    """The link, without its output.
+
+    Args:
+        tools: what it is linked with.
+        objects: the compiled sources.
+        runtime: the static CUDA runtime; None for a CPU build.
+    """
     command = [*tools.cxx, "-shared", *map(str, objects), "-Wl,-z,defs"]  # a missing symbol shows here, not at load
     # libtorch has no symbol that is used: it brings libtorch_cuda, where there is one, into the weak symbol's scope
     command += [f"-L{tools.torch}/lib", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-Wl,--as-needed"]
-    if tools.cuda:
-        command += [str(cudart(tools.cuda)), "-Wl,--exclude-libs,ALL", "-lrt", "-ldl", "-lpthread"]
+    if runtime:
+        command += [str(runtime), "-Wl,--exclude-libs,ALL", "-lrt", "-ldl", "-lpthread"]
     return command
+
+
+def needed_glibc(library: Path) -> tuple[int, int]:
+    """The newest version of glibc that a library asks for: the names of versions lie in it as text."""
+    found = re.findall(rb"\0GLIBC_(\d+)\.(\d+)(?:\.\d+)?(?=\0)", library.read_bytes())
+    return max(((int(major), int(minor)) for major, minor in found), default=(0, 0))
+
+
+def _version_of(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split("."))
+
+
+def older_symbols(library: Path, libc: Path) -> dict[str, str]:
+    """Symbols that `library` takes from a glibc newer than `GLIBC`, each with its newest version that is old enough.
+
+    glibc keeps the old versions of what it moves or changes: pthread_create@GLIBC_2.2.5 is the same function as
+    pthread_create@GLIBC_2.34, which is in another file only. A symbol without an old version is left out.
+    """
+    undefined = _symbols(library, "--undefined-only")
+    offered = _symbols(libc, "--defined-only")
+    found = {}
+    for name, versions in undefined.items():
+        if max(map(_version_of, versions)) > GLIBC:
+            old = [version for version in offered.get(name, []) if _version_of(version) <= GLIBC]
+            if old:
+                found[name] = f"{name}@GLIBC_{max(old, key=_version_of)}"
+    return found
+
+
+def _symbols(file: Path, kind: str) -> dict[str, list[str]]:
+    """The symbols of a shared library that have a version of glibc, with these versions."""
+    command = ["nm", "--dynamic", "--with-symbol-versions", kind, str(file)]
+    listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found: dict[str, list[str]] = {}
+    for name, version in re.findall(r" (\w+)@{1,2}GLIBC_([\d.]+)$", listing, re.MULTILINE):
+        found.setdefault(name, []).append(version)
+    return found
+
+
+def _link_for_older_glibc(tools: Toolchain, objects: Sequence[Path], library: Path, folder: Path, key: str) -> None:
+    """Link `library` again with the old versions of what it takes from glibc, where the compiler's is newer.
+
+    A linker takes the newest version of each symbol. It takes an older one where an object names it, and objcopy writes
+    the name. On a machine without these tools, or for a symbol that has no older version, the library keeps its needs.
+    """
+    libc = subprocess.run([tools.cxx[0], "-print-file-name=libc.so.6"], capture_output=True, text=True).stdout.strip()
+    if needed_glibc(library) <= GLIBC or not Path(libc).is_file() or not all(map(shutil.which, ("nm", "objcopy"))):
+        return
+    names = folder / "older_symbols"
+    symbols = older_symbols(library, Path(libc))
+    names.write_text("".join(f"{name} {older}\n" for name, older in symbols.items()))
+    renamed = []
+    for file in (*objects, *_runtime(tools)):
+        renamed.append(folder / file.name)
+        _run(["objcopy", f"--redefine-syms={names}", str(file), str(renamed[-1])], folder, file.name)
+    runtime = renamed.pop() if tools.cuda else None
+    # where old versions of these symbols were before they moved into libc.so.6
+    beside = [Path(libc).with_name(name) for name in ("libpthread.so.0", "libdl.so.2", "librt.so.1")]
+    link = [
+        *link_command(tools, renamed, runtime),
+        "-Wl,--no-as-needed",
+        *(str(path) for path in beside if path.exists()),
+    ]
+    _run([*link, f"-Wl,--build-id=0x{key}", "-o", str(library)], folder, library.name)
+
+
+def _runtime(tools: Toolchain) -> list[Path]:
+    """The static CUDA runtime, if this is a CUDA build."""
+    found = cudart(tools.cuda) if tools.cuda else None
+    return [found] if found else []
 
 
 def build(out: Path = LIBRARY, cache: Path = CACHE, root: Path = ROOT) -> Path:
     """Builds csrc/ of `root` into the shared library `out`; does nothing when `out` was made from these very inputs.
 
     Raises:
-        BuildError: a setting is wrong, a tool is missing or a command failed.
+        BuildError: a setting is wrong, a tool is missing or a command failed. Not for CUDA with SMARTMOE_CUDA=auto:
+            then the library is built for the CPU, with a warning.
     """
+    cuda = find_cuda()
+    if cuda is None or _env("SMARTMOE_CUDA", "auto") == "1":
+        return _build(find_toolchain(cuda), out, cache, root)
+    log, inputs = cache / "cuda_build.log", ""
+    try:
+        tools = find_toolchain(cuda)
+        inputs = _digest(*(job.object.name for job in plan(tools, root, cache)))
+        if log.is_file() and log.read_text(encoding="utf-8").endswith(f"{_INPUTS}{inputs}\n"):
+            why = log.read_text(encoding="utf-8")
+        else:
+            return _build(tools, out, cache, root)
+    except ToolError as error:
+        why = str(error)
+        cache.mkdir(parents=True, exist_ok=True)
+        log.write_text(f"{why}\n\n{_INPUTS}{inputs}\n", encoding="utf-8")
+    library = _build(find_toolchain(), out, cache, root)  # a compiler that fails here too is an error of its own
+    _warn_of_cuda(why, cuda, log)
+    return library
+
+
+def _warn_of_cuda(why: str, toolkit: Path, log: Path) -> None:
+    """Say in one line that the kernels for GPUs are missing, and why; the compilers' own words are in the log."""
+    shown = why.splitlines()[0].removesuffix("The command:").strip()
+    _say(
+        f"WARNING: the toolkit in {toolkit} could not build the CUDA kernels, and the library is for the CPU only: "
+        f"{shown[:300]} (the whole output: {log}). On a GPU the ops run on plain torch, slowly. Set CUDA_HOME or CXX "
+        "to other tools and remove that file, or SMARTMOE_CUDA=0 to build for the CPU without a warning"
+    )
+
+
+def _build(tools: Toolchain, out: Path, cache: Path, root: Path) -> Path:
+    """What `build` says, with these tools."""
     start_s = time.monotonic()
-    tools = find_toolchain()
     out, cache = out.resolve(), cache.resolve()
     jobs = plan(tools, root, cache)
-    link = link_command(tools, [job.object for job in jobs])
+    objects = [job.object for job in jobs]
+    runtime = next(iter(_runtime(tools)), None)
+    link = link_command(tools, objects, runtime)
     # the library carries the hash of its inputs as its build id: no second file that could disagree with it
     key = _digest(*link, *(_stamp(word) for word in link if Path(word).is_file() and not word.endswith(".o")))
     kind = " ".join(["cpu+cuda:", *(f"sm_{arch}" for arch in tools.archs)]) if tools.cuda else "cpu"
     if out.exists() and bytes.fromhex(key) in out.read_bytes():
         _say(f"{out.name} is up to date ({kind})")
         return out
+    if platform.machine() != "x86_64":
+        _say(f"wheels with a built library are for x86_64; this machine is {platform.machine()}: compiling here")
     cache.mkdir(parents=True, exist_ok=True)
     out.parent.mkdir(parents=True, exist_ok=True)
     threads = max(1, tools.jobs // len(jobs))  # nvcc's own processes, so that all together stay within jobs
@@ -299,10 +490,13 @@ def build(out: Path = LIBRARY, cache: Path = CACHE, root: Path = ROOT) -> Path:
     partial = out.with_suffix(f".{os.getpid()}.tmp")
     try:
         _run([*link, f"-Wl,--build-id=0x{key}", "-o", str(partial)], root, out.name)
+        with tempfile.TemporaryDirectory(prefix="link-", dir=cache) as folder:
+            _link_for_older_glibc(tools, objects, partial, Path(folder), key)
         partial.replace(out)  # never written in place: a process may have it mapped
     finally:
         partial.unlink(missing_ok=True)
-    _say(f"built {out.name} ({kind}) in {time.monotonic() - start_s:.1f} s")
+    glibc = ".".join(map(str, needed_glibc(out)))
+    _say(f"built {out.name} ({kind}) in {time.monotonic() - start_s:.1f} s; it needs glibc {glibc} or newer")
     return out
 
 
@@ -310,4 +504,6 @@ if __name__ == "__main__":
     try:
         build()
     except BuildError as error:
-        sys.exit(f"smartmoe: the library was not built: {error}")
+        if not isinstance(error, ToolError) or os.environ.get("SMARTMOE_REQUIRE_BUILD") == "1":
+            sys.exit(f"smartmoe: the library was not built: {error}")
+        _say(f"WARNING: the library was not built, and ops without it run on plain torch, slowly: {error}")

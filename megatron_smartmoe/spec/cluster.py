@@ -7,6 +7,8 @@ gpus_per_node: 8
 replica_scope: node            # node: replicas stay on the node of their home; group: anywhere among the EP ranks
 gpu:
   name: A100-SXM4-80GB
+  devices: [NVIDIA A100-SXM4-80GB]   # optional: the driver's names of GPUs that the file is for
+  capability: '8.0'                  # optional: compute capability, by which a GPU without a file finds the nearest
   peak_flops: {value: 312e12, source: NVIDIA A100 datasheet, bf16 dense}
   memory_bytes: {value: 80e9, source: NVIDIA A100 datasheet}
   memory_bandwidth_bytes_s: {value: 2.039e12, source: NVIDIA A100 datasheet}
@@ -28,6 +30,7 @@ divide measured numbers by the priors, writes peaks that were never observed and
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -83,6 +86,8 @@ class GpuSpec:
         reserved_bytes: memory that libraries take before training starts; optional in a file.
         ranks_per_device: ranks that share one device. The rates above are those of a rank while all of them work; one
             that works alone is so many times as fast. 1 for a GPU; CPU ranks share cores. Optional in a file.
+        devices: names that the driver gives to such GPUs; optional in a file.
+        capability: compute capability, such as (9, 0); optional in a file.
     """
 
     name: str
@@ -92,6 +97,8 @@ class GpuSpec:
     weight_passes: float = WEIGHT_PASSES
     reserved_bytes: float = RESERVED_BYTES
     ranks_per_device: float = 1.0
+    devices: tuple[str, ...] = ()
+    capability: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,7 +191,7 @@ def _cluster_of(content: Mapping[str, Any], default_name: str) -> ClusterSpec:
         raise ConfigError("replica_scope", scope, "must be node or group", "For example: replica_scope: node.")
     sources: dict[str, str] = {}
     numbers: tuple[str, ...] = ("peak_flops", "memory_bytes", "memory_bandwidth_bytes_s")
-    gpu = _section(content, "gpu", ("name", *numbers, *_OPTIONAL_GPU))
+    gpu = _section(content, "gpu", ("name", "devices", "capability", *numbers, *_OPTIONAL_GPU))
     numbers = (*numbers, *(name for name in _OPTIONAL_GPU if name in gpu))
     found = {name: _sourced(gpu, f"gpu.{name}", sources) for name in numbers}
     shared = found.get("ranks_per_device", 1.0)
@@ -200,12 +207,34 @@ def _cluster_of(content: Mapping[str, Any], default_name: str) -> ClusterSpec:
         name=values.text(content.get("name", default_name), "name", example="name: my-cluster"),
         nodes=_whole(content, "nodes"),
         gpus_per_node=_whole(content, "gpus_per_node"),
-        gpu=GpuSpec(name=values.text(gpu.get("name", "?"), "gpu.name", example="name: A100-SXM4-80GB"), **found),
+        gpu=GpuSpec(
+            name=values.text(gpu.get("name", "?"), "gpu.name", example="name: A100-SXM4-80GB"),
+            devices=_devices(gpu.get("devices", [])),
+            capability=_capability(gpu.get("capability")),
+            **found,
+        ),
         replica_scope=cast(ReplicaScope, scope),
         efficiency=_efficiency(content, sources),
         sources=sources,
         **links,
     )
+
+
+def _devices(content: object) -> tuple[str, ...]:
+    if not isinstance(content, list) or not all(isinstance(name, str) and name.strip() for name in content):
+        way_out = "For example: devices: [NVIDIA A100-SXM4-80GB], as nvidia-smi prints it."
+        raise ConfigError("gpu.devices", content, "must be a list of the driver's names of GPUs", way_out)
+    return tuple(content)
+
+
+def _capability(content: object) -> tuple[int, int] | None:
+    if content is None:
+        return None
+    match = re.fullmatch(r"(\d{1,3})\.(\d{1,2})", content) if isinstance(content, str) else None
+    if match is None:
+        rule = "must be a compute capability in quotes"
+        raise ConfigError("gpu.capability", content, rule, "For example: capability: '9.0'.")
+    return int(match[1]), int(match[2])
 
 
 def cluster_as_yaml(cluster: ClusterSpec, comment: str = "") -> str:
@@ -219,7 +248,10 @@ def cluster_as_yaml(cluster: ClusterSpec, comment: str = "") -> str:
     }
     lines += dump_yaml(head).splitlines()
     gpu, links = cluster.gpu, {"intra_node": cluster.intra_node, "inter_node": cluster.inter_node}
-    lines += ["gpu:", f"  {dump_yaml({'name': gpu.name}).strip()}"]
+    about: dict[str, object] = {"name": gpu.name}
+    about |= {"devices": list(gpu.devices)} if gpu.devices else {}
+    about |= {"capability": "{}.{}".format(*gpu.capability)} if gpu.capability else {}
+    lines += ["gpu:", *(f"  {line}" for line in dump_yaml(about).splitlines())]
     for name in ("peak_flops", "memory_bytes", "memory_bandwidth_bytes_s", *_OPTIONAL_GPU):
         if name not in _OPTIONAL_GPU or f"gpu.{name}" in cluster.sources:  # without a source it is the default
             lines += _entry(cluster, f"gpu.{name}", getattr(gpu, name))
@@ -238,13 +270,6 @@ def cluster_as_yaml(cluster: ClusterSpec, comment: str = "") -> str:
 def shipped_clusters() -> list[ClusterSpec]:
     """The shipped cluster files in the order of their names."""
     return [load_cluster_spec(path) for path in sorted(shipped_directory("clusters").glob("*.yaml"))]
-
-
-def fitting_cluster(device: str | None) -> ClusterSpec | None:
-    """The shipped cluster whose accelerator is `device`, a name that torch gives (None: the CPU); None without one."""
-    name = "cpu" if device is None else device
-    tokens = name.lower().replace("-", " ").split()
-    return next((spec for spec in shipped_clusters() if spec.gpu.name.split("-")[0].lower() in tokens), None)
 
 
 def _entry(cluster: ClusterSpec, path: str, value: float) -> list[str]:

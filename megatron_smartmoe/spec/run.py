@@ -10,16 +10,20 @@ flags:                       # any Megatron flag, without its dashes, in groups 
   model:
     num-layers: 4
     swiglu: true             # true: the flag alone; false: left out; a list: several values
+gpus:                        # optional: ranks per node where they have GPUs, and flags that differ there
+  - {nproc: 1, bf16: true, expert-model-parallel-size: 1}
+  - {nproc: 8, bf16: true}
 ```
 
 The groups under `flags` are for the reader; their names have no effect. `{run_dir}` in a value becomes the run
-directory. Flags are not checked here but by Megatron's own parser.
+directory. Flags are not checked here but by Megatron's own parser. On GPUs `nproc` is not read where there are `gpus`:
+of its entries the largest is used that the node has GPUs for, or ranks, where the command line has --nproc.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +44,7 @@ class RunSpec:
         data: options of scripts/prepare_data.py without their dashes, with `prefix`; None: the data exists already.
         flags: Megatron flag (without dashes) to its value as text, True for a flag that stands alone.
         origins: flag (without dashes) to where it was set, for errors: the file and its key, or a plan.
+        gpus: ranks per node to flags that replace those above where the ranks have GPUs; None removes a flag.
     """
 
     name: str
@@ -47,6 +52,29 @@ class RunSpec:
     data: dict[str, Any] | None = None
     flags: dict[str, FlagValue] = field(default_factory=dict)
     origins: dict[str, str] = field(default_factory=dict, compare=False)
+    gpus: dict[int, dict[str, FlagValue | None]] = field(default_factory=dict)
+
+    def on_gpus(self, most: int) -> RunSpec:
+        """The configuration on GPUs, with its largest entry of at most `most` ranks per node; the same without entries.
+
+        Raises:
+            ConfigError: every entry has more ranks.
+        """
+        if not self.gpus:
+            return self
+        fitting = [nproc for nproc in self.gpus if nproc <= most]
+        if not fitting:
+            rule = f"there are entries for {', '.join(map(str, self.gpus))} GPUs, and none for so few"
+            raise ConfigError("gpus", most, rule, "Add one, or pass --smartmoe-device cpu.")
+        nproc = max(fitting)
+        flags = {**self.flags, **self.gpus[nproc]}
+        return replace(
+            self,
+            nproc=nproc,
+            flags={name: value for name, value in flags.items() if value is not None},
+            origins={**self.origins, **{name: f"{self.name}, gpus.{nproc}.{name}" for name in self.gpus[nproc]}},
+            gpus={},
+        )
 
 
 def load_run_spec(path: Path) -> RunSpec:
@@ -58,9 +86,9 @@ def load_run_spec(path: Path) -> RunSpec:
     path = find_config("runs", path)
     content = load_yaml(path)
     with located(path):
-        refuse_unknown_keys("", content, ("name", "nproc", "data", "flags"))
+        refuse_unknown_keys("", content, ("name", "nproc", "data", "flags", "gpus"))
         nproc = content.get("nproc")
-        if nproc is not None and (type(nproc) is not int or not 1 <= nproc <= MOST_RANKS):
+        if nproc is not None and not _is_number_of_ranks(nproc):
             rule = "must be a positive whole number of ranks per node"
             raise ConfigError("nproc", nproc, rule, "For example: nproc: 4.")
         groups = {} if content.get("flags") is None else content["flags"]
@@ -72,7 +100,28 @@ def load_run_spec(path: Path) -> RunSpec:
             flags=flags,
             origins={"data": f"{path}, data"}
             | {str(name): f"{path}, flags.{group}.{name}" for group, names in groups.items() for name in names},
+            gpus=_gpus(content.get("gpus")),
         )
+
+
+def _is_number_of_ranks(value: object) -> bool:
+    return type(value) is int and 1 <= value <= MOST_RANKS
+
+
+def _gpus(content: Any) -> dict[int, dict[str, FlagValue | None]]:
+    if content is None:
+        return {}
+    way_out = "For example: gpus: [{nproc: 8, bf16: true}]."
+    if not isinstance(content, list) or not all(isinstance(entry, dict) for entry in content):
+        raise ConfigError("gpus", content, "must be a list of mappings of flags to values", way_out)
+    found: dict[int, dict[str, FlagValue | None]] = {}
+    for entry in content:
+        nproc = entry.get("nproc")
+        if not _is_number_of_ranks(nproc) or nproc in found:
+            raise ConfigError("gpus", entry, "each needs nproc, a number of ranks per node of its own", way_out)
+        flags = {str(name): value for name, value in entry.items() if name != "nproc"}
+        found[nproc] = {name: _as_text(f"gpus.{nproc}.{name}", name, value) for name, value in flags.items()}
+    return found
 
 
 def _name(name: Any, path: Path) -> str:

@@ -6,7 +6,7 @@ import os
 import sys
 from argparse import Namespace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -165,20 +165,32 @@ def test_unequal_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
 # --- who is sent here
 
 
-def test_an_unknown_gpu_is_sent_to_calibrate(monkeypatch: pytest.MonkeyPatch) -> None:
+class Gpu(NamedTuple):
+    """What torch says of a GPU."""
+
+    name: str
+    major: int
+    minor: int
+    total_memory: int
+
+
+def prices_of(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> tuple[ClusterSpec, str | None]:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA Unheard Of")
-    with pytest.raises(ConfigError) as caught:
-        training.machine(Namespace(smartmoe_cluster=None))
-    assert str(caught.value) == (
-        "--smartmoe-cluster = None: no file is shipped for NVIDIA Unheard Of. Measure it: smartmoe calibrate "
-        "--output FILE, then pass --smartmoe-cluster FILE (shipped: A100-SXM4-80GB, B200-SXM-180GB, CPU-thread, "
-        "H100-SXM5-80GB, H200-SXM5-141GB, V100-PCIE-32GB)."
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: gpu)
+    args = Namespace(smartmoe_cluster=None, smartmoe=True)
+    return training.machine(args), training.machine_line(args)
+
+
+def test_an_unknown_gpu_gets_the_nearest_prices_and_is_sent_to_calibrate(monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster, line = prices_of(Gpu("NVIDIA Unheard Of", 9, 0, 90_000_000_000), monkeypatch)
+    assert cluster.name == "2x8-h100-pcie"
+    assert line == (
+        "no cluster file is shipped for NVIDIA Unheard Of (sm_90, 90 GB): prices come from the nearest, 2x8-h100-pcie "
+        "(H100-PCIE-80GB, PCIe). Measure your own: smartmoe calibrate --output FILE, then --smartmoe-cluster FILE"
     )
 
 
 def test_a_known_gpu_has_its_file(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
-    found: ClusterSpec = training.machine(Namespace(smartmoe_cluster=None))
-    assert found.gpu.name == "H200-SXM5-141GB"
+    cluster, line = prices_of(Gpu("NVIDIA H200", 9, 0, 150_000_000_000), monkeypatch)
+    assert cluster.gpu.name == "H200-SXM5-141GB"
+    assert line == "prices of NVIDIA H200 come from cluster file 2x8-h200-sxm"

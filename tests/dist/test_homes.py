@@ -85,19 +85,26 @@ def test_resuming_restores_the_placement(tmp_path: Path, data_flags: list[str]) 
 
 @pytest.mark.parametrize("raw", [False, True])
 def test_an_asynchronous_save_while_a_migration_is_due(raw: bool, tmp_path: Path, data_flags: list[str]) -> None:
-    """Experts move after the same step that is saved, while the checkpoint is still being written."""
-    optimizer = ["--use-distributed-optimizer", "--bf16"] + ([] if raw else ["--dist-ckpt-optim-fully-reshardable"])
-    flags = [*EP2.split(), *optimizer, *UNCLIPPED, *SHUFFLE]
+    """Experts move after the same step that is saved, while the checkpoint is still being written.
+
+    A run that has saved raw buffers, as was the default once, resumes with today's default.
+    """
+    flags = [*EP2.split(), "--use-distributed-optimizer", "--bf16", *UNCLIPPED, *SHUFFLE]
     save = ["--save", str(tmp_path / "saved"), "--save-interval", "4", *BACKGROUND]
+    save += ["--no-dist-ckpt-optim-fully-reshardable"] if raw else []
     whole = train(tmp_path / "whole", 2, data_flags, *flags, *save, iterations=6)
     (tmp_path / "saved" / "latest_checkpointed_iteration.txt").write_text("4")
-    resumed = train(tmp_path / "resumed", 2, data_flags, *flags, "--load", str(tmp_path / "saved"), iterations=6)
+    load = ["--load", str(tmp_path / "saved"), "--save", str(tmp_path / "more"), "--save-interval", "4"]
+    resumed = train(tmp_path / "resumed", 2, data_flags, *flags, *load, iterations=6)
     assert resumed == whole[4:]
+    default = "smartmoe: default --dist-ckpt-optim-fully-reshardable   (optimizer state is saved by parameter"
+    assert default in (tmp_path / "resumed" / "ranks" / "rank0.log").read_text()
 
 
 def test_raw_optimizer_buffers_are_saved_at_home(tmp_path: Path, data_flags: list[str]) -> None:
     """dp_reshardable checkpoints hold raw buffers: experts go back to their first homes for the save, and return."""
-    flags = [*EP2.split(), "--use-distributed-optimizer", "--bf16", *UNCLIPPED]  # Megatron cannot load these in fp32
+    optimizer = "--use-distributed-optimizer --no-dist-ckpt-optim-fully-reshardable --bf16".split()
+    flags = [*EP2.split(), *optimizer, *UNCLIPPED]  # Megatron cannot load these in fp32
     save = ["--save", str(tmp_path / "saved"), "--save-interval", "4"]
     shuffled = train(tmp_path / "shuffled", 4, data_flags, *flags, *SHUFFLE, *save, iterations=8)
     assert shuffled == train(tmp_path / "stayed", 4, data_flags, *flags, *STAY, iterations=8)

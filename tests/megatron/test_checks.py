@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 
 from megatron_smartmoe.adapter.flags import parser
+from megatron_smartmoe.adapter.flags.run_defaults import run_defaults
+from megatron_smartmoe.adapter.repairs import bucket_padding
 from megatron_smartmoe.errors import ConfigError
 from tests.support.checks import Case, judge, judge_all
 from tests.support.corpus import write_indexed_files
@@ -84,8 +86,8 @@ SUPPORTED = {
     ),
     "te absent": Case(
         flags="--transformer-impl transformer_engine",
-        says="--transformer-impl = 'transformer_engine': needs TransformerEngine, which is not installed. "
-        "Install it, or pass --transformer-impl local.",
+        says="--transformer-impl = 'transformer_engine': needs TransformerEngine, which CPU ranks do not use. "
+        "Remove it, or pass --transformer-impl local.",
     ),
     "te present": Case(flags="--transformer-impl transformer_engine --moe-grouped-gemm", te=True),
     "grouped gemm": Case(
@@ -517,7 +519,6 @@ REASONS = {
         (False, False, True, {"alltoall", "--transformer-impl"}),
         (False, False, False, {"alltoall", "--transformer-impl", "--no-gradient-accumulation-fusion"}),
         (True, False, False, set(REASONS)),
-        (True, True, False, {"alltoall", "gloo"}),
     ],
 )
 def test_each_machine_gets_the_defaults_it_needs(
@@ -527,6 +528,39 @@ def test_each_machine_gets_the_defaults_it_needs(
     found = {flag: default.reason for default in defaults for flag in default.flags}
     assert {flag: found[flag] for flag in found if flag in REASONS} == {flag: REASONS[flag] for flag in expected}
     assert found["--no-one-logger"] == "an NVIDIA-internal service"
+
+
+MOVES_AND_SAVES = (
+    "--smartmoe --expert-model-parallel-size 2 --use-distributed-optimizer --save runs/x --num-experts 8".split()
+)
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ("", True),
+        ("--smartmoe-homes off", False),
+        ("--smartmoe-homes dry", False),
+        ("--no-save-optim", False),
+        ("--ckpt-format torch", False),
+        ("--expert-model-parallel-size 1", False),
+        ("--non-persistent-ckpt-type local", False),
+    ],
+)
+def test_optimizer_state_of_experts_that_move_is_saved_by_parameter(flags: str, expected: bool) -> None:
+    defaults = run_defaults([*MOVES_AND_SAVES, *flags.split()])
+    assert [default.flags for default in defaults] == ([("--dist-ckpt-optim-fully-reshardable",)] if expected else [])
+
+
+def test_the_users_word_wins_over_that_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron_smartmoe.adapter.pretrain import with_defaults
+
+    user = [*MOVES_AND_SAVES, "--no-dist-ckpt-optim-fully-reshardable"]
+    assert parser.parse(with_defaults(MOVES_AND_SAVES, cpu=True, say=False)).dist_ckpt_optim_fully_reshardable is True
+    assert parser.parse(with_defaults(user, cpu=True, say=False)).dist_ckpt_optim_fully_reshardable is False
+    assert parser.parse(["--lr", "1"]).dist_ckpt_optim_fully_reshardable is False  # Megatron's own default
+    monkeypatch.setattr(bucket_padding, "is_sound", lambda: False)
+    assert run_defaults(MOVES_AND_SAVES) == []
 
 
 def test_defaults_are_printed_with_their_reasons(capsys: pytest.CaptureFixture[str]) -> None:

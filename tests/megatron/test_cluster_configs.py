@@ -101,6 +101,37 @@ def checked(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Checked]:
     return dict(zip(RUNS, found, strict=True))
 
 
+def _quickstart_on_gpus(numbers: list[int]) -> list[list[str]]:
+    """The flags of its dry run on nodes with so many GPUs."""
+    gpu_machine.pretend()
+    import torch
+
+    from megatron_smartmoe.adapter.launch.launcher import launch
+
+    found = []
+    for number in numbers:
+        torch.cuda.device_count = lambda number=number: number  # type: ignore[misc]
+        for name in [
+            name for name in os.environ if name.endswith(("RANK", "WORLD_SIZE")) or name.startswith("MASTER_")
+        ]:
+            del os.environ[name]  # of the rank that this is, and of the dry run before
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            flags = ["--no-rope-fusion", "--smartmoe-rehearsal", "off"]
+            assert launch(["--config", "quickstart", "--dry-run", *flags]) == 0
+        found.append(shlex.split(printed.getvalue().rpartition("# ")[2].replace("\\\n", " ")))
+    return found
+
+
+def test_the_quickstart_fits_every_number_of_gpus(tmp_path: Path) -> None:
+    """Megatron judges the flags for each; a number between two entries takes the smaller one."""
+    numbers = {1: (1, 1, 1), 2: (2, 2, 1), 3: (2, 2, 1), 4: (4, 2, 2), 8: (8, 4, 2)}
+    found = run_ranks(_quickstart_on_gpus, 1, list(numbers), log_dir=tmp_path)[0]
+    for flags, expected in zip(found, numbers.values(), strict=True):
+        names = ("--nproc-per-node", "--expert-model-parallel-size", "--pipeline-model-parallel-size")
+        assert tuple(int(flags[flags.index(name) + 1]) for name in names) == expected
+        assert "--bf16" in flags
+
+
 def test_every_shipped_model_has_a_run() -> None:
     models = {path.stem for path in (CONFIGS / "models").glob("*.yaml")}
     assert models == {path.stem for path in (CONFIGS / "runs").glob("*.yaml")}

@@ -60,6 +60,49 @@ def test_asking_for_a_gpu_that_is_not_there_is_an_error() -> None:
     assert "CompatError: --smartmoe-device cuda: torch sees no CUDA device here." in done.stderr
 
 
+@pytest.mark.parametrize("asked", ["auto", "cuda"])
+def test_gpus_that_torch_cannot_use_are_an_error_and_no_cpu_run(asked: str) -> None:
+    """The CUDA 13 build of torch with a driver for CUDA 12.4: NVML sees eight GPUs, CUDA none."""
+    done = python(
+        "import torch\n"
+        "from megatron_smartmoe.adapter import gpus\n"
+        "from megatron_smartmoe.runtime.driver import Driver\n"
+        "torch.cuda.is_available = lambda: False\n"
+        "torch.version.cuda, torch.__version__ = '13.0', '2.11.0+cu130'\n"
+        "gpus.find_driver = lambda: Driver(num_gpus=8, version='550.54.15', cuda=(12, 4))\n"
+        "import os; os.environ.pop('CUDA_VISIBLE_DEVICES', None)\n"
+        "from megatron_smartmoe.adapter.pretrain import choose_device\n"
+        f"choose_device({asked!r})\n"
+    )
+    assert (
+        f"CompatError: --smartmoe-device {asked}: this host has 8 GPUs (driver 550.54.15, for CUDA 12.4), and torch "
+        "2.11.0+cu130, built for CUDA 13.0, can use none. The driver serves CUDA 12.4: update it to 580 or newer, or "
+        "install a build of torch for CUDA 12. scripts/setup.sh takes another torch (SMARTMOE_TORCH); "
+        "--smartmoe-device cpu trains without the GPUs.\n"
+    ) in done.stderr
+
+
+def test_packages_for_gpus_are_not_used_on_cpu_ranks(tmp_path: Path) -> None:
+    """In NVIDIA's containers both are installed, and Megatron takes what it finds."""
+    for name in ("transformer_engine", "transformer_engine/pytorch", "apex"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").touch()
+    (tmp_path / "transformer_engine" / "pytorch" / "fp8.py").write_text(
+        "FP8GlobalStateManager = fp8_autocast = fp8_model_init = None\n"
+    )
+    done = python(
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
+        "from megatron_smartmoe.adapter.pretrain import choose_device, with_defaults\n"
+        "choose_device('cpu')\n"
+        "flags = with_defaults([], cpu=True, say=True)\n"
+        "assert flags[flags.index('--transformer-impl') + 1] == 'local'\n"
+        "assert '--no-gradient-accumulation-fusion' in flags\n"
+        "import megatron.core.extensions.transformer_engine as te, megatron.core.optimizer as optimizer\n"
+        "assert not te.HAVE_TE and optimizer.USING_PYTORCH_OPTIMIZER\n"
+    )
+    assert done.returncode == 0, done.stderr
+
+
 def _tensors() -> None:
     assert torch.empty(2, device="cuda").device.type == "cpu"
     assert torch.zeros(2, device=0).device.type == "cpu"

@@ -136,6 +136,40 @@ def attention_is_megatrons() -> None:
     compare_attention(HEADS, GROUPS, softmax_scale=0.5)
 
 
+def repeated_keys_and_values_change_nothing() -> None:
+    """What a GPU gets beside a mask: the same bits forward, and gradients that are summed over a group's queries."""
+    from unittest import mock
+
+    from megatron_smartmoe.adapter.local import attention
+
+    _, ours = attentions(num_attention_heads=HEADS, num_query_groups=GROUPS, kv_channels=HEAD_DIM)
+    ours.cp_group = mock.Mock(**{"size.return_value": 2, "rank.return_value": 1})
+    drawn = [torch.randn(SEQUENCE, BATCH, h, HEAD_DIM) for h in (HEADS, GROUPS, GROUPS)]
+    calls, results = [], []
+    real = attention.F.scaled_dot_product_attention
+
+    def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options: Any) -> torch.Tensor:
+        calls.append((key.size(1), value.size(1), options["enable_gqa"]))
+        return real(query, key, value, **options)
+
+    for is_repeated in (False, True):
+        inputs = [x.clone().requires_grad_() for x in drawn]
+        with (
+            mock.patch.object(
+                attention, "gather_from_sequence_parallel_region", lambda x, group: torch.cat([x, 2 * x])
+            ),
+            mock.patch.object(attention, "has_no_kernel_for_groups", lambda query, found=is_repeated: found),
+            mock.patch.object(attention.F, "scaled_dot_product_attention", attend),
+        ):
+            out = ours(*inputs, None)
+        out.sum().backward()
+        results.append([out.detach(), *(x.grad for x in inputs)])
+    assert calls == [(GROUPS, GROUPS, True), (HEADS, HEADS, False)]
+    assert torch.equal(results[0][0], results[1][0])
+    for expected, found in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected)
+
+
 def attention_drops_out_in_training_only() -> None:
     _, ours = attentions(attention_dropout=0.5)
     inputs = [torch.randn(SEQUENCE, BATCH, h, HEAD_DIM) for h in (HEADS, GROUPS, GROUPS)]
@@ -206,6 +240,7 @@ IN_A_RANK = [
     norm_is_megatrons,
     zigzag_is_megatrons_order,
     attention_is_megatrons,
+    repeated_keys_and_values_change_nothing,
     attention_drops_out_in_training_only,
     attention_refuses_what_it_does_not_have,
     adam_is_given_to_megatron,

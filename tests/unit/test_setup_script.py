@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -77,3 +79,65 @@ def test_uv_is_asked_last(checkout: Path) -> None:
     (tools / "uv").chmod(0o755)
     done = run_setup(checkout, PATH=f"{tools}:{SYSTEM_PATH}")
     assert f"setup: making .venv with {os.path.realpath(sys.executable)}" in done.stdout
+
+
+# --- on top of an environment that is there, and with another torch
+
+
+def test_the_packages_of_an_active_environment_are_used(checkout: Path) -> None:
+    """Without pyproject.toml the installation ends behind the venv, which is all that is looked at here."""
+    done = run_setup(checkout, SMARTMOE_SITE="1", SMARTMOE_PYTHON=sys.executable)
+    version = importlib.metadata.version("torch")
+    assert f"setup: making .venv on top of {sys.executable}, with its torch {version}\n" in done.stdout
+    assert f"setup: installing what is missing beside torch {version} into .venv" in done.stdout
+    assert (checkout / ".venv" / "torch.txt").read_text() == f"torch==={version}\n"
+    look = "import importlib.util as u; print(u.find_spec('torch').origin)"
+    found = subprocess.run([checkout / ".venv/bin/python", "-c", look], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == importlib.util.find_spec("torch").origin  # type: ignore[union-attr]
+    again = run_setup(checkout)  # the scripts that call this one need not be told
+    assert "making .venv" not in again.stdout
+    assert f"setup: installing what is missing beside torch {version} into .venv" in again.stdout
+
+
+def test_an_environment_without_torch_is_refused(checkout: Path, tmp_path: Path) -> None:
+    python = tmp_path / "empty" / "bin" / "python"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "empty")], check=True)
+    done = run_setup(checkout, SMARTMOE_SITE="1", SMARTMOE_PYTHON=str(python))
+    assert done.returncode == 1
+    assert done.stderr.splitlines() == [
+        f"error: torch = None: {python} cannot import it (ModuleNotFoundError: No module named 'torch').",
+        "       Activate the environment that has it, set SMARTMOE_PYTHON to its Python, or unset SMARTMOE_SITE for a "
+        "torch in .venv.",
+    ]
+    assert not (checkout / ".venv").exists()
+
+
+def test_an_environment_with_an_old_torch_is_refused(checkout: Path, tmp_path: Path) -> None:
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "old")], check=True)
+    (tmp_path / "old" / "lib" / "python3.12" / "site-packages" / "torch.py").write_text("__version__ = '2.9.1+cu126'\n")
+    python = tmp_path / "old" / "bin" / "python"
+    done = run_setup(checkout, SMARTMOE_SITE="1", SMARTMOE_PYTHON=str(python))
+    assert done.stderr.splitlines()[0] == f"error: torch = 2.9.1+cu126: of {python}, and 2.10 or newer is needed."
+
+
+def test_another_torch_comes_from_where_the_user_says(checkout: Path) -> None:
+    done = run_setup(
+        checkout,
+        SMARTMOE_PYTHON=os.path.realpath(sys.executable),
+        SMARTMOE_TORCH="torch==2.10.0",
+        SMARTMOE_TORCH_INDEX=f"file://{checkout}/absent",
+    )
+    assert "setup: installing torch==2.10.0 into .venv" in done.stdout
+    assert done.returncode == 1
+    assert (
+        f"install --disable-pip-version-check --index-url file://{checkout}/absent torch==2.10.0' failed" in done.stderr
+    )
+    assert (checkout / ".venv" / ".smartmoe-settings").read_text() == f"\ntorch==2.10.0\nfile://{checkout}/absent\n"
+
+
+def test_two_torches_are_one_too_many(checkout: Path) -> None:
+    done = run_setup(checkout, SMARTMOE_SITE="1", SMARTMOE_TORCH="torch==2.10.0")
+    assert done.stderr == (
+        "error: SMARTMOE_SITE = 1: uses the torch that is there, and SMARTMOE_TORCH asks for another. "
+        "Unset one of the two.\n"
+    )

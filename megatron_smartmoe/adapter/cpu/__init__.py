@@ -9,6 +9,8 @@ What it may do, and what it may not:
 
 - It replaces attributes of `torch` only, never of Megatron; `install()` must run before the first `import megatron`.
 - It is never loaded where a CUDA device is used: `install()` refuses.
+- TransformerEngine and apex cannot be imported beside it: their kernels are for GPUs, and Megatron takes them where it
+  finds them.
 - It changes no numerics: each group below either answers a question about the device, moves nothing, or performs the
   same collective with another call.
 
@@ -26,6 +28,7 @@ import torch
 from megatron_smartmoe.adapter.cpu import collectives, compiler, devices, tensors
 from megatron_smartmoe.errors import CompatError
 
+_GPU_PACKAGES = ("transformer_engine", "transformer_engine_torch", "apex", "amp_C", "fused_weight_gradient_mlp_cuda")
 _installed = False
 
 
@@ -55,4 +58,7 @@ def install() -> None:
         )
     for group in (devices, tensors, collectives, compiler):
         group.install()
+    for name in _GPU_PACKAGES:
+        if name not in sys.modules:
+            sys.modules[name] = None  # type: ignore[assignment]  # Python's way to say: cannot be imported
     _installed = True

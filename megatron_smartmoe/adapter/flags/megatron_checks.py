@@ -111,10 +111,9 @@ def _check_supported(args: argparse.Namespace, *, cpu: bool) -> None:
         rule = "is not supported by this entry point, which pretrains GPT-MoE: it is for distillation"
         raise ConfigError("--logits-load-dir", args.logits_load_dir, rule, "Remove it.")
     if args.transformer_impl == "transformer_engine" and not has_transformer_engine():
-        rule = "needs TransformerEngine, which is not installed"
-        raise ConfigError(
-            "--transformer-impl", args.transformer_impl, rule, "Install it, or pass --transformer-impl local."
-        )
+        rule = f"needs TransformerEngine, which {'CPU ranks do not use' if cpu else 'is not installed'}"
+        way_out = f"{'Remove it' if cpu else 'Install it'}, or pass --transformer-impl local."
+        raise ConfigError("--transformer-impl", args.transformer_impl, rule, way_out)
     if args.transformer_impl == "local":
         _check_local_implementation(args)
     if cpu and args.distributed_backend != "gloo":

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import functools
+import importlib
 import importlib.util
 import os
 import re
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 from megatron_smartmoe.adapter.flags.smartmoe_arguments import DEVICES, add_smartmoe_arguments
-from megatron_smartmoe.errors import ConfigError
+from megatron_smartmoe.errors import CompatError, ConfigError
 
 
 def attribute(flag: str) -> str:
@@ -51,13 +52,35 @@ def device_from(argv: Sequence[str]) -> str:
 
 
 def has_transformer_engine() -> bool:
-    """Whether TransformerEngine can be imported here."""
-    return importlib.util.find_spec("transformer_engine") is not None
+    """Whether Megatron can import TransformerEngine here: a package that is there and broken is like none."""
+    return import_fault("transformer_engine.pytorch.fp8") is None
 
 
 def has_apex() -> bool:
-    """Whether apex can be imported here."""
-    return importlib.util.find_spec("apex") is not None
+    """Whether Megatron can import NVIDIA's apex with its kernels; PyPI has an unrelated package of that name."""
+    needed = ("apex.optimizers", "amp_C", "fused_weight_gradient_mlp_cuda")
+    return all(import_fault(name) is None for name in needed)
+
+
+@functools.cache
+def import_fault(name: str) -> str | None:
+    """Why a module cannot be imported; None if it can.
+
+    Raises:
+        CompatError: it fails with another error than ImportError, from which Megatron's own imports would not recover.
+    """
+    try:
+        importlib.import_module(name)
+    except ImportError as error:
+        return str(error)
+    except Exception as error:  # whatever a broken package does, such as an OSError of a missing library
+        package = name.partition(".")[0]
+        text = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise CompatError(
+            f"{package} is installed and broken: importing {name} fails with {text}. Megatron stops there too: "
+            f"reinstall it for this torch, or remove it (pip uninstall {package}); smartmoe doctor says more."
+        ) from error
+    return None
 
 
 def machine_defaults(*, cpu: bool, transformer_engine: bool, apex: bool) -> list[Default]:
@@ -71,19 +94,21 @@ def machine_defaults(*, cpu: bool, transformer_engine: bool, apex: bool) -> list
         Default(flags=("--logging-level", "30"), reason="20 for Megatron's INFO lines"),
         Default(flags=("--eval-interval", "1000"), reason="Megatron needs a number, also with --eval-iters 0"),
     ]
-    if not transformer_engine:
+    if cpu or not transformer_engine:
         defaults.append(
             Default(
                 flags=("--transformer-impl", "local", "--no-persist-layer-norm", "--no-rope-fusion"),
-                reason="TransformerEngine is not installed",
+                reason="CPU ranks do not use TransformerEngine" if transformer_engine else _why_no_transformer_engine(),
                 is_of_machine=True,
             )
         )
-    if not transformer_engine and not apex:
+    if cpu or not (transformer_engine or apex):
         defaults.append(
             Default(
                 flags=("--no-gradient-accumulation-fusion", "--no-masked-softmax-fusion"),
-                reason="neither TransformerEngine nor apex is installed",
+                reason="CPU ranks use the kernels of neither TransformerEngine nor apex"
+                if transformer_engine or apex
+                else "neither TransformerEngine nor apex is installed",
                 is_of_machine=True,
             )
         )
@@ -96,6 +121,14 @@ def machine_defaults(*, cpu: bool, transformer_engine: bool, apex: bool) -> list
             )
         )
     return defaults
+
+
+def _why_no_transformer_engine() -> str:
+    """Not installed, or installed and broken, which nobody should have to find out from the speed."""
+    if importlib.util.find_spec("transformer_engine") is None:
+        return "TransformerEngine is not installed"
+    fault = " ".join(str(import_fault("transformer_engine.pytorch.fp8")).split())
+    return f"TransformerEngine is installed, and importing it fails: {fault[:200]}"
 
 
 class _Parser(argparse.ArgumentParser):

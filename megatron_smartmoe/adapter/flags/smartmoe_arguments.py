@@ -202,12 +202,21 @@ def _add_homes(group: argparse._ArgumentGroup) -> None:
         help="Abort a migration when a rank does not respond for this long. Default: 600.",
     )
     group.add_argument(
+        "--no-dist-ckpt-optim-fully-reshardable",
+        action="store_false",
+        dest="dist_ckpt_optim_fully_reshardable",
+        default=argparse.SUPPRESS,
+        help="Save the distributed optimizer's state as raw buffers, as Megatron does by default. With --smartmoe, "
+        "moving experts and --save the default is --dist-ckpt-optim-fully-reshardable: raw buffers are in the order of "
+        "the slots, so experts move home for every save and back.",
+    )
+    group.add_argument(
         "--smartmoe-cluster",
         metavar="FILE",
         default=None,
         help="Cluster file of this machine, from which times are predicted, or the name of a shipped one, such as "
-        "h100-sxm (configs/clusters/); `smartmoe calibrate` writes one. Default: the shipped file for this GPU, or for "
-        "the CPU.",
+        "h100-sxm (configs/clusters/); `smartmoe calibrate` writes one. Default: the shipped file for this GPU (for "
+        "one that has none, the nearest by architecture and memory, which a line at the start names), or for the CPU.",
     )
 
 

@@ -6,6 +6,7 @@ import argparse
 import math
 from pathlib import Path
 
+from megatron_smartmoe.adapter.cost_inputs import machine_line
 from megatron_smartmoe.checkpoint.directory import TRACKER
 from megatron_smartmoe.errors import ConfigError
 
@@ -108,10 +109,12 @@ def is_first_start(args: argparse.Namespace) -> bool:
 
 
 def start_lines(args: argparse.Namespace) -> tuple[str, ...]:
-    """What to say about the start of a run: a line where there is nothing to load yet."""
+    """What to say about the start of a run: where the prices come from, and that there is nothing to load yet."""
+    prices = machine_line(args)
+    lines = () if prices is None else (prices,)
     if not is_first_start(args):
-        return ()
-    return (f"there is no checkpoint in {args.load} yet: training starts from iteration 0 and saves there",)
+        return lines
+    return (*lines, f"there is no checkpoint in {args.load} yet: training starts from iteration 0 and saves there")
 
 
 def _has_checkpoint(args: argparse.Namespace) -> bool:

@@ -30,7 +30,8 @@ from megatron_smartmoe.calibrate.options import CalibrateOptions, add_arguments,
 from megatron_smartmoe.calibrate.table import as_table
 from megatron_smartmoe.cost.compute import ExpertShape
 from megatron_smartmoe.errors import EXIT_CONFIG_ERROR, ConfigError, SmartMoEError
-from megatron_smartmoe.spec.cluster import ClusterSpec, cluster_as_yaml, fitting_cluster, load_cluster_spec
+from megatron_smartmoe.spec.cluster import ClusterSpec, cluster_as_yaml, load_cluster_spec
+from megatron_smartmoe.spec.devices import fitting_cluster
 
 _MODULE = "megatron_smartmoe.adapter.launch.calibrate"
 

@@ -62,6 +62,25 @@ def ranks_per_node(nproc: int | None, spec: RunSpec, command_line: Sequence[str]
     return asked or num_gpus or 1
 
 
+def fit_to_gpus(nproc: int | None, spec: RunSpec, command_line: Sequence[str]) -> RunSpec:
+    """The configuration for this node's GPUs, or for `nproc` ranks on GPUs; the same on the CPU.
+
+    Raises:
+        ConfigError: it has entries for GPUs, and none for so few.
+    """
+    num_gpus = 0 if asked_device(spec, command_line) == "cpu" else count_gpus()
+    return spec.on_gpus(nproc if nproc and nproc >= 1 else num_gpus) if num_gpus else spec
+
+
+def idle_gpus(topology: Topology, *, cpu: bool) -> tuple[str, ...]:
+    """A line where this launcher starts fewer ranks than there are GPUs; none otherwise."""
+    ranks, num_gpus = topology.ranks_per_node, 0 if cpu or topology.rank is not None else count_gpus()
+    if ranks >= num_gpus:
+        return ()
+    way_out = "--nproc, else gpus or nproc of the configuration, decides"
+    return (f"{ranks} of the {num_gpus} GPUs of this node {'is' if ranks == 1 else 'are'} used: {way_out}",)
+
+
 def count_gpus() -> int:
     """Number of GPUs that CUDA programs can use on this host."""
     import torch
@@ -82,7 +101,7 @@ def make_command(spec: RunSpec, command_line: Sequence[str], topology: Topology,
     merged = merge(spec, command_line, topology, run_dir)
     with merged.naming_origins():
         check_args(merged.args, cpu=merged.cpu, data_exists=corpus.exists(spec))
-        lines = (*check_load(merged.args), *start_lines(merged.args))
+        lines = (*check_load(merged.args), *start_lines(merged.args), *idle_gpus(topology, cpu=merged.cpu))
         is_rehearsed = merged.args.smartmoe_rehearsal == "on"
         if not is_rehearsed and not merged.args.use_checkpoint_args:
             megatron_verdict(merged.args)
@@ -104,10 +123,11 @@ def _request(merged: Merged, spec: RunSpec, topology: Topology, run_dir: Path) -
     from megatron_smartmoe.adapter.pretrain import device_capability, with_defaults
 
     exists = corpus.exists(spec)
+    tokens = with_defaults(merged.tokens, cpu=merged.cpu, say=False)
     # The model of --use-checkpoint-args is in the checkpoint, which has to be found.
     open_dir = str(run_dir) if merged.args.use_checkpoint_args else "{run_dir}"
     return Request(
-        defaults=tuple(with_defaults([], cpu=merged.cpu, say=False)),
+        defaults=tuple(tokens[: len(tokens) - len(merged.tokens)]),
         tokens=tuple(_with_run_dir(token, run_dir, open_dir) for token in merged.tokens),
         origins=merged.origins,
         world_size=topology.world_size,

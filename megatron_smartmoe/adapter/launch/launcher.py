@@ -15,7 +15,7 @@ from pathlib import Path
 from megatron_smartmoe.adapter.launch import corpus, process, run_dir, run_lock, secrets, slurm
 from megatron_smartmoe.adapter.launch import flags as flag_lists
 from megatron_smartmoe.adapter.launch.batch_job import BatchJob
-from megatron_smartmoe.adapter.launch.command import LaunchCommand, make_command, ranks_per_node
+from megatron_smartmoe.adapter.launch.command import LaunchCommand, fit_to_gpus, make_command, ranks_per_node
 from megatron_smartmoe.adapter.launch.ending import Ending, SharedDeaths, attempt_of
 from megatron_smartmoe.adapter.launch.node_variables import Nodes, find_nodes, refuse_flags
 from megatron_smartmoe.adapter.launch.run_lock import LOCKED_VARIABLE, RunLock
@@ -53,7 +53,9 @@ def launch(argv: list[str]) -> int:
         return slurm.srun(find_topology(1), argv, step_options)
     nodes = _nodes(options)
     asked = options.nproc if options.nproc is not None or nodes is None else nodes.ranks_per_node
-    topology = find_topology(ranks_per_node(asked, spec, command_line), nodes=nodes)
+    on_gpus = fit_to_gpus(asked, spec, command_line)
+    topology = find_topology(ranks_per_node(asked, on_gpus, command_line), nodes=nodes)
+    spec = fit_to_gpus(topology.ranks_per_node, spec, command_line)  # Slurm may have started another number of ranks
     if options.nproc is not None and options.nproc != topology.ranks_per_node:
         rule = f"srun has started {topology.ranks_per_node} tasks on each node, and each of them is one rank"
         raise ConfigError("--nproc", options.nproc, rule, "Remove it, or use srun --ntasks-per-node=1.")
@@ -229,7 +231,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--nproc",
         type=int,
         metavar="N",
-        help="ranks per node; default: nproc of the configuration, else one per GPU, else 1",
+        help="ranks per node; default: on GPUs what gpus of the configuration has for them, else nproc of the "
+        "configuration, else one per GPU, else 1",
     )
     text = "on several nodes without Slurm, once on each: {}; default: what SkyPilot, Kubernetes or NNODES, NODE_RANK, "
     text += "MASTER_ADDR say, else this host"
@@ -301,6 +304,6 @@ def _help_megatron() -> int:
     from megatron_smartmoe.adapter.flags.parser import help_text
     from megatron_smartmoe.adapter.pretrain import choose_device
 
-    choose_device("auto")
+    choose_device("cpu")  # nothing is trained
     print(help_text())
     return 0

@@ -19,8 +19,7 @@ def find_machine(args: Namespace, topology: Topology, *, cpu: bool) -> tuple[Clu
     """The cluster file of this machine with the job's nodes and ranks, and the source of a rank's memory.
 
     Raises:
-        ConfigError: no file is shipped for this GPU; or there are several nodes, and a GPU has less memory than in the
-            file.
+        ConfigError: there are several nodes, and a GPU has less memory than in the file.
     """
     from megatron_smartmoe.adapter.cost_inputs import machine
 

@@ -4,7 +4,8 @@ Megatron's own `DotProductAttention` builds the full score matrix and refuses co
 handles both and may not be installed. This module is the plain-torch answer: queries stay where they are, keys and
 values are gathered over the context-parallel group (Megatron's `--cp-comm-type all_gather`), and a mask over global
 positions keeps it causal. Its memory grows with the whole sequence's keys and values, not with the score matrix, where
-torch has a fused kernel; on a CPU it has none for dropout, nor for values of another width than queries (MLA).
+torch has a fused kernel; on a CPU it has none for dropout, nor for values of another width than queries (MLA). On a GPU
+keys and values of grouped queries are repeated beside a mask, which no fused kernel takes otherwise.
 """
 
 from __future__ import annotations
@@ -35,6 +36,20 @@ def zigzag_positions(cp_rank: int, cp_size: int, num_local: int) -> torch.Tensor
     stripe = num_local // 2
     first, mirror = cp_rank * stripe, (2 * cp_size - 1 - cp_rank) * stripe
     return torch.cat([torch.arange(first, first + stripe), torch.arange(mirror, mirror + stripe)])
+
+
+def has_no_kernel_for_groups(query: torch.Tensor) -> bool:
+    """Whether torch would build the full score matrix for a mask and fewer heads of keys than of queries.
+
+    On a GPU its kernel that reads a mask takes equal numbers of heads only; on a CPU there is no fused backward pass to
+    lose, and the order of sums, so every loss, stays what it was.
+    """
+    return query.is_cuda
+
+
+def with_heads(x: torch.Tensor, num_heads: int) -> torch.Tensor:
+    """Keys or values `[s, b, groups, d]` with each group repeated for its queries: `[s, b, num_heads, d]`."""
+    return x.repeat_interleave(num_heads // x.size(2), dim=2) if x.size(2) != num_heads else x
 
 
 class SDPAttention(MegatronModule):
@@ -96,6 +111,8 @@ class SDPAttention(MegatronModule):
             key = gather_from_sequence_parallel_region(key, group=self.cp_group)
             value = gather_from_sequence_parallel_region(value, group=self.cp_group)
             mask = self._causal_mask(num_local, query.device)
+            if has_no_kernel_for_groups(query):
+                key, value = (with_heads(x, query.size(2)) for x in (key, value))
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [s b h d] -> [b h s d]
         out = F.scaled_dot_product_attention(
             query,

@@ -47,15 +47,20 @@ def check_bucket_padding(args: argparse.Namespace) -> None:
     saves_state = args.ckpt_format == "torch_dist" and not args.no_save_optim
     if not (saves_state and args.use_distributed_optimizer and args.dist_ckpt_optim_fully_reshardable):
         return
-    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-
-    if verdict(getattr(DistributedOptimizer, METHOD, None)) is Verdict.UNKNOWN:
+    if not is_sound():
         rule = (
             "with --use-distributed-optimizer, this Megatron may save wrong main weights and moments of all parameters "
             "behind the first gradient bucket, in a way that is not known here"
         )
         way_out = "Remove the flag, or use megatron-core 0.19.2 (pip install megatron-core==0.19.2)."
         raise ConfigError("--dist-ckpt-optim-fully-reshardable", True, rule, way_out)
+
+
+def is_sound() -> bool:
+    """Whether this Megatron saves such state right, with the repair or without."""
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    return verdict(getattr(DistributedOptimizer, METHOD, None)) is not Verdict.UNKNOWN
 
 
 def verdict(method: Method | None) -> Verdict:

@@ -18,7 +18,7 @@ from megatron_smartmoe.adapter.flags import megatron_checks, parser
 from megatron_smartmoe.adapter.launch import command, corpus, merged
 from megatron_smartmoe.adapter.launch.topology import Topology
 from megatron_smartmoe.errors import ConfigError
-from megatron_smartmoe.spec.run import RunSpec
+from megatron_smartmoe.spec.run import RunSpec, load_run_spec
 
 PYTHON_M = [sys.executable, "-m"]
 CPU = ["--smartmoe-device", "cpu"]
@@ -50,6 +50,37 @@ def test_ranks_on_the_cpu_of_a_machine_with_gpus(gpus: Any) -> None:
 def test_the_device_of_the_configuration_counts_too(gpus: Any) -> None:
     gpus(2)
     assert command.ranks_per_node(None, RunSpec(name="a", nproc=4, flags={"smartmoe-device": "cpu"}), []) == 4
+
+
+@pytest.mark.parametrize(
+    ("asked", "num_gpus", "device", "expected"),
+    [
+        (None, 0, [], (4, "2", None)),
+        (None, 8, CPU, (4, "2", None)),
+        (None, 8, [], (8, "4", True)),
+        (None, 6, [], (4, "2", True)),
+        (None, 1, [], (1, "1", True)),
+        (2, 8, [], (2, "2", True)),
+    ],
+)
+def test_the_quickstart_trains_in_bf16_on_all_gpus_of_a_node(
+    gpus: Any, asked: int | None, num_gpus: int, device: list[str], expected: tuple[Any, ...]
+) -> None:
+    gpus(num_gpus)
+    spec = command.fit_to_gpus(asked, load_run_spec(Path("quickstart")), device)
+    found = (spec.nproc, spec.flags["expert-model-parallel-size"], spec.flags.get("bf16"))
+    assert found == expected
+    assert command.ranks_per_node(asked, spec, device) == expected[0]
+
+
+def test_gpus_that_stay_idle_are_named(gpus: Any, megatron: Megatron) -> None:
+    gpus(3)
+    assert command.make_command(RunSpec(name="a"), [], TWO, Path("a")).lines == (
+        "2 of the 3 GPUs of this node are used: --nproc, else gpus or nproc of the configuration, decides",
+    )
+    assert command.make_command(RunSpec(name="a"), CPU, TWO, Path("a")).lines == ()
+    gpus(2)
+    assert command.make_command(RunSpec(name="a"), [], TWO, Path("a")).lines == ()
 
 
 @pytest.mark.parametrize("nproc", [0, -1])
@@ -111,7 +142,9 @@ class Megatron:
 
     def __init__(self) -> None:
         self.judged: dict[str, Any] = {}
-        self.args = Namespace(use_checkpoint_args=False, load=None, smartmoe_rehearsal="off")
+        self.args = Namespace(
+            use_checkpoint_args=False, load=None, smartmoe_rehearsal="off", smartmoe=False, smartmoe_cluster=None
+        )
 
     def parser(self) -> ArgumentParser:
         parser = ArgumentParser()

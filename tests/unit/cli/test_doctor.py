@@ -12,11 +12,12 @@ import pytest
 
 from megatron_smartmoe.cli import doctor, doctor_checks, main
 from megatron_smartmoe.cli.doctor_checks import Finding, judge_gpu, judge_megatron, judge_ops, judge_package
+from megatron_smartmoe.runtime.driver import Driver
 
 BUILD: dict[str, Any] = {"version": "2.11.0", "cuda": "13.0", "available": False, "gpus": [], "why": None}
 USED = BUILD | {"available": True, "gpus": [["H200", "sm_90"]] * 2, "archs": ["sm_80", "sm_90", "compute_120"]}
-NO_DRIVER: dict[str, Any] = {"gpus": 0}
-DRIVER = {"gpus": 2, "cuda": [13, 0]}
+NO_DRIVER = Driver()
+DRIVER = Driver(num_gpus=2, version="580.65.06", cuda=(13, 0))
 
 
 @pytest.mark.parametrize(
@@ -28,19 +29,19 @@ DRIVER = {"gpus": 2, "cuda": [13, 0]}
         (BUILD | {"cuda": None}, DRIVER, {}, "error", "Install a build of torch 2.11.0 for CUDA 13.0 or older."),
         (
             BUILD,
-            {"gpus": 1, "cuda": [12, 4]},
+            Driver(num_gpus=1, version="550.54.15", cuda=(12, 4)),
             {},
             "error",
-            "The driver serves CUDA 12.4: update it, or install a build of torch for CUDA 12.",
+            "The driver serves CUDA 12.4: update it to 580 or newer, or install a build of torch for CUDA 12.",
         ),
         (BUILD, DRIVER, {"CUDA_VISIBLE_DEVICES": ""}, "error", "Unset CUDA_VISIBLE_DEVICES, which is ''."),
-        (BUILD, {"gpus": 0, "error": "the driver does not answer (nvmlInit)"}, {}, "error", "Restart the host"),
+        (BUILD, Driver(error="NVML says 18 (see nvidia-smi)"), {}, "error", "Restart the host"),
         ({"error": "ImportError: x"}, DRIVER, {}, "error", "Mend torch first."),
         (USED | {"gpus": [["V100", "sm_70"]]}, DRIVER, {}, "error", "Install a build of torch for sm_70"),
     ],
 )
 def test_a_gpu_that_cannot_be_used_is_an_error(
-    torch: dict[str, Any], driver: dict[str, Any], environ: Mapping[str, str], state: str, text: str
+    torch: dict[str, Any], driver: Driver, environ: Mapping[str, str], state: str, text: str
 ) -> None:
     finding = judge_gpu(torch, driver, environ)
     assert finding.state == state
@@ -139,6 +140,16 @@ def test_slurm_that_answers_and_that_does_not(
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     finding = doctor_checks.check_slurm()
     assert (finding.state, finding.found) == (state, found)
+
+
+@pytest.mark.parametrize(("backend", "state"), [("compiled (cpu)", "warning"), ("compiled (cpu+cuda)", "ok")])
+def test_nobody_needs_nvcc_where_the_kernels_are(monkeypatch: pytest.MonkeyPatch, backend: str, state: str) -> None:
+    which = {"c++": "/bin/true", "nvcc": None}
+    monkeypatch.setattr(doctor_checks.shutil, "which", lambda name: which.get(name))
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(doctor_checks, "find_driver", lambda: DRIVER)
+    monkeypatch.setattr(doctor_checks, "probe", lambda name: {"backend": backend})
+    assert doctor_checks.check_compiler().state == state
 
 
 def test_the_machine_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from megatron_smartmoe.ops import _build
+from megatron_smartmoe.ops.library import LIBRARY
 
 ROOT = Path(__file__).resolve().parents[3]
-NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
-needs_nvcc = pytest.mark.skipif(NVCC is None, reason="nvcc is not installed: nothing to build CUDA code with")
+REAL_NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+needs_nvcc = pytest.mark.skipif(REAL_NVCC is None, reason="nvcc is not installed: nothing to build CUDA code with")
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
 
 
@@ -52,7 +55,7 @@ def test_archs_are_read_as_torch_does(text: str, archs: tuple[str, ...]) -> None
 def test_bad_archs_are_refused(text: str, rule: str) -> None:
     with pytest.raises(_build.BuildError) as caught:
         _build.parse_archs(text)
-    way_out = "Name your GPUs' architectures, or unset it (8.0;9.0;10.0+PTX)"
+    way_out = "Name your GPUs' architectures, or unset it for those of A100, H100 and B200"
     assert str(caught.value) == f"TORCH_CUDA_ARCH_LIST = {text!r}: {rule}. {way_out}"
 
 
@@ -153,13 +156,188 @@ def test_a_compiler_error_shows_the_command_and_leaves_nothing(tools: _build.Too
     assert list((tmp_path / "cache").iterdir()) == []
 
 
-@needs_nvcc
-def test_an_architecture_that_nvcc_does_not_know(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "99.0")
-    with pytest.raises(
-        _build.BuildError, match=r"TORCH_CUDA_ARCH_LIST = '99\.0': .*Name only architectures that this CUDA"
-    ):
-        _build.build(tmp_path / "out.so", tmp_path / "cache")
+# --- toolkits that are not the one of this machine: a stand-in nvcc, the real g++ and linker
+
+KNOWN_TO_12_4 = "50 52 53 60 61 62 70 72 75 80 86 87 89 90"
+NVCC = """#!/bin/sh
+echo "$*" >>"$0.calls"
+case "$1" in
+  --version) echo "Cuda compilation tools, release {release}, V{release}.131"; exit ;;
+  --list-gpu-arch) for arch in {known}; do echo "compute_$arch"; done; exit ;;
+esac
+{fault}
+case "$*" in *compute_100*) echo "nvcc fatal   : Unsupported gpu architecture 'compute_100'" >&2; exit 1 ;; esac
+for word; do case "$word" in *.cu) source=$word ;; *.o) object=$word ;; esac; done
+exec g++ -fPIC -x c++ -c "$source" -o "$object"
+"""
+REFUSED_COMPILER = (
+    "echo 'host_config.h:143: error: #error -- unsupported GNU version! gcc versions later than 13' >&2; exit 1"
+)
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A checkout with one source of each kind."""
+    for name in ("ops.cpp", "cpu/on_cpu.cpp", "cuda/on_gpu.cu"):
+        source = tmp_path / "csrc" / name
+        source.parent.mkdir(parents=True, exist_ok=True)
+        source.write_text(f"int {source.stem}() {{ return 0; }}\n")
+    return tmp_path
+
+
+@pytest.fixture
+def toolkit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """Makes a CUDA toolkit whose nvcc knows what it is told; returns the file with its calls."""
+    if shutil.which("g++") is None:
+        pytest.skip("g++ is not installed")
+
+    def make(*, release: str = "12.4", known: str = KNOWN_TO_12_4, fault: str = "") -> Path:
+        nvcc, runtime = tmp_path / "cuda" / "bin" / "nvcc", tmp_path / "cuda" / "lib64" / "libcudart_static.a"
+        for path in (nvcc, runtime):
+            path.parent.mkdir(parents=True)
+        nvcc.write_text(NVCC.format(release=release, known=known, fault=fault))
+        nvcc.chmod(0o755)
+        runtime.write_text("!<arch>\n")  # an archive without members
+        monkeypatch.setenv("CUDA_HOME", str(tmp_path / "cuda"))
+        return nvcc.with_suffix(".calls")
+
+    return make
+
+
+def build(checkout: Path) -> Path:
+    return _build.build(checkout / "out.so", checkout / "cache", checkout)
+
+
+def test_a_toolkit_builds_for_what_it_knows(
+    toolkit: Callable[..., Path], checkout: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    calls = toolkit()
+    build(checkout)
+    compiled = next(line for line in calls.read_text().splitlines() if "-c csrc" in line)
+    assert re.findall(r"arch=\S+", compiled) == _build.gencode(("80", "90+PTX"))[1::2]
+    printed = capfd.readouterr().err
+    assert "built out.so (cpu+cuda: sm_80 sm_90+PTX) in " in printed
+    assert "WARNING" not in printed
+
+
+def test_the_users_architectures_win(
+    toolkit: Callable[..., Path], checkout: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = toolkit()
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.9;9.0a+PTX")
+    build(checkout)
+    assert re.findall(r"code=(\S+)", calls.read_text()) == ["sm_89", "sm_90a", "compute_90a"]
+
+
+def test_an_architecture_that_nvcc_does_not_know(
+    toolkit: Callable[..., Path], checkout: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    toolkit(known="80 90")
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0;10.0a+PTX")
+    with pytest.raises(_build.BuildError) as caught:
+        build(checkout)
+    assert str(caught.value) == (
+        "TORCH_CUDA_ARCH_LIST = '9.0;10.0a+PTX': CUDA toolkit 12.4 does not know sm_100a (it knows 80, 90). "
+        "Name only architectures that this CUDA toolkit knows, or install a newer one"
+    )
+    assert not (checkout / "out.so").exists()
+
+
+def test_a_host_compiler_that_nvcc_refuses_leaves_a_cpu_library_and_one_warning(
+    toolkit: Callable[..., Path], checkout: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    calls = toolkit(fault=REFUSED_COMPILER)
+    library = build(checkout)
+    assert library.exists()
+    first = capfd.readouterr().err
+    assert "built out.so (cpu) in " in first
+    log = checkout / "cache" / "cuda_build.log"
+    assert "unsupported GNU version" not in first  # the compilers' own words are in the log
+    (warning,) = (line for line in first.splitlines() if "WARNING" in line)
+    assert warning == (
+        f"smartmoe: WARNING: the toolkit in {checkout / 'cuda'} could not build the CUDA kernels, and the library is "
+        "for the CPU only: exit status = 1: csrc/cuda/on_gpu.cu could not be built. "
+        f"(the whole output: {log}). On a GPU the ops "
+        "run on plain torch, slowly. Set CUDA_HOME or CXX to other tools and remove that file, or SMARTMOE_CUDA=0 to "
+        "build for the CPU without a warning"
+    )
+    assert "unsupported GNU version! gcc versions later than 13" in log.read_text()
+
+    tried = calls.read_text().count("-c csrc")
+    build(checkout)
+    again = capfd.readouterr().err
+    assert calls.read_text().count("-c csrc") == tried  # the same inputs are not tried twice
+    assert again.count("WARNING") == 1
+    assert "is up to date (cpu)" in again
+    log.unlink()
+    build(checkout)
+    assert calls.read_text().count("-c csrc") == tried + 1
+
+
+def test_cuda_that_is_asked_for_must_build(
+    toolkit: Callable[..., Path], checkout: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    toolkit(fault=REFUSED_COMPILER)
+    monkeypatch.setenv("SMARTMOE_CUDA", "1")
+    with pytest.raises(_build.ToolError, match="unsupported GNU version"):
+        build(checkout)
+
+
+@pytest.mark.parametrize(
+    ("how", "why"),
+    [
+        ({"release": "11.8"}, "CUDA toolkit = '11.8': 12.0 or newer is needed"),
+        ({"known": "50 70"}, "CUDA toolkit = '12.4': nvcc knows 50, 70, and none of 80, 90, 100"),
+        ({"release": '"; exit 127; echo "'}, "`nvcc --version` failed: "),
+    ],
+)
+def test_a_toolkit_that_cannot_be_used_is_like_none(
+    toolkit: Callable[..., Path], checkout: Path, capfd: pytest.CaptureFixture[str], how: dict[str, str], why: str
+) -> None:
+    toolkit(**how)
+    build(checkout)
+    printed = capfd.readouterr().err
+    assert printed.count("WARNING") == 1
+    assert why in printed
+    assert "built out.so (cpu) in " in printed
+
+
+# --- a library that is carried to other machines
+
+
+def newest(library: Path, name: str) -> tuple[int, ...]:
+    """The newest version of a system library's interface that `library` asks for."""
+    found = re.findall(rf"Name: {name}_([\d.]+) ", output_of("readelf", "--version-info", "--wide", str(library)))
+    return max((tuple(map(int, version.split("."))) for version in found), default=(0,))
+
+
+@pytest.mark.skipif(shutil.which("readelf") is None, reason="binutils are not installed")
+@pytest.mark.parametrize("name", ["GLIBC", "GLIBCXX", "CXXABI"])
+def test_the_library_asks_for_nothing_newer_than_torch(name: str) -> None:
+    if not LIBRARY.exists():
+        pytest.skip("the library is not built")
+    torch_libraries = sorted((_build.find_torch()[0] / "lib").glob("lib*.so"))
+    assert (0,) < newest(LIBRARY, name) <= max(newest(path, name) for path in torch_libraries)
+    if name == "GLIBC":
+        assert _build.needed_glibc(LIBRARY) == newest(LIBRARY, name)[:2] <= _build.GLIBC
+
+
+@needs_compiler
+def test_old_versions_are_taken_of_what_glibc_has_renewed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """pthread_create is in libc.so.6 since 2.34; linked as usual a library asks for that."""
+    monkeypatch.setenv("SMARTMOE_CUDA", "0")
+    (tmp_path / "csrc").mkdir()
+    (tmp_path / "csrc" / "ops.cpp").write_text(
+        '#include <pthread.h>\nextern "C" __attribute__((visibility("default")))\n'
+        "int start(void *(*run)(void *)) { pthread_t one; return pthread_create(&one, nullptr, run, nullptr); }\n"
+    )
+    usual = tmp_path / "usual.so"
+    subprocess.run(["g++", "-shared", "-fPIC", str(tmp_path / "csrc" / "ops.cpp"), "-o", str(usual)], check=True)
+    library = build(tmp_path)
+    assert _build.needed_glibc(library) <= _build.GLIBC
+    if _build.needed_glibc(usual) > _build.GLIBC:
+        assert re.search(r" pthread_create@GLIBC_2\.(2\.5|17)$", output_of("nm", "-D", str(library)), re.MULTILINE)
+    assert ctypes.CDLL(str(library)).start
 
 
 @needs_compiler

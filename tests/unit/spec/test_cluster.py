@@ -11,7 +11,6 @@ from megatron_smartmoe.spec.cluster import (
     WEIGHT_PASSES,
     ClusterSpec,
     cluster_as_yaml,
-    fitting_cluster,
     load_cluster_spec,
 )
 
@@ -127,18 +126,19 @@ def test_what_is_written_is_read_back(tmp_path: Path, text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("device", "name"),
+    ("line", "rule"),
     [
-        ("NVIDIA H100 80GB HBM3", "2x8-h100-sxm"),
-        ("H100-80GB-HBM3", "2x8-h100-sxm"),  # as smartmoe calibrate writes it
-        ("NVIDIA A100-SXM4-80GB", "2x8-a100-sxm4-80gb"),
-        (None, "cpu"),
-        ("NVIDIA GeForce RTX 4090", None),
+        ("  devices: NVIDIA L4", "gpu.devices = 'NVIDIA L4': must be a list of the driver's names of GPUs"),
+        ("  capability: 9.0", "gpu.capability = 9.0: must be a compute capability in quotes"),
     ],
 )
-def test_the_shipped_file_for_a_device(device: str | None, name: str) -> None:
-    found = fitting_cluster(device)
-    assert (found and found.name) == name
+def test_the_devices_of_a_file(tmp_path: Path, line: str, rule: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(rule)):
+        load(tmp_path, GOOD.replace("gpu:\n", f"gpu:\n{line}\n"))
+    named = GOOD.replace("gpu:\n", "gpu:\n  devices: [NVIDIA L4, NVIDIA L40]\n  capability: '8.9'\n")
+    cluster = load(tmp_path, named)
+    assert (cluster.gpu.devices, cluster.gpu.capability) == (("NVIDIA L4", "NVIDIA L40"), (8, 9))
+    assert load(tmp_path, cluster_as_yaml(cluster)) == cluster
 
 
 def test_a_missing_section_is_named(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,34 @@ flags:
             "save": "{run_dir}/checkpoints",
         },
     )
+
+
+def test_gpus_have_flags_of_their_own(load: Load) -> None:
+    entries = "[{nproc: 2, bf16: true, fp16: false}, {nproc: 8, ep: 4}]"
+    spec = load(f"nproc: 4\nflags: {{a: {{fp16: true, ep: 2, lr: 1}}}}\ngpus: {entries}\n")
+    two = spec.on_gpus(7)
+    assert (two.nproc, two.flags, two.gpus) == (2, {"ep": "2", "lr": "1", "bf16": True}, {})
+    assert two.origins["bf16"] == "mine, gpus.2.bf16"
+    eight = spec.on_gpus(16)
+    assert (eight.nproc, eight.flags) == (8, {"fp16": True, "ep": "4", "lr": "1"})
+    with pytest.raises(ConfigError, match="gpus = 1: there are entries for 2, 8 GPUs, and none for so few"):
+        spec.on_gpus(1)
+    assert load("nproc: 4\nflags:\n").on_gpus(8) == load("nproc: 4\nflags:\n")
+
+
+@pytest.mark.parametrize(
+    ("gpus", "says"),
+    [
+        ("{nproc: 8}", "gpus = {'nproc': 8}: must be a list of mappings of flags to values"),
+        ("[8]", "gpus = [8]: must be a list of mappings of flags to values"),
+        ("[{bf16: true}]", "gpus = {'bf16': True}: each needs nproc, a number of ranks per node of its own"),
+        ("[{nproc: 8}, {nproc: 8}]", "gpus = {'nproc': 8}: each needs nproc, a number of ranks per node of its own"),
+        ("[{nproc: 8, --bf16: true}]", "gpus.8.--bf16 = True: is a flag with its dashes"),
+    ],
+)
+def test_wrong_gpus(load: Load, gpus: str, says: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(says)):
+        load(f"flags:\ngpus: {gpus}\n")
 
 
 def test_everything_is_optional(load: Load) -> None:
@@ -124,7 +153,7 @@ def test_no_digit_of_a_float_is_lost(value: float) -> None:
 
 
 ERRORS = {
-    "nprocs: 4": "nprocs = 4: is not a known key. Known here: name, nproc, data, flags.",
+    "nprocs: 4": "nprocs = 4: is not a known key. Known here: name, nproc, data, flags, gpus.",
     **{
         f"nproc: {text}": f"nproc = {value}: must be a positive whole number of ranks per node. For example: nproc: 4."
         for text, value in {"0": "0", "-1": "-1", "true": "True", "2.0": "2.0", "four": "'four'", "[4]": "[4]"}.items()

@@ -312,7 +312,9 @@ def test_an_unknown_name_lists_the_shipped_ones(tmp_path: Path, monkeypatch: pyt
         find_config("clusters", Path("h100"))
     assert str(caught.value) == (
         "configuration file = 'h100': is neither a file nor a name in configs/clusters. "
-        "Give a path, or one of: a100-sxm4-80gb, b200-sxm, cpu, h100-sxm, h200-sxm, v100-pcie."
+        "Give a path, or one of: a100-pcie-40gb, a100-pcie-80gb, a100-sxm4-80gb, a800-sxm4-80gb, b200-sxm, b300-sxm, "
+        "cpu, gb200-nvl72, gh200, h100-pcie, h100-sxm, h20-sxm, h200-sxm, h800-sxm, l40s, rtx-4090, rtx-6000-ada, "
+        "rtx-pro-6000, v100-pcie."
     )
 
 
