@@ -83,6 +83,14 @@ inline void check_int64(const char* name, const torch::stable::Tensor& tensor) {
   fail(name, ".dtype = ", dtype_name(dtype), ": it must be int64. Convert it to int64");
 }
 
+inline void check_float(const char* name, const torch::stable::Tensor& tensor) {
+  const ScalarType dtype = tensor.scalar_type();
+  if (dtype == ScalarType::Half || dtype == ScalarType::BFloat16) return;
+  if (dtype == ScalarType::Float || dtype == ScalarType::Double) return;
+  fail(name, ".dtype = ", dtype_name(dtype), ": it must be float16, bfloat16, float32 or float64. Convert it with ",
+       name, ".float()");
+}
+
 inline void check_shape(const char* name, const torch::stable::Tensor& tensor, bool ok, const std::string& rule,
                         const char* way_out) {
   if (!ok) fail(name, ".shape = ", shape_text(tensor), ": it must be ", rule, ". ", way_out);
@@ -180,11 +188,7 @@ inline void check_permute(const torch::stable::Tensor& x_TH, const torch::stable
 inline void check_unpermute(const torch::stable::Tensor& y_NH, const torch::stable::Tensor& rows_TK,
                             const std::optional<torch::stable::Tensor>& weights_TK) {
   const ScalarType dtype = y_NH.scalar_type();
-  if (dtype != ScalarType::Half && dtype != ScalarType::BFloat16 && dtype != ScalarType::Float &&
-      dtype != ScalarType::Double) {
-    fail("y_NH.dtype = ", dtype_name(dtype),
-         ": it must be float16, bfloat16, float32 or float64. Convert it with y_NH.float()");
-  }
+  check_float("y_NH", y_NH);
   check_shape("y_NH", y_NH, y_NH.dim() == 2, "[N, H]", "Pass the permuted rows");
   check_num_rows(y_NH.size(0));
   check_rows(rows_TK, "y_NH", y_NH);
@@ -210,5 +214,37 @@ inline void check_unpermute_backward(const torch::stable::Tensor& grad_TH, const
               text_of("[T, H] = ", expected, ", as rows_TK and y_NH have it"),
               "Pass the gradient of unpermute's result");
   check_device("grad_TH", grad_TH, "y_NH", y_NH);
+}
+
+inline void check_swiglu(const torch::stable::Tensor& inner_NG, const torch::stable::Tensor& probs_N) {
+  const ScalarType dtype = inner_NG.scalar_type();
+  check_float("inner_NG", inner_NG);
+  check_shape("inner_NG", inner_NG, inner_NG.dim() == 2 && inner_NG.size(1) % 2 == 0, "[N, 2 F]",
+              "Pass the gate's columns, then those of the linear part");
+  if (inner_NG.size(0) > kMaxRows) {
+    fail("inner_NG.shape = ", shape_text(inner_NG), ": it must have at most ", kMaxRows,
+         " rows. Split the micro-batch");
+  }
+  if (probs_N.scalar_type() != ScalarType::Float && probs_N.scalar_type() != dtype) {
+    fail("probs_N.dtype = ", dtype_name(probs_N.scalar_type()), ": it must be float32, or ", dtype_name(dtype),
+         " as inner_NG is. Convert it with probs_N.float()");
+  }
+  const std::string expected = text_of("[", inner_NG.size(0), "]");
+  check_shape("probs_N", probs_N, shape_text(probs_N) == expected, text_of("[N] = ", expected, ", as inner_NG has it"),
+              "Pass a probability per row");
+  check_device("probs_N", probs_N, "inner_NG", inner_NG);
+}
+
+inline void check_swiglu_backward(const torch::stable::Tensor& grad_NF, const torch::stable::Tensor& inner_NG,
+                                  const torch::stable::Tensor& probs_N) {
+  check_swiglu(inner_NG, probs_N);
+  if (grad_NF.scalar_type() != inner_NG.scalar_type()) {
+    fail("grad_NF.dtype = ", dtype_name(grad_NF.scalar_type()), ": it must be ", dtype_name(inner_NG.scalar_type()),
+         ", as inner_NG is. Convert it with grad_NF.to(inner_NG.dtype)");
+  }
+  const std::string expected = text_of("[", inner_NG.size(0), ", ", inner_NG.size(1) / 2, "]");
+  check_shape("grad_NF", grad_NF, shape_text(grad_NF) == expected,
+              text_of("[N, F] = ", expected, ", as inner_NG has it"), "Pass the gradient of swiglu's result");
+  check_device("grad_NF", grad_NF, "inner_NG", inner_NG);
 }
 }  // namespace smartmoe

@@ -13,6 +13,8 @@ STABLE_TORCH_LIBRARY(smartmoe, m) {
   m.def(
       "unpermute_backward(Tensor grad_TH, Tensor y_NH, Tensor rows_TK, Tensor weights_TK) -> "
       "(Tensor, Tensor)");
+  m.def("swiglu(Tensor inner_NG, Tensor probs_N) -> Tensor");
+  m.def("swiglu_backward(Tensor grad_NF, Tensor inner_NG, Tensor probs_N) -> (Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(smartmoe, CPU, m) {
@@ -22,6 +24,8 @@ STABLE_TORCH_LIBRARY_IMPL(smartmoe, CPU, m) {
   m.impl("permute", TORCH_BOX(&smartmoe::cpu::permute));
   m.impl("unpermute", TORCH_BOX(&smartmoe::cpu::unpermute));
   m.impl("unpermute_backward", TORCH_BOX(&smartmoe::cpu::unpermute_backward));
+  m.impl("swiglu", TORCH_BOX(&smartmoe::cpu::swiglu));
+  m.impl("swiglu_backward", TORCH_BOX(&smartmoe::cpu::swiglu_backward));
 }
 
 #ifdef SMARTMOE_WITH_CUDA
@@ -30,5 +34,7 @@ STABLE_TORCH_LIBRARY_IMPL(smartmoe, CUDA, m) {
   m.impl("permute", TORCH_BOX(&smartmoe::cuda::permute));
   m.impl("unpermute", TORCH_BOX(&smartmoe::cuda::unpermute));
   m.impl("unpermute_backward", TORCH_BOX(&smartmoe::cuda::unpermute_backward));
+  m.impl("swiglu", TORCH_BOX(&smartmoe::cuda::swiglu));
+  m.impl("swiglu_backward", TORCH_BOX(&smartmoe::cuda::swiglu_backward));
 }
 #endif

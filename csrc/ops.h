@@ -18,6 +18,8 @@ Tensor permute(const Tensor& x_TH, const Tensor& rows_TK, int64_t num_rows);
 Tensor unpermute(const Tensor& y_NH, const Tensor& rows_TK, const std::optional<Tensor>& weights_TK);
 std::tuple<Tensor, Tensor> unpermute_backward(const Tensor& grad_TH, const Tensor& y_NH, const Tensor& rows_TK,
                                               const Tensor& weights_TK);
+Tensor swiglu(const Tensor& inner_NG, const Tensor& probs_N);
+std::tuple<Tensor, Tensor> swiglu_backward(const Tensor& grad_NF, const Tensor& inner_NG, const Tensor& probs_N);
 }  // namespace cpu
 
 namespace cuda {
@@ -26,5 +28,7 @@ Tensor permute(const Tensor& x_TH, const Tensor& rows_TK, int64_t num_rows);
 Tensor unpermute(const Tensor& y_NH, const Tensor& rows_TK, const std::optional<Tensor>& weights_TK);
 std::tuple<Tensor, Tensor> unpermute_backward(const Tensor& grad_TH, const Tensor& y_NH, const Tensor& rows_TK,
                                               const Tensor& weights_TK);
+Tensor swiglu(const Tensor& inner_NG, const Tensor& probs_N);
+std::tuple<Tensor, Tensor> swiglu_backward(const Tensor& grad_NF, const Tensor& inner_NG, const Tensor& probs_N);
 }  // namespace cuda
 }  // namespace smartmoe

@@ -48,6 +48,7 @@ class Case:
         x_TH: a row per token.
         y_NH: rows sorted by slot.
         weights_TK: a float32 factor per choice.
+        inner_NG: gate and linear part of each row, 2 H columns: an expert as wide inside as outside.
     """
 
     ids_TK: Tensor
@@ -56,6 +57,7 @@ class Case:
     x_TH: Tensor
     y_NH: Tensor
     weights_TK: Tensor
+    inner_NG: Tensor
 
     def num_bytes(self, op: str) -> int:
         """Bytes that the op has to read and write."""
@@ -67,6 +69,8 @@ class Case:
             "unpermute": tokens + rows + 4 * choices,
             "unpermute, weighted": tokens + rows + 8 * choices,
             "unpermute backward": tokens + 2 * rows + 12 * choices,
+            "swiglu": 3 * rows + 4 * choices,
+            "swiglu backward": 5 * rows + 8 * choices,
         }[op]
 
 
@@ -124,6 +128,7 @@ def make_case(tokens: int, hidden: int, top_k: int, experts: int, dtype: torch.d
         x_TH=torch.randn(tokens, hidden, device=device).to(dtype),
         y_NH=torch.randn(tokens * top_k, hidden, device=device).to(dtype),
         weights_TK=torch.rand(tokens, top_k, device=device),
+        inner_NG=torch.randn(tokens * top_k, 2 * hidden, device=device).to(dtype),
     )
 
 
@@ -137,6 +142,8 @@ def ours(case: Case, backend: Any) -> dict[str, Callable[[], object]]:
         "unpermute": lambda: backend.unpermute(case.y_NH, rows, None),
         "unpermute, weighted": lambda: backend.unpermute(case.y_NH, rows, weights),
         "unpermute backward": lambda: backend.unpermute_backward(case.x_TH, case.y_NH, rows, weights),
+        "swiglu": lambda: backend.swiglu(case.inner_NG, weights.flatten()),
+        "swiglu backward": lambda: backend.swiglu_backward(case.y_NH, case.inner_NG, weights.flatten()),
     }
 
 

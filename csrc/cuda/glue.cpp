@@ -120,4 +120,46 @@ std::tuple<Tensor, Tensor> unpermute_backward(const Tensor& grad_TH, const Tenso
   Context::check("unpermute_backward", launch_unpermute_backward(args, context.stream()));
   return {grad_y, grad_weights};
 }
+
+Tensor swiglu(const Tensor& inner_NG, const Tensor& probs_N) {
+  check_swiglu(inner_NG, probs_N);
+  const FloatType type = float_type("inner_NG", inner_NG), prob_type = float_type("probs_N", probs_N);
+  const Context context(inner_NG);
+  const Tensor inner = torch::stable::contiguous(inner_NG), probs = torch::stable::contiguous(probs_N);
+  Tensor out_NF = torch::stable::new_empty(inner, {inner.size(0), inner.size(1) / 2});
+  const SwigluArgs args{
+      .inner_NG = inner.const_data_ptr(),
+      .type = type,
+      .probs_N = probs.const_data_ptr(),
+      .prob_type = prob_type,
+      .num_rows = inner.size(0),
+      .ffn = inner.size(1) / 2,
+      .out_NF = out_NF.mutable_data_ptr(),
+  };
+  Context::check("swiglu", launch_swiglu(args, context.stream()));
+  return out_NF;
+}
+
+std::tuple<Tensor, Tensor> swiglu_backward(const Tensor& grad_NF, const Tensor& inner_NG, const Tensor& probs_N) {
+  check_swiglu_backward(grad_NF, inner_NG, probs_N);
+  const FloatType type = float_type("inner_NG", inner_NG), prob_type = float_type("probs_N", probs_N);
+  const Context context(inner_NG);
+  const Tensor grad = torch::stable::contiguous(grad_NF), inner = torch::stable::contiguous(inner_NG);
+  const Tensor probs = torch::stable::contiguous(probs_N);
+  Tensor grad_inner = torch::stable::new_empty(inner, inner.sizes());
+  Tensor grad_probs = torch::stable::new_empty(probs, probs.sizes());
+  const SwigluBackwardArgs args{
+      .grad_NF = grad.const_data_ptr(),
+      .inner_NG = inner.const_data_ptr(),
+      .type = type,
+      .probs_N = probs.const_data_ptr(),
+      .prob_type = prob_type,
+      .num_rows = inner.size(0),
+      .ffn = inner.size(1) / 2,
+      .grad_inner_NG = grad_inner.mutable_data_ptr(),
+      .grad_probs_N = grad_probs.mutable_data_ptr(),
+  };
+  Context::check("swiglu_backward", launch_swiglu_backward(args, context.stream()));
+  return {grad_inner, grad_probs};
+}
 }  // namespace smartmoe::cuda

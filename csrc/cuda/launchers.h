@@ -87,6 +87,31 @@ struct UnpermuteBackwardArgs {
 };
 LaunchError launch_unpermute_backward(const UnpermuteBackwardArgs& args, const Stream& stream);
 
+// G = 2 F: the gate's F columns of a row, then those of the linear part.
+struct SwigluArgs {
+  const void* inner_NG;
+  FloatType type;  // of inner_NG and out_NF
+  const void* probs_N;
+  FloatType prob_type;
+  int64_t num_rows;
+  int64_t ffn;   // F
+  void* out_NF;  // result: silu(gate) times linear times the row's probability
+};
+LaunchError launch_swiglu(const SwigluArgs& args, const Stream& stream);
+
+struct SwigluBackwardArgs {
+  const void* grad_NF;
+  const void* inner_NG;
+  FloatType type;  // of grad_NF, inner_NG and grad_inner_NG
+  const void* probs_N;
+  FloatType prob_type;  // of probs_N and grad_probs_N
+  int64_t num_rows;
+  int64_t ffn;          // F
+  void* grad_inner_NG;  // result
+  void* grad_probs_N;   // result
+};
+LaunchError launch_swiglu_backward(const SwigluBackwardArgs& args, const Stream& stream);
+
 // Clears the rows that no choice names: the last step of permute and of unpermute_backward.
 struct ZeroUnnamedRowsArgs {
   const int32_t* rows_TK;

@@ -20,6 +20,7 @@ __all__ = [
     "exact_replicas",
     "min_max_split",
     "permute",
+    "swiglu",
     "unpermute",
 ]
 
@@ -139,3 +140,25 @@ def unpermute(y_NH: Tensor, rows_TK: Tensor, weights_TK: Tensor | None = None) -
     """
     x_TH: Tensor = torch.ops.smartmoe.unpermute(y_NH, rows_TK, weights_TK)
     return x_TH
+
+
+def swiglu(inner_NG: Tensor, probs_N: Tensor) -> Tensor:
+    """The activation of gated experts times each row's probability: out[n] = silu(gate[n]) * linear[n] * probs[n].
+
+    Computed in float32 (float64 for float64) from the inputs to the result, which is rounded once. In float32 it agrees
+    with torch's own silu to rounding, not to the bit: the two compute the exponential differently. No rows, no launch.
+
+    Args:
+        inner_NG: gate and linear part of each row, float16, bfloat16, float32 or (CPU only) float64 [N, 2 F], the
+            gate's columns first, any strides.
+        probs_N: the router's probability of each row, [N] in float32 or in the dtype of inner_NG.
+
+    Returns:
+        out_NF: [N, F] in the dtype of inner_NG. Gradients flow to inner_NG and to probs_N, whose dot products are
+        summed in float32 and rounded once to its dtype.
+
+    Raises:
+        RuntimeError: a dtype, shape or device is wrong.
+    """
+    out_NF: Tensor = torch.ops.smartmoe.swiglu(inner_NG, probs_N)
+    return out_NF

@@ -38,7 +38,17 @@ def _unpermute_backward(ctx: Any, grad_TH: Tensor) -> tuple[Tensor, None, Tensor
     return grad_NH, None, grad_TK
 
 
+def _save_swiglu(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _swiglu_backward(ctx: Any, grad_NF: Tensor) -> tuple[Tensor, Tensor]:
+    grads: tuple[Tensor, Tensor] = torch.ops.smartmoe.swiglu_backward(grad_NF, *ctx.saved_tensors)
+    return grads
+
+
 FORMULAS = {
     "permute": (_permute_backward, _save_permute),
     "unpermute": (_unpermute_backward, _save_unpermute),
+    "swiglu": (_swiglu_backward, _save_swiglu),
 }

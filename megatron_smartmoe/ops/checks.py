@@ -40,7 +40,7 @@ def check_permute(x_TH: Tensor, rows_TK: Tensor, num_rows: int) -> None:
 
 def check_unpermute(y_NH: Tensor, rows_TK: Tensor, weights_TK: Tensor | None) -> None:
     """Raises RuntimeError, as the compiled op does, unless dtypes and shapes are those of unpermute."""
-    _check_dtype("y_NH", y_NH, FLOATS, "float16, bfloat16, float32 or float64", "Convert it with y_NH.float()")
+    _check_float("y_NH", y_NH)
     _check_shape("y_NH", y_NH, y_NH.dim() == 2, "[N, H]", "Pass the permuted rows")
     _check_num_rows(y_NH.shape[0])
     _check_rows(rows_TK, "y_NH", y_NH)
@@ -64,6 +64,32 @@ def check_unpermute_backward(grad_TH: Tensor, y_NH: Tensor, rows_TK: Tensor, wei
     _check_device("grad_TH", grad_TH, "y_NH", y_NH)
 
 
+def check_swiglu(inner_NG: Tensor, probs_N: Tensor) -> None:
+    """Raises RuntimeError, as the compiled op does, unless dtypes and shapes are those of swiglu."""
+    _check_float("inner_NG", inner_NG)
+    ok = inner_NG.dim() == 2 and inner_NG.shape[1] % 2 == 0
+    _check_shape("inner_NG", inner_NG, ok, "[N, 2 F]", "Pass the gate's columns, then those of the linear part")
+    field, rule = f"inner_NG.shape = {list(inner_NG.shape)}", f"have at most {MAX_ROWS} rows"
+    _require(inner_NG.shape[0] <= MAX_ROWS, field, rule, "Split the micro-batch")
+    rule, way_out = f"float32, or {_dtype_name(inner_NG)} as inner_NG is", "Convert it with probs_N.float()"
+    _check_dtype("probs_N", probs_N, (torch.float32, inner_NG.dtype), rule, way_out)
+    expected = [inner_NG.shape[0]]
+    rule = f"[N] = {expected}, as inner_NG has it"
+    _check_shape("probs_N", probs_N, list(probs_N.shape) == expected, rule, "Pass a probability per row")
+    _check_device("probs_N", probs_N, "inner_NG", inner_NG)
+
+
+def check_swiglu_backward(grad_NF: Tensor, inner_NG: Tensor, probs_N: Tensor) -> None:
+    """Raises RuntimeError, as the compiled op does, unless dtypes and shapes are those of swiglu_backward."""
+    check_swiglu(inner_NG, probs_N)
+    rule, way_out = f"{_dtype_name(inner_NG)}, as inner_NG is", "Convert it with grad_NF.to(inner_NG.dtype)"
+    _check_dtype("grad_NF", grad_NF, (inner_NG.dtype,), rule, way_out)
+    expected = [inner_NG.shape[0], inner_NG.shape[1] // 2]
+    rule = f"[N, F] = {expected}, as inner_NG has it"
+    _check_shape("grad_NF", grad_NF, list(grad_NF.shape) == expected, rule, "Pass the gradient of swiglu's result")
+    _check_device("grad_NF", grad_NF, "inner_NG", inner_NG)
+
+
 def _require(ok: bool, field: str, rule: str, way_out: str) -> None:
     if not ok:
         raise RuntimeError(f"{field}: it must {rule}. {way_out}")
@@ -75,6 +101,10 @@ def _dtype_name(tensor: Tensor) -> str:
 
 def _check_dtype(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...], rule: str, way_out: str) -> None:
     _require(tensor.dtype in dtypes, f"{name}.dtype = {_dtype_name(tensor)}", f"be {rule}", way_out)
+
+
+def _check_float(name: str, tensor: Tensor) -> None:
+    _check_dtype(name, tensor, FLOATS, "float16, bfloat16, float32 or float64", f"Convert it with {name}.float()")
 
 
 def _check_shape(name: str, tensor: Tensor, ok: bool, rule: str, way_out: str) -> None:

@@ -34,3 +34,13 @@ def unpermute(y_NH: Tensor, rows_TK: Tensor, weights_TK: Tensor | None) -> Tenso
 def unpermute_backward(grad_TH: Tensor, y_NH: Tensor, rows_TK: Tensor, weights_TK: Tensor) -> tuple[Tensor, Tensor]:
     """Shapes of smartmoe::unpermute_backward: those of y_NH and weights_TK."""
     return y_NH.new_empty(y_NH.shape), weights_TK.new_empty(weights_TK.shape)
+
+
+def swiglu(inner_NG: Tensor, probs_N: Tensor) -> Tensor:
+    """Shape of smartmoe::swiglu: out_NF [N, F]."""
+    return inner_NG.new_empty((inner_NG.shape[0], inner_NG.shape[1] // 2))
+
+
+def swiglu_backward(grad_NF: Tensor, inner_NG: Tensor, probs_N: Tensor) -> tuple[Tensor, Tensor]:
+    """Shapes of smartmoe::swiglu_backward: those of inner_NG and probs_N."""
+    return inner_NG.new_empty(inner_NG.shape), probs_N.new_empty(probs_N.shape)

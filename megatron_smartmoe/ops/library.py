@@ -34,6 +34,8 @@ SCHEMAS = {
     "permute": "(Tensor x_TH, Tensor rows_TK, int num_rows) -> Tensor",
     "unpermute": "(Tensor y_NH, Tensor rows_TK, Tensor? weights_TK) -> Tensor",
     "unpermute_backward": "(Tensor grad_TH, Tensor y_NH, Tensor rows_TK, Tensor weights_TK) -> (Tensor, Tensor)",
+    "swiglu": "(Tensor inner_NG, Tensor probs_N) -> Tensor",
+    "swiglu_backward": "(Tensor grad_NF, Tensor inner_NG, Tensor probs_N) -> (Tensor, Tensor)",
 }
 HOST_OPS = frozenset({"min_max_split", "exact_replicas"})  # CPU tensors only, compiled only
 # how users build it, relative to a checkout

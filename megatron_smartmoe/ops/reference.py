@@ -15,6 +15,8 @@ from torch import Tensor
 from megatron_smartmoe.ops.checks import (
     check_dispatch_map,
     check_permute,
+    check_swiglu,
+    check_swiglu_backward,
     check_unpermute,
     check_unpermute_backward,
 )
@@ -70,6 +72,25 @@ def unpermute_backward(grad_TH: Tensor, y_NH: Tensor, rows_TK: Tensor, weights_T
         grad_y[rows] = (grad * weights_TK[:, j, None].to(sum_dtype)).to(y_NH.dtype)
         grad_weights[:, j] = (grad * _gather(y_NH, rows_T).to(sum_dtype)).sum(1).to(weights_TK.dtype)
     return grad_y[:num_rows].clone(), grad_weights
+
+
+def swiglu(inner_NG: Tensor, probs_N: Tensor) -> Tensor:
+    """Twin of smartmoe::swiglu: inner_NG, probs_N -> out_NF, rounded once."""
+    check_swiglu(inner_NG, probs_N)
+    gate, linear = inner_NG.to(_sum_dtype(inner_NG)).chunk(2, dim=1)
+    return (gate * torch.sigmoid(gate) * linear * probs_N[:, None].to(gate.dtype)).to(inner_NG.dtype)
+
+
+def swiglu_backward(grad_NF: Tensor, inner_NG: Tensor, probs_N: Tensor) -> tuple[Tensor, Tensor]:
+    """Twin of smartmoe::swiglu_backward: gradients of inner_NG and of probs_N."""
+    check_swiglu_backward(grad_NF, inner_NG, probs_N)
+    sum_dtype = _sum_dtype(inner_NG)
+    gate, linear = inner_NG.to(sum_dtype).chunk(2, dim=1)
+    grad, sigmoid = grad_NF.to(sum_dtype), torch.sigmoid(gate)
+    scaled, silu = grad * probs_N[:, None].to(sum_dtype), gate * sigmoid
+    to_gate = scaled * linear * (sigmoid * (1 + gate * (1 - sigmoid)))
+    grad_inner = torch.cat((to_gate, scaled * silu), dim=1).to(inner_NG.dtype)
+    return grad_inner, (grad * (silu * linear)).sum(1).to(probs_N.dtype)
 
 
 def _sum_dtype(tensor: Tensor) -> torch.dtype:

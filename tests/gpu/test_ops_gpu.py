@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megatron_smartmoe import ops
 from megatron_smartmoe.ops import reference
+from tests.unit.ops.activation_cases import Gated, assert_equal_to_rounding, gated_rows
 from tests.unit.ops.dispatch_cases import Routing, Rows, assert_near, permuted_rows, routings
 
 pytestmark = [
@@ -104,6 +105,18 @@ def test_rows_equal_their_twins(case: Rows) -> None:
     assert_near(grad_weights.cpu(), expected[1], case)
 
 
+@given(gated_rows((torch.float16, torch.bfloat16, torch.float32)))
+@settings(deadline=None, max_examples=200)
+def test_swiglu_equals_its_twin(case: Gated) -> None:
+    args = put(case.grad_NF), put(case.inner_NG), put(case.probs_N)
+    found = KERNELS.swiglu(*args[1:]), *KERNELS.swiglu_backward(*args)
+    expected = (
+        reference.swiglu(case.inner_NG, case.probs_N),
+        *reference.swiglu_backward(case.grad_NF, case.inner_NG, case.probs_N),
+    )
+    assert_equal_to_rounding(tuple(one.cpu() for one in found), expected, case)
+
+
 @pytest.mark.parametrize("num_choices", [2, 4, 8])
 def test_sums_do_not_depend_on_the_placement(num_choices: int) -> None:
     ids = torch.rand(500, 64, device="cuda").topk(num_choices, dim=1).indices
@@ -195,3 +208,5 @@ def test_tiny_dispatch(hidden: int) -> None:
     ops.unpermute(ops.permute(x_TH, rows_TK, 215), rows_TK, weights).sum().backward()
     assert x_TH.grad is not None
     assert torch.isfinite(x_TH.grad).all()
+    inner_NG = torch.randn(19, 2 * hidden, device="cuda").bfloat16().requires_grad_()
+    ops.swiglu(inner_NG, torch.rand(19, device="cuda").requires_grad_()).sum().backward()

@@ -27,6 +27,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
 
 from megatron_smartmoe.adapter.moe.slot_sharding import SlotSharding
+from megatron_smartmoe.ops import swiglu
 from megatron_smartmoe.runtime.replicas.slots import SpareSlots
 
 _EXTRA_STATE = "extra_state_of_experts"  # in a sharded state dict; in no checkpoint
@@ -158,14 +159,20 @@ class SlottedExperts(MegatronModule):
         """One set of slots and its rows, `[N, H]`."""
         ends_S = tokens_S.to(tokens_NH.device, non_blocking=True).cumsum(0).to(torch.int32)
         inner_NF = grouped_linear(tokens_NH, weight1, ends_S)
-        return grouped_linear(self._activate(inner_NF, probs_N.unsqueeze(-1)), weight2, ends_S)
+        return grouped_linear(self._activate(inner_NF, probs_N), weight2, ends_S)
 
-    def _activate(self, inner_NF: torch.Tensor, probs_N1: torch.Tensor) -> torch.Tensor:
-        """The activation times the router's probability, through Megatron's fused functions where it would use them."""
-        config = self.config
+    def _activate(self, inner_NF: torch.Tensor, probs_N: torch.Tensor) -> torch.Tensor:
+        """The activation times the router's probability, by a fused function where Megatron would use one.
+
+        Megatron's are compiled when they first run, and again for other numbers of rows: on each rank at another step,
+        while the others wait. SwiGLU, which nearly all models use, has a kernel of this project instead.
+        """
+        config, probs_N1 = self.config, probs_N.unsqueeze(-1)
         activated: torch.Tensor
         if config.bias_activation_fusion and self._gated and config.activation_func is F.silu:
-            activated = weighted_bias_swiglu_impl(inner_NF, None, probs_N1, config.activation_func_fp8_input_store)
+            if not config.activation_func_fp8_input_store:
+                return swiglu(inner_NF, probs_N)
+            activated = weighted_bias_swiglu_impl(inner_NF, None, probs_N1, fp8_input_store=True)
             return activated
         if config.bias_activation_fusion and self._gated and config.activation_func is quick_gelu:
             activated = weighted_bias_quick_geglu_impl(

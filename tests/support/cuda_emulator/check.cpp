@@ -1,7 +1,7 @@
 // Runs the kernels of csrc/cuda and their launchers on the CPU and compares with loops that define what they do.
 // Without torch, so that it can be built with a sanitizer.
 //
-//   check OP SEEDS [MUTANT]     OP: dispatch_map, permute, unpermute, backward or all; SEEDS: orders of the threads;
+//   check OP SEEDS [MUTANT]     OP: dispatch_map, permute, unpermute, backward, swiglu or all; SEEDS: orders of the threads;
 //                               MUTANT: the deliberate bug that is switched on, none by default
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -259,6 +259,58 @@ void check_backward(const Shape& shape) {
   }
 }
 
+// Rows of `ffn` gates and as many linear elements; the buffers lie `offset` elements away from 16-byte alignment.
+template <class T>
+void check_swiglu(int64_t num_rows, int64_t ffn, size_t offset = 0) {
+  Random random(17);
+  const auto rows = static_cast<size_t>(num_rows), columns = static_cast<size_t>(ffn);
+  Array<T> inner(rows * 2 * columns, offset), grad(rows * columns, offset), out(rows * columns, offset);
+  Array<T> grad_inner(rows * 2 * columns, offset);
+  Array<float> probs(rows), grad_probs(rows);
+  for (size_t i = 0; i < inner.size(); ++i) set(inner[i], static_cast<float>(below(random, 2001) - 1000) / 200.0f);
+  for (size_t i = 0; i < grad.size(); ++i) set(grad[i], static_cast<float>(below(random, 2001) - 1000) / 300.0f);
+  for (size_t n = 0; n < rows; ++n) probs[n] = static_cast<float>(below(random, 1000) + 1) / 500.0f;
+  const SwigluArgs forward{
+      .inner_NG = inner.data(),
+      .type = kType<T>,
+      .probs_N = probs.data(),
+      .prob_type = FloatType::kFloat32,
+      .num_rows = num_rows,
+      .ffn = ffn,
+      .out_NF = out.data(),
+  };
+  EXPECT(launch_swiglu(forward, kStream) == nullptr);
+  const SwigluBackwardArgs backward{
+      .grad_NF = grad.data(),
+      .inner_NG = inner.data(),
+      .type = kType<T>,
+      .probs_N = probs.data(),
+      .prob_type = FloatType::kFloat32,
+      .num_rows = num_rows,
+      .ffn = ffn,
+      .grad_inner_NG = grad_inner.data(),
+      .grad_probs_N = grad_probs.data(),
+  };
+  EXPECT(launch_swiglu_backward(backward, kStream) == nullptr);
+  const double rounding = std::is_same_v<T, float> ? 1e-6 : std::is_same_v<T, __half> ? 1e-3 : 1e-2;
+  // `size` is that of the terms: those of the gate's slope nearly cancel where it has its minimum
+  const auto near = [&](double found, double expected, double size) {
+    return std::fabs(found - expected) <= rounding * std::fabs(expected) + 2e-6 * std::fabs(size) + 1e-7;
+  };
+  for (size_t n = 0; n < rows; ++n) {
+    double dot = 0.0, size = 0.0;
+    for (size_t f = 0; f < columns; ++f) {
+      const double g = value(inner[n * 2 * columns + f]), l = value(inner[n * 2 * columns + columns + f]);
+      const double d = value(grad[n * columns + f]), s = 1.0 / (1.0 + std::exp(-g)), p = probs[n];
+      EXPECT(near(value(out[n * columns + f]), g * s * l * p, 0.0));
+      EXPECT(near(value(grad_inner[n * 2 * columns + f]), d * p * l * s * (1.0 + g * (1.0 - s)), d * p * l));
+      EXPECT(near(value(grad_inner[n * 2 * columns + columns + f]), d * p * g * s, 0.0));
+      dot += d * g * s * l, size += std::fabs(d * g * s * l);
+    }
+    EXPECT(std::fabs(grad_probs[n] - dot) <= 1e-5 * size);
+  }
+}
+
 void check_rows(const std::string& op, const Shape& shape) {
   if (op == "permute") {
     check_permute<__nv_bfloat16>(shape);
@@ -281,6 +333,16 @@ void check(const std::string& op) {
     check_dispatch_map<int64_t>(2500, 300, 300, 0);
     check_dispatch_map<int64_t>(600, 7, 7, 0, 3);
     check_dispatch_map<int64_t>(6500, 16, 16, 2);
+  } else if (op == "swiglu") {
+    check_swiglu<__nv_bfloat16>(0, 8);
+    check_swiglu<__nv_bfloat16>(3, 0);
+    check_swiglu<float>(1, 1);
+    check_swiglu<__half>(9, 520);
+    check_swiglu<__nv_bfloat16>(17, 40);
+    check_swiglu<__nv_bfloat16>(5, 2056);
+    check_swiglu<float>(8, 136);
+    check_swiglu<float>(11, 13);
+    check_swiglu<__half>(6, 24, 1);
   } else {
     for (const Shape& shape : {Shape{5, 1, 8}, Shape{9, 2, 520}, Shape{3, 3, 40}, Shape{4, 8, 1040}, Shape{6, 2, 24, 1},
                                Shape{20, 5, 136}, Shape{3, 6, 13}, Shape{7, 4, 2056}, Shape{300, 1, 8}}) {
@@ -296,7 +358,7 @@ int main(int argc, char** argv) {
   cuda_emulator::mutant = argc > 3 ? std::atoi(argv[3]) : 0;
   for (int s = 0; s < seeds; ++s) {
     cuda_emulator::seed() = static_cast<uint64_t>(s);
-    for (const char* one : {"dispatch_map", "permute", "unpermute", "backward"}) {
+    for (const char* one : {"dispatch_map", "permute", "unpermute", "backward", "swiglu"}) {
       if (op == one || op == "all") check(one);
     }
   }

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from megatron_smartmoe.ops import reference
 from tests.support import emulator
+from tests.unit.ops.activation_cases import Gated, assert_equal_to_rounding, gated_rows
 from tests.unit.ops.dispatch_cases import Routing, Rows, assert_near, permuted_rows, routings
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
@@ -60,6 +61,17 @@ def test_rows_have_the_bits_of_the_twins(kernels: Any, case: Rows, seed: int) ->
     (grad_y, grad_weights), expected = kernels.unpermute_backward(*args), reference.unpermute_backward(*args)
     assert torch.equal(grad_y, expected[0])
     assert_near(grad_weights, expected[1], case)
+
+
+@given(case=gated_rows(CUDA_DTYPES), seed=SEEDS)
+@settings(deadline=None, max_examples=60)
+def test_swiglu_is_that_of_the_twin(kernels: Any, case: Gated, seed: int) -> None:
+    kernels.set_seed(seed)
+    found, expected = (
+        (each.swiglu(case.inner_NG, case.probs_N), *each.swiglu_backward(case.grad_NF, case.inner_NG, case.probs_N))
+        for each in (kernels, reference)
+    )
+    assert_equal_to_rounding(found, expected, case)
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.float64])

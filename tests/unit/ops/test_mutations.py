@@ -142,6 +142,46 @@ MUTATIONS = [
     ),
     backward("backward: a step behind the shared memory", "partial[@warp_id()@][j] = sum", "kWarps"),
     backward("backward: half of the warp is added up", "distance = @kWarpSize / 2@;", "kWarpSize / 4"),
+    rows("swiglu", "swiglu: half of the warp is added up", "distance = @kWarpSize / 2@;", "kWarpSize / 4"),
+    rows(
+        "swiglu",
+        "swiglu: a row behind the last is activated",
+        "@row >= args.num_rows@) return;\n  const Piece* gates",
+        "row > args.num_rows",
+    ),
+    rows(
+        "swiglu",
+        "swiglu: a gradient behind the last row",
+        "@row >= args.num_rows@) return;\n  const Piece* grads",
+        "row > args.num_rows",
+    ),
+    rows(
+        "swiglu",
+        "swiglu: a vector behind the row is activated",
+        "@c < vectors@; c += kWarpSize) {\n    const Piece gate =",
+        "c <= vectors",
+    ),
+    rows(
+        "swiglu",
+        "swiglu: a gradient behind the row",
+        "@c < vectors@; c += kWarpSize) {\n    const Piece grad =",
+        "c <= vectors",
+    ),
+    rows("swiglu", "swiglu: gate and linear part exchanged", "const Piece gate = @gates[c]@,", "gates[vectors + c]"),
+    rows("swiglu", "swiglu: the gradient forgets the probability", "scaled = @d * prob@;", "d"),
+    rows("swiglu", "swiglu: the gate's slope is that of a sigmoid", "(s * (@1.0f + g * (1.0f - s)@))", "1.0f"),
+    rows(
+        "swiglu",
+        "swiglu: no gradient of the probability without columns",
+        "if (@args.num_rows == 0@) return nullptr;  // with",
+        "args.num_rows == 0 || args.ffn == 0",
+    ),
+    rows(
+        "swiglu",
+        "swiglu: a row that is not a multiple of 16 bytes",
+        "if (@aligned && ffn % kWidth == 0@) return f",
+        "aligned",
+    ),
 ]
 
 
