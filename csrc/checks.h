@@ -247,4 +247,16 @@ inline void check_swiglu_backward(const torch::stable::Tensor& grad_NF, const to
               text_of("[N, F] = ", expected, ", as inner_NG has it"), "Pass the gradient of swiglu's result");
   check_device("grad_NF", grad_NF, "inner_NG", inner_NG);
 }
+
+inline void check_empty_groups(const torch::stable::Tensor& grad_SMK, const torch::stable::Tensor& ends_S) {
+  check_shape("grad_SMK", grad_SMK, grad_SMK.dim() == 3 && grad_SMK.is_contiguous(), "[S, M, K], contiguous",
+              "Pass the gradient of the weights of all groups");
+  if (ends_S.scalar_type() != ScalarType::Int) {
+    fail("ends_S.dtype = ", dtype_name(ends_S.scalar_type()), ": it must be int32. Convert it with ends_S.int()");
+  }
+  const std::string expected = text_of("[", grad_SMK.size(0), "]");
+  check_shape("ends_S", ends_S, shape_text(ends_S) == expected && ends_S.is_contiguous(),
+              text_of("[S] = ", expected, ", as grad_SMK has it, contiguous"), "Pass where the rows of each group end");
+  check_device("ends_S", ends_S, "grad_SMK", grad_SMK);
+}
 }  // namespace smartmoe

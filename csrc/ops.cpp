@@ -15,6 +15,7 @@ STABLE_TORCH_LIBRARY(smartmoe, m) {
       "(Tensor, Tensor)");
   m.def("swiglu(Tensor inner_NG, Tensor probs_N) -> Tensor");
   m.def("swiglu_backward(Tensor grad_NF, Tensor inner_NG, Tensor probs_N) -> (Tensor, Tensor)");
+  m.def("zero_empty_groups(Tensor(a!) grad_SMK, Tensor ends_S) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(smartmoe, CPU, m) {
@@ -26,6 +27,7 @@ STABLE_TORCH_LIBRARY_IMPL(smartmoe, CPU, m) {
   m.impl("unpermute_backward", TORCH_BOX(&smartmoe::cpu::unpermute_backward));
   m.impl("swiglu", TORCH_BOX(&smartmoe::cpu::swiglu));
   m.impl("swiglu_backward", TORCH_BOX(&smartmoe::cpu::swiglu_backward));
+  m.impl("zero_empty_groups", TORCH_BOX(&smartmoe::cpu::zero_empty_groups));
 }
 
 #ifdef SMARTMOE_WITH_CUDA
@@ -36,5 +38,6 @@ STABLE_TORCH_LIBRARY_IMPL(smartmoe, CUDA, m) {
   m.impl("unpermute_backward", TORCH_BOX(&smartmoe::cuda::unpermute_backward));
   m.impl("swiglu", TORCH_BOX(&smartmoe::cuda::swiglu));
   m.impl("swiglu_backward", TORCH_BOX(&smartmoe::cuda::swiglu_backward));
+  m.impl("zero_empty_groups", TORCH_BOX(&smartmoe::cuda::zero_empty_groups));
 }
 #endif

@@ -20,6 +20,7 @@ std::tuple<Tensor, Tensor> unpermute_backward(const Tensor& grad_TH, const Tenso
                                               const Tensor& weights_TK);
 Tensor swiglu(const Tensor& inner_NG, const Tensor& probs_N);
 std::tuple<Tensor, Tensor> swiglu_backward(const Tensor& grad_NF, const Tensor& inner_NG, const Tensor& probs_N);
+void zero_empty_groups(const Tensor& grad_SMK, const Tensor& ends_S);
 }  // namespace cpu
 
 namespace cuda {
@@ -30,5 +31,6 @@ std::tuple<Tensor, Tensor> unpermute_backward(const Tensor& grad_TH, const Tenso
                                               const Tensor& weights_TK);
 Tensor swiglu(const Tensor& inner_NG, const Tensor& probs_N);
 std::tuple<Tensor, Tensor> swiglu_backward(const Tensor& grad_NF, const Tensor& inner_NG, const Tensor& probs_N);
+void zero_empty_groups(const Tensor& grad_SMK, const Tensor& ends_S);
 }  // namespace cuda
 }  // namespace smartmoe

@@ -112,6 +112,14 @@ struct SwigluBackwardArgs {
 };
 LaunchError launch_swiglu_backward(const SwigluBackwardArgs& args, const Stream& stream);
 
+struct ZeroEmptyGroupsArgs {
+  void* grad_SMK;         // cleared where a group has no rows
+  const int32_t* ends_S;  // where each group's rows end
+  int64_t num_groups;
+  int64_t group_bytes;  // of the M x K elements of a group
+};
+LaunchError launch_zero_empty_groups(const ZeroEmptyGroupsArgs& args, const Stream& stream);
+
 // Clears the rows that no choice names: the last step of permute and of unpermute_backward.
 struct ZeroUnnamedRowsArgs {
   const int32_t* rows_TK;

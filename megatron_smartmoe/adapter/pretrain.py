@@ -30,6 +30,7 @@ from megatron_smartmoe.adapter.flags.smartmoe_arguments import add_smartmoe_argu
 from megatron_smartmoe.adapter.launch import run_dir
 from megatron_smartmoe.adapter.launch.run_lock import LOCKED_VARIABLE, RunLock
 from megatron_smartmoe.adapter.launch.secrets import MASK, secrets_among
+from megatron_smartmoe.adapter.moe.own_experts import declare_grouped, gemm_line, has_own_experts
 from megatron_smartmoe.adapter.run_files import write_text
 from megatron_smartmoe.errors import EXIT_CONFIG_ERROR, CompatError, ConfigError, SmartMoEError
 
@@ -199,6 +200,8 @@ def train(argv: Sequence[str], *, cpu: bool, callbacks: Iterable[Callback] = ())
     args = megatron_args(argv)
     if not cpu:
         flight_recorder.write_to(args.smartmoe_run_dir)
+        if args.rank == 0 and has_own_experts(args):
+            print(f"smartmoe: {gemm_line(device_capability(cpu=cpu), args.params_dtype)}", flush=True)
     overlap_degree = OverlapDegree(args)
     saves = CheckpointSaves()
     hooks.attach([saves, *callbacks_for(args, overlap_degree), *callbacks])
@@ -275,6 +278,7 @@ def megatron_args(argv: Sequence[str]) -> Namespace:
     directory = args.smartmoe_run_dir
     with _stdout_to(Path(directory) / "arguments.txt" if directory else None, secrets=secrets_among(argv)):
         validated: Namespace = parse_and_validate_args(extra_args_provider=add_smartmoe_arguments)
+    declare_grouped(validated)
     return validated
 
 

@@ -90,6 +90,19 @@ def check_swiglu_backward(grad_NF: Tensor, inner_NG: Tensor, probs_N: Tensor) ->
     _check_device("grad_NF", grad_NF, "inner_NG", inner_NG)
 
 
+def check_empty_groups(grad_SMK: Tensor, ends_S: Tensor) -> None:
+    """Raises RuntimeError, as the compiled op does, unless dtypes and shapes are those of zero_empty_groups."""
+    ok = grad_SMK.dim() == 3 and grad_SMK.is_contiguous()
+    way_out = "Pass the gradient of the weights of all groups"
+    _check_shape("grad_SMK", grad_SMK, ok, "[S, M, K], contiguous", way_out)
+    _check_dtype("ends_S", ends_S, (torch.int32,), "int32", "Convert it with ends_S.int()")
+    expected = [grad_SMK.shape[0]]
+    rule = f"[S] = {expected}, as grad_SMK has it, contiguous"
+    ok = list(ends_S.shape) == expected and ends_S.is_contiguous()
+    _check_shape("ends_S", ends_S, ok, rule, "Pass where the rows of each group end")
+    _check_device("ends_S", ends_S, "grad_SMK", grad_SMK)
+
+
 def _require(ok: bool, field: str, rule: str, way_out: str) -> None:
     if not ok:
         raise RuntimeError(f"{field}: it must {rule}. {way_out}")

@@ -44,3 +44,7 @@ def swiglu(inner_NG: Tensor, probs_N: Tensor) -> Tensor:
 def swiglu_backward(grad_NF: Tensor, inner_NG: Tensor, probs_N: Tensor) -> tuple[Tensor, Tensor]:
     """Shapes of smartmoe::swiglu_backward: those of inner_NG and probs_N."""
     return inner_NG.new_empty(inner_NG.shape), probs_N.new_empty(probs_N.shape)
+
+
+def zero_empty_groups(grad_SMK: Tensor, ends_S: Tensor) -> None:
+    """smartmoe::zero_empty_groups has no result."""

@@ -36,6 +36,7 @@ SCHEMAS = {
     "unpermute_backward": "(Tensor grad_TH, Tensor y_NH, Tensor rows_TK, Tensor weights_TK) -> (Tensor, Tensor)",
     "swiglu": "(Tensor inner_NG, Tensor probs_N) -> Tensor",
     "swiglu_backward": "(Tensor grad_NF, Tensor inner_NG, Tensor probs_N) -> (Tensor, Tensor)",
+    "zero_empty_groups": "(Tensor(a!) grad_SMK, Tensor ends_S) -> ()",
 }
 HOST_OPS = frozenset({"min_max_split", "exact_replicas"})  # CPU tensors only, compiled only
 # how users build it, relative to a checkout

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megatron_smartmoe.ops.checks import (
     check_dispatch_map,
+    check_empty_groups,
     check_permute,
     check_swiglu,
     check_swiglu_backward,
@@ -91,6 +92,13 @@ def swiglu_backward(grad_NF: Tensor, inner_NG: Tensor, probs_N: Tensor) -> tuple
     to_gate = scaled * linear * (sigmoid * (1 + gate * (1 - sigmoid)))
     grad_inner = torch.cat((to_gate, scaled * silu), dim=1).to(inner_NG.dtype)
     return grad_inner, (grad * (silu * linear)).sum(1).to(probs_N.dtype)
+
+
+def zero_empty_groups(grad_SMK: Tensor, ends_S: Tensor) -> None:
+    """Twin of smartmoe::zero_empty_groups: clears the groups of grad_SMK that have no rows."""
+    check_empty_groups(grad_SMK, ends_S)
+    is_empty_S = torch.diff(ends_S, prepend=ends_S.new_zeros(1)) == 0
+    grad_SMK.masked_fill_(is_empty_S[:, None, None], 0)
 
 
 def _sum_dtype(tensor: Tensor) -> torch.dtype:

@@ -81,7 +81,44 @@ def no_rows_are_no_error() -> None:
         assert not grad2.any()
 
 
-CHECKS: tuple[Callable[[], None], ...] = (the_fused_activation_is_the_plain_one, no_rows_are_no_error)
+RECOMPUTED: dict[str, Any] = {
+    "recompute_granularity": "selective",
+    "recompute_modules": ["moe_act"],
+    "moe_grouped_gemm": True,
+}
+
+
+def a_recomputed_activation_changes_no_bit() -> None:
+    for fused in (False, True):
+        kept = results_of(experts_with(bias_activation_fusion=fused))
+        recomputed = results_of(experts_with(bias_activation_fusion=fused, **RECOMPUTED))
+        for one, other in zip(recomputed, kept, strict=True):
+            assert torch.equal(one, other)
+
+
+def a_recomputed_activation_is_not_kept() -> None:
+    """Neither what the activation makes of gate and linear part, nor what its own backward pass would need."""
+    kept: list[int] = []
+    for options in ({}, RECOMPUTED):
+        experts, sizes = experts_with(**options), dict[int, int]()
+
+        def note(tensor: torch.Tensor, sizes: dict[int, int] = sizes) -> torch.Tensor:
+            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        rows, probs = torch.randn(13, HIDDEN, requires_grad=True), torch.rand(13, requires_grad=True)
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            experts(rows, torch.tensor(COUNTS), probs)
+        kept.append(sum(sizes.values()))
+    assert kept[0] - kept[1] >= 13 * FFN * 4
+
+
+CHECKS: tuple[Callable[[], None], ...] = (
+    the_fused_activation_is_the_plain_one,
+    no_rows_are_no_error,
+    a_recomputed_activation_changes_no_bit,
+    a_recomputed_activation_is_not_kept,
+)
 
 
 def _check_all() -> None:

@@ -17,6 +17,7 @@ from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispa
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_smartmoe.ops import dispatch_map, permute, unpermute
+from megatron_smartmoe.ops.grouped_linear import wants_counts_on_device
 
 
 def chosen_experts(routing_map_TE: torch.Tensor, top_k: int) -> torch.Tensor:
@@ -37,7 +38,7 @@ class SlotDispatcher(MoEAlltoAllTokenDispatcher):
         local_expert_indices: this rank's home slots, counted over the whole layer.
         config: the transformer's configuration.
         pg_collection: process groups; `ep`, `expt_tp` and `tp_ep` are used.
-        counts_on_device: whether the experts need their tokens per slot on the device rather than on the host.
+        counts_on_device: whether the experts take their tokens per slot on the device, where a GEMM reads them there.
 
     Attributes:
         slot_of_expert_E: int64, on the device; the layer sets it before each dispatch.
@@ -107,9 +108,10 @@ class SlotDispatcher(MoEAlltoAllTokenDispatcher):
     def dispatch_postprocess(
         self, global_input_tokens: torch.Tensor, global_probs: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Megatron's, except that experts which count on the device get their counts there."""
+        """Megatron's, except that experts whose GEMMs read the counts on the device get them there."""
         tokens, on_host_S, probs = super().dispatch_postprocess(global_input_tokens, global_probs)
-        return tokens, self._tokens_on_device_S if self._counts_on_device else on_host_S, probs
+        on_device = self._counts_on_device and wants_counts_on_device(tokens)
+        return tokens, self._tokens_on_device_S if on_device else on_host_S, probs
 
     def traffic(self) -> tuple[list[int], torch.Tensor]:
         """The sizes of the all-to-all, for a layer that exchanges the rows itself.

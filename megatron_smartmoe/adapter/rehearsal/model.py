@@ -20,6 +20,7 @@ from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron_smartmoe.adapter import hooks
 from megatron_smartmoe.adapter.batch import Batch, forward_step
 from megatron_smartmoe.adapter.moe.overlap_degree import OverlapDegree
+from megatron_smartmoe.adapter.moe.own_experts import declare_grouped
 from megatron_smartmoe.adapter.pretrain import model_config_of
 from megatron_smartmoe.adapter.rehearsal.groups import become_rank
 from megatron_smartmoe.adapter.rehearsal.request import StageReport
@@ -76,6 +77,7 @@ class Stages:
                 setattr(changed, name, value)
         if changed.moe_token_dispatcher_type == "flex":
             changed.moe_token_dispatcher_type = "alltoall"
+        declare_grouped(changed)
         return changed
 
     def distinct(self) -> Iterator[tuple[int, tuple[int, ...]]]:

@@ -1,7 +1,7 @@
 // Runs the kernels of csrc/cuda and their launchers on the CPU and compares with loops that define what they do.
 // Without torch, so that it can be built with a sanitizer.
 //
-//   check OP SEEDS [MUTANT]     OP: dispatch_map, permute, unpermute, backward, swiglu or all; SEEDS: orders of the threads;
+//   check OP SEEDS [MUTANT]     OP: dispatch_map, permute, unpermute, backward, swiglu, groups or all; SEEDS: orders of the threads;
 //                               MUTANT: the deliberate bug that is switched on, none by default
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -311,6 +311,22 @@ void check_swiglu(int64_t num_rows, int64_t ffn, size_t offset = 0) {
   }
 }
 
+// Every third group has no rows.
+void check_groups(size_t num_groups, size_t group_bytes, size_t offset = 0) {
+  Array<uint8_t> grad(num_groups * group_bytes, offset);
+  Array<int32_t> ends(num_groups);
+  int32_t end = 0;
+  for (size_t s = 0; s < num_groups; ++s) ends[s] = end += s % 3 == 0 ? 0 : static_cast<int32_t>(s);
+  const ZeroEmptyGroupsArgs args{
+      .grad_SMK = grad.data(),
+      .ends_S = ends.data(),
+      .num_groups = static_cast<int64_t>(num_groups),
+      .group_bytes = static_cast<int64_t>(group_bytes),
+  };
+  EXPECT(launch_zero_empty_groups(args, kStream) == nullptr);
+  for (size_t i = 0; i < grad.size(); ++i) EXPECT(grad[i] == (i / group_bytes % 3 == 0 ? 0 : 0x5A));
+}
+
 void check_rows(const std::string& op, const Shape& shape) {
   if (op == "permute") {
     check_permute<__nv_bfloat16>(shape);
@@ -333,6 +349,14 @@ void check(const std::string& op) {
     check_dispatch_map<int64_t>(2500, 300, 300, 0);
     check_dispatch_map<int64_t>(600, 7, 7, 0, 3);
     check_dispatch_map<int64_t>(6500, 16, 16, 2);
+  } else if (op == "groups") {
+    check_groups(0, 16);
+    check_groups(2, 0);
+    check_groups(1, 16);
+    check_groups(7, 4112);
+    check_groups(10, 50);
+    check_groups(4, 48, 1);
+    check_groups(3, 300 * 1024);
   } else if (op == "swiglu") {
     check_swiglu<__nv_bfloat16>(0, 8);
     check_swiglu<__nv_bfloat16>(3, 0);
@@ -358,7 +382,7 @@ int main(int argc, char** argv) {
   cuda_emulator::mutant = argc > 3 ? std::atoi(argv[3]) : 0;
   for (int s = 0; s < seeds; ++s) {
     cuda_emulator::seed() = static_cast<uint64_t>(s);
-    for (const char* one : {"dispatch_map", "permute", "unpermute", "backward", "swiglu"}) {
+    for (const char* one : {"dispatch_map", "permute", "unpermute", "backward", "swiglu", "groups"}) {
       if (op == one || op == "all") check(one);
     }
   }

@@ -21,6 +21,7 @@ STABLE_TORCH_LIBRARY(smartmoe_emulated, m) {
       "(Tensor, Tensor)");
   m.def("swiglu(Tensor inner_NG, Tensor probs_N) -> Tensor");
   m.def("swiglu_backward(Tensor grad_NF, Tensor inner_NG, Tensor probs_N) -> (Tensor, Tensor)");
+  m.def("zero_empty_groups(Tensor(a!) grad_SMK, Tensor ends_S) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(smartmoe_emulated, CPU, m) {
@@ -30,6 +31,7 @@ STABLE_TORCH_LIBRARY_IMPL(smartmoe_emulated, CPU, m) {
   m.impl("unpermute_backward", TORCH_BOX(&smartmoe::cuda::unpermute_backward));
   m.impl("swiglu", TORCH_BOX(&smartmoe::cuda::swiglu));
   m.impl("swiglu_backward", TORCH_BOX(&smartmoe::cuda::swiglu_backward));
+  m.impl("zero_empty_groups", TORCH_BOX(&smartmoe::cuda::zero_empty_groups));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(smartmoe_emulated, CompositeExplicitAutograd, m) {

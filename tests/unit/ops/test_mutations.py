@@ -51,6 +51,10 @@ def backward(name: str, place: str, new: str, mode: str = "address") -> Mutation
     return Mutation(name=name, file="unpermute_backward.cu", place=place, new=new, op="backward", mode=mode)
 
 
+def groups(name: str, place: str, new: str) -> Mutation:
+    return Mutation(name=name, file="zero_empty_groups.cu", place=place, new=new, op="groups", mode="address")
+
+
 MUTATIONS = [
     sort("sort: no barrier after clearing", "counts[s] = 0;\n  @__syncthreads();@", ""),
     sort("sort: no barrier before writing", "}\n  @__syncthreads();@\n\n  uint32_t* row", ""),
@@ -182,6 +186,12 @@ MUTATIONS = [
         "if (@aligned && ffn % kWidth == 0@) return f",
         "aligned",
     ),
+    groups("groups: the first is compared with nothing", "@group > 0 ? ends_S[group - 1] : 0@", "ends_S[group]"),
+    groups("groups: none is cleared", "if (@ends_S[group]@ != (", "-1"),
+    groups("groups: the next group is cleared", "grad + @group@ * vectors;", "group + 1"),
+    groups("groups: a vector behind the group", "@c < vectors@; c += stride", "c <= vectors"),
+    groups("groups: only the first blocks' share", "c += @stride@) to[c]", "vectors"),
+    groups("groups: bytes behind the last vector are left", "if (@args.group_bytes % kVectorBytes == 0@ &&", "true"),
 ]
 
 
