@@ -276,4 +276,73 @@ inline void check_empty_groups(const torch::stable::Tensor& grad_SMK, const torc
               text_of("[S] = ", expected, ", as grad_SMK has it, contiguous"), "Pass where the rows of each group end");
   check_device("ends_S", ends_S, "grad_SMK", grad_SMK);
 }
+
+inline void check_permute_weighted(const torch::stable::Tensor& x_TH, const torch::stable::Tensor& weights_TK,
+                                   const torch::stable::Tensor& rows_TK, int64_t num_rows) {
+  check_permute(x_TH, rows_TK, num_rows);
+  check_float("weights_TK", weights_TK);
+  check_shape("weights_TK", weights_TK, shape_text(weights_TK) == shape_text(rows_TK),
+              text_of(shape_text(rows_TK), ", as rows_TK has it"), "Pass a weight per choice");
+  check_device("weights_TK", weights_TK, "x_TH", x_TH);
+}
+
+inline void check_permute_weighted_backward(const torch::stable::Tensor& grad_NH, const torch::stable::Tensor& grad_N,
+                                            const torch::stable::Tensor& rows_TK) {
+  check_float("grad_NH", grad_NH);
+  check_shape("grad_NH", grad_NH, grad_NH.dim() == 2, "[N, H]", "Pass the gradient of the permuted rows");
+  check_num_rows(grad_NH.size(0));
+  check_rows(rows_TK, "grad_NH", grad_NH);
+  check_float("grad_N", grad_N);
+  const std::string expected = text_of("[", grad_NH.size(0), "]");
+  check_shape("grad_N", grad_N, shape_text(grad_N) == expected, text_of("[N] = ", expected, ", as grad_NH has it"),
+              "Pass the gradient of the permuted weights");
+  check_device("grad_N", grad_N, "grad_NH", grad_NH);
+}
+
+inline void check_top_k(int64_t top_k) {
+  if (top_k >= 1 && top_k <= kMaxSlots) return;
+  fail("top_k = ", top_k, ": it must be in 1..", kMaxSlots, ". Pass the number of experts that a token chooses");
+}
+
+inline void check_chosen_experts(const torch::stable::Tensor& routing_map_TE, const torch::stable::Tensor& probs_TE,
+                                 int64_t top_k) {
+  if (routing_map_TE.scalar_type() != ScalarType::Bool) {
+    fail("routing_map_TE.dtype = ", dtype_name(routing_map_TE.scalar_type()),
+         ": it must be bool. Convert it with routing_map_TE.bool()");
+  }
+  check_shape("routing_map_TE", routing_map_TE, routing_map_TE.dim() == 2, "[T, E]",
+              "Pass which experts each token chose");
+  check_num_choices("routing_map_TE", routing_map_TE);
+  check_float("probs_TE", probs_TE);
+  const std::string expected = shape_text(routing_map_TE);
+  check_shape("probs_TE", probs_TE, shape_text(probs_TE) == expected, text_of(expected, ", as routing_map_TE has it"),
+              "Pass a probability per token and expert");
+  check_device("probs_TE", probs_TE, "routing_map_TE", routing_map_TE);
+  check_top_k(top_k);
+}
+
+inline void check_chosen_experts_backward(const torch::stable::Tensor& grad_TK, const torch::stable::Tensor& ids_TK,
+                                          int64_t num_experts) {
+  check_float("grad_TK", grad_TK);
+  if (ids_TK.scalar_type() != ScalarType::Int) {
+    fail("ids_TK.dtype = ", dtype_name(ids_TK.scalar_type()), ": it must be int32. Convert it with ids_TK.int()");
+  }
+  check_shape("ids_TK", ids_TK, ids_TK.dim() == 2, "[T, K_top]", "Pass the ids of chosen_experts");
+  check_num_choices("ids_TK", ids_TK);
+  const std::string expected = shape_text(ids_TK);
+  check_shape("grad_TK", grad_TK, shape_text(grad_TK) == expected, text_of(expected, ", as ids_TK has it"),
+              "Pass the gradient of the weights");
+  check_device("grad_TK", grad_TK, "ids_TK", ids_TK);
+  if (num_experts < 0 || num_experts > kMaxRows) {
+    fail("num_experts = ", num_experts, ": it must be in 0..", kMaxRows, ". Pass the number of experts");
+  }
+}
+
+inline void check_chunk_rows(const torch::stable::Tensor& counts_QS, int64_t num_rows) {
+  check_int64("counts_QS", counts_QS);
+  check_shape("counts_QS", counts_QS, counts_QS.dim() == 2, "[Q, S]",
+              "Pass the rows that arrive from each source for each slot");
+  check_num_choices("counts_QS", counts_QS);
+  check_num_rows(num_rows);
+}
 }  // namespace smartmoe

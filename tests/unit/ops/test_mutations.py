@@ -51,6 +51,11 @@ def backward(name: str, place: str, new: str, mode: str = "address") -> Mutation
     return Mutation(name=name, file="unpermute_backward.cu", place=place, new=new, op="backward", mode=mode)
 
 
+def routing(op: str, name: str, place: str, new: str, mode: str = "address") -> Mutation:
+    file = {"chosen": "chosen_experts.cu", "chunks": "chunk_rows.cu"}[op]
+    return Mutation(name=name, file=file, place=place, new=new, op=op, mode=mode)
+
+
 def groups(name: str, place: str, new: str) -> Mutation:
     return Mutation(name=name, file="zero_empty_groups.cu", place=place, new=new, op="groups", mode="address")
 
@@ -192,6 +197,58 @@ MUTATIONS = [
     groups("groups: a vector behind the group", "@c < vectors@; c += stride", "c <= vectors"),
     groups("groups: only the first blocks' share", "c += @stride@) to[c]", "vectors"),
     groups("groups: bytes behind the last vector are left", "if (@args.group_bytes % kVectorBytes == 0@ &&", "true"),
+    rows("permute", "permute: a weight at the place of its choice", "weights_N, @token_rows[j]@, weight_bytes", "j"),
+    rows("permute", "permute: the weight of another token", "move_bits(weights_TK, @token * num_choices + j@,", "j"),
+    rows(
+        "permute",
+        "zero rows: weights of rows that no choice names are left",
+        "if (@unnamed && weights != nullptr@) move_bits",
+        "false",
+        file="zero_rows.cu",
+    ),
+    rows(
+        "unpermute",
+        "unpermute: a value is moved from where no row is",
+        "move_bits(@is_named ? moved_N : nullptr@,",
+        "moved_N",
+    ),
+    routing(
+        "chosen",
+        "chosen: places are those of the next lane",
+        "votes & (@(1u << lane_id()) - 1u@)",
+        "(2u << lane_id()) - 1u",
+    ),
+    routing("chosen", "chosen: more than top_k are kept", "if (@is_chosen && choice < top_k@) {", "is_chosen"),
+    routing(
+        "chosen",
+        "chosen: experts behind the last are looked at",
+        "@expert < num_experts && chosen[expert] != 0@;",
+        "chosen[expert] != 0",
+    ),
+    routing("chosen", "chosen: what is missing is left", "choice = @choices + lane_id()@; choice < top_k", "top_k"),
+    routing(
+        "chosen",
+        "chosen: a vote under a branch",
+        "votes = @__ballot_sync(kFullWarp, is_chosen)@;",
+        "expert < num_experts ? __ballot_sync(kFullWarp, is_chosen) : 0u",
+    ),
+    routing("chosen", "chosen: no order of zeros and gradients", "@__syncwarp();@  // a gradient", "", mode="thread"),
+    routing("chosen", "chosen: a dropped choice has a gradient", "if (@is_row(expert, num_experts)@) row", "true"),
+    routing(
+        "chunks",
+        "chunks: no barrier before the warps are added up",
+        "= sorted;\n  @__syncthreads();@",
+        "",
+        mode="thread",
+    ),
+    routing("chunks", "chunks: this chunk counts itself", "if (@i < chunk@) arrived", "i <= chunk"),
+    routing(
+        "chunks", "chunks: sources in another order", "@i / num_slots < source@)) sorted", "i / num_slots > source"
+    ),
+    routing(
+        "chunks", "chunks: rows behind the last", "if (@from + i >= num_rows || to + i >= num_rows@) return;", "false"
+    ),
+    routing("chunks", "chunks: half of the warp is added up", "distance = @kWarpSize / 2@;", "kWarpSize / 4"),
 ]
 
 
