@@ -70,7 +70,8 @@ class Groups:
                 waits for those that are not on the host.
         """
         if wants_counts_on_device(rows_NK):
-            return cls(ends_S=tokens_S.to(rows_NK.device, non_blocking=True).cumsum(0).to(torch.int32))
+            ends_S = tokens_S.cumsum(0, dtype=torch.int32)  # added up where they are: one launch, or one copy
+            return cls(ends_S=ends_S.to(rows_NK.device, non_blocking=True))
         bounds, empty, begin = [], [], 0
         for group, tokens in enumerate(tokens_S.tolist()):
             if tokens == 0:

@@ -62,7 +62,6 @@ _NOT_WITH_REPLICAS = {
     "--moe-pad-expert-input-to-capacity": "all experts get the same number of rows, so there is nothing to balance",
     "--overlap-moe-expert-parallel-comm": "it runs two micro-batches of a layer at a time",
     "--mtp-num-layers": _SHARED_NUMBERS,
-    "--moe-permute-fusion": "TransformerEngine's kernels need the counts on the device",
 }
 
 
