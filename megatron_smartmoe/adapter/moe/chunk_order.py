@@ -38,14 +38,13 @@ class ChunkOrder:
 
     def sort(self, rows_NH: torch.Tensor, weights_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Rows and their weights in the order (slot, source)."""
-        moved: tuple[torch.Tensor, torch.Tensor] = _MoveWeighted.apply(
-            rows_NH, weights_N, self.to_slots_N1, self.to_sources_N1
-        )
-        return moved
+        maps = self.to_slots_N1, self.to_sources_N1
+        rows, weights = _MoveWeighted.apply(rows_NH, weights_N, *maps)  # type: ignore[no-untyped-call]
+        return rows, weights
 
     def restore(self, rows_NH: torch.Tensor) -> torch.Tensor:
         """Sorted rows in the order (source, slot) again."""
-        moved_NH: torch.Tensor = _Move.apply(rows_NH, self.to_sources_N1, self.to_slots_N1)
+        moved_NH: torch.Tensor = _Move.apply(rows_NH, self.to_sources_N1, self.to_slots_N1)  # type: ignore[no-untyped-call]
         return moved_NH
 
 
