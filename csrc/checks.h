@@ -83,6 +83,14 @@ inline void check_int64(const char* name, const torch::stable::Tensor& tensor) {
   fail(name, ".dtype = ", dtype_name(dtype), ": it must be int64. Convert it to int64");
 }
 
+inline void check_float(const char* name, const torch::stable::Tensor& tensor) {
+  const ScalarType dtype = tensor.scalar_type();
+  if (dtype == ScalarType::Half || dtype == ScalarType::BFloat16) return;
+  if (dtype == ScalarType::Float || dtype == ScalarType::Double) return;
+  fail(name, ".dtype = ", dtype_name(dtype), ": it must be float16, bfloat16, float32 or float64. Convert it with ",
+       name, ".float()");
+}
+
 inline void check_shape(const char* name, const torch::stable::Tensor& tensor, bool ok, const std::string& rule,
                         const char* way_out) {
   if (!ok) fail(name, ".shape = ", shape_text(tensor), ": it must be ", rule, ". ", way_out);
@@ -197,11 +205,7 @@ inline void check_permute(const torch::stable::Tensor& x_TH, const torch::stable
 inline void check_unpermute(const torch::stable::Tensor& y_NH, const torch::stable::Tensor& rows_TK,
                             const std::optional<torch::stable::Tensor>& weights_TK) {
   const ScalarType dtype = y_NH.scalar_type();
-  if (dtype != ScalarType::Half && dtype != ScalarType::BFloat16 && dtype != ScalarType::Float &&
-      dtype != ScalarType::Double) {
-    fail("y_NH.dtype = ", dtype_name(dtype),
-         ": it must be float16, bfloat16, float32 or float64. Convert it with y_NH.float()");
-  }
+  check_float("y_NH", y_NH);
   check_shape("y_NH", y_NH, y_NH.dim() == 2, "[N, H]", "Pass the permuted rows");
   check_num_rows(y_NH.size(0));
   check_rows(rows_TK, "y_NH", y_NH);
@@ -227,5 +231,118 @@ inline void check_unpermute_backward(const torch::stable::Tensor& grad_TH, const
               text_of("[T, H] = ", expected, ", as rows_TK and y_NH have it"),
               "Pass the gradient of unpermute's result");
   check_device("grad_TH", grad_TH, "y_NH", y_NH);
+}
+
+inline void check_swiglu(const torch::stable::Tensor& inner_NG, const torch::stable::Tensor& probs_N) {
+  const ScalarType dtype = inner_NG.scalar_type();
+  check_float("inner_NG", inner_NG);
+  check_shape("inner_NG", inner_NG, inner_NG.dim() == 2 && inner_NG.size(1) % 2 == 0, "[N, 2 F]",
+              "Pass the gate's columns, then those of the linear part");
+  if (inner_NG.size(0) > kMaxRows) {
+    fail("inner_NG.shape = ", shape_text(inner_NG), ": it must have at most ", kMaxRows,
+         " rows. Split the micro-batch");
+  }
+  if (probs_N.scalar_type() != ScalarType::Float && probs_N.scalar_type() != dtype) {
+    fail("probs_N.dtype = ", dtype_name(probs_N.scalar_type()), ": it must be float32, or ", dtype_name(dtype),
+         " as inner_NG is. Convert it with probs_N.float()");
+  }
+  const std::string expected = text_of("[", inner_NG.size(0), "]");
+  check_shape("probs_N", probs_N, shape_text(probs_N) == expected, text_of("[N] = ", expected, ", as inner_NG has it"),
+              "Pass a probability per row");
+  check_device("probs_N", probs_N, "inner_NG", inner_NG);
+}
+
+inline void check_swiglu_backward(const torch::stable::Tensor& grad_NF, const torch::stable::Tensor& inner_NG,
+                                  const torch::stable::Tensor& probs_N) {
+  check_swiglu(inner_NG, probs_N);
+  if (grad_NF.scalar_type() != inner_NG.scalar_type()) {
+    fail("grad_NF.dtype = ", dtype_name(grad_NF.scalar_type()), ": it must be ", dtype_name(inner_NG.scalar_type()),
+         ", as inner_NG is. Convert it with grad_NF.to(inner_NG.dtype)");
+  }
+  const std::string expected = text_of("[", inner_NG.size(0), ", ", inner_NG.size(1) / 2, "]");
+  check_shape("grad_NF", grad_NF, shape_text(grad_NF) == expected,
+              text_of("[N, F] = ", expected, ", as inner_NG has it"), "Pass the gradient of swiglu's result");
+  check_device("grad_NF", grad_NF, "inner_NG", inner_NG);
+}
+
+inline void check_empty_groups(const torch::stable::Tensor& grad_SMK, const torch::stable::Tensor& ends_S) {
+  check_shape("grad_SMK", grad_SMK, grad_SMK.dim() == 3 && grad_SMK.is_contiguous(), "[S, M, K], contiguous",
+              "Pass the gradient of the weights of all groups");
+  if (ends_S.scalar_type() != ScalarType::Int) {
+    fail("ends_S.dtype = ", dtype_name(ends_S.scalar_type()), ": it must be int32. Convert it with ends_S.int()");
+  }
+  const std::string expected = text_of("[", grad_SMK.size(0), "]");
+  check_shape("ends_S", ends_S, shape_text(ends_S) == expected && ends_S.is_contiguous(),
+              text_of("[S] = ", expected, ", as grad_SMK has it, contiguous"), "Pass where the rows of each group end");
+  check_device("ends_S", ends_S, "grad_SMK", grad_SMK);
+}
+
+inline void check_permute_weighted(const torch::stable::Tensor& x_TH, const torch::stable::Tensor& weights_TK,
+                                   const torch::stable::Tensor& rows_TK, int64_t num_rows) {
+  check_permute(x_TH, rows_TK, num_rows);
+  check_float("weights_TK", weights_TK);
+  check_shape("weights_TK", weights_TK, shape_text(weights_TK) == shape_text(rows_TK),
+              text_of(shape_text(rows_TK), ", as rows_TK has it"), "Pass a weight per choice");
+  check_device("weights_TK", weights_TK, "x_TH", x_TH);
+}
+
+inline void check_permute_weighted_backward(const torch::stable::Tensor& grad_NH, const torch::stable::Tensor& grad_N,
+                                            const torch::stable::Tensor& rows_TK) {
+  check_float("grad_NH", grad_NH);
+  check_shape("grad_NH", grad_NH, grad_NH.dim() == 2, "[N, H]", "Pass the gradient of the permuted rows");
+  check_num_rows(grad_NH.size(0));
+  check_rows(rows_TK, "grad_NH", grad_NH);
+  check_float("grad_N", grad_N);
+  const std::string expected = text_of("[", grad_NH.size(0), "]");
+  check_shape("grad_N", grad_N, shape_text(grad_N) == expected, text_of("[N] = ", expected, ", as grad_NH has it"),
+              "Pass the gradient of the permuted weights");
+  check_device("grad_N", grad_N, "grad_NH", grad_NH);
+}
+
+inline void check_top_k(int64_t top_k) {
+  if (top_k >= 1 && top_k <= kMaxSlots) return;
+  fail("top_k = ", top_k, ": it must be in 1..", kMaxSlots, ". Pass the number of experts that a token chooses");
+}
+
+inline void check_chosen_experts(const torch::stable::Tensor& routing_map_TE, const torch::stable::Tensor& probs_TE,
+                                 int64_t top_k) {
+  if (routing_map_TE.scalar_type() != ScalarType::Bool) {
+    fail("routing_map_TE.dtype = ", dtype_name(routing_map_TE.scalar_type()),
+         ": it must be bool. Convert it with routing_map_TE.bool()");
+  }
+  check_shape("routing_map_TE", routing_map_TE, routing_map_TE.dim() == 2, "[T, E]",
+              "Pass which experts each token chose");
+  check_num_choices("routing_map_TE", routing_map_TE);
+  check_float("probs_TE", probs_TE);
+  const std::string expected = shape_text(routing_map_TE);
+  check_shape("probs_TE", probs_TE, shape_text(probs_TE) == expected, text_of(expected, ", as routing_map_TE has it"),
+              "Pass a probability per token and expert");
+  check_device("probs_TE", probs_TE, "routing_map_TE", routing_map_TE);
+  check_top_k(top_k);
+}
+
+inline void check_chosen_experts_backward(const torch::stable::Tensor& grad_TK, const torch::stable::Tensor& ids_TK,
+                                          int64_t num_experts) {
+  check_float("grad_TK", grad_TK);
+  if (ids_TK.scalar_type() != ScalarType::Int) {
+    fail("ids_TK.dtype = ", dtype_name(ids_TK.scalar_type()), ": it must be int32. Convert it with ids_TK.int()");
+  }
+  check_shape("ids_TK", ids_TK, ids_TK.dim() == 2, "[T, K_top]", "Pass the ids of chosen_experts");
+  check_num_choices("ids_TK", ids_TK);
+  const std::string expected = shape_text(ids_TK);
+  check_shape("grad_TK", grad_TK, shape_text(grad_TK) == expected, text_of(expected, ", as ids_TK has it"),
+              "Pass the gradient of the weights");
+  check_device("grad_TK", grad_TK, "ids_TK", ids_TK);
+  if (num_experts < 0 || num_experts > kMaxRows) {
+    fail("num_experts = ", num_experts, ": it must be in 0..", kMaxRows, ". Pass the number of experts");
+  }
+}
+
+inline void check_chunk_rows(const torch::stable::Tensor& counts_QS, int64_t num_rows) {
+  check_int64("counts_QS", counts_QS);
+  check_shape("counts_QS", counts_QS, counts_QS.dim() == 2, "[Q, S]",
+              "Pass the rows that arrive from each source for each slot");
+  check_num_choices("counts_QS", counts_QS);
+  check_num_rows(num_rows);
 }
 }  // namespace smartmoe

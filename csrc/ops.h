@@ -19,6 +19,16 @@ Tensor permute(const Tensor& x_TH, const Tensor& rows_TK, int64_t num_rows);
 Tensor unpermute(const Tensor& y_NH, const Tensor& rows_TK, const std::optional<Tensor>& weights_TK);
 std::tuple<Tensor, Tensor> unpermute_backward(const Tensor& grad_TH, const Tensor& y_NH, const Tensor& rows_TK,
                                               const Tensor& weights_TK);
+Tensor swiglu(const Tensor& inner_NG, const Tensor& probs_N);
+std::tuple<Tensor, Tensor> swiglu_backward(const Tensor& grad_NF, const Tensor& inner_NG, const Tensor& probs_N);
+void zero_empty_groups(const Tensor& grad_SMK, const Tensor& ends_S);
+std::tuple<Tensor, Tensor> permute_weighted(const Tensor& x_TH, const Tensor& weights_TK, const Tensor& rows_TK,
+                                            int64_t num_rows);
+std::tuple<Tensor, Tensor> permute_weighted_backward(const Tensor& grad_NH, const Tensor& grad_N,
+                                                     const Tensor& rows_TK);
+std::tuple<Tensor, Tensor> chosen_experts(const Tensor& routing_map_TE, const Tensor& probs_TE, int64_t top_k);
+Tensor chosen_experts_backward(const Tensor& grad_TK, const Tensor& ids_TK, int64_t num_experts);
+std::tuple<Tensor, Tensor> chunk_rows(const Tensor& counts_QS, int64_t num_rows);
 }  // namespace cpu
 
 namespace cuda {
@@ -27,5 +37,15 @@ Tensor permute(const Tensor& x_TH, const Tensor& rows_TK, int64_t num_rows);
 Tensor unpermute(const Tensor& y_NH, const Tensor& rows_TK, const std::optional<Tensor>& weights_TK);
 std::tuple<Tensor, Tensor> unpermute_backward(const Tensor& grad_TH, const Tensor& y_NH, const Tensor& rows_TK,
                                               const Tensor& weights_TK);
+Tensor swiglu(const Tensor& inner_NG, const Tensor& probs_N);
+std::tuple<Tensor, Tensor> swiglu_backward(const Tensor& grad_NF, const Tensor& inner_NG, const Tensor& probs_N);
+void zero_empty_groups(const Tensor& grad_SMK, const Tensor& ends_S);
+std::tuple<Tensor, Tensor> permute_weighted(const Tensor& x_TH, const Tensor& weights_TK, const Tensor& rows_TK,
+                                            int64_t num_rows);
+std::tuple<Tensor, Tensor> permute_weighted_backward(const Tensor& grad_NH, const Tensor& grad_N,
+                                                     const Tensor& rows_TK);
+std::tuple<Tensor, Tensor> chosen_experts(const Tensor& routing_map_TE, const Tensor& probs_TE, int64_t top_k);
+Tensor chosen_experts_backward(const Tensor& grad_TK, const Tensor& ids_TK, int64_t num_experts);
+std::tuple<Tensor, Tensor> chunk_rows(const Tensor& counts_QS, int64_t num_rows);
 }  // namespace cuda
 }  // namespace smartmoe

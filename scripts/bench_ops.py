@@ -33,6 +33,7 @@ from megatron_smartmoe.ops import reference
 
 KERNELS: Any = torch.ops.smartmoe
 TRITON_PERMUTATION = "transformer_engine.pytorch.triton.permutation"
+SOURCES = 8  # ranks whose rows are sorted by slot
 CPU_SIZES: dict[str, list[int]] = {"tokens": [4096], "hidden": [1024], "top_k": [2, 8]}
 GPU_SIZES: dict[str, list[int]] = {"tokens": [8192, 16384], "hidden": [4096, 7168], "top_k": [2, 8]}
 
@@ -48,6 +49,10 @@ class Case:
         x_TH: a row per token.
         y_NH: rows sorted by slot.
         weights_TK: a float32 factor per choice.
+        inner_NG: gate and linear part of each row, 2 H columns: an expert as wide inside as outside.
+        routing_map_TE: the choices as the router's map.
+        probs_TE: the router's probabilities.
+        counts_QS: rows from each of 8 sources for each slot.
     """
 
     ids_TK: Tensor
@@ -56,6 +61,10 @@ class Case:
     x_TH: Tensor
     y_NH: Tensor
     weights_TK: Tensor
+    inner_NG: Tensor
+    routing_map_TE: Tensor
+    probs_TE: Tensor
+    counts_QS: Tensor
 
     def num_bytes(self, op: str) -> int:
         """Bytes that the op has to read and write."""
@@ -67,6 +76,11 @@ class Case:
             "unpermute": tokens + rows + 4 * choices,
             "unpermute, weighted": tokens + rows + 8 * choices,
             "unpermute backward": tokens + 2 * rows + 12 * choices,
+            "permute, with weights": tokens + rows + 12 * choices,
+            "chosen experts": self.routing_map_TE.nbytes + 12 * choices,
+            "chunk rows": self.counts_QS.nbytes + 8 * choices,
+            "swiglu": 3 * rows + 4 * choices,
+            "swiglu backward": 5 * rows + 8 * choices,
         }[op]
 
 
@@ -116,6 +130,10 @@ def make_case(tokens: int, hidden: int, top_k: int, experts: int, dtype: torch.d
     """Uniformly random choices of distinct experts."""
     ids = torch.rand(tokens, experts, device=device).topk(top_k, dim=1).indices
     slot_of = torch.randperm(experts, device=device)
+    routing_map = torch.zeros(tokens, experts, dtype=torch.bool, device=device).scatter_(1, ids, True)
+    sources = torch.arange(tokens * top_k, device=device) % SOURCES
+    counts = torch.zeros(SOURCES * experts, dtype=torch.int64, device=device)
+    counts.scatter_add_(0, sources * experts + ids.flatten(), torch.ones_like(sources))
     rows_TK, _ = ops.dispatch_map(ids, slot_of, experts)
     return Case(
         ids_TK=ids,
@@ -124,6 +142,10 @@ def make_case(tokens: int, hidden: int, top_k: int, experts: int, dtype: torch.d
         x_TH=torch.randn(tokens, hidden, device=device).to(dtype),
         y_NH=torch.randn(tokens * top_k, hidden, device=device).to(dtype),
         weights_TK=torch.rand(tokens, top_k, device=device),
+        inner_NG=torch.randn(tokens * top_k, 2 * hidden, device=device).to(dtype),
+        routing_map_TE=routing_map,
+        probs_TE=torch.rand(tokens, experts, device=device),
+        counts_QS=counts.view(SOURCES, experts),
     )
 
 
@@ -137,6 +159,11 @@ def ours(case: Case, backend: Any) -> dict[str, Callable[[], object]]:
         "unpermute": lambda: backend.unpermute(case.y_NH, rows, None),
         "unpermute, weighted": lambda: backend.unpermute(case.y_NH, rows, weights),
         "unpermute backward": lambda: backend.unpermute_backward(case.x_TH, case.y_NH, rows, weights),
+        "permute, with weights": lambda: backend.permute_weighted(case.x_TH, weights, rows, num_rows),
+        "chosen experts": lambda: backend.chosen_experts(case.routing_map_TE, case.probs_TE, rows.shape[1]),
+        "chunk rows": lambda: backend.chunk_rows(case.counts_QS, num_rows),
+        "swiglu": lambda: backend.swiglu(case.inner_NG, weights.flatten()),
+        "swiglu backward": lambda: backend.swiglu_backward(case.y_NH, case.inner_NG, weights.flatten()),
     }
 
 
@@ -205,7 +232,7 @@ def contenders(case: Case, with_triton: bool) -> dict[str, dict[str, Callable[[]
 def check(case: Case) -> None:
     """Ends the program when kernels and twins disagree by more than the order of a sum and a fused multiply-add."""
     for (op, call), twin in zip(ours(case, KERNELS).items(), ours(case, reference).values(), strict=True):
-        exact = op in ("dispatch_map", "permute")
+        exact = op in ("dispatch_map", "permute", "permute, with weights", "chosen experts", "chunk rows")
         tolerance = 0.0 if exact else 2e-2 if case.x_TH.itemsize == 2 else 1e-4
         try:
             torch.testing.assert_close(call(), twin(), rtol=tolerance, atol=tolerance * 10)
@@ -284,14 +311,14 @@ def main() -> None:
     print(f"{machine}; torch {torch.__version__}; ops: {ops.backend()}; {args.dtype}; copy {roof_gbs:.1f} GB/s")
     nominal = args.nominal_gbs
     print(
-        f"{'T':>6} {'H':>5} {'k':>2}  {'op':<20} {'by':<18} {'us':>10} {'GB/s':>8} {'of copy':>8}"
+        f"{'T':>6} {'H':>5} {'k':>2}  {'op':<22} {'by':<18} {'us':>10} {'GB/s':>8} {'of copy':>8}"
         + (f" {'nominal':>8}" if nominal else "")
     )
     lines = []
     for line in measure(args, clock, roof_gbs):
         lines.append(line)
         print(
-            f"{line.tokens:>6} {line.hidden:>5} {line.top_k:>2}  {line.op:<20} {line.by:<18} {line.time_us:>10.1f} "
+            f"{line.tokens:>6} {line.hidden:>5} {line.top_k:>2}  {line.op:<22} {line.by:<18} {line.time_us:>10.1f} "
             f"{line.gbs:>8.2f} {line.roof:>8.1%}" + (f" {line.gbs / nominal:>8.1%}" if nominal else ""),
             flush=True,
         )

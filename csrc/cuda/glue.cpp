@@ -48,8 +48,10 @@ std::tuple<Tensor, Tensor> dispatch_map(const Tensor& ids_TK, const Tensor& slot
   return {rows_TK, tokens_S};
 }
 
-Tensor permute(const Tensor& x_TH, const Tensor& rows_TK, int64_t num_rows) {
-  check_permute(x_TH, rows_TK, num_rows);
+namespace {
+// weights_TK and weights_N are both there or both absent.
+Tensor permute_with(const Tensor& x_TH, const Tensor* weights_TK, const Tensor& rows_TK, int64_t num_rows,
+                    Tensor* weights_N) {
   const Context context(x_TH);
   const Tensor x = torch::stable::contiguous(x_TH), rows = torch::stable::contiguous(rows_TK);
   Tensor y_NH = torch::stable::new_empty(x, {num_rows, x.size(1)});
@@ -63,9 +65,27 @@ Tensor permute(const Tensor& x_TH, const Tensor& rows_TK, int64_t num_rows) {
       .num_rows = num_rows,
       .row_bytes = x.size(1) * static_cast<int64_t>(x.element_size()),
       .choice_of_row = choice_of_row.mutable_data_ptr<int32_t>(),
+      .weights_TK = weights_TK ? weights_TK->const_data_ptr() : nullptr,
+      .weights_N = weights_N ? weights_N->mutable_data_ptr() : nullptr,
+      .weight_bytes = weights_TK ? static_cast<int>(weights_TK->element_size()) : 0,
   };
   Context::check("permute", launch_permute(args, context.stream()));
   return y_NH;
+}
+}  // namespace
+
+Tensor permute(const Tensor& x_TH, const Tensor& rows_TK, int64_t num_rows) {
+  check_permute(x_TH, rows_TK, num_rows);
+  return permute_with(x_TH, nullptr, rows_TK, num_rows, nullptr);
+}
+
+std::tuple<Tensor, Tensor> permute_weighted(const Tensor& x_TH, const Tensor& weights_TK, const Tensor& rows_TK,
+                                            int64_t num_rows) {
+  check_permute_weighted(x_TH, weights_TK, rows_TK, num_rows);
+  const Tensor weights = torch::stable::contiguous(weights_TK);
+  Tensor weights_N = torch::stable::new_empty(weights, {num_rows});
+  const Tensor y_NH = permute_with(x_TH, &weights, rows_TK, num_rows, &weights_N);
+  return {y_NH, weights_N};
 }
 
 Tensor unpermute(const Tensor& y_NH, const Tensor& rows_TK, const std::optional<Tensor>& weights_TK) {
@@ -87,9 +107,42 @@ Tensor unpermute(const Tensor& y_NH, const Tensor& rows_TK, const std::optional<
       .num_choices = static_cast<int>(rows.size(1)),
       .x_TH = x_TH.mutable_data_ptr(),
       .hidden = y.size(1),
+      .moved_N = nullptr,
+      .moved_TK = nullptr,
+      .moved_bytes = 0,
   };
   Context::check("unpermute", launch_unpermute(args, context.stream()));
   return x_TH;
+}
+
+std::tuple<Tensor, Tensor> permute_weighted_backward(const Tensor& grad_NH, const Tensor& grad_N,
+                                                     const Tensor& rows_TK) {
+  check_permute_weighted_backward(grad_NH, grad_N, rows_TK);
+  const FloatType type = float_type("grad_NH", grad_NH);
+  const Context context(grad_NH);
+  const Tensor grad = torch::stable::contiguous(grad_NH), rows = torch::stable::contiguous(rows_TK);
+  const Tensor moved = torch::stable::contiguous(grad_N);
+  Tensor grad_TH = torch::stable::new_empty(grad, {rows.size(0), grad.size(1)});
+  Tensor grad_TK = torch::stable::new_empty(moved, rows.sizes());
+  // memory that a tensor without elements may lack: a value is moved only where a row is named
+  const void* values = moved.numel() > 0 ? moved.const_data_ptr() : static_cast<const void*>(&type);
+  const UnpermuteArgs args{
+      .y_NH = grad.const_data_ptr(),
+      .type = type,
+      .num_rows = grad.size(0),
+      .rows_TK = rows.const_data_ptr<int32_t>(),
+      .weights_TK = nullptr,
+      .weight_type = type,
+      .num_tokens = rows.size(0),
+      .num_choices = static_cast<int>(rows.size(1)),
+      .x_TH = grad_TH.mutable_data_ptr(),
+      .hidden = grad.size(1),
+      .moved_N = values,
+      .moved_TK = grad_TK.mutable_data_ptr(),
+      .moved_bytes = static_cast<int>(moved.element_size()),
+  };
+  Context::check("permute_weighted_backward", launch_unpermute(args, context.stream()));
+  return {grad_TH, grad_TK};
 }
 
 std::tuple<Tensor, Tensor> unpermute_backward(const Tensor& grad_TH, const Tensor& y_NH, const Tensor& rows_TK,
@@ -119,5 +172,116 @@ std::tuple<Tensor, Tensor> unpermute_backward(const Tensor& grad_TH, const Tenso
   };
   Context::check("unpermute_backward", launch_unpermute_backward(args, context.stream()));
   return {grad_y, grad_weights};
+}
+
+Tensor swiglu(const Tensor& inner_NG, const Tensor& probs_N) {
+  check_swiglu(inner_NG, probs_N);
+  const FloatType type = float_type("inner_NG", inner_NG), prob_type = float_type("probs_N", probs_N);
+  const Context context(inner_NG);
+  const Tensor inner = torch::stable::contiguous(inner_NG), probs = torch::stable::contiguous(probs_N);
+  Tensor out_NF = torch::stable::new_empty(inner, {inner.size(0), inner.size(1) / 2});
+  const SwigluArgs args{
+      .inner_NG = inner.const_data_ptr(),
+      .type = type,
+      .probs_N = probs.const_data_ptr(),
+      .prob_type = prob_type,
+      .num_rows = inner.size(0),
+      .ffn = inner.size(1) / 2,
+      .out_NF = out_NF.mutable_data_ptr(),
+  };
+  Context::check("swiglu", launch_swiglu(args, context.stream()));
+  return out_NF;
+}
+
+std::tuple<Tensor, Tensor> swiglu_backward(const Tensor& grad_NF, const Tensor& inner_NG, const Tensor& probs_N) {
+  check_swiglu_backward(grad_NF, inner_NG, probs_N);
+  const FloatType type = float_type("inner_NG", inner_NG), prob_type = float_type("probs_N", probs_N);
+  const Context context(inner_NG);
+  const Tensor grad = torch::stable::contiguous(grad_NF), inner = torch::stable::contiguous(inner_NG);
+  const Tensor probs = torch::stable::contiguous(probs_N);
+  Tensor grad_inner = torch::stable::new_empty(inner, inner.sizes());
+  Tensor grad_probs = torch::stable::new_empty(probs, probs.sizes());
+  const SwigluBackwardArgs args{
+      .grad_NF = grad.const_data_ptr(),
+      .inner_NG = inner.const_data_ptr(),
+      .type = type,
+      .probs_N = probs.const_data_ptr(),
+      .prob_type = prob_type,
+      .num_rows = inner.size(0),
+      .ffn = inner.size(1) / 2,
+      .grad_inner_NG = grad_inner.mutable_data_ptr(),
+      .grad_probs_N = grad_probs.mutable_data_ptr(),
+  };
+  Context::check("swiglu_backward", launch_swiglu_backward(args, context.stream()));
+  return {grad_inner, grad_probs};
+}
+
+void zero_empty_groups(const Tensor& grad_SMK, const Tensor& ends_S) {
+  check_empty_groups(grad_SMK, ends_S);
+  const Context context(grad_SMK);
+  const int64_t num_groups = ends_S.size(0), num_bytes = grad_SMK.numel() * static_cast<int64_t>(grad_SMK.element_size());
+  const ZeroEmptyGroupsArgs args{
+      .grad_SMK = grad_SMK.mutable_data_ptr(),
+      .ends_S = ends_S.const_data_ptr<int32_t>(),
+      .num_groups = num_groups,
+      .group_bytes = num_groups > 0 ? num_bytes / num_groups : 0,
+  };
+  Context::check("zero_empty_groups", launch_zero_empty_groups(args, context.stream()));
+}
+
+std::tuple<Tensor, Tensor> chosen_experts(const Tensor& routing_map_TE, const Tensor& probs_TE, int64_t top_k) {
+  check_chosen_experts(routing_map_TE, probs_TE, top_k);
+  const Context context(routing_map_TE);
+  const Tensor map = torch::stable::contiguous(routing_map_TE), probs = torch::stable::contiguous(probs_TE);
+  Tensor ids_TK = torch::stable::new_empty(map, {map.size(0), top_k}, ScalarType::Int);
+  Tensor weights_TK = torch::stable::new_empty(probs, {map.size(0), top_k});
+  const ChosenExpertsArgs args{
+      .routing_map_TE = static_cast<const uint8_t*>(map.const_data_ptr()),
+      .probs_TE = probs.const_data_ptr(),
+      .prob_bytes = static_cast<int>(probs.element_size()),
+      .num_tokens = map.size(0),
+      .num_experts = static_cast<int>(map.size(1)),
+      .top_k = static_cast<int>(top_k),
+      .ids_TK = ids_TK.mutable_data_ptr<int32_t>(),
+      .weights_TK = weights_TK.mutable_data_ptr(),
+  };
+  Context::check("chosen_experts", launch_chosen_experts(args, context.stream()));
+  return {ids_TK, weights_TK};
+}
+
+Tensor chosen_experts_backward(const Tensor& grad_TK, const Tensor& ids_TK, int64_t num_experts) {
+  check_chosen_experts_backward(grad_TK, ids_TK, num_experts);
+  const Context context(grad_TK);
+  const Tensor grad = torch::stable::contiguous(grad_TK), ids = torch::stable::contiguous(ids_TK);
+  Tensor grad_TE = torch::stable::new_empty(grad, {ids.size(0), num_experts});
+  const ChosenExpertsBackwardArgs args{
+      .grad_TK = grad.const_data_ptr(),
+      .grad_bytes = static_cast<int>(grad.element_size()),
+      .ids_TK = ids.const_data_ptr<int32_t>(),
+      .num_tokens = ids.size(0),
+      .top_k = static_cast<int>(ids.size(1)),
+      .num_experts = static_cast<int>(num_experts),
+      .grad_TE = grad_TE.mutable_data_ptr(),
+  };
+  Context::check("chosen_experts_backward", launch_chosen_experts_backward(args, context.stream()));
+  return grad_TE;
+}
+
+std::tuple<Tensor, Tensor> chunk_rows(const Tensor& counts_QS, int64_t num_rows) {
+  check_chunk_rows(counts_QS, num_rows);
+  const Context context(counts_QS);
+  const Tensor counts = torch::stable::contiguous(counts_QS);
+  Tensor to_slots_N = torch::stable::new_empty(counts, {num_rows}, ScalarType::Int);
+  Tensor to_sources_N = torch::stable::new_empty(counts, {num_rows}, ScalarType::Int);
+  const ChunkRowsArgs args{
+      .counts_QS = counts.const_data_ptr<int64_t>(),
+      .num_sources = counts.size(0),
+      .num_slots = counts.size(1),
+      .num_rows = num_rows,
+      .to_slots_N = to_slots_N.mutable_data_ptr<int32_t>(),
+      .to_sources_N = to_sources_N.mutable_data_ptr<int32_t>(),
+  };
+  Context::check("chunk_rows", launch_chunk_rows(args, context.stream()));
+  return {to_slots_N, to_sources_N};
 }
 }  // namespace smartmoe::cuda

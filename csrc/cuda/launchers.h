@@ -51,8 +51,11 @@ struct PermuteArgs {
   int num_choices;  // of a token
   void* y_NH;       // result: the row of x_TH that names it, zero where none does
   int64_t num_rows;
-  int64_t row_bytes;       // of the H elements of a row
-  int32_t* choice_of_row;  // scratch [N]
+  int64_t row_bytes;        // of the H elements of a row
+  int32_t* choice_of_row;   // scratch [N]
+  const void* weights_TK;   // moved along with the rows; nullptr: there are none
+  void* weights_N;          // result: the weight of the choice that names the row, zero where none does
+  int weight_bytes;         // of one
 };
 LaunchError launch_permute(const PermuteArgs& args, const Stream& stream);
 
@@ -67,6 +70,9 @@ struct UnpermuteArgs {
   int num_choices;  // of a token
   void* x_TH;       // result: sum of the choices' rows times their weights, in the order of the choices
   int64_t hidden;
+  const void* moved_N;  // a value per row that is moved back to the choice; nullptr: there is none
+  void* moved_TK;       // result: the value of the row that a choice names, zero where it names none
+  int moved_bytes;      // of one
 };
 LaunchError launch_unpermute(const UnpermuteArgs& args, const Stream& stream);
 
@@ -87,6 +93,73 @@ struct UnpermuteBackwardArgs {
 };
 LaunchError launch_unpermute_backward(const UnpermuteBackwardArgs& args, const Stream& stream);
 
+struct ChosenExpertsArgs {
+  const uint8_t* routing_map_TE;  // not zero where a token chose an expert
+  const void* probs_TE;
+  int prob_bytes;  // of one
+  int64_t num_tokens;
+  int num_experts;
+  int top_k;         // K
+  int32_t* ids_TK;   // result: a token's experts in ascending order, E where it has fewer than K
+  void* weights_TK;  // result: their probabilities, zero where it has fewer
+};
+LaunchError launch_chosen_experts(const ChosenExpertsArgs& args, const Stream& stream);
+
+struct ChosenExpertsBackwardArgs {
+  const void* grad_TK;
+  int grad_bytes;  // of one
+  const int32_t* ids_TK;
+  int64_t num_tokens;
+  int top_k;  // K
+  int num_experts;
+  void* grad_TE;  // result: zero where a token did not choose the expert
+};
+LaunchError launch_chosen_experts_backward(const ChosenExpertsBackwardArgs& args, const Stream& stream);
+
+// Q sources, S slots: rows arrive in chunks in the order (source, slot).
+struct ChunkRowsArgs {
+  const int64_t* counts_QS;
+  int64_t num_sources;
+  int64_t num_slots;
+  int64_t num_rows;       // N, the sum of the counts
+  int32_t* to_slots_N;    // result: where a row that arrived goes in the order (slot, source)
+  int32_t* to_sources_N;  // result: the way back
+};
+LaunchError launch_chunk_rows(const ChunkRowsArgs& args, const Stream& stream);
+
+// G = 2 F: the gate's F columns of a row, then those of the linear part.
+struct SwigluArgs {
+  const void* inner_NG;
+  FloatType type;  // of inner_NG and out_NF
+  const void* probs_N;
+  FloatType prob_type;
+  int64_t num_rows;
+  int64_t ffn;   // F
+  void* out_NF;  // result: silu(gate) times linear times the row's probability
+};
+LaunchError launch_swiglu(const SwigluArgs& args, const Stream& stream);
+
+struct SwigluBackwardArgs {
+  const void* grad_NF;
+  const void* inner_NG;
+  FloatType type;  // of grad_NF, inner_NG and grad_inner_NG
+  const void* probs_N;
+  FloatType prob_type;  // of probs_N and grad_probs_N
+  int64_t num_rows;
+  int64_t ffn;          // F
+  void* grad_inner_NG;  // result
+  void* grad_probs_N;   // result
+};
+LaunchError launch_swiglu_backward(const SwigluBackwardArgs& args, const Stream& stream);
+
+struct ZeroEmptyGroupsArgs {
+  void* grad_SMK;         // cleared where a group has no rows
+  const int32_t* ends_S;  // where each group's rows end
+  int64_t num_groups;
+  int64_t group_bytes;  // of the M x K elements of a group
+};
+LaunchError launch_zero_empty_groups(const ZeroEmptyGroupsArgs& args, const Stream& stream);
+
 // Clears the rows that no choice names: the last step of permute and of unpermute_backward.
 struct ZeroUnnamedRowsArgs {
   const int32_t* rows_TK;
@@ -95,6 +168,8 @@ struct ZeroUnnamedRowsArgs {
   void* y_NH;
   int64_t num_rows;
   int64_t row_bytes;
+  void* weights_N;   // a value per row that is cleared with it; nullptr: there is none
+  int weight_bytes;  // of one
 };
 LaunchError launch_zero_unnamed_rows(const ZeroUnnamedRowsArgs& args, const Stream& stream);
 }  // namespace smartmoe::cuda

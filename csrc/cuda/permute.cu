@@ -16,7 +16,8 @@ constexpr int kBlocks = 8;  // on a multiprocessor: 64 registers a thread, 64 Ki
 template <class Vector, int K>
 __global__ void __launch_bounds__(kThreads, kBlocks)
     copy_rows(const Vector* __restrict__ x, const int32_t* __restrict__ rows_TK, int64_t num_tokens, int any_choices,
-              Vector* __restrict__ y, int64_t num_rows, int64_t vectors, int32_t* __restrict__ choice_of_row) {
+              Vector* __restrict__ y, int64_t num_rows, int64_t vectors, int32_t* __restrict__ choice_of_row,
+              const void* weights_TK, void* weights_N, int weight_bytes) {
   const int64_t token = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
   if (token >= num_tokens) return;
   const int num_choices = K > 0 ? K : any_choices;
@@ -46,6 +47,11 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     }
   }
   note_choices(token_rows, token * num_choices, num_choices, num_rows, choice_of_row);
+  if (weights_TK == nullptr) return;
+  for (int j = static_cast<int>(threadIdx.x); j < num_choices; j += static_cast<int>(blockDim.x)) {
+    if (is_row(token_rows[j], num_rows))
+      move_bits(weights_TK, token * num_choices + j, weights_N, token_rows[j], weight_bytes);
+  }
 }
 
 template <class Vector, int K>
@@ -55,7 +61,7 @@ LaunchError launch(const PermuteArgs& args, const Stream& stream) {
   SMARTMOE_LAUNCH((copy_rows<Vector, K>), dim3(static_cast<unsigned>((args.num_tokens + tokens - 1) / tokens)),
                   dim3(threads, tokens), 0, stream.handle, static_cast<const Vector*>(args.x_TH), args.rows_TK,
                   args.num_tokens, args.num_choices, static_cast<Vector*>(args.y_NH), args.num_rows, vectors,
-                  args.choice_of_row);
+                  args.choice_of_row, args.weights_TK, args.weights_N, args.weight_bytes);
   return last_launch_error();
 }
 
@@ -76,7 +82,8 @@ LaunchError launch_widest(const PermuteArgs& args, const Stream& stream) {
 
 LaunchError launch_permute(const PermuteArgs& args, const Stream& stream) {
   if (const LaunchError error = set_device(stream)) return error;
-  if (args.num_tokens > 0 && args.num_choices > 0 && args.num_rows > 0 && args.row_bytes > 0) {
+  const bool has_values = args.row_bytes > 0 || args.weights_TK != nullptr;
+  if (args.num_tokens > 0 && args.num_choices > 0 && args.num_rows > 0 && has_values) {
     if (const LaunchError error = launch_widest(args, stream)) return error;
   }
   const ZeroUnnamedRowsArgs unnamed{
@@ -86,6 +93,8 @@ LaunchError launch_permute(const PermuteArgs& args, const Stream& stream) {
       .y_NH = args.y_NH,
       .num_rows = args.num_rows,
       .row_bytes = args.row_bytes,
+      .weights_N = args.weights_N,
+      .weight_bytes = args.weight_bytes,
   };
   return launch_zero_unnamed_rows(unnamed, stream);
 }

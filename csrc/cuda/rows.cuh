@@ -37,6 +37,27 @@ __device__ __forceinline__ void note_choices(const int32_t* __restrict__ token_r
   }
 }
 
+// Calls f with a zero of an unsigned integer of so many bytes: what is only moved needs no type of its own.
+template <class F>
+void with_bits(int num_bytes, F&& f) {
+  switch (num_bytes) {
+    case 1: return f(uint8_t{});
+    case 2: return f(uint16_t{});
+    case 4: return f(uint32_t{});
+    default: return f(uint64_t{});
+  }
+}
+
+// Moves one value of 1, 2, 4 or 8 bytes; from nowhere: zero.
+__device__ __forceinline__ void move_bits(const void* from, int64_t i, void* to, int64_t j, int num_bytes) {
+  switch (num_bytes) {
+    case 1: static_cast<uint8_t*>(to)[j] = from ? static_cast<const uint8_t*>(from)[i] : 0; break;
+    case 2: static_cast<uint16_t*>(to)[j] = from ? static_cast<const uint16_t*>(from)[i] : 0; break;
+    case 4: static_cast<uint32_t*>(to)[j] = from ? static_cast<const uint32_t*>(from)[i] : 0; break;
+    default: static_cast<uint64_t*>(to)[j] = from ? static_cast<const uint64_t*>(from)[i] : 0;
+  }
+}
+
 inline bool is_aligned(const void* pointer, int64_t bytes) {
   return reinterpret_cast<uintptr_t>(pointer) % static_cast<uintptr_t>(bytes) == 0;
 }

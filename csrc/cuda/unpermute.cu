@@ -15,7 +15,7 @@ template <class T, int kWidth, int K>
 __global__ void __launch_bounds__(kThreads)
     sum_rows(const Vector<T, kWidth>* __restrict__ y, int64_t num_rows, const int32_t* __restrict__ rows_TK,
              const void* __restrict__ weights, FloatType weight_type, int64_t num_tokens, int any_choices,
-             Vector<T, kWidth>* __restrict__ x, int64_t vectors) {
+             Vector<T, kWidth>* __restrict__ x, int64_t vectors, const void* moved_N, void* moved_TK, int moved_bytes) {
   const int64_t token = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
   if (token >= num_tokens) return;
   const int num_choices = K > 0 ? K : any_choices;
@@ -42,6 +42,11 @@ __global__ void __launch_bounds__(kThreads)
     }
     store(x + token * vectors + c, sum);
   }
+  if (moved_N == nullptr) return;
+  for (int j = static_cast<int>(threadIdx.x); j < num_choices; j += static_cast<int>(blockDim.x)) {
+    const bool is_named = is_row(token_rows[j], num_rows);
+    move_bits(is_named ? moved_N : nullptr, token_rows[j], moved_TK, token * num_choices + j, moved_bytes);
+  }
 }
 
 template <class T, int kWidth, int K>
@@ -51,7 +56,7 @@ LaunchError launch(const UnpermuteArgs& args, const Stream& stream) {
   SMARTMOE_LAUNCH((sum_rows<T, kWidth, K>), dim3(static_cast<unsigned>((args.num_tokens + tokens - 1) / tokens)),
                   dim3(threads, tokens), 0, stream.handle, static_cast<const Vector<T, kWidth>*>(args.y_NH),
                   args.num_rows, args.rows_TK, args.weights_TK, args.weight_type, args.num_tokens, args.num_choices,
-                  static_cast<Vector<T, kWidth>*>(args.x_TH), vectors);
+                  static_cast<Vector<T, kWidth>*>(args.x_TH), vectors, args.moved_N, args.moved_TK, args.moved_bytes);
   return last_launch_error();
 }
 
@@ -69,7 +74,7 @@ LaunchError launch_widest(const UnpermuteArgs& args, const Stream& stream) {
 }  // namespace
 
 LaunchError launch_unpermute(const UnpermuteArgs& args, const Stream& stream) {
-  if (args.num_tokens == 0 || args.hidden == 0) return nullptr;
+  if (args.num_tokens == 0 || (args.hidden == 0 && args.moved_TK == nullptr)) return nullptr;
   LaunchError error = set_device(stream);
   if (error != nullptr) return error;
   with_float_type(args.type, [&](auto zero) { error = launch_widest<decltype(zero)>(args, stream); });

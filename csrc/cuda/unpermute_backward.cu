@@ -121,6 +121,8 @@ LaunchError launch_unpermute_backward(const UnpermuteBackwardArgs& args, const S
       .y_NH = args.grad_y_NH,
       .num_rows = args.num_rows,
       .row_bytes = args.hidden * element_bytes,
+      .weights_N = nullptr,
+      .weight_bytes = 0,
   };
   return launch_zero_unnamed_rows(unnamed, stream);
 }

@@ -13,7 +13,7 @@ constexpr int64_t kMaxBlocks = 1024;
 template <class Vector>
 __global__ void __launch_bounds__(kThreads)
     zero_unnamed_rows(const int32_t* __restrict__ rows, int64_t num_choices, const int32_t* __restrict__ choice_of_row,
-                      Vector* __restrict__ y, int64_t num_rows, int64_t vectors) {
+                      Vector* __restrict__ y, int64_t num_rows, int64_t vectors, void* weights, int weight_bytes) {
   const int64_t stride = static_cast<int64_t>(gridDim.x) * kThreads;
   const int64_t warp_begin = static_cast<int64_t>(blockIdx.x) * kThreads + warp_id() * kWarpSize;
   // `begin` is the same for the whole warp, so all 32 lanes reach every __ballot_sync
@@ -23,6 +23,7 @@ __global__ void __launch_bounds__(kThreads)
     if (row < num_rows) {
       const int32_t choice = choice_of_row[row];
       unnamed = choice < 0 || choice >= num_choices || rows[choice] != row;
+      if (unnamed && weights != nullptr) move_bits(nullptr, 0, weights, row, weight_bytes);
     }
     unsigned left = __ballot_sync(kFullWarp, unnamed);
     for (; left != 0; left &= left - 1) {
@@ -38,13 +39,13 @@ LaunchError launch(const ZeroUnnamedRowsArgs& args, const Stream& stream) {
   SMARTMOE_LAUNCH(zero_unnamed_rows<Vector>, dim3(static_cast<unsigned>(blocks < kMaxBlocks ? blocks : kMaxBlocks)),
                   dim3(kThreads), 0, stream.handle, args.rows_TK, args.num_choices, args.choice_of_row,
                   static_cast<Vector*>(args.y_NH), args.num_rows,
-                  args.row_bytes / static_cast<int64_t>(sizeof(Vector)));
+                  args.row_bytes / static_cast<int64_t>(sizeof(Vector)), args.weights_N, args.weight_bytes);
   return last_launch_error();
 }
 }  // namespace
 
 LaunchError launch_zero_unnamed_rows(const ZeroUnnamedRowsArgs& args, const Stream& stream) {
-  if (args.num_rows == 0 || args.row_bytes == 0) return nullptr;
+  if (args.num_rows == 0 || (args.row_bytes == 0 && args.weights_N == nullptr)) return nullptr;
   if (const LaunchError error = set_device(stream)) return error;
   if (args.row_bytes % kVectorBytes == 0 && is_aligned(args.y_NH, kVectorBytes)) return launch<uint4>(args, stream);
   return launch<uint8_t>(args, stream);

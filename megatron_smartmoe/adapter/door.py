@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_smartmoe.adapter.device import choose_device
 from megatron_smartmoe.adapter.flags.parser import device_from
 from megatron_smartmoe.adapter.flags.smartmoe_arguments import add_smartmoe_arguments
+from megatron_smartmoe.adapter.moe.own_experts import declare_grouped, gemm_line, has_own_experts
 from megatron_smartmoe.errors import EXIT_CONFIG_ERROR, CompatError, ConfigError, SmartMoEError
 
 if TYPE_CHECKING:
@@ -139,6 +140,7 @@ class Door:
         from megatron_smartmoe.adapter.moe.modules import Modules
         from megatron_smartmoe.adapter.moe.overlap_degree import OverlapDegree
 
+        declare_grouped(args)
         self._overlap_degree = OverlapDegree(args)
         everywhere = self.is_own_entry and args.spec is None
         hooks.use_modules(Modules.of(args, self._overlap_degree, everywhere=everywhere))
@@ -147,9 +149,13 @@ class Door:
             return
         hooks.prepare_megatron(cpu=self.cpu)
         if not self.cpu:
+            import torch
+
             from megatron_smartmoe.adapter.records import flight_recorder
 
             flight_recorder.write_to(args.smartmoe_run_dir)
+            if has_own_experts(args) and _is_rank_0():
+                print(f"smartmoe: {gemm_line(torch.cuda.get_device_capability(), args.params_dtype)}", flush=True)
         if not self.is_own_entry and args.smartmoe_run_dir is not None and _is_rank_0():
             self._hold(Path(args.smartmoe_run_dir))
 

@@ -460,6 +460,8 @@ def prepare_megatron(*, cpu: bool) -> None:
     import megatron.training.training as training
 
     use_torch_adam()
+    if not cpu:
+        use_multi_tensor_clipping()
     complete_tokenizers()
     _repair_optimizer_checkpoints(training)
     _skip_compiled_helpers()
@@ -533,6 +535,21 @@ def use_torch_adam() -> None:
     if optimizer.USING_PYTORCH_OPTIMIZER:
         replace_names(optimizer, {"Adam": TorchAdam, "USING_PYTORCH_OPTIMIZER": False})
         replace_names(distrib_optimizer, {"Adam": TorchAdam, "HAVE_APEX_OR_TE": True, "USING_APEX_OPTIMIZER": True})
+
+
+def use_multi_tensor_clipping() -> None:
+    """Give Megatron norm and scale without host waits where it would fall back to its own, which wait for each tensor.
+
+    These names hold what was found; all are read when they are called.
+    """
+    import megatron.core.optimizer.clip_grads as clip_grads
+    import megatron.core.optimizer.optimizer as optimizer
+
+    from megatron_smartmoe.adapter.local import multi_tensor
+
+    if clip_grads.l2_norm_impl.__module__ == "megatron.core.utils":
+        replace_names(clip_grads, {"l2_norm_impl": multi_tensor.l2_norm, "multi_tensor_scale_impl": multi_tensor.scale})
+        replace_names(optimizer, {"multi_tensor_scale_impl": multi_tensor.scale})
 
 
 def complete_tokenizers() -> None:

@@ -24,10 +24,10 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 
 from megatron_smartmoe.calibrate.measurement import COLLECTIVES, MachineMeasurement, Point, Series
 from megatron_smartmoe.cost.compute import ExpertShape
+from megatron_smartmoe.ops.grouped_linear import Groups, grouped_linear
 
 TURN_S = 10e-3  # least seconds of one repeat
 CALLS_BETWEEN_PRODUCTS = 8  # least calls of one repeat, since products vary by more than a short collective takes
@@ -190,11 +190,11 @@ def _gemm(plan: BenchPlan, bench: Bench, tokens: int) -> Task:
     activated_NF, second_EHF = random(count * tokens, expert.ffn), random(count, expert.hidden, expert.ffn)
     leaves = [leaf.requires_grad_() for leaf in (rows_NH, first_EIH, activated_NF, second_EHF)]
     gradients = [random(count * tokens, width) for width in (inner, expert.hidden)]
-    ends_E = torch.arange(1, count + 1, device=bench.device, dtype=torch.int32) * tokens
+    groups = Groups.of(rows_NH, torch.full((count,), tokens))
 
     def both_ways() -> None:
-        inner_NI = F.grouped_mm(rows_NH, first_EIH.transpose(1, 2), offs=ends_E)
-        output_NH = F.grouped_mm(activated_NF, second_EHF.transpose(1, 2), offs=ends_E)
+        inner_NI = grouped_linear(rows_NH, first_EIH, groups)
+        output_NH = grouped_linear(activated_NF, second_EHF, groups)
         torch.autograd.grad([inner_NI, output_NH], leaves, gradients)
 
     return Task(tokens, both_ways, 1 / count)

@@ -17,11 +17,15 @@ from megatron_smartmoe.ops.library import SlowOpsWarning, backend
 __all__ = [
     "SlowOpsWarning",
     "backend",
+    "chosen_experts",
+    "chunk_rows",
     "digest_sum",
     "dispatch_map",
     "exact_replicas",
     "min_max_split",
     "permute",
+    "permute_weighted",
+    "swiglu",
     "unpermute",
 ]
 
@@ -163,3 +167,86 @@ def unpermute(y_NH: Tensor, rows_TK: Tensor, weights_TK: Tensor | None = None) -
     """
     x_TH: Tensor = torch.ops.smartmoe.unpermute(y_NH, rows_TK, weights_TK)
     return x_TH
+
+
+def swiglu(inner_NG: Tensor, probs_N: Tensor) -> Tensor:
+    """The activation of gated experts times each row's probability: out[n] = silu(gate[n]) * linear[n] * probs[n].
+
+    Computed in float32 (float64 for float64) from the inputs to the result, which is rounded once. In float32 it agrees
+    with torch's own silu to rounding, not to the bit: the two compute the exponential differently. No rows, no launch.
+
+    Args:
+        inner_NG: gate and linear part of each row, float16, bfloat16, float32 or (CPU only) float64 [N, 2 F], the
+            gate's columns first, any strides.
+        probs_N: the router's probability of each row, [N] in float32 or in the dtype of inner_NG.
+
+    Returns:
+        out_NF: [N, F] in the dtype of inner_NG. Gradients flow to inner_NG and to probs_N, whose dot products are
+        summed in float32 and rounded once to its dtype.
+
+    Raises:
+        RuntimeError: a dtype, shape or device is wrong.
+    """
+    out_NF: Tensor = torch.ops.smartmoe.swiglu(inner_NG, probs_N)
+    return out_NF
+
+
+def permute_weighted(x_TH: Tensor, weights_TK: Tensor, rows_TK: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
+    """`permute`, and each choice's weight at the place of its row: w[rows[t, j]] = weights[t, j].
+
+    Args:
+        x_TH: a row per token, [T, H], any dtype and strides; on a GPU float16, bfloat16 or float32 for a gradient.
+        weights_TK: a weight per choice, [T, K_top], of any floating-point type.
+        rows_TK: as for `permute`.
+        num_rows: as for `permute`.
+
+    Returns:
+        y_NH: as from `permute`.
+        weights_N: [num_rows] in the dtype of weights_TK; zero for rows that no choice names. The gradient of a choice
+        that names no row is zero.
+
+    Raises:
+        RuntimeError: a dtype, shape, number or device is wrong.
+    """
+    y_NH, weights_N = torch.ops.smartmoe.permute_weighted(x_TH, weights_TK, rows_TK, num_rows)
+    return y_NH, weights_N
+
+
+def chosen_experts(routing_map_TE: Tensor, probs_TE: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """The experts of each token in ascending order, and their probabilities, from the router's map.
+
+    Args:
+        routing_map_TE: whether a token chose an expert, bool [T, E].
+        probs_TE: the router's probabilities, of any floating-point type.
+        top_k: the largest number of experts that a token chooses; further ones are left out.
+
+    Returns:
+        ids_TK: int32 [T, top_k]; E where a token has fewer.
+        weights_TK: [T, top_k] in the dtype of probs_TE; zero where a token has fewer. Gradients flow to the
+        probabilities of the chosen experts and are zero for the others.
+
+    Raises:
+        RuntimeError: a dtype, shape, number or device is wrong.
+    """
+    ids_TK, weights_TK = torch.ops.smartmoe.chosen_experts(routing_map_TE, probs_TE, top_k)
+    return ids_TK, weights_TK
+
+
+def chunk_rows(counts_QS: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
+    """Where rows go that arrive in chunks, one for each (source, slot), when the chunks are sorted by slot.
+
+    The host never waits for the GPU: it has to know the number of rows, and nothing else.
+
+    Args:
+        counts_QS: rows in the chunk of source q for slot s, int64 [Q, S].
+        num_rows: N, their sum.
+
+    Returns:
+        to_slots_N: for each row as it arrives, its place in the order (slot, source), int32 [N].
+        to_sources_N: the way back: for each place, the row as it arrived, int32 [N].
+
+    Raises:
+        RuntimeError: a dtype, shape or number is wrong; on the CPU also when the counts have another sum.
+    """
+    to_slots_N, to_sources_N = torch.ops.smartmoe.chunk_rows(counts_QS, num_rows)
+    return to_slots_N, to_sources_N

@@ -38,7 +38,40 @@ def _unpermute_backward(ctx: Any, grad_TH: Tensor) -> tuple[Tensor, None, Tensor
     return grad_NH, None, grad_TK
 
 
+def _save_swiglu(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _swiglu_backward(ctx: Any, grad_NF: Tensor) -> tuple[Tensor, Tensor]:
+    grads: tuple[Tensor, Tensor] = torch.ops.smartmoe.swiglu_backward(grad_NF, *ctx.saved_tensors)
+    return grads
+
+
+def _save_permute_weighted(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, int], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(inputs[2])
+
+
+def _permute_weighted_backward(ctx: Any, grad_NH: Tensor, grad_N: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    (rows_TK,) = ctx.saved_tensors
+    grad_TH, grad_TK = torch.ops.smartmoe.permute_weighted_backward(grad_NH, grad_N, rows_TK)
+    return grad_TH, grad_TK, None, None
+
+
+def _save_chosen_experts(ctx: Any, inputs: tuple[Tensor, Tensor, int], output: tuple[Tensor, Tensor]) -> None:
+    ctx.num_experts = inputs[0].shape[1]
+    ctx.save_for_backward(output[0])
+    ctx.mark_non_differentiable(output[0])
+
+
+def _chosen_experts_backward(ctx: Any, _: None, grad_TK: Tensor) -> tuple[None, Tensor, None]:
+    (ids_TK,) = ctx.saved_tensors
+    return None, torch.ops.smartmoe.chosen_experts_backward(grad_TK, ids_TK, ctx.num_experts), None
+
+
 FORMULAS = {
     "permute": (_permute_backward, _save_permute),
     "unpermute": (_unpermute_backward, _save_unpermute),
+    "swiglu": (_swiglu_backward, _save_swiglu),
+    "permute_weighted": (_permute_weighted_backward, _save_permute_weighted),
+    "chosen_experts": (_chosen_experts_backward, _save_chosen_experts),
 }

@@ -40,7 +40,7 @@ def check_permute(x_TH: Tensor, rows_TK: Tensor, num_rows: int) -> None:
 
 def check_unpermute(y_NH: Tensor, rows_TK: Tensor, weights_TK: Tensor | None) -> None:
     """Raises RuntimeError, as the compiled op does, unless dtypes and shapes are those of unpermute."""
-    _check_dtype("y_NH", y_NH, FLOATS, "float16, bfloat16, float32 or float64", "Convert it with y_NH.float()")
+    _check_float("y_NH", y_NH)
     _check_shape("y_NH", y_NH, y_NH.dim() == 2, "[N, H]", "Pass the permuted rows")
     _check_num_rows(y_NH.shape[0])
     _check_rows(rows_TK, "y_NH", y_NH)
@@ -64,6 +64,105 @@ def check_unpermute_backward(grad_TH: Tensor, y_NH: Tensor, rows_TK: Tensor, wei
     _check_device("grad_TH", grad_TH, "y_NH", y_NH)
 
 
+def check_swiglu(inner_NG: Tensor, probs_N: Tensor) -> None:
+    """Raises RuntimeError, as the compiled op does, unless dtypes and shapes are those of swiglu."""
+    _check_float("inner_NG", inner_NG)
+    ok = inner_NG.dim() == 2 and inner_NG.shape[1] % 2 == 0
+    _check_shape("inner_NG", inner_NG, ok, "[N, 2 F]", "Pass the gate's columns, then those of the linear part")
+    field, rule = f"inner_NG.shape = {list(inner_NG.shape)}", f"have at most {MAX_ROWS} rows"
+    _require(inner_NG.shape[0] <= MAX_ROWS, field, rule, "Split the micro-batch")
+    rule, way_out = f"float32, or {_dtype_name(inner_NG)} as inner_NG is", "Convert it with probs_N.float()"
+    _check_dtype("probs_N", probs_N, (torch.float32, inner_NG.dtype), rule, way_out)
+    expected = [inner_NG.shape[0]]
+    rule = f"[N] = {expected}, as inner_NG has it"
+    _check_shape("probs_N", probs_N, list(probs_N.shape) == expected, rule, "Pass a probability per row")
+    _check_device("probs_N", probs_N, "inner_NG", inner_NG)
+
+
+def check_swiglu_backward(grad_NF: Tensor, inner_NG: Tensor, probs_N: Tensor) -> None:
+    """Raises RuntimeError, as the compiled op does, unless dtypes and shapes are those of swiglu_backward."""
+    check_swiglu(inner_NG, probs_N)
+    rule, way_out = f"{_dtype_name(inner_NG)}, as inner_NG is", "Convert it with grad_NF.to(inner_NG.dtype)"
+    _check_dtype("grad_NF", grad_NF, (inner_NG.dtype,), rule, way_out)
+    expected = [inner_NG.shape[0], inner_NG.shape[1] // 2]
+    rule = f"[N, F] = {expected}, as inner_NG has it"
+    _check_shape("grad_NF", grad_NF, list(grad_NF.shape) == expected, rule, "Pass the gradient of swiglu's result")
+    _check_device("grad_NF", grad_NF, "inner_NG", inner_NG)
+
+
+def check_empty_groups(grad_SMK: Tensor, ends_S: Tensor) -> None:
+    """Raises RuntimeError, as the compiled op does, unless dtypes and shapes are those of zero_empty_groups."""
+    ok = grad_SMK.dim() == 3 and grad_SMK.is_contiguous()
+    way_out = "Pass the gradient of the weights of all groups"
+    _check_shape("grad_SMK", grad_SMK, ok, "[S, M, K], contiguous", way_out)
+    _check_dtype("ends_S", ends_S, (torch.int32,), "int32", "Convert it with ends_S.int()")
+    expected = [grad_SMK.shape[0]]
+    rule = f"[S] = {expected}, as grad_SMK has it, contiguous"
+    ok = list(ends_S.shape) == expected and ends_S.is_contiguous()
+    _check_shape("ends_S", ends_S, ok, rule, "Pass where the rows of each group end")
+    _check_device("ends_S", ends_S, "grad_SMK", grad_SMK)
+
+
+def check_permute_weighted(x_TH: Tensor, weights_TK: Tensor, rows_TK: Tensor, num_rows: int) -> None:
+    """Raises RuntimeError, as the compiled op does, unless dtypes and shapes are those of permute_weighted."""
+    check_permute(x_TH, rows_TK, num_rows)
+    _check_float("weights_TK", weights_TK)
+    rule = f"{list(rows_TK.shape)}, as rows_TK has it"
+    _check_shape("weights_TK", weights_TK, weights_TK.shape == rows_TK.shape, rule, "Pass a weight per choice")
+    _check_device("weights_TK", weights_TK, "x_TH", x_TH)
+
+
+def check_permute_weighted_backward(grad_NH: Tensor, grad_N: Tensor, rows_TK: Tensor) -> None:
+    """Raises RuntimeError, as the compiled op does, unless dtypes and shapes are those of its gradient."""
+    _check_float("grad_NH", grad_NH)
+    _check_shape("grad_NH", grad_NH, grad_NH.dim() == 2, "[N, H]", "Pass the gradient of the permuted rows")
+    _check_num_rows(grad_NH.shape[0])
+    _check_rows(rows_TK, "grad_NH", grad_NH)
+    _check_float("grad_N", grad_N)
+    expected = [grad_NH.shape[0]]
+    rule, way_out = f"[N] = {expected}, as grad_NH has it", "Pass the gradient of the permuted weights"
+    _check_shape("grad_N", grad_N, list(grad_N.shape) == expected, rule, way_out)
+    _check_device("grad_N", grad_N, "grad_NH", grad_NH)
+
+
+def check_chosen_experts(routing_map_TE: Tensor, probs_TE: Tensor, top_k: int) -> None:
+    """Raises RuntimeError, as the compiled op does, unless dtypes, shapes and numbers are those of chosen_experts."""
+    way_out = "Convert it with routing_map_TE.bool()"
+    _check_dtype("routing_map_TE", routing_map_TE, (torch.bool,), "bool", way_out)
+    way_out = "Pass which experts each token chose"
+    _check_shape("routing_map_TE", routing_map_TE, routing_map_TE.dim() == 2, "[T, E]", way_out)
+    _check_num_choices("routing_map_TE", routing_map_TE)
+    _check_float("probs_TE", probs_TE)
+    rule = f"{list(routing_map_TE.shape)}, as routing_map_TE has it"
+    ok = probs_TE.shape == routing_map_TE.shape
+    _check_shape("probs_TE", probs_TE, ok, rule, "Pass a probability per token and expert")
+    _check_device("probs_TE", probs_TE, "routing_map_TE", routing_map_TE)
+    way_out = "Pass the number of experts that a token chooses"
+    _require(1 <= top_k <= MAX_SLOTS, f"top_k = {top_k}", f"be in 1..{MAX_SLOTS}", way_out)
+
+
+def check_chosen_experts_backward(grad_TK: Tensor, ids_TK: Tensor, num_experts: int) -> None:
+    """Raises RuntimeError, as the compiled op does, unless dtypes, shapes and numbers are those of its gradient."""
+    _check_float("grad_TK", grad_TK)
+    _check_dtype("ids_TK", ids_TK, (torch.int32,), "int32", "Convert it with ids_TK.int()")
+    _check_shape("ids_TK", ids_TK, ids_TK.dim() == 2, "[T, K_top]", "Pass the ids of chosen_experts")
+    _check_num_choices("ids_TK", ids_TK)
+    rule = f"{list(ids_TK.shape)}, as ids_TK has it"
+    _check_shape("grad_TK", grad_TK, grad_TK.shape == ids_TK.shape, rule, "Pass the gradient of the weights")
+    _check_device("grad_TK", grad_TK, "ids_TK", ids_TK)
+    field = f"num_experts = {num_experts}"
+    _require(0 <= num_experts <= MAX_ROWS, field, f"be in 0..{MAX_ROWS}", "Pass the number of experts")
+
+
+def check_chunk_rows(counts_QS: Tensor, num_rows: int) -> None:
+    """Raises RuntimeError, as the compiled op does, unless dtypes, shapes and numbers are those of chunk_rows."""
+    _check_dtype("counts_QS", counts_QS, (torch.int64,), "int64", "Convert it to int64")
+    way_out = "Pass the rows that arrive from each source for each slot"
+    _check_shape("counts_QS", counts_QS, counts_QS.dim() == 2, "[Q, S]", way_out)
+    _check_num_choices("counts_QS", counts_QS)
+    _check_num_rows(num_rows)
+
+
 def _require(ok: bool, field: str, rule: str, way_out: str) -> None:
     if not ok:
         raise RuntimeError(f"{field}: it must {rule}. {way_out}")
@@ -75,6 +174,10 @@ def _dtype_name(tensor: Tensor) -> str:
 
 def _check_dtype(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...], rule: str, way_out: str) -> None:
     _require(tensor.dtype in dtypes, f"{name}.dtype = {_dtype_name(tensor)}", f"be {rule}", way_out)
+
+
+def _check_float(name: str, tensor: Tensor) -> None:
+    _check_dtype(name, tensor, FLOATS, "float16, bfloat16, float32 or float64", f"Convert it with {name}.float()")
 
 
 def _check_shape(name: str, tensor: Tensor, ok: bool, rule: str, way_out: str) -> None:

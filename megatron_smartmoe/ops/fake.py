@@ -39,3 +39,44 @@ def unpermute(y_NH: Tensor, rows_TK: Tensor, weights_TK: Tensor | None) -> Tenso
 def unpermute_backward(grad_TH: Tensor, y_NH: Tensor, rows_TK: Tensor, weights_TK: Tensor) -> tuple[Tensor, Tensor]:
     """Shapes of smartmoe::unpermute_backward: those of y_NH and weights_TK."""
     return y_NH.new_empty(y_NH.shape), weights_TK.new_empty(weights_TK.shape)
+
+
+def swiglu(inner_NG: Tensor, probs_N: Tensor) -> Tensor:
+    """Shape of smartmoe::swiglu: out_NF [N, F]."""
+    return inner_NG.new_empty((inner_NG.shape[0], inner_NG.shape[1] // 2))
+
+
+def swiglu_backward(grad_NF: Tensor, inner_NG: Tensor, probs_N: Tensor) -> tuple[Tensor, Tensor]:
+    """Shapes of smartmoe::swiglu_backward: those of inner_NG and probs_N."""
+    return inner_NG.new_empty(inner_NG.shape), probs_N.new_empty(probs_N.shape)
+
+
+def zero_empty_groups(grad_SMK: Tensor, ends_S: Tensor) -> None:
+    """smartmoe::zero_empty_groups has no result."""
+
+
+def permute_weighted(x_TH: Tensor, weights_TK: Tensor, rows_TK: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
+    """Shapes of smartmoe::permute_weighted: y_NH [num_rows, H], weights_N [num_rows]."""
+    return x_TH.new_empty((num_rows, x_TH.shape[1])), weights_TK.new_empty((num_rows,))
+
+
+def permute_weighted_backward(grad_NH: Tensor, grad_N: Tensor, rows_TK: Tensor) -> tuple[Tensor, Tensor]:
+    """Shapes of smartmoe::permute_weighted_backward: grad_TH [T, H], grad_TK [T, K_top]."""
+    return grad_NH.new_empty((rows_TK.shape[0], grad_NH.shape[1])), grad_N.new_empty(rows_TK.shape)
+
+
+def chosen_experts(routing_map_TE: Tensor, probs_TE: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """Shapes of smartmoe::chosen_experts: ids_TK int32 and weights_TK, [T, top_k] each."""
+    shape = (routing_map_TE.shape[0], top_k)
+    return routing_map_TE.new_empty(shape, dtype=torch.int32), probs_TE.new_empty(shape)
+
+
+def chosen_experts_backward(grad_TK: Tensor, ids_TK: Tensor, num_experts: int) -> Tensor:
+    """Shape of smartmoe::chosen_experts_backward: grad_TE [T, E]."""
+    return grad_TK.new_empty((ids_TK.shape[0], num_experts))
+
+
+def chunk_rows(counts_QS: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
+    """Shapes of smartmoe::chunk_rows: int32 [N] each."""
+    to_slots_N = counts_QS.new_empty((num_rows,), dtype=torch.int32)
+    return to_slots_N, torch.empty_like(to_slots_N)

@@ -35,6 +35,14 @@ SCHEMAS = {
     "permute": "(Tensor x_TH, Tensor rows_TK, int num_rows) -> Tensor",
     "unpermute": "(Tensor y_NH, Tensor rows_TK, Tensor? weights_TK) -> Tensor",
     "unpermute_backward": "(Tensor grad_TH, Tensor y_NH, Tensor rows_TK, Tensor weights_TK) -> (Tensor, Tensor)",
+    "swiglu": "(Tensor inner_NG, Tensor probs_N) -> Tensor",
+    "swiglu_backward": "(Tensor grad_NF, Tensor inner_NG, Tensor probs_N) -> (Tensor, Tensor)",
+    "permute_weighted": "(Tensor x_TH, Tensor weights_TK, Tensor rows_TK, int num_rows) -> (Tensor, Tensor)",
+    "permute_weighted_backward": "(Tensor grad_NH, Tensor grad_N, Tensor rows_TK) -> (Tensor, Tensor)",
+    "chosen_experts": "(Tensor routing_map_TE, Tensor probs_TE, int top_k) -> (Tensor, Tensor)",
+    "chosen_experts_backward": "(Tensor grad_TK, Tensor ids_TK, int num_experts) -> Tensor",
+    "chunk_rows": "(Tensor counts_QS, int num_rows) -> (Tensor, Tensor)",
+    "zero_empty_groups": "(Tensor(a!) grad_SMK, Tensor ends_S) -> ()",
 }
 HOST_OPS = frozenset({"digest_sum", "min_max_split", "exact_replicas"})  # CPU tensors only, compiled only
 # how users build it, relative to a checkout

@@ -13,8 +13,16 @@ import torch
 from torch import Tensor
 
 from megatron_smartmoe.ops.checks import (
+    check_chosen_experts,
+    check_chosen_experts_backward,
+    check_chunk_rows,
     check_dispatch_map,
+    check_empty_groups,
     check_permute,
+    check_permute_weighted,
+    check_permute_weighted_backward,
+    check_swiglu,
+    check_swiglu_backward,
     check_unpermute,
     check_unpermute_backward,
 )
@@ -70,6 +78,83 @@ def unpermute_backward(grad_TH: Tensor, y_NH: Tensor, rows_TK: Tensor, weights_T
         grad_y[rows] = (grad * weights_TK[:, j, None].to(sum_dtype)).to(y_NH.dtype)
         grad_weights[:, j] = (grad * _gather(y_NH, rows_T).to(sum_dtype)).sum(1).to(weights_TK.dtype)
     return grad_y[:num_rows].clone(), grad_weights
+
+
+def swiglu(inner_NG: Tensor, probs_N: Tensor) -> Tensor:
+    """Twin of smartmoe::swiglu: inner_NG, probs_N -> out_NF, rounded once."""
+    check_swiglu(inner_NG, probs_N)
+    gate, linear = inner_NG.to(_sum_dtype(inner_NG)).chunk(2, dim=1)
+    return (gate * torch.sigmoid(gate) * linear * probs_N[:, None].to(gate.dtype)).to(inner_NG.dtype)
+
+
+def swiglu_backward(grad_NF: Tensor, inner_NG: Tensor, probs_N: Tensor) -> tuple[Tensor, Tensor]:
+    """Twin of smartmoe::swiglu_backward: gradients of inner_NG and of probs_N."""
+    check_swiglu_backward(grad_NF, inner_NG, probs_N)
+    sum_dtype = _sum_dtype(inner_NG)
+    gate, linear = inner_NG.to(sum_dtype).chunk(2, dim=1)
+    grad, sigmoid = grad_NF.to(sum_dtype), torch.sigmoid(gate)
+    scaled, silu = grad * probs_N[:, None].to(sum_dtype), gate * sigmoid
+    to_gate = scaled * linear * (sigmoid * (1 + gate * (1 - sigmoid)))
+    grad_inner = torch.cat((to_gate, scaled * silu), dim=1).to(inner_NG.dtype)
+    return grad_inner, (grad * (silu * linear)).sum(1).to(probs_N.dtype)
+
+
+def zero_empty_groups(grad_SMK: Tensor, ends_S: Tensor) -> None:
+    """Twin of smartmoe::zero_empty_groups: clears the groups of grad_SMK that have no rows."""
+    check_empty_groups(grad_SMK, ends_S)
+    is_empty_S = torch.diff(ends_S, prepend=ends_S.new_zeros(1)) == 0
+    grad_SMK.masked_fill_(is_empty_S[:, None, None], 0)
+
+
+def permute_weighted(x_TH: Tensor, weights_TK: Tensor, rows_TK: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
+    """Twin of smartmoe::permute_weighted: permute, and the weights in the order of the rows."""
+    check_permute_weighted(x_TH, weights_TK, rows_TK, num_rows)
+    rows = rows_TK.reshape(-1).long()
+    rows = torch.where((rows >= 0) & (rows < num_rows), rows, num_rows)
+    weights_N = weights_TK.new_zeros(num_rows + 1).scatter(0, rows, weights_TK.reshape(-1))
+    return permute(x_TH, rows_TK, num_rows), weights_N[:num_rows].clone()
+
+
+def permute_weighted_backward(grad_NH: Tensor, grad_N: Tensor, rows_TK: Tensor) -> tuple[Tensor, Tensor]:
+    """Twin of smartmoe::permute_weighted_backward: gradients of x_TH and of weights_TK."""
+    check_permute_weighted_backward(grad_NH, grad_N, rows_TK)
+    grad_TK = torch.stack([_gather(grad_N[:, None], rows_T)[:, 0] for rows_T in rows_TK.unbind(1)] or [grad_N], dim=1)
+    return unpermute(grad_NH, rows_TK, None), grad_TK.reshape(rows_TK.shape)
+
+
+def chosen_experts(routing_map_TE: Tensor, probs_TE: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """Twin of smartmoe::chosen_experts: the first top_k experts of each token, and their probabilities."""
+    check_chosen_experts(routing_map_TE, probs_TE, top_k)
+    num_experts = routing_map_TE.shape[1]
+    place_TE = routing_map_TE.int().cumsum(1)  # the number of a chosen expert among its token's, from 1
+    kept_TE = routing_map_TE & (place_TE <= top_k)
+    place_TE = torch.where(kept_TE, place_TE - 1, top_k).long()  # all others share a column that is cut off
+    ids_TK = torch.full((len(place_TE), top_k + 1), num_experts, dtype=torch.int32, device=probs_TE.device)
+    experts_TE = torch.arange(num_experts, dtype=torch.int32, device=probs_TE.device).expand(place_TE.shape)
+    weights_TK = probs_TE.new_zeros(ids_TK.shape)
+    return (
+        ids_TK.scatter(1, place_TE, experts_TE)[:, :top_k].clone(),
+        weights_TK.scatter(1, place_TE, probs_TE)[:, :top_k].clone(),
+    )
+
+
+def chosen_experts_backward(grad_TK: Tensor, ids_TK: Tensor, num_experts: int) -> Tensor:
+    """Twin of smartmoe::chosen_experts_backward: the gradient of probs_TE."""
+    check_chosen_experts_backward(grad_TK, ids_TK, num_experts)
+    ids = torch.where((ids_TK >= 0) & (ids_TK < num_experts), ids_TK, num_experts).long()
+    return grad_TK.new_zeros((len(ids), num_experts + 1)).scatter(1, ids, grad_TK)[:, :num_experts].clone()
+
+
+def chunk_rows(counts_QS: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
+    """Twin of smartmoe::chunk_rows: where the rows go, and the way back, int32 [N] each."""
+    check_chunk_rows(counts_QS, num_rows)
+    num_sources, num_slots = counts_QS.shape
+    slots = torch.arange(num_slots, device=counts_QS.device).repeat(num_sources)
+    slot_N = slots.repeat_interleave(counts_QS.reshape(-1), output_size=num_rows)
+    to_sources_N = torch.argsort(slot_N, stable=True)
+    to_slots_N = torch.empty_like(to_sources_N)
+    to_slots_N[to_sources_N] = torch.arange(num_rows, device=counts_QS.device)
+    return to_slots_N.int(), to_sources_N.int()
 
 
 def _sum_dtype(tensor: Tensor) -> torch.dtype:

@@ -29,9 +29,9 @@ class ExpertCounts:
     def __init__(self, num_layers: int, num_experts: int, device: torch.device | str | int) -> None:
         self.local_LE = torch.zeros(num_layers, num_experts, dtype=torch.int64, device=device)
 
-    def add(self, layer: int, routing_map_TE: torch.Tensor) -> None:
-        """Count one micro-batch of one layer; `routing_map_TE` is bool `[tokens, E]`, `layer` counts from 0."""
-        self.local_LE[layer] += routing_map_TE.sum(dim=0)
+    def add(self, layer: int, counts_E: torch.Tensor) -> None:
+        """Add the tokens of each expert in one micro-batch of one layer; `layer` counts from 0."""
+        self.local_LE[layer] += counts_E
 
     def reset(self) -> None:
         """Forget everything counted so far."""

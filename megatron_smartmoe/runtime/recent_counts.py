@@ -45,10 +45,9 @@ class RecentCounts:
         self._row = 0  # of the current iteration in the ring
         self.ended = 0  # number of complete iterations
 
-    def add(self, layer: int, routing_map_TE: torch.Tensor) -> None:
-        """Count one micro-batch of one layer of the sample; `routing_map_TE` is bool `[tokens, E]`."""
+    def add(self, layer: int, counts_E: torch.Tensor) -> None:
+        """Add the tokens of each expert in one micro-batch of one layer of the sample."""
         index = self.layers.index(layer)
-        counts_E = routing_map_TE.sum(dim=0)
         self._totals_ILE[self._row, index] += counts_E
         if self._seen_L[index] < len(self._batches_BLE):
             self._batches_BLE[self._seen_L[index], index] = counts_E

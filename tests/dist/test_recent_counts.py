@@ -34,7 +34,7 @@ def _run(iterations: int, shares: int) -> Any:
                 tokens = 10 * iteration + batch + 1 + (layer == 5)
                 routed_TE = torch.zeros(tokens, EXPERTS, dtype=torch.bool)
                 routed_TE[:, rank % 2] = True
-                counts.add(layer, routed_TE)
+                counts.add(layer, routed_TE.sum(dim=0))
     return counts.collect(rank % 2, 2, is_reporter=rank < 2 * shares, shares=shares)
 
 

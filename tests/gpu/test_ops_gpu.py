@@ -11,7 +11,10 @@ from torch import Tensor
 
 from megatron_smartmoe import ops
 from megatron_smartmoe.ops import reference
+from megatron_smartmoe.ops.grouped_linear import Groups, grouped_linear, wants_counts_on_device
+from tests.unit.ops.activation_cases import Gated, assert_equal_to_rounding, gated_rows
 from tests.unit.ops.dispatch_cases import Routing, Rows, assert_near, permuted_rows, routings
+from tests.unit.ops.routing_cases import Routed, chunk_counts, routed_tokens
 
 pytestmark = [
     pytest.mark.gpu,
@@ -102,6 +105,73 @@ def test_rows_equal_their_twins(case: Rows) -> None:
     expected = reference.unpermute_backward(case.x_TH, case.y_NH, case.rows_TK, case.weights_TK)
     assert torch.equal(grad_y.cpu(), expected[0])
     assert_near(grad_weights.cpu(), expected[1], case)
+
+
+@given(gated_rows((torch.float16, torch.bfloat16, torch.float32)))
+@settings(deadline=None, max_examples=200)
+def test_swiglu_equals_its_twin(case: Gated) -> None:
+    args = put(case.grad_NF), put(case.inner_NG), put(case.probs_N)
+    found = KERNELS.swiglu(*args[1:]), *KERNELS.swiglu_backward(*args)
+    expected = (
+        reference.swiglu(case.inner_NG, case.probs_N),
+        *reference.swiglu_backward(case.grad_NF, case.inner_NG, case.probs_N),
+    )
+    assert_equal_to_rounding(tuple(one.cpu() for one in found), expected, case)
+
+
+@given(permuted_rows((torch.float16, torch.bfloat16, torch.float32)))
+@settings(deadline=None, max_examples=100)
+def test_weights_move_with_the_rows(case: Rows) -> None:
+    args = case.x_TH, case.weights_TK, case.rows_TK, case.num_rows
+    expected = reference.permute_weighted(*args)
+    found = ops.permute_weighted(put(case.x_TH), put(case.weights_TK), put(case.rows_TK), case.num_rows)
+    for on_gpu, on_cpu in zip(found, expected, strict=True):
+        assert torch.equal(on_gpu.cpu(), on_cpu)
+    grads = KERNELS.permute_weighted_backward(put(case.y_NH), found[1], put(case.rows_TK))
+    for on_gpu, on_cpu in zip(
+        grads, reference.permute_weighted_backward(case.y_NH, expected[1], case.rows_TK), strict=True
+    ):
+        assert torch.equal(on_gpu.cpu(), on_cpu)
+
+
+@given(routed_tokens())
+@settings(deadline=None, max_examples=100)
+def test_chosen_experts_equal_their_twin(case: Routed) -> None:
+    num_experts = case.routing_map_TE.shape[1]
+    found = ops.chosen_experts(put(case.routing_map_TE), put(case.probs_TE), case.top_k)
+    expected = reference.chosen_experts(case.routing_map_TE, case.probs_TE, case.top_k)
+    for on_gpu, on_cpu in zip(found, expected, strict=True):
+        assert torch.equal(on_gpu.cpu(), on_cpu)
+    grad = KERNELS.chosen_experts_backward(found[1], found[0], num_experts)
+    assert torch.equal(grad.cpu(), reference.chosen_experts_backward(expected[1], expected[0], num_experts))
+
+
+@given(chunk_counts())
+@settings(deadline=None, max_examples=100)
+def test_chunk_rows_equal_their_twin(counts_QS: Tensor) -> None:
+    num_rows = int(counts_QS.sum())
+    found = ops.chunk_rows(put(counts_QS), num_rows)
+    for on_gpu, on_cpu in zip(found, reference.chunk_rows(counts_QS, num_rows), strict=True):
+        assert torch.equal(on_gpu.cpu(), on_cpu)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_experts_without_rows_have_no_gradient(dtype: torch.dtype) -> None:
+    """Whatever multiplies the groups here, in memory that is full of garbage, and what it says of host waits."""
+    torch.full((64, 128, 128), float("nan"), device="cuda", dtype=dtype)
+    rows = torch.randn(96, 128, device="cuda", dtype=dtype, requires_grad=True)
+    weight = torch.randn(4, 128, 128, device="cuda", dtype=dtype, requires_grad=True)
+    on_device = wants_counts_on_device(rows)
+    tokens_S = torch.tensor([32, 0, 64, 0], device="cuda" if on_device else "cpu")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        out = grouped_linear(rows, weight, Groups.of(rows, tokens_S))
+        out.backward(torch.ones_like(out))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert weight.grad is not None
+    assert not weight.grad[[1, 3]].any()
+    assert weight.grad[[0, 2]].any(dim=(1, 2)).all()
 
 
 @pytest.mark.parametrize("num_choices", [2, 4, 8])
@@ -195,3 +265,12 @@ def test_tiny_dispatch(hidden: int) -> None:
     ops.unpermute(ops.permute(x_TH, rows_TK, 215), rows_TK, weights).sum().backward()
     assert x_TH.grad is not None
     assert torch.isfinite(x_TH.grad).all()
+    inner_NG = torch.randn(19, 2 * hidden, device="cuda").bfloat16().requires_grad_()
+    ops.swiglu(inner_NG, torch.rand(19, device="cuda").requires_grad_()).sum().backward()
+    chosen = torch.rand(70, 40, device="cuda") < 0.1
+    KERNELS.chosen_experts_backward(*reversed(ops.chosen_experts(chosen, torch.rand(70, 40, device="cuda"), 3)), 40)
+    counts_QS = torch.randint(0, 9, (5, 7), device="cuda")
+    order = ops.chunk_rows(counts_QS, int(counts_QS.sum()))[0][:, None]
+    y_NH = torch.randn(len(order), hidden, device="cuda").requires_grad_()
+    ops.permute_weighted(y_NH, torch.rand(order.shape, device="cuda"), order, len(order))[0].sum().backward()
+    KERNELS.zero_empty_groups(torch.ones(3, 2, hidden, device="cuda"), torch.tensor([0, 4, 4], device="cuda").int())

@@ -139,7 +139,6 @@ ROWS = {
     "the first start of a run that resumes": Row("--load empty --save empty --save-interval 3"),
     "experts whose activation is to be recomputed": Row(
         "--smartmoe --recompute-granularity selective --recompute-modules moe_act",
-        "--recompute-modules = 'moe_act' (command line): has moe_act, which is a part of Megatron's experts",
     ),
     "experts that are to be offloaded": Row(
         "--smartmoe --fine-grained-activation-offloading --offload-modules expert_fc1",

@@ -46,8 +46,6 @@ NO_DIFFERENCE = {
     "use_te_activation_func": "refused",
     "use_transformer_engine_op_fuser": "refused",
     "use_fused_weighted_squared_relu": "refused",
-    "recompute_granularity": "refused with moe_act",
-    "recompute_modules": "refused with moe_act",
     "fine_grained_activation_offloading": "refused with the experts' modules",
     "offload_modules": "refused with the experts' modules",
     "delay_offload_until_cuda_graph": "part of offloading, and CUDA graphs are refused",

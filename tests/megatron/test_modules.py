@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from megatron_smartmoe.adapter import hooks, log_filters
-from megatron_smartmoe.adapter.local import adam
+from megatron_smartmoe.adapter.local import adam, multi_tensor
 from megatron_smartmoe.adapter.records import summary
 from megatron_smartmoe.errors import CompatError
 from tests.support.ranks import run_ranks
@@ -235,6 +235,25 @@ def the_loop_is_prepared_once() -> None:
     assert (training.initialize_megatron, utils.compile_helpers) == hooked
 
 
+def clipping_is_given_to_megatron() -> None:
+    """On a GPU: the norm that clips, and what it scales, are those of Megatron's own functions, to rounding."""
+    import megatron.core.optimizer.clip_grads as clip_grads
+
+    params = [torch.nn.Parameter(torch.zeros(shape)) for shape in ((4, 3), (5,))]
+    results = []
+    for _ in range(2):
+        torch.manual_seed(4)
+        for p in params:
+            p.grad = torch.randn(p.shape)
+        norm = clip_grads.get_grad_norm_fp32([p.grad for p in params if p.grad is not None])
+        clip_grads.clip_grad_by_total_norm_fp32(params, max_norm=0.5, total_norm=norm)
+        results.append([torch.tensor(norm), *(p.grad for p in params)])
+        hooks.use_multi_tensor_clipping()
+    assert clip_grads.l2_norm_impl is multi_tensor.l2_norm
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
+
+
 IN_A_RANK = [
     norms_are_marked,
     norm_is_megatrons,
@@ -244,6 +263,7 @@ IN_A_RANK = [
     attention_drops_out_in_training_only,
     attention_refuses_what_it_does_not_have,
     adam_is_given_to_megatron,
+    clipping_is_given_to_megatron,
     the_loop_is_prepared_once,
 ]
 
@@ -316,6 +336,50 @@ def test_adam_is_torchs(torch_cls: Any, adam_w_mode: bool, weight_decay: float) 
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
     assert not torch.equal(found[0], parameters()[0])
+
+
+@pytest.mark.parametrize("adam_w_mode", [True, False])
+def test_the_fused_adam_is_the_same_adam(adam_w_mode: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a GPU run takes, on the CPU, where torch has the same kernel; also with a parameter without elements."""
+    results = []
+    for fused in (True, False):
+        monkeypatch.setattr(adam, "_is_fusible", lambda *lists, fused=fused: fused)
+        params = [*parameters(), torch.nn.Parameter(torch.zeros(0, 3))]
+        optimizer = adam.TorchAdam(params, adam_w_mode=adam_w_mode, **OPTIONS)
+        train(optimizer, params, 0, 20)
+        assert optimizer.param_groups[0]["step"] == 20
+        assert all(set(state) == {"exp_avg", "exp_avg_sq"} for state in optimizer.state.values())
+        results.append([*params, *(each for state in optimizer.state.values() for each in state.values())])
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=2e-6, atol=2e-6)
+    assert not all(torch.equal(*pair) for pair in zip(*results, strict=True))  # or one of them was both
+
+
+def test_only_gpu_tensors_of_one_type_are_fused() -> None:
+    on_gpu, half = (mock.Mock(is_cuda=True, device="cuda:0", dtype=dtype) for dtype in (torch.float32, torch.float16))
+    assert adam._is_fusible([on_gpu], [on_gpu])
+    assert not adam._is_fusible([on_gpu], [half])
+    assert not adam._is_fusible([torch.zeros(1)], [torch.zeros(1)])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norm_and_scale_of_many_tensors(dtype: torch.dtype) -> None:
+    tensors = [torch.randn(shape).to(dtype) for shape in ((4, 3), (5,), (0, 2), ())]
+    expected = torch.cat([tensor.float().flatten() for tensor in tensors]).norm()
+    flag = torch.zeros(1, dtype=torch.int)
+    norm, each = multi_tensor.l2_norm(1, flag, [tensors], False)
+    assert (norm.shape, norm.dtype, each) == ((1,), torch.float32, None)
+    torch.testing.assert_close(norm[0], expected, rtol=1e-5, atol=1e-6)
+    scaled = [tensor * 0.25 for tensor in tensors]
+    into = [torch.empty_like(tensor, dtype=torch.float32) for tensor in tensors]
+    multi_tensor.scale(1, flag, [tensors, into], 0.25)
+    for tensor, other in zip(into, scaled, strict=True):
+        assert torch.equal(tensor, other.float())
+    places = [tensor.data_ptr() for tensor in tensors]
+    multi_tensor.scale(1, flag, [tensors, tensors], 0.25)
+    assert places == [tensor.data_ptr() for tensor in tensors]
+    for tensor, other in zip(tensors, scaled, strict=True):
+        assert torch.equal(tensor, other)
 
 
 def test_adam_keeps_its_step_in_the_group() -> None:

@@ -20,6 +20,7 @@ from megatron_smartmoe.adapter.flags.ignored_options import check_ignored
 from megatron_smartmoe.adapter.flags.parser import attribute, has_transformer_engine
 from megatron_smartmoe.adapter.flags.smartmoe_checks import check_smartmoe
 from megatron_smartmoe.adapter.flags.start_checks import check_start
+from megatron_smartmoe.adapter.moe.own_experts import declare_grouped
 from megatron_smartmoe.adapter.repairs.bucket_padding import check_bucket_padding
 from megatron_smartmoe.errors import ConfigError
 
@@ -237,6 +238,7 @@ def megatron_verdict(args: argparse.Namespace) -> None:
     try:
         with contextlib.redirect_stdout(printed):
             validate_args(args, {})
+            declare_grouped(args)
             core_transformer_config_from_args(args)  # has rules of its own
     except (Exception, SystemExit) as error:  # any error here is caused by the flags
         raise _refusal(error, printed.getvalue()) from error

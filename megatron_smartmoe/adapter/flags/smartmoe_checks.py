@@ -62,7 +62,6 @@ _NOT_WITH_REPLICAS = {
     "--moe-pad-expert-input-to-capacity": "all experts get the same number of rows, so there is nothing to balance",
     "--overlap-moe-expert-parallel-comm": "it runs two micro-batches of a layer at a time",
     "--mtp-num-layers": _SHARED_NUMBERS,
-    "--moe-permute-fusion": "TransformerEngine's kernels need the counts on the device",
 }
 
 
@@ -191,16 +190,14 @@ def _check_experts(args: argparse.Namespace, *, cpu: bool) -> None:
 
 
 def _check_experts_memory(args: argparse.Namespace) -> None:
-    """Parts of Megatron's experts that could be recomputed or offloaded, and that these do not have."""
-    for flag, parts in (("--recompute-modules", ("moe_act",)), ("--offload-modules", ("expert_fc1", "moe_act"))):
-        chosen = getattr(args, attribute(flag)) or []
-        if flag == "--recompute-modules" and args.recompute_granularity != "selective":
-            continue
-        for part in parts:
-            if part in chosen:
-                rule = f"has {part}, which is a part of Megatron's experts that --smartmoe-experts grouped_mm replaces"
-                way_out = f"Remove {part}, or pass --smartmoe-experts transformer_engine."
-                raise ConfigError(flag, " ".join(chosen), rule, way_out)
+    """Parts of Megatron's experts that could be offloaded, and that these do not have."""
+    flag = "--offload-modules"
+    chosen = getattr(args, attribute(flag)) or []
+    for part in ("expert_fc1", "moe_act", "fused_group_mlp"):
+        if part in chosen:
+            rule = f"has {part}, which is a part of Megatron's experts that --smartmoe-experts grouped_mm replaces"
+            way_out = f"Remove {part}, or pass --smartmoe-experts transformer_engine."
+            raise ConfigError(flag, " ".join(chosen), rule, way_out)
 
 
 def _check_alignment(args: argparse.Namespace) -> None:

@@ -1,7 +1,9 @@
-"""SlotDispatcher: Megatron's all-to-all dispatcher on slots, with this project's kernels for its two permutations.
+"""SlotDispatcher: Megatron's all-to-all dispatcher on slots, with this project's kernels for its permutations.
 
 What differs from `MoEAlltoAllTokenDispatcher`:
-- tokens are sorted by slot, not by expert; the table from experts to slots is fused into the sort;
+- tokens are sorted by slot, not by expert; the table from experts to slots is fused into the sort, and a token's
+  weights are moved with its rows;
+- what arrives is sorted by slot with one map of rows (see `chunk_order`), and not at all where it has one source;
 - the combine adds a token's k results in the order of its logical experts. Megatron adds them in the order of the
   slots, so that moving an expert would change the last bits for k > 2. With homes in logical order both are the same.
 """
@@ -13,20 +15,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import (
+    gather_from_sequence_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+)
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_smartmoe.ops import dispatch_map, permute, unpermute
-
-
-def chosen_experts(routing_map_TE: torch.Tensor, top_k: int) -> torch.Tensor:
-    """The experts of each token in ascending order, int64 `[T, top_k]`; E where a token has fewer (it was dropped).
-
-    One top-k over distinct keys: no tie, no host synchronisation, and no sort of all E.
-    """
-    num_experts = routing_map_TE.shape[1]
-    keys_E = torch.arange(num_experts, 0, -1, dtype=torch.int32, device=routing_map_TE.device)
-    return num_experts - (routing_map_TE * keys_E).topk(top_k, dim=1).values.long()
+from megatron_smartmoe.adapter.moe.chunk_order import ChunkOrder
+from megatron_smartmoe.ops import chosen_experts, dispatch_map, permute_weighted, unpermute
+from megatron_smartmoe.ops.grouped_linear import wants_counts_on_device
 
 
 class SlotDispatcher(MoEAlltoAllTokenDispatcher):
@@ -37,13 +35,15 @@ class SlotDispatcher(MoEAlltoAllTokenDispatcher):
         local_expert_indices: this rank's home slots, counted over the whole layer.
         config: the transformer's configuration.
         pg_collection: process groups; `ep`, `expt_tp` and `tp_ep` are used.
-        counts_on_device: whether the experts need their tokens per slot on the device rather than on the host.
+        counts_on_device: whether the experts take their tokens per slot on the device, where a GEMM reads them there.
 
     Attributes:
         slot_of_expert_E: int64, on the device; the layer sets it before each dispatch.
     """
 
     slot_of_expert_E: torch.Tensor
+    num_global_tokens_per_local_expert: Any = None  # rows [sources, slots]; Megatron's preprocess sets it
+    _arriving_QS: torch.Tensor | None = None  # the same on the device, where it is there
     tokens_per_expert: Any  # rows of each slot of this rank, or None; Megatron's dispatcher reads it
     num_out_tokens: Any  # rows that this rank sends, an int or a tensor; Megatron's dispatcher reads it
 
@@ -57,6 +57,7 @@ class SlotDispatcher(MoEAlltoAllTokenDispatcher):
     ) -> None:
         super().__init__(num_local_experts, local_expert_indices, config, pg_collection)
         self._counts_on_device = counts_on_device
+        self._order: ChunkOrder | None = None  # from `dispatch_postprocess` to `combine_preprocess` of one micro-batch
 
     def dispatch_preprocess(
         self, hidden_states: torch.Tensor, routing_map: torch.Tensor, probs: torch.Tensor
@@ -75,7 +76,7 @@ class SlotDispatcher(MoEAlltoAllTokenDispatcher):
         self.probs = probs
         tokens_TH = hidden_states.view(-1, self.hidden_shape[-1])
         # Step 1: the row of every choice in the order of the home slots, and the tokens of each
-        ids_TK = chosen_experts(routing_map, self.config.moe_router_topk)
+        ids_TK, weights_TK = chosen_experts(routing_map, probs, self.config.moe_router_topk)
         rows_TK, tokens_E = dispatch_map(ids_TK, self.slot_of_expert_E, self.num_experts)
         # Step 2: how many rows go where
         self.rows_TK = self._set_splits(rows_TK, tokens_E)
@@ -84,9 +85,7 @@ class SlotDispatcher(MoEAlltoAllTokenDispatcher):
             self.shared_experts.pre_forward_comm(hidden_states)
         self.tokens_per_expert = self._maybe_dtoh_and_synchronize("before_permutation_1", self.tokens_per_expert)
         # Step 4: rows and weights in the order in which they are sent
-        num_rows = int(self.num_out_tokens)
-        weights_TK = probs.gather(1, ids_TK.clamp(max=self.num_experts - 1))  # E, a dropped choice, has no column
-        return permute(tokens_TH, self.rows_TK, num_rows), self._sorted(weights_TK, num_rows)
+        return permute_weighted(tokens_TH, weights_TK, self.rows_TK, int(self.num_out_tokens))
 
     def _set_splits(self, rows_TK: torch.Tensor, tokens_E: torch.Tensor) -> torch.Tensor:
         """Set the counts and split sizes that Megatron's all-to-all reads.
@@ -100,6 +99,7 @@ class SlotDispatcher(MoEAlltoAllTokenDispatcher):
         """
         # Megatron's preprocess sums a routing map over its rows; the sums are known, so the map has this one row
         self.tokens_per_expert = self._tokens_on_device_S = self.preprocess(tokens_E.unsqueeze(0))
+        self._arriving_QS = self.num_global_tokens_per_local_expert  # on the device; Megatron copies it to the host
         if self.config.moe_expert_capacity_factor is None:
             self.num_out_tokens = rows_TK.numel()
         return rows_TK
@@ -107,9 +107,40 @@ class SlotDispatcher(MoEAlltoAllTokenDispatcher):
     def dispatch_postprocess(
         self, global_input_tokens: torch.Tensor, global_probs: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Megatron's, except that experts which count on the device get their counts there."""
-        tokens, on_host_S, probs = super().dispatch_postprocess(global_input_tokens, global_probs)
-        return tokens, self._tokens_on_device_S if self._counts_on_device else on_host_S, probs
+        """Sort what has arrived by slot; experts whose GEMMs read the counts on the device get them there."""
+        rows_NH, weights_N = global_input_tokens, global_probs
+        if self.tp_size > 1:
+            sizes_P = None if self.output_splits_tp is None else self.output_splits_tp.tolist()
+            rows_NH, weights_N = (
+                gather_from_sequence_parallel_region(each, group=self.tp_group, output_split_sizes=sizes_P)
+                for each in (rows_NH, weights_N)
+            )
+        tokens_S = self._maybe_dtoh_and_synchronize("before_permutation_2", self.tokens_per_expert)
+        self._order = self._order_of(rows_NH)
+        if self._order is not None:
+            rows_NH, weights_N = self._order.sort(rows_NH, weights_N)
+        tokens_S = self._maybe_dtoh_and_synchronize("before_finish", tokens_S)
+        self.tokens_per_expert = None
+        on_device = self._counts_on_device and wants_counts_on_device(rows_NH)
+        return rows_NH, self._tokens_on_device_S if on_device else tokens_S, weights_N
+
+    def _order_of(self, rows_NH: torch.Tensor) -> ChunkOrder | None:
+        """How the rows that have arrived are sorted; None where they are sorted already."""
+        if self.num_local_experts == 1 or self.tp_size * self.ep_size == 1:
+            return None
+        counts_QS = self._arriving_QS if self._arriving_QS is not None else self.num_global_tokens_per_local_expert
+        return ChunkOrder.of(counts_QS, rows_NH)
+
+    def combine_preprocess(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Bring the experts' output back into the order in which rows arrived, and add up the expert-tensor parts."""
+        output_NH = hidden_states if self._order is None else self._order.restore(hidden_states)
+        if self.tp_size == 1:
+            return output_NH
+        sizes_P = None if self.output_splits_tp is None else self.output_splits_tp.tolist()
+        summed_NH: torch.Tensor = reduce_scatter_to_sequence_parallel_region(
+            output_NH.to(self.probs.dtype), group=self.tp_group, input_split_sizes=sizes_P
+        )
+        return summed_NH.to(output_NH.dtype)
 
     def traffic(self) -> tuple[list[int], torch.Tensor]:
         """The sizes of the all-to-all, for a layer that exchanges the rows itself.
@@ -140,12 +171,6 @@ class SlotDispatcher(MoEAlltoAllTokenDispatcher):
         arriving = arriving_R.new_empty(self.tp_size * self.ep_size)
         dist.all_gather_into_tensor(arriving, arriving_R, group=self.tp_group)
         return arriving.view(self.tp_size, self.ep_size)
-
-    def _sorted(self, weights_TK: torch.Tensor, num_rows: int) -> torch.Tensor:
-        """The weights in the order of the rows, `[N]`; those of dropped choices, which have row -1, are left out."""
-        rows = self.rows_TK.flatten()
-        rows = torch.where(rows < 0, num_rows, rows)
-        return weights_TK.new_zeros(num_rows + 1).scatter(0, rows, weights_TK.flatten())[:num_rows]
 
     def combine_postprocess(self, permutated_local_input_tokens: torch.Tensor) -> torch.Tensor:
         """Add up each token's results in the order of its experts, and the shared experts' output."""

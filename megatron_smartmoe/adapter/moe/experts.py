@@ -27,14 +27,11 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
 
 from megatron_smartmoe.adapter.moe.slot_sharding import SlotSharding
+from megatron_smartmoe.ops import swiglu
+from megatron_smartmoe.ops.grouped_linear import Groups, grouped_linear, recomputed_linear
 from megatron_smartmoe.runtime.replicas.slots import SpareSlots
 
 _EXTRA_STATE = "extra_state_of_experts"  # in a sharded state dict; in no checkpoint
-
-
-def grouped_linear(rows_NK: torch.Tensor, weight_SMK: torch.Tensor, ends_S: torch.Tensor) -> torch.Tensor:
-    """Rows of slot s times `weight_SMK[s]` transposed, `[N, M]`; `ends_S` int32 is where each slot's rows end."""
-    return F.grouped_mm(rows_NK, weight_SMK.transpose(1, 2), offs=ends_S)
 
 
 class SlottedExperts(MegatronModule):
@@ -69,6 +66,8 @@ class SlottedExperts(MegatronModule):
         first = self.ep_group.rank() * num_local_experts
         self.experts_in_slots = list(range(first, first + num_local_experts))
         self._gated = bool(config.gated_linear_unit)
+        selective = config.recompute_granularity == "selective"
+        self._recomputes_activation = selective and "moe_act" in (config.recompute_modules or [])
         hidden, ffn = config.moe_latent_size or config.hidden_size, config.moe_ffn_hidden_size
         local_ffn = ffn // self.tp_group.size()
         self.weight1 = self._parameter(local_ffn * (2 if self._gated else 1), hidden, partition_dim=1)
@@ -123,8 +122,8 @@ class SlottedExperts(MegatronModule):
 
         Args:
             tokens_NH: rows sorted by slot.
-            tokens_per_expert: rows of each slot, int64 `[S]`, on the device of the rows, so that the host does not wait
-                for them. With replicas in use: `[S + K]`, home slots first, on the host.
+            tokens_per_expert: rows of each slot, int64 `[S]`, where `ops.grouped_linear.wants_counts_on_device` says,
+                so that the host does not wait for them. With replicas in use: `[S + K]`, home slots first, on the host.
             probs_N: weight of each row, multiplied into the activation as Megatron does.
 
         Returns:
@@ -156,16 +155,24 @@ class SlottedExperts(MegatronModule):
         weight2: torch.Tensor,
     ) -> torch.Tensor:
         """One set of slots and its rows, `[N, H]`."""
-        ends_S = tokens_S.to(tokens_NH.device, non_blocking=True).cumsum(0).to(torch.int32)
-        inner_NF = grouped_linear(tokens_NH, weight1, ends_S)
-        return grouped_linear(self._activate(inner_NF, probs_N.unsqueeze(-1)), weight2, ends_S)
+        slots = Groups.of(tokens_NH, tokens_S)
+        inner_NF = grouped_linear(tokens_NH, weight1, slots)
+        if self._recomputes_activation:
+            return recomputed_linear(self._activate, (inner_NF, probs_N), weight2, slots)
+        return grouped_linear(self._activate(inner_NF, probs_N), weight2, slots)
 
-    def _activate(self, inner_NF: torch.Tensor, probs_N1: torch.Tensor) -> torch.Tensor:
-        """The activation times the router's probability, through Megatron's fused functions where it would use them."""
-        config = self.config
+    def _activate(self, inner_NF: torch.Tensor, probs_N: torch.Tensor) -> torch.Tensor:
+        """The activation times the router's probability, by a fused function where Megatron would use one.
+
+        Megatron's are compiled when they first run, and again for other numbers of rows: on each rank at another step,
+        while the others wait. SwiGLU, which nearly all models use, has a kernel of this project instead.
+        """
+        config, probs_N1 = self.config, probs_N.unsqueeze(-1)
         activated: torch.Tensor
         if config.bias_activation_fusion and self._gated and config.activation_func is F.silu:
-            activated = weighted_bias_swiglu_impl(inner_NF, None, probs_N1, config.activation_func_fp8_input_store)
+            if not config.activation_func_fp8_input_store:
+                return swiglu(inner_NF, probs_N)
+            activated = weighted_bias_swiglu_impl(inner_NF, None, probs_N1, fp8_input_store=True)
             return activated
         if config.bias_activation_fusion and self._gated and config.activation_func is quick_gelu:
             activated = weighted_bias_quick_geglu_impl(

@@ -24,9 +24,9 @@ from megatron.core.tensor_parallel import (
     gather_from_sequence_parallel_region,
     reduce_scatter_to_sequence_parallel_region,
 )
-from megatron.core.transformer.moe.moe_utils import sort_chunks_by_idxs
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_smartmoe.adapter.moe.chunk_order import ChunkOrder
 from megatron_smartmoe.adapter.moe.experts import SlottedExperts
 from megatron_smartmoe.adapter.moe.layer import SmartMoELayer
 from megatron_smartmoe.runtime.chunked_all_to_all import ChunkPeers, RowExchange, chunk_peers, join_rows, split_rows
@@ -147,18 +147,13 @@ class OverlappedMoELayer(SmartMoELayer):
 
     def _compute_by_slot(self, counts_QS: torch.Tensor, rows_NH: torch.Tensor, weights_N: torch.Tensor) -> torch.Tensor:
         """The experts on blocks of rows (source, slot), which they need in the order (slot, source)."""
-        sources, slots = counts_QS.shape
         tokens_S = counts_QS.sum(dim=0)
+        order = ChunkOrder.of(counts_QS, rows_NH)
+        if order is not None:
+            rows_NH, weights_N = order.sort(rows_NH, weights_N)
         output_NH: torch.Tensor
-        if sources == 1 or slots == 1:  # both orders are the same
-            output_NH, _ = self.experts(rows_NH, tokens_S, weights_N)
-            return output_NH
-        blocks = torch.arange(counts_QS.numel())
-        to_slots, to_sources = blocks.view(sources, slots).T.ravel(), blocks.view(slots, sources).T.ravel()
-        rows_NH, weights_N = sort_chunks_by_idxs(rows_NH, counts_QS.ravel(), to_slots, probs=weights_N)
         output_NH, _ = self.experts(rows_NH, tokens_S, weights_N)
-        output_NH, _ = sort_chunks_by_idxs(output_NH, counts_QS.T.ravel(), to_sources)
-        return output_NH
+        return output_NH if order is None else order.restore(output_NH)
 
     def combine(self, output: Any) -> torch.Tensor:
         """Wait for every chunk; returns `[N, H]` in the order in which `dispatch` got the rows."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import functools
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -11,6 +12,8 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 
 from megatron_smartmoe.runtime.counts import ExpertCounts
 from megatron_smartmoe.runtime.recent_counts import RecentCounts
+
+_COUNTERS = "smartmoe_counters"  # of a router: who counts its tokens
 
 
 def moe_layers(model_chunks: list[torch.nn.Module]) -> Iterator[tuple[int, MoELayer]]:
@@ -36,14 +39,30 @@ def count_tokens(layers: Iterable[tuple[int, MoELayer]], counts: ExpertCounts | 
     """Have the routers of `layers`, (number, layer) each, add what they route in training to `counts`.
 
     A pass without gradients (evaluation, the first pass of recomputation) is not counted, so each token counts once.
+    A router adds its map up once, for all that count its tokens.
     """
-
-    def hook_for(layer: int) -> Any:
-        def hook(router: torch.nn.Module, inputs: Any, output: tuple[torch.Tensor, torch.Tensor]) -> None:
-            if torch.is_grad_enabled():
-                counts.add(layer, output[1])
-
-        return hook
-
     for number, layer in layers:
-        layer.router.register_forward_hook(hook_for(number))
+        _counters_of(layer.router).append(functools.partial(counts.add, number))
+
+
+def _counters_of(router: torch.nn.Module) -> list[Callable[[torch.Tensor], None]]:
+    """Who counts the tokens of a router; the first call puts the counter on it."""
+    counters: list[Callable[[torch.Tensor], None]] | None = vars(router).get(_COUNTERS)
+    if counters is None:
+        counters = []
+        setattr(router, _COUNTERS, counters)
+        router.register_forward_hook(functools.partial(_count, counters))
+    return counters
+
+
+def _count(
+    counters: Iterable[Callable[[torch.Tensor], None]],
+    router: torch.nn.Module,
+    inputs: Any,
+    output: tuple[torch.Tensor, torch.Tensor],
+) -> None:
+    if not torch.is_grad_enabled():
+        return
+    counts_E = output[1].sum(dim=0)
+    for add in counters:
+        add(counts_E)

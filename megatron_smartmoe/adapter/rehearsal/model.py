@@ -21,6 +21,7 @@ from megatron_smartmoe.adapter import hooks
 from megatron_smartmoe.adapter.batch import Batch, forward_step
 from megatron_smartmoe.adapter.moe.modules import Modules
 from megatron_smartmoe.adapter.moe.overlap_degree import OverlapDegree
+from megatron_smartmoe.adapter.moe.own_experts import declare_grouped
 from megatron_smartmoe.adapter.rehearsal.groups import become_rank
 from megatron_smartmoe.adapter.rehearsal.request import StageReport
 from megatron_smartmoe.adapter.rehearsal.shapes import META, GroupedGemmShapes, Shapes
@@ -76,6 +77,7 @@ class Stages:
                 setattr(changed, name, value)
         if changed.moe_token_dispatcher_type == "flex":
             changed.moe_token_dispatcher_type = "alltoall"
+        declare_grouped(changed)
         return changed
 
     def distinct(self) -> Iterator[tuple[int, tuple[int, ...]]]:

@@ -25,6 +25,7 @@ import torch
 
 from megatron_smartmoe.adapter.flags.ignored_options import remarks
 from megatron_smartmoe.adapter.flags.parser import parse
+from megatron_smartmoe.adapter.moe.own_experts import declare_grouped
 from megatron_smartmoe.adapter.rehearsal.request import Attempt, DataReport, Failure, Report, Request
 from megatron_smartmoe.errors import ConfigError, SmartMoEError
 
@@ -83,6 +84,7 @@ class Rehearsal:
         for remark in remarks(args):
             self._note(remark)
         validate_args(args, {})
+        declare_grouped(args)
         core_transformer_config_from_args(args)
         _leave_the_world_alone(args)
         set_global_variables(args, build_tokenizer=False)

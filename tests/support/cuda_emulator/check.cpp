@@ -1,7 +1,8 @@
 // Runs the kernels of csrc/cuda and their launchers on the CPU and compares with loops that define what they do.
 // Without torch, so that it can be built with a sanitizer.
 //
-//   check OP SEEDS [MUTANT]     OP: dispatch_map, permute, unpermute, backward or all; SEEDS: orders of the threads;
+//   check OP SEEDS [MUTANT]     OP: dispatch_map, permute, unpermute, backward, swiglu, groups, chosen,
+//                               chunks or all; SEEDS: orders of the threads;
 //                               MUTANT: the deliberate bug that is switched on, none by default
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -164,9 +165,10 @@ struct Problem {
 };
 
 template <class T>
-void check_permute(const Shape& shape) {
+void check_permute(const Shape& shape, bool weighted) {
   const Problem<T> p(shape);
   Array<T> y(p.y.size(), shape.offset);
+  Array<float> weights(p.scratch.size());
   const PermuteArgs args{
       .x_TH = p.x.data(),
       .rows_TK = p.rows.data(),
@@ -176,10 +178,14 @@ void check_permute(const Shape& shape) {
       .num_rows = p.num_rows,
       .row_bytes = shape.hidden * static_cast<int64_t>(sizeof(T)),
       .choice_of_row = p.scratch.data(),
+      .weights_TK = weighted ? p.weights.data() : nullptr,
+      .weights_N = weighted ? weights.data() : nullptr,
+      .weight_bytes = weighted ? 4 : 0,
   };
   EXPECT(launch_permute(args, kStream) == nullptr);
   const auto hidden = static_cast<size_t>(shape.hidden);
   for (size_t r = 0; r < p.choice_of.size(); ++r) {
+    if (weighted) EXPECT(weights[r] == (p.choice_of[r] >= 0 ? p.weights[static_cast<size_t>(p.choice_of[r])] : 0.0f));
     for (size_t h = 0; h < hidden; ++h) {
       const bool named = p.choice_of[r] >= 0;
       const float expected = named ? value(p.x[p.token_at(static_cast<size_t>(p.choice_of[r])) + h]) : 0.0f;
@@ -192,6 +198,7 @@ template <class T>
 void check_unpermute(const Shape& shape, bool weighted) {
   const Problem<T> p(shape);
   Array<T> x(p.x.size(), shape.offset);
+  Array<int32_t> moved(p.rows.size());
   const UnpermuteArgs args{
       .y_NH = p.y.data(),
       .type = kType<T>,
@@ -203,6 +210,9 @@ void check_unpermute(const Shape& shape, bool weighted) {
       .num_choices = shape.choices,
       .x_TH = x.data(),
       .hidden = shape.hidden,
+      .moved_N = weighted ? nullptr : p.scratch.data(),
+      .moved_TK = weighted ? nullptr : moved.data(),
+      .moved_bytes = 4,
   };
   EXPECT(launch_unpermute(args, kStream) == nullptr);
   const auto choices = static_cast<size_t>(shape.choices), hidden = static_cast<size_t>(shape.hidden);
@@ -217,6 +227,8 @@ void check_unpermute(const Shape& shape, bool weighted) {
       EXPECT(value(x[t * hidden + h]) == value(expected));
     }
   }
+  for (size_t j = 0; !weighted && j < moved.size(); ++j)
+    EXPECT(moved[j] == (p.named(j) ? p.scratch[static_cast<size_t>(p.rows[j])] : 0));
 }
 
 template <class T>
@@ -259,10 +271,162 @@ void check_backward(const Shape& shape) {
   }
 }
 
+// Rows of `ffn` gates and as many linear elements; the buffers lie `offset` elements away from 16-byte alignment.
+template <class T>
+void check_swiglu(int64_t num_rows, int64_t ffn, size_t offset = 0) {
+  Random random(17);
+  const auto rows = static_cast<size_t>(num_rows), columns = static_cast<size_t>(ffn);
+  Array<T> inner(rows * 2 * columns, offset), grad(rows * columns, offset), out(rows * columns, offset);
+  Array<T> grad_inner(rows * 2 * columns, offset);
+  Array<float> probs(rows), grad_probs(rows);
+  for (size_t i = 0; i < inner.size(); ++i) set(inner[i], static_cast<float>(below(random, 2001) - 1000) / 200.0f);
+  for (size_t i = 0; i < grad.size(); ++i) set(grad[i], static_cast<float>(below(random, 2001) - 1000) / 300.0f);
+  for (size_t n = 0; n < rows; ++n) probs[n] = static_cast<float>(below(random, 1000) + 1) / 500.0f;
+  const SwigluArgs forward{
+      .inner_NG = inner.data(),
+      .type = kType<T>,
+      .probs_N = probs.data(),
+      .prob_type = FloatType::kFloat32,
+      .num_rows = num_rows,
+      .ffn = ffn,
+      .out_NF = out.data(),
+  };
+  EXPECT(launch_swiglu(forward, kStream) == nullptr);
+  const SwigluBackwardArgs backward{
+      .grad_NF = grad.data(),
+      .inner_NG = inner.data(),
+      .type = kType<T>,
+      .probs_N = probs.data(),
+      .prob_type = FloatType::kFloat32,
+      .num_rows = num_rows,
+      .ffn = ffn,
+      .grad_inner_NG = grad_inner.data(),
+      .grad_probs_N = grad_probs.data(),
+  };
+  EXPECT(launch_swiglu_backward(backward, kStream) == nullptr);
+  const double rounding = std::is_same_v<T, float> ? 1e-6 : std::is_same_v<T, __half> ? 1e-3 : 1e-2;
+  // `size` is that of the terms: those of the gate's slope nearly cancel where it has its minimum
+  const auto near = [&](double found, double expected, double size) {
+    return std::fabs(found - expected) <= rounding * std::fabs(expected) + 2e-6 * std::fabs(size) + 1e-7;
+  };
+  for (size_t n = 0; n < rows; ++n) {
+    double dot = 0.0, size = 0.0;
+    for (size_t f = 0; f < columns; ++f) {
+      const double g = value(inner[n * 2 * columns + f]), l = value(inner[n * 2 * columns + columns + f]);
+      const double d = value(grad[n * columns + f]), s = 1.0 / (1.0 + std::exp(-g)), p = probs[n];
+      EXPECT(near(value(out[n * columns + f]), g * s * l * p, 0.0));
+      EXPECT(near(value(grad_inner[n * 2 * columns + f]), d * p * l * s * (1.0 + g * (1.0 - s)), d * p * l));
+      EXPECT(near(value(grad_inner[n * 2 * columns + columns + f]), d * p * g * s, 0.0));
+      dot += d * g * s * l, size += std::fabs(d * g * s * l);
+    }
+    EXPECT(std::fabs(grad_probs[n] - dot) <= 1e-5 * size);
+  }
+}
+
+// Tokens choose 0 to 5 experts, of which top_k are kept.
+template <class Bits>
+void check_chosen(int64_t num_tokens, int num_experts, int top_k) {
+  Random random(19);
+  const auto tokens = static_cast<size_t>(num_tokens), experts = static_cast<size_t>(num_experts);
+  const auto choices = static_cast<size_t>(top_k);
+  Array<uint8_t> map(tokens * experts);
+  Array<Bits> probs(tokens * experts), weights(tokens * choices), grads(tokens * experts);
+  Array<int32_t> ids(tokens * choices);
+  for (size_t i = 0; i < map.size(); ++i) map[i] = 0, probs[i] = static_cast<Bits>(below(random, 250) + 1);
+  for (size_t t = 0; t < tokens; ++t) {
+    for (int64_t c = below(random, 6); c > 0; --c)
+      map[t * experts + static_cast<size_t>(below(random, num_experts))] = 1;
+  }
+  const ChosenExpertsArgs forward{
+      .routing_map_TE = map.data(),
+      .probs_TE = probs.data(),
+      .prob_bytes = sizeof(Bits),
+      .num_tokens = num_tokens,
+      .num_experts = num_experts,
+      .top_k = top_k,
+      .ids_TK = ids.data(),
+      .weights_TK = weights.data(),
+  };
+  EXPECT(launch_chosen_experts(forward, kStream) == nullptr);
+  const ChosenExpertsBackwardArgs backward{
+      .grad_TK = weights.data(),
+      .grad_bytes = sizeof(Bits),
+      .ids_TK = ids.data(),
+      .num_tokens = num_tokens,
+      .top_k = top_k,
+      .num_experts = num_experts,
+      .grad_TE = grads.data(),
+  };
+  EXPECT(launch_chosen_experts_backward(backward, kStream) == nullptr);
+  for (size_t t = 0; t < tokens; ++t) {
+    size_t choice = 0;
+    for (size_t e = 0; e < experts; ++e) {
+      const bool kept = map[t * experts + e] != 0 && choice < choices;
+      if (kept) {
+        EXPECT(ids[t * choices + choice] == static_cast<int32_t>(e));
+        EXPECT(weights[t * choices + choice] == probs[t * experts + e]);
+        ++choice;
+      }
+      EXPECT(grads[t * experts + e] == (kept ? probs[t * experts + e] : 0));
+    }
+    for (; choice < choices; ++choice) {
+      EXPECT(ids[t * choices + choice] == num_experts);
+      EXPECT(weights[t * choices + choice] == 0);
+    }
+  }
+}
+
+void check_chunks(int64_t num_sources, int64_t num_slots, int64_t most, int64_t missing = 0) {
+  Random random(23);
+  Array<int64_t> counts(static_cast<size_t>(num_sources * num_slots));
+  std::vector<int64_t> first(counts.size());
+  int64_t num_rows = 0;
+  for (size_t i = 0; i < counts.size(); ++i) {
+    first[i] = num_rows;
+    num_rows += counts[i] = below(random, most + 1);
+  }
+  Array<int32_t> to_slots(static_cast<size_t>(num_rows - missing)), to_sources(to_slots.size());
+  const ChunkRowsArgs args{
+      .counts_QS = counts.data(),
+      .num_sources = num_sources,
+      .num_slots = num_slots,
+      .num_rows = num_rows - missing,
+      .to_slots_N = to_slots.data(),
+      .to_sources_N = to_sources.data(),
+  };
+  EXPECT(launch_chunk_rows(args, kStream) == nullptr);
+  int32_t row = 0;
+  for (int64_t s = 0; missing == 0 && s < num_slots; ++s) {
+    for (int64_t q = 0; q < num_sources; ++q) {
+      const auto chunk = static_cast<size_t>(q * num_slots + s);
+      for (int64_t i = 0; i < counts[chunk]; ++i, ++row) {
+        EXPECT(to_slots[static_cast<size_t>(first[chunk] + i)] == row);
+        EXPECT(to_sources[static_cast<size_t>(row)] == first[chunk] + i);
+      }
+    }
+  }
+}
+
+// Every third group has no rows.
+void check_groups(size_t num_groups, size_t group_bytes, size_t offset = 0) {
+  Array<uint8_t> grad(num_groups * group_bytes, offset);
+  Array<int32_t> ends(num_groups);
+  int32_t end = 0;
+  for (size_t s = 0; s < num_groups; ++s) ends[s] = end += s % 3 == 0 ? 0 : static_cast<int32_t>(s);
+  const ZeroEmptyGroupsArgs args{
+      .grad_SMK = grad.data(),
+      .ends_S = ends.data(),
+      .num_groups = static_cast<int64_t>(num_groups),
+      .group_bytes = static_cast<int64_t>(group_bytes),
+  };
+  EXPECT(launch_zero_empty_groups(args, kStream) == nullptr);
+  for (size_t i = 0; i < grad.size(); ++i) EXPECT(grad[i] == (i / group_bytes % 3 == 0 ? 0 : 0x5A));
+}
+
 void check_rows(const std::string& op, const Shape& shape) {
   if (op == "permute") {
-    check_permute<__nv_bfloat16>(shape);
-    check_permute<float>(shape);
+    check_permute<__nv_bfloat16>(shape, true);
+    check_permute<float>(shape, false);
   } else if (op == "unpermute") {
     check_unpermute<__nv_bfloat16>(shape, true);
     check_unpermute<__half>(shape, false);
@@ -281,6 +445,36 @@ void check(const std::string& op) {
     check_dispatch_map<int64_t>(2500, 300, 300, 0);
     check_dispatch_map<int64_t>(600, 7, 7, 0, 3);
     check_dispatch_map<int64_t>(6500, 16, 16, 2);
+  } else if (op == "chosen") {
+    check_chosen<uint32_t>(0, 4, 2);
+    check_chosen<uint32_t>(1, 1, 1);
+    check_chosen<uint16_t>(20, 8, 2);
+    check_chosen<uint32_t>(37, 100, 4);
+    check_chosen<uint64_t>(9, 33, 40);
+  } else if (op == "chunks") {
+    check_chunks(1, 1, 0);
+    check_chunks(2, 3, 5);
+    check_chunks(8, 5, 300);
+    check_chunks(13, 23, 2);
+    check_chunks(4, 4, 50, 7);
+  } else if (op == "groups") {
+    check_groups(0, 16);
+    check_groups(2, 0);
+    check_groups(1, 16);
+    check_groups(7, 4112);
+    check_groups(10, 50);
+    check_groups(4, 48, 1);
+    check_groups(3, 300 * 1024);
+  } else if (op == "swiglu") {
+    check_swiglu<__nv_bfloat16>(0, 8);
+    check_swiglu<__nv_bfloat16>(3, 0);
+    check_swiglu<float>(1, 1);
+    check_swiglu<__half>(9, 520);
+    check_swiglu<__nv_bfloat16>(17, 40);
+    check_swiglu<__nv_bfloat16>(5, 2056);
+    check_swiglu<float>(8, 136);
+    check_swiglu<float>(11, 13);
+    check_swiglu<__half>(6, 24, 1);
   } else {
     for (const Shape& shape : {Shape{5, 1, 8}, Shape{9, 2, 520}, Shape{3, 3, 40}, Shape{4, 8, 1040}, Shape{6, 2, 24, 1},
                                Shape{20, 5, 136}, Shape{3, 6, 13}, Shape{7, 4, 2056}, Shape{300, 1, 8}}) {
@@ -296,7 +490,7 @@ int main(int argc, char** argv) {
   cuda_emulator::mutant = argc > 3 ? std::atoi(argv[3]) : 0;
   for (int s = 0; s < seeds; ++s) {
     cuda_emulator::seed() = static_cast<uint64_t>(s);
-    for (const char* one : {"dispatch_map", "permute", "unpermute", "backward"}) {
+    for (const char* one : {"dispatch_map", "permute", "unpermute", "backward", "swiglu", "groups", "chosen", "chunks"}) {
       if (op == one || op == "all") check(one);
     }
   }

@@ -19,6 +19,14 @@ STABLE_TORCH_LIBRARY(smartmoe_emulated, m) {
   m.def(
       "unpermute_backward(Tensor grad_TH, Tensor y_NH, Tensor rows_TK, Tensor weights_TK) -> "
       "(Tensor, Tensor)");
+  m.def("swiglu(Tensor inner_NG, Tensor probs_N) -> Tensor");
+  m.def("swiglu_backward(Tensor grad_NF, Tensor inner_NG, Tensor probs_N) -> (Tensor, Tensor)");
+  m.def("permute_weighted(Tensor x_TH, Tensor weights_TK, Tensor rows_TK, int num_rows) -> (Tensor, Tensor)");
+  m.def("permute_weighted_backward(Tensor grad_NH, Tensor grad_N, Tensor rows_TK) -> (Tensor, Tensor)");
+  m.def("chosen_experts(Tensor routing_map_TE, Tensor probs_TE, int top_k) -> (Tensor, Tensor)");
+  m.def("chosen_experts_backward(Tensor grad_TK, Tensor ids_TK, int num_experts) -> Tensor");
+  m.def("chunk_rows(Tensor counts_QS, int num_rows) -> (Tensor, Tensor)");
+  m.def("zero_empty_groups(Tensor(a!) grad_SMK, Tensor ends_S) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(smartmoe_emulated, CPU, m) {
@@ -26,6 +34,14 @@ STABLE_TORCH_LIBRARY_IMPL(smartmoe_emulated, CPU, m) {
   m.impl("permute", TORCH_BOX(&smartmoe::cuda::permute));
   m.impl("unpermute", TORCH_BOX(&smartmoe::cuda::unpermute));
   m.impl("unpermute_backward", TORCH_BOX(&smartmoe::cuda::unpermute_backward));
+  m.impl("swiglu", TORCH_BOX(&smartmoe::cuda::swiglu));
+  m.impl("swiglu_backward", TORCH_BOX(&smartmoe::cuda::swiglu_backward));
+  m.impl("permute_weighted", TORCH_BOX(&smartmoe::cuda::permute_weighted));
+  m.impl("permute_weighted_backward", TORCH_BOX(&smartmoe::cuda::permute_weighted_backward));
+  m.impl("chosen_experts", TORCH_BOX(&smartmoe::cuda::chosen_experts));
+  m.impl("chosen_experts_backward", TORCH_BOX(&smartmoe::cuda::chosen_experts_backward));
+  m.impl("chunk_rows", TORCH_BOX(&smartmoe::cuda::chunk_rows));
+  m.impl("zero_empty_groups", TORCH_BOX(&smartmoe::cuda::zero_empty_groups));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(smartmoe_emulated, CompositeExplicitAutograd, m) {

@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 
 from megatron_smartmoe.ops import reference
 from tests.support import emulator
+from tests.unit.ops.activation_cases import Gated, assert_equal_to_rounding, gated_rows
 from tests.unit.ops.dispatch_cases import Routing, Rows, assert_near, permuted_rows, routings
+from tests.unit.ops.routing_cases import Routed, chunk_counts, routed_tokens
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
 CUDA_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -60,6 +62,55 @@ def test_rows_have_the_bits_of_the_twins(kernels: Any, case: Rows, seed: int) ->
     (grad_y, grad_weights), expected = kernels.unpermute_backward(*args), reference.unpermute_backward(*args)
     assert torch.equal(grad_y, expected[0])
     assert_near(grad_weights, expected[1], case)
+
+
+@given(case=gated_rows(CUDA_DTYPES), seed=SEEDS)
+@settings(deadline=None, max_examples=60)
+def test_swiglu_is_that_of_the_twin(kernels: Any, case: Gated, seed: int) -> None:
+    kernels.set_seed(seed)
+    found, expected = (
+        (each.swiglu(case.inner_NG, case.probs_N), *each.swiglu_backward(case.grad_NF, case.inner_NG, case.probs_N))
+        for each in (kernels, reference)
+    )
+    assert_equal_to_rounding(found, expected, case)
+
+
+@given(case=permuted_rows(CUDA_DTYPES), seed=SEEDS)
+@settings(deadline=None, max_examples=40)
+def test_weights_move_with_the_rows(kernels: Any, case: Rows, seed: int) -> None:
+    kernels.set_seed(seed)
+    args = case.x_TH, case.weights_TK, case.rows_TK, case.num_rows
+    found = kernels.permute_weighted(*args)
+    for one, other in zip(found, reference.permute_weighted(*args), strict=True):
+        assert torch.equal(one, other)
+    grads = case.y_NH, found[1], case.rows_TK
+    expected = reference.permute_weighted_backward(*grads)
+    for one, other in zip(kernels.permute_weighted_backward(*grads), expected, strict=True):
+        assert torch.equal(one, other)
+
+
+@given(case=routed_tokens(), seed=SEEDS)
+@settings(deadline=None, max_examples=40)
+def test_chosen_experts_are_those_of_the_twin(kernels: Any, case: Routed, seed: int) -> None:
+    kernels.set_seed(seed)
+    args = case.routing_map_TE, case.probs_TE, case.top_k
+    found = kernels.chosen_experts(*args)
+    for one, other in zip(found, reference.chosen_experts(*args), strict=True):
+        assert one.dtype == other.dtype
+        assert torch.equal(one, other)
+    ids_TK, weights_TK = found
+    grads = weights_TK, ids_TK, case.routing_map_TE.shape[1]
+    assert torch.equal(kernels.chosen_experts_backward(*grads), reference.chosen_experts_backward(*grads))
+
+
+@given(counts=chunk_counts(), seed=SEEDS)
+@settings(deadline=None, max_examples=40)
+def test_chunk_rows_are_those_of_the_twin(kernels: Any, counts: torch.Tensor, seed: int) -> None:
+    kernels.set_seed(seed)
+    args = counts, int(counts.sum())
+    for one, other in zip(kernels.chunk_rows(*args), reference.chunk_rows(*args), strict=True):
+        assert one.dtype == other.dtype
+        assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.float64])

@@ -51,6 +51,15 @@ def backward(name: str, place: str, new: str, mode: str = "address") -> Mutation
     return Mutation(name=name, file="unpermute_backward.cu", place=place, new=new, op="backward", mode=mode)
 
 
+def routing(op: str, name: str, place: str, new: str, mode: str = "address") -> Mutation:
+    file = {"chosen": "chosen_experts.cu", "chunks": "chunk_rows.cu"}[op]
+    return Mutation(name=name, file=file, place=place, new=new, op=op, mode=mode)
+
+
+def groups(name: str, place: str, new: str) -> Mutation:
+    return Mutation(name=name, file="zero_empty_groups.cu", place=place, new=new, op="groups", mode="address")
+
+
 MUTATIONS = [
     sort("sort: no barrier after clearing", "counts[s] = 0;\n  @__syncthreads();@", ""),
     sort("sort: no barrier before writing", "}\n  @__syncthreads();@\n\n  uint32_t* row", ""),
@@ -142,6 +151,104 @@ MUTATIONS = [
     ),
     backward("backward: a step behind the shared memory", "partial[@warp_id()@][j] = sum", "kWarps"),
     backward("backward: half of the warp is added up", "distance = @kWarpSize / 2@;", "kWarpSize / 4"),
+    rows("swiglu", "swiglu: half of the warp is added up", "distance = @kWarpSize / 2@;", "kWarpSize / 4"),
+    rows(
+        "swiglu",
+        "swiglu: a row behind the last is activated",
+        "@row >= args.num_rows@) return;\n  const Piece* gates",
+        "row > args.num_rows",
+    ),
+    rows(
+        "swiglu",
+        "swiglu: a gradient behind the last row",
+        "@row >= args.num_rows@) return;\n  const Piece* grads",
+        "row > args.num_rows",
+    ),
+    rows(
+        "swiglu",
+        "swiglu: a vector behind the row is activated",
+        "@c < vectors@; c += kWarpSize) {\n    const Piece gate =",
+        "c <= vectors",
+    ),
+    rows(
+        "swiglu",
+        "swiglu: a gradient behind the row",
+        "@c < vectors@; c += kWarpSize) {\n    const Piece grad =",
+        "c <= vectors",
+    ),
+    rows("swiglu", "swiglu: gate and linear part exchanged", "const Piece gate = @gates[c]@,", "gates[vectors + c]"),
+    rows("swiglu", "swiglu: the gradient forgets the probability", "scaled = @d * prob@;", "d"),
+    rows("swiglu", "swiglu: the gate's slope is that of a sigmoid", "(s * (@1.0f + g * (1.0f - s)@))", "1.0f"),
+    rows(
+        "swiglu",
+        "swiglu: no gradient of the probability without columns",
+        "if (@args.num_rows == 0@) return nullptr;  // with",
+        "args.num_rows == 0 || args.ffn == 0",
+    ),
+    rows(
+        "swiglu",
+        "swiglu: a row that is not a multiple of 16 bytes",
+        "if (@aligned && ffn % kWidth == 0@) return f",
+        "aligned",
+    ),
+    groups("groups: the first is compared with nothing", "@group > 0 ? ends_S[group - 1] : 0@", "ends_S[group]"),
+    groups("groups: none is cleared", "if (@ends_S[group]@ != (", "-1"),
+    groups("groups: the next group is cleared", "grad + @group@ * vectors;", "group + 1"),
+    groups("groups: a vector behind the group", "@c < vectors@; c += stride", "c <= vectors"),
+    groups("groups: only the first blocks' share", "c += @stride@) to[c]", "vectors"),
+    groups("groups: bytes behind the last vector are left", "if (@args.group_bytes % kVectorBytes == 0@ &&", "true"),
+    rows("permute", "permute: a weight at the place of its choice", "weights_N, @token_rows[j]@, weight_bytes", "j"),
+    rows("permute", "permute: the weight of another token", "move_bits(weights_TK, @token * num_choices + j@,", "j"),
+    rows(
+        "permute",
+        "zero rows: weights of rows that no choice names are left",
+        "if (@unnamed && weights != nullptr@) move_bits",
+        "false",
+        file="zero_rows.cu",
+    ),
+    rows(
+        "unpermute",
+        "unpermute: a value is moved from where no row is",
+        "move_bits(@is_named ? moved_N : nullptr@,",
+        "moved_N",
+    ),
+    routing(
+        "chosen",
+        "chosen: places are those of the next lane",
+        "votes & (@(1u << lane_id()) - 1u@)",
+        "(2u << lane_id()) - 1u",
+    ),
+    routing("chosen", "chosen: more than top_k are kept", "if (@is_chosen && choice < top_k@) {", "is_chosen"),
+    routing(
+        "chosen",
+        "chosen: experts behind the last are looked at",
+        "@expert < num_experts && chosen[expert] != 0@;",
+        "chosen[expert] != 0",
+    ),
+    routing("chosen", "chosen: what is missing is left", "choice = @choices + lane_id()@; choice < top_k", "top_k"),
+    routing(
+        "chosen",
+        "chosen: a vote under a branch",
+        "votes = @__ballot_sync(kFullWarp, is_chosen)@;",
+        "expert < num_experts ? __ballot_sync(kFullWarp, is_chosen) : 0u",
+    ),
+    routing("chosen", "chosen: no order of zeros and gradients", "@__syncwarp();@  // a gradient", "", mode="thread"),
+    routing("chosen", "chosen: a dropped choice has a gradient", "if (@is_row(expert, num_experts)@) row", "true"),
+    routing(
+        "chunks",
+        "chunks: no barrier before the warps are added up",
+        "= sorted;\n  @__syncthreads();@",
+        "",
+        mode="thread",
+    ),
+    routing("chunks", "chunks: this chunk counts itself", "if (@i < chunk@) arrived", "i <= chunk"),
+    routing(
+        "chunks", "chunks: sources in another order", "@i / num_slots < source@)) sorted", "i / num_slots > source"
+    ),
+    routing(
+        "chunks", "chunks: rows behind the last", "if (@from + i >= num_rows || to + i >= num_rows@) return;", "false"
+    ),
+    routing("chunks", "chunks: half of the warp is added up", "distance = @kWarpSize / 2@;", "kWarpSize / 4"),
 ]
 
 

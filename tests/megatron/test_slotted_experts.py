@@ -1,0 +1,139 @@
+"""The experts' own functions on one rank: what a GPU run takes, executed on the CPU.
+
+Whatever imports Megatron runs in the one rank of `run_ranks`, where the facade is; it asserts there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tests.support.ranks import run_ranks
+
+pytestmark = [pytest.mark.dist, pytest.mark.fast]
+
+HIDDEN, FFN, SLOTS = 16, 24, 4
+COUNTS = (5, 0, 7, 1)
+
+
+def experts_with(dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
+    """Slotted experts of one rank with drawn weights, the same for every call."""
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    from megatron_smartmoe.adapter.moe.experts import SlottedExperts
+
+    options = {
+        "num_layers": 1,
+        "hidden_size": HIDDEN,
+        "num_attention_heads": 2,
+        "num_moe_experts": SLOTS,
+        "moe_ffn_hidden_size": FFN,
+        "add_bias_linear": False,
+        "gated_linear_unit": True,
+        "activation_func": F.silu,
+        "bias_activation_fusion": False,
+        "use_cpu_initialization": True,
+        "gradient_accumulation_fusion": False,
+        "params_dtype": dtype,
+    }
+    config = TransformerConfig(**(options | changes))
+    experts = SlottedExperts(SLOTS, config, ProcessGroupCollection.use_mpu_process_groups())
+    generator = torch.Generator().manual_seed(3)
+    for parameter in experts.parameters():
+        parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    return experts
+
+
+def results_of(experts: Any, counts: tuple[int, ...] = COUNTS) -> list[torch.Tensor]:
+    """Output, gradients of rows, probabilities and both weights for drawn rows."""
+    generator = torch.Generator().manual_seed(7)
+    dtype = experts.weight1.dtype
+    rows = torch.randn(sum(counts), HIDDEN, generator=generator).to(dtype).requires_grad_()
+    probs = torch.rand(sum(counts), generator=generator).requires_grad_()
+    experts.zero_grad()
+    output, bias = experts(rows, torch.tensor(counts), probs)
+    assert bias is None
+    output.backward(torch.randn(output.shape, generator=generator).to(dtype))
+    return [output.detach(), rows.grad, probs.grad, experts.weight1.grad, experts.weight2.grad]
+
+
+def the_fused_activation_is_the_plain_one() -> None:
+    """To rounding: in float32 of exponentials, in bfloat16 of what the plain one rounds in between."""
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 0.1)):
+        plain = results_of(experts_with(dtype))
+        fused = results_of(experts_with(dtype, bias_activation_fusion=True))
+        for one, other in zip(fused, plain, strict=True):
+            torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
+    assert not torch.equal(fused[0], plain[0])  # or nothing was fused
+
+
+def no_rows_are_no_error() -> None:
+    for fused in (False, True):
+        output, *_, grad1, grad2 = results_of(experts_with(bias_activation_fusion=fused), (0,) * SLOTS)
+        assert output.shape == (0, HIDDEN)
+        assert not grad1.any()
+        assert not grad2.any()
+
+
+RECOMPUTED: dict[str, Any] = {
+    "recompute_granularity": "selective",
+    "recompute_modules": ["moe_act"],
+    "moe_grouped_gemm": True,
+}
+
+
+def a_recomputed_activation_changes_no_bit() -> None:
+    for fused in (False, True):
+        kept = results_of(experts_with(bias_activation_fusion=fused))
+        recomputed = results_of(experts_with(bias_activation_fusion=fused, **RECOMPUTED))
+        for one, other in zip(recomputed, kept, strict=True):
+            assert torch.equal(one, other)
+
+
+def a_recomputed_activation_is_not_kept() -> None:
+    """Neither what the activation makes of gate and linear part, nor what its own backward pass would need."""
+    kept: list[int] = []
+    for options in ({}, RECOMPUTED):
+        experts, sizes = experts_with(**options), dict[int, int]()
+
+        def note(tensor: torch.Tensor, sizes: dict[int, int] = sizes) -> torch.Tensor:
+            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        rows, probs = torch.randn(13, HIDDEN, requires_grad=True), torch.rand(13, requires_grad=True)
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            experts(rows, torch.tensor(COUNTS), probs)
+        kept.append(sum(sizes.values()))
+    assert kept[0] - kept[1] >= 13 * FFN * 4
+
+
+CHECKS: tuple[Callable[[], None], ...] = (
+    the_fused_activation_is_the_plain_one,
+    no_rows_are_no_error,
+    a_recomputed_activation_changes_no_bit,
+    a_recomputed_activation_is_not_kept,
+)
+
+
+def _check_all() -> None:
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+
+    from megatron_smartmoe.adapter import cpu
+
+    cpu.install()
+    dist.init_process_group("gloo")
+    parallel_state.initialize_model_parallel()
+    for check in CHECKS:
+        print(check.__name__, flush=True)
+        check()
+
+
+def test_all(tmp_path: Path) -> None:
+    run_ranks(_check_all, 1, log_dir=tmp_path)
