@@ -7,6 +7,7 @@ to the next would save half of that, and Megatron's global state would tie the t
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import multiprocessing
 import os
@@ -16,16 +17,31 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from typing import Any
+
+_DEVICE_VARIABLE = "SMARTMOE_TEST_RANKS"  # read by `tests.support.preload`, which imports too much to be imported here
 
 
 def _context() -> ForkServerContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.support.preload"])
     return context
+
+
+@contextlib.contextmanager
+def on_the_gpu() -> Iterator[None]:
+    """Start ranks from a fork server of their own, which has no CPU facade and has not touched the GPU."""
+    os.environ[_DEVICE_VARIABLE] = "cuda"
+    forkserver._forkserver._stop()  # type: ignore[attr-defined]  # the next start makes a new one
+    try:
+        yield
+    finally:
+        del os.environ[_DEVICE_VARIABLE]
+        forkserver._forkserver._stop()  # type: ignore[attr-defined]
 
 
 def free_port() -> int:
