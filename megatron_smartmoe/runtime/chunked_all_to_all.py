@@ -241,7 +241,7 @@ def _launch_stream(behind: torch.cuda.Event) -> torch.cuda.Stream:
     """A stream that waits for an event and runs nothing: what NCCL launches from it waits for that and no more."""
     device = torch.cuda.current_device()
     if device not in _launch_streams:
-        _launch_streams[device] = torch.cuda.Stream()
+        _launch_streams[device] = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     _launch_streams[device].wait_event(behind)
     return _launch_streams[device]
 
