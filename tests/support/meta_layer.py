@@ -159,6 +159,17 @@ def run(cases: dict[str, Case], faults: Mapping[str, Fault] | None = None) -> di
         cases: what to run, by name.
         faults: what to do to the rows that reach the experts, by name.
     """
+    join()
+    found = {name: _run(case) for name, case in cases.items()}
+    first = next(iter(cases.values()))
+    for name, fault in (faults or {}).items():
+        with _faulty(fault):
+            found[name] = _run(first)
+    return found
+
+
+def join() -> None:
+    """Be rank 0 of `EP` expert-parallel ranks, of which there is no other."""
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
     from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -167,12 +178,6 @@ def run(cases: dict[str, Case], faults: Mapping[str, Fault] | None = None) -> di
     dist.init_process_group("fake", rank=0, world_size=EP, store=store)
     parallel_state.initialize_model_parallel(expert_model_parallel_size=EP, create_gloo_process_groups=False)
     model_parallel_cuda_manual_seed(1)
-    found = {name: _run(case) for name, case in cases.items()}
-    first = next(iter(cases.values()))
-    for name, fault in (faults or {}).items():
-        with _faulty(fault):
-            found[name] = _run(first)
-    return found
 
 
 @contextmanager
@@ -192,7 +197,7 @@ def _run(case: Case) -> Found:
     found = Found()
     try:
         with _pretending(found):
-            layer, config = _build(case)
+            layer, config = build(case, META)
             rows = torch.empty(TOKENS, 1, HIDDEN, device=META, dtype=config.params_dtype, requires_grad=True)
             with _Host(found, case.replicas) as host:
                 output = layer(rows, attention_mask=None)[0] if case.attention else layer(rows)[0]
@@ -289,8 +294,8 @@ def _config(case: Case) -> Any:
     return kind(**(options | case.options))
 
 
-def _build(case: Case) -> tuple[torch.nn.Module, Any]:
-    """The layer that the product's spec builds, on meta."""
+def build(case: Case, device: torch.device, *, stock: bool = False) -> tuple[torch.nn.Module, Any]:
+    """The layer that the product's spec builds, or Megatron's own, on a device; and its configuration."""
     from functools import partial
 
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
@@ -301,13 +306,15 @@ def _build(case: Case) -> tuple[torch.nn.Module, Any]:
 
     config = _config(case)
     spec = get_gpt_layer_local_spec(
-        num_experts=EXPERTS,
+        num_experts=config.num_moe_experts,
         multi_latent_attention=bool(case.options.get("multi_latent_attention")),
         normalization="RMSNorm",
     )
     kind: Any = partial(OverlappedMoELayer, overlap_degree=case.degree) if case.degree > 1 else SmartMoELayer
-    spec = layer_spec._with_smart_moe(layer_spec._with_torch_modules(spec, use_sdpa=True), True, kind)
-    whole = spec.module(config, submodules=spec.submodules, layer_number=1).to(META)
+    spec = layer_spec._with_torch_modules(spec, use_sdpa=True)
+    if not stock:
+        spec = layer_spec._with_smart_moe(spec, True, kind)
+    whole = spec.module(config, submodules=spec.submodules, layer_number=1).to(device)
     if case.replicas:
         _with_replicas(whole.mlp, config)
     return (whole if case.attention else whole.mlp), config
@@ -328,10 +335,10 @@ def _with_replicas(layer: Any, config: Any) -> None:
     wire = ReplicaWire(parallel_state.get_expert_model_parallel_group())
     totals = [torch.zeros_like(weight, dtype=torch.float32) for weight in weights]
     experts.spare_slots = SpareSlots(weights, 1, wire, lambda: totals, keeps=False)
-    homes_RS = homes_only(EXPERTS, EP, 1)
+    homes_RS = homes_only(config.num_moe_experts, EP, 1)
 
     def plan(counts: Any) -> Any:
-        return exact_slots(counts, homes_RS, EXPERTS // EP, num_nodes=1, limit=1.01, price_tokens=1.0)
+        return exact_slots(counts, homes_RS, layer.num_local_experts, num_nodes=1, limit=1.01, price_tokens=1.0)
 
     layer.token_dispatcher = ReplicaDispatcher(
         layer.num_local_experts,

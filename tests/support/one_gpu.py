@@ -383,13 +383,14 @@ def install() -> None:
     replacements["_coalescing_manager"] = coalescing_manager
     replacements["_all_gather_base"] = all_gather_into_tensor
     replacements["_reduce_scatter_base"] = reduce_scatter_tensor
-    _replace_everywhere(replacements)
+    replace_everywhere(replacements)
     if torch.cuda.is_available():
         set_device = torch.cuda.set_device
         torch.cuda.set_device = lambda device: set_device(0)  # a rank's device is the one that there is
 
 
-def _replace_everywhere(replacements: dict[str, Any]) -> None:
+def replace_everywhere(replacements: dict[str, Any]) -> None:
+    """Replace functions of torch.distributed, by name, also where they were imported by name."""
     real = {id(getattr(owner, name)): name for owner in (dist, c10d) for name in replacements if hasattr(owner, name)}
     modules = [
         module for name, module in list(sys.modules.items()) if name.startswith(("megatron.", "megatron_smartmoe."))
