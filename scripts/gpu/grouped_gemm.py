@@ -12,7 +12,8 @@ import argparse
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -96,6 +97,10 @@ def measure_waits(dtype: torch.dtype) -> None:
     report(f"host waits of one grouped GEMM, forward and backward, {dtype}".replace("torch.", ""), waits)
 
 
+def _one_by_one(parts: Sequence[torch.Tensor], weight: torch.Tensor) -> list[torch.Tensor]:
+    return [F.linear(rows, weight[slot]) for slot, rows in enumerate(parts)]
+
+
 def measure_speed(device: str) -> None:
     """Report the grouped GEMM's speed, and that of a GEMM for each expert, in the same run."""
     from megatron_smartmoe.adapter.moe.experts import grouped_linear
@@ -106,8 +111,8 @@ def measure_speed(device: str) -> None:
         ends, parts = ends_of([rows] * experts, device), x.split(rows)
         flop = 2 * experts * rows * columns * outputs
         size = f"{experts} experts x {rows} rows, {columns} -> {outputs}, bf16"
-        together = seconds(lambda x=x, w=weight, e=ends: grouped_linear(x, w, e), device)
-        each = seconds(lambda p=parts, w=weight: [F.linear(x, w[i]) for i, x in enumerate(p)], device)
+        together = seconds(partial(grouped_linear, x, weight, ends), device)
+        each = seconds(partial(_one_by_one, parts, weight), device)
         report(f"grouped GEMM, {size}", flop / together / 1e12, "TFLOP/s")
         report(f"a GEMM each, {size}", flop / each / 1e12, "TFLOP/s")
 

@@ -13,7 +13,6 @@ import multiprocessing
 import os
 import pickle
 import signal
-import socket
 import sys
 import time
 import traceback
@@ -22,6 +21,8 @@ from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from typing import Any
+
+from tests.support.ports import free_ports
 
 _DEVICE_VARIABLE = "SMARTMOE_TEST_RANKS"  # read by `tests.support.preload`, which imports too much to be imported here
 
@@ -42,13 +43,6 @@ def on_the_gpu() -> Iterator[None]:
     finally:
         del os.environ[_DEVICE_VARIABLE]
         forkserver._forkserver._stop()  # type: ignore[attr-defined]
-
-
-def free_port() -> int:
-    """A TCP port that nobody listened on a moment ago."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 def run_ranks(
@@ -75,7 +69,7 @@ def start_ranks(
 ) -> list[ForkServerProcess]:
     """Start what `run_ranks` starts, and leave the waiting to the caller."""
     log_dir.mkdir(parents=True, exist_ok=True)
-    port = free_port()
+    (port,) = free_ports(1)
     ranks = []
     for rank in range(world_size):
         environment = {

@@ -32,7 +32,7 @@ def test_no_step_stops_the_next(tmp_path: Path) -> None:
         Step(name="missing", limit_s=5, command=(str(tmp_path / "nothing"),), on_cpu=True),
         python("no program", "", needs="a-program-that-nobody-has"),
         Step(name="for a GPU", limit_s=5, command=("{python}", "-c", "")),
-        python("measures", f"print('result: ' + {json.dumps(RESULT)!r}); print('result: {cut')"),
+        python("measures", MEASURING),
     ]
     begin = time.monotonic()
     outcomes = check.check(steps, device="cpu", out=tmp_path / "out")
@@ -48,6 +48,10 @@ def test_no_step_stops_the_next(tmp_path: Path) -> None:
     assert "| measures | speed | 3.5 TFLOP/s |" in (tmp_path / "out" / "results.md").read_text()
 
 
+MEASURING = f"""
+print('result: ' + {json.dumps(RESULT)!r})
+print('result: {{cut')  # ended within a line
+"""
 HANGING = f"""
 import subprocess, sys, time
 subprocess.Popen([{sys.executable!r}, "-c", "import time; time.sleep(600)"])
