@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import one_gpu_jobs
+from tests.support import one_gpu_jobs, ranks
 from tests.support.ranks import run_ranks
 
 pytestmark = pytest.mark.dist
@@ -33,9 +33,9 @@ def test_a_missing_wait_shows_as_wrong_rows(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("distributed", [False, True], ids=["EP2", "EP2 x EDP2, distributed optimizer"])
 def test_migration(distributed: bool, tmp_path: Path) -> None:
-    ranks = 4 if distributed else 2
+    world_size = 4 if distributed else 2
     one_gpu_jobs.check_migration(
-        run_ranks(one_gpu_jobs.migration, ranks, "cpu", distributed=distributed, log_dir=tmp_path)
+        run_ranks(one_gpu_jobs.migration, world_size, "cpu", distributed=distributed, log_dir=tmp_path)
     )
 
 
@@ -46,3 +46,10 @@ def test_training(tmp_path: Path) -> None:
         for name in names
     }
     one_gpu_jobs.check_losses(curves, iterations)
+
+
+def test_ranks_that_use_a_gpu_have_no_facade_and_find_cuda_untouched(tmp_path: Path) -> None:
+    """Everything is imported before they are forked; a process cannot use CUDA if its parent has initialized it."""
+    with ranks.on_the_gpu():
+        assert run_ranks(one_gpu_jobs.surroundings, 1, log_dir=tmp_path / "gpu") == [(False, False)]
+    assert run_ranks(one_gpu_jobs.surroundings, 1, log_dir=tmp_path / "cpu") == [(True, False)]

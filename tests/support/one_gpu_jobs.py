@@ -245,3 +245,12 @@ def train(run_dir: Path, world_size: int, device: str, name: str, *flags: str, i
     argv += [*TRAININGS[name].split(), "--expert-model-parallel-size", str(world_size), *flags]
     run_ranks(_train, world_size, [*argv, "--smartmoe-run-dir", str(run_dir)], device, log_dir=run_dir / "ranks")
     return losses(run_dir)
+
+
+def surroundings() -> tuple[bool, bool]:
+    """Whether this rank has the CPU facade, and whether its process has initialized CUDA."""
+    import torch
+
+    from megatron_smartmoe.adapter import cpu
+
+    return cpu.is_installed(), torch.cuda.is_initialized()

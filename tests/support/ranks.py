@@ -35,13 +35,18 @@ def _context() -> ForkServerContext:
 
 @contextlib.contextmanager
 def on_the_gpu() -> Iterator[None]:
-    """Start ranks from a fork server of their own, which has no CPU facade and has not touched the GPU."""
-    os.environ[_DEVICE_VARIABLE] = "cuda"
+    """Start ranks from a fork server of their own, which has no CPU facade and has not touched the GPU.
+
+    A process whose parent has initialized CUDA cannot use it. So while the server imports everything, torch must ask
+    NVML and not CUDA whether there is a GPU.
+    """
+    os.environ.update(variables := {_DEVICE_VARIABLE: "cuda", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"})
     forkserver._forkserver._stop()  # type: ignore[attr-defined]  # the next start makes a new one
     try:
         yield
     finally:
-        del os.environ[_DEVICE_VARIABLE]
+        for name in variables:
+            del os.environ[name]
         forkserver._forkserver._stop()  # type: ignore[attr-defined]
 
 
