@@ -215,6 +215,8 @@ def no_plan_on_one_rank() -> dict[str, Any]:
     exchange = job.exchange()
     begin = time.monotonic()
     if dist.get_rank() == 3:
+        job.states.prepare(gradients_spent=True)
+        job.states.states()
         error = error_of(lambda: exchange.refuse("out of memory (CUDA out of memory.)"))
     else:
         error = error_of(lambda: job.migrate(job.random_homes(1), exchange))
