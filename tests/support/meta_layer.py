@@ -295,12 +295,15 @@ def _config(case: Case) -> Any:
 
 
 def build(case: Case, device: torch.device, *, stock: bool = False) -> tuple[torch.nn.Module, Any]:
-    """The layer that the product's spec builds, or Megatron's own, on a device; and its configuration."""
+    """The layer that the product builds without TransformerEngine, or Megatron's own, and its configuration."""
+    from dataclasses import replace
     from functools import partial
 
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 
-    from megatron_smartmoe.adapter.moe import layer_spec
+    from megatron_smartmoe.adapter.local.attention import SDPAttention
+    from megatron_smartmoe.adapter.local.norm import TorchNorm
+    from megatron_smartmoe.adapter.moe.experts import SlottedExperts
     from megatron_smartmoe.adapter.moe.layer import SmartMoELayer
     from megatron_smartmoe.adapter.moe.overlap import OverlappedMoELayer
 
@@ -311,10 +314,14 @@ def build(case: Case, device: torch.device, *, stock: bool = False) -> tuple[tor
         normalization="RMSNorm",
     )
     kind: Any = partial(OverlappedMoELayer, overlap_degree=case.degree) if case.degree > 1 else SmartMoELayer
-    spec = layer_spec._with_torch_modules(spec, use_sdpa=True)
+    parts, attention = spec.submodules, spec.submodules.self_attention
+    inner = replace(attention.submodules, core_attention=SDPAttention)
+    norms = {"input_layernorm": TorchNorm, "pre_mlp_layernorm": TorchNorm}
+    parts = replace(parts, self_attention=replace(attention, submodules=inner), **norms)
     if not stock:
-        spec = layer_spec._with_smart_moe(spec, True, kind)
-    whole = spec.module(config, submodules=spec.submodules, layer_number=1).to(device)
+        experts = replace(parts.mlp.keywords["submodules"], experts=SlottedExperts)
+        parts = replace(parts, mlp=partial(kind, submodules=experts))
+    whole = spec.module(config, submodules=parts, layer_number=1).to(device)
     if case.replicas:
         _with_replicas(whole.mlp, config)
     return (whole if case.attention else whole.mlp), config
