@@ -24,7 +24,8 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import spawn
 
-from megatron_smartmoe.placement.migration import CHUNK_BYTES, MigrationPlan, plan_migration
+from megatron_smartmoe.cost.memory.buffers import MIGRATION_CHUNK_BYTES
+from megatron_smartmoe.placement.migration import MigrationPlan, plan_migration
 from megatron_smartmoe.placement.transfers import LayerLayout, TensorLayout
 from megatron_smartmoe.runtime.migration.exchange import ExpertExchange, MigrationReport
 from megatron_smartmoe.runtime.migration.expert_tensors import LayerState
@@ -155,7 +156,9 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=1024, help="hidden size")
     parser.add_argument("--ffn", type=int, default=2048, help="hidden size of an expert's MLP")
     parser.add_argument("--repeats", type=int, default=5, help="repetitions of each measurement")
-    parser.add_argument("--chunk-mib", type=float, default=CHUNK_BYTES / 2**20, help="largest packed chunk, in MiB")
+    parser.add_argument(
+        "--chunk-mib", type=float, default=MIGRATION_CHUNK_BYTES / 2**20, help="largest packed chunk, in MiB"
+    )
     parser.add_argument("--staging-mib", type=int, default=1024, help="bound of the staging memory, in MiB")
     options = Options(**vars(parser.parse_args()))
     if "RANK" in os.environ:

@@ -1,18 +1,25 @@
 #!/usr/bin/env bash
-# Runs everything that needs a GPU: kernels against their twins (again under compute-sanitizer where it is installed),
-# their speed, and training through the launcher on one GPU with NCCL.
+# The first twelve minutes on a machine with one GPU: grouped GEMM, kernels against their twins, several ranks on the one
+# GPU, training, compute-sanitizer, speed, a trace of a layer. It needs no package registry and no .venv: the machine's
+# own python3 with torch, pytest and hypothesis, this folder, and two things that are brought along:
+#
+#   on a machine with a registry and the same Python:
+#     python3 -m pip download --no-deps --only-binary=:all: -d .whl megatron-core==0.19.2
+#     TORCH_CUDA_ARCH_LIST=9.0 SMARTMOE_CUDA=1 python3 megatron_smartmoe/ops/_build.py
+#   on the GPU's machine:
+#     scripts/gpu_check.sh --out gpu-check            results.json, results.md (a table for docs/benchmarks.md), logs
+#
+# Every step has its own time limit, and none stops the next. Options: scripts/gpu_check.sh --help. PYTHON names the
+# interpreter (default: .venv/bin/python if it is there, else python3).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-scripts/setup.sh --dev
-nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv
-.venv/bin/python -m pytest tests/gpu "$@"
-if command -v compute-sanitizer >/dev/null; then
-  for tool in memcheck racecheck; do
-    compute-sanitizer --tool "$tool" --error-exitcode 1 .venv/bin/python -m pytest -q tests/gpu/test_ops_gpu.py -k "skewed or strided or tiny"
-  done
-else
-  echo "gpu_check: compute-sanitizer is not on PATH; kernels were not run under it"
+if [[ -z ${PYTHON:-} ]]; then
+  PYTHON=python3
+  if [[ -x .venv/bin/python ]]; then PYTHON=.venv/bin/python; fi
 fi
-.venv/bin/python scripts/bench_ops.py --device cuda
-scripts/pretrain_gpt_moe.sh --config configs/runs/quickstart.yaml --nproc 1 --bf16 \
-  --expert-model-parallel-size 1 --pipeline-model-parallel-size 1
+if compgen -G ".whl/*.whl" >/dev/null; then
+  "$PYTHON" -m pip install --quiet --no-index --no-deps --no-compile --upgrade --target .site .whl/*.whl
+  export PYTHONPATH="$PWD/.site${PYTHONPATH:+:$PYTHONPATH}"
+fi
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
+exec "$PYTHON" -m scripts.gpu.check "$@"

@@ -18,12 +18,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from megatron_smartmoe.cost.memory.buffers import MIGRATION_CHUNK_BYTES
 from megatron_smartmoe.errors import MigrationError, PlanError
 from megatron_smartmoe.placement.transfers import LayerLayout, Transfers, transfers_of
 from megatron_smartmoe.spec.arrays import IntArray
 
 ALIGNMENT_BYTES = 16  # each message starts at a multiple of it in staging memory: enough for any element type
-CHUNK_BYTES = 8 << 20  # bytes; a message is sent in chunks of at most this, and two are packed at a time
 STAGING_FLAG = "--smartmoe-migration-staging-mib"
 
 
@@ -97,7 +97,7 @@ def plan_migration(
     *,
     num_ranks: int,
     staging_bytes: int,
-    max_chunk_bytes: int = CHUNK_BYTES,
+    max_chunk_bytes: int = MIGRATION_CHUNK_BYTES,
 ) -> MigrationPlan:
     """Plan the migration from one homes table to another. A pure function: equal on every rank for equal arguments.
 

@@ -165,6 +165,64 @@ def memory_is_refused() -> dict[str, Any]:
     return facts | {"again": job.fingerprints() == before, "arrived": bool((job.homes_LE == wanted).all())}
 
 
+def memory_ends_within_a_step() -> dict[str, Any]:
+    """Rank 1 runs out of memory between messages: it goes on with them, and no rank commits or waits."""
+    from megatron_smartmoe.runtime.migration import exchange as module
+
+    job = Job(MIX)
+    job.step()
+    before, wanted, exchange = job.fingerprints(), job.random_homes(1), job.exchange()
+    calls, checksum = [], module.chunk_checksum
+
+    def fails_once(*args: Any) -> torch.Tensor:
+        calls.append(args)
+        if len(calls) == 3 and dist.get_rank() == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB.\nStack")
+        return checksum(*args)
+
+    begin = time.monotonic()
+    with mock.patch.object(module, "chunk_checksum", fails_once):
+        error = error_of(lambda: job.migrate(wanted, exchange))
+    facts = {"error": error, "seconds": time.monotonic() - begin, "unchanged": job.fingerprints() == before}
+    job.migrate(wanted, exchange)
+    return facts | {"again": job.fingerprints() == before, "arrived": bool((job.homes_LE == wanted).all())}
+
+
+def memory_is_reserved() -> dict[str, Any]:
+    """Staging memory is taken at the start; without it on rank 2 every rank stops there, and nobody waits."""
+    job = Job(MIX)
+    refused, exchange = job.exchange(), job.exchange()
+    empty = torch.empty
+
+    def refuse(*args: Any, **kwargs: Any) -> torch.Tensor:
+        if kwargs.get("dtype") == torch.uint8 and dist.get_rank() == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB.")
+        return empty(*args, **kwargs)
+
+    with mock.patch("torch.empty", refuse):
+        error = error_of(lambda: refused.reserve(1 << 19))
+    exchange.reserve(1 << 30)  # more than the bound
+    memory = exchange._arena._bytes
+    job.step()
+    job.migrate(job.random_homes(1), exchange)
+    return {"error": error, "bytes": len(memory), "kept": exchange._arena._bytes is memory}
+
+
+def no_plan_on_one_rank() -> dict[str, Any]:
+    """A rank that cannot plan takes part in the comparison, so that the others do not wait for it."""
+    job = Job(MIX)
+    job.step()
+    exchange = job.exchange()
+    begin = time.monotonic()
+    if dist.get_rank() == 3:
+        job.states.prepare(gradients_spent=True)
+        job.states.states()
+        error = error_of(lambda: exchange.refuse("out of memory (CUDA out of memory.)"))
+    else:
+        error = error_of(lambda: job.migrate(job.random_homes(1), exchange))
+    return {"error": error, "seconds": time.monotonic() - begin}
+
+
 def plans_differ() -> dict[str, Any]:
     job = Job(MIX)
     job.step()
@@ -283,6 +341,9 @@ CASES = [
     a_bit_flips,
     plans_differ,
     memory_is_refused,
+    memory_ends_within_a_step,
+    memory_is_reserved,
+    no_plan_on_one_rank,
     staging_is_bounded,
     gradients_are_there,
     a_peer_is_slow,
@@ -332,6 +393,41 @@ def test_a_rank_without_memory_stops_the_migration_on_every_rank(found: list[dic
         assert facts["arrived"]
 
 
+def test_memory_that_ends_within_a_step_stops_it_on_every_rank(found: list[dict[str, Any]]) -> None:
+    uncommitted = "nothing of this step is committed, its experts stay where they are."
+    for rank, facts in enumerate(of(found, memory_ends_within_a_step)):
+        reason = "another rank ran out of memory, as its log says"
+        if rank == 1:
+            reason = "rank 1: out of memory (CUDA out of memory. Tried to allocate 2.00 MiB.)"
+        assert facts["error"] == f"MigrationError: layer 0: {reason}; {uncommitted}"
+        assert facts["seconds"] < 25  # the migration's timeout is 30
+        assert facts["unchanged"]
+        assert facts["again"]
+        assert facts["arrived"]
+
+
+def test_staging_memory_is_taken_at_the_start(found: list[dict[str, Any]]) -> None:
+    for rank, facts in enumerate(of(found, memory_is_reserved)):
+        reason = "another rank has no memory for staging, as its log says"
+        if rank == 2:
+            reason = (
+                "rank 2: no memory for 524288 bytes of staging on cpu (CUDA out of memory. Tried to allocate 1.00 "
+                "GiB.). Lower --smartmoe-migration-staging-mib"
+            )
+        assert facts["error"] == f"MigrationError: {reason}; nothing was moved."
+        assert facts["bytes"] == 1 << 20
+        assert facts["kept"]
+
+
+def test_a_rank_without_a_plan_keeps_nobody_waiting(found: list[dict[str, Any]]) -> None:
+    for rank, facts in enumerate(of(found, no_plan_on_one_rank)):
+        reason = "another rank has no memory for staging, as its log says"
+        if rank == 3:
+            reason = "rank 3: out of memory (CUDA out of memory.)"
+        assert facts["error"] == f"MigrationError: {reason}; nothing was moved."
+        assert facts["seconds"] < 25
+
+
 def test_a_flipped_bit_stops_its_step_on_every_rank(found: list[dict[str, Any]]) -> None:
     for facts in of(found, a_bit_flips):
         assert facts["error"].startswith("MigrationError: layer 1: ")
@@ -377,7 +473,7 @@ def test_a_slow_peer_is_named_and_nothing_is_written(found: list[dict[str, Any]]
         assert rank == 1 or "--smartmoe-migration-timeout-s" in facts["error"]
         assert not facts["written"]
         assert not facts["moved"]
-        assert facts["prepared"].startswith("MigrationError: the ranks of this stage cannot reach each other")
+        assert facts["prepared"].startswith("PeerError: the ranks of this stage cannot reach each other")
         assert facts["later"].startswith(
             "MigrationError: expert migration is disabled: an earlier one lost its process group"
         )

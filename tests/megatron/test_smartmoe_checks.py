@@ -12,6 +12,7 @@ pytestmark = [pytest.mark.dist, pytest.mark.fast]
 
 ONE_OUT = "Remove one of the two."
 TE = "--transformer-impl transformer_engine"
+TE_EXPERTS = f"{TE} --moe-grouped-gemm --smartmoe-experts transformer_engine"
 CASES = {
     "all well": Case(flags="--smartmoe", verdict=True),
     "a watchdog without patience": Case(
@@ -72,6 +73,28 @@ CASES = {
         te=True,
         says="--fp8-format = 'hybrid': is not supported with --smartmoe-experts grouped_mm, which computes in bf16, "
         "fp16 and fp32. Remove it, or pass --smartmoe-experts transformer_engine.",
+    ),
+    "fp8 with scales from a history": Case(
+        flags=f"--smartmoe {TE_EXPERTS} --fp8-format hybrid --bf16 --expert-model-parallel-size 2",
+        te=True,
+        ranks=2,
+        says="--fp8-recipe = 'delayed': is not supported with --smartmoe-homes on: its scales come from the history "
+        "of a slot, which is another expert's after a move. Pass --fp8-recipe tensorwise, blockwise or mxfp8, or "
+        "--smartmoe-homes off.",
+    ),
+    **{
+        f"fp8 with scales from the values: {recipe}": Case(
+            flags=f"--smartmoe {TE_EXPERTS} --fp8-format hybrid --fp8-recipe {recipe} --bf16 "
+            "--expert-model-parallel-size 2",
+            te=True,
+            ranks=2,
+        )
+        for recipe in ("tensorwise", "blockwise", "mxfp8")
+    },
+    "fp8 with scales from a history, without moves": Case(
+        flags=f"--smartmoe {TE_EXPERTS} --fp8-format hybrid --bf16 --expert-model-parallel-size 2 --smartmoe-homes off",
+        te=True,
+        ranks=2,
     ),
     "delayed weight gradients": Case(
         flags=f"--smartmoe {TE} --delay-wgrad-compute",

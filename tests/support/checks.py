@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
 
-from megatron_smartmoe.adapter.flags import megatron_checks
+from megatron_smartmoe.adapter.flags import megatron_checks, smartmoe_checks
 from megatron_smartmoe.errors import SmartMoEError
 from tests.support.ranks import run_ranks
 from tests.support.training import TINY_MODEL, TINY_TRAINING
@@ -57,7 +57,10 @@ def judge(case: Case, data: Path) -> str | None:
     te, apex = mock.Mock(return_value=case.te), mock.Mock(return_value=False)
     with mock.patch.multiple(pretrain, has_transformer_engine=te, has_apex=apex):
         argv = pretrain.with_defaults(user, cpu=case.cpu, say=False)
-    with mock.patch.object(megatron_checks, "has_transformer_engine", return_value=case.te):
+    with (
+        mock.patch.object(megatron_checks, "has_transformer_engine", te),
+        mock.patch.object(smartmoe_checks, "has_transformer_engine", te),
+    ):
         return _said_by(lambda: _check(argv, case))
 
 

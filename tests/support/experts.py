@@ -51,7 +51,7 @@ class Mix:
 class Job:
     """This rank of a training run: model, optimizer, homes."""
 
-    def __init__(self, mix: Mix, timeout_s: float = 30.0) -> None:
+    def __init__(self, mix: Mix, timeout_s: float = 30.0, device: str = "cpu") -> None:
         from megatron.core import parallel_state
         from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
         from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
@@ -60,7 +60,7 @@ class Job:
         from megatron_smartmoe.adapter.migration.expert_state import ExpertStates
 
         hooks.use_torch_adam()
-        self.mix, self.timeout_s = mix, timeout_s
+        self.mix, self.timeout_s, self.device = mix, timeout_s, device
         if not dist.is_initialized():
             dist.init_process_group("gloo")
         parallel_state.destroy_model_parallel()
@@ -74,7 +74,7 @@ class Job:
         self.edp_rank = parallel_state.get_expert_data_parallel_rank()
         self.etp_rank = parallel_state.get_expert_tensor_parallel_rank()
         stage = parallel_state.get_pipeline_model_parallel_rank()
-        module = build_model(mix)
+        module = build_model(mix).to(device)
         ddp_config = DistributedDataParallelConfig(
             use_distributed_optimizer=mix.distributed,
             overlap_grad_reduce=mix.overlap,
@@ -120,7 +120,8 @@ class Job:
     def _draw(self, layer: int, expert: int, number: int) -> tuple[torch.Tensor, torch.Tensor]:
         seed = hash((self.iteration, number, layer, expert, self.edp_rank)) % (1 << 31)
         generator = torch.Generator().manual_seed(seed)
-        return tuple(torch.randn(TOKENS, HIDDEN, generator=generator).to(self.mix.dtype) for _ in range(2))  # type: ignore[return-value]
+        drawn = [torch.randn(TOKENS, HIDDEN, generator=generator).to(self.device, self.mix.dtype) for _ in range(2)]
+        return drawn[0], drawn[1]
 
     def step(self) -> None:
         """One training step."""
@@ -143,7 +144,7 @@ class Job:
         return ExpertExchange(
             group=self.states.group,
             workers=self.states.workers,
-            device="cpu",
+            device=self.device,
             staging_bytes=staging_bytes,
             timeout_s=self.timeout_s,
             probe=probe,
@@ -254,7 +255,7 @@ def build_model(mix: Mix) -> Any:
             loss = (self.dense.float() ** 2).sum()
             for experts, (rows, targets) in zip(self.layers, inputs, strict=True):
                 sizes = torch.full((mix.slots,), TOKENS)
-                output, _ = experts(rows, sizes, torch.ones(len(rows), dtype=rows.dtype))
+                output, _ = experts(rows, sizes, torch.ones(len(rows), dtype=rows.dtype, device=rows.device))
                 loss = loss + (output.float() * targets.float()).sum()
             return loss
 

@@ -7,21 +7,23 @@ here, for every module of the project, a later one too.
 
 import gc
 import importlib
+import os
 import pkgutil
 
 from megatron_smartmoe.adapter.pretrain import choose_device
 
-choose_device("cpu")
+if os.environ.get("SMARTMOE_TEST_RANKS") != "cuda":  # see `ranks.on_the_gpu`
+    choose_device("cpu")
 
-import megatron.training.training  # noqa: E402, F401
-import torch  # noqa: E402
-import torch._dynamo.side_effects  # noqa: E402
-import torch._functorch.aot_autograd  # noqa: E402
-import torch._inductor.standalone_compile  # noqa: E402
-from megatron.training.argument_utils import ArgumentGroupFactory  # noqa: E402
+import megatron.training.training  # noqa: F401
+import torch
+import torch._dynamo.side_effects
+import torch._functorch.aot_autograd
+import torch._inductor.standalone_compile
+from megatron.training.argument_utils import ArgumentGroupFactory
 
-from megatron_smartmoe import adapter, runtime  # noqa: E402
-from megatron_smartmoe.adapter.flags.parser import build_parser  # noqa: E402
+from megatron_smartmoe import adapter, runtime
+from megatron_smartmoe.adapter.flags.parser import build_parser
 
 torch.set_num_threads(1)
 for package in (runtime, adapter):

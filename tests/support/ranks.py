@@ -7,6 +7,7 @@ to the next would save half of that, and Megatron's global state would tie the t
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import multiprocessing
 import os
@@ -15,18 +16,38 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from typing import Any
 
 from tests.support.ports import free_ports
 
+_DEVICE_VARIABLE = "SMARTMOE_TEST_RANKS"  # read by `tests.support.preload`, which imports too much to be imported here
+
 
 def _context() -> ForkServerContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.support.preload"])
     return context
+
+
+@contextlib.contextmanager
+def on_the_gpu() -> Iterator[None]:
+    """Start ranks from a fork server of their own, which has no CPU facade and has not touched the GPU.
+
+    A process whose parent has initialized CUDA cannot use it. So while the server imports everything, torch must ask
+    NVML and not CUDA whether there is a GPU.
+    """
+    os.environ.update(variables := {_DEVICE_VARIABLE: "cuda", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"})
+    forkserver._forkserver._stop()  # type: ignore[attr-defined]  # the next start makes a new one
+    try:
+        yield
+    finally:
+        for name in variables:
+            del os.environ[name]
+        forkserver._forkserver._stop()  # type: ignore[attr-defined]
 
 
 def run_ranks(

@@ -24,21 +24,40 @@ class UnreadyGroup(AssertionError):
     """A batch of sends and receives is the first operation of a group: NCCL may wait for the other ranks for ever."""
 
 
+def group_of(operations: list[dist.P2POp]) -> dist.ProcessGroup:
+    """The group of a batch."""
+    group = (operations[0].group if operations else None) or dist.group.WORLD
+    assert group is not None, "init_process_group was not called"
+    return group
+
+
+def check(operations: list[dist.P2POp], *, is_first: bool) -> None:
+    """Check a batch that is about to be posted.
+
+    Args:
+        operations: The batch.
+        is_first: Whether nothing was posted in its group before.
+
+    Raises:
+        UnreadyGroup: NCCL may hang in this batch.
+    """
+    group = group_of(operations)
+    if is_first and group.size() > 2 and group.group_desc not in _ALL_RANKS_TAKE_PART:
+        raise UnreadyGroup(
+            f"rank {dist.get_rank()}: batch_isend_irecv of {len(operations)} is the first operation of a group of "
+            f"{group.size()} ranks: NCCL waits for the others for ever. Run a collective of the whole group first, "
+            "for example an all_reduce of one element."
+        )
+
+
 def install() -> None:
     """Check each batch from now on, in this process and in those forked from it."""
     post = c10d.batch_isend_irecv
 
     def checked(p2p_op_list: list[dist.P2POp]) -> list[dist.Work]:
-        group = (p2p_op_list[0].group if p2p_op_list else None) or dist.group.WORLD
-        assert group is not None, "init_process_group was not called"
         # gloo numbers a group's operations, collectives and messages alike, from 0; torch's stubs leave the getter out
-        number: int = group._get_sequence_number_for_group()  # type: ignore[attr-defined]
-        if number == 0 and group.size() > 2 and group.group_desc not in _ALL_RANKS_TAKE_PART:
-            raise UnreadyGroup(
-                f"rank {dist.get_rank()}: batch_isend_irecv of {len(p2p_op_list)} is the first operation of a group of "
-                f"{group.size()} ranks: NCCL waits for the others for ever. Run a collective of the whole group first, "
-                "for example an all_reduce of one element."
-            )
+        number: int = group_of(p2p_op_list)._get_sequence_number_for_group()  # type: ignore[attr-defined]
+        check(p2p_op_list, is_first=number == 0)
         return post(p2p_op_list)
 
     dist.batch_isend_irecv = c10d.batch_isend_irecv = checked

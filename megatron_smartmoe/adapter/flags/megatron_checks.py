@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
-import os
 import traceback
 from math import gcd
 
@@ -20,6 +19,7 @@ from megatron_smartmoe.adapter.flags.ignored_options import check_ignored
 from megatron_smartmoe.adapter.flags.parser import attribute, has_transformer_engine
 from megatron_smartmoe.adapter.flags.smartmoe_checks import check_smartmoe
 from megatron_smartmoe.adapter.flags.start_checks import check_start
+from megatron_smartmoe.adapter.gpu_environment import set_gpu_environment
 from megatron_smartmoe.adapter.moe.own_experts import declare_grouped
 from megatron_smartmoe.adapter.repairs.bucket_padding import check_bucket_padding
 from megatron_smartmoe.errors import ConfigError
@@ -53,16 +53,13 @@ def check(args: argparse.Namespace, *, world_size: int, cpu: bool, data_exists: 
 
 
 def check_args(args: argparse.Namespace, *, cpu: bool, data_exists: bool = True) -> None:
-    """Check parsed flags of this job, and set the environment variable that Megatron's validation asserts.
+    """Check parsed flags of this job, and set the environment variables that follow from them.
 
     Raises:
         ConfigError: see `check`.
     """
     check(args, world_size=args.world_size, cpu=cpu, data_exists=data_exists)
-    if (args.tensor_model_parallel_size > 1 or args.context_parallel_size > 1) and not args.use_megatron_fsdp:
-        # Megatron asserts it before Blackwell: kernels must start in the order in which they were issued. With FSDP
-        # it asserts the opposite.
-        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    set_gpu_environment(args, cpu=cpu)
 
 
 def _divides(field: str, value: int, divisor: int, divisor_name: str, way_out: str | None = None) -> None:

@@ -192,14 +192,16 @@ def _add_homes(group: argparse._ArgumentGroup) -> None:
         type=int,
         metavar="MIB",
         default=1024,
-        help="Memory per rank for experts in transit, in MiB. Larger migrations take several steps. Default: 1024.",
+        help="Memory per rank for experts in transit, in MiB, allocated when training starts; less where a layer's "
+        "experts of a rank need less. Larger migrations take several steps. Default: 1024.",
     )
     group.add_argument(
         "--smartmoe-migration-timeout-s",
         type=float,
         metavar="SECONDS",
         default=600.0,
-        help="Abort a migration when a rank does not respond for this long. Default: 600.",
+        help="Abort a migration when a rank does not respond for this long; training goes on without further moves. "
+        "Default: 600.",
     )
     group.add_argument(
         "--no-dist-ckpt-optim-fully-reshardable",

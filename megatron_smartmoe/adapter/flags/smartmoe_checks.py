@@ -57,6 +57,7 @@ _NOT_WITH_HOMES = {
     "--fp8-param-gather": "fp8 parameters have scales that would have to move along",
     "--mtp-num-layers": _SHARED_NUMBERS,
 }
+_FP8_WITHOUT_HISTORY = ("tensorwise", "blockwise", "mxfp8")  # recipes whose scales come from the values themselves
 # with --smartmoe-spare-slots.
 _NOT_WITH_REPLICAS = {
     "--moe-pad-expert-input-to-capacity": "all experts get the same number of rows, so there is nothing to balance",
@@ -256,6 +257,14 @@ def _check_homes(args: argparse.Namespace) -> None:
         if getattr(args, attribute(flag), False):
             rule = f"is not supported with --smartmoe-homes {args.smartmoe_homes}: {reason}"
             raise ConfigError(flag, getattr(args, attribute(flag)), rule, "Remove it, or pass --smartmoe-homes off.")
+    if args.fp8 and args.fp8_recipe not in _FP8_WITHOUT_HISTORY:
+        come = "come" if args.fp8_recipe == "delayed" else "may come"
+        rule = (
+            f"is not supported with --smartmoe-homes {args.smartmoe_homes}: its scales {come} from the history of a "
+            "slot, which is another expert's after a move"
+        )
+        way_out = "Pass --fp8-recipe tensorwise, blockwise or mxfp8, or --smartmoe-homes off."
+        raise ConfigError("--fp8-recipe", args.fp8_recipe, rule, way_out)
     if args.optimizer not in ("adam", "sgd"):
         rule = f"is not supported with --smartmoe-homes {args.smartmoe_homes}: its state cannot be moved"
         raise ConfigError("--optimizer", args.optimizer, rule, "Pass adam or sgd, or --smartmoe-homes off.")

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 from numpy.typing import NDArray
 
-from megatron_smartmoe.adapter.cost_inputs import online_options, online_setting
+from megatron_smartmoe.adapter.cost_inputs import online_options, online_setting, state_bytes
 from megatron_smartmoe.adapter.flags.checkpoint_check import saved_placement
 from megatron_smartmoe.adapter.flags.smartmoe_arguments import REPLICAS, replicas_mode
 from megatron_smartmoe.adapter.hooks import Callback, Order
@@ -25,7 +25,8 @@ from megatron_smartmoe.adapter.migration.mover import ExpertMover, with_home_slo
 from megatron_smartmoe.adapter.moe.routers import count_tokens
 from megatron_smartmoe.adapter.run import Run
 from megatron_smartmoe.checkpoint.manifest import read_manifest
-from megatron_smartmoe.errors import PlanError
+from megatron_smartmoe.cost.memory.buffers import staging_bytes
+from megatron_smartmoe.errors import ConfigError, MigrationError, PlanError
 from megatron_smartmoe.placement.homes_planner import HomesPlanner, ReplicaMode
 from megatron_smartmoe.placement.layer_cost import layer_seconds
 from megatron_smartmoe.planner.pool import PoolSetting
@@ -57,6 +58,7 @@ class HomesLoop(Callback):
             staging_bytes=args.smartmoe_migration_staging_mib * MIB,
             timeout_s=args.smartmoe_migration_timeout_s,
         )
+        self._take_staging_memory()
         windows = min(WINDOWS, args.smartmoe_homes_interval)
         shape = CountsShape(rows=numbers, num_ranks=ranks.ep_size, ep_rank=ranks.ep_rank, windows=windows)
         # All of them now: a cluster file that is edited during the run must not change what the run does.
@@ -89,6 +91,22 @@ class HomesLoop(Callback):
             ),
         )
         self._restore()
+
+    def _take_staging_memory(self) -> None:
+        """Allocate what a migration may need, while a lack of it is still a matter of flags.
+
+        Raises:
+            ConfigError: on every rank of a pipeline stage in which one has no memory for it.
+        """
+        args = self._run.args
+        limit_mib = args.smartmoe_migration_staging_mib
+        try:
+            self._mover.reserve(
+                staging_bytes(state_bytes(args), args.num_experts // self._run.ranks.ep_size, limit_mib * MIB)
+            )
+        except MigrationError as error:
+            way_out = "Pass a smaller number, or --smartmoe-homes off."
+            raise ConfigError("--smartmoe-migration-staging-mib", limit_mib, str(error), way_out) from error
 
     def _restore(self) -> None:
         """A checkpoint holds experts in logical order; its placement is a hint, used if it fits this run."""

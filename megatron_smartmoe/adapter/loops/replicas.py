@@ -14,6 +14,8 @@ A pool of settings may change between iterations how replicas are planned and ho
 from __future__ import annotations
 
 from collections.abc import Mapping
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,7 @@ from megatron_smartmoe.adapter.run import Run
 from megatron_smartmoe.errors import PlanError
 from megatron_smartmoe.placement.decisions import digest_of
 from megatron_smartmoe.placement.replica_planner import ReplicaPlanner
+from megatron_smartmoe.runtime.process_groups import new_message_group
 from megatron_smartmoe.runtime.replicas.slots import SpareSlots
 from megatron_smartmoe.runtime.replicas.split import BALANCED, exact_slots, homes_only
 from megatron_smartmoe.runtime.replicas.tally import LayerTally, balance_line, imbalance
@@ -45,6 +48,7 @@ MIB = 2**20
 DECISIONS_FILE = "replicas-stage{stage}-group{group}.jsonl"
 BALANCE_FILE = "balance-stage{stage}-group{group}.jsonl"
 STATE_FILE = "smartmoe_replicas_stage{stage}_group{group}.npz"  # in a checkpoint's folder
+LAYERS_AHEAD = 2  # layers whose replicas from history are being fetched when a layer begins
 _GROUPS = "groups"  # number of expert-parallel groups, each of which has its own history
 
 
@@ -67,12 +71,14 @@ class ReplicaLoop(Callback):
         self._run, self._mode, self._used_slots = run, replicas_mode(args), args.smartmoe_spare_slots
         needs_history = "history" in self._modes
         self._fetch_early = not args.overlap_param_gather
-        self._wire = ReplicaWire(_own_group(mpu.get_expert_model_parallel_group()))
+        timeout = timedelta(minutes=args.distributed_timeout_minutes)
+        self._wire = ReplicaWire(_own_group(mpu.get_expert_model_parallel_group(), timeout))
         self._layers: list[SmartMoELayer] = [layer for _, layer in run.layers]
         self._tallies = [LayerTally() for _ in self._layers]
         self._price_tokens = replica_price_tokens(args)  # once: the cluster file may be edited during the run
-        for layer, tally in zip(self._layers, self._tallies, strict=True):
+        for index, (layer, tally) in enumerate(zip(self._layers, self._tallies, strict=True)):
             self._equip(layer, tally, keeps=needs_history)
+            layer.register_forward_pre_hook(partial(self._before_layer, index))
         if needs_history and self._layers:
             online = online_options(args, review_records=1)
             self._planner = ReplicaPlanner(self._placement(), run.ranks.edp_rank, online)
@@ -174,7 +180,6 @@ class ReplicaLoop(Callback):
         )
         if layer.shared_experts is not None and layer.shared_expert_overlap:
             layer.token_dispatcher.set_shared_experts(layer.shared_experts)
-        layer.register_forward_pre_hook(_set_training_flag)
 
     def _exact_planner(self) -> PlanReplicas:
         """Plans replicas from the counts of one micro-batch, experts named by their homes."""
@@ -223,9 +228,25 @@ class ReplicaLoop(Callback):
         for layer, slots_RS in zip(self._layers, planner.placement.slots_LRS, strict=True):
             by_home_RS = with_empty_slots(by_home(slots_RS, layer.experts.num_local_experts), unused)
             layer.token_dispatcher.slots_RS = by_home_RS
-            used = layer.experts.spare_slots.use(by_home_RS, num_passes=num_passes)
-            if used is not None and self._fetch_early:
+            layer.experts.spare_slots.use(by_home_RS, num_passes=num_passes)
+        for index in range(LAYERS_AHEAD):
+            self._fetch(index)
+
+    def _fetch(self, index: int) -> None:
+        """Start to fetch the weights of a layer's replicas, unless they are planned from exact counts.
+
+        Fetched all at once they would be in front of the first layer's kernels where a GPU has one hardware queue.
+        """
+        if self._mode == "history" and self._fetch_early and index < len(self._layers):
+            used = self._layers[index].experts.spare_slots.in_use
+            if used is not None:
                 used.start()
+
+    def _before_layer(self, index: int, layer: SmartMoELayer, inputs: Any) -> None:
+        """Called before the forward pass of a layer, by its place among this rank's."""
+        layer.token_dispatcher.training = layer.training
+        if layer.training:
+            self._fetch(index + LAYERS_AHEAD)
 
     def _plan(self, planner: ReplicaPlanner, iteration: int) -> str | None:
         """Plan, and compare the plan over the group's ranks; None, or why this iteration has no replicas."""
@@ -281,15 +302,13 @@ def by_home(slots_RS: IntArray, home_slots: int) -> IntArray:
     return np.where(slots_RS == EMPTY, EMPTY, home_E[slots_RS])
 
 
-def _set_training_flag(layer: SmartMoELayer, inputs: Any) -> None:
-    layer.token_dispatcher.training = layer.training
-
-
-def _own_group(ep_group: dist.ProcessGroup) -> dist.ProcessGroup:
+def _own_group(ep_group: dist.ProcessGroup, timeout: timedelta) -> dist.ProcessGroup:
     """A process group for the replicas alone, with the ranks of `ep_group`. A collective call of all ranks."""
     mine = tuple(dist.get_process_group_ranks(ep_group))
     everybody: list[tuple[int, ...]] = [()] * dist.get_world_size()
     dist.all_gather_object(everybody, mine)
-    groups = {ranks: dist.new_group(list(ranks)) for ranks in sorted(set(everybody))}
-    own: dist.ProcessGroup = groups[mine]
-    return own
+    groups = {
+        ranks: new_message_group(ranks, timeout=timeout, description="SMARTMOE_REPLICAS")
+        for ranks in sorted(set(everybody))
+    }
+    return groups[mine]

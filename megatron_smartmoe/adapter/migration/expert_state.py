@@ -22,6 +22,7 @@ from megatron_smartmoe.adapter.migration.optimizer_state import MAIN, ParameterS
 from megatron_smartmoe.errors import CompatError, ConfigError, MigrationError
 from megatron_smartmoe.placement.transfers import LayerLayout, TensorLayout
 from megatron_smartmoe.runtime.migration.expert_tensors import LayerState
+from megatron_smartmoe.runtime.migration.wire import PeerError, Wire, group_timeout_s
 from megatron_smartmoe.spec.arrays import IntArray
 
 _TYPE_OF_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.float32, 8: torch.float64}  # for tensors without elements
@@ -77,7 +78,7 @@ class ExpertStates:
         layers: layer number and experts module of each of this rank's MoE layers.
         model_chunks: as Megatron's training loop has them, wrapped for data parallelism.
         optimizer: Megatron's optimizer.
-        timeout_s: timeout of the collectives of `group`.
+        timeout_s: longest wait for another rank.
 
     Attributes:
         group: all ranks of this pipeline stage; used for migrations only.
@@ -110,7 +111,9 @@ class ExpertStates:
             raise CompatError("two MoE layers have the same number")
         self._edp_group = parallel_state.get_expert_data_parallel_group()
         self.workers = self._grid(ep_group)
-        self.group = self._stage_group(timeout_s)
+        self.group = self._stage_group(group_timeout_s(timeout_s, dist.get_backend()))
+        self._wire = Wire(self.group, self.workers, timeout_s)
+        self._problems = torch.zeros(1, dtype=torch.int64, device=self.device)  # now: later there may be no memory
         self._states: tuple[tuple[str, int], ...] = ()  # name and item size of what the optimizer keeps
         self._copies: tuple[tuple[int, ...], ...] = ()  # expert-data ranks that hold one copy of the state together
 
@@ -147,12 +150,12 @@ class ExpertStates:
                 connections.
         """
         problem = next(filter(None, (self._gradients_in_use(chunk, gradients_spent) for chunk in self._chunks)), None)
-        problem_anywhere = torch.tensor([0 if problem is None else 1], device=self.device)
+        self._problems.fill_(problem is not None)
         try:
-            dist.all_reduce(problem_anywhere, op=dist.ReduceOp.MAX, group=self.group)
-        except RuntimeError as error:
-            raise MigrationError(f"the ranks of this stage cannot reach each other for migrations: {error}") from error
-        if problem_anywhere.item():
+            self._wire.all_reduce(self._problems, "before a migration", dist.ReduceOp.MAX)
+        except PeerError as error:
+            raise PeerError(f"the ranks of this stage cannot reach each other for migrations: {error}") from error
+        if self._problems.item():
             raise MigrationError(f"{problem or 'another rank is in the middle of an iteration'}; no expert was moved")
         for chunk in self._chunks:
             if chunk.ddp_config.overlap_param_gather:

@@ -16,6 +16,8 @@ from megatron_smartmoe.errors import MigrationError
 from megatron_smartmoe.placement.migration import MigrationStep, plan_migration
 from megatron_smartmoe.runtime.controller import Moved
 from megatron_smartmoe.runtime.migration.exchange import CommitUnknownError, ExpertExchange, MigrationReport
+from megatron_smartmoe.runtime.migration.staging import is_out_of_memory
+from megatron_smartmoe.runtime.migration.wire import PeerError
 from megatron_smartmoe.spec.arrays import IntArray
 from megatron_smartmoe.spec.placement import EMPTY, Placement, with_empty_slots
 
@@ -62,20 +64,30 @@ class ExpertMover:
 
     def move(self, before: Placement, after: Placement) -> Moved:
         """See `runtime.controller.Mover`; called between an optimizer step and the next forward pass."""
-        slot_LE, failure = before.home_slot_LE.copy(), None
+        slot_LE, failure, lost = before.home_slot_LE.copy(), None, False
         report = MigrationReport()
         try:
             report = self._execute(slot_LE, after.home_slot_LE)
         except CommitUnknownError:
             raise
         except MigrationError as error:
-            failure = str(error)
-        return self._combine_stages(before, after, slot_LE, report, failure)
+            failure, lost = str(error), isinstance(error, PeerError)
+        return self._combine_stages(before, after, slot_LE, report, failure, lost=lost)
+
+    def reserve(self, nbytes: int) -> None:
+        """Allocate staging memory before training starts; see `ExpertExchange.reserve`."""
+        self._exchange.reserve(nbytes)
 
     def _execute(self, slot_LE: IntArray, wanted_LE: IntArray) -> MigrationReport:
         """Move this stage's experts, step by step; each commit is written to `slot_LE`."""
+        self._exchange.check_usable()
         self._states.prepare(gradients_spent=True)
-        states = self._states.states()
+        try:
+            states = self._states.states()
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            self._exchange.refuse(f"out of memory ({str(error)[:200]})")
         rows = sorted(self._layers)
         plan = plan_migration(
             slot_LE[rows],
@@ -92,20 +104,37 @@ class ExpertMover:
         return self._exchange.execute(plan, states, on_commit)
 
     def _combine_stages(
-        self, before: Placement, after: Placement, slot_LE: IntArray, report: MigrationReport, failure: str | None
+        self,
+        before: Placement,
+        after: Placement,
+        slot_LE: IntArray,
+        report: MigrationReport,
+        failure: str | None,
+        *,
+        lost: bool,
     ) -> Moved:
         """The placement that all stages together have reached: a stage that failed keeps some or all of its old homes.
 
         A collective call of all ranks.
+
+        Args:
+            before: the placement before the migration.
+            after: the placement that was wanted.
+            slot_LE: the slots that this stage's experts have now.
+            report: what this rank did.
+            failure: why this stage did not move everything; None if it did.
+            lost: whether this rank has lost the stage's process group. Then no rank tries again.
         """
         table_LE = torch.full(slot_LE.shape, -1, dtype=torch.int64)
         rows = sorted(self._layers)
         table_LE[rows] = torch.from_numpy(slot_LE[rows])
         table_LE = table_LE.to(self._states.device)
         dist.all_reduce(table_LE, op=dist.ReduceOp.MAX)
-        totals = torch.tensor([report.sent_bytes, failure is not None], dtype=torch.int64, device=table_LE.device)
+        totals = torch.tensor([report.sent_bytes, failure is not None, lost], dtype=torch.int64, device=table_LE.device)
         dist.all_reduce(totals)
-        sent_bytes, failures = totals.tolist()
+        sent_bytes, failures, losses = totals.tolist()
+        if losses:
+            self._exchange.disable(failure or "a rank got no answer from another, as its log says")
         if failures and failure is None:
             ranks = "1 other rank" if failures == 1 else f"{failures} other ranks"
             failure = f"{ranks} could not move their experts; the reason is in their logs"

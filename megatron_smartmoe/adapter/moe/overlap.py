@@ -2,7 +2,8 @@
 
 FasterMoE's smart schedule (PPoPP 2022) on this project's layer. A chunk is the rows that one group of peers exchanges
 (`chunk_peers`). All dispatches are posted at once; then each chunk is waited for, computed, and sent back, and
-`combine` waits for what comes back. With D = 3:
+`combine` waits for what comes back. They are launched one ahead of the computation (`LaunchOrder`), so that a GPU with
+one hardware queue overlaps them too. With D = 3:
 
     wire     dispatch 0 | dispatch 1 | dispatch 2 | combine 0 | combine 1 | combine 2
     compute                experts 0 |  experts 1 |  experts 2 |
@@ -29,7 +30,14 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_smartmoe.adapter.moe.chunk_order import ChunkOrder
 from megatron_smartmoe.adapter.moe.experts import SlottedExperts
 from megatron_smartmoe.adapter.moe.layer import SmartMoELayer
-from megatron_smartmoe.runtime.chunked_all_to_all import ChunkPeers, RowExchange, chunk_peers, join_rows, split_rows
+from megatron_smartmoe.runtime.chunked_all_to_all import (
+    ChunkPeers,
+    LaunchOrder,
+    RowExchange,
+    chunk_peers,
+    join_rows,
+    split_rows,
+)
 from megatron_smartmoe.runtime.replicas.slots import SpareSlots
 
 
@@ -96,14 +104,18 @@ class OverlappedMoELayer(SmartMoELayer):
         self._sent_R, arriving_PRS = dispatcher.traffic()
         rows = split_rows(hidden_states, self._sent_R, self._targets)
         weights = split_rows(probs, self._sent_R, self._targets)
+        order = LaunchOrder()
         chunks = [
-            self._send(peers, arriving_PRS, *chunk) for peers, *chunk in zip(self._peers, rows, weights, strict=True)
+            self._send(peers, arriving_PRS, order, *chunk)
+            for peers, *chunk in zip(self._peers, rows, weights, strict=True)
         ]
         if shared is not None:
             shared.linear_fc1_forward_and_act()
         return chunks, None
 
-    def _send(self, peers: ChunkPeers, arriving_PRS: torch.Tensor, *rows: torch.Tensor) -> _PeerChunk:
+    def _send(
+        self, peers: ChunkPeers, arriving_PRS: torch.Tensor, order: LaunchOrder, *rows: torch.Tensor
+    ) -> _PeerChunk:
         """Post the dispatch of one chunk: rows `[N, H]` and weights `[N]` for the targets of `peers`."""
         counts_PQS = arriving_PRS[:, list(peers.sources)]
         if peers.sources == (self.ep_group.rank(),):
@@ -111,8 +123,8 @@ class OverlappedMoELayer(SmartMoELayer):
         sent_R = [size if rank in peers.targets else 0 for rank, size in enumerate(self._sent_R)]
         arriving_R = arriving_PRS[self.token_dispatcher.tp_rank].sum(dim=1).tolist()
         received_R = [size if rank in peers.sources else 0 for rank, size in enumerate(arriving_R)]
-        dispatch = RowExchange(self.ep_group, sent_R, received_R)
-        combine = RowExchange(self.ep_group, received_R, sent_R)
+        dispatch = RowExchange(self.ep_group, sent_R, received_R, order=order)
+        combine = RowExchange(self.ep_group, received_R, sent_R, order=order, leads=False)
         return _PeerChunk(counts_PQS=counts_PQS, dispatch=dispatch, combine=combine, rows=dispatch.start(*rows))
 
     def routed_experts_compute(self, hidden_states: Any, probs: Any) -> Any:

@@ -5,13 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 from megatron_smartmoe.cost.memory.activations import activation_bytes
-from megatron_smartmoe.cost.memory.buffers import largest_state_bytes
+from megatron_smartmoe.cost.memory.buffers import largest_state_bytes, staging_bytes
 from megatron_smartmoe.spec.cluster import GpuSpec
 from megatron_smartmoe.spec.model import ModelSpec
 from megatron_smartmoe.spec.parallel import ParallelSpec, pipeline_chunks
 
 FRAGMENTATION = 0.04  # share of the memory that is lost between blocks: an estimate
-STAGED_EXPERTS = 2  # experts whose state lies in staging buffers while homes move: one arrives, one leaves
 STATE_BYTES = 12  # bytes per parameter: fp32 main parameter and two moments
 REPLICA_GRADIENT_BYTES = 4  # bytes per parameter: replicas' gradients are summed in fp32 whatever the others are
 
@@ -81,7 +80,7 @@ def stage_budget(model: ModelSpec, spec: ParallelSpec, gpu: GpuSpec, stage: int,
         for chunk in pipeline_chunks(model, spec)
         if chunk.stage == stage
     )
-    moves = spec.homes_interval > 0 and spec.ep > 1
+    moves, home_slots = spec.homes_interval > 0 and spec.ep > 1, model.moe.experts // spec.ep
     return MemoryBudget(
         weights=state.params,
         gradients=state.gradients,
@@ -91,6 +90,6 @@ def stage_budget(model: ModelSpec, spec: ParallelSpec, gpu: GpuSpec, stage: int,
         logits=kept.logits,
         working=kept.working,
         replicas=float(spec.spare_slots * moe_layers * numel * (spec.element_bytes + REPLICA_GRADIENT_BYTES)),
-        staging=float(STAGED_EXPERTS * numel * (spec.element_bytes + STATE_BYTES)) if moves else 0.0,
+        staging=float(staging_bytes(numel * (spec.element_bytes + STATE_BYTES), home_slots)) if moves else 0.0,
         reserved=gpu.reserved_bytes + FRAGMENTATION * gpu.memory_bytes,
     )

@@ -27,6 +27,9 @@ from megatron_smartmoe.spec.arrays import IntArray
 from megatron_smartmoe.spec.model import ModelSpec
 from megatron_smartmoe.spec.parallel import ParallelSpec, PipelineChunk, pipeline_chunks
 
+STAGING_LIMIT_BYTES = 1 << 30  # the default of --smartmoe-migration-staging-mib
+MIGRATION_CHUNK_BYTES = 8 << 20  # experts are sent in chunks of at most this, and two are packed at a time
+
 PARAM_ALIGNMENT = 64  # elements
 BUCKET_ALIGNMENT = 128  # elements
 MAIN_BYTES = 4  # bytes of an fp32 main parameter
@@ -138,6 +141,17 @@ def optimizer_bytes(element_bytes: int) -> int:
 def expert_state_bytes(expert: ExpertShape) -> int:
     """Bytes that move with an expert: its weights and their optimizer state."""
     return expert.weight_bytes + expert.num_params * optimizer_bytes(expert.element_bytes)
+
+
+def staging_bytes(expert_bytes: int, home_slots: int, limit_bytes: int = STAGING_LIMIT_BYTES) -> int:
+    """Bytes that a rank allocates for experts in transit: at most a layer's home experts arrive together.
+
+    Args:
+        expert_bytes: Of one expert's weights and optimizer state.
+        home_slots: S, the rank's experts of a layer.
+        limit_bytes: The bound that `--smartmoe-migration-staging-mib` gives.
+    """
+    return min(limit_bytes, home_slots * expert_bytes + 2 * MIGRATION_CHUNK_BYTES)
 
 
 def largest_state_bytes(model: ModelSpec, spec: ParallelSpec, stage: int) -> tuple[StateBytes, StateBytes]:

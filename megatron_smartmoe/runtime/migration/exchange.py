@@ -16,9 +16,11 @@ What is guaranteed:
 - A process that dies at any instant: the others get one of the two errors, the job restarts from its last checkpoint.
   Nothing on disk is touched here.
 
+- A rank that runs out of memory, whenever: it goes on with the messages, so that nobody waits for it, and the
+  comparison refuses the step on every rank. The memory of a step is allocated before its first message.
+
 Plain torch.distributed: gloo with CPU tensors, NCCL with CUDA tensors. It needs a process group of its own, because a
-timeout closes a gloo group's connections, and training's groups must survive it. (NCCL's own watchdog ends a process
-whose operations have not ended by the group's timeout; then the restart applies.)
+timeout closes a gloo group's connections and aborts an NCCL communicator, and training's groups must survive it.
 """
 
 from __future__ import annotations
@@ -26,6 +28,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -34,8 +38,14 @@ from megatron_smartmoe.errors import MigrationError
 from megatron_smartmoe.placement.migration import MigrationPlan, MigrationStep
 from megatron_smartmoe.runtime.digest import digest_bounds, is_one_digest
 from megatron_smartmoe.runtime.migration.expert_tensors import LayerState
-from megatron_smartmoe.runtime.migration.staging import Arena, Staging, chunk_checksum, needed_bytes
-from megatron_smartmoe.runtime.migration.wire import Batch, PeerError, Wire, turns
+from megatron_smartmoe.runtime.migration.staging import (
+    Arena,
+    Staging,
+    chunk_checksum,
+    is_out_of_memory,
+    needed_bytes,
+)
+from megatron_smartmoe.runtime.migration.wire import Batch, Chunk, PeerError, Wire, turns
 
 Probe = Callable[[str, MigrationStep, torch.Tensor | None], None]
 
@@ -91,6 +101,42 @@ class ExpertExchange:
         self._probe = probe or (lambda point, step, chunk: None)
         self._broken: str | None = None
         self._arena = Arena(staging_bytes, self._device)
+        self._words = torch.zeros(3, dtype=torch.int64, device=self._device)  # reduced before and after a step
+        self._checksum_M = torch.zeros(1, dtype=torch.int64, device=self._device)  # one more than there are messages
+        self._problem: str | None = None  # why this rank cannot complete the step that is under way
+
+    def reserve(self, nbytes: int) -> None:
+        """Allocate staging memory, and connect the group, before anything depends on them. A collective call.
+
+        Args:
+            nbytes: No more than the bound is allocated.
+
+        Raises:
+            MigrationError: A rank of the stage has no memory for it; on all of them alike.
+        """
+        self._compare("0", self._out_of_memory(lambda: self._arena.take(min(nbytes, self.staging_bytes))))
+
+    def refuse(self, problem: str) -> NoReturn:
+        """Take part in a migration for which this rank has no plan, so that the others do not wait for it.
+
+        Raises:
+            MigrationError: Always, on all ranks alike.
+        """
+        self._compare("0", problem)
+        raise AssertionError("a comparison with a problem raises")
+
+    def disable(self, reason: str) -> None:
+        """Refuse all later migrations, because another rank has lost the process group."""
+        self._broken = self._broken or reason
+
+    def check_usable(self) -> None:
+        """Raise if an earlier migration has lost the process group.
+
+        Raises:
+            MigrationError: It has.
+        """
+        if self._broken:
+            raise MigrationError(f"expert migration is disabled: an earlier one lost its process group: {self._broken}")
 
     def execute(
         self, plan: MigrationPlan, states: Mapping[int, LayerState], on_commit: Callable[[MigrationStep], None]
@@ -107,12 +153,11 @@ class ExpertExchange:
             MigrationError: This step and those after it were not carried out; see the module for what is guaranteed.
             CommitUnknownError: Training must stop.
         """
-        if self._broken:
-            raise MigrationError(f"expert migration is disabled: an earlier one lost its process group: {self._broken}")
+        self.check_usable()
         begin = time.perf_counter()
         report = MigrationReport()
         try:
-            self._compare(plan, self._reserve(plan))
+            self._compare(plan.digest, self._reserve(plan))
             for step in plan.steps:
                 self._step(step, states[step.layer], report)
                 on_commit(step)
@@ -126,35 +171,52 @@ class ExpertExchange:
         return report
 
     def _reserve(self, plan: MigrationPlan) -> str | None:
-        """Allocate the staging memory of all steps; None, or why that failed.
+        """Allocate the memory of all steps; None, or why that failed.
 
         Before anything is sent: a rank that found out later would leave the others waiting for its messages.
         """
-        try:
+        num_messages = max((len(step.messages) for step in plan.steps), default=0)
+
+        def allocate() -> None:
             self._arena.take(max((needed_bytes(step, self.worker) for step in plan.steps), default=0))
+            if len(self._checksum_M) <= num_messages:
+                self._checksum_M = torch.zeros(num_messages + 1, dtype=torch.int64, device=self._device)
+
+        return self._out_of_memory(allocate)
+
+    @staticmethod
+    def _out_of_memory(call: Callable[[], object]) -> str | None:
+        """Call something that allocates; None, or why there was no memory."""
+        try:
+            call()
         except MigrationError as error:
             return str(error)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            return f"out of memory ({str(error).partition(chr(10))[0][:200]})"
         return None
 
-    def _compare(self, plan: MigrationPlan, problem: str | None) -> None:
+    def _compare(self, digest: str, problem: str | None) -> None:
         """Check that all ranks have the same plan, and memory for it: otherwise they would hang or corrupt experts."""
-        bounds = digest_bounds(plan.digest, self._device)
-        reduced = torch.cat([bounds, bounds.new_tensor([problem is not None])])
-        self._wire.all_reduce(reduced, "comparing plans", dist.ReduceOp.MAX)
-        *digests, problems = reduced.tolist()
-        if not is_one_digest(digests):
-            raise MigrationError(
-                f"the ranks have different migration plans (digest {plan.digest} on rank {dist.get_rank()}); "
-                "nothing was moved. Their homes, their layouts or their flags differ."
-            )
+        self._words[:2].copy_(digest_bounds(digest, "cpu"))
+        self._words[2] = problem is not None
+        self._wire.all_reduce(self._words, "comparing plans", dist.ReduceOp.MAX)
+        *digests, problems = self._words.tolist()
         if problem is not None:
             raise MigrationError(f"rank {dist.get_rank()}: {problem}; nothing was moved.")
         if problems:
             raise MigrationError("another rank has no memory for staging, as its log says; nothing was moved.")
+        if not is_one_digest(digests):
+            raise MigrationError(
+                f"the ranks have different migration plans (digest {digest} on rank {dist.get_rank()}); "
+                "nothing was moved. Their homes, their layouts or their flags differ."
+            )
 
     @torch.no_grad()
     def _step(self, step: MigrationStep, state: LayerState, report: MigrationReport) -> None:
         """Stage, compare, commit."""
+        self._problem = None
         staging = Staging(step, self.worker, state, self._arena)
         report.local_bytes += staging.stage_local()
         checksum_M = self._transfer(step, staging, report)
@@ -169,9 +231,10 @@ class ExpertExchange:
         """Send and receive all messages of this worker; the chunks of two turns are on their way at a time.
 
         Returns:
-            The checksum of each message of the step, int64: plus where it was sent, minus where it was received.
+            The checksum of each message of the step, int64: plus where it was sent, minus where it was received. And
+            one element more, for the number of ranks that cannot complete the step.
         """
-        checksum_M = torch.zeros(len(step.messages), dtype=torch.int64, device=self._device)
+        checksum_M = self._checksum_M[: len(step.messages) + 1].zero_()
         previous: Batch | None = None
         for turn, chunks in enumerate(turns(step, self.worker)):
             data = [staging.memory_of(chunk, turn) for chunk in chunks]
@@ -190,26 +253,37 @@ class ExpertExchange:
         for chunk, data in zip(batch.chunks, batch.data, strict=True):
             if chunk.outgoing:
                 report.sent_bytes += len(data)
-                checksum_M[chunk.message] += chunk_checksum(data, chunk.number)
             else:
                 report.received_bytes += len(data)
                 self._probe("received", step, data)
-                checksum_M[chunk.message] -= chunk_checksum(data, chunk.number)
+            self._problem = self._problem or self._out_of_memory(partial(self._add_checksum, chunk, data, checksum_M))
+
+    @staticmethod
+    def _add_checksum(chunk: Chunk, data: torch.Tensor, checksum_M: torch.Tensor) -> None:
+        checksum = chunk_checksum(data, chunk.number)
+        checksum_M[chunk.message] += checksum if chunk.outgoing else checksum.neg_()
 
     def _verify(self, step: MigrationStep, checksum_M: torch.Tensor) -> None:
         """Check that all messages arrived unchanged on all ranks, and that all ranks have got this result."""
         what = f"layer {step.layer}: comparing checksums"
+        if self._problem is not None:
+            checksum_M[-1] = 1
         self._wire.all_reduce(checksum_M, what)
-        wrong = checksum_M.nonzero().flatten().tolist()
+        *checksums, problems = checksum_M.tolist()
+        uncommitted = "nothing of this step is committed, its experts stay where they are."
+        if self._problem is not None:
+            raise MigrationError(f"layer {step.layer}: rank {dist.get_rank()}: {self._problem}; {uncommitted}")
+        if problems:
+            raise MigrationError(f"layer {step.layer}: another rank ran out of memory, as its log says; {uncommitted}")
+        wrong = [index for index, checksum in enumerate(checksums) if checksum]
         if wrong:
             message = step.messages[wrong[0]]
             raise MigrationError(
                 f"layer {step.layer}: {len(wrong)} of {len(step.messages)} messages arrived with another checksum, the "
-                f"first from {self._wire.name(message.source)} to {self._wire.name(message.target)}; nothing of this "
-                "step is committed, its experts stay where they are."
+                f"first from {self._wire.name(message.source)} to {self._wire.name(message.target)}; {uncommitted}"
             )
         try:
-            self._wire.all_reduce(torch.zeros(1, dtype=torch.int64, device=self._device), what)
+            self._wire.all_reduce(self._words.zero_(), what)
         except PeerError as error:
             raise CommitUnknownError(
                 f"layer {step.layer}: lost a rank between the comparison of checksums and its confirmation, some "

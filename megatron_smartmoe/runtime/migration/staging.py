@@ -1,8 +1,9 @@
 """Staging memory of a migration: incoming state waits in it for the commit, and two chunks are sent from it.
 
-One arena is sliced anew for each step. It grows to the largest need of any plan, never above the user's bound, and
-stays allocated, because receiving into memory that is new to the process takes three times as long. Incoming messages
-lie whole in it, because all or nothing means that no old state may be overwritten before everything has arrived.
+One arena is sliced anew for each step. Training allocates it at its start, when a lack of memory is still a matter of
+flags; it could grow to the need of a larger plan, never above the user's bound. It stays allocated, because receiving
+into memory that is new to the process takes three times as long. Incoming messages lie whole in it, because all or
+nothing means that no old state may be overwritten before everything has arrived.
 """
 
 from __future__ import annotations
@@ -19,6 +20,11 @@ from megatron_smartmoe.spec.arrays import IntArray
 _ROW_BYTES = 512  # bytes that a checksum sums before it weights the sum
 _BLOCK_BYTES = 1 << 20  # bytes of an unaligned chunk that are copied at a time
 _ODD = 0x9E3779B97F4A7C15 - (1 << 64)  # 2^64 / golden ratio, as a signed number: spreads the weights over 64 bits
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether torch had no memory: an error of its own on a GPU, a text on the CPU."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 class Arena:

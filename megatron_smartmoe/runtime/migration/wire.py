@@ -24,6 +24,15 @@ DIRECT_BYTES = 64 << 20  # longest part of a tensor's run that is one chunk
 _POLL_S = 2e-4  # seconds between two queries of a CUDA event
 
 
+def group_timeout_s(timeout_s: float, backend: str) -> float:
+    """The timeout to make a migration's process group with, in seconds.
+
+    gloo waits for exactly that long. NCCL's watchdog ends the process at the group's timeout, so that must come later
+    than the migration's own, which counts from the last message and not from the first.
+    """
+    return 2 * timeout_s + 60 if backend == "nccl" else timeout_s
+
+
 class PeerError(MigrationError):
     """A peer did not answer or its connection broke; the process group cannot be used any more."""
 
@@ -106,6 +115,11 @@ def _chunk_bounds(step: MigrationStep, message: Message) -> Iterator[tuple[int, 
 class Wire:
     """Sends, receives and reduces within a group; its errors name the ranks that did not answer.
 
+    On a GPU a message that never comes keeps the stream waiting, and with it whatever training launches afterwards. So
+    after the time limit the group's communicator is aborted: that ends its kernels, the stream goes on, and nothing
+    uses the group again. It must be made with a longer timeout (`group_timeout_s`), at which NCCL's watchdog would end
+    the process.
+
     Args:
         group: All ranks of the pipeline stage.
         workers: Global rank of each worker.
@@ -114,9 +128,11 @@ class Wire:
 
     def __init__(self, group: dist.ProcessGroup, workers: Sequence[int], timeout_s: float) -> None:
         self._group, self._workers, self._timeout_s = group, list(workers), timeout_s
+        self._aborted = False
 
     def start(self, step: MigrationStep, chunks: Sequence[Chunk], data: Sequence[torch.Tensor]) -> Batch:
         """Post chunks; their memory must not be touched until `finish`."""
+        self._check_usable()
         operations = [
             dist.P2POp(dist.isend if c.outgoing else dist.irecv, part, self._workers[c.peer], self._group)
             for c, part in zip(chunks, data, strict=True)
@@ -143,11 +159,14 @@ class Wire:
         deadline = time.monotonic() + self._timeout_s
         while not reached.query():  # type: ignore[no-untyped-call]
             if time.monotonic() > deadline:
-                raise self._peer_error(what, RuntimeError("timed out"))
+                self._aborted = True
+                self._group.abort()
+                raise self._peer_error(what, RuntimeError("timed out, the communicator was aborted"))
             time.sleep(_POLL_S)
 
     def all_reduce(self, values: torch.Tensor, what: str, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> None:
         """Reduce in place over the whole group; the host waits for the result."""
+        self._check_usable()
         try:
             work = dist.all_reduce(values, op=op, group=self._group, async_op=True)
         except RuntimeError as error:
@@ -161,6 +180,10 @@ class Wire:
             work.wait()
         except RuntimeError as error:
             raise self._peer_error(what, error) from error
+
+    def _check_usable(self) -> None:
+        if self._aborted:
+            raise PeerError("the process group of the migrations was aborted after a timeout; it is not used any more")
 
     def name(self, worker: int) -> str:
         """The name of a worker in error messages."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -118,3 +120,41 @@ def test_checksums_do_not_depend_on_where_the_chunk_lies() -> None:
     memory = torch.randint(0, 256, (3 * staging._BLOCK_BYTES + 77,), dtype=torch.uint8)
     expected = chunk_checksum(memory[3:].clone(), 5)
     assert chunk_checksum(memory[3:], 5) == expected
+
+
+class StuckEvent:
+    """A point on a stream that is never reached: a peer does not send."""
+
+    def record(self) -> None:
+        pass
+
+    def query(self) -> bool:
+        return False
+
+
+class OneRank:
+    """What a wire asks of its group here."""
+
+    aborted = 0
+
+    def abort(self) -> None:
+        self.aborted += 1
+
+
+def test_a_message_that_never_comes_aborts_the_communicator(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise the stream, on which training goes on, waits for it for ever; nothing uses the group again."""
+    group: Any = OneRank()
+    monkeypatch.setattr(torch.cuda, "Event", StuckEvent)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
+    link = wire.Wire(group, [0, 1], timeout_s=0.01)
+    with pytest.raises(wire.PeerError, match=r"^layer 3: rank 0 got no answer within 0\.01 s .*was aborted"):
+        link.settle(torch.device("cuda"), "layer 3")
+    assert group.aborted == 1
+    for call in (lambda: link.start(step(), [], []), lambda: link.all_reduce(torch.zeros(1), "later")):
+        with pytest.raises(wire.PeerError, match="was aborted after a timeout; it is not used any more"):
+            call()
+
+
+def test_the_watchdog_of_nccl_comes_after_the_timeout() -> None:
+    assert wire.group_timeout_s(600.0, "gloo") == 600
+    assert wire.group_timeout_s(600.0, "nccl") > 2 * 600

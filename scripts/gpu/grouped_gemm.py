@@ -1,0 +1,143 @@
+"""What torch's grouped GEMM does on this device: empty groups, waits of the host, and speed against a GEMM each.
+
+    python3 -m scripts.gpu.grouped_gemm [--device cuda|cpu]
+
+Exit status 1 if a gradient is wrong: that of an expert without rows must be zero, also in memory that held NaN. Waits
+of the host are reported, by torch's own detector; there is none on the CPU, and its sizes are small.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+
+from scripts.gpu.report import report
+
+COUNTS = ([300, 0, 77, 0], [0, 0, 0, 5], [0, 0, 0, 0], [1, 2, 3, 4])
+SIZES = {  # experts, rows of each, columns, columns of the output
+    "cuda": ((8, 4096, 4096, 28672), (8, 4096, 7168, 4096), (32, 1024, 7168, 4096), (64, 256, 2048, 1536)),
+    "cpu": ((4, 32, 64, 128),),
+}
+
+
+def ends_of(counts: list[int], device: str) -> torch.Tensor:
+    """Where the rows of each expert end, int32."""
+    return torch.tensor(counts, device=device).cumsum(0).to(torch.int32)
+
+
+def wrong_gradients(counts: list[int], dtype: torch.dtype, device: str) -> str:
+    """What is wrong with the weight gradients of one grouped GEMM; empty if nothing is."""
+    from megatron_smartmoe.adapter.moe.experts import grouped_linear
+
+    num_slots, columns, outputs = len(counts), 512, 256
+    rows = torch.randn(sum(counts), columns, device=device, dtype=dtype, requires_grad=True)
+    weight = torch.randn(num_slots, outputs, columns, device=device, dtype=dtype, requires_grad=True)
+    dirt = [torch.full_like(weight, float("nan")) for _ in range(4)]
+    del dirt  # the gradient may get this memory
+    output = grouped_linear(rows, weight, ends_of(counts, device))
+    gradient = torch.randn_like(output)
+    output.backward(gradient)
+    found = weight.grad
+    if found is None:
+        return "no gradient"
+    start = 0
+    for slot, count in enumerate(counts):
+        part = slice(start, start + count)
+        expected = gradient[part].float().t().mm(rows.detach()[part].float())
+        start += count
+        if count == 0 and not bool((found[slot] == 0).all()):
+            return f"expert {slot} has no rows and a gradient of {float(found[slot].abs().max()):g}"
+        if not torch.allclose(found[slot].float(), expected, rtol=2e-2, atol=0.5):
+            return f"expert {slot} differs by {float((found[slot].float() - expected).abs().max()):g}"
+    return ""
+
+
+def host_waits(call: Callable[[], object]) -> int:
+    """How many times a call makes the host wait for the device."""
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            call()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return sum("synchroniz" in str(warning.message) for warning in seen)
+
+
+def seconds(call: Callable[[], object], device: str, repeats: int = 20) -> float:
+    """Mean seconds of a call, after three."""
+    for _ in range(3):
+        call()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    begin = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return (time.perf_counter() - begin) / repeats
+
+
+def measure_waits(dtype: torch.dtype) -> None:
+    """Report the host's waits of one grouped GEMM, forward and backward."""
+    from megatron_smartmoe.adapter.moe.experts import grouped_linear
+
+    rows = torch.randn(64, 512, device="cuda", dtype=dtype, requires_grad=True)
+    weight = torch.randn(4, 256, 512, device="cuda", dtype=dtype, requires_grad=True)
+    ends, gradient = ends_of([16] * 4, "cuda"), torch.ones(64, 256, device="cuda", dtype=dtype)
+    waits = host_waits(lambda: grouped_linear(rows, weight, ends).backward(gradient))
+    report(f"host waits of one grouped GEMM, forward and backward, {dtype}".replace("torch.", ""), waits)
+
+
+def _one_by_one(parts: Sequence[torch.Tensor], weight: torch.Tensor) -> list[torch.Tensor]:
+    return [F.linear(rows, weight[slot]) for slot, rows in enumerate(parts)]
+
+
+def measure_speed(device: str) -> None:
+    """Report the grouped GEMM's speed, and that of a GEMM for each expert, in the same run."""
+    from megatron_smartmoe.adapter.moe.experts import grouped_linear
+
+    for experts, rows, columns, outputs in SIZES[device]:
+        x = torch.randn(experts * rows, columns, device=device, dtype=torch.bfloat16)
+        weight = torch.randn(experts, outputs, columns, device=device, dtype=torch.bfloat16)
+        ends, parts = ends_of([rows] * experts, device), x.split(rows)
+        flop = 2 * experts * rows * columns * outputs
+        size = f"{experts} experts x {rows} rows, {columns} -> {outputs}, bf16"
+        together = seconds(partial(grouped_linear, x, weight, ends), device)
+        each = seconds(partial(_one_by_one, parts, weight), device)
+        report(f"grouped GEMM, {size}", flop / together / 1e12, "TFLOP/s")
+        report(f"a GEMM each, {size}", flop / each / 1e12, "TFLOP/s")
+
+
+def main() -> int:
+    """Check and measure; 1 if a gradient is wrong."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    device: str = parser.parse_args().device
+    from megatron_smartmoe import ops
+    from megatron_smartmoe.adapter.pretrain import choose_device
+
+    choose_device(device)
+    print(torch.__version__, ops.backend(), flush=True)
+    problems = []
+    for counts in COUNTS:
+        problem = wrong_gradients(counts, torch.bfloat16, device)
+        print(f"weight gradients of {counts} rows: {problem or 'right'}", flush=True)
+        problems += [problem] if problem else []
+    if device == "cuda":
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            measure_waits(dtype)
+    measure_speed(device)
+    return int(bool(problems))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

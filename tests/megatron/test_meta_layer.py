@@ -1,0 +1,114 @@
+"""What a GPU runs, without one: the layers forward and backward on meta tensors (`tests.support.meta_layer`).
+
+One rank runs every case; the tests below judge what it found.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.meta_layer import HIDDEN, Case, Found, run
+from tests.support.ranks import run_ranks
+
+pytestmark = [pytest.mark.dist, pytest.mark.fast]
+
+MLA = {
+    "multi_latent_attention": True,
+    "q_lora_rank": 64,
+    "kv_lora_rank": 64,
+    "qk_head_dim": 32,
+    "qk_pos_emb_head_dim": 16,
+    "v_head_dim": 32,
+}
+SHARED: dict[str, Any] = {"moe_shared_expert_intermediate_size": 128}
+CASES = {
+    "homes": Case(),
+    "fused SwiGLU": Case(options={"bias_activation_fusion": True}),
+    "capacity": Case(options={"moe_expert_capacity_factor": 1.0}),
+    "shared experts": Case(options=SHARED),
+    "overlapped shared experts": Case(options=SHARED | {"moe_shared_expert_overlap": True}),
+    "4 chunks": Case(degree=4),
+    "replicas": Case(replicas=True),
+    "replicas, 4 chunks": Case(replicas=True, degree=4),
+    "transformer layer": Case(attention=True),
+    "transformer layer, MLA": Case(attention=True, options=MLA),
+    "transformer layer, MLA, replicas": Case(attention=True, replicas=True, options=MLA),
+}
+# The most kernels that a layer may launch, forward and backward: lower a number when the layer launches fewer. Those on
+# empty tensors count too; collectives and messages do not.
+LAUNCHES = {
+    "homes": (44, 33),
+    "fused SwiGLU": (43, 42),  # as it is written; compiled it is one kernel each way
+    "capacity": (51, 34),
+    "shared experts": (50, 42),
+    "overlapped shared experts": (49, 42),
+    "4 chunks": (85, 93),
+    "replicas": (62, 70),
+    "replicas, 4 chunks": (135, 181),
+    "transformer layer": (81, 83),
+    "transformer layer, MLA": (126, 114),
+    "transformer layer, MLA, replicas": (144, 151),
+}
+# Host waits for the device, by the function that waits: one a layer, as in Megatron's own dropless dispatch.
+WAITS = {True: {"_gather_counts": 1}, False: {"_maybe_dtoh_and_synchronize": 1}}  # with replicas, without
+
+
+def _hidden_wait(rows: Any) -> Any:
+    rows.sum().item()
+    return rows
+
+
+def _left_on_the_cpu(rows: Any) -> Any:
+    import torch
+
+    return rows * torch.ones(HIDDEN)
+
+
+def _in_another_type(rows: Any) -> Any:
+    return rows.float()
+
+
+FAULTS = {"a hidden wait": _hidden_wait, "left on the CPU": _left_on_the_cpu, "another type": _in_another_type}
+
+
+def _run() -> dict[str, Found]:
+    return run(CASES, FAULTS)
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Found]:
+    log_dir: Path = tmp_path_factory.mktemp("meta")
+    return run_ranks(_run, 1, log_dir=log_dir, timeout_s=120)[0]  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_forward_and_backward(found: dict[str, Found], name: str) -> None:
+    assert found[name].error == ""
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_host_waits_once(found: dict[str, Found], name: str) -> None:
+    assert dict(found[name].waits) == WAITS[CASES[name].replicas]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_launches(found: dict[str, Found], name: str) -> None:
+    counted = sum(found[name].forward.values()), sum(found[name].backward.values())
+    for direction, launches, bound in zip(("forward", "backward"), counted, LAUNCHES[name], strict=True):
+        operators = getattr(found[name], direction)
+        assert launches <= bound, f"{direction}: {launches} launches, {bound} were enough: {operators.most_common()}"
+
+
+def test_replicas_are_fetched_and_their_gradients_returned(found: dict[str, Found]) -> None:
+    for name in ("replicas", "replicas, 4 chunks"):
+        assert found[name].posted["isend"] == found[name].posted["irecv"] > 0
+    assert found["homes"].posted["isend"] == 0
+
+
+def test_faults_are_found(found: dict[str, Found]) -> None:
+    assert sum(found["a hidden wait"].waits.values()) == 2
+    assert "a tensor on the CPU meets tensors on the device" in found["left on the CPU"].error
+    assert found["another type"].error.startswith("RuntimeError")
