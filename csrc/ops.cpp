@@ -7,6 +7,9 @@
 STABLE_TORCH_LIBRARY(smartmoe, m) {
   m.def("min_max_split(Tensor counts_RE, Tensor hosts_ER) -> Tensor");
   m.def("exact_replicas(Tensor load_E, Tensor slots_RS, int home_slots, int num_nodes) -> Tensor");
+  m.def(
+      "plan_dispatch(Tensor counts_RPE, Tensor(a!) slots_RS, int home_slots, int num_nodes, int rank, int tp_rank, "
+      "int? used_slots, int scope_nodes, float limit, float price_tokens, Tensor(b!) plan) -> ()");
   m.def("dispatch_map(Tensor ids_TK, Tensor slot_of_E, int num_slots) -> (Tensor, Tensor)");
   m.def("permute(Tensor x_TH, Tensor rows_TK, int num_rows) -> Tensor");
   m.def("unpermute(Tensor y_NH, Tensor rows_TK, Tensor? weights_TK) -> Tensor");
@@ -18,6 +21,7 @@ STABLE_TORCH_LIBRARY(smartmoe, m) {
 STABLE_TORCH_LIBRARY_IMPL(smartmoe, CPU, m) {
   m.impl("min_max_split", TORCH_BOX(&smartmoe::cpu::min_max_split));
   m.impl("exact_replicas", TORCH_BOX(&smartmoe::cpu::exact_replicas));
+  m.impl("plan_dispatch", TORCH_BOX(&smartmoe::cpu::plan_dispatch));
   m.impl("dispatch_map", TORCH_BOX(&smartmoe::cpu::dispatch_map));
   m.impl("permute", TORCH_BOX(&smartmoe::cpu::permute));
   m.impl("unpermute", TORCH_BOX(&smartmoe::cpu::unpermute));

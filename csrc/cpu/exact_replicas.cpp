@@ -11,12 +11,11 @@
 
 #include "../checks.h"
 #include "../ops.h"
+#include "planning.h"
 #include "rows.h"
 
 namespace smartmoe::cpu {
 namespace {
-constexpr int64_t kEmpty = -1;
-
 using Gap = std::pair<int64_t, int64_t>;  // tokens missing to the mean (negative: surplus), rank
 
 struct Choice {
@@ -220,6 +219,19 @@ int64_t checked_total(const int64_t* load_E, int64_t num_experts, const int64_t*
 }
 }  // namespace
 
+void fill_spare_slots(const int64_t* load_E, int64_t total, const SlotTable& slots, int64_t num_nodes) {
+  const int64_t per_node = slots.num_ranks / num_nodes;
+  const int64_t mean = ceil_div(total, slots.num_ranks);
+  std::vector<int64_t> home_rank_E(slots.num_ranks * slots.home_slots, -1);
+  // a node that is above the mean as a whole has a bound of its own
+  for (int64_t node = 0; node < num_nodes; ++node) {
+    int64_t* first = slots.row(node * per_node);
+    Filling filling(load_E, first, per_node, slots.num_slots, slots.home_slots, home_rank_E);
+    filling.run(std::max(mean, ceil_div(filling.total(), per_node)));
+    filling.write(first);
+  }
+}
+
 Tensor exact_replicas(const Tensor& load_E, const Tensor& slots_RS, int64_t home_slots, int64_t num_nodes) {
   check_replicas(load_E, slots_RS, home_slots, num_nodes);
   const Tensor dense_E = torch::stable::contiguous(load_E);
@@ -229,20 +241,10 @@ Tensor exact_replicas(const Tensor& load_E, const Tensor& slots_RS, int64_t home
   const int64_t* slots = dense_RS.const_data_ptr<int64_t>();
   const int64_t total = checked_total(load, num_experts, slots, num_ranks, num_slots, home_slots);
 
-  // Step 1: clear the spare slots, and take the mean rank load, rounded up, as the bound.
   Tensor new_RS = torch::stable::new_empty(dense_RS, {num_ranks, num_slots});
   int64_t* out = new_RS.mutable_data_ptr<int64_t>();
   std::copy(slots, slots + num_ranks * num_slots, out);
-  const int64_t per_node = num_ranks / num_nodes;
-  const int64_t mean = ceil_div(total, num_ranks);
-  // Step 2: fill the ranks of each node to the bound; a node that is above the mean as a whole has a bound of its own.
-  std::vector<int64_t> home_rank_E(num_experts, -1);
-  for (int64_t node = 0; node < num_nodes; ++node) {
-    const int64_t first = node * per_node * num_slots;
-    Filling filling(load, slots + first, per_node, num_slots, home_slots, home_rank_E);
-    filling.run(std::max(mean, ceil_div(filling.total(), per_node)));
-    filling.write(out + first);
-  }
+  fill_spare_slots(load, total, {out, num_ranks, num_slots, home_slots}, num_nodes);
   return new_RS;
 }
 }  // namespace smartmoe::cpu

@@ -2,7 +2,8 @@
 
 T tokens, K_top top-k, E experts, R ranks, S slots of a rank, N rows sorted by slot, H hidden size. Every op has a twin
 that defines what it computes, and a fake kernel for torch.compile. The twin of a kernel is in reference.py; the twins
-of the host ops, min_max_split and exact_replicas, are the numpy functions of that name in megatron_smartmoe.placement.
+of the host ops min_max_split and exact_replicas are the numpy functions of that name in megatron_smartmoe.placement,
+that of plan_dispatch is megatron_smartmoe.runtime.replicas.dispatch_plan.plan_in_steps.
 `backend()` returns what serves the ops.
 """
 
@@ -20,6 +21,7 @@ __all__ = [
     "exact_replicas",
     "min_max_split",
     "permute",
+    "plan_dispatch",
     "unpermute",
 ]
 
@@ -68,6 +70,48 @@ def exact_replicas(load_E: Tensor, slots_RS: Tensor, home_slots: int, num_nodes:
     """
     new_RS: Tensor = torch.ops.smartmoe.exact_replicas(load_E, slots_RS, home_slots, num_nodes)
     return new_RS
+
+
+def plan_dispatch(
+    counts_RPE: Tensor,
+    slots_RS: Tensor,
+    home_slots: int,
+    num_nodes: int,
+    rank: int,
+    tp_rank: int,
+    used_slots: int | None,
+    scope_nodes: int,
+    limit: float,
+    price_tokens: float,
+    plan: Tensor,
+) -> None:
+    """Plans one micro-batch for one rank in one call: replicas, split, source ranks, exchange sizes and segments.
+
+    megatron_smartmoe.runtime.replicas.dispatch_plan has its twin and the parts of `plan`. It runs on the host in one
+    thread without the interpreter's lock, and only from the compiled library.
+
+    Args:
+        counts_RPE: tokens of each source rank for each expert, int64 [R, P, E] on the CPU, contiguous. P ranks share
+            an expert.
+        slots_RS: expert in each slot, int64 [R, S] on the CPU, -1 for none, contiguous; experts are numbered by their
+            homes. Where replicas are planned, they are written here.
+        home_slots: columns of homes, E / R.
+        num_nodes: nodes that the ranks lie on; a replica on a token's own node is preferred.
+        rank: this rank.
+        tp_rank: which of the P this rank is.
+        used_slots: spare slots of a rank to plan replicas for; None uses the replicas of slots_RS.
+        scope_nodes: nodes to plan with: a replica stays on its home's node.
+        limit: max / mean tokens per rank of the homes alone up to which no replica is planned.
+        price_tokens: tokens to take off the busiest rank for each replica over the busiest port, or there are none.
+        plan: the result, int64 on the CPU, contiguous; see PlanBuffer.
+
+    Raises:
+        RuntimeError: a dtype, shape or number is wrong, a count is negative, the counts add up to 2^63 or more, the
+            slots are no placement, a tensor is on a GPU, or the library is not built.
+    """
+    torch.ops.smartmoe.plan_dispatch(
+        counts_RPE, slots_RS, home_slots, num_nodes, rank, tp_rank, used_slots, scope_nodes, limit, price_tokens, plan
+    )
 
 
 def dispatch_map(ids_TK: Tensor, slot_of_E: Tensor, num_slots: int) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,22 @@ def exact_replicas(load_E: Tensor, slots_RS: Tensor, home_slots: int, num_nodes:
     return slots_RS.new_empty(slots_RS.shape)
 
 
+def plan_dispatch(
+    counts_RPE: Tensor,
+    slots_RS: Tensor,
+    home_slots: int,
+    num_nodes: int,
+    rank: int,
+    tp_rank: int,
+    used_slots: int | None,
+    scope_nodes: int,
+    limit: float,
+    price_tokens: float,
+    plan: Tensor,
+) -> None:
+    """smartmoe::plan_dispatch has no result: it writes to slots_RS and plan."""
+
+
 def dispatch_map(ids_TK: Tensor, slot_of_E: Tensor, num_slots: int) -> tuple[Tensor, Tensor]:
     """Shapes of smartmoe::dispatch_map: rows_TK int32 [T, K_top], tokens_S int64 [num_slots]."""
     return ids_TK.new_empty(ids_TK.shape, dtype=torch.int32), ids_TK.new_empty((num_slots,), dtype=torch.int64)

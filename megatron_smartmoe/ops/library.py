@@ -30,12 +30,14 @@ NAMESPACE = "smartmoe"
 SCHEMAS = {
     "min_max_split": "(Tensor counts_RE, Tensor hosts_ER) -> Tensor",
     "exact_replicas": "(Tensor load_E, Tensor slots_RS, int home_slots, int num_nodes) -> Tensor",
+    "plan_dispatch": "(Tensor counts_RPE, Tensor(a!) slots_RS, int home_slots, int num_nodes, int rank, int tp_rank, "
+    "int? used_slots, int scope_nodes, float limit, float price_tokens, Tensor(b!) plan) -> ()",
     "dispatch_map": "(Tensor ids_TK, Tensor slot_of_E, int num_slots) -> (Tensor, Tensor)",
     "permute": "(Tensor x_TH, Tensor rows_TK, int num_rows) -> Tensor",
     "unpermute": "(Tensor y_NH, Tensor rows_TK, Tensor? weights_TK) -> Tensor",
     "unpermute_backward": "(Tensor grad_TH, Tensor y_NH, Tensor rows_TK, Tensor weights_TK) -> (Tensor, Tensor)",
 }
-HOST_OPS = frozenset({"min_max_split", "exact_replicas"})  # CPU tensors only, compiled only
+HOST_OPS = frozenset({"min_max_split", "exact_replicas", "plan_dispatch"})  # CPU tensors only, compiled only
 # how users build it, relative to a checkout
 BUILD_COMMAND = "python megatron_smartmoe/ops/_build.py"
 
