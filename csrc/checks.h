@@ -126,7 +126,7 @@ inline void check_nodes(const char* name, int64_t num_nodes, int64_t num_ranks) 
 }
 
 inline void check_replicas(const torch::stable::Tensor& load_E, const torch::stable::Tensor& slots_RS,
-                           int64_t home_slots, int64_t num_nodes) {
+                           int64_t home_slots, int64_t num_nodes, int64_t trials) {
   check_int64("load_E", load_E);
   check_int64("slots_RS", slots_RS);
   check_shape("load_E", load_E, load_E.dim() == 1, "[E]", "Pass the sum of the counts over the source ranks");
@@ -139,6 +139,7 @@ inline void check_replicas(const torch::stable::Tensor& load_E, const torch::sta
          ", and at most S = ", num_slots, ". Pass the number of homes of a rank");
   }
   check_nodes("num_nodes", num_nodes, num_ranks);
+  if (trials < 0) fail("trials = ", trials, ": it must be at least 0. Pass 0 for no search");
 }
 
 inline void check_dense(const char* name, const torch::stable::Tensor& tensor) {

@@ -6,7 +6,7 @@
 
 STABLE_TORCH_LIBRARY(smartmoe, m) {
   m.def("min_max_split(Tensor counts_RE, Tensor hosts_ER) -> Tensor");
-  m.def("exact_replicas(Tensor load_E, Tensor slots_RS, int home_slots, int num_nodes) -> Tensor");
+  m.def("exact_replicas(Tensor load_E, Tensor slots_RS, int home_slots, int num_nodes, int trials) -> Tensor");
   m.def(
       "plan_dispatch(Tensor counts_RPE, Tensor(a!) slots_RS, int home_slots, int num_nodes, int rank, int tp_rank, "
       "int? used_slots, int scope_nodes, float limit, float price_tokens, Tensor(b!) plan) -> ()");

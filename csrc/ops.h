@@ -12,7 +12,8 @@ using torch::stable::Tensor;
 
 namespace cpu {
 Tensor min_max_split(const Tensor& counts_RE, const Tensor& hosts_ER);
-Tensor exact_replicas(const Tensor& load_E, const Tensor& slots_RS, int64_t home_slots, int64_t num_nodes);
+Tensor exact_replicas(const Tensor& load_E, const Tensor& slots_RS, int64_t home_slots, int64_t num_nodes,
+                      int64_t trials);
 void plan_dispatch(const Tensor& counts_RPE, const Tensor& slots_RS, int64_t home_slots, int64_t num_nodes,
                    int64_t rank, int64_t tp_rank, std::optional<int64_t> used_slots, int64_t scope_nodes, double limit,
                    double price_tokens, const Tensor& plan);

@@ -191,9 +191,9 @@ class Filling {
   std::vector<Gap> donors_;  // the highest load first
 };
 
-// Checks the values, on which the indices of the pass rest; returns the total load.
-int64_t checked_total(const int64_t* load_E, int64_t num_experts, const int64_t* slots_RS, int64_t num_ranks,
-                      int64_t num_slots, int64_t home_slots) {
+// Checks the values, on which the indices of the pass rest.
+void check_values(const int64_t* load_E, int64_t num_experts, const int64_t* slots_RS, int64_t num_ranks,
+                  int64_t num_slots, int64_t home_slots) {
   uint64_t total = 0;
   bool overflows = false;
   for (int64_t expert = 0; expert < num_experts; ++expert) {
@@ -215,36 +215,37 @@ int64_t checked_total(const int64_t* load_E, int64_t num_experts, const int64_t*
       seen_E[expert] = true;
     }
   }
-  return static_cast<int64_t>(total);
 }
 }  // namespace
 
-void fill_spare_slots(const int64_t* load_E, int64_t total, const SlotTable& slots, int64_t num_nodes) {
+void fill_spare_slots(const std::vector<int64_t>& load_E, const SlotTable& slots, int64_t num_nodes, int64_t trials) {
   const int64_t per_node = slots.num_ranks / num_nodes;
-  const int64_t mean = ceil_div(total, slots.num_ranks);
+  const int64_t mean = ceil_div(std::accumulate(load_E.begin(), load_E.end(), int64_t{0}), slots.num_ranks);
   std::vector<int64_t> home_rank_E(slots.num_ranks * slots.home_slots, -1);
   // a node that is above the mean as a whole has a bound of its own
   for (int64_t node = 0; node < num_nodes; ++node) {
     int64_t* first = slots.row(node * per_node);
-    Filling filling(load_E, first, per_node, slots.num_slots, slots.home_slots, home_rank_E);
+    Filling filling(load_E.data(), first, per_node, slots.num_slots, slots.home_slots, home_rank_E);
     filling.run(std::max(mean, ceil_div(filling.total(), per_node)));
     filling.write(first);
   }
+  improve_replicas(load_E, slots, num_nodes, trials);
 }
 
-Tensor exact_replicas(const Tensor& load_E, const Tensor& slots_RS, int64_t home_slots, int64_t num_nodes) {
-  check_replicas(load_E, slots_RS, home_slots, num_nodes);
+Tensor exact_replicas(const Tensor& load_E, const Tensor& slots_RS, int64_t home_slots, int64_t num_nodes,
+                      int64_t trials) {
+  check_replicas(load_E, slots_RS, home_slots, num_nodes, trials);
   const Tensor dense_E = torch::stable::contiguous(load_E);
   const Tensor dense_RS = torch::stable::contiguous(slots_RS);
   const int64_t num_ranks = slots_RS.size(0), num_slots = slots_RS.size(1), num_experts = load_E.size(0);
   const int64_t* load = dense_E.const_data_ptr<int64_t>();
   const int64_t* slots = dense_RS.const_data_ptr<int64_t>();
-  const int64_t total = checked_total(load, num_experts, slots, num_ranks, num_slots, home_slots);
+  check_values(load, num_experts, slots, num_ranks, num_slots, home_slots);
 
   Tensor new_RS = torch::stable::new_empty(dense_RS, {num_ranks, num_slots});
   int64_t* out = new_RS.mutable_data_ptr<int64_t>();
   std::copy(slots, slots + num_ranks * num_slots, out);
-  fill_spare_slots(load, total, {out, num_ranks, num_slots, home_slots}, num_nodes);
+  fill_spare_slots({load, load + num_experts}, {out, num_ranks, num_slots, home_slots}, num_nodes, trials);
   return new_RS;
 }
 }  // namespace smartmoe::cpu

@@ -131,6 +131,8 @@ class Leveling {
   }
 
   const std::vector<int64_t>& share_C() const { return share_C_; }
+  const std::vector<int64_t>& load_R() const { return load_R_; }
+  const std::vector<Index>& cut() const { return cut_; }
 
   // A first split: local tokens stay, the others go to the emptiest hosts up to the bound, a rest to the emptiest.
   void fill(const std::vector<int64_t>& load_E, int64_t bound) {
@@ -155,8 +157,9 @@ class Leveling {
     }
   }
 
-  // Pushes tokens until no rank is above the bound, raising it only where Hall's condition says so.
-  void level(int64_t bound) {
+  // Pushes tokens until no rank is above the bound, raising it only where Hall's condition says so; returns it. The
+  // last set of ranks that raised it stays in cut().
+  int64_t level(int64_t bound) {
     while (reach(bound)) {
       bool pushed = false;
       for (const Index rank : reached_) {
@@ -166,7 +169,9 @@ class Leveling {
       int64_t sum = 0;
       for (const Index rank : reached_) sum += load_R_[rank];
       bound = ceil_div(sum, static_cast<int64_t>(reached_.size()));
+      cut_ = reached_;
     }
+    return bound;
   }
 
  private:
@@ -223,7 +228,7 @@ class Leveling {
   const Graph& graph_;
   std::vector<int64_t> load_R_, share_C_;
   std::vector<Hop> hop_R_;
-  std::vector<Index> reached_;
+  std::vector<Index> reached_, cut_;
   std::vector<uint8_t> seen_F_;
 };
 
@@ -238,6 +243,15 @@ std::vector<int64_t> place_fixed(const Hosts& hosts, const std::vector<int64_t>&
     base_R[hosts.rank_C[begin]] += load_E[expert];
   }
   return base_R;
+}
+
+// The shares of the flexible experts, written to tokens_C.
+void copy_shares(const Graph& graph, const Leveling& leveling, const Hosts& hosts, std::vector<int64_t>& tokens_C) {
+  const auto shares = leveling.share_C().begin();
+  for (size_t f = 0; f < graph.expert_F.size(); ++f) {
+    std::copy(shares + graph.begin_F[f], shares + graph.begin_F[f + 1],
+              tokens_C.begin() + hosts.begin_E[graph.expert_F[f]]);
+  }
 }
 }  // namespace
 
@@ -278,12 +292,20 @@ std::vector<int64_t> split_over_hosts(const Counts& counts, const Hosts& hosts, 
   leveling.fill(load_E, bound);
   // Step 4: push tokens from ranks above the bound to ranks below it, raising it only where no split could keep it.
   leveling.level(bound);
-  for (size_t f = 0; f < graph.expert_F.size(); ++f) {
-    const auto shares = leveling.share_C().begin();
-    std::copy(shares + graph.begin_F[f], shares + graph.begin_F[f + 1],
-              tokens_C.begin() + hosts.begin_E[graph.expert_F[f]]);
-  }
+  copy_shares(graph, leveling, hosts, tokens_C);
   return tokens_C;
+}
+
+Balance best_balance(const Hosts& hosts, const std::vector<int64_t>& load_E, int64_t num_ranks) {
+  const Graph graph = make_graph(hosts, load_E, num_ranks);
+  std::vector<int64_t> tokens_C(hosts.rank_C.size(), 0);
+  std::vector<int64_t> base_R = place_fixed(hosts, load_E, num_ranks, tokens_C);
+  const int64_t mean = ceil_div(std::accumulate(load_E.begin(), load_E.end(), int64_t{0}), num_ranks);
+  Leveling leveling(graph, std::move(base_R), std::vector<int64_t>(graph.rank_C.size(), 0));
+  leveling.fill(load_E, mean);
+  const int64_t bound = leveling.level(mean);
+  copy_shares(graph, leveling, hosts, tokens_C);
+  return {.bound = bound, .tokens_C = std::move(tokens_C), .load_R = leveling.load_R(), .cut = leveling.cut()};
 }
 
 Tensor min_max_split(const Tensor& counts_RE, const Tensor& hosts_ER) {

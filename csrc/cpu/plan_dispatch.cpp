@@ -85,7 +85,7 @@ void plan_exact(const std::vector<int64_t>& load_E, const SlotTable& slots, cons
   for (int64_t rank = 0; rank < slots.num_ranks; ++rank) {
     std::copy(slots.row(rank), slots.row(rank) + slots.home_slots, used.row(rank));
   }
-  fill_spare_slots(load_E.data(), total, used, options.num_nodes);
+  fill_spare_slots(load_E, used, options.num_nodes, kTrials);
   // Step 3: keep them if they pay. They can bring the busiest rank down to the mean at best, and mostly come within a
   // few tokens of it.
   const double saved_tokens =
@@ -94,36 +94,6 @@ void plan_exact(const std::vector<int64_t>& load_E, const SlotTable& slots, cons
   for (int64_t rank = 0; rank < slots.num_ranks; ++rank) {
     std::copy(used.row(rank) + slots.home_slots, used.row(rank) + num_used, slots.row(rank) + slots.home_slots);
   }
-}
-
-// The hosts of all experts and the slot of each.
-struct Placed {
-  Hosts hosts;
-  std::vector<Index> slot_C;
-};
-
-Placed find_hosts(const SlotTable& slots, int64_t num_experts) {
-  Placed placed;
-  std::vector<Index>& begin_E = placed.hosts.begin_E;
-  begin_E.assign(num_experts + 1, 0);
-  const int64_t num_all = slots.num_ranks * slots.num_slots;
-  for (int64_t i = 0; i < num_all; ++i) {
-    if (slots.data[i] != kEmpty) ++begin_E[slots.data[i] + 1];
-  }
-  std::partial_sum(begin_E.begin(), begin_E.end(), begin_E.begin());
-  placed.hosts.rank_C.resize(begin_E.back());
-  placed.slot_C.resize(begin_E.back());
-  std::vector<Index> next_E(begin_E.begin(), begin_E.end() - 1);
-  for (int64_t rank = 0; rank < slots.num_ranks; ++rank) {
-    for (int64_t slot = 0; slot < slots.num_slots; ++slot) {
-      const int64_t expert = slots.row(rank)[slot];
-      if (expert == kEmpty) continue;
-      const Index c = next_E[expert]++;
-      placed.hosts.rank_C[c] = static_cast<Index>(rank);
-      placed.slot_C[c] = static_cast<Index>(slot);
-    }
-  }
-  return placed;
 }
 
 // Which source rank's tokens go to which host, as far as this rank is concerned: `placement.split.assign_sources`.
@@ -343,7 +313,7 @@ void plan_dispatch(const Tensor& counts_RPE, const Tensor& slots_RS, int64_t hom
     plan_exact(load_E, slots,
                {.used_slots = *used_slots, .num_nodes = scope_nodes, .limit = limit, .price_tokens = price_tokens});
   }
-  const Placed placed = find_hosts(slots, num_experts);
+  const Placed placed = find_placed(slots, num_experts);
   // Step 2: each expert-tensor rank splits its own tokens; what this rank sends is kept of its own ones alone.
   const size_t num_hosts = placed.slot_C.size();
   std::vector<int64_t> sent_C(num_hosts), other_C(num_hosts), taken_C(num_hosts, 0);

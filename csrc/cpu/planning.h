@@ -7,7 +7,8 @@
 namespace smartmoe::cpu {
 // 32-bit: positions on axis C, of which there are at most E x R.
 using Index = int32_t;
-constexpr int64_t kEmpty = -1;  // instead of an expert: a slot without one
+constexpr int64_t kTrials = 16;  // placement/exact_search.py:TRIALS
+constexpr int64_t kEmpty = -1;   // instead of an expert: a slot without one
 
 // Tokens of each source rank for each expert, a row per rank.
 struct Counts {
@@ -32,6 +33,22 @@ struct SlotTable {
   int64_t* row(int64_t rank) const { return data + rank * num_slots; }
 };
 
+// The hosts of all experts and the slot of each.
+struct Placed {
+  Hosts hosts;
+  std::vector<Index> slot_C;
+};
+
+// A split that takes no heed of where tokens come from.
+struct Balance {
+  int64_t bound;                  // tokens of the busiest rank
+  std::vector<int64_t> tokens_C;  // of each host
+  std::vector<int64_t> load_R;
+  std::vector<Index> cut;  // ranks whose experts cannot leave them, which hold `bound` on average; none at the mean
+};
+
+Placed find_placed(const SlotTable& slots, int64_t num_experts);
+
 // Sum over the source ranks. A negative count would break the search and an overflow lose tokens, so both are refused,
 // in words that call the counts `name`.
 std::vector<int64_t> total_load(const char* name, const Counts& counts);
@@ -39,7 +56,13 @@ std::vector<int64_t> total_load(const char* name, const Counts& counts);
 // What each host takes, so that the busiest rank takes as little as possible; the op min_max_split in other memory.
 std::vector<int64_t> split_over_hosts(const Counts& counts, const Hosts& hosts, const std::vector<int64_t>& load_E);
 
-// Writes the replicas that the op exact_replicas plans into the spare slots. `total` is the sum of load_E; a replica
+// The split with the smallest possible `bound`; every expert with tokens has a host.
+Balance best_balance(const Hosts& hosts, const std::vector<int64_t>& load_E, int64_t num_ranks);
+
+// Replaces replicas one at a time while the busiest rank has more than it would have to: placement/exact_search.py.
+void improve_replicas(const std::vector<int64_t>& load_E, const SlotTable& slots, int64_t num_nodes, int64_t trials);
+
+// Writes the replicas that the op exact_replicas plans into the spare slots. A replica
 // stays on the node of its home, of which there are `num_nodes`. The homes are each expert once.
-void fill_spare_slots(const int64_t* load_E, int64_t total, const SlotTable& slots, int64_t num_nodes);
+void fill_spare_slots(const std::vector<int64_t>& load_E, const SlotTable& slots, int64_t num_nodes, int64_t trials);
 }  // namespace smartmoe::cpu

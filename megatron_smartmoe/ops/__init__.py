@@ -47,7 +47,12 @@ def min_max_split(counts_RE: Tensor, hosts_ER: Tensor) -> Tensor:
     return tokens_ER
 
 
-def exact_replicas(load_E: Tensor, slots_RS: Tensor, home_slots: int, num_nodes: int = 1) -> Tensor:
+TRIALS = 16  # of exact_replicas: placement/exact_search.py has the same
+
+
+def exact_replicas(
+    load_E: Tensor, slots_RS: Tensor, home_slots: int, num_nodes: int = 1, trials: int = TRIALS
+) -> Tensor:
     """Plans the replicas of one micro-batch from the exact load of each expert.
 
     Returns the same slots as its numpy twin, megatron_smartmoe.placement.exact_replicas.exact_replicas, which explains
@@ -60,6 +65,7 @@ def exact_replicas(load_E: Tensor, slots_RS: Tensor, home_slots: int, num_nodes:
         home_slots: columns of slots_RS that are homes, E / R.
         num_nodes: nodes that the ranks lie on, R / num_nodes consecutive ranks each; a replica stays on the node of its
             home.
+        trials: of the local search that follows the greedy pass; 0 for none.
 
     Returns:
         slots_RS: the same homes and new replicas, -1 for an empty slot, int64 [R, S].
@@ -68,7 +74,7 @@ def exact_replicas(load_E: Tensor, slots_RS: Tensor, home_slots: int, num_nodes:
         RuntimeError: a dtype, shape or number is wrong, a load is negative, the loads add up to 2^63 or more, an expert
             has no home or two, a tensor is on a GPU, or the library is not built.
     """
-    new_RS: Tensor = torch.ops.smartmoe.exact_replicas(load_E, slots_RS, home_slots, num_nodes)
+    new_RS: Tensor = torch.ops.smartmoe.exact_replicas(load_E, slots_RS, home_slots, num_nodes, trials)
     return new_RS
 
 

@@ -11,7 +11,7 @@ def min_max_split(counts_RE: Tensor, hosts_ER: Tensor) -> Tensor:
     return counts_RE.new_empty(hosts_ER.shape)
 
 
-def exact_replicas(load_E: Tensor, slots_RS: Tensor, home_slots: int, num_nodes: int) -> Tensor:
+def exact_replicas(load_E: Tensor, slots_RS: Tensor, home_slots: int, num_nodes: int, trials: int) -> Tensor:
     """Shape of smartmoe::exact_replicas: slots_RS int64 [R, S]."""
     return slots_RS.new_empty(slots_RS.shape)
 

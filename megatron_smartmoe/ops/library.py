@@ -29,7 +29,7 @@ LIBRARY = Path(__file__).with_name("_smartmoe.so")
 NAMESPACE = "smartmoe"
 SCHEMAS = {
     "min_max_split": "(Tensor counts_RE, Tensor hosts_ER) -> Tensor",
-    "exact_replicas": "(Tensor load_E, Tensor slots_RS, int home_slots, int num_nodes) -> Tensor",
+    "exact_replicas": "(Tensor load_E, Tensor slots_RS, int home_slots, int num_nodes, int trials) -> Tensor",
     "plan_dispatch": "(Tensor counts_RPE, Tensor(a!) slots_RS, int home_slots, int num_nodes, int rank, int tp_rank, "
     "int? used_slots, int scope_nodes, float limit, float price_tokens, Tensor(b!) plan) -> ()",
     "dispatch_map": "(Tensor ids_TK, Tensor slot_of_E, int num_slots) -> (Tensor, Tensor)",

@@ -106,7 +106,7 @@ def _best_replicas(
         return kept
     # Step 2: build a fresh plan for the likeliest load, and improve it the same way.
     load_E = scaled(scenarios_KE[:1], num_ranks)[0].astype(np.int64)
-    fresh_RS = exact_replicas(load_E, slots_RS, home_slots, options.num_nodes)
+    fresh_RS = exact_replicas(load_E, slots_RS, home_slots, options.num_nodes, trials=0)  # has a search of its own
     if many:
         fresh_RS = fill_spare_slots(fresh_RS, load_E, space)
     fresh = improve(fresh_RS, scenarios_KE, objective, first, pool)

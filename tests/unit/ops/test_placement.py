@@ -18,6 +18,7 @@ from megatron_smartmoe import ops
 from megatron_smartmoe.errors import PlanError
 from megatron_smartmoe.ops import library
 from megatron_smartmoe.placement.exact_replicas import exact_replicas
+from megatron_smartmoe.placement.exact_search import TRIALS
 from megatron_smartmoe.placement.split import min_max_split
 from megatron_smartmoe.spec.arrays import IntArray
 from megatron_smartmoe.spec.placement import BoolArray, hosts_of
@@ -113,6 +114,24 @@ def test_inputs_stay_as_they_were() -> None:
     assert load_E.tolist() == [9, 0, 1, 0]
 
 
+@needs_library
+@given(seed=st.integers(0, 2**32 - 1), sigma=st.floats(0.3, 1.5), trials=st.integers(0, 20), spare=st.integers(1, 2))
+@settings(deadline=None, max_examples=60)
+def test_the_same_search(seed: int, sigma: float, trials: int, spare: int) -> None:
+    """Loads whose greedy plan is often bad, within one node and over several."""
+    rng = np.random.default_rng(seed)
+    num_ranks, home_slots = int(rng.choice([4, 8, 16])), int(rng.choice([4, 8, 16]))
+    num_experts, num_nodes = num_ranks * home_slots, int(rng.choice([1, 1, 2]))
+    slots_RS = random_slots(rng, num_experts, num_ranks, spare, filled=0.0)
+    load_E = rng.multinomial(100_000, rng.dirichlet(rng.lognormal(0, sigma, num_experts) * 5)).astype(np.int64)
+    args = torch.from_numpy(load_E), torch.from_numpy(slots_RS), home_slots, num_nodes, trials
+    assert np.array_equal(ops.exact_replicas(*args).numpy(), exact_replicas(load_E, slots_RS, *args[2:]))
+
+
+def test_the_defaults_are_the_same() -> None:
+    assert ops.TRIALS == TRIALS
+
+
 COUNTS, HOSTS = torch.ones(2, 4, dtype=torch.int64), torch.ones(4, 2, dtype=torch.bool)
 LOAD, SLOTS = torch.ones(4, dtype=torch.int64), torch.tensor([[0, 1, -1], [2, 3, -1]])
 HOMES = "it must be E / R = 4 / 2, and at most S = 3. Pass the number of homes of a rank"
@@ -154,6 +173,7 @@ REPLICA_ERRORS = [
     ((LOAD, SLOTS, 4, 1), f"home_slots = 4: {HOMES}"),
     ((LOAD, SLOTS, 2, 3), "num_nodes = 3: it must divide R = 2. Pass the nodes that the ranks lie on"),
     ((LOAD, SLOTS, 2, 0), "num_nodes = 0: it must divide R = 2. Pass the nodes that the ranks lie on"),
+    ((LOAD, SLOTS, 2, 1, -1), "trials = -1: it must be at least 0. Pass 0 for no search"),
 ]
 
 
@@ -226,7 +246,7 @@ def _arrays(*tensors: torch.Tensor) -> list[Any]:
 @needs_library
 def test_opcheck() -> None:
     torch.library.opcheck(torch.ops.smartmoe.min_max_split.default, (COUNTS, HOSTS))
-    torch.library.opcheck(torch.ops.smartmoe.exact_replicas.default, (LOAD, SLOTS, 2, 1))
+    torch.library.opcheck(torch.ops.smartmoe.exact_replicas.default, (LOAD, SLOTS, 2, 1, 16))
 
 
 def test_meta_tensors_give_the_shapes() -> None:
