@@ -4,6 +4,7 @@
     python scripts/bench_placement.py                     256 experts on 64 ranks, 1 and 2 spare slots
     python scripts/bench_placement.py --ranks 32 --repeats 1000
     python scripts/bench_placement.py --host              host time of a layer's dispatch, from the counts on
+    python scripts/bench_placement.py --search            balance and time of exact replicas, greedy and searched
     python scripts/bench_placement.py --balance           bursts and drift: ours against EPLB's and UltraEP's rules
 
 Every draw is checked: the compiled ops must give the very slots and tokens of the twins. A call is timed with warm
@@ -26,6 +27,7 @@ rank and, after the slash, the worst record. It needs no compiled library.
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import platform
 import statistics
@@ -47,7 +49,7 @@ from megatron_smartmoe.placement.exact_replicas import exact_replicas
 from megatron_smartmoe.placement.homes_planner import OnlineOptions
 from megatron_smartmoe.placement.layer_cost import layer_seconds
 from megatron_smartmoe.placement.layer_plan import Rule
-from megatron_smartmoe.placement.split import min_max_split
+from megatron_smartmoe.placement.split import best_balance, min_max_split
 from megatron_smartmoe.runtime.replicas.dispatch_plan import (
     DispatchPlanner,
     ExactOptions,
@@ -208,6 +210,38 @@ def host_table(tokens: int, sigma: float, repeats: int) -> None:
         print(f"{experts:>7} {ranks:>5} {spare:>5} {nodes:>5} {once:>13} {steps:>15} {ratio:>6.1f}", flush=True)
 
 
+SEARCH_SHAPES = ((64, 8), (128, 8), (128, 16), (256, 32), (256, 64))
+
+
+def search_table(draws: int) -> None:
+    """Print the balance of exact replicas and the op's time, without and with the search behind the greedy pass."""
+    print("| experts | ranks | sigma | greedy | us | searched | us |\n|---|---|---|---|---|---|---|")
+    for (experts, ranks), sigma in itertools.product(SEARCH_SHAPES, (0.5, 1.0, 1.5)):
+        rng, texts = np.random.default_rng(1), list[str]()
+        problems = [draw(rng, ranks, experts, 1, 16384, sigma) for _ in range(draws)]
+        for trials in (0, ops.TRIALS):
+            balance, times_us = list[float](), list[float]()
+            for problem in problems:
+                load_E, slots_RS = problem.counts_RE.sum(axis=0), torch.from_numpy(problem.slots_RS)
+                args = torch.from_numpy(load_E), slots_RS, problem.home_slots, 1, trials
+                hosts_ER = hosts_of(ops.exact_replicas(*args).numpy(), experts)
+                balance.append(best_balance(hosts_ER, load_E).bound * ranks / int(load_E.sum()))
+                times_us.append(thread_us(functools.partial(ops.exact_replicas, *args), 15))
+            texts += [f"{statistics.mean(balance):.4f}, {max(balance):.4f}"]
+            texts += [f"{statistics.median(times_us):.0f}, {max(times_us):.0f}"]
+        print(f"| {experts} | {ranks} | {sigma} | {' | '.join(texts)} |", flush=True)
+
+
+def thread_us(call: Callable[[], object], repeats: int) -> float:
+    """Median CPU time of a call in this thread, in us."""
+    times_us = []
+    for _ in range(repeats):
+        start_ns = time.thread_time_ns()
+        call()
+        times_us.append((time.thread_time_ns() - start_ns) / 1000)
+    return statistics.median(times_us)
+
+
 SHAPES = ((32, 4), (32, 8), (32, 16), (64, 16), (256, 64))  # experts, ranks
 BURSTS = ({"burst_factor": 8.0, "burst_every": 12}, {"burst_factor": 4.0, "burst_every": 24},
           {"burst_factor": 16.0, "burst_every": 6})  # fmt: skip
@@ -285,6 +319,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=200, help="calls timed per draw (a twentieth of them in numpy)")
     parser.add_argument("--seed", type=int, default=0, help="of the draws")
     parser.add_argument("--host", action="store_true", help="time a layer's dispatch from the counts on instead")
+    parser.add_argument("--search", action="store_true", help="what the search of exact replicas is worth instead")
     parser.add_argument("--balance", action="store_true", help="compare balance under bursts and drift instead")
     args = parser.parse_args()
     if args.balance:
@@ -293,6 +328,9 @@ def main() -> None:
     if not ops.backend().startswith("compiled"):
         sys.exit("the compiled library is not built: python megatron_smartmoe/ops/_build.py")
     torch.set_num_threads(1)
+    if args.search:
+        search_table(32)
+        return
     if args.host:
         host_table(args.tokens, args.sigma, args.repeats)
         return

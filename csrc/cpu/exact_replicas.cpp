@@ -62,8 +62,8 @@ class Filling {
 
   int64_t total() const { return std::accumulate(load_R_.begin(), load_R_.end(), int64_t{0}); }
 
-  // Adds replicas until no rank is above `mean` or no slot helps.
-  void run(int64_t mean) {
+  // Adds replicas until no rank is above `mean` or no slot helps; returns whether no rank is above it.
+  bool run(int64_t mean) {
     mean_ = mean;
     for (int64_t rank = 0; rank < num_ranks_; ++rank) {
       if (load_R_[rank] < mean && is_free(rank)) gaps_.emplace_back(mean - load_R_[rank], rank);
@@ -78,6 +78,7 @@ class Filling {
       if (!choice) break;
       give(*choice);
     }
+    return donors_.empty();
   }
 
   // Writes the replicas into the spare slots; new_RS starts at the node's first rank.
@@ -222,14 +223,15 @@ void fill_spare_slots(const std::vector<int64_t>& load_E, const SlotTable& slots
   const int64_t per_node = slots.num_ranks / num_nodes;
   const int64_t mean = ceil_div(std::accumulate(load_E.begin(), load_E.end(), int64_t{0}), slots.num_ranks);
   std::vector<int64_t> home_rank_E(slots.num_ranks * slots.home_slots, -1);
+  bool is_even = true;
   // a node that is above the mean as a whole has a bound of its own
   for (int64_t node = 0; node < num_nodes; ++node) {
     int64_t* first = slots.row(node * per_node);
     Filling filling(load_E.data(), first, per_node, slots.num_slots, slots.home_slots, home_rank_E);
-    filling.run(std::max(mean, ceil_div(filling.total(), per_node)));
+    is_even = filling.run(std::max(mean, ceil_div(filling.total(), per_node))) && is_even;
     filling.write(first);
   }
-  improve_replicas(load_E, slots, num_nodes, trials);
+  if (!is_even) improve_replicas(load_E, slots, num_nodes, trials);
 }
 
 Tensor exact_replicas(const Tensor& load_E, const Tensor& slots_RS, int64_t home_slots, int64_t num_nodes,

@@ -48,13 +48,18 @@ def exact_replicas(
     per_node = num_ranks // num_nodes
     mean = -(-int(load_E.sum()) // num_ranks)
     # Step 2: fill the ranks of each node to the bound; a node that is above the mean as a whole has a bound of its own.
+    is_even = True
     for node in range(num_nodes):
         ranks = slice(node * per_node, (node + 1) * per_node)
         node_mean = -(-int(load_E[slots_RS[ranks, :home_slots]].sum()) // per_node)
         filling = _Filling(slots_RS[ranks, :home_slots].tolist(), load_E.tolist(), num_slots - home_slots)
-        for rank, replicas in enumerate(filling.run(max(mean, node_mean))):
+        bound = max(mean, node_mean)
+        for rank, replicas in enumerate(filling.run(bound)):
             new_RS[ranks.start + rank, home_slots : home_slots + len(replicas)] = replicas
+        is_even = is_even and max(filling.load) <= bound
     # Step 3: replace replicas while that helps the busiest rank.
+    if is_even:
+        return new_RS
     return improve_replicas(load_E, new_RS, home_slots, num_nodes, trials)
 
 
