@@ -142,6 +142,26 @@ inline void check_replicas(const torch::stable::Tensor& load_E, const torch::sta
   if (trials < 0) fail("trials = ", trials, ": it must be at least 0. Pass 0 for no search");
 }
 
+inline void check_history_replicas(const torch::stable::Tensor& slots_RS, const torch::stable::Tensor& loads_KE,
+                                   int64_t home_slots, int64_t num_nodes, int64_t max_steps, int64_t max_experts,
+                                   int64_t max_slots, int64_t trials) {
+  check_int64("slots_RS", slots_RS);
+  check_int64("loads_KE", loads_KE);
+  check_shape("slots_RS", slots_RS, slots_RS.dim() == 2 && slots_RS.size(0) >= 1, "[R, S] with at least one rank",
+              "Pass the slots of one layer, a row per rank");
+  check_shape("loads_KE", loads_KE, loads_KE.dim() == 2 && loads_KE.numel() > 0, "[K, E], none of them 0",
+              "Pass a scenario in each row");
+  const int64_t num_ranks = slots_RS.size(0), num_slots = slots_RS.size(1), num_experts = loads_KE.size(1);
+  if (home_slots < 1 || home_slots > num_slots || home_slots * num_ranks != num_experts) {
+    fail("home_slots = ", home_slots, ": it must be E / R = ", num_experts, " / ", num_ranks,
+         ", and at most S = ", num_slots, ". Pass the number of homes of a rank");
+  }
+  check_nodes("num_nodes", num_nodes, num_ranks);
+  for (const int64_t most : {max_steps, max_experts, max_slots, trials}) {
+    if (most < 0) fail("a limit of the search = ", most, ": it must be at least 0. Pass those of search_space");
+  }
+}
+
 inline void check_dense(const char* name, const torch::stable::Tensor& tensor) {
   if (!tensor.is_contiguous()) fail(name, ": it must be contiguous. Convert it with ", name, ".contiguous()");
 }

@@ -5,6 +5,7 @@
     python scripts/bench_placement.py --ranks 32 --repeats 1000
     python scripts/bench_placement.py --host              host time of a layer's dispatch, from the counts on
     python scripts/bench_placement.py --search            balance and time of exact replicas, greedy and searched
+    python scripts/bench_placement.py --history           planning a layer from history, C++ against numpy
     python scripts/bench_placement.py --balance           bursts and drift: ours against EPLB's and UltraEP's rules
 
 Every draw is checked: the compiled ops must give the very slots and tokens of the twins. A call is timed with warm
@@ -46,9 +47,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout, wh
 from megatron_smartmoe import ops
 from megatron_smartmoe.cost.moe_layer import LayerConstants
 from megatron_smartmoe.placement.exact_replicas import exact_replicas
+from megatron_smartmoe.placement.history import History, HistoryOptions
 from megatron_smartmoe.placement.homes_planner import OnlineOptions
 from megatron_smartmoe.placement.layer_cost import layer_seconds
 from megatron_smartmoe.placement.layer_plan import Rule
+from megatron_smartmoe.placement.plan_replicas import ReplicaOptions, best_replicas
 from megatron_smartmoe.placement.split import best_balance, min_max_split
 from megatron_smartmoe.runtime.replicas.dispatch_plan import (
     DispatchPlanner,
@@ -56,6 +59,7 @@ from megatron_smartmoe.runtime.replicas.dispatch_plan import (
     RankView,
     plan_in_steps,
 )
+from megatron_smartmoe.runtime.replicas.history_plan import compiled_best_replicas
 from megatron_smartmoe.simulate.baselines.eplb import Eplb
 from megatron_smartmoe.simulate.baselines.ultraep import UltraEp
 from megatron_smartmoe.simulate.policies import OnlinePolicy, RulePolicy, SimulatedPolicy
@@ -210,6 +214,31 @@ def host_table(tokens: int, sigma: float, repeats: int) -> None:
         print(f"{experts:>7} {ranks:>5} {spare:>5} {nodes:>5} {once:>13} {steps:>15} {ratio:>6.1f}", flush=True)
 
 
+HISTORY_SHAPES = ((32, 8, 1), (64, 16, 1), (256, 32, 1), (256, 64, 1), (256, 64, 2))  # experts, ranks, spare slots
+
+
+def history_table(records: int) -> None:
+    """Print the time to plan a layer from history while its load drifts by 5% a record, for C++ and numpy in turns."""
+    print("| experts | ranks | spare slots | C++ ms | numpy ms |\n|---|---|---|---|---|")
+    for experts, ranks, spare in HISTORY_SHAPES:
+        rng, times_ms = np.random.default_rng(0), np.empty((records, 2))
+        problem = draw(rng, ranks, experts, spare, 1, 0.0)
+        slots_RS, popularity = problem.slots_RS, rng.lognormal(0, 1, experts)
+        history = History(1, experts, HistoryOptions.for_ranks(ranks))
+        for record in range(records):
+            popularity *= rng.lognormal(0, 0.05, experts)
+            history.update(rng.multinomial(8192 * ranks, popularity / popularity.sum())[None, None])
+            found = []
+            for column, best in enumerate((compiled_best_replicas, best_replicas)):
+                start_ns = time.thread_time_ns()
+                found.append(best(slots_RS, history.scenarios_KE(0), problem.home_slots, ReplicaOptions()))
+                times_ms[record, column] = (time.thread_time_ns() - start_ns) / 1e6
+            check_equal(torch.from_numpy(found[0].slots_RS), found[1].slots_RS)
+            slots_RS = found[0].slots_RS
+        texts = [f"{np.median(column):.2f} ({column.max():.1f})" for column in times_ms[2:].T]
+        print(f"| {experts} | {ranks} | {spare} | {' | '.join(texts)} |", flush=True)
+
+
 SEARCH_SHAPES = ((64, 8), (128, 8), (128, 16), (256, 32), (256, 64))
 
 
@@ -319,6 +348,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=200, help="calls timed per draw (a twentieth of them in numpy)")
     parser.add_argument("--seed", type=int, default=0, help="of the draws")
     parser.add_argument("--host", action="store_true", help="time a layer's dispatch from the counts on instead")
+    parser.add_argument("--history", action="store_true", help="time the planning of a layer from history instead")
     parser.add_argument("--search", action="store_true", help="what the search of exact replicas is worth instead")
     parser.add_argument("--balance", action="store_true", help="compare balance under bursts and drift instead")
     args = parser.parse_args()
@@ -328,6 +358,9 @@ def main() -> None:
     if not ops.backend().startswith("compiled"):
         sys.exit("the compiled library is not built: python megatron_smartmoe/ops/_build.py")
     torch.set_num_threads(1)
+    if args.history:
+        history_table(30)
+        return
     if args.search:
         search_table(32)
         return

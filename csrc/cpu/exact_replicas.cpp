@@ -205,10 +205,15 @@ void check_values(const int64_t* load_E, int64_t num_experts, const int64_t* slo
     overflows |= total > static_cast<uint64_t>(kMaxTokens);
   }
   if (overflows) fail_overflow("load_E");
+  check_homes({const_cast<int64_t*>(slots_RS), num_ranks, num_slots, home_slots}, num_experts);
+}
+}  // namespace
+
+void check_homes(const SlotTable& slots, int64_t num_experts) {
   std::vector<bool> seen_E(num_experts, false);
-  for (int64_t rank = 0; rank < num_ranks; ++rank) {
-    for (int64_t slot = 0; slot < home_slots; ++slot) {
-      const int64_t expert = slots_RS[rank * num_slots + slot];
+  for (int64_t rank = 0; rank < slots.num_ranks; ++rank) {
+    for (int64_t slot = 0; slot < slots.home_slots; ++slot) {
+      const int64_t expert = slots.row(rank)[slot];
       if (expert < 0 || expert >= num_experts || seen_E[expert]) {
         fail("slots_RS[", rank, ", ", slot, "] = ", expert, ": the homes must be each of the ", num_experts,
              " experts once. Pass a valid placement");
@@ -217,7 +222,6 @@ void check_values(const int64_t* load_E, int64_t num_experts, const int64_t* slo
     }
   }
 }
-}  // namespace
 
 void fill_spare_slots(const std::vector<int64_t>& load_E, const SlotTable& slots, int64_t num_nodes, int64_t trials) {
   const int64_t per_node = slots.num_ranks / num_nodes;

@@ -132,10 +132,10 @@ class Leveling {
 
   const std::vector<int64_t>& share_C() const { return share_C_; }
   const std::vector<int64_t>& load_R() const { return load_R_; }
-  const std::vector<Index>& cut() const { return cut_; }
+  const std::vector<std::vector<Index>>& cuts() const { return cuts_; }
 
   // A first split: local tokens stay, the others go to the emptiest hosts up to the bound, a rest to the emptiest.
-  void fill(const std::vector<int64_t>& load_E, int64_t bound) {
+  void fill(const int64_t* load_E, int64_t bound) {
     for (size_t c = 0; c < share_C_.size(); ++c) load_R_[graph_.rank_C[c]] += share_C_[c];
     std::vector<std::pair<int64_t, Index>> by_load;
     for (size_t f = 0; f < graph_.expert_F.size(); ++f) {
@@ -158,7 +158,7 @@ class Leveling {
   }
 
   // Pushes tokens until no rank is above the bound, raising it only where Hall's condition says so; returns it. The
-  // last set of ranks that raised it stays in cut().
+  // sets of ranks that raised it stay in cuts().
   int64_t level(int64_t bound) {
     while (reach(bound)) {
       bool pushed = false;
@@ -169,7 +169,7 @@ class Leveling {
       int64_t sum = 0;
       for (const Index rank : reached_) sum += load_R_[rank];
       bound = ceil_div(sum, static_cast<int64_t>(reached_.size()));
-      cut_ = reached_;
+      cuts_.push_back(reached_);
     }
     return bound;
   }
@@ -228,15 +228,16 @@ class Leveling {
   const Graph& graph_;
   std::vector<int64_t> load_R_, share_C_;
   std::vector<Hop> hop_R_;
-  std::vector<Index> reached_, cut_;
+  std::vector<Index> reached_;
+  std::vector<std::vector<Index>> cuts_;
   std::vector<uint8_t> seen_F_;
 };
 
 // Tokens of the experts with one host, written to tokens_C; returns the load that they put on each rank.
-std::vector<int64_t> place_fixed(const Hosts& hosts, const std::vector<int64_t>& load_E, int64_t num_ranks,
+std::vector<int64_t> place_fixed(const Hosts& hosts, const int64_t* load_E, int64_t num_ranks,
                                  std::vector<int64_t>& tokens_C) {
   std::vector<int64_t> base_R(num_ranks, 0);
-  for (size_t expert = 0; expert < load_E.size(); ++expert) {
+  for (size_t expert = 0; expert + 1 < hosts.begin_E.size(); ++expert) {
     const Index begin = hosts.begin_E[expert];
     if (hosts.begin_E[expert + 1] - begin != 1) continue;
     tokens_C[begin] = load_E[expert];
@@ -277,7 +278,7 @@ std::vector<int64_t> split_over_hosts(const Counts& counts, const Hosts& hosts, 
   // Step 1: experts with one host are settled; the others form the graph.
   const Graph graph = make_graph(hosts, load_E, counts.num_ranks);
   std::vector<int64_t> tokens_C(hosts.rank_C.size(), 0);
-  std::vector<int64_t> base_R = place_fixed(hosts, load_E, counts.num_ranks, tokens_C);
+  std::vector<int64_t> base_R = place_fixed(hosts, load_E.data(), counts.num_ranks, tokens_C);
   if (graph.expert_F.empty()) return tokens_C;
   // Step 2: a lower bound: the mean, rounded up, or the most that single hosts already bring to a rank.
   const int64_t mean = ceil_div(std::accumulate(load_E.begin(), load_E.end(), int64_t{0}), counts.num_ranks);
@@ -289,7 +290,7 @@ std::vector<int64_t> split_over_hosts(const Counts& counts, const Hosts& hosts, 
     local_C[c] = counts.row(graph.rank_C[c])[graph.expert_F[graph.flexible_C[c]]];
   }
   Leveling leveling(graph, std::move(base_R), std::move(local_C));
-  leveling.fill(load_E, bound);
+  leveling.fill(load_E.data(), bound);
   // Step 4: push tokens from ranks above the bound to ranks below it, raising it only where no split could keep it.
   leveling.level(bound);
   copy_shares(graph, leveling, hosts, tokens_C);
@@ -299,13 +300,38 @@ std::vector<int64_t> split_over_hosts(const Counts& counts, const Hosts& hosts, 
 Balance best_balance(const Hosts& hosts, const std::vector<int64_t>& load_E, int64_t num_ranks) {
   const Graph graph = make_graph(hosts, load_E, num_ranks);
   std::vector<int64_t> tokens_C(hosts.rank_C.size(), 0);
-  std::vector<int64_t> base_R = place_fixed(hosts, load_E, num_ranks, tokens_C);
+  std::vector<int64_t> base_R = place_fixed(hosts, load_E.data(), num_ranks, tokens_C);
   const int64_t mean = ceil_div(std::accumulate(load_E.begin(), load_E.end(), int64_t{0}), num_ranks);
   Leveling leveling(graph, std::move(base_R), std::vector<int64_t>(graph.rank_C.size(), 0));
-  leveling.fill(load_E, mean);
+  leveling.fill(load_E.data(), mean);
   const int64_t bound = leveling.level(mean);
   copy_shares(graph, leveling, hosts, tokens_C);
-  return {.bound = bound, .tokens_C = std::move(tokens_C), .load_R = leveling.load_R(), .cut = leveling.cut()};
+  std::vector<Index> cut;
+  if (!leveling.cuts().empty()) cut = leveling.cuts().back();
+  return {.bound = bound, .tokens_C = std::move(tokens_C), .load_R = leveling.load_R(), .cut = std::move(cut)};
+}
+
+struct CutFinder::State {
+  Hosts hosts;
+  Graph graph;
+  int64_t num_ranks;
+};
+
+CutFinder::CutFinder(const Hosts& hosts, const std::vector<int64_t>& peak_E, int64_t num_ranks)
+    : state_(new State{hosts, make_graph(hosts, peak_E, num_ranks), num_ranks}) {}
+
+CutFinder::~CutFinder() = default;
+
+std::vector<std::vector<Index>> CutFinder::cuts(const int64_t* load_E) const {
+  const auto& [hosts, graph, num_ranks] = *state_;
+  std::vector<int64_t> tokens_C(hosts.rank_C.size(), 0);
+  std::vector<int64_t> base_R = place_fixed(hosts, load_E, num_ranks, tokens_C);
+  const int64_t num_experts = static_cast<int64_t>(hosts.begin_E.size()) - 1;
+  const int64_t mean = ceil_div(std::accumulate(load_E, load_E + num_experts, int64_t{0}), num_ranks);
+  Leveling leveling(graph, std::move(base_R), std::vector<int64_t>(graph.rank_C.size(), 0));
+  leveling.fill(load_E, mean);
+  leveling.level(mean);
+  return leveling.cuts();
 }
 
 Tensor min_max_split(const Tensor& counts_RE, const Tensor& hosts_ER) {

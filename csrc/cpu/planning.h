@@ -2,6 +2,7 @@
 // E experts, S slots of a rank, C the hosts of all experts, those of one expert side by side.
 #pragma once
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 namespace smartmoe::cpu {
@@ -58,6 +59,24 @@ std::vector<int64_t> split_over_hosts(const Counts& counts, const Hosts& hosts, 
 
 // The split with the smallest possible `bound`; every expert with tokens has a host.
 Balance best_balance(const Hosts& hosts, const std::vector<int64_t>& load_E, int64_t num_ranks);
+
+// Finds the sets of ranks that limit one placement, for many loads: placement/split.py:binding_cuts.
+class CutFinder {
+ public:
+  // peak_E is at least every load that will be asked for.
+  CutFinder(const Hosts& hosts, const std::vector<int64_t>& peak_E, int64_t num_ranks);
+  CutFinder(const CutFinder&) = delete;
+  ~CutFinder();
+
+  std::vector<std::vector<Index>> cuts(const int64_t* load_E) const;
+
+ private:
+  struct State;
+  const std::unique_ptr<const State> state_;
+};
+
+// Throws unless the homes are every expert once.
+void check_homes(const SlotTable& slots, int64_t num_experts);
 
 // Replaces replicas one at a time while the busiest rank has more than it would have to: placement/exact_search.py.
 void improve_replicas(const std::vector<int64_t>& load_E, const SlotTable& slots, int64_t num_nodes, int64_t trials);

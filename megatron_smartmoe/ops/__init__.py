@@ -21,6 +21,7 @@ __all__ = [
     "digest_sum",
     "dispatch_map",
     "exact_replicas",
+    "history_replicas",
     "min_max_split",
     "permute",
     "plan_dispatch",
@@ -100,6 +101,74 @@ def exact_replicas(
     """
     new_RS: Tensor = torch.ops.smartmoe.exact_replicas(load_E, slots_RS, home_slots, num_nodes, trials)
     return new_RS
+
+
+def history_replicas(
+    slots_RS: Tensor,
+    loads_KE: Tensor,
+    home_slots: int,
+    num_nodes: int,
+    many: bool,
+    max_steps: int,
+    max_experts: int,
+    max_slots: int,
+    trials: int,
+    good_enough: float,
+    worst_weight: float,
+    replica_price: float,
+    change_price: float,
+    min_gain: float,
+    enough: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Plans the replicas of one layer from history.
+
+    Returns the same as its numpy twin, megatron_smartmoe.placement.plan_replicas.best_replicas, which explains the
+    method. It runs on the host in one thread without the interpreter's lock, and only from the compiled library.
+
+    Args:
+        slots_RS: the slots as they are, int64 [R, S] on the CPU, -1 for an empty one.
+        loads_KE: scenarios as `scaled` gives them, the likeliest first, int64 [K, E] on the CPU.
+        home_slots: columns of homes, E / R.
+        num_nodes: nodes that the ranks lie on; a replica stays on the node of its home.
+        many: whether a step is slow: then both plans are only judged before the better one is improved.
+        max_steps: of the search; see `search.objective.Space`, for the next three too.
+        max_experts: see there.
+        max_slots: see there.
+        trials: see there.
+        good_enough: see `ReplicaOptions`.
+        worst_weight: see `search.objective.Objective`, for the next four too.
+        replica_price: see there.
+        change_price: see there.
+        min_gain: see there.
+        enough: see there.
+
+    Returns:
+        slots_RS: the same homes and the replicas found, int64 [R, S].
+        imbalance_K: max / mean tokens per rank in each scenario, float64 [K].
+        value_2: the excess, and the changes made by the last search, float64 [2].
+
+    Raises:
+        RuntimeError: a dtype, shape or number is wrong, an expert has no home or two, a load is negative, the loads of
+            a row add up to more than 2^53, a tensor is on a GPU, or the library is not built.
+    """
+    new_RS, imbalance_K, value_2 = torch.ops.smartmoe.history_replicas(
+        slots_RS,
+        loads_KE,
+        home_slots,
+        num_nodes,
+        many,
+        max_steps,
+        max_experts,
+        max_slots,
+        trials,
+        good_enough,
+        worst_weight,
+        replica_price,
+        change_price,
+        min_gain,
+        enough,
+    )
+    return new_RS, imbalance_K, value_2
 
 
 def plan_dispatch(

@@ -21,6 +21,32 @@ def exact_replicas(load_E: Tensor, slots_RS: Tensor, home_slots: int, num_nodes:
     return slots_RS.new_empty(slots_RS.shape)
 
 
+def history_replicas(
+    slots_RS: Tensor,
+    loads_KE: Tensor,
+    home_slots: int,
+    num_nodes: int,
+    many: bool,
+    max_steps: int,
+    max_experts: int,
+    max_slots: int,
+    trials: int,
+    good_enough: float,
+    worst_weight: float,
+    replica_price: float,
+    change_price: float,
+    min_gain: float,
+    enough: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Shapes of smartmoe::history_replicas: slots_RS int64 [R, S], imbalance_K float64 [K], value_2 float64 [2]."""
+    floats = {"dtype": torch.float64}
+    return (
+        slots_RS.new_empty(slots_RS.shape),
+        slots_RS.new_empty((loads_KE.shape[0],), **floats),
+        slots_RS.new_empty((2,), **floats),
+    )
+
+
 def plan_dispatch(
     counts_RPE: Tensor,
     slots_RS: Tensor,

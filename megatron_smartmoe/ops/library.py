@@ -31,6 +31,9 @@ SCHEMAS = {
     "digest_sum": "(Tensor bits_N, Tensor positions_L, int width, int value_factor) -> int",
     "min_max_split": "(Tensor counts_RE, Tensor hosts_ER) -> Tensor",
     "exact_replicas": "(Tensor load_E, Tensor slots_RS, int home_slots, int num_nodes, int trials) -> Tensor",
+    "history_replicas": "(Tensor slots_RS, Tensor loads_KE, int home_slots, int num_nodes, bool many, int max_steps, "
+    "int max_experts, int max_slots, int trials, float good_enough, float worst_weight, float replica_price, "
+    "float change_price, float min_gain, float enough) -> (Tensor, Tensor, Tensor)",
     "plan_dispatch": "(Tensor counts_RPE, Tensor(a!) slots_RS, int home_slots, int num_nodes, int rank, int tp_rank, "
     "int? used_slots, int scope_nodes, float limit, float price_tokens, Tensor(b!) plan) -> ()",
     "dispatch_map": "(Tensor ids_TK, Tensor slot_of_E, int num_slots) -> (Tensor, Tensor)",
@@ -39,7 +42,7 @@ SCHEMAS = {
     "unpermute_backward": "(Tensor grad_TH, Tensor y_NH, Tensor rows_TK, Tensor weights_TK) -> (Tensor, Tensor)",
 }
 # CPU tensors only, compiled only
-HOST_OPS = frozenset({"digest_sum", "min_max_split", "exact_replicas", "plan_dispatch"})
+HOST_OPS = frozenset({"digest_sum", "min_max_split", "exact_replicas", "history_replicas", "plan_dispatch"})
 # how users build it, relative to a checkout
 BUILD_COMMAND = "python megatron_smartmoe/ops/_build.py"
 

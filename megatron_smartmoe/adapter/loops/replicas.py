@@ -35,6 +35,7 @@ from megatron_smartmoe.errors import PlanError
 from megatron_smartmoe.placement.decisions import digest_of
 from megatron_smartmoe.placement.replica_planner import ReplicaPlanner
 from megatron_smartmoe.runtime.replicas.dispatch_plan import ExactOptions
+from megatron_smartmoe.runtime.replicas.history_plan import fastest_best_replicas
 from megatron_smartmoe.runtime.replicas.slots import SpareSlots
 from megatron_smartmoe.runtime.replicas.tally import LayerTally, balance_line, imbalance
 from megatron_smartmoe.runtime.replicas.wire import ReplicaWire
@@ -75,7 +76,7 @@ class ReplicaLoop(Callback):
             self._equip(layer, tally, keeps=needs_history)
         if needs_history and self._layers:
             online = online_options(args, review_records=1)
-            self._planner = ReplicaPlanner(self._placement(), run.ranks.edp_rank, online)
+            self._planner = ReplicaPlanner(self._placement(), run.ranks.edp_rank, online, fastest_best_replicas())
         if run.is_reporter:
             self._announce()
         self._restore()
