@@ -142,6 +142,16 @@ inline void check_replicas(const torch::stable::Tensor& load_E, const torch::sta
   if (trials < 0) fail("trials = ", trials, ": it must be at least 0. Pass 0 for no search");
 }
 
+inline void check_exact_split(const torch::stable::Tensor& counts_RE, int64_t spare_slots, int64_t num_nodes) {
+  check_int64("counts_RE", counts_RE);
+  const bool ok = counts_RE.dim() == 2 && counts_RE.numel() > 0 && counts_RE.size(1) % counts_RE.size(0) == 0;
+  check_shape("counts_RE", counts_RE, ok, "[R, E] with E a multiple of R", "Pass the counts of one layer");
+  if (spare_slots < 0 || spare_slots > kMaxSlots) {
+    fail("spare_slots = ", spare_slots, ": it must be in 0..", kMaxSlots, ". Pass the spare slots of a rank");
+  }
+  check_nodes("num_nodes", num_nodes, counts_RE.size(0));
+}
+
 inline void check_history_replicas(const torch::stable::Tensor& slots_RS, const torch::stable::Tensor& loads_KE,
                                    int64_t home_slots, int64_t num_nodes, int64_t max_steps, int64_t max_experts,
                                    int64_t max_slots, int64_t trials) {

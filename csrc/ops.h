@@ -15,6 +15,7 @@ int64_t digest_sum(const Tensor& bits_N, const Tensor& positions_L, int64_t widt
 Tensor min_max_split(const Tensor& counts_RE, const Tensor& hosts_ER);
 Tensor exact_replicas(const Tensor& load_E, const Tensor& slots_RS, int64_t home_slots, int64_t num_nodes,
                       int64_t trials);
+std::tuple<Tensor, Tensor> exact_split(const Tensor& counts_RE, int64_t spare_slots, int64_t num_nodes);
 std::tuple<Tensor, Tensor, Tensor> history_replicas(const Tensor& slots_RS, const Tensor& loads_KE, int64_t home_slots,
                                                     int64_t num_nodes, bool many, int64_t max_steps,
                                                     int64_t max_experts, int64_t max_slots, int64_t trials,
@@ -31,6 +32,7 @@ std::tuple<Tensor, Tensor> unpermute_backward(const Tensor& grad_TH, const Tenso
 }  // namespace cpu
 
 namespace cuda {
+std::tuple<Tensor, Tensor> exact_split(const Tensor& counts_RE, int64_t spare_slots, int64_t num_nodes);
 std::tuple<Tensor, Tensor> dispatch_map(const Tensor& ids_TK, const Tensor& slot_of_E, int64_t num_slots);
 Tensor permute(const Tensor& x_TH, const Tensor& rows_TK, int64_t num_rows);
 Tensor unpermute(const Tensor& y_NH, const Tensor& rows_TK, const std::optional<Tensor>& weights_TK);

@@ -21,6 +21,7 @@ __all__ = [
     "digest_sum",
     "dispatch_map",
     "exact_replicas",
+    "exact_split",
     "history_replicas",
     "min_max_split",
     "permute",
@@ -101,6 +102,31 @@ def exact_replicas(
     """
     new_RS: Tensor = torch.ops.smartmoe.exact_replicas(load_E, slots_RS, home_slots, num_nodes, trials)
     return new_RS
+
+
+def exact_split(counts_RE: Tensor, spare_slots: int, num_nodes: int = 1) -> tuple[Tensor, Tensor]:
+    """Plans the replicas of one micro-batch from its counts and splits its tokens over them, where the counts are.
+
+    Equal to `exact_replicas` with trials=0 and `min_max_split`, to the last token, on the host and on a GPU, where one
+    block does both in its shared memory and the host waits for nothing. The search of `exact_replicas` is the host's
+    alone. Only from the compiled library.
+
+    Args:
+        counts_RE: tokens of source rank r for expert e, int64 [R, E], E a multiple of R; experts are numbered by their
+            homes. On a GPU the values are not checked: none is negative, and their sum is below 2^63.
+        spare_slots: of each rank. On a GPU the plan must fit in 48 KiB: 512 experts on 64 ranks with 4 of them do.
+        num_nodes: nodes that the ranks lie on; a replica stays on the node of its home.
+
+    Returns:
+        slots_RS: homes and replicas, -1 for an empty slot, int64 [R, S].
+        tokens_RS: tokens that each slot takes, int64 [R, S].
+
+    Raises:
+        RuntimeError: a dtype, shape or number is wrong, or on the host a count is negative or the counts add up to 2^63
+            or more, or the library is not built.
+    """
+    slots_RS, tokens_RS = torch.ops.smartmoe.exact_split(counts_RE, spare_slots, num_nodes)
+    return slots_RS, tokens_RS
 
 
 def history_replicas(

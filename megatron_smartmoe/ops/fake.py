@@ -21,6 +21,12 @@ def exact_replicas(load_E: Tensor, slots_RS: Tensor, home_slots: int, num_nodes:
     return slots_RS.new_empty(slots_RS.shape)
 
 
+def exact_split(counts_RE: Tensor, spare_slots: int, num_nodes: int) -> tuple[Tensor, Tensor]:
+    """Shapes of smartmoe::exact_split: slots_RS and tokens_RS, int64 [R, S]."""
+    shape = (counts_RE.shape[0], counts_RE.shape[1] // counts_RE.shape[0] + spare_slots)
+    return counts_RE.new_empty(shape), counts_RE.new_empty(shape)
+
+
 def history_replicas(
     slots_RS: Tensor,
     loads_KE: Tensor,
