@@ -346,14 +346,12 @@ __device__ void spread(Plan& plan, int expert, int64_t bound) {
     if (emptiest < 0) emptiest = found.index;
     const int64_t room = found.value == kMost ? 0 : smaller(rest, bound - found.value);
     if (room <= 0) break;
-    __syncwarp();  // all lanes have read
     if ((found.index - begin) % kWarpSize == lane_id()) {
       taken |= 1u << (found.index - begin) / kWarpSize;
       plan.share_C[found.index] += room;
       plan.load_R[plan.rank_C[found.index]] += room;
     }
     rest -= room;
-    __syncwarp();
   }
   __syncwarp();
   if (lane_id() == 0) {
@@ -471,7 +469,6 @@ __global__ void __launch_bounds__(kThreads) plan_exact_split(ExactSplitArgs args
   const int64_t bound = settle(plan, args.counts_RE, ceil_div(total, ranks));
   for (int f = 0; f < count; ++f) spread(plan, plan.expert_F[f], bound);
   if (lane_id() == 0) level(plan, count, bound);
-  __syncwarp();
   // Step 3: what each slot holds and takes.
   for (int at = lane_id(); at < all; at += kWarpSize) {
     const bool is_filled = at % plan.slots < plan.filled_R[at / plan.slots];
