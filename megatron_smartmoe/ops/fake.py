@@ -45,12 +45,8 @@ def history_replicas(
     enough: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Shapes of smartmoe::history_replicas: slots_RS int64 [R, S], imbalance_K float64 [K], value_2 float64 [2]."""
-    floats = {"dtype": torch.float64}
-    return (
-        slots_RS.new_empty(slots_RS.shape),
-        slots_RS.new_empty((loads_KE.shape[0],), **floats),
-        slots_RS.new_empty((2,), **floats),
-    )
+    imbalance_K = slots_RS.new_empty((loads_KE.shape[0],), dtype=torch.float64)
+    return slots_RS.new_empty(slots_RS.shape), imbalance_K, slots_RS.new_empty((2,), dtype=torch.float64)
 
 
 def plan_dispatch(
