@@ -160,8 +160,8 @@ def follow_rule(name: str) -> None:
         return assign_sources(counts_RE, slots_RS, tokens_ER, num_nodes)
 
     # The rules plan in Python, some tenths of a millisecond a layer and micro-batch more than the compiled plan.
-    def plan(planner: Any, *args: Any) -> Any:
-        return dispatch_plan.plan_in_steps(planner.view, *args)
+    def plan(self: Any, counts_RPE: Any, slots_RS: Any, exact: Any = None) -> Any:
+        return dispatch_plan.plan_in_steps(self.view, counts_RPE, slots_RS, exact)
 
     dispatch_plan.exact_slots = exact_slots
     dispatch_plan.split_tokens = split_tokens
