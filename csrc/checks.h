@@ -16,6 +16,7 @@ using torch::headeronly::ScalarType;
 // A counting sort keeps 20 bytes per slot in shared memory: 40 KiB, which every GPU grants without asking.
 constexpr int64_t kMaxSlots = 2048;
 constexpr int64_t kMaxRows = 2147483647;  // rows are int32
+constexpr int64_t kPlanNumbers = 4;       // before the other parts of a plan
 constexpr int64_t kMaxTokens = 9223372036854775807;
 
 // The parts joined.
@@ -127,8 +128,13 @@ inline void check_split(const torch::stable::Tensor& counts_RE, const torch::sta
               text_of("[E, R] = ", expected, ", as counts_RE has it"), "Pass a row per expert");
 }
 
+inline void check_nodes(const char* name, int64_t num_nodes, int64_t num_ranks) {
+  if (num_nodes >= 1 && num_ranks % num_nodes == 0) return;
+  fail(name, " = ", num_nodes, ": it must divide R = ", num_ranks, ". Pass the nodes that the ranks lie on");
+}
+
 inline void check_replicas(const torch::stable::Tensor& load_E, const torch::stable::Tensor& slots_RS,
-                           int64_t home_slots, int64_t num_nodes) {
+                           int64_t home_slots, int64_t num_nodes, int64_t trials) {
   check_int64("load_E", load_E);
   check_int64("slots_RS", slots_RS);
   check_shape("load_E", load_E, load_E.dim() == 1, "[E]", "Pass the sum of the counts over the source ranks");
@@ -140,9 +146,86 @@ inline void check_replicas(const torch::stable::Tensor& load_E, const torch::sta
     fail("home_slots = ", home_slots, ": it must be E / R = ", num_experts, " / ", num_ranks,
          ", and at most S = ", num_slots, ". Pass the number of homes of a rank");
   }
-  if (num_nodes < 1 || num_ranks % num_nodes != 0) {
-    fail("num_nodes = ", num_nodes, ": it must divide R = ", num_ranks, ". Pass the nodes that the ranks lie on");
+  check_nodes("num_nodes", num_nodes, num_ranks);
+  if (trials < 0) fail("trials = ", trials, ": it must be at least 0. Pass 0 for no search");
+}
+
+inline void check_exact_split(const torch::stable::Tensor& counts_RE, int64_t spare_slots, int64_t num_nodes) {
+  check_int64("counts_RE", counts_RE);
+  const bool ok = counts_RE.dim() == 2 && counts_RE.numel() > 0 && counts_RE.size(1) % counts_RE.size(0) == 0;
+  check_shape("counts_RE", counts_RE, ok, "[R, E] with E a multiple of R", "Pass the counts of one layer");
+  if (spare_slots < 0 || spare_slots > kMaxSlots) {
+    fail("spare_slots = ", spare_slots, ": it must be in 0..", kMaxSlots, ". Pass the spare slots of a rank");
   }
+  check_nodes("num_nodes", num_nodes, counts_RE.size(0));
+}
+
+inline void check_history_replicas(const torch::stable::Tensor& slots_RS, const torch::stable::Tensor& loads_KE,
+                                   int64_t home_slots, int64_t num_nodes, int64_t max_steps, int64_t max_experts,
+                                   int64_t max_slots, int64_t trials) {
+  check_int64("slots_RS", slots_RS);
+  check_int64("loads_KE", loads_KE);
+  check_shape("slots_RS", slots_RS, slots_RS.dim() == 2 && slots_RS.size(0) >= 1, "[R, S] with at least one rank",
+              "Pass the slots of one layer, a row per rank");
+  check_shape("loads_KE", loads_KE, loads_KE.dim() == 2 && loads_KE.numel() > 0, "[K, E], none of them 0",
+              "Pass a scenario in each row");
+  const int64_t num_ranks = slots_RS.size(0), num_slots = slots_RS.size(1), num_experts = loads_KE.size(1);
+  if (home_slots < 1 || home_slots > num_slots || home_slots * num_ranks != num_experts) {
+    fail("home_slots = ", home_slots, ": it must be E / R = ", num_experts, " / ", num_ranks,
+         ", and at most S = ", num_slots, ". Pass the number of homes of a rank");
+  }
+  check_nodes("num_nodes", num_nodes, num_ranks);
+  for (const int64_t most : {max_steps, max_experts, max_slots, trials}) {
+    if (most < 0) fail("a limit of the search = ", most, ": it must be at least 0. Pass those of search_space");
+  }
+}
+
+inline void check_dense(const char* name, const torch::stable::Tensor& tensor) {
+  if (!tensor.is_contiguous()) fail(name, ": it must be contiguous. Convert it with ", name, ".contiguous()");
+}
+
+inline void check_below(const char* name, int64_t value, const char* axis, int64_t end) {
+  if (value >= 0 && value < end) return;
+  fail(name, " = ", value, ": it must be at least 0 and below ", axis, " = ", end, ". Pass this rank's number");
+}
+
+// Elements of the plan that plan_dispatch writes, its parts in their order in csrc/cpu/plan_dispatch.cpp.
+inline int64_t plan_size(int64_t num_ranks, int64_t tp_size, int64_t num_experts, int64_t num_slots) {
+  const int64_t num_all = num_ranks * num_slots;
+  return kPlanNumbers + 4 * num_ranks + num_experts + num_slots + tp_size + (tp_size + 2) * num_all +
+         5 * (num_all - num_experts);
+}
+
+inline void check_plan_dispatch(const torch::stable::Tensor& counts_RPE, const torch::stable::Tensor& slots_RS,
+                                int64_t home_slots, int64_t num_nodes, int64_t rank, int64_t tp_rank,
+                                const std::optional<int64_t>& used_slots, int64_t scope_nodes,
+                                const torch::stable::Tensor& plan) {
+  check_int64("counts_RPE", counts_RPE);
+  check_int64("slots_RS", slots_RS);
+  check_int64("plan", plan);
+  check_shape("counts_RPE", counts_RPE, counts_RPE.dim() == 3 && counts_RPE.numel() > 0, "[R, P, E], none of them 0",
+              "Pass the counts of one layer, a row per source rank");
+  const int64_t num_ranks = counts_RPE.size(0), tp_size = counts_RPE.size(1), num_experts = counts_RPE.size(2);
+  check_shape("slots_RS", slots_RS, slots_RS.dim() == 2 && slots_RS.size(0) == num_ranks,
+              text_of("[R, S] with R = ", num_ranks, ", as counts_RPE has it"), "Pass the slots of the same ranks");
+  const int64_t num_slots = slots_RS.size(1);
+  if (home_slots < 1 || home_slots > num_slots || home_slots * num_ranks != num_experts) {
+    fail("home_slots = ", home_slots, ": it must be E / R = ", num_experts, " / ", num_ranks,
+         ", and at most S = ", num_slots, ". Pass the number of homes of a rank");
+  }
+  check_nodes("num_nodes", num_nodes, num_ranks);
+  check_nodes("scope_nodes", scope_nodes, num_ranks);
+  check_below("rank", rank, "R", num_ranks);
+  check_below("tp_rank", tp_rank, "P", tp_size);
+  if (used_slots && (*used_slots < 0 || *used_slots > num_slots - home_slots)) {
+    fail("used_slots = ", *used_slots, ": it must be in 0..", num_slots - home_slots,
+         ", the spare slots of a rank. Pass how many of them to use");
+  }
+  const int64_t size = plan_size(num_ranks, tp_size, num_experts, num_slots);
+  check_shape("plan", plan, plan.dim() == 1 && plan.size(0) == size, text_of("[", size, "]"), "Pass a PlanBuffer's");
+  check_dense("counts_RPE", counts_RPE);
+  check_dense("slots_RS", slots_RS);
+  check_dense("plan", plan);
 }
 
 inline void check_digest_sum(const torch::stable::Tensor& bits_N, const torch::stable::Tensor& positions_L,

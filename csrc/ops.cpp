@@ -7,7 +7,15 @@
 STABLE_TORCH_LIBRARY(smartmoe, m) {
   m.def("digest_sum(Tensor bits_N, Tensor positions_L, int width, int value_factor) -> int");
   m.def("min_max_split(Tensor counts_RE, Tensor hosts_ER) -> Tensor");
-  m.def("exact_replicas(Tensor load_E, Tensor slots_RS, int home_slots, int num_nodes) -> Tensor");
+  m.def("exact_replicas(Tensor load_E, Tensor slots_RS, int home_slots, int num_nodes, int trials) -> Tensor");
+  m.def(
+      "history_replicas(Tensor slots_RS, Tensor loads_KE, int home_slots, int num_nodes, bool many, int max_steps, "
+      "int max_experts, int max_slots, int trials, float good_enough, float worst_weight, float replica_price, "
+      "float change_price, float min_gain, float enough) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "plan_dispatch(Tensor counts_RPE, Tensor(a!) slots_RS, int home_slots, int num_nodes, int rank, int tp_rank, "
+      "int? used_slots, int scope_nodes, float limit, float price_tokens, Tensor(b!) plan) -> ()");
+  m.def("exact_split(Tensor counts_RE, int spare_slots, int num_nodes) -> (Tensor, Tensor)");
   m.def("dispatch_map(Tensor ids_TK, Tensor slot_of_E, int num_slots) -> (Tensor, Tensor)");
   m.def("permute(Tensor x_TH, Tensor rows_TK, int num_rows) -> Tensor");
   m.def("unpermute(Tensor y_NH, Tensor rows_TK, Tensor? weights_TK) -> Tensor");
@@ -28,6 +36,9 @@ STABLE_TORCH_LIBRARY_IMPL(smartmoe, CPU, m) {
   m.impl("digest_sum", TORCH_BOX(&smartmoe::cpu::digest_sum));
   m.impl("min_max_split", TORCH_BOX(&smartmoe::cpu::min_max_split));
   m.impl("exact_replicas", TORCH_BOX(&smartmoe::cpu::exact_replicas));
+  m.impl("history_replicas", TORCH_BOX(&smartmoe::cpu::history_replicas));
+  m.impl("plan_dispatch", TORCH_BOX(&smartmoe::cpu::plan_dispatch));
+  m.impl("exact_split", TORCH_BOX(&smartmoe::cpu::exact_split));
   m.impl("dispatch_map", TORCH_BOX(&smartmoe::cpu::dispatch_map));
   m.impl("permute", TORCH_BOX(&smartmoe::cpu::permute));
   m.impl("unpermute", TORCH_BOX(&smartmoe::cpu::unpermute));
@@ -44,6 +55,7 @@ STABLE_TORCH_LIBRARY_IMPL(smartmoe, CPU, m) {
 
 #ifdef SMARTMOE_WITH_CUDA
 STABLE_TORCH_LIBRARY_IMPL(smartmoe, CUDA, m) {
+  m.impl("exact_split", TORCH_BOX(&smartmoe::cuda::exact_split));
   m.impl("dispatch_map", TORCH_BOX(&smartmoe::cuda::dispatch_map));
   m.impl("permute", TORCH_BOX(&smartmoe::cuda::permute));
   m.impl("unpermute", TORCH_BOX(&smartmoe::cuda::unpermute));

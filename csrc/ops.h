@@ -13,7 +13,17 @@ using torch::stable::Tensor;
 namespace cpu {
 int64_t digest_sum(const Tensor& bits_N, const Tensor& positions_L, int64_t width, int64_t value_factor);
 Tensor min_max_split(const Tensor& counts_RE, const Tensor& hosts_ER);
-Tensor exact_replicas(const Tensor& load_E, const Tensor& slots_RS, int64_t home_slots, int64_t num_nodes);
+Tensor exact_replicas(const Tensor& load_E, const Tensor& slots_RS, int64_t home_slots, int64_t num_nodes,
+                      int64_t trials);
+std::tuple<Tensor, Tensor> exact_split(const Tensor& counts_RE, int64_t spare_slots, int64_t num_nodes);
+std::tuple<Tensor, Tensor, Tensor> history_replicas(const Tensor& slots_RS, const Tensor& loads_KE, int64_t home_slots,
+                                                    int64_t num_nodes, bool many, int64_t max_steps,
+                                                    int64_t max_experts, int64_t max_slots, int64_t trials,
+                                                    double good_enough, double worst_weight, double replica_price,
+                                                    double change_price, double min_gain, double enough);
+void plan_dispatch(const Tensor& counts_RPE, const Tensor& slots_RS, int64_t home_slots, int64_t num_nodes,
+                   int64_t rank, int64_t tp_rank, std::optional<int64_t> used_slots, int64_t scope_nodes, double limit,
+                   double price_tokens, const Tensor& plan);
 std::tuple<Tensor, Tensor> dispatch_map(const Tensor& ids_TK, const Tensor& slot_of_E, int64_t num_slots);
 Tensor permute(const Tensor& x_TH, const Tensor& rows_TK, int64_t num_rows);
 Tensor unpermute(const Tensor& y_NH, const Tensor& rows_TK, const std::optional<Tensor>& weights_TK);
@@ -32,6 +42,7 @@ std::tuple<Tensor, Tensor> chunk_rows(const Tensor& counts_QS, int64_t num_rows)
 }  // namespace cpu
 
 namespace cuda {
+std::tuple<Tensor, Tensor> exact_split(const Tensor& counts_RE, int64_t spare_slots, int64_t num_nodes);
 std::tuple<Tensor, Tensor> dispatch_map(const Tensor& ids_TK, const Tensor& slot_of_E, int64_t num_slots);
 Tensor permute(const Tensor& x_TH, const Tensor& rows_TK, int64_t num_rows);
 Tensor unpermute(const Tensor& y_NH, const Tensor& rows_TK, const std::optional<Tensor>& weights_TK);

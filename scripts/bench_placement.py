@@ -3,6 +3,9 @@
 
     python scripts/bench_placement.py                     256 experts on 64 ranks, 1 and 2 spare slots
     python scripts/bench_placement.py --ranks 32 --repeats 1000
+    python scripts/bench_placement.py --host              host time of a layer's dispatch, from the counts on
+    python scripts/bench_placement.py --search            balance and time of exact replicas, greedy and searched
+    python scripts/bench_placement.py --history           planning a layer from history, C++ against numpy
     python scripts/bench_placement.py --balance           bursts and drift: ours against EPLB's and UltraEP's rules
 
 Every draw is checked: the compiled ops must give the very slots and tokens of the twins. A call is timed with warm
@@ -13,6 +16,10 @@ draws of fresh lognormal loads, and the worst draw. The steps:
     split, drifted      on replicas planned before each expert's load changed by a lognormal factor (--drift)
     replicas + split    all that a micro-batch needs: sum of the counts, new replicas, hosts, split
 
+`--host` times all that a rank does between the arrival of the counts and the launch of the permutation: plan, this
+rank's replicas, sizes of the exchange. One call of the library and the same steps in Python take turns; the table has
+the median and the 90th percentile of the thread's CPU time.
+
 `--balance` replays synthetic traces whose load jumps (one expert 4, 8 or 16 times as popular for a third of every 24,
 12 or 6 records) or drifts (2%, 5% or 20% a record), two seeds each. Its table has the mean of max / mean tokens per
 rank and, after the slash, the worst record. It needs no compiled library.
@@ -21,6 +28,7 @@ rank and, after the slash, the worst record. It needs no compiled library.
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import platform
 import statistics
@@ -39,10 +47,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout, wh
 from megatron_smartmoe import ops
 from megatron_smartmoe.cost.moe_layer import LayerConstants
 from megatron_smartmoe.placement.exact_replicas import exact_replicas
+from megatron_smartmoe.placement.history import History, HistoryOptions
 from megatron_smartmoe.placement.homes_planner import OnlineOptions
 from megatron_smartmoe.placement.layer_cost import layer_seconds
 from megatron_smartmoe.placement.layer_plan import Rule
-from megatron_smartmoe.placement.split import min_max_split
+from megatron_smartmoe.placement.plan_replicas import ReplicaOptions, best_replicas
+from megatron_smartmoe.placement.split import best_balance, min_max_split
+from megatron_smartmoe.runtime.replicas.dispatch_plan import (
+    DispatchPlanner,
+    ExactOptions,
+    RankView,
+    plan_in_steps,
+)
+from megatron_smartmoe.runtime.replicas.history_plan import compiled_best_replicas
 from megatron_smartmoe.simulate.baselines.eplb import Eplb
 from megatron_smartmoe.simulate.baselines.ultraep import UltraEp
 from megatron_smartmoe.simulate.policies import OnlinePolicy, RulePolicy, SimulatedPolicy
@@ -155,6 +172,105 @@ def cpu_name() -> str:
     return next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), platform.machine())
 
 
+HOST_SHAPES = ((32, 8, 1, 1), (64, 8, 1, 1), (256, 32, 1, 1), (256, 64, 1, 1), (256, 64, 1, 8), (256, 64, 2, 8))
+
+
+def host_calls(problem: Draw, spare: int, nodes: int) -> tuple[Callable[[], object], Callable[[], object]]:
+    """What rank 0 does from the counts to the permutation: by one call of the library, and in steps."""
+    ranks, experts = problem.counts_RE.shape
+    view = RankView(
+        num_ranks=ranks,
+        tp_size=1,
+        num_experts=experts,
+        num_slots=problem.slots_RS.shape[1],
+        num_nodes=nodes,
+        rank=0,
+        tp_rank=0,
+    )
+    planner, exact = DispatchPlanner(view), ExactOptions(used_slots=spare, num_nodes=nodes)
+    counts_RPE = torch.from_numpy(problem.counts_RE).view(ranks, 1, experts)
+
+    return (
+        lambda: planner.plan(counts_RPE, problem.slots_RS, exact),
+        lambda: plan_in_steps(view, counts_RPE, problem.slots_RS, exact),
+    )
+
+
+def host_table(tokens: int, sigma: float, repeats: int) -> None:
+    """Print the host time of a layer's dispatch for some groups: experts, ranks, spare slots, nodes."""
+    print(f"{cpu_name()}, one core; torch {torch.__version__}; {tokens} tokens x top-k a rank, lognormal sigma {sigma}")
+    print(f"{'experts':>7} {'ranks':>5} {'spare':>5} {'nodes':>5} {'one call us':>13} {'in steps us':>15} {'times':>6}")
+    rng = np.random.default_rng(0)
+    for experts, ranks, spare, nodes in HOST_SHAPES:
+        calls = host_calls(draw(rng, ranks, experts, spare, tokens, sigma), spare, nodes)
+        times_us: list[list[float]] = [[], []]
+        for _ in range(repeats):
+            for call, spent_us in zip(calls, times_us, strict=True):
+                start_ns = time.thread_time_ns()
+                call()
+                spent_us.append((time.thread_time_ns() - start_ns) / 1000)
+        once, steps = (f"{np.median(us):.0f} ({np.percentile(us, 90):.0f})" for us in times_us)
+        ratio = np.median(times_us[1]) / np.median(times_us[0])
+        print(f"{experts:>7} {ranks:>5} {spare:>5} {nodes:>5} {once:>13} {steps:>15} {ratio:>6.1f}", flush=True)
+
+
+HISTORY_SHAPES = ((32, 8, 1), (64, 16, 1), (256, 32, 1), (256, 64, 1), (256, 64, 2))  # experts, ranks, spare slots
+
+
+def history_table(records: int) -> None:
+    """Print the time to plan a layer from history while its load drifts by 5% a record, for C++ and numpy in turns."""
+    print("| experts | ranks | spare slots | C++ ms | numpy ms |\n|---|---|---|---|---|")
+    for experts, ranks, spare in HISTORY_SHAPES:
+        rng, times_ms = np.random.default_rng(0), np.empty((records, 2))
+        problem = draw(rng, ranks, experts, spare, 1, 0.0)
+        slots_RS, popularity = problem.slots_RS, rng.lognormal(0, 1, experts)
+        history = History(1, experts, HistoryOptions.for_ranks(ranks))
+        for record in range(records):
+            popularity *= rng.lognormal(0, 0.05, experts)
+            history.update(rng.multinomial(8192 * ranks, popularity / popularity.sum())[None, None])
+            found = []
+            for column, best in enumerate((compiled_best_replicas, best_replicas)):
+                start_ns = time.thread_time_ns()
+                found.append(best(slots_RS, history.scenarios_KE(0), problem.home_slots, ReplicaOptions()))
+                times_ms[record, column] = (time.thread_time_ns() - start_ns) / 1e6
+            check_equal(torch.from_numpy(found[0].slots_RS), found[1].slots_RS)
+            slots_RS = found[0].slots_RS
+        texts = [f"{np.median(column):.2f} ({column.max():.1f})" for column in times_ms[2:].T]
+        print(f"| {experts} | {ranks} | {spare} | {' | '.join(texts)} |", flush=True)
+
+
+SEARCH_SHAPES = ((64, 8), (128, 8), (128, 16), (256, 32), (256, 64))
+
+
+def search_table(draws: int) -> None:
+    """Print the balance of exact replicas and the op's time, without and with the search behind the greedy pass."""
+    print("| experts | ranks | sigma | greedy | us | searched | us |\n|---|---|---|---|---|---|---|")
+    for (experts, ranks), sigma in itertools.product(SEARCH_SHAPES, (0.5, 1.0, 1.5)):
+        rng, texts = np.random.default_rng(1), list[str]()
+        problems = [draw(rng, ranks, experts, 1, 16384, sigma) for _ in range(draws)]
+        for trials in (0, ops.TRIALS):
+            balance, times_us = list[float](), list[float]()
+            for problem in problems:
+                load_E, slots_RS = problem.counts_RE.sum(axis=0), torch.from_numpy(problem.slots_RS)
+                args = torch.from_numpy(load_E), slots_RS, problem.home_slots, 1, trials
+                hosts_ER = hosts_of(ops.exact_replicas(*args).numpy(), experts)
+                balance.append(best_balance(hosts_ER, load_E).bound * ranks / int(load_E.sum()))
+                times_us.append(thread_us(functools.partial(ops.exact_replicas, *args), 15))
+            texts += [f"{statistics.mean(balance):.4f}, {max(balance):.4f}"]
+            texts += [f"{statistics.median(times_us):.0f}, {max(times_us):.0f}"]
+        print(f"| {experts} | {ranks} | {sigma} | {' | '.join(texts)} |", flush=True)
+
+
+def thread_us(call: Callable[[], object], repeats: int) -> float:
+    """Median CPU time of a call in this thread, in us."""
+    times_us = []
+    for _ in range(repeats):
+        start_ns = time.thread_time_ns()
+        call()
+        times_us.append((time.thread_time_ns() - start_ns) / 1000)
+    return statistics.median(times_us)
+
+
 SHAPES = ((32, 4), (32, 8), (32, 16), (64, 16), (256, 64))  # experts, ranks
 BURSTS = ({"burst_factor": 8.0, "burst_every": 12}, {"burst_factor": 4.0, "burst_every": 24},
           {"burst_factor": 16.0, "burst_every": 6})  # fmt: skip
@@ -231,6 +347,9 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=20, help="fresh loads per line")
     parser.add_argument("--repeats", type=int, default=200, help="calls timed per draw (a twentieth of them in numpy)")
     parser.add_argument("--seed", type=int, default=0, help="of the draws")
+    parser.add_argument("--host", action="store_true", help="time a layer's dispatch from the counts on instead")
+    parser.add_argument("--history", action="store_true", help="time the planning of a layer from history instead")
+    parser.add_argument("--search", action="store_true", help="what the search of exact replicas is worth instead")
     parser.add_argument("--balance", action="store_true", help="compare balance under bursts and drift instead")
     args = parser.parse_args()
     if args.balance:
@@ -239,6 +358,15 @@ def main() -> None:
     if not ops.backend().startswith("compiled"):
         sys.exit("the compiled library is not built: python megatron_smartmoe/ops/_build.py")
     torch.set_num_threads(1)
+    if args.history:
+        history_table(30)
+        return
+    if args.search:
+        search_table(32)
+        return
+    if args.host:
+        host_table(args.tokens, args.sigma, args.repeats)
+        return
     rng = np.random.default_rng(args.seed)
     print(
         f"{cpu_name()}, one core; torch {torch.__version__}, numpy {np.__version__}; {args.experts} experts on "

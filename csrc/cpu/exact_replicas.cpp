@@ -11,12 +11,11 @@
 
 #include "../checks.h"
 #include "../ops.h"
+#include "planning.h"
 #include "rows.h"
 
 namespace smartmoe::cpu {
 namespace {
-constexpr int64_t kEmpty = -1;
-
 using Gap = std::pair<int64_t, int64_t>;  // tokens missing to the mean (negative: surplus), rank
 
 struct Choice {
@@ -63,8 +62,8 @@ class Filling {
 
   int64_t total() const { return std::accumulate(load_R_.begin(), load_R_.end(), int64_t{0}); }
 
-  // Adds replicas until no rank is above `mean` or no slot helps.
-  void run(int64_t mean) {
+  // Adds replicas until no rank is above `mean` or no slot helps; returns whether no rank is above it.
+  bool run(int64_t mean) {
     mean_ = mean;
     for (int64_t rank = 0; rank < num_ranks_; ++rank) {
       if (load_R_[rank] < mean && is_free(rank)) gaps_.emplace_back(mean - load_R_[rank], rank);
@@ -79,6 +78,7 @@ class Filling {
       if (!choice) break;
       give(*choice);
     }
+    return donors_.empty();
   }
 
   // Writes the replicas into the spare slots; new_RS starts at the node's first rank.
@@ -192,9 +192,9 @@ class Filling {
   std::vector<Gap> donors_;  // the highest load first
 };
 
-// Checks the values, on which the indices of the pass rest; returns the total load.
-int64_t checked_total(const int64_t* load_E, int64_t num_experts, const int64_t* slots_RS, int64_t num_ranks,
-                      int64_t num_slots, int64_t home_slots) {
+// Checks the values, on which the indices of the pass rest.
+void check_values(const int64_t* load_E, int64_t num_experts, const int64_t* slots_RS, int64_t num_ranks,
+                  int64_t num_slots, int64_t home_slots) {
   uint64_t total = 0;
   bool overflows = false;
   for (int64_t expert = 0; expert < num_experts; ++expert) {
@@ -205,10 +205,15 @@ int64_t checked_total(const int64_t* load_E, int64_t num_experts, const int64_t*
     overflows |= total > static_cast<uint64_t>(kMaxTokens);
   }
   if (overflows) fail_overflow("load_E");
+  check_homes({const_cast<int64_t*>(slots_RS), num_ranks, num_slots, home_slots}, num_experts);
+}
+}  // namespace
+
+void check_homes(const SlotTable& slots, int64_t num_experts) {
   std::vector<bool> seen_E(num_experts, false);
-  for (int64_t rank = 0; rank < num_ranks; ++rank) {
-    for (int64_t slot = 0; slot < home_slots; ++slot) {
-      const int64_t expert = slots_RS[rank * num_slots + slot];
+  for (int64_t rank = 0; rank < slots.num_ranks; ++rank) {
+    for (int64_t slot = 0; slot < slots.home_slots; ++slot) {
+      const int64_t expert = slots.row(rank)[slot];
       if (expert < 0 || expert >= num_experts || seen_E[expert]) {
         fail("slots_RS[", rank, ", ", slot, "] = ", expert, ": the homes must be each of the ", num_experts,
              " experts once. Pass a valid placement");
@@ -216,33 +221,37 @@ int64_t checked_total(const int64_t* load_E, int64_t num_experts, const int64_t*
       seen_E[expert] = true;
     }
   }
-  return static_cast<int64_t>(total);
 }
-}  // namespace
 
-Tensor exact_replicas(const Tensor& load_E, const Tensor& slots_RS, int64_t home_slots, int64_t num_nodes) {
-  check_replicas(load_E, slots_RS, home_slots, num_nodes);
+void fill_spare_slots(const std::vector<int64_t>& load_E, const SlotTable& slots, int64_t num_nodes, int64_t trials) {
+  const int64_t per_node = slots.num_ranks / num_nodes;
+  const int64_t mean = ceil_div(std::accumulate(load_E.begin(), load_E.end(), int64_t{0}), slots.num_ranks);
+  std::vector<int64_t> home_rank_E(slots.num_ranks * slots.home_slots, -1);
+  bool is_even = true;
+  // a node that is above the mean as a whole has a bound of its own
+  for (int64_t node = 0; node < num_nodes; ++node) {
+    int64_t* first = slots.row(node * per_node);
+    Filling filling(load_E.data(), first, per_node, slots.num_slots, slots.home_slots, home_rank_E);
+    is_even = filling.run(std::max(mean, ceil_div(filling.total(), per_node))) && is_even;
+    filling.write(first);
+  }
+  if (!is_even) improve_replicas(load_E, slots, num_nodes, trials);
+}
+
+Tensor exact_replicas(const Tensor& load_E, const Tensor& slots_RS, int64_t home_slots, int64_t num_nodes,
+                      int64_t trials) {
+  check_replicas(load_E, slots_RS, home_slots, num_nodes, trials);
   const Tensor dense_E = torch::stable::contiguous(load_E);
   const Tensor dense_RS = torch::stable::contiguous(slots_RS);
   const int64_t num_ranks = slots_RS.size(0), num_slots = slots_RS.size(1), num_experts = load_E.size(0);
   const int64_t* load = dense_E.const_data_ptr<int64_t>();
   const int64_t* slots = dense_RS.const_data_ptr<int64_t>();
-  const int64_t total = checked_total(load, num_experts, slots, num_ranks, num_slots, home_slots);
+  check_values(load, num_experts, slots, num_ranks, num_slots, home_slots);
 
-  // Step 1: clear the spare slots, and take the mean rank load, rounded up, as the bound.
   Tensor new_RS = torch::stable::new_empty(dense_RS, {num_ranks, num_slots});
   int64_t* out = new_RS.mutable_data_ptr<int64_t>();
   std::copy(slots, slots + num_ranks * num_slots, out);
-  const int64_t per_node = num_ranks / num_nodes;
-  const int64_t mean = ceil_div(total, num_ranks);
-  // Step 2: fill the ranks of each node to the bound; a node that is above the mean as a whole has a bound of its own.
-  std::vector<int64_t> home_rank_E(num_experts, -1);
-  for (int64_t node = 0; node < num_nodes; ++node) {
-    const int64_t first = node * per_node * num_slots;
-    Filling filling(load, slots + first, per_node, num_slots, home_slots, home_rank_E);
-    filling.run(std::max(mean, ceil_div(filling.total(), per_node)));
-    filling.write(out + first);
-  }
+  fill_spare_slots({load, load + num_experts}, {out, num_ranks, num_slots, home_slots}, num_nodes, trials);
   return new_RS;
 }
 }  // namespace smartmoe::cpu

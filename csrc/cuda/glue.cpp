@@ -23,7 +23,34 @@ FloatType float_type(const char* name, const Tensor& tensor) {
            ": on a GPU it must be float16, bfloat16 or float32. Convert it with ", name, ".float()");
   }
 }
+
+constexpr int64_t kSharedBytes = 48 * 1024;  // that every GPU grants without asking
 }  // namespace
+
+std::tuple<Tensor, Tensor> exact_split(const Tensor& counts_RE, int64_t spare_slots, int64_t num_nodes) {
+  check_exact_split(counts_RE, spare_slots, num_nodes);
+  const int64_t num_ranks = counts_RE.size(0), num_experts = counts_RE.size(1);
+  const int64_t num_slots = num_experts / num_ranks + spare_slots;
+  if (exact_split_shared_bytes(num_ranks, num_experts, num_slots) > kSharedBytes) {
+    fail("counts_RE.shape = ", shape_text(counts_RE), ": with ", spare_slots,
+         " spare slots a plan does not fit in the shared memory of a GPU. Plan on the host: counts_RE.cpu()");
+  }
+  const Context context(counts_RE);
+  const Tensor counts = torch::stable::contiguous(counts_RE);
+  Tensor slots_RS = torch::stable::new_empty(counts, {num_ranks, num_slots});
+  Tensor tokens_RS = torch::stable::new_empty(counts, {num_ranks, num_slots});
+  const ExactSplitArgs args{
+      .counts_RE = counts.const_data_ptr<int64_t>(),
+      .num_ranks = static_cast<int>(num_ranks),
+      .num_experts = static_cast<int>(num_experts),
+      .num_slots = static_cast<int>(num_slots),
+      .num_nodes = static_cast<int>(num_nodes),
+      .slots_RS = slots_RS.mutable_data_ptr<int64_t>(),
+      .tokens_RS = tokens_RS.mutable_data_ptr<int64_t>(),
+  };
+  Context::check("exact_split", launch_exact_split(args, context.stream()));
+  return {slots_RS, tokens_RS};
+}
 
 std::tuple<Tensor, Tensor> dispatch_map(const Tensor& ids_TK, const Tensor& slot_of_E, int64_t num_slots) {
   check_dispatch_map(ids_TK, slot_of_E, num_slots);

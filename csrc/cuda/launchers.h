@@ -44,6 +44,18 @@ int dispatch_map_num_tiles(int64_t num_choices);
 // Choices whose id is outside [0, E), or whose slot is outside [0, S), are dropped.
 LaunchError launch_dispatch_map(const DispatchMapArgs& args, const Stream& stream);
 
+struct ExactSplitArgs {
+  const int64_t* counts_RE;
+  int num_ranks, num_experts, num_slots, num_nodes;
+  int64_t* slots_RS;   // result: expert in each slot, -1 for none
+  int64_t* tokens_RS;  // result: tokens that each slot takes
+};
+
+// Shared memory of the one block; a launch may have 48 KiB.
+int64_t exact_split_shared_bytes(int64_t num_ranks, int64_t num_experts, int64_t num_slots);
+
+LaunchError launch_exact_split(const ExactSplitArgs& args, const Stream& stream);
+
 struct PermuteArgs {
   const void* x_TH;
   const int32_t* rows_TK;

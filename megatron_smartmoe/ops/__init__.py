@@ -2,8 +2,9 @@
 
 T tokens, K_top top-k, E experts, R ranks, S slots of a rank, N rows sorted by slot, H hidden size. Every op has a twin
 that defines what it computes, and a fake kernel for torch.compile. The twin of a kernel is in reference.py; the twins
-of the host ops are numpy functions: min_max_split and exact_replicas of megatron_smartmoe.placement, and
-megatron_smartmoe.checkpoint.digest.digest.
+of the host ops are numpy functions: min_max_split and exact_replicas of megatron_smartmoe.placement,
+megatron_smartmoe.checkpoint.digest.digest, and, for plan_dispatch,
+megatron_smartmoe.runtime.replicas.dispatch_plan.plan_in_steps.
 `backend()` returns what serves the ops.
 """
 
@@ -22,9 +23,12 @@ __all__ = [
     "digest_sum",
     "dispatch_map",
     "exact_replicas",
+    "exact_split",
+    "history_replicas",
     "min_max_split",
     "permute",
     "permute_weighted",
+    "plan_dispatch",
     "swiglu",
     "unpermute",
 ]
@@ -73,7 +77,12 @@ def min_max_split(counts_RE: Tensor, hosts_ER: Tensor) -> Tensor:
     return tokens_ER
 
 
-def exact_replicas(load_E: Tensor, slots_RS: Tensor, home_slots: int, num_nodes: int = 1) -> Tensor:
+TRIALS = 16  # of exact_replicas: placement/exact_search.py has the same
+
+
+def exact_replicas(
+    load_E: Tensor, slots_RS: Tensor, home_slots: int, num_nodes: int = 1, trials: int = TRIALS
+) -> Tensor:
     """Plans the replicas of one micro-batch from the exact load of each expert.
 
     Returns the same slots as its numpy twin, megatron_smartmoe.placement.exact_replicas.exact_replicas, which explains
@@ -86,6 +95,7 @@ def exact_replicas(load_E: Tensor, slots_RS: Tensor, home_slots: int, num_nodes:
         home_slots: columns of slots_RS that are homes, E / R.
         num_nodes: nodes that the ranks lie on, R / num_nodes consecutive ranks each; a replica stays on the node of its
             home.
+        trials: of the local search that follows the greedy pass; 0 for none.
 
     Returns:
         slots_RS: the same homes and new replicas, -1 for an empty slot, int64 [R, S].
@@ -94,8 +104,143 @@ def exact_replicas(load_E: Tensor, slots_RS: Tensor, home_slots: int, num_nodes:
         RuntimeError: a dtype, shape or number is wrong, a load is negative, the loads add up to 2^63 or more, an expert
             has no home or two, a tensor is on a GPU, or the library is not built.
     """
-    new_RS: Tensor = torch.ops.smartmoe.exact_replicas(load_E, slots_RS, home_slots, num_nodes)
+    new_RS: Tensor = torch.ops.smartmoe.exact_replicas(load_E, slots_RS, home_slots, num_nodes, trials)
     return new_RS
+
+
+def exact_split(counts_RE: Tensor, spare_slots: int, num_nodes: int = 1) -> tuple[Tensor, Tensor]:
+    """Plans the replicas of one micro-batch from its counts and splits its tokens over them, where the counts are.
+
+    Equal to `exact_replicas` with trials=0 and `min_max_split`, to the last token, on the host and on a GPU, where one
+    block does both in its shared memory and the host waits for nothing. The search of `exact_replicas` is the host's
+    alone. Only from the compiled library.
+
+    Args:
+        counts_RE: tokens of source rank r for expert e, int64 [R, E], E a multiple of R; experts are numbered by their
+            homes. On a GPU the values are not checked: none is negative, and their sum is below 2^63.
+        spare_slots: of each rank. On a GPU the plan must fit in 48 KiB: 512 experts on 64 ranks with 4 of them do.
+        num_nodes: nodes that the ranks lie on; a replica stays on the node of its home.
+
+    Returns:
+        slots_RS: homes and replicas, -1 for an empty slot, int64 [R, S].
+        tokens_RS: tokens that each slot takes, int64 [R, S].
+
+    Raises:
+        RuntimeError: a dtype, shape or number is wrong, or on the host a count is negative or the counts add up to 2^63
+            or more, or the library is not built.
+    """
+    slots_RS, tokens_RS = torch.ops.smartmoe.exact_split(counts_RE, spare_slots, num_nodes)
+    return slots_RS, tokens_RS
+
+
+def history_replicas(
+    slots_RS: Tensor,
+    loads_KE: Tensor,
+    home_slots: int,
+    num_nodes: int,
+    many: bool,
+    max_steps: int,
+    max_experts: int,
+    max_slots: int,
+    trials: int,
+    good_enough: float,
+    worst_weight: float,
+    replica_price: float,
+    change_price: float,
+    min_gain: float,
+    enough: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Plans the replicas of one layer from history.
+
+    Returns the same as its numpy twin, megatron_smartmoe.placement.plan_replicas.best_replicas, which explains the
+    method. It runs on the host in one thread without the interpreter's lock, and only from the compiled library.
+
+    Args:
+        slots_RS: the slots as they are, int64 [R, S] on the CPU, -1 for an empty one.
+        loads_KE: scenarios as `scaled` gives them, the likeliest first, int64 [K, E] on the CPU.
+        home_slots: columns of homes, E / R.
+        num_nodes: nodes that the ranks lie on; a replica stays on the node of its home.
+        many: whether a step is slow: then both plans are only judged before the better one is improved.
+        max_steps: of the search; see `search.objective.Space`, for the next three too.
+        max_experts: see there.
+        max_slots: see there.
+        trials: see there.
+        good_enough: see `ReplicaOptions`.
+        worst_weight: see `search.objective.Objective`, for the next four too.
+        replica_price: see there.
+        change_price: see there.
+        min_gain: see there.
+        enough: see there.
+
+    Returns:
+        slots_RS: the same homes and the replicas found, int64 [R, S].
+        imbalance_K: max / mean tokens per rank in each scenario, float64 [K].
+        value_2: the excess, and the changes made by the last search, float64 [2].
+
+    Raises:
+        RuntimeError: a dtype, shape or number is wrong, an expert has no home or two, a load is negative, the loads of
+            a row add up to more than 2^53, a tensor is on a GPU, or the library is not built.
+    """
+    new_RS, imbalance_K, value_2 = torch.ops.smartmoe.history_replicas(
+        slots_RS,
+        loads_KE,
+        home_slots,
+        num_nodes,
+        many,
+        max_steps,
+        max_experts,
+        max_slots,
+        trials,
+        good_enough,
+        worst_weight,
+        replica_price,
+        change_price,
+        min_gain,
+        enough,
+    )
+    return new_RS, imbalance_K, value_2
+
+
+def plan_dispatch(
+    counts_RPE: Tensor,
+    slots_RS: Tensor,
+    home_slots: int,
+    num_nodes: int,
+    rank: int,
+    tp_rank: int,
+    used_slots: int | None,
+    scope_nodes: int,
+    limit: float,
+    price_tokens: float,
+    plan: Tensor,
+) -> None:
+    """Plans one micro-batch for one rank in one call: replicas, split, source ranks, exchange sizes and segments.
+
+    megatron_smartmoe.runtime.replicas.dispatch_plan has its twin and the parts of `plan`. It runs on the host in one
+    thread without the interpreter's lock, and only from the compiled library.
+
+    Args:
+        counts_RPE: tokens of each source rank for each expert, int64 [R, P, E] on the CPU, contiguous. P ranks share
+            an expert.
+        slots_RS: expert in each slot, int64 [R, S] on the CPU, -1 for none, contiguous; experts are numbered by their
+            homes. Where replicas are planned, they are written here.
+        home_slots: columns of homes, E / R.
+        num_nodes: nodes that the ranks lie on; a replica on a token's own node is preferred.
+        rank: this rank.
+        tp_rank: which of the P this rank is.
+        used_slots: spare slots of a rank to plan replicas for; None uses the replicas of slots_RS.
+        scope_nodes: nodes to plan with: a replica stays on its home's node.
+        limit: max / mean tokens per rank of the homes alone up to which no replica is planned.
+        price_tokens: tokens to take off the busiest rank for each replica over the busiest port, or there are none.
+        plan: the result, int64 on the CPU, contiguous; see PlanBuffer.
+
+    Raises:
+        RuntimeError: a dtype, shape or number is wrong, a count is negative, the counts add up to 2^63 or more, the
+            slots are no placement, a tensor is on a GPU, or the library is not built.
+    """
+    torch.ops.smartmoe.plan_dispatch(
+        counts_RPE, slots_RS, home_slots, num_nodes, rank, tp_rank, used_slots, scope_nodes, limit, price_tokens, plan
+    )
 
 
 def dispatch_map(ids_TK: Tensor, slot_of_E: Tensor, num_slots: int) -> tuple[Tensor, Tensor]:

@@ -16,9 +16,53 @@ def min_max_split(counts_RE: Tensor, hosts_ER: Tensor) -> Tensor:
     return counts_RE.new_empty(hosts_ER.shape)
 
 
-def exact_replicas(load_E: Tensor, slots_RS: Tensor, home_slots: int, num_nodes: int) -> Tensor:
+def exact_replicas(load_E: Tensor, slots_RS: Tensor, home_slots: int, num_nodes: int, trials: int) -> Tensor:
     """Shape of smartmoe::exact_replicas: slots_RS int64 [R, S]."""
     return slots_RS.new_empty(slots_RS.shape)
+
+
+def exact_split(counts_RE: Tensor, spare_slots: int, num_nodes: int) -> tuple[Tensor, Tensor]:
+    """Shapes of smartmoe::exact_split: slots_RS and tokens_RS, int64 [R, S]."""
+    shape = (counts_RE.shape[0], counts_RE.shape[1] // counts_RE.shape[0] + spare_slots)
+    return counts_RE.new_empty(shape), counts_RE.new_empty(shape)
+
+
+def history_replicas(
+    slots_RS: Tensor,
+    loads_KE: Tensor,
+    home_slots: int,
+    num_nodes: int,
+    many: bool,
+    max_steps: int,
+    max_experts: int,
+    max_slots: int,
+    trials: int,
+    good_enough: float,
+    worst_weight: float,
+    replica_price: float,
+    change_price: float,
+    min_gain: float,
+    enough: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Shapes of smartmoe::history_replicas: slots_RS int64 [R, S], imbalance_K float64 [K], value_2 float64 [2]."""
+    imbalance_K = slots_RS.new_empty((loads_KE.shape[0],), dtype=torch.float64)
+    return slots_RS.new_empty(slots_RS.shape), imbalance_K, slots_RS.new_empty((2,), dtype=torch.float64)
+
+
+def plan_dispatch(
+    counts_RPE: Tensor,
+    slots_RS: Tensor,
+    home_slots: int,
+    num_nodes: int,
+    rank: int,
+    tp_rank: int,
+    used_slots: int | None,
+    scope_nodes: int,
+    limit: float,
+    price_tokens: float,
+    plan: Tensor,
+) -> None:
+    """smartmoe::plan_dispatch has no result: it writes to slots_RS and plan."""
 
 
 def dispatch_map(ids_TK: Tensor, slot_of_E: Tensor, num_slots: int) -> tuple[Tensor, Tensor]:

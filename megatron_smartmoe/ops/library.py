@@ -30,7 +30,13 @@ NAMESPACE = "smartmoe"
 SCHEMAS = {
     "digest_sum": "(Tensor bits_N, Tensor positions_L, int width, int value_factor) -> int",
     "min_max_split": "(Tensor counts_RE, Tensor hosts_ER) -> Tensor",
-    "exact_replicas": "(Tensor load_E, Tensor slots_RS, int home_slots, int num_nodes) -> Tensor",
+    "exact_replicas": "(Tensor load_E, Tensor slots_RS, int home_slots, int num_nodes, int trials) -> Tensor",
+    "exact_split": "(Tensor counts_RE, int spare_slots, int num_nodes) -> (Tensor, Tensor)",
+    "history_replicas": "(Tensor slots_RS, Tensor loads_KE, int home_slots, int num_nodes, bool many, int max_steps, "
+    "int max_experts, int max_slots, int trials, float good_enough, float worst_weight, float replica_price, "
+    "float change_price, float min_gain, float enough) -> (Tensor, Tensor, Tensor)",
+    "plan_dispatch": "(Tensor counts_RPE, Tensor(a!) slots_RS, int home_slots, int num_nodes, int rank, int tp_rank, "
+    "int? used_slots, int scope_nodes, float limit, float price_tokens, Tensor(b!) plan) -> ()",
     "dispatch_map": "(Tensor ids_TK, Tensor slot_of_E, int num_slots) -> (Tensor, Tensor)",
     "permute": "(Tensor x_TH, Tensor rows_TK, int num_rows) -> Tensor",
     "unpermute": "(Tensor y_NH, Tensor rows_TK, Tensor? weights_TK) -> Tensor",
@@ -44,7 +50,10 @@ SCHEMAS = {
     "chunk_rows": "(Tensor counts_QS, int num_rows) -> (Tensor, Tensor)",
     "zero_empty_groups": "(Tensor(a!) grad_SMK, Tensor ends_S) -> ()",
 }
-HOST_OPS = frozenset({"digest_sum", "min_max_split", "exact_replicas"})  # CPU tensors only, compiled only
+# compiled only, and on CPU tensors only but for exact_split
+HOST_OPS = frozenset(
+    {"digest_sum", "min_max_split", "exact_replicas", "exact_split", "history_replicas", "plan_dispatch"}
+)
 # how users build it, relative to a checkout
 BUILD_COMMAND = "python megatron_smartmoe/ops/_build.py"
 
@@ -106,7 +115,8 @@ def _register_host_op(owner: Any, name: str, compiled: bool) -> None:
             ),
             "CPU",
         )
-    owner.impl(name, _refuse(host_text(name)), "CUDA")
+    if not _has_kernel(name, "CUDA"):
+        owner.impl(name, _refuse(host_text(name)), "CUDA")
 
 
 def _has_kernel(name: str, key: str) -> bool:

@@ -32,7 +32,9 @@ def check_split(counts_RE: NDArray[Any], hosts_ER: NDArray[Any]) -> None:
     _check_counts("counts_RE", counts_RE)
 
 
-def check_replicas(load_E: NDArray[Any], slots_RS: NDArray[Any], home_slots: int, num_nodes: int) -> None:
+def check_replicas(
+    load_E: NDArray[Any], slots_RS: NDArray[Any], home_slots: int, num_nodes: int, trials: int = 0
+) -> None:
     """Check the arguments of `exact_replicas`.
 
     Raises:
@@ -52,6 +54,8 @@ def check_replicas(load_E: NDArray[Any], slots_RS: NDArray[Any], home_slots: int
     if num_nodes < 1 or num_ranks % num_nodes:
         rule = f"it must divide R = {num_ranks}"
         raise PlanError(f"num_nodes = {num_nodes}: {rule}. Pass the nodes that the ranks lie on")
+    if trials < 0:
+        raise PlanError(f"trials = {trials}: it must be at least 0. Pass 0 for no search")
     _check_counts("load_E", load_E)
     _check_homes(slots_RS, home_slots, num_experts)
 

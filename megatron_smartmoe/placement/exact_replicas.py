@@ -6,7 +6,8 @@ highest load goes first, to the receiver with the largest gap that its surplus c
 donor gives more than its surplus and becomes a receiver itself, which its own free slot allows; so every replica
 finishes one rank, R - 1 replicas are enough, and one spare slot per rank usually is too. Only when an expert is too
 small for any gap is a slot spent on part of one. The exact split (`split.py`) then shares the tokens anew among homes
-and replicas, which can only help.
+and replicas, which can only help. Where a rank is still above the mean, a bounded local search (`exact_search.py`)
+replaces replicas.
 
 This is the idea of MoonEP's planner (fill ranks one by one, fixed homes; Moonshot AI, 2026) with a choice of pairs
 made for a single spare slot. Alternatives: UltraEP's threshold search over quotas stops at 1.07 with one slot on 256
@@ -18,11 +19,14 @@ from __future__ import annotations
 from bisect import bisect_right, insort
 
 from megatron_smartmoe.placement.checks import check_replicas
+from megatron_smartmoe.placement.exact_search import TRIALS, improve_replicas
 from megatron_smartmoe.spec.arrays import IntArray
 from megatron_smartmoe.spec.placement import EMPTY
 
 
-def exact_replicas(load_E: IntArray, slots_RS: IntArray, home_slots: int, num_nodes: int = 1) -> IntArray:
+def exact_replicas(
+    load_E: IntArray, slots_RS: IntArray, home_slots: int, num_nodes: int = 1, trials: int = TRIALS
+) -> IntArray:
     """Slots with the same homes and new replicas, planned from the tokens of each expert.
 
     Args:
@@ -31,11 +35,12 @@ def exact_replicas(load_E: IntArray, slots_RS: IntArray, home_slots: int, num_no
         home_slots: columns of homes, E / R.
         num_nodes: a replica stays on the node of its home; the ranks lie on this many, R / num_nodes consecutive ones
             each.
+        trials: of the local search; 0 for the greedy pass alone.
 
     Raises:
         PlanError: see `checks.check_replicas`.
     """
-    check_replicas(load_E, slots_RS, home_slots, num_nodes)
+    check_replicas(load_E, slots_RS, home_slots, num_nodes, trials)
     # Step 1: clear the spare slots, and take the mean rank load, rounded up, as the bound.
     new_RS = slots_RS.copy()
     new_RS[:, home_slots:] = EMPTY
@@ -43,13 +48,19 @@ def exact_replicas(load_E: IntArray, slots_RS: IntArray, home_slots: int, num_no
     per_node = num_ranks // num_nodes
     mean = -(-int(load_E.sum()) // num_ranks)
     # Step 2: fill the ranks of each node to the bound; a node that is above the mean as a whole has a bound of its own.
+    is_even = True
     for node in range(num_nodes):
         ranks = slice(node * per_node, (node + 1) * per_node)
         node_mean = -(-int(load_E[slots_RS[ranks, :home_slots]].sum()) // per_node)
         filling = _Filling(slots_RS[ranks, :home_slots].tolist(), load_E.tolist(), num_slots - home_slots)
-        for rank, replicas in enumerate(filling.run(max(mean, node_mean))):
+        bound = max(mean, node_mean)
+        for rank, replicas in enumerate(filling.run(bound)):
             new_RS[ranks.start + rank, home_slots : home_slots + len(replicas)] = replicas
-    return new_RS
+        is_even = is_even and max(filling.load) <= bound
+    # Step 3: replace replicas while that helps the busiest rank.
+    if is_even:
+        return new_RS
+    return improve_replicas(load_E, new_RS, home_slots, num_nodes, trials)
 
 
 class _Filling:

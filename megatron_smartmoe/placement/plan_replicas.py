@@ -17,6 +17,7 @@ ranks).
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 import numpy as np
 
@@ -56,47 +57,22 @@ class ReplicaOptions:
     replica_price_tokens: float = 0.0
 
 
-def plan_replicas(
-    slots_RS: IntArray,
-    scenarios_KE: FloatArray,
-    home_slots: int,
-    options: ReplicaOptions | None = None,
-    rank_tokens: float = 0.0,
-) -> ImprovedPlacement:
-    """New contents of the spare slots; homes stay.
+class BestReplicas(Protocol):
+    """`best_replicas`, or its compiled twin, which training uses: this package imports no torch."""
 
-    Args:
-        slots_RS: the slots as they are.
-        scenarios_KE: loads to plan for, one a row, the likeliest first (a fresh plan is built for that one).
-        home_slots: columns of homes, E / R.
-        options: prices and effort.
-        rank_tokens: mean tokens per rank of an iteration, which `replica_price_tokens` is compared with.
-    """
-    options = options or ReplicaOptions()
-    # Step 1: the best replicas, priced in imbalance.
-    found = _best_replicas(slots_RS, scenarios_KE, home_slots, options)
-    if not options.replica_price_tokens or (found.slots_RS[:, home_slots:] == EMPTY).all():
-        return found
-    # Step 2: the same homes alone, unless the replicas take more off the busiest rank than their traffic costs.
-    bare_RS = found.slots_RS.copy()
-    bare_RS[:, home_slots:] = EMPTY
-    load_KR = scenarios_KE[:, bare_RS[:, :home_slots]].sum(axis=2)
-    alone_K = load_KR.max(axis=1) / load_KR.mean(axis=1)
-    saved_tokens = float(alone_K[0] - found.imbalance_K[0]) * rank_tokens
-    if replicas_pay(found.slots_RS, home_slots, saved_tokens, options.replica_price_tokens):
-        return found
-    return replace(found, slots_RS=bare_RS, imbalance_K=alone_K)
+    def __call__(
+        self, slots_RS: IntArray, scenarios_KE: FloatArray, home_slots: int, options: ReplicaOptions, /
+    ) -> ImprovedPlacement:
+        """See `best_replicas`."""
 
 
-def _best_replicas(
+def best_replicas(
     slots_RS: IntArray, scenarios_KE: FloatArray, home_slots: int, options: ReplicaOptions
 ) -> ImprovedPlacement:
-    """The best replicas, without regard to `replica_price_tokens`."""
+    """The best replicas, without regard to `replica_price_tokens`; see `plan_replicas` for the arguments."""
     num_ranks, num_experts = len(slots_RS), scenarios_KE.shape[1]
-    space, objective = search_space(num_ranks, home_slots, options), options.objective
-    many = num_ranks > _FEW_RANKS
-    if many:
-        objective = replace(objective, replica_price=objective.replica_price * _PRICED_FOR_RANKS / num_ranks)
+    space, objective = search_space(num_ranks, home_slots, options), search_objective(num_ranks, options)
+    many = is_many(num_ranks)
     # Step 1: improve the present replicas. On many ranks a step is slow: there both plans are only judged first, and
     # the better one is improved in step 4.
     first = replace(space, max_steps=0) if many else space
@@ -106,7 +82,7 @@ def _best_replicas(
         return kept
     # Step 2: build a fresh plan for the likeliest load, and improve it the same way.
     load_E = scaled(scenarios_KE[:1], num_ranks)[0].astype(np.int64)
-    fresh_RS = exact_replicas(load_E, slots_RS, home_slots, options.num_nodes)
+    fresh_RS = exact_replicas(load_E, slots_RS, home_slots, options.num_nodes, trials=0)  # has a search of its own
     if many:
         fresh_RS = fill_spare_slots(fresh_RS, load_E, space)
     fresh = improve(fresh_RS, scenarios_KE, objective, first, pool)
@@ -121,6 +97,40 @@ def _best_replicas(
         return best
     # Step 4: on many ranks, improve the plan that was chosen.
     return improve(best.slots_RS, scenarios_KE, objective, space, pool)
+
+
+def plan_replicas(
+    slots_RS: IntArray,
+    scenarios_KE: FloatArray,
+    home_slots: int,
+    options: ReplicaOptions | None = None,
+    rank_tokens: float = 0.0,
+    best: BestReplicas = best_replicas,
+) -> ImprovedPlacement:
+    """New contents of the spare slots; homes stay.
+
+    Args:
+        slots_RS: the slots as they are.
+        scenarios_KE: loads to plan for, one a row, the likeliest first (a fresh plan is built for that one).
+        home_slots: columns of homes, E / R.
+        options: prices and effort.
+        rank_tokens: mean tokens per rank of an iteration, which `replica_price_tokens` is compared with.
+        best: what finds them.
+    """
+    options = options or ReplicaOptions()
+    # Step 1: the best replicas, priced in imbalance.
+    found = best(slots_RS, scenarios_KE, home_slots, options)
+    if not options.replica_price_tokens or (found.slots_RS[:, home_slots:] == EMPTY).all():
+        return found
+    # Step 2: the same homes alone, unless the replicas take more off the busiest rank than their traffic costs.
+    bare_RS = found.slots_RS.copy()
+    bare_RS[:, home_slots:] = EMPTY
+    load_KR = scenarios_KE[:, bare_RS[:, :home_slots]].sum(axis=2)
+    alone_K = load_KR.max(axis=1) / load_KR.mean(axis=1)
+    saved_tokens = float(alone_K[0] - found.imbalance_K[0]) * rank_tokens
+    if replicas_pay(found.slots_RS, home_slots, saved_tokens, options.replica_price_tokens):
+        return found
+    return replace(found, slots_RS=bare_RS, imbalance_K=alone_K)
 
 
 def replicas_pay(slots_RS: IntArray, home_slots: int, saved_tokens: float, price_tokens: float) -> bool:
@@ -142,7 +152,9 @@ def fill_spare_slots(slots_RS: IntArray, load_E: IntArray, space: Space) -> IntA
     filled_RS, allowed_ER = slots_RS.copy(), space.allowed_ER(slots_RS)
     hosts_ER = hosts_of(slots_RS, len(load_E))
     hosts_E = hosts_ER.sum(axis=1)
-    load_R = (hosts_ER * (load_E / hosts_E)[:, None]).sum(axis=0)
+    load_R = np.zeros(len(slots_RS))
+    for expert, each in enumerate(load_E / hosts_E):  # in this order, as in C++
+        load_R[hosts_ER[expert]] += each
     for rank in np.argsort(load_R, kind="stable"):
         for slot in np.nonzero(filled_RS[rank] == EMPTY)[0]:
             may_E = allowed_ER[:, rank] & ~hosts_ER[:, rank]
@@ -152,6 +164,19 @@ def fill_spare_slots(slots_RS: IntArray, load_E: IntArray, space: Space) -> IntA
                 hosts_ER[expert, rank] = True
                 hosts_E[expert] += 1
     return filled_RS
+
+
+def is_many(num_ranks: int) -> bool:
+    """Whether a step of the search is slow."""
+    return num_ranks > _FEW_RANKS
+
+
+def search_objective(num_ranks: int, options: ReplicaOptions) -> Objective:
+    """The objective with the price of a replica on this many ranks; see `ReplicaOptions`."""
+    objective = options.objective
+    if not is_many(num_ranks):
+        return objective
+    return replace(objective, replica_price=objective.replica_price * _PRICED_FOR_RANKS / num_ranks)
 
 
 def search_space(num_ranks: int, home_slots: int, options: ReplicaOptions) -> Space:

@@ -15,7 +15,7 @@ from megatron_smartmoe.placement.exact_replicas import exact_replicas
 from megatron_smartmoe.placement.history import History, HistoryOptions
 from megatron_smartmoe.placement.homes_planner import OnlineOptions
 from megatron_smartmoe.placement.plan_homes import drop_misplaced
-from megatron_smartmoe.placement.plan_replicas import plan_replicas
+from megatron_smartmoe.placement.plan_replicas import BestReplicas, best_replicas, plan_replicas
 from megatron_smartmoe.placement.split import binding_cuts, split_graph
 from megatron_smartmoe.spec.arrays import FloatArray, IntArray
 from megatron_smartmoe.spec.placement import BoolArray, Placement, hosts_of
@@ -28,10 +28,13 @@ class ReplicaPlanner:
         placement: the present slots; their homes stay.
         group: number of the group, for the log.
         options: prices and effort, and how much history is kept.
+        best: what finds the best replicas; training passes the compiled twin.
     """
 
-    def __init__(self, placement: Placement, group: int, options: OnlineOptions) -> None:
-        self.placement, self.group, self.options = placement, group, options
+    def __init__(
+        self, placement: Placement, group: int, options: OnlineOptions, best: BestReplicas = best_replicas
+    ) -> None:
+        self.placement, self.group, self.options, self._best = placement, group, options, best
         remembered = options.history or HistoryOptions.for_ranks(placement.num_ranks)
         self.history = History(placement.num_layers, placement.num_experts, remembered)
         self._tokens_L = np.zeros(placement.num_layers)  # mean per rank in the last iteration
@@ -96,7 +99,7 @@ class ReplicaPlanner:
             return None
         before, rows = self.placement, [self.history.scenarios_KE(layer) for layer in range(self.placement.num_layers)]
         results = [
-            plan_replicas(slots_RS, scenarios_KE, before.home_slots, self.options.replica, float(tokens))
+            plan_replicas(slots_RS, scenarios_KE, before.home_slots, self.options.replica, float(tokens), self._best)
             for slots_RS, scenarios_KE, tokens in zip(before.slots_LRS, rows, self._tokens_L, strict=True)
         ]
         after = replace(before, slots_LRS=np.stack([result.slots_RS for result in results]))

@@ -105,6 +105,37 @@ def min_max_split(counts_RE: IntArray, hosts_ER: BoolArray) -> IntArray:
     return tokens_ER
 
 
+@dataclass(frozen=True, kw_only=True)
+class Balance:
+    """A split that takes no heed of where tokens come from.
+
+    Attributes:
+        bound: tokens of the busiest rank, as few as possible.
+        tokens_ER: tokens of expert e that rank r takes.
+        load: tokens of each rank.
+        cut: ranks whose experts cannot leave them and which hold `bound` on average; empty when that is the mean.
+    """
+
+    bound: int
+    tokens_ER: IntArray
+    load: list[int]
+    cut: list[int]
+
+
+def best_balance(hosts_ER: BoolArray, load_E: IntArray) -> Balance:
+    """The split with the smallest possible largest rank load, and what limits it."""
+    graph = split_graph(hosts_ER, load_E)
+    tokens_ER = graph.fixed_ER * load_E[:, None]
+    bound = -(-int(load_E.sum()) // graph.num_ranks)
+    shares = [[0] * len(ranks) for ranks in graph.hosts]
+    load, cuts = tokens_ER.sum(axis=0).tolist(), list[list[int]]()
+    _fill(load, graph.hosts, shares, load_E[graph.flexible_F].tolist(), bound)
+    bound = _level(load, graph, shares, bound, cuts)
+    which, rank = np.nonzero(hosts_ER[graph.flexible_F])
+    tokens_ER[graph.flexible_F[which], rank] = [tokens for share in shares for tokens in share]
+    return Balance(bound=bound, tokens_ER=tokens_ER, load=load, cut=cuts[-1] if cuts else [])
+
+
 def binding_cuts(graph: SplitGraph, load_E: IntArray) -> tuple[int, list[list[int]]]:
     """The smallest possible largest rank load, and the sets of ranks (cuts) that prove it, loosest first.
 

@@ -27,7 +27,7 @@ FUNCTIONS = {
     "planning replicas": "megatron_smartmoe.adapter.loops.replicas:ReplicaLoop.before_step",
     "replica fetch": "megatron_smartmoe.runtime.replicas.wire:ReplicaWire.start_fetch",
     "gradient return": "megatron_smartmoe.runtime.replicas.wire:ReplicaWire.return_gradients",
-    "split": "megatron_smartmoe.adapter.moe.replica_dispatcher:split_tokens",
+    "split": "megatron_smartmoe.runtime.replicas.dispatch_plan:DispatchPlanner.plan",
     "optimizer step": "megatron.core.optimizer.optimizer:ChainedOptimizer.step",
     "save: shards": (
         "megatron.core.dist_checkpointing.strategies.filesystem_async:FileSystemWriterAsync.retrieve_write_results"

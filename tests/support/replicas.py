@@ -37,11 +37,10 @@ def _twice(send: Any, copies: Any, gradients: Any, totals: Any) -> None:
 
 
 def _wrong_home(send: Any, copies: Any, gradients: Any, totals: Any) -> None:
-    from dataclasses import replace
 
     first, *rest = copies
     other = (first.home_slot + 1) % len(totals[0])
-    send([replace(first, home_slot=other), *rest], gradients, totals)
+    send([first._replace(home_slot=other), *rest], gradients, totals)
 
 
 FAULTS = {"dropped": _dropped, "counted twice": _twice, "returned to the wrong home": _wrong_home}

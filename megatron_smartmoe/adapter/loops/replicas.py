@@ -31,14 +31,15 @@ from megatron_smartmoe.adapter.flags.smartmoe_arguments import replicas_mode
 from megatron_smartmoe.adapter.hooks import Callback, Order
 from megatron_smartmoe.adapter.loops import saved_state
 from megatron_smartmoe.adapter.moe.layer import SmartMoELayer
-from megatron_smartmoe.adapter.moe.replica_dispatcher import PlanReplicas, ReplicaDispatcher
+from megatron_smartmoe.adapter.moe.replica_dispatcher import ReplicaDispatcher
 from megatron_smartmoe.adapter.run import Run
 from megatron_smartmoe.errors import PlanError
 from megatron_smartmoe.placement.decisions import digest_of
 from megatron_smartmoe.placement.replica_planner import ReplicaPlanner
 from megatron_smartmoe.runtime.process_groups import new_message_group
+from megatron_smartmoe.runtime.replicas.dispatch_plan import ExactOptions
+from megatron_smartmoe.runtime.replicas.history_plan import fastest_best_replicas
 from megatron_smartmoe.runtime.replicas.slots import SpareSlots
-from megatron_smartmoe.runtime.replicas.split import BALANCED, exact_slots, homes_only
 from megatron_smartmoe.runtime.replicas.tally import LayerTally, balance_line, imbalance
 from megatron_smartmoe.runtime.replicas.wire import ReplicaWire
 from megatron_smartmoe.spec.arrays import IntArray
@@ -81,7 +82,7 @@ class ReplicaLoop(Callback):
             layer.register_forward_pre_hook(partial(self._before_layer, index))
         if needs_history and self._layers:
             online = online_options(args, review_records=1)
-            self._planner = ReplicaPlanner(self._placement(), run.ranks.edp_rank, online)
+            self._planner = ReplicaPlanner(self._placement(), run.ranks.edp_rank, online, fastest_best_replicas())
         if run.is_reporter:
             self._announce()
         self._restore()
@@ -151,7 +152,7 @@ class ReplicaLoop(Callback):
         self._mode, self._used_slots = mode, used_slots
         for layer in self._layers:
             layer.experts.spare_slots.keep(mode == "history")
-            layer.token_dispatcher.plan_with(self._exact_planner() if mode == "exact" else None)
+            layer.token_dispatcher.plan_with(self._exact_options() if mode == "exact" else None)
         if self._planner is not None:
             self._planner.placement = self._placement()
 
@@ -175,27 +176,19 @@ class ReplicaLoop(Callback):
             spare=experts.spare_slots,
             num_nodes=nodes_of_group(self._wire.num_ranks),
             fetch_early=self._fetch_early,
-            plan=self._exact_planner() if self._mode == "exact" else None,
+            exact=self._exact_options() if self._mode == "exact" else None,
             listener=tally.add,
         )
         if layer.shared_experts is not None and layer.shared_expert_overlap:
             layer.token_dispatcher.set_shared_experts(layer.shared_experts)
 
-    def _exact_planner(self) -> PlanReplicas:
-        """Plans replicas from the counts of one micro-batch, experts named by their homes."""
-        args = self._run.args
-        home_slots = args.num_experts // self._wire.num_ranks
-        homes_RS = homes_only(args.num_experts, self._wire.num_ranks, self._used_slots)
-        unused = args.smartmoe_spare_slots - self._used_slots
-        num_nodes, price_tokens = scope_nodes(args), self._price_tokens
-
-        def plan(counts_RE: IntArray) -> IntArray:
-            slots_RS = exact_slots(
-                counts_RE, homes_RS, home_slots, num_nodes=num_nodes, limit=BALANCED, price_tokens=price_tokens
-            )
-            return with_empty_slots(slots_RS, unused)
-
-        return plan
+    def _exact_options(self) -> ExactOptions:
+        """How replicas are planned from the counts of one micro-batch."""
+        return ExactOptions(
+            used_slots=self._used_slots,
+            num_nodes=scope_nodes(self._run.args),
+            price_tokens=self._price_tokens,
+        )
 
     def _placement(self) -> Placement:
         """The homes as the layers have them now, and empty spare slots."""

@@ -81,7 +81,11 @@ def excess(locked_MKQ: FloatArray, pool: CutPool, objective: Objective) -> Float
     overflow_MK = np.maximum(overflow_MKQ.max(axis=2), 0.0)
     makespan_MK = np.maximum((overflow_MKQ / pool.size_Q).max(axis=2), 0.0)
     value_MK = (makespan_MK + OVERFLOW_WEIGHT * overflow_MK) / MEAN_LOAD
-    return np.asarray(value_MK.mean(axis=1) + objective.worst_weight * value_MK.max(axis=1))
+    # The mean is added up in the order of the scenarios, as in C++; numpy's own order depends on their number.
+    total_M = np.zeros(len(value_MK))
+    for value_M in value_MK.T:
+        total_M += value_M
+    return np.asarray(total_M / value_MK.shape[1] + objective.worst_weight * value_MK.max(axis=1))
 
 
 def binding(locked_KQ: FloatArray, pool: CutPool) -> IntArray:

@@ -18,6 +18,7 @@ import torch
 from megatron_smartmoe.runtime.replicas.split import Replica, replicas_of
 from megatron_smartmoe.runtime.replicas.wire import Pending, ReplicaWire
 from megatron_smartmoe.spec.arrays import IntArray
+from megatron_smartmoe.spec.placement import EMPTY
 
 Totals = Callable[[], Sequence[torch.Tensor]]
 
@@ -26,7 +27,7 @@ class ReplicasInUse:
     """One set of replicas, from the fetch of the weights to the return of the gradients.
 
     Args:
-        replicas: At least one; equal on all ranks of the group.
+        replicas: Those that this rank holds or has the home of, out of one table on all ranks of the group.
         wire: Sends the weights and gradients.
         homes: The home weights, `[S, ...]` each.
         spares: Memory for the replicas' weights, `[K, ...]` each.
@@ -133,6 +134,11 @@ class SpareSlots:
         self._in_use: ReplicasInUse | None = None
 
     @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self._homes[0].device
+
+    @property
     def in_use(self) -> ReplicasInUse | None:
         """The replicas in use, or None."""
         return self._in_use
@@ -167,21 +173,23 @@ class SpareSlots:
         """Bytes of the replicas' weights that one micro-batch holds where replicas do not stay for an iteration."""
         return sum(self.num_slots * home[0].nbytes for home in self._homes)
 
-    def use(self, slots_RS: IntArray, *, num_passes: int) -> ReplicasInUse | None:
+    def use(
+        self, slots_RS: IntArray, *, num_passes: int, own: tuple[Replica, ...] | None = None
+    ) -> ReplicasInUse | None:
         """Use the replicas of a slot table from now on.
 
         Args:
             slots_RS: The slot table, experts numbered by their homes; equal on all ranks of the group.
             num_passes: Number of backward passes before the gradients are sent to their homes.
+            own: The table's replicas that this rank holds or has the home of, where the caller has them.
 
         Returns:
             The replicas in use; None if the table has none.
         """
-        replicas = replicas_of(slots_RS, self.home_slots)
         used = None
-        if replicas:
+        if (slots_RS[:, self.home_slots :] != EMPTY).any():
             used = ReplicasInUse(
-                replicas,
+                replicas_of(slots_RS, self.home_slots, self.wire.rank) if own is None else own,
                 self.wire,
                 homes=self._homes,
                 spares=(self._weights if self._keeps else None) or self._buffers(),

@@ -11,7 +11,7 @@ Experts are numbered by their home here: expert e is at home on rank e // S in h
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -25,9 +25,11 @@ from megatron_smartmoe.spec.placement import EMPTY, hosts_of, with_empty_slots
 BALANCED = 1.01  # max / mean tokens per rank up to which a micro-batch gets no replicas: they could win 1% at most
 
 
-@dataclass(frozen=True, kw_only=True)
-class Replica:
-    """One replica: `slot` counts the spare slots of `rank`, `home_slot` the home slots of `home_rank`."""
+class Replica(NamedTuple):
+    """One replica: `slot` counts the spare slots of `rank`, `home_slot` the home slots of `home_rank`.
+
+    A named tuple, because a layer makes them anew for every micro-batch: a dataclass takes several times as long.
+    """
 
     expert: int
     home_rank: int
@@ -42,15 +44,22 @@ def homes_only(num_experts: int, num_ranks: int, spare_slots: int) -> IntArray:
     return with_empty_slots(homes_RS, spare_slots)
 
 
-def replicas_of(slots_RS: IntArray, home_slots: int) -> tuple[Replica, ...]:
-    """The replicas of a slot table, by rank, then slot: the order in which every rank sends and sums them."""
+def replicas_of(slots_RS: IntArray, home_slots: int, rank: int | None = None) -> tuple[Replica, ...]:
+    """The replicas of a slot table, by rank, then slot: the order in which every rank sends and sums them.
+
+    Args:
+        slots_RS: The slot table.
+        home_slots: S, the home slots of a rank.
+        rank: Leaves out the replicas that this rank neither holds nor has the home of; None keeps all.
+    """
     rank_N, slot_N = np.nonzero(slots_RS[:, home_slots:] != EMPTY)
-    replicas = []
-    for rank, slot in zip(rank_N.tolist(), slot_N.tolist(), strict=True):
-        expert = int(slots_RS[rank, home_slots + slot])
-        home_rank, home_slot = divmod(expert, home_slots)
-        replicas.append(Replica(expert=expert, home_rank=home_rank, home_slot=home_slot, rank=rank, slot=slot))
-    return tuple(replicas)
+    expert_N = slots_RS[rank_N, home_slots + slot_N]
+    if rank is not None:
+        own_N = (rank_N == rank) | (expert_N // home_slots == rank)
+        rank_N, slot_N, expert_N = rank_N[own_N], slot_N[own_N], expert_N[own_N]
+    home_rank_N, home_slot_N = np.divmod(expert_N, home_slots)
+    columns = (expert_N, home_rank_N, home_slot_N, rank_N, slot_N)  # in the order of the fields
+    return tuple(map(Replica, *(column.tolist() for column in columns)))
 
 
 def exact_slots(
@@ -86,8 +95,8 @@ def exact_slots(
     if (planned_RS[:, home_slots:] == EMPTY).all():
         return bare_RS
     # Step 3: keep them if they pay. They can bring the busiest rank down to the mean at best, and mostly come within a
-    # few tokens of it.
-    saved_tokens = busiest - tokens / num_ranks
+    # few tokens of it. In floats from the start, as in C++: Python would round the quotient of large integers once.
+    saved_tokens = float(busiest) - float(tokens) / num_ranks
     return planned_RS if replicas_pay(planned_RS, home_slots, saved_tokens, price_tokens) else bare_RS
 
 
@@ -137,12 +146,17 @@ def segment_shifts(sent_RS: IntArray, slots_RS: IntArray) -> tuple[IntArray, Int
     return length_P, begin_RS[rank_P, slot_P] - (np.cumsum(length_P) - length_P)
 
 
-def shifted_rows(rows_TK: torch.Tensor, length_P: IntArray, shift_P: IntArray) -> torch.Tensor:
-    """The rows `[T, K_top]` after the segments have moved; -1 stays -1. The host does not wait for the device."""
-    num_rows = int(length_P.sum())
+def shifted_rows(rows_TK: torch.Tensor, segments_2P: torch.Tensor, num_rows: int) -> torch.Tensor:
+    """The rows `[T, K_top]` after the segments have moved; -1 stays -1. The host does not wait for the device.
+
+    Args:
+        rows_TK: Rows in the order of the experts.
+        segments_2P: The segments' lengths and shifts, see `segment_shifts`.
+        num_rows: The sum of the lengths.
+    """
     if num_rows == 0:
         return rows_TK
-    segments_2P = torch.from_numpy(np.stack((length_P, shift_P))).to(rows_TK.device, non_blocking=True)
+    segments_2P = segments_2P.to(rows_TK.device, non_blocking=True)
     shift_N = torch.repeat_interleave(segments_2P[1], segments_2P[0], output_size=num_rows).to(rows_TK.dtype)
     return torch.where(rows_TK < 0, rows_TK, rows_TK + shift_N[rows_TK.clamp(min=0).long()])
 

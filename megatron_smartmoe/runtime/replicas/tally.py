@@ -43,19 +43,9 @@ class LayerTally:
     def __init__(self) -> None:
         self._record: list[MicroBatch] = []
 
-    def add(self, counts_RE: IntArray, sent_RRS: IntArray) -> None:
-        """Add one micro-batch, experts numbered by their homes; see `split_tokens` for the axes."""
-        load_E, num_ranks = counts_RE.sum(axis=0), len(counts_RE)
-        taken_RS = sent_RRS.sum(axis=0)
-        home_slots = len(load_E) // num_ranks
-        self._record.append(
-            MicroBatch(
-                load_E=load_E,
-                homes_R=load_E.reshape(num_ranks, -1).sum(axis=1),
-                split_R=taken_RS.sum(axis=1),
-                num_replicas=int((taken_RS[:, home_slots:] > 0).sum()),
-            )
-        )
+    def add(self, load: MicroBatch) -> None:
+        """Add one micro-batch, experts numbered by their homes."""
+        self._record.append(load)
 
     def take(self) -> list[MicroBatch]:
         """Return the micro-batches since the last call, and start anew."""

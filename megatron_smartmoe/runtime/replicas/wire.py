@@ -52,7 +52,7 @@ class ReplicaWire:
         """Start to copy weights to the replicas. A call of the whole group.
 
         Args:
-            replicas: Equal on all ranks.
+            replicas: Those of this rank, in one order on all ranks; others are passed over.
             homes: Weights of this rank's home slots, `[S, ...]` each.
             spares: Weights of this rank's spare slots, `[K, ...]` each.
         """
@@ -72,7 +72,7 @@ class ReplicaWire:
         """Add the replicas' gradients to those of their homes, in the order of the replicas. A call of the whole group.
 
         Args:
-            replicas: Equal on all ranks.
+            replicas: Those of this rank, in one order on all ranks; others are passed over.
             gradients: Gradients of this rank's spare slots, `[K, ...]` each; contiguous, of one dtype on all ranks.
             totals: Gradients of this rank's home slots, `[S, ...]` each; added to in place, in their own dtype.
         """

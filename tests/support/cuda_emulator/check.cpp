@@ -1,7 +1,7 @@
 // Runs the kernels of csrc/cuda and their launchers on the CPU and compares with loops that define what they do.
 // Without torch, so that it can be built with a sanitizer.
 //
-//   check OP SEEDS [MUTANT]     OP: dispatch_map, permute, unpermute, backward, swiglu, groups, chosen,
+//   check OP SEEDS [MUTANT]     OP: dispatch_map, exact_split, permute, unpermute, backward, swiglu, groups, chosen,
 //                               chunks or all; SEEDS: orders of the threads;
 //                               MUTANT: the deliberate bug that is switched on, none by default
 #include <cuda_bf16.h>
@@ -437,8 +437,47 @@ void check_rows(const std::string& op, const Shape& shape) {
   }
 }
 
+struct Group {
+  int ranks, homes, spare, nodes;
+  int64_t tokens;  // of a rank for a hot expert, at most
+  uint64_t plan;  // hash of the slots and tokens that the host plans (tests/unit/ops/test_emulated.py compares the two)
+};
+
+constexpr Group kGroups[] = {
+    {1, 3, 1, 1, 50, 1697899725085599174ull},  {8, 4, 1, 1, 1000, 3835193234095607142ull},
+    {8, 2, 2, 2, 90, 11178641950389210856ull}, {40, 2, 1, 4, 300, 5145475445065877128ull},
+    {6, 1, 2, 1, 7, 5761126918571263727ull},   {36, 1, 1, 1, 100000, 3086029466648728344ull},
+};
+
+void check_exact_split(const Group& group) {
+  Random random(17);
+  const int experts = group.ranks * group.homes, slots = group.homes + group.spare;
+  Array<int64_t> counts(static_cast<size_t>(group.ranks * experts));
+  for (size_t i = 0; i < counts.size(); ++i) {
+    const int64_t expert = static_cast<int64_t>(i) % experts;
+    counts[i] = below(random, expert % 5 == 0 ? group.tokens : expert % 7 == 0 ? 1 : group.tokens / 8 + 1);
+  }
+  Array<int64_t> slots_RS(static_cast<size_t>(group.ranks * slots)), tokens_RS(slots_RS.size());
+  const ExactSplitArgs args{.counts_RE = counts.data(),
+                            .num_ranks = group.ranks,
+                            .num_experts = experts,
+                            .num_slots = slots,
+                            .num_nodes = group.nodes,
+                            .slots_RS = slots_RS.data(),
+                            .tokens_RS = tokens_RS.data()};
+  EXPECT(launch_exact_split(args, kStream) == nullptr);
+  uint64_t plan = 14695981039346656037ull;  // FNV-1a over the numbers
+  for (const auto* numbers : {&slots_RS, &tokens_RS}) {
+    for (size_t i = 0; i < numbers->size(); ++i)
+      plan = (plan ^ static_cast<uint64_t>((*numbers)[i])) * 1099511628211ull;
+  }
+  EXPECT(plan == group.plan);
+}
+
 void check(const std::string& op) {
-  if (op == "dispatch_map") {
+  if (op == "exact_split") {
+    for (const Group& group : kGroups) check_exact_split(group);
+  } else if (op == "dispatch_map") {
     check_dispatch_map<int64_t>(0, 4, 4, 0);
     check_dispatch_map<int32_t>(1, 1, 1, 0);
     check_dispatch_map<int32_t>(700, 8, 12, 0);
@@ -490,7 +529,8 @@ int main(int argc, char** argv) {
   cuda_emulator::mutant = argc > 3 ? std::atoi(argv[3]) : 0;
   for (int s = 0; s < seeds; ++s) {
     cuda_emulator::seed() = static_cast<uint64_t>(s);
-    for (const char* one : {"dispatch_map", "permute", "unpermute", "backward", "swiglu", "groups", "chosen", "chunks"}) {
+    for (const char* one :
+         {"dispatch_map", "exact_split", "permute", "unpermute", "backward", "swiglu", "groups", "chosen", "chunks"}) {
       if (op == one || op == "all") check(one);
     }
   }

@@ -13,6 +13,7 @@ void set_seed(int64_t seed) {
 
 STABLE_TORCH_LIBRARY(smartmoe_emulated, m) {
   m.def("set_seed(int seed) -> ()");
+  m.def("exact_split(Tensor counts_RE, int spare_slots, int num_nodes) -> (Tensor, Tensor)");
   m.def("dispatch_map(Tensor ids_TK, Tensor slot_of_E, int num_slots) -> (Tensor, Tensor)");
   m.def("permute(Tensor x_TH, Tensor rows_TK, int num_rows) -> Tensor");
   m.def("unpermute(Tensor y_NH, Tensor rows_TK, Tensor? weights_TK) -> Tensor");
@@ -30,6 +31,7 @@ STABLE_TORCH_LIBRARY(smartmoe_emulated, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(smartmoe_emulated, CPU, m) {
+  m.impl("exact_split", TORCH_BOX(&smartmoe::cuda::exact_split));
   m.impl("dispatch_map", TORCH_BOX(&smartmoe::cuda::dispatch_map));
   m.impl("permute", TORCH_BOX(&smartmoe::cuda::permute));
   m.impl("unpermute", TORCH_BOX(&smartmoe::cuda::unpermute));

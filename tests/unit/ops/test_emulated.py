@@ -7,16 +7,22 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_smartmoe.ops import reference
+from megatron_smartmoe.placement.exact_replicas import exact_replicas
+from megatron_smartmoe.placement.split import min_max_split
+from megatron_smartmoe.spec.arrays import IntArray
+from megatron_smartmoe.spec.placement import EMPTY, hosts_of, with_empty_slots
 from tests.support import emulator
 from tests.unit.ops.activation_cases import Gated, assert_equal_to_rounding, gated_rows
 from tests.unit.ops.dispatch_cases import Routing, Rows, assert_near, permuted_rows, routings
 from tests.unit.ops.routing_cases import Routed, chunk_counts, routed_tokens
+from tests.unit.ops.test_placement import random_load
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
 CUDA_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -46,6 +52,49 @@ def test_the_map_of_many_choices(kernels: Any) -> None:
     args = torch.randint(-1, 70, (20_000, 12), generator=generator), torch.randperm(64, generator=generator), 64
     for found, expected in zip(kernels.dispatch_map(*args), reference.dispatch_map(*args), strict=True):
         assert torch.equal(found, expected)
+
+
+def steps_of_the_host(counts_RE: IntArray, spare: int, num_nodes: int) -> tuple[IntArray, IntArray]:
+    """Slots and tokens of each, from the numpy functions that define them."""
+    num_ranks, num_experts = counts_RE.shape
+    homes_RS = with_empty_slots(np.arange(num_experts, dtype=np.int64).reshape(num_ranks, -1), spare)
+    slots_RS = exact_replicas(counts_RE.sum(axis=0), homes_RS, num_experts // num_ranks, num_nodes, trials=0)
+    tokens_ER = min_max_split(counts_RE, hosts_of(slots_RS, num_experts))
+    tokens_RS = np.where(slots_RS == EMPTY, 0, tokens_ER[slots_RS, np.arange(num_ranks)[:, None]])
+    return slots_RS, tokens_RS
+
+
+@given(draw=st.integers(0, 2**32 - 1), num_ranks=st.integers(1, 40), spare=st.integers(0, 3), seed=SEEDS)
+@settings(deadline=None, max_examples=120)
+def test_the_plan_is_that_of_the_host(kernels: Any, draw: int, num_ranks: int, spare: int, seed: int) -> None:
+    kernels.set_seed(seed)
+    rng = np.random.default_rng(draw)
+    counts_RE = random_load(rng, num_ranks, num_ranks * int(rng.integers(1, 5))).astype(np.int64)
+    num_nodes = int(rng.choice([n for n in range(1, num_ranks + 1) if num_ranks % n == 0]))
+    slots_RS, tokens_RS = kernels.exact_split(torch.from_numpy(counts_RE), spare, num_nodes)
+    expected = steps_of_the_host(counts_RE, spare, num_nodes)
+    assert slots_RS.tolist() == expected[0].tolist()
+    assert tokens_RS.tolist() == expected[1].tolist()
+
+
+@pytest.mark.parametrize("spare", [1, 2])
+def test_the_plan_of_a_large_group(kernels: Any, spare: int) -> None:
+    """256 experts on 64 ranks; with the loads as they are, and up to the largest number of tokens."""
+    rng = np.random.default_rng(spare)
+    for sigma, tokens in ((1.0, 8192), (0.4, 8192), (2.0, 2**56)):
+        share_E = rng.dirichlet(rng.lognormal(0, sigma, 256))
+        counts_RE = np.stack([(share_E * rng.uniform(0.5, 1.0, 256) * tokens).astype(np.int64) for _ in range(64)])
+        found = kernels.exact_split(torch.from_numpy(counts_RE), spare, 8)
+        for tensor, expected in zip(found, steps_of_the_host(counts_RE, spare, 8), strict=True):
+            assert np.array_equal(tensor.numpy(), expected)
+
+
+def test_a_plan_that_does_not_fit_is_refused(kernels: Any) -> None:
+    with pytest.raises(
+        RuntimeError, match=r"^counts_RE\.shape = \[256, 1024\]: with 4 spare slots a plan does not fit"
+    ):
+        kernels.exact_split(torch.zeros(256, 1024, dtype=torch.int64), 4, 1)
+    assert kernels.exact_split(torch.zeros(64, 512, dtype=torch.int64), 4, 1)[1].sum() == 0
 
 
 @given(case=permuted_rows(CUDA_DTYPES), seed=SEEDS)

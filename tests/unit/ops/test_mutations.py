@@ -43,6 +43,10 @@ def sort(name: str, place: str, new: str, mode: str = "thread") -> Mutation:
     return Mutation(name=name, file="dispatch_map.cu", place=place, new=new, op="dispatch_map", mode=mode)
 
 
+def plan(name: str, place: str, new: str, mode: str = "address") -> Mutation:
+    return Mutation(name=name, file="exact_split.cu", place=place, new=new, op="exact_split", mode=mode)
+
+
 def rows(op: str, name: str, place: str, new: str, file: str = "") -> Mutation:
     return Mutation(name=name, file=file or f"{op}.cu", place=place, new=new, op=op, mode="address")
 
@@ -94,6 +98,27 @@ MUTATIONS = [
     sort("place: the wrong end of the tile", "@end < num_choices ? end : num_choices@", "num_choices", mode="address"),
     sort("place: tiles counted twice", "@tile < tile_here@ ? count : 0", "tile <= tile_here", mode="address"),
     sort("place: shared memory short by 4 bytes", "(@slots + kWarps@) * sizeof(int)", "slots + kWarps - 1", "address"),
+    plan("plan: no barrier after the loads", "plan.load_E[expert] = load;\n  }\n  @__syncthreads();@", "", "thread"),
+    plan(
+        "plan: a receiver is written before all have read", "= choice;\n    @__syncwarp();@  // all lanes", "", "thread"
+    ),
+    plan("plan: no barrier behind a replica", "find_largest(receiver);\n    }\n    @__syncwarp();@", "", "thread"),
+    plan("plan: no barrier before the rest", "rest -= room;\n  }\n  @__syncwarp();@", "", "thread"),
+    plan("plan: no barrier before tokens are written", "tokens_RS[at] = 0;\n  }\n  @__syncwarp();@", "", "thread"),
+    plan("plan: half of the warp is searched", "lanes = @kWarpSize / 2@; lanes > 0; lanes /= 2) {\n", "kWarpSize / 4"),
+    plan("plan: the wrong receiver of two equal ones", "largest ? Key{-gap, @-rank@}", "rank - 1000"),
+    plan("plan: the smallest gap is filled", "receiver(expert, @true@, smaller(", "false"),
+    plan(
+        "plan: a surplus fills any gap", "receiver(expert, true, @smaller(-donor.value, plan.tokens_RS[at])@)", "kMost"
+    ),
+    plan("plan: a node above the mean has its bound", "@mean > node_mean ? mean : node_mean@", "mean"),
+    plan("plan: the experts in another order", "place += @fewer@ ||", "!fewer && !equal"),
+    plan("plan: local tokens of another rank", "counts_RE[int64_t{@plan.rank_C[c]@} *", "0"),
+    plan("plan: a host above the bound", "@smaller(rest, bound - found.value)@", "rest"),
+    plan("plan: the rest is lost", "@plan.share_C[emptiest] += rest;@", ""),
+    plan("plan: overloaded ranks stay", "if (lane_id() == 0) @level(plan, count, bound);@", ""),
+    plan("plan: a push comes from nowhere", "@plan.share_C[plan.hop_at_R[rank]] -= amount;@", ""),
+    plan("plan: shared memory short by 4 bytes", "8 * wide + 4 * @narrow@;", "(narrow - 1)"),
     rows(
         "permute",
         "permute: one vector too many is stored",

@@ -18,9 +18,10 @@ from megatron_smartmoe import ops
 from megatron_smartmoe.errors import PlanError
 from megatron_smartmoe.ops import library
 from megatron_smartmoe.placement.exact_replicas import exact_replicas
+from megatron_smartmoe.placement.exact_search import TRIALS
 from megatron_smartmoe.placement.split import min_max_split
 from megatron_smartmoe.spec.arrays import IntArray
-from megatron_smartmoe.spec.placement import BoolArray, hosts_of
+from megatron_smartmoe.spec.placement import EMPTY, BoolArray, hosts_of, with_empty_slots
 from tests.unit.ops.test_library import copy_checkout
 from tests.unit.placement.cases import random_slots
 
@@ -30,6 +31,15 @@ needs_library = pytest.mark.skipif(
     not ops.backend().startswith("compiled") and not BUILD_IS_REQUIRED,
     reason="the compiled library is not built: python megatron_smartmoe/ops/_build.py",
 )
+
+
+COUNTS, HOSTS = torch.ones(2, 4, dtype=torch.int64), torch.ones(4, 2, dtype=torch.bool)
+
+
+def text_of(function: Callable[..., object], args: tuple[object, ...]) -> str:
+    with pytest.raises((RuntimeError, PlanError)) as caught:
+        function(*args)
+    return str(caught.value)
 
 
 def random_load(rng: np.random.Generator, num_ranks: int, num_experts: int) -> IntArray:
@@ -113,7 +123,57 @@ def test_inputs_stay_as_they_were() -> None:
     assert load_E.tolist() == [9, 0, 1, 0]
 
 
-COUNTS, HOSTS = torch.ones(2, 4, dtype=torch.int64), torch.ones(4, 2, dtype=torch.bool)
+@needs_library
+@given(seed=st.integers(0, 2**32 - 1), sigma=st.floats(0.3, 1.5), trials=st.integers(0, 20), spare=st.integers(1, 2))
+@settings(deadline=None, max_examples=60)
+def test_the_same_search(seed: int, sigma: float, trials: int, spare: int) -> None:
+    """Loads whose greedy plan is often bad, within one node and over several."""
+    rng = np.random.default_rng(seed)
+    num_ranks, home_slots = int(rng.choice([4, 8, 16])), int(rng.choice([4, 8, 16]))
+    num_experts, num_nodes = num_ranks * home_slots, int(rng.choice([1, 1, 2]))
+    slots_RS = random_slots(rng, num_experts, num_ranks, spare, filled=0.0)
+    load_E = rng.multinomial(100_000, rng.dirichlet(rng.lognormal(0, sigma, num_experts) * 5)).astype(np.int64)
+    args = torch.from_numpy(load_E), torch.from_numpy(slots_RS), home_slots, num_nodes, trials
+    assert np.array_equal(ops.exact_replicas(*args).numpy(), exact_replicas(load_E, slots_RS, *args[2:]))
+
+
+@needs_library
+@given(layers())
+@settings(deadline=None, max_examples=100)
+def test_replicas_and_split_in_one_op(case: tuple[IntArray, IntArray, int, int]) -> None:
+    counts_RE, slots_RS, home_slots, num_nodes = case
+    num_ranks, num_slots = slots_RS.shape
+    homes_RS = with_empty_slots(np.arange(num_ranks * home_slots).reshape(num_ranks, -1), num_slots - home_slots)
+    expected_RS = exact_replicas(counts_RE.sum(axis=0), homes_RS, home_slots, num_nodes, trials=0)
+    tokens_ER = min_max_split(counts_RE, hosts_of(expected_RS, num_ranks * home_slots))
+    found_RS, tokens_RS = ops.exact_split(torch.from_numpy(counts_RE), num_slots - home_slots, num_nodes)
+    assert np.array_equal(found_RS.numpy(), expected_RS)
+    taken_RS = np.where(expected_RS == EMPTY, 0, tokens_ER[expected_RS, np.arange(num_ranks)[:, None]])
+    assert np.array_equal(tokens_RS.numpy(), taken_RS)
+
+
+@needs_library
+@pytest.mark.parametrize(
+    ("args", "text"),
+    [
+        ((torch.ones(2, 4), 1, 1), "counts_RE.dtype = float32: it must be int64. Convert it to int64"),
+        (
+            (torch.ones(3, 4).long(), 1, 1),
+            "counts_RE.shape = [3, 4]: it must be [R, E] with E a multiple of R. Pass the counts of one layer",
+        ),
+        ((COUNTS, -1, 1), "spare_slots = -1: it must be in 0..2048. Pass the spare slots of a rank"),
+        ((COUNTS, 1, 3), "num_nodes = 3: it must divide R = 2. Pass the nodes that the ranks lie on"),
+        ((-COUNTS, 1, 1), "counts_RE[0, 0] = -1: a number of tokens is at least 0. Pass counts of tokens"),
+    ],
+)
+def test_errors_of_both_in_one(args: tuple[torch.Tensor, int, int], text: str) -> None:
+    assert text_of(ops.exact_split, args) == text
+
+
+def test_the_defaults_are_the_same() -> None:
+    assert ops.TRIALS == TRIALS
+
+
 LOAD, SLOTS = torch.ones(4, dtype=torch.int64), torch.tensor([[0, 1, -1], [2, 3, -1]])
 HOMES = "it must be E / R = 4 / 2, and at most S = 3. Pass the number of homes of a rank"
 SPLIT_ERRORS = [
@@ -154,13 +214,8 @@ REPLICA_ERRORS = [
     ((LOAD, SLOTS, 4, 1), f"home_slots = 4: {HOMES}"),
     ((LOAD, SLOTS, 2, 3), "num_nodes = 3: it must divide R = 2. Pass the nodes that the ranks lie on"),
     ((LOAD, SLOTS, 2, 0), "num_nodes = 0: it must divide R = 2. Pass the nodes that the ranks lie on"),
+    ((LOAD, SLOTS, 2, 1, -1), "trials = -1: it must be at least 0. Pass 0 for no search"),
 ]
-
-
-def text_of(function: Callable[..., object], args: tuple[object, ...]) -> str:
-    with pytest.raises((RuntimeError, PlanError)) as caught:
-        function(*args)
-    return str(caught.value)
 
 
 def texts_of_twins(name: str, args: tuple[object, ...]) -> list[str]:
@@ -242,7 +297,8 @@ def _arrays(*tensors: torch.Tensor) -> list[Any]:
 @needs_library
 def test_opcheck() -> None:
     torch.library.opcheck(torch.ops.smartmoe.min_max_split.default, (COUNTS, HOSTS))
-    torch.library.opcheck(torch.ops.smartmoe.exact_replicas.default, (LOAD, SLOTS, 2, 1))
+    torch.library.opcheck(torch.ops.smartmoe.exact_split.default, (COUNTS, 1, 1))
+    torch.library.opcheck(torch.ops.smartmoe.exact_replicas.default, (LOAD, SLOTS, 2, 1, 16))
 
 
 def test_meta_tensors_give_the_shapes() -> None:

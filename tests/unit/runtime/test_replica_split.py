@@ -33,6 +33,12 @@ def planned(counts_RE: IntArray, *, limit: float = 1.01, price_tokens: float = 0
     return exact_slots(counts_RE, homes_RS, HOME_SLOTS, num_nodes=num_nodes, limit=limit, price_tokens=price_tokens)
 
 
+def moved(rows_TK: torch.Tensor, sent_RS: IntArray, slots_RS: IntArray) -> torch.Tensor:
+    """The rows of a source rank after its segments have moved."""
+    segments_2P = torch.from_numpy(np.stack(segment_shifts(sent_RS, slots_RS)))
+    return shifted_rows(rows_TK, segments_2P, int(sent_RS.sum()))
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_every_token_goes_to_a_slot_of_its_expert(seed: int) -> None:
     counts_RE = skewed_counts(seed)
@@ -80,7 +86,7 @@ def test_rows_are_sent_in_the_order_of_ranks_and_slots(seed: int) -> None:
         ids_TK = torch.from_numpy(np.random.default_rng(seed).permutation(ids)).reshape(-1, 2)
         identity_E = torch.arange(EXPERTS)
         rows_TK, _ = reference.dispatch_map(ids_TK, identity_E, EXPERTS)
-        moved_TK = shifted_rows(rows_TK, *segment_shifts(sent_RRS[source], slots_RS))
+        moved_TK = moved(rows_TK, sent_RRS[source], slots_RS)
         assert sorted(moved_TK.flatten().tolist()) == list(range(ids_TK.numel()))
         slot_of_row = np.repeat(slots_RS.ravel(), sent_RRS[source].ravel())
         assert slot_of_row[moved_TK.numpy()].tolist() == ids_TK.tolist()
@@ -92,14 +98,13 @@ def test_dropped_choices_stay_dropped() -> None:
     sent_RS = np.zeros((RANKS, 3), dtype=np.int64)
     sent_RS[0, 0], sent_RS[3, 2] = 1, 1
     rows_TK = torch.tensor([[0, -1], [1, -1]], dtype=torch.int32)
-    assert shifted_rows(rows_TK, *segment_shifts(sent_RS, slots_RS)).tolist() == [[0, -1], [1, -1]]
+    assert moved(rows_TK, sent_RS, slots_RS).tolist() == [[0, -1], [1, -1]]
     sent_RS[1, 0] = 1  # a row of expert 2, between the two segments of expert 0 on the way, behind them in the map
     rows_TK = torch.tensor([[0, 2], [1, -1]], dtype=torch.int32)
-    assert shifted_rows(rows_TK, *segment_shifts(sent_RS, slots_RS)).tolist() == [[0, 1], [2, -1]]
+    assert moved(rows_TK, sent_RS, slots_RS).tolist() == [[0, 1], [2, -1]]
 
 
 def test_a_rank_without_tokens_moves_nothing() -> None:
     slots_RS = homes_only(EXPERTS, RANKS, SPARE)
     rows_TK = torch.full((3, 2), -1, dtype=torch.int32)
-    lengths_P, shifts_P = segment_shifts(np.zeros((RANKS, 3), dtype=np.int64), slots_RS)
-    assert torch.equal(shifted_rows(rows_TK, lengths_P, shifts_P), rows_TK)
+    assert torch.equal(moved(rows_TK, np.zeros((RANKS, 3), dtype=np.int64), slots_RS), rows_TK)

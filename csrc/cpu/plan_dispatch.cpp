@@ -1,0 +1,335 @@
+// Everything between the counts' arrival and the permutation, in one call: replicas planned for exactly these tokens,
+// the split over homes and replicas, the source ranks that the tokens come from, and from these the sizes of this
+// rank's exchanges and the segments by which its rows move to the send order. The twin is
+// megatron_smartmoe/runtime/replicas/dispatch_plan.py:plan_in_steps, which composes the steps' own twins.
+#include <algorithm>
+#include <numeric>
+#include <vector>
+
+#include "../checks.h"
+#include "../ops.h"
+#include "planning.h"
+#include "rows.h"
+
+namespace smartmoe::cpu {
+namespace {
+// Whether lhs <= rhs, exactly, as Python compares an integer with a float.
+bool at_most(__int128 lhs, double rhs) {
+  constexpr double kTooLarge = 1.7e38;  // above it, every product of two int64 is smaller
+  if (rhs >= kTooLarge) return true;
+  return lhs <= static_cast<__int128>(rhs);  // rhs is not negative, so truncation rounds down
+}
+
+// The slots where experts are numbered by their homes; a replica lies beside other experts.
+void check_slots(const SlotTable& slots, int64_t num_experts) {
+  std::vector<Index> last_rank_E(num_experts, -1);
+  for (int64_t rank = 0; rank < slots.num_ranks; ++rank) {
+    for (int64_t slot = 0; slot < slots.num_slots; ++slot) {
+      const int64_t expert = slots.row(rank)[slot], home = rank * slots.home_slots + slot;
+      if (slot < slots.home_slots && expert != home) {
+        fail("slots_RS[", rank, ", ", slot, "] = ", expert, ": it must be ", home,
+             ", since experts are numbered by their homes. Number them so");
+      }
+      if (expert == kEmpty) continue;
+      if (expert < 0 || expert >= num_experts || last_rank_E[expert] == rank) {
+        fail("slots_RS[", rank, ", ", slot, "] = ", expert, ": it must be one of the ", num_experts,
+             " experts that the rank does not hold already, or -1. Pass a valid placement");
+      }
+      last_rank_E[expert] = static_cast<Index>(rank);
+    }
+  }
+}
+
+// Replicas over the busiest port: those that one rank's homes feed, or that one rank receives.
+int64_t busiest_port(const SlotTable& slots) {
+  std::vector<int64_t> sent_R(slots.num_ranks, 0);
+  int64_t busiest = 0;
+  for (int64_t rank = 0; rank < slots.num_ranks; ++rank) {
+    int64_t received = 0;
+    for (int64_t slot = slots.home_slots; slot < slots.num_slots; ++slot) {
+      if (slots.row(rank)[slot] == kEmpty) continue;
+      ++received;
+      ++sent_R[slots.row(rank)[slot] / slots.home_slots];
+    }
+    busiest = std::max(busiest, received);
+  }
+  return std::max(busiest, *std::max_element(sent_R.begin(), sent_R.end()));
+}
+
+// What replicas are planned with.
+struct ExactOptions {
+  int64_t used_slots;   // of the spare slots of a rank; the others stay empty
+  int64_t num_nodes;    // a replica stays on its home's node; 1 lets it go anywhere
+  double limit;         // max / mean tokens per rank up to which there are no replicas
+  double price_tokens;  // that must be taken off the busiest rank for a replica over the busiest port
+};
+
+// Replicas for exactly these tokens, or none where they would not pay: runtime/replicas/split.py:exact_slots.
+void plan_exact(const std::vector<int64_t>& load_E, const SlotTable& slots, const ExactOptions& options) {
+  for (int64_t rank = 0; rank < slots.num_ranks; ++rank) {
+    std::fill(slots.row(rank) + slots.home_slots, slots.row(rank) + slots.num_slots, kEmpty);
+  }
+  // Step 1: homes that are balanced well enough get no replicas.
+  int64_t busiest = 0, total = 0;
+  for (int64_t rank = 0; rank < slots.num_ranks; ++rank) {
+    const int64_t* first = load_E.data() + rank * slots.home_slots;
+    const int64_t load = std::accumulate(first, first + slots.home_slots, int64_t{0});
+    busiest = std::max(busiest, load);
+    total += load;
+  }
+  if (at_most(static_cast<__int128>(busiest) * slots.num_ranks, options.limit * static_cast<double>(total))) return;
+  // Step 2: plan replicas into the spare slots that are used.
+  const int64_t num_used = slots.home_slots + options.used_slots;
+  std::vector<int64_t> used_RS(slots.num_ranks * num_used);
+  const SlotTable used{used_RS.data(), slots.num_ranks, num_used, slots.home_slots};
+  for (int64_t rank = 0; rank < slots.num_ranks; ++rank) {
+    std::copy(slots.row(rank), slots.row(rank) + slots.home_slots, used.row(rank));
+  }
+  fill_spare_slots(load_E, used, options.num_nodes, kTrials);
+  // Step 3: keep them if they pay. They can bring the busiest rank down to the mean at best, and mostly come within a
+  // few tokens of it.
+  const double saved_tokens =
+      static_cast<double>(busiest) - static_cast<double>(total) / static_cast<double>(slots.num_ranks);
+  if (!(saved_tokens > options.price_tokens * static_cast<double>(busiest_port(used)))) return;
+  for (int64_t rank = 0; rank < slots.num_ranks; ++rank) {
+    std::copy(used.row(rank) + slots.home_slots, used.row(rank) + num_used, slots.row(rank) + slots.home_slots);
+  }
+}
+
+// Which source rank's tokens go to which host, as far as this rank is concerned: `placement.split.assign_sources`.
+class Sources {
+ public:
+  // sent_C gets what this rank sends to each host, arriving_RS what each rank sends to each slot of this rank.
+  Sources(const Counts& counts, const Placed& placed, int64_t own, int64_t* sent_C, int64_t* arriving_RS,
+          int64_t num_slots)
+      : counts_(counts),
+        placed_(placed),
+        own_(own),
+        sent_C_(sent_C),
+        arriving_RS_(arriving_RS),
+        num_slots_(num_slots) {}
+
+  // tokens_C is what each host takes; it is used up.
+  void assign(std::vector<int64_t>& tokens_C, int64_t num_nodes) {
+    std::fill(sent_C_, sent_C_ + tokens_C.size(), int64_t{0});
+    std::fill(arriving_RS_, arriving_RS_ + counts_.num_ranks * num_slots_, int64_t{0});
+    // Step 1: an expert with one host gets every token there; the others' tokens are routed.
+    settle_single_hosts();
+    gather_left();
+    for (size_t f = 0; f < expert_F_.size(); ++f) {
+      const Index begin = placed_.hosts.begin_E[expert_F_[f]], end = placed_.hosts.begin_E[expert_F_[f] + 1];
+      int64_t* left_R = left_FR_.data() + f * counts_.num_ranks;
+      // Step 2: tokens that are already on a host of their expert stay there.
+      for (Index c = begin; c < end; ++c) {
+        const Index rank = placed_.hosts.rank_C[c];
+        meet(left_R[rank], rank, tokens_C[c], c);
+      }
+      // Step 3: then sources of the same node, then all sources.
+      if (num_nodes > 1) meet_by_node(begin, end, left_R, tokens_C, counts_.num_ranks / num_nodes);
+      meet_in_order(begin, end, left_R, 0, counts_.num_ranks, tokens_C);
+    }
+  }
+
+ private:
+  void settle_single_hosts() {
+    own_single_C_.clear();
+    own_single_E_.clear();
+    expert_F_.clear();
+    for (int64_t expert = 0; expert < counts_.num_experts; ++expert) {
+      if (placed_.hosts.num_hosts(expert) > 1) expert_F_.push_back(static_cast<Index>(expert));
+      if (placed_.hosts.num_hosts(expert) != 1) continue;
+      const Index c = placed_.hosts.begin_E[expert];
+      sent_C_[c] = counts_.row(own_)[expert];
+      if (placed_.hosts.rank_C[c] != own_) continue;
+      own_single_C_.push_back(c);
+      own_single_E_.push_back(static_cast<Index>(expert));
+    }
+    for (int64_t source = 0; source < counts_.num_ranks; ++source) {
+      for (size_t i = 0; i < own_single_C_.size(); ++i) {
+        arriving_RS_[source * num_slots_ + placed_.slot_C[own_single_C_[i]]] = counts_.row(source)[own_single_E_[i]];
+      }
+    }
+  }
+
+  // What each source still has of the experts with several hosts; row by row, as the counts lie in memory.
+  void gather_left() {
+    left_FR_.resize(expert_F_.size() * counts_.num_ranks);
+    for (int64_t source = 0; source < counts_.num_ranks; ++source) {
+      const int64_t* counts_E = counts_.row(source);
+      for (size_t f = 0; f < expert_F_.size(); ++f) left_FR_[f * counts_.num_ranks + source] = counts_E[expert_F_[f]];
+    }
+  }
+
+  // One source and one host meet: as many tokens as both have move.
+  void meet(int64_t& left, int64_t source, int64_t& need, Index c) {
+    const int64_t tokens = std::min(left, need);
+    left -= tokens;
+    need -= tokens;
+    if (source == own_) sent_C_[c] += tokens;
+    if (placed_.hosts.rank_C[c] == own_) arriving_RS_[source * num_slots_ + placed_.slot_C[c]] += tokens;
+  }
+
+  // Supply and demand laid end to end: the sources in [source, end_source) and the hosts in [c, end).
+  void meet_in_order(Index c, Index end, int64_t* left_R, int64_t source, int64_t end_source,
+                     std::vector<int64_t>& need_C) {
+    while (c < end && source < end_source) {
+      if (need_C[c] == 0) {
+        ++c;
+      } else if (left_R[source] == 0) {
+        ++source;
+      } else {
+        meet(left_R[source], source, need_C[c], c);
+      }
+    }
+  }
+
+  void meet_by_node(Index begin, Index end, int64_t* left_R, std::vector<int64_t>& need_C, int64_t per_node) {
+    while (begin < end) {
+      const int64_t node = placed_.hosts.rank_C[begin] / per_node;
+      Index next = begin;
+      while (next < end && placed_.hosts.rank_C[next] / per_node == node) ++next;
+      meet_in_order(begin, next, left_R, node * per_node, (node + 1) * per_node, need_C);
+      begin = next;
+    }
+  }
+
+  const Counts& counts_;
+  const Placed& placed_;
+  const int64_t own_;
+  int64_t* sent_C_;
+  int64_t* arriving_RS_;
+  const int64_t num_slots_;
+  std::vector<Index> expert_F_, own_single_C_, own_single_E_;
+  std::vector<int64_t> left_FR_;
+};
+
+// The parts of the result, one behind the other: runtime/replicas/dispatch_plan.py:PlanBuffer has the same order.
+struct Result {
+  Result(int64_t* plan, int64_t num_ranks, int64_t tp_size, int64_t num_experts, int64_t num_slots)
+      : numbers(plan),
+        sent_R(numbers + kPlanNumbers),
+        received_R(sent_R + num_ranks),
+        homes_R(received_R + num_ranks),
+        split_R(homes_R + num_ranks),
+        load_E(split_R + num_ranks),
+        tokens_S(load_E + num_experts),
+        arriving_P(tokens_S + num_slots),
+        arriving_PRS(arriving_P + tp_size),
+        length_N(arriving_PRS + tp_size * num_ranks * num_slots),
+        shift_N(length_N + num_ranks * num_slots),
+        replicas_N5(shift_N + num_ranks * num_slots) {}
+
+  int64_t* numbers;  // rows that this rank sends, replicas, those that take tokens, those of this rank
+  int64_t *sent_R, *received_R, *homes_R, *split_R, *load_E, *tokens_S, *arriving_P, *arriving_PRS, *length_N, *shift_N,
+      *replicas_N5;
+};
+
+// The lengths of this rank's segments, in the order of the experts, and how far each moves: its start in the send
+// order, by rank, then slot, minus its start here.
+void write_segments(const Placed& placed, const SlotTable& slots, const int64_t* sent_C, const Result& result) {
+  std::vector<int64_t> begin_RS(slots.num_ranks * slots.num_slots, 0);
+  const auto at = [&](size_t c) { return placed.hosts.rank_C[c] * slots.num_slots + placed.slot_C[c]; };
+  const size_t num_hosts = placed.slot_C.size();
+  for (size_t c = 0; c < num_hosts; ++c) begin_RS[at(c)] = sent_C[c];
+  int64_t rows = 0;
+  for (int64_t rank = 0; rank < slots.num_ranks; ++rank) {
+    const int64_t before = rows;
+    for (int64_t slot = 0; slot < slots.num_slots; ++slot) {
+      const int64_t tokens = begin_RS[rank * slots.num_slots + slot];
+      begin_RS[rank * slots.num_slots + slot] = rows;
+      rows += tokens;
+    }
+    result.sent_R[rank] = rows - before;
+  }
+  int64_t begin = 0;
+  for (size_t c = 0; c < num_hosts; ++c) {
+    result.length_N[c] = sent_C[c];
+    result.shift_N[c] = begin_RS[at(c)] - begin;
+    begin += sent_C[c];
+  }
+  std::fill(result.length_N + num_hosts, result.shift_N, int64_t{0});
+  std::fill(result.shift_N + num_hosts, result.replicas_N5, int64_t{0});
+  result.numbers[0] = rows;
+}
+
+// Tokens for each slot of this rank, for each of the ranks that share its experts, and for this one from each rank.
+void write_arriving(const SlotTable& slots, int64_t tp_size, int64_t tp_rank, const Result& result) {
+  std::fill(result.tokens_S, result.arriving_PRS, int64_t{0});
+  for (int64_t i = 0; i < tp_size * slots.num_ranks; ++i) {
+    const int64_t* from_S = result.arriving_PRS + i * slots.num_slots;
+    const int64_t rows = std::accumulate(from_S, from_S + slots.num_slots, int64_t{0});
+    for (int64_t slot = 0; slot < slots.num_slots; ++slot) result.tokens_S[slot] += from_S[slot];
+    result.arriving_P[i / slots.num_ranks] += rows;
+    if (i / slots.num_ranks == tp_rank) result.received_R[i % slots.num_ranks] = rows;
+  }
+}
+
+// Tokens of each expert, and of each rank with the homes alone and as they were split, for the history and the log.
+void write_balance(const Placed& placed, int64_t home_slots, const std::vector<int64_t>& load_E,
+                   const std::vector<int64_t>& taken_C, int64_t num_ranks, const Result& result) {
+  std::copy(load_E.begin(), load_E.end(), result.load_E);
+  std::fill(result.homes_R, result.homes_R + num_ranks, int64_t{0});
+  std::fill(result.split_R, result.split_R + num_ranks, int64_t{0});
+  for (size_t expert = 0; expert < load_E.size(); ++expert) {
+    result.homes_R[static_cast<int64_t>(expert) / home_slots] += load_E[expert];
+  }
+  result.numbers[1] = static_cast<int64_t>(taken_C.size() - load_E.size());
+  result.numbers[2] = 0;
+  for (size_t c = 0; c < taken_C.size(); ++c) {
+    result.split_R[placed.hosts.rank_C[c]] += taken_C[c];
+    result.numbers[2] += placed.slot_C[c] >= home_slots && taken_C[c] > 0;
+  }
+}
+// The replicas that this rank holds or has the home of, by rank, then slot: expert, home rank, home slot, rank, slot.
+void write_replicas(const SlotTable& slots, int64_t own, const Result& result) {
+  int64_t* replica = result.replicas_N5;
+  for (int64_t rank = 0; rank < slots.num_ranks; ++rank) {
+    for (int64_t slot = slots.home_slots; slot < slots.num_slots; ++slot) {
+      const int64_t expert = slots.row(rank)[slot];
+      if (expert == kEmpty) continue;
+      const int64_t home_rank = expert / slots.home_slots;
+      if (rank != own && home_rank != own) continue;
+      for (const int64_t field : {expert, home_rank, expert % slots.home_slots, rank, slot - slots.home_slots}) {
+        *replica++ = field;
+      }
+    }
+  }
+  result.numbers[3] = (replica - result.replicas_N5) / 5;
+}
+}  // namespace
+
+void plan_dispatch(const Tensor& counts_RPE, const Tensor& slots_RS, int64_t home_slots, int64_t num_nodes,
+                   int64_t rank, int64_t tp_rank, std::optional<int64_t> used_slots, int64_t scope_nodes, double limit,
+                   double price_tokens, const Tensor& plan) {
+  check_plan_dispatch(counts_RPE, slots_RS, home_slots, num_nodes, rank, tp_rank, used_slots, scope_nodes, plan);
+  const int64_t num_ranks = counts_RPE.size(0), tp_size = counts_RPE.size(1), num_experts = counts_RPE.size(2);
+  const int64_t* counts = counts_RPE.const_data_ptr<int64_t>();
+  const SlotTable slots{slots_RS.mutable_data_ptr<int64_t>(), num_ranks, slots_RS.size(1), home_slots};
+  const Result result(plan.mutable_data_ptr<int64_t>(), num_ranks, tp_size, num_experts, slots.num_slots);
+  check_slots(slots, num_experts);
+  // Step 1: the load, and the replicas that are planned for it.
+  const std::vector<int64_t> load_E = total_load("counts_RPE", {counts, num_ranks * tp_size, num_experts, num_experts});
+  if (used_slots) {
+    plan_exact(load_E, slots,
+               {.used_slots = *used_slots, .num_nodes = scope_nodes, .limit = limit, .price_tokens = price_tokens});
+  }
+  const Placed placed = find_placed(slots, num_experts);
+  // Step 2: each expert-tensor rank splits its own tokens; what this rank sends is kept of its own ones alone.
+  const size_t num_hosts = placed.slot_C.size();
+  std::vector<int64_t> sent_C(num_hosts), other_C(num_hosts), taken_C(num_hosts, 0);
+  for (int64_t p = 0; p < tp_size; ++p) {
+    const Counts own{counts + p * num_experts, num_ranks, num_experts, tp_size * num_experts};
+    std::vector<int64_t> tokens_C =
+        split_over_hosts(own, placed.hosts, tp_size == 1 ? load_E : total_load("counts_RPE", own));
+    for (size_t c = 0; c < num_hosts; ++c) taken_C[c] += tokens_C[c];
+    int64_t* sent = p == tp_rank ? sent_C.data() : other_C.data();
+    int64_t* arriving_RS = result.arriving_PRS + p * num_ranks * slots.num_slots;
+    Sources(own, placed, rank, sent, arriving_RS, slots.num_slots).assign(tokens_C, num_nodes);
+  }
+  // Step 3: this rank's segments, the sizes of its exchange, and how balanced it all is.
+  write_segments(placed, slots, sent_C.data(), result);
+  write_arriving(slots, tp_size, tp_rank, result);
+  write_balance(placed, home_slots, load_E, taken_C, num_ranks, result);
+  write_replicas(slots, rank, result);
+}
+}  // namespace smartmoe::cpu

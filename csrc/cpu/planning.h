@@ -1,0 +1,87 @@
+// The planning of one layer on plain memory: what the ops of single steps and the op that does them all share. R ranks,
+// E experts, S slots of a rank, C the hosts of all experts, those of one expert side by side.
+#pragma once
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+namespace smartmoe::cpu {
+// 32-bit: positions on axis C, of which there are at most E x R.
+using Index = int32_t;
+constexpr int64_t kTrials = 16;  // placement/exact_search.py:TRIALS
+constexpr int64_t kEmpty = -1;   // instead of an expert: a slot without one
+
+// Tokens of each source rank for each expert, a row per rank.
+struct Counts {
+  const int64_t* data;
+  int64_t num_ranks, num_experts, stride;  // of the rows
+
+  const int64_t* row(int64_t rank) const { return data + rank * stride; }
+};
+
+// The ranks of every expert, ascending: those of expert e are rank_C[begin_E[e]] up to begin_E[e + 1].
+struct Hosts {
+  std::vector<Index> begin_E, rank_C;
+
+  Index num_hosts(int64_t expert) const { return begin_E[expert + 1] - begin_E[expert]; }
+};
+
+// The slots of a layer: those of a rank side by side, its homes first.
+struct SlotTable {
+  int64_t* data;
+  int64_t num_ranks, num_slots, home_slots;
+
+  int64_t* row(int64_t rank) const { return data + rank * num_slots; }
+};
+
+// The hosts of all experts and the slot of each.
+struct Placed {
+  Hosts hosts;
+  std::vector<Index> slot_C;
+};
+
+// A split that takes no heed of where tokens come from.
+struct Balance {
+  int64_t bound;                  // tokens of the busiest rank
+  std::vector<int64_t> tokens_C;  // of each host
+  std::vector<int64_t> load_R;
+  std::vector<Index> cut;  // ranks whose experts cannot leave them, which hold `bound` on average; none at the mean
+};
+
+Placed find_placed(const SlotTable& slots, int64_t num_experts);
+
+// Sum over the source ranks. A negative count would break the search and an overflow lose tokens, so both are refused,
+// in words that call the counts `name`.
+std::vector<int64_t> total_load(const char* name, const Counts& counts);
+
+// What each host takes, so that the busiest rank takes as little as possible; the op min_max_split in other memory.
+std::vector<int64_t> split_over_hosts(const Counts& counts, const Hosts& hosts, const std::vector<int64_t>& load_E);
+
+// The split with the smallest possible `bound`; every expert with tokens has a host.
+Balance best_balance(const Hosts& hosts, const std::vector<int64_t>& load_E, int64_t num_ranks);
+
+// Finds the sets of ranks that limit one placement, for many loads: placement/split.py:binding_cuts.
+class CutFinder {
+ public:
+  // peak_E is at least every load that will be asked for.
+  CutFinder(const Hosts& hosts, const std::vector<int64_t>& peak_E, int64_t num_ranks);
+  CutFinder(const CutFinder&) = delete;
+  ~CutFinder();
+
+  std::vector<std::vector<Index>> cuts(const int64_t* load_E) const;
+
+ private:
+  struct State;
+  const std::unique_ptr<const State> state_;
+};
+
+// Throws unless the homes are every expert once.
+void check_homes(const SlotTable& slots, int64_t num_experts);
+
+// Replaces replicas one at a time while the busiest rank has more than it would have to: placement/exact_search.py.
+void improve_replicas(const std::vector<int64_t>& load_E, const SlotTable& slots, int64_t num_nodes, int64_t trials);
+
+// Writes the replicas that the op exact_replicas plans into the spare slots. A replica
+// stays on the node of its home, of which there are `num_nodes`. The homes are each expert once.
+void fill_spare_slots(const std::vector<int64_t>& load_E, const SlotTable& slots, int64_t num_nodes, int64_t trials);
+}  // namespace smartmoe::cpu
