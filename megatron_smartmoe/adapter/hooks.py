@@ -407,13 +407,28 @@ def complete_tokenizers() -> None:
     rebind(tiktoken_tokenizer, "reload_mergeable_ranks", tiktoken.around_reload)
 
 
-def use_torch_prediction_blocks() -> None:
-    """Give layers of multi-token prediction this project's torch modules; see `layer_spec.wrap_mtp_block_spec`."""
+_prediction_spec: Callable[[Any, Any], Any] | None = None  # a process builds one model at a time
+
+
+def use_prediction_spec(spec: Callable[[Any, Any], Any]) -> None:
+    """Build layers of multi-token prediction as `spec` says, in place of an earlier one.
+
+    Args:
+        spec: see `layer_spec.prediction_spec_for`.
+    """
+    global _prediction_spec
     import megatron.training.models.gpt as gpt
 
-    from megatron_smartmoe.adapter.moe.layer_spec import wrap_mtp_block_spec
+    _prediction_spec = spec
 
-    rebind(gpt, "mtp_block_spec", wrap_mtp_block_spec)
+    def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
+        def mtp_block_spec(config: Any, *args: Any, **kwargs: Any) -> Any:
+            assert _prediction_spec is not None
+            return _prediction_spec(original(config, *args, **kwargs), config)
+
+        return mtp_block_spec
+
+    rebind(gpt, "mtp_block_spec", wrap, key="prediction")
 
 
 def loop_module() -> Any:

@@ -224,11 +224,11 @@ def model_config_of(args: Namespace, overlap_degree: OverlapDegree) -> Any:
     from megatron.training.argument_utils import gpt_config_from_args
 
     from megatron_smartmoe.adapter import hooks
-    from megatron_smartmoe.adapter.moe.layer_spec import spec_for
+    from megatron_smartmoe.adapter.moe.layer_spec import prediction_spec_for, spec_for
 
     config = gpt_config_from_args(args)
     if args.spec is None:
-        hooks.use_torch_prediction_blocks()
+        hooks.use_prediction_spec(prediction_spec_for(args, overlap_degree))
         config.transformer_layer_spec = spec_for(args, overlap_degree)
     return config
 

@@ -57,8 +57,7 @@ CASES = {
     "prediction layers": Case(
         flags=f"{LAUNCH} --smartmoe-homes off --smartmoe-overlap-degree 2 --smartmoe-pool auto --mtp-num-layers 1",
         ranks=4,
-        says="--mtp-num-layers = 1: is not supported with --smartmoe-pool: layers of multi-token prediction share "
-        "their numbers with others. Remove one of the two.",
+        verdict=True,
     ),
     "more slots than the launch": Case(
         flags=f"{FILE}/good.json",

@@ -29,7 +29,6 @@ _VALUE_BYTES = 2  # bf16 and fp16; fp32 is aligned when they are
 _GEMM_ALIGNMENT_BYTES = 16  # of a row, in torch's grouped GEMM on a GPU
 _REMOVE_ONE = "Remove one of the two."
 
-_SHARED_NUMBERS = "layers of multi-token prediction share their numbers with others"
 # flag -> why it is not supported with --smartmoe,
 _NOT_WITH_SMARTMOE = {
     "--use-megatron-fsdp": "it shards parameters in a layout of its own",
@@ -55,13 +54,11 @@ _NOT_WITH_GROUPED_MM = {
 _NOT_WITH_HOMES = {
     "--use-precision-aware-optimizer": "TransformerEngine packs its state",
     "--fp8-param-gather": "fp8 parameters have scales that would have to move along",
-    "--mtp-num-layers": _SHARED_NUMBERS,
 }
 # with --smartmoe-spare-slots.
 _NOT_WITH_REPLICAS = {
     "--moe-pad-expert-input-to-capacity": "all experts get the same number of rows, so there is nothing to balance",
     "--overlap-moe-expert-parallel-comm": "it runs two micro-batches of a layer at a time",
-    "--mtp-num-layers": _SHARED_NUMBERS,
     "--moe-permute-fusion": "TransformerEngine's kernels need the counts on the device",
 }
 
@@ -336,9 +333,6 @@ def _check_pool(args: argparse.Namespace) -> None:
         return
     _needs_smartmoe(args, POOL, value)
     _needs_expert_parallelism(args, POOL, value)
-    if args.mtp_num_layers:
-        rule = f"is not supported with {POOL}: {_SHARED_NUMBERS}"
-        raise ConfigError("--mtp-num-layers", args.mtp_num_layers, rule, _REMOVE_ONE)
     settings = settings_of_pool(args)
     if value == AUTO and len(settings) == 1:
         rule = "leaves nothing to choose: experts do not move, there are no spare slots, and nothing overlaps"

@@ -49,9 +49,8 @@ def spec_for(args: Namespace, overlap_degree: OverlapDegree | None = None) -> Ca
     """
     if not args.smartmoe:
         return layer_spec
-    slotted = args.smartmoe_experts == "grouped_mm"
-    degree = overlap_degree or OverlapDegree(args)
-    return partial(smartmoe_layer_spec, slotted=slotted, overlap_degree=degree, may_cut=pool_may_overlap(args))
+    degree, may_cut = overlap_degree or OverlapDegree(args), pool_may_overlap(args)
+    return partial(smartmoe_layer_spec, slotted=_is_slotted(args), overlap_degree=degree, may_cut=may_cut)
 
 
 def layer_spec(config: GPTModelConfig, vp_stage: int | None = None) -> Spec:
@@ -70,21 +69,30 @@ def layer_spec(config: GPTModelConfig, vp_stage: int | None = None) -> Spec:
     return replace(block, layer_specs=layer_specs, layer_norm=TorchNorm)
 
 
-def wrap_mtp_block_spec(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Give layers of multi-token prediction the modules of `layer_spec`; Megatron builds their spec separately.
+def prediction_spec_for(args: Namespace, overlap_degree: OverlapDegree) -> Callable[[Any, GPTModelConfig], Any]:
+    """What to make of Megatron's spec of the prediction blocks (MTP), which it builds apart from the decoder's.
 
     Args:
-        original: `megatron.training.models.gpt.mtp_block_spec`.
+        args: Megatron's arguments, after validation.
+        overlap_degree: shared with the decoder's layers.
+
+    Returns:
+        A function of Megatron's spec, or None where there are no blocks, and of the model's configuration; it returns
+        the spec whose layers have the modules that the decoder's have.
     """
 
-    def mtp_block_spec(config: GPTModelConfig, *args: Any, **kwargs: Any) -> Any:
-        block = original(config, *args, **kwargs)
-        if block is None or not _is_plain_local(config):
-            return block
-        use_sdpa = _uses_sdpa(config)
-        return replace(block, layer_specs=[_with_torch_prediction(spec, use_sdpa) for spec in block.layer_specs])
+    def prediction_spec(block: Any, config: GPTModelConfig) -> Any:
+        if block is None:
+            return None
+        specs = block.layer_specs
+        if _is_plain_local(config):
+            specs = [_with_torch_prediction(spec, _uses_sdpa(config)) for spec in specs]
+        if args.smartmoe:
+            layer = _moe_layer(overlap_degree(), may_cut=pool_may_overlap(args))
+            specs = [_with_smart_prediction(spec, _is_slotted(args), layer) for spec in specs]
+        return replace(block, layer_specs=specs)
 
-    return mtp_block_spec
+    return prediction_spec
 
 
 def smartmoe_layer_spec(
@@ -107,11 +115,19 @@ def smartmoe_layer_spec(
     Raises:
         CompatError: the spec's MoE layers are not built as in a supported Megatron.
     """
-    spec, degree = layer_spec(config, vp_stage), overlap_degree()
-    layer = partial(OverlappedMoELayer, overlap_degree=degree) if may_cut or degree > 1 else SmartMoELayer
+    spec, layer = layer_spec(config, vp_stage), _moe_layer(overlap_degree(), may_cut=may_cut)
     if isinstance(spec, TransformerBlockSubmodules):
         return replace(spec, layer_specs=[_with_smart_moe(one, slotted, layer) for one in spec.layer_specs])
     return _with_smart_moe(spec, slotted, layer)
+
+
+def _is_slotted(args: Namespace) -> bool:
+    return bool(args.smartmoe_experts == "grouped_mm")
+
+
+def _moe_layer(degree: int, *, may_cut: bool) -> Callable[..., SmartMoELayer]:
+    """This project's MoE layer, one that splits its all-to-alls if it may have to."""
+    return partial(OverlappedMoELayer, overlap_degree=degree) if may_cut or degree > 1 else SmartMoELayer
 
 
 def _with_smart_moe(spec: ModuleSpec, slotted: bool, layer: Callable[..., SmartMoELayer]) -> ModuleSpec:
@@ -154,6 +170,12 @@ def _with_torch_prediction(spec: ModuleSpec, use_sdpa: bool) -> ModuleSpec:
     norms = {name: TorchNorm for name in vars(spec.submodules) if name.endswith("norm")}
     layer = _with_torch_modules(spec.submodules.mtp_model_layer, use_sdpa)
     return replace(spec, submodules=replace(spec.submodules, mtp_model_layer=layer, **norms))
+
+
+def _with_smart_prediction(spec: ModuleSpec, slotted: bool, layer: Callable[..., SmartMoELayer]) -> ModuleSpec:
+    """A copy of a prediction layer's spec with the MoE layer of its layer, if it has one, replaced."""
+    inner = _with_smart_moe(spec.submodules.mtp_model_layer, slotted, layer)
+    return replace(spec, submodules=replace(spec.submodules, mtp_model_layer=inner))
 
 
 def _is_plain_local(config: GPTModelConfig) -> bool:

@@ -14,11 +14,20 @@ from megatron_smartmoe.runtime.recent_counts import RecentCounts
 
 
 def moe_layers(model_chunks: list[torch.nn.Module]) -> Iterator[tuple[int, MoELayer]]:
-    """(layer number counted from 0 over the whole model, layer) of every MoE layer on this rank."""
+    """(layer number counted from 0 over the whole model, layer) of every MoE layer on this rank.
+
+    Layers of prediction blocks (MTP) follow those of the decoder; Megatron numbers them from 1 again.
+    """
     for chunk in model_chunks:
         for module in chunk.modules():
             if isinstance(module, MoELayer):
-                yield module.layer_number - 1, module
+                yield module.layer_number - 1 + module.is_mtp_layer * module.config.num_layers, module
+
+
+def passes_per_micro_batch(layer: MoELayer) -> int:
+    """How often a micro-batch goes through a layer: several times if it is the layer of all prediction depths."""
+    config = layer.config
+    return int(config.mtp_num_layers) if layer.is_mtp_layer and config.mtp_use_repeated_layer else 1
 
 
 def all_layer_numbers(numbers: list[int]) -> list[int]:

@@ -159,11 +159,9 @@ def note_layers(chunk: torch.nn.Module, record: ProgressRecord) -> None:
     """Note in which layer the rank is, in both passes.
 
     The backward pass is seen by hooks on the gradients of layers' outputs, which change nothing in the graph. Layers of
-    multi-token prediction count as outside the layers: their numbers are those of others.
+    multi-token prediction are numbered after those of the decoder.
     """
-    layers = [
-        module for name, module in chunk.named_modules() if isinstance(module, TransformerLayer) and "mtp" not in name
-    ]
+    layers = [module for module in chunk.modules() if isinstance(module, TransformerLayer)]
     words = record.words
 
     def hooks_of(layer: int, *, is_first: bool) -> tuple[Any, Any]:
@@ -189,7 +187,8 @@ def note_layers(chunk: torch.nn.Module, record: ProgressRecord) -> None:
         return forward, leave_forward
 
     for index, layer in enumerate(layers):
-        enter, leave = hooks_of(int(layer.layer_number), is_first=index == 0)
+        number = int(layer.layer_number) + layer.is_mtp_layer * layer.config.num_layers
+        enter, leave = hooks_of(number, is_first=index == 0)
         layer.register_forward_pre_hook(enter, with_kwargs=True)
         layer.register_forward_hook(leave)
 
