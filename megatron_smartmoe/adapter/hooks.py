@@ -18,6 +18,7 @@ import importlib
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, ExitStack
+from dataclasses import replace
 from enum import IntEnum
 from pathlib import Path
 from types import ModuleType
@@ -329,6 +330,7 @@ def prepare_megatron(*, cpu: bool) -> None:
     complete_tokenizers()
     _repair_optimizer_checkpoints(training)
     _skip_compiled_helpers()
+    _train_slots_with_muon()
     _collect_write_results(cpu=cpu)
     if cpu:  # Megatron has this switch (`initialize_megatron`), and `pretrain` does not pass it on
         rebind(training, "initialize_megatron", lambda call: functools.partial(call, allow_no_cuda=True))
@@ -392,6 +394,28 @@ def use_torch_adam() -> None:
     if optimizer.USING_PYTORCH_OPTIMIZER:
         replace_names(optimizer, {"Adam": TorchAdam, "USING_PYTORCH_OPTIMIZER": False})
         replace_names(distrib_optimizer, {"Adam": TorchAdam, "HAVE_APEX_OR_TE": True, "USING_APEX_OPTIMIZER": True})
+
+
+def _train_slots_with_muon() -> None:
+    """Let Muon and its like take experts in slots for matrices; does nothing without emerging-optimizers."""
+    import megatron.core.optimizer as optimizer
+    from megatron.core.optimizer import emerging_optimizers, layer_wise_optimizer
+
+    from megatron_smartmoe.adapter.local import muon
+
+    if not emerging_optimizers.HAVE_EMERGING_OPTIMIZERS:
+        return
+    key = "slots"
+    rebind(emerging_optimizers.TensorParallelMuon, "orthogonalize", muon.orthogonalize_slots, key=key)
+    for module in (optimizer, layer_wise_optimizer):
+        rebind(module, "is_managed_by_layer_wise_optimizer", muon.with_matrices, key=key)
+    rebind(emerging_optimizers, "_is_nonlinear_or_embedding", muon.without_matrices, key=key)
+    is_for_adam = emerging_optimizers._is_nonlinear_or_embedding
+    for entry in emerging_optimizers._EMERGING_OPTIMIZERS.values():  # their rules hold the function itself
+        entry.default_param_overrides = {
+            replace(param, predicate=replace(param.predicate, fn=is_for_adam)): override
+            for param, override in entry.default_param_overrides.items()
+        }
 
 
 def complete_tokenizers() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import io
 import os
 import traceback
@@ -117,6 +118,8 @@ def _check_supported(args: argparse.Namespace, *, cpu: bool) -> None:
         )
     if args.transformer_impl == "local":
         _check_local_implementation(args)
+    if args.optimizer not in ("adam", "sgd"):
+        _check_emerging_optimizer(args)
     if cpu and args.distributed_backend != "gloo":
         rule = "must be gloo on CPU ranks"
         raise ConfigError("--distributed-backend", args.distributed_backend, rule, "Remove it, or pass gloo.")
@@ -131,6 +134,17 @@ def _check_local_implementation(args: argparse.Namespace) -> None:
         raise ConfigError("--moe-grouped-gemm", True, rule, "Remove it, or install TransformerEngine.")
     if args.fp8:
         raise ConfigError("--fp8-format", args.fp8, "needs TransformerEngine", "Pass --bf16 instead, or install it.")
+
+
+def _check_emerging_optimizer(args: argparse.Namespace) -> None:
+    """Muon and its like come from a package of their own, and share their state among ranks in their own way."""
+    if importlib.util.find_spec("emerging_optimizers") is None:
+        way_out = "Install it (pip install emerging-optimizers), or pass adam."
+        raise ConfigError("--optimizer", args.optimizer, "needs the package emerging-optimizers", way_out)
+    layer_wise = args.use_distributed_optimizer or args.optimizer.startswith("dist_")
+    if layer_wise and not args.bf16:
+        rule = "needs --bf16 with --use-distributed-optimizer: Megatron's layer-wise optimizer has no other precision"
+        raise ConfigError("--optimizer", args.optimizer, rule, "Add --bf16, or remove --use-distributed-optimizer.")
 
 
 def _is_interleaved(args: argparse.Namespace) -> bool:

@@ -19,6 +19,7 @@ from megatron_smartmoe.adapter.flags.smartmoe_arguments import (
     WATCHDOG_FLOOR,
     replicas_mode,
 )
+from megatron_smartmoe.adapter.local.muon import OPTIMIZERS as EMERGING_OPTIMIZERS
 from megatron_smartmoe.errors import ConfigError
 from megatron_smartmoe.planner.flags import OVERLAP_DEGREE, SPARE_SLOTS
 from megatron_smartmoe.planner.pool import PoolSetting
@@ -33,7 +34,6 @@ _REMOVE_ONE = "Remove one of the two."
 _NOT_WITH_SMARTMOE = {
     "--use-megatron-fsdp": "it shards parameters in a layout of its own",
     "--use-torch-fsdp2": "it shards parameters in a layout of its own",
-    "--optimizer-cpu-offload": "the experts' optimizer state must be on the device",
     "--moe-use-upcycling": "it reads the dense checkpoint into Megatron's own experts",
 }
 # with --smartmoe-experts grouped_mm,
@@ -52,13 +52,13 @@ _NOT_WITH_GROUPED_MM = {
 }
 # with --smartmoe-homes other than off,
 _NOT_WITH_HOMES = {
+    "--optimizer-cpu-offload": "the experts' optimizer state must be on the device",
     "--use-precision-aware-optimizer": "TransformerEngine packs its state",
     "--fp8-param-gather": "fp8 parameters have scales that would have to move along",
 }
 # with --smartmoe-spare-slots.
 _NOT_WITH_REPLICAS = {
     "--moe-pad-expert-input-to-capacity": "all experts get the same number of rows, so there is nothing to balance",
-    "--overlap-moe-expert-parallel-comm": "it runs two micro-batches of a layer at a time",
     "--moe-permute-fusion": "TransformerEngine's kernels need the counts on the device",
 }
 
@@ -86,11 +86,18 @@ def check_smartmoe(args: argparse.Namespace, *, cpu: bool) -> None:
     if args.transformer_impl == "inference_optimized":
         rule = "is not supported with --smartmoe: it is for inference only"
         raise ConfigError("--transformer-impl", args.transformer_impl, rule, "Pass local or transformer_engine.")
-    if (getattr(args, "cuda_graph_impl", None) or "none") != "none":
-        rule = "is not supported with --smartmoe: CUDA graphs are not supported by its dispatcher yet"
-        raise ConfigError("--cuda-graph-impl", args.cuda_graph_impl, rule, "Remove it, or pass none.")
+    if (getattr(args, "cuda_graph_impl", None) or "none") != "none" and not _graphs_attention_only(args):
+        rule = "is not supported with --smartmoe: its dispatcher runs in no CUDA graph yet"
+        way_out = "Add --cuda-graph-modules attn, or remove it."
+        raise ConfigError("--cuda-graph-impl", args.cuda_graph_impl, rule, way_out)
     _check_experts(args, cpu=cpu)
     _check_homes(args)
+
+
+def _graphs_attention_only(args: argparse.Namespace) -> bool:
+    """Whether CUDA graphs hold attention and nothing else; no modules are whole layers."""
+    modules = {str(getattr(module, "name", module)) for module in getattr(args, "cuda_graph_modules", None) or ()}
+    return modules == {"attn"} and not getattr(args, "cuda_graph_scope_deprecated", None)
 
 
 def _needs_experts(args: argparse.Namespace, flag: str, value: object) -> None:
@@ -175,6 +182,10 @@ def _check_experts(args: argparse.Namespace, *, cpu: bool) -> None:
             rule = f"is not supported with --smartmoe-experts grouped_mm: {reason}"
             raise ConfigError(flag, value, rule, _REMOVE_ONE)
     _check_experts_memory(args)
+    if args.optimizer not in ("adam", "sgd", *EMERGING_OPTIMIZERS):
+        rule = "is not supported with --smartmoe-experts grouped_mm: it would leave the experts to Adam, because a "
+        rule += "parameter holds several of them"
+        raise ConfigError("--optimizer", args.optimizer, rule, "Pass adam, sgd, muon or lion.")
     if args.add_bias_linear:
         rule = "is required: --smartmoe-experts grouped_mm has no biases"
         raise ConfigError("--disable-bias-linear", False, rule, "Add --disable-bias-linear.")
@@ -256,9 +267,16 @@ def _check_homes(args: argparse.Namespace) -> None:
         if getattr(args, attribute(flag), False):
             rule = f"is not supported with --smartmoe-homes {args.smartmoe_homes}: {reason}"
             raise ConfigError(flag, getattr(args, attribute(flag)), rule, "Remove it, or pass --smartmoe-homes off.")
-    if args.optimizer not in ("adam", "sgd"):
-        rule = f"is not supported with --smartmoe-homes {args.smartmoe_homes}: its state cannot be moved"
-        raise ConfigError("--optimizer", args.optimizer, rule, "Pass adam or sgd, or --smartmoe-homes off.")
+    if args.fp8 and args.fp8_recipe == "delayed":
+        rule = f"is not supported with --smartmoe-homes {args.smartmoe_homes}: its scales come from the history of a "
+        rule += "slot, and experts change slots"
+        way_out = "Pass tensorwise, blockwise or mxfp8, or --smartmoe-homes off."
+        raise ConfigError("--fp8-recipe", args.fp8_recipe, rule, way_out)
+    if (args.use_distributed_optimizer and args.optimizer not in ("adam", "sgd")) or args.optimizer == "dist_muon":
+        rule = f"is not supported with --smartmoe-homes {args.smartmoe_homes} and --use-distributed-optimizer: whole "
+        rule += "parameters belong to single ranks"
+        way_out = "Remove --use-distributed-optimizer, pass adam, or --smartmoe-homes off."
+        raise ConfigError("--optimizer", args.optimizer, rule, way_out)
 
 
 def _check_replicas(args: argparse.Namespace) -> None:

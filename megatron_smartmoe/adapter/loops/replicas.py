@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -175,7 +174,6 @@ class ReplicaLoop(Callback):
         )
         if layer.shared_experts is not None and layer.shared_expert_overlap:
             layer.token_dispatcher.set_shared_experts(layer.shared_experts)
-        layer.register_forward_pre_hook(_set_training_flag)
 
     def _exact_planner(self) -> PlanReplicas:
         """Plans replicas from the counts of one micro-batch, experts named by their homes."""
@@ -282,10 +280,6 @@ def by_home(slots_RS: IntArray, home_slots: int) -> IntArray:
     """
     home_E = np.argsort(slots_RS[:, :home_slots].ravel())
     return np.where(slots_RS == EMPTY, EMPTY, home_E[slots_RS])
-
-
-def _set_training_flag(layer: SmartMoELayer, inputs: Any) -> None:
-    layer.token_dispatcher.training = layer.training
 
 
 def _own_group(ep_group: dist.ProcessGroup) -> dist.ProcessGroup:

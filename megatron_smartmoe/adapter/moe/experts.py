@@ -26,6 +26,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
 
+from megatron_smartmoe.adapter.local.muon import mark_matrices
 from megatron_smartmoe.adapter.moe.slot_sharding import SlotSharding
 from megatron_smartmoe.runtime.replicas.slots import SpareSlots
 
@@ -88,6 +89,7 @@ class SlottedExperts(MegatronModule):
         own_group = config.expert_model_parallel_size > 1 or tp_differs
         # Megatron reduces gradients of parameters without `allreduce` over the expert-data-parallel group
         parameter.allreduce = not own_group  # type: ignore[attr-defined]
+        mark_matrices(parameter)
         return parameter
 
     def _initialize(self, hidden: int, ffn: int) -> None:
