@@ -49,6 +49,7 @@ class Order(IntEnum):
     POOL = 50  # after the two loops whose settings it changes
     TRACE = 60
     LAST = 100
+    DIGESTS = 110  # the innermost context of a save: everything is where it is saved from
 
 
 class Callback:

@@ -29,9 +29,10 @@ from megatron_smartmoe.adapter.flags.parser import (
 from megatron_smartmoe.adapter.flags.smartmoe_arguments import add_smartmoe_arguments
 from megatron_smartmoe.adapter.launch import run_dir
 from megatron_smartmoe.adapter.launch.run_lock import LOCKED_VARIABLE, RunLock
-from megatron_smartmoe.adapter.launch.secrets import MASK, secrets_among
+from megatron_smartmoe.adapter.launch.secrets import secrets_among
 from megatron_smartmoe.adapter.run_files import write_text
 from megatron_smartmoe.errors import EXIT_CONFIG_ERROR, CompatError, ConfigError, SmartMoEError
+from megatron_smartmoe.spec.secrets import MASK
 
 if TYPE_CHECKING:
     from megatron_smartmoe.adapter.hooks import Callback
@@ -190,7 +191,7 @@ def train(argv: Sequence[str], *, cpu: bool, callbacks: Iterable[Callback] = ())
     from megatron_smartmoe.adapter import hooks
     from megatron_smartmoe.adapter.batch import embedding_ranks, forward_step
     from megatron_smartmoe.adapter.checkpoint.loading import CheckpointLoads
-    from megatron_smartmoe.adapter.checkpoint.saving import CheckpointSaves
+    from megatron_smartmoe.adapter.checkpoint.saving import CheckpointSaves, SavedDigests
     from megatron_smartmoe.adapter.datasets import train_valid_test_datasets_provider
     from megatron_smartmoe.adapter.moe.overlap_degree import OverlapDegree
     from megatron_smartmoe.adapter.records import flight_recorder
@@ -201,7 +202,7 @@ def train(argv: Sequence[str], *, cpu: bool, callbacks: Iterable[Callback] = ())
         flight_recorder.write_to(args.smartmoe_run_dir)
     overlap_degree = OverlapDegree(args)
     saves = CheckpointSaves()
-    hooks.attach([saves, *callbacks_for(args, overlap_degree), *callbacks])
+    hooks.attach([saves, SavedDigests(saves), *callbacks_for(args, overlap_degree), *callbacks])
     hooks.attach_checkpoints(saves, CheckpointLoads())
     pretrain(
         pretrain_cfg_container_from_args(args, model_config_of(args, overlap_degree)),

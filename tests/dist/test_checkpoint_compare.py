@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,7 +13,8 @@ from megatron_smartmoe.checkpoint.digest import MAIN_WEIGHT
 from megatron_smartmoe.checkpoint.manifest import read_manifest
 from megatron_smartmoe.checkpoint.reader import read_contents
 from megatron_smartmoe.checkpoint.verify import verify
-from tests.support.training import train
+from tests.support.ranks import run_ranks
+from tests.support.training import TINY_MODEL, TINY_TRAINING, train
 
 pytestmark = pytest.mark.dist
 
@@ -47,3 +50,47 @@ def test_both_formats_hold_the_same_numbers(mix: str, tmp_path: Path, data_flags
     assert compared.is_equal
     assert compared.num_equal == len(one.parameters)
     assert {key.kind for key in other.parameters} >= {"weight", "exp_avg", "exp_avg_sq"}
+
+
+def test_digests_are_of_experts_that_stay_where_they_are(tmp_path: Path, data_flags: list[str]) -> None:
+    """A format that saves slots has experts move home and back: not while a thread reads them, however slow it is."""
+    save = ["--save", str(tmp_path / "saved"), "--save-interval", "2", "--ckpt-format", "torch"]
+    argv = [*TINY_MODEL, *TINY_TRAINING, *data_flags, *MIXES["EP2, experts that moved"].split(), *save]
+    argv += ["--train-iters", "2", "--smartmoe-run-dir", str(tmp_path / "run")]
+    order = run_ranks(_order_of_a_save, 2, argv, log_dir=tmp_path / "ranks")
+    assert order == [["home", "digests", "digested", "back"]] * 2
+
+
+def _order_of_a_save(argv: list[str]) -> list[str]:
+    """What happens in a save whose digests take long."""
+    from megatron_smartmoe.adapter.checkpoint.digests import LocalDigests
+    from megatron_smartmoe.adapter.pretrain import main
+    from megatron_smartmoe.runtime.controller import AtHome
+
+    order: list[str] = []
+    compute, enter, leave = LocalDigests._compute, AtHome.__enter__, AtHome.__exit__
+
+    def slow(self: LocalDigests, parts: Any) -> list[int]:
+        order.append("digests")
+        time.sleep(0.5)
+        result = compute(self, parts)
+        order.append("digested")
+        return result
+
+    def there(self: AtHome) -> AtHome:
+        result = enter(self)
+        order.append("home")
+        return result
+
+    def back(self: AtHome, *args: Any) -> Any:
+        order.append("back")
+        return leave(self, *args)
+
+    for owner, name, function in (
+        (LocalDigests, "_compute", slow),
+        (AtHome, "__enter__", there),
+        (AtHome, "__exit__", back),
+    ):
+        setattr(owner, name, function)
+    main(argv)
+    return order

@@ -21,7 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from .config import free_ports, render_slurm_conf
+from tests.support.ports import free_ports
+
+from .config import render_slurm_conf
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "srun", "sbatch", "scontrol", "setpriv")
 START_DEADLINE_S = 60.0

@@ -1,7 +1,5 @@
 """The slurm.conf of a cluster whose nodes are all this host, and the ports that it may name."""
 
-import contextlib
-import os
 import socket
 from collections.abc import Mapping
 from pathlib import Path
@@ -49,17 +47,3 @@ def render_slurm_conf(
     ]
     lines += ["PartitionName=test Nodes=ALL Default=YES MaxTime=INFINITE State=UP OverSubscribe=FORCE:8"]
     return "\n".join(lines) + "\n"
-
-
-def free_ports(count: int) -> list[int]:
-    """Return ports that nobody has now, below the range from which the kernel serves outgoing connections."""
-    with contextlib.ExitStack() as held:
-        ports: list[int] = []
-        candidates = iter(range(18000 + os.getpid() % 8000, 32768))
-        while len(ports) < count:
-            holder = held.enter_context(socket.socket())
-            port = next(candidates)
-            with contextlib.suppress(OSError):
-                holder.bind(("", port))
-                ports.append(port)
-        return ports

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from megatron_smartmoe.spec.cluster import load_cluster_spec
+from tests.support.ports import free_ports
 
 from .cluster import SlurmCluster
-from .config import free_ports
 
 pytestmark = [pytest.mark.slurm, pytest.mark.dist]
 

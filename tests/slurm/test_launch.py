@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.ports import free_ports
 from tests.support.training import TINY_MODEL, TINY_TRAINING, losses, metrics, train
 
 from .cluster import Job, SlurmCluster
-from .config import free_ports
 
 pytestmark = [pytest.mark.slurm, pytest.mark.dist]
 

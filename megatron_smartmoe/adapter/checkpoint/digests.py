@@ -2,8 +2,8 @@
 
 On a GPU the digests are computed there, in a small part of the time that the copy to the host takes. On CPU ranks they
 are computed beside the save: by a thread where training waits for the save, and for a save in the background by a
-forked process, which sees the memory as it was when it was forked. Both use numpy alone: it lets other threads run, and
-torch's own threads do not survive a fork.
+forked process, which sees the memory as it was when it was forked. Both call one op that needs no thread of torch, none
+of which survives a fork, and that lets other threads run.
 """
 
 from __future__ import annotations
@@ -78,6 +78,11 @@ class LocalDigests:
         else:
             self._thread = Future()
             threading.Thread(target=self._fulfil, args=(self._thread, parts), daemon=True).start()
+
+    def wait(self) -> None:
+        """Return when a thread that computes them is done, whatever has come of it: tensors may change then."""
+        if self._thread is not None:
+            self._thread.exception()
 
     def sums(self) -> list[int]:
         """The sums of this rank, by entry and expert.

@@ -3,7 +3,7 @@
 A checkpoint is in force when the tracker names it. Around Megatron's own save:
 
 1. What has been saved already is not saved again; an interrupted save's folder is removed before it is written anew.
-2. Digests of what each rank holds are computed while Megatron writes (`digests`).
+2. Digests of what each rank holds are computed while Megatron writes (`digests`), and no longer: then experts may move.
 3. Each rank computes the checksums of the files that it has written: after a synchronous save, or, for an asynchronous
    one, in the process that writes them.
 4. Rank 0 writes the manifest, and only then does the tracker name the checkpoint.
@@ -14,6 +14,7 @@ the checkpoint before it stays in force, one line says so, and training continue
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -21,7 +22,8 @@ import shutil
 import threading
 from argparse import Namespace
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -37,10 +39,10 @@ from megatron_smartmoe.adapter.checkpoint.folders import save_directory
 from megatron_smartmoe.adapter.checkpoint.held import held_tensors
 from megatron_smartmoe.adapter.checkpoint.writer import PART, SHARDS, WithChecksums
 from megatron_smartmoe.adapter.hooks import Callback, Order
-from megatron_smartmoe.adapter.launch.secrets import MASK, secrets_among
+from megatron_smartmoe.adapter.launch.secrets import secrets_among
 from megatron_smartmoe.adapter.run import Run
 from megatron_smartmoe.checkpoint.checksum import checksum_of_file
-from megatron_smartmoe.checkpoint.directory import folder_of, iteration_of, read_tracker
+from megatron_smartmoe.checkpoint.directory import folder_of, iteration_of, read_tracker, write_tracker
 from megatron_smartmoe.checkpoint.inspection import readable_bytes
 from megatron_smartmoe.checkpoint.manifest import (
     FORMATS,
@@ -51,6 +53,7 @@ from megatron_smartmoe.checkpoint.manifest import (
 )
 from megatron_smartmoe.checkpoint.resume import newest_whole
 from megatron_smartmoe.errors import CheckpointError, SmartMoEError
+from megatron_smartmoe.spec.secrets import MASK
 
 _TORCH_WRITER = ("inline_container", "PytorchStreamWriter")  # its errors are about itself, and not about the disk
 _SOFTWARE = ("megatron-core", "torch", "numpy")  # whose versions a manifest names
@@ -241,6 +244,21 @@ class CheckpointSaves(Callback):
 
     # --- One save -------------------------------------------------------------------------------------------------
 
+    @contextlib.contextmanager
+    def digesting(self) -> Iterator[None]:
+        """Within Megatron's save, after all that other callbacks do before it and before what they do after it: the
+        digests are computed of tensors that stay where they are (formats that save slots have moved experts home)."""
+        save, run = self._current, self._run
+        if save is None or run is None:
+            yield
+            return
+        save.digests = self._start_digests(save, run)
+        try:
+            yield
+        finally:
+            if save.digests is not None and not save.is_async:
+                save.digests.wait()
+
     def _save(self, call: Callable[[], Any], iteration: int, directory: Path, run: Run) -> Any:
         """Save, or abandon the save on all ranks."""
         args = run.args
@@ -257,7 +275,6 @@ class CheckpointSaves(Callback):
         self._current = self._latest = save
         self._tracker.is_held = not save.is_async
         try:
-            save.digests = self._start_digests(save, run)
             result = call()
             if not save.is_async:
                 self._finish(save)
@@ -322,8 +339,7 @@ class CheckpointSaves(Callback):
             if save.arguments.ckpt_format in FORMATS:
                 write_manifest(save.folder, _manifest(save, entries, digests))
             if not save.is_async:  # otherwise Megatron writes the tracker next
-                tracker.prepare(save.directory, str(save.iteration))
-                tracker.commit(save.directory)
+                write_tracker(save.directory, save.iteration)
         except Exception as error:  # the other ranks wait for this one, whatever it is
             return _reason(error)
         return ""
@@ -346,6 +362,19 @@ class CheckpointSaves(Callback):
     def _say(self, iteration: int, text: str) -> None:
         if dist.get_rank() == 0:
             print(f" smartmoe: iteration {iteration:8d} | {text} |", flush=True)
+
+
+class SavedDigests(Callback):
+    """Has `saves` compute the digests of a checkpoint as the innermost part of a save."""
+
+    order: ClassVar[Order] = Order.DIGESTS
+
+    def __init__(self, saves: CheckpointSaves) -> None:
+        self._saves = saves
+
+    def around_save(self, iteration: int) -> AbstractContextManager[None]:
+        """While Megatron writes."""
+        return self._saves.digesting()
 
 
 def _lacking(save: _Save) -> str:
@@ -449,10 +478,10 @@ def _remove_old(save: _Save) -> None:
     what = "an earlier save of this iteration" if (save.folder / MANIFEST_FILE).is_file() else "a half-written save"
     if _tracked(save.directory) == save.iteration:
         before, _ = newest_whole(save.directory, without=(save.iteration,))
-        if before is None:
+        iteration = None if before is None else iteration_of(before.folder)
+        if iteration is None:
             return  # there is nothing to go back to: Megatron writes over it, file by file
-        tracker.prepare(save.directory, str(iteration_of(before.folder)))
-        tracker.commit(save.directory)
+        write_tracker(save.directory, iteration)
     shutil.rmtree(save.folder)
     print(f" smartmoe: iteration {save.iteration:8d} | checkpoint: {what} is replaced: {save.folder} |", flush=True)
 
