@@ -24,6 +24,7 @@ COPIES = "tests/dist/test_replicas.py::test_copies_change_no_loss"
 PIECES = "tests/dist/test_overlap.py::test_losses_are_those_without_overlap"
 SWITCHES = "tests/dist/test_pool.py::test_switching_changes_no_loss"
 BLOCKS = "tests/dist/test_prediction_blocks.py"
+BATCHES = "tests/dist/test_batch_overlap.py"
 OPTIMIZERS = "tests/dist/test_optimizers.py"
 
 NO_TEST = "no test trains this pair"
@@ -125,10 +126,14 @@ SECTIONS: dict[str, list[Row]] = {
         Row(flags="--use-torch-fsdp2", otherwise=GPU),
         Row(
             flags="--overlap-moe-expert-parallel-comm",
-            tests={part: f"tests/dist/test_batch_overlap.py::{test}" for part, test in _TWO_BATCHES.items()},
+            tests={part: f"{BATCHES}::{test}" for part, test in _TWO_BATCHES.items()},
             needs="--bf16",
         ),
-        Row(flags="--delay-wgrad-compute", needs=f"--bf16 {_TE} --overlap-moe-expert-parallel-comm"),
+        Row(
+            flags="--delay-wgrad-compute",
+            tests={part: f"{BATCHES}::test_delayed_weight_gradients[{part}]" for part in (HOMES, REPLICAS)},
+            needs=f"--bf16 {_TE} --overlap-moe-expert-parallel-comm",
+        ),
         Row(flags="--overlap-dispatch-backward-with-experts-wgrad", needs=_TE),
         Row(flags="--ep-overlap-early-attn-memory-release", needs="--bf16 --overlap-moe-expert-parallel-comm"),
     ],

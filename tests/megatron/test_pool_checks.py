@@ -107,8 +107,8 @@ CASES = {
     "pieces that do not go with the rest": Case(
         flags=f"{FILE}/good.json --smartmoe-spare-slots 1 --overlap-moe-expert-parallel-comm --smartmoe-replicas off",
         ranks=4,
-        says="--overlap-moe-expert-parallel-comm = True: is not supported with --smartmoe-spare-slots: it runs two "
-        "micro-batches of a layer at a time. Remove one of the two.",
+        says="--overlap-moe-expert-parallel-comm = True: is not supported with --smartmoe-overlap-degree: it overlaps "
+        "the same all-to-alls with another micro-batch. Remove one of the two.",
     ),
 }
 

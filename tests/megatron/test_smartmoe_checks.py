@@ -109,10 +109,10 @@ CASES = {
         "fp16 and fp32. Remove it, or pass --smartmoe-experts transformer_engine.",
     ),
     "delayed weight gradients": Case(
-        flags=f"--smartmoe {TE} --delay-wgrad-compute",
+        flags=f"--smartmoe {TE} --overlap-dispatch-backward-with-experts-wgrad",
         te=True,
-        says="--delay-wgrad-compute = True: is not supported with --smartmoe-experts grouped_mm: weight gradients "
-        f"cannot be delayed. {ONE_OUT}",
+        says="--overlap-dispatch-backward-with-experts-wgrad = True: is not supported with --smartmoe-experts "
+        f"grouped_mm: weight gradients are computed in the backward pass. {ONE_OUT}",
     ),
     "rows that are not aligned": Case(
         flags="--smartmoe --hidden-size 60 --distributed-backend nccl",

@@ -38,8 +38,7 @@ _NOT_WITH_SMARTMOE = {
 }
 # with --smartmoe-experts grouped_mm,
 _NOT_WITH_GROUPED_MM = {
-    "--delay-wgrad-compute": "weight gradients cannot be delayed",
-    "--overlap-dispatch-backward-with-experts-wgrad": "weight gradients cannot be delayed",
+    "--overlap-dispatch-backward-with-experts-wgrad": "weight gradients are computed in the backward pass",
     "--moe-router-padding-for-quantization": "experts are not padded",
     "--moe-use-device-initiated-grouped-gemm": "it is an option of TransformerEngine's experts",
     "--moe-single-grouped-weight": "it is an option of TransformerEngine's experts",

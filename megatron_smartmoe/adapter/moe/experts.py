@@ -9,6 +9,7 @@ each other.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
 
 from megatron_smartmoe.adapter.local.muon import mark_matrices
+from megatron_smartmoe.adapter.moe.delayed_gradients import DelayedGradients
 from megatron_smartmoe.adapter.moe.slot_sharding import SlotSharding
 from megatron_smartmoe.runtime.replicas.slots import SpareSlots
 
@@ -70,6 +72,7 @@ class SlottedExperts(MegatronModule):
         first = self.ep_group.rank() * num_local_experts
         self.experts_in_slots = list(range(first, first + num_local_experts))
         self._gated = bool(config.gated_linear_unit)
+        self._delayed = DelayedGradients() if config.delay_wgrad_compute else None
         hidden, ffn = config.moe_latent_size or config.hidden_size, config.moe_ffn_hidden_size
         local_ffn = ffn // self.tp_group.size()
         self.weight1 = self._parameter(local_ffn * (2 if self._gated else 1), hidden, partition_dim=1)
@@ -89,6 +92,7 @@ class SlottedExperts(MegatronModule):
         own_group = config.expert_model_parallel_size > 1 or tp_differs
         # Megatron reduces gradients of parameters without `allreduce` over the expert-data-parallel group
         parameter.allreduce = not own_group  # type: ignore[attr-defined]
+        parameter.skip_backward_post_hook = self._delayed is not None  # type: ignore[attr-defined]
         mark_matrices(parameter)
         return parameter
 
@@ -159,8 +163,10 @@ class SlottedExperts(MegatronModule):
     ) -> torch.Tensor:
         """One set of slots and its rows, `[N, H]`."""
         ends_S = tokens_S.to(tokens_NH.device, non_blocking=True).cumsum(0).to(torch.int32)
-        inner_NF = grouped_linear(tokens_NH, weight1, ends_S)
-        return grouped_linear(self._activate(inner_NF, probs_N.unsqueeze(-1)), weight2, ends_S)
+        is_home = weight1 is self.weight1
+        linear = self._delayed.linear if self._delayed is not None and is_home else grouped_linear
+        inner_NF = linear(tokens_NH, weight1, ends_S)
+        return linear(self._activate(inner_NF, probs_N.unsqueeze(-1)), weight2, ends_S)
 
     def _activate(self, inner_NF: torch.Tensor, probs_N1: torch.Tensor) -> torch.Tensor:
         """The activation times the router's probability, through Megatron's fused functions where it would use them."""
@@ -189,7 +195,14 @@ class SlottedExperts(MegatronModule):
         return (activated * probs_N1).to(activated.dtype)
 
     def backward_dw(self) -> None:
-        """Do nothing: weight gradients are never delayed (`--delay-wgrad-compute` is refused at start-up)."""
+        """Compute the weight gradients that the backward pass has left; Megatron calls it without any, too."""
+        if self._delayed is not None:
+            self._delayed.compute()
+
+    def register_wgrad_accumulation_and_reduce_hooks(self, hook: Callable[[], object]) -> None:
+        """Have `hook` called after `backward_dw`; Megatron's wrapper calls this for delayed weight gradients."""
+        assert self._delayed is not None
+        self._delayed.call_after(hook)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
