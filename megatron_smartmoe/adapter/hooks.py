@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import importlib.util
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, ExitStack
@@ -400,9 +401,12 @@ def use_torch_adam() -> None:
 def _train_slots_with_muon() -> None:
     """Let Muon and its like take experts in slots for matrices; does nothing without emerging-optimizers."""
     import megatron.core.optimizer as optimizer
-    from megatron.core.optimizer import emerging_optimizers, layer_wise_optimizer
 
     from megatron_smartmoe.adapter.local import muon
+
+    if importlib.util.find_spec(muon.MEGATRONS_REGISTRY) is None:
+        return  # an older release, with which --optimizer muon is refused
+    from megatron.core.optimizer import emerging_optimizers, layer_wise_optimizer
 
     if not emerging_optimizers.HAVE_EMERGING_OPTIMIZERS:
         return

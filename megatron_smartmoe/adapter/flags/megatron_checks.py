@@ -21,6 +21,7 @@ from megatron_smartmoe.adapter.flags.ignored_options import check_ignored
 from megatron_smartmoe.adapter.flags.parser import attribute, has_transformer_engine
 from megatron_smartmoe.adapter.flags.smartmoe_checks import check_smartmoe
 from megatron_smartmoe.adapter.flags.start_checks import check_start
+from megatron_smartmoe.adapter.local.muon import MEGATRONS_REGISTRY
 from megatron_smartmoe.adapter.repairs.bucket_padding import check_bucket_padding
 from megatron_smartmoe.errors import ConfigError
 
@@ -141,6 +142,9 @@ def _check_emerging_optimizer(args: argparse.Namespace) -> None:
     if importlib.util.find_spec("emerging_optimizers") is None:
         way_out = "Install it (pip install emerging-optimizers), or pass adam."
         raise ConfigError("--optimizer", args.optimizer, "needs the package emerging-optimizers", way_out)
+    if args.smartmoe and importlib.util.find_spec(MEGATRONS_REGISTRY) is None:
+        rule = "needs megatron-core 0.19 with --smartmoe, or experts in slots would be left to Adam"
+        raise ConfigError("--optimizer", args.optimizer, rule, "Install it, or pass adam.")
     layer_wise = args.use_distributed_optimizer or args.optimizer.startswith("dist_")
     if layer_wise and not args.bf16:
         rule = "needs --bf16 with --use-distributed-optimizer: Megatron's layer-wise optimizer has no other precision"

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+MEGATRONS_REGISTRY = "megatron.core.optimizer.emerging_optimizers"  # since 0.19
 OPTIMIZERS = ("muon", "dist_muon", "lion")  # of emerging-optimizers, that train experts in slots as stock Megatron does
 
 
