@@ -59,6 +59,12 @@ CASES = {
         says="--optimizer = 'soap': is not supported with --smartmoe-experts grouped_mm: it would leave the experts to "
         "Adam, because a parameter holds several of them. Pass adam, sgd, muon or lion.",
     ),
+    "whole parameters on single ranks": Case(
+        flags="--smartmoe --optimizer muon --use-distributed-optimizer --bf16 --expert-model-parallel-size 2",
+        ranks=2,
+        says="--optimizer = 'muon': is not supported with --smartmoe-homes on and --use-distributed-optimizer: whole "
+        "parameters belong to single ranks. Remove --use-distributed-optimizer, pass adam, or --smartmoe-homes off.",
+    ),
     "a layer-wise optimizer in fp32": Case(
         flags="--optimizer muon --use-distributed-optimizer",
         says="--optimizer = 'muon': needs --bf16 with --use-distributed-optimizer: Megatron's layer-wise optimizer has "

@@ -271,6 +271,11 @@ def _check_homes(args: argparse.Namespace) -> None:
         rule += "slot, and experts change slots"
         way_out = "Pass tensorwise, blockwise or mxfp8, or --smartmoe-homes off."
         raise ConfigError("--fp8-recipe", args.fp8_recipe, rule, way_out)
+    if (args.use_distributed_optimizer and args.optimizer not in ("adam", "sgd")) or args.optimizer == "dist_muon":
+        rule = f"is not supported with --smartmoe-homes {args.smartmoe_homes} and --use-distributed-optimizer: whole "
+        rule += "parameters belong to single ranks"
+        way_out = "Remove --use-distributed-optimizer, pass adam, or --smartmoe-homes off."
+        raise ConfigError("--optimizer", args.optimizer, rule, way_out)
 
 
 def _check_replicas(args: argparse.Namespace) -> None:

@@ -1,11 +1,10 @@
 """Where Megatron's optimizers keep the state of a parameter: main weight, moments, and which rank holds which part.
 
-Four optimizers, and chains of them, are supported. `FP32Optimizer`: state keyed by the parameter, which is its own
+Three optimizers, and chains of them, are supported. `FP32Optimizer`: state keyed by the parameter, which is its own
 main weight. `Float16OptimizerWithFloat16Params`: an fp32 main weight per bf16/fp16 parameter, state keyed by it.
 `DistributedOptimizer`: flat shards over the expert-data-parallel group, cut bucket by bucket without regard for
 parameters; the shards of all ranks follow from the buffer's layout, which is equal on all expert-parallel ranks, so
-no communication is needed. `LayerWiseDistributedOptimizer`: whole parameters, each on one rank of that group.
-Any other optimizer or form of state is refused by its flag's name.
+no communication is needed. Any other optimizer or form of state is refused by its flag's name.
 
 The tensors are looked up again for each migration, since loading a checkpoint replaces them. `step` is one number for
 all parameters and does not move. Neither does the loss scale of fp16: moments and main weights are of unscaled
@@ -73,18 +72,16 @@ def check_optimizer(optimizer: MegatronOptimizer, model_chunks: Iterable[torch.n
 
 def _check_one(optimizer: Any) -> None:
     config = optimizer.config
+    layer_wise = getattr(config, "use_layer_wise_distributed_optimizer", False)
+    if layer_wise or isinstance(optimizer, LayerWiseDistributedOptimizer):
+        rule = "the layer-wise optimizer gives whole parameters to single ranks"
+        raise _refusal("--optimizer", config.optimizer, rule)
     if isinstance(getattr(optimizer, "optimizer", None), HybridDeviceOptimizer) or config.optimizer_cpu_offload:
         raise _refusal("--optimizer-cpu-offload", True, "the state of experts is kept on the CPU, in another order")
     if config.use_precision_aware_optimizer:
         rule = "its main weights and moments are kept scaled and in parts inside the fused optimizer"
         raise _refusal("--use-precision-aware-optimizer", True, rule)
-    supported = (
-        FP32Optimizer,
-        Float16OptimizerWithFloat16Params,
-        DistributedOptimizer,
-        LayerWiseDistributedOptimizer,
-    )
-    if not isinstance(optimizer, supported):
+    if not isinstance(optimizer, FP32Optimizer | Float16OptimizerWithFloat16Params | DistributedOptimizer):
         rule = f"{type(optimizer).__name__} is not an optimizer whose state can be moved"
         raise _refusal("--optimizer", config.optimizer, rule)
 
@@ -104,14 +101,8 @@ def parameter_states(
     # Step 1: the optimizer of each tensor, and its gradient buffer in a distributed optimizer. Keyed by identity:
     # comparing tensors compares their elements.
     owners: dict[int, Any] = {}
-    on_rank: dict[int, tuple[Any, int]] = {}  # layer-wise optimizer and the rank that has the whole parameter
     for one in _chained(optimizer):
-        if isinstance(one, LayerWiseDistributedOptimizer):
-            of_ranks = enumerate(one.expt_dp_params_list or ())  # nothing where the group has one rank
-            on_rank |= {id(p): (one, rank) for rank, of_rank in of_ranks for p in of_rank}
-            parts = one.chained_optimizers
-            owners |= {id(p): (part, None) for part in parts for g in part.optimizer.param_groups for p in g["params"]}
-        elif isinstance(one, DistributedOptimizer):
+        if isinstance(one, DistributedOptimizer):
             owners |= {id(p): (one, buffer) for buffer in one.buffers for p in buffer.param_index_map}
         else:
             owners |= {id(p): (one, None) for group in one.optimizer.param_groups for p in group["params"]}
@@ -120,11 +111,6 @@ def parameter_states(
     for parameter in parameters:
         main = getattr(parameter, "main_param", None)
         main = parameter if main is None or id(parameter) in owners else main
-        if id(parameter) in on_rank:
-            layer_wise, rank = on_rank[id(parameter)]
-            part = owners[id(main)][0] if id(main) in owners else None
-            states[parameter] = _on_one_rank(layer_wise.expt_dp, rank, part, parameter, main)
-            continue
         if id(main) not in owners:
             raise CompatError(f"no optimizer holds the expert parameter of shape {tuple(parameter.shape)}")
         one, buffer = owners[id(main)]
@@ -143,26 +129,6 @@ def _chained(optimizer: MegatronOptimizer) -> Iterator[Any]:
             yield from _chained(one)
     elif not getattr(optimizer, "is_stub_optimizer", False):
         yield optimizer
-
-
-def is_layer_wise(optimizer: MegatronOptimizer) -> bool:
-    """Whether whole parameters are on single ranks."""
-    return any(isinstance(one, LayerWiseDistributedOptimizer) for one in _chained(optimizer))
-
-
-def _on_one_rank(
-    group: torch.distributed.ProcessGroup, owner: int, part: Any, parameter: torch.nn.Parameter, main: torch.Tensor
-) -> ParameterState:
-    """The state of a parameter that one rank of the group has, whole."""
-    held = group.rank() == owner
-    if held != (part is not None):
-        raise CompatError(f"the layer-wise optimizer's state of a parameter is not on rank {owner} of its group alone")
-    return ParameterState(
-        shards=tuple((0, parameter.numel() if rank == owner else 0) for rank in range(group.size())),
-        group_ranks=tuple(torch.distributed.get_process_group_ranks(group)),
-        own_start=0,
-        tensors=_tensors(part, parameter, main) if held else {},
-    )
 
 
 def _sharded(optimizer: Any, buffer: Any, parameter: torch.nn.Parameter) -> ParameterState:
