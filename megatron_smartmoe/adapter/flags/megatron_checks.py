@@ -143,7 +143,7 @@ def _check_emerging_optimizer(args: argparse.Namespace) -> None:
         way_out = "Install it (pip install emerging-optimizers), or pass adam."
         raise ConfigError("--optimizer", args.optimizer, "needs the package emerging-optimizers", way_out)
     if args.smartmoe and importlib.util.find_spec(MEGATRONS_REGISTRY) is None:
-        rule = "needs megatron-core 0.19 with --smartmoe, or experts in slots would be left to Adam"
+        rule = "needs megatron-core 0.18 with --smartmoe, or experts in slots would be left to Adam"
         raise ConfigError("--optimizer", args.optimizer, rule, "Install it, or pass adam.")
     layer_wise = args.use_distributed_optimizer or args.optimizer.startswith("dist_")
     if layer_wise and not args.bf16:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-MEGATRONS_REGISTRY = "megatron.core.optimizer.emerging_optimizers"  # since 0.19
+MEGATRONS_REGISTRY = "megatron.core.optimizer.emerging_optimizers"  # since 0.18
 OPTIMIZERS = ("muon", "dist_muon", "lion")  # of emerging-optimizers, that train experts in slots as stock Megatron does
 
 

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from megatron_smartmoe.adapter.hooks import Callback, Order
+from megatron_smartmoe.adapter.moe.routers import is_prediction
 from megatron_smartmoe.adapter.records.operations import Operations
 from megatron_smartmoe.adapter.run import Run
 from megatron_smartmoe.runtime.progress import VARIABLE, Pass, Phase, ProgressRecord, ProgressTable, Word
@@ -187,7 +188,7 @@ def note_layers(chunk: torch.nn.Module, record: ProgressRecord) -> None:
         return forward, leave_forward
 
     for index, layer in enumerate(layers):
-        number = int(layer.layer_number) + layer.is_mtp_layer * layer.config.num_layers
+        number = int(layer.layer_number) + is_prediction(layer) * layer.config.num_layers
         enter, leave = hooks_of(number, is_first=index == 0)
         layer.register_forward_pre_hook(enter, with_kwargs=True)
         layer.register_forward_hook(leave)
