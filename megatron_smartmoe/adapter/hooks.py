@@ -15,9 +15,11 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import importlib.util
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, ExitStack
+from dataclasses import replace
 from enum import IntEnum
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -465,6 +467,7 @@ def prepare_megatron(*, cpu: bool) -> None:
     complete_tokenizers()
     _repair_optimizer_checkpoints(training)
     _skip_compiled_helpers()
+    _train_slots_with_muon()
     _collect_write_results(cpu=cpu)
     if cpu:
         _run_on_cpu(training)
@@ -550,6 +553,31 @@ def use_multi_tensor_clipping() -> None:
     if clip_grads.l2_norm_impl.__module__ == "megatron.core.utils":
         replace_names(clip_grads, {"l2_norm_impl": multi_tensor.l2_norm, "multi_tensor_scale_impl": multi_tensor.scale})
         replace_names(optimizer, {"multi_tensor_scale_impl": multi_tensor.scale})
+
+
+def _train_slots_with_muon() -> None:
+    """Let Muon and its like take experts in slots for matrices; does nothing without emerging-optimizers."""
+    import megatron.core.optimizer as optimizer
+
+    from megatron_smartmoe.adapter.local import muon
+
+    if importlib.util.find_spec(muon.MEGATRONS_REGISTRY) is None:
+        return  # an older release, with which --optimizer muon is refused
+    from megatron.core.optimizer import emerging_optimizers, layer_wise_optimizer
+
+    if not emerging_optimizers.HAVE_EMERGING_OPTIMIZERS:
+        return
+    key = "slots"
+    rebind(emerging_optimizers.TensorParallelMuon, "orthogonalize", muon.orthogonalize_slots, key=key)
+    for module in (optimizer, layer_wise_optimizer):
+        rebind(module, "is_managed_by_layer_wise_optimizer", muon.with_matrices, key=key)
+    rebind(emerging_optimizers, "_is_nonlinear_or_embedding", muon.without_matrices, key=key)
+    is_for_adam = emerging_optimizers._is_nonlinear_or_embedding
+    for entry in emerging_optimizers._EMERGING_OPTIMIZERS.values():  # their rules hold the function itself
+        entry.default_param_overrides = {
+            replace(param, predicate=replace(param.predicate, fn=is_for_adam)): override
+            for param, override in entry.default_param_overrides.items()
+        }
 
 
 def complete_tokenizers() -> None:

@@ -102,15 +102,15 @@ class _GroupedLinear(torch.autograd.Function):
     def forward(ctx: Any, rows_NK: Tensor, weight_SMK: Tensor, groups: Groups) -> Tensor:
         ctx.save_for_backward(rows_NK, weight_SMK)
         ctx.groups = groups
-        return _multiply(rows_NK, weight_SMK.transpose(1, 2), groups)
+        return multiply_groups(rows_NK, weight_SMK.transpose(1, 2), groups)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_NM: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         rows_NK, weight_SMK = ctx.saved_tensors
         grad_NM = grad_NM.contiguous()
-        grad_rows = _multiply(grad_NM, weight_SMK, ctx.groups) if ctx.needs_input_grad[0] else None
-        grad_weight = _weight_gradient(grad_NM, rows_NK, weight_SMK, ctx.groups) if ctx.needs_input_grad[1] else None
+        grad_rows = multiply_groups(grad_NM, weight_SMK, ctx.groups) if ctx.needs_input_grad[0] else None
+        grad_weight = weight_gradient(grad_NM, rows_NK, weight_SMK, ctx.groups) if ctx.needs_input_grad[1] else None
         return grad_rows, grad_weight, None
 
 
@@ -138,7 +138,7 @@ class _RecomputedLinear(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(weight_SMK, *inputs)
         ctx.activate, ctx.groups = activate, groups
-        return _multiply(activate(*inputs), weight_SMK.transpose(1, 2), groups)
+        return multiply_groups(activate(*inputs), weight_SMK.transpose(1, 2), groups)
 
     @staticmethod
     @once_differentiable
@@ -148,12 +148,12 @@ class _RecomputedLinear(torch.autograd.Function):
         with torch.enable_grad():
             copies = [each.detach().requires_grad_() for each in inputs]
             rows_NK = ctx.activate(*copies)
-        grad_rows = _multiply(grad_NM, weight_SMK, ctx.groups)
-        grad_weight = _weight_gradient(grad_NM, rows_NK.detach(), weight_SMK, ctx.groups)
+        grad_rows = multiply_groups(grad_NM, weight_SMK, ctx.groups)
+        grad_weight = weight_gradient(grad_NM, rows_NK.detach(), weight_SMK, ctx.groups)
         return None, grad_weight, None, *torch.autograd.grad(rows_NK, copies, grad_rows)
 
 
-def _multiply(rows_NK: Tensor, weight_SKM: Tensor, groups: Groups) -> Tensor:
+def multiply_groups(rows_NK: Tensor, weight_SKM: Tensor, groups: Groups) -> Tensor:
     """Rows of group s times `weight_SKM[s]`, `[N, M]`."""
     if groups.ends_S is not None:
         return F.grouped_mm(rows_NK, weight_SKM, offs=groups.ends_S)
@@ -163,7 +163,7 @@ def _multiply(rows_NK: Tensor, weight_SKM: Tensor, groups: Groups) -> Tensor:
     return out_NM
 
 
-def _weight_gradient(grad_NM: Tensor, rows_NK: Tensor, weight_SMK: Tensor, groups: Groups) -> Tensor:
+def weight_gradient(grad_NM: Tensor, rows_NK: Tensor, weight_SMK: Tensor, groups: Groups) -> Tensor:
     """For each group its gradient's rows, transposed, times its rows; zero where a group has none."""
     if groups.ends_S is not None:
         grad_SMK = F.grouped_mm(grad_NM.t(), rows_NK, offs=groups.ends_S)

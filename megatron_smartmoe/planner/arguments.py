@@ -24,6 +24,7 @@ _NOT_PLANNED = {
     "use_checkpoint_args": "the model's shape is still in the checkpoint",
     "hybrid_layer_pattern": "the planner supports transformer layers only",
     "moe_latent_size": "the planner has no model of it",
+    "mtp_use_repeated_layer": "the planner counts a layer for each prediction depth",
     "use_megatron_fsdp": "the planner has no model of it",
     "use_torch_fsdp2": "the planner has no model of it",
     "rampup_batch_size": "the planner prices one batch size",

@@ -118,7 +118,7 @@ def reuse_saved_plan(content: object, request: PlanRequest) -> PlanResult | str:
     options, ranks = request.constraints.options, request.ranks
     if spec.gpus != ranks:
         return f"it is for {spec.gpus} ranks, this job has {ranks}"
-    homes_interval = options.homes_interval if spec.ep > 1 and not request.model.mtp_layers else 0
+    homes_interval = options.homes_interval if spec.ep > 1 else 0
     spec = replace(
         spec, precision=options.precision, implementation=options.implementation, homes_interval=homes_interval
     )

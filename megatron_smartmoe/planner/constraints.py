@@ -148,4 +148,7 @@ def _layout(text: str, pp: int | None) -> dict[str, Any]:
     if not pp or len(sizes) % pp:
         rule = f"has {len(sizes)} chunks, and needs {PIPELINE_STAGES} that divides them"
         raise ConfigError(LAYOUT, text, rule, f"Pass it too, for example {len(sizes)}.")
+    if "m" in text.rpartition("|")[0]:
+        rule = "is not supported with --parallel auto: the planner has prediction blocks (m) in the last chunk only"
+        raise ConfigError(LAYOUT, text, rule, "Move them there, or remove --parallel auto.")
     return {"layers_of_chunk": sizes, "vpp": len(sizes) // pp}

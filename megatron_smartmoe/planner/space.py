@@ -106,7 +106,7 @@ def _points(model: ModelSpec, cluster: ClusterSpec, gpus: int, options: SpaceOpt
                                     cp=cp,
                                     micro_batch=micro_batch,
                                     global_batch=model.global_batch,
-                                    homes_interval=options.homes_interval if ep > 1 and not model.mtp_layers else 0,
+                                    homes_interval=options.homes_interval if ep > 1 else 0,
                                     precision=options.precision,
                                     implementation=options.implementation,
                                     distributed_optimizer=options.distributed_optimizer,
@@ -176,10 +176,10 @@ def _unsupported(model: ModelSpec, spec: ParallelSpec, options: SpaceOptions) ->
 def spare_slots(model: ModelSpec, spec: ParallelSpec, options: SpaceOptions) -> tuple[int, ...]:
     """The numbers of spare slots to try for a launch: no rank needs more replicas than other ranks have experts.
 
-    Experts with biases, those of prediction blocks and those that drop tokens have no replicas in training.
+    Experts with biases and those that drop tokens have no replicas in training.
     """
     others = model.moe.experts - model.moe.experts // spec.ep
-    if model.bias or model.mtp_layers or model.moe.capacity_factor:
+    if model.bias or model.moe.capacity_factor:
         others = 0
     return tuple(slots for slots in options.spare_slots if slots <= others)
 

@@ -225,8 +225,6 @@ def _batch(model: ModelSpec, spec: ParallelSpec) -> str | None:
 def _balancing(model: ModelSpec, spec: ParallelSpec) -> str | None:
     if spec.replicas != "off" and (spec.ep == 1 or not spec.spare_slots):
         return "replicas need EP > 1 and spare slots"
-    if spec.homes_interval and model.mtp_layers:
-        return "homes do not move in a model with prediction blocks"
     if spec.spare_slots and spec.replicas == "off":
         return "spare slots need replicas: history or exact"
     if spec.overlap_degree > 1 and spec.ep == 1:

@@ -23,7 +23,10 @@ MIXES = {
     "EP2, bf16": (2, f"{EP2} --bf16"),
     "EP2xEDP2, distributed optimizer, bf16": (4, f"{EP2} {DISTRIBUTED} --bf16"),
     "EP2xEDP2, overlapped": (4, f"{EP2} {OVERLAP}"),
-    "PP2xVPP2xEP2": (4, f"{PP2} --num-layers-per-virtual-pipeline-stage 1 {EP2}"),
+    "PP2xVPP2xEP2, prediction blocks": (
+        4,
+        f"{PP2} --num-layers-per-virtual-pipeline-stage 1 {EP2} --mtp-num-layers 1",
+    ),
     "PP2xVPP2xEP2, a chunk without experts": (
         4,
         f"{PP2} --num-layers-per-virtual-pipeline-stage 1 {EP2} --moe-layer-freq ([0]*1+[1]*3)",

@@ -44,7 +44,12 @@ def test_smartmoe_routes_what_stock_megatron_routes(stock_trace: Path, tmp_path:
     assert np.array_equal(load_trace(tmp_path / "trace.npz").counts, load_trace(stock_trace).counts)
 
 
-@pytest.mark.parametrize("flags", [[], ["--smartmoe"]], ids=["stock", "smartmoe"])
+DENSE_FIRST = "--moe-layer-freq ([0]*1+[1]*3) --mtp-num-layers 1".split()  # 4 layers with experts again
+
+
+@pytest.mark.parametrize(
+    "flags", [[], ["--smartmoe", *DENSE_FIRST]], ids=["stock", "smartmoe, dense first layer, prediction block"]
+)
 def test_a_replay_routes_what_was_recorded(tmp_path: Path, data_flags: list[str], flags: list[str]) -> None:
     counts = np.random.default_rng(0).dirichlet(np.full(8, 0.5), size=(3, 4, 2))
     wanted = np.round(counts * 10_000).astype(np.uint32)

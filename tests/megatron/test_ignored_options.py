@@ -38,7 +38,6 @@ NO_DIFFERENCE = {
     "fp8_param": "refused with fp8",
     "fp8_recipe": "refused with fp8",
     "fp4_recipe": "refused with fp4",
-    "delay_wgrad_compute": "refused",
     "overlap_dispatch_backward_with_experts_wgrad": "refused",
     "moe_mlp_glu_interleave_size": "refused",
     "moe_paged_stash": "refused",

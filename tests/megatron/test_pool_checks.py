@@ -57,8 +57,7 @@ CASES = {
     "prediction layers": Case(
         flags=f"{LAUNCH} --smartmoe-homes off --smartmoe-overlap-degree 2 --smartmoe-pool auto --mtp-num-layers 1",
         ranks=4,
-        says="--mtp-num-layers = 1: is not supported with --smartmoe-pool: layers of multi-token prediction share "
-        "their numbers with others. Remove one of the two.",
+        verdict=True,
     ),
     "more slots than the launch": Case(
         flags=f"{FILE}/good.json",
@@ -108,8 +107,8 @@ CASES = {
     "pieces that do not go with the rest": Case(
         flags=f"{FILE}/good.json --smartmoe-spare-slots 1 --overlap-moe-expert-parallel-comm --smartmoe-replicas off",
         ranks=4,
-        says="--overlap-moe-expert-parallel-comm = True: is not supported with --smartmoe-spare-slots: it runs two "
-        "micro-batches of a layer at a time. Remove one of the two.",
+        says="--overlap-moe-expert-parallel-comm = True: is not supported with --smartmoe-overlap-degree: it overlaps "
+        "the same all-to-alls with another micro-batch. Remove one of the two.",
     ),
 }
 

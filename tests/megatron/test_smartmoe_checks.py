@@ -13,6 +13,7 @@ pytestmark = [pytest.mark.dist, pytest.mark.fast]
 ONE_OUT = "Remove one of the two."
 TE = "--transformer-impl transformer_engine"
 TE_EXPERTS = f"{TE} --moe-grouped-gemm --smartmoe-experts transformer_engine"
+ON_GPUS = "--smartmoe --expert-model-parallel-size 2 --distributed-backend nccl"
 CASES = {
     "all well": Case(flags="--smartmoe", verdict=True),
     "a watchdog without patience": Case(
@@ -41,9 +42,34 @@ CASES = {
         f"own. {ONE_OUT}",
     ),
     "optimizer on the CPU": Case(
-        flags="--smartmoe --optimizer-cpu-offload",
-        says="--optimizer-cpu-offload = True: is not supported with --smartmoe: the experts' optimizer state must be "
-        f"on the device. {ONE_OUT}",
+        flags=f"{ON_GPUS} --optimizer-cpu-offload",
+        ranks=2,
+        cpu=False,
+        says="--optimizer-cpu-offload = True: is not supported with --smartmoe-homes on: the experts' optimizer state "
+        "must be on the device. Remove it, or pass --smartmoe-homes off.",
+    ),
+    "optimizer on the CPU, replicas": Case(
+        flags=f"{ON_GPUS} --smartmoe-homes off --smartmoe-spare-slots 1 --optimizer-cpu-offload", ranks=2, cpu=False
+    ),
+    "optimizer on the CPU of CPU ranks": Case(
+        flags="--smartmoe --smartmoe-homes off --optimizer-cpu-offload",
+        says="--optimizer-cpu-offload = True: is not possible on CPU ranks: it moves state off a GPU. Remove it.",
+    ),
+    "an optimizer that takes no slots": Case(
+        flags="--smartmoe --optimizer soap",
+        says="--optimizer = 'soap': is not supported with --smartmoe-experts grouped_mm: it would leave the experts to "
+        "Adam, because a parameter holds several of them. Pass adam, sgd, muon or lion.",
+    ),
+    "whole parameters on single ranks": Case(
+        flags="--smartmoe --optimizer muon --use-distributed-optimizer --bf16 --expert-model-parallel-size 2",
+        ranks=2,
+        says="--optimizer = 'muon': is not supported with --smartmoe-homes on and --use-distributed-optimizer: whole "
+        "parameters belong to single ranks. Remove --use-distributed-optimizer, pass adam, or --smartmoe-homes off.",
+    ),
+    "a layer-wise optimizer in fp32": Case(
+        flags="--optimizer muon --use-distributed-optimizer",
+        says="--optimizer = 'muon': needs --bf16 with --use-distributed-optimizer: Megatron's layer-wise optimizer has "
+        "no other precision. Add --bf16, or remove --use-distributed-optimizer.",
     ),
     "inference": Case(
         flags="--smartmoe --transformer-impl inference_optimized",
@@ -59,8 +85,17 @@ CASES = {
     ),
     "CUDA graphs": Case(
         flags="--smartmoe --cuda-graph-impl local",
-        says="--cuda-graph-impl = 'local': is not supported with --smartmoe: CUDA graphs are not supported by its "
-        "dispatcher yet. Remove it, or pass none.",
+        says="--cuda-graph-impl = 'local': is not supported with --smartmoe: its dispatcher runs in no CUDA graph yet. "
+        "Add --cuda-graph-modules attn, or remove it.",
+    ),
+    "CUDA graphs of attention": Case(
+        flags=f"--smartmoe {TE} --cuda-graph-impl transformer_engine --cuda-graph-modules attn", te=True
+    ),
+    "CUDA graphs of attention and router": Case(
+        flags=f"--smartmoe {TE} --cuda-graph-impl transformer_engine --cuda-graph-modules attn moe_router",
+        te=True,
+        says="--cuda-graph-impl = 'transformer_engine': is not supported with --smartmoe: its dispatcher runs in no "
+        "CUDA graph yet. Add --cuda-graph-modules attn, or remove it.",
     ),
     "biases": Case(
         flags="--smartmoe",
@@ -97,10 +132,10 @@ CASES = {
         ranks=2,
     ),
     "delayed weight gradients": Case(
-        flags=f"--smartmoe {TE} --delay-wgrad-compute",
+        flags=f"--smartmoe {TE} --overlap-dispatch-backward-with-experts-wgrad",
         te=True,
-        says="--delay-wgrad-compute = True: is not supported with --smartmoe-experts grouped_mm: weight gradients "
-        f"cannot be delayed. {ONE_OUT}",
+        says="--overlap-dispatch-backward-with-experts-wgrad = True: is not supported with --smartmoe-experts "
+        f"grouped_mm: weight gradients are computed in the backward pass. {ONE_OUT}",
     ),
     "rows that are not aligned": Case(
         flags="--smartmoe --hidden-size 60 --distributed-backend nccl",

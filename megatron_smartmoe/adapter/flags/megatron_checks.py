@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import io
 import traceback
 from math import gcd
@@ -20,6 +21,7 @@ from megatron_smartmoe.adapter.flags.parser import attribute, has_transformer_en
 from megatron_smartmoe.adapter.flags.smartmoe_checks import check_smartmoe
 from megatron_smartmoe.adapter.flags.start_checks import check_start
 from megatron_smartmoe.adapter.gpu_environment import set_gpu_environment
+from megatron_smartmoe.adapter.local.muon import MEGATRONS_REGISTRY
 from megatron_smartmoe.adapter.moe.own_experts import declare_grouped
 from megatron_smartmoe.adapter.repairs.bucket_padding import check_bucket_padding
 from megatron_smartmoe.errors import ConfigError
@@ -114,6 +116,8 @@ def _check_supported(args: argparse.Namespace, *, cpu: bool) -> None:
         raise ConfigError("--transformer-impl", args.transformer_impl, rule, way_out)
     if args.transformer_impl == "local":
         _check_local_implementation(args)
+    if args.optimizer not in ("adam", "sgd"):
+        _check_emerging_optimizer(args)
     if cpu and args.distributed_backend != "gloo":
         rule = "must be gloo on CPU ranks"
         raise ConfigError("--distributed-backend", args.distributed_backend, rule, "Remove it, or pass gloo.")
@@ -128,6 +132,20 @@ def _check_local_implementation(args: argparse.Namespace) -> None:
         raise ConfigError("--moe-grouped-gemm", True, rule, "Remove it, or install TransformerEngine.")
     if args.fp8:
         raise ConfigError("--fp8-format", args.fp8, "needs TransformerEngine", "Pass --bf16 instead, or install it.")
+
+
+def _check_emerging_optimizer(args: argparse.Namespace) -> None:
+    """Muon and its like come from a package of their own, and share their state among ranks in their own way."""
+    if importlib.util.find_spec("emerging_optimizers") is None:
+        way_out = "Install it (pip install emerging-optimizers), or pass adam."
+        raise ConfigError("--optimizer", args.optimizer, "needs the package emerging-optimizers", way_out)
+    if args.smartmoe and importlib.util.find_spec(MEGATRONS_REGISTRY) is None:
+        rule = "needs megatron-core 0.18 with --smartmoe, or experts in slots would be left to Adam"
+        raise ConfigError("--optimizer", args.optimizer, rule, "Install it, or pass adam.")
+    layer_wise = args.use_distributed_optimizer or args.optimizer.startswith("dist_")
+    if layer_wise and not args.bf16:
+        rule = "needs --bf16 with --use-distributed-optimizer: Megatron's layer-wise optimizer has no other precision"
+        raise ConfigError("--optimizer", args.optimizer, rule, "Add --bf16, or remove --use-distributed-optimizer.")
 
 
 def _is_interleaved(args: argparse.Namespace) -> bool:

@@ -19,6 +19,7 @@ from megatron_smartmoe.adapter.flags.smartmoe_arguments import (
     WATCHDOG_FLOOR,
     replicas_mode,
 )
+from megatron_smartmoe.adapter.local.muon import OPTIMIZERS as EMERGING_OPTIMIZERS
 from megatron_smartmoe.errors import ConfigError
 from megatron_smartmoe.planner.flags import OVERLAP_DEGREE, SPARE_SLOTS
 from megatron_smartmoe.planner.pool import PoolSetting
@@ -29,18 +30,15 @@ _VALUE_BYTES = 2  # bf16 and fp16; fp32 is aligned when they are
 _GEMM_ALIGNMENT_BYTES = 16  # of a row, in torch's grouped GEMM on a GPU
 _REMOVE_ONE = "Remove one of the two."
 
-_SHARED_NUMBERS = "layers of multi-token prediction share their numbers with others"
 # flag -> why it is not supported with --smartmoe,
 _NOT_WITH_SMARTMOE = {
     "--use-megatron-fsdp": "it shards parameters in a layout of its own",
     "--use-torch-fsdp2": "it shards parameters in a layout of its own",
-    "--optimizer-cpu-offload": "the experts' optimizer state must be on the device",
     "--moe-use-upcycling": "it reads the dense checkpoint into Megatron's own experts",
 }
 # with --smartmoe-experts grouped_mm,
 _NOT_WITH_GROUPED_MM = {
-    "--delay-wgrad-compute": "weight gradients cannot be delayed",
-    "--overlap-dispatch-backward-with-experts-wgrad": "weight gradients cannot be delayed",
+    "--overlap-dispatch-backward-with-experts-wgrad": "weight gradients are computed in the backward pass",
     "--moe-router-padding-for-quantization": "experts are not padded",
     "--moe-use-device-initiated-grouped-gemm": "it is an option of TransformerEngine's experts",
     "--moe-single-grouped-weight": "it is an option of TransformerEngine's experts",
@@ -53,16 +51,14 @@ _NOT_WITH_GROUPED_MM = {
 }
 # with --smartmoe-homes other than off,
 _NOT_WITH_HOMES = {
+    "--optimizer-cpu-offload": "the experts' optimizer state must be on the device",
     "--use-precision-aware-optimizer": "TransformerEngine packs its state",
     "--fp8-param-gather": "fp8 parameters have scales that would have to move along",
-    "--mtp-num-layers": _SHARED_NUMBERS,
 }
 _FP8_WITHOUT_HISTORY = ("tensorwise", "blockwise", "mxfp8")  # recipes whose scales come from the values themselves
 # with --smartmoe-spare-slots.
 _NOT_WITH_REPLICAS = {
     "--moe-pad-expert-input-to-capacity": "all experts get the same number of rows, so there is nothing to balance",
-    "--overlap-moe-expert-parallel-comm": "it runs two micro-batches of a layer at a time",
-    "--mtp-num-layers": _SHARED_NUMBERS,
 }
 
 
@@ -89,11 +85,18 @@ def check_smartmoe(args: argparse.Namespace, *, cpu: bool) -> None:
     if args.transformer_impl == "inference_optimized":
         rule = "is not supported with --smartmoe: it is for inference only"
         raise ConfigError("--transformer-impl", args.transformer_impl, rule, "Pass local or transformer_engine.")
-    if (getattr(args, "cuda_graph_impl", None) or "none") != "none":
-        rule = "is not supported with --smartmoe: CUDA graphs are not supported by its dispatcher yet"
-        raise ConfigError("--cuda-graph-impl", args.cuda_graph_impl, rule, "Remove it, or pass none.")
+    if (getattr(args, "cuda_graph_impl", None) or "none") != "none" and not _graphs_attention_only(args):
+        rule = "is not supported with --smartmoe: its dispatcher runs in no CUDA graph yet"
+        way_out = "Add --cuda-graph-modules attn, or remove it."
+        raise ConfigError("--cuda-graph-impl", args.cuda_graph_impl, rule, way_out)
     _check_experts(args, cpu=cpu)
     _check_homes(args)
+
+
+def _graphs_attention_only(args: argparse.Namespace) -> bool:
+    """Whether CUDA graphs hold attention and nothing else; no modules are whole layers."""
+    modules = {str(getattr(module, "name", module)) for module in getattr(args, "cuda_graph_modules", None) or ()}
+    return modules == {"attn"} and not getattr(args, "cuda_graph_scope_deprecated", None)
 
 
 def _needs_experts(args: argparse.Namespace, flag: str, value: object) -> None:
@@ -178,6 +181,10 @@ def _check_experts(args: argparse.Namespace, *, cpu: bool) -> None:
             rule = f"is not supported with --smartmoe-experts grouped_mm: {reason}"
             raise ConfigError(flag, value, rule, _REMOVE_ONE)
     _check_experts_memory(args)
+    if args.optimizer not in ("adam", "sgd", *EMERGING_OPTIMIZERS):
+        rule = "is not supported with --smartmoe-experts grouped_mm: it would leave the experts to Adam, because a "
+        rule += "parameter holds several of them"
+        raise ConfigError("--optimizer", args.optimizer, rule, "Pass adam, sgd, muon or lion.")
     if args.add_bias_linear:
         rule = "is required: --smartmoe-experts grouped_mm has no biases"
         raise ConfigError("--disable-bias-linear", False, rule, "Add --disable-bias-linear.")
@@ -199,6 +206,9 @@ def _check_experts_memory(args: argparse.Namespace) -> None:
             rule = f"has {part}, which is a part of Megatron's experts that --smartmoe-experts grouped_mm replaces"
             way_out = f"Remove {part}, or pass --smartmoe-experts transformer_engine."
             raise ConfigError(flag, " ".join(chosen), rule, way_out)
+    if args.delay_wgrad_compute and "moe_act" in (args.recompute_modules or []):
+        rule = "has moe_act, which would drop what the delayed weight gradients of --delay-wgrad-compute are made of"
+        raise ConfigError("--recompute-modules", " ".join(args.recompute_modules), rule, _REMOVE_ONE)
 
 
 def _check_alignment(args: argparse.Namespace) -> None:
@@ -265,9 +275,11 @@ def _check_homes(args: argparse.Namespace) -> None:
         )
         way_out = "Pass --fp8-recipe tensorwise, blockwise or mxfp8, or --smartmoe-homes off."
         raise ConfigError("--fp8-recipe", args.fp8_recipe, rule, way_out)
-    if args.optimizer not in ("adam", "sgd"):
-        rule = f"is not supported with --smartmoe-homes {args.smartmoe_homes}: its state cannot be moved"
-        raise ConfigError("--optimizer", args.optimizer, rule, "Pass adam or sgd, or --smartmoe-homes off.")
+    if (args.use_distributed_optimizer and args.optimizer not in ("adam", "sgd")) or args.optimizer == "dist_muon":
+        rule = f"is not supported with --smartmoe-homes {args.smartmoe_homes} and --use-distributed-optimizer: whole "
+        rule += "parameters belong to single ranks"
+        way_out = "Remove --use-distributed-optimizer, pass adam, or --smartmoe-homes off."
+        raise ConfigError("--optimizer", args.optimizer, rule, way_out)
 
 
 def _check_replicas(args: argparse.Namespace) -> None:
@@ -342,9 +354,6 @@ def _check_pool(args: argparse.Namespace) -> None:
         return
     _needs_smartmoe(args, POOL, value)
     _needs_expert_parallelism(args, POOL, value)
-    if args.mtp_num_layers:
-        rule = f"is not supported with {POOL}: {_SHARED_NUMBERS}"
-        raise ConfigError("--mtp-num-layers", args.mtp_num_layers, rule, _REMOVE_ONE)
     settings = settings_of_pool(args)
     if value == AUTO and len(settings) == 1:
         rule = "leaves nothing to choose: experts do not move, there are no spare slots, and nothing overlaps"

@@ -140,7 +140,7 @@ def _with_pool(config: dict[str, FlagValue], args: Namespace, plan: ParallelSpec
     if not args.smartmoe or asked not in (None, AUTO):
         return config
     replicas = plan.spare_slots > 0 and args.smartmoe_replicas != "off"
-    if plan.ep > 1 and not args.mtp_num_layers and (asked or replicas or plan.overlap_degree > 1):
+    if plan.ep > 1 and (asked or replicas or plan.overlap_degree > 1):
         return {**config, flag: AUTO}
     return {name: value for name, value in config.items() if name != flag}
 

@@ -32,6 +32,7 @@ from megatron_smartmoe.adapter.hooks import Callback, Order
 from megatron_smartmoe.adapter.loops import saved_state
 from megatron_smartmoe.adapter.moe.layer import SmartMoELayer
 from megatron_smartmoe.adapter.moe.replica_dispatcher import ReplicaDispatcher
+from megatron_smartmoe.adapter.moe.routers import passes_per_micro_batch
 from megatron_smartmoe.adapter.run import Run
 from megatron_smartmoe.errors import PlanError
 from megatron_smartmoe.placement.decisions import digest_of
@@ -40,7 +41,7 @@ from megatron_smartmoe.runtime.process_groups import new_message_group
 from megatron_smartmoe.runtime.replicas.dispatch_plan import ExactOptions
 from megatron_smartmoe.runtime.replicas.history_plan import fastest_best_replicas
 from megatron_smartmoe.runtime.replicas.slots import SpareSlots
-from megatron_smartmoe.runtime.replicas.tally import LayerTally, balance_line, imbalance
+from megatron_smartmoe.runtime.replicas.tally import LayerTally, balance_line, imbalance, loads
 from megatron_smartmoe.runtime.replicas.wire import ReplicaWire
 from megatron_smartmoe.spec.arrays import IntArray
 from megatron_smartmoe.spec.placement import EMPTY, Placement, with_empty_slots
@@ -217,10 +218,11 @@ class ReplicaLoop(Callback):
         if problem is not None:
             planner.placement = self._placement()
             print(f" smartmoe: iteration {iteration:8d} | WARNING: no replicas: {problem} |", flush=True)
-        num_passes, unused = get_num_microbatches(), self._run.args.smartmoe_spare_slots - self._used_slots
+        unused = self._run.args.smartmoe_spare_slots - self._used_slots
         for layer, slots_RS in zip(self._layers, planner.placement.slots_LRS, strict=True):
             by_home_RS = with_empty_slots(by_home(slots_RS, layer.experts.num_local_experts), unused)
             layer.token_dispatcher.slots_RS = by_home_RS
+            num_passes = get_num_microbatches() * passes_per_micro_batch(layer)
             layer.experts.spare_slots.use(by_home_RS, num_passes=num_passes)
         for index in range(LAYERS_AHEAD):
             self._fetch(index)
@@ -268,7 +270,8 @@ class ReplicaLoop(Callback):
         if not records or not all(records):
             return
         if self._planner is not None:
-            load_LME = np.stack([np.stack([micro.load_E for micro in record]) for record in records])
+            passes_L = [passes_per_micro_batch(layer) for layer in self._layers]
+            load_LME = np.stack([loads(record, passes) for record, passes in zip(records, passes_L, strict=True)])
             slot_LE = self._planner.placement.home_slot_LE
             self._planner.observe(np.take_along_axis(load_LME, slot_LE[:, None], axis=2))
         if iteration % self._run.args.log_interval:

@@ -9,6 +9,7 @@ each other.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,6 +27,8 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
 
+from megatron_smartmoe.adapter.local.muon import mark_matrices
+from megatron_smartmoe.adapter.moe.delayed_gradients import DelayedGradients
 from megatron_smartmoe.adapter.moe.slot_sharding import SlotSharding
 from megatron_smartmoe.ops import swiglu
 from megatron_smartmoe.ops.grouped_linear import Groups, grouped_linear, recomputed_linear
@@ -68,6 +71,7 @@ class SlottedExperts(MegatronModule):
         self._gated = bool(config.gated_linear_unit)
         selective = config.recompute_granularity == "selective"
         self._recomputes_activation = selective and "moe_act" in (config.recompute_modules or [])
+        self._delayed = DelayedGradients() if config.delay_wgrad_compute else None
         hidden, ffn = config.moe_latent_size or config.hidden_size, config.moe_ffn_hidden_size
         local_ffn = ffn // self.tp_group.size()
         self.weight1 = self._parameter(local_ffn * (2 if self._gated else 1), hidden, partition_dim=1)
@@ -87,6 +91,8 @@ class SlottedExperts(MegatronModule):
         own_group = config.expert_model_parallel_size > 1 or tp_differs
         # Megatron reduces gradients of parameters without `allreduce` over the expert-data-parallel group
         parameter.allreduce = not own_group  # type: ignore[attr-defined]
+        parameter.skip_backward_post_hook = self._delayed is not None  # type: ignore[attr-defined]
+        mark_matrices(parameter)
         return parameter
 
     def _initialize(self, hidden: int, ffn: int) -> None:
@@ -156,10 +162,12 @@ class SlottedExperts(MegatronModule):
     ) -> torch.Tensor:
         """One set of slots and its rows, `[N, H]`."""
         slots = Groups.of(tokens_NH, tokens_S)
-        inner_NF = grouped_linear(tokens_NH, weight1, slots)
-        if self._recomputes_activation:
+        is_home = weight1 is self.weight1
+        linear = self._delayed.linear if self._delayed is not None and is_home else grouped_linear
+        inner_NF = linear(tokens_NH, weight1, slots)
+        if self._recomputes_activation:  # start-up checks refuse it beside delayed gradients
             return recomputed_linear(self._activate, (inner_NF, probs_N), weight2, slots)
-        return grouped_linear(self._activate(inner_NF, probs_N), weight2, slots)
+        return linear(self._activate(inner_NF, probs_N), weight2, slots)
 
     def _activate(self, inner_NF: torch.Tensor, probs_N: torch.Tensor) -> torch.Tensor:
         """The activation times the router's probability, by a fused function where Megatron would use one.
@@ -194,7 +202,14 @@ class SlottedExperts(MegatronModule):
         return (activated * probs_N1).to(activated.dtype)
 
     def backward_dw(self) -> None:
-        """Do nothing: weight gradients are never delayed (`--delay-wgrad-compute` is refused at start-up)."""
+        """Compute the weight gradients that the backward pass has left; Megatron calls it without any, too."""
+        if self._delayed is not None:
+            self._delayed.compute()
+
+    def register_wgrad_accumulation_and_reduce_hooks(self, hook: Callable[[], object]) -> None:
+        """Have `hook` called after `backward_dw`; Megatron's wrapper calls this for delayed weight gradients."""
+        assert self._delayed is not None
+        self._delayed.call_after(hook)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None

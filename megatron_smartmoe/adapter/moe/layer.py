@@ -84,6 +84,7 @@ class SmartMoELayer(MoELayer):
         """Megatron's preprocess, on columns in the order of the slots where the dispatcher does not look them up."""
         if self._fused:
             self.token_dispatcher.slot_of_expert_E = self.slot_of_expert_E  # the tensor may have been moved: .cuda()
+            self.token_dispatcher.training = self.training  # here: overlapping micro-batches skip `forward`
         else:
             probs = probs.index_select(1, self.expert_of_slot_E)
             routing_map = routing_map.index_select(1, self.expert_of_slot_E)

@@ -17,11 +17,26 @@ _COUNTERS = "smartmoe_counters"  # of a router: who counts its tokens
 
 
 def moe_layers(model_chunks: list[torch.nn.Module]) -> Iterator[tuple[int, MoELayer]]:
-    """(layer number counted from 0 over the whole model, layer) of every MoE layer on this rank."""
+    """(layer number counted from 0 over the whole model, layer) of every MoE layer on this rank.
+
+    Layers of prediction blocks (MTP) follow those of the decoder; Megatron numbers them from 1 again.
+    """
     for chunk in model_chunks:
         for module in chunk.modules():
             if isinstance(module, MoELayer):
-                yield module.layer_number - 1, module
+                yield module.layer_number - 1 + is_prediction(module) * module.config.num_layers, module
+
+
+def is_prediction(layer: torch.nn.Module) -> bool:
+    """Whether a layer, or a MoE layer, belongs to a prediction block (MTP)."""
+    return bool(getattr(layer, "is_mtp_layer", False))
+
+
+def passes_per_micro_batch(layer: MoELayer) -> int:
+    """How often a micro-batch goes through a layer: several times if it is the layer of all prediction depths."""
+    config = layer.config
+    is_repeated = is_prediction(layer) and getattr(config, "mtp_use_repeated_layer", False)
+    return int(config.mtp_num_layers) if is_repeated else 1
 
 
 def all_layer_numbers(numbers: list[int]) -> list[int]:

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from megatron_smartmoe.adapter.hooks import Callback, Order
+from megatron_smartmoe.adapter.moe.routers import is_prediction
 from megatron_smartmoe.adapter.records.operations import Operations
 from megatron_smartmoe.adapter.run import Run
 from megatron_smartmoe.runtime.progress import VARIABLE, Pass, Phase, ProgressRecord, ProgressTable, Word
@@ -159,11 +160,9 @@ def note_layers(chunk: torch.nn.Module, record: ProgressRecord) -> None:
     """Note in which layer the rank is, in both passes.
 
     The backward pass is seen by hooks on the gradients of layers' outputs, which change nothing in the graph. Layers of
-    multi-token prediction count as outside the layers: their numbers are those of others.
+    multi-token prediction are numbered after those of the decoder.
     """
-    layers = [
-        module for name, module in chunk.named_modules() if isinstance(module, TransformerLayer) and "mtp" not in name
-    ]
+    layers = [module for module in chunk.modules() if isinstance(module, TransformerLayer)]
     words = record.words
 
     def hooks_of(layer: int, *, is_first: bool) -> tuple[Any, Any]:
@@ -189,7 +188,8 @@ def note_layers(chunk: torch.nn.Module, record: ProgressRecord) -> None:
         return forward, leave_forward
 
     for index, layer in enumerate(layers):
-        enter, leave = hooks_of(int(layer.layer_number), is_first=index == 0)
+        number = int(layer.layer_number) + is_prediction(layer) * layer.config.num_layers
+        enter, leave = hooks_of(number, is_first=index == 0)
         layer.register_forward_pre_hook(enter, with_kwargs=True)
         layer.register_forward_hook(leave)
 

@@ -48,7 +48,8 @@ class RoutingReplay(Callback):
         counts_NLME = groups_LGMRE[:, :, ranks.edp_rank % groups_LGMRE.shape[2], :, ranks.ep_rank]
         micro_batches_N = [max(1, self._trace.num_micro_batches(record)) for record in range(self._trace.num_records)]
         for number, layer in run.layers:
-            layer.router.register_forward_hook(self._hook(number, counts_NLME, micro_batches_N))
+            row = run.layer_numbers.index(number)
+            layer.router.register_forward_hook(self._hook(row, counts_NLME, micro_batches_N))
 
     def _hook(self, layer: int, counts_NLME: IntArray, micro_batches_N: list[int]) -> Any:
         def hook(router: torch.nn.Module, inputs: Any, output: tuple[torch.Tensor, torch.Tensor]) -> Any:

@@ -53,6 +53,18 @@ class LayerTally:
         return record
 
 
+def loads(record: Sequence[MicroBatch], passes: int) -> IntArray:
+    """Tokens of each expert in each micro-batch of a layer, `[M, E]`.
+
+    Args:
+        record: What the layer's tally took.
+        passes: Entries of `record` per micro-batch: a layer that a micro-batch goes through several times has several.
+    """
+    load_PE = np.stack([micro.load_E for micro in record])
+    load_ME: IntArray = load_PE.reshape(-1, passes, load_PE.shape[1]).sum(axis=1)
+    return load_ME
+
+
 def imbalance(records: Sequence[Sequence[MicroBatch]]) -> tuple[float, float]:
     """Max / mean tokens per rank without and with replicas, averaged over micro-batches and layers with tokens."""
     found = [micro.imbalance for record in records for micro in record if micro.load_E.any()]

@@ -64,7 +64,12 @@ def test_every_size_is_needed(missing: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("use_megatron_fsdp", True), ("hybrid_layer_pattern", "M*M*"), ("rampup_batch_size", ["4", "4", "64"])],
+    [
+        ("use_megatron_fsdp", True),
+        ("hybrid_layer_pattern", "M*M*"),
+        ("rampup_batch_size", ["4", "4", "64"]),
+        ("mtp_use_repeated_layer", True),
+    ],
 )
 def test_what_has_no_price_is_refused(name: str, value: Any) -> None:
     with pytest.raises(ConfigError, match="is not supported with --parallel auto: "):

@@ -120,6 +120,10 @@ def test_the_gather_overlaps_only_on_what_it_rests_on() -> None:
             "--pipeline-model-parallel-layout Etttt|ttttL",
             "has 2 chunks, and needs --pipeline-model-parallel-size that divides them. Pass it too, for example 2.",
         ),
+        (
+            "--pipeline-model-parallel-size 2 --pipeline-model-parallel-layout Ettttm|ttttL",
+            "is not supported with --parallel auto: the planner has prediction blocks (m) in the last chunk only. Move",
+        ),
     ],
 )
 def test_what_cannot_be_searched_is_refused(tokens: str, message: str) -> None:
