@@ -30,7 +30,7 @@ from megatron.training.models.gpt import GPTModelConfig, default_layer_spec
 
 from megatron_smartmoe.adapter.flags.pool_settings import may_overlap as pool_may_overlap
 from megatron_smartmoe.adapter.local.attention import SDPAttention
-from megatron_smartmoe.adapter.local.norm import TorchNorm
+from megatron_smartmoe.adapter.local.norm import TorchNorm, WideNorm
 from megatron_smartmoe.adapter.moe.experts import SlottedExperts
 from megatron_smartmoe.adapter.moe.layer import SmartMoELayer
 from megatron_smartmoe.adapter.moe.overlap import OverlappedMoELayer
@@ -48,14 +48,26 @@ def spec_for(args: Namespace, overlap_degree: OverlapDegree | None = None) -> Ca
         overlap_degree: shared with the pool, so that the degree is chosen once; None to choose it here.
     """
     if not args.smartmoe:
-        return layer_spec
+        return partial(layer_spec, wide_qk_norm=args.smartmoe_wide_qk_norm)
     slotted = args.smartmoe_experts == "grouped_mm"
     degree = overlap_degree or OverlapDegree(args)
-    return partial(smartmoe_layer_spec, slotted=slotted, overlap_degree=degree, may_cut=pool_may_overlap(args))
+    return partial(
+        smartmoe_layer_spec,
+        slotted=slotted,
+        overlap_degree=degree,
+        may_cut=pool_may_overlap(args),
+        wide_qk_norm=args.smartmoe_wide_qk_norm,
+    )
 
 
-def layer_spec(config: GPTModelConfig, vp_stage: int | None = None) -> Spec:
-    """The spec of one pipeline stage; passed to Megatron as `GPTModelConfig.transformer_layer_spec`."""
+def layer_spec(config: GPTModelConfig, vp_stage: int | None = None, *, wide_qk_norm: bool = False) -> Spec:
+    """The spec of one pipeline stage; passed to Megatron as `GPTModelConfig.transformer_layer_spec`.
+
+    Args:
+        config: the model's configuration.
+        vp_stage: stage of the virtual pipeline; None without one.
+        wide_qk_norm: whether queries and keys are normalised over all heads together (`--smartmoe-wide-qk-norm`).
+    """
     if not _is_plain_local(config):
         return default_layer_spec(config, vp_stage)
     transformer = config.transformer
@@ -67,6 +79,8 @@ def layer_spec(config: GPTModelConfig, vp_stage: int | None = None) -> Spec:
         vp_stage=vp_stage,
     )
     layer_specs = [_with_torch_modules(spec, _uses_sdpa(config)) for spec in block.layer_specs]
+    if wide_qk_norm:
+        layer_specs = [_with_wide_norms(spec, transformer) for spec in layer_specs]
     return replace(block, layer_specs=layer_specs, layer_norm=TorchNorm)
 
 
@@ -94,6 +108,7 @@ def smartmoe_layer_spec(
     slotted: bool = True,
     overlap_degree: Callable[[], int] = lambda: 1,
     may_cut: bool = False,
+    wide_qk_norm: bool = False,
 ) -> Spec:
     """`layer_spec` with this project's MoE layer.
 
@@ -103,11 +118,12 @@ def smartmoe_layer_spec(
         slotted: False for TransformerEngine's experts.
         overlap_degree: returns the number of chunks of each all-to-all; called when the process groups exist.
         may_cut: whether the degree may change later; then the layer supports every degree.
+        wide_qk_norm: see `layer_spec`.
 
     Raises:
         CompatError: the spec's MoE layers are not built as in a supported Megatron.
     """
-    spec, degree = layer_spec(config, vp_stage), overlap_degree()
+    spec, degree = layer_spec(config, vp_stage, wide_qk_norm=wide_qk_norm), overlap_degree()
     layer = partial(OverlappedMoELayer, overlap_degree=degree) if may_cut or degree > 1 else SmartMoELayer
     if isinstance(spec, TransformerBlockSubmodules):
         return replace(spec, layer_specs=[_with_smart_moe(one, slotted, layer) for one in spec.layer_specs])
@@ -147,6 +163,18 @@ def _with_torch_modules(spec: ModuleSpec, use_sdpa: bool) -> ModuleSpec:
     attention = replace(attention, submodules=replace(attention.submodules, **changes))
     norms = {name: TorchNorm for name in _norm_fields(layer) if _is_norm(getattr(layer, name))}
     return replace(spec, submodules=replace(layer, self_attention=attention, **norms))
+
+
+def _with_wide_norms(spec: ModuleSpec, transformer: Any) -> ModuleSpec:
+    """A copy of one layer's spec whose norms of queries and keys are over all heads together."""
+    attention: ModuleSpec = spec.submodules.self_attention
+    heads, groups = transformer.num_attention_heads, transformer.num_query_groups
+    norms = {
+        "q_layernorm": partial(WideNorm, num_heads=heads),
+        "k_layernorm": partial(WideNorm, num_heads=groups),
+    }
+    attention = replace(attention, submodules=replace(attention.submodules, **norms))
+    return replace(spec, submodules=replace(spec.submodules, self_attention=attention))
 
 
 def _with_torch_prediction(spec: ModuleSpec, use_sdpa: bool) -> ModuleSpec:

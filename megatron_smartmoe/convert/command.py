@@ -1,0 +1,74 @@
+"""`smartmoe convert`: the way from what SOURCE is to a finished OUT."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from megatron_smartmoe import __version__
+from megatron_smartmoe.checkpoint.inspection import readable_bytes
+from megatron_smartmoe.convert.families import table_of
+from megatron_smartmoe.convert.hf_config import HFConfig
+from megatron_smartmoe.convert.hf_tensors import HFTensors
+from megatron_smartmoe.convert.options import DTYPES, ConvertOptions
+from megatron_smartmoe.convert.output import check_free
+from megatron_smartmoe.convert.source import Source, recognise
+from megatron_smartmoe.convert.to_megatron import hf_to_megatron
+from megatron_smartmoe.errors import ConfigError
+
+
+def convert(options: ConvertOptions) -> None:
+    """Convert, and say what is done.
+
+    Raises:
+        SmartMoEError: source, output or options are wrong; nothing is written then.
+    """
+    started = time.perf_counter()
+    check_free(options.out)
+    source = recognise(options.source, options.kind)
+    _say(source.said)
+    if source.kind == "hf" and options.target == "megatron":
+        _hf_to_megatron(options, source)
+    else:
+        rule = f"is what {options.source} is already" if source.kind == options.target else "is not there yet"
+        raise ConfigError("--to", options.target, rule, "Pass another --to.")
+    size_bytes = sum(path.stat().st_size for path in options.out.rglob("*") if path.is_file())
+    _say(f"{options.out} is written: {readable_bytes(size_bytes)} in {time.perf_counter() - started:.1f} s")
+
+
+def _hf_to_megatron(options: ConvertOptions, source: Source) -> None:
+    config = HFConfig.of(source.folder)
+    table = table_of(config, options.ignore_config_key)
+    tensors = HFTensors.of(source.folder, config)
+    tensors.check(table)
+    dtype = DTYPES[options.dtype] if options.dtype else tensors.dtype("model.embed_tokens.weight")
+    experts = f", {table.num_experts} experts" if table.num_experts else ""
+    _say(f"{table.family}, {table.num_layers} layers{experts}, written as {dtype} for the {options.spec} layers")
+    if table.mtp_layers:
+        _say(f"left out: {table.mtp_layers} layer(s) that predict further tokens (MTP)")
+    hf_to_megatron(
+        tensors,
+        table,
+        options.out,
+        spec=options.spec,
+        dtype=dtype,
+        workers=options.workers,
+        plan=_plan(options, dtype, sorted({tensor.path for tensor in tensors.tensors.values()})),
+    )
+
+
+def _plan(options: ConvertOptions, dtype: str, files: list[Path]) -> dict[str, Any]:
+    """What makes a conversion the same as one that was killed."""
+    states = [(str(path.absolute()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    return {
+        "version": __version__,
+        "files": [list(state) for state in states],
+        "to": options.target,
+        "for": options.spec,
+        "dtype": dtype,
+    }
+
+
+def _say(line: str) -> None:
+    print(f"smartmoe convert: {line}", flush=True)

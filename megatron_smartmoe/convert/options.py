@@ -1,0 +1,92 @@
+"""The options of `smartmoe convert`, shared by the command and the process that it starts."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from megatron_smartmoe.convert.hf_config import IGNORE_KEY
+from megatron_smartmoe.convert.layout import SPECS, Spec
+from megatron_smartmoe.convert.source import KINDS, Kind
+from megatron_smartmoe.errors import ConfigError
+
+type Target = Literal["hf", "megatron"]
+TARGETS: tuple[Target, ...] = ("hf", "megatron")
+DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertOptions:
+    """What to convert and how.
+
+    Attributes:
+        source: the folder to read.
+        out: the folder to write.
+        target: the format to write.
+        kind: the format of the source; None to recognise it.
+        spec: the layer spec of Megatron that the checkpoint is for.
+        dtype: type of the written weights, by its short name; None for that of the source.
+        workers: files that are written at a time.
+        ignore_config_key: keys of config.json that the user says have no effect.
+    """
+
+    source: Path
+    out: Path
+    target: Target
+    kind: Kind | None = None
+    spec: Spec = "local"
+    dtype: str | None = None
+    workers: int = 4
+    ignore_config_key: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, parsed: argparse.Namespace) -> ConvertOptions:
+        """The options of a parsed command line.
+
+        Raises:
+            ConfigError: a number is out of its range, or source and output are the same.
+        """
+        values = {name: getattr(parsed, name) for name in cls.__dataclass_fields__}
+        values["ignore_config_key"] = tuple(values["ignore_config_key"] or ())
+        found = cls(**values)
+        if found.workers < 1:
+            raise ConfigError("--workers", found.workers, "must be at least 1", "For example: --workers 4.")
+        source, out = (os.path.realpath(path) for path in (found.source, found.out))
+        if out == source or out.startswith(f"{source}{os.sep}"):
+            raise ConfigError("OUT", str(found.out), "is SOURCE or lies in it", "Pass another folder.")
+        return found
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options to a parser."""
+    help_text = "a Hugging Face model, a checkpoint of Megatron's (torch_dist or mp_rank_*), or a run directory"
+    parser.add_argument("source", type=Path, metavar="SOURCE", help=help_text)
+    help_text = "folder to write, which must not exist yet; it appears when all of it is written"
+    parser.add_argument("out", type=Path, metavar="OUT", help=help_text)
+    help_text = "hf: a Hugging Face folder with safetensors; megatron: a torch_dist checkpoint"
+    parser.add_argument("--to", dest="target", choices=TARGETS, required=True, help=help_text)
+    help_text = "format of SOURCE (default: recognised by what lies in it)"
+    parser.add_argument("--from", dest="kind", choices=KINDS, help=help_text)
+    help_text = "with --to megatron: the layers that will load it, Megatron's local ones or TransformerEngine's, "
+    help_text += "whose checkpoints name some norms differently (default: local)"
+    parser.add_argument("--for", dest="spec", choices=SPECS, default="local", help=help_text)
+    help_text = "type of the written weights (default: that of SOURCE; bf16 where it is fp8)"
+    parser.add_argument("--dtype", choices=tuple(DTYPES), help=help_text)
+    help_text = "files that are written at a time, each with one slice of at most 256 MB in memory (default: 4)"
+    parser.add_argument("--workers", type=int, default=4, metavar="N", help=help_text)
+    help_text = "a key of config.json that is not known here and does not change the model; may be repeated"
+    parser.add_argument(IGNORE_KEY, action="append", metavar="KEY", help=help_text)
+
+
+def as_argv(options: ConvertOptions) -> list[str]:
+    """The command line of these options."""
+    argv = [str(options.source), str(options.out), "--to", options.target, "--for", options.spec]
+    given: list[tuple[str, Any]] = [("--from", options.kind), ("--dtype", options.dtype), ("--workers", options.workers)]
+    for flag, value in given:
+        argv += [flag, str(value)] if value is not None else []
+    for key in options.ignore_config_key:
+        argv += [IGNORE_KEY, key]
+    return argv
