@@ -91,7 +91,8 @@ def _compute(run: Any, tokens: Sequence[Sequence[int]], out: Path) -> None:
     chunks = run.model_chunks
 
     def batches() -> Iterator[torch.Tensor]:
-        yield from batch.split(1)
+        for number in range(len(batch)):
+            yield batch[number : number + 1]
 
     def forward_step(iterator: Iterator[torch.Tensor], model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
         one = next(iterator).to(next(model.parameters()).device)

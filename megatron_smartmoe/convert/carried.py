@@ -47,7 +47,9 @@ def seq_length_of(flags: Mapping[str, FlagValue]) -> int:
     return min(int(str(flags["max-position-embeddings"])), _SEQUENCE)
 
 
-def write_run(path: Path, table: ModelTable, *, name: str, checkpoint: Path, dtype: str, tokenizer: Path | None) -> None:
+def write_run(
+    path: Path, table: ModelTable, *, name: str, checkpoint: Path, dtype: str, tokenizer: Path | None
+) -> None:
     """Write a run that continues from the converted weights.
 
     Args:
@@ -63,12 +65,12 @@ def write_run(path: Path, table: ModelTable, *, name: str, checkpoint: Path, dty
         f"#\n#   scripts/pretrain_gpt_moe.sh --config {checkpoint / RUN_FILE}\n#\n"
         "# Learning rate and batch are examples. Own data: --no-mock-data --data-path PREFIX.\n"
     )
-    path.write_text(head + dump_yaml(_content(table, name=name, checkpoint=checkpoint, dtype=dtype, tokenizer=tokenizer)))
+    path.write_text(
+        head + dump_yaml(_content(table, name=name, checkpoint=checkpoint, dtype=dtype, tokenizer=tokenizer))
+    )
 
 
-def _content(
-    table: ModelTable, *, name: str, checkpoint: Path, dtype: str, tokenizer: Path | None
-) -> dict[str, Any]:
+def _content(table: ModelTable, *, name: str, checkpoint: Path, dtype: str, tokenizer: Path | None) -> dict[str, Any]:
     model = {flag: value for flag, value in table.flags.items() if "moe" not in flag and flag != "num-experts"}
     moe = {flag: value for flag, value in table.flags.items() if flag not in model}
     model |= {"seq-length": seq_length_of(table.flags), "padded-vocab-size": padded_vocab(table.vocab_size)}
@@ -110,7 +112,11 @@ def _content(
     return {
         "name": name,
         "nproc": 1,
-        "flags": {group: {flag: _text(value) for flag, value in members.items()} for group, members in groups.items() if members},
+        "flags": {
+            group: {flag: _text(value) for flag, value in members.items()}
+            for group, members in groups.items()
+            if members
+        },
     }
 
 

@@ -8,12 +8,16 @@ from typing import Any
 
 from megatron_smartmoe import __version__
 from megatron_smartmoe.checkpoint.inspection import readable_bytes
+from megatron_smartmoe.convert.card import model_card
 from megatron_smartmoe.convert.families import table_of
 from megatron_smartmoe.convert.hf_config import HFConfig
 from megatron_smartmoe.convert.hf_tensors import HFTensors
+from megatron_smartmoe.convert.megatron_tensors import MegatronTensors
 from megatron_smartmoe.convert.options import DTYPES, ConvertOptions
 from megatron_smartmoe.convert.output import check_free
+from megatron_smartmoe.convert.reverse import config_beside, table_of_checkpoint
 from megatron_smartmoe.convert.source import Source, recognise
+from megatron_smartmoe.convert.to_hf import megatron_to_hf
 from megatron_smartmoe.convert.to_megatron import hf_to_megatron
 from megatron_smartmoe.errors import ConfigError
 
@@ -30,6 +34,8 @@ def convert(options: ConvertOptions) -> None:
     _say(source.said)
     if source.kind == "hf" and options.target == "megatron":
         _hf_to_megatron(options, source)
+    elif source.kind != "hf" and options.target == "hf":
+        _megatron_to_hf(options, source)
     else:
         rule = f"is what {options.source} is already" if source.kind == options.target else "is not there yet"
         raise ConfigError("--to", options.target, rule, "Pass another --to.")
@@ -55,6 +61,31 @@ def _hf_to_megatron(options: ConvertOptions, source: Source) -> None:
         dtype=dtype,
         workers=options.workers,
         plan=_plan(options, dtype, sorted({tensor.path for tensor in tensors.tensors.values()})),
+    )
+
+
+def _megatron_to_hf(options: ConvertOptions, source: Source) -> None:
+    # Step 1: what the checkpoint holds, and which family that is.
+    tensors = MegatronTensors.of(source.folder)
+    arguments = dict(tensors.contents.arguments)
+    beside = options.hf_config or config_beside(source.folder, arguments)
+    vocab = tensors.vocab_size if beside is None else 0
+    table = table_of_checkpoint(arguments, beside, vocab)
+    tensors.check(table.parameters)
+    _say(f"{table.family}, {table.num_layers} layers; config.json {'made here' if beside is None else f'of {beside}'}")
+    if tensors.num_prediction_layers:
+        _say(f"left out: {tensors.num_prediction_layers} layer(s) that predict further tokens (MTP)")
+    # Step 2: write it.
+    dtype = DTYPES[options.dtype] if options.dtype else tensors.dtype(table.parameters[0])
+    megatron_to_hf(
+        tensors,
+        table,
+        options.out,
+        dtype=dtype,
+        workers=options.workers,
+        plan=_plan(options, dtype, sorted(path for path in source.folder.rglob("*") if path.is_file())),
+        beside=beside,
+        card=model_card(table, source.folder, tensors.contents.iteration, arguments),
     )
 
 

@@ -95,7 +95,11 @@ class Layout:
             return "input_layernorm.weight"
         if name == _MLP_NORM and (has_experts if is_te else self.has_latent_attention):
             return "pre_mlp_layernorm.weight"
-        return _LATENT_NORMS.get(name, name) if is_te else name
+        return _LATENT_NORMS.get(name, name) if is_te and self.has_latent_attention else name
+
+    def saved_name(self, name: str) -> str:
+        """The name that a parameter of this checkpoint has in `checkpoint.names`."""
+        return with_spec(name) if self.spec == "te" and self.has_latent_attention else name
 
 
 def extra_states(places: Sequence[Place]) -> Iterator[str]:
@@ -116,6 +120,13 @@ def extra_states(places: Sequence[Place]) -> Iterator[str]:
         if key not in seen:
             seen.add(key)
             yield key
+
+
+def with_spec(name: str) -> str:
+    """The reverse of `without_spec`, for multi-latent attention of TransformerEngine's spec."""
+    for local, fused in _LATENT_NORMS.items():
+        name = name.replace(local, fused)
+    return name
 
 
 def without_spec(name: str) -> str:

@@ -36,9 +36,10 @@ def converted(numbers: NDArray[Any], dtype: str, wanted: str) -> NDArray[Any]:
 def as_float32(numbers: NDArray[Any], dtype: str) -> NDArray[np.float32]:
     """Numbers of any of the types as float32."""
     if dtype == "bfloat16":
-        return (numbers.astype(np.uint32) << np.uint32(16)).view(np.float32)
+        return np.left_shift(numbers.astype(np.uint32), np.uint32(16)).view(np.float32)
     if dtype in FLOAT8:
-        return _float8_values()[numbers]
+        values: NDArray[np.float32] = _float8_values()[numbers]
+        return values
     return numbers.astype(np.float32, copy=False)
 
 

@@ -30,6 +30,7 @@ class ConvertOptions:
         spec: the layer spec of Megatron that the checkpoint is for.
         dtype: type of the written weights, by its short name; None for that of the source.
         workers: files that are written at a time.
+        hf_config: folder with the config.json of the model that a checkpoint began with; None to look for it.
         ignore_config_key: keys of config.json that the user says have no effect.
     """
 
@@ -40,6 +41,7 @@ class ConvertOptions:
     spec: Spec = "local"
     dtype: str | None = None
     workers: int = 4
+    hf_config: Path | None = None
     ignore_config_key: tuple[str, ...] = ()
 
     @classmethod
@@ -77,6 +79,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=tuple(DTYPES), help=help_text)
     help_text = "files that are written at a time, each with one slice of at most 256 MB in memory (default: 4)"
     parser.add_argument("--workers", type=int, default=4, metavar="N", help=help_text)
+    help_text = (
+        "with --to hf: folder with config.json and tokenizer (default: those that the model was converted from; "
+    )
+    help_text += "for another model, config.json is made from its arguments)"
+    parser.add_argument("--hf-config", type=Path, metavar="DIR", help=help_text)
     help_text = "a key of config.json that is not known here and does not change the model; may be repeated"
     parser.add_argument(IGNORE_KEY, action="append", metavar="KEY", help=help_text)
 
@@ -84,7 +91,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def as_argv(options: ConvertOptions) -> list[str]:
     """The command line of these options."""
     argv = [str(options.source), str(options.out), "--to", options.target, "--for", options.spec]
-    given: list[tuple[str, Any]] = [("--from", options.kind), ("--dtype", options.dtype), ("--workers", options.workers)]
+    given: list[tuple[str, Any]] = [("--from", options.kind), ("--dtype", options.dtype)]
+    given += [("--workers", options.workers), ("--hf-config", options.hf_config)]
     for flag, value in given:
         argv += [flag, str(value)] if value is not None else []
     for key in options.ignore_config_key:

@@ -12,9 +12,9 @@ from typing import Any
 from numpy.typing import NDArray
 
 from megatron_smartmoe import __version__
+from megatron_smartmoe.checkpoint.checksum import checksums
 from megatron_smartmoe.checkpoint.digest import WEIGHT
 from megatron_smartmoe.checkpoint.directory import RELEASE, TRACKER
-from megatron_smartmoe.checkpoint.checksum import checksums
 from megatron_smartmoe.checkpoint.manifest import FileEntry, Manifest, write_manifest
 from megatron_smartmoe.convert import numbers
 from megatron_smartmoe.convert.arguments import arguments_of
@@ -119,7 +119,7 @@ def stored_parameters(source: HFTensors, table: ModelTable, *, spec: Spec, dtype
     for parameter in table.parameters:
         wanted = "float32" if parameter.is_float32 else dtype
         yield StoredParameter(
-            name=parameter.name,
+            name=layout.saved_name(parameter.name),
             expert=parameter.expert,
             kind=WEIGHT,
             place=layout.place(parameter.name, parameter.expert),

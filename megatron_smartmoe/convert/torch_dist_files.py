@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from megatron_smartmoe.checkpoint.digest import Piece, combine, digest
-from megatron_smartmoe.checkpoint.manifest import FileEntry, ParameterDigest
+from megatron_smartmoe.checkpoint.manifest import ParameterDigest
 from megatron_smartmoe.checkpoint.torch_dist import COMMON_FILE, COMMON_OBJECT, FORMAT_FILE, INDEX_FILE
 from megatron_smartmoe.convert.layout import Place
 from megatron_smartmoe.convert.numbers import size_bytes
@@ -244,5 +244,3 @@ def write_index(
 def common_state(arguments: Mapping[str, Any], iteration: int) -> dict[str, Any]:
     """The common state of weights without an optimizer."""
     return {"args": argparse.Namespace(**arguments), "checkpoint_version": 3.0, "iteration": iteration}
-
-

@@ -212,10 +212,7 @@ def plain_rope(table: ModelTable) -> None:
     """
     config = table.config
     parameters, kind = rope_parameters(config)
-    theta = parameters.get("rope_theta", config.get("rope_theta", 10000.0))
-    if type(theta) not in (int, float) or theta != int(theta) or theta < 1:
-        raise config.refused("rope_theta", "must be a whole number: Megatron's --rotary-base is one")
-    table.flags["rotary-base"] = int(theta)
+    table.flags["rotary-base"] = rotary_base(config, parameters)
     if parameters.get("partial_rotary_factor", 1.0) != 1.0:
         raise config.refused("rope_parameters", "is not supported: only a part of each head would be rotated")
     if kind == "llama3":
@@ -223,6 +220,18 @@ def plain_rope(table: ModelTable) -> None:
     elif kind != "default":
         rule = f"is not supported: the rotary embedding is of kind {kind!r}"
         raise config.refused(_rope_key(config), rule, "Supported here: default, llama3.")
+
+
+def rotary_base(config: HFConfig, parameters: dict[str, object]) -> int:
+    """The base of the rotary embedding's frequencies.
+
+    Raises:
+        ConfigError: it is no whole number.
+    """
+    theta = parameters.get("rope_theta", config.get("rope_theta", 10000.0))
+    if not isinstance(theta, int | float) or theta != int(theta) or theta < 1:
+        raise config.refused("rope_theta", "must be a whole number: Megatron's --rotary-base is one")
+    return int(theta)
 
 
 def _llama3_rope(table: ModelTable, parameters: dict[str, object]) -> None:

@@ -52,7 +52,7 @@ def deepseek_v3(config: HFConfig) -> ModelTable:
     config.require("scoring_func", "sigmoid", "sigmoid", "DeepSeek-V3 scores by sigmoid")
     config.require("norm_topk_prob", True, True, "Megatron divides the chosen scores by their sum")
     config.require("rope_interleave", True, True, "Megatron rotates pairs of neighbours")
-    topk, groups, taken = config.size("num_experts_per_tok"), config.size("n_group", default=1), 1
+    topk, groups = config.size("num_experts_per_tok"), config.size("n_group", default=1)
     taken = config.size("topk_group", default=1)
     if groups > 1:
         # DeepseekV3TopkRouter rates a group by its best two experts, Megatron by its best topk / group_topk.
@@ -103,10 +103,7 @@ def _start(family: str, config: HFConfig) -> ModelTable:
 def _rope(made: ModelTable) -> None:
     config = made.config
     parameters, kind = blocks.rope_parameters(config)
-    theta = parameters.get("rope_theta", config.get("rope_theta", 10000.0))
-    if not isinstance(theta, int | float) or theta != int(theta) or theta < 1:
-        raise config.refused("rope_theta", "must be a whole number: Megatron's --rotary-base is one")
-    made.flags["rotary-base"] = int(theta)
+    made.flags["rotary-base"] = blocks.rotary_base(config, parameters)
     if kind == "default":
         made.flags["rope-type"] = "rope"
         return

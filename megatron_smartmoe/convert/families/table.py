@@ -72,9 +72,7 @@ class ModelTable:
         for tensor, of_tensor in tensors.items():
             self.shapes[tensor] = tuple(of_tensor)
         self.parameters.append(
-            Parameter(
-                name=name, expert=expert, shape=tuple(shape), segments=tuple(segments), is_float32=is_float32
-            )
+            Parameter(name=name, expert=expert, shape=tuple(shape), segments=tuple(segments), is_float32=is_float32)
         )
 
     @property

@@ -74,6 +74,4 @@ def _tensor(path: Path, name: str, entry: Any, start: int) -> StoredTensor:
         step *= size
     if high - low != math.prod(shape) * ITEM_BYTES[dtype]:
         raise ValueError(f"tensor {name!r:.100} of shape {shape} does not have {high - low:,} bytes")
-    return StoredTensor(
-        path=path, dtype=dtype, shape=shape, strides=tuple(reversed(strides)), offset_bytes=start + low
-    )
+    return StoredTensor(path=path, dtype=dtype, shape=shape, strides=tuple(reversed(strides)), offset_bytes=start + low)
