@@ -15,11 +15,10 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="smartmoe convert")
     add_arguments(parser)
     try:
-        convert(ConvertOptions.of(parser.parse_args(argv)))
+        return convert(ConvertOptions.of(parser.parse_args(argv)))
     except SmartMoEError as error:
         print(f"smartmoe convert: {error}", file=sys.stderr)
         return EXIT_CONFIG_ERROR
-    return 0
 
 
 if __name__ == "__main__":

@@ -10,20 +10,24 @@ from megatron_smartmoe import __version__
 from megatron_smartmoe.checkpoint.inspection import readable_bytes
 from megatron_smartmoe.convert.card import model_card
 from megatron_smartmoe.convert.families import table_of
+from megatron_smartmoe.convert.families.table import ModelTable
 from megatron_smartmoe.convert.hf_config import HFConfig
 from megatron_smartmoe.convert.hf_tensors import HFTensors
 from megatron_smartmoe.convert.megatron_tensors import MegatronTensors
 from megatron_smartmoe.convert.options import DTYPES, ConvertOptions
 from megatron_smartmoe.convert.output import check_free
+from megatron_smartmoe.convert.resave import check_optimizer, megatron_to_megatron
 from megatron_smartmoe.convert.reverse import config_beside, table_of_checkpoint
 from megatron_smartmoe.convert.source import Source, recognise
 from megatron_smartmoe.convert.to_hf import megatron_to_hf
 from megatron_smartmoe.convert.to_megatron import hf_to_megatron
 from megatron_smartmoe.errors import ConfigError
 
+EXIT_DIFFERENT = 1  # of a conversion whose ends compute something else
 
-def convert(options: ConvertOptions) -> None:
-    """Convert, and say what is done.
+
+def convert(options: ConvertOptions) -> int:
+    """Convert, and say what is done; returns the exit status.
 
     Raises:
         SmartMoEError: source, output or options are wrong; nothing is written then.
@@ -32,18 +36,33 @@ def convert(options: ConvertOptions) -> None:
     check_free(options.out)
     source = recognise(options.source, options.kind)
     _say(source.said)
+    table, ends = None, None
     if source.kind == "hf" and options.target == "megatron":
-        _hf_to_megatron(options, source)
+        table = _hf_to_megatron(options, source)
+        ends = (source.folder, options.out)
     elif source.kind != "hf" and options.target == "hf":
-        _megatron_to_hf(options, source)
+        table = _megatron_to_hf(options, source)
+        ends = (options.out, source.folder)
+    elif source.kind != "hf":
+        _megatron_to_megatron(options, source)
     else:
-        rule = f"is what {options.source} is already" if source.kind == options.target else "is not there yet"
-        raise ConfigError("--to", options.target, rule, "Pass another --to.")
+        rule = f"is what {options.source} is already"
+        raise ConfigError("--to", options.target, rule, "Pass --to megatron.")
     size_bytes = sum(path.stat().st_size for path in options.out.rglob("*") if path.is_file())
     _say(f"{options.out} is written: {readable_bytes(size_bytes)} in {time.perf_counter() - started:.1f} s")
+    return _verify(options, table, *ends) if options.verify and table is not None and ends is not None else 0
 
 
-def _hf_to_megatron(options: ConvertOptions, source: Source) -> None:
+def _verify(options: ConvertOptions, table: ModelTable, model: Path, checkpoint: Path) -> int:
+    from megatron_smartmoe.convert.verify import verify
+
+    verdicts = verify(model, checkpoint, table, options.verify)
+    for verdict in verdicts:
+        _say(verdict.line())
+    return 0 if all(verdict.is_equal for verdict in verdicts) else EXIT_DIFFERENT
+
+
+def _hf_to_megatron(options: ConvertOptions, source: Source) -> ModelTable:
     config = HFConfig.of(source.folder)
     table = table_of(config, options.ignore_config_key)
     tensors = HFTensors.of(source.folder, config)
@@ -62,9 +81,10 @@ def _hf_to_megatron(options: ConvertOptions, source: Source) -> None:
         workers=options.workers,
         plan=_plan(options, dtype, sorted({tensor.path for tensor in tensors.tensors.values()})),
     )
+    return table
 
 
-def _megatron_to_hf(options: ConvertOptions, source: Source) -> None:
+def _megatron_to_hf(options: ConvertOptions, source: Source) -> ModelTable:
     # Step 1: what the checkpoint holds, and which family that is.
     tensors = MegatronTensors.of(source.folder)
     arguments = dict(tensors.contents.arguments)
@@ -86,6 +106,33 @@ def _megatron_to_hf(options: ConvertOptions, source: Source) -> None:
         plan=_plan(options, dtype, sorted(path for path in source.folder.rglob("*") if path.is_file())),
         beside=beside,
         card=model_card(table, source.folder, tensors.contents.iteration, arguments),
+    )
+    return table
+
+
+def _megatron_to_megatron(options: ConvertOptions, source: Source) -> None:
+    if options.verify:
+        rule = "compares a Hugging Face model with a checkpoint, and here both ends are checkpoints"
+        raise ConfigError("--verify", True, rule, "Leave it out; smartmoe checkpoint compare compares their numbers.")
+    contents = MegatronTensors.of(source.folder).contents
+    with_optimizer = options.optimizer and check_optimizer(contents, is_sharded=source.kind == "torch_dist")
+    there = int(contents.arguments.get("expert_model_parallel_size") or 1)
+    experts = f" for expert parallelism {options.expert_ranks or there} (it was saved at {there})"
+    state = f"with optimizer state{experts}" if with_optimizer else "without optimizer state"
+    _say(f"written {state}, for the {options.spec} layers")
+    megatron_to_megatron(
+        contents,
+        options.out,
+        spec=options.spec,
+        dtype=DTYPES[options.dtype] if options.dtype else None,
+        expert_ranks=options.expert_ranks,
+        with_optimizer=with_optimizer,
+        workers=options.workers,
+        plan={
+            **_plan(options, options.dtype or "", sorted(path for path in source.folder.rglob("*") if path.is_file())),
+            "ep": options.expert_ranks,
+            "optimizer": with_optimizer,
+        },
     )
 
 

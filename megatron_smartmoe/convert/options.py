@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_smartmoe.convert.hf_config import IGNORE_KEY
+from megatron_smartmoe.convert.launches import Launch, launch_of
 from megatron_smartmoe.convert.layout import SPECS, Spec
 from megatron_smartmoe.convert.source import KINDS, Kind
 from megatron_smartmoe.errors import ConfigError
@@ -31,6 +32,9 @@ class ConvertOptions:
         dtype: type of the written weights, by its short name; None for that of the source.
         workers: files that are written at a time.
         hf_config: folder with the config.json of the model that a checkpoint began with; None to look for it.
+        expert_ranks: with optimizer state, the expert parallelism that will load it; None for that of the source.
+        optimizer: whether optimizer state is converted too, where the source has some.
+        verify: launches at which both ends are compared; empty for no comparison.
         ignore_config_key: keys of config.json that the user says have no effect.
     """
 
@@ -42,6 +46,9 @@ class ConvertOptions:
     dtype: str | None = None
     workers: int = 4
     hf_config: Path | None = None
+    expert_ranks: int | None = None
+    optimizer: bool = True
+    verify: tuple[Launch, ...] = ()
     ignore_config_key: tuple[str, ...] = ()
 
     @classmethod
@@ -52,8 +59,12 @@ class ConvertOptions:
             ConfigError: a number is out of its range, or source and output are the same.
         """
         values = {name: getattr(parsed, name) for name in cls.__dataclass_fields__}
+        asked = parsed.verify if parsed.verify is None or parsed.verify else ["1"]
+        values["verify"] = tuple(launch_of(text) for text in asked or ())
         values["ignore_config_key"] = tuple(values["ignore_config_key"] or ())
         found = cls(**values)
+        if found.expert_ranks is not None and found.expert_ranks < 1:
+            raise ConfigError("--ep", found.expert_ranks, "must be at least 1", "For example: --ep 4.")
         if found.workers < 1:
             raise ConfigError("--workers", found.workers, "must be at least 1", "For example: --workers 4.")
         source, out = (os.path.realpath(path) for path in (found.source, found.out))
@@ -84,6 +95,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     help_text += "for another model, config.json is made from its arguments)"
     parser.add_argument("--hf-config", type=Path, metavar="DIR", help=help_text)
+    help_text = (
+        "compare the logits of both ends in float32 when OUT is written, with Megatron on 1 rank or on the given "
+    )
+    help_text += "launches, such as EP4xPP2; needs transformers. Exit status 1 if they differ by more than 1e-5"
+    parser.add_argument("--verify", nargs="*", metavar="LAUNCH", help=help_text)
     help_text = "a key of config.json that is not known here and does not change the model; may be repeated"
     parser.add_argument(IGNORE_KEY, action="append", metavar="KEY", help=help_text)
 
@@ -95,6 +111,10 @@ def as_argv(options: ConvertOptions) -> list[str]:
     given += [("--workers", options.workers), ("--hf-config", options.hf_config)]
     for flag, value in given:
         argv += [flag, str(value)] if value is not None else []
+    argv += ["--ep", str(options.expert_ranks)] if options.expert_ranks is not None else []
+    argv += [] if options.optimizer else ["--no-optim"]
+    if options.verify:
+        argv += ["--verify", *("1" if launch.num_ranks == 1 else launch.name for launch in options.verify)]
     for key in options.ignore_config_key:
         argv += [IGNORE_KEY, key]
     return argv

@@ -81,7 +81,7 @@ def hf_to_megatron(
             Manifest(
                 iteration=0,
                 format="torch_dist",
-                files=_entries(folder, written),
+                files=entries_of(folder, written),
                 digests=digests_of(parameters, written),
                 arguments=arguments,
                 software={"megatron_smartmoe": __version__, "torch": metadata.version("torch")},
@@ -90,7 +90,7 @@ def hf_to_megatron(
         (partial / TRACKER).write_text(RELEASE)
 
 
-def _entries(folder: Path, written: Sequence[Written]) -> tuple[FileEntry, ...]:
+def entries_of(folder: Path, written: Sequence[Written]) -> tuple[FileEntry, ...]:
     """All files of a checkpoint; the ones that were hashed as they were written are not read again."""
     known = {file.entry.name.rpartition("/")[2]: file.entry for file in written}
     found = [replace(entry, name=name) for name, entry in known.items()]

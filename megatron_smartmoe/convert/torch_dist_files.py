@@ -188,7 +188,8 @@ def write_index(
     parameters: Sequence[StoredParameter],
     written: Sequence[Written],
     common: Mapping[str, Any],
-    objects: Iterable[str],
+    empty_objects: Iterable[str],
+    objects: Mapping[str, bytes] | None = None,
 ) -> None:
     """Write what makes the files a checkpoint: empty objects, the common state in both of its forms, and the index.
 
@@ -197,7 +198,8 @@ def write_index(
         parameters: that were written.
         written: their files.
         common: the common state.
-        objects: keys of the empty objects.
+        empty_objects: keys of the empty objects.
+        objects: further ones, as files of `torch.save`.
     """
     # Step 1: the chunks of each tensor.
     by_key = {parameter.place.key: parameter for parameter in parameters}
@@ -220,9 +222,10 @@ def write_index(
     state = io.BytesIO()
     torch.save([dict(common)], state)
     with (folder / _OBJECTS_FILE).open("wb") as out:
-        for key, content in ((COMMON_OBJECT, state), *((key, empty) for key in objects)):
+        contents = [(COMMON_OBJECT, state.getvalue()), *((key, empty.getvalue()) for key in empty_objects)]
+        for key, content in (*contents, *(objects or {}).items()):
             start = out.tell()
-            out.write(content.getbuffer())
+            out.write(content)
             storage[MetadataIndex(key)] = _StorageInfo(_OBJECTS_FILE, start, out.tell() - start)
             states[key] = BytesStorageMetadata()
     # Step 3: the index, and the form of the common state that Megatron 0.17 and 0.18 read.

@@ -61,7 +61,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "olmoe": ("Olmoe", {**_SIZES, **_EXPERTS, "intermediate_size": 48, "norm_topk_prob": False}),
     "deepseek_v2": (
         "DeepseekV2",
-        {**_LATENT, "num_experts_per_tok": 3, "q_lora_rank": None, "topk_method": "greedy"}
+        {**_LATENT, "num_experts_per_tok": 3, "q_lora_rank": 32, "topk_method": "greedy"}
         | {"routed_scaling_factor": 1.5, "rope_parameters": _YARN},
     ),
     "deepseek_v3": (

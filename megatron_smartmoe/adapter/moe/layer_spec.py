@@ -79,8 +79,6 @@ def layer_spec(config: GPTModelConfig, vp_stage: int | None = None, *, wide_qk_n
         vp_stage=vp_stage,
     )
     layer_specs = [_with_torch_modules(spec, _uses_sdpa(config)) for spec in block.layer_specs]
-    if transformer.multi_latent_attention and transformer.q_lora_rank is None:
-        layer_specs = [_with_attention(spec, q_layernorm=IdentityOp) for spec in layer_specs]  # no norm to build there
     if wide_qk_norm:
         layer_specs = [_with_wide_norms(spec, transformer) for spec in layer_specs]
     return replace(block, layer_specs=layer_specs, layer_norm=TorchNorm)
@@ -170,14 +168,9 @@ def _with_torch_modules(spec: ModuleSpec, use_sdpa: bool) -> ModuleSpec:
 def _with_wide_norms(spec: ModuleSpec, transformer: Any) -> ModuleSpec:
     """A copy of one layer's spec whose norms of queries and keys are over all heads together."""
     heads, groups = transformer.num_attention_heads, transformer.num_query_groups
-    query, key = partial(WideNorm, num_heads=heads), partial(WideNorm, num_heads=groups)
-    return _with_attention(spec, q_layernorm=query, k_layernorm=key)
-
-
-def _with_attention(spec: ModuleSpec, **changes: Any) -> ModuleSpec:
-    """A copy of one layer's spec with other modules in its attention."""
     attention: ModuleSpec = spec.submodules.self_attention
-    attention = replace(attention, submodules=replace(attention.submodules, **changes))
+    query, key = partial(WideNorm, num_heads=heads), partial(WideNorm, num_heads=groups)
+    attention = replace(attention, submodules=replace(attention.submodules, q_layernorm=query, k_layernorm=key))
     return replace(spec, submodules=replace(spec.submodules, self_attention=attention))
 
 

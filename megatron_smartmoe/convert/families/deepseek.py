@@ -93,8 +93,11 @@ def _start(family: str, config: HFConfig) -> ModelTable:
         "moe-ffn-hidden-size": config.size("moe_intermediate_size"),
         "moe-shared-expert-intermediate-size": shared,
     }
-    if config.get("q_lora_rank", None) is not None:
-        made.flags["q-lora-rank"] = config.size("q_lora_rank")
+    if config.get("q_lora_rank", None) is None:
+        # QKNormConfigResolver: without low-rank queries Megatron 0.19 normalises both queries and keys, or neither.
+        rule = "is not supported: Megatron has no norm of keys and values alone, as this model has without q_lora_rank"
+        raise config.refused("q_lora_rank", rule)
+    made.flags["q-lora-rank"] = config.size("q_lora_rank")
     config.get("qk_head_dim", None)  # the sum of two others
     _rope(made)
     return made
@@ -155,13 +158,10 @@ def _latent_attention(made: ModelTable, where: blocks.Where) -> None:
     latent = config.size("kv_lora_rank")
     megatron, hf = where.megatron + "self_attention.", where.hf + "self_attn."
     made.add(where.megatron + blocks.INPUT_NORM, (hidden,), where.hf + "input_layernorm.weight")
-    if config.get("q_lora_rank", None) is None:
-        made.add(megatron + "linear_q_proj.weight", (heads * (nope + rope), hidden), hf + "q_proj.weight")
-    else:
-        rank = config.size("q_lora_rank")
-        made.add(megatron + "linear_q_down_proj.weight", (rank, hidden), hf + "q_a_proj.weight")
-        made.add(megatron + "q_layernorm.weight", (rank,), hf + "q_a_layernorm.weight")
-        made.add(megatron + "linear_q_up_proj.weight", (heads * (nope + rope), rank), hf + "q_b_proj.weight")
+    rank = config.size("q_lora_rank")
+    made.add(megatron + "linear_q_down_proj.weight", (rank, hidden), hf + "q_a_proj.weight")
+    made.add(megatron + "q_layernorm.weight", (rank,), hf + "q_a_layernorm.weight")
+    made.add(megatron + "linear_q_up_proj.weight", (heads * (nope + rope), rank), hf + "q_b_proj.weight")
     made.add(megatron + "linear_kv_down_proj.weight", (latent + rope, hidden), hf + "kv_a_proj_with_mqa.weight")
     made.add(megatron + "kv_layernorm.weight", (latent,), hf + "kv_a_layernorm.weight")
     made.add(megatron + "linear_kv_up_proj.weight", (heads * (nope + value), latent), hf + "kv_b_proj.weight")

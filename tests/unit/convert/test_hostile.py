@@ -27,7 +27,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def file_of(folder: Path, tensor: str) -> Path:
     index = json.loads((folder / "model.safetensors.index.json").read_text())
-    return folder / index["weight_map"][tensor]
+    return folder / str(index["weight_map"][tensor])
 
 
 def without_tensor(folder: Path) -> None:
