@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from megatron_smartmoe.convert.reverse import config_beside, table_of_checkpoint
 from megatron_smartmoe.convert.source import Source, recognise
 from megatron_smartmoe.convert.to_hf import megatron_to_hf
 from megatron_smartmoe.convert.to_megatron import hf_to_megatron
+from megatron_smartmoe.convert.upcycle import EXPERTS, UpcycledTensors, upcycled_table
 from megatron_smartmoe.errors import ConfigError
 
 EXIT_DIFFERENT = 1  # of a conversion whose ends compute something else
@@ -36,6 +38,8 @@ def convert(options: ConvertOptions) -> int:
     check_free(options.out)
     source = recognise(options.source, options.kind)
     _say(source.said)
+    if options.recipe is not None and source.kind != "hf":
+        raise ConfigError(EXPERTS, options.recipe.experts, "upcycles a Hugging Face model", "Convert it --to hf first.")
     table, ends = None, None
     if source.kind == "hf" and options.target == "megatron":
         table = _hf_to_megatron(options, source)
@@ -45,6 +49,8 @@ def convert(options: ConvertOptions) -> int:
         ends = (options.out, source.folder)
     elif source.kind != "hf":
         _megatron_to_megatron(options, source)
+    elif options.recipe is not None:
+        raise ConfigError(EXPERTS, options.recipe.experts, "needs --to megatron", "Pass --to megatron.")
     else:
         rule = f"is what {options.source} is already"
         raise ConfigError("--to", options.target, rule, "Pass --to megatron.")
@@ -68,6 +74,11 @@ def _hf_to_megatron(options: ConvertOptions, source: Source) -> ModelTable:
     tensors = HFTensors.of(source.folder, config)
     tensors.check(table)
     dtype = DTYPES[options.dtype] if options.dtype else tensors.dtype("model.embed_tokens.weight")
+    if options.recipe is not None:
+        recipe, folder, held = options.recipe, source.folder, tensors.tensors
+        table = upcycled_table(config, recipe)
+        tensors = UpcycledTensors(folder=folder, tensors=held, recipe=recipe, shapes=table.shapes)
+        _say(f"upcycled: each layer's block becomes {recipe.experts} experts, a token takes {recipe.topk}")
     experts = f", {table.num_experts} experts" if table.num_experts else ""
     _say(f"{table.family}, {table.num_layers} layers{experts}, written as {dtype} for the {options.spec} layers")
     if table.mtp_layers:
@@ -145,6 +156,7 @@ def _plan(options: ConvertOptions, dtype: str, files: list[Path]) -> dict[str, A
         "to": options.target,
         "for": options.spec,
         "dtype": dtype,
+        "recipe": None if options.recipe is None else asdict(options.recipe),
     }
 
 

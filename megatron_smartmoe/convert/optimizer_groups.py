@@ -1,8 +1,8 @@
 """The optimizer's settings in a checkpoint's common state, for one arrangement of experts or another.
 
-Above expert parallelism 1 Megatron has two optimizers, the second for the experts, and its checkpoints list the settings
-of both, numbered; at 1 there is one. The tensors of the state have the same keys either way, so a checkpoint is turned
-from one form into the other by its settings alone.
+Above expert parallelism 1 Megatron has two optimizers, the second for the experts, and its checkpoints list the
+settings of both, numbered; at 1 there is one. The tensors of the state have the same keys either way, so a checkpoint
+is turned from one form into the other by its settings alone.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ from megatron_smartmoe.convert.hf_config import IGNORE_KEY
 from megatron_smartmoe.convert.launches import Launch, launch_of
 from megatron_smartmoe.convert.layout import SPECS, Spec
 from megatron_smartmoe.convert.source import KINDS, Kind
+from megatron_smartmoe.convert.upcycle import EXPERTS, GRANULARITY, TOPK, Recipe
 from megatron_smartmoe.errors import ConfigError
 
 type Target = Literal["hf", "megatron"]
@@ -34,6 +35,7 @@ class ConvertOptions:
         hf_config: folder with the config.json of the model that a checkpoint began with; None to look for it.
         expert_ranks: with optimizer state, the expert parallelism that will load it; None for that of the source.
         optimizer: whether optimizer state is converted too, where the source has some.
+        recipe: how experts are made of a dense model; None to convert the model as it is.
         verify: launches at which both ends are compared; empty for no comparison.
         ignore_config_key: keys of config.json that the user says have no effect.
     """
@@ -48,6 +50,7 @@ class ConvertOptions:
     hf_config: Path | None = None
     expert_ranks: int | None = None
     optimizer: bool = True
+    recipe: Recipe | None = None
     verify: tuple[Launch, ...] = ()
     ignore_config_key: tuple[str, ...] = ()
 
@@ -58,7 +61,8 @@ class ConvertOptions:
         Raises:
             ConfigError: a number is out of its range, or source and output are the same.
         """
-        values = {name: getattr(parsed, name) for name in cls.__dataclass_fields__}
+        values = {name: getattr(parsed, name) for name in cls.__dataclass_fields__ if name != "recipe"}
+        values["recipe"] = _recipe(parsed)
         asked = parsed.verify if parsed.verify is None or parsed.verify else ["1"]
         values["verify"] = tuple(launch_of(text) for text in asked or ())
         values["ignore_config_key"] = tuple(values["ignore_config_key"] or ())
@@ -71,6 +75,22 @@ class ConvertOptions:
         if out == source or out.startswith(f"{source}{os.sep}"):
             raise ConfigError("OUT", str(found.out), "is SOURCE or lies in it", "Pass another folder.")
         return found
+
+
+def _recipe(parsed: argparse.Namespace) -> Recipe | None:
+    if parsed.experts is None:
+        for flag, is_set in ((TOPK, parsed.topk is not None), (GRANULARITY, parsed.granularity != 1)):
+            if is_set:
+                raise ConfigError(flag, True, f"needs {EXPERTS}", f"Add {EXPERTS} 8, for example.")
+        return None
+    return Recipe(
+        experts=parsed.experts,
+        topk=parsed.topk if parsed.topk is not None else 2 * parsed.granularity,
+        granularity=parsed.granularity,
+        noise=parsed.expert_noise,
+        router_std=parsed.router_std,
+        seed=parsed.seed,
+    )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -95,13 +115,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     help_text += "for another model, config.json is made from its arguments)"
     parser.add_argument("--hf-config", type=Path, metavar="DIR", help=help_text)
-    help_text = (
-        "compare the logits of both ends in float32 when OUT is written, with Megatron on 1 rank or on the given "
-    )
-    help_text += "launches, such as EP4xPP2; needs transformers. Exit status 1 if they differ by more than 1e-5"
+    help_text = "from a checkpoint to --to megatron: arrange the optimizer state for this expert parallelism; Megatron "
+    help_text += "itself loads what was saved at 1 only at 1 (default: as it was saved)"
+    parser.add_argument("--ep", dest="expert_ranks", type=int, metavar="N", help=help_text)
+    help_text = "from a checkpoint to --to megatron: leave the optimizer state out"
+    parser.add_argument("--no-optim", dest="optimizer", action="store_false", help=help_text)
+    _add_upcycling(parser)
+    help_text = "compare the logits of both ends in float32 when OUT is written, with Megatron on 1 rank or on the "
+    help_text += "given launches, such as EP4xPP2; needs transformers. Exit status 1 if they differ by more than 1e-5"
     parser.add_argument("--verify", nargs="*", metavar="LAUNCH", help=help_text)
     help_text = "a key of config.json that is not known here and does not change the model; may be repeated"
     parser.add_argument(IGNORE_KEY, action="append", metavar="KEY", help=help_text)
+
+
+def _add_upcycling(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("upcycling", "make a model with experts from a dense one (Llama, Qwen3)")
+    group.add_argument(EXPERTS, type=int, metavar="N", help="experts of each layer, copies of the dense block")
+    group.add_argument(TOPK, type=int, metavar="K", help="experts of a token (default: 2 x granularity)")
+    help_text = "cut the dense block into G parts, each expert a copy of one; a power of 2 (default: 1)"
+    group.add_argument(GRANULARITY, type=int, default=1, metavar="G", help=help_text)
+    help_text = (
+        "add normal noise to the experts' weights, S times the standard deviation of their row (default: 0, with "
+    )
+    help_text += "which the first loss is the dense model's)"
+    group.add_argument("--expert-noise", type=float, default=0.0, metavar="S", help=help_text)
+    help_text = "standard deviation of the routers' weights (default: 0.02)"
+    group.add_argument("--router-std", type=float, default=0.02, metavar="S", help=help_text)
+    group.add_argument("--seed", type=int, default=1234, metavar="N", help="of routers and noise (default: 1234)")
 
 
 def as_argv(options: ConvertOptions) -> list[str]:
@@ -115,6 +155,17 @@ def as_argv(options: ConvertOptions) -> list[str]:
     argv += [] if options.optimizer else ["--no-optim"]
     if options.verify:
         argv += ["--verify", *("1" if launch.num_ranks == 1 else launch.name for launch in options.verify)]
+    if options.recipe is not None:
+        recipe = options.recipe
+        argv += [EXPERTS, str(recipe.experts), TOPK, str(recipe.topk), GRANULARITY, str(recipe.granularity)]
+        argv += [
+            "--expert-noise",
+            str(recipe.noise),
+            "--router-std",
+            str(recipe.router_std),
+            "--seed",
+            str(recipe.seed),
+        ]
     for key in options.ignore_config_key:
         argv += [IGNORE_KEY, key]
     return argv

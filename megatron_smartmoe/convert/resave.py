@@ -1,7 +1,8 @@
 """Megatron to Megatron: a checkpoint of any format and layout as a torch_dist checkpoint, with or without optimizer.
 
-What it is for: the older `mp_rank_*` folders; another layer spec; and expert parallelism 1 to more than 1 with optimizer
-state, which Megatron itself cannot load. Parameters are logical, so where experts were at the save has no effect.
+What it is for: the older `mp_rank_*` folders; another layer spec; and expert parallelism 1 to more than 1 with
+optimizer state, which Megatron itself cannot load. Parameters are logical, so where experts were at the save has no
+effect.
 """
 
 from __future__ import annotations

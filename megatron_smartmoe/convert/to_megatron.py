@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -28,6 +29,7 @@ from megatron_smartmoe.convert.carried import (
     write_run,
 )
 from megatron_smartmoe.convert.families.table import ModelTable
+from megatron_smartmoe.convert.hf_config import CONFIG_FILE
 from megatron_smartmoe.convert.hf_tensors import HFTensors
 from megatron_smartmoe.convert.layout import Layout, Spec, extra_states
 from megatron_smartmoe.convert.output import Written, check_space, partial_output, write_files
@@ -72,6 +74,7 @@ def hf_to_megatron(
         objects = extra_states([parameter.place for parameter in parameters])
         write_index(folder, parameters, written, common_state(arguments, 0), objects)
         copy_carried(source.folder, partial / FOLDER)
+        (partial / FOLDER / CONFIG_FILE).write_text(json.dumps(table.config.content, indent=2) + "\n")
         has_tokenizer = any(path.name in TOKENIZER_FILES for path in carried_files(source.folder))
         place = out.absolute()
         tokenizer = place / FOLDER if has_tokenizer else None

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from megatron_smartmoe.checkpoint.digest import WEIGHT
+from megatron_smartmoe.checkpoint.reader import read_contents
+from megatron_smartmoe.checkpoint.torch_dist import read_common
 from megatron_smartmoe.convert.command import convert
 from megatron_smartmoe.convert.families import table_of
 from megatron_smartmoe.convert.flags import as_flags
 from megatron_smartmoe.convert.hf_config import HFConfig
+from megatron_smartmoe.convert.launches import launch_of
 from megatron_smartmoe.convert.options import ConvertOptions
+from megatron_smartmoe.convert.upcycle import Recipe, upcycled_table
+from megatron_smartmoe.convert.verify import of_megatron, verify
 from tests.support import hf_models
 from tests.support.ranks import run_ranks
-from tests.support.training import TINY_TRAINING, losses
+from tests.support.training import TINY_TRAINING, losses, train
 
 pytestmark = pytest.mark.dist
 
@@ -127,6 +135,75 @@ def test_a_converted_model_trains_and_is_exported(models: Callable[[str], tuple[
     found = probed(source, run / "checkpoints", 1, tmp_path / "probe", *flags)
     assert difference(found["logits"], exported) < TOLERANCE
     assert difference(exported, hf_models.logits(source, TOKENS)) > TOLERANCE  # it has learned something
+
+
+@pytest.mark.parametrize(("experts", "topk", "granularity"), [(8, 2, 1), (8, 4, 2)])
+def test_an_upcycled_model_computes_what_the_dense_one_does(
+    experts: int, topk: int, granularity: int, models: Callable[[str], tuple[Path, Path]], tmp_path: Path
+) -> None:
+    source, _ = models("llama")
+    recipe = Recipe(experts=experts, topk=topk, granularity=granularity)
+    convert(ConvertOptions(source=source, out=tmp_path / "moe", target="megatron", recipe=recipe))
+    table = upcycled_table(HFConfig.of(source), recipe)
+    found = of_megatron(tmp_path / "moe", table, TOKENS, launch_of("1"))
+    chosen = found.routers[0]
+    assert chosen.shape == (TOKENS.numel(), experts)
+    assert (chosen.sum(1) == topk).all()
+    assert len({tuple(row) for row in chosen.tolist()}) > 1  # routers choose, and not always the same experts
+    assert difference(found.logits, hf_models.logits(source, TOKENS)) < TOLERANCE
+
+
+def test_verify_says_which_layer_is_wrong(models: Callable[[str], tuple[Path, Path]], tmp_path: Path) -> None:
+    """One expert of layer 2 is another one in the checkpoint."""
+    source, _ = models("mixtral")
+    other = tmp_path / "other"
+    shutil.copytree(source, other)
+    name = "model.layers.2.block_sparse_moe.experts.{}.w2.weight"
+    for path in other.glob("*.safetensors"):
+        tensors = load_file(path)
+        if name.format(1) in tensors:
+            tensors[name.format(1)] = -tensors[name.format(1)]
+            save_file(tensors, path)
+    convert(ConvertOptions(source=other, out=tmp_path / "megatron", target="megatron"))
+    (verdict,) = verify(source, tmp_path / "megatron", table_of(HFConfig.of(source)), [launch_of("1")])
+    assert not verdict.is_equal
+    assert verdict.first_layer == 2
+    assert verdict.routed > 0
+    assert "first layer that differs: 2 (by " in verdict.line()
+    (verdict,) = verify(other, tmp_path / "megatron", table_of(HFConfig.of(source)), [launch_of("1")])
+    assert verdict.is_equal
+    assert verdict.differing == 0
+
+
+def test_optimizer_state_between_expert_parallelism_1_and_2(tmp_path: Path) -> None:
+    """Training goes on as if nothing had happened, in both directions."""
+    data = ["--mock-data", "--tokenizer-type", "NullTokenizer", "--vocab-size", "249"]
+    saves = ["--save", str(tmp_path / "one"), "--save-interval", "3"]
+    whole = train(tmp_path / "whole", 1, data, *saves, iterations=6)
+    saved = tmp_path / "one" / "iter_0000003"
+    convert(ConvertOptions(source=saved, out=tmp_path / "two", target="megatron", expert_ranks=2))
+    flags = ["--load", str(tmp_path / "two"), "--expert-model-parallel-size", "2"]
+    flags += ["--save", str(tmp_path / "saved"), "--save-interval", "3"]
+    rest = train(tmp_path / "rest", 2, data, *flags, iterations=6)
+    assert rest == pytest.approx(whole[3:], abs=1e-6)
+    convert(ConvertOptions(source=tmp_path / "saved", out=tmp_path / "back", target="megatron", expert_ranks=1))
+    common = [read_common(folder / "iter_0000006") for folder in (tmp_path / "one", tmp_path / "back")]
+    assert common[0]["optimizer"] == common[1]["optimizer"]
+
+
+@pytest.mark.slow
+def test_legacy_folders_of_several_ranks(tmp_path: Path) -> None:
+    data = ["--mock-data", "--tokenizer-type", "NullTokenizer", "--vocab-size", "249"]
+    flags = ["--save", str(tmp_path / "old"), "--save-interval", "2", "--ckpt-format", "torch", *EP2_PP2]
+    train(tmp_path / "run", 4, data, *flags, iterations=2)
+    options = ConvertOptions(source=tmp_path / "old", out=tmp_path / "new", target="megatron", optimizer=False)
+    convert(options)
+    old, new = (read_contents(tmp_path / name / "iter_0000002") for name in ("old", "new"))
+    weights = [key for key in old.parameters if key.kind == WEIGHT]
+    assert len(weights) == len(new.parameters) > 0
+    assert all(old.digest(key) == new.digest(key) for key in weights)
+    again = train(tmp_path / "more", 1, data, "--load", str(tmp_path / "new"), "--finetune", iterations=1)
+    assert len(again) == 1
 
 
 def _train(argv: list[str]) -> None:
