@@ -4,7 +4,7 @@ Sparse upcycling (arXiv 2212.05055) gives each of N experts a copy of the dense 
 Where the weights of a token's experts sum to 1, as in Mixtral, the first loss is the dense model's.
 
 Finer experts (arXiv 2410.07524, "virtual groups"): granularity G cuts the block into G parts along its inner size,
-each expert is a copy of one part, and all parts of a copy have the same router row, so that a token that takes one takes
+each expert is a copy of one part, and all parts of a copy have the same router row: a token that takes one takes
 all of them. Each part then has weight 1/G of its copy's; the output matrices are multiplied by G, which is exact for
 the powers of 2 that are accepted. Expert e is part e mod G of copy e // G.
 """
