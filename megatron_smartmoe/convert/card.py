@@ -35,10 +35,16 @@ def model_card(table: ModelTable, folder: Path, iteration: int | None, arguments
         *_losses(folder),
         ("written by", f"megatron_smartmoe {__version__}"),
     ]
-    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", "---", "", f"# {folder.parent.name}"]
+    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", "---", "", f"# {_name(folder)}"]
     lines += ["", f"Converted from the Megatron checkpoint `{folder.name}` with `smartmoe convert`.", ""]
     lines += ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)]
     return "\n".join(lines) + "\n"
+
+
+def _name(folder: Path) -> str:
+    """The name of the run whose checkpoint it is, or of the folder of checkpoints."""
+    directory = folder.absolute().parent
+    return directory.parent.name if (directory.parent / METRICS_FILE).is_file() else directory.name
 
 
 def _losses(folder: Path) -> list[tuple[str, str]]:

@@ -35,7 +35,9 @@ _OFF = {
     "layernorm_zero_centered_gamma": False, "qk_l2_norm": False, "rotary_interleaved": False, "window_size": None,
     "rotary_percent": 1.0, "rotary_seq_len_interpolation_factor": None, "no_rope_freq": None, "quick_geglu": False,
     "glu_linear_offset": 0.0, "moe_latent_size": None, "moe_expert_capacity_factor": None, "softmax_type": "vanilla",
-    "moe_input_jitter_eps": None,
+    "moe_input_jitter_eps": None, "moe_router_topk_scaling_factor": None, "moe_router_num_groups": None,
+    "moe_router_group_topk": None, "moe_shared_expert_intermediate_size": None, "moe_apply_probs_on_input": False,
+    "activation_func_clamp_value": None, "qk_clip": False, "attention_output_gate": False,
 }  # fmt: skip
 
 
