@@ -10,7 +10,7 @@ from typing import Any
 from megatron_smartmoe import __version__
 from megatron_smartmoe.checkpoint.inspection import readable_bytes
 from megatron_smartmoe.convert.card import model_card
-from megatron_smartmoe.convert.families import table_of
+from megatron_smartmoe.convert.families import table_of, with_prediction
 from megatron_smartmoe.convert.families.table import ModelTable
 from megatron_smartmoe.convert.hf_config import HFConfig
 from megatron_smartmoe.convert.hf_tensors import HFTensors
@@ -72,6 +72,7 @@ def _hf_to_megatron(options: ConvertOptions, source: Source) -> ModelTable:
     config = HFConfig.of(source.folder)
     table = table_of(config, options.ignore_config_key)
     tensors = HFTensors.of(source.folder, config)
+    predicts = with_prediction(table, tensors.tensors)
     tensors.check(table)
     dtype = DTYPES[options.dtype] if options.dtype else tensors.dtype("model.embed_tokens.weight")
     if options.recipe is not None:
@@ -81,8 +82,8 @@ def _hf_to_megatron(options: ConvertOptions, source: Source) -> ModelTable:
         _say(f"upcycled: each layer's block becomes {recipe.experts} experts, a token takes {recipe.topk}")
     experts = f", {table.num_experts} experts" if table.num_experts else ""
     _say(f"{table.family}, {table.num_layers} layers{experts}, written as {dtype} for the {options.spec} layers")
-    if table.mtp_layers:
-        _say(f"left out: {table.mtp_layers} layer(s) that predict further tokens (MTP)")
+    if predicts:
+        _say(f"with {table.mtp_layers} layer(s) that predict further tokens (MTP), which --verify does not compare")
     hf_to_megatron(
         tensors,
         table,
@@ -102,10 +103,11 @@ def _megatron_to_hf(options: ConvertOptions, source: Source) -> ModelTable:
     beside = options.hf_config or config_beside(source.folder, arguments)
     vocab = tensors.vocab_size if beside is None else 0
     table = table_of_checkpoint(arguments, beside, vocab)
+    if tensors.num_prediction_layers:
+        table.mtp_layers = tensors.num_prediction_layers
+        with_prediction(table, [f"model.layers.{table.num_layers}.eh_proj.weight"])
     tensors.check(table.parameters)
     _say(f"{table.family}, {table.num_layers} layers; config.json {'made here' if beside is None else f'of {beside}'}")
-    if tensors.num_prediction_layers:
-        _say(f"left out: {tensors.num_prediction_layers} layer(s) that predict further tokens (MTP)")
     # Step 2: write it.
     dtype = DTYPES[options.dtype] if options.dtype else tensors.dtype(table.parameters[0])
     megatron_to_hf(

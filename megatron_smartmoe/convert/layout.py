@@ -16,14 +16,14 @@ from typing import Literal
 type Spec = Literal["local", "te"]
 SPECS: tuple[Spec, ...] = ("local", "te")
 
-_LAYER = re.compile(r"^(decoder|mtp)\.layers\.(\d+)\.")
+_LAYER = re.compile(r"^(decoder|mtp)\.layers\.(\d+)\.(?:transformer_layer\.)?")
 _INPUT_NORM = "self_attention.linear_qkv.layer_norm_weight"
 _MLP_NORM = "mlp.linear_fc1.layer_norm_weight"
 _LATENT_NORMS = {
     "self_attention.q_layernorm.weight": "self_attention.linear_q_up_proj.layer_norm_weight",
     "self_attention.kv_layernorm.weight": "self_attention.linear_kv_up_proj.layer_norm_weight",
 }
-_LINEAR = re.compile(r"\.linear_\w+\.weight$")
+_LINEAR = re.compile(r"\.(?:linear_\w+|eh_proj)\.weight$")
 
 
 @dataclass(frozen=True, kw_only=True)

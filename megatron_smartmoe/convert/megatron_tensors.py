@@ -69,9 +69,7 @@ class MegatronTensors:
             raise CheckpointError(folder, "is incomplete", f"it has no parameter {_listed(missing)}")
         known = {(parameter.name, parameter.expert) for parameter in wanted}
         extra = sorted(
-            str(key)
-            for where, key in self.keys.items()
-            if where not in known and not key.name.endswith(_NO_WEIGHT) and not key.name.startswith("mtp.")
+            str(key) for where, key in self.keys.items() if where not in known and not key.name.endswith(_NO_WEIGHT)
         )
         if extra:
             rule = f"the model of its arguments has no parameter {', '.join(extra[:_SHOWN])}"

@@ -71,10 +71,13 @@ def megatron_to_hf(
 def stored_tensors(source: MegatronTensors, table: ModelTable, dtype: str) -> Iterator[StoredTensorOut]:
     """The tensors as they are written, in the order of the table."""
     runs = by_tensor(table.parameters)
-    for name, shape in table.shapes.items():
-        kept = runs[name][0].parameter.is_float32
+    copied = {name: of for name, of in table.copies.items() if name != "lm_head.weight"}  # of a tied one there is none
+    names = {**{name: name for name in table.shapes}, **copied}
+    for name, of in names.items():
+        shape = table.shapes[of]
+        kept = runs[of][0].parameter.is_float32
         wanted = "float32" if kept else dtype
-        yield StoredTensorOut(name=name, shape=shape, dtype=wanted, slices=_slices(source, runs[name], shape, wanted))
+        yield StoredTensorOut(name=name, shape=shape, dtype=wanted, slices=_slices(source, runs[of], shape, wanted))
 
 
 def _slices(
@@ -101,8 +104,8 @@ def _write_config(path: Path, table: ModelTable, dtype: str) -> None:
     """The model's config.json. Weights that were quantised in the source are not any more."""
     content = {key: value for key, value in table.config.content.items() if key != "quantization_config"}
     name = "torch_dtype" if "torch_dtype" in content else "dtype"
-    if table.mtp_layers:  # their weights are not in the checkpoint
-        content |= {key: 0 for key in ("num_nextn_predict_layers", "num_mtp_layers") if key in content}
+    keys = [key for key in ("num_nextn_predict_layers", "num_mtp_layers") if key in content]
+    content |= dict.fromkeys(keys, table.flags.get("mtp-num-layers", 0))
     path.write_text(json.dumps({**content, name: dtype}, indent=2) + "\n")
 
 

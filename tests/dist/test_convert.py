@@ -80,7 +80,14 @@ def difference(found: torch.Tensor, wanted: torch.Tensor) -> float:
     return float((found[..., : wanted.shape[-1]] - wanted).abs().max() / wanted.abs().max())
 
 
-@pytest.mark.parametrize("family", hf_models.MODELS)
+# The others take another way in what every run of the suite does.
+SELDOM = ("deepseek_v3", "llama", "qwen2", "qwen3")
+
+
+@pytest.mark.parametrize(
+    "family",
+    [pytest.param(family, marks=[pytest.mark.slow] if family in SELDOM else []) for family in hf_models.MODELS],
+)
 def test_logits_on_one_rank(family: str, models: Callable[[str], tuple[Path, Path]], tmp_path: Path) -> None:
     source, checkpoint = models(family)
     found = probed(source, checkpoint, 1, tmp_path / "probe")
@@ -143,7 +150,9 @@ def test_a_converted_model_trains_and_is_exported(models: Callable[[str], tuple[
     assert difference(exported, hf_models.logits(source, TOKENS)) > TOLERANCE  # it has learned something
 
 
-@pytest.mark.parametrize(("experts", "topk", "granularity"), [(8, 2, 1), (8, 4, 2)])
+@pytest.mark.parametrize(
+    ("experts", "topk", "granularity"), [pytest.param(8, 2, 1, marks=pytest.mark.slow), pytest.param(8, 4, 2)]
+)
 def test_an_upcycled_model_computes_what_the_dense_one_does(
     experts: int, topk: int, granularity: int, models: Callable[[str], tuple[Path, Path]], tmp_path: Path
 ) -> None:

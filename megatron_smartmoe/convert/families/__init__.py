@@ -27,6 +27,14 @@ _MISSING = {
 }
 
 
+def with_prediction(table: ModelTable, names: Collection[str]) -> bool:
+    """Add the layers that predict further tokens (MTP) where the tensors of these names have them; whether they do."""
+    if not table.mtp_layers or f"model.layers.{table.num_layers}.eh_proj.weight" not in names:
+        return False
+    deepseek.add_prediction(table)
+    return True
+
+
 def table_of(config: HFConfig, ignored_keys: Collection[str] = ()) -> ModelTable:
     """The model's table.
 

@@ -169,9 +169,30 @@ def _latent_attention(made: ModelTable, where: blocks.Where) -> None:
 
 
 def _leave_out_prediction(made: ModelTable) -> None:
-    """Layers that predict further tokens lie behind the others in the released files."""
+    """Layers that predict further tokens lie behind the others in the released files, and not in all files."""
     count = made.config.count("num_nextn_predict_layers", 0) or made.config.count("num_mtp_layers", 0)
     if count:
         numbers = "|".join(str(made.num_layers + number) for number in range(count))
         made.ignored = re.compile(rf"{made.ignored.pattern}|model\.layers\.(?:{numbers})\..*")
         made.mtp_layers = count
+
+
+def add_prediction(made: ModelTable) -> None:
+    """Add the layers that predict further tokens (MTP), for a model whose files have them.
+
+    On both sides such a layer norms the embedding of the next token and the last hidden state, projects the two to one,
+    in this order, and ends in a norm (MultiTokenPredictionLayer; transformers/modeling_layers.py). The released files
+    repeat embedding and output layer for each; Megatron shares them.
+    """
+    hidden = made.config.size("hidden_size")
+    made.flags["mtp-num-layers"] = made.mtp_layers
+    made.ignored = ModelTable.ignored
+    for number in range(made.mtp_layers):
+        megatron, hf = f"mtp.layers.{number}.", f"model.layers.{made.num_layers + number}."
+        for name, of_hf in (("enorm", "enorm"), ("hnorm", "hnorm"), ("final_layernorm", "shared_head.norm")):
+            made.add(f"{megatron}{name}.weight", (hidden,), f"{hf}{of_hf}.weight")
+        made.add(f"{megatron}eh_proj.weight", (hidden, 2 * hidden), f"{hf}eh_proj.weight")
+        where = blocks.Where(megatron=f"{megatron}transformer_layer.", hf=hf)
+        _layer(made, where, has_experts=True, has_bias=True)
+        made.copies[f"{hf}embed_tokens.weight"] = "model.embed_tokens.weight"
+        made.copies[f"{hf}shared_head.head.weight"] = "lm_head.weight"

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_smartmoe.checkpoint.manifest import read_manifest
+from megatron_smartmoe.checkpoint.torch_dist import read_index
 from megatron_smartmoe.checkpoint.verify import verify
 from megatron_smartmoe.convert import output, torch_dist_files
 from megatron_smartmoe.convert.command import convert
@@ -87,6 +88,33 @@ def test_8_bit_blocks_are_dequantised(tmp_path: Path) -> None:
     assert after.keys() == wanted.keys()
     assert all(torch.equal(after[name], wanted[name]) for name in wanted)
     assert "quantization_config" not in json.loads((back / "config.json").read_text())
+
+
+@pytest.mark.parametrize("spec", ["local", "te"])
+def test_layers_that_predict_further_tokens(spec: str, tmp_path: Path) -> None:
+    """As the released DeepSeek-V3 has them: behind the other layers, with copies of embedding and output layer."""
+    source = hf_models.make("deepseek_v3", tmp_path / "hf")
+    found = weights(source)
+    more = {
+        name.replace("layers.3.", "layers.4."): tensor + 1 for name, tensor in found.items() if ".layers.3." in name
+    }
+    for name, shape in (("enorm", 64), ("hnorm", 64), ("shared_head.norm", 64), ("eh_proj", (64, 128))):
+        more[f"model.layers.4.{name}.weight"] = torch.randn(shape)
+    more["model.layers.4.embed_tokens.weight"] = found["model.embed_tokens.weight"].clone()
+    more["model.layers.4.shared_head.head.weight"] = found["lm_head.weight"].clone()
+    for path in source.glob("*.safetensors*"):
+        path.unlink()
+    save_file({**found, **more}, source / "model.safetensors")
+    hf_models.change_config(source, num_nextn_predict_layers=1)
+    megatron, back = there_and_back(source, tmp_path, spec=spec)
+    after = weights(back)
+    assert after.keys() == {**found, **more}.keys()
+    assert all(torch.equal(tensor, after[name]) for name, tensor in {**found, **more}.items())
+    assert verify(megatron / "release").is_whole
+    keys = read_index(megatron / "release").shapes
+    norm = "pre_mlp_layernorm" if spec == "te" else "input_layernorm"
+    assert f"mtp.layers.0.transformer_layer.{norm}.weight" in keys
+    assert keys["mtp.layers.0.transformer_layer.mlp.experts.experts.linear_fc1.weight"] == (8, 96, 64)
 
 
 def test_a_killed_conversion_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
