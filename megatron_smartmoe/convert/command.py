@@ -36,6 +36,8 @@ def convert(options: ConvertOptions) -> int:
     """
     started = time.perf_counter()
     check_free(options.out)
+    if options.verify:
+        _check_verify(options)
     source = recognise(options.source, options.kind)
     _say(source.said)
     if options.recipe is not None and source.kind != "hf":
@@ -57,6 +59,12 @@ def convert(options: ConvertOptions) -> int:
     size_bytes = sum(path.stat().st_size for path in options.out.rglob("*") if path.is_file())
     _say(f"{options.out} is written: {readable_bytes(size_bytes)} in {time.perf_counter() - started:.1f} s")
     return _verify(options, table, *ends) if options.verify and table is not None and ends is not None else 0
+
+
+def _check_verify(options: ConvertOptions) -> None:
+    from megatron_smartmoe.convert.verify import check_installed
+
+    check_installed(options.spec)
 
 
 def _verify(options: ConvertOptions, table: ModelTable, model: Path, checkpoint: Path) -> int:
@@ -97,6 +105,9 @@ def _hf_to_megatron(options: ConvertOptions, source: Source) -> ModelTable:
 
 
 def _megatron_to_hf(options: ConvertOptions, source: Source) -> ModelTable:
+    if options.verify and source.kind == "torch":
+        rule = "loads a torch_dist checkpoint, and this one is in Megatron's older format"
+        raise ConfigError("--verify", True, rule, "Convert it --to megatron first, or leave --verify out.")
     # Step 1: what the checkpoint holds, and which family that is.
     tensors = MegatronTensors.of(source.folder)
     arguments = dict(tensors.contents.arguments)

@@ -23,7 +23,7 @@ from megatron_smartmoe.errors import ConfigError
 # Flags that a training run may set otherwise without a change of what the model computes.
 _OF_TRAINING = frozenset(
     "attention-dropout hidden-dropout init-method-std moe-router-load-balancing-type moe-aux-loss-coeff "
-    "moe-router-dtype max-position-embeddings".split()
+    "moe-router-dtype max-position-embeddings group-query-attention".split()
 )
 _CLASSES = {
     "mixtral": "Mixtral", "qwen2_moe": "Qwen2Moe", "qwen3_moe": "Qwen3Moe", "olmoe": "Olmoe",
@@ -170,32 +170,36 @@ def _compare(table: ModelTable, arguments: Mapping[str, Any]) -> None:
     Raises:
         ConfigError: the first that is not.
     """
+    way_out = f"It cannot be exported as {table.family}."
+    is_all_experts = table.num_experts is not None and all(table.expert_layers)
     for flag, value in table.flags.items():
+        if flag in _OF_TRAINING or (flag == "ffn-hidden-size" and is_all_experts):
+            continue
         name, is_negated = argument_name(flag)
-        if flag in _OF_TRAINING or (flag == "ffn-hidden-size" and all(table.expert_layers) and table.num_experts):
-            continue
-        found = arguments.get(name, default_of(name))
-        wanted = (not value) if is_negated else value
-        if flag == "moe-layer-freq" and not isinstance(found, list):
-            found = [int(number % int(found or 1) == 0) for number in range(table.num_layers)]
-        if flag == "num-query-groups" and not arguments.get("group_query_attention"):
-            found = arguments.get("num_attention_heads")
-        if flag == "group-query-attention":
-            continue
-        if flag == "kv-channels" and found is None:
-            found = arguments["hidden_size"] // arguments["num_attention_heads"]
-        if flag == "moe-ffn-hidden-size" and found is None:
-            found = arguments.get("ffn_hidden_size")
+        found, wanted = _spelled_out(name, arguments), (not value) if is_negated else value
         if not _is_same(found, wanted):
             rule = f"is what the checkpoint was trained with, and a {table.family} model has {json.dumps(wanted)}"
-            raise ConfigError(f"--{flag}", found, rule, f"It cannot be exported as {table.family}.")
-    unsaid = {**{name: default_of(name) for name in _UNSAID}, **_OFF}
+            raise ConfigError(f"--{flag}", found, rule, way_out)
     said = {argument_name(flag)[0] for flag in table.flags}
-    for name, off in unsaid.items():
+    for name, off in {**{name: default_of(name) for name in _UNSAID}, **_OFF}.items():
         found = arguments.get(name, off)
         if name not in said and found != off and found is not None:
             rule = f"is what the checkpoint was trained with, and a {table.family} model has no such thing"
-            raise ConfigError(f"--{name.replace('_', '-')}", found, rule, f"It cannot be exported as {table.family}.")
+            raise ConfigError(f"--{name.replace('_', '-')}", found, rule, way_out)
+
+
+def _spelled_out(name: str, arguments: Mapping[str, Any]) -> Any:
+    """The value of an argument, in place of one that stands for it."""
+    found = arguments.get(name, default_of(name))
+    if name == "moe_layer_freq" and not isinstance(found, list):
+        return [int(number % int(found or 1) == 0) for number in range(int(arguments["num_layers"]))]
+    if name == "num_query_groups" and not arguments.get("group_query_attention"):
+        return arguments.get("num_attention_heads")
+    if name == "kv_channels" and found is None:
+        return arguments["hidden_size"] // arguments["num_attention_heads"]
+    if name == "moe_ffn_hidden_size" and found is None:
+        return arguments.get("ffn_hidden_size")
+    return found
 
 
 _UNSAID = (

@@ -8,6 +8,7 @@ Megatron runs in processes of its own, as many as the launch asks for.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import socket
@@ -21,10 +22,12 @@ from typing import Any
 
 import torch
 
+from megatron_smartmoe.checkpoint.directory import RELEASE, iteration_of
 from megatron_smartmoe.convert.carried import padded_vocab
 from megatron_smartmoe.convert.families.table import ModelTable
 from megatron_smartmoe.convert.flags import as_flags
 from megatron_smartmoe.convert.launches import Launch
+from megatron_smartmoe.convert.layout import Spec
 from megatron_smartmoe.errors import CheckpointError, ConfigError
 
 TOLERANCE = 1e-5  # of the largest logit; float32 sums in another order give 1e-6
@@ -93,7 +96,6 @@ def verify(model: Path, checkpoint: Path, table: ModelTable, launches: Sequence[
     """Compare the model of a Hugging Face folder with that of a checkpoint, at each launch.
 
     Raises:
-        ConfigError: transformers is not installed.
         CheckpointError: Megatron could not load the checkpoint; the message ends with what it said.
     """
     tokens = _tokens(model, table.vocab_size)
@@ -145,12 +147,26 @@ def _tokens(model: Path, vocab_size: int) -> torch.Tensor:
     return torch.cat([random, text])
 
 
-def _of_transformers(model: Path, tokens: torch.Tensor, num_layers: int) -> Outputs:
-    try:
-        from transformers import AutoModelForCausalLM
-    except ImportError:
+def check_installed(spec: Spec) -> None:
+    """What a comparison needs is installed.
+
+    Args:
+        spec: the layers that the checkpoint is for.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    if importlib.util.find_spec("transformers") is None:
         rule = "needs transformers, which is not installed"
-        raise ConfigError("--verify", True, rule, "Run pip install 'transformers>=5'.") from None
+        raise ConfigError("--verify", True, rule, "Run pip install 'transformers>=5', or leave it out.")
+    if spec == "te" and importlib.util.find_spec("transformer_engine") is None:
+        rule = "needs TransformerEngine for a checkpoint --for te, and it is not installed"
+        raise ConfigError("--verify", True, rule, "Leave it out, or convert --for local.")
+
+
+def _of_transformers(model: Path, tokens: torch.Tensor, num_layers: int) -> Outputs:
+    from transformers import AutoModelForCausalLM
+
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation="eager").eval()
     routers: dict[int, torch.Tensor] = {}
 
@@ -180,7 +196,7 @@ def of_megatron(checkpoint: Path, table: ModelTable, tokens: torch.Tensor, launc
         CheckpointError: a rank failed; the message ends with what it said.
     """
     argv = [*as_flags(table.flags), "--padded-vocab-size", str(padded_vocab(table.vocab_size))]
-    argv += ["--vocab-size", str(table.vocab_size - 1), "--load", str(checkpoint), *launch.flags]
+    argv += ["--vocab-size", str(table.vocab_size - 1), *_load_flags(checkpoint), *launch.flags]
     with tempfile.TemporaryDirectory(prefix="smartmoe-verify-") as name:
         folder = Path(name)
         request = folder / "request.json"
@@ -191,6 +207,14 @@ def of_megatron(checkpoint: Path, table: ModelTable, tokens: torch.Tensor, launc
     routers = {number: torch.cat(found) for part in parts for number, found in part["routers"].items()}
     logits = next(part["logits"] for part in parts if "logits" in part)
     return Outputs(logits=logits, layers=layers, routers=routers)
+
+
+def _load_flags(checkpoint: Path) -> list[str]:
+    """Flags that load a directory of checkpoints, or the folder of one iteration."""
+    iteration = iteration_of(checkpoint)
+    if iteration is not None:
+        return ["--load", str(checkpoint.parent), "--ckpt-step", str(iteration)]
+    return ["--load", str(checkpoint.parent if checkpoint.name == RELEASE else checkpoint)]
 
 
 def _run_ranks(request: Path, launch: Launch, checkpoint: Path) -> None:
