@@ -14,11 +14,17 @@ def main(argv: list[str] | None = None) -> int:
     """Convert; returns the exit status."""
     parser = argparse.ArgumentParser(prog="smartmoe convert")
     add_arguments(parser)
+    options = parser.parse_args(argv)
     try:
-        return convert(ConvertOptions.of(parser.parse_args(argv)))
+        return convert(ConvertOptions.of(options))
     except SmartMoEError as error:
         print(f"smartmoe convert: {error}", file=sys.stderr)
-        return EXIT_CONFIG_ERROR
+    except OSError as error:  # a disk that is full after all, or went away
+        what = f"{error.filename or options.out}: {error.strerror or error}"
+        print(f"smartmoe convert: {what}. Start it again to resume, with room on the disk.", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("smartmoe convert: interrupted. Start it again to resume.", file=sys.stderr)
+    return EXIT_CONFIG_ERROR
 
 
 if __name__ == "__main__":
