@@ -37,7 +37,7 @@ from megatron_smartmoe.convert.numbers import size_bytes
 from megatron_smartmoe.convert.output import OutputFile, Sink, Written
 
 SLICE_BYTES = 64 * 2**20  # of a parameter that are in memory at a time
-FILE_BYTES = 2 * 2**30
+FILE_BYTES = 2**29  # what a kill costs, at most, for each worker
 _OBJECTS_FILE = "__0_objects.distcp"
 
 
