@@ -40,6 +40,7 @@ def probe(argv: Sequence[str], tokens: Sequence[Sequence[int]], out: Path) -> No
     flags = with_defaults([*argv, *FLAGS, *shape], cpu=cpu, say=False)
     from megatron_smartmoe.adapter import pretrain
 
+    pretrain.check_flags(flags, cpu=cpu)  # also sets what Megatron asserts of the environment
     try:
         pretrain.train(flags, cpu=cpu, callbacks=[_probe_callback(tokens, out)])
     except _Done:
