@@ -183,7 +183,7 @@ def train(argv: Sequence[str], *, cpu: bool, callbacks: Iterable[Callback] = ())
     """
     import torch
     from megatron.core.enums import ModelType
-    from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
+    from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
     from megatron_smartmoe.adapter import door
     from megatron_smartmoe.adapter.batch import embedding_ranks, forward_step
@@ -192,8 +192,10 @@ def train(argv: Sequence[str], *, cpu: bool, callbacks: Iterable[Callback] = ())
 
     door.open_door(cpu=cpu, is_own_entry=True, callbacks=callbacks)
     args = megatron_args(argv)
+    from megatron_smartmoe.adapter.moe.wide_norms import model_config_of
+
     loop_module().pretrain(
-        pretrain_cfg_container_from_args(args, gpt_config_from_args(args)),
+        pretrain_cfg_container_from_args(args, model_config_of(args)),
         train_valid_test_datasets_provider,
         ModelType.encoder_or_decoder,
         forward_step,

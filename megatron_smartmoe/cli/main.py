@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from megatron_smartmoe.cli import calibrate, checkpoint, doctor, plan, simulate
+from megatron_smartmoe.cli import calibrate, checkpoint, convert, doctor, plan, simulate
 from megatron_smartmoe.errors import EXIT_CONFIG_ERROR, SmartMoEError
 
 EXIT_BROKEN_PIPE = 141  # as of a program that SIGPIPE ends, in a shell
@@ -22,6 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     calibrate.add_parser(tools)
     doctor.add_parser(tools)
     checkpoint.add_parser(tools)
+    convert.add_parser(tools)
     options = parser.parse_args(arguments)
     try:
         status = int(options.run(options))

@@ -100,7 +100,8 @@ def test_optimizer_state_between_ep_1_and_more_is_refused_before_it_fails(saved:
     assert done.stderr == (
         f"error: --expert-model-parallel-size = 1: the optimizer state in {folder} was saved at 2, "
         "and cannot be loaded at 1, because experts have an optimizer of their own only above 1. "
-        "Pass --expert-model-parallel-size 2, or --no-load-optim for the weights alone.\n"
+        "Pass --expert-model-parallel-size 2, --no-load-optim for the weights alone, or load what this writes: "
+        f"smartmoe convert {folder} NEW --to megatron --ep 1\n"
     )
     weights_only = saved.resume(tmp_path / "weights", 1, "--no-load-optim", "--no-load-rng")
     assert largest_difference(weights_only[:1], saved.losses[4:5]) < 1e-6  # the first loss needs no optimizer

@@ -36,6 +36,24 @@ CASES = {
         says="--smartmoe-resume = 'newest-whole': needs a check that finds damage, and --smartmoe-checkpoint-check is "
         "off. Pass --smartmoe-checkpoint-check full or sizes.",
     ),
+    "wide norms": Case(flags="--smartmoe --qk-layernorm --smartmoe-wide-qk-norm", verdict=True),
+    "wide norms of nothing": Case(
+        flags="--smartmoe-wide-qk-norm",
+        says="--smartmoe-wide-qk-norm = True: needs --qk-layernorm and --normalization RMSNorm, without "
+        "--multi-latent-attention. Add them, or remove it.",
+    ),
+    "wide norms of heads on several ranks": Case(
+        flags="--qk-layernorm --smartmoe-wide-qk-norm --tensor-model-parallel-size 2 --sequence-parallel",
+        ranks=2,
+        says="--smartmoe-wide-qk-norm = True: is not supported with tensor parallelism, which spreads the heads of a "
+        "token over ranks. Pass --tensor-model-parallel-size 1; experts can use more expert ranks.",
+    ),
+    "wide norms of TransformerEngine": Case(
+        flags=f"--qk-layernorm --smartmoe-wide-qk-norm {TE}",
+        te=True,
+        says="--smartmoe-wide-qk-norm = True: needs --transformer-impl local: TransformerEngine's norms are per head. "
+        "Add --transformer-impl local, or remove it.",
+    ),
     "FSDP": Case(
         flags="--smartmoe --use-megatron-fsdp",
         says="--use-megatron-fsdp = True: is not supported with --smartmoe: it shards parameters in a layout of its "

@@ -76,7 +76,10 @@ def check_state(args: argparse.Namespace) -> None:
             f"the optimizer state in {folder} was saved at {there}, and cannot be loaded at {here}, because experts "
             "have an optimizer of their own only above 1"
         )
-        way_out = f"Pass --expert-model-parallel-size {there}, or --no-load-optim for the weights alone."
+        way_out = (
+            f"Pass --expert-model-parallel-size {there}, --no-load-optim for the weights alone, or load what this "
+        )
+        way_out += f"writes: smartmoe convert {folder} NEW --to megatron --ep {here}"
         raise ConfigError("--expert-model-parallel-size", here, rule, way_out)
     _check_layout(args, saved, folder)
     if not args.override_opt_param_scheduler and not args.use_checkpoint_opt_param_scheduler:

@@ -71,6 +71,12 @@ def add_smartmoe_arguments(parser: argparse.ArgumentParser) -> argparse.Argument
         "TransformerEngine's grouped linear layers. Default: grouped_mm.",
     )
     group.add_argument(
+        "--smartmoe-wide-qk-norm",
+        action="store_true",
+        help="With --qk-layernorm and --transformer-impl local: normalise queries, and keys, over all heads of a token "
+        "together, as OLMoE does, and not each head by itself.",
+    )
+    group.add_argument(
         OVERLAP_DEGREE,
         metavar="D",
         default="1",

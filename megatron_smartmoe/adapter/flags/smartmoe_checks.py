@@ -74,6 +74,7 @@ def check_smartmoe(args: argparse.Namespace, *, cpu: bool) -> None:
     _check_replicas(args)
     _check_overlap(args)
     _check_pool(args)
+    _check_wide_norm(args)
     if not args.smartmoe:
         if args.smartmoe_experts != "grouped_mm":
             raise ConfigError("--smartmoe-experts", args.smartmoe_experts, "needs --smartmoe", "Add --smartmoe.")
@@ -97,6 +98,22 @@ def _graphs_attention_only(args: argparse.Namespace) -> bool:
     """Whether CUDA graphs hold attention and nothing else; no modules are whole layers."""
     modules = {str(getattr(module, "name", module)) for module in getattr(args, "cuda_graph_modules", None) or ()}
     return modules == {"attn"} and not getattr(args, "cuda_graph_scope_deprecated", None)
+
+
+def _check_wide_norm(args: argparse.Namespace) -> None:
+    """Norms over all heads of a token need all heads on one rank."""
+    flag = "--smartmoe-wide-qk-norm"
+    if not args.smartmoe_wide_qk_norm:
+        return
+    if not (args.qk_layernorm and args.normalization == "RMSNorm") or args.multi_latent_attention:
+        rule = "needs --qk-layernorm and --normalization RMSNorm, without --multi-latent-attention"
+        raise ConfigError(flag, True, rule, "Add them, or remove it.")
+    if args.transformer_impl != "local" or args.spec is not None:
+        rule = "needs --transformer-impl local: TransformerEngine's norms are per head"
+        raise ConfigError(flag, True, rule, "Add --transformer-impl local, or remove it.")
+    if args.tensor_model_parallel_size > 1:
+        rule = "is not supported with tensor parallelism, which spreads the heads of a token over ranks"
+        raise ConfigError(flag, True, rule, "Pass --tensor-model-parallel-size 1; experts can use more expert ranks.")
 
 
 def _needs_experts(args: argparse.Namespace, flag: str, value: object) -> None:

@@ -24,3 +24,31 @@ class TorchNorm:
         for parameter in norm.parameters():
             parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
         return norm
+
+
+class WideNorm(torch.nn.Module):
+    """RMSNorm over all heads of a token together, where Megatron's norms of queries and keys are per head (OLMoE).
+
+    It is for a model without tensor parallelism, which would spread the heads of a token over ranks.
+    """
+
+    def __init__(
+        self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, *, num_heads: int, **unused: object
+    ) -> None:
+        """Take the arguments of Megatron's norms of queries and keys, and the number of heads.
+
+        Args:
+            config: of the model.
+            hidden_size: of one head.
+            eps: added to the mean of the squares.
+            num_heads: of queries, or of keys.
+        """
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(num_heads * hidden_size))
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        self.eps = eps
+
+    def forward(self, heads_SBNH: torch.Tensor) -> torch.Tensor:
+        """Normalise `[tokens, batch, heads, head size]`."""
+        flat = heads_SBNH.flatten(-2)
+        return torch.nn.functional.rms_norm(flat, self.weight.shape, self.weight, self.eps).view(heads_SBNH.shape)

@@ -22,6 +22,7 @@ from megatron_smartmoe.adapter.batch import Batch, forward_step
 from megatron_smartmoe.adapter.moe.modules import Modules
 from megatron_smartmoe.adapter.moe.overlap_degree import OverlapDegree
 from megatron_smartmoe.adapter.moe.own_experts import declare_grouped
+from megatron_smartmoe.adapter.moe.wide_norms import model_config_of
 from megatron_smartmoe.adapter.rehearsal.groups import become_rank
 from megatron_smartmoe.adapter.rehearsal.request import StageReport
 from megatron_smartmoe.adapter.rehearsal.shapes import META, GroupedGemmShapes, Shapes
@@ -111,7 +112,7 @@ class Stages:
         become_rank(self._args, rank)
         args = self._model_args
         hooks.use_modules(Modules.of(args, self._overlap_degree, everywhere=args.spec is None))
-        config = gpt_config_from_args(args)
+        config = model_config_of(args)
         config.pre_wrap_hooks.append(lambda chunks: [chunk.to(META) for chunk in chunks])
         wrapped = self._build(config)
         chunks = unwrap_model(wrapped)

@@ -1,0 +1,177 @@
+"""`smartmoe convert`: the way from what SOURCE is to a finished OUT."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from megatron_smartmoe import __version__
+from megatron_smartmoe.checkpoint.inspection import readable_bytes
+from megatron_smartmoe.convert.card import model_card
+from megatron_smartmoe.convert.families import table_of, with_prediction
+from megatron_smartmoe.convert.families.table import ModelTable
+from megatron_smartmoe.convert.hf_config import HFConfig
+from megatron_smartmoe.convert.hf_tensors import HFTensors
+from megatron_smartmoe.convert.megatron_tensors import MegatronTensors
+from megatron_smartmoe.convert.options import DTYPES, ConvertOptions
+from megatron_smartmoe.convert.output import check_free
+from megatron_smartmoe.convert.resave import check_optimizer, megatron_to_megatron
+from megatron_smartmoe.convert.reverse import config_beside, table_of_checkpoint
+from megatron_smartmoe.convert.source import Source, recognise
+from megatron_smartmoe.convert.to_hf import megatron_to_hf
+from megatron_smartmoe.convert.to_megatron import hf_to_megatron
+from megatron_smartmoe.convert.upcycle import EXPERTS, UpcycledTensors, upcycled_table
+from megatron_smartmoe.errors import ConfigError
+
+EXIT_DIFFERENT = 1  # of a conversion whose ends compute something else
+
+
+def convert(options: ConvertOptions) -> int:
+    """Convert, and say what is done; returns the exit status.
+
+    Raises:
+        SmartMoEError: source, output or options are wrong; nothing is written then.
+    """
+    started = time.perf_counter()
+    check_free(options.out)
+    if options.verify:
+        _check_verify(options)
+    source = recognise(options.source, options.kind)
+    _say(source.said)
+    if options.recipe is not None and source.kind != "hf":
+        raise ConfigError(EXPERTS, options.recipe.experts, "upcycles a Hugging Face model", "Convert it --to hf first.")
+    table, ends = None, None
+    if source.kind == "hf" and options.target == "megatron":
+        table = _hf_to_megatron(options, source)
+        ends = (source.folder, options.out)
+    elif source.kind != "hf" and options.target == "hf":
+        table = _megatron_to_hf(options, source)
+        ends = (options.out, source.folder)
+    elif source.kind != "hf":
+        _megatron_to_megatron(options, source)
+    elif options.recipe is not None:
+        raise ConfigError(EXPERTS, options.recipe.experts, "needs --to megatron", "Pass --to megatron.")
+    else:
+        rule = f"is what {options.source} is already"
+        raise ConfigError("--to", options.target, rule, "Pass --to megatron.")
+    size_bytes = sum(path.stat().st_size for path in options.out.rglob("*") if path.is_file())
+    _say(f"{options.out} is written: {readable_bytes(size_bytes)} in {time.perf_counter() - started:.1f} s")
+    return _verify(options, table, *ends) if options.verify and table is not None and ends is not None else 0
+
+
+def _check_verify(options: ConvertOptions) -> None:
+    from megatron_smartmoe.convert.verify import check_installed
+
+    check_installed(options.spec)
+
+
+def _verify(options: ConvertOptions, table: ModelTable, model: Path, checkpoint: Path) -> int:
+    from megatron_smartmoe.convert.verify import verify
+
+    verdicts = verify(model, checkpoint, table, options.verify)
+    for verdict in verdicts:
+        _say(verdict.line())
+    return 0 if all(verdict.is_equal for verdict in verdicts) else EXIT_DIFFERENT
+
+
+def _hf_to_megatron(options: ConvertOptions, source: Source) -> ModelTable:
+    config = HFConfig.of(source.folder)
+    table = table_of(config, options.ignore_config_key)
+    tensors = HFTensors.of(source.folder, config)
+    predicts = with_prediction(table, tensors.tensors)
+    tensors.check(table)
+    dtype = DTYPES[options.dtype] if options.dtype else tensors.dtype("model.embed_tokens.weight")
+    if options.recipe is not None:
+        recipe, folder, held = options.recipe, source.folder, tensors.tensors
+        table = upcycled_table(config, recipe)
+        tensors = UpcycledTensors(folder=folder, tensors=held, recipe=recipe, shapes=table.shapes)
+        _say(f"upcycled: each layer's block becomes {recipe.experts} experts, a token takes {recipe.topk}")
+    experts = f", {table.num_experts} experts" if table.num_experts else ""
+    _say(f"{table.family}, {table.num_layers} layers{experts}, written as {dtype} for the {options.spec} layers")
+    if predicts:
+        _say(f"with {table.mtp_layers} layer(s) that predict further tokens (MTP), which --verify does not compare")
+    hf_to_megatron(
+        tensors,
+        table,
+        options.out,
+        spec=options.spec,
+        dtype=dtype,
+        workers=options.workers,
+        plan=_plan(options, dtype, sorted({tensor.path for tensor in tensors.tensors.values()})),
+    )
+    return table
+
+
+def _megatron_to_hf(options: ConvertOptions, source: Source) -> ModelTable:
+    if options.verify and source.kind == "torch":
+        rule = "loads a torch_dist checkpoint, and this one is in Megatron's older format"
+        raise ConfigError("--verify", True, rule, "Convert it --to megatron first, or leave --verify out.")
+    # Step 1: what the checkpoint holds, and which family that is.
+    tensors = MegatronTensors.of(source.folder)
+    arguments = dict(tensors.contents.arguments)
+    beside = options.hf_config or config_beside(source.folder, arguments)
+    vocab = tensors.vocab_size if beside is None else 0
+    table = table_of_checkpoint(arguments, beside, vocab)
+    if tensors.num_prediction_layers:
+        table.mtp_layers = tensors.num_prediction_layers
+        with_prediction(table, [f"model.layers.{table.num_layers}.eh_proj.weight"])
+    tensors.check(table.parameters)
+    _say(f"{table.family}, {table.num_layers} layers; config.json {'made here' if beside is None else f'of {beside}'}")
+    # Step 2: write it.
+    dtype = DTYPES[options.dtype] if options.dtype else tensors.dtype(table.parameters[0])
+    megatron_to_hf(
+        tensors,
+        table,
+        options.out,
+        dtype=dtype,
+        workers=options.workers,
+        plan=_plan(options, dtype, sorted(path for path in source.folder.rglob("*") if path.is_file())),
+        beside=beside,
+        card=model_card(table, source.folder, tensors.contents.iteration, arguments),
+    )
+    return table
+
+
+def _megatron_to_megatron(options: ConvertOptions, source: Source) -> None:
+    if options.verify:
+        rule = "compares a Hugging Face model with a checkpoint, and here both ends are checkpoints"
+        raise ConfigError("--verify", True, rule, "Leave it out; smartmoe checkpoint compare compares their numbers.")
+    contents = MegatronTensors.of(source.folder).contents
+    with_optimizer = options.optimizer and check_optimizer(contents, is_sharded=source.kind == "torch_dist")
+    there = int(contents.arguments.get("expert_model_parallel_size") or 1)
+    experts = f" for expert parallelism {options.expert_ranks or there} (it was saved at {there})"
+    state = f"with optimizer state{experts}" if with_optimizer else "without optimizer state"
+    _say(f"written {state}, for the {options.spec} layers")
+    megatron_to_megatron(
+        contents,
+        options.out,
+        spec=options.spec,
+        dtype=DTYPES[options.dtype] if options.dtype else None,
+        expert_ranks=options.expert_ranks,
+        with_optimizer=with_optimizer,
+        workers=options.workers,
+        plan={
+            **_plan(options, options.dtype or "", sorted(path for path in source.folder.rglob("*") if path.is_file())),
+            "ep": options.expert_ranks,
+            "optimizer": with_optimizer,
+        },
+    )
+
+
+def _plan(options: ConvertOptions, dtype: str, files: list[Path]) -> dict[str, Any]:
+    """What makes a conversion the same as one that was killed."""
+    states = [(str(path.absolute()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    return {
+        "version": __version__,
+        "files": [list(state) for state in states],
+        "to": options.target,
+        "for": options.spec,
+        "dtype": dtype,
+        "recipe": None if options.recipe is None else asdict(options.recipe),
+    }
+
+
+def _say(line: str) -> None:
+    print(f"smartmoe convert: {line}", flush=True)

@@ -1,0 +1,171 @@
+"""The options of `smartmoe convert`, shared by the command and the process that it starts."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from megatron_smartmoe.convert.hf_config import IGNORE_KEY
+from megatron_smartmoe.convert.launches import Launch, launch_of
+from megatron_smartmoe.convert.layout import SPECS, Spec
+from megatron_smartmoe.convert.source import KINDS, Kind
+from megatron_smartmoe.convert.upcycle import EXPERTS, GRANULARITY, TOPK, Recipe
+from megatron_smartmoe.errors import ConfigError
+
+type Target = Literal["hf", "megatron"]
+TARGETS: tuple[Target, ...] = ("hf", "megatron")
+DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertOptions:
+    """What to convert and how.
+
+    Attributes:
+        source: the folder to read.
+        out: the folder to write.
+        target: the format to write.
+        kind: the format of the source; None to recognise it.
+        spec: the layer spec of Megatron that the checkpoint is for.
+        dtype: type of the written weights, by its short name; None for that of the source.
+        workers: files that are written at a time.
+        hf_config: folder with the config.json of the model that a checkpoint began with; None to look for it.
+        expert_ranks: with optimizer state, the expert parallelism that will load it; None for that of the source.
+        optimizer: whether optimizer state is converted too, where the source has some.
+        recipe: how experts are made of a dense model; None to convert the model as it is.
+        verify: launches at which both ends are compared; empty for no comparison.
+        ignore_config_key: keys of config.json that the user says have no effect.
+    """
+
+    source: Path
+    out: Path
+    target: Target
+    kind: Kind | None = None
+    spec: Spec = "local"
+    dtype: str | None = None
+    workers: int = 4
+    hf_config: Path | None = None
+    expert_ranks: int | None = None
+    optimizer: bool = True
+    recipe: Recipe | None = None
+    verify: tuple[Launch, ...] = ()
+    ignore_config_key: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, parsed: argparse.Namespace) -> ConvertOptions:
+        """The options of a parsed command line.
+
+        Raises:
+            ConfigError: a number is out of its range, or source and output are the same.
+        """
+        values = {name: getattr(parsed, name) for name in cls.__dataclass_fields__ if name != "recipe"}
+        values["recipe"] = _recipe(parsed)
+        asked = parsed.verify if parsed.verify is None or parsed.verify else ["1"]
+        values["verify"] = tuple(launch_of(text) for text in asked or ())
+        values["ignore_config_key"] = tuple(values["ignore_config_key"] or ())
+        found = cls(**values)
+        if found.expert_ranks is not None and found.expert_ranks < 1:
+            raise ConfigError("--ep", found.expert_ranks, "must be at least 1", "For example: --ep 4.")
+        if found.workers < 1:
+            raise ConfigError("--workers", found.workers, "must be at least 1", "For example: --workers 4.")
+        source, out = (os.path.realpath(path) for path in (found.source, found.out))
+        if out == source or out.startswith(f"{source}{os.sep}"):
+            raise ConfigError("OUT", str(found.out), "is SOURCE or lies in it", "Pass another folder.")
+        return found
+
+
+def _recipe(parsed: argparse.Namespace) -> Recipe | None:
+    if parsed.experts is None:
+        for flag, is_set in ((TOPK, parsed.topk is not None), (GRANULARITY, parsed.granularity != 1)):
+            if is_set:
+                raise ConfigError(flag, True, f"needs {EXPERTS}", f"Add {EXPERTS} 8, for example.")
+        return None
+    return Recipe(
+        experts=parsed.experts,
+        topk=parsed.topk if parsed.topk is not None else 2 * parsed.granularity,
+        granularity=parsed.granularity,
+        noise=parsed.expert_noise,
+        router_std=parsed.router_std,
+        seed=parsed.seed,
+    )
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options to a parser."""
+    help_text = "a Hugging Face model, a checkpoint of Megatron's (torch_dist or mp_rank_*), or a run directory"
+    parser.add_argument("source", type=Path, metavar="SOURCE", help=help_text)
+    help_text = "folder to write, which must not exist yet; it appears when all of it is written"
+    parser.add_argument("out", type=Path, metavar="OUT", help=help_text)
+    help_text = "hf: a Hugging Face folder with safetensors; megatron: a torch_dist checkpoint"
+    parser.add_argument("--to", dest="target", choices=TARGETS, required=True, help=help_text)
+    help_text = "format of SOURCE (default: recognised by what lies in it)"
+    parser.add_argument("--from", dest="kind", choices=KINDS, help=help_text)
+    help_text = "with --to megatron: the layers that will load it, Megatron's local ones or TransformerEngine's, "
+    help_text += "whose checkpoints name some norms differently (default: local)"
+    parser.add_argument("--for", dest="spec", choices=SPECS, default="local", help=help_text)
+    help_text = "type of the written weights (default: that of SOURCE; bf16 where it is fp8)"
+    parser.add_argument("--dtype", choices=tuple(DTYPES), help=help_text)
+    help_text = "files that are written at a time, each with one slice of at most 256 MB in memory (default: 4)"
+    parser.add_argument("--workers", type=int, default=4, metavar="N", help=help_text)
+    help_text = (
+        "with --to hf: folder with config.json and tokenizer (default: those that the model was converted from; "
+    )
+    help_text += "for another model, config.json is made from its arguments)"
+    parser.add_argument("--hf-config", type=Path, metavar="DIR", help=help_text)
+    help_text = "from a checkpoint to --to megatron: arrange the optimizer state for this expert parallelism; Megatron "
+    help_text += "itself loads what was saved at 1 only at 1 (default: as it was saved)"
+    parser.add_argument("--ep", dest="expert_ranks", type=int, metavar="N", help=help_text)
+    help_text = "from a checkpoint to --to megatron: leave the optimizer state out"
+    parser.add_argument("--no-optim", dest="optimizer", action="store_false", help=help_text)
+    _add_upcycling(parser)
+    help_text = "compare the logits of both ends in float32 when OUT is written, with Megatron on 1 rank or on the "
+    help_text += "given launches, such as EP4xPP2; needs transformers. Exit status 1 if they differ by more than 1e-5"
+    parser.add_argument("--verify", nargs="*", metavar="LAUNCH", help=help_text)
+    help_text = "a key of config.json that is not known here and does not change the model; may be repeated"
+    parser.add_argument(IGNORE_KEY, action="append", metavar="KEY", help=help_text)
+
+
+def _add_upcycling(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("upcycling", "make a model with experts from a dense one (Llama, Qwen3)")
+    group.add_argument(EXPERTS, type=int, metavar="N", help="experts of each layer, copies of the dense block")
+    group.add_argument(TOPK, type=int, metavar="K", help="experts of a token (default: 2 x granularity)")
+    help_text = "cut the dense block into G parts, each expert a copy of one; a power of 2 (default: 1)"
+    group.add_argument(GRANULARITY, type=int, default=1, metavar="G", help=help_text)
+    help_text = (
+        "add normal noise to the experts' weights, S times the standard deviation of their row (default: 0, with "
+    )
+    help_text += "which the first loss is the dense model's)"
+    group.add_argument("--expert-noise", type=float, default=0.0, metavar="S", help=help_text)
+    help_text = "standard deviation of the routers' weights (default: 0.02)"
+    group.add_argument("--router-std", type=float, default=0.02, metavar="S", help=help_text)
+    group.add_argument("--seed", type=int, default=1234, metavar="N", help="of routers and noise (default: 1234)")
+
+
+def as_argv(options: ConvertOptions) -> list[str]:
+    """The command line of these options."""
+    argv = [str(options.source), str(options.out), "--to", options.target, "--for", options.spec]
+    given: list[tuple[str, Any]] = [("--from", options.kind), ("--dtype", options.dtype)]
+    given += [("--workers", options.workers), ("--hf-config", options.hf_config)]
+    for flag, value in given:
+        argv += [flag, str(value)] if value is not None else []
+    argv += ["--ep", str(options.expert_ranks)] if options.expert_ranks is not None else []
+    argv += [] if options.optimizer else ["--no-optim"]
+    if options.verify:
+        argv += ["--verify", *("1" if launch.num_ranks == 1 else launch.name for launch in options.verify)]
+    if options.recipe is not None:
+        recipe = options.recipe
+        argv += [EXPERTS, str(recipe.experts), TOPK, str(recipe.topk), GRANULARITY, str(recipe.granularity)]
+        argv += [
+            "--expert-noise",
+            str(recipe.noise),
+            "--router-std",
+            str(recipe.router_std),
+            "--seed",
+            str(recipe.seed),
+        ]
+    for key in options.ignore_config_key:
+        argv += [IGNORE_KEY, key]
+    return argv
