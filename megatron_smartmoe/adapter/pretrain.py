@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_smartmoe.adapter import log_filters
+from megatron_smartmoe.adapter.allocator import keep_pages
 from megatron_smartmoe.adapter.flags.parser import (
     device_from,
     has_apex,
@@ -50,6 +51,8 @@ def main(argv: Sequence[str] | None = None, callbacks: Iterable[Callback] = ()) 
     given = list(argv)
     try:
         cpu = choose_device(device_from(argv))
+        if cpu:
+            keep_pages(os.environ)
         argv = with_defaults(given, cpu=cpu, say=is_rank_0)
         args = check_flags(argv, cpu=cpu)
         lock = _lock(args) if is_rank_0 else contextlib.nullcontext()
