@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
@@ -11,8 +10,7 @@ matplotlib.use("Agg")  # no display on a login node
 import matplotlib.pyplot as plt
 import numpy as np
 
-from megatron_smartmoe.simulate.run import PolicyResult
-from megatron_smartmoe.spec.arrays import FloatArray
+from megatron_smartmoe.cli.simulate_table import Simulated
 
 # Okabe and Ito (2008): a palette for colour-blind readers too.
 _COLOURS = (
@@ -29,14 +27,14 @@ _COLOURS = (
 )
 
 
-def draw(results: Sequence[PolicyResult], bounds: FloatArray, path: Path) -> None:
+def draw(simulated: Simulated, path: Path) -> None:
     """One line per policy: share of (record, layer, group, micro-batch) at or below an imbalance."""
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
-    for at, result in enumerate(results):
+    for at, result in enumerate(simulated.results):
         ordered = np.sort(result.imbalance)
         share = np.arange(1, len(ordered) + 1) / len(ordered) * 100
         axes.step(ordered, share, where="post", label=result.name, color=_COLOURS[at % len(_COLOURS)])
-    axes.axvline(float(bounds.mean()), color="#777777", linestyle=":", label="lower bound, mean")
+    axes.axvline(float(simulated.bounds.mean()), color="#777777", linestyle=":", label="lower bound, mean")
     axes.set_xscale("log")
     axes.set_xlabel("max / mean tokens per rank (1 is perfect)")
     axes.set_ylabel("layers and micro-batches at or below, %")
