@@ -28,7 +28,7 @@ from megatron_smartmoe.placement.layer_cost import layer_seconds
 from megatron_smartmoe.placement.layer_plan import Sees
 from megatron_smartmoe.placement.plan_homes import HomesOptions
 from megatron_smartmoe.placement.plan_replicas import ReplicaOptions
-from megatron_smartmoe.simulate.baselines import by_name, relays_by_name
+from megatron_smartmoe.simulate.baselines import WITHOUT_HOMES, by_name, relays_by_name
 from megatron_smartmoe.simulate.policies import OnlinePolicy, RulePolicy, SimulatedPolicy
 from megatron_smartmoe.simulate.run import PolicyResult, SimulationSetup, even_load_s, lower_bounds, replay
 from megatron_smartmoe.spec.cluster import ClusterSpec, load_cluster_spec
@@ -297,8 +297,9 @@ def _policies(
             seconds = layer_seconds(setup.pricing_of(mode))
             policies.append(OnlinePolicy(placement, num_groups, _online(options, setup, prices), seconds))
         else:
-            relay, interval = relays.get(name), options.peers_interval
-            policies.append(RulePolicy(rules[name], placement, num_groups, setup.num_nodes, interval, relay))
+            rule, owned = rules[name], name not in WITHOUT_HOMES
+            place = (placement, num_groups, setup.num_nodes, options.peers_interval)
+            policies.append(RulePolicy(rule, *place, relays.get(name), has_homes=owned))
     return policies
 
 

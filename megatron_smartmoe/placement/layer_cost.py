@@ -13,8 +13,9 @@ from megatron_smartmoe.placement.layer_plan import LayerPlan, evaluate
 from megatron_smartmoe.spec.arrays import FloatArray, IntArray
 from megatron_smartmoe.spec.placement import BoolArray, hosts_of
 
-# Home rank of each expert and the ranks that hold it -> replicas' weights that rank r sends to rank q, `[R, R]`.
-Relay = Callable[[IntArray, BoolArray], FloatArray]
+# Home rank of each expert and the ranks that hold it -> experts whose weights rank r sends to rank q, and whose
+# gradients come back that way, `[R, R]` each.
+Relay = Callable[[IntArray, BoolArray], tuple[FloatArray, FloatArray]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +27,8 @@ class LayerPricing:
         num_nodes: nodes that they are on.
         constants: seconds per count of the layer, from a cluster and an expert's shape.
         replicas: how often replicas travel, and what hides them.
-        relay: who sends a replica's weights on; None where homes send all of them.
+        relay: who sends which weights and gradients; None where homes send weights to all of their experts' replicas,
+            and get the gradients back.
     """
 
     num_ranks: int
@@ -60,12 +62,15 @@ def price_layer(plan: LayerPlan, counts_RE: IntArray, home_E: IntArray, pricing:
     outcome = evaluate(plan, counts_RE, pricing.num_nodes)
     # Step 2: which ranks get a replica's weights from which home, or from another holder.
     hosts_ER = hosts_of(plan.slots_RS, counts_RE.shape[1])
+    returned_RR, fetch_RR = direct_replicas(hosts_ER, home_E), None
+    if pricing.relay is not None:
+        fetch_RR, returned_RR = pricing.relay(home_E, hosts_ER)
     flow = LayerFlow(
         load_ER=outcome.load_ER,
         traffic_RR=outcome.traffic_RR,
-        replicas_RR=_replicas(hosts_ER, home_E),
+        replicas_RR=returned_RR,
         num_nodes=pricing.num_nodes,
-        fetch_RR=pricing.relay(home_E, hosts_ER) if pricing.relay else None,
+        fetch_RR=fetch_RR,
     )
     load_R = outcome.load_ER.sum(axis=0)
     imbalance = float(load_R.max() / load_R.mean()) if load_R.any() else 1.0
@@ -90,7 +95,7 @@ def idle_replicas_s(slots_RS: IntArray, home_E: IntArray, pricing: LayerPricing)
     flow = LayerFlow(
         load_ER=np.zeros(hosts_ER.shape),
         traffic_RR=np.zeros((pricing.num_ranks, pricing.num_ranks)),
-        replicas_RR=_replicas(hosts_ER, home_E),
+        replicas_RR=direct_replicas(hosts_ER, home_E),
         num_nodes=pricing.num_nodes,
     )
     return layer_time(flow, pricing.constants, replicas=pricing.replicas).replicas_s
@@ -112,7 +117,7 @@ def migration_s(before_E: IntArray, after_E: IntArray, num_ranks: int, state_byt
     return float(np.maximum(sent_R, received_R).max()) * state_bytes / bytes_s
 
 
-def _replicas(hosts_ER: BoolArray, home_E: IntArray) -> FloatArray:
+def direct_replicas(hosts_ER: BoolArray, home_E: IntArray) -> FloatArray:
     """Replicas that home rank r feeds on rank q, `[R, R]`."""
     expert, rank = np.nonzero(hosts_ER)
     away = rank != home_E[expert]

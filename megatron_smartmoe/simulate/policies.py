@@ -202,7 +202,8 @@ class RulePolicy:
         num_groups: expert-parallel groups; a rule that plans from history plans one placement for all of them.
         num_nodes: nodes that a group's ranks lie on.
         interval: iterations between two plans from history.
-        relay: how the rule's system forwards weights; None where homes send all of them.
+        relay: how the rule's system moves weights; None where homes send them.
+        has_homes: whether a rank owns an expert's state, which moves when the rank no longer holds the expert.
     """
 
     def __init__(
@@ -213,9 +214,11 @@ class RulePolicy:
         num_nodes: int,
         interval: int,
         relay: Relay | None = None,
+        *,
+        has_homes: bool = True,
     ) -> None:
         self.rule, self.name, self.stats, self.decisions = rule, rule.name, Stats(), list[Decision]()
-        self.relay = relay
+        self.relay, self._has_homes = relay, has_homes
         self.num_groups, self.num_nodes, self.interval = num_groups, num_nodes, interval
         self.start, self.spare_slots, self.num_experts = placement, placement.spare_slots, placement.num_experts
         layers = range(placement.num_layers)
@@ -263,6 +266,8 @@ class RulePolicy:
         )
 
     def _move_homes(self, layer: int, plan: LayerPlan) -> None:
+        if not self._has_homes:
+            return
         hosts_ER = hosts_of(plan.slots_RS, self.num_experts)
         home_E = self._homes[layer]
         stays_E = hosts_ER[np.arange(self.num_experts), home_E]

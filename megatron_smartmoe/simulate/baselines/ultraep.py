@@ -29,6 +29,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from megatron_smartmoe.placement.layer_cost import direct_replicas
 from megatron_smartmoe.placement.layer_plan import LayerPlan, LayerProblem, Sees
 from megatron_smartmoe.simulate.baselines.slots import add_replicas
 from megatron_smartmoe.spec.arrays import FloatArray, IntArray
@@ -113,8 +114,8 @@ DIRECT_UP_TO_RANKS = 8  # of an NVLink domain
 MIN_REPLICAS, MAX_RELAYS, MIN_FANOUT_GAIN = 4, 8, 2
 
 
-def ultraep_relay(home_E: IntArray, hosts_ER: BoolArray, num_nodes: int = 1) -> FloatArray:
-    """Replicas' weights that rank r sends to rank q, `[R, R]`.
+def ultraep_relay(home_E: IntArray, hosts_ER: BoolArray, num_nodes: int = 1) -> tuple[FloatArray, FloatArray]:
+    """Replicas' weights that rank r sends to rank q, and the way that their gradients take back, `[R, R]` each.
 
     Args:
         home_E: home rank of each expert.
@@ -132,7 +133,7 @@ def ultraep_relay(home_E: IntArray, hosts_ER: BoolArray, num_nodes: int = 1) -> 
             sends_RR[home, rank] += 1
         if relays:
             _forward(sends_RR, relays, [rank for rank in targets if rank not in relays])
-    return sends_RR
+    return sends_RR, direct_replicas(hosts_ER, home_E)
 
 
 def _relays(targets: list[int], sent_R: FloatArray) -> list[int]:

@@ -22,6 +22,9 @@ POLICIES = [
     "echo",
     "ultraep",
     "ultraep-min1",
+    "llep",
+    "laer",
+    "epic",
     "moonep",
 ]
 

@@ -146,14 +146,15 @@ def test_ultraep_relays_a_hot_expert() -> None:
     # each sends it to two of the six others. Expert 1's three replicas are too few for relays.
     hosts_ER = np.zeros((2, 16), dtype=np.bool_)
     hosts_ER[0, :10], hosts_ER[1, 12:] = True, True
-    sends_RR = ultraep_relay(np.array([0, 15]), hosts_ER)
+    sends_RR, returned_RR = ultraep_relay(np.array([0, 15]), hosts_ER)
+    assert returned_RR.sum(axis=1).tolist() == [9, *[0] * 14, 3]  # gradients come back without relays
     assert sends_RR.sum(axis=1).tolist() == [3, 2, 2, 2, *[0] * 11, 3]
     assert sends_RR.sum(axis=0).tolist() == [0, *[1] * 9, 0, 0, 1, 1, 1, 0]
     # Relays are the replicas on ranks that have sent the least: not rank 0, which has sent its own expert twice.
     busy_ER = np.vstack([hosts_ER[0], np.isin(np.arange(16), (0, 14, 15))])
-    assert ultraep_relay(np.array([2, 0]), busy_ER)[2].nonzero()[0].tolist() == [1, 3, 4]
+    assert ultraep_relay(np.array([2, 0]), busy_ER)[0][2].nonzero()[0].tolist() == [1, 3, 4]
 
 
 def test_ultraep_sends_directly_inside_eight_ranks() -> None:
     hosts_ER = np.ones((1, 8), dtype=np.bool_)
-    assert ultraep_relay(np.array([3]), hosts_ER).sum(axis=1).tolist() == [0, 0, 0, 7, 0, 0, 0, 0]
+    assert ultraep_relay(np.array([3]), hosts_ER)[0].sum(axis=1).tolist() == [0, 0, 0, 7, 0, 0, 0, 0]
