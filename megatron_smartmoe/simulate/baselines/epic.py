@@ -12,8 +12,8 @@ the step before, so few experts move. An expert's tokens are shared equally by i
 
 Source: EPIC (SIGCOMM 2026, doi 10.1145/3789240.3829201). Its paper could not be read: this follows a summary
 (AI-Infra-Team/awesome-papers) and a port (epic_semantics.py), ties to the lower rank and slot. A swap pays when its
-gain is at least the time of the swap over that of a token; neither constant is public, so here any gain pays. It is made
-for inference; in training an expert's state moves with it, which is charged as a move of a home.
+gain is at least the time of the swap over that of a token; neither constant is public, so here any gain pays. It is
+made for inference; in training an expert's state moves with it, which is charged as a move of a home.
 """
 
 from __future__ import annotations

@@ -129,7 +129,7 @@ def _perturbed(replicas_E: IntArray, rng: np.random.Generator, num_ranks: int) -
 
 
 def laer_traffic(home_E: IntArray, hosts_ER: BoolArray) -> tuple[FloatArray, FloatArray]:
-    """Weights and gradients of experts that rank r sends to rank q, `[R, R]` each; each rank stores an R-th of every one.
+    """Weights and gradients of experts that rank r sends to rank q, `[R, R]` each; a rank stores an R-th of every one.
 
     Args:
         home_E: not read: no rank owns an expert.
