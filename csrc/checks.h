@@ -137,6 +137,23 @@ inline void check_replicas(const torch::stable::Tensor& load_E, const torch::sta
   }
 }
 
+inline void check_digest_sum(const torch::stable::Tensor& bits_N, const torch::stable::Tensor& positions_L,
+                             int64_t width) {
+  const ScalarType dtype = bits_N.scalar_type();
+  if (dtype != ScalarType::Byte && dtype != ScalarType::Short && dtype != ScalarType::Int && dtype != ScalarType::Long)
+    fail("bits_N.dtype = ", dtype_name(dtype),
+         ": it must be uint8, int16, int32 or int64. Pass the elements as a view of integers of their size");
+  check_int64("positions_L", positions_L);
+  check_shape("positions_L", positions_L, positions_L.dim() == 1 && positions_L.is_contiguous(), "[L], contiguous",
+              "Pass the position of the first element of each row");
+  // a division, since the product could overflow
+  const bool fits = bits_N.dim() == 1 && bits_N.is_contiguous() && width >= 1 && bits_N.size(0) % width == 0 &&
+                    bits_N.size(0) / width == positions_L.size(0);
+  check_shape("bits_N", bits_N, fits,
+              text_of("[L * width], contiguous, of L = ", positions_L.numel(), " rows of width = ", width, " >= 1"),
+              "Pass the elements of all rows one after another");
+}
+
 inline void check_dispatch_map(const torch::stable::Tensor& ids_TK, const torch::stable::Tensor& slot_of_E,
                                int64_t num_slots) {
   check_ids("ids_TK", ids_TK);

@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(smartmoe, m) {
+  m.def("digest_sum(Tensor bits_N, Tensor positions_L, int width, int value_factor) -> int");
   m.def("min_max_split(Tensor counts_RE, Tensor hosts_ER) -> Tensor");
   m.def("exact_replicas(Tensor load_E, Tensor slots_RS, int home_slots, int num_nodes) -> Tensor");
   m.def("dispatch_map(Tensor ids_TK, Tensor slot_of_E, int num_slots) -> (Tensor, Tensor)");
@@ -16,6 +17,7 @@ STABLE_TORCH_LIBRARY(smartmoe, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(smartmoe, CPU, m) {
+  m.impl("digest_sum", TORCH_BOX(&smartmoe::cpu::digest_sum));
   m.impl("min_max_split", TORCH_BOX(&smartmoe::cpu::min_max_split));
   m.impl("exact_replicas", TORCH_BOX(&smartmoe::cpu::exact_replicas));
   m.impl("dispatch_map", TORCH_BOX(&smartmoe::cpu::dispatch_map));

@@ -11,6 +11,7 @@ namespace smartmoe {
 using torch::stable::Tensor;
 
 namespace cpu {
+int64_t digest_sum(const Tensor& bits_N, const Tensor& positions_L, int64_t width, int64_t value_factor);
 Tensor min_max_split(const Tensor& counts_RE, const Tensor& hosts_ER);
 Tensor exact_replicas(const Tensor& load_E, const Tensor& slots_RS, int64_t home_slots, int64_t num_nodes);
 std::tuple<Tensor, Tensor> dispatch_map(const Tensor& ids_TK, const Tensor& slot_of_E, int64_t num_slots);

@@ -4,7 +4,7 @@
     python scripts/bench_checkpoint.py [--gb 1] [--files 1000] [--folder /tmp]
 
 Checksums are of a file that was just written, so from the page cache: a disk may be slower than the hash. Digests are
-the numpy definition on one core; ranks compute theirs on their device.
+computed on one core, by the compiled op as CPU ranks do it and by numpy as `smartmoe checkpoint verify` does.
 """
 
 from __future__ import annotations
@@ -16,12 +16,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import torch
 
+from megatron_smartmoe import ops
 from megatron_smartmoe.checkpoint.checksum import checksum_of_file
 from megatron_smartmoe.checkpoint.digest import ITEM_BYTES, Piece, digest
 from megatron_smartmoe.checkpoint.directory import folder_of
 from megatron_smartmoe.checkpoint.inspection import inspect
 from megatron_smartmoe.checkpoint.manifest import Manifest, file_entries, write_manifest
+from megatron_smartmoe.runtime.tensor_digest import digest_of_tensor
 
 _BLOCK_BYTES = 2**25
 
@@ -67,10 +70,15 @@ def _digests(dtype: str, size_gb: float) -> None:
     rows, columns = round(size_gb * 1e9 / ITEM_BYTES[dtype] / 4096), 4096
     kind = np.float32 if dtype == "float32" else np.uint16
     elements = np.ones((rows, columns), kind)
-    cpu_s, wall_s = _timed(lambda: digest(elements, dtype, Piece.whole(elements.shape)))
-    print(
-        f"digest of {dtype}: {cpu_s / elements.nbytes * 1e9:.2f} CPU s per GB ({wall_s / elements.nbytes * 1e9:.2f} s)"
-    )
+    piece, tensor = Piece.whole(elements.shape), torch.from_numpy(elements)
+    tensor = tensor if dtype == "float32" else tensor.view(torch.bfloat16)
+    per_gb = 1e9 / elements.nbytes
+    for what, work in (
+        (ops.backend(), lambda: digest_of_tensor(tensor, piece)),
+        ("numpy", lambda: digest(elements, dtype, piece)),
+    ):
+        cpu_s, wall_s = _timed(work)
+        print(f"digest of {dtype}, {what}: {cpu_s * per_gb:.2f} CPU s per GB ({wall_s * per_gb:.2f} s)")
 
 
 def _timed(work: Callable[[], object]) -> tuple[float, float]:

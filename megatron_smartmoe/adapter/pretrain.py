@@ -30,9 +30,10 @@ from megatron_smartmoe.adapter.flags.parser import (
 from megatron_smartmoe.adapter.flags.smartmoe_arguments import add_smartmoe_arguments
 from megatron_smartmoe.adapter.launch import run_dir
 from megatron_smartmoe.adapter.launch.run_lock import LOCKED_VARIABLE, RunLock
-from megatron_smartmoe.adapter.launch.secrets import MASK, secrets_among
+from megatron_smartmoe.adapter.launch.secrets import secrets_among
 from megatron_smartmoe.adapter.run_files import write_text
 from megatron_smartmoe.errors import EXIT_CONFIG_ERROR, CompatError, ConfigError, SmartMoEError
+from megatron_smartmoe.spec.secrets import MASK
 
 if TYPE_CHECKING:
     from megatron_smartmoe.adapter.hooks import Callback

@@ -5,6 +5,7 @@ Megatron writes `iter_0000100/` and then the number 100 to the tracker, `latest_
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from megatron_smartmoe.errors import CheckpointError
 
 TRACKER = "latest_checkpointed_iteration.txt"  # Megatron's
 RELEASE = "release"  # in the tracker and as a folder: weights without an iteration, as Megatron's converters write them
+_NEXT = f".{TRACKER}.next"
 _LISTED = 10  # iterations that a message names
 
 
@@ -72,15 +74,40 @@ def read_tracker(directory: Path) -> int | str | None:
     return int(text)
 
 
+def prepare_tracker(directory: Path, content: str) -> None:
+    """Write the next tracker beside the one in force, so that nothing but a rename is left to do.
+
+    Raises:
+        OSError: it cannot be written; the one in force is as it was.
+    """
+    path = directory / _NEXT
+    try:
+        with path.open("w", encoding="utf-8") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        path.unlink(missing_ok=True)
+        raise
+
+
+def commit_tracker(directory: Path) -> None:
+    """Put the prepared tracker in force.
+
+    Raises:
+        OSError: it cannot be; the one before is still in force.
+    """
+    (directory / _NEXT).replace(directory / TRACKER)
+
+
 def write_tracker(directory: Path, iteration: int) -> None:
     """Make an iteration the one in force, in one step.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: it cannot be written; the one before is still in force.
     """
-    temporary = directory / f".{TRACKER}.new"
-    temporary.write_text(str(iteration))
-    temporary.replace(directory / TRACKER)
+    prepare_tracker(directory, str(iteration))
+    commit_tracker(directory)
 
 
 def listed(numbers: Collection[int]) -> str:

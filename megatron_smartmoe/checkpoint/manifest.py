@@ -149,7 +149,7 @@ def read_manifest(folder: Path) -> Manifest | None:
     path = folder / MANIFEST_FILE
     try:
         with path.open("rb") as file:
-            data = file.read(_LARGEST_BYTES + 1)
+            data = file.read(min(os.fstat(file.fileno()).st_size, _LARGEST_BYTES) + 1)
     except FileNotFoundError:
         return None
     except OSError as error:

@@ -15,6 +15,7 @@ from megatron_smartmoe.checkpoint.manifest import Manifest
 from megatron_smartmoe.checkpoint.verify import Verification
 from megatron_smartmoe.errors import SmartMoEError
 from megatron_smartmoe.spec.placement import Placement
+from megatron_smartmoe.spec.secrets import MASK, is_secret_flag
 
 _WIDTH = 16  # of the first column
 _MOST_FINDINGS = 50
@@ -36,7 +37,6 @@ _WAY_OUT_OF_MAIN_WEIGHTS = (
     "(--dist-ckpt-optim-fully-reshardable with --overlap-grad-reduce), and the weights are right: resume with "
     "--no-load-optim, or from an iteration that was saved without one of these flags"
 )
-_SECRET = ("key", "token", "secret", "password")
 
 
 def verification(result: Verification) -> list[str]:
@@ -223,8 +223,8 @@ def _arguments(found: Contents) -> dict[str, Any]:
         if name == "smartmoe_placement":
             continue
         plain = value if isinstance(value, bool | int | float | str | None) else str(value)
-        is_secret = isinstance(value, str) and any(word in name.split("_") for word in _SECRET)
-        arguments[name] = "***" if is_secret else plain
+        is_secret = isinstance(value, str) and is_secret_flag(name.replace("_", "-"), value)
+        arguments[name] = MASK if is_secret else plain
     return arguments
 
 

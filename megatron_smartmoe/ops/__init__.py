@@ -2,7 +2,8 @@
 
 T tokens, K_top top-k, E experts, R ranks, S slots of a rank, N rows sorted by slot, H hidden size. Every op has a twin
 that defines what it computes, and a fake kernel for torch.compile. The twin of a kernel is in reference.py; the twins
-of the host ops, min_max_split and exact_replicas, are the numpy functions of that name in megatron_smartmoe.placement.
+of the host ops are numpy functions: min_max_split and exact_replicas of megatron_smartmoe.placement, and
+megatron_smartmoe.checkpoint.digest.digest.
 `backend()` returns what serves the ops.
 """
 
@@ -16,12 +17,35 @@ from megatron_smartmoe.ops.library import SlowOpsWarning, backend
 __all__ = [
     "SlowOpsWarning",
     "backend",
+    "digest_sum",
     "dispatch_map",
     "exact_replicas",
     "min_max_split",
     "permute",
     "unpermute",
 ]
+
+
+def digest_sum(bits_N: Tensor, positions_L: Tensor, width: int, value_factor: int) -> int:
+    """The sum that rows of elements add to their tensor's digest, see megatron_smartmoe.checkpoint.digest.
+
+    It runs on the host in one thread without the interpreter's lock, and only from the compiled library.
+
+    Args:
+        bits_N: the elements of all rows, one row after another, as integers of their size: uint8, int16, int32 or int64
+            `[L * width]` on the CPU, contiguous. An int stands for the unsigned number with its bits.
+        positions_L: position in the logical tensor of the first element of each row, int64 `[L]` on the CPU.
+        width: elements of a row, at least 1.
+        value_factor: what the bits of an element are multiplied with, the int64 with the bits of `value_factor(dtype)`.
+
+    Returns:
+        The sum modulo 2^64, as the int64 with its bits.
+
+    Raises:
+        RuntimeError: a dtype or shape is wrong, a tensor is on a GPU, or the library is not built.
+    """
+    total: int = torch.ops.smartmoe.digest_sum(bits_N, positions_L, width, value_factor)
+    return total
 
 
 def min_max_split(counts_RE: Tensor, hosts_ER: Tensor) -> Tensor:

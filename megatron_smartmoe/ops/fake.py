@@ -6,6 +6,11 @@ import torch
 from torch import Tensor
 
 
+def digest_sum(bits_N: Tensor, positions_L: Tensor, width: int, value_factor: int) -> int:
+    """A number that depends on the data: there is none without them."""
+    raise NotImplementedError("smartmoe::digest_sum returns a number, which tensors without data have not")
+
+
 def min_max_split(counts_RE: Tensor, hosts_ER: Tensor) -> Tensor:
     """Shape of smartmoe::min_max_split: tokens_ER int64 [E, R]."""
     return counts_RE.new_empty(hosts_ER.shape)

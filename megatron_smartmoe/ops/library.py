@@ -28,6 +28,7 @@ from megatron_smartmoe.ops import autograd, fake, reference
 LIBRARY = Path(__file__).with_name("_smartmoe.so")
 NAMESPACE = "smartmoe"
 SCHEMAS = {
+    "digest_sum": "(Tensor bits_N, Tensor positions_L, int width, int value_factor) -> int",
     "min_max_split": "(Tensor counts_RE, Tensor hosts_ER) -> Tensor",
     "exact_replicas": "(Tensor load_E, Tensor slots_RS, int home_slots, int num_nodes) -> Tensor",
     "dispatch_map": "(Tensor ids_TK, Tensor slot_of_E, int num_slots) -> (Tensor, Tensor)",
@@ -35,7 +36,7 @@ SCHEMAS = {
     "unpermute": "(Tensor y_NH, Tensor rows_TK, Tensor? weights_TK) -> Tensor",
     "unpermute_backward": "(Tensor grad_TH, Tensor y_NH, Tensor rows_TK, Tensor weights_TK) -> (Tensor, Tensor)",
 }
-HOST_OPS = frozenset({"min_max_split", "exact_replicas"})  # CPU tensors only, compiled only
+HOST_OPS = frozenset({"digest_sum", "min_max_split", "exact_replicas"})  # CPU tensors only, compiled only
 # how users build it, relative to a checkout
 BUILD_COMMAND = "python megatron_smartmoe/ops/_build.py"
 
@@ -82,7 +83,7 @@ def _refuse(text: str) -> Callable[..., Any]:
 
 def host_text(name: str) -> str:
     """The error of a host op that is called with CUDA tensors."""
-    return f"smartmoe::{name} plans on the host: its tensors must be on the CPU. Convert them with .cpu()"
+    return f"smartmoe::{name} runs on the host: its tensors must be on the CPU. Convert them with .cpu()"
 
 
 def _register_host_op(owner: Any, name: str, compiled: bool) -> None:

@@ -3,8 +3,8 @@
 A twin defines what its op computes, is what the kernels are tested against, and serves the op where no compiled library
 does. Twins run on any device without a host synchronisation; they are slower than the kernels and need more memory.
 
-The twins of the host ops are numpy functions: megatron_smartmoe.placement.split.min_max_split and
-megatron_smartmoe.placement.exact_replicas.exact_replicas.
+The twins of the host ops are numpy functions: megatron_smartmoe.placement.split.min_max_split,
+megatron_smartmoe.placement.exact_replicas.exact_replicas and megatron_smartmoe.checkpoint.digest.digest.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 On a GPU the digests are computed there, in a small part of the time that the copy to the host takes. On CPU ranks they
 are computed beside the save: by a thread where training waits for the save, and for a save in the background by a
-forked process, which sees the memory as it was when it was forked. Both use numpy alone: it lets other threads run, and
-torch's own threads do not survive a fork.
+forked process, which sees the memory as it was when it was forked. Both call one op that needs no thread of torch, none
+of which survives a fork, and that lets other threads run.
 """
 
 from __future__ import annotations

@@ -39,10 +39,10 @@ from megatron_smartmoe.adapter.checkpoint.folders import save_directory
 from megatron_smartmoe.adapter.checkpoint.held import held_tensors
 from megatron_smartmoe.adapter.checkpoint.writer import PART, SHARDS, WithChecksums
 from megatron_smartmoe.adapter.hooks import Callback, Order
-from megatron_smartmoe.adapter.launch.secrets import MASK, secrets_among
+from megatron_smartmoe.adapter.launch.secrets import secrets_among
 from megatron_smartmoe.adapter.run import Run
 from megatron_smartmoe.checkpoint.checksum import checksum_of_file
-from megatron_smartmoe.checkpoint.directory import folder_of, iteration_of, read_tracker
+from megatron_smartmoe.checkpoint.directory import folder_of, iteration_of, read_tracker, write_tracker
 from megatron_smartmoe.checkpoint.inspection import readable_bytes
 from megatron_smartmoe.checkpoint.manifest import (
     FORMATS,
@@ -53,6 +53,7 @@ from megatron_smartmoe.checkpoint.manifest import (
 )
 from megatron_smartmoe.checkpoint.resume import newest_whole
 from megatron_smartmoe.errors import CheckpointError, SmartMoEError
+from megatron_smartmoe.spec.secrets import MASK
 
 _TORCH_WRITER = ("inline_container", "PytorchStreamWriter")  # its errors are about itself, and not about the disk
 _SOFTWARE = ("megatron-core", "torch", "numpy")  # whose versions a manifest names
@@ -338,8 +339,7 @@ class CheckpointSaves(Callback):
             if save.arguments.ckpt_format in FORMATS:
                 write_manifest(save.folder, _manifest(save, entries, digests))
             if not save.is_async:  # otherwise Megatron writes the tracker next
-                tracker.prepare(save.directory, str(save.iteration))
-                tracker.commit(save.directory)
+                write_tracker(save.directory, save.iteration)
         except Exception as error:  # the other ranks wait for this one, whatever it is
             return _reason(error)
         return ""
@@ -478,10 +478,10 @@ def _remove_old(save: _Save) -> None:
     what = "an earlier save of this iteration" if (save.folder / MANIFEST_FILE).is_file() else "a half-written save"
     if _tracked(save.directory) == save.iteration:
         before, _ = newest_whole(save.directory, without=(save.iteration,))
-        if before is None:
+        iteration = None if before is None else iteration_of(before.folder)
+        if iteration is None:
             return  # there is nothing to go back to: Megatron writes over it, file by file
-        tracker.prepare(save.directory, str(iteration_of(before.folder)))
-        tracker.commit(save.directory)
+        write_tracker(save.directory, iteration)
     shutil.rmtree(save.folder)
     print(f" smartmoe: iteration {save.iteration:8d} | checkpoint: {what} is replaced: {save.folder} |", flush=True)
 

@@ -13,35 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from megatron_smartmoe.checkpoint.directory import TRACKER
-
-_NEXT = f".{TRACKER}.next"
-
-
-def prepare(directory: Path, content: str) -> None:
-    """Write the next tracker beside the one in force, so that nothing but a rename is left to do.
-
-    Raises:
-        OSError: it cannot be written; the one in force is as it was.
-    """
-    path = directory / _NEXT
-    try:
-        with path.open("w", encoding="utf-8") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError:
-        path.unlink(missing_ok=True)
-        raise
-
-
-def commit(directory: Path) -> None:
-    """Put the prepared tracker in force.
-
-    Raises:
-        OSError: it cannot be; the one before is still in force.
-    """
-    (directory / _NEXT).replace(directory / TRACKER)
+from megatron_smartmoe.checkpoint.directory import TRACKER, commit_tracker, prepare_tracker
 
 
 class AtomicTracker:
@@ -85,7 +57,7 @@ class _Buffer(io.StringIO):
         if self._tracker.is_held:
             return
         try:
-            prepare(self._directory, content)
-            commit(self._directory)
+            prepare_tracker(self._directory, content)
+            commit_tracker(self._directory)
         except OSError as error:
             self._tracker.failed(error)

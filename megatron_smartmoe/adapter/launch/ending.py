@@ -35,27 +35,45 @@ class SharedDeaths:
         directory: the run directory, on a file system that all nodes see.
         name: of this launcher in the job: `node1`, or `rank3` with a Slurm task per rank.
         attempt: which start of the run this is; the same on all nodes.
+        since_s: files that were written before are of an earlier start, where no job number tells them apart; a time of
+            the file system's clock.
     """
 
     directory: Path
     name: str
     attempt: str
+    since_s: float = 0.0
+
+    def from_now_on(self) -> SharedDeaths:
+        """The same, without what launchers of earlier starts have left.
+
+        Raises:
+            OSError: the run directory cannot be written.
+        """
+        self.write([])
+        return replace(self, since_s=self._path.stat().st_mtime)
 
     def write(self, deaths: list[Death]) -> None:
         """Publish this launcher's deaths."""
         content = {"attempt": self.attempt, "deaths": [death.to_json() for death in deaths]}
-        write_text(self.directory / f"{_PREFIX}{self.name}.json", json.dumps(content) + "\n")
+        write_text(self._path, json.dumps(content) + "\n")
 
     def of_others(self) -> list[Death]:
         """The deaths that other launchers of this job have published."""
         found: list[Death] = []
         for path in self.directory.glob(f"{_PREFIX}*.json"):
-            if path.name != f"{_PREFIX}{self.name}.json":
+            if path != self._path:
                 found += self._read(path)
         return found
 
+    @property
+    def _path(self) -> Path:
+        return self.directory / f"{_PREFIX}{self.name}.json"
+
     def _read(self, path: Path) -> list[Death]:
         try:
+            if path.stat().st_mtime < self.since_s:
+                return []
             content = json.loads(path.read_text(encoding="utf-8"))
             return [Death.from_json(death) for death in content["deaths"]] if content["attempt"] == self.attempt else []
         except (OSError, ValueError, KeyError, TypeError):

@@ -18,6 +18,7 @@ from megatron_smartmoe.adapter.launch import corpus, process, run_dir, run_lock,
 from megatron_smartmoe.adapter.launch import flags as flag_lists
 from megatron_smartmoe.adapter.launch.command import LaunchCommand, make_command, ranks_per_node
 from megatron_smartmoe.adapter.launch.ending import ATTEMPT_VARIABLE, Ending, SharedDeaths, attempt_of
+from megatron_smartmoe.adapter.launch.node_variables import Nodes, find_nodes, refuse_flags
 from megatron_smartmoe.adapter.launch.run_lock import LOCKED_VARIABLE, RunLock
 from megatron_smartmoe.adapter.launch.topology import Topology, find_topology, port_of_steps, reports_errors
 from megatron_smartmoe.adapter.launch.watch import no_watch, watch_node
@@ -46,10 +47,15 @@ def launch(argv: list[str]) -> int:
         return _help_megatron()
     _check_load(options)
     spec = corpus.only_if_read(read_spec(options), command_line)
-    topology = find_topology(ranks_per_node(options.nproc, spec, command_line))
+    nodes = _nodes(options)
+    asked = options.nproc if options.nproc is not None or nodes is None else nodes.ranks_per_node
+    topology = find_topology(ranks_per_node(asked, spec, command_line), nodes=nodes)
     if options.nproc is not None and options.nproc != topology.ranks_per_node:
         rule = f"srun has started {topology.ranks_per_node} tasks on each node, and each of them is one rank"
         raise ConfigError("--nproc", options.nproc, rule, "Remove it, or use srun --ntasks-per-node=1.")
+    if topology.source and topology.num_nodes > 1 and options.run_dir is None and not options.dry_run:
+        rule = f"the {topology.num_nodes} nodes of this job need one in common, and no job number names it"
+        raise ConfigError("--run-dir", None, rule, "Pass one in a folder that all nodes see, the same on each.")
     if topology.needs_srun and "SLURMD_NODENAME" not in os.environ:
         return srun(topology, argv)  # salloc's shell may be on a login node, whose GPUs are not the nodes'
     reserve = run_dir.choose if options.dry_run else run_dir.reserve
@@ -59,6 +65,14 @@ def launch(argv: list[str]) -> int:
     finally:
         if options.run_dir is None and not options.dry_run:
             run_dir.release(directory)  # if nothing came of it
+
+
+def _nodes(options: argparse.Namespace) -> Nodes | None:
+    """The nodes of a job that is not Slurm's."""
+    if "SLURM_JOB_ID" not in os.environ:
+        return find_nodes(options)
+    refuse_flags(options)
+    return None
 
 
 def _launch(
@@ -146,6 +160,7 @@ def _check_directory(topology: Topology, directory: Path, *, dry_run: bool) -> N
 def _start_lines(ready: LaunchCommand, topology: Topology, directory: Path, lock: RunLock) -> list[str]:
     ranks, nodes = topology.world_size, topology.num_nodes
     where = f"{ranks} rank{'s' * (ranks > 1)} on {nodes} node{'s' * (nodes > 1)}"
+    where += f" ({topology.source}; node 0 is {topology.master_addr}:{topology.master_port})" * bool(topology.source)
     lines = [] if lock.taken_over is None else [lock.taken_over]
     lines.append(f"{where}, run directory {run_dir.described(directory)}")
     if ready.save is not None and ready.save.is_symlink():
@@ -178,11 +193,13 @@ def _ending(ready: LaunchCommand, topology: Topology, directory: Path) -> Ending
         attempt = attempt_of()
     several = topology.num_nodes > 1 or topology.rank is not None or topology.needs_srun
     resume = [*run_dir.launcher_command().split(), "--run-dir", str(directory), *ready.resume_flags]
-    return Ending(
-        save=ready.save,
-        resume=shlex.join(resume) + (f" (in an allocation of {topology.num_nodes} nodes)" if several else ""),
-        shared=SharedDeaths(directory=directory, name=name, attempt=attempt) if several else None,
-    )
+    where = f" (on each of {topology.num_nodes} nodes)" if topology.source else ""
+    where = where or f" (in an allocation of {topology.num_nodes} nodes)" * several
+    shared = SharedDeaths(directory=directory, name=name, attempt=attempt) if several else None
+    if shared is not None and topology.source:
+        with contextlib.suppress(OSError):  # what goes wrong here goes wrong later, with a better message
+            shared = shared.from_now_on()
+    return Ending(save=ready.save, resume=shlex.join(resume) + where, shared=shared)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -206,6 +223,12 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="ranks per node; default: nproc of the configuration, else one per GPU, else 1",
     )
+    text = "on several nodes without Slurm, once on each: {}; default: what SkyPilot, Kubernetes or NNODES, NODE_RANK, "
+    text += "MASTER_ADDR say, else this host"
+    parser.add_argument("--nnodes", type=int, metavar="N", help=text.format("how many nodes there are"))
+    parser.add_argument("--node-rank", type=int, metavar="K", help="with --nnodes: this node's number, from 0")
+    parser.add_argument("--master-addr", metavar="HOST", help="with --nnodes: a name or address of node 0")
+    parser.add_argument("--master-port", type=int, metavar="PORT", help="with --nnodes: a free port there (29500)")
     parser.add_argument(
         "--run-dir",
         type=Path,

@@ -16,18 +16,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from megatron_smartmoe.adapter.launch import flags as flag_lists
 from megatron_smartmoe.errors import ConfigError
 from megatron_smartmoe.spec.run import FlagValue
+from megatron_smartmoe.spec.secrets import MASK, is_secret_flag, is_secret_variable
 
-MASK = "***"
-_FLAG_NAME = re.compile(
-    r"(^|-)((api|access|private|secret)-key|(api|access|auth|hf)-token|secret|password|passwd|passphrase|credentials?)$"
-)
-_VARIABLE_NAME = re.compile(
-    r"(^|_)(API_?KEY|ACCESS_KEY|PRIVATE_KEY|TOKEN|SECRET|PASSWORD|PASSWD|JWT|CREDENTIALS?)(_|$)"
-)
-_VALUE = re.compile(
-    r"\b(hf_\w{20,}|sk-[\w-]{20,}|gh[oprsu]_\w{20,}|github_pat_\w{20,}|glpat-[\w-]{20,}|AKIA[0-9A-Z]{16}|eyJ[\w-]{20,}\.eyJ)"
-    r"|://[^/\s:@]*:[^/\s:@]+@"
-)
 _REFERENCE = re.compile(r"\$\{([A-Za-z_]\w*)\}")
 _SHORTEST = 8  # characters: a shorter value is too likely to be equal by chance
 
@@ -76,9 +66,7 @@ def masked_words(words: Sequence[str], environ: Mapping[str, str] = os.environ) 
 
 def masked_variables(variables: Mapping[str, str]) -> dict[str, str]:
     """Variables without the values of secret ones."""
-    return {
-        name: MASK if _is_secret_variable(name) or _VALUE.search(value) else value for name, value in variables.items()
-    }
+    return {name: MASK if is_secret_variable(name, value) else value for name, value in variables.items()}
 
 
 def secrets_among(words: Sequence[str], environ: Mapping[str, str] = os.environ) -> list[str]:
@@ -119,9 +107,9 @@ def _mask(flag: str, value: str, environ: Mapping[str, str], at: int = 0) -> str
         return value
     if len(value) >= _SHORTEST:
         for name, other in environ.items():
-            if other == value and _is_secret_variable(name):
+            if other == value and is_secret_variable(name):
                 return Masked(name)
-    if _FLAG_NAME.search(flag.lstrip("-")) or _VALUE.search(value):
+    if is_secret_flag(flag, value):
         name = re.sub(r"\W", "_", flag.lstrip("-")).upper()
         return Masked(f"SMARTMOE_SECRET_{name}" + (f"_{at + 1}" if at else ""))
     return value
@@ -135,10 +123,6 @@ def _reveal(name: str, value: str, environ: Mapping[str, str]) -> str:
         rule = f"is read from the environment, which has no variable {match[1]}"
         raise ConfigError(f"--{name}", value, rule, f"Run export {match[1]}=... first, or pass --{name}.")
     return environ[match[1]]
-
-
-def _is_secret_variable(name: str) -> bool:
-    return _VARIABLE_NAME.search(name.upper()) is not None or name.startswith("SMARTMOE_SECRET_")
 
 
 def _reference(value: str) -> str:

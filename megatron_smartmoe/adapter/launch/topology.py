@@ -1,4 +1,5 @@
-"""Where the ranks of this job run: on this host alone, or on the nodes of a Slurm allocation.
+"""Where the ranks of this job run: on this host alone, on the nodes of a Slurm allocation, or on those of another job
+(`node_variables`).
 
 Three situations inside Slurm, distinguished by Slurm's variables:
 
@@ -22,6 +23,7 @@ import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from megatron_smartmoe.adapter.launch.node_variables import Nodes
 from megatron_smartmoe.errors import ConfigError
 
 _INTERACTIVE_STEP = ("4294967290", "interactive")  # SLURM_INTERACTIVE_STEP in slurm.h, 0xfffffffa
@@ -40,6 +42,7 @@ class Topology:
         master_port: port there.
         rank: the rank that this process is, when Slurm starts one task per rank; else None.
         needs_srun: this is an allocation but no step: launchers have to be started on them first.
+        source: who says which nodes these are, for a line at the start; empty for this host and for Slurm.
     """
 
     num_nodes: int = 1
@@ -49,6 +52,7 @@ class Topology:
     master_port: int = 29500
     rank: int | None = None
     needs_srun: bool = False
+    source: str = ""
 
     @property
     def world_size(self) -> int:
@@ -66,12 +70,13 @@ def reports_errors(environ: Mapping[str, str] = os.environ) -> bool:
     return not is_step_task(environ) or environ.get("SLURM_PROCID", "0") == "0"
 
 
-def find_topology(ranks_per_node: int, environ: Mapping[str, str] = os.environ) -> Topology:
+def find_topology(ranks_per_node: int, environ: Mapping[str, str] = os.environ, nodes: Nodes | None = None) -> Topology:
     """The topology of the job that this process belongs to.
 
     Args:
         ranks_per_node: of the user or the machine; a Slurm step with a task per rank overrides it.
         environ: the environment with Slurm's variables.
+        nodes: of a job that is not Slurm's; None for this host.
 
     Raises:
         ConfigError: the Slurm step has unequal numbers of tasks on its nodes, or ranks that are not consecutive on a
@@ -79,7 +84,7 @@ def find_topology(ranks_per_node: int, environ: Mapping[str, str] = os.environ) 
             is missing or makes no sense; or the port is taken.
     """
     if "SLURM_JOB_ID" not in environ:
-        return Topology(ranks_per_node=ranks_per_node)
+        return Topology(ranks_per_node=ranks_per_node) if nodes is None else _of_nodes(nodes, ranks_per_node)
     job = _number(environ, "SLURM_JOB_ID", 1)
     if not is_step_task(environ):
         _refuse_components(environ)
@@ -98,6 +103,20 @@ def find_topology(ranks_per_node: int, environ: Mapping[str, str] = os.environ) 
         rank=rank,
     )
     if topology.is_reporter and (num_nodes > 1 or rank is not None):
+        _refuse_taken_port(topology.master_port)
+    return topology
+
+
+def _of_nodes(nodes: Nodes, ranks_per_node: int) -> Topology:
+    topology = Topology(
+        num_nodes=nodes.num_nodes,
+        node=nodes.node,
+        ranks_per_node=ranks_per_node,
+        master_addr=nodes.master_addr,
+        master_port=nodes.master_port,
+        source=nodes.source,
+    )
+    if topology.is_reporter and topology.num_nodes > 1:
         _refuse_taken_port(topology.master_port)
     return topology
 

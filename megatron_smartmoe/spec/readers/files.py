@@ -63,10 +63,10 @@ def read_bytes(named: Named, most_bytes: int) -> bytes:
     Raises:
         ConfigError: see `size_of`; or it is larger.
     """
-    size_of(named)
+    size_bytes = size_of(named)  # a buffer for `most_bytes` would cost more time than most files
     try:
         with named.path.open("rb") as file:
-            data = file.read(most_bytes + 1)
+            data = file.read(min(size_bytes, most_bytes) + 1)
     except OSError as error:
         raise named.refused(f"cannot be read: {_reason(error)}") from None
     if len(data) > most_bytes:

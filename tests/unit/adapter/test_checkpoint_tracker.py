@@ -9,9 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_smartmoe.adapter.checkpoint import tracker
 from megatron_smartmoe.adapter.checkpoint.tracker import AtomicTracker
-from megatron_smartmoe.checkpoint.directory import TRACKER
+from megatron_smartmoe.checkpoint.directory import TRACKER, commit_tracker, prepare_tracker
 
 
 @pytest.fixture
@@ -50,9 +49,9 @@ def test_while_it_is_held_nothing_changes_until_it_is_committed(directory: Path)
     with opened.open(str(directory / TRACKER), "w") as file:
         file.write("10")
     assert (directory / TRACKER).read_text() == "5"
-    tracker.prepare(directory, "10")
+    prepare_tracker(directory, "10")
     assert (directory / TRACKER).read_text() == "5"
-    tracker.commit(directory)
+    commit_tracker(directory)
     assert (directory / TRACKER).read_text() == "10"
 
 

@@ -183,6 +183,22 @@ def test_errors_of_the_replicas(args: tuple[object, ...], text: str) -> None:
 
 
 @needs_library
+@pytest.mark.parametrize(
+    ("args", "text"),
+    [
+        ((torch.zeros(4), torch.zeros(2).long(), 2, 1), "bits_N.dtype = float32: it must be uint8, int16, int32 or "),
+        ((torch.zeros(4).int(), torch.zeros(2), 2, 1), "positions_L.dtype = float32: it must be int64. "),
+        ((torch.zeros(4).int(), torch.zeros(2).long(), 3, 1), "bits_N.shape = [4]: it must be [L * width], contiguous"),
+        ((torch.zeros(4).int(), torch.zeros(2).long(), 0, 1), "bits_N.shape = [4]: it must be [L * width], contiguous"),
+        ((torch.zeros(8).int()[::2], torch.zeros(2).long(), 2, 1), "bits_N.shape = [4]: it must be [L * width], cont"),
+        ((torch.zeros(4).int(), torch.zeros(4).long()[::2], 2, 1), "positions_L.shape = [2]: it must be [L], cont"),
+    ],
+)
+def test_errors_of_the_digest(args: tuple[object, ...], text: str) -> None:
+    assert text_of(torch.ops.smartmoe.digest_sum, args).startswith(text)
+
+
+@needs_library
 def test_errors_in_the_values() -> None:
     counts_RE, hosts_ER = torch.tensor([[1, 3, 0, 2], [0, 2, 0, 0]]), torch.tensor([[True, True], [False, False]] * 2)
     lost = "expert 1 has 5 tokens and no slot on any rank"
@@ -239,7 +255,7 @@ def test_meta_tensors_give_the_shapes() -> None:
 def test_tensors_of_a_gpu_are_refused(name: str) -> None:
     """By the registration for CUDA, called here without one."""
     assert library._has_kernel(name, "CUDA")
-    with pytest.raises(RuntimeError, match=f"smartmoe::{name} plans on the host: its tensors must be on the CPU"):
+    with pytest.raises(RuntimeError, match=f"smartmoe::{name} runs on the host: its tensors must be on the CPU"):
         library._refuse(library.host_text(name))(None)
 
 

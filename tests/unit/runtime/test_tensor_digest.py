@@ -33,6 +33,15 @@ def test_device_and_host_compute_the_same(dtype: torch.dtype, monkeypatch: pytes
         assert on_device(tensor.view(-1)[start:stop], part) == digest_of_tensor(tensor.view(-1)[start:stop], part)
 
 
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_without_the_compiled_library_they_are_the_same(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensor = (torch.randn(7, 33, 65, generator=torch.Generator().manual_seed(3)) * 1e3).to(dtype)
+    pieces = [Piece(shape=(9, 40, 65), offsets=(1, 2, 0), sizes=(7, 33, 65), start=n, stop=15000 - n) for n in (0, 70)]
+    found = [digest_of_tensor(tensor.view(-1)[piece.start : piece.stop], piece) for piece in pieces]
+    monkeypatch.setattr(tensor_digest, "_is_compiled", lambda: False)
+    assert found == [digest_of_tensor(tensor.view(-1)[piece.start : piece.stop], piece) for piece in pieces]
+
+
 def test_pieces_add_up_to_the_whole_and_bfloat16_is_its_float32() -> None:
     tensor = torch.randn(4, 6, generator=torch.Generator().manual_seed(2)).bfloat16()
     whole = digest_of_tensor(tensor, Piece.whole((4, 6)))
