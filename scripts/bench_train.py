@@ -187,9 +187,9 @@ def train(variant: str, args: argparse.Namespace, shape: Shape, path: Path) -> N
         times = np.stack([np.load(run_dir / f"times{number}.npy") for number in range(args.ep)], axis=1)
         lines = run_dir / "balance-stage0-group0.jsonl"
         balance = [float(np.mean(json.loads(line)["split"])) for line in lines.open()] if lines.exists() else []
-        partial = path.with_suffix(".part.npz")
-        np.savez(partial, times=times, balance=np.array(balance))
-        partial.replace(path)
+        unfinished = path.with_suffix(".part.npz")
+        np.savez(unfinished, times=times, balance=np.array(balance))
+        unfinished.replace(path)
 
 
 def read(variant: str, args: argparse.Namespace, routed: RoutingTrace) -> Runs:
