@@ -29,6 +29,7 @@ from megatron_smartmoe.adapter.flags.parser import (
 )
 from megatron_smartmoe.adapter.flags.smartmoe_arguments import add_smartmoe_arguments
 from megatron_smartmoe.adapter.launch import run_dir
+from megatron_smartmoe.adapter.launch.batch_job import save_on_sigterm
 from megatron_smartmoe.adapter.launch.run_lock import LOCKED_VARIABLE, RunLock
 from megatron_smartmoe.adapter.launch.secrets import secrets_among
 from megatron_smartmoe.adapter.run_files import write_text
@@ -56,6 +57,8 @@ def main(argv: Sequence[str] | None = None, callbacks: Iterable[Callback] = ()) 
             keep_pages(os.environ)
         argv = with_defaults(given, cpu=cpu, say=is_rank_0)
         args = check_flags(argv, cpu=cpu)
+        if args.exit_signal_handler:
+            save_on_sigterm(args.exit_signal)
         lock = _lock(args) if is_rank_0 else contextlib.nullcontext()
         rehearse_once(args, given, argv[: len(argv) - len(given)], cpu=cpu)
     except SmartMoEError as error:

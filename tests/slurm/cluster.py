@@ -227,7 +227,7 @@ class SlurmCluster:
 
     def _all_idle(self) -> bool:
         with contextlib.suppress(ClusterError):  # the controller does not answer yet
-            states = self.run("sinfo", "--noheader", "--Node", "--format=%T").stdout.split()
+            states = self.run("sinfo", "--noheader", "--Node", "--partition=test", "--format=%T").stdout.split()
             return states == ["idle"] * self.num_nodes
         return False
 

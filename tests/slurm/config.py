@@ -36,6 +36,8 @@ def render_slurm_conf(
         "SelectTypeParameters": "CR_CPU",
         "SlurmdParameters": "config_overrides",  # nodes have the cores written below, whatever the host has
         "ReturnToService": 2,
+        "PreemptType": "preempt/partition_prio",
+        "PreemptMode": "REQUEUE",
         "MinJobAge": 7200,  # seconds for which `scontrol show job` knows a job that has ended
         "KillWait": kill_wait_s,  # from TERM to KILL of a job that is over its time or cancelled
     }
@@ -45,5 +47,9 @@ def render_slurm_conf(
         f"RealMemory={MEMORY_PER_NODE_MB} State=UNKNOWN"
         for name, port in node_ports.items()
     ]
-    lines += ["PartitionName=test Nodes=ALL Default=YES MaxTime=INFINITE State=UP OverSubscribe=FORCE:8"]
+    lines += [
+        "PartitionName=test Nodes=ALL Default=YES MaxTime=INFINITE State=UP OverSubscribe=FORCE:8",
+        "PartitionName=preemptible Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=60",
+        "PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=9 PreemptMode=off",
+    ]
     return "\n".join(lines) + "\n"

@@ -170,6 +170,73 @@ def test_a_rank_that_dies_on_one_node_ends_the_job_with_its_name(slurm: SlurmClu
         assert (run_dir / log).read_text().splitlines()[-1].startswith(last)
 
 
+def test_a_preempted_job_saves_is_queued_again_and_resumes_exactly(
+    slurm: SlurmCluster, tmp_path: Path, expected_long: list[float]
+) -> None:
+    """Slurm sends SIGTERM to the job's steps, waits for the partition's GraceTime, and takes the nodes."""
+    run_dir = tmp_path / "run"
+    flags = ["--nproc", "1", "--run-dir", str(run_dir), *tiny(*EP2, *SAVING, iterations=LONG_ITERATIONS)]
+    options = sbatch_options(tmp_path, "--nodes", "2", "--partition", "preemptible")
+    job_id = slurm.submit(BATCH_SCRIPT, *options, *flags, env=from_anywhere(), cwd=tmp_path)
+    wait_for_iteration(slurm, job_id, run_dir, 3)
+    urgent = tmp_path / "urgent.sh"
+    urgent.write_text("#!/bin/bash\ntrue\n")
+    other = slurm.sbatch(
+        urgent, "--partition", "urgent", "--nodes", "4", "--exclusive", cwd=tmp_path, timeout=TIMEOUT_S
+    )
+    assert_completed(other)
+    job = slurm.wait(job_id, timeout=TIMEOUT_S)
+    assert_completed(job)
+    assert job.stdout.count("Preempted: the run was saved, and the job is queued again.") == 1, job.stdout[-6000:]
+    assert [line["iteration"] for line in metrics(run_dir)] == list(range(1, LONG_ITERATIONS + 1))
+    assert losses(run_dir) == expected_long  # bit for bit
+
+
+# Stands for pyxis, of which the tests' Slurm has nothing: srun's container options start the command in a "container".
+CONTAINER_SRUN = """#!/bin/bash
+options=() image=
+while [[ ${{1:-}} == -* ]]; do
+  case $1 in
+    --container-image=*) image=${{1#*=}}; shift ;;
+    --nodes|--ntasks|--ntasks-per-node) options+=("$1" "$2"); shift 2 ;;
+    *) options+=("$1"); shift ;;
+  esac
+done
+if [[ -n $image ]]; then set -- env "IN_CONTAINER=$image" "$@"; fi
+exec {srun} "${{options[@]}}" "$@"
+"""
+
+
+def test_after_a_death_the_job_is_queued_again_in_its_container(
+    slurm: SlurmCluster, tmp_path: Path, expected_long: list[float]
+) -> None:
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    real = slurm.run("which", "srun").stdout.strip()
+    (programs / "srun").write_text(CONTAINER_SRUN.format(srun=real))
+    (programs / "srun").chmod(0o755)
+    run_dir = tmp_path / "run"
+    saving = [*SAVING[:-1], "4"]
+    flags = ["--nproc", "1", "--run-dir", str(run_dir), *tiny(*EP2, *saving, iterations=LONG_ITERATIONS)]
+    environ = from_anywhere() | {
+        "PATH": f"{programs}:{slurm.env['PATH']}",
+        "SMARTMOE_SRUN_ARGS": "--container-image=a.sqsh --comment='two words'",
+        "SMARTMOE_MAX_REQUEUES": "1",
+    }
+    options = sbatch_options(tmp_path, "--nodes", "2")
+    job_id = slurm.submit(BATCH_SCRIPT, *options, *flags, env=environ, cwd=tmp_path)
+    wait_for_iteration(slurm, job_id, run_dir, 6)
+    victims = [pid for pid, command in slurm.processes() if "adapter.pretrain" in command and has_rank(pid, 1)]
+    ranks = [pid for pid in victims if "adapter.launch" not in Path(f"/proc/{pid}/cmdline").read_text()]
+    assert b"IN_CONTAINER=a.sqsh" in Path(f"/proc/{ranks[0]}/environ").read_bytes().split(b"\0")
+    os.kill(ranks[0], signal.SIGKILL)
+    job = slurm.wait(job_id, timeout=TIMEOUT_S)
+    assert_completed(job)
+    assert job.record["Restarts"] == "1", job.stdout[-6000:]
+    assert job.stdout.count(": the job is queued again, for the 1. of 1 times.") == 1, job.stdout[-6000:]
+    assert losses(run_dir)[-LONG_ITERATIONS + 4 :] == expected_long[4:]  # from the checkpoint on, bit for bit
+
+
 def has_rank(pid: int, rank: int) -> bool:
     """Whether a process has this RANK in its environment."""
     return f"RANK={rank}".encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from megatron_smartmoe.adapter.launch import process
 from megatron_smartmoe.adapter.launch.command import program, rank_environment
 from megatron_smartmoe.adapter.launch.ending import Ending
-from megatron_smartmoe.adapter.launch.launcher import srun
+from megatron_smartmoe.adapter.launch.slurm import srun, step_options
 from megatron_smartmoe.adapter.launch.topology import find_topology, reports_errors
 from megatron_smartmoe.calibrate.cluster_file import fit_machine
 from megatron_smartmoe.calibrate.measure import Bench, BenchPlan, measure, usable_cores
@@ -61,7 +61,7 @@ def start_ranks(options: CalibrateOptions) -> int:
     cuda = _kind(options) == "cuda"
     topology = find_topology(_ranks(options, cuda))
     if topology.needs_srun:
-        return srun(topology, as_argv(options), _MODULE)
+        return srun(topology, as_argv(options), step_options(None), _MODULE)
     environment = rank_environment(topology, cpu=not cuda)
     # Without --nproc: ranks have LOCAL_WORLD_SIZE, and torchrun takes --nproc for its own option wherever it stands.
     command = [*program(topology, _MODULE), *as_argv(replace(options, nproc=None))]

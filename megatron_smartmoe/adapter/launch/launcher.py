@@ -6,28 +6,25 @@ import argparse
 import contextlib
 import os
 import shlex
-import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from megatron_smartmoe.adapter.launch import corpus, process, run_dir, run_lock, secrets
+from megatron_smartmoe.adapter.launch import corpus, process, run_dir, run_lock, secrets, slurm
 from megatron_smartmoe.adapter.launch import flags as flag_lists
+from megatron_smartmoe.adapter.launch.batch_job import BatchJob
 from megatron_smartmoe.adapter.launch.command import LaunchCommand, make_command, ranks_per_node
-from megatron_smartmoe.adapter.launch.ending import ATTEMPT_VARIABLE, Ending, SharedDeaths, attempt_of
+from megatron_smartmoe.adapter.launch.ending import Ending, SharedDeaths, attempt_of
 from megatron_smartmoe.adapter.launch.node_variables import Nodes, find_nodes, refuse_flags
 from megatron_smartmoe.adapter.launch.run_lock import LOCKED_VARIABLE, RunLock
-from megatron_smartmoe.adapter.launch.topology import Topology, find_topology, port_of_steps, reports_errors
+from megatron_smartmoe.adapter.launch.topology import Topology, find_topology, is_outside_steps, reports_errors
 from megatron_smartmoe.adapter.launch.watch import no_watch, watch_node
 from megatron_smartmoe.adapter.rehearsal.lines import lines_of
 from megatron_smartmoe.adapter.rehearsal.rehearse import ALREADY, digest_of, rehearse
 from megatron_smartmoe.errors import EXIT_CONFIG_ERROR, ConfigError, SmartMoEError
 from megatron_smartmoe.spec.run import RunSpec, load_run_spec
-
-_SRUN_LIMIT_S = 60.0  # from SIGTERM to the end of srun: more than the launchers on its nodes need
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -47,6 +44,13 @@ def launch(argv: list[str]) -> int:
         return _help_megatron()
     _check_load(options)
     spec = corpus.only_if_read(read_spec(options), command_line)
+    if options.slurm is not None:
+        return slurm.submit(options.slurm, argv, dry_run=options.dry_run)
+    step_options = slurm.step_options(options.srun_args)
+    if is_outside_steps() and (slurm.is_in_container(step_options) or "SLURMD_NODENAME" not in os.environ):
+        # The checks are made on the nodes: the Python of a container is another one, and salloc's shell may be on a
+        # login node, whose GPUs are not the nodes'.
+        return slurm.srun(find_topology(1), argv, step_options)
     nodes = _nodes(options)
     asked = options.nproc if options.nproc is not None or nodes is None else nodes.ranks_per_node
     topology = find_topology(ranks_per_node(asked, spec, command_line), nodes=nodes)
@@ -56,8 +60,6 @@ def launch(argv: list[str]) -> int:
     if topology.source and topology.num_nodes > 1 and options.run_dir is None and not options.dry_run:
         rule = f"the {topology.num_nodes} nodes of this job need one in common, and no job number names it"
         raise ConfigError("--run-dir", None, rule, "Pass one in a folder that all nodes see, the same on each.")
-    if topology.needs_srun and "SLURMD_NODENAME" not in os.environ:
-        return srun(topology, argv)  # salloc's shell may be on a login node, whose GPUs are not the nodes'
     reserve = run_dir.choose if options.dry_run else run_dir.reserve
     directory = reserve(options.run_dir, spec.name)
     try:
@@ -94,7 +96,8 @@ def _launch(
     ready = make_command(spec, command_line, topology, directory)
     seen = _rehearse(ready, topology, is_dry=options.dry_run)
     if topology.needs_srun:  # after the check: an error is printed once, before any node starts
-        return srun(topology, argv, ending=_ending(ready, topology, directory))
+        step_options = slurm.step_options(options.srun_args)
+        return slurm.srun(topology, argv, step_options, ending=_ending(ready, topology, directory))
     _check_directory(topology, directory, dry_run=options.dry_run)
     text = secrets.masked_command(ready.command, ready.environment)
     if topology.is_reporter:
@@ -173,15 +176,20 @@ def _run(ready: LaunchCommand, topology: Topology, directory: Path, keep_open: S
     log = directory / ("train.log" if topology.node == 0 else f"node{topology.node}.log")
     by_launcher = ready.request is not None and topology.rank is None
     rehearsed = {ALREADY: digest_of(ready.flags)} if by_launcher else {}
-    return process.run(
+    batch, ending = BatchJob.of_environment(directory), _ending(ready, topology, directory)
+    status = process.run(
         ready.command,
         {**ready.environment, LOCKED_VARIABLE: "1", **rehearsed},
         log if topology.rank is None else None,  # Slurm collects the output of its tasks
-        ending=_ending(ready, topology, directory),
+        ending=ending,
         rank=topology.rank,
         keep_open=keep_open,
         watch=watch_node(topology, directory) if topology.rank is None else no_watch,
+        stop_note=None if batch is None else batch.stop_note,
     )
+    if batch is not None and ending.cause is not None and ending.cause in ending.deaths:
+        batch.note_crash(ending.cause)
+    return status
 
 
 def _ending(ready: LaunchCommand, topology: Topology, directory: Path) -> Ending:
@@ -251,6 +259,18 @@ def build_parser() -> argparse.ArgumentParser:
     text += "uneven or strong (default: assumed from how the router is balanced)"
     load.add_argument("--parallel-skew", metavar="S", help=text)
     parser.add_argument(
+        "--srun-args",
+        metavar="ARGS",
+        help="in an allocation of Slurm: options of the srun that starts a launcher on each node, in one word, such as "
+        "'--container-image=IMAGE --container-mounts=/data' (default: SMARTMOE_SRUN_ARGS)",
+    )
+    parser.add_argument(
+        "--slurm",
+        metavar="OPTIONS",
+        help="on a login node: submit this run as a batch job, with these options of sbatch in one word, such as "
+        "'--nodes 4 --gpus-per-node 8 --time 8:00:00'; with --dry-run the command is printed",
+    )
+    parser.add_argument(
         "--dry-run", action="store_true", help="check everything, print the exact command, but run nothing"
     )
     parser.add_argument("--help-megatron", action="store_true", help="list all flags of Megatron and --smartmoe-*")
@@ -275,41 +295,6 @@ def read_spec(options: argparse.Namespace) -> RunSpec:
     else:
         spec = RunSpec(name="run")
     return replace(spec, flags=secrets.revealed_flags(spec.flags))
-
-
-def srun(topology: Topology, argv: Sequence[str], module: str = __package__, ending: Ending | None = None) -> int:
-    """Start one launcher, or another module, per node of the allocation.
-
-    Args:
-        topology: of the allocation.
-        argv: the command line of each launcher.
-        module: what to start.
-        ending: to repeat the last line of the launchers, which is not the last any more when srun has had its say.
-
-    Raises:
-        ConfigError: there is no srun.
-    """
-    if shutil.which("srun") is None:
-        raise ConfigError(
-            "SLURM_JOB_NUM_NODES", topology.num_nodes, "srun is not on PATH", "Add Slurm's programs to PATH."
-        )
-    nodes = ["--nodes", str(topology.num_nodes), "--ntasks", str(topology.num_nodes), "--ntasks-per-node", "1"]
-    command = ["srun", *nodes, "--cpu-bind=none", "--kill-on-bad-exit=1", sys.executable, "-m", module, *argv]
-
-    def terminate(child: object) -> None:  # srun itself would kill its tasks at once; scancel sends them SIGTERM
-        subprocess.run(["scancel", "--signal=TERM", os.environ["SLURM_JOB_ID"]], check=False)
-
-    port = port_of_steps()
-    environment = {} if port is None else {"MASTER_PORT": str(port)}
-    if ending is not None and ending.shared is not None:
-        environment[ATTEMPT_VARIABLE] = ending.shared.attempt
-    status = process.run(command, environment, None, terminate, limit_s=_SRUN_LIMIT_S)
-    if ending is not None and ending.others_died() and (line := ending.line(status, [], None)):
-        with contextlib.suppress(OSError):  # nobody reads it
-            print(f"smartmoe: {line}", flush=True)
-        if ending.cause is not None:  # srun's own status may be that of a task which it has ended
-            return ending.cause.exit_status
-    return status
 
 
 def _help_megatron() -> int:

@@ -33,7 +33,7 @@ import psutil
 
 from megatron_smartmoe.adapter.launch.deaths import Death, oom_kills, read_death
 from megatron_smartmoe.adapter.launch.ending import Ending, as_message
-from megatron_smartmoe.adapter.launch.torchrun import GRACE_S, PIPE_VARIABLE
+from megatron_smartmoe.adapter.launch.torchrun import END_SIGNAL, GRACE_S, PIPE_VARIABLE
 from megatron_smartmoe.adapter.launch.watch import Watch, no_watch
 from megatron_smartmoe.adapter.run_files import open_to_append
 
@@ -46,13 +46,14 @@ def run(
     command: Sequence[str],
     environment: Mapping[str, str],
     log: Path | None,
-    terminate: Callable[[subprocess.Popen[bytes]], object] = subprocess.Popen.terminate,
+    terminate: Callable[[subprocess.Popen[bytes]], object] = lambda child: child.send_signal(END_SIGNAL),
     *,
     ending: Ending | None = None,
     rank: int | None = None,
     limit_s: float = 40.0,
     keep_open: Sequence[int] = (),
     watch: Watch = no_watch,
+    stop_note: Path | None = None,
 ) -> int:
     """Run `command` to its end and return its exit status (128 + N when signal N ended it).
 
@@ -71,6 +72,8 @@ def run(
         limit_s: after SIGTERM or Ctrl-C everything is killed when so many seconds have passed.
         keep_open: descriptors that the command inherits.
         watch: what watches the ranks meanwhile; its lines go where theirs go.
+        stop_note: where Slurm preempts a job it sends SIGTERM, and SIGKILL after its own time. With a path here the
+            first SIGTERM has the ranks save and end, as SIGUSR2 does, and creates this file.
     """
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)
     _become_subreaper()
@@ -84,7 +87,7 @@ def run(
         if error_file is not None:
             variables["TORCHELASTIC_ERROR_FILE"] = str(error_file)
         child, reports = _start(command, variables, keep_open, with_pipe=ending is not None and rank is None)
-        _install_handlers(child, signals, terminate, child_is_rank=rank is not None)
+        _install_handlers(child, signals, terminate, child_is_rank=rank is not None, stop_note=stop_note)
         assert child.stdout is not None
         threads = [threading.Thread(target=output.copy, args=(child.stdout,), daemon=True)]
         if ending is not None and reports is not None:
@@ -109,8 +112,18 @@ def _install_handlers(
     terminate: Callable[[subprocess.Popen[bytes]], object],
     *,
     child_is_rank: bool,
+    stop_note: Path | None,
 ) -> None:
+    is_first = stop_note is not None
+
     def forward_sigterm(number: int, frame: FrameType | None) -> None:
+        nonlocal is_first
+        if stop_note is not None and is_first:
+            is_first = False
+            with contextlib.suppress(OSError):  # then the job is not queued again
+                stop_note.touch()
+            signal_ranks(number, frame)
+            return
         signals.append(number)
         terminate(child)
 

@@ -130,6 +130,11 @@ def is_step_task(environ: Mapping[str, str] = os.environ) -> bool:
     return "SLURM_STEP_NUM_TASKS" in environ and environ.get("SLURM_STEP_ID") not in _INTERACTIVE_STEP
 
 
+def is_outside_steps(environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether this process is in an allocation, and in none of the steps that srun has started there."""
+    return "SLURM_JOB_ID" in environ and not is_step_task(environ)
+
+
 def port_of_steps(environ: Mapping[str, str] = os.environ) -> int | None:
     """A free port for the ranks of the steps that this process starts, which all nodes then have in common.
 

@@ -31,11 +31,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+from megatron_smartmoe.adapter.launch.batch_job import saves_on_sigterm
 from megatron_smartmoe.adapter.launch.deaths import Death, first_cause, oom_kills, read_death
 from megatron_smartmoe.adapter.orphans import end_with_parent
 
 PIPE_VARIABLE = "SMARTMOE_LAUNCHER_PIPE"  # number of an open descriptor
 GRACE_S = 4.0
+# What asks this program for the end: SIGTERM, unless that is for the ranks alone.
+END_SIGNAL = signal.SIGINT if saves_on_sigterm() else signal.SIGTERM
 _ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
 _LOOK_S = 0.05  # between two looks; torchrun's own are 0.1 s apart
 
@@ -43,7 +46,7 @@ _LOOK_S = 0.05  # between two looks; torchrun's own are 0.1 s apart
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the ranks of this host; returns the exit status of the first cause, 128 + N for signal N."""
     if PIPE_VARIABLE in os.environ:  # the launcher may be killed, and the ranks must not outlive it
-        end_with_parent(signal.SIGTERM)
+        end_with_parent(END_SIGNAL)
     terminal, report = sys.stderr, Report.to_launcher()
     sys.stderr = report  # before torch is imported: its loggers keep the stream that they find
     subprocess.Popen = Rank  # type: ignore[misc, assignment]  # likewise: torchrun imports it by name
@@ -53,6 +56,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     with contextlib.redirect_stderr(terminal):  # wrong options are the user's to see
         options = parse_args(argv)  # type: ignore[no-untyped-call]
+    if saves_on_sigterm():
+        options.signals_to_handle = "SIGINT,SIGHUP,SIGQUIT"
+        signal.signal(signal.SIGTERM, lambda number, frame: None)  # the ranks have it too, and save
     watch = Watch(report)
     watch.start()
     with tempfile.TemporaryDirectory(prefix="smartmoe-") as folder:  # torchrun would leave one of its own behind

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import math
 import os
 import time
 from collections.abc import Iterator, Mapping
@@ -22,8 +23,10 @@ from megatron_smartmoe.adapter.hooks import Callback, Order
 from megatron_smartmoe.adapter.moe.routers import count_tokens
 from megatron_smartmoe.adapter.records import data_text, summary
 from megatron_smartmoe.adapter.run import Run
+from megatron_smartmoe.adapter.run_files import write_text
 from megatron_smartmoe.runtime.counts import ExpertCounts
 
+_RECENT_STEPS = 50  # whose longest is what the next one may take
 LOAD_WINDOW_ITERATIONS = 50  # the summary's load per expert is that of the last iterations, this many
 
 
@@ -87,11 +90,18 @@ class Metrics(Callback):
 
     @contextlib.contextmanager
     def around_save(self, iteration: int) -> Iterator[None]:
-        """Mark for the batch script (scripts/pretrain_gpt_moe.slurm) that the run can be resumed from now on."""
+        """Mark for the batch script (scripts/pretrain_gpt_moe.slurm) that the run can be resumed from now on.
+
+        The mark holds the seconds that training needs to save and stop: the step that is under way, a save, and half as
+        much again.
+        """
+        began = time.perf_counter()
         yield
         marker = os.environ.get("SMARTMOE_TO_BE_CONTINUED")
         if marker and self._run.is_reporter:
-            self._run.attempt(Path(marker), Path(marker).touch)
+            seconds = time.perf_counter() - began + max(self._step_seconds[-_RECENT_STEPS:], default=0.0)
+            text = f"{math.ceil(1.5 * seconds)}\n"
+            self._run.attempt(Path(marker), functools.partial(write_text, Path(marker), text))
 
     def after_evaluation(self, split: str, losses: Mapping[str, torch.Tensor]) -> None:
         """Keep the losses. The time that an evaluation takes is not training time."""

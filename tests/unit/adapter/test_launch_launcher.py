@@ -13,8 +13,6 @@ import pytest
 
 from megatron_smartmoe.adapter.launch import auto, launcher
 from megatron_smartmoe.adapter.launch.command import LaunchCommand
-from megatron_smartmoe.adapter.launch.deaths import Death
-from megatron_smartmoe.adapter.launch.ending import Ending, SharedDeaths, attempt_of
 from megatron_smartmoe.adapter.launch.run_lock import RunLock
 from megatron_smartmoe.adapter.launch.topology import Topology
 from megatron_smartmoe.errors import ConfigError
@@ -53,7 +51,7 @@ def commands(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
         started.append(command)
         return subprocess.CompletedProcess(command, 0)
 
-    monkeypatch.setattr(launcher.subprocess, "run", run)
+    monkeypatch.setattr(subprocess, "run", run)
     return started
 
 
@@ -87,7 +85,7 @@ def story(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Story:
     story = Story()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(launcher, "ranks_per_node", lambda nproc, spec, command_line: 2)
-    monkeypatch.setattr(launcher, "find_topology", lambda ranks_per_node: story.topology)
+    monkeypatch.setattr(launcher, "find_topology", lambda ranks_per_node, **_: story.topology)
     monkeypatch.setattr(launcher, "make_command", story.make_command)
     monkeypatch.setattr(launcher.corpus, "prepare", story.prepare)
     monkeypatch.setattr(launcher.process, "run", story.run)
@@ -221,14 +219,14 @@ def test_a_launcher_per_node_is_started_after_the_check(
 ) -> None:
     """Where this is a node of the allocation; of the nodes' GPUs a login node knows nothing."""
 
-    def srun(topology: Topology, argv: list[str], **_: Any) -> int:
+    def srun(topology: Topology, argv: list[str], *_: Any, **__: Any) -> int:
         assert argv == ARGV
         story.events.append(f"srun {topology.num_nodes}")
         return 9
 
     story.topology = Topology(ranks_per_node=2, needs_srun=True)
     monkeypatch.setenv("SLURM_JOB_ID", "7")
-    monkeypatch.setattr(launcher, "srun", srun)
+    monkeypatch.setattr(launcher.slurm, "srun", srun)
     monkeypatch.delenv("SLURMD_NODENAME", raising=False)
     if node:
         monkeypatch.setenv("SLURMD_NODENAME", node)
@@ -287,58 +285,6 @@ def test_a_default_directory_that_nothing_came_of_is_removed(story: Story, monke
     monkeypatch.setattr(launcher, "make_command", refuse)
     assert launcher.main(["--config", "a.yaml"]) == 2
     assert not Path("runs").exists()
-
-
-def test_a_batch_script_starts_a_launcher_per_node(monkeypatch: pytest.MonkeyPatch) -> None:
-    ran: list[Any] = []
-
-    def run(*args: Any, limit_s: float) -> int:
-        ran.append(args)
-        return 7
-
-    monkeypatch.setattr(launcher.shutil, "which", lambda name: f"/bin/{name}")
-    monkeypatch.setattr(launcher.process, "run", run)
-    assert launcher.srun(Topology(num_nodes=2, needs_srun=True), ["--config", "a b.yaml"]) == 7
-    command, environment, log, _ = ran[0]
-    nodes = ["--nodes", "2", "--ntasks", "2", "--ntasks-per-node", "1"]
-    how = ["--cpu-bind=none", "--kill-on-bad-exit=1"]
-    assert command == ["srun", *nodes, *how, *PYTHON_M, "megatron_smartmoe.adapter.launch", "--config", "a b.yaml"]
-    assert (environment, log) == ({}, None)
-
-
-def test_what_the_launchers_say_last_is_said_again_after_srun(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """srun itself has a line for every task that failed."""
-    shared = SharedDeaths(directory=tmp_path, name="srun", attempt="7.1")
-
-    def run(command: list[str], environment: dict[str, str], *_: Any, **__: Any) -> int:
-        assert attempt_of(environment) == "7.1"
-        there = replace(shared, name="node1", attempt=attempt_of(environment))
-        there.write([Death(rank=3, host="n2", status=-9, time_s=1.0)])
-        print("srun: error: n2: task 1: Exited with exit code 137")
-        return 137
-
-    monkeypatch.setattr(launcher.shutil, "which", lambda name: f"/bin/{name}")
-    monkeypatch.setattr(launcher.process, "run", run)
-    ending = Ending(shared=shared, resume="launch --run-dir D")
-    assert launcher.srun(Topology(num_nodes=2, needs_srun=True), [], ending=ending) == 137
-    assert capsys.readouterr().out.splitlines()[-1].startswith("smartmoe: rank 3 on n2 was killed by SIGKILL | ")
-
-
-def test_sigterm_goes_to_the_tasks_through_slurm(monkeypatch: pytest.MonkeyPatch, commands: list[list[str]]) -> None:
-    monkeypatch.setenv("SLURM_JOB_ID", "7")
-    monkeypatch.setattr(launcher.shutil, "which", lambda name: f"/bin/{name}")
-    monkeypatch.setattr(launcher.process, "run", lambda command, environment, log, terminate, **_: terminate(None))
-    launcher.srun(Topology(num_nodes=2, needs_srun=True), [])
-    assert commands == [["scancel", "--signal=TERM", "7"]]
-
-
-def test_a_missing_srun_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launcher.shutil, "which", lambda name: None)
-    with pytest.raises(ConfigError) as caught:
-        launcher.srun(Topology(num_nodes=2, needs_srun=True), [])
-    assert str(caught.value) == "SLURM_JOB_NUM_NODES = 2: srun is not on PATH. Add Slurm's programs to PATH."
 
 
 WRONG = "error: a.yaml:1 = 'flags: [1, 2': is not YAML: expected ',' or ']', but got '<stream end>'. Correct line 1.\n"

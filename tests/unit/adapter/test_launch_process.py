@@ -197,6 +197,23 @@ def test_sigusr2_is_sent_to_the_ranks(launcher: Launcher, monkeypatch: pytest.Mo
     assert process.returncode == 5
 
 
+def test_where_slurm_preempts_the_first_sigterm_has_the_ranks_save(
+    launcher: Launcher, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    note = tmp_path / "job.stopped"
+    with_note = LAUNCHER.replace(", log))", f", log, stop_note=Path({str(note)!r})))")
+    monkeypatch.setattr(sys.modules[__name__], "LAUNCHER", with_note)
+    monkeypatch.setenv("RANK_PROGRAM", WAITING_FOR.format(number="signal.SIGUSR2"))
+    process = launcher.start(TORCHRUN)
+    assert line(process) == "ready"
+    assert not note.exists()
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=TIMEOUT_S)
+    assert (out, err) == (f"received {int(signal.SIGUSR2)}\n", "")
+    assert process.returncode == 5
+    assert note.exists()
+
+
 def test_sigusr2_does_not_end_a_rank_that_does_not_ask_for_it(
     launcher: Launcher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
