@@ -32,6 +32,8 @@ def main(variant: str, run_dir: Path, flags: list[str]) -> None:
         def on_start(self, run: Any) -> None:
             for _, layer in run.layers:
                 experts.watch(layer.experts)
+            if variant == "ultraep":
+                rule.install()  # not before Megatron may be imported
 
         def before_step(self, iteration: int) -> None:
             self.began = time.perf_counter(), time.process_time(), experts.seconds, _faults()
@@ -44,8 +46,6 @@ def main(variant: str, run_dir: Path, flags: list[str]) -> None:
             rows.append(tuple(after - before for after, before in zip(ended, start.began, strict=True)))
 
     start, rule = Start(), RuleInExecutor()
-    if variant == "ultraep":
-        rule.install()
     pretrain(flags, callbacks=[start, Stop()])
     if variant == "ultraep" and not rule.plans:
         raise SystemExit("the executor never asked the peer's rule for a plan")
