@@ -26,7 +26,10 @@ def as_routed(trace: RoutingTrace, ranks: int, shape: Shape) -> RoutingTrace:
     layers = [layer % counts_NLRE.shape[1] for layer in range(shape.layers)]
     scaled = np.apply_along_axis(scaled_counts, 3, counts_NLRE[:, layers], shape.tokens, shape.top_k)
     return RoutingTrace(
-        counts=scaled.astype(np.uint32), iteration=trace.iteration, layer=np.arange(shape.layers), meta=trace.meta
+        counts=scaled.astype(np.uint32),
+        iteration=trace.iteration,
+        layer=np.arange(shape.layers),
+        meta={**trace.meta, "source_ranks": ranks},
     )
 
 

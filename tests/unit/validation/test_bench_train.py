@@ -43,7 +43,7 @@ def test_rounds_that_differ_widen_the_interval() -> None:
 def test_predictions_follow_the_balance() -> None:
     """On the CPU's cluster file experts are most of a layer, so the order is that of the busiest rank's tokens."""
     spec = SyntheticSpec(
-        kind="drifting", num_records=10, num_layers=1, num_sources=4, num_experts=8, tokens_per_source=1024, skew=1.5
+        kind="drifting", num_records=10, num_layers=1, num_sources=8, num_experts=8, tokens_per_source=1024, skew=1.5
     )
     trace = synthetic_trace(spec)
     routed = as_routed(trace, 4, SHAPE)
