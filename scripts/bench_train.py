@@ -280,8 +280,8 @@ def as_table(content: Mapping[str, Any], args: argparse.Namespace, shape: Shape)
     head = (
         f"EP{args.ep}: {shape.layers} layers, hidden {shape.hidden}, {shape.experts} experts of ffn {shape.ffn}, "
         f"top-{shape.top_k}, {shape.tokens} tokens a rank and micro-batch, {shape.micro_batches} a step, fp32; "
-        f"{args.rounds} round{'s' * (args.rounds > 1)} of {args.steps - WARM_UP} steps counted; {content['cores']} cores, "
-        f"load {content['load_average']:.1f}; predictions: cluster {args.cluster}"
+        f"{args.rounds} round{'s' * (args.rounds > 1)} of {args.steps - WARM_UP} steps counted; "
+        f"{content['cores']} cores, load {content['load_average']:.1f}; predictions: cluster {args.cluster}"
     )
     titles = ["variant", "busiest CPU ms", "mean CPU ms", "wall ms", "experts", "faults", "max/mean"]
     titles += ["of ideal", "model", "over stock", "model"]
