@@ -86,7 +86,6 @@ def megatron() -> Facts:
     cpu = choose_device("auto" if torch.cuda.is_available() else "cpu")
     try:
         hooks.prepare_megatron(cpu=cpu)
-        hooks.use_torch_prediction_blocks()
         hooks.attach([])
     except CompatError as error:
         facts["missing"] = str(error)

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from enum import IntEnum
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from megatron_smartmoe.errors import CompatError
@@ -30,9 +30,13 @@ if TYPE_CHECKING:
 
     from megatron_smartmoe.adapter.checkpoint.loading import CheckpointLoads
     from megatron_smartmoe.adapter.checkpoint.saving import CheckpointSaves
+    from megatron_smartmoe.adapter.door import Door
+    from megatron_smartmoe.adapter.moe.modules import Modules
     from megatron_smartmoe.adapter.run import Run
 
 TESTED_RELEASE = "0.19.2"
+TESTED_CHECKOUTS = ("core_v0.17.1", "core_v0.18.2", "core_v0.19.0")
+_replaced: set[str] = set()
 _MARK = "__smartmoe__"  # attribute of a wrapper: the keys of all hooks that it and the wrappers below it stand for
 
 
@@ -132,38 +136,65 @@ class _Loop:
         from megatron_smartmoe.adapter.run import Run
 
         result = call()
-        run = Run.of(result[0], result[1])
+        self.start(Run.of(result[0], result[1]))
+        return result
+
+    def start(self, run: Run) -> None:
+        """Model and optimizer exist.
+
+        Raises:
+            CompatError: the model has MoE layers that --smartmoe cannot balance.
+        """
+        from megatron_smartmoe.adapter.moe.modules import check_layers
+
+        if run.args.smartmoe:
+            check_layers(run.layers, run.layer_numbers)
         for callback in self.callbacks:
             callback.on_start(run)
         self._running = True
-        return result
 
     def train_step(self, call: Callable[..., Any], bound: inspect.BoundArguments) -> Any:
         """One iteration: forward and backward passes of all micro-batches, and the optimizer."""
         from megatron.training import get_args
 
         iteration = get_args().curr_iteration + 1  # Megatron counts the iterations that are done
+        self.before_step(iteration)
+        result = call()
+        self.after_step(iteration, result[0])
+        return result
+
+    def before_step(self, iteration: int) -> None:
+        """Before the first forward pass of an iteration."""
         for callback in self.callbacks:
             callback.before_step(iteration)
-        result = call()
+
+    def after_step(self, iteration: int, losses: Mapping[str, torch.Tensor]) -> None:
+        """After the optimizer's step."""
         for callback in self.callbacks:
-            callback.after_step(iteration, result[0])
-        return result
+            callback.after_step(iteration, losses)
 
     def post_training_step_callbacks(self, call: Callable[..., Any], bound: inspect.BoundArguments) -> Any:
         """What Megatron does at the end of an iteration before it may save."""
-        result, iteration = call(), bound.arguments["iteration"]
+        result = call()
+        self.between_steps(bound.arguments["iteration"])
+        return result
+
+    def between_steps(self, iteration: int) -> None:
+        """At the end of an iteration: experts may move."""
         with self._contexts(lambda callback: callback.around_changes(iteration)):
             for callback in self.callbacks:
                 callback.between_steps(iteration)
-        return result
 
     def save_checkpoint(self, call: Callable[..., Any], bound: inspect.BoundArguments) -> Any:
         """Megatron also saves before there is a run, when it converts a checkpoint: then no callback is called."""
-        with self._contexts(lambda callback: callback.around_save(bound.arguments["iteration"])):
+        with self.around_save(bound.arguments["iteration"]):
             result = call()
             self._after_save(bound)
         return result
+
+    def around_save(self, iteration: int) -> ExitStack:
+        """The callbacks' contexts around a save."""
+        return self._contexts(lambda callback: callback.around_save(iteration))
 
     def _after_save(self, bound: inspect.BoundArguments) -> None:
         from megatron.training import get_args
@@ -173,10 +204,13 @@ class _Loop:
 
         iteration, non_persistent = bound.arguments["iteration"], bound.arguments.get("non_persistent_ckpt", False)
         directory = save_directory(get_args(), non_persistent=non_persistent) if self._running else None
-        if directory is None:
-            return
+        if directory is not None:
+            self.after_save(iteration, folder_of(directory, iteration))
+
+    def after_save(self, iteration: int, folder: Path) -> None:
+        """The files of a checkpoint are written, or are being written."""
         for callback in self.callbacks:
-            callback.after_save(iteration, folder_of(directory, iteration))
+            callback.after_save(iteration, folder)
 
     def maybe_finalize_async_save(self, call: Callable[..., Any], bound: inspect.BoundArguments) -> Any:
         """Megatron asks in every iteration whether a save has ended, and waits for it only where it must."""
@@ -212,8 +246,18 @@ class _Loop:
 
 
 _LOOP_MODULE = "megatron.training.training"
-_LOOP_NAMES = tuple(name for name in vars(_Loop) if not name.startswith("_"))
+_LOOP_NAMES = (
+    "setup_model_and_optimizer",
+    "train_step",
+    "post_training_step_callbacks",
+    "save_checkpoint",
+    "maybe_finalize_async_save",
+    "save_checkpoint_and_time",
+    "evaluate_and_print_results",
+    "evaluate",
+)
 _attached: _Loop | None = None  # Megatron's loop is one per process, and so is what listens to it
+_modules: Modules | None = None  # what layers are built from; None until the flags are known
 
 
 def attach(callbacks: Iterable[Callback]) -> None:
@@ -244,7 +288,10 @@ def attach_checkpoints(saves: CheckpointSaves, loads: CheckpointLoads) -> None:
     serialization = importlib.import_module("megatron.core.dist_checkpointing.serialization")
     writer = importlib.import_module(f"{strategies}.filesystem_async").FileSystemWriterAsync
     key = "checkpoint"
-    replace_names(checkpointing, {"maybe_msc": saves.around_files(checkpointing.maybe_msc)})
+    if hasattr(checkpointing, "maybe_msc"):
+        replace_names(checkpointing, {"maybe_msc": saves.around_files(checkpointing.maybe_msc)})
+    else:  # up to 0.18, which opens files through a function
+        rebind(checkpointing, "open_file", functools.partial(_opening_through, saves), key=key)
     rebind(training, "save_checkpoint", saves.around_save_checkpoint, key=key)
     rebind(training, "maybe_finalize_async_save", saves.around_finalize, key=key)
     rebind(training, "load_checkpoint", loads.around_load_checkpoint, key=key)
@@ -255,6 +302,12 @@ def attach_checkpoints(saves: CheckpointSaves, loads: CheckpointLoads) -> None:
     rebind(writer, "finish", saves.recorded, key=key)
     rebind(writer, "write_preloaded_data", saves.noted, key=key)
     rebind(checkpointing.torch, "save", saves.recorded_if_legacy, key=key)
+
+
+def _opening_through(saves: CheckpointSaves, open_file: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that opens files as `CheckpointSaves.around_files` has them opened."""
+    files = saves.around_files(SimpleNamespace(open=open_file))
+    return lambda *args, **kwargs: files.open(*args, **kwargs)
 
 
 def end() -> None:
@@ -296,6 +349,7 @@ def rebind(
         wrapper = functools.wraps(original)(wrap(original))
         setattr(wrapper, _MARK, (*hooks, key))
         setattr(module, name, wrapper)
+        _note(module, name)
 
 
 def replace_names(module: ModuleType | type, values: Mapping[str, object]) -> None:
@@ -312,14 +366,93 @@ def replace_names(module: ModuleType | type, values: Mapping[str, object]) -> No
         raise CompatError(_is_missing(module, missing))
     for name, value in values.items():
         setattr(module, name, value)
+        _note(module, name)
+
+
+def replaced_names() -> tuple[str, ...]:
+    """The full names of Megatron that this process has replaced so far, sorted."""
+    return tuple(sorted(_replaced))
+
+
+def _note(module: ModuleType | type, name: str) -> None:
+    holder = f"{module.__module__}.{module.__qualname__}" if isinstance(module, type) else module.__name__
+    _replaced.add(f"{holder}.{name}")
 
 
 def _is_missing(module: ModuleType | type, names: Iterable[str]) -> str:
     full = ", ".join(f"{module.__name__}.{name}" for name in names)
     return (
         f"{full} = missing: the project hooks it, and this Megatron does not have it. "
-        f"Use megatron-core {TESTED_RELEASE} (pip install megatron-core=={TESTED_RELEASE})."
+        f"Use megatron-core {TESTED_RELEASE} (pip install megatron-core=={TESTED_RELEASE}), or a checkout of "
+        f"{', '.join(TESTED_CHECKOUTS)}."
     )
+
+
+def open_door(door: Door) -> None:
+    """Put the door at the places of Megatron where a training script comes by, whoever wrote it.
+
+    Raises:
+        CompatError: this Megatron lacks one of them.
+    """
+    arguments = importlib.import_module("megatron.training.arguments")
+    initialize = importlib.import_module("megatron.training.initialize")
+    training = importlib.import_module(_LOOP_MODULE)
+    key = "door"
+    rebind(arguments, "add_megatron_arguments", door.around_add_arguments, key=key)
+    rebind(arguments, "validate_args", door.around_validate, key=key)
+    if hasattr(initialize, "validate_args"):  # up to 0.17, which imports it by name
+        rebind(initialize, "validate_args", door.around_validate, key=key)
+    rebind(training, "initialize_megatron", door.around_initialize, key=key)
+    rebind(training, "pretrain", door.around_pretrain, key=key)
+    package = importlib.import_module("megatron.training")
+    if package.pretrain is not training.pretrain:  # which scripts import it from
+        replace_names(package, {"pretrain": training.pretrain})
+    if door.cpu:
+        _run_on_cpu(training)
+    _skip_compiled_helpers()
+
+
+def use_modules(modules: Modules) -> None:
+    """Have Megatron build layers from this project's modules where `modules` says so, until the next call.
+
+    Raises:
+        CompatError: this Megatron lacks a function that has to be hooked.
+    """
+    global _modules
+    _modules = modules
+    specs = importlib.import_module("megatron.core.models.gpt.gpt_layer_specs")
+    maker = importlib.import_module("megatron.core.models.gpt.moe_module_specs")
+    provider = importlib.import_module("megatron.core.models.backends").LocalSpecProvider
+    for module in (maker, specs):  # the second has imported it from the first by name
+        rebind(module, "get_moe_module_spec_for_backend", _through("moe_spec"), key="modules")
+    rebind(provider, "layer_norm", _through("local_norm"), key="modules")
+    rebind(provider, "core_attention", _through("local_attention"), key="modules")
+    replace_names(specs, {"LNImpl": modules.local_norm(specs.LNImpl)})  # of the final norm
+
+
+def modules_in_use() -> Modules | None:
+    """What layers are built from; None until the flags are known."""
+    return _modules
+
+
+def _through(method: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """A wrapper whose result goes through a method of the modules in use."""
+
+    def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            result = original(*args, **kwargs)
+            return result if _modules is None else getattr(_modules, method)(result)
+
+        return call
+
+    return wrap
+
+
+def listen(callbacks: Iterable[Callback]) -> _Loop:
+    """Call `callbacks` for a loop that is not Megatron's, which says itself where it is."""
+    global _attached
+    _attached = _Loop(callbacks)
+    return _attached
 
 
 def prepare_megatron(*, cpu: bool) -> None:
@@ -331,9 +464,16 @@ def prepare_megatron(*, cpu: bool) -> None:
     _repair_optimizer_checkpoints(training)
     _skip_compiled_helpers()
     _collect_write_results(cpu=cpu)
-    if cpu:  # Megatron has this switch (`initialize_megatron`), and `pretrain` does not pass it on
-        rebind(training, "initialize_megatron", lambda call: functools.partial(call, allow_no_cuda=True))
+    if cpu:
+        _run_on_cpu(training)
         _copy_before_background_writes()
+
+
+def _run_on_cpu(training: ModuleType) -> None:
+    """Megatron has a switch for it (`initialize_megatron`), and `pretrain` does not pass it on."""
+    initialize, package = (importlib.import_module(f"megatron.training{part}") for part in (".initialize", ""))
+    for module in (training, initialize, package):  # a loop of one's own may import it from any of them
+        rebind(module, "initialize_megatron", lambda call: functools.partial(call, allow_no_cuda=True))
 
 
 def _collect_write_results(*, cpu: bool) -> None:
@@ -408,15 +548,6 @@ def complete_tokenizers() -> None:
     rebind(tiktoken_tokenizer, "reload_mergeable_ranks", tiktoken.around_reload)
 
 
-def use_torch_prediction_blocks() -> None:
-    """Give layers of multi-token prediction this project's torch modules; see `layer_spec.wrap_mtp_block_spec`."""
-    import megatron.training.models.gpt as gpt
-
-    from megatron_smartmoe.adapter.moe.layer_spec import wrap_mtp_block_spec
-
-    rebind(gpt, "mtp_block_spec", wrap_mtp_block_spec)
-
-
 def loop_module() -> Any:
     """Megatron's module of the loop, for a process that calls what the loop calls, and trains nothing."""
     return importlib.import_module(_LOOP_MODULE)
@@ -433,8 +564,9 @@ def _skip_compiled_helpers() -> None:
     """Megatron runs `make` for its dataset helper at every start; the wheel carries it compiled, and no Makefile."""
     import megatron.core.datasets.utils as utils
 
-    try:
-        import megatron.core.datasets.helpers_cpp  # noqa: F401
-    except ImportError:
-        return  # a source checkout: `make` has work to do
+    folder = Path(utils.__file__).parent
+    compiled = [path.stat().st_mtime for path in folder.glob("helpers_cpp*.so")]
+    is_checkout = (folder / "Makefile").exists()
+    if is_checkout and (not compiled or max(compiled) < (folder / "helpers.cpp").stat().st_mtime):
+        return  # `make` has work to do
     rebind(utils, "compile_helpers", lambda call: lambda: None)

@@ -16,10 +16,11 @@ from argparse import Namespace
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from megatron_smartmoe.adapter import log_filters
 from megatron_smartmoe.adapter.allocator import keep_pages
+from megatron_smartmoe.adapter.device import choose_device
 from megatron_smartmoe.adapter.flags.parser import (
     device_from,
     has_apex,
@@ -27,18 +28,16 @@ from megatron_smartmoe.adapter.flags.parser import (
     machine_defaults,
     parse,
 )
-from megatron_smartmoe.adapter.flags.smartmoe_arguments import add_smartmoe_arguments
 from megatron_smartmoe.adapter.launch import run_dir
 from megatron_smartmoe.adapter.launch.batch_job import save_on_sigterm
 from megatron_smartmoe.adapter.launch.run_lock import LOCKED_VARIABLE, RunLock
 from megatron_smartmoe.adapter.launch.secrets import secrets_among
 from megatron_smartmoe.adapter.run_files import write_text
-from megatron_smartmoe.errors import EXIT_CONFIG_ERROR, CompatError, ConfigError, SmartMoEError
+from megatron_smartmoe.errors import EXIT_CONFIG_ERROR, ConfigError, SmartMoEError
 from megatron_smartmoe.spec.secrets import MASK
 
 if TYPE_CHECKING:
     from megatron_smartmoe.adapter.hooks import Callback
-    from megatron_smartmoe.adapter.moe.overlap_degree import OverlapDegree
 
 
 def main(argv: Sequence[str] | None = None, callbacks: Iterable[Callback] = ()) -> None:
@@ -97,29 +96,6 @@ def _lock(args: Namespace) -> AbstractContextManager[object]:
     if lock.taken_over is not None:
         print(f"smartmoe: {lock.taken_over}", flush=True)
     return lock
-
-
-def choose_device(asked: str) -> bool:
-    """Load the CPU facade when there is no GPU, or when asked. Returns whether this run is on the CPU.
-
-    Raises:
-        CompatError: a GPU was asked for and there is none.
-    """
-    if asked == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks: nothing below may see the GPU
-    log_filters.install()
-    import torch
-
-    if torch.cuda.is_available():
-        return False
-    if asked == "cuda":
-        raise CompatError(
-            "--smartmoe-device cuda: torch sees no CUDA device here. Leave the flag out to train on the CPU."
-        )
-    from megatron_smartmoe.adapter import cpu
-
-    cpu.install()
-    return True
 
 
 def with_defaults(argv: Sequence[str], *, cpu: bool, say: bool) -> list[str]:
@@ -191,81 +167,23 @@ def train(argv: Sequence[str], *, cpu: bool, callbacks: Iterable[Callback] = ())
     """
     import torch
     from megatron.core.enums import ModelType
-    from megatron.training import pretrain
-    from megatron.training.argument_utils import pretrain_cfg_container_from_args
+    from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
 
-    from megatron_smartmoe.adapter import hooks
+    from megatron_smartmoe.adapter import door
     from megatron_smartmoe.adapter.batch import embedding_ranks, forward_step
-    from megatron_smartmoe.adapter.checkpoint.loading import CheckpointLoads
-    from megatron_smartmoe.adapter.checkpoint.saving import CheckpointSaves, SavedDigests
     from megatron_smartmoe.adapter.datasets import train_valid_test_datasets_provider
-    from megatron_smartmoe.adapter.moe.overlap_degree import OverlapDegree
-    from megatron_smartmoe.adapter.records import flight_recorder
+    from megatron_smartmoe.adapter.hooks import loop_module
 
-    hooks.prepare_megatron(cpu=cpu)
+    door.open_door(cpu=cpu, is_own_entry=True, callbacks=callbacks)
     args = megatron_args(argv)
-    if not cpu:
-        flight_recorder.write_to(args.smartmoe_run_dir)
-    overlap_degree = OverlapDegree(args)
-    saves = CheckpointSaves()
-    hooks.attach([saves, SavedDigests(saves), *callbacks_for(args, overlap_degree), *callbacks])
-    hooks.attach_checkpoints(saves, CheckpointLoads())
-    pretrain(
-        pretrain_cfg_container_from_args(args, model_config_of(args, overlap_degree)),
+    loop_module().pretrain(
+        pretrain_cfg_container_from_args(args, gpt_config_from_args(args)),
         train_valid_test_datasets_provider,
         ModelType.encoder_or_decoder,
         forward_step,
         get_embedding_ranks=embedding_ranks,
     )
-    hooks.end()
     torch.distributed.destroy_process_group()
-
-
-def model_config_of(args: Namespace, overlap_degree: OverlapDegree) -> Any:
-    """Megatron's configuration of the model, with the project's layer spec unless the user has one.
-
-    Args:
-        args: Megatron's arguments, after validation.
-        overlap_degree: shared with the pool, so that the degree is chosen once.
-    """
-    from megatron.training.argument_utils import gpt_config_from_args
-
-    from megatron_smartmoe.adapter import hooks
-    from megatron_smartmoe.adapter.moe.layer_spec import spec_for
-
-    config = gpt_config_from_args(args)
-    if args.spec is None:
-        hooks.use_torch_prediction_blocks()
-        config.transformer_layer_spec = spec_for(args, overlap_degree)
-    return config
-
-
-def callbacks_for(args: Namespace, overlap_degree: OverlapDegree) -> list[Callback]:
-    """What the flags ask for; `hooks.Order` says which is called first."""
-    from megatron_smartmoe.adapter.flags.pool_settings import modes_of
-    from megatron_smartmoe.adapter.loops.homes import HomesLoop
-    from megatron_smartmoe.adapter.loops.pool import PoolLoop
-    from megatron_smartmoe.adapter.loops.replicas import ReplicaLoop
-    from megatron_smartmoe.adapter.records.metrics import Metrics
-    from megatron_smartmoe.adapter.records.progress import ProgressRecorder
-    from megatron_smartmoe.adapter.records.replay import RoutingReplay
-    from megatron_smartmoe.adapter.records.trace import TraceRecorder
-
-    homes = replicas = None
-    if args.smartmoe and args.smartmoe_homes != "off" and args.expert_model_parallel_size > 1:
-        homes = HomesLoop()
-    if args.smartmoe and (modes := modes_of(args)) != {"off"}:
-        replicas = ReplicaLoop(modes)
-    wanted = [
-        ProgressRecorder(args) if args.smartmoe_watchdog == "on" else None,
-        RoutingReplay(Path(args.smartmoe_replay_trace)) if args.smartmoe_replay_trace is not None else None,
-        Metrics(),
-        homes,
-        replicas,
-        PoolLoop(homes, replicas, overlap_degree) if args.smartmoe_pool is not None else None,
-        TraceRecorder(Path(args.smartmoe_record_trace)) if args.smartmoe_record_trace is not None else None,
-    ]
-    return [callback for callback in wanted if callback is not None]
 
 
 def megatron_args(argv: Sequence[str]) -> Namespace:
@@ -281,7 +199,7 @@ def megatron_args(argv: Sequence[str]) -> Namespace:
     log_filters.set_log_level(args.logging_level)
     directory = args.smartmoe_run_dir
     with _stdout_to(Path(directory) / "arguments.txt" if directory else None, secrets=secrets_among(argv)):
-        validated: Namespace = parse_and_validate_args(extra_args_provider=add_smartmoe_arguments)
+        validated: Namespace = parse_and_validate_args()
     return validated
 
 

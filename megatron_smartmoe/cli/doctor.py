@@ -4,6 +4,9 @@ Looks at Python, torch, GPU and driver, the compiled kernels, the compiler, Mega
 hooks, the collectives, packages that are half installed, Slurm, write access, memory and the clock. What needs torch or
 Megatron is tried in processes of their own. A row per check says what was found, what it means, and the way out. Exit
 status: 0 where training will work (warnings included), 2 where it will not.
+
+With --megatron PATH it looks at a checkout of Megatron-LM, or a fork of it, instead: which names that the project hooks
+are there, and which are not.
 """
 
 from __future__ import annotations
@@ -12,10 +15,12 @@ import argparse
 import json
 import textwrap
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from megatron_smartmoe.cli.doctor_checks import CHECKS, Finding, examine
 from megatron_smartmoe.errors import EXIT_CONFIG_ERROR, ConfigError
+from megatron_smartmoe.spec.megatron_names import examine as examine_names
 
 _SIGNS = {"ok": "ok", "warning": "WARNING", "error": "ERROR", "not applicable": "not applicable"}
 _WIDTH = 110
@@ -26,6 +31,9 @@ def add_parser(tools: Any) -> None:
     parser = tools.add_parser("doctor", help="check whether training will work on this machine", description=__doc__)
     parser.add_argument("--json", action="store_true", help="print the findings as JSON, for programs")
     parser.add_argument("--only", metavar="NAMES", help=f"these checks alone, separated by commas: {', '.join(CHECKS)}")
+    parser.add_argument(
+        "--megatron", metavar="PATH", type=Path, help="examine this Megatron-LM tree alone, by parsing it"
+    )
     parser.set_defaults(run=run)
 
 
@@ -35,6 +43,8 @@ def run(options: argparse.Namespace) -> int:
     Raises:
         ConfigError: --only names no check.
     """
+    if options.megatron is not None:
+        return examine_tree(options.megatron, as_json=options.json)
     names = list(CHECKS) if options.only is None else options.only.split(",")
     for name in names:
         if name not in CHECKS:
@@ -51,6 +61,31 @@ def run(options: argparse.Namespace) -> int:
     else:
         print(f"Training will not work here: see {', '.join(errors)}." if errors else "Training will work here.")
     return EXIT_CONFIG_ERROR if errors else 0
+
+
+def examine_tree(root: Path, *, as_json: bool) -> int:
+    """Print which names the tree has, and return 2 where one is missing.
+
+    Raises:
+        CompatError: it is no Megatron-LM tree.
+    """
+    tree = examine_names(root)
+    if as_json:
+        names = {each.wanted.full: each.place for each in tree.found}
+        content = {"works": not tree.problems, "version": tree.version, "names": names, "problems": tree.problems}
+        print(json.dumps(content, indent=1))
+        return EXIT_CONFIG_ERROR if tree.problems else 0
+    width = max(len(each.wanted.full) for each in tree.found)
+    for each in tree.found:
+        sign = "ERROR" if each.problem else "ok"
+        print(f"{sign:6} {each.wanted.full:{width}}  {each.problem or each.place}")
+    print(f"megatron-core {tree.version} in {root}: ", end="")
+    if tree.problems:
+        print(f"{len(tree.problems)} of {len(tree.found)} names are not as the project needs them.")
+        print("-> Give them back in the fork, or use a release that has them (docs/releases.md).")
+        return EXIT_CONFIG_ERROR
+    print(f"all {len(tree.found)} names are there; scripts/apply_patches.sh {root} puts the project in.")
+    return 0
 
 
 def as_text(finding: Finding) -> str:

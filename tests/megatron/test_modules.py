@@ -459,9 +459,14 @@ Finished after 300 iterations.
 NOTHING_LEFT = "Finished after 0 iterations. There was nothing left to train: raise --train-iters to train further."
 
 
-def test_the_whole_summary() -> None:
+def test_the_whole_summary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     content = summary.summarise(GATHERED, arguments()) | {"unigram_entropy": 6.125}
+    monkeypatch.chdir(tmp_path)
+    Path("runs/a").mkdir(parents=True)
+    of_a_script = summary.render(content, arguments(), Path("runs/a"))
+    Path("runs/a/config.yaml").touch()  # the launcher's
     assert summary.render(content, arguments(), Path("runs/a")) == RENDERED
+    assert of_a_script == RENDERED[: RENDERED.index("\n\n  Next:")] + RENDERED[-101:]
 
 
 def test_the_summary_of_a_run_that_did_nothing() -> None:

@@ -27,10 +27,17 @@ def attribute(flag: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Default:
-    """Flags that this machine or this project needs, with the reason."""
+    """Flags that this machine or this project needs, with the reason.
+
+    Attributes:
+        flags: in front of the user's.
+        reason: what a line says about them.
+        is_of_machine: whether nothing would run here without them; otherwise they are this project's choice.
+    """
 
     flags: tuple[str, ...]
     reason: str
+    is_of_machine: bool = False
 
 
 def device_from(argv: Sequence[str]) -> str:
@@ -69,6 +76,7 @@ def machine_defaults(*, cpu: bool, transformer_engine: bool, apex: bool) -> list
             Default(
                 flags=("--transformer-impl", "local", "--no-persist-layer-norm", "--no-rope-fusion"),
                 reason="TransformerEngine is not installed",
+                is_of_machine=True,
             )
         )
     if not transformer_engine and not apex:
@@ -76,6 +84,7 @@ def machine_defaults(*, cpu: bool, transformer_engine: bool, apex: bool) -> list
             Default(
                 flags=("--no-gradient-accumulation-fusion", "--no-masked-softmax-fusion"),
                 reason="neither TransformerEngine nor apex is installed",
+                is_of_machine=True,
             )
         )
     if cpu:
@@ -83,6 +92,7 @@ def machine_defaults(*, cpu: bool, transformer_engine: bool, apex: bool) -> list
             Default(
                 flags=("--distributed-backend", "gloo", "--no-bias-swiglu-fusion", "--no-bias-gelu-fusion"),
                 reason="no GPU: gloo, and functions are not compiled",
+                is_of_machine=True,
             )
         )
     return defaults

@@ -28,7 +28,13 @@ MOST_CHUNKS = 8  # that `auto` tries: a ninth would hide another 1/72 of the all
 
 
 def add_smartmoe_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Add the project's flags; passed to Megatron as `extra_args_provider`."""
+    """Add the project's flags to a parser that Megatron's are added to, once; a second call does nothing.
+
+    Returns:
+        The parser, as Megatron's `extra_args_provider` does.
+    """
+    if "--smartmoe" in parser._option_string_actions:
+        return parser
     group = parser.add_argument_group("smartmoe", "load balancing for MoE training")
     group.add_argument(
         "--smartmoe-device",

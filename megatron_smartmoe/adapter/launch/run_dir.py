@@ -44,6 +44,7 @@ from megatron_smartmoe.errors import ConfigError
 from megatron_smartmoe.spec.run import RunSpec
 from megatron_smartmoe.spec.yaml_io import dump_yaml
 
+CONFIG_FILE = "config.yaml"
 _PACKAGES = ("megatron-smartmoe", "megatron-core", "torch", "transformer-engine", "apex", "numpy", "sentencepiece")
 _CHECKOUT = Path(__file__).resolve().parents[3]  # where the package lies in one; site-packages of an installation
 
@@ -159,7 +160,7 @@ def create(path: Path, spec: RunSpec, command: str) -> None:
     content["flags"] = {"all": secrets.masked_flags(spec.flags)}
     try:
         forget(path)
-        run_files.write_text(path / "config.yaml", dump_yaml(content))
+        run_files.write_text(path / CONFIG_FILE, dump_yaml(content))
         script = f"#!/usr/bin/env bash\ncd {shlex.quote(str(Path.cwd()))}\n{command}\n"
         run_files.write_text(path / "command.sh", script, mode=0o777)
         run_files.write_text(path / "environment.json", json.dumps(_environment(), indent=2) + "\n")

@@ -1,1 +1,1 @@
-"""Our MoE layer: Megatron's own, with experts in slots. `--smartmoe` selects it (see adapter/moe/layer_spec.py)."""
+"""Our MoE layer: Megatron's own, with experts in slots. `--smartmoe` selects it (see adapter/moe/modules.py)."""

@@ -19,6 +19,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_smartmoe.adapter.moe.dispatcher import SlotDispatcher
 from megatron_smartmoe.adapter.moe.experts import SlottedExperts
+from megatron_smartmoe.errors import CompatError
 
 
 class SmartMoELayer(MoELayer):
@@ -35,7 +36,19 @@ class SmartMoELayer(MoELayer):
     def __init__(
         self, config: TransformerConfig, *args: Any, pg_collection: ProcessGroupCollection | None = None, **kwargs: Any
     ) -> None:
+        """Build Megatron's layer, and put the slots in.
+
+        Raises:
+            CompatError: a subclass has set a dispatcher that is not Megatron's.
+        """
         super().__init__(config, *args, pg_collection=pg_collection, **kwargs)
+        dispatcher: type = type(self.token_dispatcher)  # type: ignore[has-type]
+        if not dispatcher.__module__.startswith("megatron.core."):
+            raise CompatError(
+                f"--smartmoe: the dispatcher of a MoE layer = {dispatcher.__module__}.{dispatcher.__qualname__}: was "
+                "set by a subclass, and this project replaces it. Use one of Megatron's (--moe-token-dispatcher-type), "
+                "or remove --smartmoe."
+            )
         identity = torch.arange(self.config.num_moe_experts, device=self.router.weight.device)
         self.register_buffer("slot_of_expert_E", identity, persistent=False)
         self.register_buffer("expert_of_slot_E", identity.clone(), persistent=False)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_smartmoe.adapter.corpus.spec import PreparedCorpus
-from megatron_smartmoe.adapter.launch.run_dir import launcher_command
+from megatron_smartmoe.adapter.launch.run_dir import CONFIG_FILE, launcher_command
 from megatron_smartmoe.adapter.run_files import write_text
 
 SHOWN_TEXT = 80  # characters of the data's text, quotes included
@@ -145,7 +145,7 @@ def _place_lines(args: Namespace, run_dir: Path | None) -> list[str]:
         "TensorBoard": f"tensorboard --logdir {args.tensorboard_dir}" if args.tensorboard_dir else None,
     }
     lines = ["", *(f"  {name:15}  {place}" for name, place in places.items() if place)]
-    if run_dir is not None:
+    if run_dir is not None and (run_dir / CONFIG_FILE).is_file():  # the launcher can start it again
         lines += ["", "  Next:", *(f"    {line}" for line in _next_steps(args, run_dir))]
     return lines
 

@@ -15,12 +15,12 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_block import TransformerBlock, get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from megatron.core.utils import unwrap_model
-from megatron.training.argument_utils import pretrain_cfg_container_from_args
+from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
 
 from megatron_smartmoe.adapter import hooks
 from megatron_smartmoe.adapter.batch import Batch, forward_step
+from megatron_smartmoe.adapter.moe.modules import Modules
 from megatron_smartmoe.adapter.moe.overlap_degree import OverlapDegree
-from megatron_smartmoe.adapter.pretrain import model_config_of
 from megatron_smartmoe.adapter.rehearsal.groups import become_rank
 from megatron_smartmoe.adapter.rehearsal.request import StageReport
 from megatron_smartmoe.adapter.rehearsal.shapes import META, GroupedGemmShapes, Shapes
@@ -82,7 +82,7 @@ class Stages:
         """(rank, stages): one rank of each kind of stage, and the stages that are of this kind."""
         ranks = dist.get_process_group_ranks(mpu.get_pipeline_model_parallel_group())
         kinds: dict[object, list[int]] = {}
-        config = model_config_of(self._model_args, self._overlap_degree).transformer
+        config = gpt_config_from_args(self._model_args).transformer
         for stage in range(len(ranks)):
             kinds.setdefault(self._kind(config, stage), []).append(stage)
         for stages in kinds.values():
@@ -108,7 +108,8 @@ class Stages:
         """One kind of stage: model, data-parallel wrapper, optimizer, one micro-batch."""
         become_rank(self._args, rank)
         args = self._model_args
-        config = model_config_of(args, self._overlap_degree)
+        hooks.use_modules(Modules.of(args, self._overlap_degree, everywhere=args.spec is None))
+        config = gpt_config_from_args(args)
         config.pre_wrap_hooks.append(lambda chunks: [chunk.to(META) for chunk in chunks])
         wrapped = self._build(config)
         chunks = unwrap_model(wrapped)

@@ -47,7 +47,8 @@ def test_a_missing_name_is_an_error(module: Any) -> None:
         hooks.rebind(module, "triple", lambda call: call)
     assert str(caught.value) == (
         "megatron.some_module.triple = missing: the project hooks it, and this Megatron does not have it. "
-        "Use megatron-core 0.19.2 (pip install megatron-core==0.19.2)."
+        "Use megatron-core 0.19.2 (pip install megatron-core==0.19.2), or a checkout of core_v0.17.1, core_v0.18.2, "
+        "core_v0.19.0."
     )
 
 
@@ -143,6 +144,10 @@ def test_only_hooks_names_functions_of_megatrons_loop() -> None:
     names = set(hooks._LOOP_NAMES)
     found = []
     for name, tree in sources():
+        if (
+            name == "spec/megatron_names.py"
+        ):  # a table for people and parsers, which tests/dist/test_scripts.py compares
+            continue
         if "megatron.training.training" in ast.unparse(tree):
             found.append(f"{name} imports megatron.training.training")
         for node in ast.walk(tree):

@@ -1,0 +1,39 @@
+"""What happens at Megatron's hooks in a run: a callback for each thing that the flags ask for."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from megatron_smartmoe.adapter.hooks import Callback
+    from megatron_smartmoe.adapter.moe.overlap_degree import OverlapDegree
+
+
+def callbacks_for(args: Namespace, overlap_degree: OverlapDegree) -> list[Callback]:
+    """What the flags ask for; `hooks.Order` says which is called first."""
+    from megatron_smartmoe.adapter.flags.pool_settings import modes_of
+    from megatron_smartmoe.adapter.loops.homes import HomesLoop
+    from megatron_smartmoe.adapter.loops.pool import PoolLoop
+    from megatron_smartmoe.adapter.loops.replicas import ReplicaLoop
+    from megatron_smartmoe.adapter.records.metrics import Metrics
+    from megatron_smartmoe.adapter.records.progress import ProgressRecorder
+    from megatron_smartmoe.adapter.records.replay import RoutingReplay
+    from megatron_smartmoe.adapter.records.trace import TraceRecorder
+
+    homes = replicas = None
+    if args.smartmoe and args.smartmoe_homes != "off" and args.expert_model_parallel_size > 1:
+        homes = HomesLoop()
+    if args.smartmoe and (modes := modes_of(args)) != {"off"}:
+        replicas = ReplicaLoop(modes)
+    wanted = [
+        ProgressRecorder(args) if args.smartmoe_watchdog == "on" else None,
+        RoutingReplay(Path(args.smartmoe_replay_trace)) if args.smartmoe_replay_trace is not None else None,
+        Metrics(),
+        homes,
+        replicas,
+        PoolLoop(homes, replicas, overlap_degree) if args.smartmoe_pool is not None else None,
+        TraceRecorder(Path(args.smartmoe_record_trace)) if args.smartmoe_record_trace is not None else None,
+    ]
+    return [callback for callback in wanted if callback is not None]
