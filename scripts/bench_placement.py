@@ -276,7 +276,8 @@ BURSTS = ({"burst_factor": 8.0, "burst_every": 12}, {"burst_factor": 4.0, "burst
           {"burst_factor": 16.0, "burst_every": 6})  # fmt: skip
 DRIFTS = ({"drift": 0.02}, {"drift": 0.05}, {"drift": 0.2})
 RIVALS: dict[str, Rule] = {
-    "EPLB": Eplb(), "UltraEP, history": UltraEp(sees="history"), "UltraEP, exact": UltraEp(),
+    "EPLB": Eplb(), "UltraEP, history": UltraEp(sees="history", min_tokens_per_replica=1),
+    "UltraEP, exact": UltraEp(min_tokens_per_replica=1),
 }  # fmt: skip
 
 

@@ -18,6 +18,7 @@ from megatron_smartmoe.adapter.flags.smartmoe_arguments import replicas_mode
 from megatron_smartmoe.cost.compute import ExpertShape, replica_grad_bytes
 from megatron_smartmoe.cost.memory.buffers import expert_state_bytes
 from megatron_smartmoe.cost.moe_layer import constants_of, exchange_bytes_s, replica_tokens
+from megatron_smartmoe.cost.replicas import schedule_of
 from megatron_smartmoe.placement.homes_planner import OnlineOptions
 from megatron_smartmoe.placement.layer_cost import LayerPricing
 from megatron_smartmoe.placement.plan_replicas import ReplicaOptions
@@ -119,8 +120,6 @@ def state_bytes(args: Namespace) -> int:
 def online_setting(args: Namespace, mode: str | None = None) -> LayerPricing:
     """The price of a MoE layer in one expert-parallel group.
 
-    Replicas from history are fetched once for all micro-batches of an iteration, so each micro-batch bears a share.
-
     Args:
         args: Megatron's arguments.
         mode: how replicas are planned; None for the mode of the flags.
@@ -129,15 +128,14 @@ def online_setting(args: Namespace, mode: str | None = None) -> LayerPricing:
     from megatron.core.num_microbatches_calculator import get_num_microbatches
 
     num_ranks = mpu.get_expert_model_parallel_world_size()
-    constants = constants_of(machine(args), expert_shape(args, mode))
-    if (mode or replicas_mode(args)) == "history":
-        shares = get_num_microbatches()
-        constants = replace(
-            constants,
-            intra_replica_s=constants.intra_replica_s / shares,
-            inter_replica_s=constants.inter_replica_s / shares,
-        )
-    return LayerPricing(num_ranks=num_ranks, num_nodes=nodes_of_group(num_ranks), constants=constants)
+    expert, mode = expert_shape(args, mode), mode or replicas_mode(args)
+    early = not args.overlap_param_gather
+    return LayerPricing(
+        num_ranks=num_ranks,
+        num_nodes=nodes_of_group(num_ranks),
+        constants=constants_of(machine(args), expert),
+        replicas=schedule_of(mode, expert, micro_batches=get_num_microbatches(), fetched_early=early),
+    )
 
 
 def online_options(args: Namespace, review_records: int) -> OnlineOptions:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_smartmoe.adapter import log_filters
+from megatron_smartmoe.adapter.allocator import keep_pages
 from megatron_smartmoe.adapter.device import choose_device
 from megatron_smartmoe.adapter.flags.parser import (
     device_from,
@@ -51,6 +52,8 @@ def main(argv: Sequence[str] | None = None, callbacks: Iterable[Callback] = ()) 
     given = list(argv)
     try:
         cpu = choose_device(device_from(argv))
+        if cpu:
+            keep_pages(os.environ)
         argv = with_defaults(given, cpu=cpu, say=is_rank_0)
         args = check_flags(argv, cpu=cpu)
         if args.smartmoe and not cpu:

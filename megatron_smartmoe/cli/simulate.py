@@ -18,38 +18,32 @@ from typing import Any
 
 from tqdm import tqdm
 
-from megatron_smartmoe.cli.simulate_table import as_json, as_table
+from megatron_smartmoe.cli.simulate_prices import DEFAULT_CLUSTER, Prices
+from megatron_smartmoe.cli.simulate_table import Simulated, as_json, as_table
 from megatron_smartmoe.cost.compute import ExpertShape
 from megatron_smartmoe.cost.memory.buffers import expert_state_bytes
-from megatron_smartmoe.cost.moe_layer import constants_of
 from megatron_smartmoe.errors import ConfigError
 from megatron_smartmoe.placement.homes_planner import OnlineOptions
 from megatron_smartmoe.placement.layer_cost import layer_seconds
+from megatron_smartmoe.placement.layer_plan import Sees
 from megatron_smartmoe.placement.plan_homes import HomesOptions
 from megatron_smartmoe.placement.plan_replicas import ReplicaOptions
-from megatron_smartmoe.simulate.baselines import by_name
+from megatron_smartmoe.simulate.baselines import WITHOUT_HOMES, by_name, relays_by_name
 from megatron_smartmoe.simulate.policies import OnlinePolicy, RulePolicy, SimulatedPolicy
-from megatron_smartmoe.simulate.run import PolicyResult, SimulationSetup, lower_bounds, replay
-from megatron_smartmoe.spec.cluster import ClusterSpec, GpuSpec, LinkSpec, load_cluster_spec
+from megatron_smartmoe.simulate.run import PolicyResult, SimulationSetup, even_load_s, lower_bounds, replay
+from megatron_smartmoe.spec.cluster import ClusterSpec, load_cluster_spec
+from megatron_smartmoe.spec.model import load_model_spec
 from megatron_smartmoe.spec.placement import Placement
 from megatron_smartmoe.spec.readers import values
 from megatron_smartmoe.spec.readers.files import Named
 from megatron_smartmoe.spec.readers.json_text import read_json_lines
 from megatron_smartmoe.spec.trace import RoutingTrace, load_trace
 
-# Assumed without --cluster, for the predicted times only: the balance does not depend on it. NVIDIA's H100 SXM
-# datasheet (dense bf16, NVLink 4, one 400 Gb/s card per GPU); latencies are estimates.
-DEFAULT_CLUSTER = ClusterSpec(
-    name="8 H100 SXM per node",
-    nodes=1,
-    gpus_per_node=8,
-    gpu=GpuSpec(name="H100", peak_flops=989.4e12, memory_bytes=80e9, memory_bandwidth_bytes_s=3.35e12),
-    intra_node=LinkSpec(bandwidth_bytes_s=450e9, latency_s=5e-6),
-    inter_node=LinkSpec(bandwidth_bytes_s=50e9, latency_s=15e-6),
-)
-
 # Options that decide the result; a decision file repeats them.
 _SETTINGS = ("ep", "spare_slots", "nodes", "homes_interval", "replicas", "warmup", "hidden", "ffn", "cluster")
+_MARGIN = "replicas_margin"  # likewise, but files of before it existed lack it: they have the first version's prices
+_GATED = "gated"  # of the model's experts; not an option of its own
+_MOST_MARGIN = 1000.0
 
 _LEAST = {
     "ep": 1,
@@ -90,24 +84,31 @@ def add_parser(tools: Any) -> None:
     text = "re-evaluate the homes every N training iterations; 0 never moves them (default: 100)"
     add("--homes-interval", type=int, default=100, metavar="N", help=text)
     text = "what smartmoe plans replicas from: history: earlier records; exact: each micro-batch's own counts; auto: "
-    text += "history, and exact for a layer with a rank more than 1%% above the mean (default: auto)"
-    add("--replicas", choices=("history", "exact", "auto"), default="auto", help=text)
+    text += "history, and exact for a layer with a rank more than 1%% above the mean (default: history, as in training)"
+    add("--replicas", choices=("history", "exact", "auto"), default="history", help=text)
+    text = (
+        "a replica of smartmoe must save this many times what it costs, as --smartmoe-replicas-margin; 0 makes every "
+    )
+    text += "replica that improves the balance (default: 1)"
+    add("--replicas-margin", type=float, default=1.0, metavar="M", help=text)
     add("--policy", default="smartmoe", help="smartmoe, a peer's name, several with commas, or all (default: smartmoe)")
     text = "training iterations between two plans of a peer that plans from history (default: 1: every record)"
     add("--peers-interval", type=int, default=1, metavar="N", help=text)
     text = "first records that are replayed but not counted (default: 25, or a fifth of a shorter trace)"
     add("--warmup", type=int, metavar="RECORDS", help=text)
-    text = "machine for the predicted times, a file or the name of a shipped one (default: H100, 8 per node)"
+    text = "machine for predicted times and prices, a file or the name of a shipped one (default: H100, 8 per node)"
     add("--cluster", type=Path, metavar="YAML", help=text)
-    add("--hidden", type=int, default=4096, help="model hidden size, for predicted times and bytes (default: 4096)")
-    add("--ffn", type=int, default=1536, help="intermediate size of one expert (default: 1536)")
+    text = "model whose hidden and expert sizes are priced, a file or the name of a shipped one"
+    add("--model", type=Path, metavar="YAML", help=text)
+    add("--hidden", type=int, help="model hidden size (default: of --model, else 4096)")
+    add("--ffn", type=int, help="intermediate size of one expert (default: of --model, else 1536)")
     add("--json", type=Path, metavar="FILE", help="write the table's numbers as JSON")
     add(
         "--plot", type=Path, metavar="FILE", help="plot the distribution of imbalance of each policy (.svg, .png, .pdf)"
     )
     add("--save-decisions", type=Path, metavar="FILE", help="write the decisions of smartmoe as JSONL")
     add("--replay", type=Path, metavar="FILE", help="rerun with the options in a decision file, compare line by line")
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, gated=True)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -121,24 +122,35 @@ def run(options: argparse.Namespace) -> int:
         options.trace, num_experts=options.trace_experts, ranks=options.trace_ranks, stages=options.trace_stages
     )
     cluster = load_cluster_spec(Path(options.cluster)) if options.cluster else DEFAULT_CLUSTER
-    setup = _setup(options, trace, cluster)
+    priced = _expert_sizes(options)
+    prices = _prices(options, trace, cluster, first_version=saved is not None and _MARGIN not in saved[0])
+    setup = _setup(options, trace, prices)
     if options.save_trace:
         trace.save(options.save_trace)
     # Step 2: replay it through every policy.
     results = []
-    for policy in _policies(options, trace, setup, cluster):
+    for policy in _policies(options, trace, setup, prices):
         records = tqdm(range(trace.num_records), desc=policy.name, unit="record", leave=False, disable=None)
         results.append(replay(trace, policy, setup, records))
-    bounds = lower_bounds(trace, setup)
+    simulated = Simulated(
+        results=results,
+        bounds=lower_bounds(trace, setup),
+        even_s=even_load_s(trace, setup),
+        setup=setup,
+        trace=trace,
+        prices=prices,
+        priced=priced,
+        replicas=options.replicas,
+    )
     # Step 3: table, files, and the comparison with a saved replay.
-    print(as_table(results, bounds, setup, trace))
+    print(as_table(simulated))
     if options.json:
-        options.json.write_text(json.dumps(as_json(results, bounds, setup, trace), indent=2) + "\n")
+        options.json.write_text(json.dumps(as_json(simulated), indent=2) + "\n")
     if options.plot:
         from megatron_smartmoe.cli.simulate_plot import draw  # matplotlib is slow to import
 
-        draw(results, bounds, options.plot)
-    lines = _decision_lines(options, trace, results)
+        draw(simulated, options.plot)
+    lines = _decision_lines(options, trace, prices, results)
     if options.save_decisions:
         options.save_decisions.write_text("\n".join(lines) + "\n")
     return _compare(saved, lines) if saved is not None else 0
@@ -179,15 +191,43 @@ def _check_outputs(options: argparse.Namespace) -> None:
             )
 
 
-def _setup(options: argparse.Namespace, trace: RoutingTrace, cluster: ClusterSpec) -> SimulationSetup:
-    if options.warmup is None:
-        options.warmup = min(25, trace.num_records // 5)
-    if options.warmup >= trace.num_records:
-        rule = f"leaves none of the trace's {trace.num_records} records"
-        raise ConfigError("--warmup", options.warmup, rule, f"For example: --warmup {trace.num_records // 5}.")
-    if not trace.counts[options.warmup :].any():
-        rule = "leaves records without any assignment"
-        raise ConfigError("--warmup", options.warmup, rule, "For example: --warmup 0.")
+def _expert_sizes(options: argparse.Namespace) -> str:
+    """Fill in --hidden and --ffn, and say where they are from."""
+    model = load_model_spec(options.model) if options.model else None
+    if model is not None:
+        options.gated = model.gated
+    sizes = {"hidden": model.hidden, "ffn": model.moe.ffn} if model else {"hidden": 4096, "ffn": 1536}
+    given = [name for name in sizes if getattr(options, name) is not None]
+    for name, value in sizes.items():
+        if name not in given:
+            setattr(options, name, value)
+    if len(given) == len(sizes):
+        return "of --hidden and --ffn"
+    of = model.name if model else "assumed; --model names another"
+    return f"{of}, but --{given[0]}" if given else of
+
+
+def _prices(options: argparse.Namespace, trace: RoutingTrace, cluster: ClusterSpec, *, first_version: bool) -> Prices:
+    """The price list, after the options that decide it are checked."""
+    _check_numbers(options)
+    num_nodes = options.nodes or (cluster.nodes_of_group(options.ep) if options.cluster else 1)
+    if options.ep % num_nodes:
+        raise ConfigError(
+            "--nodes", num_nodes, f"must divide --ep {options.ep}", "Every node has as many ranks: --nodes 1."
+        )
+    return Prices(
+        cluster=cluster,
+        expert=ExpertShape(hidden=options.hidden, ffn=options.ffn, gated=options.gated),
+        num_ranks=options.ep,
+        num_nodes=num_nodes,
+        micro_batches=trace.counts.shape[3] if trace.has_micro_batches else 1,
+        margin=0.0 if first_version else options.replicas_margin,
+        first_version=first_version,
+    )
+
+
+def _check_numbers(options: argparse.Namespace) -> None:
+    """Numbers that are wrong whatever the trace is."""
     for flag, least in _LEAST.items():
         if getattr(options, flag) is not None and getattr(options, flag) < least:
             name = "--" + flag.replace("_", "-")
@@ -198,6 +238,20 @@ def _setup(options: argparse.Namespace, trace: RoutingTrace, cluster: ClusterSpe
         if getattr(options, flag) is not None and getattr(options, flag) > most:
             name = "--" + flag.replace("_", "-")
             raise ConfigError(name, getattr(options, flag), f"must be at most {most:,}", f"For example: {name} 8.")
+    if not 0 <= options.replicas_margin <= _MOST_MARGIN:
+        rule = f"must be from 0 to {_MOST_MARGIN:,.0f}"
+        raise ConfigError("--replicas-margin", options.replicas_margin, rule, "For example: --replicas-margin 1.")
+
+
+def _setup(options: argparse.Namespace, trace: RoutingTrace, prices: Prices) -> SimulationSetup:
+    if options.warmup is None:
+        options.warmup = min(25, trace.num_records // 5)
+    if options.warmup >= trace.num_records:
+        rule = f"leaves none of the trace's {trace.num_records} records"
+        raise ConfigError("--warmup", options.warmup, rule, f"For example: --warmup {trace.num_records // 5}.")
+    if not trace.counts[options.warmup :].any():
+        rule = "leaves records without any assignment"
+        raise ConfigError("--warmup", options.warmup, rule, "For example: --warmup 0.")
     if trace.num_experts % options.ep:
         rule = f"must divide the trace's {trace.num_experts} experts"
         raise ConfigError(
@@ -207,24 +261,20 @@ def _setup(options: argparse.Namespace, trace: RoutingTrace, cluster: ClusterSpe
     if options.spare_slots > most:
         rule = f"must be at most {most}, the experts of the other ranks"
         raise ConfigError("--spare-slots", options.spare_slots, rule, "1 or 2 is usually enough.")
-    num_nodes = options.nodes or (cluster.nodes_of_group(options.ep) if options.cluster else 1)
-    if options.ep % num_nodes:
-        raise ConfigError(
-            "--nodes", num_nodes, f"must divide --ep {options.ep}", "Every node has as many ranks: --nodes 1."
-        )
-    expert = ExpertShape(hidden=options.hidden, ffn=options.ffn)
     return SimulationSetup(
         num_ranks=options.ep,
         spare_slots=options.spare_slots,
-        num_nodes=num_nodes,
+        num_nodes=prices.num_nodes,
         warmup=options.warmup,
-        constants=constants_of(cluster, expert),
-        state_bytes=expert_state_bytes(expert),
+        constants=prices.layer("exact").constants,
+        state_bytes=expert_state_bytes(prices.expert),
+        migration_bytes_s=prices.migration_bytes_s,
+        prices={"history": prices.layer("history"), "exact": prices.layer("exact")},
     )
 
 
 def _policies(
-    options: argparse.Namespace, trace: RoutingTrace, setup: SimulationSetup, cluster: ClusterSpec
+    options: argparse.Namespace, trace: RoutingTrace, setup: SimulationSetup, prices: Prices
 ) -> list[SimulatedPolicy]:
     """The policies that --policy names."""
     rules = by_name()
@@ -240,29 +290,45 @@ def _policies(
         spare_slots=setup.spare_slots,
     )
     num_groups = max(1, trace.num_sources // setup.num_ranks)
-    within_node = cluster.replica_scope == "node"
-    online = OnlineOptions(
-        homes_interval=options.homes_interval,
-        replicas=options.replicas,
-        micro_batches=trace.counts.shape[3] if trace.has_micro_batches else 1,
-        state_bytes=setup.state_bytes,
-        migration_bytes_s=(cluster.inter_node if setup.num_nodes > 1 else cluster.intra_node).bandwidth_bytes_s,
-        homes=HomesOptions(num_nodes=setup.num_nodes, replica_scope_is_node=within_node),
-        replica=ReplicaOptions(num_nodes=setup.num_nodes if within_node else 1),
-    )
-    policies: list[SimulatedPolicy] = []
+    relays, policies = relays_by_name(setup.num_nodes), list[SimulatedPolicy]()
     for name in names:
         if name == "smartmoe":
-            policies.append(OnlinePolicy(placement, num_groups, online, layer_seconds(setup.pricing)))
+            mode: Sees = "exact" if options.replicas == "exact" else "history"
+            seconds = layer_seconds(setup.pricing_of(mode))
+            policies.append(OnlinePolicy(placement, num_groups, _online(options, setup, prices), seconds))
         else:
-            policies.append(RulePolicy(rules[name], placement, num_groups, setup.num_nodes, options.peers_interval))
+            rule, owned = rules[name], name not in WITHOUT_HOMES
+            place = (placement, num_groups, setup.num_nodes, options.peers_interval)
+            policies.append(RulePolicy(rule, *place, relays.get(name), has_homes=owned))
     return policies
 
 
-def _decision_lines(options: argparse.Namespace, trace: RoutingTrace, results: list[PolicyResult]) -> list[str]:
+def _online(options: argparse.Namespace, setup: SimulationSetup, prices: Prices) -> OnlineOptions:
+    """The options of our planners, as training sets them."""
+    mode: Sees = "exact" if options.replicas == "exact" else "history"
+    return OnlineOptions(
+        homes_interval=options.homes_interval,
+        replicas=options.replicas,
+        micro_batches=prices.micro_batches,
+        state_bytes=setup.state_bytes,
+        migration_bytes_s=setup.migration_bytes_s,
+        homes=HomesOptions(num_nodes=setup.num_nodes, replica_scope_is_node=prices.within_node),
+        replica=ReplicaOptions(
+            num_nodes=setup.num_nodes if prices.within_node else 1, replica_price_tokens=prices.replica_tokens(mode)
+        ),
+        auto_limit=1.0 if prices.first_version and mode == "exact" else OnlineOptions.auto_limit,
+        exact_price_tokens=prices.replica_tokens("exact"),
+    )
+
+
+def _decision_lines(
+    options: argparse.Namespace, trace: RoutingTrace, prices: Prices, results: list[PolicyResult]
+) -> list[str]:
     """A line with the options, then one per decision; none of them depends on the time of day."""
     settings = {name: getattr(options, name) for name in _SETTINGS}
     settings["cluster"] = str(options.cluster) if options.cluster else None
+    if not prices.first_version:
+        settings |= {_MARGIN: options.replicas_margin, _GATED: options.gated}
     header = {"kind": "simulation", "trace": _digest(trace), **settings}
     decisions = [decision for result in results if result.name == "smartmoe" for decision in result.decisions]
     return [json.dumps(header, sort_keys=True), *(decision.to_line() for decision in decisions)]
@@ -290,7 +356,13 @@ def _read_decisions(options: argparse.Namespace) -> list[dict[str, Any]]:
         raise named.refused("is not a decision file: its first line lacks the options of the simulation")
     for name in _SETTINGS:
         setattr(options, name, _setting(lines[0][name], name, f"{named.at(1)}: {name}"))
-    options.policy = "smartmoe"
+    if _MARGIN in lines[0]:
+        margin = lines[0][_MARGIN]
+        if isinstance(margin, bool) or not isinstance(margin, int | float) or not 0 <= margin <= _MOST_MARGIN:
+            field = f"{named.at(1)}: {_MARGIN}"
+            raise ConfigError(field, margin, f"must be from 0 to {_MOST_MARGIN:,.0f}", "Make the file again.")
+        options.replicas_margin, options.gated = float(margin), lines[0].get(_GATED, True) is not False
+    options.policy, options.model = "smartmoe", None
     return lines
 
 

@@ -2,24 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
+from megatron_smartmoe.cli.simulate_prices import Prices
 from megatron_smartmoe.placement.decisions import Decision
+from megatron_smartmoe.placement.homes_planner import ReplicaMode
 from megatron_smartmoe.simulate.run import PolicyResult, SimulationSetup, left_out
 from megatron_smartmoe.spec.arrays import FloatArray
 from megatron_smartmoe.spec.trace import RoutingTrace
 
 _QUANTILES = {"p50": 0.5, "p95": 0.95, "p99": 0.99}
+_GAP = "  "
 
 
-def as_json(
-    results: Sequence[PolicyResult], bounds: FloatArray, setup: SimulationSetup, trace: RoutingTrace
-) -> dict[str, Any]:
+@dataclass(frozen=True, kw_only=True)
+class Simulated:
+    """All policies over one trace.
+
+    Attributes:
+        results: one per policy.
+        bounds: the imbalance that no placement can beat, by record, layer, group and micro-batch.
+        even_s: predicted seconds of each of them under an even load.
+        setup: ranks and slots.
+        trace: what was replayed.
+        prices: cluster and expert.
+        priced: where the expert's sizes are from.
+        replicas: how smartmoe planned its replicas.
+    """
+
+    results: Sequence[PolicyResult]
+    bounds: FloatArray
+    even_s: FloatArray
+    setup: SimulationSetup
+    trace: RoutingTrace
+    prices: Prices
+    priced: str
+    replicas: ReplicaMode
+
+    @property
+    def by_time(self) -> list[PolicyResult]:
+        """Fastest first."""
+        return sorted(self.results, key=lambda result: result.total_s)
+
+
+def as_json(simulated: Simulated) -> dict[str, Any]:
     """The table's numbers by policy."""
+    setup, trace, prices = simulated.setup, simulated.trace, simulated.prices
+    even_s = float(simulated.even_s.mean())
     return {
         "ep": setup.num_ranks,
         "spare_slots": setup.spare_slots,
@@ -29,12 +62,23 @@ def as_json(
         "layers": trace.num_layers,
         "left_out": asdict(left_out(trace, setup)),
         "notes": list(trace.notes),
-        "lower_bound": {"mean": float(bounds.mean()), "worst": float(bounds.max())},
-        "policies": {result.name: _numbers(result, setup) for result in results},
+        "prices": {
+            "cluster": prices.cluster.name,
+            "hidden": prices.expert.hidden,
+            "ffn": prices.expert.ffn,
+            "micro_batches": prices.micro_batches,
+            "replicas": simulated.replicas,
+            "replicas_margin": prices.margin,
+            "replica_tokens": {mode: prices.replica_tokens(mode) for mode in ("history", "exact")},
+        },
+        "lower_bound": {"mean": float(simulated.bounds.mean()), "worst": float(simulated.bounds.max())},
+        "even_load_ms": even_s * 1e3,
+        "fastest": simulated.by_time[0].name,
+        "policies": {result.name: _numbers(result, setup, even_s) for result in simulated.results},
     }
 
 
-def _numbers(result: PolicyResult, setup: SimulationSetup) -> dict[str, Any]:
+def _numbers(result: PolicyResult, setup: SimulationSetup, even_s: float) -> dict[str, Any]:
     stats, imbalance = result.stats, result.imbalance
     quantiles = {name: float(np.quantile(imbalance, q)) for name, q in _QUANTILES.items()}
     numbers: dict[str, Any] = {
@@ -47,6 +91,9 @@ def _numbers(result: PolicyResult, setup: SimulationSetup) -> dict[str, Any]:
         "slots_changed": stats.slots_changed,
         "plan_ms_per_layer": stats.plan_s * 1e3 / max(stats.plans, 1),
         "predicted_layer_ms": float(result.layer_s.mean() * 1e3),
+        "migration_ms": float(result.moving_s.mean() * 1e3),
+        "predicted_total_ms": result.total_s * 1e3,
+        "share_of_even_load": even_s / result.total_s if result.total_s else 1.0,
     }
     if stats.forecast_errors:
         numbers["forecast_error"] = float(np.mean(stats.forecast_errors))
@@ -65,6 +112,47 @@ def _review(decision: Decision) -> dict[str, Any]:
     }
 
 
+def as_table(simulated: Simulated) -> str:
+    """The table as text. Imbalance is max / mean tokens per rank; 1 is perfect."""
+    content = as_json(simulated)
+    setup, trace = simulated.setup, simulated.trace
+    head = (
+        f"{trace.num_experts} experts on {_number(setup.num_ranks, 'rank')}, "
+        f"{_number(setup.spare_slots, 'spare slot')} per rank, {_number(setup.num_nodes, 'node')}; "
+        f"{_number(content['records'], 'record')} of {_number(trace.num_layers, 'layer')} "
+        f"after {setup.warmup} of warm-up"
+    )
+    lines = [head, *_prices(simulated), *_remarks(trace, content["left_out"]), ""]
+    return "\n".join([*lines, *_table(content), "", *_verdicts(simulated, content)])
+
+
+def _number(count: int, what: str) -> str:
+    return f"{count:,} {what}{'' if count == 1 else 's'}"
+
+
+def _prices(simulated: Simulated) -> list[str]:
+    """What the predicted times and the replicas' prices are for."""
+    prices = simulated.prices
+    per_record = (
+        f"{_number(prices.micro_batches, 'micro-batch').removesuffix('s') + 'es'} a record"
+        if prices.micro_batches > 1
+        else "a record is priced as one micro-batch"
+    )
+    lines = [
+        f"times: cluster {prices.cluster.name}; experts {prices.expert.hidden} x {prices.expert.ffn} "
+        f"({simulated.priced}); {per_record}"
+    ]
+    if simulated.setup.spare_slots and any(result.name == "smartmoe" for result in simulated.results):
+        mode = simulated.replicas
+        tokens = prices.replica_tokens("exact" if mode == "exact" else "history")
+        per = "micro-batch" if mode == "exact" else "record"
+        lines.append(
+            f"smartmoe: replicas {mode}; one pays off above {tokens:,.0f} tokens a {per} taken from the busiest rank "
+            f"(margin {prices.margin:g})"
+        )
+    return lines
+
+
 def _remarks(trace: RoutingTrace, left_out: dict[str, Any]) -> list[str]:
     """What an import did to the trace, and what has no assignments."""
     lines = [f"note: {note}" for note in trace.notes]
@@ -80,30 +168,77 @@ def _remarks(trace: RoutingTrace, left_out: dict[str, Any]) -> list[str]:
     return lines
 
 
-def as_table(results: Sequence[PolicyResult], bounds: FloatArray, setup: SimulationSetup, trace: RoutingTrace) -> str:
-    """The table as text. Imbalance is max / mean tokens per rank; 1 is perfect."""
-    content = as_json(results, bounds, setup, trace)
-    head = (
-        f"{trace.num_experts} experts on {setup.num_ranks} ranks, {setup.spare_slots} spare slots, "
-        f"{setup.num_nodes} nodes; {content['records']} records of {trace.num_layers} layers "
-        f"after {setup.warmup} of warm-up"
-    )
-    columns = (
-        "max/mean tokens: mean    p50    p95    p99  worst"
-        " | homes moved       GB | replicas  slots chg | plan ms | layer ms"
-    )
-    lines = [head, *_remarks(trace, content["left_out"]), "", f"{'policy':<18}{columns}"]
-    for name, numbers in content["policies"].items():
-        imbalance, homes = numbers["imbalance"], numbers["homes"]
-        lines.append(
-            f"{name:<18}{imbalance['mean']:>21.4f}"
-            + "".join(f"{imbalance[key]:>7.3f}" for key in (*_QUANTILES, "worst"))
-            + f" | {homes['experts_moved']:>11}{homes['bytes_moved'] / 1e9:>9.1f}"
-            + f" | {numbers['replicas']['copies_made']:>8}{numbers['slots_changed']:>11}"
-            + f" | {numbers['plan_ms_per_layer']:>7.2f} | {numbers['predicted_layer_ms']:>8.3f}"
+def _table(content: Mapping[str, Any]) -> list[str]:
+    """The rows, every column as wide as its widest cell, under the names of the groups of columns."""
+    groups = {
+        "": ["policy"],
+        "max / mean tokens per rank": ["mean", *_QUANTILES, "worst"],
+        "homes": ["moved", "GB"],
+        "replicas": ["made", "slots changed"],
+        "planning": ["ms a layer"],
+        "ms a layer and micro-batch": ["layer", "moves", "both", "of even load"],
+    }
+    rows = [[[name], *_row(numbers)] for name, numbers in content["policies"].items()]
+    even, bound = content["even_load_ms"], content["lower_bound"]
+    rows.append([["lower bound"], [f"{bound['mean']:.4f}", "", "", "", f"{bound['worst']:.3f}"], *_blank(groups, 2)])
+    last = [f"{even:.3f}", "", f"{even:.3f}", "100.0%"]
+    rows.append([["even load"], ["1.0000", "", "", "", "1.000"], *_blank(groups, 2)[:-1], last])
+    # Step 1: the width of every column, and of every group, which its name may widen.
+    names = list(groups.values())
+    widths = [
+        [max(len(cells[at]) for cells in (title, *(row[group] for row in rows))) for at in range(len(title))]
+        for group, title in enumerate(names)
+    ]
+    for name, width in zip(groups, widths, strict=True):
+        width[0] += max(0, len(name) - sum(width) - len(_GAP) * (len(width) - 1))
+    # Step 2: groups side by side, the first column to the left and all others to the right.
+    totals = [sum(width) + len(_GAP) * (len(width) - 1) for width in widths]
+    over = " | ".join(f"{name:<{total}}" for name, total in zip(groups, totals, strict=True))
+    return [over.rstrip(), *(_line(cells, widths) for cells in [names, *rows])]
+
+
+def _row(numbers: Mapping[str, Any]) -> list[list[str]]:
+    imbalance, homes = numbers["imbalance"], numbers["homes"]
+    return [
+        [f"{imbalance['mean']:.4f}", *(f"{imbalance[key]:.3f}" for key in (*_QUANTILES, "worst"))],
+        [f"{homes['experts_moved']:,}", f"{homes['bytes_moved'] / 1e9:,.1f}"],
+        [f"{numbers['replicas']['copies_made']:,}", f"{numbers['slots_changed']:,}"],
+        [f"{numbers['plan_ms_per_layer']:.2f}"],
+        [
+            f"{numbers['predicted_layer_ms']:.3f}",
+            f"{numbers['migration_ms']:.3f}",
+            f"{numbers['predicted_total_ms']:.3f}",
+            f"{numbers['share_of_even_load']:.1%}",
+        ],
+    ]
+
+
+def _blank(groups: Mapping[str, Sequence[str]], first: int) -> list[list[str]]:
+    return [[""] * len(titles) for titles in list(groups.values())[first:]]
+
+
+def _line(row: Sequence[Sequence[str]], widths: Sequence[Sequence[int]]) -> str:
+    cells = [
+        _GAP.join(
+            f"{cell:<{width}}" if group == 0 else f"{cell:>{width}}"
+            for cell, width in zip(row[group], widths[group], strict=True)
         )
-    bound = content["lower_bound"]
-    lines.append(f"{'lower bound':<18}{bound['mean']:>21.4f}{'':21}{bound['worst']:>7.3f}")
+        for group in range(len(row))
+    ]
+    return " | ".join(cells).rstrip()
+
+
+def _verdicts(simulated: Simulated, content: Mapping[str, Any]) -> list[str]:
+    """Which policy is fastest, and what ours met."""
+    first, *others = simulated.by_time
+    share = content["policies"][first.name]["share_of_even_load"]
+    line = (
+        f"fastest: {first.name}, predicted {first.total_s * 1e3:.3f} ms a layer and micro-batch: "
+        f"{share:.1%} of an even load's speed ({content['even_load_ms']:.3f} ms)"
+    )
+    if others:
+        line += f"; next: {others[0].name}, {others[0].total_s / first.total_s - 1:+.1%}"
+    lines = [line]
     for name, numbers in content["policies"].items():
         if "forecast_error" in numbers:
             share = numbers["forecast_error"]
@@ -118,4 +253,4 @@ def as_table(results: Sequence[PolicyResult], bounds: FloatArray, setup: Simulat
                 f"predicted {review['predicted_gain_ms']:.3f} ms/iter, "
                 f"measured {review['realised_gain_ms']:.3f} ms/iter: {verdict}"
             )
-    return "\n".join(lines)
+    return lines

@@ -8,8 +8,9 @@ its terms add up and print.
 
 The four all-to-alls (dispatch, combine, and the gradient of each) move the same matrix, twice transposed; ports are
 full duplex, so each takes as long as the busiest port. A replica's weights go out once and its gradient comes back
-once. Overlap is a term of its own, negative: with the all-to-all in c chunks, all but one of them may hide behind
-the GEMMs (the smart schedule of FasterMoE, PPoPP 2022).
+once for all micro-batches that they serve (`cost.replicas`). Overlap is a term of its own, negative: with the
+all-to-all in c chunks, all but one of them may hide behind the GEMMs (the smart schedule of FasterMoE, PPoPP 2022), and
+weights that are fetched early behind what computes meanwhile.
 
 The original SmartMoE predicts from the busiest rank's tokens alone, which does not
 distinguish micro-batch sizes or node counts.
@@ -23,6 +24,13 @@ import numpy as np
 
 from megatron_smartmoe.cost.comm import BusiestPorts, busiest_ports, replica_traffic
 from megatron_smartmoe.cost.compute import BusiestRank, ExpertShape, busiest_rank
+from megatron_smartmoe.cost.replicas import (
+    EVERY_MICRO_BATCH,
+    FORWARD_HALF,
+    FORWARD_SHARE,
+    PERMUTE_SHARE,
+    ReplicaSchedule,
+)
 from megatron_smartmoe.errors import PlanError
 from megatron_smartmoe.spec.arrays import FloatArray, IntArray
 from megatron_smartmoe.spec.cluster import ClusterSpec, LinkSpec
@@ -47,14 +55,17 @@ class LayerFlow:
     Attributes:
         load_ER: tokens of expert e that rank r computes.
         traffic_RR: tokens that source rank r sends to rank q.
-        replicas_RR: replicas that home rank r feeds on rank q.
+        replicas_RR: replicas that home rank r feeds on rank q; their gradients come back this way.
         num_nodes: the ranks lie on this many nodes, consecutive ranks together.
+        fetch_RR: replicas that rank r sends the weights of to rank q, where holders forward them; None where every
+            home sends all of its replicas' weights.
     """
 
     load_ER: FloatArray
     traffic_RR: FloatArray
     replicas_RR: FloatArray
     num_nodes: int = 1
+    fetch_RR: FloatArray | None = None
 
     @classmethod
     def from_shares(
@@ -119,7 +130,7 @@ class LayerConstants:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerTime:
-    """The terms of a layer's time; `total_s` is their sum, `hidden_s` is negative or zero."""
+    """The terms of a layer's time; `total_s` is their sum, `hidden_s` and `replicas_hidden_s` are negative or zero."""
 
     fixed_s: float
     source_s: float
@@ -129,6 +140,7 @@ class LayerTime:
     all_to_all_inter_s: float
     replicas_s: float
     hidden_s: float
+    replicas_hidden_s: float = 0.0
 
     @property
     def total_s(self) -> float:
@@ -146,6 +158,7 @@ class LayerTime:
             "all_to_all_inter_s": "all-to-all between nodes",
             "replicas_s": "replica weights and gradients",
             "hidden_s": "hidden behind GEMMs",
+            "replicas_hidden_s": "replica weights, hidden",
         }
         total_s = self.total_s
         lines = []
@@ -161,18 +174,22 @@ def layer_time(
     *,
     all_to_all_chunks: int = 1,
     ranks_per_device: float = 1.0,
+    replicas: ReplicaSchedule = EVERY_MICRO_BATCH,
 ) -> LayerTime:
-    """Time of one layer, forward and backward.
+    """Time of one layer and micro-batch, forward and backward.
 
     Args:
         flow: tokens by expert and rank, and their way there.
         constants: seconds per count.
         all_to_all_chunks: chunks of every all-to-all that overlap with the GEMMs; 1 for no overlap.
         ranks_per_device: see `GpuSpec`.
+        replicas: how often replicas travel, and what hides them.
     """
     # Step 1: counts. What the busiest rank computes, and what the busiest ports carry.
-    busy, tokens, replicas = layer_counts(flow, constants.half_rate_tokens, ranks_per_device)
+    busy, tokens, returned = layer_counts(flow, constants.half_rate_tokens, ranks_per_device)
+    fetched = returned if flow.fetch_RR is None else busiest_ports(flow.fetch_RR, flow.num_nodes)
     # Step 2: counts times constants.
+    source_s = float(flow.traffic_RR.sum(axis=1).max()) * constants.source_token_s
     gemm_s = busy.tokens * constants.token_s
     experts_s = busy.active_experts * constants.expert_s
     intra_s = tokens.intra * constants.intra_token_s
@@ -181,19 +198,32 @@ def layer_time(
         + tokens.inter_node * constants.inter_node_token_s
         + tokens.inter_node_reverse * constants.inter_node_reverse_token_s
     )
-    replicas_s = replicas.intra * constants.intra_replica_s + replicas.inter_gpu * constants.inter_replica_s
-    # Step 3: overlap. Of c chunks all but one may hide behind the GEMMs, never more than the GEMMs themselves take.
+    fetch_s = replicas.weight_share * _transfer_s(fetched, constants)
+    return_s = (1 - replicas.weight_share) * _transfer_s(returned, constants)
+    # Step 3: overlap. Of c chunks all but one may hide behind the GEMMs, never more than the GEMMs themselves take;
+    # replicas' weights behind what leaves the ports idle.
     may_hide_s = (intra_s + inter_s) * (1 - 1 / all_to_all_chunks)
+    idle_s = {
+        "nothing": 0.0,
+        "permute": PERMUTE_SHARE * source_s,
+        "forward": FORWARD_SHARE * (gemm_s + experts_s) + FORWARD_HALF * (source_s + constants.fixed_s),
+    }[replicas.fetch_hidden]
     return LayerTime(
         fixed_s=constants.fixed_s,
-        source_s=float(flow.traffic_RR.sum(axis=1).max()) * constants.source_token_s,
+        source_s=source_s,
         gemm_s=gemm_s,
         experts_s=experts_s,
         all_to_all_intra_s=intra_s,
         all_to_all_inter_s=inter_s,
-        replicas_s=replicas_s,
+        replicas_s=(fetch_s + return_s) / replicas.micro_batches,
         hidden_s=0.0 - min(may_hide_s, gemm_s + experts_s),
+        replicas_hidden_s=0.0 - min(fetch_s, idle_s) / replicas.micro_batches,
     )
+
+
+def _transfer_s(replicas: BusiestPorts, constants: LayerConstants) -> float:
+    """Seconds of replicas out and back."""
+    return replicas.intra * constants.intra_replica_s + replicas.inter_gpu * constants.inter_replica_s
 
 
 def layer_counts(

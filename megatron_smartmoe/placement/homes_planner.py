@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 
 from megatron_smartmoe.errors import PlanError
 from megatron_smartmoe.placement.decisions import Decision, digest_of
-from megatron_smartmoe.placement.exact_replicas import exact_replicas
 from megatron_smartmoe.placement.history import History, HistoryOptions
+from megatron_smartmoe.placement.layer_cost import migration_s
+from megatron_smartmoe.placement.paying_replicas import paying_exact_replicas
 from megatron_smartmoe.placement.plan_homes import HomesOptions, plan_homes
 from megatron_smartmoe.placement.plan_replicas import ReplicaOptions, plan_replicas, search_space
 from megatron_smartmoe.placement.policy import Policy, PolicyOptions
@@ -46,7 +47,10 @@ class OnlineOptions:
         homes: prices of swaps.
         replica: prices and effort of replicas.
         history: how much is remembered; None chooses by the number of ranks.
-        auto_limit: with `auto`, the max / mean above which a layer's replicas are planned again.
+        auto_limit: the max / mean above which a layer's replicas are planned from a micro-batch's counts: with `exact`
+            that of the homes alone, with `auto` that of the replicas from history.
+        exact_price_tokens: with `auto`, `replica.replica_price_tokens` of a replica that is planned anew for one
+            micro-batch; that of `replica` is for the iteration.
         policy: when a plan is worth its cost.
         review_records: iterations after a move of homes on whose counts it is reviewed.
     """
@@ -60,6 +64,7 @@ class OnlineOptions:
     replica: ReplicaOptions = field(default_factory=ReplicaOptions)
     history: HistoryOptions | None = None
     auto_limit: float = 1.01
+    exact_price_tokens: float = 0.0
     policy: PolicyOptions = field(default_factory=PolicyOptions)
     review_records: int = 8
 
@@ -265,7 +270,7 @@ class HomesPlanner:
         # Step 2: plan replicas for the present homes and for the swapped ones.
         if options.replicas == "exact":
             kept_RS, found_RS = (
-                exact_replicas(counts_RE.sum(axis=0), homes_RS, home_slots, options.replica.num_nodes)
+                paying_exact_replicas(counts_RE.sum(axis=0), homes_RS, home_slots, options.replica, options.auto_limit)
                 for homes_RS in (slots_RS, plan.slots_RS)
             )
         else:
@@ -290,9 +295,6 @@ class HomesPlanner:
         """Seconds until the busiest rank has sent and received its experts' state, and how many experts move."""
         before_E = np.argsort(before_RS[:, :home_slots].ravel()) // home_slots
         after_E = np.argsort(after_RS[:, :home_slots].ravel()) // home_slots
-        moves_E = before_E != after_E
-        num_ranks = len(before_RS)
-        sent_R = np.bincount(before_E[moves_E], minlength=num_ranks)
-        received_R = np.bincount(after_E[moves_E], minlength=num_ranks)
-        busiest = int(np.maximum(sent_R, received_R).max())
-        return busiest * self.options.state_bytes / self.options.migration_bytes_s, int(moves_E.sum())
+        options = self.options
+        cost_s = migration_s(before_E, after_E, len(before_RS), options.state_bytes, options.migration_bytes_s)
+        return cost_s, int((before_E != after_E).sum())

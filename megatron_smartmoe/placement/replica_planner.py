@@ -14,8 +14,9 @@ from megatron_smartmoe.placement.decisions import Decision, digest_of
 from megatron_smartmoe.placement.exact_replicas import exact_replicas
 from megatron_smartmoe.placement.history import History, HistoryOptions
 from megatron_smartmoe.placement.homes_planner import OnlineOptions
+from megatron_smartmoe.placement.paying_replicas import paying_exact_replicas
 from megatron_smartmoe.placement.plan_homes import drop_misplaced
-from megatron_smartmoe.placement.plan_replicas import BestReplicas, best_replicas, plan_replicas
+from megatron_smartmoe.placement.plan_replicas import BestReplicas, best_replicas, plan_replicas, replicas_pay
 from megatron_smartmoe.placement.split import binding_cuts, split_graph
 from megatron_smartmoe.spec.arrays import FloatArray, IntArray
 from megatron_smartmoe.spec.placement import BoolArray, Placement, hosts_of
@@ -71,18 +72,20 @@ class ReplicaPlanner:
     def exact_slots(self, layer: int, load_E: IntArray) -> IntArray | None:
         """Slots with replicas for the counts of one micro-batch, or None to use the present replicas.
 
-        With `auto` they are used when they balance well enough, and when new replicas would be no better.
+        With `auto` they are used when they balance well enough, and when new replicas would save less than they cost.
         """
         slots_RS, home_slots, options = self.placement.slots_LRS[layer], self.placement.home_slots, self.options
         if options.replicas == "history" or not self.placement.spare_slots:
             return None
         if options.replicas == "exact":
-            return exact_replicas(load_E, slots_RS, home_slots, options.replica.num_nodes)
-        busiest = _busiest(self.placement.hosts_LER[layer], load_E)
-        if busiest * len(slots_RS) <= options.auto_limit * int(load_E.sum()):
+            return paying_exact_replicas(load_E, slots_RS, home_slots, options.replica, options.auto_limit)
+        busiest, tokens = _busiest(self.placement.hosts_LER[layer], load_E), int(load_E.sum())
+        if busiest * len(slots_RS) <= options.auto_limit * tokens:
             return None
         exact_RS = exact_replicas(load_E, slots_RS, home_slots, options.replica.num_nodes)
-        return exact_RS if _busiest(hosts_of(exact_RS, len(load_E)), load_E) < busiest else None
+        saved_tokens = busiest - _busiest(hosts_of(exact_RS, len(load_E)), load_E)
+        pays = replicas_pay(exact_RS, home_slots, saved_tokens, options.exact_price_tokens)
+        return exact_RS if saved_tokens > 0 and pays else None
 
     def rehome(self, homes: Placement) -> None:
         """Adopt the homes of another placement; replicas stay where their homes still allow it."""

@@ -13,7 +13,7 @@ import numpy as np
 
 from megatron_smartmoe.cost.memory.budget import MemoryBudget, memory_budget
 from megatron_smartmoe.cost.memory.buffers import least_state_bytes
-from megatron_smartmoe.cost.moe_layer import LayerFlow
+from megatron_smartmoe.cost.moe_layer import LayerConstants, LayerFlow
 from megatron_smartmoe.cost.step.constants import StepConstants, layer_constants, spec_nodes
 from megatron_smartmoe.cost.step.dense import tokens_of
 from megatron_smartmoe.cost.step.moe import MoETimes, moe_times
@@ -116,18 +116,25 @@ class Pricing:
     def _moe(self, spec: ParallelSpec) -> list[list[MoETimes]]:
         """One MoE layer per part of the model, for each scenario."""
         sizes = (spec.etp, spec.tp, spec.cp, spec.micro_batch, spec.overlap_degree)
-        key = (self.balance(spec), *sizes, spec.replicas, spec.precision)
+        travels = (spec.replicas, spec.micro_batches, spec.overlap_param_gather)
+        key = (self.balance(spec), *sizes, *travels, spec.precision)
         if key not in self._layers:
-            tokens = self._assignments(spec)
             layer = layer_constants(self.cluster, self.model, spec, self.constants)
+            balanced = self.loads.after_balancing(self.balance(spec))
+            bare = self.loads.after_balancing(replace(self.balance(spec), spare_slots=0))
             self._layers[key] = [
-                [
-                    moe_times([scaled(flow, tokens)], layer, self.model, spec, self.cluster, self.constants)
-                    for flow in load.flows
-                ]
-                for load in self.loads.after_balancing(self.balance(spec))
+                [self._layer(spec, layer, *flows) for flows in zip(load.flows, alone.flows, strict=True)]
+                for load, alone in zip(balanced, bare, strict=True)
             ]
         return self._layers[key]
+
+    def _layer(self, spec: ParallelSpec, layer: LayerConstants, flow: LayerFlow, bare: LayerFlow) -> MoETimes:
+        """One MoE layer, with its replicas where they save more than they cost: training makes no others."""
+        tokens, choices = self._assignments(spec), [flow] if flow is bare else [flow, bare]
+        times = [
+            moe_times([scaled(each, tokens)], layer, self.model, spec, self.cluster, self.constants) for each in choices
+        ]
+        return min(times, key=lambda one: one.with_replicas_s)
 
     def _assignments(self, spec: ParallelSpec) -> float:
         """Assignments (tokens x top-k) of one rank and micro-batch."""
@@ -144,5 +151,5 @@ class Pricing:
         flow = LayerFlow.equal_split(counts_RE, slots_RS, num_nodes=spec_nodes(self.cluster, ep * etp))
         layer = layer_constants(self.cluster, self.model, spec, self.constants)
         overlapped = replace(spec, overlap_degree=4) if ep > 1 else spec
-        times = moe_times([flow], layer, self.model, overlapped, self.cluster, self.constants)
-        return replace(times, chunking_s=0.0, replicas_s=0.0)
+        times = moe_times([flow], layer, self.model, overlapped, self.cluster, self.constants, micro_batches=1)
+        return replace(times, chunking_s=0.0)

@@ -15,7 +15,8 @@ import numpy as np
 
 from megatron_smartmoe.placement.decisions import Decision
 from megatron_smartmoe.placement.homes_planner import HomesPlanner, OnlineOptions
-from megatron_smartmoe.placement.layer_plan import LayerPlan, LayerProblem, Rule
+from megatron_smartmoe.placement.layer_cost import Relay
+from megatron_smartmoe.placement.layer_plan import LayerPlan, LayerProblem, Rule, Sees
 from megatron_smartmoe.placement.replica_planner import ReplicaPlanner
 from megatron_smartmoe.placement.review import LayerSeconds
 from megatron_smartmoe.spec.arrays import IntArray
@@ -81,17 +82,33 @@ class Holdings:
         self._filled[key] = replicas_ER
 
 
+@dataclass(frozen=True, kw_only=True)
+class Planned:
+    """What a micro-batch of a layer runs with.
+
+    Attributes:
+        plan: slots and split.
+        mode: whether the replicas travel as those from history do or as those from exact counts.
+        unused_RS: slots from history whose replicas were fetched all the same; None where there are none.
+    """
+
+    plan: LayerPlan
+    mode: Sees
+    unused_RS: IntArray | None = None
+
+
 class SimulatedPolicy(Protocol):
     """The methods that the simulator calls, in this order for every record."""
 
     name: str
     stats: Stats
     decisions: list[Decision]
+    relay: Relay | None
 
     def before(self, iteration: int) -> None:
         """Plan for the next record from the records observed so far."""
 
-    def plan(self, layer: int, group: int, counts_RE: IntArray) -> LayerPlan:
+    def plan(self, layer: int, group: int, counts_RE: IntArray) -> Planned:
         """The plan of a layer for a micro-batch of a group; only an exact rule may use its counts."""
 
     def homes(self, layer: int) -> IntArray:
@@ -115,6 +132,7 @@ class OnlinePolicy:
         self, placement: Placement, num_groups: int, options: OnlineOptions, layer_seconds: LayerSeconds
     ) -> None:
         self.name, self.stats, self.decisions = "smartmoe", Stats(), list[Decision]()
+        self.relay: Relay | None = None
         self.options = options
         self.homes_planner = HomesPlanner(placement.num_layers, placement.num_experts, options, layer_seconds)
         self.groups = [ReplicaPlanner(placement, group, options) for group in range(num_groups)]
@@ -145,18 +163,22 @@ class OnlinePolicy:
             if plan is not None:
                 self.decisions.append(plan)
 
-    def plan(self, layer: int, group: int, counts_RE: IntArray) -> LayerPlan:
+    def plan(self, layer: int, group: int, counts_RE: IntArray) -> Planned:
         """The group's placement, or one with replicas for exactly these counts; always with the exact split."""
-        planner = self.groups[group]
-        slots_RS = planner.placement.slots_LRS[layer]
-        if self.options.replicas != "history":
-            plans = 1 if self.options.replicas == "exact" else 0  # auto: the plan from history has been counted
+        planner, mode = self.groups[group], self.options.replicas
+        history_RS = planner.placement.slots_LRS[layer]
+        exact_RS = None
+        if mode != "history":
+            plans = 1 if mode == "exact" else 0  # auto: the plan from history has been counted
             exact_RS = self.stats.timed(plans, lambda: planner.exact_slots(layer, counts_RE.sum(axis=0)))
-            if exact_RS is not None:
-                slots_RS = exact_RS
-                self.stats.replans += 1
+            self.stats.replans += exact_RS is not None
+        slots_RS = history_RS if exact_RS is None else exact_RS
         self._holdings.hold(self.stats, layer, group, slots_RS, self.homes(layer))
-        return LayerPlan(slots_RS=slots_RS, split="exact")
+        return Planned(
+            plan=LayerPlan(slots_RS=slots_RS, split="exact"),
+            mode="history" if exact_RS is None else "exact",
+            unused_RS=history_RS if exact_RS is not None and mode == "auto" else None,
+        )
 
     def homes(self, layer: int) -> IntArray:
         """Home rank of each expert."""
@@ -180,10 +202,23 @@ class RulePolicy:
         num_groups: expert-parallel groups; a rule that plans from history plans one placement for all of them.
         num_nodes: nodes that a group's ranks lie on.
         interval: iterations between two plans from history.
+        relay: how the rule's system moves weights; None where homes send them.
+        has_homes: whether a rank owns an expert's state, which moves when the rank no longer holds the expert.
     """
 
-    def __init__(self, rule: Rule, placement: Placement, num_groups: int, num_nodes: int, interval: int) -> None:
+    def __init__(
+        self,
+        rule: Rule,
+        placement: Placement,
+        num_groups: int,
+        num_nodes: int,
+        interval: int,
+        relay: Relay | None = None,
+        *,
+        has_homes: bool = True,
+    ) -> None:
         self.rule, self.name, self.stats, self.decisions = rule, rule.name, Stats(), list[Decision]()
+        self.relay, self._has_homes = relay, has_homes
         self.num_groups, self.num_nodes, self.interval = num_groups, num_nodes, interval
         self.start, self.spare_slots, self.num_experts = placement, placement.spare_slots, placement.num_experts
         layers = range(placement.num_layers)
@@ -206,7 +241,7 @@ class RulePolicy:
                 self._plans[layer] = plan
                 self._move_homes(layer, plan)
 
-    def plan(self, layer: int, group: int, counts_RE: IntArray) -> LayerPlan:
+    def plan(self, layer: int, group: int, counts_RE: IntArray) -> Planned:
         """The plan from history, or one for exactly these counts."""
         plan = self._plans[layer]
         if self.rule.sees == "exact":
@@ -214,7 +249,7 @@ class RulePolicy:
             plan = self.stats.timed(1, lambda: self.rule.plan(problem))
             self._move_homes(layer, plan)
         self._holdings.hold(self.stats, layer, group, plan.slots_RS, self._homes[layer])
-        return plan
+        return Planned(plan=plan, mode=self.rule.sees)
 
     def homes(self, layer: int) -> IntArray:
         """Home rank of each expert: where it was, as long as that rank holds the expert, else its lowest rank."""
@@ -231,6 +266,8 @@ class RulePolicy:
         )
 
     def _move_homes(self, layer: int, plan: LayerPlan) -> None:
+        if not self._has_homes:
+            return
         hosts_ER = hosts_of(plan.slots_RS, self.num_experts)
         home_E = self._homes[layer]
         stays_E = hosts_ER[np.arange(self.num_experts), home_E]

@@ -8,16 +8,25 @@ are left out of everything, and counted.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from megatron_smartmoe.cost.moe_layer import LayerConstants
+from megatron_smartmoe.placement import layer_cost
 from megatron_smartmoe.placement.decisions import Decision
-from megatron_smartmoe.placement.layer_cost import LayerPricing, price_layer
-from megatron_smartmoe.simulate.policies import SimulatedPolicy, Stats
-from megatron_smartmoe.spec.arrays import FloatArray
+from megatron_smartmoe.placement.layer_cost import (
+    LayerPricing,
+    Relay,
+    idle_replicas_s,
+    migration_s,
+    price_layer,
+)
+from megatron_smartmoe.placement.layer_plan import Sees
+from megatron_smartmoe.simulate.policies import Planned, SimulatedPolicy, Stats
+from megatron_smartmoe.spec.arrays import FloatArray, IntArray
 from megatron_smartmoe.spec.trace import RoutingTrace
 
 
@@ -32,6 +41,8 @@ class SimulationSetup:
         warmup: records at the start that are replayed but not counted.
         constants: seconds per count of the layer, from a cluster and an expert's shape.
         state_bytes: bytes of one expert's weights, main weights and moments.
+        migration_bytes_s: bandwidth of a rank while homes move.
+        prices: of a layer whose replicas come from history or from exact counts; a missing one is made of `constants`.
     """
 
     num_ranks: int
@@ -40,22 +51,43 @@ class SimulationSetup:
     warmup: int = 25
     constants: LayerConstants
     state_bytes: int
+    migration_bytes_s: float = math.inf
+    prices: Mapping[Sees, LayerPricing] = field(default_factory=dict)
 
     @property
     def pricing(self) -> LayerPricing:
-        """The part of it that prices a layer of one group."""
+        """The price of a layer of one group whose replicas travel in every micro-batch, nothing hidden."""
         return LayerPricing(num_ranks=self.num_ranks, num_nodes=self.num_nodes, constants=self.constants)
+
+    def pricing_of(self, mode: Sees, relay: Relay | None = None) -> LayerPricing:
+        """The price of a layer of one group, its replicas planned in this way and forwarded like this."""
+        return replace(self.prices.get(mode, self.pricing), relay=relay)
 
 
 @dataclass(frozen=True, kw_only=True)
 class PolicyResult:
-    """One policy over the counted records; `imbalance` has one value per record, layer, group and micro-batch."""
+    """One policy over the counted records, one value per record, layer, group and micro-batch.
+
+    Attributes:
+        name: the policy's.
+        imbalance: max / mean tokens per rank.
+        layer_s: predicted seconds of the layer.
+        moving_s: its share of the seconds in which homes move, those of a record over its iterations and micro-batches.
+        stats: what moved, and how long planning took.
+        decisions: of ours.
+    """
 
     name: str
     imbalance: FloatArray
     layer_s: FloatArray
+    moving_s: FloatArray
     stats: Stats
     decisions: list[Decision]
+
+    @property
+    def total_s(self) -> float:
+        """Mean seconds of a layer and micro-batch, moves of homes included."""
+        return float((self.layer_s + self.moving_s).mean())
 
 
 def replay(
@@ -71,31 +103,73 @@ def replay(
     """
     imbalance: list[float] = []
     layer_s: list[float] = []
+    moving_s: list[float] = []
+    layers = range(trace.num_layers)
     for record in range(trace.num_records) if records is None else records:
         if record == setup.warmup:
             policy.stats = Stats()
         counts_LGMRE = trace.groups(setup.num_ranks, record)
-        # Step 1: plan from the records before this one.
+        # Step 1: plan from the records before this one; what homes that move take is shared by the record's iterations.
+        before_L = [policy.homes(layer) for layer in layers]
         policy.before(int(trace.iteration[record]))
+        share = 1.0 / (_iterations(trace, record) * max(1, trace.num_micro_batches(record)))
+        moves_s = [_moving_s(before_L[layer], policy.homes(layer), setup) * share for layer in layers]
         # Step 2: apply the plan to every micro-batch; exact rules plan here, from its counts.
         for layer, group, micro in np.ndindex(*counts_LGMRE.shape[:3]):
             counts_RE = counts_LGMRE[layer, group, micro]
             if not counts_RE.any():
                 continue
-            plan = policy.plan(layer, group, counts_RE)
+            planned = policy.plan(layer, group, counts_RE)
             if record >= setup.warmup:
-                seconds, worst = price_layer(plan, counts_RE, policy.homes(layer), setup.pricing)
+                seconds, worst = price(planned, counts_RE, policy, layer, setup)
                 layer_s.append(seconds)
                 imbalance.append(worst)
+                moving_s.append(moves_s[layer])
         # Step 3: observe the record.
         policy.observe(counts_LGMRE)
     return PolicyResult(
         name=policy.name,
         imbalance=np.array(imbalance),
         layer_s=np.array(layer_s),
+        moving_s=np.array(moving_s),
         stats=policy.stats,
         decisions=policy.decisions,
     )
+
+
+def price(
+    planned: Planned, counts_RE: IntArray, policy: SimulatedPolicy, layer: int, setup: SimulationSetup
+) -> tuple[float, float]:
+    """Seconds of the layer, replicas that it does not use included, and its max / mean tokens per rank."""
+    homes_E = policy.homes(layer)
+    pricing = setup.pricing_of(planned.mode, policy.relay)
+    seconds, worst = price_layer(planned.plan, counts_RE, homes_E, pricing)
+    if planned.unused_RS is not None:
+        seconds += idle_replicas_s(planned.unused_RS, homes_E, setup.pricing_of("history"))
+    return seconds, worst
+
+
+def _moving_s(before_E: IntArray, after_E: IntArray, setup: SimulationSetup) -> float:
+    """Seconds that one layer's homes take to move."""
+    return migration_s(before_E, after_E, setup.num_ranks, setup.state_bytes, setup.migration_bytes_s)
+
+
+def _iterations(trace: RoutingTrace, record: int) -> int:
+    """Training iterations from the record before to this one."""
+    return max(1, int(trace.iteration[record]) - int(trace.iteration[record - 1])) if record else 1
+
+
+def even_load_s(trace: RoutingTrace, setup: SimulationSetup) -> FloatArray:
+    """Predicted seconds of every counted layer and micro-batch if its tokens were spread evenly over all experts."""
+    seconds: dict[int, float] = {}
+    found = []
+    for record in range(setup.warmup, trace.num_records):
+        for tokens in trace.groups(setup.num_ranks, record).sum(axis=(-2, -1)).ravel().tolist():
+            if tokens and tokens not in seconds:
+                seconds[tokens] = layer_cost.even_load_s(tokens, trace.num_experts, setup.pricing)
+            if tokens:
+                found.append(seconds[tokens])
+    return np.array(found)
 
 
 def lower_bounds(trace: RoutingTrace, setup: SimulationSetup) -> FloatArray:

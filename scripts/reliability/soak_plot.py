@@ -8,16 +8,21 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 
-matplotlib.use("Agg")  # no display on a login node
-import matplotlib.pyplot as plt
+from megatron_smartmoe.cli import plot_style
 
 if TYPE_CHECKING:
     from scripts.reliability.soak_judge import SoakRun
 
-COLOURS = {"off": "#000000", "rounded-1": "#0072b2", "rounded-2": "#56b4e9", "all": "#d55e00", "homes": "#009e73"}
+COLOURS = {
+    "off": plot_style.BLACK,
+    "rounded-1": plot_style.BLUE,
+    "rounded-2": plot_style.SKY,
+    "all": plot_style.OURS,
+    "homes": plot_style.GREEN,
+}
 LABELS = {
     "off": "off",
     "rounded-1": "off, gradients rounded (1)",
@@ -33,9 +38,15 @@ MIB = 2**20
 
 def draw(runs: Mapping[str, SoakRun], path: Path) -> None:
     """Write the picture, in the format that the file's name ends with."""
+    with plot_style.styled():
+        _draw(runs, path)
+
+
+def _draw(runs: Mapping[str, SoakRun], path: Path) -> None:
     figure, ((loss, apart), (memory, cpu)) = plt.subplots(2, 2, figsize=(10, 6.6), layout="constrained")
     for name, run in runs.items():
         style: dict[str, Any] = {"color": COLOURS[name], "label": LABELS[name], "linewidth": 1.1}
+        style["zorder"] = 3 if name == "all" else 2  # never under another curve
         at, mean = _moving_mean(run)
         loss.plot(at, mean, **style)
         if name != "off":
@@ -52,10 +63,8 @@ def draw(runs: Mapping[str, SoakRun], path: Path) -> None:
         axes.set_ylim(0, 1.1 * axes.get_ylim()[1])
     for axes in (loss, apart, memory, cpu):
         axes.set_xlabel("training step")
-        axes.grid(alpha=0.3)
-    loss.legend(fontsize=8)
-    figure.savefig(path)
-    plt.close(figure)
+    loss.legend()
+    plot_style.save(figure, path)
 
 
 def _moving_mean(run: SoakRun) -> tuple[np.ndarray, np.ndarray]:

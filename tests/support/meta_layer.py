@@ -333,8 +333,8 @@ def _with_replicas(layer: Any, config: Any) -> None:
     from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 
     from megatron_smartmoe.adapter.moe.replica_dispatcher import ReplicaDispatcher
+    from megatron_smartmoe.runtime.replicas.dispatch_plan import ExactOptions
     from megatron_smartmoe.runtime.replicas.slots import SpareSlots
-    from megatron_smartmoe.runtime.replicas.split import exact_slots, homes_only
     from megatron_smartmoe.runtime.replicas.wire import ReplicaWire
 
     experts = layer.experts
@@ -342,16 +342,11 @@ def _with_replicas(layer: Any, config: Any) -> None:
     wire = ReplicaWire(parallel_state.get_expert_model_parallel_group())
     totals = [torch.zeros_like(weight, dtype=torch.float32) for weight in weights]
     experts.spare_slots = SpareSlots(weights, 1, wire, lambda: totals, keeps=False)
-    homes_RS = homes_only(config.num_moe_experts, EP, 1)
-
-    def plan(counts: Any) -> Any:
-        return exact_slots(counts, homes_RS, layer.num_local_experts, num_nodes=1, limit=1.01, price_tokens=1.0)
-
     layer.token_dispatcher = ReplicaDispatcher(
         layer.num_local_experts,
         layer.local_expert_indices,
         config,
         get_default_pg_collection(),
         spare=experts.spare_slots,
-        plan=plan,
+        exact=ExactOptions(used_slots=1, limit=1.01, price_tokens=1.0),
     )

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from megatron_smartmoe.adapter.allocator import keep_pages_variables
 from megatron_smartmoe.adapter.launch import corpus
 from megatron_smartmoe.adapter.launch.machine import vocabulary
 from megatron_smartmoe.adapter.launch.merged import Merged, asked_device, merge
@@ -174,9 +175,11 @@ def program(topology: Topology, entry: str = ENTRY) -> list[str]:
 
 
 def rank_environment(topology: Topology, *, cpu: bool) -> dict[str, str]:
-    """Environment variables of the ranks; OMP_NUM_THREADS stays if the user has set it."""
+    """Environment variables of the ranks; OMP_NUM_THREADS and malloc's variables stay if the user has set them."""
     threads = max(1, (os.cpu_count() or 1) // topology.ranks_per_node) if cpu else 1
     environment = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}
+    if cpu:
+        environment |= keep_pages_variables(os.environ)
     if topology.rank is not None:
         environment |= {
             "RANK": str(topology.rank),

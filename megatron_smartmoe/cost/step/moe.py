@@ -1,8 +1,8 @@
 """The MoE layer inside a step: the layer model's terms, averaged over layers and records of a load, for one launch.
 
 `moe_layer.layer_time` prices every flow; here is only what a launch adds to it: expert tensor parallelism gathers the
-busiest rank's tokens over its ETP group, replicas planned from history move once a step and not once a micro-batch,
-and an all-to-all in chunks reads the experts' weights once more for each further chunk.
+busiest rank's tokens over its ETP group, its way of planning replicas decides how often they travel, and an all-to-all
+in chunks reads the experts' weights once more for each further chunk.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from megatron_smartmoe.cost.moe_layer import (
     LayerTime,
     layer_time,
 )
-from megatron_smartmoe.cost.step.constants import StepConstants
+from megatron_smartmoe.cost.replicas import schedule_of
+from megatron_smartmoe.cost.step.constants import StepConstants, expert_shape
 from megatron_smartmoe.cost.step.groups import Group, ring_s
 from megatron_smartmoe.spec.cluster import ClusterSpec
 from megatron_smartmoe.spec.model import ModelSpec
@@ -35,7 +36,7 @@ class MoETimes:
 
     Attributes:
         layer: the layer model's terms, replicas left out.
-        replicas_s: replica weights out and gradients back, once.
+        replicas_s: replica weights out and gradients back, as far as they are exposed, this micro-batch's share.
         expert_tensor_s: gathering and scattering over the ETP group.
         chunking_s: what the chunks of an overlapped all-to-all cost.
     """
@@ -47,8 +48,13 @@ class MoETimes:
 
     @property
     def total_s(self) -> float:
-        """Seconds without the replicas, which may move once a step."""
+        """Seconds of the layer without its replicas' traffic."""
         return self.layer.total_s + self.expert_tensor_s + self.chunking_s
+
+    @property
+    def with_replicas_s(self) -> float:
+        """Seconds of the layer, this micro-batch's share of its replicas' traffic included."""
+        return self.total_s + self.replicas_s
 
 
 def moe_times(
@@ -58,13 +64,26 @@ def moe_times(
     spec: ParallelSpec,
     cluster: ClusterSpec,
     constants: StepConstants,
+    micro_batches: int | None = None,
 ) -> MoETimes:
-    """Mean over `flows`, each the layer under one record of the load at this launch's tokens per rank."""
+    """Mean over `flows`, each the layer under one record of the load at this launch's tokens per rank.
+
+    `micro_batches` of an iteration are those of the launch; a run whose batch grows names its own.
+    """
     shared = cluster.gpu.ranks_per_device
-    times = [layer_time(flow, layer, all_to_all_chunks=spec.overlap_degree, ranks_per_device=shared) for flow in flows]
+    schedule = schedule_of(
+        spec.replicas,
+        expert_shape(model, spec),
+        micro_batches=micro_batches or spec.micro_batches,
+        fetched_early=not spec.overlap_param_gather,
+    )
+    times = [
+        layer_time(flow, layer, all_to_all_chunks=spec.overlap_degree, ranks_per_device=shared, replicas=schedule)
+        for flow in flows
+    ]
     mean = {f.name: sum(getattr(time, f.name) for time in times) / len(times) for f in fields(LayerTime)}
-    replicas_s = mean["replicas_s"]
-    mean["replicas_s"] = 0.0
+    replicas_s = mean["replicas_s"] + mean["replicas_hidden_s"]
+    mean["replicas_s"] = mean["replicas_hidden_s"] = 0.0
     busiest = sum(float(flow.load_ER.sum(axis=0).max()) for flow in flows) / len(flows)
     gathered = busiest * spec.etp * model.hidden * spec.element_bytes
     tensor_group = Group(spec.etp, 1)

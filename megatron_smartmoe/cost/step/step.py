@@ -128,12 +128,11 @@ def step_time(
     # Step 2: the schedule. The slowest stage sets the pace, the others' share of one micro-batch is the bubble.
     micro_S = terms_ST.sum(axis=1).tolist()
     _, bubble_s, slowest = schedule_s(micro_S, spec.micro_batches, spec.vpp, cluster.gpu.ranks_per_device)
-    # Step 3: replicas. From history they move once a step, from exact counts with every micro-batch.
+    # Step 3: replicas, outside the schedule because those from history move once a step.
     replicas_s = float(held.experts_SN[slowest] @ np.array([one.replicas_s for one in moe]))
-    times = 1 if spec.replicas in ("history", "off") else spec.micro_batches
     return StepTime(
         **dict(zip(_TERMS, (terms_ST[slowest] * spec.micro_batches).tolist(), strict=True)),
-        replicas_s=replicas_s * times,
+        replicas_s=replicas_s * spec.micro_batches,
         bubble_s=bubble_s,
         **_after(model, spec, cluster, constants, slowest, micro_S[slowest]),
     )

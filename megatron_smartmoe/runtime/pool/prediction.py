@@ -165,6 +165,5 @@ def _seconds(setting: PoolSetting, flows: Sequence[LayerFlow], prices: PoolPrice
     constants = StepConstants.of(prices.cluster)
     spec = replace(prices.spec, overlap_degree=setting.overlap_degree, replicas=setting.replicas)
     layer = layer_constants(prices.cluster, prices.model, spec, constants)
-    times = moe_times(flows, layer, prices.model, spec, prices.cluster, constants)
-    served = prices.micro_batches if setting.replicas == "history" else 1  # micro-batches that share a transfer
-    return prices.layers_in_a_row * (times.total_s + times.replicas_s / served)
+    times = moe_times(flows, layer, prices.model, spec, prices.cluster, constants, prices.micro_batches)
+    return prices.layers_in_a_row * times.with_replicas_s

@@ -7,19 +7,25 @@ simulator evaluates it with `placement.layer_plan.evaluate` on counts that the r
 `sees` is `exact`.
 
 `by_name()` gives the rules under the names of the simulator's table: none, smartmoe2023, lpt, eplb, eplb-hierarchical,
-fastermoe, echo, ultraep, moonep.
+fastermoe, echo, ultraep, ultraep-min1, llep, laer, epic, moonep.
 """
 
 from __future__ import annotations
 
+from functools import partial
+
+from megatron_smartmoe.placement.layer_cost import Relay
 from megatron_smartmoe.placement.layer_plan import Rule
 from megatron_smartmoe.simulate.baselines.contiguous import Contiguous
 from megatron_smartmoe.simulate.baselines.echo import Echo
+from megatron_smartmoe.simulate.baselines.epic import Epic
 from megatron_smartmoe.simulate.baselines.eplb import Eplb, EplbHierarchical
 from megatron_smartmoe.simulate.baselines.fastermoe import FasterMoE
 from megatron_smartmoe.simulate.baselines.greedy import Lpt, SmartMoE2023
+from megatron_smartmoe.simulate.baselines.laer import Laer, laer_traffic
+from megatron_smartmoe.simulate.baselines.llep import Llep
 from megatron_smartmoe.simulate.baselines.moonep import MoonEp
-from megatron_smartmoe.simulate.baselines.ultraep import UltraEp
+from megatron_smartmoe.simulate.baselines.ultraep import UltraEp, ultraep_relay
 
 
 def by_name() -> dict[str, Rule]:
@@ -33,6 +39,19 @@ def by_name() -> dict[str, Rule]:
         FasterMoE(),
         Echo(),
         UltraEp(),
+        UltraEp(name="ultraep-min1", min_tokens_per_replica=1),
+        Llep(),
+        Laer(),
+        Epic(),
         MoonEp(),
     )
     return {rule.name: rule for rule in rules}
+
+
+def relays_by_name(num_nodes: int) -> dict[str, Relay]:
+    """How the systems that forward replicas do it; homes send all of them in the others."""
+    ultraep = partial(ultraep_relay, num_nodes=num_nodes)
+    return {"ultraep": ultraep, "ultraep-min1": ultraep, "laer": laer_traffic}
+
+
+WITHOUT_HOMES = frozenset({"laer"})  # rules of systems whose experts' state is sharded over all ranks: none moves

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from megatron_smartmoe.adapter import pretrain
+from megatron_smartmoe.adapter.allocator import keep_pages_variables
 from megatron_smartmoe.adapter.flags import megatron_checks, parser
 from megatron_smartmoe.adapter.launch import command, corpus, merged
 from megatron_smartmoe.adapter.launch.topology import Topology
@@ -184,6 +185,7 @@ def megatron(monkeypatch: pytest.MonkeyPatch) -> Megatron:
 
 
 TWO = Topology(ranks_per_node=2)
+PAGES = keep_pages_variables({})  # what CPU ranks get of malloc's variables
 TORCHRUN = [*PYTHON_M, "megatron_smartmoe.adapter.launch.torchrun", "--nproc-per-node", "4"]
 MODULE = ["--module", "megatron_smartmoe.adapter.pretrain"]
 NODES = {"num_nodes": 2, "node": 1, "master_addr": "n1", "master_port": 20049}
@@ -360,12 +362,20 @@ def test_a_task_per_rank_hears_what_torchrun_would_say(monkeypatch: pytest.Monke
 def test_cpu_ranks_share_the_cores(monkeypatch: pytest.MonkeyPatch, cpu: bool, ranks: int, threads: str) -> None:
     monkeypatch.setattr(os, "cpu_count", lambda: 16)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    assert command.rank_environment(Topology(ranks_per_node=ranks), cpu=cpu) == {"OMP_NUM_THREADS": threads}
+    environment = command.rank_environment(Topology(ranks_per_node=ranks), cpu=cpu)
+    assert environment == {"OMP_NUM_THREADS": threads, **(PAGES if cpu else {})}
 
 
 def test_threads_that_the_user_set_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
-    assert command.rank_environment(Topology(ranks_per_node=2), cpu=True) == {"OMP_NUM_THREADS": "7"}
+    assert command.rank_environment(Topology(ranks_per_node=2), cpu=True)["OMP_NUM_THREADS"] == "7"
+
+
+def test_malloc_settings_of_the_user_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "131072")
+    environment = command.rank_environment(Topology(ranks_per_node=2), cpu=True)
+    assert "MALLOC_TRIM_THRESHOLD_" not in environment
+    assert environment["MALLOC_MMAP_THRESHOLD_"] == PAGES["MALLOC_MMAP_THRESHOLD_"]
 
 
 def test_threads_that_the_user_set_stay_in_a_task_per_rank(monkeypatch: pytest.MonkeyPatch) -> None:

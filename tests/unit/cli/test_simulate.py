@@ -21,6 +21,10 @@ POLICIES = [
     "fastermoe",
     "echo",
     "ultraep",
+    "ultraep-min1",
+    "llep",
+    "laer",
+    "epic",
     "moonep",
 ]
 
@@ -54,6 +58,9 @@ def test_every_policy_with_the_promised_keys(trace: Path, tmp_path: Path, capsys
         assert numbers["imbalance"]["mean"] >= content["lower_bound"]["mean"] - 1e-9
         assert numbers["plan_ms_per_layer"] >= 0
         assert numbers["predicted_layer_ms"] > 0
+        assert numbers["predicted_total_ms"] == pytest.approx(numbers["predicted_layer_ms"] + numbers["migration_ms"])
+        share = content["even_load_ms"] / numbers["predicted_total_ms"]
+        assert numbers["share_of_even_load"] == pytest.approx(share)
     ours, eplb = content["policies"]["smartmoe"], content["policies"]["eplb"]
     assert ours["imbalance"]["mean"] <= min(1.005, eplb["imbalance"]["mean"])
     assert ours["slots_changed"] <= eplb["slots_changed"] / 2
@@ -62,12 +69,60 @@ def test_every_policy_with_the_promised_keys(trace: Path, tmp_path: Path, capsys
     assert all(review["kept"] for review in ours["reviews"])
     assert (content["records"], content["warmup"]) == (12, 2)
     assert plot.read_text().startswith("<?xml")
-    assert "lower bound" in capsys.readouterr().out
+    check_table(capsys.readouterr().out, content)
+
+
+def check_table(text: str, content: dict[str, Any]) -> None:
+    """Columns are apart, the assumptions are named, and the last lines say who is fastest."""
+    lines = text.splitlines()
+    assert lines[0].startswith("32 experts on 8 ranks, 1 spare slot per rank, 1 node; 12 records of 2 layers")
+    assert lines[1] == (
+        "times: cluster 8 H100 SXM per node; experts 4096 x 1536 (assumed; --model names another); "
+        "2 micro-batches a record"
+    )
+    assert lines[2].startswith("smartmoe: replicas history; one pays off above ")
+    titles = next(at for at, line in enumerate(lines) if line.startswith("policy"))
+    rows = lines[titles : titles + len(content["policies"]) + 1]
+    bars = [[at for at, character in enumerate(row) if character == "|"] for row in rows]
+    assert all(bar == bars[0] for bar in bars)
+    for row in rows[1:]:
+        assert [len(cells.split()) for cells in row.split("|")] == [1, 5, 2, 2, 1, 4], row
+    fastest = min(content["policies"], key=lambda name: content["policies"][name]["predicted_total_ms"])
+    assert content["fastest"] == fastest
+    assert f"fastest: {fastest}, predicted " in text
 
 
 def test_exact_load_replicas_are_perfect(trace: Path, tmp_path: Path) -> None:
-    _, content = simulate(trace, tmp_path, "--ep", "16", "--spare-slots", "2", "--replicas", "exact")
+    arguments = ("--ep", "16", "--spare-slots", "2", "--replicas", "exact", "--replicas-margin", "0")
+    _, content = simulate(trace, tmp_path, *arguments)
     assert content["policies"]["smartmoe"]["imbalance"]["mean"] <= 1.002
+
+
+def test_replicas_that_do_not_pay_are_not_made(trace: Path, tmp_path: Path) -> None:
+    """The price that training applies: a micro-batch of 20,000 tokens does not pay for exact replicas on slow links."""
+    found = {}
+    for margin in ("0", "1000"):
+        _, content = simulate(
+            trace, tmp_path, "--ep", "8", "--spare-slots", "1", "--replicas", "exact", "--replicas-margin", margin
+        )
+        found[margin] = content["policies"]["smartmoe"]["replicas"]["copies_made"]
+    assert found["1000"] == 0 < found["0"]
+
+
+def test_history_pays_once_for_all_micro_batches(trace: Path, tmp_path: Path) -> None:
+    """Two micro-batches a record: the replicas of history are fetched once, those of exact in each."""
+    seconds = {}
+    for mode in ("history", "exact"):
+        arguments = ("--ep", "8", "--spare-slots", "1", "--replicas", mode, "--replicas-margin", "0")
+        seconds[mode] = simulate(trace, tmp_path, *arguments)[1]["policies"]["smartmoe"]["predicted_layer_ms"]
+    assert seconds["history"] < seconds["exact"]
+
+
+def test_a_model_and_a_cluster_are_named(trace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ("--ep", "8", "--model", "mixtral-8x7b", "--cluster", "h100-sxm", "--policy", "none")
+    _, content = simulate(trace, tmp_path, *arguments)
+    assert "times: cluster 2x8-h100-sxm; experts 4096 x 14336 (mixtral-8x7b)" in capsys.readouterr().out
+    assert (content["prices"]["hidden"], content["prices"]["ffn"]) == (4096, 14336)
 
 
 def test_auto_plans_from_the_counts_when_history_fails(tmp_path: Path) -> None:
@@ -166,6 +221,7 @@ def test_a_replay_on_another_trace_says_so(trace: Path, tmp_path: Path, capsys: 
         (["--ep", "8", "--trace-ranks", "0-3"], "--trace-ranks = [0, 1, 2, 3]: is for Megatron's JSONL"),
         (["--ep", "8", "--json", "/nowhere/x.json"], "--json = '/nowhere/x.json': there is no directory /nowhere"),
         (["--ep", "8", "--plot", "plot.tiff"], "--plot = 'plot.tiff': must end in .svg, .png or .pdf"),
+        (["--ep", "8", "--replicas-margin", "-1"], "--replicas-margin = -1.0: must be from 0 to 1,000"),
         (["--ep", "8", "--nodes", "3"], "--nodes = 3: must divide --ep 8"),
         (["--ep", "8", "--policy", "best"], "--policy = 'best': is not a known policy. Known: smartmoe, none"),
         (
@@ -202,6 +258,7 @@ def test_wrong_input_is_one_line(
         ({"cluster": 3}, ":1: cluster = 3: must be a text"),
         ({"cluster": "a" * 300}, "is neither a file nor a name in configs/clusters"),
         ({"warmup": "1"}, ":1: warmup = '1': must be a whole number"),
+        ({"replicas_margin": "1"}, ":1: replicas_margin = '1': must be from 0 to 1,000"),
     ],
 )
 def test_a_damaged_decision_file_is_one_line(

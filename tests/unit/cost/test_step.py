@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
-from megatron_smartmoe.cost.moe_layer import EXCHANGES, LayerTime
+from megatron_smartmoe.cost.moe_layer import EXCHANGES, LayerConstants, LayerFlow, LayerTime
 from megatron_smartmoe.cost.step.constants import StepConstants, layer_constants
 from megatron_smartmoe.cost.step.dense import dense_times
 from megatron_smartmoe.cost.step.groups import Group, all_reduce_s, ring_s, send_s
-from megatron_smartmoe.cost.step.moe import MoETimes
+from megatron_smartmoe.cost.step.moe import MoETimes, moe_times
 from megatron_smartmoe.cost.step.pipeline import in_flight, schedule_s
 from megatron_smartmoe.cost.step.step import StepTime, step_time
-from megatron_smartmoe.spec.parallel import ParallelSpec
+from megatron_smartmoe.spec.parallel import ParallelSpec, Replicas
 from tests.support.models import CLUSTER, SMALL
 
 CONSTANTS = StepConstants()
@@ -112,11 +113,29 @@ def test_a_hotter_half_of_the_model_slows_its_stage() -> None:
     assert uneven.total_s > even.total_s
 
 
+def test_every_micro_batch_bears_its_share_of_the_replicas() -> None:
+    found = step(replace(SPEC, spare_slots=1, replicas="history"), moe(replicas_s=1e-3))
+    assert found.replicas_s == pytest.approx(4e-3 * SPEC.micro_batches)
+
+
 def test_replicas_from_history_move_once_a_step() -> None:
-    slots = replace(SPEC, spare_slots=1, replicas="history")
-    once, each = (step(replace(slots, replicas=mode), moe(replicas_s=1e-3)) for mode in ("history", "exact"))
-    assert once.replicas_s == pytest.approx(4e-3)
-    assert each.replicas_s == pytest.approx(4e-3 * SPEC.micro_batches)
+    """The same slots cost a step one transfer with history, and one per micro-batch with exact."""
+    flow = LayerFlow(
+        load_ER=np.array([[9.0, 9.0], [0.0, 9.0]]),
+        traffic_RR=np.full((2, 2), 9.0),
+        replicas_RR=np.array([[0.0, 1.0], [0.0, 0.0]]),
+    )
+    prices = LayerConstants(intra_replica_s=1.0)
+    seconds: dict[str, float] = {}
+    modes: tuple[Replicas, ...] = ("history", "exact")
+    for mode in modes:
+        spec = replace(SPEC, spare_slots=1, replicas=mode, overlap_param_gather=True)
+        times = moe_times([flow], prices, SMALL, spec, CLUSTER, CONSTANTS)
+        assert times.layer.replicas_s == times.layer.replicas_hidden_s == 0.0
+        assert times.with_replicas_s == pytest.approx(times.total_s + times.replicas_s)
+        seconds[mode] = times.replicas_s
+    assert seconds["exact"] == pytest.approx(1.0)
+    assert seconds["history"] == pytest.approx(1.0 / SPEC.micro_batches)
 
 
 def test_recomputation_adds_work_in_order() -> None:

@@ -12,7 +12,8 @@ import pytest
 from megatron_smartmoe.errors import ConfigError
 from megatron_smartmoe.planner.pool import Pool, PoolSetting, choose, make_pool
 from megatron_smartmoe.planner.space import SpaceOptions
-from megatron_smartmoe.spec.parallel import ParallelSpec
+from megatron_smartmoe.spec.parallel import ParallelSpec, Replicas
+from tests.support.models import SMALL
 from tests.unit.planner.cases import pricing
 
 SPEC = ParallelSpec(
@@ -39,6 +40,17 @@ def test_the_plans_own_setting_has_the_plans_price(pool: Pool) -> None:
     own = PoolSetting(homes_interval=100, spare_slots=1, replicas="history", overlap_degree=1)
     price = next(entry.expected_s for entry in pool.entries if entry.setting == own)
     assert price == pytest.approx(pricing(5.0).price(SPEC).expected_s)
+
+
+@pytest.mark.parametrize("mode", ["history", "exact"])
+def test_replicas_that_do_not_pay_are_not_priced(mode: Replicas) -> None:
+    """A few tokens a micro-batch: training would make no replica, so a launch with spare slots costs no more."""
+    bare = replace(SPEC, pp=1, homes_interval=0, spare_slots=0, replicas="off", micro_batch=1, global_batch=8)
+    with_slots = replace(bare, spare_slots=1, replicas=mode)
+    few = pricing(5.0, model=replace(SMALL, seq_length=8))
+    assert few.price(with_slots).expected_s == pytest.approx(few.price(bare).expected_s)
+    many = pricing(5.0, model=replace(SMALL, seq_length=4096))
+    assert many.price(with_slots).expected_s < many.price(bare).expected_s
 
 
 def test_it_reads_back_what_it_saved(pool: Pool, tmp_path: Path) -> None:

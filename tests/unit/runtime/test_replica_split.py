@@ -7,7 +7,10 @@ import pytest
 import torch
 
 from megatron_smartmoe.ops import reference
+from megatron_smartmoe.placement.paying_replicas import paying_exact_replicas
+from megatron_smartmoe.placement.plan_replicas import ReplicaOptions
 from megatron_smartmoe.runtime.replicas.split import (
+    BALANCED,
     exact_slots,
     homes_only,
     replicas_of,
@@ -67,6 +70,20 @@ def test_no_replicas_for_what_is_balanced_or_does_not_pay() -> None:
     assert replicas_of(planned(skewed_RE), HOME_SLOTS)
     assert replicas_of(planned(skewed_RE, price_tokens=1000.0), HOME_SLOTS) == ()
     assert replicas_of(planned(skewed_RE, limit=4.0), HOME_SLOTS) == ()
+
+
+@pytest.mark.parametrize("price_tokens", [0.0, 15.0, 1e6])
+def test_the_simulator_makes_the_same_replicas(price_tokens: float) -> None:
+    """The planners' function and the dispatcher's: the same limit, the same price, the same slots."""
+    made = 0
+    for seed in range(12):
+        counts_RE = skewed_counts(seed)
+        slots_RS = planned(counts_RE, price_tokens=price_tokens)
+        options = ReplicaOptions(replica_price_tokens=price_tokens)
+        again_RS = paying_exact_replicas(counts_RE.sum(axis=0), slots_RS, HOME_SLOTS, options, BALANCED)
+        assert np.array_equal(slots_RS, again_RS)
+        made += int((slots_RS[:, HOME_SLOTS:] != EMPTY).sum())
+    assert (made > 0) == (price_tokens < 1e6)
 
 
 def test_replicas_stay_on_the_node_of_their_home() -> None:

@@ -10,8 +10,19 @@ from megatron_smartmoe.simulate.baselines import by_name
 from megatron_smartmoe.spec.placement import EMPTY
 from tests.unit.placement.cases import contiguous_slots, random_counts, random_slots, rank_loads
 
-HOMES_FIXED = ("fastermoe", "echo", "ultraep", "moonep")
-SLOTS_BOUND = ("none", "smartmoe2023", "lpt", "eplb", "eplb-hierarchical", "echo", "ultraep")
+HOMES_FIXED = ("fastermoe", "echo", "ultraep", "ultraep-min1", "llep", "moonep")
+SLOTS_BOUND = (
+    "none",
+    "smartmoe2023",
+    "lpt",
+    "eplb",
+    "eplb-hierarchical",
+    "echo",
+    "ultraep",
+    "ultraep-min1",
+    "laer",
+    "epic",
+)
 
 shapes = st.tuples(st.sampled_from([2, 4, 8]), st.integers(1, 4), st.integers(0, 2), st.integers(0, 2**32 - 1))
 
@@ -58,7 +69,7 @@ def test_exact_rules_never_exceed_no_balancing(shape: tuple[int, int, int, int])
     problem = drawn(shape)
     homes = LayerPlan(slots_RS=problem.slots_RS[:, : problem.home_slots], split="equal")
     now = rank_loads(homes, problem.counts_RE).max()
-    for name in ("echo", "ultraep", "moonep"):
+    for name in ("echo", "ultraep", "ultraep-min1", "moonep"):
         assert rank_loads(by_name()[name].plan(problem), problem.counts_RE).max() <= now + 1e-9
 
 

@@ -1,5 +1,6 @@
 """The peers' rules that replicate experts and keep homes; each against an example by hand."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ from megatron_smartmoe.simulate.baselines import by_name
 from megatron_smartmoe.simulate.baselines.echo import spillover
 from megatron_smartmoe.simulate.baselines.fastermoe import FasterMoE
 from megatron_smartmoe.simulate.baselines.moonep import rank_flows
-from megatron_smartmoe.simulate.baselines.ultraep import UltraEp
+from megatron_smartmoe.simulate.baselines.ultraep import UltraEp, ultraep_relay
 from megatron_smartmoe.spec.arrays import IntArray
 from megatron_smartmoe.spec.placement import EMPTY
 from tests.unit.placement.cases import contiguous_slots, random_counts, rank_loads
@@ -53,14 +54,14 @@ def test_ultraep_one_slot() -> None:
     # Threshold 6: expert 0 sends 6 to rank 2 and its last 2 to rank 1; both slots are used, 2 of excess are left: no.
     # 11: yes. 8: expert 0 sends all of its 8 to rank 2: yes. 7: 7 to rank 2, 1 to rank 1, 1 left: no. So 8, 2, 8.
     asked = problem(spare_slots=1)
-    plan = by_name()["ultraep"].plan(asked)
+    plan = by_name()["ultraep-min1"].plan(asked)
     assert plan.slots_RS.tolist() == [[0, 1, EMPTY], [2, 3, EMPTY], [4, 5, 0]]
     assert rank_loads(plan, asked.counts_RE).tolist() == [8, 2, 8]
 
 
 def test_ultraep_two_slots() -> None:
     # Threshold 6 works: after expert 0's 6 and 2, expert 1 sends 2 to rank 1's second slot.
-    plan = by_name()["ultraep"].plan(problem(spare_slots=2))
+    plan = by_name()["ultraep-min1"].plan(problem(spare_slots=2))
     assert plan.quota_ER is not None
     assert plan.quota_ER[:2].tolist() == [[0, 2, 6], [6, 2, 0]]
     assert rank_loads(plan, problem(2).counts_RE).tolist() == [6, 6, 6]
@@ -124,3 +125,36 @@ def test_fastermoe_does_not_shadow_when_weights_are_dear() -> None:
     plan = FasterMoE(**ONE_SECOND, weight_transfers=30.0).plan(shadowing_problem())
     assert plan.slots_RS.tolist() == [[0], [1]]
     assert rank_loads(plan, shadowing_problem().counts_RE).tolist() == [20, 4]
+
+
+def test_ultraep_gives_no_quota_below_its_minimum_by_default() -> None:
+    # In thousands of tokens: rank 0 has 10 to give, and all of its quotas are above 1,024. In single tokens none is.
+    assert by_name()["ultraep"].plan(problem(1, LOAD_E * 1000)).slots_RS[:, 2:].tolist() != [[EMPTY]] * 3
+    assert by_name()["ultraep"].plan(problem(1)).slots_RS[:, 2:].tolist() == [[EMPTY]] * 3
+
+
+def test_ultraep_stays_in_the_nvlink_domain() -> None:
+    # Two nodes of two ranks: 12 and 0, 4 and 0 tokens. Each node is evened out on its own: 6, 6, 2, 2.
+    asked = problem(1, np.array([12, 0, 4, 0]), num_ranks=4)
+    plan = UltraEp(min_tokens_per_replica=1).plan(replace(asked, num_nodes=2))
+    assert rank_loads(plan, asked.counts_RE).tolist() == [6, 6, 2, 2]
+    assert rank_loads(UltraEp(min_tokens_per_replica=1).plan(asked), asked.counts_RE).tolist() == [4, 4, 4, 4]
+
+
+def test_ultraep_relays_a_hot_expert() -> None:
+    # Expert 0, at home on rank 0, has replicas on ranks 1 to 9. Three relays (the root of 9) take it from rank 0, and
+    # each sends it to two of the six others. Expert 1's three replicas are too few for relays.
+    hosts_ER = np.zeros((2, 16), dtype=np.bool_)
+    hosts_ER[0, :10], hosts_ER[1, 12:] = True, True
+    sends_RR, returned_RR = ultraep_relay(np.array([0, 15]), hosts_ER)
+    assert returned_RR.sum(axis=1).tolist() == [9, *[0] * 14, 3]  # gradients come back without relays
+    assert sends_RR.sum(axis=1).tolist() == [3, 2, 2, 2, *[0] * 11, 3]
+    assert sends_RR.sum(axis=0).tolist() == [0, *[1] * 9, 0, 0, 1, 1, 1, 0]
+    # Relays are the replicas on ranks that have sent the least: not rank 0, which has sent its own expert twice.
+    busy_ER = np.vstack([hosts_ER[0], np.isin(np.arange(16), (0, 14, 15))])
+    assert ultraep_relay(np.array([2, 0]), busy_ER)[0][2].nonzero()[0].tolist() == [1, 3, 4]
+
+
+def test_ultraep_sends_directly_inside_eight_ranks() -> None:
+    hosts_ER = np.ones((1, 8), dtype=np.bool_)
+    assert ultraep_relay(np.array([3]), hosts_ER)[0].sum(axis=1).tolist() == [0, 0, 0, 7, 0, 0, 0, 0]

@@ -1,21 +1,22 @@
 """The replay's stats and bounds, on cases small enough to do by hand."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from megatron_smartmoe.cost.moe_layer import LayerConstants
+from megatron_smartmoe.cost.replicas import ReplicaSchedule
 from megatron_smartmoe.placement.decisions import Decision
 from megatron_smartmoe.placement.homes_planner import OnlineOptions
-from megatron_smartmoe.placement.layer_cost import layer_seconds
+from megatron_smartmoe.placement.layer_cost import LayerPricing, layer_seconds
 from megatron_smartmoe.placement.layer_plan import LayerPlan, LayerProblem, Rule, Sees
 from megatron_smartmoe.placement.policy import PolicyOptions
 from megatron_smartmoe.simulate.baselines.eplb import Eplb
 from megatron_smartmoe.simulate.baselines.ultraep import UltraEp
-from megatron_smartmoe.simulate.policies import OnlinePolicy, RulePolicy
-from megatron_smartmoe.simulate.run import SimulationSetup, left_out, lower_bounds, replay
+from megatron_smartmoe.simulate.policies import OnlinePolicy, Planned, RulePolicy
+from megatron_smartmoe.simulate.run import SimulationSetup, even_load_s, left_out, lower_bounds, price, replay
 from megatron_smartmoe.spec.arrays import FloatArray
 from megatron_smartmoe.spec.placement import EMPTY, Placement
 from megatron_smartmoe.spec.trace import RoutingTrace
@@ -183,7 +184,39 @@ def test_never_worse_than_the_better_peer_under_bursts_and_drift(
     def peer(rule: Rule) -> FloatArray:
         return replay(trace, RulePolicy(rule, begin, 1, 1, 1), given).imbalance
 
-    by_default, eplb, ultraep = ours(), peer(Eplb()), peer(UltraEp())
+    by_default, eplb, ultraep = ours(), peer(Eplb()), peer(UltraEp(min_tokens_per_replica=1))
+    ultraep_history = peer(UltraEp(sees="history", min_tokens_per_replica=1))
     assert by_default.mean() <= min(eplb.mean(), ultraep.mean())
     assert by_default.max() <= min(eplb.max(), ultraep.max())
-    assert ours(replicas="history").mean() <= min(eplb.mean(), peer(UltraEp(sees="history")).mean())
+    assert ours(replicas="history").mean() <= min(eplb.mean(), ultraep_history.mean())
+
+
+def test_moves_of_homes_are_paid_for_over_the_iterations_of_a_record() -> None:
+    """One expert of 7 bytes moves at 2 bytes/s before the third record, ten iterations after the second."""
+    counts = np.zeros((3, 1, 2, 2), np.uint32)
+    counts[:, 0, 0] = [6, 2]
+    trace = RoutingTrace(counts=counts, iteration=np.array([10, 20, 30]), layer=np.array([0]))
+    policy = RulePolicy(Flipping(), start(), num_groups=1, num_nodes=1, interval=1)
+    result = replay(trace, policy, setup(migration_bytes_s=2.0))
+    assert result.stats.experts_moved == 1
+    assert sorted(result.moving_s.tolist()) == [0, 0, pytest.approx(7 / 2 / 10)]
+    assert result.total_s == pytest.approx((6 + 5 + 5 + 0.35) / 3)
+
+
+def test_the_even_load_is_the_mean_of_every_counted_layer() -> None:
+    given = setup(constants=LayerConstants(token_s=1.0, fixed_s=0.5), warmup=1)
+    assert even_load_s(trace_of([6, 2], [6, 2], [10, 0]), given).tolist() == [4.5, 5.5]
+
+
+def test_auto_pays_for_the_replicas_that_it_does_not_use() -> None:
+    """A burst: both experts' replicas from history were fetched, and another one is made for the counts."""
+    prices = LayerPricing(num_ranks=2, constants=LayerConstants(intra_replica_s=8.0))
+    planned = Planned(
+        plan=LayerPlan(slots_RS=np.array([[0, EMPTY], [1, 0]]), split="exact"),
+        mode="exact",
+        unused_RS=np.array([[0, 1], [1, EMPTY]]),
+    )
+    given = setup(prices={"exact": prices, "history": replace(prices, replicas=ReplicaSchedule(micro_batches=4))})
+    policy = RulePolicy(Flipping(), start(), num_groups=1, num_nodes=1, interval=1)
+    seconds, _ = price(planned, np.array([[6, 2], [0, 0]]), policy, 0, given)
+    assert seconds == pytest.approx(8.0 + 8.0 / 4)

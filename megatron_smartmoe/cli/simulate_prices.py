@@ -1,0 +1,82 @@
+"""What a simulation is priced with: the cluster, the expert, and how replicas travel in training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from megatron_smartmoe.cost.compute import ExpertShape, replica_grad_bytes
+from megatron_smartmoe.cost.moe_layer import constants_of, exchange_bytes_s, replica_tokens
+from megatron_smartmoe.cost.replicas import schedule_of
+from megatron_smartmoe.placement.layer_cost import LayerPricing
+from megatron_smartmoe.placement.layer_plan import Sees
+from megatron_smartmoe.spec.cluster import ClusterSpec, GpuSpec, LinkSpec
+
+# Assumed without --cluster, for the predicted times and the price of replicas. NVIDIA's H100 SXM datasheet (dense bf16,
+# NVLink 4, one 400 Gb/s card per GPU); latencies are estimates.
+DEFAULT_CLUSTER = ClusterSpec(
+    name="8 H100 SXM per node",
+    nodes=1,
+    gpus_per_node=8,
+    gpu=GpuSpec(name="H100", peak_flops=989.4e12, memory_bytes=80e9, memory_bandwidth_bytes_s=3.35e12),
+    intra_node=LinkSpec(bandwidth_bytes_s=450e9, latency_s=5e-6),
+    inter_node=LinkSpec(bandwidth_bytes_s=50e9, latency_s=15e-6),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prices:
+    """The price list of a simulation.
+
+    Attributes:
+        cluster: machine and links.
+        expert: one expert; a replica's gradient travels in 2 or 4 bytes by the way that replicas are planned.
+        num_ranks: R, ranks of a group.
+        num_nodes: nodes that they are on.
+        micro_batches: of an iteration, as the trace has them.
+        margin: times its cost that a replica must save, as --smartmoe-replicas-margin; 0 makes all of them.
+        first_version: replicas travel in every micro-batch, with fp32 gradients, and nothing is hidden: the prices of
+            decision files that were made before replicas had a schedule.
+    """
+
+    cluster: ClusterSpec
+    expert: ExpertShape
+    num_ranks: int
+    num_nodes: int
+    micro_batches: int
+    margin: float = 1.0
+    first_version: bool = False
+
+    @property
+    def within_node(self) -> bool:
+        """Whether replicas stay on the node of their home, the default of --smartmoe-replicas-scope."""
+        return self.cluster.replica_scope == "node"
+
+    @property
+    def migration_bytes_s(self) -> float:
+        """Bandwidth of a rank while homes move."""
+        between_nodes = self.num_nodes > 1
+        if self.first_version:
+            return (self.cluster.inter_node if between_nodes else self.cluster.intra_node).bandwidth_bytes_s
+        return exchange_bytes_s(self.cluster, between_nodes=between_nodes)
+
+    def layer(self, mode: Sees) -> LayerPricing:
+        """The price of a layer whose replicas are planned in this way."""
+        expert = self.expert_of(mode)
+        pricing = LayerPricing(
+            num_ranks=self.num_ranks, num_nodes=self.num_nodes, constants=constants_of(self.cluster, expert)
+        )
+        if self.first_version:
+            return pricing
+        return replace(pricing, replicas=schedule_of(mode, expert, micro_batches=self.micro_batches))
+
+    def expert_of(self, mode: Sees) -> ExpertShape:
+        """The expert, with the gradient's type as it travels."""
+        if self.first_version:
+            return self.expert
+        return replace(self.expert, grad_bytes=replica_grad_bytes(mode, self.expert.element_bytes))
+
+    def replica_tokens(self, mode: Sees) -> float:
+        """Tokens that a replica must take from the busiest rank: of an iteration, or of a micro-batch if `exact`."""
+        constants = constants_of(self.cluster, self.expert_of(mode))
+        between_nodes = self.num_nodes > 1 and not self.within_node
+        return self.margin * replica_tokens(constants, between_nodes=between_nodes)

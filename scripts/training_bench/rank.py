@@ -1,0 +1,85 @@
+"""One rank of a run: Megatron's pretraining with timers around each step and around the experts.
+
+CPU time is the process's (all threads, gloo's among them): what a step would take with a core for each rank, as far as
+ranks do not wait. The experts' time is the main thread's, in their forward pass and between the gradients of their
+output and of their input; waiting for messages takes no CPU time.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+FIELDS = ("wall_s", "cpu_s", "experts_s", "faults")
+
+
+def main(variant: str, run_dir: Path, flags: list[str]) -> None:
+    """Train, and write the times of this rank, `[step, field]`."""
+    from megatron_smartmoe.adapter.hooks import Callback, Order
+    from megatron_smartmoe.adapter.pretrain import main as pretrain
+    from scripts.training_bench.variants import RuleInExecutor
+
+    experts, rows = ExpertClock(), list[tuple[float, ...]]()
+
+    class Start(Callback):
+        order = Order.REPLAY  # before what the loops do ahead of a step
+
+        def on_start(self, run: Any) -> None:
+            for _, layer in run.layers:
+                experts.watch(layer.experts)
+            if variant == "ultraep":
+                rule.install()  # not before Megatron may be imported
+
+        def before_step(self, iteration: int) -> None:
+            self.began = time.perf_counter(), time.process_time(), experts.seconds, _faults()
+
+    class Stop(Callback):
+        order = Order.LAST
+
+        def after_step(self, iteration: int, losses: Any) -> None:
+            ended = time.perf_counter(), time.process_time(), experts.seconds, _faults()
+            rows.append(tuple(after - before for after, before in zip(ended, start.began, strict=True)))
+
+    start, rule = Start(), RuleInExecutor()
+    pretrain(flags, callbacks=[start, Stop()])
+    if variant == "ultraep" and not rule.plans:
+        raise SystemExit("the executor never asked the peer's rule for a plan")
+    np.save(run_dir / f"times{os.environ['RANK']}.npy", np.array(rows))
+
+
+def _faults() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+
+class ExpertClock:
+    """Thread CPU seconds in the experts of all layers."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def watch(self, experts: Any) -> None:
+        """Time a layer's experts, forward and backward."""
+        began: list[float] = []
+
+        def before(module: Any, inputs: Any) -> None:
+            if inputs[0].requires_grad:
+                inputs[0].register_hook(lambda gradient: self._add(began))
+            began.append(time.thread_time())
+
+        def after(module: Any, inputs: Any, output: Any) -> None:
+            self._add(began)
+            rows = output[0] if isinstance(output, tuple) else output
+            if rows.requires_grad:
+                rows.register_hook(lambda gradient: began.append(time.thread_time()))
+
+        experts.register_forward_pre_hook(before)
+        experts.register_forward_hook(after)
+
+    def _add(self, began: list[float]) -> None:
+        if began:
+            self.seconds += time.thread_time() - began.pop()

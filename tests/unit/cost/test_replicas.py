@@ -1,0 +1,64 @@
+"""What replicas cost by their schedule: shares, what is hidden, and who sends."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from megatron_smartmoe.cost.compute import ExpertShape
+from megatron_smartmoe.cost.moe_layer import LayerConstants, LayerFlow, LayerTime, layer_time
+from megatron_smartmoe.cost.replicas import ReplicaSchedule, schedule_of
+
+# A home feeds two ranks: two transfers of 6 s leave its port, of each a third weights and the rest gradients.
+FLOW = LayerFlow(
+    load_ER=np.array([[10.0, 10.0, 10.0]]),
+    traffic_RR=np.full((3, 3), 10.0),
+    replicas_RR=np.array([[0.0, 1.0, 1.0], [0.0, 0.0, 0.0], [0.0, 0.0, 0.0]]),
+)
+PRICES = LayerConstants(fixed_s=1.0, source_token_s=0.1, token_s=0.3, intra_replica_s=6.0)
+BARE = ReplicaSchedule(weight_share=1 / 3)
+
+
+def seconds(schedule: ReplicaSchedule, flow: LayerFlow = FLOW) -> LayerTime:
+    return layer_time(flow, PRICES, replicas=schedule)
+
+
+def test_nothing_is_hidden_without_a_schedule() -> None:
+    assert (seconds(BARE).replicas_s, seconds(BARE).replicas_hidden_s) == (pytest.approx(12.0), 0.0)
+
+
+def test_a_transfer_is_shared_by_the_micro_batches_that_it_serves() -> None:
+    assert seconds(replace(BARE, micro_batches=4)).replicas_s == pytest.approx(3.0)
+
+
+def test_weights_hide_behind_the_forward_pass() -> None:
+    # The experts' forward pass takes a third of 0.3 x 10 s, the row moves and launches half of 0.1 x 30 + 1.
+    forward = replace(BARE, fetch_hidden="forward", micro_batches=2)
+    assert seconds(forward).replicas_hidden_s == pytest.approx(-(1.0 + 2.0) / 2)
+    assert seconds(forward).total_s == pytest.approx(seconds(BARE).total_s - 12.0 + 6.0 - 1.5)
+
+
+def test_no_more_is_hidden_than_there_is() -> None:
+    cheap = replace(PRICES, intra_replica_s=0.3)
+    found = layer_time(FLOW, cheap, replicas=replace(BARE, fetch_hidden="forward"))
+    assert found.replicas_hidden_s == pytest.approx(-0.2)  # the weights; gradients are waited for
+
+
+def test_exact_weights_hide_behind_the_first_permutation() -> None:
+    assert seconds(replace(BARE, fetch_hidden="permute")).replicas_hidden_s == pytest.approx(-3.0 / 4)
+
+
+def test_holders_that_forward_unburden_the_home() -> None:
+    """Rank 1 sends the weights on to rank 2: one transfer of weights at the busiest port, two of gradients."""
+    relayed = replace(FLOW, fetch_RR=np.array([[0.0, 1.0, 0.0], [0.0, 0.0, 1.0], [0.0, 0.0, 0.0]]))
+    assert seconds(BARE, relayed).replicas_s == pytest.approx(2.0 + 2 * 4.0)
+
+
+def test_the_schedules_of_training() -> None:
+    expert = ExpertShape(hidden=8, ffn=8, element_bytes=2, grad_bytes=4)
+    history = schedule_of("history", expert, micro_batches=4)
+    assert (history.micro_batches, history.fetch_hidden) == (4, "forward")
+    assert history.weight_share == pytest.approx(1 / 3)
+    exact = schedule_of("exact", expert, micro_batches=4)
+    assert (exact.micro_batches, exact.fetch_hidden) == (1, "permute")
+    assert schedule_of("history", expert, micro_batches=4, fetched_early=False).fetch_hidden == "nothing"
