@@ -369,14 +369,21 @@ def _version_of(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split("."))
 
 
-def older_symbols(library: Path, libc: Path) -> dict[str, str]:
+def older_symbols(library: Path, libraries: Sequence[Path]) -> dict[str, str]:
     """Symbols that `library` takes from a glibc newer than `GLIBC`, each with its newest version that is old enough.
 
     glibc keeps the old versions of what it moves or changes: pthread_create@GLIBC_2.2.5 is the same function as
     pthread_create@GLIBC_2.34, which is in another file only. A symbol without an old version is left out.
+
+    Args:
+        library: that needs them.
+        libraries: the parts of glibc that offer them.
     """
     undefined = _symbols(library, "--undefined-only")
-    offered = _symbols(libc, "--defined-only")
+    offered: dict[str, list[str]] = {}
+    for part in libraries:
+        for name, versions in _symbols(part, "--defined-only").items():
+            offered.setdefault(name, []).extend(versions)
     found = {}
     for name, versions in undefined.items():
         if max(map(_version_of, versions)) > GLIBC:
@@ -402,11 +409,11 @@ def _link_for_older_glibc(tools: Toolchain, objects: Sequence[Path], library: Pa
     A linker takes the newest version of each symbol. It takes an older one where an object names it, and objcopy writes
     the name. On a machine without these tools, or for a symbol that has no older version, the library keeps its needs.
     """
-    libc = subprocess.run([tools.cxx[0], "-print-file-name=libc.so.6"], capture_output=True, text=True).stdout.strip()
-    if needed_glibc(library) <= GLIBC or not Path(libc).is_file() or not all(map(shutil.which, ("nm", "objcopy"))):
+    libc, libm = (_library_of_glibc(tools, name) for name in ("libc.so.6", "libm.so.6"))
+    if needed_glibc(library) <= GLIBC or not libc.is_file() or not all(map(shutil.which, ("nm", "objcopy"))):
         return
     names = folder / "older_symbols"
-    symbols = older_symbols(library, Path(libc))
+    symbols = older_symbols(library, [part for part in (libc, libm) if part.is_file()])
     names.write_text("".join(f"{name} {older}\n" for name, older in symbols.items()))
     renamed = []
     for file in (*objects, *_runtime(tools)):
@@ -414,13 +421,19 @@ def _link_for_older_glibc(tools: Toolchain, objects: Sequence[Path], library: Pa
         _run(["objcopy", f"--redefine-syms={names}", str(file), str(renamed[-1])], folder, file.name)
     runtime = renamed.pop() if tools.cuda else None
     # where old versions of these symbols were before they moved into libc.so.6
-    beside = [Path(libc).with_name(name) for name in ("libpthread.so.0", "libdl.so.2", "librt.so.1")]
+    beside = [libc.with_name(name) for name in ("libpthread.so.0", "libdl.so.2", "librt.so.1")]
     link = [
         *link_command(tools, renamed, runtime),
         "-Wl,--no-as-needed",
         *(str(path) for path in beside if path.exists()),
     ]
     _run([*link, f"-Wl,--build-id=0x{key}", "-o", str(library)], folder, library.name)
+
+
+def _library_of_glibc(tools: Toolchain, name: str) -> Path:
+    """The file that the compiler links for this part of glibc; it need not exist."""
+    command = [tools.cxx[0], f"-print-file-name={name}"]
+    return Path(subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip())
 
 
 def _runtime(tools: Toolchain) -> list[Path]:

@@ -27,21 +27,16 @@ SIZES = {  # experts, rows of each, columns, columns of the output
 }
 
 
-def ends_of(counts: list[int], device: str) -> torch.Tensor:
-    """Where the rows of each expert end, int32."""
-    return torch.tensor(counts, device=device).cumsum(0).to(torch.int32)
-
-
 def wrong_gradients(counts: list[int], dtype: torch.dtype, device: str) -> str:
     """What is wrong with the weight gradients of one grouped GEMM; empty if nothing is."""
-    from megatron_smartmoe.adapter.moe.experts import grouped_linear
+    from megatron_smartmoe.ops.grouped_linear import Groups, grouped_linear
 
     num_slots, columns, outputs = len(counts), 512, 256
     rows = torch.randn(sum(counts), columns, device=device, dtype=dtype, requires_grad=True)
     weight = torch.randn(num_slots, outputs, columns, device=device, dtype=dtype, requires_grad=True)
     dirt = [torch.full_like(weight, float("nan")) for _ in range(4)]
     del dirt  # the gradient may get this memory
-    output = grouped_linear(rows, weight, ends_of(counts, device))
+    output = grouped_linear(rows, weight, Groups.of(rows, torch.tensor(counts)))
     gradient = torch.randn_like(output)
     output.backward(gradient)
     found = weight.grad
@@ -88,12 +83,12 @@ def seconds(call: Callable[[], object], device: str, repeats: int = 20) -> float
 
 def measure_waits(dtype: torch.dtype) -> None:
     """Report the host's waits of one grouped GEMM, forward and backward."""
-    from megatron_smartmoe.adapter.moe.experts import grouped_linear
+    from megatron_smartmoe.ops.grouped_linear import Groups, grouped_linear
 
     rows = torch.randn(64, 512, device="cuda", dtype=dtype, requires_grad=True)
     weight = torch.randn(4, 256, 512, device="cuda", dtype=dtype, requires_grad=True)
-    ends, gradient = ends_of([16] * 4, "cuda"), torch.ones(64, 256, device="cuda", dtype=dtype)
-    waits = host_waits(lambda: grouped_linear(rows, weight, ends).backward(gradient))
+    groups, gradient = Groups.of(rows, torch.tensor([16] * 4)), torch.ones(64, 256, device="cuda", dtype=dtype)
+    waits = host_waits(lambda: grouped_linear(rows, weight, groups).backward(gradient))
     report(f"host waits of one grouped GEMM, forward and backward, {dtype}".replace("torch.", ""), waits)
 
 
@@ -103,15 +98,15 @@ def _one_by_one(parts: Sequence[torch.Tensor], weight: torch.Tensor) -> list[tor
 
 def measure_speed(device: str) -> None:
     """Report the grouped GEMM's speed, and that of a GEMM for each expert, in the same run."""
-    from megatron_smartmoe.adapter.moe.experts import grouped_linear
+    from megatron_smartmoe.ops.grouped_linear import Groups, grouped_linear
 
     for experts, rows, columns, outputs in SIZES[device]:
         x = torch.randn(experts * rows, columns, device=device, dtype=torch.bfloat16)
         weight = torch.randn(experts, outputs, columns, device=device, dtype=torch.bfloat16)
-        ends, parts = ends_of([rows] * experts, device), x.split(rows)
+        groups, parts = Groups.of(x, torch.tensor([rows] * experts)), x.split(rows)
         flop = 2 * experts * rows * columns * outputs
         size = f"{experts} experts x {rows} rows, {columns} -> {outputs}, bf16"
-        together = seconds(partial(grouped_linear, x, weight, ends), device)
+        together = seconds(partial(grouped_linear, x, weight, groups), device)
         each = seconds(partial(_one_by_one, parts, weight), device)
         report(f"grouped GEMM, {size}", flop / together / 1e12, "TFLOP/s")
         report(f"a GEMM each, {size}", flop / each / 1e12, "TFLOP/s")
