@@ -98,6 +98,8 @@ def find_nodes(options: Namespace, environ: Mapping[str, str] = os.environ) -> N
         way_out += "torchrun ... --module megatron_smartmoe.adapter.pretrain FLAGS."
         raise ConfigError("LOCAL_RANK", environ["LOCAL_RANK"], rule, way_out)
     for convention in _CONVENTIONS:
+        if convention.node == "RANK" and "LOCAL_RANK" in environ:
+            continue  # they count ranks, and were left behind by somebody who started one
         if environ.get(convention.num_nodes) and environ.get(convention.node):
             found = _from_variables(convention, environ)
             return None if found.num_nodes == 1 else found

@@ -66,6 +66,7 @@ def test_what_clusters_set(
         {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"},
         {"WORLD_SIZE": "1", "RANK": "0", "MASTER_ADDR": "localhost"},
         {"NODE_RANK": "0"},
+        OLD_KUBERNETES | {"LOCAL_RANK": "2"},
         SKYPILOT | {"SKYPILOT_NUM_NODES": "1", "SKYPILOT_NODE_RANK": "0"},
     ],
 )
