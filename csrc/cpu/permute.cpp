@@ -41,8 +41,8 @@ std::tuple<Tensor, Tensor> permute_weighted(const Tensor& x_TH, const Tensor& we
   check_permute_weighted(x_TH, weights_TK, rows_TK, num_rows);
   const Tensor map = torch::stable::contiguous(rows_TK), weights = torch::stable::contiguous(weights_TK);
   Tensor weights_N = torch::stable::new_empty(weights, {num_rows});
-  copy_rows(map, static_cast<const char*>(weights.const_data_ptr()), true,
-            static_cast<size_t>(weights.element_size()), static_cast<char*>(weights_N.mutable_data_ptr()), num_rows);
+  copy_rows(map, static_cast<const char*>(weights.const_data_ptr()), true, static_cast<size_t>(weights.element_size()),
+            static_cast<char*>(weights_N.mutable_data_ptr()), num_rows);
   return {permute(x_TH, map, num_rows), weights_N};
 }
 

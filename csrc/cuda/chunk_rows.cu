@@ -1,7 +1,7 @@
 // Where each row goes when chunks of rows in the order (source, slot) are sorted by slot, and the way back.
 //
-// Method: a block per chunk. Its threads add up the chunks before it in both orders, by shuffles and over shared memory,
-// and then write the chunk's part of both maps. Nothing waits for another block, and no scratch is needed.
+// Method: a block per chunk. Its threads add up the chunks before it in both orders, by shuffles and over shared
+// memory, and then write the chunk's part of both maps. Nothing waits for another block, and no scratch is needed.
 // Alternative: a prefix over all chunks in a kernel of its own. The counts are some KiB, which every block finds in L2.
 #include "rows.cuh"
 

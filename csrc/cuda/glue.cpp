@@ -246,7 +246,8 @@ std::tuple<Tensor, Tensor> swiglu_backward(const Tensor& grad_NF, const Tensor& 
 void zero_empty_groups(const Tensor& grad_SMK, const Tensor& ends_S) {
   check_empty_groups(grad_SMK, ends_S);
   const Context context(grad_SMK);
-  const int64_t num_groups = ends_S.size(0), num_bytes = grad_SMK.numel() * static_cast<int64_t>(grad_SMK.element_size());
+  const int64_t num_groups = ends_S.size(0),
+                num_bytes = grad_SMK.numel() * static_cast<int64_t>(grad_SMK.element_size());
   const ZeroEmptyGroupsArgs args{
       .grad_SMK = grad_SMK.mutable_data_ptr(),
       .ends_S = ends_S.const_data_ptr<int32_t>(),

@@ -63,11 +63,11 @@ struct PermuteArgs {
   int num_choices;  // of a token
   void* y_NH;       // result: the row of x_TH that names it, zero where none does
   int64_t num_rows;
-  int64_t row_bytes;        // of the H elements of a row
-  int32_t* choice_of_row;   // scratch [N]
-  const void* weights_TK;   // moved along with the rows; nullptr: there are none
-  void* weights_N;          // result: the weight of the choice that names the row, zero where none does
-  int weight_bytes;         // of one
+  int64_t row_bytes;       // of the H elements of a row
+  int32_t* choice_of_row;  // scratch [N]
+  const void* weights_TK;  // moved along with the rows; nullptr: there are none
+  void* weights_N;         // result: the weight of the choice that names the row, zero where none does
+  int weight_bytes;        // of one
 };
 LaunchError launch_permute(const PermuteArgs& args, const Stream& stream);
 

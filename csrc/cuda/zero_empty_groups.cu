@@ -14,7 +14,8 @@ __global__ void __launch_bounds__(kThreads)
   if (ends_S[group] != (group > 0 ? ends_S[group - 1] : 0)) return;
   Vector* to = grad + group * vectors;
   const int64_t stride = static_cast<int64_t>(gridDim.x) * kThreads;
-  for (int64_t c = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; c < vectors; c += stride) to[c] = Vector{};
+  for (int64_t c = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; c < vectors; c += stride)
+    to[c] = Vector{};
 }
 
 template <class Vector>
@@ -35,7 +36,8 @@ LaunchError launch(const ZeroEmptyGroupsArgs& args, const Stream& stream) {
 LaunchError launch_zero_empty_groups(const ZeroEmptyGroupsArgs& args, const Stream& stream) {
   if (args.num_groups == 0 || args.group_bytes == 0) return nullptr;
   if (const LaunchError error = set_device(stream)) return error;
-  if (args.group_bytes % kVectorBytes == 0 && is_aligned(args.grad_SMK, kVectorBytes)) return launch<uint4>(args, stream);
+  if (args.group_bytes % kVectorBytes == 0 && is_aligned(args.grad_SMK, kVectorBytes))
+    return launch<uint4>(args, stream);
   return launch<uint8_t>(args, stream);
 }
 }  // namespace smartmoe::cuda

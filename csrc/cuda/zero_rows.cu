@@ -38,8 +38,8 @@ LaunchError launch(const ZeroUnnamedRowsArgs& args, const Stream& stream) {
   const int64_t blocks = (args.num_rows + kThreads - 1) / kThreads;
   SMARTMOE_LAUNCH(zero_unnamed_rows<Vector>, dim3(static_cast<unsigned>(blocks < kMaxBlocks ? blocks : kMaxBlocks)),
                   dim3(kThreads), 0, stream.handle, args.rows_TK, args.num_choices, args.choice_of_row,
-                  static_cast<Vector*>(args.y_NH), args.num_rows,
-                  args.row_bytes / static_cast<int64_t>(sizeof(Vector)), args.weights_N, args.weight_bytes);
+                  static_cast<Vector*>(args.y_NH), args.num_rows, args.row_bytes / static_cast<int64_t>(sizeof(Vector)),
+                  args.weights_N, args.weight_bytes);
   return last_launch_error();
 }
 }  // namespace

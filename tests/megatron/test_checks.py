@@ -312,11 +312,6 @@ DATASETS = {
         says="--tokenizer-model = '{data}/remote': is not a sentencepiece model. Give a tokenizer: a sentencepiece "
         ".model, a folder with tokenizer.json, or a tiktoken file.",
     ),
-    "a tokenizer that transformers reads": Case(
-        flags="--tokenizer-type HuggingFaceTokenizer --tokenizer-model owner/name",
-        says="--tokenizer-model = 'owner/name': has no tokenizer.json, and the package transformers, which reads other "
-        "tokenizers, is not installed. Give a folder with tokenizer.json, or install it: pip install transformers.",
-    ),
     "data comes later": Case(
         flags="--tokenizer-type SentencePieceTokenizer --tokenizer-model {data}/absent",
         without=("--mock-data",),
