@@ -166,7 +166,7 @@ def memory_is_refused() -> dict[str, Any]:
 
 
 def memory_ends_within_a_step() -> dict[str, Any]:
-    """Rank 1 runs out of memory between messages: it goes on with them, and no rank commits or waits."""
+    """Rank 1 runs out of memory between messages: it continues with them, and no rank commits or waits."""
     from megatron_smartmoe.runtime.migration import exchange as module
 
     job = Job(MIX)

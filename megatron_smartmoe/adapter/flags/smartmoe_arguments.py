@@ -206,7 +206,7 @@ def _add_homes(group: argparse._ArgumentGroup) -> None:
         type=float,
         metavar="SECONDS",
         default=600.0,
-        help="Abort a migration when a rank does not respond for this long; training goes on without further moves. "
+        help="Abort a migration when a rank does not respond for this long; training continues without further moves. "
         "Default: 600.",
     )
     group.add_argument(

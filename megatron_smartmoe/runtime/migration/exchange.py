@@ -16,7 +16,7 @@ What is guaranteed:
 - A process that dies at any instant: the others get one of the two errors, the job restarts from its last checkpoint.
   Nothing on disk is touched here.
 
-- A rank that runs out of memory, whenever: it goes on with the messages, so that nobody waits for it, and the
+- A rank that runs out of memory, whenever: it continues with the messages, so that nobody waits for it, and the
   comparison refuses the step on every rank. The memory of a step is allocated before its first message.
 
 Plain torch.distributed: gloo with CPU tensors, NCCL with CUDA tensors. It needs a process group of its own, because a

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import time
 from pathlib import Path
 
 import pytest
@@ -34,7 +33,7 @@ def test_a_crash_is_noted_with_its_node_and_whether_anything_was_trained(
     note, metrics = tmp_path / ".smartmoe-job7.crashed", tmp_path / "metrics.jsonl"
     job = BatchJob.of_environment(tmp_path, environ)
     assert job is not None
-    death = Death(rank=3, host="h", status=-9, time_s=time.time())
+    death = Death(rank=3, host="h", status=-9, time_s=1.0)
     job.note_crash(death)
     assert note.read_text() == "n2 stuck\n"
     metrics.write_text("{}\n")
