@@ -35,6 +35,7 @@ class DelayedGradients:
         """Call `hook` when the gradients are there: it adds them to those of other micro-batches and reduces them."""
         self._hooks.append(hook)
 
+    @torch.no_grad()
     def compute(self) -> None:
         """Compute what is pending, and pass it on."""
         pending, self._pending = self._pending, []

@@ -220,7 +220,7 @@ MUTATIONS = [
     groups("groups: none is cleared", "if (@ends_S[group]@ != (", "-1"),
     groups("groups: the next group is cleared", "grad + @group@ * vectors;", "group + 1"),
     groups("groups: a vector behind the group", "@c < vectors@; c += stride", "c <= vectors"),
-    groups("groups: only the first blocks' share", "c += @stride@) to[c]", "vectors"),
+    groups("groups: only the first blocks' share", "c += @stride@)\n    to[c]", "vectors"),
     groups("groups: bytes behind the last vector are left", "if (@args.group_bytes % kVectorBytes == 0@ &&", "true"),
     rows("permute", "permute: a weight at the place of its choice", "weights_N, @token_rows[j]@, weight_bytes", "j"),
     rows("permute", "permute: the weight of another token", "move_bits(weights_TK, @token * num_choices + j@,", "j"),
