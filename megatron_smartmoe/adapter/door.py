@@ -52,6 +52,7 @@ class Door:
     def __init__(self, *, cpu: bool, is_own_entry: bool, callbacks: Iterable[Callback] = ()) -> None:
         self.cpu, self.is_own_entry, self.callbacks = cpu, is_own_entry, tuple(callbacks)
         self._overlap_degree: Any = None
+        self._wanted: list[Callback] = []  # what the flags ask for
         self.is_asked = False
         self._has_said = False
         self._held = ExitStack()  # the lock of the run directory, to the end of the process
@@ -136,6 +137,7 @@ class Door:
     def _prepare(self, args: Namespace) -> None:
         """Choose what layers are built from, and mend what training here needs."""
         from megatron_smartmoe.adapter import hooks
+        from megatron_smartmoe.adapter.callbacks import callbacks_for
         from megatron_smartmoe.adapter.flags.script_flags import wants
         from megatron_smartmoe.adapter.moe.modules import Modules
         from megatron_smartmoe.adapter.moe.overlap_degree import OverlapDegree
@@ -148,6 +150,7 @@ class Door:
         if not self.is_asked:
             return
         hooks.prepare_megatron(cpu=self.cpu)
+        self._wanted = callbacks_for(args, self._overlap_degree)  # before process groups form: their operations count
         if not self.cpu:
             import torch
 
@@ -173,11 +176,7 @@ class Door:
 
     def callbacks_of_session(self) -> list[Callback]:
         """What the flags ask for in a loop that is not Megatron's, which saves by itself."""
-        from megatron.training import get_args
-
-        from megatron_smartmoe.adapter.callbacks import callbacks_for
-
-        return [*callbacks_for(get_args(), self._overlap_degree), *self.callbacks] if self.is_asked else []
+        return [*self._wanted, *self.callbacks] if self.is_asked else []
 
     def _attach(self) -> None:
         from megatron_smartmoe.adapter import hooks

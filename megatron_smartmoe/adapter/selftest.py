@@ -20,7 +20,8 @@ class HookState:
         name: in full.
         use: what the project needs it for.
         place: file of the module that was imported.
-        state: `hooked`; `there` for one that is called, or hooked later or elsewhere only; `missing`.
+        state: `hooked`; `there` for one that is called, or hooked later or elsewhere only; `missing`;
+            `optional` for one that is not there and need not be.
     """
 
     name: str
@@ -82,7 +83,8 @@ def selftest() -> SelfTest:
         name = wanted.full
         if found is None and wanted.instead is not None:
             found, name = _find(wanted.module, wanted.instead), f"{wanted.module}.{wanted.instead}"
-        state = "missing" if found is None else "hooked" if name in replaced else "there"
+        lacking = "optional" if wanted.is_optional else "missing"
+        state = lacking if found is None else "hooked" if name in replaced else "there"
         rows.append(HookState(name=name, use=wanted.use, place=found or "", state=state))
     return SelfTest(
         release=str(package.__version__),

@@ -29,6 +29,7 @@ class MegatronName:
         arguments: of it, those that are read by name.
         instead: another name that does as well, of other releases.
         is_hooked: whether the project replaces it; otherwise it is called or subclassed.
+        is_optional: whether a release may lack it: then what it is for is refused there, or not needed.
         use: what for, for people.
     """
 
@@ -37,6 +38,7 @@ class MegatronName:
     arguments: tuple[str, ...] = ()
     instead: str | None = None
     is_hooked: bool = True
+    is_optional: bool = False
     use: str
 
     @property
@@ -84,6 +86,11 @@ def _names() -> Iterator[MegatronName]:
     state = "sharded_param_state_fully_reshardable", "load_parameter_state_from_fully_reshardable"
     methods = tuple(f"DistributedOptimizer.{name}" for name in state)
     yield from hooked(f"{optimizer}.distrib_optimizer", "checkpoints of the optimizer", *methods)
+    emerging, managed = f"{optimizer}.emerging_optimizers", "is_managed_by_layer_wise_optimizer"
+    for name in ("TensorParallelMuon.orthogonalize", "_is_nonlinear_or_embedding"):
+        yield from hooked(emerging, "Muon on experts in slots", name, is_optional=True)
+    for module in (optimizer, f"{optimizer}.layer_wise_optimizer"):
+        yield from hooked(module, "Muon on experts in slots", managed, is_optional=True)
     text = f"{core}.tokenizers.text.libraries"
     names = ("HuggingFaceTokenizer", "MegatronHFTokenizer", "TikTokenTokenizer")
     yield from hooked(text, "tokenizers without transformers", *names)
@@ -216,10 +223,12 @@ def _walk(body: Iterable[ast.stmt]) -> Iterator[tuple[str, ast.AST]]:
 
 def _look(wanted: MegatronName, path: Path, defined: dict[str, ast.AST] | str) -> Found:
     if isinstance(defined, str):
-        return Found(wanted=wanted, place=None, problem=defined)
+        return Found(wanted=wanted, place=None, problem="" if wanted.is_optional else defined)
     name = wanted.name if wanted.name in defined else wanted.instead or wanted.name
     node = defined.get(name)
     if node is None:
+        if wanted.is_optional:
+            return Found(wanted=wanted, place=None)
         near = difflib.get_close_matches(wanted.name, defined, n=2, cutoff=0.7)
         renamed = f", and {' and '.join(near)} {'are' if len(near) > 1 else 'is'} there" if near else ""
         return Found(wanted=wanted, place=None, problem=f"missing in {path}{renamed}")

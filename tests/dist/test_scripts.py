@@ -74,6 +74,7 @@ def test_megatrons_norm_is_replaced_where_it_stops(runs: Path) -> None:
 def test_every_name_that_is_hooked_is_known(balanced: dict[str, Any]) -> None:
     """The table that doctor and the patches go by is that of `hooks.py`."""
     known = {name.full for name in NAMES if name.is_hooked}
+    needed = {name.full for name in NAMES if name.is_hooked and not name.is_optional}
     also = {  # replaced where it is imported to, too
         "megatron.training.pretrain",
         "megatron.training.initialize_megatron",
@@ -81,7 +82,7 @@ def test_every_name_that_is_hooked_is_known(balanced: dict[str, Any]) -> None:
         "megatron.core.dist_checkpointing.save",
         "torch.save",
     }
-    assert set(balanced["replaced"]) - also == known
+    assert needed <= set(balanced["replaced"]) - also <= known
 
 
 def test_the_selftest_says_where_it_is(balanced: dict[str, Any]) -> None:

@@ -141,8 +141,8 @@ def test_the_doctor_of_a_tree(tree: Path, capsys: pytest.CaptureFixture[str]) ->
     assert tools.main(["doctor", "--megatron", str(tree)]) == 0
     said = capsys.readouterr().out
     assert said.splitlines()[-1] == (
-        f"megatron-core 0.19.2 in {tree}: all {len(NAMES)} names are there; scripts/apply_patches.sh {tree} puts the "
-        "project in."
+        f"megatron-core 0.19.2 in {tree}: all {len(NAMES)} names are as the project needs them; "
+        f"scripts/apply_patches.sh {tree} puts the project in."
     )
 
 
