@@ -78,17 +78,15 @@ def examine_tree(root: Path, *, as_json: bool) -> int:
     width = max(len(each.wanted.full) for each in tree.found)
     for each in tree.found:
         sign = "ERROR" if each.problem else "ok"
-        print(
-            f"{sign:6} {each.wanted.full:{width}}  {each.problem or each.place or f'not there, and only needed for {each.wanted.use}'}"
-        )
+        absent = f"not there, and only needed for {each.wanted.use}"
+        print(f"{sign:6} {each.wanted.full:{width}}  {each.problem or each.place or absent}")
     print(f"megatron-core {tree.version} in {root}: ", end="")
     if tree.problems:
         print(f"{len(tree.problems)} of {len(tree.found)} names are not as the project needs them.")
         print("-> Give them back in the fork, or use a release that has them (docs/releases.md).")
         return EXIT_CONFIG_ERROR
-    print(
-        f"all {len(tree.found)} names are as the project needs them; scripts/apply_patches.sh {root} puts the project in."
-    )
+    print(f"all {len(tree.found)} names are as the project needs them; ", end="")
+    print(f"scripts/apply_patches.sh {root} puts the project in.")
     return 0
 
 

@@ -49,7 +49,7 @@ def render_slurm_conf(
     ]
     lines += [
         "PartitionName=test Nodes=ALL Default=YES MaxTime=INFINITE State=UP OverSubscribe=FORCE:8",
-        "PartitionName=preemptible Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=60",
+        "PartitionName=preemptible Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=30",
         "PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=9 PreemptMode=off",
     ]
     return "\n".join(lines) + "\n"
