@@ -356,7 +356,7 @@ def main() -> None:
     if args.balance:
         balance_table()
         return
-    if not ops.backend().startswith("compiled"):
+    if not ops.is_compiled():
         sys.exit("the compiled library is not built: python megatron_smartmoe/ops/_build.py")
     torch.set_num_threads(1)
     if args.history:

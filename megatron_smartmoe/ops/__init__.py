@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megatron_smartmoe.ops.library import SlowOpsWarning, backend
+from megatron_smartmoe.ops.library import SlowOpsWarning, backend, is_compiled
 
 __all__ = [
     "SlowOpsWarning",
@@ -25,6 +25,7 @@ __all__ = [
     "exact_replicas",
     "exact_split",
     "history_replicas",
+    "is_compiled",
     "min_max_split",
     "permute",
     "permute_weighted",

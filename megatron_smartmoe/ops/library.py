@@ -27,6 +27,7 @@ from megatron_smartmoe.ops import autograd, fake, reference
 
 LIBRARY = Path(__file__).with_name("_smartmoe.so")
 NAMESPACE = "smartmoe"
+_REFERENCE = "torch reference"
 SCHEMAS = {
     "digest_sum": "(Tensor bits_N, Tensor positions_L, int width, int value_factor) -> int",
     "min_max_split": "(Tensor counts_RE, Tensor hosts_ER) -> Tensor",
@@ -153,7 +154,7 @@ def _register() -> tuple[Any, str]:
             f"{LIBRARY.name} is not built: the ops are served by the torch reference, slowly. Build it: {BUILD_COMMAND}"
         )
     owner = _torch.library.Library(NAMESPACE, "FRAGMENT")
-    backend = "compiled (cpu)" if compiled else "torch reference"
+    backend = "compiled (cpu)" if compiled else _REFERENCE
     for name, schema in SCHEMAS.items():
         if name in HOST_OPS:
             _register_host_op(owner, name, compiled)
@@ -177,3 +178,8 @@ _OWNER, _BACKEND = _register()  # the registrations live as long as their owner
 def backend() -> str:
     """Returns "compiled (cpu+cuda)", "compiled (cpu)" (torch serves GPU tensors) or "torch reference"."""
     return _BACKEND
+
+
+def is_compiled() -> bool:
+    """Returns whether the compiled library serves the host ops, which have no twin in torch."""
+    return _BACKEND != _REFERENCE

@@ -8,8 +8,6 @@ right, which repeats the sign, is masked.
 
 from __future__ import annotations
 
-import functools
-
 import numpy as np
 import torch
 
@@ -31,7 +29,7 @@ def digest_of_tensor(tensor: torch.Tensor, piece: Piece) -> int:
     dtype = str(tensor.dtype).removeprefix("torch.")
     bits = tensor.detach().contiguous().view(-1).view(_BITS[tensor.element_size()])
     if not tensor.is_cuda:
-        return _digest_on_host(bits, dtype, piece) if _is_compiled() else digest(bits.numpy(), dtype, piece)
+        return _digest_on_host(bits, dtype, piece) if ops.is_compiled() else digest(bits.numpy(), dtype, piece)
     return int(_digest(bits, dtype, piece).item()) % MODULUS
 
 
@@ -43,11 +41,6 @@ def _digest_on_host(bits: torch.Tensor, dtype: str, piece: Piece) -> int:
         block = bits[rows.first : rows.first + rows.width * len(rows.positions)]
         total += ops.digest_sum(block, torch.from_numpy(rows.positions), rows.width, factor)
     return total % MODULUS
-
-
-@functools.cache
-def _is_compiled() -> bool:
-    return ops.backend().startswith("compiled")
 
 
 def _digest(bits: torch.Tensor, dtype: str, piece: Piece) -> torch.Tensor:

@@ -157,9 +157,7 @@ def test_a_rank_that_dies_on_one_node_ends_the_job_with_its_name(slurm: SlurmClu
     options = sbatch_options(tmp_path, "--nodes", "2")
     job_id = slurm.submit(BATCH_SCRIPT, *options, *flags, env=from_anywhere(), cwd=tmp_path)
     wait_for_iteration(slurm, job_id, run_dir, 1)
-    victims = [pid for pid, command in slurm.processes() if "adapter.pretrain" in command and has_rank(pid, 1)]
-    ranks = [pid for pid in victims if "adapter.launch" not in Path(f"/proc/{pid}/cmdline").read_text()]
-    os.kill(ranks[0], signal.SIGKILL)
+    os.kill(process_of_rank(slurm, 1), signal.SIGKILL)
     job = slurm.wait(job_id, timeout=TIMEOUT_S)
     assert (job.state, job.exit_code) == ("FAILED", 137), job.stdout[-6000:]
     last = f"smartmoe: rank 1 on {os.uname().nodename} was killed by SIGKILL | it was in iteration "
@@ -226,15 +224,20 @@ def test_after_a_death_the_job_is_queued_again_in_its_container(
     options = sbatch_options(tmp_path, "--nodes", "2")
     job_id = slurm.submit(BATCH_SCRIPT, *options, *flags, env=environ, cwd=tmp_path)
     wait_for_iteration(slurm, job_id, run_dir, 6)
-    victims = [pid for pid, command in slurm.processes() if "adapter.pretrain" in command and has_rank(pid, 1)]
-    ranks = [pid for pid in victims if "adapter.launch" not in Path(f"/proc/{pid}/cmdline").read_text()]
-    assert b"IN_CONTAINER=a.sqsh" in Path(f"/proc/{ranks[0]}/environ").read_bytes().split(b"\0")
-    os.kill(ranks[0], signal.SIGKILL)
+    victim = process_of_rank(slurm, 1)
+    assert b"IN_CONTAINER=a.sqsh" in Path(f"/proc/{victim}/environ").read_bytes().split(b"\0")
+    os.kill(victim, signal.SIGKILL)
     job = slurm.wait(job_id, timeout=TIMEOUT_S)
     assert_completed(job)
     assert job.record["Restarts"] == "1", job.stdout[-6000:]
     assert job.stdout.count(": the job is queued again, for the 1. of 1 times.") == 1, job.stdout[-6000:]
     assert losses(run_dir)[-LONG_ITERATIONS + 4 :] == expected_long[4:]  # from the checkpoint on, bit for bit
+
+
+def process_of_rank(slurm: SlurmCluster, rank: int) -> int:
+    """The process of a rank: neither torchrun nor a launcher, whose command lines have the rank's too."""
+    found = [pid for pid, command in slurm.processes() if "adapter.pretrain" in command and has_rank(pid, rank)]
+    return next(pid for pid in found if "adapter.launch" not in Path(f"/proc/{pid}/cmdline").read_text())
 
 
 def has_rank(pid: int, rank: int) -> bool:

@@ -65,7 +65,7 @@ def launch(argv: list[str]) -> int:
     reserve = run_dir.choose if options.dry_run else run_dir.reserve
     directory = reserve(options.run_dir, spec.name)
     try:
-        return _launch(options, command_line, spec, topology, directory, argv)
+        return _launch(options, command_line, spec, topology, directory, argv, step_options)
     finally:
         if options.run_dir is None and not options.dry_run:
             run_dir.release(directory)  # if nothing came of it
@@ -86,6 +86,7 @@ def _launch(
     topology: Topology,
     directory: Path,
     argv: Sequence[str],
+    step_options: Sequence[str],
 ) -> int:
     """The launch in its run directory, which need not exist."""
     auto_plan = None
@@ -98,7 +99,6 @@ def _launch(
     ready = make_command(spec, command_line, topology, directory)
     seen = _rehearse(ready, topology, is_dry=options.dry_run)
     if topology.needs_srun:  # after the check: an error is printed once, before any node starts
-        step_options = slurm.step_options(options.srun_args)
         return slurm.srun(topology, argv, step_options, ending=_ending(ready, topology, directory))
     _check_directory(topology, directory, dry_run=options.dry_run)
     text = secrets.masked_command(ready.command, ready.environment)

@@ -170,12 +170,28 @@ def _from_variables(convention: _Convention, environ: Mapping[str, str]) -> Node
 
 def _number(name: str, environ: Mapping[str, str], least: int, most: int | None = None) -> int:
     text = environ[name].strip()
+    way_out = "Correct it where the job is started, or pass --nnodes, --node-rank and --master-addr."
+    note = ": a job keeps the nodes that it starts with" if ":" in text else ""  # torchrun's MIN:MAX
+    return whole_number(name, text, least, most, way_out, note)
+
+
+def whole_number(name: str, text: str, least: int, most: int | None, way_out: str, note: str = "") -> int:
+    """A variable of the environment that is a whole number.
+
+    Args:
+        name: of the variable.
+        text: its value.
+        least: the smallest that makes sense.
+        most: the largest; None for no limit.
+        way_out: what to do about another value.
+        note: added to the rule.
+
+    Raises:
+        ConfigError: it is none, or outside the limits.
+    """
     if not (text.isascii() and text.isdecimal()) or int(text) < least or (most is not None and int(text) > most):
         limits = f"{least} or more" if most is None else f"from {least} to {most}"
-        way_out = "Correct it where the job is started, or pass --nnodes, --node-rank and --master-addr."
-        if ":" in text:  # torchrun's MIN:MAX
-            limits += ": a job keeps the nodes that it starts with"
-        raise ConfigError(name, text, f"must be a whole number, {limits}", way_out)
+        raise ConfigError(name, text, f"must be a whole number, {limits}{note}", way_out)
     return int(text)
 
 

@@ -34,15 +34,19 @@ def step_options(asked: str | None, environ: Mapping[str, str] = os.environ) -> 
     if asked is not None and "SLURM_JOB_ID" not in environ:
         rule = "there is no allocation of Slurm here, and so no srun"
         raise ConfigError(name, asked, rule, "Remove it, or run the line inside salloc or sbatch.")
-    try:
-        words = shlex.split(text)
-    except ValueError as error:
-        raise ConfigError(name, text, f"is no list of words: {error}", "Close the quotes, as for a shell.") from None
+    words = _words(name, text)
     for word in words:
         if _OURS.match(word):
             rule = f"{word.partition('=')[0]} is set by the launcher: one launcher per node of the allocation"
             raise ConfigError(name, text, rule, "Remove it there, and choose nodes with sbatch or salloc.")
     return words
+
+
+def _words(name: str, text: str) -> list[str]:
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise ConfigError(name, text, f"is no list of words: {error}", "Close the quotes, as for a shell.") from None
 
 
 def is_in_container(options: Sequence[str]) -> bool:
@@ -106,10 +110,7 @@ def submit(options: str, argv: Sequence[str], *, dry_run: bool) -> int:
     Raises:
         ConfigError: there is no sbatch, this is a job already, or the options are no words of a shell.
     """
-    try:
-        words = shlex.split(options)
-    except ValueError as error:
-        raise ConfigError("--slurm", options, f"is no list of words: {error}", "Close the quotes.") from None
+    words = _words("--slurm", options)
     if "SLURM_JOB_ID" in os.environ:
         rule = f"this is a process of Slurm job {os.environ['SLURM_JOB_ID']} already"
         raise ConfigError("--slurm", options, rule, "Remove it to run in this allocation.")

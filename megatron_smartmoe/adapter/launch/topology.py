@@ -23,7 +23,7 @@ import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from megatron_smartmoe.adapter.launch.node_variables import Nodes
+from megatron_smartmoe.adapter.launch.node_variables import Nodes, whole_number
 from megatron_smartmoe.errors import ConfigError
 
 _INTERACTIVE_STEP = ("4294967290", "interactive")  # SLURM_INTERACTIVE_STEP in slurm.h, 0xfffffffa
@@ -154,10 +154,7 @@ def _number(environ: Mapping[str, str], name: str, least: int, most: int | None 
     way_out = "Start the launcher with srun, or run `unset SLURM_JOB_ID` first to use this host alone."
     if text is None:
         raise ConfigError(name, None, "is not set, although SLURM_JOB_ID is", way_out)
-    if not (text.isascii() and text.isdecimal()) or int(text) < least or (most is not None and int(text) > most):
-        limits = f"{least} or more" if most is None else f"from {least} to {most}"
-        raise ConfigError(name, text, f"must be a whole number, {limits}", way_out)
-    return int(text)
+    return whole_number(name, text, least, most, way_out)
 
 
 def _refuse_components(environ: Mapping[str, str]) -> None:

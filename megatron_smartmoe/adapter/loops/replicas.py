@@ -239,7 +239,6 @@ class ReplicaLoop(Callback):
 
     def _before_layer(self, index: int, layer: SmartMoELayer, inputs: Any) -> None:
         """Called before the forward pass of a layer, by its place among this rank's."""
-        layer.token_dispatcher.training = layer.training
         if layer.training:
             self._fetch(index + LAYERS_AHEAD)
 

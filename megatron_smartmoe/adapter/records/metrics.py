@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_smartmoe.adapter.hooks import Callback, Order
+from megatron_smartmoe.adapter.launch import batch_job
 from megatron_smartmoe.adapter.moe.routers import count_tokens
 from megatron_smartmoe.adapter.records import data_text, summary
 from megatron_smartmoe.adapter.run import Run
@@ -97,7 +98,7 @@ class Metrics(Callback):
         """
         began = time.perf_counter()
         yield
-        marker = os.environ.get("SMARTMOE_TO_BE_CONTINUED")
+        marker = os.environ.get(batch_job.VARIABLE)
         if marker and self._run.is_reporter:
             seconds = time.perf_counter() - began + max(self._step_seconds[-_RECENT_STEPS:], default=0.0)
             text = f"{math.ceil(1.5 * seconds)}\n"
@@ -129,5 +130,5 @@ class Metrics(Callback):
         if run.directory is not None:
             path = run.directory / summary.FILE
             run.attempt(path, functools.partial(summary.write, content, path))
-        if marker := os.environ.get("SMARTMOE_TO_BE_CONTINUED"):
+        if marker := os.environ.get(batch_job.VARIABLE):
             Path(marker).unlink(missing_ok=True)

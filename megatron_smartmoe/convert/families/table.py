@@ -74,8 +74,3 @@ class ModelTable:
         self.parameters.append(
             Parameter(name=name, expert=expert, shape=tuple(shape), segments=tuple(segments), is_float32=is_float32)
         )
-
-    @property
-    def is_uniform(self) -> bool:
-        """Whether all layers are of one kind, which Megatron then stacks in one tensor for each parameter."""
-        return len(set(self.expert_layers)) == 1

@@ -159,7 +159,7 @@ class DispatchPlanner:
 
     def __init__(self, view: RankView, *, pinned: bool = False) -> None:
         self.view, self._buffer = view, PlanBuffer(view, pinned=pinned)
-        self._compiled = ops.backend().startswith("compiled")
+        self._compiled = ops.is_compiled()
 
     def to_host(self, counts: torch.Tensor) -> torch.Tensor:
         """The counts `[R, P, E]` on the host, which waits for them; on the CPU they are there already."""

@@ -21,7 +21,7 @@ from megatron_smartmoe.spec.arrays import FloatArray, IntArray
 
 def fastest_best_replicas() -> BestReplicas:
     """The compiled `best_replicas`, or numpy's where the library is not built. Both find the same."""
-    return compiled_best_replicas if ops.backend().startswith("compiled") else best_replicas
+    return compiled_best_replicas if ops.is_compiled() else best_replicas
 
 
 def compiled_best_replicas(

@@ -18,7 +18,8 @@ import torch
 
 from megatron_smartmoe import ops
 from megatron_smartmoe.placement import exact_replicas, split
-from megatron_smartmoe.placement.plan_replicas import replicas_pay
+from megatron_smartmoe.placement.paying_replicas import paying_exact_replicas
+from megatron_smartmoe.placement.plan_replicas import ReplicaOptions
 from megatron_smartmoe.spec.arrays import IntArray
 from megatron_smartmoe.spec.placement import EMPTY, hosts_of, with_empty_slots
 
@@ -78,26 +79,15 @@ def exact_slots(
     Returns:
         The slot table `[R, S + K]`.
     """
-    num_ranks = len(slots_RS)
-    load_E = counts_RE.sum(axis=0)
-    bare_RS = slots_RS.copy()
-    bare_RS[:, home_slots:] = EMPTY
-    # Step 1: homes that are balanced well enough get no replicas.
-    busiest, tokens = int(load_E[slots_RS[:, :home_slots]].sum(axis=1).max()), int(load_E.sum())
-    if busiest * num_ranks <= limit * tokens:
-        return bare_RS
-    # Step 2: plan replicas; the compiled op and its numpy twin give the same integers, the twin about 20 times slower.
-    if _compiled():
-        planned = ops.exact_replicas(torch.from_numpy(load_E), torch.from_numpy(bare_RS), home_slots, num_nodes)
-        planned_RS = np.asarray(planned.numpy())
-    else:
-        planned_RS = exact_replicas.exact_replicas(load_E, bare_RS, home_slots, num_nodes)
-    if (planned_RS[:, home_slots:] == EMPTY).all():
-        return bare_RS
-    # Step 3: keep them if they pay. They can bring the busiest rank down to the mean at best, and mostly come within a
-    # few tokens of it. In floats from the start, as in C++: Python would round the quotient of large integers once.
-    saved_tokens = float(busiest) - float(tokens) / num_ranks
-    return planned_RS if replicas_pay(planned_RS, home_slots, saved_tokens, price_tokens) else bare_RS
+    options = ReplicaOptions(num_nodes=num_nodes, replica_price_tokens=price_tokens)
+    plan = _compiled_replicas if ops.is_compiled() else exact_replicas.exact_replicas
+    return paying_exact_replicas(counts_RE.sum(axis=0), slots_RS, home_slots, options, limit, plan)
+
+
+def _compiled_replicas(load_E: IntArray, slots_RS: IntArray, home_slots: int, num_nodes: int) -> IntArray:
+    """`exact_replicas` by the compiled op: the same integers, about 20 times as fast as numpy."""
+    planned = ops.exact_replicas(torch.from_numpy(load_E), torch.from_numpy(slots_RS), home_slots, num_nodes)
+    return np.asarray(planned.numpy())
 
 
 def split_tokens(counts_RE: IntArray, slots_RS: IntArray, home_slots: int, num_nodes: int = 1) -> IntArray:
@@ -119,7 +109,7 @@ def split_tokens(counts_RE: IntArray, slots_RS: IntArray, home_slots: int, num_n
         return sent_RRS
     # Step 1: tokens of each expert on each of its ranks. Step 2: the source ranks that they come from.
     hosts_ER = hosts_of(slots_RS, counts_RE.shape[1])
-    if _compiled():
+    if ops.is_compiled():
         tokens_ER = ops.min_max_split(torch.from_numpy(counts_RE), torch.from_numpy(hosts_ER)).numpy()
     else:
         tokens_ER = split.min_max_split(counts_RE, hosts_ER)
@@ -159,8 +149,3 @@ def shifted_rows(rows_TK: torch.Tensor, segments_2P: torch.Tensor, num_rows: int
     segments_2P = segments_2P.to(rows_TK.device, non_blocking=True)
     shift_N = torch.repeat_interleave(segments_2P[1], segments_2P[0], output_size=num_rows).to(rows_TK.dtype)
     return torch.where(rows_TK < 0, rows_TK, rows_TK + shift_N[rows_TK.clamp(min=0).long()])
-
-
-def _compiled() -> bool:
-    """Whether the extension with the host ops is loaded."""
-    return ops.backend().startswith("compiled")
