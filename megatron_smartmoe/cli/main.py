@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from megatron_smartmoe.cli import calibrate, checkpoint, convert, doctor, plan, simulate
+from megatron_smartmoe.cli import bench_imbalance, calibrate, checkpoint, convert, doctor, plan, simulate
 from megatron_smartmoe.errors import EXIT_CONFIG_ERROR, SmartMoEError
 
 EXIT_BROKEN_PIPE = 141  # as of a program that SIGPIPE ends, in a shell
@@ -19,6 +19,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     tools = parser.add_subparsers(dest="tool", required=True, metavar="TOOL")
     plan.add_parser(tools)
     simulate.add_parser(tools)
+    bench_imbalance.add_parser(tools)
     calibrate.add_parser(tools)
     doctor.add_parser(tools)
     checkpoint.add_parser(tools)
