@@ -18,20 +18,34 @@ Row = dict[str, Any]
 def as_text(rows: Sequence[Row]) -> str:
     """One table per series and cluster, and below it where ours is not among the fastest."""
     parts = []
-    for title, lines, verdicts in _tables(rows):
+    for title, what, lines, verdicts in _tables(rows):
         widths = [max(len(line[at]) for line in lines) for at in range(len(lines[0]))]
         text = ["  ".join(_aligned(cell, at, widths[at]) for at, cell in enumerate(line)).rstrip() for line in lines]
-        parts.append("\n".join([title, "", *text, "", *verdicts]))
+        parts.append("\n".join([f"{title}: {what}", "", *text, "", *verdicts]))
     return "\n\n".join(parts)
 
 
 def as_markdown(rows: Sequence[Row]) -> str:
     """The same tables."""
-    parts = []
-    for title, lines, verdicts in _tables(rows):
+    parts = ["# Imbalance benchmark"]
+    for title, what, lines, verdicts in _tables(rows):
         head, *body = [f"| {' | '.join(cell.strip() for cell in line)} |" for line in lines]
         rule = "|---|" + "---:|" * (len(lines[0]) - 1)
-        parts.append("\n".join([title, "", head, rule, *body, "", *(f"- {verdict}" for verdict in verdicts)]))
+        parts.append(
+            "\n".join(
+                [
+                    f"## {title}",
+                    "",
+                    f"{what[:1].upper()}{what[1:]}.",
+                    "",
+                    head,
+                    rule,
+                    *body,
+                    "",
+                    *(f"- {verdict}" for verdict in verdicts),
+                ]
+            )
+        )
     return "\n\n".join(parts) + "\n"
 
 
@@ -39,21 +53,22 @@ def _aligned(cell: str, column: int, width: int) -> str:
     return f"{cell:<{width}}" if column == 0 else f"{cell:>{width}}"
 
 
-def _tables(rows: Sequence[Row]) -> list[tuple[str, list[list[str]], list[str]]]:
-    """Title, cells and verdicts of each series and cluster."""
+def _tables(rows: Sequence[Row]) -> list[tuple[str, str, list[list[str]], list[str]]]:
+    """Title, what a cell is, cells and verdicts of each series and cluster."""
     keys = list(dict.fromkeys((row["series"], row["cluster"]) for row in rows))
     return [_table([row for row in rows if (row["series"], row["cluster"]) == key]) for key in keys]
 
 
-def _table(rows: Sequence[Row]) -> tuple[str, list[list[str]], list[str]]:
+def _table(rows: Sequence[Row]) -> tuple[str, str, list[list[str]], list[str]]:
     """Rules by workloads; a cell is the predicted time over that of an even load."""
     workloads = list(dict.fromkeys(row["workload_id"] for row in rows))
     rules = list(dict.fromkeys(row["backend"] for row in rows))
     found = {(row["workload_id"], row["backend"]): row for row in rows}
     first = [found[name, rules[0]] for name in workloads]
     spare = max(row["spare_slots"] for row in rows)
-    title = (
-        f"{first[0]['series']} series on {first[0]['cluster']}: predicted time of a layer over that of an even load; "
+    title = f"{first[0]['series']} series on {first[0]['cluster']}".capitalize()
+    what = (
+        "predicted time of a layer over that of an even load; "
         f"{first[0]['num_experts']} experts, top-{first[0]['topk']}, EP {first[0]['ep']} on "
         f"{first[0]['num_nodes']} node{'s' if first[0]['num_nodes'] > 1 else ''}, "
         f"{spare} spare slot{'s' if spare != 1 else ''} per rank, {first[0]['steps']} steps"
@@ -76,7 +91,7 @@ def _table(rows: Sequence[Row]) -> tuple[str, list[list[str]], list[str]]:
                 f"{np.mean([row['plan_ms'] for row in mine]):.2f}",
             ]
         )
-    return title, lines, _verdicts(workloads, rules, found)
+    return title, what, lines, _verdicts(workloads, rules, found)
 
 
 def _verdicts(workloads: Sequence[str], rules: Sequence[str], found: dict[tuple[str, str], Row]) -> list[str]:

@@ -13,8 +13,8 @@ from megatron_smartmoe.errors import EXIT_CONFIG_ERROR, SmartMoEError
 EXIT_BROKEN_PIPE = 141  # as of a program that SIGPIPE ends, in a shell
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status: 0 for success, 1 for a difference or damage, 2 for wrong input."""
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all tools."""
     parser = argparse.ArgumentParser(prog="smartmoe", description="Tools for MoE training with balanced experts.")
     tools = parser.add_subparsers(dest="tool", required=True, metavar="TOOL")
     plan.add_parser(tools)
@@ -24,7 +24,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     doctor.add_parser(tools)
     checkpoint.add_parser(tools)
     convert.add_parser(tools)
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status: 0 for success, 1 for a difference or damage, 2 for wrong input."""
+    options = build_parser().parse_args(arguments)
     try:
         status = int(options.run(options))
         sys.stdout.flush()

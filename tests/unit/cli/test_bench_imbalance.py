@@ -53,7 +53,7 @@ def test_the_same_numbers_every_time(results: Path, tmp_path: Path) -> None:
 
 def test_the_table_names_everything(results: Path) -> None:
     text = (results / "table.md").read_text()
-    assert text.count("compatible series on") == text.count("corrected series on") == 2
+    assert text.count("## Compatible series on") == text.count("## Corrected series on") == 2
     assert "on h100-sxm" in text
     assert "on a100-sxm4-80gb" in text
     assert "workloads: C1 hot contiguous" in text
