@@ -13,6 +13,8 @@ html_title = "megatron_smartmoe"
 html_show_sphinx = False
 html_show_copyright = False
 html_copy_source = False
+html_static_path = ["_static"]
+html_css_files = ["wide.css"]
 myst_heading_anchors = 4  # links to headings are checked like all others
 
 _DOCS = Path(__file__).parent

@@ -27,7 +27,7 @@ def as_text(rows: Sequence[Row]) -> str:
 
 def as_markdown(rows: Sequence[Row]) -> str:
     """The same tables."""
-    parts = ["# Imbalance benchmark"]
+    parts = ["# Results of the imbalance benchmark"]
     for title, what, lines, verdicts in _tables(rows):
         head, *body = [f"| {' | '.join(cell.strip() for cell in line)} |" for line in lines]
         rule = "|---|" + "---:|" * (len(lines[0]) - 1)
