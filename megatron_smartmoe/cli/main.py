@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from megatron_smartmoe.cli import bench_imbalance, calibrate, checkpoint, convert, doctor, plan, simulate
+from megatron_smartmoe.cli import bench_imbalance, calibrate, checkpoint, convert, doctor, plan, report, simulate
 from megatron_smartmoe.errors import EXIT_CONFIG_ERROR, SmartMoEError
 
 EXIT_BROKEN_PIPE = 141  # as of a program that SIGPIPE ends, in a shell
@@ -20,6 +20,7 @@ def build_parser() -> argparse.ArgumentParser:
     plan.add_parser(tools)
     simulate.add_parser(tools)
     bench_imbalance.add_parser(tools)
+    report.add_parser(tools)
     calibrate.add_parser(tools)
     doctor.add_parser(tools)
     checkpoint.add_parser(tools)
