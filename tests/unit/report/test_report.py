@@ -21,7 +21,14 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
 
 def decision(iteration: int, kind: str, changes: list[list[int]], **more: object) -> dict[str, object]:
-    given: dict[str, object] = {"taken": True, "why": "pays <b>: 2.0 ms", "group": -1, "before": "a", "after": "b"}
+    given: dict[str, object] = {
+        "taken": True,
+        "why": "pays <b>: 2.0 ms",
+        "group": -1,
+        "before": "a",
+        "after": "b",
+        "inputs": "c",
+    }
     return {"iteration": iteration, "kind": kind, "changes": changes, "predicted_gain_s": 0.002, **given, **more}
 
 
@@ -165,6 +172,32 @@ def test_wrong_input_is_one_line(
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert line in error
+
+
+def test_a_decision_is_explained(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    # Experts 0 and 1 are hot in the first layer: one rank has them both, at 160 of 200 tokens; moved apart, each has 80
+    # and one of the others 20. In the other layer nothing moves.
+    counts = np.full((30, 2, 2, 4), 10, dtype=np.int64)
+    counts[:, 0, :, :2] = 40
+    trace = RoutingTrace(counts=counts, iteration=np.arange(1, 31), layer=np.arange(2))
+    trace.save(run_dir / "trace.npz")
+    assert main(["explain", str(run_dir), "--iteration", "5", "--trace", str(run_dir / "trace.npz")]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("some run, iteration 5\n\nhomes: taken\n")
+    assert "  what     layer 1: expert 2 at home on rank 0; expert 1 at home on rank 1\n" in text
+    assert "  price    predicted to save +2.000 ms per iteration\n" in text
+    load = "busiest rank over the mean by homes: 1.600 -> 1.000 on the 20 iterations before, 1.600 -> 1.000 on the 20"
+    assert load in text
+    assert "  outcome  iteration 18: measured 1.0 ms/iter: kept\n" in text
+    assert main(["explain", str(run_dir), "--iteration", "6"]) == 0
+    assert "replicas: taken\n  what     layer 2: expert 0 as a replica on rank 1\n" in capsys.readouterr().out
+    assert main(["explain", str(run_dir), "--iteration", "15", "--layer", "1"]) == 0
+    text = capsys.readouterr().out
+    assert "homes: refused\n  what     no expert moves\n  why      does not pay\n" in text
+    assert "no counts were recorded" in text
+    assert main(["explain", str(run_dir), "--iteration", "7"]) == 2
+    error = capsys.readouterr().err
+    assert error == ("smartmoe explain: --iteration = 7: nothing was decided then. Decisions near it: 5, 6, 15, 18.\n")
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
