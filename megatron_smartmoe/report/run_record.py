@@ -41,14 +41,14 @@ class Balance:
         iteration: `[N]`.
         homes: if homes alone computed the tokens, the worst micro-batch and group, `[N]`.
         split: with replicas, likewise.
-        replicas: filled, mean over micro-batches and groups.
+        replicas: filled, mean over micro-batches and groups; None where they were not counted.
     """
 
     layer: int
     iteration: FloatArray
     homes: FloatArray
     split: FloatArray
-    replicas: FloatArray
+    replicas: FloatArray | None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -69,6 +69,7 @@ class RunRecord:
         config: the configuration, as text.
         plan: the chosen launch, with --parallel auto.
         notes: what could not be read.
+        compared: what `homes` and `split` of the balance are, in words.
     """
 
     name: str
@@ -84,6 +85,7 @@ class RunRecord:
     config: str
     plan: dict[str, Any]
     notes: list[str]
+    compared: tuple[str, str] = ("homes alone", "with replicas")
 
     @property
     def is_finished(self) -> bool:

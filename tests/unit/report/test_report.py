@@ -74,6 +74,7 @@ def test_what_is_read(run_dir: Path) -> None:
     assert run.placement is not None
     assert run.placement.slots_LRS.tolist() == [[[0, 2, -1], [1, 3, -1]], [[0, 1, -1], [2, 3, 0]]]
     assert run.balance[0].homes.tolist() == [1.8]
+    assert run.balance[0].replicas is not None
     assert run.balance[0].replicas.tolist() == [1.5]
     assert run.metrics["validation loss"].value.tolist() == [5.1]
     assert not run.is_finished
@@ -124,6 +125,31 @@ def test_a_run_that_trains_is_written_again_until_it_ends(run_dir: Path, monkeyp
     assert len(pages) == 2
     assert all('http-equiv="refresh" content="7"' in page and "20 so far" in page for page in pages)
     assert "refresh" not in (run_dir / "report.html").read_text()
+
+
+def test_of_a_trace_it_shows_what_balancing_would_have_given(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    counts = np.full((40, 1, 4, 8), 1000, dtype=np.int64)
+    counts[..., :2] = 9000
+    path = tmp_path / "stock.npz"
+    RoutingTrace(counts=counts, iteration=np.arange(1, 41), layer=np.array([3])).save(path)
+    assert main(["report", str(path), "--ep", "4", "--spare-slots", "1"]) == 0
+    assert capsys.readouterr().out == f"report: {tmp_path / 'stock.html'}\n"
+    text = (tmp_path / "stock.html").read_text()
+    assert "<h1>stock.npz, simulated</h1>" in text
+    assert "Simulated: what smartmoe simulate predicts for 4 ranks with 1 spare slot each" in text
+    # Two hot experts on the first rank: 18 of 24 parts, mean 6.
+    assert 'max / mean tokens per rank, without balancing</th><td class="number">3.000</td>' in text
+    assert 'max / mean tokens per rank, with smartmoe</th><td class="number">1.000</td>' in text
+    assert '<tr><th scope="row">4</th><td class="number">3.000</td><td class="number">1.000</td>' in text
+    for arguments, line in (
+        (["--ep", "3"], "--ep = 3: must divide the trace's 8 experts. Every rank has as many experts: --ep 1."),
+        (["--ep", "4", "--compare", "x"], "--compare = 'x': is for a run directory. Remove --compare."),
+        ([], "is not a directory"),
+    ):
+        assert main(["report", str(path), *arguments]) == 2
+        assert line in capsys.readouterr().err
 
 
 def test_a_last_line_that_is_being_written_is_left_out(run_dir: Path) -> None:
