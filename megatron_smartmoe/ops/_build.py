@@ -303,8 +303,11 @@ def plan(tools: Toolchain, root: Path, cache: Path) -> list[Job]:
         stamps.append(_stamp(nvcc[0]))
         sources += [(path, nvcc) for path in sorted((root / "csrc/cuda").glob("*.cu"))]
         folders.append("csrc/cuda")
-        cxx += ("-DSMARTMOE_WITH_CUDA",)
-    sources += [(path, cxx) for folder in folders for path in sorted((root / folder).glob("*.cpp"))]
+    # only the registrations differ with CUDA: builds with and without it share all other objects
+    registrations = (*cxx, "-DSMARTMOE_WITH_CUDA") if tools.cuda else cxx
+    for folder in folders:
+        for path in sorted((root / folder).glob("*.cpp")):
+            sources.append((path, registrations if path == root / "csrc/ops.cpp" else cxx))
     if not sources:
         raise BuildError("csrc", str(root / "csrc"), "it has no sources", "Build in a checkout of the repository")
     paths = sorted(path for path in (root / "csrc").rglob("*") if path.suffix in HEADERS)

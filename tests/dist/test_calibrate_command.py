@@ -186,7 +186,8 @@ def test_an_unknown_gpu_gets_the_nearest_prices_and_is_sent_to_calibrate(monkeyp
     assert cluster.name == "2x8-h100-pcie"
     assert line == (
         "no cluster file is shipped for NVIDIA Unheard Of (sm_90, 90 GB): prices come from the nearest, 2x8-h100-pcie "
-        "(H100-PCIE-80GB, PCIe). Measure your own: smartmoe calibrate --output FILE, then --smartmoe-cluster FILE"
+        "(H100-PCIE-80GB, PCIe), until training measures its own at its start. To have the same in every run: smartmoe "
+        "calibrate --output FILE, then --smartmoe-cluster FILE"
     )
 
 
