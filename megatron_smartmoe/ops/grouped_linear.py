@@ -102,8 +102,9 @@ class Groups:
         return cls(bounds=tuple(bounds), empty=tuple(empty))
 
 
-# Takes the operands of a weight's gradient (weight, rows, gradients of their products, groups) instead of autograd.
-Taker = Callable[[Tensor, Tensor, Tensor, Groups], None]
+# Takes the operands of a weight's gradient (weight, rows, gradients of their products, groups), and returns what
+# autograd gets in the gradient's place, or None.
+Taker = Callable[[Tensor, Tensor, Tensor, Groups], Tensor | None]
 
 
 def grouped_linear(rows_NK: Tensor, weight_SMK: Tensor, groups: Groups, taker: Taker | None = None) -> Tensor:
@@ -113,7 +114,7 @@ def grouped_linear(rows_NK: Tensor, weight_SMK: Tensor, groups: Groups, taker: T
         rows_NK: rows sorted by group.
         weight_SMK: a weight per group.
         groups: where each group's rows are; they cover all rows.
-        taker: who gets what the weight's gradient is computed from; then the backward pass gives the weight none.
+        taker: who gets what the weight's gradient is computed from; then the backward pass computes none.
 
     Returns:
         `[N, M]`. The weight gradient of a group without rows is zero.
@@ -141,11 +142,11 @@ class _GroupedLinear(torch.autograd.Function):
 
 
 def _give(ctx: Any, grad_NM: Tensor, rows_NK: Tensor, weight_SMK: Tensor) -> Tensor | None:
-    """The weight's gradient, or None where somebody takes what it is computed from."""
+    """The weight's gradient, or what stands for it where somebody takes what it is computed from."""
     if ctx.taker is None:
         return weight_gradient(grad_NM, rows_NK, weight_SMK, ctx.groups)
-    ctx.taker(ctx.weight, rows_NK, grad_NM, ctx.groups)
-    return None
+    taken: Tensor | None = ctx.taker(ctx.weight, rows_NK, grad_NM, ctx.groups)
+    return taken
 
 
 def recomputed_linear(

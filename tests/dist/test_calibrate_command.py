@@ -16,6 +16,7 @@ from megatron_smartmoe.adapter import cost_inputs as training
 from megatron_smartmoe.adapter.launch import calibrate, process
 from megatron_smartmoe.adapter.launch import machine as launcher
 from megatron_smartmoe.adapter.launch.topology import Topology
+from megatron_smartmoe.calibrate.measure import bench_of_job
 from megatron_smartmoe.calibrate.options import CalibrateOptions
 from megatron_smartmoe.cli.main import main as smartmoe
 from megatron_smartmoe.errors import ConfigError
@@ -159,7 +160,7 @@ def test_unequal_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dist, "get_rank", lambda: 0)
     monkeypatch.setattr(dist, "get_world_size", lambda: 3)
     with pytest.raises(ConfigError, match="LOCAL_WORLD_SIZE = 2: must divide the 3 ranks"):
-        calibrate._bench(torch.device("cpu"), torch.float32, 2, 1)
+        bench_of_job(torch.device("cpu"), torch.float32, 2, 1)
 
 
 # --- who is sent here

@@ -122,6 +122,9 @@ def summed(dtype: torch.dtype, *, micro_batches: int = 4, **options: Any) -> lis
     delayed = experts.config.delay_wgrad_compute
     ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=True, overlap_grad_reduce=True, delay_wgrad_compute=delayed)
     model = DistributedDataParallel(experts.config, ddp, experts)
+    handed_over: list[bool] = []
+    for weight in experts.parameters():
+        weight.register_hook(lambda gradient: handed_over.append(gradient is not None))
     generator = torch.Generator().manual_seed(7)
     for number in range(micro_batches):
         rows = torch.randn(sum(COUNTS), HIDDEN, generator=generator).to(dtype).requires_grad_()
@@ -131,6 +134,7 @@ def summed(dtype: torch.dtype, *, micro_batches: int = 4, **options: Any) -> lis
         output, _ = model(rows, torch.tensor(COUNTS), probs)
         output.backward(torch.randn(output.shape, generator=generator).to(dtype))
         experts.backward_dw()
+    assert handed_over.count(True) == (0 if delayed else 2 * micro_batches), handed_over
     model.finish_grad_sync()  # stops if a gradient was not reported to the bucket's group
     return [weight.main_grad.clone() for weight in experts.parameters()]
 

@@ -41,7 +41,7 @@ class DelayedGradients:
         pending, self._pending = self._pending, []
         for weight, rows_NK, gradient_NM, groups in pending:
             if self._accumulates and main_gradients.is_wider(weight):
-                main_gradients.add(weight, rows_NK, gradient_NM, groups)
+                weight.grad = main_gradients.add(weight, rows_NK, gradient_NM, groups).detach()
                 continue
             gradient_SMK = weight_gradient(gradient_NM, rows_NK, weight, groups)
             weight.grad = gradient_SMK if weight.grad is None else weight.grad + gradient_SMK
