@@ -89,8 +89,9 @@ class CheckpointIndex:
     def smallest_sizes(self) -> Mapping[str, int]:
         """The bytes that each file must have at least, to hold what the index says."""
         sizes: dict[str, int] = {}
-        for item in self.items.values():
-            sizes[item.file] = max(sizes.get(item.file, 0), item.offset_bytes + item.length_bytes)
+        for file, offset_bytes, length_bytes in self.items.values():
+            if offset_bytes + length_bytes > sizes.get(file, -1):
+                sizes[file] = offset_bytes + length_bytes
         return sizes
 
 
@@ -181,17 +182,22 @@ def _fields(entry: object, name: str, path: Path) -> Mapping[str, Any]:
     return state
 
 
-def _items(storage: Mapping[object, object], path: Path) -> Iterator[tuple[tuple[str, tuple[int, ...]], StoredItem]]:
+def _items(storage: Mapping[Any, Any], path: Path) -> Iterator[tuple[tuple[str, tuple[int, ...]], StoredItem]]:
     """Where everything is; a large checkpoint has a hundred thousand of these."""
     checked: set[str] = set()
+    kinds: set[tuple[type, type]] = set()
     for index, info in storage.items():
-        where, what = _fields(info, "_StorageInfo", path), _fields(index, "MetadataIndex", path)
+        if (type(index), type(info)) not in kinds:
+            _fields(info, "_StorageInfo", path), _fields(index, "MetadataIndex", path)
+            kinds.add((type(index), type(info)))
+        where, what = info.state, index.state
         file = str(where["relative_path"])
         if file not in checked:
             if "/" in file or file.startswith("."):
                 raise CheckpointError(str(path), "is damaged", f"it names the file {file[:100]!r}, outside its folder")
             checked.add(file)
-        item = StoredItem(file, int(where["offset"]), int(where["length"]))
-        if item.offset_bytes < 0 or item.length_bytes < 0:
+        first, length = int(where["offset"]), int(where["length"])
+        if first < 0 or length < 0:
             raise CheckpointError(str(path), "is damaged", f"it has an item of {file!r} at a negative place")
-        yield (str(what["fqn"]), tuple(map(int, what.get("offset") or ()))), item
+        offsets = tuple(map(int, what.get("offset") or ()))
+        yield (str(what["fqn"]), offsets), StoredItem(file, first, length)

@@ -107,10 +107,8 @@ class _Unpickler(pickle.Unpickler):
         """Storages of tensors are kept beside the pickle; this is what stands for one."""
         return self._storages(pid)
 
-    def _size(self, *args: Any) -> Any:
-        if len(args) == 1 and type(args[0]) is tuple:
-            return args[0]  # which is no copy
-        return self._copy(tuple, *args)
+    def _size(self, items: Any = (), *rest: Any) -> Any:
+        return items if type(items) is tuple and not rest else self._copy(tuple, items, *rest)
 
     def _copy(self, container: Callable[..., Any], *args: Any) -> Any:
         self._count(*args)
