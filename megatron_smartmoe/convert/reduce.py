@@ -86,7 +86,7 @@ def loads_of(path: Path, table: ModelTable) -> Mapping[int, NDArray[np.int64]]:
     """
     trace = load_trace(path, field=TRACE)
     layers = [number for number, has_experts in enumerate(table.expert_layers) if has_experts]
-    way_out = "Record one with --smartmoe-record-trace while this model trains or is evaluated."
+    way_out = "Record one with --smartmoe-record-trace while this model trains."
     for name, found, wanted in (
         ("experts", trace.num_experts, table.num_experts),
         ("layers with experts", trace.num_layers, len(layers)),
