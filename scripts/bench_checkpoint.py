@@ -94,8 +94,8 @@ def _many_chunks(folder: Path, num_files: int, num_chunks: int) -> None:
             at, file = divmod(len(storage), num_files)
             storage[MetadataIndex(key, chunk.offsets)] = _StorageInfo(f"__{file}_0.distcp", 1000 * at, 1000)
     for number in range(num_files):
-        with (checkpoint / f"__{number}_0.distcp").open("wb") as file:
-            file.truncate(1000 * (num_chunks // num_files + 1))
+        with (checkpoint / f"__{number}_0.distcp").open("wb") as out:
+            out.truncate(1000 * (num_chunks // num_files + 1))
     torch.save({"iteration": 2}, checkpoint / COMMON_FILE)
     metadata = Metadata(state_dict_metadata=states, planner_data=None, storage_data=storage)
     (checkpoint / INDEX_FILE).write_bytes(pickle.dumps(metadata))

@@ -166,8 +166,8 @@ def _router(tensors: HFTensors, layer: int, count: int) -> NDArray[np.float32]:
     pattern = re.compile(rf"model\.layers\.{layer}\.\w+\.gate\.weight")
     name = next(name for name in tensors.tensors if pattern.fullmatch(name))
     rows = numbers.as_float32(tensors.rows(name, 0, count), tensors.dtype(name)).reshape(count, -1)
-    scaled: NDArray[np.float32] = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-20)
-    return scaled
+    lengths = np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-20)
+    return (rows / lengths).astype(np.float32, copy=False)
 
 
 def _weights(group: tuple[int, ...], load_E: NDArray[np.int64]) -> tuple[float, ...]:

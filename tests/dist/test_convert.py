@@ -177,7 +177,7 @@ def test_the_loss_on_a_text_of_a_model_without_its_unused_experts(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Biases keep tokens from the last four experts, so that nothing is lost without them."""
-    sizes = {"n_group": 1, "topk_group": 1, "num_experts_per_tok": 2, "vocab_size": 512}
+    sizes: dict[str, Any] = {"n_group": 1, "topk_group": 1, "num_experts_per_tok": 2, "vocab_size": 512}
     source = hf_models.make("deepseek_v3", tmp_path / "hf", **sizes)
     for path in source.glob("*.safetensors"):
         tensors = load_file(path)
