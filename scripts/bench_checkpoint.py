@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """What it costs to check a checkpoint: CPU seconds per GB of checksums and digests, seconds for many files.
 
-    python scripts/bench_checkpoint.py [--gb 1] [--files 1000] [--folder /tmp]
+    python scripts/bench_checkpoint.py [--gb 1] [--files 1000] [--chunks 100000] [--folder /tmp]
 
 Checksums are of a file that was just written, so from the page cache: a disk may be slower than the hash. Digests are
 computed on one core, by the compiled op as CPU ranks do it and by numpy as `smartmoe checkpoint verify` does.
@@ -10,13 +10,24 @@ computed on one core, by the compiled op as CPU ranks do it and by numpy as `sma
 from __future__ import annotations
 
 import argparse
+import json
+import pickle
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 
 from megatron_smartmoe import ops
 from megatron_smartmoe.checkpoint.checksum import checksum_of_file
@@ -24,6 +35,7 @@ from megatron_smartmoe.checkpoint.digest import ITEM_BYTES, Piece, digest
 from megatron_smartmoe.checkpoint.directory import folder_of
 from megatron_smartmoe.checkpoint.inspection import inspect
 from megatron_smartmoe.checkpoint.manifest import Manifest, file_entries, write_manifest
+from megatron_smartmoe.checkpoint.torch_dist import COMMON_FILE, FORMAT_FILE, INDEX_FILE
 from megatron_smartmoe.runtime.tensor_digest import digest_of_tensor
 
 _BLOCK_BYTES = 2**25
@@ -34,11 +46,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gb", type=float, default=1.0, help="size of the file and of the tensors (default: 1)")
     parser.add_argument("--files", type=int, default=1000, help="files of the checkpoint (default: 1000)")
+    parser.add_argument("--chunks", type=int, default=100_000, help="chunks of tensors in them (default: 100000)")
     parser.add_argument("--folder", type=Path, help="where to write (default: the system's folder for such files)")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         _checksums(Path(folder), options.gb)
         _many_files(Path(folder), options.files)
+        _many_chunks(Path(folder), options.files, options.chunks)
     for dtype in ("float32", "bfloat16"):
         _digests(dtype, options.gb)
 
@@ -64,6 +78,31 @@ def _many_files(folder: Path, num_files: int) -> None:
     write_manifest(checkpoint, manifest)
     _, wall_s = _timed(lambda: inspect(checkpoint))
     print(f"check before the ranks start, {num_files:,} files: {wall_s:.3f} s")
+
+
+def _many_chunks(folder: Path, num_files: int, num_chunks: int) -> None:
+    """A checkpoint without a manifest: its index is read. Each tensor has 100 chunks of 8 rows."""
+    checkpoint, sizes = folder_of(folder, 2), torch.Size((8, 64))
+    checkpoint.mkdir()
+    states: dict[str, Any] = {}
+    storage: dict[MetadataIndex, _StorageInfo] = {}
+    for number in range(num_chunks // 100):
+        key = f"decoder.layers.{number}.mlp.experts.experts.linear_fc1.weight"
+        chunks = [ChunkStorageMetadata(torch.Size((8 * chunk, 0)), sizes) for chunk in range(100)]
+        states[key] = TensorStorageMetadata(TensorProperties(dtype=torch.bfloat16), torch.Size((800, 64)), chunks)
+        for chunk in chunks:
+            at, file = divmod(len(storage), num_files)
+            storage[MetadataIndex(key, chunk.offsets)] = _StorageInfo(f"__{file}_0.distcp", 1000 * at, 1000)
+    for number in range(num_files):
+        with (checkpoint / f"__{number}_0.distcp").open("wb") as out:
+            out.truncate(1000 * (num_chunks // num_files + 1))
+    torch.save({"iteration": 2}, checkpoint / COMMON_FILE)
+    metadata = Metadata(state_dict_metadata=states, planner_data=None, storage_data=storage)
+    (checkpoint / INDEX_FILE).write_bytes(pickle.dumps(metadata))
+    (checkpoint / FORMAT_FILE).write_text(json.dumps({"sharded_backend": "torch_dist"}))
+    assert not inspect(checkpoint).problems
+    cpu_s, wall_s = _timed(lambda: inspect(checkpoint))
+    print(f"check without a manifest, {len(storage):,} chunks, {num_files:,} files: {cpu_s:.2f} CPU s ({wall_s:.2f} s)")
 
 
 def _digests(dtype: str, size_gb: float) -> None:

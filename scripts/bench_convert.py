@@ -3,7 +3,8 @@
     .venv/bin/python scripts/bench_convert.py --gb 4 --folder /tmp/bench-convert
 
 Memory is what the process has for itself (RssAnon), sampled every 20 ms: pages of files in the page cache are not
-counted.
+counted. The copy is made before and after each conversion, whose speed is compared with the mean of the two.
+Three times the size is needed on the disk.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ _LAYER_BYTES, _REST_BYTES = 1.25e9, 1.24e9
 
 
 def main() -> None:
-    """Make the model, copy its bytes, convert it there and back."""
+    """Make the model, convert it there and back, and copy its bytes in between."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--gb", type=float, default=4.0, help="size of the model (default: 4)")
     parser.add_argument("--folder", type=Path, required=True, help="a folder for it, removed afterwards")
@@ -65,16 +66,20 @@ def main() -> None:
     shutil.rmtree(folder, ignore_errors=True)
     size = _make(source, max(1, round((options.gb * 1e9 - _REST_BYTES) / _LAYER_BYTES)))
     print(f"model: {size / 1e9:.2f} GB in {len(list(source.glob('*.safetensors')))} files")
-    copied = _copy(source, folder / "copy")
-    print(f"plain copy, with fsync: {copied:.1f} s, {size / copied / 1e9:.2f} GB/s")
-    shutil.rmtree(folder / "copy")
-    for name, arguments in (
-        ("to megatron", [str(source), str(folder / "megatron"), "--to", "megatron"]),
-        ("to hf", [str(folder / "megatron"), str(folder / "back"), "--to", "hf"]),
+    before = _copy(source, folder / "copy")
+    print(f"plain copy, with fsync: {before:.1f} s, {size / before / 1e9:.2f} GB/s", flush=True)
+    for name, read, out, target in (
+        ("to megatron", source, folder / "megatron", "megatron"),
+        ("to hf", folder / "megatron", folder / "back", "hf"),
     ):
-        seconds, peak = _convert([*arguments, "--workers", str(options.workers)])
-        share = copied / seconds
+        seconds, peak = _convert([str(read), str(out), "--to", target, "--workers", str(options.workers)])
+        if target == "hf":
+            shutil.rmtree(out)
+        after = _copy(source, folder / "copy")
+        share = (before + after) / 2 / seconds
         print(f"{name}: {seconds:.1f} s, {share:.2f} of the copy's speed, peak memory {peak / 1e6:.0f} MB")
+        print(f"plain copy, with fsync: {after:.1f} s, {size / after / 1e9:.2f} GB/s", flush=True)
+        before = after
     shutil.rmtree(folder)
 
 
@@ -111,7 +116,9 @@ def _copy(source: Path, target: Path) -> float:
             shutil.copyfileobj(read, write, 2**24)
             write.flush()
             os.fsync(write.fileno())
-    return time.perf_counter() - started
+    seconds = time.perf_counter() - started
+    shutil.rmtree(target)
+    return seconds
 
 
 def _convert(arguments: list[str]) -> tuple[float, int]:

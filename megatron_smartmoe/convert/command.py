@@ -17,12 +17,24 @@ from megatron_smartmoe.convert.hf_tensors import HFTensors
 from megatron_smartmoe.convert.megatron_tensors import MegatronTensors
 from megatron_smartmoe.convert.options import DTYPES, ConvertOptions
 from megatron_smartmoe.convert.output import check_free
+from megatron_smartmoe.convert.reduce import (
+    KEEP,
+    TEXT,
+    ReducedTensors,
+    ReduceRecipe,
+    loads_of,
+    moved_lines,
+    reduced_table,
+    reductions_of,
+)
 from megatron_smartmoe.convert.resave import check_optimizer, megatron_to_megatron
 from megatron_smartmoe.convert.reverse import config_beside, table_of_checkpoint
 from megatron_smartmoe.convert.source import Source, recognise
+from megatron_smartmoe.convert.text_loss import losses, tokens_of
 from megatron_smartmoe.convert.to_hf import megatron_to_hf
 from megatron_smartmoe.convert.to_megatron import hf_to_megatron
 from megatron_smartmoe.convert.upcycle import EXPERTS, UpcycledTensors, upcycled_table
+from megatron_smartmoe.convert.verify import check_installed, verify
 from megatron_smartmoe.errors import ConfigError
 
 EXIT_DIFFERENT = 1  # of a conversion whose ends compute something else
@@ -37,11 +49,10 @@ def convert(options: ConvertOptions) -> int:
     started = time.perf_counter()
     check_free(options.out)
     if options.verify:
-        _check_verify(options)
+        check_installed(options.spec)
     source = recognise(options.source, options.kind)
     _say(source.said)
-    if options.recipe is not None and source.kind != "hf":
-        raise ConfigError(EXPERTS, options.recipe.experts, "upcycles a Hugging Face model", "Convert it --to hf first.")
+    _check_changes(options, source)
     table, ends = None, None
     if source.kind == "hf" and options.target == "megatron":
         table = _hf_to_megatron(options, source)
@@ -51,8 +62,6 @@ def convert(options: ConvertOptions) -> int:
         ends = (options.out, source.folder)
     elif source.kind != "hf":
         _megatron_to_megatron(options, source)
-    elif options.recipe is not None:
-        raise ConfigError(EXPERTS, options.recipe.experts, "needs --to megatron", "Pass --to megatron.")
     else:
         rule = f"is what {options.source} is already"
         raise ConfigError("--to", options.target, rule, "Pass --to megatron.")
@@ -61,15 +70,21 @@ def convert(options: ConvertOptions) -> int:
     return _verify(options, table, *ends) if options.verify and table is not None and ends is not None else 0
 
 
-def _check_verify(options: ConvertOptions) -> None:
-    from megatron_smartmoe.convert.verify import check_installed
-
-    check_installed(options.spec)
+def _check_changes(options: ConvertOptions, source: Source) -> None:
+    """Experts are made and removed on the way from Hugging Face to Megatron alone."""
+    for flag, value in (
+        (EXPERTS, options.recipe and options.recipe.experts),
+        (KEEP, options.reduce and options.reduce.keep),
+    ):
+        if value is None:
+            continue
+        if source.kind != "hf":
+            raise ConfigError(flag, value, "changes a Hugging Face model", "Convert it --to hf first.")
+        if options.target != "megatron":
+            raise ConfigError(flag, value, "needs --to megatron", "Pass --to megatron; the result converts --to hf.")
 
 
 def _verify(options: ConvertOptions, table: ModelTable, model: Path, checkpoint: Path) -> int:
-    from megatron_smartmoe.convert.verify import verify
-
     verdicts = verify(model, checkpoint, table, options.verify)
     for verdict in verdicts:
         _say(verdict.line())
@@ -88,6 +103,15 @@ def _hf_to_megatron(options: ConvertOptions, source: Source) -> ModelTable:
         table = upcycled_table(config, recipe)
         tensors = UpcycledTensors(folder=folder, tensors=held, recipe=recipe, shapes=table.shapes)
         _say(f"upcycled: each layer's block becomes {recipe.experts} experts, a token takes {recipe.topk}")
+    tokens = None
+    if options.reduce is not None:
+        if predicts:
+            rule = "is not supported for a model with layers that predict further tokens (MTP)"
+            raise ConfigError(KEEP, options.reduce.keep, rule, "Leave it out.")
+        if options.reduce.text is not None:
+            check_installed(options.spec, TEXT)
+            tokens = tokens_of(options.reduce.text, source.folder, table, TEXT)
+        table, tensors = _reduced(options.reduce, config, table, tensors)
     experts = f", {table.num_experts} experts" if table.num_experts else ""
     _say(f"{table.family}, {table.num_layers} layers{experts}, written as {dtype} for the {options.spec} layers")
     if predicts:
@@ -101,7 +125,27 @@ def _hf_to_megatron(options: ConvertOptions, source: Source) -> ModelTable:
         workers=options.workers,
         plan=_plan(options, dtype, sorted({tensor.path for tensor in tensors.tensors.values()})),
     )
+    if tokens is not None:
+        before, after = losses(source.folder, options.out, table, tokens)
+        _say(f"loss on {tokens.numel():,} tokens of the text: {before:.4f} before, {after:.4f} after")
     return table
+
+
+def _reduced(
+    recipe: ReduceRecipe, config: HFConfig, table: ModelTable, tensors: HFTensors
+) -> tuple[ModelTable, ReducedTensors]:
+    """Table and tensors of the model with fewer experts, and a line for each layer of what that costs."""
+    made = reduced_table(config, table, recipe.keep)
+    reductions = reductions_of(tensors, loads_of(recipe.trace, table), recipe.keep, recipe.method)
+    for line in moved_lines(reductions, recipe.method):
+        _say(line)
+    return made, ReducedTensors(
+        folder=tensors.folder,
+        tensors=tensors.tensors,
+        block=tensors.block,
+        reductions=reductions,
+        shapes=made.shapes,
+    )
 
 
 def _megatron_to_hf(options: ConvertOptions, source: Source) -> ModelTable:
@@ -170,7 +214,14 @@ def _plan(options: ConvertOptions, dtype: str, files: list[Path]) -> dict[str, A
         "for": options.spec,
         "dtype": dtype,
         "recipe": None if options.recipe is None else asdict(options.recipe),
+        "reduce": _reduce_plan(options.reduce),
     }
+
+
+def _reduce_plan(recipe: ReduceRecipe | None) -> list[Any] | None:
+    if recipe is None:
+        return None
+    return [recipe.keep, recipe.method, str(recipe.trace.absolute()), recipe.trace.stat().st_mtime_ns]
 
 
 def _say(line: str) -> None:

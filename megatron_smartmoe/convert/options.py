@@ -11,6 +11,7 @@ from typing import Any, Literal
 from megatron_smartmoe.convert.hf_config import IGNORE_KEY
 from megatron_smartmoe.convert.launches import Launch, launch_of
 from megatron_smartmoe.convert.layout import SPECS, Spec
+from megatron_smartmoe.convert.reduce import KEEP, METHOD, METHODS, TEXT, TRACE, ReduceRecipe
 from megatron_smartmoe.convert.source import KINDS, Kind
 from megatron_smartmoe.convert.upcycle import EXPERTS, GRANULARITY, TOPK, Recipe
 from megatron_smartmoe.errors import ConfigError
@@ -36,6 +37,7 @@ class ConvertOptions:
         expert_ranks: with optimizer state, the expert parallelism that will load it; None for that of the source.
         optimizer: whether optimizer state is converted too, where the source has some.
         recipe: how experts are made of a dense model; None to convert the model as it is.
+        reduce: which experts are removed; None to keep all.
         verify: launches at which both ends are compared; empty for no comparison.
         ignore_config_key: keys of config.json that the user says have no effect.
     """
@@ -51,6 +53,7 @@ class ConvertOptions:
     expert_ranks: int | None = None
     optimizer: bool = True
     recipe: Recipe | None = None
+    reduce: ReduceRecipe | None = None
     verify: tuple[Launch, ...] = ()
     ignore_config_key: tuple[str, ...] = ()
 
@@ -61,8 +64,8 @@ class ConvertOptions:
         Raises:
             ConfigError: a number is out of its range, or source and output are the same.
         """
-        values = {name: getattr(parsed, name) for name in cls.__dataclass_fields__ if name != "recipe"}
-        values["recipe"] = _recipe(parsed)
+        made = {"recipe": _recipe(parsed), "reduce": _reduce(parsed)}
+        values = {name: getattr(parsed, name) for name in cls.__dataclass_fields__ if name not in made} | made
         asked = parsed.verify if parsed.verify is None or parsed.verify else ["1"]
         values["verify"] = tuple(launch_of(text) for text in asked or ())
         values["ignore_config_key"] = tuple(values["ignore_config_key"] or ())
@@ -93,6 +96,24 @@ def _recipe(parsed: argparse.Namespace) -> Recipe | None:
     )
 
 
+def _reduce(parsed: argparse.Namespace) -> ReduceRecipe | None:
+    if parsed.keep_experts is None:
+        for flag, value in ((METHOD, parsed.reduce_by), (TRACE, parsed.trace), (TEXT, parsed.text)):
+            if value is not None:
+                raise ConfigError(flag, str(value), f"needs {KEEP}", f"Add {KEEP} 4, for example.")
+        return None
+    if parsed.trace is None:
+        rule = f"needs {TRACE}, which says how much each expert is used"
+        raise ConfigError(KEEP, parsed.keep_experts, rule, f"Pass {TRACE} FILE, recorded with --smartmoe-record-trace.")
+    if parsed.experts is not None:
+        raise ConfigError(KEEP, parsed.keep_experts, f"removes experts, and {EXPERTS} makes some", "Leave one out.")
+    if parsed.verify is not None:
+        rule = f"compares with SOURCE, which computes something else than a model with {KEEP}"
+        raise ConfigError("--verify", True, rule, f"Pass {TEXT} FILE for the loss before and after.")
+    method = parsed.reduce_by or METHODS[0]
+    return ReduceRecipe(keep=parsed.keep_experts, method=method, trace=parsed.trace, text=parsed.text)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options to a parser."""
     help_text = "a Hugging Face model, a checkpoint of Megatron's (torch_dist or mp_rank_*), or a run directory"
@@ -121,6 +142,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     help_text = "from a checkpoint to --to megatron: leave the optimizer state out"
     parser.add_argument("--no-optim", dest="optimizer", action="store_false", help=help_text)
     _add_upcycling(parser)
+    _add_reducing(parser)
     help_text = "compare the logits of both ends in float32 when OUT is written, with Megatron on 1 rank or on the "
     help_text += "given launches, such as EP4xPP2; needs transformers. Exit status 1 if they differ by more than 1e-5"
     parser.add_argument("--verify", nargs="*", metavar="LAUNCH", help=help_text)
@@ -142,6 +164,19 @@ def _add_upcycling(parser: argparse.ArgumentParser) -> None:
     help_text = "standard deviation of the routers' weights (default: 0.02)"
     group.add_argument("--router-std", type=float, default=0.02, metavar="S", help=help_text)
     group.add_argument("--seed", type=int, default=1234, metavar="N", help="of routers and noise (default: 1234)")
+
+
+def _add_reducing(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group(
+        "fewer experts", "remove the experts of a Hugging Face model that a routing trace sees used least"
+    )
+    group.add_argument(KEEP, type=int, metavar="N", help="experts that are left of each layer")
+    help_text = "prune: leave the others out; merge: average each into the kept expert with the most similar router "
+    help_text += "row, weighted by assignments (default: prune)"
+    group.add_argument(METHOD, choices=METHODS, help=help_text)
+    group.add_argument(TRACE, type=Path, metavar="FILE", help="routing trace of the model, in any format of smartmoe")
+    help_text = "print the loss on this text before (transformers) and after (Megatron); SOURCE needs its tokenizer"
+    group.add_argument(TEXT, type=Path, metavar="FILE", help=help_text)
 
 
 def as_argv(options: ConvertOptions) -> list[str]:
@@ -166,6 +201,9 @@ def as_argv(options: ConvertOptions) -> list[str]:
             "--seed",
             str(recipe.seed),
         ]
+    if options.reduce is not None:
+        argv += [KEEP, str(options.reduce.keep), METHOD, options.reduce.method, TRACE, str(options.reduce.trace)]
+        argv += [TEXT, str(options.reduce.text)] if options.reduce.text is not None else []
     for key in options.ignore_config_key:
         argv += [IGNORE_KEY, key]
     return argv

@@ -29,6 +29,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from megatron_smartmoe import ops
 from megatron_smartmoe.checkpoint.digest import Piece, combine, digest
 from megatron_smartmoe.checkpoint.manifest import ParameterDigest
 from megatron_smartmoe.checkpoint.torch_dist import COMMON_FILE, COMMON_OBJECT, FORMAT_FILE, INDEX_FILE
@@ -130,6 +131,7 @@ class _Writer:
     def __call__(self, sink: Sink, progress: Callable[[int], object]) -> Any:
         """Write them."""
         record = []
+        sum_of_rows = ops.sum_of_rows if ops.is_compiled() else None
         for chunk in self._chunks:
             parameter, start = chunk.parameter, sink.tell()
             values = parameter.rows(chunk.first, chunk.end)
@@ -149,7 +151,7 @@ class _Writer:
                     "sizes": tuple(tensor.shape),
                     "start": start,
                     "length": sink.tell() - start,
-                    "digest": f"{digest(values, parameter.dtype, piece):016x}",
+                    "digest": f"{digest(values, parameter.dtype, piece, sum_of_rows):016x}",
                 }
             )
             progress(chunk.size_bytes)

@@ -99,7 +99,7 @@ def verify(model: Path, checkpoint: Path, table: ModelTable, launches: Sequence[
         CheckpointError: Megatron could not load the checkpoint; the message ends with what it said.
     """
     tokens = _tokens(model, table.vocab_size)
-    wanted = _of_transformers(model, tokens, table.num_layers)
+    wanted = of_transformers(model, tokens, table.num_layers)
     return [compare(launch.name, wanted, of_megatron(checkpoint, table, tokens, launch)) for launch in launches]
 
 
@@ -147,24 +147,26 @@ def _tokens(model: Path, vocab_size: int) -> torch.Tensor:
     return torch.cat([random, text])
 
 
-def check_installed(spec: Spec) -> None:
+def check_installed(spec: Spec, flag: str = "--verify") -> None:
     """What a comparison needs is installed.
 
     Args:
         spec: the layers that the checkpoint is for.
+        flag: that asked for it.
 
     Raises:
         ConfigError: it is not.
     """
     if importlib.util.find_spec("transformers") is None:
         rule = "needs transformers, which is not installed"
-        raise ConfigError("--verify", True, rule, "Run pip install 'transformers>=5', or leave it out.")
+        raise ConfigError(flag, True, rule, "Run pip install 'transformers>=5', or leave it out.")
     if spec == "te" and importlib.util.find_spec("transformer_engine") is None:
         rule = "needs TransformerEngine for a checkpoint --for te, and it is not installed"
-        raise ConfigError("--verify", True, rule, "Leave it out, or convert --for local.")
+        raise ConfigError(flag, True, rule, "Leave it out, or convert --for local.")
 
 
-def _of_transformers(model: Path, tokens: torch.Tensor, num_layers: int) -> Outputs:
+def of_transformers(model: Path, tokens: torch.Tensor, num_layers: int) -> Outputs:
+    """What transformers computes with the model of a folder."""
     from transformers import AutoModelForCausalLM
 
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation="eager").eval()

@@ -10,7 +10,11 @@ megatron_smartmoe.runtime.replicas.dispatch_plan.plan_in_steps.
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from megatron_smartmoe.ops.library import SlowOpsWarning, backend, is_compiled
@@ -30,6 +34,7 @@ __all__ = [
     "permute",
     "permute_weighted",
     "plan_dispatch",
+    "sum_of_rows",
     "swiglu",
     "unpermute",
 ]
@@ -55,6 +60,13 @@ def digest_sum(bits_N: Tensor, positions_L: Tensor, width: int, value_factor: in
     """
     total: int = torch.ops.smartmoe.digest_sum(bits_N, positions_L, width, value_factor)
     return total
+
+
+def sum_of_rows(bits: NDArray[Any], positions: NDArray[np.int64], width: int, value_factor: int) -> int:
+    """`digest_sum` for numpy's unsigned integers: a `checkpoint.digest.SumOfRows`, only from the compiled library."""
+    signed = value_factor - 2**64 if value_factor >= 2**63 else value_factor
+    kind = "uint8" if bits.itemsize == 1 else f"int{8 * bits.itemsize}"
+    return digest_sum(torch.from_numpy(bits.view(kind)), torch.from_numpy(positions), width, signed)
 
 
 def min_max_split(counts_RE: Tensor, hosts_ER: Tensor) -> Tensor:

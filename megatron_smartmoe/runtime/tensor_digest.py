@@ -29,18 +29,8 @@ def digest_of_tensor(tensor: torch.Tensor, piece: Piece) -> int:
     dtype = str(tensor.dtype).removeprefix("torch.")
     bits = tensor.detach().contiguous().view(-1).view(_BITS[tensor.element_size()])
     if not tensor.is_cuda:
-        return _digest_on_host(bits, dtype, piece) if ops.is_compiled() else digest(bits.numpy(), dtype, piece)
+        return digest(bits.numpy(), dtype, piece, ops.sum_of_rows if ops.is_compiled() else None)
     return int(_digest(bits, dtype, piece).item()) % MODULUS
-
-
-def _digest_on_host(bits: torch.Tensor, dtype: str, piece: Piece) -> int:
-    """With the compiled op, which lets other threads run."""
-    assert bits.numel() == piece.num_elements, (bits.numel(), piece)
-    factor, total = _signed(value_factor(dtype)), 0
-    for rows in rows_of(piece):
-        block = bits[rows.first : rows.first + rows.width * len(rows.positions)]
-        total += ops.digest_sum(block, torch.from_numpy(rows.positions), rows.width, factor)
-    return total % MODULUS
 
 
 def _digest(bits: torch.Tensor, dtype: str, piece: Piece) -> torch.Tensor:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -21,10 +23,13 @@ from megatron_smartmoe.convert.flags import as_flags
 from megatron_smartmoe.convert.hf_config import HFConfig
 from megatron_smartmoe.convert.launches import launch_of
 from megatron_smartmoe.convert.options import ConvertOptions
+from megatron_smartmoe.convert.reduce import ReduceRecipe
 from megatron_smartmoe.convert.upcycle import Recipe, upcycled_table
 from megatron_smartmoe.convert.verify import verify
+from megatron_smartmoe.spec.routing_trace import RoutingTrace
 from tests.support import hf_models
 from tests.support.ranks import run_ranks
+from tests.support.tokenizers import write_huggingface
 from tests.support.training import TINY_TRAINING, losses, train
 
 pytestmark = pytest.mark.dist
@@ -168,6 +173,34 @@ def test_an_upcycled_model_computes_what_the_dense_one_does(
     assert difference(found["logits"], hf_models.logits(source, TOKENS)) < TOLERANCE
 
 
+def test_the_loss_on_a_text_of_a_model_without_its_unused_experts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Biases keep tokens from the last four experts, so that nothing is lost without them."""
+    sizes: dict[str, Any] = {"n_group": 1, "topk_group": 1, "num_experts_per_tok": 2, "vocab_size": 512}
+    source = hf_models.make("deepseek_v3", tmp_path / "hf", **sizes)
+    for path in source.glob("*.safetensors"):
+        tensors = load_file(path)
+        for name, tensor in tensors.items():
+            if name.endswith("e_score_correction_bias"):
+                tensor[4:] = -100.0
+        save_file(tensors, path, {"format": "pt"})
+    write_huggingface(source)
+    text = tmp_path / "text.txt"
+    text.write_text(Path(__file__).read_text())
+    counts = np.tile(np.array([5, 6, 7, 8, 0, 0, 0, 0], np.uint32), (1, 3, 1, 1))
+    trace = RoutingTrace(counts=counts, iteration=np.array([1]), layer=np.array([2, 3, 4]))
+    trace.save(tmp_path / "trace.npz")
+    recipe = ReduceRecipe(keep=4, method="prune", trace=tmp_path / "trace.npz", text=text)
+    convert(ConvertOptions(source=source, out=tmp_path / "megatron", target="megatron", reduce=recipe))
+    said = capsys.readouterr().out
+    found = re.search(r"loss on ([\d,]+) tokens of the text: ([\d.]+) before, ([\d.]+) after", said)
+    assert found is not None, said
+    assert found[1] == "2,048"
+    assert float(found[3]) == pytest.approx(float(found[2]), abs=2e-4)
+    assert "layer 1: 0.00% of the trace's assignments lost" in said
+
+
 def test_verify_says_which_layer_is_wrong(models: Callable[[str], tuple[Path, Path]], tmp_path: Path) -> None:
     """One expert of layer 2 is another one in the checkpoint."""
     source, _ = models("mixtral")
@@ -187,16 +220,16 @@ def test_verify_says_which_layer_is_wrong(models: Callable[[str], tuple[Path, Pa
     assert "first layer that differs: 2 (by " in verdict.line()
 
 
-def test_optimizer_state_between_expert_parallelism_1_and_2(tmp_path: Path) -> None:
+def test_optimizer_state_between_expert_parallelism_1_and_4(tmp_path: Path) -> None:
     """Training goes on as if nothing had happened, in both directions."""
     data = ["--mock-data", "--tokenizer-type", "NullTokenizer", "--vocab-size", "249"]
     saves = ["--save", str(tmp_path / "one"), "--save-interval", "3"]
     whole = train(tmp_path / "whole", 1, data, *saves, iterations=6)
     saved = tmp_path / "one" / "iter_0000003"
-    convert(ConvertOptions(source=saved, out=tmp_path / "two", target="megatron", expert_ranks=2))
-    flags = ["--load", str(tmp_path / "two"), "--expert-model-parallel-size", "2"]
+    convert(ConvertOptions(source=saved, out=tmp_path / "four", target="megatron", expert_ranks=4))
+    flags = ["--load", str(tmp_path / "four"), "--expert-model-parallel-size", "4"]
     flags += ["--save", str(tmp_path / "saved"), "--save-interval", "3"]
-    rest = train(tmp_path / "rest", 2, data, *flags, iterations=6)
+    rest = train(tmp_path / "rest", 4, data, *flags, iterations=6)
     assert rest == pytest.approx(whole[3:], abs=1e-6)
     convert(ConvertOptions(source=tmp_path / "saved", out=tmp_path / "back", target="megatron", expert_ranks=1))
     common = [read_common(folder / "iter_0000006") for folder in (tmp_path / "one", tmp_path / "back")]

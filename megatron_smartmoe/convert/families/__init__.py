@@ -22,8 +22,9 @@ FAMILIES: Mapping[str, Callable[[HFConfig], ModelTable]] = {
 
 # Families that were looked at and cannot be built here, with what is missing.
 _MISSING = {
-    "gpt_oss": "its attention has sinks (--softmax-type learnable) and a sliding window in every second layer, and its "
-    "experts have biases and a clamped GLU; the torch attention and the grouped experts here have none of these",
+    "gpt_oss": "its experts have biases, which --smartmoe-experts grouped_mm has not, and its released files are "
+    "MXFP4, which is not dequantised here; its attention, with sinks and windows in every second layer, needs "
+    "--attention-backend unfused",
 }
 
 

@@ -28,21 +28,12 @@ from megatron_smartmoe.errors import CheckpointError
 
 
 class Opaque:
-    """An object of a class that is not known here.
-
-    Attributes:
-        args: what its class would have been called with.
-    """
+    """An object of a class that is not known here, made with any arguments."""
 
     qualified_name = "unknown"
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> Opaque:
-        """Take any arguments."""
-        self = super().__new__(cls)
-        self.args = args
-        return self
-
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Keep what it is called with; that this is here lets `object.__new__` take anything too."""
         self.args = args
 
     def __setstate__(self, state: Any) -> None:
@@ -84,8 +75,8 @@ _CONTAINERS: dict[str, Callable[..., Any]] = {
     "builtins.list": list,
     "builtins.dict": dict,
     "builtins.tuple": tuple,
-    "torch.Size": tuple,
 }
+_SIZE = "torch.Size"  # a tuple
 _COPIED_ITEMS_PER_BYTE = 16  # that containers may hold in all; a real pickle copies an item about once
 
 
@@ -104,6 +95,8 @@ class _Unpickler(pickle.Unpickler):
         return self._classes[qualified]
 
     def _stand_in(self, qualified: str) -> Any:
+        if qualified == _SIZE:
+            return self._size
         if qualified in _CONTAINERS:
             return functools.partial(self._copy, _CONTAINERS[qualified])
         if qualified in _WITH_STATE:
@@ -113,6 +106,9 @@ class _Unpickler(pickle.Unpickler):
     def persistent_load(self, pid: Any) -> Any:
         """Storages of tensors are kept beside the pickle; this is what stands for one."""
         return self._storages(pid)
+
+    def _size(self, items: Any = (), *rest: Any) -> Any:
+        return items if type(items) is tuple and not rest else self._copy(tuple, items, *rest)
 
     def _copy(self, container: Callable[..., Any], *args: Any) -> Any:
         self._count(*args)
@@ -175,26 +171,36 @@ _LINES = {"INST": 2, "GLOBAL": 2}  # opcodes followed by two lines
 
 def _plain_opcodes() -> re.Pattern[bytes]:
     """Any number of opcodes with nothing or a fixed number of bytes behind them, and nothing else to look at."""
-    choices = []
+    codes: dict[int, bytes] = {}
     for opcode in pickletools.opcodes:
         length = 0 if opcode.arg is None else opcode.arg.n
         code = opcode.code.encode("latin-1")
         if length >= 0 and code not in (_FRAME, _LONG_BINPUT, b"."):
-            choices.append(re.escape(code) + b".{%d}" % length)
+            codes[length] = codes.get(length, b"") + re.escape(code)
+    choices = [b"[%s].{%d}" % (codes[length], length) for length in sorted(codes)]
     return re.compile(b"(?:" + b"|".join(choices) + b")*+", re.DOTALL)
 
 
 _PLAIN = _plain_opcodes()
+# Opcodes behind which one byte says how many bytes follow: the ones that a large pickle has most of.
+_SHORT = frozenset(
+    ord(opcode.code)
+    for opcode in pickletools.opcodes
+    if opcode.arg is not None and opcode.arg.n == pickletools.TAKEN_FROM_ARGUMENT1
+)
 _OTHERS = {opcode.code.encode("latin-1"): opcode for opcode in pickletools.opcodes}
 
 
 def _check_sizes(data: bytes) -> None:
     """Raise for a length or a memo number that is larger than the pickle."""
-    at, end = 0, len(data)
+    at, end, match = 0, len(data), _PLAIN.match
     while True:
-        found = _PLAIN.match(data, at)
+        found = match(data, at)
         assert found is not None, "the pattern matches nothing too"
         at = found.end()
+        if at + 1 < end and data[at] in _SHORT and at + data[at + 1] < end - 2:
+            at += 2 + data[at + 1]
+            continue
         opcode = _OTHERS.get(data[at : at + 1])
         if opcode is None or opcode.name == "STOP" or opcode.arg is None:
             return  # its end; damage is the unpickler's to report
