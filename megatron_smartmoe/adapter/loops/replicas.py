@@ -13,11 +13,10 @@ A pool of settings may change between iterations how replicas are planned and ho
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -28,8 +27,9 @@ from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 
 from megatron_smartmoe.adapter.cost_inputs import nodes_of_group, online_options, replica_price_tokens, scope_nodes
 from megatron_smartmoe.adapter.flags.smartmoe_arguments import replicas_mode
-from megatron_smartmoe.adapter.hooks import Callback, Order
+from megatron_smartmoe.adapter.hooks import Callback, Order, reduce_through
 from megatron_smartmoe.adapter.loops import saved_state
+from megatron_smartmoe.adapter.moe.late_gradients import LateGradients
 from megatron_smartmoe.adapter.moe.layer import SmartMoELayer
 from megatron_smartmoe.adapter.moe.replica_dispatcher import ReplicaDispatcher
 from megatron_smartmoe.adapter.moe.routers import passes_per_micro_batch
@@ -74,13 +74,16 @@ class ReplicaLoop(Callback):
         needs_history = "history" in self._modes
         self._fetch_early = not args.overlap_param_gather
         timeout = timedelta(minutes=args.distributed_timeout_minutes)
-        self._wire = ReplicaWire(_own_group(mpu.get_expert_model_parallel_group(), timeout))
+        group = _own_group(mpu.get_expert_model_parallel_group(), timeout)
+        self._wire = ReplicaWire(group, nodes_of_group(group.size()))
         self._layers: list[SmartMoELayer] = [layer for _, layer in run.layers]
         self._tallies = [LayerTally() for _ in self._layers]
         self._price_tokens = replica_price_tokens(args)  # once: the cluster file may be edited during the run
         for index, (layer, tally) in enumerate(zip(self._layers, self._tallies, strict=True)):
-            self._equip(layer, tally, keeps=needs_history)
-            layer.register_forward_pre_hook(partial(self._before_layer, index))
+            self._equip(layer, tally, keeps=needs_history, begins=partial(self._begin_layer, index))
+        reduce_through(
+            LateGradients([(tuple(each.experts.parameters()), each.experts.spare_slots) for each in self._layers])
+        )
         if needs_history and self._layers:
             online = online_options(args, review_records=1)
             self._planner = ReplicaPlanner(self._placement(), run.ranks.edp_rank, online, fastest_best_replicas())
@@ -157,7 +160,7 @@ class ReplicaLoop(Callback):
         if self._planner is not None:
             self._planner.placement = self._placement()
 
-    def _equip(self, layer: SmartMoELayer, tally: LayerTally, *, keeps: bool) -> None:
+    def _equip(self, layer: SmartMoELayer, tally: LayerTally, *, keeps: bool, begins: Callable[[], None]) -> None:
         """Give a layer's experts spare slots, and the layer a dispatcher that uses them."""
         experts = layer.experts
         weights = (experts.weight1, experts.weight2)
@@ -175,10 +178,11 @@ class ReplicaLoop(Callback):
             layer.config,
             get_default_pg_collection(),
             spare=experts.spare_slots,
-            num_nodes=nodes_of_group(self._wire.num_ranks),
+            num_nodes=self._wire.num_nodes,
             fetch_early=self._fetch_early,
             exact=self._exact_options() if self._mode == "exact" else None,
             listener=tally.add,
+            begins=begins,
         )
         if layer.shared_experts is not None and layer.shared_expert_overlap:
             layer.token_dispatcher.set_shared_experts(layer.shared_experts)
@@ -208,6 +212,7 @@ class ReplicaLoop(Callback):
 
     def before_step(self, iteration: int) -> None:
         """Plan this iteration's replicas and start to fetch their weights."""
+        self._wire.settle()  # an iteration that was broken off
         planner = self._planner
         if planner is None:
             return
@@ -237,10 +242,9 @@ class ReplicaLoop(Callback):
             if used is not None:
                 used.start()
 
-    def _before_layer(self, index: int, layer: SmartMoELayer, inputs: Any) -> None:
-        """Called before the forward pass of a layer, by its place among this rank's."""
-        if layer.training:
-            self._fetch(index + LAYERS_AHEAD)
+    def _begin_layer(self, index: int) -> None:
+        """Called when a layer begins to dispatch in training, by its place among this rank's."""
+        self._fetch(index + LAYERS_AHEAD)
 
     def _plan(self, planner: ReplicaPlanner, iteration: int) -> str | None:
         """Plan, and compare the plan over the group's ranks; None, or why this iteration has no replicas."""

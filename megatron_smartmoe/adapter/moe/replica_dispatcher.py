@@ -25,6 +25,7 @@ from megatron_smartmoe.runtime.replicas.dispatch_plan import DispatchPlan, Dispa
 from megatron_smartmoe.runtime.replicas.slots import SpareSlots
 from megatron_smartmoe.runtime.replicas.split import homes_only, shifted_rows
 from megatron_smartmoe.runtime.replicas.tally import MicroBatch
+from megatron_smartmoe.runtime.replicas.wire import advancing
 
 Listener = Callable[[MicroBatch], None]
 
@@ -44,6 +45,7 @@ class ReplicaDispatcher(SlotDispatcher):
         exact: how the replicas of each micro-batch are planned from its counts; None when `slots_RS` is set from
             outside.
         listener: called once for every training micro-batch.
+        begins: called when a layer begins to dispatch in training.
 
     Attributes:
         slots_RS: expert in each slot, `[R, S + K]`, home slots first; experts are numbered by their home.
@@ -64,10 +66,11 @@ class ReplicaDispatcher(SlotDispatcher):
         fetch_early: bool = True,
         exact: ExactOptions | None = None,
         listener: Listener | None = None,
+        begins: Callable[[], None] | None = None,
     ) -> None:
         super().__init__(num_local_experts, local_expert_indices, config, pg_collection, counts_on_device=True)
         self._spare, self._fetch_early = spare, fetch_early
-        self._exact, self._listener = exact, listener
+        self._exact, self._listener, self._begins = exact, listener, begins
         self._homes_RS = homes_only(self.num_experts, self.ep_size, spare.num_slots)
         self.slots_RS = self._homes_RS
         self._home_slots = num_local_experts
@@ -96,6 +99,27 @@ class ReplicaDispatcher(SlotDispatcher):
         self._exact, self.slots_RS = exact, self._homes_RS
         self._spare.drop()
 
+    def dispatch_preprocess(
+        self, hidden_states: torch.Tensor, routing_map: torch.Tensor, probs: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sort this rank's tokens by slot; see `SlotDispatcher`."""
+        if self.training and self._begins is not None:
+            self._begins()
+        rows = super().dispatch_preprocess(advancing(hidden_states, self._spare.wire), routing_map, probs)
+        self._spare.wire.advance()  # behind the permutation
+        return rows
+
+    def dispatch_postprocess(
+        self, global_input_tokens: torch.Tensor, global_probs: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Sort what has arrived by slot; see `SlotDispatcher`."""
+        self._spare.wire.advance()  # behind the all-to-all
+        return super().dispatch_postprocess(global_input_tokens, global_probs)
+
+    def combine_postprocess(self, permutated_local_input_tokens: torch.Tensor) -> torch.Tensor:
+        """Add up each token's results; see `SlotDispatcher`."""
+        return advancing(super().combine_postprocess(permutated_local_input_tokens), self._spare.wire)
+
     def _set_splits(self, rows_TK: torch.Tensor, tokens_E: torch.Tensor) -> torch.Tensor:
         """Plan the replicas, split the tokens, and set the sizes of the all-to-all; see `SlotDispatcher`."""
         # Step 1: the counts of all ranks, and the plan that follows from them
@@ -119,7 +143,7 @@ class ReplicaDispatcher(SlotDispatcher):
         plan = self._planner.plan(counts_RPE, self.slots_RS, self._exact)
         if self._exact is not None:
             self.slots_RS = plan.slots_RS
-            used = self._spare.use(self.slots_RS, num_passes=1, own=plan.own_replicas)
+            used = self._spare.use(self.slots_RS, num_passes=1)
             if used is not None and self._fetch_early:
                 used.start()
         return plan
