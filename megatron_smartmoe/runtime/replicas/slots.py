@@ -37,6 +37,7 @@ class ReplicasInUse:
         returns: Where the returns of the layer's gradients are kept until they are finished.
         totals: Returns the home gradients that the optimizer reads, shaped as `homes`.
         num_passes: Number of backward passes before the gradients are sent to their homes.
+        instead_of: Replicas of several passes that these serve one pass for; None for none.
     """
 
     def __init__(
@@ -51,12 +52,14 @@ class ReplicasInUse:
         returns: list[Transfer],
         totals: Totals,
         num_passes: int,
+        instead_of: ReplicasInUse | None = None,
     ) -> None:
         assert sums is not None or num_passes == 1, "gradients of several passes need memory to be summed in"
         self._links, self._num_links, self._wire = links, num_links, wire
         self._homes, self._totals, self._returns = tuple(homes), totals, returns
         self.spares, self._sums = tuple(spares), sums
-        self._num_passes, self._passes = num_passes, 0
+        self._num_passes, self._passes, self._has_sums = num_passes, 0, False
+        self._instead_of = instead_of
         self._fetch: Transfer | None = None
 
     def start(self) -> None:
@@ -80,16 +83,28 @@ class ReplicasInUse:
         """Sum the replicas' gradients of one backward pass; after the last pass, start to send them to their homes."""
         if self._sums is None:
             self._return([gradient.contiguous() for gradient in gradients])
+            if self._instead_of is not None:
+                self._instead_of.end_pass()
             return
+        if not self._has_sums:
+            for transfer in self._returns:  # of an iteration that nobody finished
+                transfer.finish()
         for total, gradient in zip(self._sums, gradients, strict=True):
-            if self._passes == 0:
-                total.copy_(gradient)
-            else:
+            if self._has_sums:
                 total.add_(gradient)
+            else:
+                total.copy_(gradient)
+        self._has_sums = True
+        self.end_pass()
+
+    def end_pass(self) -> None:
+        """Count a backward pass, in which these replicas or others instead of them were used. A call of the whole
+        group; after the last pass, send the gradients to their homes."""
         self._passes += 1
         if self._passes == self._num_passes:
-            self._return(self._sums)
-            self._passes = 0  # Megatron may run an iteration again, from zeroed gradients
+            if self._has_sums:
+                self._return(self._sums or ())
+            self._passes, self._has_sums = 0, False  # Megatron may run an iteration again, from zeroed gradients
 
     def _return(self, gradients: Sequence[torch.Tensor]) -> None:
         self._returns[:] = [each for each in self._returns if not each.is_finished]
@@ -140,6 +155,7 @@ class SpareSlots:
         self._weights = self._buffers() if keeps else None
         self._sums = self._buffers(torch.float32) if keeps else None
         self._in_use: ReplicasInUse | None = None
+        self._once: ReplicasInUse | None = None  # those of one micro-batch, instead of the iteration's
         self._returns: list[Transfer] = []
 
     @property
@@ -150,13 +166,14 @@ class SpareSlots:
     @property
     def in_use(self) -> ReplicasInUse | None:
         """The replicas in use, or None."""
-        return self._in_use
+        return self._in_use if self._once is None else self._once
 
     def _replace(self, used: ReplicasInUse | None) -> None:
         """Use other replicas, or none, once the fetch of those in use has ended."""
-        if self._in_use is not None:
-            self._in_use.finish()
-        self._in_use = used
+        for before in (self._in_use, self._once):
+            if before is not None:
+                before.finish()
+        self._in_use, self._once = used, None
 
     def finish_returns(self) -> None:
         """Add the gradients that are under way to those of the home weights. A call of the whole group."""
@@ -198,29 +215,54 @@ class SpareSlots:
             The replicas in use; None if the table has none.
         """
         used = None
-        if num_replicas := int((slots_RS[:, self.home_slots :] != EMPTY).sum()):
-            used = ReplicasInUse(
-                links_of(slots_RS, self.home_slots, self.wire.rank, self.wire.num_nodes),
-                num_replicas,
-                self.wire,
-                homes=self._homes,
-                spares=(self._weights if self._keeps else None) or self._buffers(),
-                sums=self._sums if self._keeps else None,
-                returns=self._returns,
-                totals=self._totals,
-                num_passes=num_passes,
-            )
+        if (slots_RS[:, self.home_slots :] != EMPTY).any():
+            spares, sums = (self._weights, self._sums) if self._keeps else (None, None)
+            used = self._replicas(slots_RS, spares or self._buffers(), sums, num_passes)
         self._replace(used)
         return used
+
+    def use_once(self, slots_RS: IntArray) -> ReplicasInUse:
+        """Use other replicas for one micro-batch, in memory of its own, and then those of the iteration again.
+
+        Args:
+            slots_RS: The slot table, with some replicas; see `use`.
+        """
+        assert self._keeps, "where no replicas stay for an iteration, `use` is for one micro-batch"
+        if self._once is not None:  # of a micro-batch that was broken off
+            self._once.finish()
+        self._once = self._replicas(slots_RS, self._buffers(), None, 1, instead_of=self._in_use)
+        return self._once
+
+    def _replicas(
+        self,
+        slots_RS: IntArray,
+        spares: Sequence[torch.Tensor],
+        sums: Sequence[torch.Tensor] | None,
+        num_passes: int,
+        instead_of: ReplicasInUse | None = None,
+    ) -> ReplicasInUse:
+        return ReplicasInUse(
+            links_of(slots_RS, self.home_slots, self.wire.rank, self.wire.num_nodes),
+            int((slots_RS[:, self.home_slots :] != EMPTY).sum()),
+            self.wire,
+            homes=self._homes,
+            spares=spares,
+            sums=sums,
+            returns=self._returns,
+            totals=self._totals,
+            num_passes=num_passes,
+            instead_of=instead_of,
+        )
 
     def weights(self) -> tuple[torch.Tensor, ...]:
         """The replicas' weights for one micro-batch, `[K, ...]` each; see `ReplicasInUse.weights`.
 
         Replicas for one micro-batch belong to autograd from then on, which frees them after their backward pass.
         """
-        used = self._in_use
+        used = self.in_use
         assert used is not None, "no replicas are in use"
         weights = used.weights()
+        self._once = None
         if not self._keeps:
             self.drop()
         return weights
