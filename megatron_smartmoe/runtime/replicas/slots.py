@@ -107,7 +107,9 @@ class ReplicasInUse:
             self._passes, self._has_sums = 0, False  # Megatron may run an iteration again, from zeroed gradients
 
     def _return(self, gradients: Sequence[torch.Tensor]) -> None:
-        self._returns[:] = [each for each in self._returns if not each.is_finished]
+        """Start a return, when that of the micro-batch before is added up: sums have the order of the micro-batches."""
+        while self._returns:
+            self._returns.pop(0).finish()
         self._returns.append(self._wire.start_return(self._links, gradients, self._totals, self._num_links))
 
 
