@@ -27,33 +27,36 @@ def balance(run_dir: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run_dir / "balance-stage0-group0.jsonl").read_text().splitlines()]
 
 
-def _dropped(send: Any, copies: Any, gradients: Any, totals: Any) -> None:
-    send(copies[:-1], gradients, totals)
+def _dropped(start: Any, links: Any, gradients: Any, *rest: Any) -> Any:
+    return start(links[:-1], gradients, *rest)
 
 
-def _twice(send: Any, copies: Any, gradients: Any, totals: Any) -> None:
-    send(copies, gradients, totals)
-    send(copies[:1], gradients, totals)
+def _twice(start: Any, links: Any, gradients: Any, *rest: Any) -> Any:
+    start(links[:1], gradients, *rest).finish()
+    return start(links, gradients, *rest)
 
 
-def _wrong_home(send: Any, copies: Any, gradients: Any, totals: Any) -> None:
+def _wrong_home(start: Any, links: Any, gradients: Any, *rest: Any) -> Any:
+    first, *others = links
+    other = (first.parent_slot + 1) % 4  # of 8 experts on 2 ranks
+    return start([first._replace(parent_slot=other), *others], gradients, *rest)
 
-    first, *rest = copies
-    other = (first.home_slot + 1) % len(totals[0])
-    send([first._replace(home_slot=other), *rest], gradients, totals)
 
-
-FAULTS = {"dropped": _dropped, "counted twice": _twice, "returned to the wrong home": _wrong_home}
+FAULTS = {
+    "dropped": _dropped,
+    "counted twice": _twice,
+    "returned to the wrong home": _wrong_home,
+}
 
 
 def _main(argv: list[str], fault: str) -> None:
     from megatron_smartmoe.adapter.pretrain import main
     from megatron_smartmoe.runtime.replicas.wire import ReplicaWire
 
-    send = ReplicaWire.return_gradients
+    start = ReplicaWire.start_return
 
-    def faulty(wire: Any, copies: Any, gradients: Any, totals: Any) -> None:
-        FAULTS[fault](lambda *args: send(wire, *args), list(copies), gradients, totals)
+    def faulty(wire: Any, links: Any, *rest: Any) -> Any:
+        return FAULTS[fault](lambda *args: start(wire, *args), tuple(links), *rest)
 
-    with mock.patch.object(ReplicaWire, "return_gradients", faulty):
+    with mock.patch.object(ReplicaWire, "start_return", faulty):
         main(argv)
