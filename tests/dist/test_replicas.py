@@ -16,7 +16,7 @@ import torch
 from tests.dist.test_smartmoe_layer import EP2, UNCLIPPED
 from tests.support.checkpoints import tensors
 from tests.support.marks import some_fast
-from tests.support.replicas import ALWAYS, FAULTS, balance, train_with_fault
+from tests.support.replicas import ALWAYS, AT_ONCE, FAULTS, balance, train_with_fault
 from tests.support.training import train
 
 pytestmark = pytest.mark.dist
@@ -32,11 +32,12 @@ PP2 = "--pipeline-model-parallel-size 2"
 VPP2 = f"{PP2} --num-layers-per-virtual-pipeline-stage 1"
 TP2 = "--tensor-model-parallel-size 2 --sequence-parallel"
 OVERLAP = "--use-distributed-optimizer --dist-ckpt-optim-fully-reshardable --overlap-grad-reduce --overlap-param-gather"
+BUCKETS = "--ddp-bucket-size 40000"  # one for the experts of each layer: reduced in the middle of the backward pass
 FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
 MIXES = {
     "EP4": (4, "--expert-model-parallel-size 4", AUTO),
     "PP2xVPP2xEP2, overlapped, exact": (4, f"{VPP2} {EP2} {OVERLAP}", EXACT),
-    "EP2xEDP2, overlapped, homes move": (4, f"{EP2} {OVERLAP}", MOVING),
+    "EP2xEDP2, overlapped, homes move": (4, f"{EP2} {OVERLAP} {BUCKETS}", MOVING),
     "TP2xEP2xETP2": (4, f"{TP2} {EP2}", AUTO),
     "PP2xVPP2xEP2, overlapped": (4, f"{VPP2} {EP2} {OVERLAP}", AUTO),
     "TP2xEP2xETP2, exact, experts recomputed": (
@@ -128,6 +129,15 @@ def test_a_run_can_be_repeated_bit_for_bit(tmp_path: Path, data_flags: list[str]
     assert train(tmp_path / "second", 4, data_flags, *flags, iterations=6) == first
     files = [tmp_path / run / "replicas-stage0-group0.jsonl" for run in ("first", "second")]
     assert files[0].read_bytes() == files[1].read_bytes() != b""
+
+
+def test_gradients_under_way_have_the_bits_of_those_waited_for(tmp_path: Path, data_flags: list[str]) -> None:
+    """Relayed in rounds, of several micro-batches, and reduced over data-parallel ranks in the middle of the pass."""
+    flags = ["--expert-model-parallel-size", "4", "--global-batch-size", "8", *OVERLAP.split(), *BUCKETS.split()]
+    under_way = train(tmp_path / "under way", 4, data_flags, *flags, *EXACT, iterations=3)
+    waited_for = train_with_fault(tmp_path / "waited for", 4, data_flags, *flags, *EXACT, iterations=3, fault=AT_ONCE)
+    assert under_way == waited_for
+    assert np.sum(balance(tmp_path / "under way")[-1]["copies"]) > 0
 
 
 def test_the_simulator_reproduces_the_balance(tmp_path: Path, data_flags: list[str]) -> None:

@@ -111,7 +111,7 @@ def replicas(device: str, fault: str = "") -> dict[str, Any]:
     used = spare.use(SLOTS, num_passes=1)
     assert used is not None
     if fault:
-        one_gpu.Work.wait = lambda work, timeout=None: True  # type: ignore[method-assign]
+        mock.patch.object(one_gpu.Work, "wait", return_value=True).start()
     used.start()
     (weights,) = spare.weights()
     copied = weights.detach().clone()

@@ -16,7 +16,7 @@ ALWAYS = ("--smartmoe", "--smartmoe-spare-slots", "1", "--smartmoe-replicas-marg
 def train_with_fault(
     run_dir: Path, world_size: int, data_flags: list[str], *flags: str, iterations: int, fault: str
 ) -> list[float]:
-    """Do what `training.train` does, with one of `FAULTS` in the return of the copies' gradients."""
+    """Do what `training.train` does, with one of `FAULTS` in the return of the copies' gradients, or `AT_ONCE`."""
     argv = [*TINY_MODEL, *TINY_TRAINING, *data_flags, "--train-iters", str(iterations), *flags]
     run_ranks(_main, world_size, [*argv, "--smartmoe-run-dir", str(run_dir)], fault, log_dir=run_dir / "ranks")
     return losses(run_dir)
@@ -42,6 +42,15 @@ def _wrong_home(start: Any, links: Any, gradients: Any, *rest: Any) -> Any:
     return start([first._replace(parent_slot=other), *others], gradients, *rest)
 
 
+def _at_once(start: Any, *args: Any) -> Any:
+    """No fault: every round is waited for where the return starts."""
+    transfer = start(*args)
+    while not transfer.is_posted:
+        transfer.advance()
+    return transfer
+
+
+AT_ONCE = "waited for"
 FAULTS = {
     "dropped": _dropped,
     "counted twice": _twice,
@@ -56,7 +65,7 @@ def _main(argv: list[str], fault: str) -> None:
     start = ReplicaWire.start_return
 
     def faulty(wire: Any, links: Any, *rest: Any) -> Any:
-        return FAULTS[fault](lambda *args: start(wire, *args), tuple(links), *rest)
+        return (FAULTS | {AT_ONCE: _at_once})[fault](lambda *args: start(wire, *args), tuple(links), *rest)
 
     with mock.patch.object(ReplicaWire, "start_return", faulty):
         main(argv)

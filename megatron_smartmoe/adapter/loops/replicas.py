@@ -16,7 +16,7 @@ A pool of settings may change between iterations how replicas are planned and ho
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -83,16 +83,15 @@ class ReplicaLoop(Callback):
         self._run, self._mode, self._used_slots = run, replicas_mode(args), args.smartmoe_spare_slots
         needs_history = bool(self._modes & FROM_HISTORY)
         timeout = timedelta(minutes=args.distributed_timeout_minutes)
-        group = _own_group(mpu.get_expert_model_parallel_group(), timeout)
-        self._wire = ReplicaWire(group, nodes_of_group(group.size()))
+        messages = _own_group(mpu.get_expert_model_parallel_group(), timeout)
+        self._wire = ReplicaWire(messages, nodes_of_group(messages.size()))
         self._layers: list[SmartMoELayer] = [layer for _, layer in run.layers]
         self._tallies = [LayerTally() for _ in self._layers]
         # once: the cluster file may be edited during the run
         self._price_tokens = {mode: replica_price_tokens(args, mode) for mode in ("history", "exact")}
         self._gathers = ParameterGathers.of(run)
         for index, (layer, tally) in enumerate(zip(self._layers, self._tallies, strict=True)):
-            self._equip(layer, tally, keeps=needs_history, begins=partial(self._begin_layer, index))
-            layer.register_forward_hook(partial(self._after_layer, index))
+            self._equip(layer, tally, keeps=needs_history, index=index)
         reduce_through(
             LateGradients([(tuple(each.experts.parameters()), each.experts.spare_slots) for each in self._layers])
         )
@@ -182,7 +181,7 @@ class ReplicaLoop(Callback):
             self._ahead.discard()
             self._planner.placement = self._placement()
 
-    def _equip(self, layer: SmartMoELayer, tally: LayerTally, *, keeps: bool, begins: Callable[[], None]) -> None:
+    def _equip(self, layer: SmartMoELayer, tally: LayerTally, *, keeps: bool, index: int) -> None:
         """Give a layer's experts spare slots, and the layer a dispatcher that uses them."""
         experts = layer.experts
         weights = (experts.weight1, experts.weight2)
@@ -205,7 +204,8 @@ class ReplicaLoop(Callback):
             exact=exact,
             falls_short=falls_short,
             listener=partial(self._count, tally),
-            begins=begins,
+            begins=partial(self._begin_layer, index),
+            ends=partial(self._end_layer, index),
         )
         if layer.shared_experts is not None and layer.shared_expert_overlap:
             layer.token_dispatcher.set_shared_experts(layer.shared_experts)
@@ -297,14 +297,14 @@ class ReplicaLoop(Callback):
         else:
             self._fetch(index + LAYERS_AHEAD)
 
-    def _after_layer(self, index: int, layer: SmartMoELayer, *io: object) -> None:
-        """Called after the forward pass of a layer, by its place among this rank's.
+    def _end_layer(self, index: int) -> None:
+        """Called when a layer's results are combined in training, by its place among this rank's.
 
         With --overlap-param-gather, the all-gather of the next layer's experts was posted when those of this layer were
         complete. What comes before the next layer's experts hides the fetch.
         """
         is_last = index + 1 == len(self._layers)
-        if is_last or not layer.training or not self._gathers.overlapped or self._mode not in FROM_HISTORY:
+        if is_last or not self._gathers.overlapped or self._mode not in FROM_HISTORY:
             return
         if not self._gathers.is_first(self._layers[index + 1]):  # another model chunk is gathered when it begins
             self._complete(index + 1)

@@ -46,7 +46,9 @@ class ReplicaDispatcher(SlotDispatcher):
             outside, always serves.
         falls_short: when they are, if `slots_RS` is set from outside all the same; None for in every micro-batch.
         listener: called once for every training micro-batch.
-        begins: called when a layer begins to dispatch in training; the home weights are up to date when it returns.
+        begins: called when the layer begins to dispatch in training; home weights are up to date when it returns.
+            Megatron's schedule of two micro-batches skips the layer's forward hooks.
+        ends: called when its results are combined in training.
 
     Attributes:
         slots_RS: expert in each slot, `[R, S + K]`, home slots first; experts are numbered by their home.
@@ -68,10 +70,12 @@ class ReplicaDispatcher(SlotDispatcher):
         falls_short: ReplanOptions | None = None,
         listener: Listener | None = None,
         begins: Callable[[], None] | None = None,
+        ends: Callable[[], None] | None = None,
     ) -> None:
         super().__init__(num_local_experts, local_expert_indices, config, pg_collection, counts_on_device=True)
-        self._spare, self._begins = spare, begins
+        self._spare = spare
         self._exact, self._falls_short, self._listener = exact, falls_short, listener
+        self._begins, self._ends = begins, ends
         self._homes_RS = homes_only(self.num_experts, self.ep_size, spare.num_slots)
         self.slots_RS = self._homes_RS
         self._home_slots = num_local_experts
@@ -122,7 +126,10 @@ class ReplicaDispatcher(SlotDispatcher):
 
     def combine_postprocess(self, permutated_local_input_tokens: torch.Tensor) -> torch.Tensor:
         """Add up each token's results; see `SlotDispatcher`."""
-        return advancing(super().combine_postprocess(permutated_local_input_tokens), self._spare.wire)
+        output = advancing(super().combine_postprocess(permutated_local_input_tokens), self._spare.wire)
+        if self.training and self._ends is not None:
+            self._ends()
+        return output
 
     def _set_splits(self, rows_TK: torch.Tensor, tokens_E: torch.Tensor) -> torch.Tensor:
         """Plan the replicas, split the tokens, and set the sizes of the all-to-all; see `SlotDispatcher`."""
@@ -166,9 +173,7 @@ class ReplicaDispatcher(SlotDispatcher):
         )
         if anew is None:
             return kept
-        used = self._spare.use_once(anew.slots_RS)
-        assert used is not None, "a plan without replicas saves nothing"
-        used.start()
+        self._spare.use_once(anew.slots_RS).start()
         return replace(anew, load=replace(anew.load, replanned_RS=anew.slots_RS))
 
     def _set_sizes(self, plan: DispatchPlan) -> None:

@@ -86,6 +86,9 @@ class ReplicasInUse:
             if self._instead_of is not None:
                 self._instead_of.end_pass()
             return
+        if not self._has_sums:
+            for transfer in self._returns:  # of an iteration that nobody finished
+                transfer.finish()
         for total, gradient in zip(self._sums, gradients, strict=True):
             if self._has_sums:
                 total.add_(gradient)
@@ -96,15 +99,17 @@ class ReplicasInUse:
 
     def end_pass(self) -> None:
         """Count a backward pass, in which these replicas or others instead of them were used. A call of the whole
-        group; after the last pass, start to send the gradients to their homes."""
+        group; after the last pass, send the gradients to their homes."""
         self._passes += 1
         if self._passes == self._num_passes:
-            if self._has_sums and self._sums is not None:
-                self._return(self._sums)
+            if self._has_sums:
+                self._return(self._sums or ())
             self._passes, self._has_sums = 0, False  # Megatron may run an iteration again, from zeroed gradients
 
     def _return(self, gradients: Sequence[torch.Tensor]) -> None:
-        self._returns[:] = [each for each in self._returns if not each.is_finished]
+        """Start a return, when that of the micro-batch before is added up: sums have the order of the micro-batches."""
+        while self._returns:
+            self._returns.pop(0).finish()
         self._returns.append(self._wire.start_return(self._links, gradients, self._totals, self._num_links))
 
 
@@ -211,43 +216,39 @@ class SpareSlots:
         Returns:
             The replicas in use; None if the table has none.
         """
-        kept = self._weights if self._keeps else None
-        self._replace(self._replicas(slots_RS, kept, self._sums if self._keeps else None, num_passes))
-        return self._in_use
+        used = None
+        if (slots_RS[:, self.home_slots :] != EMPTY).any():
+            spares, sums = (self._weights, self._sums) if self._keeps else (None, None)
+            used = self._replicas(slots_RS, spares or self._buffers(), sums, num_passes)
+        self._replace(used)
+        return used
 
-    def use_once(self, slots_RS: IntArray) -> ReplicasInUse | None:
-        """Use the replicas of a slot table for one micro-batch, in memory of its own, instead of the iteration's.
+    def use_once(self, slots_RS: IntArray) -> ReplicasInUse:
+        """Use other replicas for one micro-batch, in memory of its own, and then those of the iteration again.
 
         Args:
-            slots_RS: See `use`.
-
-        Returns:
-            The replicas in use; None if the table has none.
+            slots_RS: The slot table, with some replicas; see `use`.
         """
         assert self._keeps, "where no replicas stay for an iteration, `use` is for one micro-batch"
         if self._once is not None:  # of a micro-batch that was broken off
             self._once.finish()
-        self._once = self._replicas(slots_RS, None, None, num_passes=1, instead_of=self._in_use)
+        self._once = self._replicas(slots_RS, self._buffers(), None, 1, instead_of=self._in_use)
         return self._once
 
     def _replicas(
         self,
         slots_RS: IntArray,
-        weights: tuple[torch.Tensor, ...] | None,
-        sums: tuple[torch.Tensor, ...] | None,
+        spares: Sequence[torch.Tensor],
+        sums: Sequence[torch.Tensor] | None,
         num_passes: int,
         instead_of: ReplicasInUse | None = None,
-    ) -> ReplicasInUse | None:
-        """The replicas of a slot table; None if it has none. Without memory for their weights they get new one."""
-        num_replicas = int((slots_RS[:, self.home_slots :] != EMPTY).sum())
-        if not num_replicas:
-            return None
+    ) -> ReplicasInUse:
         return ReplicasInUse(
             links_of(slots_RS, self.home_slots, self.wire.rank, self.wire.num_nodes),
-            num_replicas,
+            int((slots_RS[:, self.home_slots :] != EMPTY).sum()),
             self.wire,
             homes=self._homes,
-            spares=weights or self._buffers(),
+            spares=spares,
             sums=sums,
             returns=self._returns,
             totals=self._totals,

@@ -77,9 +77,12 @@ def test_a_start_that_waits_for_the_bucket_before_it() -> None:
     """`--reduce-scatter-with-fp32-accumulation`: it must not start those behind it."""
     layers = Layers()
     first, second = layers.bucket(2), layers.bucket(1)
+
+    def start_second() -> None:
+        layers.wait(first)
+        layers.log.append("start 1")
+
     layers.ready(first)
-    layers.late.register_grad_ready(
-        lambda: layers.late.start_grad_sync(lambda: (layers.wait(first), layers.log.append("start 1")), second), second
-    )
+    layers.late.register_grad_ready(lambda: layers.late.start_grad_sync(start_second, second), second)
     layers.ready(layers.bucket(0))
     assert layers.log == ["finish 2", "start 2", "finish 1", "wait 2", "start 1"]
