@@ -14,6 +14,7 @@ its own tokens.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -21,8 +22,9 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_smartmoe.adapter.moe.dispatcher import SlotDispatcher
+from megatron_smartmoe.placement.replan import ReplanOptions, planned_anew
 from megatron_smartmoe.runtime.replicas.dispatch_plan import DispatchPlan, DispatchPlanner, ExactOptions, RankView
-from megatron_smartmoe.runtime.replicas.slots import SpareSlots
+from megatron_smartmoe.runtime.replicas.slots import ReplicasInUse, SpareSlots
 from megatron_smartmoe.runtime.replicas.split import homes_only, shifted_rows
 from megatron_smartmoe.runtime.replicas.tally import MicroBatch
 
@@ -39,10 +41,10 @@ class ReplicaDispatcher(SlotDispatcher):
         pg_collection: process groups; `ep`, `expt_tp` and `tp_ep` are used.
         spare: this rank's spare slots.
         num_nodes: nodes that the expert-parallel group spans.
-        fetch_early: whether the home weights are up to date when tokens are dispatched, and not only when the experts
-            compute: then the replicas' weights are fetched during the dispatch.
-        exact: how the replicas of each micro-batch are planned from its counts; None when `slots_RS` is set from
-            outside.
+        complete_homes: called before replicas are fetched: returns when the home weights are up to date.
+        exact: how replicas are planned from the counts of a micro-batch; None when `slots_RS`, which is set from
+            outside, always serves.
+        falls_short: when they are, if `slots_RS` is set from outside all the same; None for in every micro-batch.
         listener: called once for every training micro-batch.
 
     Attributes:
@@ -61,13 +63,14 @@ class ReplicaDispatcher(SlotDispatcher):
         *,
         spare: SpareSlots,
         num_nodes: int = 1,
-        fetch_early: bool = True,
+        complete_homes: Callable[[], None] | None = None,
         exact: ExactOptions | None = None,
+        falls_short: ReplanOptions | None = None,
         listener: Listener | None = None,
     ) -> None:
         super().__init__(num_local_experts, local_expert_indices, config, pg_collection, counts_on_device=True)
-        self._spare, self._fetch_early = spare, fetch_early
-        self._exact, self._listener = exact, listener
+        self._spare, self._complete_homes = spare, complete_homes
+        self._exact, self._falls_short, self._listener = exact, falls_short, listener
         self._homes_RS = homes_only(self.num_experts, self.ep_size, spare.num_slots)
         self.slots_RS = self._homes_RS
         self._home_slots = num_local_experts
@@ -81,19 +84,22 @@ class ReplicaDispatcher(SlotDispatcher):
             rank=self.ep_group.rank(),
             tp_rank=self.tp_rank,
         )
-        self._planner = DispatchPlanner(view, pinned=spare.device.type == "cuda")
+        on_gpu = spare.device.type == "cuda"
+        # a plan lies in its planner's memory until the next one; `auto` chooses between two
+        self._planner, self._planner_anew = (DispatchPlanner(view, pinned=on_gpu) for _ in range(2))
         # what arrives is one block of rows for each (source, slot); the experts need the order (slot, source)
         blocks_QS = torch.arange(self.tp_size * self.ep_size * self.num_local_experts).view(-1, self.num_local_experts)
         self.sort_input_by_local_experts = blocks_QS.T.ravel()
         self.restore_output_by_local_experts = blocks_QS.view(self.num_local_experts, -1).T.ravel()
 
-    def plan_with(self, exact: ExactOptions | None) -> None:
+    def plan_with(self, exact: ExactOptions | None, falls_short: ReplanOptions | None = None) -> None:
         """Drop the current replicas and plan in another way from the next iteration on.
 
         Args:
             exact: see the constructor.
+            falls_short: see the constructor.
         """
-        self._exact, self.slots_RS = exact, self._homes_RS
+        self._exact, self._falls_short, self.slots_RS = exact, falls_short, self._homes_RS
         self._spare.drop()
 
     def _set_splits(self, rows_TK: torch.Tensor, tokens_E: torch.Tensor) -> torch.Tensor:
@@ -116,13 +122,36 @@ class ReplicaDispatcher(SlotDispatcher):
         """The plan of this micro-batch; starts to fetch the weights of replicas that are planned for it."""
         if not self.training:
             return self._planner.plan(counts_RPE, self._homes_RS)
+        if self._exact is not None and self._falls_short is not None:
+            return self._plan_where_short(counts_RPE, self._exact, self._falls_short)
         plan = self._planner.plan(counts_RPE, self.slots_RS, self._exact)
         if self._exact is not None:
             self.slots_RS = plan.slots_RS
-            used = self._spare.use(self.slots_RS, num_passes=1, own=plan.own_replicas)
-            if used is not None and self._fetch_early:
-                used.start()
+            self._start(self._spare.use(self.slots_RS, num_passes=1, own=plan.own_replicas))
         return plan
+
+    def _plan_where_short(self, counts_RPE: torch.Tensor, exact: ExactOptions, rule: ReplanOptions) -> DispatchPlan:
+        """The plan with the replicas in `slots_RS`, or one with replicas planned anew, as the rule of `auto` has it."""
+        kept = self._planner.plan(counts_RPE, self.slots_RS)
+        anew = planned_anew(
+            kept.busiest,
+            kept.load.load_E,
+            self.ep_size,
+            rule,
+            lambda: self._planner_anew.plan(counts_RPE, self._homes_RS, exact),
+        )
+        if anew is None:
+            return kept
+        self._start(self._spare.use_once(anew.own_replicas))
+        return replace(anew, load=replace(anew.load, replanned_RS=anew.slots_RS))
+
+    def _start(self, used: ReplicasInUse | None) -> None:
+        """Start to fetch replicas that are planned for a micro-batch."""
+        if used is None:
+            return
+        if self._complete_homes is not None:
+            self._complete_homes()
+        used.start()
 
     def _set_sizes(self, plan: DispatchPlan) -> None:
         """Set the attributes that Megatron's exchange reads, all of them on the host."""

@@ -35,6 +35,7 @@ class ReplicasInUse:
             one pass.
         totals: Returns the home gradients that the optimizer reads, shaped as `homes`.
         num_passes: Number of backward passes before the gradients are sent to their homes.
+        instead_of: Replicas of several passes that these serve one pass for; None for none.
     """
 
     def __init__(
@@ -47,11 +48,13 @@ class ReplicasInUse:
         sums: Sequence[torch.Tensor] | None,
         totals: Totals,
         num_passes: int,
+        instead_of: ReplicasInUse | None = None,
     ) -> None:
         assert sums is not None or num_passes == 1, "gradients of several passes need memory to be summed in"
         self.replicas, self._wire, self._homes, self._totals = replicas, wire, tuple(homes), totals
         self.spares, self._sums = tuple(spares), sums
-        self._num_passes, self._passes = num_passes, 0
+        self._num_passes, self._passes, self._has_sums = num_passes, 0, False
+        self._instead_of = instead_of
         self._pending: Pending | None = None
 
     def start(self) -> None:
@@ -76,16 +79,25 @@ class ReplicasInUse:
         """Sum the replicas' gradients of one backward pass; after the last pass, send them to their homes."""
         if self._sums is None:
             self._wire.return_gradients(self.replicas, [g.contiguous() for g in gradients], self._totals())
+            if self._instead_of is not None:
+                self._instead_of.end_pass()
             return
         for total, gradient in zip(self._sums, gradients, strict=True):
-            if self._passes == 0:
-                total.copy_(gradient)
-            else:
+            if self._has_sums:
                 total.add_(gradient)
+            else:
+                total.copy_(gradient)
+        self._has_sums = True
+        self.end_pass()
+
+    def end_pass(self) -> None:
+        """Count a backward pass, in which these replicas or others instead of them were used. A call of the whole
+        group; after the last pass, send the gradients to their homes."""
         self._passes += 1
         if self._passes == self._num_passes:
-            self._wire.return_gradients(self.replicas, self._sums, self._totals())
-            self._passes = 0  # Megatron may run an iteration again, from zeroed gradients
+            if self._has_sums:
+                self._wire.return_gradients(self.replicas, self._sums or (), self._totals())
+            self._passes, self._has_sums = 0, False  # Megatron may run an iteration again, from zeroed gradients
 
 
 class _Use(torch.autograd.Function):
@@ -132,6 +144,7 @@ class SpareSlots:
         self._weights = self._buffers() if keeps else None
         self._sums = self._buffers(torch.float32) if keeps else None
         self._in_use: ReplicasInUse | None = None
+        self._once: ReplicasInUse | None = None  # those of one micro-batch, instead of the iteration's
 
     @property
     def device(self) -> torch.device:
@@ -141,13 +154,14 @@ class SpareSlots:
     @property
     def in_use(self) -> ReplicasInUse | None:
         """The replicas in use, or None."""
-        return self._in_use
+        return self._in_use if self._once is None else self._once
 
     def _replace(self, used: ReplicasInUse | None) -> None:
         """Use other replicas, or none, once the fetch of those in use has ended."""
-        if self._in_use is not None:
-            self._in_use.finish()
-        self._in_use = used
+        for before in (self._in_use, self._once):
+            if before is not None:
+                before.finish()
+        self._in_use, self._once = used, None
 
     def drop(self) -> None:
         """Use no replicas until the next call of `use`."""
@@ -200,14 +214,36 @@ class SpareSlots:
         self._replace(used)
         return used
 
+    def use_once(self, own: tuple[Replica, ...]) -> ReplicasInUse:
+        """Use other replicas for one micro-batch, in memory of its own, and then those of the iteration again.
+
+        Args:
+            own: The replicas that this rank holds or has the home of; the group's ranks together have some.
+        """
+        assert self._keeps, "where no replicas stay for an iteration, `use` is for one micro-batch"
+        if self._once is not None:  # of a micro-batch that was broken off
+            self._once.finish()
+        self._once = ReplicasInUse(
+            own,
+            self.wire,
+            homes=self._homes,
+            spares=self._buffers(),
+            sums=None,
+            totals=self._totals,
+            num_passes=1,
+            instead_of=self._in_use,
+        )
+        return self._once
+
     def weights(self) -> tuple[torch.Tensor, ...]:
         """The replicas' weights for one micro-batch, `[K, ...]` each; see `ReplicasInUse.weights`.
 
         Replicas for one micro-batch belong to autograd from then on, which frees them after their backward pass.
         """
-        used = self._in_use
+        used = self.in_use
         assert used is not None, "no replicas are in use"
         weights = used.weights()
+        self._once = None
         if not self._keeps:
             self.drop()
         return weights
