@@ -92,9 +92,10 @@ class ReplicaLoop(Callback):
         self._gathers = ParameterGathers.of(run)
         for index, (layer, tally) in enumerate(zip(self._layers, self._tallies, strict=True)):
             self._equip(layer, tally, keeps=needs_history, index=index)
-        reduce_through(
-            LateGradients([(tuple(each.experts.parameters()), each.experts.spare_slots) for each in self._layers])
-        )
+        parameters = [tuple(layer.experts.parameters()) for layer in self._layers]
+        spares = [layer.experts.spare_slots for layer in self._layers]
+        self._late = LateGradients(list(zip(parameters, spares, strict=True)))
+        reduce_through(self._late)
         if needs_history and self._layers:
             online = online_options(args, review_records=1)
             numbers = [number for number, _ in run.layers]
@@ -238,7 +239,8 @@ class ReplicaLoop(Callback):
 
     def before_step(self, iteration: int) -> None:
         """Plan this iteration's replicas and start to fetch their weights."""
-        self._wire.settle()  # an iteration that was broken off
+        self._late.forget()  # what an iteration that was broken off has left
+        self._wire.settle()
         planner, ahead = self._planner, self._ahead
         passes_L = [get_num_microbatches() * passes_per_micro_batch(layer) for layer in self._layers]
         self._iteration, self._passes_left = iteration, sum(passes_L)

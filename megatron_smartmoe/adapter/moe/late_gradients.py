@@ -33,6 +33,10 @@ class LateGradients:
         self._held: list[tuple[Call, Any]] = []  # what starts a reduction, and its bucket group
         self._is_registering = self._is_releasing = False
 
+    def forget(self) -> None:
+        """Start nothing that is still held back: the iteration was broken off, and its gradients are zeroed."""
+        self._held.clear()
+
     def register_grad_ready(self, call: Call, group: Any) -> None:
         """A gradient is there; if it was the last one, `call` starts the reduction, which may be held back."""
         self._is_registering = True

@@ -24,7 +24,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_smartmoe.adapter.moe.dispatcher import SlotDispatcher
 from megatron_smartmoe.placement.replan import ReplanOptions, planned_anew
 from megatron_smartmoe.runtime.replicas.dispatch_plan import DispatchPlan, DispatchPlanner, ExactOptions, RankView
-from megatron_smartmoe.runtime.replicas.slots import SpareSlots
+from megatron_smartmoe.runtime.replicas.slots import ReplicasInUse, SpareSlots
 from megatron_smartmoe.runtime.replicas.split import homes_only, shifted_rows
 from megatron_smartmoe.runtime.replicas.tally import MicroBatch
 from megatron_smartmoe.runtime.replicas.wire import advancing
@@ -76,6 +76,7 @@ class ReplicaDispatcher(SlotDispatcher):
         self._spare = spare
         self._exact, self._falls_short, self._listener = exact, falls_short, listener
         self._begins, self._ends = begins, ends
+        self._starting: ReplicasInUse | None = None  # replicas of a micro-batch, until their fetch has started
         self._homes_RS = homes_only(self.num_experts, self.ep_size, spare.num_slots)
         self.slots_RS = self._homes_RS
         self._home_slots = num_local_experts
@@ -114,6 +115,7 @@ class ReplicaDispatcher(SlotDispatcher):
         if self.training and self._begins is not None:
             self._begins()
         rows = super().dispatch_preprocess(advancing(hidden_states, self._spare.wire), routing_map, probs)
+        self._start_fetch()
         self._spare.wire.advance()  # behind the permutation
         return rows
 
@@ -156,9 +158,7 @@ class ReplicaDispatcher(SlotDispatcher):
         plan = self._planner.plan(counts_RPE, self.slots_RS, self._exact)
         if self._exact is not None:
             self.slots_RS = plan.slots_RS
-            used = self._spare.use(self.slots_RS, num_passes=1)
-            if used is not None:
-                used.start()
+            self._start(self._spare.use(self.slots_RS, num_passes=1, takes_part=bool(plan.own_replicas)))
         return plan
 
     def _plan_where_short(self, counts_RPE: torch.Tensor, exact: ExactOptions, rule: ReplanOptions) -> DispatchPlan:
@@ -173,8 +173,20 @@ class ReplicaDispatcher(SlotDispatcher):
         )
         if anew is None:
             return kept
-        self._spare.use_once(anew.slots_RS).start()
+        self._start(self._spare.use_once(anew.slots_RS, takes_part=bool(anew.own_replicas)))
         return replace(anew, load=replace(anew.load, replanned_RS=anew.slots_RS))
+
+    def _start(self, used: ReplicasInUse | None) -> None:
+        """Start to fetch replicas that are planned for a micro-batch."""
+        self._starting = used
+        if self._spare.device.type != "cuda":  # on a GPU, the host looks for its messages while the device permutes
+            self._start_fetch()
+
+    def _start_fetch(self) -> None:
+        """Start the fetch that is to start, if there is one."""
+        used, self._starting = self._starting, None
+        if used is not None:
+            used.start()
 
     def _set_sizes(self, plan: DispatchPlan) -> None:
         """Set the attributes that Megatron's exchange reads, all of them on the host."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import numpy as np
@@ -9,6 +10,8 @@ import numpy as np
 from megatron_smartmoe.placement.relay import relay_tree
 from megatron_smartmoe.spec.arrays import IntArray
 from megatron_smartmoe.spec.placement import EMPTY
+
+_KEPT = 1024  # tables whose links are kept: history changes few layers' a step, and recomputation asks twice
 
 
 class Link(NamedTuple):
@@ -48,6 +51,12 @@ def links_of(slots_RS: IntArray, home_slots: int, rank: int, num_nodes: int) -> 
         rank: One of the group.
         num_nodes: Nodes that the group lies on.
     """
+    return _links_of(slots_RS.astype(np.int64).tobytes(), slots_RS.shape, home_slots, rank, num_nodes)
+
+
+@functools.lru_cache(maxsize=_KEPT)
+def _links_of(table: bytes, shape: tuple[int, ...], home_slots: int, rank: int, num_nodes: int) -> tuple[Link, ...]:
+    slots_RS = np.frombuffer(table, dtype=np.int64).reshape(shape)
     tree = relay_tree(slots_RS, home_slots, num_nodes)
     child_N, slot_N = np.nonzero(tree.parent_RK != EMPTY)
     place_N = child_N, slot_N

@@ -27,8 +27,8 @@ class ReplicasInUse:
     """One set of replicas, from the fetch of the weights to the return of the gradients.
 
     Args:
-        links: Those of this rank, out of one table on all ranks of the group.
-        num_links: All links of that table.
+        slots_RS: The slot table, equal on all ranks of the group, with some replicas.
+        takes_part: False where this rank holds none of them and has the home of none.
         wire: Sends the weights and gradients.
         homes: The home weights, `[S, ...]` each.
         spares: Memory for the replicas' weights, `[K, ...]` each.
@@ -42,10 +42,10 @@ class ReplicasInUse:
 
     def __init__(
         self,
-        links: tuple[Link, ...],
-        num_links: int,
+        slots_RS: IntArray,
         wire: ReplicaWire,
         *,
+        takes_part: bool,
         homes: Sequence[torch.nn.Parameter],
         spares: Sequence[torch.Tensor],
         sums: Sequence[torch.Tensor] | None,
@@ -55,7 +55,7 @@ class ReplicasInUse:
         instead_of: ReplicasInUse | None = None,
     ) -> None:
         assert sums is not None or num_passes == 1, "gradients of several passes need memory to be summed in"
-        self._links, self._num_links, self._wire = links, num_links, wire
+        self._slots_RS, self._takes_part, self._wire = slots_RS, takes_part, wire
         self._homes, self._totals, self._returns = tuple(homes), totals, returns
         self.spares, self._sums = tuple(spares), sums
         self._num_passes, self._passes, self._has_sums = num_passes, 0, False
@@ -65,7 +65,7 @@ class ReplicasInUse:
     def start(self) -> None:
         """Start to fetch the weights unless that was done already. A call of the whole group."""
         if self._fetch is None:
-            self._fetch = self._wire.start_fetch(self._links, self._homes, self.spares, self._num_links)
+            self._fetch = self._wire.start_fetch(self._links(), self._homes, self.spares, self._num_links)
 
     def finish(self) -> None:
         """Wait for the fetch if one is under way: nobody else may use its memory before it has ended."""
@@ -110,7 +110,16 @@ class ReplicasInUse:
         """Start a return, when that of the micro-batch before is added up: sums have the order of the micro-batches."""
         while self._returns:
             self._returns.pop(0).finish()
-        self._returns.append(self._wire.start_return(self._links, gradients, self._totals, self._num_links))
+        self._returns.append(self._wire.start_return(self._links(), gradients, self._totals, self._num_links))
+
+    def _links(self) -> tuple[Link, ...]:
+        """The messages in which this rank takes part. Looked for when they are needed: it takes the host a while."""
+        wire = self._wire
+        return links_of(self._slots_RS, len(self._homes[0]), wire.rank, wire.num_nodes) if self._takes_part else ()
+
+    @property
+    def _num_links(self) -> int:
+        return int((self._slots_RS[:, len(self._homes[0]) :] != EMPTY).sum())
 
 
 class _Use(torch.autograd.Function):
@@ -206,12 +215,13 @@ class SpareSlots:
         """Bytes of the replicas' weights that one micro-batch holds where replicas do not stay for an iteration."""
         return sum(self.num_slots * home[0].nbytes for home in self._homes)
 
-    def use(self, slots_RS: IntArray, *, num_passes: int) -> ReplicasInUse | None:
+    def use(self, slots_RS: IntArray, *, num_passes: int, takes_part: bool = True) -> ReplicasInUse | None:
         """Use the replicas of a slot table from now on.
 
         Args:
             slots_RS: The slot table, experts numbered by their homes; equal on all ranks of the group.
             num_passes: Number of backward passes before the gradients are sent to their homes.
+            takes_part: False where the caller knows that this rank holds none and has the home of none.
 
         Returns:
             The replicas in use; None if the table has none.
@@ -219,34 +229,36 @@ class SpareSlots:
         used = None
         if (slots_RS[:, self.home_slots :] != EMPTY).any():
             spares, sums = (self._weights, self._sums) if self._keeps else (None, None)
-            used = self._replicas(slots_RS, spares or self._buffers(), sums, num_passes)
+            used = self._replicas(slots_RS, takes_part, spares or self._buffers(), sums, num_passes)
         self._replace(used)
         return used
 
-    def use_once(self, slots_RS: IntArray) -> ReplicasInUse:
+    def use_once(self, slots_RS: IntArray, *, takes_part: bool = True) -> ReplicasInUse:
         """Use other replicas for one micro-batch, in memory of its own, and then those of the iteration again.
 
         Args:
             slots_RS: The slot table, with some replicas; see `use`.
+            takes_part: See `use`.
         """
         assert self._keeps, "where no replicas stay for an iteration, `use` is for one micro-batch"
         if self._once is not None:  # of a micro-batch that was broken off
             self._once.finish()
-        self._once = self._replicas(slots_RS, self._buffers(), None, 1, instead_of=self._in_use)
+        self._once = self._replicas(slots_RS, takes_part, self._buffers(), None, 1, instead_of=self._in_use)
         return self._once
 
     def _replicas(
         self,
         slots_RS: IntArray,
+        takes_part: bool,
         spares: Sequence[torch.Tensor],
         sums: Sequence[torch.Tensor] | None,
         num_passes: int,
         instead_of: ReplicasInUse | None = None,
     ) -> ReplicasInUse:
         return ReplicasInUse(
-            links_of(slots_RS, self.home_slots, self.wire.rank, self.wire.num_nodes),
-            int((slots_RS[:, self.home_slots :] != EMPTY).sum()),
+            slots_RS,
             self.wire,
+            takes_part=takes_part,
             homes=self._homes,
             spares=spares,
             sums=sums,

@@ -86,3 +86,11 @@ def test_a_start_that_waits_for_the_bucket_before_it() -> None:
     layers.late.register_grad_ready(lambda: layers.late.start_grad_sync(start_second, second), second)
     layers.ready(layers.bucket(0))
     assert layers.log == ["finish 2", "start 2", "finish 1", "wait 2", "start 1"]
+
+
+def test_an_iteration_that_was_broken_off_starts_nothing_in_the_next() -> None:
+    layers = Layers()
+    layers.ready(layers.bucket(2))
+    layers.late.forget()
+    layers.wait(layers.bucket(9))
+    assert layers.log == ["wait 9"]
