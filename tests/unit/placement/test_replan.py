@@ -47,9 +47,14 @@ def test_a_plan_is_taken_where_it_saves_more_than_it_costs(held: int, replicas: 
 
 @pytest.mark.parametrize(("held", "is_planned"), [(101, False), (102, True)])
 def test_history_that_is_good_enough_is_not_planned_against(held: int, is_planned: bool) -> None:
-    made = []
-    planned_anew(held, LOAD, 4, ReplanOptions(limit=1.01), lambda: made.append(plan_with(1)) or plan_with(1))
-    assert len(made) == is_planned
+    asked = []
+
+    def plan() -> Made:
+        asked.append(held)
+        return plan_with(1)
+
+    planned_anew(held, LOAD, 4, ReplanOptions(limit=1.01), plan)
+    assert len(asked) == is_planned
 
 
 def planner(price_tokens: float = 0.0) -> ReplicaPlanner:
