@@ -17,6 +17,8 @@ pytestmark = [pytest.mark.dist, pytest.mark.fast]
 
 SLOTS = np.array([[0, 1, 2], [2, 3, 0]])  # two ranks, two home slots, one spare slot: each has a replica of the other's
 
+OTHERS = np.array([[0, 1, 3], [2, 3, 1]])
+
 
 def _setup(ranks: int = 2) -> tuple[Any, Any, list[Any]]:
     """This rank's spare slots, its home weights, and what a listener on their gradients saw."""
@@ -90,6 +92,39 @@ def test_weights_go_out_and_gradients_come_home(num_passes: int, keeps: bool, tm
         assert result["in use"] == keeps
         one = 6 * 4  # elements, bytes of a float
         assert result["bytes"] == (2 * one if keeps else 0)
+
+
+def _planned_anew(once: list[int]) -> dict[str, Any]:
+    """Two iterations of three passes, in some of which other replicas are used once."""
+    import torch
+
+    spare, home, _ = _setup()
+    rank, copied = spare.wire.rank, list[Any]()
+    for _ in range(2):
+        home.main_grad.zero_()
+        spare.use(SLOTS, num_passes=3).start()
+        for number in range(3):
+            if number in once:
+                spare.use_once(OTHERS).start()
+            (weights,) = spare.weights()
+            copied.append(weights.detach()[0, 0, 0].clone())
+            (home.sum() + (weights * 10 * (1 + rank)).sum()).backward()
+        spare.finish_returns()
+    return {"copied": torch.stack(copied).tolist(), "total": home.main_grad[:, 0, 0].tolist()}
+
+
+@pytest.mark.parametrize("once", [[1], [0, 2], [0, 1, 2]], ids=str)
+def test_other_replicas_serve_a_micro_batch(once: list[int], tmp_path: Path) -> None:
+    """Those of the iteration serve the other passes, and their gradients come home once, without stale ones."""
+    ranks = run_ranks(_planned_anew, 2, once, log_dir=tmp_path)
+    replicas = [
+        [3 if number in once else 2 for number in range(3)],
+        [1 if number in once else 0 for number in range(3)],
+    ]
+    for rank, result in enumerate(ranks):
+        assert result["copied"] == [6.0 * expert for expert in replicas[rank] * 2]
+        factor = 10.0 * (2 - rank)  # the other rank's, which has replicas of this one's experts
+        assert result["total"] == [3.0 + factor * (3 - len(once)), 3.0 + factor * len(once)]
 
 
 def _modes() -> list[bool]:

@@ -202,7 +202,6 @@ class ReplicaLoop(Callback):
             get_default_pg_collection(),
             spare=experts.spare_slots,
             num_nodes=self._wire.num_nodes,
-            complete_homes=partial(self._gathers.finish, layer),
             exact=exact,
             falls_short=falls_short,
             listener=partial(self._count, tally),
@@ -284,7 +283,7 @@ class ReplicaLoop(Callback):
         return np.take_along_axis(load_LME, self._planner.placement.home_slot_LE[:, None], axis=2)
 
     def _fetch(self, index: int) -> None:
-        """Start to fetch the weights of a layer's replicas from history, whose homes are complete.
+        """Start to fetch the weights of a layer's replicas from history; its home weights are complete.
 
         Fetched all at once they would be in front of the first layer's kernels where a GPU has one hardware queue.
         """
@@ -295,25 +294,29 @@ class ReplicaLoop(Callback):
 
     def _begin_layer(self, index: int) -> None:
         """Called when a layer begins to dispatch in training, by its place among this rank's."""
-        if not self._gathers.overlapped:
+        if self._gathers.overlapped:
+            self._complete(index)
+        else:
             self._fetch(index + LAYERS_AHEAD)
-        elif self._gathers.is_first(self._layers[index]):
-            self._fetch_when_complete(index)
 
     def _end_layer(self, index: int) -> None:
         """Called when a layer's results are combined in training, by its place among this rank's.
 
-        With --overlap-param-gather, the all-gather of the next layer's experts was posted when this layer began. What
-        comes before the next layer's experts hides the fetch.
+        With --overlap-param-gather, the all-gather of the next layer's experts was posted when those of this layer were
+        complete. What comes before the next layer's experts hides the fetch.
         """
-        if not self._gathers.overlapped or index + 1 == len(self._layers):
+        is_last = index + 1 == len(self._layers)
+        if is_last or not self._gathers.overlapped or self._mode not in FROM_HISTORY:
             return
         if not self._gathers.is_first(self._layers[index + 1]):  # another model chunk is gathered when it begins
-            self._fetch_when_complete(index + 1)
+            self._complete(index + 1)
 
-    def _fetch_when_complete(self, index: int) -> None:
-        """Wait for the home weights of a layer and start to fetch its replicas from history."""
-        if self._mode in FROM_HISTORY and self._layers[index].experts.spare_slots.in_use is not None:
+    def _complete(self, index: int) -> None:
+        """Wait for the home weights of a layer, and start to fetch its replicas from history.
+
+        With replicas or without: ranks that share experts have replicas of their own, and post all-gathers together.
+        """
+        if self._mode != "off":
             self._gathers.finish(self._layers[index])
             self._fetch(index)
 

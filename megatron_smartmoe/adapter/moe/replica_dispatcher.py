@@ -42,13 +42,12 @@ class ReplicaDispatcher(SlotDispatcher):
         pg_collection: process groups; `ep`, `expt_tp` and `tp_ep` are used.
         spare: this rank's spare slots.
         num_nodes: nodes that the expert-parallel group spans.
-        complete_homes: called before replicas are fetched: returns when the home weights are up to date.
         exact: how replicas are planned from the counts of a micro-batch; None when `slots_RS`, which is set from
             outside, always serves.
         falls_short: when they are, if `slots_RS` is set from outside all the same; None for in every micro-batch.
         listener: called once for every training micro-batch.
-        begins: called when the layer begins to dispatch in training; Megatron's schedule of two micro-batches skips the
-            layer's forward hooks.
+        begins: called when the layer begins to dispatch in training; home weights are up to date when it returns.
+            Megatron's schedule of two micro-batches skips the layer's forward hooks.
         ends: called when its results are combined in training.
 
     Attributes:
@@ -67,7 +66,6 @@ class ReplicaDispatcher(SlotDispatcher):
         *,
         spare: SpareSlots,
         num_nodes: int = 1,
-        complete_homes: Callable[[], None] | None = None,
         exact: ExactOptions | None = None,
         falls_short: ReplanOptions | None = None,
         listener: Listener | None = None,
@@ -75,7 +73,7 @@ class ReplicaDispatcher(SlotDispatcher):
         ends: Callable[[], None] | None = None,
     ) -> None:
         super().__init__(num_local_experts, local_expert_indices, config, pg_collection, counts_on_device=True)
-        self._spare, self._complete_homes = spare, complete_homes
+        self._spare = spare
         self._exact, self._falls_short, self._listener = exact, falls_short, listener
         self._begins, self._ends = begins, ends
         self._starting: ReplicasInUse | None = None  # replicas of a micro-batch, until their fetch has started
@@ -188,8 +186,6 @@ class ReplicaDispatcher(SlotDispatcher):
         """Start the fetch that is to start, if there is one."""
         used, self._starting = self._starting, None
         if used is not None:
-            if self._complete_homes is not None:
-                self._complete_homes()
             used.start()
 
     def _set_sizes(self, plan: DispatchPlan) -> None:
