@@ -192,6 +192,7 @@ class ReplicaLoop(Callback):
             self._wire,
             lambda: [weight.main_grad for weight in weights],
             keeps=keeps,
+            accumulates=experts.accumulates,
         )
         experts.spare_slots.keep(self._mode in FROM_HISTORY)
         exact, falls_short = self._from_counts()
