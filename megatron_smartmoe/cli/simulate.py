@@ -85,8 +85,11 @@ def add_parser(tools: Any) -> None:
     text = "re-evaluate the homes every N training iterations; 0 never moves them (default: 100)"
     add("--homes-interval", type=int, default=100, metavar="N", help=text)
     text = "what smartmoe plans replicas from: history: earlier records; exact: each micro-batch's own counts; auto: "
-    text += "history, and exact for a layer with a rank more than 1%% above the mean (default: history, as in training)"
-    add("--replicas", choices=("history", "exact", "auto"), default="history", help=text)
+    text += (
+        "history, and anew from the counts where that leaves a rank more than 1%% above the mean and new replicas pay "
+    )
+    text += "(default: auto, as in training)"
+    add("--replicas", choices=("history", "exact", "auto"), default="auto", help=text)
     text = (
         "a replica of smartmoe must save this many times what it costs, as --smartmoe-replicas-margin; 0 makes every "
     )

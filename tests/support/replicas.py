@@ -16,7 +16,7 @@ ALWAYS = ("--smartmoe", "--smartmoe-spare-slots", "1", "--smartmoe-replicas-marg
 def train_with_fault(
     run_dir: Path, world_size: int, data_flags: list[str], *flags: str, iterations: int, fault: str
 ) -> list[float]:
-    """Do what `training.train` does, with one of `FAULTS` in the return of the copies' gradients."""
+    """Do what `training.train` does, with one of `FAULTS` in the return of the copies' gradients, or `AT_ONCE`."""
     argv = [*TINY_MODEL, *TINY_TRAINING, *data_flags, "--train-iters", str(iterations), *flags]
     run_ranks(_main, world_size, [*argv, "--smartmoe-run-dir", str(run_dir)], fault, log_dir=run_dir / "ranks")
     return losses(run_dir)
@@ -27,33 +27,45 @@ def balance(run_dir: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run_dir / "balance-stage0-group0.jsonl").read_text().splitlines()]
 
 
-def _dropped(send: Any, copies: Any, gradients: Any, totals: Any) -> None:
-    send(copies[:-1], gradients, totals)
+def _dropped(start: Any, links: Any, gradients: Any, *rest: Any) -> Any:
+    return start(links[:-1], gradients, *rest)
 
 
-def _twice(send: Any, copies: Any, gradients: Any, totals: Any) -> None:
-    send(copies, gradients, totals)
-    send(copies[:1], gradients, totals)
+def _twice(start: Any, links: Any, gradients: Any, *rest: Any) -> Any:
+    start(links[:1], gradients, *rest).finish()
+    return start(links, gradients, *rest)
 
 
-def _wrong_home(send: Any, copies: Any, gradients: Any, totals: Any) -> None:
+def _wrong_home(start: Any, links: Any, gradients: Any, *rest: Any) -> Any:
+    first, *others = links
+    other = (first.parent_slot + 1) % 4  # of 8 experts on 2 ranks
+    return start([first._replace(parent_slot=other), *others], gradients, *rest)
 
-    first, *rest = copies
-    other = (first.home_slot + 1) % len(totals[0])
-    send([first._replace(home_slot=other), *rest], gradients, totals)
+
+def _at_once(start: Any, *args: Any) -> Any:
+    """No fault: every round is waited for where the return starts."""
+    transfer = start(*args)
+    while not transfer.is_posted:
+        transfer.advance()
+    return transfer
 
 
-FAULTS = {"dropped": _dropped, "counted twice": _twice, "returned to the wrong home": _wrong_home}
+AT_ONCE = "waited for"
+FAULTS = {
+    "dropped": _dropped,
+    "counted twice": _twice,
+    "returned to the wrong home": _wrong_home,
+}
 
 
 def _main(argv: list[str], fault: str) -> None:
     from megatron_smartmoe.adapter.pretrain import main
     from megatron_smartmoe.runtime.replicas.wire import ReplicaWire
 
-    send = ReplicaWire.return_gradients
+    start = ReplicaWire.start_return
 
-    def faulty(wire: Any, copies: Any, gradients: Any, totals: Any) -> None:
-        FAULTS[fault](lambda *args: send(wire, *args), list(copies), gradients, totals)
+    def faulty(wire: Any, links: Any, *rest: Any) -> Any:
+        return (FAULTS | {AT_ONCE: _at_once})[fault](lambda *args: start(wire, *args), tuple(links), *rest)
 
-    with mock.patch.object(ReplicaWire, "return_gradients", faulty):
+    with mock.patch.object(ReplicaWire, "start_return", faulty):
         main(argv)

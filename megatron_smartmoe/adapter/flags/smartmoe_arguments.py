@@ -273,7 +273,7 @@ def _add_pool(group: argparse._ArgumentGroup) -> None:
         default=None,
         help="With --smartmoe and expert parallelism: while training, switch among settings that need no restart, by "
         "predicted and measured step time. FILE: the settings that `smartmoe plan --pool` or a plan.json lists. auto: "
-        "all that the other flags allow: 0 to --smartmoe-spare-slots slots, replicas off, history or exact, experts "
+        "all that the other flags allow: 0 to --smartmoe-spare-slots slots, replicas off or in each way, experts "
         "that move or stay, and 1, 2, 4 or 8 chunks unless --smartmoe-overlap-degree is 1. The run starts with the "
         "setting of its other flags. Default: no switching.",
     )

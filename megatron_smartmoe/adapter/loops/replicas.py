@@ -20,7 +20,6 @@ from collections.abc import Mapping
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -31,8 +30,9 @@ from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 
 from megatron_smartmoe.adapter.cost_inputs import nodes_of_group, online_options, replica_price_tokens, scope_nodes
 from megatron_smartmoe.adapter.flags.smartmoe_arguments import replicas_mode
-from megatron_smartmoe.adapter.hooks import Callback, Order
+from megatron_smartmoe.adapter.hooks import Callback, Order, reduce_through
 from megatron_smartmoe.adapter.loops import saved_state
+from megatron_smartmoe.adapter.moe.late_gradients import LateGradients
 from megatron_smartmoe.adapter.moe.layer import SmartMoELayer
 from megatron_smartmoe.adapter.moe.parameter_gathers import ParameterGathers
 from megatron_smartmoe.adapter.moe.replica_dispatcher import ReplicaDispatcher
@@ -83,16 +83,19 @@ class ReplicaLoop(Callback):
         self._run, self._mode, self._used_slots = run, replicas_mode(args), args.smartmoe_spare_slots
         needs_history = bool(self._modes & FROM_HISTORY)
         timeout = timedelta(minutes=args.distributed_timeout_minutes)
-        self._wire = ReplicaWire(_own_group(mpu.get_expert_model_parallel_group(), timeout))
+        messages = _own_group(mpu.get_expert_model_parallel_group(), timeout)
+        self._wire = ReplicaWire(messages, nodes_of_group(messages.size()))
         self._layers: list[SmartMoELayer] = [layer for _, layer in run.layers]
         self._tallies = [LayerTally() for _ in self._layers]
         # once: the cluster file may be edited during the run
         self._price_tokens = {mode: replica_price_tokens(args, mode) for mode in ("history", "exact")}
         self._gathers = ParameterGathers.of(run)
         for index, (layer, tally) in enumerate(zip(self._layers, self._tallies, strict=True)):
-            self._equip(layer, tally, keeps=needs_history)
-            layer.register_forward_pre_hook(partial(self._before_layer, index))
-            layer.register_forward_hook(partial(self._after_layer, index))
+            self._equip(layer, tally, keeps=needs_history, index=index)
+        parameters = [tuple(layer.experts.parameters()) for layer in self._layers]
+        spares = [layer.experts.spare_slots for layer in self._layers]
+        self._late = LateGradients(list(zip(parameters, spares, strict=True)))
+        reduce_through(self._late)
         if needs_history and self._layers:
             online = online_options(args, review_records=1)
             numbers = [number for number, _ in run.layers]
@@ -179,7 +182,7 @@ class ReplicaLoop(Callback):
             self._ahead.discard()
             self._planner.placement = self._placement()
 
-    def _equip(self, layer: SmartMoELayer, tally: LayerTally, *, keeps: bool) -> None:
+    def _equip(self, layer: SmartMoELayer, tally: LayerTally, *, keeps: bool, index: int) -> None:
         """Give a layer's experts spare slots, and the layer a dispatcher that uses them."""
         experts = layer.experts
         weights = (experts.weight1, experts.weight2)
@@ -189,6 +192,7 @@ class ReplicaLoop(Callback):
             self._wire,
             lambda: [weight.main_grad for weight in weights],
             keeps=keeps,
+            accumulates=experts.accumulates,
         )
         experts.spare_slots.keep(self._mode in FROM_HISTORY)
         exact, falls_short = self._from_counts()
@@ -198,11 +202,12 @@ class ReplicaLoop(Callback):
             layer.config,
             get_default_pg_collection(),
             spare=experts.spare_slots,
-            num_nodes=nodes_of_group(self._wire.num_ranks),
-            complete_homes=partial(self._gathers.finish, layer),
+            num_nodes=self._wire.num_nodes,
             exact=exact,
             falls_short=falls_short,
             listener=partial(self._count, tally),
+            begins=partial(self._begin_layer, index),
+            ends=partial(self._end_layer, index),
         )
         if layer.shared_experts is not None and layer.shared_expert_overlap:
             layer.token_dispatcher.set_shared_experts(layer.shared_experts)
@@ -235,6 +240,8 @@ class ReplicaLoop(Callback):
 
     def before_step(self, iteration: int) -> None:
         """Plan this iteration's replicas and start to fetch their weights."""
+        self._late.forget()  # what an iteration that was broken off has left
+        self._wire.settle()
         planner, ahead = self._planner, self._ahead
         passes_L = [get_num_microbatches() * passes_per_micro_batch(layer) for layer in self._layers]
         self._iteration, self._passes_left = iteration, sum(passes_L)
@@ -277,7 +284,7 @@ class ReplicaLoop(Callback):
         return np.take_along_axis(load_LME, self._planner.placement.home_slot_LE[:, None], axis=2)
 
     def _fetch(self, index: int) -> None:
-        """Start to fetch the weights of a layer's replicas from history, whose homes are complete.
+        """Start to fetch the weights of a layer's replicas from history; its home weights are complete.
 
         Fetched all at once they would be in front of the first layer's kernels where a GPU has one hardware queue.
         """
@@ -286,29 +293,31 @@ class ReplicaLoop(Callback):
             if used is not None:
                 used.start()
 
-    def _before_layer(self, index: int, layer: SmartMoELayer, inputs: Any) -> None:
-        """Called before the forward pass of a layer, by its place among this rank's."""
-        if not layer.training:
-            return
-        if not self._gathers.overlapped:
+    def _begin_layer(self, index: int) -> None:
+        """Called when a layer begins to dispatch in training, by its place among this rank's."""
+        if self._gathers.overlapped:
+            self._complete(index)
+        else:
             self._fetch(index + LAYERS_AHEAD)
-        elif self._gathers.is_first(layer):
-            self._fetch_when_complete(index)
 
-    def _after_layer(self, index: int, layer: SmartMoELayer, inputs: Any, output: Any) -> None:
-        """Called after the forward pass of a layer, by its place among this rank's.
+    def _end_layer(self, index: int) -> None:
+        """Called when a layer's results are combined in training, by its place among this rank's.
 
-        With --overlap-param-gather, the all-gather of the next layer's experts was posted when this layer began. What
-        comes before the next layer's experts hides the fetch.
+        With --overlap-param-gather, the all-gather of the next layer's experts was posted when those of this layer were
+        complete. What comes before the next layer's experts hides the fetch.
         """
-        if not layer.training or not self._gathers.overlapped or index + 1 == len(self._layers):
+        is_last = index + 1 == len(self._layers)
+        if is_last or not self._gathers.overlapped or self._mode not in FROM_HISTORY:
             return
         if not self._gathers.is_first(self._layers[index + 1]):  # another model chunk is gathered when it begins
-            self._fetch_when_complete(index + 1)
+            self._complete(index + 1)
 
-    def _fetch_when_complete(self, index: int) -> None:
-        """Wait for the home weights of a layer and start to fetch its replicas from history."""
-        if self._mode in FROM_HISTORY and self._layers[index].experts.spare_slots.in_use is not None:
+    def _complete(self, index: int) -> None:
+        """Wait for the home weights of a layer, and start to fetch its replicas from history.
+
+        With replicas or without: ranks that share experts have replicas of their own, and post all-gathers together.
+        """
+        if self._mode != "off":
             self._gathers.finish(self._layers[index])
             self._fetch(index)
 

@@ -27,6 +27,7 @@ from megatron_smartmoe.runtime.replicas.dispatch_plan import DispatchPlan, Dispa
 from megatron_smartmoe.runtime.replicas.slots import ReplicasInUse, SpareSlots
 from megatron_smartmoe.runtime.replicas.split import homes_only, shifted_rows
 from megatron_smartmoe.runtime.replicas.tally import MicroBatch
+from megatron_smartmoe.runtime.replicas.wire import advancing
 
 Listener = Callable[[MicroBatch], None]
 
@@ -41,11 +42,13 @@ class ReplicaDispatcher(SlotDispatcher):
         pg_collection: process groups; `ep`, `expt_tp` and `tp_ep` are used.
         spare: this rank's spare slots.
         num_nodes: nodes that the expert-parallel group spans.
-        complete_homes: called before replicas are fetched: returns when the home weights are up to date.
         exact: how replicas are planned from the counts of a micro-batch; None when `slots_RS`, which is set from
             outside, always serves.
         falls_short: when they are, if `slots_RS` is set from outside all the same; None for in every micro-batch.
         listener: called once for every training micro-batch.
+        begins: called when the layer begins to dispatch in training; home weights are up to date when it returns.
+            Megatron's schedule of two micro-batches skips the layer's forward hooks.
+        ends: called when its results are combined in training.
 
     Attributes:
         slots_RS: expert in each slot, `[R, S + K]`, home slots first; experts are numbered by their home.
@@ -63,14 +66,17 @@ class ReplicaDispatcher(SlotDispatcher):
         *,
         spare: SpareSlots,
         num_nodes: int = 1,
-        complete_homes: Callable[[], None] | None = None,
         exact: ExactOptions | None = None,
         falls_short: ReplanOptions | None = None,
         listener: Listener | None = None,
+        begins: Callable[[], None] | None = None,
+        ends: Callable[[], None] | None = None,
     ) -> None:
         super().__init__(num_local_experts, local_expert_indices, config, pg_collection, counts_on_device=True)
-        self._spare, self._complete_homes = spare, complete_homes
+        self._spare = spare
         self._exact, self._falls_short, self._listener = exact, falls_short, listener
+        self._begins, self._ends = begins, ends
+        self._starting: ReplicasInUse | None = None  # replicas of a micro-batch, until their fetch has started
         self._homes_RS = homes_only(self.num_experts, self.ep_size, spare.num_slots)
         self.slots_RS = self._homes_RS
         self._home_slots = num_local_experts
@@ -102,6 +108,31 @@ class ReplicaDispatcher(SlotDispatcher):
         self._exact, self._falls_short, self.slots_RS = exact, falls_short, self._homes_RS
         self._spare.drop()
 
+    def dispatch_preprocess(
+        self, hidden_states: torch.Tensor, routing_map: torch.Tensor, probs: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sort this rank's tokens by slot; see `SlotDispatcher`."""
+        if self.training and self._begins is not None:
+            self._begins()
+        rows = super().dispatch_preprocess(advancing(hidden_states, self._spare.wire), routing_map, probs)
+        self._start_fetch()
+        self._spare.wire.advance()  # behind the permutation
+        return rows
+
+    def dispatch_postprocess(
+        self, global_input_tokens: torch.Tensor, global_probs: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Sort what has arrived by slot; see `SlotDispatcher`."""
+        self._spare.wire.advance()  # behind the all-to-all
+        return super().dispatch_postprocess(global_input_tokens, global_probs)
+
+    def combine_postprocess(self, permutated_local_input_tokens: torch.Tensor) -> torch.Tensor:
+        """Add up each token's results; see `SlotDispatcher`."""
+        output = advancing(super().combine_postprocess(permutated_local_input_tokens), self._spare.wire)
+        if self.training and self._ends is not None:
+            self._ends()
+        return output
+
     def _set_splits(self, rows_TK: torch.Tensor, tokens_E: torch.Tensor) -> torch.Tensor:
         """Plan the replicas, split the tokens, and set the sizes of the all-to-all; see `SlotDispatcher`."""
         # Step 1: the counts of all ranks, and the plan that follows from them
@@ -127,7 +158,7 @@ class ReplicaDispatcher(SlotDispatcher):
         plan = self._planner.plan(counts_RPE, self.slots_RS, self._exact)
         if self._exact is not None:
             self.slots_RS = plan.slots_RS
-            self._start(self._spare.use(self.slots_RS, num_passes=1, own=plan.own_replicas))
+            self._start(self._spare.use(self.slots_RS, num_passes=1, takes_part=bool(plan.own_replicas)))
         return plan
 
     def _plan_where_short(self, counts_RPE: torch.Tensor, exact: ExactOptions, rule: ReplanOptions) -> DispatchPlan:
@@ -142,16 +173,20 @@ class ReplicaDispatcher(SlotDispatcher):
         )
         if anew is None:
             return kept
-        self._start(self._spare.use_once(anew.own_replicas))
+        self._start(self._spare.use_once(anew.slots_RS, takes_part=bool(anew.own_replicas)))
         return replace(anew, load=replace(anew.load, replanned_RS=anew.slots_RS))
 
     def _start(self, used: ReplicasInUse | None) -> None:
         """Start to fetch replicas that are planned for a micro-batch."""
-        if used is None:
-            return
-        if self._complete_homes is not None:
-            self._complete_homes()
-        used.start()
+        self._starting = used
+        if self._spare.device.type != "cuda":  # on a GPU, the host looks for its messages while the device permutes
+            self._start_fetch()
+
+    def _start_fetch(self) -> None:
+        """Start the fetch that is to start, if there is one."""
+        used, self._starting = self._starting, None
+        if used is not None:
+            used.start()
 
     def _set_sizes(self, plan: DispatchPlan) -> None:
         """Set the attributes that Megatron's exchange reads, all of them on the host."""

@@ -37,6 +37,7 @@ PRICES = PoolPrices(model=MODEL, spec=SPEC, cluster=CLUSTER, num_nodes=1, micro_
 OFF = PoolSetting(homes_interval=0, spare_slots=0, replicas="off", overlap_degree=1)
 HISTORY = replace(OFF, spare_slots=1, replicas="history")
 EXACT = replace(OFF, spare_slots=1, replicas="exact")
+AUTO = replace(OFF, spare_slots=1, replicas="auto")
 
 
 def load(*shares: IntArray) -> PoolLoad:
@@ -73,6 +74,15 @@ def test_history_pays_for_a_load_that_jumps() -> None:
     jumped = moe_seconds([OFF, HISTORY, EXACT], JUMPED, PRICES)
     assert jumped[EXACT] < 0.8 * jumped[HISTORY]
     assert jumped[HISTORY] == pytest.approx(jumped[OFF], rel=0.05)
+
+
+def test_auto_is_history_until_the_load_jumps() -> None:
+    steady = moe_seconds([HISTORY, AUTO], STEADY, PRICES)
+    assert steady[AUTO] == steady[HISTORY]
+    jumped = moe_seconds([HISTORY, EXACT, AUTO], JUMPED, PRICES)
+    assert jumped[EXACT] < jumped[AUTO] < 0.85 * jumped[HISTORY]  # history's replicas were fetched all the same
+    dear = moe_seconds([HISTORY, AUTO], JUMPED, replace(PRICES, exact_price_tokens=1e9))
+    assert dear[AUTO] == dear[HISTORY]
 
 
 def test_homes_that_may_move_are_priced_where_they_would_go() -> None:
