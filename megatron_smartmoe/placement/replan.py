@@ -11,8 +11,8 @@ the counts of a micro-batch are known, each layer is judged by them:
 The rule sees counts and slots only, no clock: every rank, a recomputed forward pass and a replay decide the same.
 
 Example. 4 ranks, mean 100 tokens per rank, limit 1.01, a transfer costs 45 tokens. With the replicas from history the
-busiest rank has 180 tokens, which is above 101; exact ones would leave 100. One new replica costs 45 < 180 - 100, so the
-layer is planned anew; two of one expert, whose second transfer follows the first, would cost 90 > 80.
+busiest rank has 180 tokens, which is above 101; exact ones would leave 100. One new replica costs 45 < 180 - 100, so
+the layer is planned anew; two of one expert, whose second transfer follows the first, would cost 90 > 80.
 """
 
 from __future__ import annotations
