@@ -207,8 +207,9 @@ def _run(case: Case) -> Found:
             with _Host(found, case.replicas) as host:
                 output.backward(torch.empty_like(output))
                 for module in layer.modules():
-                    if getattr(module, "spare_slots", None) is not None:
-                        module.spare_slots.finish_returns()  # as before the reduction over data-parallel ranks
+                    spare: Any = getattr(module, "spare_slots", None)
+                    if spare is not None:
+                        spare.finish_returns()  # as before the reduction over data-parallel ranks
             found.backward = host.launches
         _check_gradients(layer, rows)
     except Exception as error:
