@@ -26,7 +26,6 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 from megatron.core.num_microbatches_calculator import get_num_microbatches
-from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 
 from megatron_smartmoe.adapter.cost_inputs import nodes_of_group, online_options, replica_price_tokens, scope_nodes
 from megatron_smartmoe.adapter.flags.smartmoe_arguments import replicas_mode
@@ -35,7 +34,6 @@ from megatron_smartmoe.adapter.loops import saved_state
 from megatron_smartmoe.adapter.moe.late_gradients import LateGradients
 from megatron_smartmoe.adapter.moe.layer import SmartMoELayer
 from megatron_smartmoe.adapter.moe.parameter_gathers import ParameterGathers
-from megatron_smartmoe.adapter.moe.replica_dispatcher import ReplicaDispatcher
 from megatron_smartmoe.adapter.moe.routers import passes_per_micro_batch
 from megatron_smartmoe.adapter.run import Run
 from megatron_smartmoe.errors import PlanError
@@ -176,7 +174,7 @@ class ReplicaLoop(Callback):
         self._mode, self._used_slots = mode, used_slots
         for layer in self._layers:
             layer.experts.spare_slots.keep(mode in FROM_HISTORY)
-            layer.token_dispatcher.plan_with(*self._from_counts())
+            layer.planner.plan_with(*self._from_counts())
         if self._planner is not None and self._ahead is not None:
             self._ahead.observe()
             self._ahead.discard()
@@ -186,7 +184,7 @@ class ReplicaLoop(Callback):
         """Give a layer's experts spare slots, and the layer a dispatcher that uses them."""
         experts = layer.experts
         weights = (experts.weight1, experts.weight2)
-        experts.spare_slots = SpareSlots(
+        spare = SpareSlots(
             weights,
             self._run.args.smartmoe_spare_slots,
             self._wire,
@@ -194,14 +192,10 @@ class ReplicaLoop(Callback):
             keeps=keeps,
             accumulates=experts.accumulates,
         )
-        experts.spare_slots.keep(self._mode in FROM_HISTORY)
+        spare.keep(self._mode in FROM_HISTORY)
         exact, falls_short = self._from_counts()
-        layer.token_dispatcher = ReplicaDispatcher(
-            layer.num_local_experts,
-            layer.local_expert_indices,
-            layer.config,
-            get_default_pg_collection(),
-            spare=experts.spare_slots,
+        layer.add_replicas(
+            spare,
             num_nodes=self._wire.num_nodes,
             exact=exact,
             falls_short=falls_short,
@@ -209,11 +203,9 @@ class ReplicaLoop(Callback):
             begins=partial(self._begin_layer, index),
             ends=partial(self._end_layer, index),
         )
-        if layer.shared_experts is not None and layer.shared_expert_overlap:
-            layer.token_dispatcher.set_shared_experts(layer.shared_experts)
 
     def _from_counts(self) -> tuple[ExactOptions | None, ReplanOptions | None]:
-        """How replicas are planned from the counts of one micro-batch, and when; see `ReplicaDispatcher`."""
+        """How replicas are planned from the counts of one micro-batch, and when; see `LayerPlanner`."""
         if self._mode not in FROM_COUNTS:
             return None, None
         price_tokens = self._price_tokens["exact"]
@@ -258,7 +250,7 @@ class ReplicaLoop(Callback):
         unused = self._run.args.smartmoe_spare_slots - self._used_slots
         for layer, slots_RS, passes in zip(self._layers, planner.placement.slots_LRS, passes_L, strict=True):
             by_home_RS = with_empty_slots(by_home(slots_RS, layer.experts.num_local_experts), unused)
-            layer.token_dispatcher.slots_RS = by_home_RS
+            layer.planner.slots_RS = by_home_RS
             layer.experts.spare_slots.use(by_home_RS, num_passes=passes)
         if not self._gathers.overlapped:
             for index in range(LAYERS_AHEAD):
