@@ -35,7 +35,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_smartmoe.spec.arrays import IntArray
-from megatron_smartmoe.spec.placement import EMPTY
+from megatron_smartmoe.spec.placement import EMPTY, BoolArray
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -66,7 +66,17 @@ class RelayTree:
 
         It is what a replica's traffic is priced by: at least the busiest port's transfers, and at least the rounds.
         """
-        rank_N, slot_N = np.nonzero(self.parent_RK != EMPTY)
+        return self._steps(self.parent_RK != EMPTY)
+
+    def steps_by_link(self, num_nodes: int) -> tuple[int, int]:
+        """The same for the transfers inside nodes, and for those between them."""
+        node_R = np.arange(len(self.parent_RK)) * num_nodes // len(self.parent_RK)
+        crosses_RK = node_R[self.parent_RK] != node_R[:, None]
+        filled_RK = self.parent_RK != EMPTY
+        return self._steps(filled_RK & ~crosses_RK), self._steps(filled_RK & crosses_RK)
+
+    def _steps(self, counted_RK: BoolArray) -> int:
+        rank_N, slot_N = np.nonzero(counted_RK)
         columns = (array[rank_N, slot_N].tolist() for array in (self.round_RK, self.parent_RK, self.parent_slot_RK))
         round_N, parent_N, parent_slot_N = columns
         order = sorted(zip(round_N, parent_N, rank_N.tolist(), slot_N.tolist(), parent_slot_N, strict=True))

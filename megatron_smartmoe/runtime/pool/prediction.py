@@ -17,11 +17,11 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from megatron_smartmoe.cost.comm import replica_traffic
 from megatron_smartmoe.cost.moe_layer import LayerFlow
 from megatron_smartmoe.cost.step.constants import StepConstants, layer_constants
 from megatron_smartmoe.cost.step.moe import MoETimes, moe_times
 from megatron_smartmoe.placement.history import History
+from megatron_smartmoe.placement.layer_cost import relayed_flow
 from megatron_smartmoe.placement.plan_homes import HomesOptions, plan_homes
 from megatron_smartmoe.placement.plan_replicas import ReplicaOptions, plan_replicas
 from megatron_smartmoe.placement.replan import ReplanOptions, planned_anew
@@ -188,12 +188,7 @@ class _Split:
         rank, slot = np.nonzero(slots_RS != EMPTY)
         load_ER = np.zeros((num_experts, num_ranks))
         load_ER[slots_RS[rank, slot], rank] = sent_RRS.sum(axis=0)[rank, slot]
-        flow = LayerFlow(
-            load_ER=load_ER,
-            traffic_RR=sent_RRS.sum(axis=2).astype(np.float64),
-            replicas_RR=replica_traffic(slots_RS, num_experts),
-            num_nodes=prices.num_nodes,
-        )
+        flow = relayed_flow(slots_RS, load_ER, sent_RRS.sum(axis=2).astype(np.float64), prices.num_nodes)
         return cls(slots_RS=slots_RS, busiest=int(sent_RRS.sum(axis=(0, 2)).max()), flow=flow)
 
 
