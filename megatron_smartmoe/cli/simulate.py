@@ -307,9 +307,9 @@ def _decision_lines(
     settings["cluster"] = str(options.cluster) if options.cluster else None
     if not prices.first_version:
         settings |= {_MARGIN: options.replicas_margin, _GATED: options.gated}
-    header = {"kind": "simulation", "trace": _digest(trace), **settings}
     if options.replans and options.replicas == "auto":
         settings[_REPLANS] = True
+    header = {"kind": "simulation", "trace": _digest(trace), **settings}
     decisions = [
         decision
         for result in results
