@@ -72,7 +72,6 @@ class PhysicalSlots:
         rows_TK, tokens_E = dispatch_map(ids_TK, slot_of_expert_E, slot_of_expert_E.numel())
         # Step 2: the split of the micro-batch, and from it the slot of every choice
         plan = self._planner.plan(tokens_E)
-        self._planner.start_fetch()
         slot_TK = slot_of_rows(rows_TK, plan.segments_2N, plan.slots_RS, plan.num_rows)
         # Step 3: as maps; the last column takes the choices that were dropped
         wide = weights_TK.new_zeros(len(slot_TK), self.num_slots + 1)

@@ -58,10 +58,9 @@ class ReplicaDispatcher(SlotDispatcher):
         self, hidden_states: torch.Tensor, routing_map: torch.Tensor, probs: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Sort this rank's tokens by slot; see `SlotDispatcher`."""
-        planner = self._planner
-        rows = super().dispatch_preprocess(advancing(hidden_states, planner.wire), routing_map, probs)
-        planner.start_fetch()
-        planner.wire.advance()  # behind the permutation
+        wire = self._planner.wire
+        rows = super().dispatch_preprocess(advancing(hidden_states, wire), routing_map, probs)
+        wire.advance()  # behind the permutation
         return rows
 
     def dispatch_postprocess(

@@ -61,7 +61,6 @@ class LayerPlanner:
         self._begins, self._ends = begins, ends
         self._homes_RS = homes_only(view.num_experts, view.num_ranks, spare.num_slots)
         self.slots_RS = self._homes_RS
-        self._starting: ReplicasInUse | None = None  # replicas of a micro-batch, until their fetch has started
         on_gpu = spare.device.type == "cuda"
         # a plan lies in its planner's memory until the next one; `auto` chooses between two
         self._planner, self._planner_anew = (DispatchPlanner(view, pinned=on_gpu) for _ in range(2))
@@ -97,7 +96,7 @@ class LayerPlanner:
             self._ends()
 
     def plan(self, tokens_E: torch.Tensor) -> DispatchPlan:
-        """The plan of one micro-batch; the fetch of replicas that are planned for it starts, at last in `start_fetch`.
+        """The plan of one micro-batch; starts to fetch the weights of replicas that are planned for it.
 
         All ranks of the group call it; the host waits for their counts.
 
@@ -108,12 +107,6 @@ class LayerPlanner:
         if self._listener is not None and self.training and torch.is_grad_enabled():  # recomputation counts once
             self._listener(plan.load)
         return plan
-
-    def start_fetch(self) -> None:
-        """Start the fetch that is to start, if there is one. To be called when the permutation has been launched."""
-        used, self._starting = self._starting, None
-        if used is not None:
-            used.start()
 
     def _gather(self, tokens_E: torch.Tensor) -> torch.Tensor:
         """Tokens per home slot of all ranks, `[R, P, E]`, on the host: the one synchronisation of the layer."""
@@ -150,6 +143,5 @@ class LayerPlanner:
 
     def _start(self, used: ReplicasInUse | None) -> None:
         """Start to fetch replicas that are planned for a micro-batch."""
-        self._starting = used
-        if self._spare.device.type != "cuda":  # on a GPU, the host looks for its messages while the device permutes
-            self.start_fetch()
+        if used is not None:
+            used.start()
