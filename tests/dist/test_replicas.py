@@ -16,7 +16,7 @@ import torch
 from tests.dist.test_smartmoe_layer import EP2, UNCLIPPED
 from tests.support.checkpoints import tensors
 from tests.support.marks import some_fast
-from tests.support.replicas import ALWAYS, AT_ONCE, FAULTS, balance, distance, train_with_fault
+from tests.support.replicas import ALWAYS, AT_ONCE, FAULTS, balance, simulated, train_with_fault
 from tests.support.training import train
 
 pytestmark = pytest.mark.dist
@@ -52,6 +52,12 @@ MIXES = {
         HISTORY,
     ),
 }
+
+
+def distance(losses: list[float], expected: list[float]) -> float:
+    """Largest relative difference."""
+    assert len(losses) == len(expected) > 0
+    return max(abs(a - b) / b for a, b in zip(losses, expected, strict=True))
 
 
 @pytest.mark.parametrize("mix", some_fast(MIXES, "EP4", "PP2xVPP2xEP2, overlapped, exact"))
@@ -136,13 +142,6 @@ def test_gradients_under_way_have_the_bits_of_those_waited_for(tmp_path: Path, d
 
 def test_the_simulator_reproduces_the_balance(tmp_path: Path, data_flags: list[str]) -> None:
     """The trace of a run, replayed offline by the same planner: the same max / mean in every layer, to the last bit."""
-    from megatron_smartmoe.cost.moe_layer import LayerConstants
-    from megatron_smartmoe.placement.homes_planner import OnlineOptions
-    from megatron_smartmoe.simulate.policies import OnlinePolicy
-    from megatron_smartmoe.simulate.run import SimulationSetup, replay
-    from megatron_smartmoe.spec.placement import Placement
-    from megatron_smartmoe.spec.trace import load_trace
-
     trace_file = tmp_path / "trace.npz"
     flags = [
         "--expert-model-parallel-size",
@@ -153,19 +152,12 @@ def test_the_simulator_reproduces_the_balance(tmp_path: Path, data_flags: list[s
         str(trace_file),
     ]
     train(tmp_path / "run", 4, data_flags, *flags, *AUTO, iterations=6)
-    trace = load_trace(trace_file)
-    placement = Placement.contiguous(num_layers=4, num_experts=8, num_ranks=4, spare_slots=1)
-    options = OnlineOptions(homes_interval=0, replicas="auto")
-    policy = OnlinePolicy(placement, 1, options, lambda slots_RS, counts_RE: 0.0)
-    setting = SimulationSetup(
-        num_ranks=4, spare_slots=1, warmup=0, constants=LayerConstants(token_s=1.0), state_bytes=0
-    )
-    simulated = replay(trace, policy, setting).imbalance
+    imbalance, planned = simulated(trace_file, num_ranks=4)
     lines = balance(tmp_path / "run")
-    assert np.ravel([line["split"] for line in lines]).tolist() == simulated.tolist()
+    assert np.ravel([line["split"] for line in lines]).tolist() == imbalance
     assert 0 < np.mean([line["anew"] for line in lines]) < 1
     decisions = (tmp_path / "run" / "replicas-stage0-group0.jsonl").read_text().splitlines()
-    assert [decision.to_line() for decision in policy.decisions] == decisions
+    assert planned == decisions
     assert {json.loads(line)["kind"] for line in decisions} == {"replicas", "replans"}
 
 

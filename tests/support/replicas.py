@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from unittest import mock
 
 from tests.support.ranks import run_ranks
@@ -46,14 +46,10 @@ def balance(run_dir: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run_dir / "balance-stage0-group0.jsonl").read_text().splitlines()]
 
 
-def distance(losses: list[float], expected: list[float]) -> float:
-    """Largest relative difference."""
-    assert len(losses) == len(expected) > 0
-    return max(abs(a - b) / b for a, b in zip(losses, expected, strict=True))
-
-
-def simulated(trace_file: Path, *, num_ranks: int, spare_slots: int = 1) -> list[float]:
-    """Max / mean tokens per rank of every record and layer of a trace, with replicas planned from its history."""
+def simulated(
+    trace_file: Path, *, num_ranks: int, spare_slots: int = 1, replicas: Literal["history", "auto"] = "auto"
+) -> tuple[list[float], list[str]]:
+    """Max / mean tokens per rank of every record and layer of a replayed trace, and the lines of the decisions."""
     from megatron_smartmoe.cost.moe_layer import LayerConstants
     from megatron_smartmoe.placement.homes_planner import OnlineOptions
     from megatron_smartmoe.simulate.policies import OnlinePolicy
@@ -66,13 +62,13 @@ def simulated(trace_file: Path, *, num_ranks: int, spare_slots: int = 1) -> list
     placement = Placement.contiguous(
         num_layers=layers, num_experts=experts, num_ranks=num_ranks, spare_slots=spare_slots
     )
-    options = OnlineOptions(homes_interval=0, replicas="history")
+    options = OnlineOptions(homes_interval=0, replicas=replicas)
     policy = OnlinePolicy(placement, 1, options, lambda slots_RS, counts_RE: 0.0)
     setting = SimulationSetup(
         num_ranks=num_ranks, spare_slots=spare_slots, warmup=0, constants=LayerConstants(token_s=1.0), state_bytes=0
     )
     imbalance: list[float] = replay(trace, policy, setting).imbalance.tolist()
-    return imbalance
+    return imbalance, [decision.to_line() for decision in policy.decisions]
 
 
 def _dropped(start: Any, links: Any, gradients: Any, *rest: Any) -> Any:
