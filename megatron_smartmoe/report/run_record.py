@@ -115,7 +115,9 @@ def read_run(directory: Path, trace: Path | None = None) -> RunRecord:
         metrics=_metrics(directory),
         balance=_balance(directory),
         decisions=decisions,
-        num_replica_plans=sum(1 for path in replica_files(directory) for _ in read_decisions(path)),
+        num_replica_plans=sum(
+            decision["kind"] == "replicas" for path in replica_files(directory) for decision in read_decisions(path)
+        ),
         placement=_placement(decisions, arguments, directory),
         trace=_trace(trace, arguments, notes),
         summary=_object(directory / "summary.json"),

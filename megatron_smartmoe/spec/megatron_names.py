@@ -70,6 +70,9 @@ def _names() -> Iterator[MegatronName]:
     local = ("LocalSpecProvider.layer_norm", "LocalSpecProvider.core_attention")
     yield from hooked(f"{core}.models.backends", "norm and attention without TransformerEngine", *local)
     yield from hooked(f"{specs}.gpt_layer_specs", "the final norm without TransformerEngine", "LNImpl")
+    buckets = ("register_grad_ready", "start_grad_sync", "finish_grad_sync")
+    methods = tuple(f"_ParamAndGradBucketGroup.{name}" for name in buckets)
+    yield from hooked(f"{core}.distributed.param_and_grad_buffer", "gradients of replicas", *methods)
     checkpointing = f"{training}.checkpointing"
     yield from hooked(checkpointing, "checkpoints", "maybe_msc", instead="open_file")
     yield from hooked(checkpointing, "checkpoints", "_async_delete_checkpoint_impl", "ensure_directory_exists")
@@ -99,6 +102,8 @@ def _names() -> Iterator[MegatronName]:
     layer = ("route", "preprocess", "dispatch", "routed_experts_compute", "combine")
     steps = tuple(f"MoELayer.{name}" for name in layer)
     yield from hooked(f"{core}.transformer.moe.moe_layer", "the layer that ours is", *steps, is_hooked=False)
+    wait, use = "DistributedDataParallel._make_forward_pre_hook", "replicas with --overlap-param-gather"
+    yield from hooked(f"{core}.distributed.distributed_data_parallel", use, wait, is_hooked=False)
 
 
 NAMES = tuple(_names())

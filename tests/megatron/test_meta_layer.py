@@ -48,11 +48,11 @@ LAUNCHES = {
     "shared experts": (38, 39),
     "overlapped shared experts": (37, 39),
     "4 chunks": (70, 87),
-    "replicas": (48, 59),
-    "replicas, 4 chunks": (112, 167),
+    "replicas": (48, 51),
+    "replicas, 4 chunks": (112, 159),
     "transformer layer": (69, 80),
     "transformer layer, MLA": (114, 111),
-    "transformer layer, MLA, replicas": (130, 140),
+    "transformer layer, MLA, replicas": (130, 132),
 }
 # Host waits for the device, by the function that waits: one a layer, as in Megatron's own dropless dispatch.
 WAITS = {True: {"to_host": 1}, False: {"_maybe_dtoh_and_synchronize": 1}}  # with replicas, without

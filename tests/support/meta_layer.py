@@ -206,6 +206,10 @@ def _run(case: Case) -> Found:
             found.forward = host.launches
             with _Host(found, case.replicas) as host:
                 output.backward(torch.empty_like(output))
+                for module in layer.modules():
+                    spare: Any = getattr(module, "spare_slots", None)
+                    if spare is not None:
+                        spare.finish_returns()  # as before the reduction over data-parallel ranks
             found.backward = host.launches
         _check_gradients(layer, rows)
     except Exception as error:
@@ -325,16 +329,14 @@ def build(case: Case, device: torch.device, *, stock: bool = False) -> tuple[tor
         for weight in whole.mlp.experts.parameters():  # as Megatron's wrapper for data parallelism gives them
             weight.main_grad = torch.empty_like(weight, dtype=torch.float32)
     if case.replicas:
-        _with_replicas(whole.mlp, config)
+        _with_replicas(whole.mlp)
     return (whole if case.attention else whole.mlp), config
 
 
-def _with_replicas(layer: Any, config: Any) -> None:
+def _with_replicas(layer: Any) -> None:
     """Give the layer a spare slot, as `adapter.loops.replicas` does."""
     from megatron.core import parallel_state
-    from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 
-    from megatron_smartmoe.adapter.moe.replica_dispatcher import ReplicaDispatcher
     from megatron_smartmoe.runtime.replicas.dispatch_plan import ExactOptions
     from megatron_smartmoe.runtime.replicas.slots import SpareSlots
     from megatron_smartmoe.runtime.replicas.wire import ReplicaWire
@@ -343,12 +345,5 @@ def _with_replicas(layer: Any, config: Any) -> None:
     weights = (experts.weight1, experts.weight2)
     wire = ReplicaWire(parallel_state.get_expert_model_parallel_group())
     totals = [torch.zeros_like(weight, dtype=torch.float32) for weight in weights]
-    experts.spare_slots = SpareSlots(weights, 1, wire, lambda: totals, keeps=False)
-    layer.token_dispatcher = ReplicaDispatcher(
-        layer.num_local_experts,
-        layer.local_expert_indices,
-        config,
-        get_default_pg_collection(),
-        spare=experts.spare_slots,
-        exact=ExactOptions(used_slots=1, limit=1.01, price_tokens=1.0),
-    )
+    spare = SpareSlots(weights, 1, wire, lambda: totals, keeps=False)
+    layer.add_replicas(spare, exact=ExactOptions(used_slots=1, limit=1.01, price_tokens=1.0))

@@ -14,7 +14,6 @@ from megatron_smartmoe.adapter.flags.smartmoe_arguments import (
     AUTO,
     POOL,
     POOL_INTERVAL,
-    REPLICAS,
     RESUME,
     WATCHDOG_FLOOR,
     replicas_mode,
@@ -58,7 +57,7 @@ _NOT_WITH_HOMES = {
 _FP8_WITHOUT_HISTORY = ("tensorwise", "blockwise", "mxfp8")  # recipes whose scales come from the values themselves
 # with --smartmoe-spare-slots.
 _NOT_WITH_REPLICAS = {
-    "--moe-pad-expert-input-to-capacity": "all experts get the same number of rows, so there is nothing to balance",
+    "--moe-ncclep-static-shape": "it hands experts rows of unknown number",
 }
 
 
@@ -321,14 +320,28 @@ def _check_replicas_possible(args: argparse.Namespace) -> None:
     for flag, reason in _NOT_WITH_REPLICAS.items():
         if value := getattr(args, attribute(flag), None):
             raise ConfigError(flag, value, f"is not supported with {SPARE_SLOTS}: {reason}", _REMOVE_ONE)
-    for flag, supported in (("--moe-token-dispatcher-type", "alltoall"), ("--smartmoe-experts", "grouped_mm")):
-        value = getattr(args, attribute(flag))
-        if value != supported:
-            rule = f"is not supported with {SPARE_SLOTS}"
-            raise ConfigError(flag, value, rule, f"Pass {supported}, or remove {SPARE_SLOTS}.")
+    _check_flex_slots(args)
+    flag, experts = "--smartmoe-experts", args.smartmoe_experts
+    if experts != "grouped_mm":
+        raise ConfigError(
+            flag, experts, f"is not supported with {SPARE_SLOTS}", f"Pass grouped_mm, or remove {SPARE_SLOTS}."
+        )
     if not args.smartmoe_replicas_margin >= 0:  # also refuses NaN
         rule = "must be at least 0"
         raise ConfigError("--smartmoe-replicas-margin", args.smartmoe_replicas_margin, rule, "The default is 1.")
+
+
+def _check_flex_slots(args: argparse.Namespace) -> None:
+    """HybridEP's kernels read the probabilities of a node's slots as vectors of 4 floats."""
+    backend = getattr(args, "moe_flex_dispatcher_backend", None)
+    if args.moe_token_dispatcher_type != "flex" or backend != "hybridep" or args.num_experts is None:
+        return
+    etp = args.expert_tensor_parallel_size or args.tensor_model_parallel_size
+    ep, spare_slots = args.expert_model_parallel_size, args.smartmoe_spare_slots
+    slots = (args.num_experts // ep + spare_slots) * ep * etp
+    if slots % 4:
+        rule = f"makes {slots} slots with the experts of {ep * etp} ranks, and HybridEP needs a multiple of 4"
+        raise ConfigError(SPARE_SLOTS, spare_slots, rule, f"Pass {spare_slots + 1}, or another dispatcher.")
 
 
 def _check_overlap(args: argparse.Namespace) -> None:
@@ -391,10 +404,9 @@ def _check_setting(setting: PoolSetting, args: argparse.Namespace) -> None:
     change = "Change the flag, or remove the entry from the file."
     homes = f"--smartmoe-homes-interval is {interval}" if interval else "--smartmoe-homes is off"
     for is_wrong, rule, way_out in (
-        (setting.replicas not in REPLICAS, f"its replicas must be one of {', '.join(REPLICAS)}", again),
         (
             (setting.spare_slots == 0) != (setting.replicas == "off"),
-            "spare_slots = 0 requires replicas = off, and > 0 requires history or exact",
+            "spare_slots = 0 requires replicas = off, and > 0 requires auto, history or exact",
             again,
         ),
         (

@@ -18,8 +18,7 @@ import torch
 
 from megatron_smartmoe import ops
 from megatron_smartmoe.placement import exact_replicas, split
-from megatron_smartmoe.placement.paying_replicas import paying_exact_replicas
-from megatron_smartmoe.placement.plan_replicas import ReplicaOptions
+from megatron_smartmoe.placement.paying_replicas import DropLosing, paying_exact_replicas, without_losing_replicas
 from megatron_smartmoe.spec.arrays import IntArray
 from megatron_smartmoe.spec.placement import EMPTY, hosts_of, with_empty_slots
 
@@ -74,14 +73,24 @@ def exact_slots(
         home_slots: S, the home slots of a rank.
         num_nodes: Nodes of the group; a replica stays on its home's node. 1 lets it go anywhere.
         limit: No replica is made while max / mean tokens per rank of the homes alone are at most this.
-        price_tokens: See `placement.plan_replicas.replicas_pay`.
+        price_tokens: See `placement.paying_replicas.without_losing_replicas`.
 
     Returns:
         The slot table `[R, S + K]`.
     """
-    options = ReplicaOptions(num_nodes=num_nodes, replica_price_tokens=price_tokens)
-    plan = _compiled_replicas if ops.is_compiled() else exact_replicas.exact_replicas
-    return paying_exact_replicas(counts_RE.sum(axis=0), slots_RS, home_slots, options, limit, plan)
+    plan, drop = _compiled_replicas if ops.is_compiled() else exact_replicas.exact_replicas, fastest_drop_losing()
+    load_E = counts_RE.sum(axis=0)
+    return paying_exact_replicas(load_E, slots_RS, home_slots, num_nodes, price_tokens, limit, plan, drop)
+
+
+def fastest_drop_losing() -> DropLosing:
+    """The compiled `without_losing_replicas`, or numpy's where the library is not built. Both drop the same."""
+    return _compiled_drop_losing if ops.is_compiled() else without_losing_replicas
+
+
+def _compiled_drop_losing(loads_KE: IntArray, slots_RS: IntArray, home_slots: int, price_tokens: float) -> IntArray:
+    found = ops.paying_replicas(torch.from_numpy(loads_KE), torch.from_numpy(slots_RS), home_slots, price_tokens)
+    return np.asarray(found.numpy())
 
 
 def _compiled_replicas(load_E: IntArray, slots_RS: IntArray, home_slots: int, num_nodes: int) -> IntArray:
@@ -126,14 +135,36 @@ def segment_shifts(sent_RS: IntArray, slots_RS: IntArray) -> tuple[IntArray, Int
     Returns:
         The lengths of the segments `[P]`, ordered by expert, then rank; and by how many rows each moves, `[P]`.
     """
-    # Step 1: a segment for each used slot, ordered by expert, then rank.
-    rank_P, slot_P = np.nonzero(slots_RS != EMPTY)
-    order_P = np.lexsort((rank_P, slots_RS[rank_P, slot_P]))
-    rank_P, slot_P = rank_P[order_P], slot_P[order_P]
+    # Step 1: a segment for each used slot.
+    rank_P, slot_P = _segment_slots(slots_RS)
     length_P = sent_RS[rank_P, slot_P]
     # Step 2: its start in the send order minus its start in the order of the experts.
     begin_RS = (np.cumsum(sent_RS) - sent_RS.ravel()).reshape(sent_RS.shape)
     return length_P, begin_RS[rank_P, slot_P] - (np.cumsum(length_P) - length_P)
+
+
+def _segment_slots(slots_RS: IntArray) -> tuple[IntArray, IntArray]:
+    """Rank and slot of each segment: the used slots ordered by expert, then rank."""
+    rank_P, slot_P = np.nonzero(slots_RS != EMPTY)
+    order_P = np.lexsort((rank_P, slots_RS[rank_P, slot_P]))
+    return rank_P[order_P], slot_P[order_P]
+
+
+def slot_of_rows(rows_TK: torch.Tensor, segments_2P: torch.Tensor, slots_RS: IntArray, num_rows: int) -> torch.Tensor:
+    """The physical slot of every choice, int64 `[T, K_top]`: rank x slots of a rank + slot. The host does not wait.
+
+    Args:
+        rows_TK: rows in the order of the experts; -1 for a dropped choice, whose slot is the number of all slots.
+        segments_2P: the segments' lengths and shifts, see `segment_shifts`; any number of empty ones behind them.
+        slots_RS: expert in each slot, EMPTY for none.
+        num_rows: the sum of the lengths.
+    """
+    rank_P, slot_P = _segment_slots(slots_RS)
+    slot_of_segment_P = torch.from_numpy(rank_P * slots_RS.shape[1] + slot_P).to(rows_TK.device, non_blocking=True)
+    length_P = segments_2P[0, : len(rank_P)].to(rows_TK.device, non_blocking=True)
+    slot_N = torch.repeat_interleave(slot_of_segment_P, length_P, output_size=num_rows)
+    slot_N = torch.cat((slot_N, slot_N.new_full((1,), slots_RS.size)))  # which -1 refers to
+    return slot_N[rows_TK.long()]
 
 
 def shifted_rows(rows_TK: torch.Tensor, segments_2P: torch.Tensor, num_rows: int) -> torch.Tensor:

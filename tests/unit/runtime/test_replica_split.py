@@ -8,7 +8,6 @@ import torch
 
 from megatron_smartmoe.ops import reference
 from megatron_smartmoe.placement.paying_replicas import paying_exact_replicas
-from megatron_smartmoe.placement.plan_replicas import ReplicaOptions
 from megatron_smartmoe.runtime.replicas.split import (
     BALANCED,
     exact_slots,
@@ -16,6 +15,7 @@ from megatron_smartmoe.runtime.replicas.split import (
     replicas_of,
     segment_shifts,
     shifted_rows,
+    slot_of_rows,
     split_tokens,
 )
 from megatron_smartmoe.spec.arrays import IntArray
@@ -79,8 +79,8 @@ def test_the_simulator_makes_the_same_replicas(price_tokens: float) -> None:
     for seed in range(12):
         counts_RE = skewed_counts(seed)
         slots_RS = planned(counts_RE, price_tokens=price_tokens)
-        options = ReplicaOptions(replica_price_tokens=price_tokens)
-        again_RS = paying_exact_replicas(counts_RE.sum(axis=0), slots_RS, HOME_SLOTS, options, BALANCED)
+        load_E = counts_RE.sum(axis=0)
+        again_RS = paying_exact_replicas(load_E, slots_RS, HOME_SLOTS, 1, price_tokens, BALANCED)
         assert np.array_equal(slots_RS, again_RS)
         made += int((slots_RS[:, HOME_SLOTS:] != EMPTY).sum())
     assert (made > 0) == (price_tokens < 1e6)
@@ -107,6 +107,27 @@ def test_rows_are_sent_in_the_order_of_ranks_and_slots(seed: int) -> None:
         assert sorted(moved_TK.flatten().tolist()) == list(range(ids_TK.numel()))
         slot_of_row = np.repeat(slots_RS.ravel(), sent_RRS[source].ravel())
         assert slot_of_row[moved_TK.numpy()].tolist() == ids_TK.tolist()
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_choices_of_physical_slots(seed: int) -> None:
+    """Each goes to a slot of its expert, every slot gets its share, and an expert's tokens keep their order."""
+    counts_RE = skewed_counts(seed)
+    slots_RS = planned(counts_RE)
+    sent_RRS = split_tokens(counts_RE, slots_RS, HOME_SLOTS)
+    for source in range(RANKS):
+        ids = np.random.default_rng(seed).permutation(np.repeat(np.arange(EXPERTS), counts_RE[source]))
+        ids_TK = torch.from_numpy(np.stack([ids, np.full_like(ids, EXPERTS)], axis=1))  # the second choice is dropped
+        rows_TK, _ = reference.dispatch_map(ids_TK, torch.arange(EXPERTS), EXPERTS)
+        segments_2P = torch.from_numpy(np.stack(segment_shifts(sent_RRS[source], slots_RS)))
+        empty_behind_2N = torch.nn.functional.pad(segments_2P, (0, 2))
+        slot_TK = slot_of_rows(rows_TK, empty_behind_2N, slots_RS, len(ids))
+        assert (slot_TK[:, 1] == slots_RS.size).all()
+        slot_T = slot_TK[:, 0].numpy()
+        assert slots_RS.ravel()[slot_T].tolist() == ids.tolist()
+        assert np.bincount(slot_T, minlength=slots_RS.size).tolist() == sent_RRS[source].ravel().tolist()
+        for expert in range(EXPERTS):
+            assert (np.diff(slot_T[ids == expert]) >= 0).all()
 
 
 def test_dropped_choices_stay_dropped() -> None:
