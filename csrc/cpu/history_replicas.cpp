@@ -578,8 +578,7 @@ Found best_replicas(const Problem& problem, std::vector<int64_t> slots_RS, const
   last.run(space);
   return found_by(last);
 }
-}  // namespace
-
+// Throws unless the loads are not negative and those of a row add up to at most 2^53: sums of them are exact.
 void check_scenarios(const int64_t* loads_KE, int64_t num_scenarios, int64_t num_experts) {
   for (int64_t k = 0; k < num_scenarios; ++k) {
     int64_t left = int64_t{1} << 53;
@@ -593,6 +592,7 @@ void check_scenarios(const int64_t* loads_KE, int64_t num_scenarios, int64_t num
     }
   }
 }
+}  // namespace
 
 std::tuple<Tensor, Tensor, Tensor> history_replicas(const Tensor& slots_RS, const Tensor& loads_KE, int64_t home_slots,
                                                     int64_t num_nodes, bool many, int64_t max_steps,

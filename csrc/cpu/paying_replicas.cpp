@@ -107,9 +107,12 @@ Tensor paying_replicas(const Tensor& loads_KE, const Tensor& slots_RS, int64_t h
   const Tensor dense_KE = torch::stable::contiguous(loads_KE), dense_RS = torch::stable::contiguous(slots_RS);
   const int64_t num_ranks = slots_RS.size(0), num_slots = slots_RS.size(1), num_experts = loads_KE.size(1);
   const int64_t* load = dense_KE.const_data_ptr<int64_t>();
-  check_scenarios(load, loads_KE.size(0), num_experts);
   Loads loads;
-  for (int64_t k = 0; k < loads_KE.size(0); ++k, load += num_experts) loads.emplace_back(load, load + num_experts);
+  for (int64_t k = 0; k < loads_KE.size(0); ++k, load += num_experts) {
+    total_load("loads_KE",
+               {load, 1, num_experts, num_experts});  // throws where a count is negative or the sum overflows
+    loads.emplace_back(load, load + num_experts);
+  }
   Tensor new_RS = torch::stable::new_empty(dense_RS, {num_ranks, num_slots});
   int64_t* out = new_RS.mutable_data_ptr<int64_t>();
   std::copy_n(dense_RS.const_data_ptr<int64_t>(), num_ranks * num_slots, out);

@@ -89,9 +89,6 @@ void check_homes(const SlotTable& slots, int64_t num_experts);
 // The same, and throws unless the other slots have experts or are empty.
 void check_placement(const SlotTable& slots, int64_t num_experts);
 
-// Throws unless the loads of K scenarios are not negative and those of a row add up to at most 2^53.
-void check_scenarios(const int64_t* loads_KE, int64_t num_scenarios, int64_t num_experts);
-
 // Which rank feeds each replica: placement/relay.py. The ranks lie on `num_nodes` nodes.
 std::vector<Transfer> relay_transfers(const SlotTable& slots, const Placed& placed, int64_t num_nodes);
 

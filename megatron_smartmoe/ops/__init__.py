@@ -234,7 +234,7 @@ def paying_replicas(loads_KE: Tensor, slots_RS: Tensor, home_slots: int, price_t
 
     Raises:
         RuntimeError: a dtype, shape or number is wrong, the slots are no placement, a load is negative, the loads of a
-            row add up to more than 2^53, a tensor is on a GPU, or the library is not built.
+            row add up to 2^63 or more, a tensor is on a GPU, or the library is not built.
     """
     new_RS: Tensor = torch.ops.smartmoe.paying_replicas(loads_KE, slots_RS, home_slots, price_tokens)
     return new_RS

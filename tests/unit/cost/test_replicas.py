@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from megatron_smartmoe.cost.compute import ExpertShape
-from megatron_smartmoe.cost.moe_layer import LayerConstants, LayerFlow, LayerTime, layer_time
+from megatron_smartmoe.cost.moe_layer import LayerConstants, LayerFlow, LayerTime, exposed_replica_tokens, layer_time
 from megatron_smartmoe.cost.replicas import ReplicaSchedule, schedule_of
 
 # A home feeds two ranks: two transfers of 6 s leave its port, of each a third weights and the rest gradients.
@@ -41,11 +41,35 @@ def test_weights_hide_behind_the_forward_pass() -> None:
 def test_no_more_is_hidden_than_there_is() -> None:
     cheap = replace(PRICES, intra_replica_s=0.3)
     found = layer_time(FLOW, cheap, replicas=replace(BARE, fetch_hidden="forward"))
-    assert found.replicas_hidden_s == pytest.approx(-0.2)  # the weights; gradients are waited for
+    assert found.replicas_hidden_s == pytest.approx(-0.2)  # the weights; nothing hides the gradients
 
 
-def test_exact_weights_hide_behind_the_first_permutation() -> None:
-    assert seconds(replace(BARE, fetch_hidden="permute")).replicas_hidden_s == pytest.approx(-3.0 / 4)
+def test_exact_weights_hide_behind_the_first_permutation_and_the_home_rows() -> None:
+    home_rows = replace(BARE, fetch_hidden="home_rows")
+    assert seconds(home_rows).replicas_hidden_s == pytest.approx(-3.0 / 4)
+    # a third of the arithmetic of 5 rows
+    assert seconds(home_rows, replace(FLOW, early_tokens=5.0)).replicas_hidden_s == pytest.approx(-3.0 / 4 - 0.5)
+
+
+def test_gradients_hide_behind_the_backward_pass() -> None:
+    backward = replace(BARE, return_hidden="backward")
+    assert seconds(backward).replicas_hidden_s == pytest.approx(-(2.0 + 2.0))
+
+
+def test_transfers_that_wait_for_others_follow_one_another() -> None:
+    assert seconds(BARE, replace(FLOW, replica_steps=(3, 0))).replicas_s == pytest.approx(18.0)
+
+
+def test_the_exposed_price() -> None:
+    """Weights take 2 s and gradients 4 s of a transfer; a token takes 0.3 s."""
+
+    def tokens(schedule: ReplicaSchedule, rank_tokens: float = 10.0) -> float:
+        return exposed_replica_tokens(PRICES, schedule, rank_tokens, between_nodes=False)
+
+    assert tokens(BARE) == pytest.approx(6.0 / 0.3)
+    # a forward pass of 1 + 1 s hides a third of itself of each of three transfers
+    assert tokens(replace(BARE, fetch_hidden="forward")) == pytest.approx((6.0 - 2.0 / 3) / 0.3)
+    assert tokens(replace(BARE, fetch_hidden="forward", return_hidden="backward"), 1000.0) == 0.0
 
 
 def test_holders_that_forward_unburden_the_home() -> None:
@@ -60,5 +84,7 @@ def test_the_schedules_of_training() -> None:
     assert (history.micro_batches, history.fetch_hidden) == (4, "forward")
     assert history.weight_share == pytest.approx(1 / 3)
     exact = schedule_of("exact", expert, micro_batches=4)
-    assert (exact.micro_batches, exact.fetch_hidden) == (1, "permute")
-    assert schedule_of("history", expert, micro_batches=4, fetched_early=False).fetch_hidden == "nothing"
+    assert (exact.micro_batches, exact.fetch_hidden) == (1, "home_rows")
+    assert {history.return_hidden, exact.return_hidden} == {"backward"}
+    assert schedule_of("auto", expert, micro_batches=4) == history, "auto's replicas are those from history, mostly"
+    assert schedule_of("history", expert, micro_batches=4, fetched_early=False).fetch_hidden == "home_rows"

@@ -32,14 +32,14 @@ def test_a_layer_makes_replicas_only_where_they_pay() -> None:
     assert replicas(dear.slots_RS) == 0
     assert dear.imbalance_K[0] == 44 / 16
     cheap = plan_replicas(slots_RS, HOT, 2, ReplicaOptions(replica_price_tokens=1.0), rank_tokens=16.0)
-    assert (cheap.slots_RS == free.slots_RS).all()
+    assert 0 < replicas(cheap.slots_RS) <= replicas(free.slots_RS)
 
 
-def test_the_price_counts_the_busiest_port() -> None:
+def test_the_price_counts_transfers_that_follow_one_another() -> None:
     slots_RS = homes().slots_LRS[0].copy()
-    slots_RS[1:, 2] = 0  # three replicas leave rank 0, each of the others receives one
-    assert replicas_pay(slots_RS, 2, saved_tokens=31.0, price_tokens=10.0)
-    assert not replicas_pay(slots_RS, 2, saved_tokens=30.0, price_tokens=10.0)
+    slots_RS[1:, 2] = 0  # three replicas of one expert: two rounds
+    assert replicas_pay(slots_RS, 2, saved_tokens=21.0, price_tokens=10.0)
+    assert not replicas_pay(slots_RS, 2, saved_tokens=20.0, price_tokens=10.0)
 
 
 def test_more_tokens_an_iteration_make_the_same_replicas_pay() -> None:

@@ -79,8 +79,7 @@ def test_the_simulator_makes_the_same_replicas(price_tokens: float) -> None:
     for seed in range(12):
         counts_RE = skewed_counts(seed)
         slots_RS = planned(counts_RE, price_tokens=price_tokens)
-        load_E = counts_RE.sum(axis=0)
-        again_RS = paying_exact_replicas(load_E, slots_RS, HOME_SLOTS, 1, price_tokens, BALANCED)
+        again_RS = paying_exact_replicas(counts_RE.sum(axis=0), slots_RS, HOME_SLOTS, 1, price_tokens, BALANCED)
         assert np.array_equal(slots_RS, again_RS)
         made += int((slots_RS[:, HOME_SLOTS:] != EMPTY).sum())
     assert (made > 0) == (price_tokens < 1e6)

@@ -1,0 +1,131 @@
+#!/usr/bin/env python3
+"""Predicted layer time of `auto` beside that of an even load and of the fastest peer's rule, on several traces.
+
+    python scripts/bench_time.py
+    python scripts/bench_time.py --ep 8 --trace trace.npz --cluster b200-sxm
+
+Without --trace: synthetic traces of one layer that drift (5% a record), burst (one expert 8 times as popular for a
+third of every 12 records) and stay as they are; 4 micro-batches a record; 64 experts on 8 ranks, 128 on 16, and 256 on
+64 ranks of 8 nodes. One spare slot per rank. All times are predictions of the cost model, priced as training prices
+them; the peers' rules run with the same prices. It runs on one core.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout, when the script is run by its path
+
+from megatron_smartmoe.cli.policies import own_policy, peer_policy
+from megatron_smartmoe.cli.simulate_prices import Prices, rank_tokens
+from megatron_smartmoe.cost.compute import ExpertShape
+from megatron_smartmoe.cost.memory.buffers import expert_state_bytes
+from megatron_smartmoe.simulate.policies import SimulatedPolicy
+from megatron_smartmoe.simulate.run import SimulationSetup, even_load_s, replay
+from megatron_smartmoe.spec.cluster import load_cluster_spec
+from megatron_smartmoe.spec.placement import Placement
+from megatron_smartmoe.spec.trace import RoutingTrace, load_trace
+from tests.support.synthetic import SyntheticSpec, synthetic_trace
+
+PEERS = ("laer", "eplb", "epic", "llep", "echo", "ultraep-min1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A trace, and the ranks of an expert-parallel group that it is replayed on."""
+
+    name: str
+    trace: RoutingTrace
+    num_ranks: int
+
+
+def synthetic(sizes: list[int]) -> Iterator[Case]:
+    """Drift, burst and neither, for each number of ranks."""
+    for num_ranks in sizes:
+        experts = {8: 64, 16: 128, 64: 256}.get(num_ranks, 8 * num_ranks)
+        for name, kind in (("steady", "lognormal"), ("drift", "drifting"), ("burst", "burst")):
+            spec = SyntheticSpec(
+                kind=kind,
+                num_records=18,
+                num_layers=1,
+                num_sources=num_ranks,
+                num_experts=experts,
+                micro_batches=4,
+                seed=1,
+            )
+            yield Case(name=name, trace=synthetic_trace(spec), num_ranks=num_ranks)
+
+
+def seconds(case: Case, cluster: str, warmup: int) -> tuple[float, dict[str, tuple[float, float]]]:
+    """Seconds of an even load; seconds and max / mean tokens per rank of every policy."""
+    machine = load_cluster_spec(Path(cluster))
+    prices = Prices(
+        cluster=machine,
+        expert=ExpertShape(hidden=4096, ffn=1536),
+        num_ranks=case.num_ranks,
+        num_nodes=max(1, case.num_ranks // 8),
+        micro_batches=case.trace.counts.shape[3] if case.trace.has_micro_batches else 1,
+        rank_tokens=rank_tokens(case.trace, case.num_ranks),
+    )
+    setup = SimulationSetup(
+        num_ranks=case.num_ranks,
+        spare_slots=1,
+        num_nodes=prices.num_nodes,
+        warmup=warmup,
+        constants=prices.layer("exact").constants,
+        state_bytes=expert_state_bytes(prices.expert),
+        migration_bytes_s=prices.migration_bytes_s,
+        prices={"history": prices.layer("history"), "exact": prices.layer("exact")},
+    )
+    start = Placement.contiguous(
+        num_layers=case.trace.num_layers,
+        num_experts=case.trace.num_experts,
+        num_ranks=case.num_ranks,
+        spare_slots=1,
+    )
+    groups = max(1, case.trace.num_sources // case.num_ranks)
+    policies: list[SimulatedPolicy] = [
+        own_policy("auto", start, groups, setup, prices, homes_interval=100),
+        own_policy("exact", start, groups, setup, prices, homes_interval=0),
+        *(peer_policy(name, start, groups, setup, interval=1) for name in PEERS),
+    ]
+    found = {}
+    for policy, name in zip(policies, ("auto", "exact", *PEERS), strict=True):
+        result = replay(case.trace, policy, setup)
+        found[name] = (result.total_s, float(result.imbalance.mean()))
+    return float(even_load_s(case.trace, setup).mean()), found
+
+
+def main() -> int:
+    """Print a line per case."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ep", type=int, nargs="+", default=[8, 16, 64])
+    parser.add_argument("--trace", type=Path, nargs="*", default=[])
+    parser.add_argument("--cluster", default="h100-sxm")
+    parser.add_argument("--warmup", type=int, default=6)
+    options = parser.parse_args()
+    traces = [(path, load_trace(path)) for path in options.trace]
+    recorded = [Case(name=path.stem, trace=trace, num_ranks=ep) for ep in options.ep for path, trace in traces]
+    print(
+        "| trace | ranks | even load | `auto`, of even load | max/mean | `exact` | fastest peer | `auto` against it |"
+    )
+    print("|---|---|---|---|---|---|---|---|")
+    for case in recorded or synthetic(options.ep):
+        even_s, found = seconds(case, options.cluster, options.warmup)
+        auto_s, imbalance = found["auto"]
+        peer = min(PEERS, key=lambda name: found[name][0])
+        print(
+            f"| {case.name} | {case.num_ranks} | {even_s * 1e3:.3f} ms | {auto_s * 1e3:.3f} ms, {even_s / auto_s:.1%} "
+            f"| {imbalance:.3f} | {even_s / found['exact'][0]:.1%} | {peer}, {even_s / found[peer][0]:.1%} "
+            f"| {auto_s / found[peer][0] - 1:+.1%} |",
+            flush=True,
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
