@@ -180,6 +180,25 @@ inline void check_history_replicas(const torch::stable::Tensor& slots_RS, const 
   }
 }
 
+inline void check_relay_tree(const torch::stable::Tensor& slots_RS, int64_t home_slots, int64_t num_nodes) {
+  check_int64("slots_RS", slots_RS);
+  check_shape("slots_RS", slots_RS, slots_RS.dim() == 2 && slots_RS.size(0) >= 1, "[R, S] with at least one rank",
+              "Pass the slots of one layer, a row per rank");
+  if (home_slots < 1 || home_slots > slots_RS.size(1)) {
+    fail("home_slots = ", home_slots, ": it must be in 1..S = ", slots_RS.size(1),
+         ". Pass the number of homes of a rank");
+  }
+  check_nodes("num_nodes", num_nodes, slots_RS.size(0));
+}
+
+inline void check_paying_replicas(const torch::stable::Tensor& loads_KE, const torch::stable::Tensor& slots_RS,
+                                  int64_t home_slots, double price_tokens) {
+  check_history_replicas(slots_RS, loads_KE, home_slots, 1, 0, 0, 0, 0);
+  if (!(price_tokens >= 0)) {
+    fail("price_tokens = ", price_tokens, ": it must be at least 0. Pass 0 for replicas that cost nothing");
+  }
+}
+
 inline void check_dense(const char* name, const torch::stable::Tensor& tensor) {
   if (!tensor.is_contiguous()) fail(name, ": it must be contiguous. Convert it with ", name, ".contiguous()");
 }

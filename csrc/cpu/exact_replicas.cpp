@@ -223,6 +223,15 @@ void check_homes(const SlotTable& slots, int64_t num_experts) {
   }
 }
 
+void check_placement(const SlotTable& slots, int64_t num_experts) {
+  check_homes(slots, num_experts);
+  for (int64_t at = 0; at < slots.num_ranks * slots.num_slots; ++at) {
+    if (slots.data[at] >= kEmpty && slots.data[at] < num_experts) continue;
+    fail("slots_RS[", at / slots.num_slots, ", ", at % slots.num_slots, "] = ", slots.data[at],
+         ": it must be one of the ", num_experts, " experts, or -1. Pass a valid placement");
+  }
+}
+
 void fill_spare_slots(const std::vector<int64_t>& load_E, const SlotTable& slots, int64_t num_nodes, int64_t trials) {
   const int64_t per_node = slots.num_ranks / num_nodes;
   const int64_t mean = ceil_div(std::accumulate(load_E.begin(), load_E.end(), int64_t{0}), slots.num_ranks);

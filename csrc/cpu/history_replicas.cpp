@@ -578,19 +578,13 @@ Found best_replicas(const Problem& problem, std::vector<int64_t> slots_RS, const
   last.run(space);
   return found_by(last);
 }
-// Checks the values, on which indices and the exactness of sums rest.
-void check_values(const Problem& problem, const int64_t* slots_RS) {
-  check_homes({const_cast<int64_t*>(slots_RS), problem.num_ranks, problem.num_slots, problem.home_slots},
-              problem.num_experts);
-  for (int64_t at = 0; at < problem.num_ranks * problem.num_slots; ++at) {
-    if (slots_RS[at] >= kEmpty && slots_RS[at] < problem.num_experts) continue;
-    fail("slots_RS[", at / problem.num_slots, ", ", at % problem.num_slots, "] = ", slots_RS[at],
-         ": it must be one of the ", problem.num_experts, " experts, or -1. Pass a valid placement");
-  }
-  for (int64_t k = 0; k < problem.num_scenarios; ++k) {
+}  // namespace
+
+void check_scenarios(const int64_t* loads_KE, int64_t num_scenarios, int64_t num_experts) {
+  for (int64_t k = 0; k < num_scenarios; ++k) {
     int64_t left = int64_t{1} << 53;
-    for (int64_t expert = 0; expert < problem.num_experts; ++expert) {
-      const int64_t load = problem.load(k, expert);
+    for (int64_t expert = 0; expert < num_experts; ++expert) {
+      const int64_t load = loads_KE[k * num_experts + expert];
       if (load < 0 || load > left) {
         fail("loads_KE[", k, ", ", expert, "] = ", load,
              ": a load is at least 0, and a row adds up to at most 2^53. Pass scaled loads");
@@ -599,7 +593,6 @@ void check_values(const Problem& problem, const int64_t* slots_RS) {
     }
   }
 }
-}  // namespace
 
 std::tuple<Tensor, Tensor, Tensor> history_replicas(const Tensor& slots_RS, const Tensor& loads_KE, int64_t home_slots,
                                                     int64_t num_nodes, bool many, int64_t max_steps,
@@ -620,7 +613,8 @@ std::tuple<Tensor, Tensor, Tensor> history_replicas(const Tensor& slots_RS, cons
                   .by_peak_E = std::vector<Index>(loads_KE.size(1)),
                   .objective = {worst_weight, replica_price, change_price, min_gain, enough}};
   const int64_t* slots = dense_RS.const_data_ptr<int64_t>();
-  check_values(problem, slots);
+  check_placement({const_cast<int64_t*>(slots), problem.num_ranks, problem.num_slots, home_slots}, problem.num_experts);
+  check_scenarios(problem.loads_KE, problem.num_scenarios, problem.num_experts);
   for (int64_t rank = 0; rank < problem.num_ranks; ++rank) {
     for (int64_t slot = 0; slot < home_slots; ++slot) {
       problem.node_E[slots[rank * problem.num_slots + slot]] = problem.node(rank);

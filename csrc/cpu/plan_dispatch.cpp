@@ -40,31 +40,15 @@ void check_slots(const SlotTable& slots, int64_t num_experts) {
   }
 }
 
-// Replicas over the busiest port: those that one rank's homes feed, or that one rank receives.
-int64_t busiest_port(const SlotTable& slots) {
-  std::vector<int64_t> sent_R(slots.num_ranks, 0);
-  int64_t busiest = 0;
-  for (int64_t rank = 0; rank < slots.num_ranks; ++rank) {
-    int64_t received = 0;
-    for (int64_t slot = slots.home_slots; slot < slots.num_slots; ++slot) {
-      if (slots.row(rank)[slot] == kEmpty) continue;
-      ++received;
-      ++sent_R[slots.row(rank)[slot] / slots.home_slots];
-    }
-    busiest = std::max(busiest, received);
-  }
-  return std::max(busiest, *std::max_element(sent_R.begin(), sent_R.end()));
-}
-
 // What replicas are planned with.
 struct ExactOptions {
   int64_t used_slots;   // of the spare slots of a rank; the others stay empty
   int64_t num_nodes;    // a replica stays on its home's node; 1 lets it go anywhere
   double limit;         // max / mean tokens per rank up to which there are no replicas
-  double price_tokens;  // that must be taken off the busiest rank for a replica over the busiest port
+  double price_tokens;  // of the busiest rank that take as long as one transfer of a replica
 };
 
-// Replicas for exactly these tokens, or none where they would not pay: runtime/replicas/split.py:exact_slots.
+// Replicas for exactly these tokens, as many as pay: runtime/replicas/split.py:exact_slots.
 void plan_exact(const std::vector<int64_t>& load_E, const SlotTable& slots, const ExactOptions& options) {
   for (int64_t rank = 0; rank < slots.num_ranks; ++rank) {
     std::fill(slots.row(rank) + slots.home_slots, slots.row(rank) + slots.num_slots, kEmpty);
@@ -86,11 +70,8 @@ void plan_exact(const std::vector<int64_t>& load_E, const SlotTable& slots, cons
     std::copy(slots.row(rank), slots.row(rank) + slots.home_slots, used.row(rank));
   }
   fill_spare_slots(load_E, used, options.num_nodes, kTrials);
-  // Step 3: keep them if they pay. They can bring the busiest rank down to the mean at best, and mostly come within a
-  // few tokens of it.
-  const double saved_tokens =
-      static_cast<double>(busiest) - static_cast<double>(total) / static_cast<double>(slots.num_ranks);
-  if (!(saved_tokens > options.price_tokens * static_cast<double>(busiest_port(used)))) return;
+  // Step 3: keep those that pay.
+  drop_losing_replicas({load_E}, used, options.price_tokens);
   for (int64_t rank = 0; rank < slots.num_ranks; ++rank) {
     std::copy(used.row(rank) + slots.home_slots, used.row(rank) + num_used, slots.row(rank) + slots.home_slots);
   }

@@ -40,6 +40,14 @@ struct Placed {
   std::vector<Index> slot_C;
 };
 
+// The way of a replica's weights; its gradient takes it back. `slot` and `parent_slot` are columns of the slot table.
+struct Transfer {
+  int64_t round, parent, rank, slot, parent_slot;
+};
+
+// Tokens of each expert, in one load or several.
+using Loads = std::vector<std::vector<int64_t>>;
+
 // A split that takes no heed of where tokens come from.
 struct Balance {
   int64_t bound;                  // tokens of the busiest rank
@@ -77,6 +85,21 @@ class CutFinder {
 
 // Throws unless the homes are every expert once.
 void check_homes(const SlotTable& slots, int64_t num_experts);
+
+// The same, and throws unless the other slots have experts or are empty.
+void check_placement(const SlotTable& slots, int64_t num_experts);
+
+// Throws unless the loads of K scenarios are not negative and those of a row add up to at most 2^53.
+void check_scenarios(const int64_t* loads_KE, int64_t num_scenarios, int64_t num_experts);
+
+// Which rank feeds each replica: placement/relay.py. The ranks lie on `num_nodes` nodes.
+std::vector<Transfer> relay_transfers(const SlotTable& slots, const Placed& placed, int64_t num_nodes);
+
+// Transfers that follow one another until every replica has its weights.
+int64_t relay_steps(const SlotTable& slots, std::vector<Transfer> transfers);
+
+// Clears the spare slots whose replicas cost more time than they save: placement/paying_replicas.py.
+void drop_losing_replicas(const Loads& loads, const SlotTable& slots, double price_tokens);
 
 // Replaces replicas one at a time while the busiest rank has more than it would have to: placement/exact_search.py.
 void improve_replicas(const std::vector<int64_t>& load_E, const SlotTable& slots, int64_t num_nodes, int64_t trials);

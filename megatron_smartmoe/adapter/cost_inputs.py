@@ -17,7 +17,7 @@ import torch.distributed as dist
 from megatron_smartmoe.adapter.flags.smartmoe_arguments import replicas_mode
 from megatron_smartmoe.cost.compute import ExpertShape, replica_grad_bytes
 from megatron_smartmoe.cost.memory.buffers import expert_state_bytes
-from megatron_smartmoe.cost.moe_layer import constants_of, exchange_bytes_s, replica_tokens
+from megatron_smartmoe.cost.moe_layer import constants_of, exchange_bytes_s, exposed_replica_tokens
 from megatron_smartmoe.cost.replicas import schedule_of
 from megatron_smartmoe.placement.homes_planner import OnlineOptions
 from megatron_smartmoe.placement.layer_cost import LayerPricing
@@ -135,6 +135,7 @@ def online_setting(args: Namespace, mode: str | None = None) -> LayerPricing:
         num_nodes=nodes_of_group(num_ranks),
         constants=constants_of(machine(args), expert),
         replicas=schedule_of(mode, expert, micro_batches=get_num_microbatches(), fetched_early=early),
+        has_trees=True,
     )
 
 
@@ -180,7 +181,8 @@ def scope_nodes(args: Namespace) -> int:
 
 
 def replica_price_tokens(args: Namespace, mode: str | None = None) -> float:
-    """Tokens that a replica must take from the busiest rank to pay off, --smartmoe-replicas-margin included.
+    """Tokens that a replica must take from the busiest rank to pay off for each transfer that follows another, as far
+    as it is not hidden; --smartmoe-replicas-margin included.
 
     Args:
         args: Megatron's arguments.
@@ -188,6 +190,16 @@ def replica_price_tokens(args: Namespace, mode: str | None = None) -> float:
     """
     from megatron.core import parallel_state as mpu
 
-    constants = constants_of(machine(args), expert_shape(args, mode))
+    pricing = online_setting(args, mode)
     between_nodes = nodes_of_group(mpu.get_expert_model_parallel_world_size()) > scope_nodes(args)
-    return float(args.smartmoe_replicas_margin * replica_tokens(constants, between_nodes=between_nodes))
+    exposed = exposed_replica_tokens(
+        pricing.constants, pricing.replicas, rank_tokens(args), between_nodes=between_nodes
+    )
+    return float(args.smartmoe_replicas_margin * exposed)
+
+
+def rank_tokens(args: Namespace) -> float:
+    """Tokens that a rank computes in a micro-batch and layer if the load is even."""
+    etp = args.expert_tensor_parallel_size or args.tensor_model_parallel_size
+    own = args.micro_batch_size * args.seq_length / args.context_parallel_size / args.tensor_model_parallel_size
+    return float(own * args.moe_router_topk * etp)

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from megatron_smartmoe.cli.bench_imbalance_table import as_markdown, as_text
 from megatron_smartmoe.cli.policies import own_policy, peer_policy
-from megatron_smartmoe.cli.simulate_prices import Prices
+from megatron_smartmoe.cli.simulate_prices import Prices, rank_tokens
 from megatron_smartmoe.cost.compute import ExpertShape
 from megatron_smartmoe.cost.memory.buffers import expert_state_bytes
 from megatron_smartmoe.errors import ConfigError
@@ -174,6 +174,7 @@ def _prices(options: argparse.Namespace, cluster: ClusterSpec, case: Case) -> Pr
         num_ranks=options.ep,
         num_nodes=cluster.nodes_of_group(options.ep),
         micro_batches=case.trace.counts.shape[3],
+        rank_tokens=rank_tokens(case.trace, options.ep),
     )
 
 

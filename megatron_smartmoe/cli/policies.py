@@ -47,7 +47,9 @@ def own_policy(
         auto_limit=1.0 if prices.first_version and sees == "exact" else OnlineOptions.auto_limit,
         exact_price_tokens=prices.replica_tokens("exact"),
     )
-    return OnlinePolicy(placement, num_groups, options, layer_seconds(setup.pricing_of(sees)))
+    return OnlinePolicy(
+        placement, num_groups, options, layer_seconds(setup.pricing_of(sees, has_trees=not prices.first_version))
+    )
 
 
 def peer_policy(

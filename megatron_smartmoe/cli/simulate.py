@@ -18,18 +18,14 @@ from typing import Any
 
 from tqdm import tqdm
 
-from megatron_smartmoe.cli.simulate_prices import DEFAULT_CLUSTER, Prices
+from megatron_smartmoe.cli.policies import own_policy, peer_policy
+from megatron_smartmoe.cli.simulate_prices import DEFAULT_CLUSTER, Prices, rank_tokens
 from megatron_smartmoe.cli.simulate_table import Simulated, as_json, as_table
 from megatron_smartmoe.cost.compute import ExpertShape
 from megatron_smartmoe.cost.memory.buffers import expert_state_bytes
 from megatron_smartmoe.errors import ConfigError
-from megatron_smartmoe.placement.homes_planner import OnlineOptions
-from megatron_smartmoe.placement.layer_cost import layer_seconds
-from megatron_smartmoe.placement.layer_plan import Sees
-from megatron_smartmoe.placement.plan_homes import HomesOptions
-from megatron_smartmoe.placement.plan_replicas import ReplicaOptions
-from megatron_smartmoe.simulate.baselines import WITHOUT_HOMES, by_name, relays_by_name
-from megatron_smartmoe.simulate.policies import OnlinePolicy, RulePolicy, SimulatedPolicy
+from megatron_smartmoe.simulate.baselines import by_name
+from megatron_smartmoe.simulate.policies import SimulatedPolicy
 from megatron_smartmoe.simulate.run import PolicyResult, SimulationSetup, even_load_s, lower_bounds, replay
 from megatron_smartmoe.spec.cluster import ClusterSpec, load_cluster_spec
 from megatron_smartmoe.spec.model import load_model_spec
@@ -225,6 +221,7 @@ def _prices(options: argparse.Namespace, trace: RoutingTrace, cluster: ClusterSp
         num_ranks=options.ep,
         num_nodes=num_nodes,
         micro_batches=trace.counts.shape[3] if trace.has_micro_batches else 1,
+        rank_tokens=rank_tokens(trace, options.ep),
         margin=0.0 if first_version else options.replicas_margin,
         first_version=first_version,
     )
@@ -294,35 +291,12 @@ def _policies(
         spare_slots=setup.spare_slots,
     )
     num_groups = max(1, trace.num_sources // setup.num_ranks)
-    relays, policies = relays_by_name(setup.num_nodes), list[SimulatedPolicy]()
-    for name in names:
-        if name == "smartmoe":
-            mode: Sees = "exact" if options.replicas == "exact" else "history"
-            seconds = layer_seconds(setup.pricing_of(mode))
-            policies.append(OnlinePolicy(placement, num_groups, _online(options, setup, prices), seconds))
-        else:
-            rule, owned = rules[name], name not in WITHOUT_HOMES
-            place = (placement, num_groups, setup.num_nodes, options.peers_interval)
-            policies.append(RulePolicy(rule, *place, relays.get(name), has_homes=owned))
-    return policies
-
-
-def _online(options: argparse.Namespace, setup: SimulationSetup, prices: Prices) -> OnlineOptions:
-    """The options of our planners, as training sets them."""
-    mode: Sees = "exact" if options.replicas == "exact" else "history"
-    return OnlineOptions(
-        homes_interval=options.homes_interval,
-        replicas=options.replicas,
-        micro_batches=prices.micro_batches,
-        state_bytes=setup.state_bytes,
-        migration_bytes_s=setup.migration_bytes_s,
-        homes=HomesOptions(num_nodes=setup.num_nodes, replica_scope_is_node=prices.within_node),
-        replica=ReplicaOptions(
-            num_nodes=setup.num_nodes if prices.within_node else 1, replica_price_tokens=prices.replica_tokens(mode)
-        ),
-        auto_limit=1.0 if prices.first_version and mode == "exact" else OnlineOptions.auto_limit,
-        exact_price_tokens=prices.replica_tokens("exact"),
-    )
+    return [
+        own_policy(options.replicas, placement, num_groups, setup, prices, homes_interval=options.homes_interval)
+        if name == "smartmoe"
+        else peer_policy(name, placement, num_groups, setup, interval=options.peers_interval)
+        for name in names
+    ]
 
 
 def _decision_lines(
@@ -333,9 +307,9 @@ def _decision_lines(
     settings["cluster"] = str(options.cluster) if options.cluster else None
     if not prices.first_version:
         settings |= {_MARGIN: options.replicas_margin, _GATED: options.gated}
-    header = {"kind": "simulation", "trace": _digest(trace), **settings}
     if options.replans and options.replicas == "auto":
         settings[_REPLANS] = True
+    header = {"kind": "simulation", "trace": _digest(trace), **settings}
     decisions = [
         decision
         for result in results

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from megatron_smartmoe.cost.compute import ExpertShape, replica_grad_bytes
-from megatron_smartmoe.cost.moe_layer import constants_of, exchange_bytes_s, replica_tokens
+from megatron_smartmoe.cost.moe_layer import constants_of, exchange_bytes_s, exposed_replica_tokens
 from megatron_smartmoe.cost.replicas import schedule_of
 from megatron_smartmoe.placement.layer_cost import LayerPricing
 from megatron_smartmoe.placement.layer_plan import Sees
 from megatron_smartmoe.spec.cluster import ClusterSpec, GpuSpec, LinkSpec
+from megatron_smartmoe.spec.trace import RoutingTrace
 
 # Assumed without --cluster, for the predicted times and the price of replicas. NVIDIA's H100 SXM datasheet (dense bf16,
 # NVLink 4, one 400 Gb/s card per GPU); latencies are estimates.
@@ -33,6 +36,8 @@ class Prices:
         num_ranks: R, ranks of a group.
         num_nodes: nodes that they are on.
         micro_batches: of an iteration, as the trace has them.
+        rank_tokens: tokens that a rank computes in a micro-batch and layer if the load is even; decides how much of a
+            replica's way is hidden.
         margin: times its cost that a replica must save, as --smartmoe-replicas-margin; 0 makes all of them.
         first_version: replicas travel in every micro-batch, with fp32 gradients, and nothing is hidden: the prices of
             decision files that were made before replicas had a schedule.
@@ -43,6 +48,7 @@ class Prices:
     num_ranks: int
     num_nodes: int
     micro_batches: int
+    rank_tokens: float = 0.0
     margin: float = 1.0
     first_version: bool = False
 
@@ -76,7 +82,15 @@ class Prices:
         return replace(self.expert, grad_bytes=replica_grad_bytes(mode, self.expert.element_bytes))
 
     def replica_tokens(self, mode: Sees) -> float:
-        """Tokens that a replica must take from the busiest rank: of an iteration, or of a micro-batch if `exact`."""
-        constants = constants_of(self.cluster, self.expert_of(mode))
-        between_nodes = self.num_nodes > 1 and not self.within_node
-        return self.margin * replica_tokens(constants, between_nodes=between_nodes)
+        """Tokens that a replica must take from the busiest rank for each transfer that follows another, as far as it is
+        not hidden: of an iteration, or of a micro-batch if `exact`."""
+        layer, between_nodes = self.layer(mode), self.num_nodes > 1 and not self.within_node
+        exposed = exposed_replica_tokens(layer.constants, layer.replicas, self.rank_tokens, between_nodes=between_nodes)
+        return self.margin * exposed
+
+
+def rank_tokens(trace: RoutingTrace, num_ranks: int) -> float:
+    """Mean tokens of a rank in a micro-batch and layer that has any, in groups of `num_ranks`."""
+    total_N = trace.counts.sum(axis=(-1, 2), dtype=np.float64).ravel()
+    groups = max(1, trace.num_sources // num_ranks)
+    return float(total_N[total_N > 0].mean()) / groups / num_ranks if (total_N > 0).any() else 0.0

@@ -18,7 +18,7 @@ distinguish micro-batch sizes or node counts.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
@@ -36,6 +36,7 @@ from megatron_smartmoe.spec.arrays import FloatArray, IntArray
 from megatron_smartmoe.spec.cluster import ClusterSpec, LinkSpec
 from megatron_smartmoe.spec.placement import EMPTY
 
+TRANSFERS_IN_A_ROW = 3  # of replicas: 2 on 8 ranks with one slot, 3 on 16 and 64; measured on lognormal loads
 ALL_TO_ALLS = 4  # dispatch, combine, and the gradient of each
 EXCHANGES = 6  # as collectives: dispatch sends probabilities apart from tokens, and so do its gradients
 # Estimates that hold until `scripts.validation.layer_fit` replaces the constants made from them; none is measured. The
@@ -57,8 +58,12 @@ class LayerFlow:
         traffic_RR: tokens that source rank r sends to rank q.
         replicas_RR: replicas that home rank r feeds on rank q; their gradients come back this way.
         num_nodes: the ranks lie on this many nodes, consecutive ranks together.
-        fetch_RR: replicas that rank r sends the weights of to rank q, where holders forward them; None where every
-            home sends all of its replicas' weights.
+        fetch_RR: replicas that rank r sends the weights of to rank q, where that is not the way of the gradients; None
+            where it is.
+        replica_steps: transfers of replicas that follow one another, inside nodes and between them, where holders wait
+            for what they forward; None for as many as the busiest port has.
+        early_tokens: tokens for homes on that rank with replicas which has fewest of them; they are computed before
+            the replicas' weights are needed.
     """
 
     load_ER: FloatArray
@@ -66,6 +71,8 @@ class LayerFlow:
     replicas_RR: FloatArray
     num_nodes: int = 1
     fetch_RR: FloatArray | None = None
+    replica_steps: tuple[int, int] | None = None
+    early_tokens: float = 0.0
 
     @classmethod
     def from_shares(
@@ -158,7 +165,7 @@ class LayerTime:
             "all_to_all_inter_s": "all-to-all between nodes",
             "replicas_s": "replica weights and gradients",
             "hidden_s": "hidden behind GEMMs",
-            "replicas_hidden_s": "replica weights, hidden",
+            "replicas_hidden_s": "replicas, hidden",
         }
         total_s = self.total_s
         lines = []
@@ -187,6 +194,9 @@ def layer_time(
     """
     # Step 1: counts. What the busiest rank computes, and what the busiest ports carry.
     busy, tokens, returned = layer_counts(flow, constants.half_rate_tokens, ranks_per_device)
+    if flow.replica_steps is not None:
+        inside, between = flow.replica_steps
+        returned = replace(returned, intra=float(inside), inter_gpu=float(between))
     fetched = returned if flow.fetch_RR is None else busiest_ports(flow.fetch_RR, flow.num_nodes)
     # Step 2: counts times constants.
     source_s = float(flow.traffic_RR.sum(axis=1).max()) * constants.source_token_s
@@ -203,11 +213,9 @@ def layer_time(
     # Step 3: overlap. Of c chunks all but one may hide behind the GEMMs, never more than the GEMMs themselves take;
     # replicas' weights behind what leaves the ports idle.
     may_hide_s = (intra_s + inter_s) * (1 - 1 / all_to_all_chunks)
-    idle_s = {
-        "nothing": 0.0,
-        "permute": PERMUTE_SHARE * source_s,
-        "forward": FORWARD_SHARE * (gemm_s + experts_s) + FORWARD_HALF * (source_s + constants.fixed_s),
-    }[replicas.fetch_hidden]
+    early_s = flow.early_tokens * constants.token_s
+    fetch_idle_s, return_idle_s = _idle_s(replicas, source_s, gemm_s + experts_s, early_s, constants.fixed_s)
+    replicas_hidden_s = min(fetch_s, fetch_idle_s) + min(return_s, return_idle_s)
     return LayerTime(
         fixed_s=constants.fixed_s,
         source_s=source_s,
@@ -217,8 +225,22 @@ def layer_time(
         all_to_all_inter_s=inter_s,
         replicas_s=(fetch_s + return_s) / replicas.micro_batches,
         hidden_s=0.0 - min(may_hide_s, gemm_s + experts_s),
-        replicas_hidden_s=0.0 - min(fetch_s, idle_s) / replicas.micro_batches,
+        replicas_hidden_s=0.0 - replicas_hidden_s / replicas.micro_batches,
     )
+
+
+def _idle_s(
+    replicas: ReplicaSchedule, source_s: float, arithmetic_s: float, early_s: float, fixed_s: float
+) -> tuple[float, float]:
+    """Seconds that a layer's computation hides of the weights' way out, and of the gradients' way back."""
+    around_s = FORWARD_HALF * (source_s + fixed_s)  # of the forward pass, and of the backward pass
+    fetch = {
+        "nothing": 0.0,
+        "home_rows": PERMUTE_SHARE * source_s + FORWARD_SHARE * early_s,
+        "forward": FORWARD_SHARE * arithmetic_s + around_s,
+    }
+    back = {"nothing": 0.0, "backward": (1 - FORWARD_SHARE) * arithmetic_s + around_s}
+    return fetch[replicas.fetch_hidden], back[replicas.return_hidden]
 
 
 def _transfer_s(replicas: BusiestPorts, constants: LayerConstants) -> float:
@@ -237,10 +259,27 @@ def layer_counts(
     )
 
 
-def replica_tokens(constants: LayerConstants, *, between_nodes: bool) -> float:
-    """Tokens of the busiest rank that take as long as one replica's weights out and gradients back."""
+def exposed_replica_tokens(
+    constants: LayerConstants, replicas: ReplicaSchedule, rank_tokens: float, *, between_nodes: bool
+) -> float:
+    """Tokens of the busiest rank that take as long as what one transfer of a replica, out and back, is not hidden.
+
+    The planners' price is linear in the transfers that follow one another; what a layer's computation hides is shared
+    by `TRANSFERS_IN_A_ROW` of them.
+
+    Args:
+        constants: seconds per count.
+        replicas: what hides the transfers.
+        rank_tokens: tokens per rank of a micro-batch, of which the home rows are taken to be half.
+        between_nodes: whether replicas cross nodes.
+    """
     replica_s = constants.inter_replica_s if between_nodes else constants.intra_replica_s
-    return replica_s / (constants.token_s + constants.intra_token_s)
+    source_s, gemm_s = rank_tokens * constants.source_token_s, rank_tokens * constants.token_s
+    idle_s = _idle_s(replicas, source_s, gemm_s, gemm_s / 2, constants.fixed_s)
+    transfers_s = (replicas.weight_share * replica_s, (1 - replicas.weight_share) * replica_s)
+    pairs = zip(transfers_s, idle_s, strict=True)
+    exposed_s = sum(max(0.0, transfer_s - hidden_s / TRANSFERS_IN_A_ROW) for transfer_s, hidden_s in pairs)
+    return exposed_s / (constants.token_s + constants.intra_token_s)
 
 
 def constants_of(

@@ -27,9 +27,11 @@ __all__ = [
     "history_replicas",
     "is_compiled",
     "min_max_split",
+    "paying_replicas",
     "permute",
     "permute_weighted",
     "plan_dispatch",
+    "relay_tree",
     "swiglu",
     "unpermute",
 ]
@@ -202,6 +204,53 @@ def history_replicas(
     return new_RS, imbalance_K, value_2
 
 
+def paying_replicas(loads_KE: Tensor, slots_RS: Tensor, home_slots: int, price_tokens: float) -> Tensor:
+    """Clears the spare slots of one layer whose replicas cost more time than they save.
+
+    Returns the same as its numpy twin, megatron_smartmoe.placement.paying_replicas.without_losing_replicas, which
+    explains the method. It runs on the host in one thread without the interpreter's lock, and only from the compiled
+    library.
+
+    Args:
+        loads_KE: tokens of each expert in one load or several, int64 [K, E] on the CPU.
+        slots_RS: expert in each slot, int64 [R, S] on the CPU, -1 for none.
+        home_slots: columns of homes, E / R.
+        price_tokens: tokens of the busiest rank that take as long as one transfer of a replica.
+
+    Returns:
+        The slots, int64 [R, S].
+
+    Raises:
+        RuntimeError: a dtype, shape or number is wrong, the slots are no placement, a load is negative, the loads of a
+            row add up to more than 2^53, a tensor is on a GPU, or the library is not built.
+    """
+    new_RS: Tensor = torch.ops.smartmoe.paying_replicas(loads_KE, slots_RS, home_slots, price_tokens)
+    return new_RS
+
+
+def relay_tree(slots_RS: Tensor, home_slots: int, num_nodes: int = 1) -> Tensor:
+    """Which rank feeds each replica, and in which round.
+
+    Returns the same as its numpy twin, megatron_smartmoe.placement.relay.relay_tree, which explains the method. It runs
+    on the host in one thread without the interpreter's lock, and only from the compiled library.
+
+    Args:
+        slots_RS: expert in each slot, int64 [R, S] on the CPU, -1 for none.
+        home_slots: columns of homes, E / R.
+        num_nodes: nodes that the ranks lie on.
+
+    Returns:
+        The rank that feeds each spare slot, the column of the slot table in which that rank has the expert, and the
+        round, int64 [3, R, K]; -1 throughout for an empty slot.
+
+    Raises:
+        RuntimeError: a dtype, shape or number is wrong, the slots are no placement, the tensor is on a GPU, or the
+            library is not built.
+    """
+    tree_3RK: Tensor = torch.ops.smartmoe.relay_tree(slots_RS, home_slots, num_nodes)
+    return tree_3RK
+
+
 def plan_dispatch(
     counts_RPE: Tensor,
     slots_RS: Tensor,
@@ -232,7 +281,7 @@ def plan_dispatch(
         used_slots: spare slots of a rank to plan replicas for; None uses the replicas of slots_RS.
         scope_nodes: nodes to plan with: a replica stays on its home's node.
         limit: max / mean tokens per rank of the homes alone up to which no replica is planned.
-        price_tokens: tokens to take off the busiest rank for each replica over the busiest port, or there are none.
+        price_tokens: tokens of the busiest rank that take as long as one transfer of a replica.
         plan: the result, int64 on the CPU, contiguous; see PlanBuffer.
 
     Raises:

@@ -49,6 +49,16 @@ def history_replicas(
     return slots_RS.new_empty(slots_RS.shape), imbalance_K, slots_RS.new_empty((2,), dtype=torch.float64)
 
 
+def paying_replicas(loads_KE: Tensor, slots_RS: Tensor, home_slots: int, price_tokens: float) -> Tensor:
+    """Shape of smartmoe::paying_replicas: slots_RS int64 [R, S]."""
+    return slots_RS.new_empty(slots_RS.shape)
+
+
+def relay_tree(slots_RS: Tensor, home_slots: int, num_nodes: int) -> Tensor:
+    """Shape of smartmoe::relay_tree: int64 [3, R, K]."""
+    return slots_RS.new_empty((3, slots_RS.shape[0], slots_RS.shape[1] - home_slots))
+
+
 def plan_dispatch(
     counts_RPE: Tensor,
     slots_RS: Tensor,

@@ -36,6 +36,8 @@ SCHEMAS = {
     "history_replicas": "(Tensor slots_RS, Tensor loads_KE, int home_slots, int num_nodes, bool many, int max_steps, "
     "int max_experts, int max_slots, int trials, float good_enough, float worst_weight, float replica_price, "
     "float change_price, float min_gain, float enough) -> (Tensor, Tensor, Tensor)",
+    "paying_replicas": "(Tensor loads_KE, Tensor slots_RS, int home_slots, float price_tokens) -> Tensor",
+    "relay_tree": "(Tensor slots_RS, int home_slots, int num_nodes) -> Tensor",
     "plan_dispatch": "(Tensor counts_RPE, Tensor(a!) slots_RS, int home_slots, int num_nodes, int rank, int tp_rank, "
     "int? used_slots, int scope_nodes, float limit, float price_tokens, Tensor(b!) plan) -> ()",
     "dispatch_map": "(Tensor ids_TK, Tensor slot_of_E, int num_slots) -> (Tensor, Tensor)",
@@ -53,7 +55,16 @@ SCHEMAS = {
 }
 # compiled only, and on CPU tensors only but for exact_split
 HOST_OPS = frozenset(
-    {"digest_sum", "min_max_split", "exact_replicas", "exact_split", "history_replicas", "plan_dispatch"}
+    {
+        "digest_sum",
+        "min_max_split",
+        "exact_replicas",
+        "exact_split",
+        "history_replicas",
+        "paying_replicas",
+        "plan_dispatch",
+        "relay_tree",
+    }
 )
 # how users build it, relative to a checkout
 BUILD_COMMAND = "python megatron_smartmoe/ops/_build.py"

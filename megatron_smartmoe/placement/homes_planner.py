@@ -270,7 +270,14 @@ class HomesPlanner:
         # Step 2: plan replicas for the present homes and for the swapped ones.
         if options.replicas == "exact":
             kept_RS, found_RS = (
-                paying_exact_replicas(counts_RE.sum(axis=0), homes_RS, home_slots, options.replica, options.auto_limit)
+                paying_exact_replicas(
+                    counts_RE.sum(axis=0),
+                    homes_RS,
+                    home_slots,
+                    options.replica.num_nodes,
+                    options.replica.replica_price_tokens,
+                    options.auto_limit,
+                )
                 for homes_RS in (slots_RS, plan.slots_RS)
             )
         else:

@@ -10,6 +10,7 @@ import numpy as np
 from megatron_smartmoe.cost.moe_layer import LayerConstants, LayerFlow, layer_time
 from megatron_smartmoe.cost.replicas import EVERY_MICRO_BATCH, ReplicaSchedule
 from megatron_smartmoe.placement.layer_plan import LayerPlan, evaluate
+from megatron_smartmoe.placement.relay import relay_tree
 from megatron_smartmoe.spec.arrays import FloatArray, IntArray
 from megatron_smartmoe.spec.placement import BoolArray, hosts_of
 
@@ -27,8 +28,10 @@ class LayerPricing:
         num_nodes: nodes that they are on.
         constants: seconds per count of the layer, from a cluster and an expert's shape.
         replicas: how often replicas travel, and what hides them.
-        relay: who sends which weights and gradients; None where homes send weights to all of their experts' replicas,
-            and get the gradients back.
+        relay: who sends which weights and gradients, for a peer's system that has a way of its own; None where homes
+            send weights to all of their experts' replicas, and get the gradients back.
+        has_trees: whether holders forward weights along relay trees, as training does; the plan's first columns are
+            then homes.
     """
 
     num_ranks: int
@@ -36,6 +39,7 @@ class LayerPricing:
     constants: LayerConstants
     replicas: ReplicaSchedule = EVERY_MICRO_BATCH
     relay: Relay | None = None
+    has_trees: bool = False
 
 
 def layer_seconds(pricing: LayerPricing) -> Callable[[IntArray, IntArray], float]:
@@ -62,16 +66,20 @@ def price_layer(plan: LayerPlan, counts_RE: IntArray, home_E: IntArray, pricing:
     outcome = evaluate(plan, counts_RE, pricing.num_nodes)
     # Step 2: which ranks get a replica's weights from which home, or from another holder.
     hosts_ER = hosts_of(plan.slots_RS, counts_RE.shape[1])
-    returned_RR, fetch_RR = direct_replicas(hosts_ER, home_E), None
-    if pricing.relay is not None:
-        fetch_RR, returned_RR = pricing.relay(home_E, hosts_ER)
-    flow = LayerFlow(
-        load_ER=outcome.load_ER,
-        traffic_RR=outcome.traffic_RR,
-        replicas_RR=returned_RR,
-        num_nodes=pricing.num_nodes,
-        fetch_RR=fetch_RR,
-    )
+    if pricing.has_trees:
+        flow = relayed_flow(plan.slots_RS, outcome.load_ER, outcome.traffic_RR, pricing.num_nodes)
+    else:
+        returned_RR, fetch_RR = direct_replicas(hosts_ER, home_E), None
+        if pricing.relay is not None:
+            fetch_RR, returned_RR = pricing.relay(home_E, hosts_ER)
+        flow = LayerFlow(
+            load_ER=outcome.load_ER,
+            traffic_RR=outcome.traffic_RR,
+            replicas_RR=returned_RR,
+            num_nodes=pricing.num_nodes,
+            fetch_RR=fetch_RR,
+            early_tokens=_early_tokens(outcome.load_ER, home_E, hosts_ER),
+        )
     load_R = outcome.load_ER.sum(axis=0)
     imbalance = float(load_R.max() / load_R.mean()) if load_R.any() else 1.0
     assert imbalance >= 1 - 1e-9, f"a maximum below the mean: {load_R}"
@@ -91,14 +99,41 @@ def even_load_s(num_tokens: float, num_experts: int, pricing: LayerPricing) -> f
 
 def idle_replicas_s(slots_RS: IntArray, home_E: IntArray, pricing: LayerPricing) -> float:
     """Seconds that replicas cost a layer and micro-batch whose tokens do not use them."""
-    hosts_ER = hosts_of(slots_RS, len(home_E))
-    flow = LayerFlow(
-        load_ER=np.zeros(hosts_ER.shape),
-        traffic_RR=np.zeros((pricing.num_ranks, pricing.num_ranks)),
-        replicas_RR=direct_replicas(hosts_ER, home_E),
-        num_nodes=pricing.num_nodes,
-    )
+    num_ranks = pricing.num_ranks
+    nothing_ER, nothing_RR = np.zeros((len(home_E), num_ranks)), np.zeros((num_ranks, num_ranks))
+    flow = relayed_flow(slots_RS, nothing_ER, nothing_RR, pricing.num_nodes)
     return layer_time(flow, pricing.constants, replicas=pricing.replicas).replicas_s
+
+
+def relayed_flow(slots_RS: IntArray, load_ER: FloatArray, traffic_RR: FloatArray, num_nodes: int) -> LayerFlow:
+    """The flow of a layer whose replicas travel along relay trees, as in training.
+
+    Args:
+        slots_RS: homes, E / R columns of them, and replicas.
+        load_ER: tokens of expert e that rank r computes.
+        traffic_RR: tokens from source rank to rank.
+        num_nodes: nodes that the ranks lie on.
+    """
+    num_experts, num_ranks = load_ER.shape
+    home_slots = num_experts // num_ranks
+    tree = relay_tree(slots_RS, home_slots, num_nodes)
+    home_E = np.argsort(slots_RS[:, :home_slots].ravel(), kind="stable") // home_slots
+    return LayerFlow(
+        load_ER=load_ER,
+        traffic_RR=traffic_RR,
+        replicas_RR=tree.transfers_RR().astype(np.float64),
+        num_nodes=num_nodes,
+        replica_steps=tree.steps_by_link(num_nodes),
+        early_tokens=_early_tokens(load_ER, home_E, hosts_of(slots_RS, num_experts)),
+    )
+
+
+def _early_tokens(load_ER: FloatArray, home_E: IntArray, hosts_ER: BoolArray) -> float:
+    """Tokens for homes on that rank with replicas which has fewest of them."""
+    is_home_ER = np.zeros_like(hosts_ER)
+    is_home_ER[np.arange(len(home_E)), home_E] = True
+    holds_R = (hosts_ER & ~is_home_ER).any(axis=0)
+    return float(np.where(is_home_ER, load_ER, 0.0).sum(axis=0)[holds_R].min()) if holds_R.any() else 0.0
 
 
 def migration_s(before_E: IntArray, after_E: IntArray, num_ranks: int, state_bytes: int, bytes_s: float) -> float:

@@ -1,33 +1,121 @@
-"""Replicas from exact counts where they pay: for the planners, and for the dispatcher of training, which passes the
-compiled planner (`runtime.replicas.split.exact_slots`)."""
+"""Which replicas pay: a replica is made only if it takes more time off the busiest rank than its transfers cost.
+
+Method. The time of a plan, in tokens of the busiest rank, is the tokens that this rank has with the best split, plus
+the price of a transfer for each transfer that has to follow another until all replicas have their weights (`relay.py`).
+Of the planned replicas the one that takes the fewest tokens is dropped, then the next, until one transfer fewer
+follows another. If that is faster it is kept, and the search goes on from there; as soon as it cannot be, the search
+ends. Last, the plan is compared with no replicas at all.
+
+Example. A transfer costs 700 tokens. 7 replicas leave 4,096 tokens on the busiest rank and need 3 transfers in a row:
+4,096 + 2,100. Without the smallest two 2 are enough, and the busiest rank has 4,250: 4,250 + 1,400 is less, so they are
+dropped. Without another three, 1 is enough, but the busiest rank has 5,900, so they stay.
+
+With several loads the mean over them counts. Alternatives: trying every replica finds about 1% more with one slot on 16
+ranks, with ten times the trials; a fixed least number of tokens for a replica (UltraEP) does not see that a replica
+whose transfer waits for no other costs nothing.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
 
 from megatron_smartmoe.placement.exact_replicas import exact_replicas
-from megatron_smartmoe.placement.plan_replicas import ReplicaOptions, replicas_pay
-from megatron_smartmoe.spec.arrays import IntArray
-from megatron_smartmoe.spec.placement import EMPTY
+from megatron_smartmoe.placement.relay import relay_tree
+from megatron_smartmoe.placement.split import best_balance
+from megatron_smartmoe.spec.arrays import FloatArray, IntArray
+from megatron_smartmoe.spec.placement import EMPTY, hosts_of
+
+# (loads_KE, slots_RS, home_slots, price_tokens) -> slots_RS: `without_losing_replicas`, or its compiled twin.
+DropLosing = Callable[[IntArray, IntArray, int, float], IntArray]
+
+
+def without_losing_replicas(loads_KE: IntArray, slots_RS: IntArray, home_slots: int, price_tokens: float) -> IntArray:
+    """The slots without the replicas that cost more time than they save.
+
+    Args:
+        loads_KE: tokens of each expert in one load or several.
+        slots_RS: homes and replicas.
+        home_slots: columns of homes, E / R.
+        price_tokens: tokens of the busiest rank that take as long as one transfer of a replica; with 0 all stay.
+    """
+    if not price_tokens > 0:
+        return slots_RS
+    state = _Judged.of(loads_KE, slots_RS, home_slots)
+    best_RS, best = slots_RS, state.busiest + price_tokens * state.num_steps
+    # Step 1: drop the smallest replicas until fewer transfers follow one another, as long as that pays.
+    pays = True
+    while pays and state.num_steps:
+        before = state.num_steps
+        while pays and state.num_steps >= before:
+            state = state.without_smallest(loads_KE)
+            pays = state.busiest + price_tokens * (before - 1) < best
+        if pays:
+            best_RS, best = state.slots_RS, state.busiest + price_tokens * state.num_steps
+    # Step 2: no replicas at all may be cheaper still.
+    bare_RS = slots_RS.copy()
+    bare_RS[:, home_slots:] = EMPTY
+    bare = 0.0
+    for load_E in loads_KE:
+        bare += float(load_E[bare_RS[:, :home_slots]].sum(axis=1).max()) / len(loads_KE)
+    return bare_RS if bare <= best else best_RS
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Judged:
+    """A slot table judged on all loads: tokens of the busiest rank (the mean of the loads), those that each spare slot
+    takes (the sum of the loads), and the transfers that follow one another."""
+
+    slots_RS: IntArray
+    home_slots: int
+    busiest: float
+    taken_RK: FloatArray
+    num_steps: int
+
+    @classmethod
+    def of(cls, loads_KE: IntArray, slots_RS: IntArray, home_slots: int) -> _Judged:
+        hosts_ER = hosts_of(slots_RS, loads_KE.shape[1])
+        rank_N, slot_N = np.nonzero(slots_RS[:, home_slots:] != EMPTY)
+        taken_RK, busiest = np.full((len(slots_RS), slots_RS.shape[1] - home_slots), np.inf), 0.0
+        taken_RK[rank_N, slot_N] = 0.0
+        for load_E in loads_KE:
+            balance = best_balance(hosts_ER, load_E)
+            busiest += float(balance.bound) / len(loads_KE)
+            taken_RK[rank_N, slot_N] += balance.tokens_ER[slots_RS[rank_N, home_slots + slot_N], rank_N]
+        num_steps = relay_tree(slots_RS, home_slots).num_steps
+        return cls(slots_RS=slots_RS, home_slots=home_slots, busiest=busiest, taken_RK=taken_RK, num_steps=num_steps)
+
+    def without_smallest(self, loads_KE: IntArray) -> _Judged:
+        """Without the replica that takes the fewest tokens."""
+        rank, slot = np.unravel_index(int(np.argmin(self.taken_RK)), self.taken_RK.shape)
+        fewer_RS = self.slots_RS.copy()
+        fewer_RS[rank, self.home_slots + int(slot)] = EMPTY
+        return _Judged.of(loads_KE, fewer_RS, self.home_slots)
 
 
 def paying_exact_replicas(
     load_E: IntArray,
     slots_RS: IntArray,
     home_slots: int,
-    options: ReplicaOptions,
+    num_nodes: int,
+    price_tokens: float,
     limit: float,
     plan: Callable[[IntArray, IntArray, int, int], IntArray] = exact_replicas,
+    drop: DropLosing = without_losing_replicas,
 ) -> IntArray:
-    """Slots with replicas planned for exactly these tokens, or without any where they would not pay.
+    """Slots with replicas planned for exactly these tokens, as many as pay.
 
     Args:
         load_E: tokens of each expert.
         slots_RS: the slots as they are; only the homes are read.
         home_slots: columns of homes, E / R.
-        options: where replicas may be placed, and what one costs.
+        num_nodes: a replica stays on the node of its home; 1 lets it go anywhere.
+        price_tokens: see `without_losing_replicas`.
         limit: no replica is made while max / mean tokens per rank of the homes alone are at most this.
         plan: plans them; its arguments are the first four of `exact_replicas`.
+        drop: drops those that do not pay.
     """
     bare_RS = slots_RS.copy()
     bare_RS[:, home_slots:] = EMPTY
@@ -36,10 +124,5 @@ def paying_exact_replicas(
     # Step 1: homes that are balanced well enough get no replicas.
     if busiest * num_ranks <= limit * tokens:
         return bare_RS
-    # Step 2: keep the planned ones if they pay. They can bring the busiest rank down to the mean at best, and mostly
-    # come within a few tokens of it. In floats from the start, as in C++: Python would round the quotient of large
-    # integers once.
-    planned_RS = plan(load_E, bare_RS, home_slots, options.num_nodes)
-    saved_tokens = float(busiest) - float(tokens) / num_ranks
-    pays = replicas_pay(planned_RS, home_slots, saved_tokens, options.replica_price_tokens)
-    return planned_RS if pays else bare_RS
+    # Step 2: plan replicas, and keep those that pay.
+    return drop(load_E[None], plan(load_E, bare_RS, home_slots, num_nodes), home_slots, price_tokens)

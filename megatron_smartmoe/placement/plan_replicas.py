@@ -21,11 +21,13 @@ from typing import Protocol
 
 import numpy as np
 
-from megatron_smartmoe.cost.comm import busiest_ports, replica_traffic
 from megatron_smartmoe.placement.exact_replicas import exact_replicas
-from megatron_smartmoe.placement.search.cuts import ALL_SETS_UP_TO_RANKS, CutPool, scaled
+from megatron_smartmoe.placement.paying_replicas import DropLosing, without_losing_replicas
+from megatron_smartmoe.placement.relay import relay_tree
+from megatron_smartmoe.placement.search.cuts import ALL_SETS_UP_TO_RANKS, MEAN_LOAD, CutPool, scaled
 from megatron_smartmoe.placement.search.improve import ImprovedPlacement, improve
 from megatron_smartmoe.placement.search.objective import Objective, Space
+from megatron_smartmoe.placement.split import binding_cuts, split_graph
 from megatron_smartmoe.spec.arrays import FloatArray, IntArray
 from megatron_smartmoe.spec.placement import EMPTY, BoolArray, hosts_of
 
@@ -45,9 +47,9 @@ class ReplicaOptions:
         good_enough: excess (mean and worst scenario together) up to which the improved replicas are kept without
             trying a fresh plan.
         effort: multiplies the candidates of each step; 1 is meant for every iteration of training.
-        replica_price_tokens: tokens of an iteration that must be taken off the busiest rank for each replica over the
-            busiest port. A layer whose replicas save less has none. With 0 every replica that improves the balance is
-            made.
+        replica_price_tokens: tokens of an iteration that take the busiest rank as long as one transfer of a replica
+            takes of the iteration, out and back, hidden parts left out. A replica that saves less is not made; see
+            `paying_replicas`. With 0 every replica that improves the balance is made.
     """
 
     num_nodes: int = 1
@@ -106,6 +108,7 @@ def plan_replicas(
     options: ReplicaOptions | None = None,
     rank_tokens: float = 0.0,
     best: BestReplicas = best_replicas,
+    drop: DropLosing = without_losing_replicas,
 ) -> ImprovedPlacement:
     """New contents of the spare slots; homes stay.
 
@@ -116,21 +119,28 @@ def plan_replicas(
         options: prices and effort.
         rank_tokens: mean tokens per rank of an iteration, which `replica_price_tokens` is compared with.
         best: what finds them.
+        drop: what drops those that do not pay.
     """
     options = options or ReplicaOptions()
     # Step 1: the best replicas, priced in imbalance.
     found = best(slots_RS, scenarios_KE, home_slots, options)
-    if not options.replica_price_tokens or (found.slots_RS[:, home_slots:] == EMPTY).all():
+    if not options.replica_price_tokens or not rank_tokens or (found.slots_RS[:, home_slots:] == EMPTY).all():
         return found
-    # Step 2: the same homes alone, unless the replicas take more off the busiest rank than their traffic costs.
-    bare_RS = found.slots_RS.copy()
-    bare_RS[:, home_slots:] = EMPTY
-    load_KR = scenarios_KE[:, bare_RS[:, :home_slots]].sum(axis=2)
-    alone_K = load_KR.max(axis=1) / load_KR.mean(axis=1)
-    saved_tokens = float(alone_K[0] - found.imbalance_K[0]) * rank_tokens
-    if replicas_pay(found.slots_RS, home_slots, saved_tokens, options.replica_price_tokens):
+    # Step 2: drop those that cost more time than they save, on average over the scenarios.
+    num_ranks = len(slots_RS)
+    loads_KE = scaled(scenarios_KE, num_ranks).astype(np.int64)
+    price = options.replica_price_tokens / rank_tokens * MEAN_LOAD
+    fewer_RS = drop(loads_KE, found.slots_RS, home_slots, price)
+    if np.array_equal(fewer_RS, found.slots_RS):
         return found
-    return replace(found, slots_RS=bare_RS, imbalance_K=alone_K)
+    return replace(found, slots_RS=fewer_RS, imbalance_K=_imbalance_K(fewer_RS, loads_KE))
+
+
+def _imbalance_K(slots_RS: IntArray, loads_KE: IntArray) -> FloatArray:
+    """Max / mean tokens per rank in each scenario, split best."""
+    hosts_ER = hosts_of(slots_RS, loads_KE.shape[1])
+    bound_K = np.array([binding_cuts(split_graph(hosts_ER, load_E), load_E)[0] for load_E in loads_KE])
+    return np.asarray(bound_K * len(slots_RS) / np.maximum(loads_KE.sum(axis=1), 1))
 
 
 def replicas_pay(slots_RS: IntArray, home_slots: int, saved_tokens: float, price_tokens: float) -> bool:
@@ -140,10 +150,9 @@ def replicas_pay(slots_RS: IntArray, home_slots: int, saved_tokens: float, price
         slots_RS: homes and replicas.
         home_slots: columns of homes.
         saved_tokens: tokens that the replicas take off the busiest rank.
-        price_tokens: tokens that take as long as one replica over the busiest port, weights out and gradients back.
+        price_tokens: tokens of the busiest rank that take as long as one transfer of a replica.
     """
-    replicas_RR = replica_traffic(slots_RS, slots_RS[:, :home_slots].size)
-    return saved_tokens > price_tokens * busiest_ports(replicas_RR, num_nodes=1).intra
+    return saved_tokens > price_tokens * relay_tree(slots_RS, home_slots).num_steps
 
 
 def fill_spare_slots(slots_RS: IntArray, load_E: IntArray, space: Space) -> IntArray:

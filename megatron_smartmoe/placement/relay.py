@@ -35,7 +35,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_smartmoe.spec.arrays import IntArray
-from megatron_smartmoe.spec.placement import EMPTY
+from megatron_smartmoe.spec.placement import EMPTY, BoolArray
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -47,16 +47,47 @@ class RelayTree:
         parent_slot_RK: the column of the slot table in which that rank has the expert: a home slot, or the spare slot
             that it has got the weights in itself.
         round_RK: the round of the transfer, from 0. A parent has the weights before that round begins.
+        home_slots: S, columns of the slot table before the spare slots.
     """
 
     parent_RK: IntArray
     parent_slot_RK: IntArray
     round_RK: IntArray
+    home_slots: int
 
     @property
     def num_rounds(self) -> int:
         """Rounds until every replica has its weights."""
         return int(self.round_RK.max(initial=EMPTY)) + 1
+
+    @property
+    def num_steps(self) -> int:
+        """Transfers that follow one another until every replica has its weights, where a port carries one at a time.
+
+        It is what a replica's traffic is priced by: at least the busiest port's transfers, and at least the rounds.
+        """
+        return self._steps(self.parent_RK != EMPTY)
+
+    def steps_by_link(self, num_nodes: int) -> tuple[int, int]:
+        """The same for the transfers inside nodes, and for those between them."""
+        node_R = np.arange(len(self.parent_RK)) * num_nodes // len(self.parent_RK)
+        crosses_RK = node_R[self.parent_RK] != node_R[:, None]
+        filled_RK = self.parent_RK != EMPTY
+        return self._steps(filled_RK & ~crosses_RK), self._steps(filled_RK & crosses_RK)
+
+    def _steps(self, counted_RK: BoolArray) -> int:
+        rank_N, slot_N = np.nonzero(counted_RK)
+        columns = (array[rank_N, slot_N].tolist() for array in (self.round_RK, self.parent_RK, self.parent_slot_RK))
+        round_N, parent_N, parent_slot_N = columns
+        order = sorted(zip(round_N, parent_N, rank_N.tolist(), slot_N.tolist(), parent_slot_N, strict=True))
+        num_ranks = len(self.parent_RK)
+        sent_R, received_R = [0] * num_ranks, [0] * num_ranks
+        has: dict[tuple[int, int], int] = {}  # step at which a spare slot has its weights; homes always have theirs
+        for _, parent, rank, slot, parent_slot in order:
+            spare = parent_slot - self.home_slots
+            step = max(has.get((parent, spare), 0), sent_R[parent], received_R[rank]) + 1
+            sent_R[parent] = received_R[rank] = has[rank, slot] = step
+        return max(has.values(), default=0)
 
     def transfers_RR(self) -> IntArray:
         """Replicas that rank r sends to rank q."""
@@ -101,7 +132,7 @@ def relay_tree(slots_RS: IntArray, home_slots: int, num_nodes: int = 1) -> Relay
         for parent, rank, turn in tree.transfers:
             slot = slots[rank] - home_slots
             parent_RK[rank, slot], parent_slot_RK[rank, slot], round_RK[rank, slot] = parent, slots[parent], turn
-    return RelayTree(parent_RK=parent_RK, parent_slot_RK=parent_slot_RK, round_RK=round_RK)
+    return RelayTree(parent_RK=parent_RK, parent_slot_RK=parent_slot_RK, round_RK=round_RK, home_slots=home_slots)
 
 
 class _Tree:

@@ -10,9 +10,9 @@ the counts of a micro-batch are known, each layer is judged by them:
 
 The rule sees counts and slots only, no clock: every rank, a recomputed forward pass and a replay decide the same.
 
-Example. 4 ranks, mean 100 tokens per rank, limit 1.01, a replica costs 30 tokens over the busiest port. With the
-replicas from history the busiest rank has 180 tokens, which is above 101; exact ones would leave 100. If they put two
-replicas on the busiest port they cost 60 < 180 - 100, so the layer is planned anew; three would cost 90 > 80.
+Example. 4 ranks, mean 100 tokens per rank, limit 1.01, a transfer costs 45 tokens. With the replicas from history the
+busiest rank has 180 tokens, which is above 101; exact ones would leave 100. One new replica costs 45 < 180 - 100, so
+the layer is planned anew; two of one expert, whose second transfer follows the first, would cost 90 > 80.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ class ReplanOptions:
 
     Attributes:
         limit: max / mean tokens per rank up to which the replicas from history are good enough.
-        price_tokens: tokens that take as long as one replica of one micro-batch over the busiest port, weights out and
-            gradients back.
+        price_tokens: tokens of the busiest rank that take as long as one transfer of a replica that serves one
+            micro-batch, weights out and gradients back.
     """
 
     limit: float

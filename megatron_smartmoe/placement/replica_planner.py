@@ -13,7 +13,11 @@ from megatron_smartmoe.errors import PlanError
 from megatron_smartmoe.placement.decisions import Decision, digest_of
 from megatron_smartmoe.placement.history import History, HistoryOptions
 from megatron_smartmoe.placement.homes_planner import OnlineOptions
-from megatron_smartmoe.placement.paying_replicas import paying_exact_replicas
+from megatron_smartmoe.placement.paying_replicas import (
+    DropLosing,
+    paying_exact_replicas,
+    without_losing_replicas,
+)
 from megatron_smartmoe.placement.plan_homes import drop_misplaced
 from megatron_smartmoe.placement.plan_replicas import BestReplicas, best_replicas, plan_replicas
 from megatron_smartmoe.placement.replan import ReplanOptions, planned_anew
@@ -59,6 +63,7 @@ class ReplicaPlanner:
         options: prices and effort, and how much history is kept.
         best: what finds the best replicas; training passes the compiled twin.
         layer_numbers: of the layers, for messages; None counts from 0.
+        drop: what drops the replicas that do not pay; training passes the compiled twin.
     """
 
     def __init__(
@@ -68,9 +73,11 @@ class ReplicaPlanner:
         options: OnlineOptions,
         best: BestReplicas = best_replicas,
         layer_numbers: Sequence[int] | None = None,
+        drop: DropLosing = without_losing_replicas,
     ) -> None:
         self._layer_numbers = range(placement.num_layers) if layer_numbers is None else layer_numbers
-        self.placement, self.group, self.options, self._best = placement, group, options, best
+        self.placement, self.group, self.options = placement, group, options
+        self._best, self._drop = best, drop
         remembered = options.history or HistoryOptions.for_ranks(placement.num_ranks)
         self.history = History(placement.num_layers, placement.num_experts, remembered)
         self._tokens_L = np.zeros(placement.num_layers)  # mean per rank in the last iteration
@@ -113,21 +120,24 @@ class ReplicaPlanner:
 
         With `auto` they are used when they balance well enough, and when new replicas would save less than they cost.
         """
-        slots_RS, home_slots, options = self.placement.slots_LRS[layer], self.placement.home_slots, self.options
+        slots_RS, options = self.placement.slots_LRS[layer], self.options
         if options.replicas == "history" or not self.placement.spare_slots:
             return None
         if options.replicas == "exact":
-            return paying_exact_replicas(load_E, slots_RS, home_slots, options.replica, options.auto_limit)
+            return self._exact(load_E, slots_RS, options.replica.replica_price_tokens)
         busiest = _busiest(self.placement.hosts_LER[layer], load_E)
         rule = ReplanOptions(limit=options.auto_limit, price_tokens=options.exact_price_tokens)
         anew = planned_anew(busiest, load_E, len(slots_RS), rule, lambda: self._anew(load_E, slots_RS))
         return None if anew is None else anew.slots_RS
 
+    def _exact(self, load_E: IntArray, slots_RS: IntArray, price_tokens: float) -> IntArray:
+        """Slots with replicas for exactly these counts, at this price."""
+        num_nodes, limit = self.options.replica.num_nodes, self.options.auto_limit
+        return paying_exact_replicas(load_E, slots_RS, self.placement.home_slots, num_nodes, price_tokens, limit)
+
     def _anew(self, load_E: IntArray, slots_RS: IntArray) -> _Anew:
         """Replicas for exactly these counts, as `exact` makes them at their price for one micro-batch."""
-        options = replace(self.options.replica, replica_price_tokens=self.options.exact_price_tokens)
-        home_slots, limit = self.placement.home_slots, self.options.auto_limit
-        exact_RS = paying_exact_replicas(load_E, slots_RS, home_slots, options, limit)
+        exact_RS = self._exact(load_E, slots_RS, self.options.exact_price_tokens)
         return _Anew(slots_RS=exact_RS, busiest=_busiest(hosts_of(exact_RS, len(load_E)), load_E))
 
     def rehome(self, homes: Placement) -> None:
@@ -174,7 +184,9 @@ class ReplicaPlanner:
             try:
                 rows.append(history.scenarios_KE(layer))
                 results.append(
-                    plan_replicas(slots_RS, rows[-1], before.home_slots, self.options.replica, tokens, self._best)
+                    plan_replicas(
+                        slots_RS, rows[-1], before.home_slots, self.options.replica, tokens, self._best, self._drop
+                    )
                 )
             except Exception as error:
                 number = self._layer_numbers[layer]

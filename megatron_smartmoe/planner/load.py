@@ -11,15 +11,15 @@ The alternative, tokens x top-k / ranks for everyone, ranks launches by a load t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from megatron_smartmoe.cost.comm import replica_traffic
 from megatron_smartmoe.cost.moe_layer import LayerFlow
 from megatron_smartmoe.errors import ConfigError
 from megatron_smartmoe.placement.exact_replicas import exact_replicas
+from megatron_smartmoe.placement.layer_cost import relayed_flow
 from megatron_smartmoe.placement.plan_homes import HomesOptions, plan_homes
 from megatron_smartmoe.placement.split import assign_sources, min_max_split
 from megatron_smartmoe.spec.arrays import FloatArray, IntArray
@@ -226,13 +226,8 @@ class LoadModel:
             return scaled(LayerFlow.equal_split(counts_RE, slots_RS, num_nodes=balance.nodes), scale)
         tokens_ER = min_max_split(counts_RE, hosts_of(slots_RS, experts))
         sent_RRS = assign_sources(counts_RE, slots_RS, tokens_ER, balance.nodes)
-        flow = LayerFlow(
-            load_ER=tokens_ER.astype(np.float64),
-            traffic_RR=sent_RRS.sum(axis=2).astype(np.float64),
-            replicas_RR=replica_traffic(slots_RS, experts),
-            num_nodes=balance.nodes,
-        )
-        return scaled(flow, scale)
+        load_ER, traffic_RR = tokens_ER.astype(np.float64), sent_RRS.sum(axis=2).astype(np.float64)
+        return scaled(relayed_flow(slots_RS, load_ER, traffic_RR, balance.nodes), scale)
 
     def _homes(self, slots_RS: IntArray, counts_E: IntArray, home_slots: int, balance: Balance) -> IntArray:
         options = HomesOptions(num_nodes=balance.nodes, replica_scope_is_node=self.within_node)
@@ -246,9 +241,9 @@ class LoadModel:
 
 def scaled(flow: LayerFlow, tokens: float) -> LayerFlow:
     """The flow at `tokens` assignments of one source rank."""
-    return LayerFlow(
+    return replace(
+        flow,
         load_ER=flow.load_ER * tokens,
         traffic_RR=flow.traffic_RR * tokens,
-        replicas_RR=flow.replicas_RR,
-        num_nodes=flow.num_nodes,
+        early_tokens=flow.early_tokens * tokens,
     )

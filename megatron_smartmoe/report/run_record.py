@@ -113,7 +113,10 @@ def read_run(directory: Path, trace: Path | None = None) -> RunRecord:
         balance=_balance(directory),
         decisions=decisions,
         num_replica_plans=sum(
-            1 for path in sorted(directory.iterdir()) if _REPLICAS.fullmatch(path.name) for _ in _lines(path)
+            decision["kind"] == "replicas"
+            for path in sorted(directory.iterdir())
+            if _REPLICAS.fullmatch(path.name)
+            for decision in _lines(path)
         ),
         placement=_placement(decisions, arguments, directory),
         trace=_trace(trace, arguments, notes),

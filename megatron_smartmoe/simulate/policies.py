@@ -105,6 +105,7 @@ class SimulatedPolicy(Protocol):
     stats: Stats
     decisions: list[Decision]
     relay: Relay | None
+    has_trees: bool  # whether holders forward along `relay_tree`
 
     def before(self, iteration: int) -> None:
         """Plan for the next record from the records observed so far."""
@@ -134,6 +135,7 @@ class OnlinePolicy:
     ) -> None:
         self.name, self.stats, self.decisions = "smartmoe", Stats(), list[Decision]()
         self.relay: Relay | None = None
+        self.has_trees = True
         self.options = options
         self.homes_planner = HomesPlanner(placement.num_layers, placement.num_experts, options, layer_seconds)
         self.groups = [ReplicaPlanner(placement, group, options) for group in range(num_groups)]
@@ -244,7 +246,7 @@ class RulePolicy:
         has_homes: bool = True,
     ) -> None:
         self.rule, self.name, self.stats, self.decisions = rule, rule.name, Stats(), list[Decision]()
-        self.relay, self._has_homes = relay, has_homes
+        self.relay, self.has_trees, self._has_homes = relay, False, has_homes
         self.num_groups, self.num_nodes, self.interval = num_groups, num_nodes, interval
         self.start, self.spare_slots, self.num_experts = placement, placement.spare_slots, placement.num_experts
         layers = range(placement.num_layers)

@@ -59,9 +59,9 @@ class SimulationSetup:
         """The price of a layer of one group whose replicas travel in every micro-batch, nothing hidden."""
         return LayerPricing(num_ranks=self.num_ranks, num_nodes=self.num_nodes, constants=self.constants)
 
-    def pricing_of(self, mode: Sees, relay: Relay | None = None) -> LayerPricing:
+    def pricing_of(self, mode: Sees, relay: Relay | None = None, *, has_trees: bool = False) -> LayerPricing:
         """The price of a layer of one group, its replicas planned in this way and forwarded like this."""
-        return replace(self.prices.get(mode, self.pricing), relay=relay)
+        return replace(self.prices.get(mode, self.pricing), relay=relay, has_trees=has_trees)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,7 +142,7 @@ def price(
 ) -> tuple[float, float]:
     """Seconds of the layer, replicas that it does not use included, and its max / mean tokens per rank."""
     homes_E = policy.homes(layer)
-    pricing = setup.pricing_of(planned.mode, policy.relay)
+    pricing = setup.pricing_of(planned.mode, policy.relay, has_trees=policy.has_trees)
     seconds, worst = price_layer(planned.plan, counts_RE, homes_E, pricing)
     if planned.unused_RS is not None:
         seconds += idle_replicas_s(planned.unused_RS, homes_E, setup.pricing_of("history"))

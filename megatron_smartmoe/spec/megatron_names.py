@@ -102,6 +102,8 @@ def _names() -> Iterator[MegatronName]:
     layer = ("route", "preprocess", "dispatch", "routed_experts_compute", "combine")
     steps = tuple(f"MoELayer.{name}" for name in layer)
     yield from hooked(f"{core}.transformer.moe.moe_layer", "the layer that ours is", *steps, is_hooked=False)
+    wait, use = "DistributedDataParallel._make_forward_pre_hook", "replicas with --overlap-param-gather"
+    yield from hooked(f"{core}.distributed.distributed_data_parallel", use, wait, is_hooked=False)
 
 
 NAMES = tuple(_names())

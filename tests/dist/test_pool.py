@@ -22,9 +22,9 @@ POOL = "--smartmoe --smartmoe-pool auto --smartmoe-pool-interval 2 --smartmoe-ov
 SLOTS = "--smartmoe-spare-slots 2 --smartmoe-replicas-margin 0"
 MOVING = "--smartmoe-homes shuffle --smartmoe-homes-interval 3"
 TURNS = [  # every kind of change, most of them there and back, some of them at once
-    "homes3-K2-history-ov2",
+    "homes3-K2-auto-ov2",
     "homes3-K2-history-ov1",
-    "homes0-K2-history-ov1",
+    "homes0-K2-auto-ov1",
     "homes0-K1-history-ov2",
     "homes3-K1-exact-ov2",
     "homes3-K2-exact-ov1",

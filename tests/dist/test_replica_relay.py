@@ -63,14 +63,16 @@ def _iteration(spare: Any, home: Any, slots_RS: Any, gradient: Any) -> tuple[Any
 
 
 def _relays() -> dict[str, list[tuple[Any, Any]]]:
+    from megatron_smartmoe.runtime.replicas import transfer
+
     facts = {}
     for dtype in ("float32", "bfloat16"):
         for keeps in (True, False):
             spare, home = _spare(dtype, keeps=keeps)
             gradient = random(100 + spare.wire.rank, dtype)
             results = [_iteration(spare, home, SLOTS, gradient) for _ in range(2)]
-            spare.wire._beside.at_once = True  # every round as soon as the one before it has arrived
-            facts[f"{dtype}, {keeps}"] = [*results, _iteration(spare, home, SLOTS, gradient)]
+            with mock.patch.object(transfer, "posts_at_once", return_value=True):  # each as soon as it can be
+                facts[f"{dtype}, {keeps}"] = [*results, _iteration(spare, home, SLOTS, gradient)]
     return facts
 
 

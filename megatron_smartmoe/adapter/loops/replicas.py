@@ -45,7 +45,7 @@ from megatron_smartmoe.runtime.replicas.ahead import PlansAhead
 from megatron_smartmoe.runtime.replicas.dispatch_plan import ExactOptions
 from megatron_smartmoe.runtime.replicas.history_plan import fastest_best_replicas
 from megatron_smartmoe.runtime.replicas.slots import SpareSlots
-from megatron_smartmoe.runtime.replicas.split import BALANCED
+from megatron_smartmoe.runtime.replicas.split import BALANCED, fastest_drop_losing
 from megatron_smartmoe.runtime.replicas.tally import LayerTally, MicroBatch, balance_line, imbalance, loads
 from megatron_smartmoe.runtime.replicas.wire import ReplicaWire
 from megatron_smartmoe.spec.arrays import IntArray
@@ -98,7 +98,7 @@ class ReplicaLoop(Callback):
             online = online_options(args, review_records=1)
             numbers = [number for number, _ in run.layers]
             group, best = run.ranks.edp_rank, fastest_best_replicas()
-            self._planner = ReplicaPlanner(self._placement(), group, online, best, numbers)
+            self._planner = ReplicaPlanner(self._placement(), group, online, best, numbers, fastest_drop_losing())
             self._ahead = PlansAhead(self._planner)
         if run.is_reporter:
             self._announce()
@@ -190,6 +190,7 @@ class ReplicaLoop(Callback):
             self._wire,
             lambda: [weight.main_grad for weight in weights],
             keeps=keeps,
+            accumulates=experts.accumulates,
         )
         spare.keep(self._mode in FROM_HISTORY)
         exact, falls_short = self._from_counts()

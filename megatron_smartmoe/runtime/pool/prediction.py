@@ -17,17 +17,17 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from megatron_smartmoe.cost.comm import replica_traffic
 from megatron_smartmoe.cost.moe_layer import LayerFlow
 from megatron_smartmoe.cost.step.constants import StepConstants, layer_constants
 from megatron_smartmoe.cost.step.moe import MoETimes, moe_times
 from megatron_smartmoe.placement.history import History
+from megatron_smartmoe.placement.layer_cost import relayed_flow
 from megatron_smartmoe.placement.plan_homes import HomesOptions, plan_homes
 from megatron_smartmoe.placement.plan_replicas import ReplicaOptions, plan_replicas
 from megatron_smartmoe.placement.replan import ReplanOptions, planned_anew
 from megatron_smartmoe.planner.pool import PoolSetting
 from megatron_smartmoe.runtime.replicas.history_plan import fastest_best_replicas
-from megatron_smartmoe.runtime.replicas.split import BALANCED, exact_slots, split_tokens
+from megatron_smartmoe.runtime.replicas.split import BALANCED, exact_slots, fastest_drop_losing, split_tokens
 from megatron_smartmoe.spec.arrays import IntArray
 from megatron_smartmoe.spec.cluster import ClusterSpec
 from megatron_smartmoe.spec.model import ModelSpec
@@ -148,7 +148,10 @@ def _flows(
             rank_tokens = float(load.totals_ILE[-2, layer].sum()) / len(homes_RH)
             scenarios_KE = history.scenarios_KE(layer)
             best = fastest_best_replicas()
-            slots_RS = plan_replicas(slots_RS, scenarios_KE, home_slots, prices.replica, rank_tokens, best).slots_RS
+            found = plan_replicas(
+                slots_RS, scenarios_KE, home_slots, prices.replica, rank_tokens, best, fastest_drop_losing()
+            )
+            slots_RS = found.slots_RS
         for counts_RE in load.batches_BLRE[:, layer]:
             flows.append(_flow(setting, slots_RS, np.ascontiguousarray(counts_RE), prices))
     return flows
@@ -185,12 +188,7 @@ class _Split:
         rank, slot = np.nonzero(slots_RS != EMPTY)
         load_ER = np.zeros((num_experts, num_ranks))
         load_ER[slots_RS[rank, slot], rank] = sent_RRS.sum(axis=0)[rank, slot]
-        flow = LayerFlow(
-            load_ER=load_ER,
-            traffic_RR=sent_RRS.sum(axis=2).astype(np.float64),
-            replicas_RR=replica_traffic(slots_RS, num_experts),
-            num_nodes=prices.num_nodes,
-        )
+        flow = relayed_flow(slots_RS, load_ER, sent_RRS.sum(axis=2).astype(np.float64), prices.num_nodes)
         return cls(slots_RS=slots_RS, busiest=int(sent_RRS.sum(axis=(0, 2)).max()), flow=flow)
 
 

@@ -38,7 +38,7 @@ class ExactOptions:
     Attributes:
         used_slots: spare slots of a rank that are used; the others stay empty.
         num_nodes: nodes of the group; a replica stays on its home's node. 1 lets it go anywhere.
-        price_tokens: see `placement.plan_replicas.replicas_pay`.
+        price_tokens: see `placement.paying_replicas.without_losing_replicas`.
         limit: no replica is made while max / mean tokens per rank of the homes alone are at most this.
     """
 

@@ -59,9 +59,9 @@ class LayerPlanner:
         self.view, self._group, self._spare = view, counts_group, spare
         self._exact, self._falls_short, self._listener = exact, falls_short, listener
         self._begins, self._ends = begins, ends
-        self._starting: ReplicasInUse | None = None  # replicas of a micro-batch, until their fetch has started
         self._homes_RS = homes_only(view.num_experts, view.num_ranks, spare.num_slots)
         self.slots_RS = self._homes_RS
+        self._starting: ReplicasInUse | None = None  # replicas of a micro-batch, until their fetch has started
         on_gpu = spare.device.type == "cuda"
         # a plan lies in its planner's memory until the next one; `auto` chooses between two
         self._planner, self._planner_anew = (DispatchPlanner(view, pinned=on_gpu) for _ in range(2))
@@ -78,26 +78,26 @@ class LayerPlanner:
 
     @property
     def wire(self) -> ReplicaWire:
-        """What carries the replicas of this layer."""
+        """What the replicas' weights and gradients travel over."""
         return self._spare.wire
-
-    def begin(self) -> None:
-        """To be called before the tokens of a micro-batch are dispatched."""
-        if self.training and self._begins is not None:
-            self._begins()
-
-    def end(self) -> None:
-        """To be called when the results of a micro-batch are combined."""
-        if self.training and self._ends is not None:
-            self._ends()
 
     @property
     def uses_replicas(self) -> bool:
         """Whether any rank has a replica in the micro-batch that was planned last."""
         return self.training and self._spare.in_use is not None
 
+    def begin(self) -> None:
+        """The layer begins to dispatch a micro-batch."""
+        if self.training and self._begins is not None:
+            self._begins()
+
+    def end(self) -> None:
+        """The layer has combined the results of a micro-batch."""
+        if self.training and self._ends is not None:
+            self._ends()
+
     def plan(self, tokens_E: torch.Tensor) -> DispatchPlan:
-        """The plan of one micro-batch; starts to fetch the weights of replicas that are planned for it.
+        """The plan of one micro-batch; the fetch of replicas that are planned for it starts, at last in `start_fetch`.
 
         All ranks of the group call it; the host waits for their counts.
 
@@ -109,8 +109,14 @@ class LayerPlanner:
             self._listener(plan.load)
         return plan
 
+    def start_fetch(self) -> None:
+        """Start the fetch that is to start, if there is one. To be called when the permutation has been launched."""
+        used, self._starting = self._starting, None
+        if used is not None:
+            used.start()
+
     def _gather(self, tokens_E: torch.Tensor) -> torch.Tensor:
-        """Tokens per home slot of all ranks, `[R, P, E]`, on the host."""
+        """Tokens per home slot of all ranks, `[R, P, E]`, on the host: the one synchronisation of the layer."""
         view = self.view
         counts = tokens_E.new_empty(view.num_ranks * view.tp_size * view.num_experts)
         dist.all_gather_into_tensor(counts, tokens_E, group=self._group)
@@ -147,9 +153,3 @@ class LayerPlanner:
         self._starting = used
         if self._spare.device.type != "cuda":  # on a GPU, the host looks for its messages while the device permutes
             self.start_fetch()
-
-    def start_fetch(self) -> None:
-        """Start the fetch that the plan of this micro-batch has left to start, if there is one."""
-        used, self._starting = self._starting, None
-        if used is not None:
-            used.start()

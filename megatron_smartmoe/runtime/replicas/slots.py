@@ -38,6 +38,8 @@ class ReplicasInUse:
         totals: Returns the home gradients that the optimizer reads, shaped as `homes`.
         num_passes: Number of backward passes before the gradients are sent to their homes.
         instead_of: Replicas of several passes that these serve one pass for; None for none.
+        accumulates: Whether who computes the gradients may add them to the sums, which then are the weights'
+            `main_grad`; see `SpareSlots`.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class ReplicasInUse:
         totals: Totals,
         num_passes: int,
         instead_of: ReplicasInUse | None = None,
+        accumulates: bool = False,
     ) -> None:
         assert sums is not None or num_passes == 1, "gradients of several passes need memory to be summed in"
         self._slots_RS, self._takes_part, self._wire = slots_RS, takes_part, wire
@@ -60,6 +63,7 @@ class ReplicasInUse:
         self.spares, self._sums = tuple(spares), sums
         self._num_passes, self._passes, self._has_sums = num_passes, 0, False
         self._instead_of = instead_of
+        self.accumulates, self._is_clear = accumulates and sums is not None, False
         self._fetch: Transfer | None = None
 
     def start(self) -> None:
@@ -77,20 +81,39 @@ class ReplicasInUse:
         self.start()
         self.finish()
         used: tuple[torch.Tensor, ...] = _Use.apply(self, *self._homes)  # type: ignore[no-untyped-call]
+        if self.accumulates:
+            self._clear_sums()
+            for weight, total in zip(used, self._sums or (), strict=True):
+                weight.main_grad = total  # type: ignore[attr-defined]
         return used
 
-    def collect(self, gradients: Sequence[torch.Tensor]) -> None:
-        """Sum the replicas' gradients of one backward pass; after the last pass, start to send them to their homes."""
+    def _clear_sums(self) -> None:
+        """Start an iteration's sums from zero, where they are added to from outside; the last ones have to be home."""
+        if self._is_clear:
+            return
+        self._finish_returns()
+        for total in self._sums or ():
+            total.zero_()
+        self._is_clear = True
+
+    def collect(self, gradients: Sequence[Any]) -> None:
+        """Sum the replicas' gradients of one backward pass; after the last pass, start to send them to their homes.
+
+        Args:
+            gradients: Tensors; None where gradients are accumulated and are in the sums already.
+        """
         if self._sums is None:
             self._return([gradient.contiguous() for gradient in gradients])
             if self._instead_of is not None:
                 self._instead_of.end_pass()
             return
         if not self._has_sums:
-            for transfer in self._returns:  # of an iteration that nobody finished
-                transfer.finish()
+            self._finish_returns()  # of an iteration that nobody finished
         for total, gradient in zip(self._sums, gradients, strict=True):
-            if self._has_sums:
+            if self.accumulates:
+                if gradient is not None:  # one that was not added to the sums
+                    total.add_(gradient)
+            elif self._has_sums:
                 total.add_(gradient)
             else:
                 total.copy_(gradient)
@@ -104,13 +127,16 @@ class ReplicasInUse:
         if self._passes == self._num_passes:
             if self._has_sums:
                 self._return(self._sums or ())
-            self._passes, self._has_sums = 0, False  # Megatron may run an iteration again, from zeroed gradients
+            self._passes, self._has_sums, self._is_clear = 0, False, False  # Megatron may run an iteration again
 
     def _return(self, gradients: Sequence[torch.Tensor]) -> None:
         """Start a return, when that of the micro-batch before is added up: sums have the order of the micro-batches."""
+        self._finish_returns()
+        self._returns.append(self._wire.start_return(self._links(), gradients, self._totals, self._num_links))
+
+    def _finish_returns(self) -> None:
         while self._returns:
             self._returns.pop(0).finish()
-        self._returns.append(self._wire.start_return(self._links(), gradients, self._totals, self._num_links))
 
     def _links(self) -> tuple[Link, ...]:
         """The messages in which this rank takes part. Looked for when they are needed: it takes the host a while."""
@@ -128,6 +154,7 @@ class _Use(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, used: ReplicasInUse, *homes: torch.nn.Parameter) -> tuple[torch.Tensor, ...]:
         ctx.used = used
+        ctx.set_materialize_grads(not used.accumulates)
         return tuple(spare.detach() for spare in used.spares)
 
     @staticmethod
@@ -147,6 +174,9 @@ class SpareSlots:
         keeps: Whether replicas stay for an iteration. If so, there is one set of buffers: K slots of weights and K of
             float32 gradients. Otherwise each micro-batch has K slots of weights from its forward to its backward pass.
 
+        accumulates: Whether gradients of replicas that stay may be added to their float32 sums as they are computed:
+            the weights get the sums as their `main_grad`. Otherwise autograd hands them over in the weights' type.
+
     A fetch that has been started and whose weights nobody asked for, in an iteration that was broken off, is waited for
     before other replicas are used, or none: `_in_use` changes in `_replace` alone.
     """
@@ -159,7 +189,9 @@ class SpareSlots:
         totals: Totals,
         *,
         keeps: bool,
+        accumulates: bool = False,
     ) -> None:
+        self._accumulates = accumulates
         self._homes, self.num_slots, self.wire, self._totals = tuple(homes), num_slots, wire, totals
         self.home_slots = self._homes[0].shape[0]
         self._keeps = keeps
@@ -266,6 +298,7 @@ class SpareSlots:
             totals=self._totals,
             num_passes=num_passes,
             instead_of=instead_of,
+            accumulates=self._accumulates,
         )
 
     def weights(self) -> tuple[torch.Tensor, ...]:

@@ -18,8 +18,7 @@ import torch
 
 from megatron_smartmoe import ops
 from megatron_smartmoe.placement import exact_replicas, split
-from megatron_smartmoe.placement.paying_replicas import paying_exact_replicas
-from megatron_smartmoe.placement.plan_replicas import ReplicaOptions
+from megatron_smartmoe.placement.paying_replicas import DropLosing, paying_exact_replicas, without_losing_replicas
 from megatron_smartmoe.spec.arrays import IntArray
 from megatron_smartmoe.spec.placement import EMPTY, hosts_of, with_empty_slots
 
@@ -74,14 +73,24 @@ def exact_slots(
         home_slots: S, the home slots of a rank.
         num_nodes: Nodes of the group; a replica stays on its home's node. 1 lets it go anywhere.
         limit: No replica is made while max / mean tokens per rank of the homes alone are at most this.
-        price_tokens: See `placement.plan_replicas.replicas_pay`.
+        price_tokens: See `placement.paying_replicas.without_losing_replicas`.
 
     Returns:
         The slot table `[R, S + K]`.
     """
-    options = ReplicaOptions(num_nodes=num_nodes, replica_price_tokens=price_tokens)
-    plan = _compiled_replicas if ops.is_compiled() else exact_replicas.exact_replicas
-    return paying_exact_replicas(counts_RE.sum(axis=0), slots_RS, home_slots, options, limit, plan)
+    plan, drop = _compiled_replicas if ops.is_compiled() else exact_replicas.exact_replicas, fastest_drop_losing()
+    load_E = counts_RE.sum(axis=0)
+    return paying_exact_replicas(load_E, slots_RS, home_slots, num_nodes, price_tokens, limit, plan, drop)
+
+
+def fastest_drop_losing() -> DropLosing:
+    """The compiled `without_losing_replicas`, or numpy's where the library is not built. Both drop the same."""
+    return _compiled_drop_losing if ops.is_compiled() else without_losing_replicas
+
+
+def _compiled_drop_losing(loads_KE: IntArray, slots_RS: IntArray, home_slots: int, price_tokens: float) -> IntArray:
+    found = ops.paying_replicas(torch.from_numpy(loads_KE), torch.from_numpy(slots_RS), home_slots, price_tokens)
+    return np.asarray(found.numpy())
 
 
 def _compiled_replicas(load_E: IntArray, slots_RS: IntArray, home_slots: int, num_nodes: int) -> IntArray:

@@ -21,7 +21,7 @@ that take as long as the former round travels (`tests/unit/runtime/test_relay_or
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 
@@ -44,21 +44,26 @@ class Round:
     sums: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
 
 
+def posts_at_once(device: torch.device) -> bool:
+    """Whether all rounds are posted at the start: on a GPU that has a hardware queue for each stream."""
+    return device.type == "cuda" and os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") != "1"
+
+
 class Beside:
-    """Where a transfer waits and adds: on the CPU in place, on a GPU on a stream of its own.
+    """Where one transfer waits and adds: on the CPU in place, on a GPU on a stream of its own.
+
+    What the current stream has written before this is constructed may be sent, and what it has read overwritten.
 
     Args:
         device: That the messages are on.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._stream = _stream(device) if device.type == "cuda" else None
-        self.at_once = self._stream is not None and os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") != "1"
-
-    def begin(self) -> None:
-        """What the current stream has written may be sent, and what it has read may be overwritten."""
-        if self._stream is not None:
+        self._stream: torch.cuda.Stream | None = None
+        if device.type == "cuda":
+            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
             self._stream.wait_stream(torch.cuda.current_stream())
+        self.at_once = posts_at_once(device)
 
     @contextmanager
     def entered(self) -> Iterator[None]:
@@ -66,14 +71,16 @@ class Beside:
         with nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
             yield
 
-    def event(self) -> torch.cuda.Event | None:
-        """What `entered` has launched up to now; None on the CPU, where it has ended."""
-        return None if self._stream is None else self._stream.record_event()
+    def use(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Keep the memory of tensors, once they are freed, until what is launched here by then has ended."""
+        if self._stream is not None:
+            for tensor in tensors:
+                tensor.record_stream(self._stream)
 
-
-def _stream(device: torch.device) -> torch.cuda.Stream:
-    stream: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-    return stream
+    def join(self) -> None:
+        """Make the current stream wait for what was launched here."""
+        if self._stream is not None:
+            torch.cuda.current_stream().wait_stream(self._stream)
 
 
 class Transfer:
@@ -92,9 +99,9 @@ class Transfer:
         self._what, self._rounds, self._beside, self._delivers = what, tuple(rounds), beside, delivers
         self._num_posted = 0
         self._works: tuple[dist.Work, ...] = ()  # of the round that was posted last
-        self._event: torch.cuda.Event | None = None
         self.is_finished = False
-        beside.begin()
+        for each in self._rounds:
+            beside.use(operation.tensor for operation in each.operations)
         self.advance()
         while beside.at_once and not self.is_posted:
             self.advance()
@@ -119,7 +126,6 @@ class Transfer:
             operations = self._rounds[self._num_posted].operations
             self._num_posted += 1
             self._works = tuple(dist.batch_isend_irecv(operations)) if operations else ()
-        self._event = self._beside.event()
 
     def finish(self) -> None:
         """Post what is left, and wait for it: on CUDA the current stream waits, and the host does not."""
@@ -128,10 +134,10 @@ class Transfer:
         while not self.is_posted:
             self.advance()
         self.is_finished = True  # first: a wait that fails is not tried again
-        if self._event is not None:
-            torch.cuda.current_stream().wait_event(self._event)
         if self._rounds:
-            self._arrive()
+            with self._beside.entered():
+                self._arrive()
+            self._beside.join()
         if self._delivers is not None:
             self._delivers()
         self._rounds, self._delivers = (), None  # nobody needs the memory any more

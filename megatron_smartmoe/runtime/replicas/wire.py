@@ -46,7 +46,6 @@ class ReplicaWire:
         self._group, self._ranks, self.num_nodes = group, dist.get_process_group_ranks(group), num_nodes
         self.rank, self.num_ranks = dist.get_rank(group), len(self._ranks)
         self._device = torch.cuda.current_device() if dist.get_backend(group) == "nccl" else "cpu"
-        self._beside: Beside | None = None
         self._under_way: list[Transfer] = []  # in the order of their start
         self._next_tag = 0
         # NCCL connects a group in its first operation and waits there for all of its ranks. Only the ranks that send or
@@ -123,6 +122,8 @@ class ReplicaWire:
             of_homes = totals()
             for part, slot, staged in arriving:
                 of_homes[part][slot].add_(staged)
+                if staged.is_cuda:  # the stream may be another than that of the backward pass, which it belongs to
+                    staged.record_stream(torch.cuda.current_stream())
 
         return self._start("gradients of replicas", rounds, gradients[0].device, deliver)
 
@@ -145,10 +146,8 @@ class ReplicaWire:
     def _start(
         self, what: str, rounds: list[Round], device: torch.device, delivers: Callable[[], None] | None = None
     ) -> Transfer:
-        if self._beside is None:
-            self._beside = Beside(device)
         self.advance()
-        transfer = Transfer(what, rounds, self._beside, delivers)
+        transfer = Transfer(what, rounds, Beside(device), delivers)
         self._under_way = [each for each in self._under_way if not each.is_finished]
         self._under_way.append(transfer)
         return transfer

@@ -3,9 +3,11 @@ must be."""
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_smartmoe import ops
 from megatron_smartmoe.placement.relay import RelayTree, relay_tree
 from megatron_smartmoe.spec.arrays import IntArray
 from megatron_smartmoe.spec.placement import EMPTY, with_empty_slots
@@ -115,6 +117,24 @@ def test_no_rank_sends_twice_in_a_round_where_others_could() -> None:
     rank, slot = np.nonzero(tree.parent_RK != EMPTY)
     sends = list(zip(tree.round_RK[rank, slot].tolist(), tree.parent_RK[rank, slot].tolist(), strict=True))
     assert len(set(sends)) == len(sends)
+
+
+def test_steps_count_the_port_and_the_rounds() -> None:
+    one_home = relay_tree(slots_with(8, 4, 1, {0: [1], 1: [2], 2: [3]}), 4)
+    assert (one_home.num_rounds, one_home.num_steps) == (1, 3), "one port sends three experts"
+    one_expert = relay_tree(slots_with(8, 1, 1, {0: [1, 2, 3]}), 1)
+    assert (one_expert.num_rounds, one_expert.num_steps) == (2, 2)
+    assert relay_tree(slots_with(8, 1, 1, {}), 1).num_steps == 0
+
+
+@pytest.mark.skipif(not ops.is_compiled(), reason="the library is not built")
+@settings(max_examples=60, deadline=None)
+@given(slot_tables())
+def test_the_op_builds_the_same_trees(case: tuple[IntArray, int, int]) -> None:
+    slots_RS, home_slots, num_nodes = case
+    tree = relay_tree(slots_RS, home_slots, num_nodes)
+    found = ops.relay_tree(torch.from_numpy(slots_RS), home_slots, num_nodes).numpy()
+    assert (found == np.stack([tree.parent_RK, tree.parent_slot_RK, tree.round_RK])).all()
 
 
 def test_no_spare_slots_no_transfers() -> None:

@@ -32,24 +32,29 @@ def plan_with(replicas: int, busiest: int = 100) -> Made:
 @pytest.mark.parametrize(
     ("held", "replicas", "anew", "is_taken"),
     [
-        (180, 2, 100, True),  # the example of the module
-        (180, 3, 100, False),  # 90 tokens' worth of transfers for 80 tokens
-        (160, 2, 100, False),  # what it saves is what it costs
+        (180, 1, 100, True),  # the example of the module
+        (180, 2, 100, False),  # 90 tokens' worth of transfers for 80 tokens
+        (145, 1, 100, False),  # what it saves is what it costs
         (180, 0, 180, False),  # a plan without replicas saves nothing
         (180, 1, 181, False),
     ],
 )
 def test_a_plan_is_taken_where_it_saves_more_than_it_costs(held: int, replicas: int, anew: int, is_taken: bool) -> None:
     made = plan_with(replicas, anew)
-    found = planned_anew(held, LOAD, 4, ReplanOptions(limit=1.01, price_tokens=30.0), lambda: made)
+    found = planned_anew(held, LOAD, 4, ReplanOptions(limit=1.01, price_tokens=45.0), lambda: made)
     assert found is (made if is_taken else None)
 
 
 @pytest.mark.parametrize(("held", "is_planned"), [(101, False), (102, True)])
 def test_history_that_is_good_enough_is_not_planned_against(held: int, is_planned: bool) -> None:
-    made = []
-    planned_anew(held, LOAD, 4, ReplanOptions(limit=1.01), lambda: made.append(plan_with(1)) or plan_with(1))
-    assert len(made) == is_planned
+    asked = []
+
+    def plan() -> Made:
+        asked.append(held)
+        return plan_with(1)
+
+    planned_anew(held, LOAD, 4, ReplanOptions(limit=1.01), plan)
+    assert len(asked) == is_planned
 
 
 def planner(price_tokens: float = 0.0) -> ReplicaPlanner:

@@ -16,14 +16,18 @@ from tests.support.hardware_queue import Operation, Span, run
 ROUNDS, POINTS = 3, 6  # of a tree of up to 7 replicas; computations between which a round may be posted
 
 
+def _operation(number: int) -> Any:
+    return SimpleNamespace(name=f"round {number}", tensor=None)
+
+
 def launched(*, at_once: bool) -> list[str]:
     """What a rank that takes part in every round launches: by the calls of the layer, of `Transfer` as it is."""
     names: list[str] = []
-    rounds = [Round(operations=[f"round {number}"]) for number in range(ROUNDS)]  # type: ignore[list-item]
-    beside: Any = SimpleNamespace(at_once=at_once, begin=lambda: None, entered=nullcontext, event=lambda: None)
+    rounds = [Round(operations=[_operation(number)]) for number in range(ROUNDS)]
+    beside: Any = SimpleNamespace(at_once=at_once, use=list, entered=nullcontext, join=lambda: None)
 
     def post(operations: list[Any]) -> list[Any]:
-        names.extend(operations)
+        names.extend(operation.name for operation in operations)
         return [SimpleNamespace(wait=lambda: None)]
 
     with mock.patch.object(transfer.dist, "batch_isend_irecv", post):

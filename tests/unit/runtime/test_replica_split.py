@@ -8,7 +8,6 @@ import torch
 
 from megatron_smartmoe.ops import reference
 from megatron_smartmoe.placement.paying_replicas import paying_exact_replicas
-from megatron_smartmoe.placement.plan_replicas import ReplicaOptions
 from megatron_smartmoe.runtime.replicas.split import (
     BALANCED,
     exact_slots,
@@ -80,8 +79,7 @@ def test_the_simulator_makes_the_same_replicas(price_tokens: float) -> None:
     for seed in range(12):
         counts_RE = skewed_counts(seed)
         slots_RS = planned(counts_RE, price_tokens=price_tokens)
-        options = ReplicaOptions(replica_price_tokens=price_tokens)
-        again_RS = paying_exact_replicas(counts_RE.sum(axis=0), slots_RS, HOME_SLOTS, options, BALANCED)
+        again_RS = paying_exact_replicas(counts_RE.sum(axis=0), slots_RS, HOME_SLOTS, 1, price_tokens, BALANCED)
         assert np.array_equal(slots_RS, again_RS)
         made += int((slots_RS[:, HOME_SLOTS:] != EMPTY).sum())
     assert (made > 0) == (price_tokens < 1e6)

@@ -1,0 +1,121 @@
+// Which replicas pay, the C++ twin of megatron_smartmoe/placement/paying_replicas.py:without_losing_replicas, which
+// explains the method: same steps, same order, same choices among equals.
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <numeric>
+#include <optional>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "../checks.h"
+#include "../ops.h"
+#include "planning.h"
+#include "rows.h"
+
+namespace smartmoe::cpu {
+namespace {
+// A slot table judged on all loads.
+class Judged {
+ public:
+  Judged(const Loads& loads, const SlotTable& shape, std::vector<int64_t> slots_RS)
+      : slots_RS_(std::move(slots_RS)),
+        table_{slots_RS_.data(), shape.num_ranks, shape.num_slots, shape.home_slots},
+        taken_RS_(slots_RS_.size(), 0.0) {
+    const Placed placed = find_placed(table_, static_cast<int64_t>(loads.front().size()));
+    for (const std::vector<int64_t>& load_E : loads) {
+      const Balance balance = best_balance(placed.hosts, load_E, shape.num_ranks);
+      busiest_ += static_cast<double>(balance.bound) / static_cast<double>(loads.size());
+      for (size_t c = 0; c < balance.tokens_C.size(); ++c) {
+        taken_RS_[placed.hosts.rank_C[c] * shape.num_slots + placed.slot_C[c]] +=
+            static_cast<double>(balance.tokens_C[c]);
+      }
+    }
+    steps_ = relay_steps(table_, relay_transfers(table_, placed, 1));
+  }
+  Judged(Judged&&) = default;
+  Judged& operator=(Judged&&) = default;
+
+  double busiest() const { return busiest_; }
+  int64_t steps() const { return steps_; }
+  double cost(double price_tokens) const { return busiest_ + price_tokens * static_cast<double>(steps_); }
+  const std::vector<int64_t>& slots_RS() const { return slots_RS_; }
+
+  // Without the replica that takes the fewest tokens.
+  Judged without_smallest(const Loads& loads) const {
+    int64_t smallest = -1;
+    for (int64_t rank = 0; rank < table_.num_ranks; ++rank) {
+      for (int64_t slot = table_.home_slots; slot < table_.num_slots; ++slot) {
+        const int64_t at = rank * table_.num_slots + slot;
+        if (slots_RS_[at] != kEmpty && (smallest < 0 || taken_RS_[at] < taken_RS_[smallest])) smallest = at;
+      }
+    }
+    std::vector<int64_t> fewer_RS = slots_RS_;
+    fewer_RS[smallest] = kEmpty;
+    return Judged(loads, table_, std::move(fewer_RS));
+  }
+
+ private:
+  std::vector<int64_t> slots_RS_;  // its memory is the table's
+  SlotTable table_;
+  std::vector<double> taken_RS_;  // tokens of all loads together
+  double busiest_ = 0.0;          // mean over the loads
+  int64_t steps_;
+};
+}  // namespace
+
+void drop_losing_replicas(const Loads& loads, const SlotTable& slots, double price_tokens) {
+  const int64_t num_all = slots.num_ranks * slots.num_slots;
+  if (!(price_tokens > 0)) return;
+  Judged state(loads, slots, {slots.data, slots.data + num_all});
+  std::vector<int64_t> best_RS = state.slots_RS();
+  double best = state.cost(price_tokens);
+  // Step 1: drop the smallest replicas until fewer transfers follow one another, as long as that pays.
+  bool pays = true;
+  while (pays && state.steps() > 0) {
+    const int64_t before = state.steps();
+    while (pays && state.steps() >= before) {
+      state = state.without_smallest(loads);
+      pays = state.busiest() + price_tokens * static_cast<double>(before - 1) < best;
+    }
+    if (!pays) break;
+    best = state.cost(price_tokens);
+    best_RS = state.slots_RS();
+  }
+  // Step 2: no replicas at all may be cheaper still.
+  std::vector<int64_t> bare_RS(slots.data, slots.data + num_all);
+  for (int64_t rank = 0; rank < slots.num_ranks; ++rank) {
+    int64_t* row = bare_RS.data() + rank * slots.num_slots;
+    std::fill(row + slots.home_slots, row + slots.num_slots, kEmpty);
+  }
+  double bare = 0.0;
+  for (const std::vector<int64_t>& load_E : loads) {
+    int64_t busiest = 0;
+    for (int64_t rank = 0; rank < slots.num_ranks; ++rank) {
+      int64_t load = 0;
+      for (int64_t slot = 0; slot < slots.home_slots; ++slot) load += load_E[bare_RS[rank * slots.num_slots + slot]];
+      busiest = std::max(busiest, load);
+    }
+    bare += static_cast<double>(busiest) / static_cast<double>(loads.size());
+  }
+  std::copy_n(bare <= best ? bare_RS.data() : best_RS.data(), num_all, slots.data);
+}
+
+Tensor paying_replicas(const Tensor& loads_KE, const Tensor& slots_RS, int64_t home_slots, double price_tokens) {
+  check_paying_replicas(loads_KE, slots_RS, home_slots, price_tokens);
+  const Tensor dense_KE = torch::stable::contiguous(loads_KE), dense_RS = torch::stable::contiguous(slots_RS);
+  const int64_t num_ranks = slots_RS.size(0), num_slots = slots_RS.size(1), num_experts = loads_KE.size(1);
+  const int64_t* load = dense_KE.const_data_ptr<int64_t>();
+  check_scenarios(load, loads_KE.size(0), num_experts);
+  Loads loads;
+  for (int64_t k = 0; k < loads_KE.size(0); ++k, load += num_experts) loads.emplace_back(load, load + num_experts);
+  Tensor new_RS = torch::stable::new_empty(dense_RS, {num_ranks, num_slots});
+  int64_t* out = new_RS.mutable_data_ptr<int64_t>();
+  std::copy_n(dense_RS.const_data_ptr<int64_t>(), num_ranks * num_slots, out);
+  const SlotTable slots{out, num_ranks, num_slots, home_slots};
+  check_placement(slots, num_experts);
+  drop_losing_replicas(loads, slots, price_tokens);
+  return new_RS;
+}
+}  // namespace smartmoe::cpu
