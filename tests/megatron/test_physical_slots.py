@@ -149,8 +149,9 @@ def experts_get_no_rows_of_empty_slots() -> None:
 
     dispatcher: Any = with_slots(_Dispatcher)()
     rows, weights = torch.ones(4 * (HOME_SLOTS + SPARE), 3), torch.ones(4 * (HOME_SLOTS + SPARE))
+    wire, view = SimpleNamespace(advance=lambda: None), SimpleNamespace(home_slots=HOME_SLOTS)
     for replicas, slots in ((True, HOME_SLOTS + SPARE), (False, HOME_SLOTS)):
-        dispatcher.planner = SimpleNamespace(uses_replicas=replicas, view=SimpleNamespace(home_slots=HOME_SLOTS))
+        dispatcher.planner = SimpleNamespace(uses_replicas=replicas, view=view, wire=wire)
         got, tokens_S, got_weights = dispatcher.dispatch_postprocess(rows, weights)
         assert (len(got), len(got_weights), tokens_S.tolist()) == (4 * slots, 4 * slots, [4] * slots)
         back = dispatcher.combine_preprocess(got)
