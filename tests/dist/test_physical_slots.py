@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.dist.test_replicas import AUTO, EXACT, HISTORY, MOVING, TOLERANCE, WITHOUT, distance
+from tests.dist.test_replicas import AUTO, EXACT, HISTORY, MOVING, TOLERANCE, WITHOUT
 from tests.dist.test_smartmoe_layer import EP2, UNCLIPPED
 from tests.support.deep_ep import train_with_deep_ep
 from tests.support.marks import some_fast
-from tests.support.replicas import balance, simulated, train_with_stock_all_to_all
+from tests.support.replicas import balance, distance, simulated, train_with_stock_all_to_all
 from tests.support.training import train
 
 pytestmark = pytest.mark.dist

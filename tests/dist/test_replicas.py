@@ -16,7 +16,7 @@ import torch
 from tests.dist.test_smartmoe_layer import EP2, UNCLIPPED
 from tests.support.checkpoints import tensors
 from tests.support.marks import some_fast
-from tests.support.replicas import ALWAYS, AT_ONCE, FAULTS, balance, simulated, train_with_fault
+from tests.support.replicas import ALWAYS, AT_ONCE, FAULTS, balance, distance, simulated, train_with_fault
 from tests.support.training import train
 
 pytestmark = pytest.mark.dist
@@ -52,12 +52,6 @@ MIXES = {
         HISTORY,
     ),
 }
-
-
-def distance(losses: list[float], expected: list[float]) -> float:
-    """Largest relative difference."""
-    assert len(losses) == len(expected) > 0
-    return max(abs(a - b) / b for a, b in zip(losses, expected, strict=True))
 
 
 @pytest.mark.parametrize("mix", some_fast(MIXES, "EP4", "PP2xVPP2xEP2, overlapped, exact"))
@@ -142,6 +136,7 @@ def test_gradients_under_way_have_the_bits_of_those_waited_for(tmp_path: Path, d
 
 def test_the_simulator_reproduces_the_balance(tmp_path: Path, data_flags: list[str]) -> None:
     """The trace of a run, replayed offline by the same planner: the same max / mean in every layer, to the last bit."""
+
     trace_file = tmp_path / "trace.npz"
     flags = [
         "--expert-model-parallel-size",

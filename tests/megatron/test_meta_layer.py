@@ -106,7 +106,7 @@ def test_launches(found: dict[str, Found], name: str) -> None:
 
 def test_replicas_are_fetched_and_their_gradients_returned(found: dict[str, Found]) -> None:
     for name in ("replicas", "replicas, 4 chunks"):
-        assert found[name].posted["isend"] == found[name].posted["irecv"] > 0
+        assert min(found[name].posted[kind] for kind in ("isend", "irecv")) > 0  # a rank that relays sends more
     assert found["homes"].posted["isend"] == 0
 
 

@@ -46,6 +46,12 @@ def balance(run_dir: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run_dir / "balance-stage0-group0.jsonl").read_text().splitlines()]
 
 
+def distance(losses: list[float], expected: list[float]) -> float:
+    """Largest relative difference."""
+    assert len(losses) == len(expected) > 0
+    return max(abs(a - b) / b for a, b in zip(losses, expected, strict=True))
+
+
 def simulated(
     trace_file: Path, *, num_ranks: int, spare_slots: int = 1, replicas: Literal["history", "auto"] = "auto"
 ) -> tuple[list[float], list[str]]:
