@@ -168,6 +168,8 @@ def _start_lines(ready: LaunchCommand, topology: Topology, directory: Path, lock
     where += f" ({topology.source}; node 0 is {topology.master_addr}:{topology.master_port})" * bool(topology.source)
     lines = [] if lock.taken_over is None else [lock.taken_over]
     lines.append(f"{where}, run directory {run_dir.described(directory)}")
+    if topology.order:
+        lines.append(topology.order)
     if ready.save is not None and ready.save.is_symlink():
         lines.append(f"checkpoints go to {run_dir.described(ready.save)}")
     return lines
