@@ -31,7 +31,10 @@ def home_of(tmp_path: Path, run: str) -> dict[str, str]:
     home = tmp_path / "home"
     (home / "scripts").mkdir(parents=True)
     launcher = home / "scripts" / "pretrain_gpt_moe.sh"
-    launcher.write_text(f"#!/bin/bash\nexec srun --ntasks 1 bash {home}/run.sh\n")
+    launcher.write_text(
+        f'#!/bin/bash\nnodes="--nodes $SLURM_JOB_NUM_NODES --ntasks $SLURM_JOB_NUM_NODES"\n'
+        f"exec srun $nodes --kill-on-bad-exit=1 ${{SMARTMOE_SRUN_ARGS:-}} bash {home}/run.sh\n"
+    )
     launcher.chmod(0o755)
     (home / "crashed.py").write_text(CRASHED)
     (home / "run.sh").write_text(run.format(work=tmp_path, crashed=f"{sys.executable} {home}/crashed.py {tmp_path}"))
@@ -52,6 +55,42 @@ def test_a_node_that_lost_ranks_twice_is_excluded(slurm: SlurmCluster, tmp_path:
     assert said[5] != "on n1"
     assert job.record["ExcNodeList"] == "n1"
     assert list(tmp_path.glob(".smartmoe-job*")) == []
+
+
+def test_nodes_that_fail_cost_a_spare_one_and_then_a_place_in_the_queue(slurm: SlurmCluster, tmp_path: Path) -> None:
+    run = "touch {work}/on.$SLURMD_NODENAME; while [[ ! -e {work}/finish ]]; do sleep 0.2; done"
+    environ = home_of(tmp_path, run) | {"SMARTMOE_SPARE_NODES": "1", "SMARTMOE_MAX_REQUEUES": "1"}
+    options = sbatch_options(tmp_path, "--nodes", "3", "--exclude", "n4", "--no-kill")
+    job_id = slurm.submit(BATCH_SCRIPT, *options, env=environ, cwd=tmp_path)
+    job = Watched(slurm, job_id, tmp_path)
+    job.wait_until((tmp_path / "on.n2").exists, "the first start")
+    assert not (tmp_path / "on.n3").exists()
+    slurm.run("scontrol", "update", "NodeName=n2", "State=DOWN", "Reason=test")
+    job.wait_for_line("Node n2 failed: the run is started again on n1,n3, for the 1. of 1 times in this job.")
+    job.wait_until((tmp_path / "on.n3").exists, "the second start")
+    slurm.run("scontrol", "update", "NodeName=n3", "State=DOWN", "Reason=test")
+    job.wait_for_line("Node n3 failed: the job is queued again, for the 1. of 1 times.")
+    (tmp_path / "finish").touch()
+    ended = slurm.wait(job_id)
+    assert_completed(ended)
+    assert ended.record["Restarts"] == "1"
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ([], "error: SMARTMOE_SPARE_NODES = 2: must be 0 or more, and less than the job's 2 nodes. "),
+        (["--srun-args", "--label"], "error: --srun-args: SMARTMOE_SPARE_NODES chooses nodes by options of srun. "),
+    ],
+)
+def test_spare_nodes_that_make_no_sense_are_refused(
+    flags: list[str], says: str, slurm: SlurmCluster, tmp_path: Path
+) -> None:
+    environ = home_of(tmp_path, "true") | {"SMARTMOE_SPARE_NODES": "1" if flags else "2"}
+    options = sbatch_options(tmp_path, "--nodes", "2")
+    job = slurm.sbatch(BATCH_SCRIPT, *options, *flags, env=environ, cwd=tmp_path)
+    assert (job.state, job.exit_code) == ("FAILED", 2)
+    assert job.stdout.startswith(says)
 
 
 def test_a_task_of_an_array_is_stopped_and_queued_again_alone(slurm: SlurmCluster, tmp_path: Path) -> None:
