@@ -19,7 +19,9 @@ BATCH_SCRIPT = ROOT / "scripts" / "pretrain_gpt_moe.slurm"
 TIMEOUT_S = 240.0  # a run takes 15 to 30 s alone on two cores
 
 DATA = "--mock-data --tokenizer-type NullTokenizer --vocab-size 255".split()
-EP2_PP2 = "--expert-model-parallel-size 2 --pipeline-model-parallel-size 2".split()
+EP2_PP2 = (  # two chunks of layers a rank, which --parallel auto would choose too
+    "--expert-model-parallel-size 2 --pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 2"
+).split()
 EP2 = "--expert-model-parallel-size 2 --use-distributed-optimizer --dist-ckpt-optim-fully-reshardable".split()
 SAVING = ["--save", "{run_dir}/checkpoints", "--load", "{run_dir}/checkpoints", "--save-interval", "4"]
 ITERATIONS = 6

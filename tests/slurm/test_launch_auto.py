@@ -30,7 +30,7 @@ def test_two_nodes_of_two_to_four_start_one_plan(slurm: SlurmCluster, tmp_path: 
     assert job.stdout.count("smartmoe: 4 ranks on 2 nodes") == 1
     assert job.stdout.count("smartmoe: --parallel auto\n") == 1, job.stdout[-6000:]
     assert "machine   4 x CPU-thread on 2 nodes, 6.0 GB each (cluster file cpu)\n" in job.stdout
-    assert "kept      --micro-batch-size 1\n" in job.stdout
+    assert "kept      --pipeline-model-parallel-size 2, --num-virtual-stages-per-pipeline-rank 2, " in job.stdout
     plan = json.loads((run_dir / "plan.json").read_text())
     assert (plan["question"]["gpus"], plan["question"]["nodes"]) == (4, 2)
     assert "Finished after" in (run_dir / "train.log").read_text()
