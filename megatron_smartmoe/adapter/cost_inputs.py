@@ -25,7 +25,7 @@ from megatron_smartmoe.placement.plan_replicas import ReplicaOptions
 from megatron_smartmoe.placement.policy import PolicyOptions
 from megatron_smartmoe.planner.arguments import model_from_arguments, parallel_from_arguments
 from megatron_smartmoe.spec.cluster import ClusterSpec, load_cluster_spec
-from megatron_smartmoe.spec.devices import Device, cluster_for
+from megatron_smartmoe.spec.devices import Device, cluster_for, fitting_cluster
 from megatron_smartmoe.spec.model import ModelSpec
 from megatron_smartmoe.spec.parallel import ParallelSpec
 
@@ -42,9 +42,26 @@ def machine_line(args: Namespace) -> str | None:
     return _machine(args)[1] if args.smartmoe else None
 
 
+_measured: ClusterSpec | None = None  # of this process's job
+
+
+def use_measured(cluster: ClusterSpec) -> None:
+    """Take these prices for the machine from now on, where no flag names others; the same on all ranks."""
+    global _measured
+    _measured = cluster
+
+
+def lacks_prices(args: Namespace) -> bool:
+    """Whether this rank's prices would be those of another GPU."""
+    found = args.smartmoe and args.smartmoe_cluster is None and _measured is None and torch.cuda.is_available()
+    return bool(found and fitting_cluster(torch.cuda.get_device_name()) is None)
+
+
 def _machine(args: Namespace) -> tuple[ClusterSpec, str | None]:
     if args.smartmoe_cluster is not None:
         return load_cluster_spec(Path(args.smartmoe_cluster)), None
+    if _measured is not None:
+        return _measured, None
     if not torch.cuda.is_available():
         return load_cluster_spec(Path("cpu")), None
     found = torch.cuda.get_device_properties()
@@ -54,7 +71,7 @@ def _machine(args: Namespace) -> tuple[ClusterSpec, str | None]:
 
 def machine_of_job(args: Namespace) -> ClusterSpec:
     """The machine with this job's nodes and ranks per node, as `--parallel auto` plans for it."""
-    per_node = _ranks_per_node()
+    per_node = ranks_per_node()
     return replace(machine(args), nodes=-(-args.world_size // per_node), gpus_per_node=per_node)
 
 
@@ -62,14 +79,15 @@ def nodes_of_group(num_ranks: int) -> int:
     """Nodes that the expert-parallel group lies on; each rank counts as one where ranks are spread unevenly."""
     from megatron.core import parallel_state as mpu
 
-    per_node = _ranks_per_node()
+    per_node = ranks_per_node()
     nodes = [rank // per_node for rank in dist.get_process_group_ranks(mpu.get_expert_model_parallel_group())]
     found = sorted(set(nodes))
     even = num_ranks % len(found) == 0 and nodes == [node for node in found for _ in range(num_ranks // len(found))]
     return len(found) if even else num_ranks
 
 
-def _ranks_per_node() -> int:
+def ranks_per_node() -> int:
+    """Ranks of this job on this node."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 

@@ -155,10 +155,18 @@ class Door:
             import torch
 
             from megatron_smartmoe.adapter.records import flight_recorder
+            from megatron_smartmoe.ops.grouped_linear import triton_fault
 
             flight_recorder.write_to(args.smartmoe_run_dir)
             if has_own_experts(args) and _is_rank_0():
-                print(f"smartmoe: {gemm_line(torch.cuda.get_device_capability(), args.params_dtype)}", flush=True)
+                fault = triton_fault(torch.device("cuda", torch.cuda.current_device()))
+                line = gemm_line(
+                    torch.cuda.get_device_capability(),
+                    args.params_dtype,
+                    triton_fault=fault,
+                    accumulates=args.gradient_accumulation_fusion,
+                )
+                print(f"smartmoe: {line}", flush=True)
         if not self.is_own_entry and args.smartmoe_run_dir is not None and _is_rank_0():
             self._hold(Path(args.smartmoe_run_dir))
 

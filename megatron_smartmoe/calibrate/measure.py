@@ -27,6 +27,7 @@ import torch.distributed as dist
 
 from megatron_smartmoe.calibrate.measurement import COLLECTIVES, MachineMeasurement, Point, Series
 from megatron_smartmoe.cost.compute import ExpertShape
+from megatron_smartmoe.errors import ConfigError
 from megatron_smartmoe.ops.grouped_linear import Groups, grouped_linear
 
 TURN_S = 10e-3  # least seconds of one repeat
@@ -118,6 +119,43 @@ class Bench:
         dist.all_reduce(times, op=dist.ReduceOp.MAX, group=self.world)
         found: list[float] = times.tolist()
         return found
+
+
+def bench_of_job(
+    device: torch.device,
+    dtype: torch.dtype,
+    per_node: int,
+    repeats: int,
+    report: Callable[[str], object] = lambda text: None,
+) -> Bench:
+    """Make the process groups: the ranks of each node and, across nodes, the ranks with the same local rank.
+
+    All groups of a kind measure at the same time, so that the GPUs of a node share its network card as in training.
+
+    Args:
+        device: device of this rank.
+        dtype: type of weights, activations and messages.
+        per_node: ranks of each node.
+        repeats: repeats of each point.
+        report: called with the name of each measurement before it starts.
+
+    Raises:
+        ConfigError: nodes with unequal numbers of ranks.
+    """
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    if world_size % per_node:
+        rule = f"must divide the {world_size} ranks: every node needs the same number of them"
+        raise ConfigError("LOCAL_WORLD_SIZE", per_node, rule, "For example: torchrun --nnodes 2 --nproc-per-node 8.")
+    nodes, links = world_size // per_node, {}
+    if per_node > 1:
+        within = [list(range(node * per_node, (node + 1) * per_node)) for node in range(nodes)]
+        links["intra"] = [dist.new_group(ranks) for ranks in within][rank // per_node]
+    if nodes > 1:
+        across = [list(range(place, world_size, per_node)) for place in range(per_node)]
+        links["inter"] = [dist.new_group(ranks) for ranks in across][rank % per_node]
+    world = dist.group.WORLD
+    assert world is not None
+    return Bench(device=device, dtype=dtype, world=world, links=links, nodes=nodes, repeats=repeats, report=report)
 
 
 def _point(task: Task, turns_s: list[float]) -> Point:

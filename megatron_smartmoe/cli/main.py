@@ -7,7 +7,17 @@ import os
 import sys
 from collections.abc import Sequence
 
-from megatron_smartmoe.cli import bench_imbalance, calibrate, checkpoint, convert, doctor, plan, report, simulate
+from megatron_smartmoe.cli import (
+    bench_imbalance,
+    calibrate,
+    checkpoint,
+    convert,
+    doctor,
+    explain,
+    plan,
+    report,
+    simulate,
+)
 from megatron_smartmoe.errors import EXIT_CONFIG_ERROR, SmartMoEError
 
 EXIT_BROKEN_PIPE = 141  # as of a program that SIGPIPE ends, in a shell
@@ -21,6 +31,7 @@ def build_parser() -> argparse.ArgumentParser:
     simulate.add_parser(tools)
     bench_imbalance.add_parser(tools)
     report.add_parser(tools)
+    explain.add_parser(tools)
     calibrate.add_parser(tools)
     doctor.add_parser(tools)
     checkpoint.add_parser(tools)

@@ -1,7 +1,8 @@
 """`smartmoe report`: a run as one HTML file that opens from disk.
 
 Losses, step times, balance with and without replicas, loads over time where the counts were recorded, where the experts
-are, and every decision with its predicted and measured gain. It works while the run trains, too.
+are, and every decision with its predicted and measured gain. It works while the run trains, too. Of a routing trace, of
+stock Megatron's too, it shows what balancing would have given, by the simulator.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ def add_parser(tools: Any) -> None:
     """Add the subcommand to the parser of the tools."""
     parser = tools.add_parser("report", help="show a run as one HTML file", description=__doc__)
     add = parser.add_argument
-    add("run_dir", metavar="RUN", type=Path, help="run directory, of a run that has ended or that trains")
+    text = "run directory, of a run that has ended or that trains; or, with --ep, a routing trace"
+    add("run_dir", metavar="RUN", type=Path, help=text)
     add("--compare", type=Path, metavar="RUN2", help="draw another run beside it")
     text = "routing trace of RUN, for its loads over time (default: the one that --smartmoe-record-trace wrote)"
     add("--trace", type=Path, metavar="FILE", help=text)
@@ -31,6 +33,10 @@ def add_parser(tools: Any) -> None:
         "write the page again every SECONDS, and let the browser load it again, until the run has ended (default: 10)"
     )
     add("--live", type=int, nargs="?", const=10, metavar="SECONDS", help=text)
+    add("--ep", type=int, metavar="R", help="of a routing trace: ranks of an expert-parallel group")
+    add("--spare-slots", type=int, metavar="K", help="of a routing trace: replica slots per rank (default: 1)")
+    text = "of a routing trace: machine for predicted times, a file or the name of a shipped one (default: H100)"
+    add("--cluster", type=Path, metavar="YAML", help=text)
     parser.set_defaults(run=run)
 
 
@@ -38,7 +44,9 @@ def run(options: argparse.Namespace) -> int:
     """Run the tool."""
     if importlib.util.find_spec("matplotlib") is None:
         raise ConfigError("report", None, "needs matplotlib for its charts", "Run pip install matplotlib.")
-    output = options.output or options.run_dir / "report.html"
+    is_trace = not (options.run_dir / "metrics.jsonl").is_file() and options.run_dir.exists() and options.ep is not None
+    beside = options.run_dir.with_suffix(".html") if is_trace else options.run_dir / "report.html"
+    output = options.output or beside
     if options.output is not None and not os.path.isdir(output.parent):
         raise ConfigError(
             "--output", str(output), f"there is no directory {output.parent}", f"Run mkdir -p {output.parent}."
@@ -46,6 +54,13 @@ def run(options: argparse.Namespace) -> int:
     if options.live is not None and not _LEAST_S <= options.live <= _MOST_S:
         rule = f"must be from {_LEAST_S} to {_MOST_S} seconds"
         raise ConfigError("--live", options.live, rule, "For example: --live 10.")
+    for name in ("spare_slots", "cluster", "ep"):
+        if not is_trace and getattr(options, name) is not None:
+            flag = "--" + name.replace("_", "-")
+            raise ConfigError(flag, getattr(options, name), "is for a routing trace", f"Remove {flag}.")
+    if is_trace:
+        _write_trace(options, output)
+        return 0
     is_finished = _write(options, output)
     print(f"report: {output}", flush=True)
     if options.live is not None and not is_finished:
@@ -57,6 +72,22 @@ def run(options: argparse.Namespace) -> int:
         except KeyboardInterrupt:
             _write(argparse.Namespace(**{**vars(options), "live": None}), output)  # a page that waits for no more
     return 0
+
+
+def _write_trace(options: argparse.Namespace, output: Path) -> None:
+    from megatron_smartmoe.cli.report_trace import simulated_run
+    from megatron_smartmoe.report.page import page
+
+    for flag, value in (("--compare", options.compare), ("--trace", options.trace), ("--live", options.live)):
+        if value is not None:
+            raise ConfigError(flag, str(value), "is for a run directory", f"Remove {flag}.")
+    spare_slots = 1 if options.spare_slots is None else options.spare_slots
+    for flag, value, least in (("--ep", options.ep, 2), ("--spare-slots", spare_slots, 0)):
+        if not least <= value <= 4096:
+            raise ConfigError(flag, value, f"must be from {least} to 4,096", f"For example: {flag} {max(least, 1)}.")
+    run = simulated_run(options.run_dir, ep=options.ep, spare_slots=spare_slots, cluster=options.cluster)
+    output.write_text(page([run]), encoding="utf-8")
+    print(f"report: {output}", flush=True)
 
 
 def _write(options: argparse.Namespace, output: Path) -> bool:

@@ -295,16 +295,20 @@ def plan(tools: Toolchain, root: Path, cache: Path) -> list[Job]:
     # no fused multiply-add: the CPU kernels round as torch does, so that their twins give the same bits
     cxx += ("-ffp-contract=off", "-isystem", f"{tools.torch}/include")
     stamps = [tools.torch_version, _stamp(tools.cxx[0])]
+    toolkit: list[str] = []  # the version of nvcc, for what includes CUDA's headers
     sources: list[tuple[Path, tuple[str, ...]]] = []
     folders = ["csrc", "csrc/cpu"]
     if tools.cuda:
         nvcc = (f"{tools.cuda}/bin/nvcc", "-std=c++20", "-O3", "-lineinfo", "-Xcompiler", "-fPIC,-fvisibility=hidden")
         nvcc += (*gencode(tools.archs), *(("-ccbin", tools.cxx[0]) if len(tools.cxx) == 1 else ()))
-        stamps.append(_stamp(nvcc[0]))
+        toolkit.append(_stamp(nvcc[0]))
         sources += [(path, nvcc) for path in sorted((root / "csrc/cuda").glob("*.cu"))]
         folders.append("csrc/cuda")
-        cxx += ("-DSMARTMOE_WITH_CUDA",)
-    sources += [(path, cxx) for folder in folders for path in sorted((root / folder).glob("*.cpp"))]
+    # only the registrations differ with CUDA: builds with and without it share all other objects
+    registrations = (*cxx, "-DSMARTMOE_WITH_CUDA") if tools.cuda else cxx
+    for folder in folders:
+        for path in sorted((root / folder).glob("*.cpp")):
+            sources.append((path, registrations if path == root / "csrc/ops.cpp" else cxx))
     if not sources:
         raise BuildError("csrc", str(root / "csrc"), "it has no sources", "Build in a checkout of the repository")
     paths = sorted(path for path in (root / "csrc").rglob("*") if path.suffix in HEADERS)
@@ -313,7 +317,8 @@ def plan(tools: Toolchain, root: Path, cache: Path) -> list[Job]:
     for path, compiler in sources:
         source = path.relative_to(root)  # commands run in the root, so messages are short
         command = (*compiler, "-c", str(source))
-        key = _digest(*command, *stamps, path.read_bytes(), *headers)
+        versions = stamps + (toolkit if path.parent.name == "cuda" else [])
+        key = _digest(*command, *versions, path.read_bytes(), *headers)
         name = "_".join(source.parts[1:]).replace(".", "_")
         jobs.append(Job(source=source, command=command, object=cache / f"{name}-{key[:16]}.o"))
     return jobs

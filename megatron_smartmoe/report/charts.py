@@ -76,7 +76,7 @@ def lines(
         axes.set_xlabel("iteration")
         axes.set_ylabel(y_label)
         if len(curves) > 1:
-            axes.legend(loc="upper right")
+            axes.legend(loc="best")
     return _inline(out[0], title)
 
 

@@ -86,15 +86,16 @@ def _headline(runs: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
         "validation loss": [_last(run, "validation loss", "{:.4f}") for run in runs],
         "seconds per step, median": [_median(run, "seconds_per_step", "{:.3f}") for run in runs],
         "tokens per second, median": [_median(run, "tokens_per_second", "{:,.0f}") for run in runs],
-        "max / mean tokens per rank, homes alone": [_mean_balance(run, "homes") for run in runs],
-        "max / mean tokens per rank, with replicas": [_mean_balance(run, "split") for run in runs],
+        f"max / mean tokens per rank, {runs[0].compared[0]}": [_mean_balance(run, "homes") for run in runs],
+        f"max / mean tokens per rank, {runs[0].compared[1]}": [_mean_balance(run, "split") for run in runs],
         "moves of homes taken": [_moves(run) for run in runs],
     }
     return [(name, values) for name, values in rows.items() if any(values)]
 
 
 def _last_iteration(run: RunRecord) -> str:
-    last = max((int(series.iteration[-1]) for series in run.metrics.values()), default=0)
+    logged = [int(series.iteration[-1]) for series in run.metrics.values()]
+    last = max(logged, default=int(run.summary.get("iterations", 0)))
     return f"{last:,}{'' if run.is_finished else ' so far'}"
 
 
@@ -163,7 +164,7 @@ def _balance_chart(runs: Sequence[RunRecord]) -> Figure | None:
     for number, run in enumerate(runs):
         if run.balance:
             iterations = np.unique(np.concatenate([balance.iteration for balance in run.balance]))
-            for at, (which, label) in enumerate((("split", "with replicas"), ("homes", "homes alone"))):
+            for at, (which, label) in enumerate(zip(("split", "homes"), reversed(run.compared), strict=True)):
                 worst = [
                     max(getattr(one, which)[one.iteration == iteration].max(initial=1.0) for one in run.balance)
                     for iteration in iterations
@@ -182,7 +183,7 @@ def _balance_row(balance: Balance) -> tuple[str, str, str, str]:
         f"{balance.homes.mean():.3f}",
         f"{balance.split.mean():.3f}",
         f"{balance.split.max():.3f}",
-        f"{balance.replicas.mean():.1f}",
+        "" if balance.replicas is None else f"{balance.replicas.mean():.1f}",
     )
 
 

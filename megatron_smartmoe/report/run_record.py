@@ -19,7 +19,8 @@ from megatron_smartmoe.spec.trace import RoutingTrace, load_trace
 
 WAY_OUT = "Give the run directory that a training has written."
 _BALANCE = re.compile(r"balance-stage(\d+)-group(\d+)\.jsonl")
-_REPLICAS = re.compile(r"replicas-stage(\d+)-group0\.jsonl")  # one group's stand for all: each plans its own
+_REPLICAS = re.compile(r"replicas-stage(\d+)-group0\.jsonl")
+_OF_A_DECISION = {"iteration", "kind", "group", "inputs", "before", "after", "taken", "why", "changes"}
 _ARGUMENT = re.compile(r"^  (\w+) \.\.\.+ (.*)$", re.MULTILINE)
 
 
@@ -40,14 +41,14 @@ class Balance:
         iteration: `[N]`.
         homes: if homes alone computed the tokens, the worst micro-batch and group, `[N]`.
         split: with replicas, likewise.
-        replicas: filled, mean over micro-batches and groups.
+        replicas: filled, mean over micro-batches and groups; None where they were not counted.
     """
 
     layer: int
     iteration: FloatArray
     homes: FloatArray
     split: FloatArray
-    replicas: FloatArray
+    replicas: FloatArray | None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -68,6 +69,7 @@ class RunRecord:
         config: the configuration, as text.
         plan: the chosen launch, with --parallel auto.
         notes: what could not be read.
+        compared: what `homes` and `split` of the balance are, in words.
     """
 
     name: str
@@ -83,6 +85,7 @@ class RunRecord:
     config: str
     plan: dict[str, Any]
     notes: list[str]
+    compared: tuple[str, str] = ("homes alone", "with replicas")
 
     @property
     def is_finished(self) -> bool:
@@ -106,15 +109,13 @@ def read_run(directory: Path, trace: Path | None = None) -> RunRecord:
         raise ConfigError("RUN", str(directory), "has no metrics.jsonl: it is no run directory", WAY_OUT)
     notes: list[str] = []
     arguments = _arguments(directory)
-    decisions = list(_lines(directory / "smartmoe.jsonl"))
+    decisions = list(read_decisions(directory / "smartmoe.jsonl"))
     return RunRecord(
         name=directory.resolve().name,
         metrics=_metrics(directory),
         balance=_balance(directory),
         decisions=decisions,
-        num_replica_plans=sum(
-            1 for path in sorted(directory.iterdir()) if _REPLICAS.fullmatch(path.name) for _ in _lines(path)
-        ),
+        num_replica_plans=sum(1 for path in replica_files(directory) for _ in read_decisions(path)),
         placement=_placement(decisions, arguments, directory),
         trace=_trace(trace, arguments, notes),
         summary=_object(directory / "summary.json"),
@@ -138,8 +139,12 @@ def _object(path: Path) -> dict[str, Any]:
     return read_object(_named(path)) if path.is_file() else {}
 
 
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a file, without a last one that is being written."""
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a file with one a line, without a last one that is being written; none if there is no file.
+
+    Raises:
+        ConfigError: it is damaged; names the line.
+    """
     if path.is_file():
         for number, value, _ in read_json_lines(_named(path)):
             if value is CUT:
@@ -149,9 +154,27 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
             yield value
 
 
+def read_decisions(path: Path) -> Iterator[dict[str, Any]]:
+    """The decisions in a file.
+
+    Raises:
+        ConfigError: see `read_lines`; or a line lacks what every decision has.
+    """
+    for number, line in enumerate(read_lines(path), 1):
+        if missing := _OF_A_DECISION - line.keys():
+            rule = f"is not a decision: it lacks {min(missing)}"
+            raise ConfigError(f"{path}: line {number}", str(line)[:100], rule, "Take the line away.")
+        yield line
+
+
+def replica_files(directory: Path) -> list[Path]:
+    """The logs of replicas: of one group of each pipeline stage, which stands for all; every group plans its own."""
+    return sorted(path for path in directory.iterdir() if _REPLICAS.fullmatch(path.name))
+
+
 def _metrics(directory: Path) -> dict[str, Series]:
     found: dict[str, dict[int, float]] = {}
-    for line in _lines(directory / "metrics.jsonl"):
+    for line in read_lines(directory / "metrics.jsonl"):
         values = {name: value for name, value in line.items() if isinstance(value, int | float)}
         for name, value in line.get("validation", {}).items():
             values[f"validation {name.removeprefix('lm ')}"] = value
@@ -175,7 +198,7 @@ def _balance(directory: Path) -> list[Balance]:
     for path in sorted(directory.iterdir()):
         if not _BALANCE.fullmatch(path.name):
             continue
-        for line in _lines(path):
+        for line in read_lines(path):
             for at, layer in enumerate(line["layers"]):
                 homes, split, copies = (line[name][at] for name in ("homes", "split", "copies"))
                 if homes:
@@ -227,12 +250,11 @@ def _placement(decisions: Sequence[dict[str, Any]], arguments: dict[str, str], d
                 if slot < start.home_slots:
                     slots_LRS[layer, rank, slot] = after
     # Step 2: replicas, of the first group of each stage.
-    for path in sorted(directory.iterdir()):
-        if _REPLICAS.fullmatch(path.name):
-            for decision in _lines(path):
-                for layer, rank, slot, _, after in decision["changes"] if decision["taken"] else ():
-                    if slot >= start.home_slots:
-                        slots_LRS[layer, rank, slot] = after
+    for path in replica_files(directory):
+        for decision in read_decisions(path):
+            for layer, rank, slot, _, after in decision["changes"] if decision["taken"] else ():
+                if slot >= start.home_slots:
+                    slots_LRS[layer, rank, slot] = after
     try:
         return Placement(slots_LRS=slots_LRS, num_experts=experts)
     except PlanError:

@@ -55,8 +55,8 @@ def cluster_for(device: Device) -> tuple[ClusterSpec, str]:
     line = (
         f"no cluster file is shipped for {device.name} (sm_{device.capability[0]}{device.capability[1]}, "
         f"{device.memory_bytes / 1e9:.0f} GB): prices come from the nearest, {nearest.name} ({nearest.gpu.name}, "
-        f"{'NVLink' if with_nvlink else 'PCIe'}). Measure your own: smartmoe calibrate --output FILE, then "
-        "--smartmoe-cluster FILE"
+        f"{'NVLink' if with_nvlink else 'PCIe'}), until training measures its own at its start. To have the same in "
+        "every run: smartmoe calibrate --output FILE, then --smartmoe-cluster FILE"
     )
     return nearest, line
 

@@ -1,4 +1,7 @@
-"""What torch's grouped GEMM does on this device: empty groups, waits of the host, and speed against a GEMM each.
+"""What the grouped GEMMs do on this device: empty groups, waits of the host, and speed against a GEMM each.
+
+Torch's and Triton's: which of them multiplies depends on the type and the GPU, and Triton's adds weight gradients to
+float32 sums everywhere.
 
     python3 -m scripts.gpu.grouped_gemm [--device cuda|cpu]
 
@@ -54,6 +57,21 @@ def wrong_gradients(counts: list[int], dtype: torch.dtype, device: str) -> str:
     return ""
 
 
+def wrong_sums(counts: list[int], device: str) -> str:
+    """What is wrong with bfloat16 weight gradients that are added to float32 sums; empty if nothing is."""
+    from megatron_smartmoe.ops.grouped_linear import Groups, add_weight_gradient
+
+    rows = torch.randn(sum(counts), 512, device=device, dtype=torch.bfloat16)
+    gradient = torch.randn(sum(counts), 256, device=device, dtype=torch.bfloat16)
+    sums = torch.ones(len(counts), 256, 512, device=device)
+    add_weight_gradient(sums, gradient, rows, Groups.of(rows, torch.tensor(counts)))
+    for slot, (x, dy) in enumerate(zip(rows.split(counts), gradient.split(counts), strict=True)):
+        difference = float((sums[slot] - 1 - dy.float().t().mm(x.float())).abs().max())
+        if difference > 1e-3 * max(1, counts[slot]) ** 0.5:  # a rounding to bfloat16 would be seen
+            return f"the sum of expert {slot} differs by {difference:g}"
+    return ""
+
+
 def host_waits(call: Callable[[], object]) -> int:
     """How many times a call makes the host wait for the device."""
     torch.cuda.synchronize()
@@ -97,8 +115,8 @@ def _one_by_one(parts: Sequence[torch.Tensor], weight: torch.Tensor) -> list[tor
 
 
 def measure_speed(device: str) -> None:
-    """Report the grouped GEMM's speed, and that of a GEMM for each expert, in the same run."""
-    from megatron_smartmoe.ops.grouped_linear import Groups, grouped_linear
+    """Report the grouped GEMMs' speed, and that of a GEMM for each expert, in the same run."""
+    from megatron_smartmoe.ops.grouped_linear import Groups, add_weight_gradient, grouped_linear, weight_gradient
 
     for experts, rows, columns, outputs in SIZES[device]:
         x = torch.randn(experts * rows, columns, device=device, dtype=torch.bfloat16)
@@ -110,6 +128,15 @@ def measure_speed(device: str) -> None:
         each = seconds(partial(_one_by_one, parts, weight), device)
         report(f"grouped GEMM, {size}", flop / together / 1e12, "TFLOP/s")
         report(f"a GEMM each, {size}", flop / each / 1e12, "TFLOP/s")
+        gradient = torch.randn(experts * rows, outputs, device=device, dtype=torch.bfloat16)
+        sums = torch.zeros(experts, outputs, columns, device=device)
+        rounded = seconds(lambda: sums.add_(weight_gradient(gradient, x, weight, groups)), device)  # noqa: B023
+        added = seconds(partial(add_weight_gradient, sums, gradient, x, groups), device)
+        report(f"weight gradient, rounded, then added, {size}", flop / rounded / 1e12, "TFLOP/s")
+        report(f"weight gradient added to float32 sums, {size}", flop / added / 1e12, "TFLOP/s")
+        if device == "cuda" and groups.ends_S is not None:
+            kernel = partial(torch.ops.smartmoe_triton.multiply, x, weight.transpose(1, 2), groups.ends_S)
+            report(f"grouped GEMM in Triton, {size}", flop / seconds(kernel, device) / 1e12, "TFLOP/s")
 
 
 def main() -> int:
@@ -123,9 +150,17 @@ def main() -> int:
     choose_device(device)
     print(torch.__version__, ops.backend(), flush=True)
     problems = []
+    if device == "cuda":
+        from megatron_smartmoe.ops.grouped_linear import triton_fault
+
+        print(f"Triton: {triton_fault(torch.device('cuda', 0)) or 'works'}", flush=True)
     for counts in COUNTS:
-        problem = wrong_gradients(counts, torch.bfloat16, device)
-        print(f"weight gradients of {counts} rows: {problem or 'right'}", flush=True)
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            problem = wrong_gradients(counts, dtype, device)
+            print(f"weight gradients of {counts} rows, {dtype}: {problem or 'right'}".replace("torch.", ""), flush=True)
+            problems += [problem] if problem else []
+        problem = wrong_sums(counts, device)
+        print(f"float32 sums of {counts} rows: {problem or 'right'}", flush=True)
         problems += [problem] if problem else []
     if device == "cuda":
         for dtype in (torch.bfloat16, torch.float16, torch.float32):

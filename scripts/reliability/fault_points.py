@@ -34,7 +34,7 @@ FUNCTIONS = {
     ),
     "save: index": "megatron.core.dist_checkpointing.strategies.filesystem_async:FileSystemWriterAsync.finish",
     "save: manifest": "megatron_smartmoe.adapter.checkpoint.saving:write_manifest",
-    "save: tracker": "megatron_smartmoe.adapter.checkpoint.tracker:commit",
+    "save: tracker": "megatron_smartmoe.adapter.checkpoint.saving:write_tracker",
 }
 MIGRATION = {f"migration: {point}": point for point in ("received", "staged", "agreed", "committed")}
 MOMENTS = ("start", "save: begin", "save: end", "evaluation", "end")  # of a Callback
@@ -121,13 +121,23 @@ class _Trap:
             ACTIONS[self.order.action](self.order)
 
 
-def _wrap(where: str, before: Callable[[], None]) -> None:
-    """Call `before` ahead of a function that is named `module:Class.method` or `module:function`."""
+def holder_of(where: str) -> tuple[Any, str]:
+    """The module or class that has a function, and its name there.
+
+    Args:
+        where: `module:Class.method` or `module:function`.
+    """
     module, _, path = where.partition(":")
     holder: Any = importlib.import_module(module)
     *outer, name = path.split(".")
     for each in outer:
         holder = getattr(holder, each)
+    return holder, name
+
+
+def _wrap(where: str, before: Callable[[], None]) -> None:
+    """Call `before` ahead of a function; see `holder_of`."""
+    holder, name = holder_of(where)
     original = getattr(holder, name)
 
     @functools.wraps(original)

@@ -16,6 +16,7 @@ from megatron_smartmoe.adapter import cost_inputs as training
 from megatron_smartmoe.adapter.launch import calibrate, process
 from megatron_smartmoe.adapter.launch import machine as launcher
 from megatron_smartmoe.adapter.launch.topology import Topology
+from megatron_smartmoe.calibrate.measure import bench_of_job
 from megatron_smartmoe.calibrate.options import CalibrateOptions
 from megatron_smartmoe.cli.main import main as smartmoe
 from megatron_smartmoe.errors import ConfigError
@@ -159,7 +160,7 @@ def test_unequal_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dist, "get_rank", lambda: 0)
     monkeypatch.setattr(dist, "get_world_size", lambda: 3)
     with pytest.raises(ConfigError, match="LOCAL_WORLD_SIZE = 2: must divide the 3 ranks"):
-        calibrate._bench(torch.device("cpu"), torch.float32, 2, 1)
+        bench_of_job(torch.device("cpu"), torch.float32, 2, 1)
 
 
 # --- who is sent here
@@ -186,7 +187,8 @@ def test_an_unknown_gpu_gets_the_nearest_prices_and_is_sent_to_calibrate(monkeyp
     assert cluster.name == "2x8-h100-pcie"
     assert line == (
         "no cluster file is shipped for NVIDIA Unheard Of (sm_90, 90 GB): prices come from the nearest, 2x8-h100-pcie "
-        "(H100-PCIE-80GB, PCIe). Measure your own: smartmoe calibrate --output FILE, then --smartmoe-cluster FILE"
+        "(H100-PCIE-80GB, PCIe), until training measures its own at its start. To have the same in every run: smartmoe "
+        "calibrate --output FILE, then --smartmoe-cluster FILE"
     )
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +55,19 @@ def turns() -> tuple[list[int], list[float]]:
     return order, [point.time_s for point in found.points]
 
 
+def at_the_start(sizes_bytes: tuple[int, ...]) -> tuple[str, Any]:
+    """The line of a measurement at the start of training, and the machine that is priced with afterwards."""
+    from argparse import Namespace
+
+    from megatron_smartmoe.adapter import cost_inputs, measured_prices
+
+    args = Namespace(smartmoe=True, smartmoe_cluster=None)
+    before = cost_inputs.machine(args)
+    of_job = measure.bench_of_job(torch.device("cpu"), torch.float32, RANKS, REPEATS)
+    line = measured_prices.measure_prices(replace(PLAN, sizes_bytes=sizes_bytes), of_job, before)
+    return line, cost_inputs.machine(args)
+
+
 def on_a_rank() -> dict[str, Any]:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
@@ -60,6 +75,8 @@ def on_a_rank() -> dict[str, Any]:
         "one node": measure.measure(PLAN, bench(("intra",)), "gloo"),
         "two nodes": measure.measure(PLAN, bench(("inter",)), "gloo"),
         "turns": turns(),
+        "no line": at_the_start((4096, 4096)),  # then another time's numbers cannot be in use yet
+        "start": at_the_start(PLAN.sizes_bytes),
     }
     dist.destroy_process_group()
     return found
@@ -98,6 +115,23 @@ def test_every_series_has_its_points(case: str, link: str, measured: list[dict[s
 @pytest.mark.dist
 def test_every_rank_has_the_same(measured: list[dict[str, Any]]) -> None:
     assert measured[0]["one node"] == measured[1]["one node"]
+
+
+@pytest.mark.dist
+def test_prices_measured_at_the_start_are_used_and_the_same_on_all_ranks(measured: list[dict[str, Any]]) -> None:
+    (line, cluster), (_, other) = (found["start"] for found in measured)
+    assert cluster == other
+    assert (cluster.name, cluster.gpu.name, cluster.gpus_per_node) == ("measured", "CPU-thread", RANKS)
+    assert re.fullmatch(
+        r"prices measured in [\d.]+ s on 2 x CPU-thread: [\d.e+-]+ TFLOP/s of grouped GEMM, [\d.e+-]+ GB/s of "
+        r"memory, [\d.e+-]+ GB/s between ranks of a node\. To have the same in every run: smartmoe calibrate "
+        r"--output FILE, then --smartmoe-cluster FILE",
+        line,
+    )
+    line, cluster = measured[0]["no line"]
+    assert line.startswith("prices could not be measured (")
+    assert line.endswith("): those of cpu are used")
+    assert cluster.name == "cpu"
 
 
 @pytest.mark.dist

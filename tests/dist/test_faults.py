@@ -12,10 +12,22 @@ import pytest
 from scripts.reliability import fault_mounts, faults, heap
 from scripts.reliability.fault_judge import GOOD
 from scripts.reliability.fault_plan import KINDS, SHORT, draw
+from scripts.reliability.fault_points import FUNCTIONS, holder_of
+from tests.support.ranks import run_ranks
 
 pytestmark = pytest.mark.dist
 
 SEED = 3
+
+
+def _missing_points() -> list[str]:
+    """In a rank, with Megatron: the points whose function is not there."""
+    return [point for point, where in FUNCTIONS.items() if not hasattr(*holder_of(where))]
+
+
+def test_every_point_is_there(tmp_path: Path) -> None:
+    """A function that was renamed would leave its faults without effect: they would not strike."""
+    assert run_ranks(_missing_points, 1, log_dir=tmp_path) == [[]]
 
 
 def test_twelve_faults(tmp_path: Path) -> None:

@@ -44,10 +44,14 @@ def _setup(ranks: int = 2) -> tuple[Any, Any, list[Any]]:
     return spare, home, seen
 
 
-def _passes(num_passes: int, keeps: bool) -> dict[str, Any]:
+def _passes(num_passes: int, keeps: bool, accumulates: bool) -> dict[str, Any]:
     import torch
 
+    from megatron_smartmoe.adapter.moe import main_gradients
+    from megatron_smartmoe.ops.grouped_linear import Groups, grouped_linear
+
     spare, home, seen = _setup()
+    spare._accumulates = accumulates
     if not keeps:
         spare._keeps, spare._weights, spare._sums = False, None, None
     rank = spare.wire.rank
@@ -61,7 +65,13 @@ def _passes(num_passes: int, keeps: bool) -> dict[str, Any]:
         (weights,) = spare.weights()
         copied.append(weights.detach().clone())
         # this rank's tokens: factor 1 + number at the homes, 10 x (1 + rank) at the replica
-        loss = (home * (1 + number)).sum() + (weights * 10 * (1 + rank)).sum()
+        loss, factor = (home * (1 + number)).sum(), 10 * (1 + rank)
+        if accumulates:  # the gradient of all ones, added to the sums by who computes it
+            ones = torch.ones(1, 3)
+            groups = Groups.of(ones, torch.tensor([1]))
+            loss = loss + (grouped_linear(ones, weights, groups, main_gradients.add) * factor).sum()
+        else:
+            loss = loss + (weights * factor).sum()
         loss.backward()
     return {
         "copied": torch.stack(copied),
@@ -72,9 +82,14 @@ def _passes(num_passes: int, keeps: bool) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize(("num_passes", "keeps"), [(1, True), (3, True), (1, False), (2, False)])
-def test_weights_go_out_and_gradients_come_home(num_passes: int, keeps: bool, tmp_path: Path) -> None:
-    ranks = run_ranks(_passes, 2, num_passes, keeps, log_dir=tmp_path)
+@pytest.mark.parametrize(
+    ("num_passes", "keeps", "accumulates"),
+    [(1, True, False), (3, True, False), (3, True, True), (1, False, False), (2, False, False)],
+)
+def test_weights_go_out_and_gradients_come_home(
+    num_passes: int, keeps: bool, accumulates: bool, tmp_path: Path
+) -> None:
+    ranks = run_ranks(_passes, 2, num_passes, keeps, accumulates, log_dir=tmp_path)
     experts = np.arange(24.0).reshape(4, 2, 3)
     at_home = sum(1 + number for number in range(num_passes))
     for rank, (result, replica_expert, gave) in enumerate(zip(ranks, (2, 0), (0, 2), strict=True)):

@@ -27,6 +27,7 @@ SHARED: dict[str, Any] = {"moe_shared_expert_intermediate_size": 128}
 CASES = {
     "homes": Case(),
     "fused SwiGLU": Case(options={"bias_activation_fusion": True}),
+    "float32 sums": Case(accumulates=True),
     "capacity": Case(options={"moe_expert_capacity_factor": 1.0}),
     "shared experts": Case(options=SHARED),
     "overlapped shared experts": Case(options=SHARED | {"moe_shared_expert_overlap": True}),
@@ -42,6 +43,7 @@ CASES = {
 LAUNCHES = {
     "homes": (32, 30),
     "fused SwiGLU": (28, 22),
+    "float32 sums": (32, 30),
     "capacity": (39, 31),
     "shared experts": (38, 39),
     "overlapped shared experts": (37, 39),
@@ -106,6 +108,11 @@ def test_replicas_are_fetched_and_their_gradients_returned(found: dict[str, Foun
     for name in ("replicas", "replicas, 4 chunks"):
         assert found[name].posted["isend"] == found[name].posted["irecv"] > 0
     assert found["homes"].posted["isend"] == 0
+
+
+def test_gradients_are_added_to_float32_sums(found: dict[str, Found]) -> None:
+    assert found["float32 sums"].backward["add_weight_gradient"] == 2
+    assert found["homes"].backward["_grouped_mm"] - found["float32 sums"].backward["_grouped_mm"] == 2
 
 
 def test_faults_are_found(found: dict[str, Found]) -> None:

@@ -21,7 +21,7 @@ HIDDEN, FFN, SLOTS = 16, 24, 4
 COUNTS = (5, 0, 7, 1)
 
 
-def experts_with(dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
+def experts_with(dtype: torch.dtype = torch.float32, *, delayed: bool = False, **changes: Any) -> Any:
     """Slotted experts of one rank with drawn weights, the same for every call."""
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.transformer.transformer_config import TransformerConfig
@@ -43,6 +43,7 @@ def experts_with(dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
         "params_dtype": dtype,
     }
     config = TransformerConfig(**(options | changes))
+    config.delay_wgrad_compute = delayed  # the constructor takes it with the schedule of two micro-batches only
     experts = SlottedExperts(SLOTS, config, ProcessGroupCollection.use_mpu_process_groups())
     generator = torch.Generator().manual_seed(3)
     for parameter in experts.parameters():
@@ -113,11 +114,68 @@ def a_recomputed_activation_is_not_kept() -> None:
     assert kept[0] - kept[1] >= 13 * FFN * 4
 
 
+def summed(dtype: torch.dtype, *, micro_batches: int = 4, **options: Any) -> list[torch.Tensor]:
+    """What Megatron's wrapper for data parallelism has in `main_grad` of both weights after some micro-batches."""
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+
+    experts = experts_with(dtype, **options)
+    delayed = experts.config.delay_wgrad_compute
+    ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=True, overlap_grad_reduce=True, delay_wgrad_compute=delayed)
+    model = DistributedDataParallel(experts.config, ddp, experts)
+    handed_over: list[bool] = []
+    for weight in experts.parameters():
+        weight.register_hook(lambda gradient: handed_over.append(gradient is not None))
+    generator = torch.Generator().manual_seed(7)
+    for number in range(micro_batches):
+        rows = torch.randn(sum(COUNTS), HIDDEN, generator=generator).to(dtype).requires_grad_()
+        probs = torch.rand(sum(COUNTS), generator=generator).requires_grad_()
+        for group in model.expert_parallel_bucket_groups + model.bucket_groups:
+            group.is_last_microbatch = number == micro_batches - 1  # as in Megatron's schedule
+        output, _ = model(rows, torch.tensor(COUNTS), probs)
+        output.backward(torch.randn(output.shape, generator=generator).to(dtype))
+        experts.backward_dw()
+    assert handed_over.count(True) == (0 if delayed else 2 * micro_batches), handed_over
+    model.finish_grad_sync()  # stops if a gradient was not reported to the bucket's group
+    return [weight.main_grad.clone() for weight in experts.parameters()]
+
+
+FUSED: dict[str, Any] = {"gradient_accumulation_fusion": True}
+DELAYED: dict[str, Any] = {"delayed": True}
+
+
+def accumulated_gradients_are_not_rounded() -> None:
+    """The gradient of an expert in bfloat16 with float32 sums is nearer to the exact one, however it is computed."""
+    rounded = summed(torch.bfloat16)
+    fused = summed(torch.bfloat16, **FUSED)
+    for one, other in zip(fused, rounded, strict=True):
+        torch.testing.assert_close(one, other, rtol=2e-2, atol=2e-2)
+        as_bf16 = one.bfloat16().float()
+        assert (one != as_bf16).any()
+        assert not one[COUNTS.index(0)].any()
+    for options in (RECOMPUTED, DELAYED):
+        for one, other in zip(summed(torch.bfloat16, **FUSED, **options), fused, strict=True):
+            assert torch.equal(one, other)
+    # One micro-batch: autograd's gradient is this one, rounded once
+    for one, other in zip(
+        summed(torch.bfloat16, micro_batches=1, **FUSED), summed(torch.bfloat16, micro_batches=1), strict=True
+    ):
+        assert not torch.equal(one, other)
+        assert torch.equal(one.bfloat16().float(), other)
+
+
+def in_float32_no_bit_changes() -> None:
+    for options in (dict[str, Any](), RECOMPUTED, DELAYED):
+        for one, other in zip(summed(torch.float32, **FUSED, **options), summed(torch.float32), strict=True):
+            assert torch.equal(one, other)
+
+
 CHECKS: tuple[Callable[[], None], ...] = (
     the_fused_activation_is_the_plain_one,
     no_rows_are_no_error,
     a_recomputed_activation_changes_no_bit,
     a_recomputed_activation_is_not_kept,
+    accumulated_gradients_are_not_rounded,
+    in_float32_no_bit_changes,
 )
 
 

@@ -44,12 +44,14 @@ class Case:
     Attributes:
         degree: chunks of each all-to-all.
         replicas: whether there is a spare slot, planned from exact counts.
+        accumulates: whether weight gradients are added to float32 sums as they are computed.
         attention: whether the whole transformer layer is run and not only its MoE layer.
         options: of Megatron's TransformerConfig.
     """
 
     degree: int = 1
     replicas: bool = False
+    accumulates: bool = False
     attention: bool = False
     options: dict[str, Any] = field(default_factory=dict)
 
@@ -296,32 +298,32 @@ def _config(case: Case) -> Any:
 
 def build(case: Case, device: torch.device, *, stock: bool = False) -> tuple[torch.nn.Module, Any]:
     """The layer that the product builds without TransformerEngine, or Megatron's own, and its configuration."""
-    from dataclasses import replace
-    from functools import partial
-
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 
-    from megatron_smartmoe.adapter.local.attention import SDPAttention
-    from megatron_smartmoe.adapter.local.norm import TorchNorm
-    from megatron_smartmoe.adapter.moe.experts import SlottedExperts
-    from megatron_smartmoe.adapter.moe.layer import SmartMoELayer
-    from megatron_smartmoe.adapter.moe.overlap import OverlappedMoELayer
+    from megatron_smartmoe.adapter import hooks
+    from megatron_smartmoe.adapter.moe.modules import Modules
 
     config = _config(case)
+    hooks.use_modules(
+        Modules(
+            balances=not stock,
+            slotted=True,
+            may_cut=False,
+            overlap_degree=lambda: case.degree,
+            norm="all",
+            sdpa=True,
+        )
+    )
     spec = get_gpt_layer_local_spec(
         num_experts=config.num_moe_experts,
         multi_latent_attention=bool(case.options.get("multi_latent_attention")),
         normalization="RMSNorm",
     )
-    kind: Any = partial(OverlappedMoELayer, overlap_degree=case.degree) if case.degree > 1 else SmartMoELayer
-    parts, attention = spec.submodules, spec.submodules.self_attention
-    inner = replace(attention.submodules, core_attention=SDPAttention)
-    norms = {"input_layernorm": TorchNorm, "pre_mlp_layernorm": TorchNorm}
-    parts = replace(parts, self_attention=replace(attention, submodules=inner), **norms)
-    if not stock:
-        experts = replace(parts.mlp.keywords["submodules"], experts=SlottedExperts)
-        parts = replace(parts, mlp=partial(kind, submodules=experts))
-    whole = spec.module(config, submodules=parts, layer_number=1).to(device)
+    whole = spec.module(config, submodules=spec.submodules, layer_number=1).to(device)
+    if case.accumulates:  # the flag alone would ask for apex, whose kernel Megatron's attention takes
+        whole.mlp.experts.accumulates = True
+        for weight in whole.mlp.experts.parameters():  # as Megatron's wrapper for data parallelism gives them
+            weight.main_grad = torch.empty_like(weight, dtype=torch.float32)
     if case.replicas:
         _with_replicas(whole.mlp, config)
     return (whole if case.attention else whole.mlp), config

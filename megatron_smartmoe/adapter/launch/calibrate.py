@@ -24,7 +24,7 @@ from megatron_smartmoe.adapter.launch.ending import Ending
 from megatron_smartmoe.adapter.launch.slurm import srun, step_options
 from megatron_smartmoe.adapter.launch.topology import find_topology, reports_errors
 from megatron_smartmoe.calibrate.cluster_file import fit_machine
-from megatron_smartmoe.calibrate.measure import Bench, BenchPlan, measure, usable_cores
+from megatron_smartmoe.calibrate.measure import BenchPlan, bench_of_job, measure, usable_cores
 from megatron_smartmoe.calibrate.measurement import MachineMeasurement
 from megatron_smartmoe.calibrate.options import CalibrateOptions, add_arguments, as_argv, copy_sizes
 from megatron_smartmoe.calibrate.table import as_table
@@ -88,7 +88,7 @@ def run_rank(options: CalibrateOptions, nominal: ClusterSpec | None) -> int:
     dist.init_process_group(backend, device_id=device if kind == "cuda" else None)
     try:
         dtype = _dtype(kind)
-        bench = _bench(device, dtype, per_node, options.repeats)
+        bench = bench_of_job(device, dtype, per_node, options.repeats, _report_progress)
         measured = measure(_plan(options, kind, dtype), bench, _how(backend, dtype))
         if dist.get_rank() == 0:
             shipped = fitting_cluster(torch.cuda.get_device_name() if kind == "cuda" else None)
@@ -133,30 +133,9 @@ def _plan(options: CalibrateOptions, kind: str, dtype: torch.dtype) -> BenchPlan
     )
 
 
-def _bench(device: torch.device, dtype: torch.dtype, per_node: int, repeats: int) -> Bench:
-    """Make the process groups: the ranks of each node and, across nodes, the ranks with the same local rank.
-
-    All groups of a kind measure at the same time, so that the GPUs of a node share its network card as in training.
-    """
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    if world_size % per_node:
-        rule = f"must divide the {world_size} ranks: every node needs the same number of them"
-        raise ConfigError("LOCAL_WORLD_SIZE", per_node, rule, "For example: torchrun --nnodes 2 --nproc-per-node 8.")
-    nodes, links = world_size // per_node, {}
-    if per_node > 1:
-        within = [list(range(node * per_node, (node + 1) * per_node)) for node in range(nodes)]
-        links["intra"] = [dist.new_group(ranks) for ranks in within][rank // per_node]
-    if nodes > 1:
-        across = [list(range(place, world_size, per_node)) for place in range(per_node)]
-        links["inter"] = [dist.new_group(ranks) for ranks in across][rank % per_node]
-
-    def report(name: str) -> None:
-        if rank == 0:
-            print(f"measuring {name} ...", flush=True)
-
-    world = dist.group.WORLD
-    assert world is not None
-    return Bench(device=device, dtype=dtype, world=world, links=links, nodes=nodes, repeats=repeats, report=report)
+def _report_progress(name: str) -> None:
+    if dist.get_rank() == 0:
+        print(f"measuring {name} ...", flush=True)
 
 
 def _how(backend: str, dtype: torch.dtype) -> str:

@@ -167,6 +167,7 @@ class ReplicaLoop(Callback):
             self._wire,
             lambda: [weight.main_grad for weight in weights],
             keeps=keeps,
+            accumulates=experts.accumulates,
         )
         experts.spare_slots.keep(self._mode == "history")
         layer.token_dispatcher = ReplicaDispatcher(

@@ -28,10 +28,11 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
 
 from megatron_smartmoe.adapter.local.muon import mark_matrices
+from megatron_smartmoe.adapter.moe import main_gradients
 from megatron_smartmoe.adapter.moe.delayed_gradients import DelayedGradients
 from megatron_smartmoe.adapter.moe.slot_sharding import SlotSharding
 from megatron_smartmoe.ops import swiglu
-from megatron_smartmoe.ops.grouped_linear import Groups, grouped_linear, recomputed_linear
+from megatron_smartmoe.ops.grouped_linear import Groups, Taker, grouped_linear, recomputed_linear
 from megatron_smartmoe.runtime.replicas.slots import SpareSlots
 
 _EXTRA_STATE = "extra_state_of_experts"  # in a sharded state dict; in no checkpoint
@@ -50,6 +51,7 @@ class SlottedExperts(MegatronModule):
         weight1: `[S, F1, H]`.
         weight2: `[S, H, F2]`.
         experts_in_slots: logical expert in each home slot; at the start those of a contiguous placement.
+        accumulates: whether gradients are added to float32 sums where the weights have some; see `main_gradients`.
         spare_slots: slots for replicas of other ranks' experts, or None. They are not parameters and are never saved.
     """
 
@@ -71,7 +73,8 @@ class SlottedExperts(MegatronModule):
         self._gated = bool(config.gated_linear_unit)
         selective = config.recompute_granularity == "selective"
         self._recomputes_activation = selective and "moe_act" in (config.recompute_modules or [])
-        self._delayed = DelayedGradients() if config.delay_wgrad_compute else None
+        self.accumulates = bool(config.gradient_accumulation_fusion)
+        self._delayed = DelayedGradients(accumulates=self.accumulates) if config.delay_wgrad_compute else None
         hidden, ffn = config.moe_latent_size or config.hidden_size, config.moe_ffn_hidden_size
         local_ffn = ffn // self.tp_group.size()
         self.weight1 = self._parameter(local_ffn * (2 if self._gated else 1), hidden, partition_dim=1)
@@ -162,12 +165,16 @@ class SlottedExperts(MegatronModule):
     ) -> torch.Tensor:
         """One set of slots and its rows, `[N, H]`."""
         slots = Groups.of(tokens_NH, tokens_S)
-        is_home = weight1 is self.weight1
-        linear = self._delayed.linear if self._delayed is not None and is_home else grouped_linear
-        inner_NF = linear(tokens_NH, weight1, slots)
+        inner_NF = grouped_linear(tokens_NH, weight1, slots, self._taker(weight1))
         if self._recomputes_activation:  # start-up checks refuse it beside delayed gradients
-            return recomputed_linear(self._activate, (inner_NF, probs_N), weight2, slots)
-        return linear(self._activate(inner_NF, probs_N), weight2, slots)
+            return recomputed_linear(self._activate, (inner_NF, probs_N), weight2, slots, self._taker(weight2))
+        return grouped_linear(self._activate(inner_NF, probs_N), weight2, slots, self._taker(weight2))
+
+    def _taker(self, weight: torch.Tensor) -> Taker | None:
+        """Who computes the weight's gradient, where it is not autograd."""
+        if self._delayed is not None and (weight is self.weight1 or weight is self.weight2):
+            return self._delayed.keep
+        return main_gradients.add if self.accumulates and main_gradients.is_wider(weight) else None
 
     def _activate(self, inner_NF: torch.Tensor, probs_N: torch.Tensor) -> torch.Tensor:
         """The activation times the router's probability, by a fused function where Megatron would use one.

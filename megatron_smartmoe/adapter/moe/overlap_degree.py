@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from megatron_smartmoe.adapter.cost_inputs import launch_of_run, machine_of_job, model_of_run, nodes_of_group
 from megatron_smartmoe.adapter.flags.smartmoe_arguments import AUTO, MOST_CHUNKS
+from megatron_smartmoe.adapter.measured_prices import measure_if_unknown
 from megatron_smartmoe.cost.moe_layer import LayerFlow
 from megatron_smartmoe.cost.step.constants import StepConstants, layer_constants
 from megatron_smartmoe.cost.step.dense import tokens_of
@@ -40,6 +41,7 @@ class OverlapDegree:
     def __call__(self) -> int:
         """The degree, on every rank the same."""
         if self._chosen is None:
+            measure_if_unknown(self._args)  # here, because all ranks come here, and the model has no memory yet
             self._chosen = _choose(self._args)
         return self._chosen
 

@@ -28,15 +28,37 @@ def declare_grouped(args: Namespace) -> None:
         args.moe_grouped_gemm = True
 
 
-def gemm_line(capability: tuple[int, int], dtype: torch.dtype) -> str:
-    """How the experts are multiplied on GPUs of this compute capability."""
+def gemm_line(capability: tuple[int, int], dtype: torch.dtype, *, triton_fault: str | None, accumulates: bool) -> str:
+    """How the experts are multiplied on GPUs of this compute capability.
+
+    Args:
+        capability: of the GPU.
+        dtype: of the weights.
+        triton_fault: why Triton's kernels do not run here, or None.
+        accumulates: whether weight gradients are to be added to float32 sums as they are computed.
+    """
     from megatron_smartmoe.ops.grouped_linear import library_has_kernel
 
     name, version = str(dtype).removeprefix("torch."), ".".join(map(str, capability))
-    if library_has_kernel(capability, dtype):
-        here = f"{name}, compute capability {version}"
-        return f"experts: torch's grouped GEMM, one kernel for all experts of a rank ({here})"
-    return (
-        f"experts: a GEMM for each expert, because torch's grouped GEMM has a kernel only for bfloat16 on compute "
-        f"capability 9.x and 10.x (here {name}, {version})"
-    )
+    has_kernel = library_has_kernel(capability, dtype)
+    if has_kernel:
+        line = "experts: torch's grouped GEMM, one kernel for all experts of a rank"
+    elif triton_fault is None:
+        line = "experts: a grouped GEMM in Triton, one kernel for all experts of a rank"
+    else:
+        line = "experts: a GEMM for each expert"
+    line += f" ({name}, compute capability {version})"
+    if accumulates and name != "float32":
+        line += "; " + _gradients(has_kernel, triton_fault)
+    if triton_fault is not None and (accumulates or not has_kernel):
+        line += f"; Triton does not work here: {triton_fault}"
+    return line
+
+
+def _gradients(has_kernel: bool, triton_fault: str | None) -> str:
+    """How weight gradients come into float32 sums."""
+    if triton_fault is None:
+        return "weight gradients are added to the float32 sums by a Triton kernel"
+    if has_kernel:
+        return "weight gradients are rounded to the type of the weights before they are added to the float32 sums"
+    return "weight gradients are added to the float32 sums by these GEMMs"

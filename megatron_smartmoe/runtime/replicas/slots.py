@@ -35,6 +35,8 @@ class ReplicasInUse:
             one pass.
         totals: Returns the home gradients that the optimizer reads, shaped as `homes`.
         num_passes: Number of backward passes before the gradients are sent to their homes.
+        accumulates: Whether who computes the gradients may add them to the sums, which then are the weights'
+            `main_grad`; see `SpareSlots`.
     """
 
     def __init__(
@@ -47,12 +49,22 @@ class ReplicasInUse:
         sums: Sequence[torch.Tensor] | None,
         totals: Totals,
         num_passes: int,
+        accumulates: bool = False,
     ) -> None:
         assert sums is not None or num_passes == 1, "gradients of several passes need memory to be summed in"
         self.replicas, self._wire, self._homes, self._totals = replicas, wire, tuple(homes), totals
         self.spares, self._sums = tuple(spares), sums
         self._num_passes, self._passes = num_passes, 0
+        self.accumulates = accumulates and sums is not None
         self._pending: Pending | None = None
+        self._clear_sums()
+
+    def _clear_sums(self) -> None:
+        """Start the sums from zero, where they are added to from outside; otherwise the first pass overwrites them."""
+        if self.accumulates:
+            assert self._sums is not None
+            for total in self._sums:
+                total.zero_()
 
     def start(self) -> None:
         """Start to fetch the weights unless that was done already. A call of the whole group."""
@@ -70,15 +82,26 @@ class ReplicasInUse:
         self.start()
         self.finish()
         used: tuple[torch.Tensor, ...] = _Use.apply(self, *self._homes)  # type: ignore[no-untyped-call]
+        if self.accumulates:
+            assert self._sums is not None
+            for weight, total in zip(used, self._sums, strict=True):
+                weight.main_grad = total  # type: ignore[attr-defined]
         return used
 
-    def collect(self, gradients: Sequence[torch.Tensor]) -> None:
-        """Sum the replicas' gradients of one backward pass; after the last pass, send them to their homes."""
+    def collect(self, gradients: Sequence[Any]) -> None:
+        """Sum the replicas' gradients of one backward pass; after the last pass, send them to their homes.
+
+        Args:
+            gradients: Tensors; None where gradients are accumulated and are in the sums already.
+        """
         if self._sums is None:
             self._wire.return_gradients(self.replicas, [g.contiguous() for g in gradients], self._totals())
             return
         for total, gradient in zip(self._sums, gradients, strict=True):
-            if self._passes == 0:
+            if self.accumulates:
+                if gradient is not None:  # one that was not added to the sums
+                    total.add_(gradient)
+            elif self._passes == 0:
                 total.copy_(gradient)
             else:
                 total.add_(gradient)
@@ -86,6 +109,7 @@ class ReplicasInUse:
         if self._passes == self._num_passes:
             self._wire.return_gradients(self.replicas, self._sums, self._totals())
             self._passes = 0  # Megatron may run an iteration again, from zeroed gradients
+            self._clear_sums()
 
 
 class _Use(torch.autograd.Function):
@@ -94,6 +118,7 @@ class _Use(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, used: ReplicasInUse, *homes: torch.nn.Parameter) -> tuple[torch.Tensor, ...]:
         ctx.used = used
+        ctx.set_materialize_grads(not used.accumulates)
         return tuple(spare.detach() for spare in used.spares)
 
     @staticmethod
@@ -113,6 +138,9 @@ class SpareSlots:
         keeps: Whether replicas stay for an iteration. If so, there is one set of buffers: K slots of weights and K of
             float32 gradients. Otherwise each micro-batch has K slots of weights from its forward to its backward pass.
 
+        accumulates: Whether gradients of replicas that stay may be added to their float32 sums as they are computed:
+            the weights get the sums as their `main_grad`. Otherwise autograd hands them over in the weights' type.
+
     A fetch that has been started and whose weights nobody asked for, in an iteration that was broken off, is waited for
     before other replicas are used, or none: `_in_use` changes in `_replace` alone.
     """
@@ -125,7 +153,9 @@ class SpareSlots:
         totals: Totals,
         *,
         keeps: bool,
+        accumulates: bool = False,
     ) -> None:
+        self._accumulates = accumulates
         self._homes, self.num_slots, self.wire, self._totals = tuple(homes), num_slots, wire, totals
         self.home_slots = self._homes[0].shape[0]
         self._keeps = keeps
@@ -196,6 +226,7 @@ class SpareSlots:
                 sums=self._sums if self._keeps else None,
                 totals=self._totals,
                 num_passes=num_passes,
+                accumulates=self._accumulates,
             )
         self._replace(used)
         return used

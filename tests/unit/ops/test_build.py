@@ -15,6 +15,7 @@ import pytest
 
 from megatron_smartmoe.ops import _build
 from megatron_smartmoe.ops.library import LIBRARY
+from tests.unit.ops.test_library import share_objects
 
 ROOT = Path(__file__).resolve().parents[3]
 REAL_NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
@@ -349,6 +350,7 @@ def test_setup_builds_the_library_or_says_that_it_did_not(tmp_path: Path) -> Non
         (tmp_path / name).touch()
     for name in ("csrc", "megatron_smartmoe"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    share_objects(tmp_path)
     made = tmp_path / "megatron_smartmoe" / "ops" / "_smartmoe.so"
 
     def setup(**env: str) -> subprocess.CompletedProcess[str]:

@@ -17,14 +17,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_smartmoe.ops import fake, library, reference
+from megatron_smartmoe.ops import _build, fake, library, reference
 
 ROOT = Path(__file__).resolve().parents[3]
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
 
 
 def copy_checkout(to: Path) -> Path:
-    """The files that the ops need, without any compiled library."""
+    """The files that the ops need, without any compiled library, and with the objects of this checkout's builds."""
     shutil.copytree(ROOT / "csrc", to / "csrc")
     package = to / "megatron_smartmoe"
     shutil.copytree(
@@ -32,7 +32,15 @@ def copy_checkout(to: Path) -> Path:
     )
     for name in ("__init__.py", "errors.py"):
         shutil.copy(ROOT / "megatron_smartmoe" / name, package)
+    share_objects(to)
     return to
+
+
+def share_objects(checkout: Path) -> None:
+    """Let builds in a copied checkout take from this one's cache what they would compile from the same sources."""
+    _build.CACHE.mkdir(parents=True, exist_ok=True)
+    (checkout / "build").mkdir()
+    (checkout / "build" / _build.CACHE.name).symlink_to(_build.CACHE)
 
 
 def python(checkout: Path, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
@@ -109,7 +117,7 @@ def test_a_second_build_does_nothing(cpu_checkout: Path) -> None:
 @pytest.mark.slow
 def test_a_library_of_another_version_is_refused(cpu_checkout: Path, tmp_path: Path) -> None:
     checkout = tmp_path / "checkout"
-    shutil.copytree(cpu_checkout, checkout)
+    shutil.copytree(cpu_checkout, checkout, symlinks=True)
     registrations = checkout / "csrc" / "ops.cpp"
     registrations.write_text(registrations.read_text().replace("int num_slots", "int slots"))
     assert build(checkout, SMARTMOE_CUDA="0").returncode == 0

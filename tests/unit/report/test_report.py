@@ -21,7 +21,14 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
 
 def decision(iteration: int, kind: str, changes: list[list[int]], **more: object) -> dict[str, object]:
-    given: dict[str, object] = {"taken": True, "why": "pays <b>: 2.0 ms", "group": -1, "before": "a", "after": "b"}
+    given: dict[str, object] = {
+        "taken": True,
+        "why": "pays <b>: 2.0 ms",
+        "group": -1,
+        "before": "a",
+        "after": "b",
+        "inputs": "c",
+    }
     return {"iteration": iteration, "kind": kind, "changes": changes, "predicted_gain_s": 0.002, **given, **more}
 
 
@@ -67,6 +74,7 @@ def test_what_is_read(run_dir: Path) -> None:
     assert run.placement is not None
     assert run.placement.slots_LRS.tolist() == [[[0, 2, -1], [1, 3, -1]], [[0, 1, -1], [2, 3, 0]]]
     assert run.balance[0].homes.tolist() == [1.8]
+    assert run.balance[0].replicas is not None
     assert run.balance[0].replicas.tolist() == [1.5]
     assert run.metrics["validation loss"].value.tolist() == [5.1]
     assert not run.is_finished
@@ -119,6 +127,31 @@ def test_a_run_that_trains_is_written_again_until_it_ends(run_dir: Path, monkeyp
     assert "refresh" not in (run_dir / "report.html").read_text()
 
 
+def test_of_a_trace_it_shows_what_balancing_would_have_given(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    counts = np.full((40, 1, 4, 8), 1000, dtype=np.int64)
+    counts[..., :2] = 9000
+    path = tmp_path / "stock.npz"
+    RoutingTrace(counts=counts, iteration=np.arange(1, 41), layer=np.array([3])).save(path)
+    assert main(["report", str(path), "--ep", "4", "--spare-slots", "1"]) == 0
+    assert capsys.readouterr().out == f"report: {tmp_path / 'stock.html'}\n"
+    text = (tmp_path / "stock.html").read_text()
+    assert "<h1>stock.npz, simulated</h1>" in text
+    assert "Simulated: what smartmoe simulate predicts for 4 ranks with 1 spare slot each" in text
+    # Two hot experts on the first rank: 18 of 24 parts, mean 6.
+    assert 'max / mean tokens per rank, without balancing</th><td class="number">3.000</td>' in text
+    assert 'max / mean tokens per rank, with smartmoe</th><td class="number">1.000</td>' in text
+    assert '<tr><th scope="row">4</th><td class="number">3.000</td><td class="number">1.000</td>' in text
+    for arguments, line in (
+        (["--ep", "3"], "--ep = 3: must divide the trace's 8 experts. Every rank has as many experts: --ep 1."),
+        (["--ep", "4", "--compare", "x"], "--compare = 'x': is for a run directory. Remove --compare."),
+        ([], "is not a directory"),
+    ):
+        assert main(["report", str(path), *arguments]) == 2
+        assert line in capsys.readouterr().err
+
+
 def test_a_last_line_that_is_being_written_is_left_out(run_dir: Path) -> None:
     with (run_dir / "smartmoe.jsonl").open("a") as file:
         file.write('{"iteration": 19, "ki')
@@ -165,6 +198,32 @@ def test_wrong_input_is_one_line(
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert line in error
+
+
+def test_a_decision_is_explained(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    # Experts 0 and 1 are hot in the first layer: one rank has them both, at 160 of 200 tokens; moved apart, each has 80
+    # and one of the others 20. In the other layer nothing moves.
+    counts = np.full((30, 2, 2, 4), 10, dtype=np.int64)
+    counts[:, 0, :, :2] = 40
+    trace = RoutingTrace(counts=counts, iteration=np.arange(1, 31), layer=np.arange(2))
+    trace.save(run_dir / "trace.npz")
+    assert main(["explain", str(run_dir), "--iteration", "5", "--trace", str(run_dir / "trace.npz")]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("some run, iteration 5\n\nhomes: taken\n")
+    assert "  what     layer 1: expert 2 at home on rank 0; expert 1 at home on rank 1\n" in text
+    assert "  price    predicted to save +2.000 ms per iteration\n" in text
+    load = "busiest rank over the mean by homes: 1.600 -> 1.000 on the 20 iterations before, 1.600 -> 1.000 on the 20"
+    assert load in text
+    assert "  outcome  iteration 18: measured 1.0 ms/iter: kept\n" in text
+    assert main(["explain", str(run_dir), "--iteration", "6"]) == 0
+    assert "replicas: taken\n  what     layer 2: expert 0 as a replica on rank 1\n" in capsys.readouterr().out
+    assert main(["explain", str(run_dir), "--iteration", "15", "--layer", "1"]) == 0
+    text = capsys.readouterr().out
+    assert "homes: refused\n  what     no expert moves\n  why      does not pay\n" in text
+    assert "no counts were recorded" in text
+    assert main(["explain", str(run_dir), "--iteration", "7"]) == 2
+    error = capsys.readouterr().err
+    assert error == ("smartmoe explain: --iteration = 7: nothing was decided then. Decisions near it: 5, 6, 15, 18.\n")
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")

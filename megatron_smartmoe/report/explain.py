@@ -1,0 +1,171 @@
+"""Why a decision was made, and what came of it: from what a run directory holds, as text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_smartmoe.errors import ConfigError
+from megatron_smartmoe.report.run_record import RunRecord, read_decisions, replica_files, whole
+from megatron_smartmoe.spec.arrays import FloatArray, IntArray
+from megatron_smartmoe.spec.placement import EMPTY, Placement
+
+_AROUND = 20  # iterations before and after a decision whose load is shown
+_MOST_LAYERS = 8
+
+
+def explain(run: RunRecord, directory: Path, iteration: int, layer: int | None) -> str:
+    """What was decided before an iteration.
+
+    Args:
+        run: the run.
+        directory: its run directory.
+        iteration: the iteration before which the decisions take effect.
+        layer: the only layer to show, from 1; None for all.
+
+    Raises:
+        ConfigError: nothing was decided then.
+    """
+    replicas = [one for path in replica_files(directory) for one in read_decisions(path)]
+    made = [one for one in [*run.decisions, *replicas] if one["iteration"] == iteration]
+    if not made:
+        others = sorted({int(one["iteration"]) for one in [*run.decisions, *replicas]})
+        near = sorted(sorted(others, key=lambda other: abs(other - iteration))[:4])
+        rule = "nothing was decided then" + ("" if near else ", nor in any other iteration")
+        way_out = f"Decisions near it: {', '.join(map(str, near))}." if near else "Train with --smartmoe."
+        raise ConfigError("--iteration", iteration, rule, way_out)
+    parts = [f"{run.name}, iteration {iteration:,}"]
+    for decision in made:
+        parts.append("\n".join(f"  {name:<8} {text}" for name, text in _rows(run, decision, layer)))
+        parts[-1] = f"{_title(decision)}\n{parts[-1]}"
+    return "\n\n".join(parts)
+
+
+def _title(decision: dict[str, Any]) -> str:
+    group = f", expert-parallel group {decision['group']}" if decision["group"] >= 0 else ""
+    return f"{decision['kind']}{group}: {'taken' if decision['taken'] else 'refused'}"
+
+
+def _rows(run: RunRecord, decision: dict[str, Any], layer: int | None) -> Iterator[tuple[str, str]]:
+    """(name, text) of each thing that is known of the decision."""
+    for number, text in enumerate(_changes(run, decision, layer)):
+        yield "" if number else "what", text
+    yield "why", str(decision["why"])
+    if decision.get("predicted_gain_s") is not None:
+        cost = "" if decision.get("cost_s") is None else f", costs {decision['cost_s'] * 1e3:.3f} ms once"
+        size = f" ({decision['moved_bytes'] / 2**20:.1f} MiB)" if decision.get("moved_bytes") else ""
+        yield "price", f"predicted to save {decision['predicted_gain_s'] * 1e3:+.3f} ms per iteration{cost}{size}"
+    for number, text in enumerate(_loads(run, decision, layer)):
+        yield "" if number else "load", text
+    for number, text in enumerate(_outcome(run, decision)):
+        yield "" if number else "outcome", text
+    yield "inputs", f"digest {decision['inputs']}; placement {decision['before']} -> {decision['after']}"
+
+
+def _changes(run: RunRecord, decision: dict[str, Any], layer: int | None) -> list[str]:
+    """Which experts move, in words."""
+    experts, ranks = (whole(run.arguments, name) for name in ("num_experts", "expert_model_parallel_size"))
+    homes = experts // ranks if experts and ranks else 0
+    lines = []
+    changes = decision["changes"]
+    if decision["kind"] != "replicas":  # spare slots of the homes' planner are filled by that of the replicas
+        changes = [change for change in changes if change[2] < homes]
+    for row in sorted({change[0] for change in changes}):
+        if layer is not None and row + 1 != layer:
+            continue
+        of_layer = [change for change in changes if change[0] == row]
+        came = [_place(change, homes) for change in of_layer if change[4] != EMPTY]
+        left = sum(change[4] == EMPTY for change in of_layer)
+        freed = [f"{left} slot{'s' if left > 1 else ''} freed"] if left else []
+        lines.append(f"layer {row + 1}: {'; '.join([*came, *freed])}")
+    if len(lines) > _MOST_LAYERS:
+        lines[_MOST_LAYERS:] = [f"and {len(lines) - _MOST_LAYERS} layers more: --layer N shows one"]
+    return lines or ["no expert moves"]
+
+
+def _place(change: Sequence[int], homes: int) -> str:
+    _, rank, slot, _, after = change
+    return f"expert {after} {'at home on' if slot < homes else 'as a replica on'} rank {rank}"
+
+
+def _loads(run: RunRecord, decision: dict[str, Any], layer: int | None) -> list[str]:
+    """The busiest rank over the mean with both homes, on the load of then and on the load that followed."""
+    trace, placement = run.trace, placement_before(run, decision)
+    if decision["kind"] not in ("homes", "review") or placement is None:
+        return []
+    if trace is None:
+        return ["no counts were recorded: --smartmoe-record-trace does"]
+    moved = _with(placement, decision["changes"])
+    lines = []
+    for row in sorted({change[0] for change in decision["changes"]}):
+        if (layer is not None and row + 1 != layer) or row not in trace.layer:
+            continue
+        texts = []
+        for name, low, high in (("before", -_AROUND, 0), ("after", 0, _AROUND)):
+            load_E = _mean_load(run, row, decision["iteration"] + low, decision["iteration"] + high)
+            if load_E is not None:
+                old, new = (_busiest(load_E, one.slots_LRS[row], one.home_slots) for one in (placement, moved))
+                texts.append(f"{old:.3f} -> {new:.3f} on the {_AROUND} iterations {name}")
+        if texts:
+            lines.append(f"layer {row + 1}: busiest rank over the mean by homes: {', '.join(texts)}")
+    return lines[:_MOST_LAYERS]
+
+
+def _mean_load(run: RunRecord, row: int, first: int, last: int) -> FloatArray | None:
+    """Tokens of each expert in the recorded iterations from `first` to before `last`."""
+    assert run.trace is not None
+    is_in = (run.trace.iteration >= first) & (run.trace.iteration < last)
+    at = int(np.flatnonzero(run.trace.layer == row)[0])
+    counts = run.trace.counts[is_in, at]
+    if not counts.any():
+        return None
+    load_E: FloatArray = counts.sum(axis=tuple(range(counts.ndim - 1)), dtype=np.int64).astype(np.float64)
+    return load_E
+
+
+def _busiest(load_E: FloatArray, slots_RS: IntArray, homes: int) -> float:
+    load_R = load_E[slots_RS[:, :homes]].sum(axis=1)
+    return float(load_R.max() / load_R.mean())
+
+
+def _outcome(run: RunRecord, decision: dict[str, Any]) -> list[str]:
+    """The review of a move, or what a review measured."""
+    if decision["kind"] == "review":
+        return [f"measured {decision['realised_gain_s'] * 1e3:+.3f} ms per iteration"]
+    if decision["kind"] != "homes" or not decision["taken"]:
+        return []
+    later = [one for one in run.decisions if one["iteration"] > decision["iteration"]]
+    for one in later:
+        if one["kind"] == "review":
+            return [f"iteration {one['iteration']:,}: {one['why']}"]
+    return ["not reviewed yet" if not run.is_finished else "the run ended before its review"]
+
+
+def placement_before(run: RunRecord, decision: dict[str, Any]) -> Placement | None:
+    """Where the homes were when a decision was made; None where that cannot be known."""
+    if run.placement is None:
+        return None
+    start = Placement.contiguous(
+        num_layers=run.placement.num_layers,
+        num_experts=run.placement.num_experts,
+        num_ranks=run.placement.num_ranks,
+        spare_slots=run.placement.spare_slots,
+    )
+    for one in run.decisions:
+        if one is decision:
+            return start
+        if one["taken"] and one["kind"] in ("homes", "review"):
+            start = _with(start, one["changes"])
+    return start
+
+
+def _with(placement: Placement, changes: Sequence[Sequence[int]]) -> Placement:
+    """The placement with its homes changed."""
+    slots_LRS = placement.slots_LRS.copy()
+    for layer, rank, slot, _, after in changes:
+        if slot < placement.home_slots:
+            slots_LRS[layer, rank, slot] = after
+    return Placement(slots_LRS=slots_LRS, num_experts=placement.num_experts)
