@@ -16,7 +16,7 @@ from .cluster import Job, SlurmCluster
 ROOT = Path(__file__).parents[2]
 LAUNCHER = ROOT / "scripts" / "pretrain_gpt_moe.sh"
 BATCH_SCRIPT = ROOT / "scripts" / "pretrain_gpt_moe.slurm"
-TIMEOUT_S = 240.0  # a run takes 15 to 30 s alone on two cores
+TIMEOUT_S = 400.0  # a run takes 15 to 30 s alone on two cores, and minutes where others use them
 
 DATA = "--mock-data --tokenizer-type NullTokenizer --vocab-size 255".split()
 EP2_PP2 = (  # two chunks of layers a rank, which --parallel auto would choose too
