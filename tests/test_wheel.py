@@ -53,6 +53,7 @@ def test_the_wheel_has_the_shipped_files_and_the_ops(wheel: Path) -> None:
     for path in (ROOT / "configs").rglob("*.yaml"):
         assert f"megatron_smartmoe/{path.relative_to(ROOT)}" in names
     assert "megatron_smartmoe/ops/_smartmoe.so" in names
+    assert "megatron_smartmoe/adapter/launch/srun_per_node.sh" in names
     assert not [name for name in names if name.startswith(("tests/", "scripts/", "csrc/"))]
 
 

@@ -11,6 +11,7 @@ pytestmark = [pytest.mark.dist, pytest.mark.fast]
 SAVE = "--save /nowhere --save-interval 10"
 ASYNC = f"{SAVE} --async-save --use-persistent-ckpt-worker --async-strategy mcore"
 GLOBAL = f"{SAVE} --non-persistent-save-interval 5 --non-persistent-ckpt-type global"
+BLOCKS_FIRST = "--mtp-num-layers 2 --pipeline-model-parallel-size 2 --pipeline-model-parallel-layout Et|tt|tmm|L"
 NVRX = "needs the package nvidia-resiliency-ext, which is not installed"
 PASS = "Pass --save-interval 1000, for example."
 FORMAT = "Pass --ckpt-format torch_dist, or leave it out."
@@ -89,6 +90,12 @@ REFUSED = {
         "--use-checkpoint-args",
         "--load = None: is required with --use-checkpoint-args. Add --load DIR, or --pretrained-checkpoint DIR.",
     ),
+    "blocks on the first rank": (
+        f"{SAVE} {BLOCKS_FIRST}",
+        "--pipeline-model-parallel-layout = 'Et|tt|tmm|L': has prediction blocks (m) on the first pipeline rank, which "
+        "then has two embeddings, and Megatron's fully parallel save stops at them. Add --no-ckpt-fully-parallel-save, "
+        "or move them to the last pipeline rank.",
+    ),
 }
 WORKS = {
     "torch_dist": SAVE,
@@ -104,11 +111,16 @@ WORKS = {
     "fully reshardable": f"{SAVE} --use-distributed-optimizer --dist-ckpt-optim-fully-reshardable",
     "weights alone": f"{SAVE} --load /nowhere --finetune --no-load-optim --no-load-rng",
     "main weights": f"{SAVE} --load /nowhere --no-load-optim --load-main-params-from-ckpt",
+    "blocks on the first rank, not saved": BLOCKS_FIRST,
+    "blocks on the first rank, not fully parallel": f"{SAVE} {BLOCKS_FIRST} --no-ckpt-fully-parallel-save",
+    "blocks on the last rank": f"{SAVE} {BLOCKS_FIRST} --pipeline-model-parallel-layout Et|tt|t|mmL",
     "checked by Megatron too": f"{SAVE} --verify-integrity",
 }
+RANKS = {name: 4 for name in (*REFUSED, *WORKS) if name.startswith("blocks on")}
 CASES = {
-    **{name: Case(flags=flags, says=says) for name, (flags, says) in REFUSED.items()},
-    **{name: Case(flags=flags, verdict=True) for name, flags in WORKS.items()},
+    **{name: Case(flags=flags, says=says, ranks=RANKS.get(name, 1)) for name, (flags, says) in REFUSED.items()},
+    **{name: Case(flags=flags, verdict=True, ranks=RANKS.get(name, 1)) for name, flags in WORKS.items()},
+    "blocks on the first rank, nobody to share the save with": Case(flags=f"{SAVE} {BLOCKS_FIRST}", ranks=2),
 }
 
 

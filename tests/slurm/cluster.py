@@ -23,7 +23,7 @@ from typing import Self
 
 from tests.support.ports import free_ports
 
-from .config import render_slurm_conf
+from .config import render_slurm_conf, render_topology_conf
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "srun", "sbatch", "scontrol", "setpriv")
 START_DEADLINE_S = 60.0
@@ -163,12 +163,12 @@ class SlurmCluster:
         done = self.run("sbatch", "--parsable", *options, script.resolve(), *script_args, env=env, cwd=cwd)
         return int(done.stdout.strip().split(";")[0])
 
-    def job_record(self, job_id: int) -> dict[str, str]:
-        """Return what the controller knows of a job, by field name."""
+    def job_record(self, job_id: int | str) -> dict[str, str]:
+        """Return what the controller knows of a job, by field name; of a task of an array it is "ARRAY_TASK"."""
         line = self.run("scontrol", "--oneliner", "show", "job", str(job_id)).stdout
         return dict(word.split("=", 1) for word in line.split() if "=" in word)
 
-    def wait(self, job_id: int, timeout: float = 120.0) -> Job:
+    def wait(self, job_id: int | str, timeout: float = 120.0) -> Job:
         """Wait for a job's end, through any requeue; cancel it and raise when `timeout` seconds pass."""
         try:
             self._wait_until(lambda: self.job_record(job_id)["JobState"] in ENDED, timeout, f"the end of job {job_id}")
@@ -179,7 +179,7 @@ class SlurmCluster:
         record = self.job_record(job_id)
         exit_code, exit_signal = record["ExitCode"].split(":")
         return Job(
-            job_id=job_id,
+            job_id=int(record["JobId"]),
             state=record["JobState"],
             exit_code=int(exit_code),
             exit_signal=int(exit_signal),
@@ -193,6 +193,7 @@ class SlurmCluster:
         key = self.root / "munge.key"
         key.write_bytes(os.urandom(1024))
         key.chmod(0o400)
+        (self.root / "topology.conf").write_text(render_topology_conf(self.node_names))
         ports = free_ports(self.num_nodes + 1)
         self.conf.write_text(
             render_slurm_conf(

@@ -1,7 +1,11 @@
-"""The slurm.conf of a cluster whose nodes are all this host, and the ports that it may name."""
+"""The slurm.conf of a cluster whose nodes are all this host, and the ports that it may name.
+
+The network is a tree, so that Slurm tells tasks their switches: nodes with odd numbers are at one, the others at the
+other.
+"""
 
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 MEMORY_PER_NODE_MB = 2000  # what a node claims to have; CR_CPU hands out cores only, nothing enforces it
@@ -27,6 +31,7 @@ def render_slurm_conf(
         "ProctrackType": "proctrack/pgid",
         "TaskPlugin": "task/none",
         "SwitchType": "switch/none",
+        "TopologyPlugin": "topology/tree",
         "MpiDefault": "none",
         "MailProg": "/bin/true",
         "SchedulerType": "sched/backfill",
@@ -53,3 +58,10 @@ def render_slurm_conf(
         "PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=9 PreemptMode=off",
     ]
     return "\n".join(lines) + "\n"
+
+
+def render_topology_conf(nodes: Sequence[str]) -> str:
+    """Return the text of topology.conf, which lies beside slurm.conf."""
+    leaves = {f"leaf{turn + 1}": names for turn, names in enumerate((nodes[0::2], nodes[1::2])) if names}
+    lines = [f"SwitchName={leaf} Nodes={','.join(names)}" for leaf, names in leaves.items()]
+    return "\n".join([*lines, f"SwitchName=spine Switches={','.join(leaves)}"]) + "\n"

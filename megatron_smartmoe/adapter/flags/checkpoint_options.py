@@ -25,6 +25,7 @@ def check_checkpoint_options(args: argparse.Namespace) -> None:
     _check_format(args)
     _check_background(args)
     _check_non_persistent(args)
+    _check_layout(args)
     _check_load(args)
 
 
@@ -93,6 +94,40 @@ def _check_non_persistent(args: argparse.Namespace) -> None:
     rule = "is not supported with --non-persistent-ckpt-type local"
     flag = "--dist-ckpt-optim-fully-reshardable"
     _refuse_if(args.dist_ckpt_optim_fully_reshardable, args, flag, rule, "Pass global, or remove it.")
+
+
+def _check_layout(args: argparse.Namespace) -> None:
+    """Prediction blocks in a later chunk of the first pipeline rank have an embedding of their own there.
+
+    Megatron's fully parallel save takes the two embeddings for one, and both are written: it stops at the first save.
+    """
+    layout, num_stages = args.pipeline_model_parallel_layout, args.pipeline_model_parallel_size
+    is_parallel = (
+        args.ckpt_fully_parallel_save and args.ckpt_format == "torch_dist" and _ranks_that_share_saves(args) > 1
+    )
+    if args.save is None or not layout or not is_parallel:
+        return
+    from megatron.core.transformer.enums import LayerType  # the facade comes before Megatron
+    from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
+
+    try:
+        later_chunks = PipelineParallelLayerLayout.parse_str_to_list(layout)[num_stages::num_stages]
+    except AssertionError:  # no layout, which Megatron's own validation says
+        return
+    is_broken = any(LayerType.mtp in chunk for chunk in later_chunks)
+    rule = "has prediction blocks (m) on the first pipeline rank, which then has two embeddings, and Megatron's fully "
+    rule += "parallel save stops at them"
+    way_out = "Add --no-ckpt-fully-parallel-save, or move them to the last pipeline rank."
+    _refuse_if(is_broken, args, "--pipeline-model-parallel-layout", rule, way_out)
+
+
+def _ranks_that_share_saves(args: argparse.Namespace) -> int:
+    """The size of the groups whose ranks divide a save among themselves."""
+    ranks = args.world_size // args.pipeline_model_parallel_size
+    if args.ckpt_fully_parallel_save_process_group == "dp":
+        return int(ranks // args.tensor_model_parallel_size)
+    expert_tp = args.expert_tensor_parallel_size or args.tensor_model_parallel_size
+    return int(ranks // (args.expert_model_parallel_size * expert_tp))
 
 
 def _check_load(args: argparse.Namespace) -> None:

@@ -26,6 +26,8 @@ from megatron_smartmoe.adapter.rehearsal.rehearse import ALREADY, digest_of, reh
 from megatron_smartmoe.errors import EXIT_CONFIG_ERROR, ConfigError, SmartMoEError
 from megatron_smartmoe.spec.run import RunSpec, load_run_spec
 
+_REPORT_GRACE_S = 10.0
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Launch; returns the exit status of the run, 2 for a wrong command line."""
@@ -34,6 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SmartMoEError as error:
         if reports_errors():
             print(f"error: {error}", file=sys.stderr)
+        else:  # task 0 says the same; where srun ends all tasks with the first one, it must not be this one
+            time.sleep(_REPORT_GRACE_S)
         return EXIT_CONFIG_ERROR
 
 
@@ -168,6 +172,8 @@ def _start_lines(ready: LaunchCommand, topology: Topology, directory: Path, lock
     where += f" ({topology.source}; node 0 is {topology.master_addr}:{topology.master_port})" * bool(topology.source)
     lines = [] if lock.taken_over is None else [lock.taken_over]
     lines.append(f"{where}, run directory {run_dir.described(directory)}")
+    if topology.order:
+        lines.append(topology.order)
     if ready.save is not None and ready.save.is_symlink():
         lines.append(f"checkpoints go to {run_dir.described(ready.save)}")
     return lines

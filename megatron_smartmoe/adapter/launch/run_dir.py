@@ -5,7 +5,7 @@ runs/quickstart-20260102-030405/
   config.yaml        name, ranks and flags as merged; --run-dir with this directory resumes with them
   command.sh         the exact command, ready to run
   plan.json          with --parallel auto: the chosen launch, the others, and why; a resumed run reuses it
-  environment.json   git revision, versions, host, Slurm's variables
+  environment.json   git revision, versions, host, Slurm's variables, settings of NCCL and other libraries
   train.log          the output (node1.log, ... for further nodes; with a Slurm task per rank, Slurm writes it)
   arguments.txt      every argument of Megatron after validation
   metrics.jsonl      a line per logged iteration
@@ -46,6 +46,8 @@ from megatron_smartmoe.spec.yaml_io import dump_yaml
 
 CONFIG_FILE = "config.yaml"
 _PACKAGES = ("megatron-smartmoe", "megatron-core", "torch", "transformer-engine", "apex", "numpy", "sentencepiece")
+# Variables that set how libraries communicate, compute and allocate: without them a run is not the same.
+_SETTINGS = ("NCCL_", "TORCH_", "PYTORCH_", "GLOO_", "UCX_", "FI_", "NVSHMEM_", "CUDA_", "NVTE_", "TRITON_", "OMP_")
 _CHECKOUT = Path(__file__).resolve().parents[3]  # where the package lies in one; site-packages of an installation
 
 
@@ -177,8 +179,14 @@ def _environment() -> dict[str, Any]:
         "versions": {name: _version(name) for name in _PACKAGES},
         "host": platform.node(),
         "argv": secrets.masked_words(sys.argv[1:]),
-        "slurm": secrets.masked_variables({n: v for n, v in sorted(os.environ.items()) if n.startswith("SLURM_")}),
+        "slurm": _variables("SLURM_"),
+        "settings": _variables(*_SETTINGS),
     }
+
+
+def _variables(*prefixes: str) -> dict[str, str]:
+    """Variables of the environment whose names begin so, without secrets."""
+    return secrets.masked_variables({n: v for n, v in sorted(os.environ.items()) if n.startswith(prefixes)})
 
 
 def _git(*arguments: str) -> str | None:

@@ -19,6 +19,7 @@ from megatron_smartmoe.errors import ConfigError
 
 ARGS_VARIABLE = "SMARTMOE_SRUN_ARGS"
 _ROOT = Path(__file__).parents[3]
+_PER_NODE = Path(__file__).with_name("srun_per_node.sh")
 _SRUN_LIMIT_S = 60.0  # from SIGTERM to the end of srun: more than the launchers on its nodes need
 _OURS = re.compile(r"--(nodes|ntasks|ntasks-per-node|ntasks-per-gpu|het-group|multi-prog|pty|overcommit)(=|$)|-[NnO]")
 
@@ -77,14 +78,13 @@ def srun(
         raise ConfigError(
             "SLURM_JOB_NUM_NODES", topology.num_nodes, "srun is not on PATH", "Add Slurm's programs to PATH."
         )
-    nodes = ["--nodes", str(topology.num_nodes), "--ntasks", str(topology.num_nodes), "--ntasks-per-node", "1"]
     python = [sys.executable, "-m", module]
     if is_in_container(options) and module == __package__:  # with the Python that the script finds there
         python = [str(_ROOT / "scripts" / "pretrain_gpt_moe.sh")]
-    command = ["srun", *nodes, "--cpu-bind=none", "--kill-on-bad-exit=1", *options, *python, *argv]
+    command = ["bash", str(_PER_NODE), str(topology.num_nodes), *options, *python, *argv]
 
     def terminate(child: object) -> None:  # srun itself would kill its tasks at once; scancel sends them SIGTERM
-        subprocess.run(["scancel", "--signal=TERM", os.environ["SLURM_JOB_ID"]], check=False)
+        subprocess.run(["scancel", "--signal=TERM", _job_name(os.environ)], check=False)
 
     port = port_of_steps()
     environment = {} if port is None else {"MASTER_PORT": str(port)}
@@ -97,6 +97,13 @@ def srun(
         if ending.cause is not None:  # srun's own status may be that of a task which it has ended
             return ending.cause.exit_status
     return status
+
+
+def _job_name(environ: Mapping[str, str]) -> str:
+    """The job as Slurm's programs take it. One task of an array has the array's own number, which means all of them."""
+    if "SLURM_ARRAY_TASK_ID" in environ:
+        return f"{environ['SLURM_ARRAY_JOB_ID']}_{environ['SLURM_ARRAY_TASK_ID']}"
+    return environ["SLURM_JOB_ID"]
 
 
 def submit(options: str, argv: Sequence[str], *, dry_run: bool) -> int:

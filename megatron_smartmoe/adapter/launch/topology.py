@@ -24,10 +24,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from megatron_smartmoe.adapter.launch.node_variables import Nodes, whole_number
+from megatron_smartmoe.adapter.launch.switches import NodeOrder, expand_hosts, order_by_switch
 from megatron_smartmoe.errors import ConfigError
 
 _INTERACTIVE_STEP = ("4294967290", "interactive")  # SLURM_INTERACTIVE_STEP in slurm.h, 0xfffffffa
 _FIRST_PORT, _NUM_PORTS = 20000, 10000
+_ORDER_VARIABLE = "SMARTMOE_NODE_ORDER"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +45,7 @@ class Topology:
         rank: the rank that this process is, when Slurm starts one task per rank; else None.
         needs_srun: this is an allocation but no step: launchers have to be started on them first.
         source: who says which nodes these are, for a line at the start; empty for this host and for Slurm.
+        order: how the nodes are ordered, likewise; empty where it is the order in which they are listed.
     """
 
     num_nodes: int = 1
@@ -53,6 +56,7 @@ class Topology:
     rank: int | None = None
     needs_srun: bool = False
     source: str = ""
+    order: str = ""
 
     @property
     def world_size(self) -> int:
@@ -92,15 +96,18 @@ def find_topology(ranks_per_node: int, environ: Mapping[str, str] = os.environ, 
         return Topology(num_nodes=_number(environ, name, 1), ranks_per_node=ranks_per_node, needs_srun=True)
     num_nodes = _number(environ, "SLURM_STEP_NUM_NODES", 1)
     tasks = _tasks_per_node(environ, num_nodes)
-    node = _number(environ, "SLURM_NODEID", 0, num_nodes - 1)
-    rank = _rank(environ, node, num_nodes, tasks) if tasks > 1 else None
+    number = _number(environ, "SLURM_NODEID", 0, num_nodes - 1)
+    local = _local_rank(environ, number, num_nodes, tasks) if tasks > 1 else None
+    order = _node_order(environ, num_nodes)
+    rank = None if local is None else order.places[number] * tasks + local
     topology = Topology(
         num_nodes=num_nodes,
-        node=node,
+        node=order.places[number],
         ranks_per_node=tasks if tasks > 1 else ranks_per_node,
         master_addr=_address(environ) if num_nodes > 1 else "127.0.0.1",
         master_port=_port(environ, job),
         rank=rank,
+        order=order.line,
     )
     if topology.is_reporter and (num_nodes > 1 or rank is not None):
         _refuse_taken_port(topology.master_port)
@@ -189,8 +196,8 @@ def _tasks_per_node(environ: Mapping[str, str], num_nodes: int) -> int:
     return tasks
 
 
-def _rank(environ: Mapping[str, str], node: int, num_nodes: int, tasks: int) -> int:
-    """The rank of a task. Ranks of a node are consecutive: the fast parallelism is between neighbours."""
+def _local_rank(environ: Mapping[str, str], node: int, num_nodes: int, tasks: int) -> int:
+    """The rank of a task on its node. Ranks of a node are consecutive: the fast parallelism is between neighbours."""
     way = environ.get("SLURM_DISTRIBUTION", "block")
     if num_nodes > 1 and way.partition(":")[0].partition("=")[0].lower() in ("cyclic", "plane", "arbitrary"):
         rule = "a node's ranks must follow each other"
@@ -200,7 +207,26 @@ def _rank(environ: Mapping[str, str], node: int, num_nodes: int, tasks: int) -> 
     if rank != node * tasks + local:
         rule = f"must be {node * tasks + local} for task {local} of node {node}: a node's ranks follow each other"
         raise ConfigError("SLURM_PROCID", rank, rule, "Use srun --distribution=block.")
-    return rank
+    return local
+
+
+def _node_order(environ: Mapping[str, str], num_nodes: int) -> NodeOrder:
+    """The order of a step's nodes by switch, where Slurm knows the switches."""
+    asked = environ.get(_ORDER_VARIABLE) or "switch"
+    if asked not in ("slurm", "switch"):
+        rule = "must be slurm (the order in which Slurm numbers the nodes) or switch (nodes of one switch side by side)"
+        raise ConfigError(_ORDER_VARIABLE, asked, rule, "Unset it for switch, where Slurm knows the switches.")
+    has_switches = "switch" in environ.get("SLURM_TOPOLOGY_ADDR_PATTERN", "")
+    if num_nodes < 3 or asked == "slurm" or not has_switches:
+        return NodeOrder(places=tuple(range(num_nodes)))
+    if shutil.which("scontrol") is None:
+        line = (
+            "ranks are given to nodes in Slurm's order: the order by switch needs scontrol, which is not on PATH here"
+        )
+        return NodeOrder(places=tuple(range(num_nodes)), line=line)
+    way_out = f"Set {_ORDER_VARIABLE}=slurm to keep Slurm's order of nodes."
+    nodes = expand_hosts(environ["SLURM_STEP_NODELIST"])
+    return order_by_switch(nodes, _scontrol("show", "topology", field="SLURM_TOPOLOGY_ADDR", way_out=way_out))
 
 
 def _port(environ: Mapping[str, str], job: int) -> int:
@@ -249,7 +275,9 @@ def _address(environ: Mapping[str, str]) -> str:
         _check_name(first)
         return first
     # Where node names are not host names (tests, clouds), Slurm's NodeAddr is the one that works.
-    match = re.search(r"NodeAddr=(\S+)", _scontrol("show", "node", first, "--oneliner"))
+    way_out = "Set MASTER_ADDR to the first node's address."
+    shown = _scontrol("show", "node", first, "--oneliner", field="MASTER_ADDR", way_out=way_out)
+    match = re.search(r"NodeAddr=(\S+)", shown)
     return match[1] if match else first
 
 
@@ -275,9 +303,9 @@ def first_host(nodelist: str) -> str:
     return re.sub(r"\[(\d+)[\d,-]*\]", r"\1", first[0])
 
 
-def _scontrol(*arguments: str) -> str:
+def _scontrol(*arguments: str, field: str, way_out: str) -> str:
     done = subprocess.run(["scontrol", *arguments], check=False, capture_output=True, text=True)
     if done.returncode:
         rule = f"`scontrol {' '.join(arguments)}` failed: {done.stderr.strip() or done.returncode}"
-        raise ConfigError("MASTER_ADDR", None, rule, "Set MASTER_ADDR to the first node's address.")
+        raise ConfigError(field, os.environ.get(field), rule, way_out)
     return done.stdout

@@ -94,6 +94,7 @@ def test_a_name_cannot_leave_runs(name: str) -> None:
 def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("NCCL_IB_HCA", "mlx5")
     path = Path("runs/a")
     run_dir.create(path, SPEC, render(["echo", "it's", "--x", "a b"], {"A": "1"}))
     return path
@@ -121,9 +122,11 @@ def test_the_command_runs_from_a_directory_with_a_space(tmp_path: Path, monkeypa
 
 def test_the_environment_is_noted(made: Path) -> None:
     noted = json.loads((made / "environment.json").read_text())
-    assert list(noted) == ["time", "git", "git_changes", "python", "versions", "host", "argv", "slurm"]
+    assert list(noted) == ["time", "git", "git_changes", "python", "versions", "host", "argv", "slurm", "settings"]
     assert noted["versions"]["megatron-core"] == metadata.version("megatron-core")
     assert noted["slurm"]["SLURM_JOB_ID"] == "7"
+    assert noted["settings"]["NCCL_IB_HCA"] == "mlx5"
+    assert "PATH" not in noted["settings"]
 
 
 def test_no_git_is_no_error(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:

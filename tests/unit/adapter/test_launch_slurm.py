@@ -45,9 +45,8 @@ def test_a_batch_script_starts_a_launcher_per_node(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(slurm.process, "run", run)
     assert slurm.srun(Topology(num_nodes=2, needs_srun=True), ["--config", "a b.yaml"]) == 7
     command, environment, log, _ = ran[0]
-    nodes = ["--nodes", "2", "--ntasks", "2", "--ntasks-per-node", "1"]
-    how = ["--cpu-bind=none", "--kill-on-bad-exit=1"]
-    assert command == ["srun", *nodes, *how, *PYTHON_M, "megatron_smartmoe.adapter.launch", "--config", "a b.yaml"]
+    launch = [*PYTHON_M, "megatron_smartmoe.adapter.launch", "--config", "a b.yaml"]
+    assert [command[0], Path(command[1]).name, *command[2:]] == ["bash", "srun_per_node.sh", "2", *launch]
     assert (environment, log) == ({}, None)
 
 
@@ -71,12 +70,35 @@ def test_what_the_launchers_say_last_is_said_again_after_srun(
     assert capsys.readouterr().out.splitlines()[-1].startswith("smartmoe: rank 3 on n2 was killed by SIGKILL | ")
 
 
-def test_sigterm_goes_to_the_tasks_through_slurm(monkeypatch: pytest.MonkeyPatch, commands: list[list[str]]) -> None:
-    monkeypatch.setenv("SLURM_JOB_ID", "7")
+def test_one_task_on_each_node(tmp_path: Path) -> None:
+    """The fixed options of srun, which the launcher and the batch script share."""
+    program = tmp_path / "srun"
+    program.write_text('#!/bin/bash\nprintf "%s\\n" "$@"\n')
+    program.chmod(0o755)
+    environ = {"PATH": f"{tmp_path}:/usr/bin:/bin"}
+    command = ["bash", str(slurm._PER_NODE), "3", "--comment=two words", "launch", "a b"]
+    words = subprocess.run(command, env=environ, capture_output=True, text=True, check=True).stdout.splitlines()
+    nodes = ["--nodes", "3", "--ntasks", "3", "--ntasks-per-node", "1"]
+    assert words == [*nodes, "--cpu-bind=none", "--kill-on-bad-exit=1", "--comment=two words", "launch", "a b"]
+
+
+@pytest.mark.parametrize(
+    ("variables", "job"),
+    [
+        ({"SLURM_JOB_ID": "7"}, "7"),
+        # The last task of an array has the array's number, which scancel takes for the whole array.
+        ({"SLURM_JOB_ID": "7", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "3"}, "7_3"),
+    ],
+)
+def test_sigterm_goes_to_the_tasks_through_slurm(
+    variables: dict[str, str], job: str, monkeypatch: pytest.MonkeyPatch, commands: list[list[str]]
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
     monkeypatch.setattr(slurm.shutil, "which", lambda name: f"/bin/{name}")
     monkeypatch.setattr(slurm.process, "run", lambda command, environment, log, terminate, **_: terminate(None))
     slurm.srun(Topology(num_nodes=2, needs_srun=True), [])
-    assert commands == [["scancel", "--signal=TERM", "7"]]
+    assert commands == [["scancel", "--signal=TERM", job]]
 
 
 def test_a_missing_srun_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,7 +148,8 @@ def test_a_container_is_checked_from_inside(monkeypatch: pytest.MonkeyPatch) -> 
     argv = ["--srun-args", "--container-image=a.sqsh --container-mounts=/d", "--num-layers", "-3"]
     assert launcher.main(argv) == 0
     command = ran[0]
-    assert command[: command.index("--container-image=a.sqsh")][-1] == "--kill-on-bad-exit=1"
+    assert Path(command[1]).name == "srun_per_node.sh"
+    assert command[2:4] == ["2", "--container-image=a.sqsh"]
     script = Path(command[command.index("--container-mounts=/d") + 1])
     assert script.name == "pretrain_gpt_moe.sh"
     assert script.is_file()

@@ -40,6 +40,7 @@ ONE_NODE = {"SLURM_STEP_NUM_NODES": "1", "SLURM_STEP_NODELIST": "n1", "SLURM_NOD
 SCONTROL = """#!/bin/sh
 case "$*" in
   "show node n1 --oneliner") echo "NodeName=n1 Arch=x86_64 {address} NodeHostName=host Version=22.05" ;;
+  "show topology") echo "SwitchName=a Level=0 Nodes=n1,n3"; echo "SwitchName=b Level=0 Nodes=n2,n4" ;;
   *) echo "unexpected: $*" >&2; exit 1 ;;
 esac
 """
@@ -99,6 +100,46 @@ def test_a_task_per_rank_is_that_rank(scontrol: None) -> None:
     found = find_topology(1, RANK_TASK)
     assert found == Topology(num_nodes=2, node=1, ranks_per_node=2, master_addr="127.0.0.5", master_port=20049, rank=3)
     assert found.world_size == 4
+
+
+FOUR = {
+    "SLURM_STEP_NUM_NODES": "4",
+    "SLURM_STEP_NODELIST": "n[1-4]",
+    "SLURM_STEP_NUM_TASKS": "8",
+    "SLURM_STEP_TASKS_PER_NODE": "2(x4)",
+    "SLURM_NODEID": "2",
+    "SLURM_PROCID": "5",
+    "SLURM_TOPOLOGY_ADDR": "a.n3",
+    "SLURM_TOPOLOGY_ADDR_PATTERN": "switch.node",
+}
+
+
+def test_nodes_of_one_switch_have_consecutive_ranks(scontrol: None) -> None:
+    """Of n1 and n3 at one switch, n2 and n4 at the other, n3 is the second node."""
+    found = find_topology(1, RANK_TASK | FOUR)
+    assert (found.node, found.rank) == (1, 3)
+    assert found.order == "ranks are given to nodes switch by switch (a: n1 n3, b: n2 n4)"
+    kept = find_topology(1, RANK_TASK | FOUR | {"SMARTMOE_NODE_ORDER": "slurm"})
+    assert (kept.node, kept.rank, kept.order) == (2, 5, "")
+    unknown = find_topology(1, RANK_TASK | FOUR | {"SLURM_TOPOLOGY_ADDR_PATTERN": "node"})
+    assert (unknown.node, unknown.rank, unknown.order) == (2, 5, "")
+
+
+def test_an_unknown_order_is_refused(scontrol: None) -> None:
+    with pytest.raises(ConfigError) as caught:
+        find_topology(1, RANK_TASK | FOUR | {"SMARTMOE_NODE_ORDER": "rack"})
+    assert str(caught.value) == (
+        "SMARTMOE_NODE_ORDER = 'rack': must be slurm (the order in which Slurm numbers the nodes) or switch (nodes of "
+        "one switch side by side). Unset it for switch, where Slurm knows the switches."
+    )
+
+
+def test_without_scontrol_slurms_order_stays_and_is_said(no_scontrol: None) -> None:
+    found = find_topology(1, RANK_TASK | FOUR | {"MASTER_ADDR": "127.0.0.1"})
+    assert (found.node, found.rank) == (2, 5)
+    assert found.order == (
+        "ranks are given to nodes in Slurm's order: the order by switch needs scontrol, which is not on PATH here"
+    )
 
 
 @pytest.mark.parametrize(("rank", "node", "speaks"), [(0, 0, True), (1, 0, False), (2, 1, False), (3, 1, False)])
