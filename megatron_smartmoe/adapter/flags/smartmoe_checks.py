@@ -51,10 +51,10 @@ _NOT_WITH_GROUPED_MM = {
 }
 # with --smartmoe-homes other than off,
 _NOT_WITH_HOMES = {
-    "--optimizer-cpu-offload": "the experts' optimizer state must be on the device",
-    "--use-precision-aware-optimizer": "TransformerEngine packs its state",
     "--fp8-param-gather": "fp8 parameters have scales that would have to move along",
 }
+_UNSCALED_TYPES = ("fp32", "bf16")  # of the precision-aware optimizer's state
+_SCALED_STATE = "a scale is kept for a whole shard, and experts that move would be rounded by one another's"
 _FP8_WITHOUT_HISTORY = ("tensorwise", "blockwise", "mxfp8")  # recipes whose scales come from the values themselves
 # with --smartmoe-spare-slots.
 _NOT_WITH_REPLICAS = {
@@ -292,11 +292,18 @@ def _check_homes(args: argparse.Namespace) -> None:
         )
         way_out = "Pass --fp8-recipe tensorwise, blockwise or mxfp8, or --smartmoe-homes off."
         raise ConfigError("--fp8-recipe", args.fp8_recipe, rule, way_out)
-    if (args.use_distributed_optimizer and args.optimizer not in ("adam", "sgd")) or args.optimizer == "dist_muon":
-        rule = f"is not supported with --smartmoe-homes {args.smartmoe_homes} and --use-distributed-optimizer: whole "
-        rule += "parameters belong to single ranks"
-        way_out = "Remove --use-distributed-optimizer, pass adam, or --smartmoe-homes off."
-        raise ConfigError("--optimizer", args.optimizer, rule, way_out)
+    _check_scaled_state(args)
+
+
+def _check_scaled_state(args: argparse.Namespace) -> None:
+    """Types of the precision-aware optimizer's state that have scales; offloaded state is fp32 whatever they say."""
+    if not args.use_precision_aware_optimizer or args.optimizer_cpu_offload:
+        return
+    for flag in ("--main-params-dtype", "--exp-avg-dtype", "--exp-avg-sq-dtype"):
+        value = getattr(args, attribute(flag))
+        if value not in _UNSCALED_TYPES:
+            rule = f"is not supported with --smartmoe-homes {args.smartmoe_homes}: {_SCALED_STATE}"
+            raise ConfigError(flag, value, rule, "Pass fp32, or --smartmoe-homes off.")
 
 
 def _check_replicas(args: argparse.Namespace) -> None:
