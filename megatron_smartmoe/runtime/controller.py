@@ -6,7 +6,7 @@ the ranks compare a digest of it. An error in deciding never stops the training:
 line says why.
 
 No Megatron here: a `Mover` moves experts and a `Reporter` writes the logs. The replicas loop and the split run inside a
-training step and are called from there (`adapter.loops.replicas`, `adapter.moe.replica_dispatcher`).
+training step and are called from there (`adapter.loops.replicas`, `adapter.moe`).
 """
 
 from __future__ import annotations

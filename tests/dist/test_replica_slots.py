@@ -129,17 +129,17 @@ def test_an_iteration_can_be_run_again(tmp_path: Path) -> None:
 
 def _fetches_that_nobody_asks_for() -> dict[str, tuple[bool, float]]:
     """After each way to change the replicas in use: whether the fetch before it has ended, and what it brought."""
-    from megatron_smartmoe.adapter.moe.replica_dispatcher import ReplicaDispatcher
+    from megatron_smartmoe.runtime.replicas.layer_planner import LayerPlanner
 
     spare, _, _ = _setup()
     none = np.where(np.arange(3) < 2, SLOTS, -1)
-    dispatcher: Any = SimpleNamespace(_spare=spare, _homes_RS=none)
+    planner: Any = SimpleNamespace(_spare=spare, _homes_RS=none)
     changes: dict[str, Callable[[], object]] = {
         "other replicas": lambda: spare.use(SLOTS, num_passes=1),
         "none": lambda: spare.use(none, num_passes=1),
         "for a micro-batch": lambda: spare.keep(False),
         "for an iteration": lambda: spare.keep(True),
-        "another planner": lambda: ReplicaDispatcher.plan_with(dispatcher, None),
+        "another planner": lambda: LayerPlanner.plan_with(planner, None),
     }
     facts = {}
     for name, change in changes.items():

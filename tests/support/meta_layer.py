@@ -323,16 +323,14 @@ def build(case: Case, device: torch.device, *, stock: bool = False) -> tuple[tor
         parts = replace(parts, mlp=partial(kind, submodules=experts))
     whole = spec.module(config, submodules=parts, layer_number=1).to(device)
     if case.replicas:
-        _with_replicas(whole.mlp, config)
+        _with_replicas(whole.mlp)
     return (whole if case.attention else whole.mlp), config
 
 
-def _with_replicas(layer: Any, config: Any) -> None:
+def _with_replicas(layer: Any) -> None:
     """Give the layer a spare slot, as `adapter.loops.replicas` does."""
     from megatron.core import parallel_state
-    from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 
-    from megatron_smartmoe.adapter.moe.replica_dispatcher import ReplicaDispatcher
     from megatron_smartmoe.runtime.replicas.dispatch_plan import ExactOptions
     from megatron_smartmoe.runtime.replicas.slots import SpareSlots
     from megatron_smartmoe.runtime.replicas.wire import ReplicaWire
@@ -341,12 +339,5 @@ def _with_replicas(layer: Any, config: Any) -> None:
     weights = (experts.weight1, experts.weight2)
     wire = ReplicaWire(parallel_state.get_expert_model_parallel_group())
     totals = [torch.zeros_like(weight, dtype=torch.float32) for weight in weights]
-    experts.spare_slots = SpareSlots(weights, 1, wire, lambda: totals, keeps=False)
-    layer.token_dispatcher = ReplicaDispatcher(
-        layer.num_local_experts,
-        layer.local_expert_indices,
-        config,
-        get_default_pg_collection(),
-        spare=experts.spare_slots,
-        exact=ExactOptions(used_slots=1, limit=1.01, price_tokens=1.0),
-    )
+    spare = SpareSlots(weights, 1, wire, lambda: totals, keeps=False)
+    layer.add_replicas(spare, exact=ExactOptions(used_slots=1, limit=1.01, price_tokens=1.0))

@@ -58,7 +58,7 @@ _SCALED_STATE = "a scale is kept for a whole shard, and experts that move would 
 _FP8_WITHOUT_HISTORY = ("tensorwise", "blockwise", "mxfp8")  # recipes whose scales come from the values themselves
 # with --smartmoe-spare-slots.
 _NOT_WITH_REPLICAS = {
-    "--moe-pad-expert-input-to-capacity": "all experts get the same number of rows, so there is nothing to balance",
+    "--moe-ncclep-static-shape": "it hands experts rows of unknown number",
 }
 
 
@@ -328,11 +328,11 @@ def _check_replicas_possible(args: argparse.Namespace) -> None:
     for flag, reason in _NOT_WITH_REPLICAS.items():
         if value := getattr(args, attribute(flag), None):
             raise ConfigError(flag, value, f"is not supported with {SPARE_SLOTS}: {reason}", _REMOVE_ONE)
-    for flag, supported in (("--moe-token-dispatcher-type", "alltoall"), ("--smartmoe-experts", "grouped_mm")):
-        value = getattr(args, attribute(flag))
-        if value != supported:
-            rule = f"is not supported with {SPARE_SLOTS}"
-            raise ConfigError(flag, value, rule, f"Pass {supported}, or remove {SPARE_SLOTS}.")
+    flag, experts = "--smartmoe-experts", args.smartmoe_experts
+    if experts != "grouped_mm":
+        raise ConfigError(
+            flag, experts, f"is not supported with {SPARE_SLOTS}", f"Pass grouped_mm, or remove {SPARE_SLOTS}."
+        )
     if not args.smartmoe_replicas_margin >= 0:  # also refuses NaN
         rule = "must be at least 0"
         raise ConfigError("--smartmoe-replicas-margin", args.smartmoe_replicas_margin, rule, "The default is 1.")

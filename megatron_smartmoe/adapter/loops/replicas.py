@@ -24,14 +24,12 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 from megatron.core.num_microbatches_calculator import get_num_microbatches
-from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 
 from megatron_smartmoe.adapter.cost_inputs import nodes_of_group, online_options, replica_price_tokens, scope_nodes
 from megatron_smartmoe.adapter.flags.smartmoe_arguments import replicas_mode
 from megatron_smartmoe.adapter.hooks import Callback, Order
 from megatron_smartmoe.adapter.loops import saved_state
 from megatron_smartmoe.adapter.moe.layer import SmartMoELayer
-from megatron_smartmoe.adapter.moe.replica_dispatcher import ReplicaDispatcher
 from megatron_smartmoe.adapter.moe.routers import passes_per_micro_batch
 from megatron_smartmoe.adapter.run import Run
 from megatron_smartmoe.errors import PlanError
@@ -153,7 +151,7 @@ class ReplicaLoop(Callback):
         self._mode, self._used_slots = mode, used_slots
         for layer in self._layers:
             layer.experts.spare_slots.keep(mode == "history")
-            layer.token_dispatcher.plan_with(self._exact_options() if mode == "exact" else None)
+            layer.planner.plan_with(self._exact_options() if mode == "exact" else None)
         if self._planner is not None:
             self._planner.placement = self._placement()
 
@@ -161,27 +159,21 @@ class ReplicaLoop(Callback):
         """Give a layer's experts spare slots, and the layer a dispatcher that uses them."""
         experts = layer.experts
         weights = (experts.weight1, experts.weight2)
-        experts.spare_slots = SpareSlots(
+        spare = SpareSlots(
             weights,
             self._run.args.smartmoe_spare_slots,
             self._wire,
             lambda: [weight.main_grad for weight in weights],
             keeps=keeps,
         )
-        experts.spare_slots.keep(self._mode == "history")
-        layer.token_dispatcher = ReplicaDispatcher(
-            layer.num_local_experts,
-            layer.local_expert_indices,
-            layer.config,
-            get_default_pg_collection(),
-            spare=experts.spare_slots,
+        spare.keep(self._mode == "history")
+        layer.add_replicas(
+            spare,
             num_nodes=nodes_of_group(self._wire.num_ranks),
             fetch_early=self._fetch_early,
             exact=self._exact_options() if self._mode == "exact" else None,
             listener=tally.add,
         )
-        if layer.shared_experts is not None and layer.shared_expert_overlap:
-            layer.token_dispatcher.set_shared_experts(layer.shared_experts)
 
     def _exact_options(self) -> ExactOptions:
         """How replicas are planned from the counts of one micro-batch."""
@@ -221,7 +213,7 @@ class ReplicaLoop(Callback):
         unused = self._run.args.smartmoe_spare_slots - self._used_slots
         for layer, slots_RS in zip(self._layers, planner.placement.slots_LRS, strict=True):
             by_home_RS = with_empty_slots(by_home(slots_RS, layer.experts.num_local_experts), unused)
-            layer.token_dispatcher.slots_RS = by_home_RS
+            layer.planner.slots_RS = by_home_RS
             num_passes = get_num_microbatches() * passes_per_micro_batch(layer)
             layer.experts.spare_slots.use(by_home_RS, num_passes=num_passes)
         for index in range(LAYERS_AHEAD):

@@ -4,7 +4,7 @@ The router, its losses, its bias, dropping and every statistic use logical exper
 table on the device, `slot_of_expert_E`, gives the slot of each expert: slot s of the layer is home slot s % S of
 expert-parallel rank s // S. With the all-to-all dispatcher the lookup is part of the counting sort that dispatch needs
 anyway (see `SlotDispatcher`). Megatron's other dispatchers (allgather, flex, and all-to-all padded to capacity) get
-the router's columns in the order of the slots instead.
+the router's columns in the order of the slots instead, and those of spare slots with them (see `PhysicalSlots`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,12 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_smartmoe.adapter.moe.dispatcher import SlotDispatcher
 from megatron_smartmoe.adapter.moe.experts import SlottedExperts
+from megatron_smartmoe.adapter.moe.physical_slots import PhysicalSlots
+from megatron_smartmoe.adapter.moe.replica_dispatcher import ReplicaDispatcher
 from megatron_smartmoe.errors import CompatError
+from megatron_smartmoe.runtime.replicas.dispatch_plan import RankView
+from megatron_smartmoe.runtime.replicas.layer_planner import LayerPlanner
+from megatron_smartmoe.runtime.replicas.slots import SpareSlots
 
 
 class SmartMoELayer(MoELayer):
@@ -27,7 +32,7 @@ class SmartMoELayer(MoELayer):
 
     Attributes:
         slot_of_expert_E: int64, the slot of each logical expert; change it only through `set_homes`.
-        experts_by_slot: the logical expert of every slot of the layer, on the host.
+        experts_by_slot: the logical expert of every home slot of the layer, on the host.
     """
 
     slot_of_expert_E: torch.Tensor
@@ -53,17 +58,67 @@ class SmartMoELayer(MoELayer):
         self.register_buffer("slot_of_expert_E", identity, persistent=False)
         self.register_buffer("expert_of_slot_E", identity.clone(), persistent=False)
         self.experts_by_slot = list(range(len(identity)))
-        self._fused = config.moe_token_dispatcher_type == "alltoall" and not config.moe_pad_expert_input_to_capacity
+        self._planner: LayerPlanner | None = None
+        self._slots: PhysicalSlots | None = None
+        self._groups = pg_collection or get_default_pg_collection()
+        self._fused = self._has_own_all_to_all(config)
         if self._fused:
             self.token_dispatcher = SlotDispatcher(
                 self.num_local_experts,
                 self.local_expert_indices,
                 config,
-                pg_collection or get_default_pg_collection(),
+                self._groups,
                 counts_on_device=isinstance(self.experts, SlottedExperts),
             )
-            if self.shared_experts is not None and self.shared_expert_overlap:
-                self.token_dispatcher.set_shared_experts(self.shared_experts)
+            self._overlap_shared_experts()
+
+    @staticmethod
+    def _has_own_all_to_all(config: TransformerConfig) -> bool:
+        """Whether this project's all-to-all stands for Megatron's: it pads nothing."""
+        pads = config.moe_pad_expert_input_to_capacity or config.moe_router_padding_for_quantization
+        return config.moe_token_dispatcher_type == "alltoall" and not pads
+
+    def _overlap_shared_experts(self) -> None:
+        """Have the shared experts run beside the exchanges of a dispatcher that has just been built."""
+        if self.shared_experts is not None and self.shared_expert_overlap:
+            self.token_dispatcher.set_shared_experts(self.shared_experts)
+
+    def add_replicas(self, spare: SpareSlots, *, num_nodes: int = 1, **options: Any) -> None:
+        """Give the layer spare slots, a planner of its micro-batches, and a dispatcher that reaches all slots.
+
+        From then on the experts get tokens of S + K slots where any rank has a replica, home slots first; weights of
+        the K others come from `SpareSlots.weights`.
+
+        Args:
+            spare: this rank's spare slots.
+            num_nodes: nodes that the expert-parallel group spans.
+            options: see `LayerPlanner`.
+        """
+        built, self.experts.spare_slots = self.token_dispatcher, spare
+        view = RankView(
+            num_ranks=built.ep_size,
+            tp_size=built.tp_size,
+            num_experts=len(self.experts_by_slot),
+            num_slots=self.num_local_experts + spare.num_slots,
+            num_nodes=num_nodes,
+            rank=self.ep_group.rank(),
+            tp_rank=built.tp_rank,
+        )
+        self._planner = LayerPlanner(view, built.tp_ep_group, spare=spare, **options)
+        if self._fused:
+            self.token_dispatcher = ReplicaDispatcher(
+                self.num_local_experts, self.local_expert_indices, self.config, self._groups, planner=self._planner
+            )
+        else:
+            self._slots = PhysicalSlots(self.config, self._planner)
+            self.token_dispatcher = self._slots.dispatcher(built, self._groups)
+        self._overlap_shared_experts()
+
+    @property
+    def planner(self) -> LayerPlanner:
+        """What plans the replicas of each micro-batch; only after `add_replicas`."""
+        assert self._planner is not None, "the layer has no spare slots"
+        return self._planner
 
     def set_homes(self, slot_of_expert_E: torch.Tensor) -> None:
         """Set where the layer's experts live. Moves no weights.
@@ -82,9 +137,12 @@ class SmartMoELayer(MoELayer):
         self, hidden_states: torch.Tensor, probs: torch.Tensor, routing_map: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Megatron's preprocess, on columns in the order of the slots where the dispatcher does not look them up."""
+        if self._planner is not None:
+            self._planner.training = self.training  # here: overlapping micro-batches skip `forward`
         if self._fused:
             self.token_dispatcher.slot_of_expert_E = self.slot_of_expert_E  # the tensor may have been moved: .cuda()
-            self.token_dispatcher.training = self.training  # here: overlapping micro-batches skip `forward`
+        elif self._slots is not None:
+            probs, routing_map = self._slots.translate(probs, routing_map, self.slot_of_expert_E)
         else:
             probs = probs.index_select(1, self.expert_of_slot_E)
             routing_map = routing_map.index_select(1, self.expert_of_slot_E)

@@ -3,7 +3,8 @@
 Megatron's dropless dispatch gathers the counts of all ranks and brings sums of them to the host. Here the counts come
 to the host whole and a little earlier, before the permutation: the one synchronisation is moved, none is added. From
 them every rank computes the same split (see `runtime.replicas.split`); the rows that a rank receives are sorted by its
-home slots first and its spare slots after them.
+home slots first and its spare slots after them. Megatron's own dispatchers split tokens in another way, before they
+see them: `physical_slots`.
 
 With expert tensor parallelism the P ranks that share an expert route different tokens: their counts have an axis P in
 front. Each sends its tokens to the ranks of its own expert-parallel group, and the ranks that share an expert gather
@@ -13,20 +14,14 @@ its own tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
-import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_smartmoe.adapter.moe.dispatcher import SlotDispatcher
-from megatron_smartmoe.runtime.replicas.dispatch_plan import DispatchPlan, DispatchPlanner, ExactOptions, RankView
-from megatron_smartmoe.runtime.replicas.slots import SpareSlots
-from megatron_smartmoe.runtime.replicas.split import homes_only, shifted_rows
-from megatron_smartmoe.runtime.replicas.tally import MicroBatch
-
-Listener = Callable[[MicroBatch], None]
+from megatron_smartmoe.runtime.replicas.dispatch_plan import DispatchPlan
+from megatron_smartmoe.runtime.replicas.layer_planner import LayerPlanner
+from megatron_smartmoe.runtime.replicas.split import shifted_rows
 
 
 class ReplicaDispatcher(SlotDispatcher):
@@ -37,20 +32,8 @@ class ReplicaDispatcher(SlotDispatcher):
         local_expert_indices: this rank's home slots, counted over the whole layer.
         config: the transformer's configuration.
         pg_collection: process groups; `ep`, `expt_tp` and `tp_ep` are used.
-        spare: this rank's spare slots.
-        num_nodes: nodes that the expert-parallel group spans.
-        fetch_early: whether the home weights are up to date when tokens are dispatched, and not only when the experts
-            compute: then the replicas' weights are fetched during the dispatch.
-        exact: how the replicas of each micro-batch are planned from its counts; None when `slots_RS` is set from
-            outside.
-        listener: called once for every training micro-batch.
-
-    Attributes:
-        slots_RS: expert in each slot, `[R, S + K]`, home slots first; experts are numbered by their home.
-        training: whether replicas are used; set by the layer. In evaluation their weights would be stale.
+        planner: plans each micro-batch.
     """
-
-    training = True
 
     def __init__(
         self,
@@ -59,70 +42,24 @@ class ReplicaDispatcher(SlotDispatcher):
         config: TransformerConfig,
         pg_collection: ProcessGroupCollection,
         *,
-        spare: SpareSlots,
-        num_nodes: int = 1,
-        fetch_early: bool = True,
-        exact: ExactOptions | None = None,
-        listener: Listener | None = None,
+        planner: LayerPlanner,
     ) -> None:
         super().__init__(num_local_experts, local_expert_indices, config, pg_collection, counts_on_device=True)
-        self._spare, self._fetch_early = spare, fetch_early
-        self._exact, self._listener = exact, listener
-        self._homes_RS = homes_only(self.num_experts, self.ep_size, spare.num_slots)
-        self.slots_RS = self._homes_RS
+        self._planner = planner
         self._home_slots = num_local_experts
-        self.num_local_experts = num_local_experts + spare.num_slots  # Megatron sorts what arrives by these
-        view = RankView(
-            num_ranks=self.ep_size,
-            tp_size=self.tp_size,
-            num_experts=self.num_experts,
-            num_slots=self.num_local_experts,
-            num_nodes=num_nodes,
-            rank=self.ep_group.rank(),
-            tp_rank=self.tp_rank,
-        )
-        self._planner = DispatchPlanner(view, pinned=spare.device.type == "cuda")
+        self.num_local_experts = planner.view.num_slots  # Megatron sorts what arrives by these
         # what arrives is one block of rows for each (source, slot); the experts need the order (slot, source)
         blocks_QS = torch.arange(self.tp_size * self.ep_size * self.num_local_experts).view(-1, self.num_local_experts)
         self.sort_input_by_local_experts = blocks_QS.T.ravel()
         self.restore_output_by_local_experts = blocks_QS.view(self.num_local_experts, -1).T.ravel()
 
-    def plan_with(self, exact: ExactOptions | None) -> None:
-        """Drop the current replicas and plan in another way from the next iteration on.
-
-        Args:
-            exact: see the constructor.
-        """
-        self._exact, self.slots_RS = exact, self._homes_RS
-        self._spare.drop()
-
     def _set_splits(self, rows_TK: torch.Tensor, tokens_E: torch.Tensor) -> torch.Tensor:
         """Plan the replicas, split the tokens, and set the sizes of the all-to-all; see `SlotDispatcher`."""
         # Step 1: the counts of all ranks, and the plan that follows from them
-        plan = self._plan_dispatch(self._gather_counts(tokens_E))
-        if self._listener is not None and self.training and torch.is_grad_enabled():  # recomputation counts once
-            self._listener(plan.load)
+        plan = self._planner.plan(tokens_E)
         # Step 2: sizes for Megatron's exchange, and the rows of this rank moved to where they are sent from
         self._set_sizes(plan)
         return shifted_rows(rows_TK, plan.segments_2N, plan.num_rows)
-
-    def _gather_counts(self, tokens_E: torch.Tensor) -> torch.Tensor:
-        """Tokens per home slot of all ranks, `[R, P, E]`, on the host: the one synchronisation of the layer."""
-        counts = tokens_E.new_empty(self.ep_size * self.tp_size * self.num_experts)
-        dist.all_gather_into_tensor(counts, tokens_E, group=self.tp_ep_group)
-        return self._planner.to_host(counts)
-
-    def _plan_dispatch(self, counts_RPE: torch.Tensor) -> DispatchPlan:
-        """The plan of this micro-batch; starts to fetch the weights of replicas that are planned for it."""
-        if not self.training:
-            return self._planner.plan(counts_RPE, self._homes_RS)
-        plan = self._planner.plan(counts_RPE, self.slots_RS, self._exact)
-        if self._exact is not None:
-            self.slots_RS = plan.slots_RS
-            used = self._spare.use(self.slots_RS, num_passes=1, own=plan.own_replicas)
-            if used is not None and self._fetch_early:
-                used.start()
-        return plan
 
     def _set_sizes(self, plan: DispatchPlan) -> None:
         """Set the attributes that Megatron's exchange reads, all of them on the host."""
@@ -130,8 +67,7 @@ class ReplicaDispatcher(SlotDispatcher):
         self.input_splits, self.output_splits = plan.sent_R, plan.received_R
         self.output_splits_tp = plan.arriving_P
         self.num_global_tokens_per_local_expert = plan.arriving_PRS.flatten(0, 1)
-        with_replicas = self.training and self._spare.in_use is not None
-        tokens_S = plan.tokens_S if with_replicas else plan.tokens_S[: self._home_slots]
+        tokens_S = plan.tokens_S if self._planner.uses_replicas else plan.tokens_S[: self._home_slots]
         self.tokens_per_expert = self._tokens_on_device_S = tokens_S
 
     def _maybe_dtoh_and_synchronize(self, point: str, tokens_per_expert: torch.Tensor | None = None) -> torch.Tensor:

@@ -126,14 +126,36 @@ def segment_shifts(sent_RS: IntArray, slots_RS: IntArray) -> tuple[IntArray, Int
     Returns:
         The lengths of the segments `[P]`, ordered by expert, then rank; and by how many rows each moves, `[P]`.
     """
-    # Step 1: a segment for each used slot, ordered by expert, then rank.
-    rank_P, slot_P = np.nonzero(slots_RS != EMPTY)
-    order_P = np.lexsort((rank_P, slots_RS[rank_P, slot_P]))
-    rank_P, slot_P = rank_P[order_P], slot_P[order_P]
+    # Step 1: a segment for each used slot.
+    rank_P, slot_P = _segment_slots(slots_RS)
     length_P = sent_RS[rank_P, slot_P]
     # Step 2: its start in the send order minus its start in the order of the experts.
     begin_RS = (np.cumsum(sent_RS) - sent_RS.ravel()).reshape(sent_RS.shape)
     return length_P, begin_RS[rank_P, slot_P] - (np.cumsum(length_P) - length_P)
+
+
+def _segment_slots(slots_RS: IntArray) -> tuple[IntArray, IntArray]:
+    """Rank and slot of each segment: the used slots ordered by expert, then rank."""
+    rank_P, slot_P = np.nonzero(slots_RS != EMPTY)
+    order_P = np.lexsort((rank_P, slots_RS[rank_P, slot_P]))
+    return rank_P[order_P], slot_P[order_P]
+
+
+def slot_of_rows(rows_TK: torch.Tensor, segments_2P: torch.Tensor, slots_RS: IntArray, num_rows: int) -> torch.Tensor:
+    """The physical slot of every choice, int64 `[T, K_top]`: rank x slots of a rank + slot. The host does not wait.
+
+    Args:
+        rows_TK: rows in the order of the experts; -1 for a dropped choice, whose slot is the number of all slots.
+        segments_2P: the segments' lengths and shifts, see `segment_shifts`; any number of empty ones behind them.
+        slots_RS: expert in each slot, EMPTY for none.
+        num_rows: the sum of the lengths.
+    """
+    rank_P, slot_P = _segment_slots(slots_RS)
+    slot_of_segment_P = torch.from_numpy(rank_P * slots_RS.shape[1] + slot_P).to(rows_TK.device, non_blocking=True)
+    length_P = segments_2P[0, : len(rank_P)].to(rows_TK.device, non_blocking=True)
+    slot_N = torch.repeat_interleave(slot_of_segment_P, length_P, output_size=num_rows)
+    slot_N = torch.cat((slot_N, slot_N.new_full((1,), slots_RS.size)))  # which -1 refers to
+    return slot_N[rows_TK.long()]
 
 
 def shifted_rows(rows_TK: torch.Tensor, segments_2P: torch.Tensor, num_rows: int) -> torch.Tensor:

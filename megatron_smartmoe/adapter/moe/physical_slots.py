@@ -1,0 +1,154 @@
+"""Physical slots: replicas for every dispatcher of Megatron's, which need not know what a replica is.
+
+A replica is one more expert in one more place. Between the router and the dispatcher the router's choices [T, E], which
+are logical, become choices of physical slots [T, R x (S + K)]: slot s of rank r is column r x (S + K) + s, home slots
+first. Which copy of its expert a token goes to follows from the split of the micro-batch (`runtime.replicas.split`) and
+the token's place among its rank's tokens for that expert. The dispatcher is Megatron's own, built for that many
+experts: it permutes, sends and combines as it always does, and the experts of a rank get S + K groups of rows.
+
+    router          probs, map [T, E]            logical experts: losses, bias, dropping and counts end here
+    PhysicalSlots   probs, map [T, R x (S + K)]
+    dispatcher      allgather, all-to-all, flex
+    experts         rows sorted by slot, tokens of each: [S + K]; [S] where no rank has a replica (`with_slots`)
+
+The router, its losses, its bias, checkpoints and homes keep their E logical experts. Our own all-to-all
+(`replica_dispatcher`) does the same split inside its permutation, without these wide maps; it is used where it can be.
+
+Dropping by capacity is the router's: it drops from logical experts, before the split, so the tokens that are dropped do
+not depend on replicas. With padding to capacity every physical slot is padded to the capacity of an expert: a rank
+computes (S + K) / S times the rows that it would compute without spare slots.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.moe.moe_utils import get_capacity
+from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_smartmoe.ops import chosen_experts, dispatch_map
+from megatron_smartmoe.runtime.replicas.layer_planner import LayerPlanner
+from megatron_smartmoe.runtime.replicas.split import slot_of_rows
+
+_ROUNDING = 1e-12  # relative, of a capacity factor; far above a float's, far below one row
+
+
+class PhysicalSlots:
+    """Turns the router's choices of experts into choices of physical slots.
+
+    Args:
+        config: the transformer's configuration.
+        planner: plans each micro-batch of the layer.
+    """
+
+    def __init__(self, config: TransformerConfig, planner: LayerPlanner) -> None:
+        self._planner, self._top_k = planner, config.moe_router_topk
+        self.num_slots = planner.view.num_ranks * planner.view.num_slots
+        self.config = _config_of_slots(config, self.num_slots)
+
+    def translate(
+        self, probs_TE: torch.Tensor, routing_map_TE: torch.Tensor, slot_of_expert_E: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The router's choices as choices of slots. All ranks of the group call it; the host waits for their counts.
+
+        Args:
+            probs_TE: the router's probabilities.
+            routing_map_TE: which experts each token chose, bool; with padding to capacity also what pads an expert,
+                with probability 0.
+            slot_of_expert_E: the home slot of each logical expert.
+
+        Returns:
+            Probabilities and map by physical slot, `[T, R x (S + K)]` each.
+        """
+        if self.config.moe_pad_expert_input_to_capacity:
+            routing_map_TE = routing_map_TE & (probs_TE != 0)
+        # Step 1: the place of every choice among its rank's tokens, by home slot, then token
+        ids_TK, weights_TK = chosen_experts(routing_map_TE, probs_TE, self._top_k)
+        rows_TK, tokens_E = dispatch_map(ids_TK, slot_of_expert_E, slot_of_expert_E.numel())
+        # Step 2: the split of the micro-batch, and from it the slot of every choice
+        plan = self._planner.plan(tokens_E)
+        slot_TK = slot_of_rows(rows_TK, plan.segments_2N, plan.slots_RS, plan.num_rows)
+        # Step 3: as maps; the last column takes the choices that were dropped
+        wide = weights_TK.new_zeros(len(slot_TK), self.num_slots + 1)
+        chosen = torch.zeros_like(wide, dtype=torch.bool).scatter(1, slot_TK, True)
+        probs_TS = wide.scatter(1, slot_TK, weights_TK)[:, :-1].contiguous()
+        return probs_TS, self._padded(chosen[:, :-1].contiguous())
+
+    def _padded(self, routing_map_TS: torch.Tensor) -> torch.Tensor:
+        """The map with every slot filled up to its capacity by tokens that did not choose it; their weight is 0."""
+        config = self.config
+        if not config.moe_pad_expert_input_to_capacity:
+            return routing_map_TS
+        choices = len(routing_map_TS) * self._top_k
+        capacity = get_capacity(choices, self.num_slots, config.moe_expert_capacity_factor)
+        _, token_CS = torch.topk(routing_map_TS.int(), k=capacity, dim=0, sorted=False)
+        return torch.zeros_like(routing_map_TS).scatter(0, token_CS, True)
+
+    def dispatcher(self, built: MoETokenDispatcher, groups: Any) -> MoETokenDispatcher:
+        """A dispatcher of the same kind as `built`, for the physical slots.
+
+        Args:
+            built: what Megatron has built for logical experts.
+            groups: the layer's process groups.
+        """
+        view = self._planner.view
+        first = view.rank * view.num_slots
+        indices = list(range(first, first + view.num_slots))
+        kind = with_slots(type(built))  # type: ignore[arg-type]
+        dispatcher: MoETokenDispatcher = kind(view.num_slots, indices, config=self.config, pg_collection=groups)
+        dispatcher.planner = self._planner
+        return dispatcher
+
+
+def _config_of_slots(config: TransformerConfig, num_slots: int) -> TransformerConfig:
+    """The configuration for a dispatcher of physical slots, and for nothing else.
+
+    Its capacity factor gives a slot the capacity that the router gives an expert, and never a row less, whatever floats
+    round to; nor more rows than there are tokens, from which Megatron's dispatchers could not pick them.
+    """
+    view = copy.copy(config)
+    view.num_moe_experts = num_slots
+    if config.moe_expert_capacity_factor is not None:
+        same = config.moe_expert_capacity_factor * num_slots / config.num_moe_experts
+        every_token = num_slots / config.moe_router_topk
+        view.moe_expert_capacity_factor = min(same * (1 + _ROUNDING), every_token * (1 - _ROUNDING))
+    return view
+
+
+class _ForSlots:
+    """What a dispatcher of physical slots does besides: it hands no rows of empty slots to the experts.
+
+    Attributes:
+        planner: knows whether there are replicas.
+    """
+
+    planner: LayerPlanner
+    _empty_rows = 0  # rows of spare slots without an expert, from `dispatch_postprocess` to `combine_preprocess`
+
+    def dispatch_postprocess(self, hidden_states: torch.Tensor, probs: torch.Tensor) -> Any:
+        """Megatron's; where there are no replicas, the rows that pad spare slots to capacity are taken away."""
+        rows_NH, tokens_S, weights_N = super().dispatch_postprocess(hidden_states, probs)  # type: ignore[misc]
+        self._empty_rows = 0
+        if self.planner.uses_replicas:
+            return rows_NH, tokens_S, weights_N
+        home_slots = self.planner.view.home_slots
+        self._empty_rows = int(tokens_S[home_slots:].sum())
+        num_rows = len(rows_NH) - self._empty_rows
+        return rows_NH[:num_rows], tokens_S[:home_slots], weights_N[:num_rows]
+
+    def combine_preprocess(self, hidden_states: torch.Tensor) -> Any:
+        """Megatron's, with zeros for the rows that were taken away."""
+        if self._empty_rows:
+            hidden_states = F.pad(hidden_states, (0, 0, 0, self._empty_rows))
+        return super().combine_preprocess(hidden_states)  # type: ignore[misc]
+
+
+@functools.cache
+def with_slots(dispatcher: type) -> type[MoETokenDispatcher]:
+    """One of Megatron's dispatchers, for physical slots."""
+    return type(f"{dispatcher.__name__}ForSlots", (_ForSlots, dispatcher), {"__module__": __name__})
