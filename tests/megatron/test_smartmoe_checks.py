@@ -14,6 +14,7 @@ ONE_OUT = "Remove one of the two."
 TE = "--transformer-impl transformer_engine"
 TE_EXPERTS = f"{TE} --moe-grouped-gemm --smartmoe-experts transformer_engine"
 PRECISION_AWARE = "--bf16 --use-distributed-optimizer --use-precision-aware-optimizer"
+TE_REPLICAS = f"{TE_EXPERTS} --smartmoe-spare-slots 1"
 ON_GPUS = "--smartmoe --expert-model-parallel-size 2 --distributed-backend nccl"
 CASES = {
     "all well": Case(flags="--smartmoe", verdict=True),
@@ -75,6 +76,44 @@ CASES = {
     ),
     "optimizer on the CPU": Case(
         flags=f"{ON_GPUS} {PRECISION_AWARE} --optimizer-cpu-offload --exp-avg-dtype fp8", ranks=2, cpu=False
+    ),
+    "TransformerEngine's experts with replicas": Case(
+        flags=f"{ON_GPUS} {TE_REPLICAS} --bf16 --fp8-format e4m3 --fp8-recipe blockwise", ranks=2, te=True, cpu=False
+    ),
+    "TransformerEngine's experts with replicas and late weight gradients": Case(
+        flags=f"{ON_GPUS} {TE_REPLICAS} --delay-wgrad-compute",
+        ranks=2,
+        te=True,
+        cpu=False,
+        says="--delay-wgrad-compute = True: is not supported with --smartmoe-spare-slots and --smartmoe-experts "
+        "transformer_engine: the weight gradients of replicas are sent home in the backward pass. Remove it, or "
+        "--smartmoe-spare-slots.",
+    ),
+    "replicas and biases of experts": Case(
+        flags=f"{ON_GPUS} {TE_REPLICAS}",
+        without=("--disable-bias-linear",),
+        ranks=2,
+        te=True,
+        cpu=False,
+        says="--disable-bias-linear = False: is required with --smartmoe-spare-slots: replicas have no biases. Add "
+        "--disable-bias-linear.",
+    ),
+    "replicas and a history of scales": Case(
+        flags=f"{ON_GPUS} {TE_REPLICAS} --smartmoe-homes off --bf16 --fp8-format hybrid --fp8-recipe delayed",
+        ranks=2,
+        te=True,
+        cpu=False,
+        says="--fp8-recipe = 'delayed': is not supported with --smartmoe-spare-slots: its scales come from the history "
+        "of a slot, in which experts follow one another. Pass --fp8-recipe tensorwise, blockwise or mxfp8, or remove "
+        "--smartmoe-spare-slots.",
+    ),
+    "one packed weight": Case(
+        flags=f"{ON_GPUS} {TE_EXPERTS} --moe-single-grouped-weight",
+        ranks=2,
+        te=True,
+        cpu=False,
+        says="--moe-single-grouped-weight = True: is not supported with --smartmoe-homes on: one packed tensor of "
+        "TransformerEngine's has the experts of a rank. Remove it, or pass --smartmoe-homes off.",
     ),
     "an optimizer that takes no slots": Case(
         flags="--smartmoe --optimizer soap",

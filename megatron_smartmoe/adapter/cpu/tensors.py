@@ -110,7 +110,7 @@ def _offloading() -> None:
 
     There alone every tensor is, except the copy that has just been made.
     """
-    real = torch.Tensor.is_cuda
+    real: Any = torch.Tensor.is_cuda
 
     def is_cuda(self: torch.Tensor) -> bool:
         caller = sys._getframe(1)

@@ -52,6 +52,19 @@ _NOT_WITH_GROUPED_MM = {
 # with --smartmoe-homes other than off,
 _NOT_WITH_HOMES = {
     "--fp8-param-gather": "fp8 parameters have scales that would have to move along",
+    "--fp4-param-gather": "fp4 parameters have scales that would have to move along",
+    "--moe-single-grouped-weight": "one packed tensor of TransformerEngine's has the experts of a rank",
+    "--moe-single-grouped-bias": "one packed tensor of TransformerEngine's has the biases of a rank",
+}
+# with --smartmoe-spare-slots and --smartmoe-experts transformer_engine,
+_NOT_WITH_TE_REPLICAS = {
+    "--fp8-param-gather": "replicas get bf16 weights, and the parameters are fp8",
+    "--fp4-param-gather": "replicas get bf16 weights, and the parameters are fp4",
+    "--moe-single-grouped-weight": "one packed tensor has the weights of all home slots",
+    "--use-transformer-engine-op-fuser": "its fused experts have a fixed number of slots",
+    "--delay-wgrad-compute": "the weight gradients of replicas are sent home in the backward pass",
+    "--overlap-dispatch-backward-with-experts-wgrad": "the weight gradients of replicas are sent home in the backward "
+    "pass",
 }
 _UNSCALED_TYPES = ("fp32", "bf16")  # of the precision-aware optimizer's state
 _SCALED_STATE = "a scale is kept for a whole shard, and experts that move would be rounded by one another's"
@@ -328,14 +341,28 @@ def _check_replicas_possible(args: argparse.Namespace) -> None:
     for flag, reason in _NOT_WITH_REPLICAS.items():
         if value := getattr(args, attribute(flag), None):
             raise ConfigError(flag, value, f"is not supported with {SPARE_SLOTS}: {reason}", _REMOVE_ONE)
-    flag, experts = "--smartmoe-experts", args.smartmoe_experts
-    if experts != "grouped_mm":
-        raise ConfigError(
-            flag, experts, f"is not supported with {SPARE_SLOTS}", f"Pass grouped_mm, or remove {SPARE_SLOTS}."
-        )
+    if args.smartmoe_experts == "transformer_engine":
+        _check_te_replicas(args)
     if not args.smartmoe_replicas_margin >= 0:  # also refuses NaN
         rule = "must be at least 0"
         raise ConfigError("--smartmoe-replicas-margin", args.smartmoe_replicas_margin, rule, "The default is 1.")
+
+
+def _check_te_replicas(args: argparse.Namespace) -> None:
+    """What TransformerEngine's experts cannot do in spare slots."""
+    if args.add_bias_linear:
+        rule = f"is required with {SPARE_SLOTS}: replicas have no biases"
+        raise ConfigError("--disable-bias-linear", False, rule, "Add --disable-bias-linear.")
+    for flag, reason in _NOT_WITH_TE_REPLICAS.items():
+        if getattr(args, attribute(flag), False):
+            rule = f"is not supported with {SPARE_SLOTS} and --smartmoe-experts transformer_engine: {reason}"
+            raise ConfigError(flag, True, rule, f"Remove it, or {SPARE_SLOTS}.")
+    if args.fp8 and args.fp8_recipe not in _FP8_WITHOUT_HISTORY:
+        come = "come" if args.fp8_recipe == "delayed" else "may come"
+        rule = f"is not supported with {SPARE_SLOTS}: its scales {come} from the history of a slot, in which experts "
+        rule += "follow one another"
+        way_out = f"Pass --fp8-recipe tensorwise, blockwise or mxfp8, or remove {SPARE_SLOTS}."
+        raise ConfigError("--fp8-recipe", args.fp8_recipe, rule, way_out)
 
 
 def _check_overlap(args: argparse.Namespace) -> None:

@@ -83,12 +83,7 @@ def check_optimizer(optimizer: MegatronOptimizer, model_chunks: Iterable[torch.n
 
 def _check_one(optimizer: Any) -> None:
     config = optimizer.config
-    if config.use_precision_aware_optimizer and not config.optimizer_cpu_offload:
-        for name in ("main_params_dtype", "exp_avg_dtype", "exp_avg_sq_dtype"):
-            dtype = getattr(config, name)
-            if dtype not in _UNSCALED:
-                flag = f"--{name.replace('_', '-')}"
-                raise _refusal(flag, str(dtype).removeprefix("torch."), _SCALED)
+    check_state_type(config)
     supported = (
         FP32Optimizer,
         Float16OptimizerWithFloat16Params,
@@ -98,6 +93,23 @@ def _check_one(optimizer: Any) -> None:
     if not isinstance(optimizer, supported):
         rule = f"{type(optimizer).__name__} is not an optimizer whose state can be moved"
         raise _refusal("--optimizer", config.optimizer, rule)
+
+
+def check_state_type(config: Any) -> None:
+    """Refuse what the precision-aware optimizer keeps with a scale.
+
+    Args:
+        config: Megatron's OptimizerConfig.
+
+    Raises:
+        ConfigError: the first of its types that has one.
+    """
+    if not config.use_precision_aware_optimizer or config.optimizer_cpu_offload:
+        return
+    for name in ("main_params_dtype", "exp_avg_dtype", "exp_avg_sq_dtype"):
+        dtype = getattr(config, name)
+        if dtype not in _UNSCALED:
+            raise _refusal(f"--{name.replace('_', '-')}", str(dtype).removeprefix("torch."), _SCALED)
 
 
 def _refusal(flag: str, value: object, rule: str) -> ConfigError:
@@ -147,7 +159,7 @@ def parameter_states(
                 group_ranks=None,
                 own_start=0,
                 has_main=_has_main(one, parameter),
-                tensors=_tensors(one, parameter, main),
+                tensors=state_tensors(one, parameter, main),
             )
     return states
 
@@ -186,7 +198,7 @@ def _on_one_rank(
         group_ranks=tuple(torch.distributed.get_process_group_ranks(group)),
         own_start=0,
         has_main=parameter.dtype != torch.float32,
-        tensors=_tensors(part, parameter, main) if held else {},
+        tensors=state_tensors(part, parameter, main) if held else {},
     )
 
 
@@ -219,7 +231,7 @@ def _sharded(optimizer: Any, buffer: Any, parameter: torch.nn.Parameter) -> Para
     if held:
         group_index, order = optimizer.model_param_group_index_map[parameter]
         main = optimizer.optimizer.param_groups[group_index]["params"][order]
-        tensors = _tensors(optimizer, parameter, main)
+        tensors = state_tensors(optimizer, parameter, main)
     return ParameterState(
         shards=tuple(shards),
         group_ranks=tuple(torch.distributed.get_process_group_ranks(group)),
@@ -236,7 +248,7 @@ def _has_main(optimizer: Any, parameter: torch.nn.Parameter) -> bool:
     return parameter.dtype != torch.float32 and not optimizer.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8
 
 
-def _tensors(optimizer: Any, parameter: torch.nn.Parameter, main: torch.Tensor) -> dict[str, torch.Tensor]:
+def state_tensors(optimizer: Any, parameter: torch.nn.Parameter, main: torch.Tensor) -> dict[str, torch.Tensor]:
     """Flat views of the main weight, where there is one beside the parameter, and of the state of each element."""
     inner = optimizer.optimizer
     state = dict(inner.state.get(main, {}))

@@ -121,6 +121,10 @@ class SlottedExperts(MegatronModule):
                     world_size=self.tp_group.size(),
                 )
 
+    def slot_weights(self) -> tuple[torch.nn.Parameter, torch.nn.Parameter]:
+        """The weights of the home slots, `[S, F1, H]` and `[S, H, F2]`."""
+        return self.weight1, self.weight2
+
     def forward(
         self, tokens_NH: torch.Tensor, tokens_per_expert: torch.Tensor, probs_N: torch.Tensor
     ) -> tuple[torch.Tensor, None]:

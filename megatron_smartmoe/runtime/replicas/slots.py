@@ -15,12 +15,13 @@ from typing import Any
 
 import torch
 
+from megatron_smartmoe.runtime.replicas.per_slot import SlotWeight, tensors_of
 from megatron_smartmoe.runtime.replicas.split import Replica, replicas_of
 from megatron_smartmoe.runtime.replicas.wire import Pending, ReplicaWire
 from megatron_smartmoe.spec.arrays import IntArray
 from megatron_smartmoe.spec.placement import EMPTY
 
-Totals = Callable[[], Sequence[torch.Tensor]]
+Totals = Callable[[], Sequence[SlotWeight]]
 
 
 class ReplicasInUse:
@@ -42,7 +43,7 @@ class ReplicasInUse:
         replicas: tuple[Replica, ...],
         wire: ReplicaWire,
         *,
-        homes: Sequence[torch.nn.Parameter],
+        homes: Sequence[SlotWeight],
         spares: Sequence[torch.Tensor],
         sums: Sequence[torch.Tensor] | None,
         totals: Totals,
@@ -69,7 +70,7 @@ class ReplicasInUse:
         """Wait for the replicas' weights and return them as part of the autograd graph. A call of the whole group."""
         self.start()
         self.finish()
-        used: tuple[torch.Tensor, ...] = _Use.apply(self, *self._homes)  # type: ignore[no-untyped-call]
+        used: tuple[torch.Tensor, ...] = _Use.apply(self, *tensors_of(self._homes))  # type: ignore[no-untyped-call]
         return used
 
     def collect(self, gradients: Sequence[torch.Tensor]) -> None:
@@ -99,7 +100,7 @@ class _Use(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[None, ...]:
         ctx.used.collect(gradients)
-        return (None,) * (1 + len(gradients))  # the home weights' share is in `totals`, in float32
+        return (None,) * len(ctx.needs_input_grad)  # the home weights' share is in `totals`, in float32
 
 
 class SpareSlots:
@@ -119,7 +120,7 @@ class SpareSlots:
 
     def __init__(
         self,
-        homes: Sequence[torch.nn.Parameter],
+        homes: Sequence[SlotWeight],
         num_slots: int,
         wire: ReplicaWire,
         totals: Totals,

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_smartmoe.runtime.digest import digest_bounds, is_one_digest
+from megatron_smartmoe.runtime.replicas.per_slot import SlotWeight
 from megatron_smartmoe.runtime.replicas.split import Replica
 
 
@@ -47,7 +48,7 @@ class ReplicaWire:
 
     @torch.no_grad()
     def start_fetch(
-        self, replicas: Sequence[Replica], homes: Sequence[torch.Tensor], spares: Sequence[torch.Tensor]
+        self, replicas: Sequence[Replica], homes: Sequence[SlotWeight], spares: Sequence[torch.Tensor]
     ) -> Pending:
         """Start to copy weights to the replicas. A call of the whole group.
 
@@ -67,7 +68,7 @@ class ReplicaWire:
 
     @torch.no_grad()
     def return_gradients(
-        self, replicas: Sequence[Replica], gradients: Sequence[torch.Tensor], totals: Sequence[torch.Tensor]
+        self, replicas: Sequence[Replica], gradients: Sequence[torch.Tensor], totals: Sequence[SlotWeight]
     ) -> None:
         """Add the replicas' gradients to those of their homes, in the order of the replicas. A call of the whole group.
 
