@@ -64,15 +64,22 @@ CASES = {
     "scaled moments": Case(
         flags=f"{ON_GPUS} {PRECISION_AWARE} --exp-avg-dtype fp8",
         ranks=2,
+        te=True,
         cpu=False,
         says="--exp-avg-dtype = 'fp8': is not supported with --smartmoe-homes on: a scale is kept for a whole shard, "
         "and experts that move would be rounded by one another's. Pass fp32, or --smartmoe-homes off.",
     ),
-    "moments in bf16": Case(flags=f"{ON_GPUS} {PRECISION_AWARE} --exp-avg-dtype bf16", ranks=2, cpu=False),
+    "moments in bf16": Case(flags=f"{ON_GPUS} {PRECISION_AWARE} --exp-avg-dtype bf16", ranks=2, te=True, cpu=False),
     "scaled moments, replicas": Case(
         flags=f"{ON_GPUS} {PRECISION_AWARE} --exp-avg-dtype fp8 --smartmoe-homes off --smartmoe-spare-slots 1",
         ranks=2,
+        te=True,
         cpu=False,
+    ),
+    "a precision-aware optimizer without TransformerEngine": Case(
+        flags=PRECISION_AWARE,
+        says="--use-precision-aware-optimizer = True: needs TransformerEngine's Adam, which CPU ranks do not use. "
+        "Remove it, or add --optimizer-cpu-offload.",
     ),
     "optimizer on the CPU": Case(
         flags=f"{ON_GPUS} {PRECISION_AWARE} --optimizer-cpu-offload --exp-avg-dtype fp8", ranks=2, cpu=False
