@@ -7,23 +7,30 @@ import os
 import sys
 from collections.abc import Sequence
 
-from megatron_smartmoe.cli import calibrate, checkpoint, convert, doctor, plan, simulate
+from megatron_smartmoe.cli import bench_imbalance, calibrate, checkpoint, convert, doctor, plan, report, simulate
 from megatron_smartmoe.errors import EXIT_CONFIG_ERROR, SmartMoEError
 
 EXIT_BROKEN_PIPE = 141  # as of a program that SIGPIPE ends, in a shell
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status: 0 for success, 1 for a difference or damage, 2 for wrong input."""
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all tools."""
     parser = argparse.ArgumentParser(prog="smartmoe", description="Tools for MoE training with balanced experts.")
     tools = parser.add_subparsers(dest="tool", required=True, metavar="TOOL")
     plan.add_parser(tools)
     simulate.add_parser(tools)
+    bench_imbalance.add_parser(tools)
+    report.add_parser(tools)
     calibrate.add_parser(tools)
     doctor.add_parser(tools)
     checkpoint.add_parser(tools)
     convert.add_parser(tools)
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status: 0 for success, 1 for a difference or damage, 2 for wrong input."""
+    options = build_parser().parse_args(arguments)
     try:
         status = int(options.run(options))
         sys.stdout.flush()

@@ -8,8 +8,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 
-from megatron_smartmoe.cli import plot_style
 from megatron_smartmoe.cli.simulate_table import Simulated
+from megatron_smartmoe.report import plot_style
 from megatron_smartmoe.simulate.run import PolicyResult
 
 _OURS = "smartmoe"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import matplotlib.pyplot as plt
 import numpy as np
 
-from megatron_smartmoe.cli import plot_style
+from megatron_smartmoe.report import plot_style
 
 if TYPE_CHECKING:
     from scripts.reliability.soak_judge import SoakRun

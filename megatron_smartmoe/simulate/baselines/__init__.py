@@ -7,7 +7,7 @@ simulator evaluates it with `placement.layer_plan.evaluate` on counts that the r
 `sees` is `exact`.
 
 `by_name()` gives the rules under the names of the simulator's table: none, smartmoe2023, lpt, eplb, eplb-hierarchical,
-fastermoe, echo, ultraep, ultraep-min1, llep, laer, epic, moonep.
+fastermoe, echo, ultraep, ultraep-min1, llep, laer, epic, moonep, lplb.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from megatron_smartmoe.simulate.baselines.fastermoe import FasterMoE
 from megatron_smartmoe.simulate.baselines.greedy import Lpt, SmartMoE2023
 from megatron_smartmoe.simulate.baselines.laer import Laer, laer_traffic
 from megatron_smartmoe.simulate.baselines.llep import Llep
+from megatron_smartmoe.simulate.baselines.lplb import Lplb
 from megatron_smartmoe.simulate.baselines.moonep import MoonEp
 from megatron_smartmoe.simulate.baselines.ultraep import UltraEp, ultraep_relay
 
@@ -44,6 +45,7 @@ def by_name() -> dict[str, Rule]:
         Laer(),
         Epic(),
         MoonEp(),
+        Lplb(),
     )
     return {rule.name: rule for rule in rules}
 

@@ -26,6 +26,7 @@ POLICIES = [
     "laer",
     "epic",
     "moonep",
+    "lplb",
 ]
 
 

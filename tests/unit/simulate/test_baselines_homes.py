@@ -20,7 +20,8 @@ def problem(
     return LayerProblem(counts_RE=counts_RE, slots_RS=slots_RS, spare_slots=spare_slots, num_nodes=num_nodes)
 
 
-RULES = "none smartmoe2023 lpt eplb eplb-hierarchical fastermoe echo ultraep ultraep-min1 llep laer epic moonep".split()
+RULES = "none smartmoe2023 lpt eplb eplb-hierarchical fastermoe echo ultraep ultraep-min1 llep laer epic".split()
+RULES += ["moonep", "lplb"]
 
 
 def test_names_of_the_table() -> None:

@@ -1,4 +1,4 @@
-"""LLEP, LAER and EPIC, each against an example by hand."""
+"""LLEP, LAER, EPIC and LPLB, each against an example by hand."""
 
 import numpy as np
 
@@ -7,6 +7,7 @@ from megatron_smartmoe.simulate.baselines import by_name
 from megatron_smartmoe.simulate.baselines.epic import Epic
 from megatron_smartmoe.simulate.baselines.laer import Laer, laer_traffic, replicas_by_load
 from megatron_smartmoe.simulate.baselines.llep import Llep
+from megatron_smartmoe.simulate.baselines.lplb import Lplb, topology
 from megatron_smartmoe.spec.placement import EMPTY
 from tests.unit.placement.cases import contiguous_slots, rank_loads
 
@@ -106,3 +107,20 @@ def test_epic_swaps_only_for_a_gain_and_never_doubles_an_expert() -> None:
 def test_epic_swaps_inside_nodes() -> None:
     asked = problem([9, 7, 1, 2], 4, num_nodes=2)
     assert Epic().plan(asked).slots_RS.ravel().tolist() == [0, 1, 2, 3]
+
+
+def test_lplb_has_one_replica_of_each_rank_on_its_neighbour() -> None:
+    # Three ranks of two experts in a ring: 9 + 3, 1 + 1, 2 + 2. Expert 0 goes to rank 1, expert 2 (the first of two
+    # equal ones) to rank 2, expert 4 to rank 0. Moving a of 9 along the first edge: 12 - a, 2 + a - b, 4 + b, with b at
+    # most 1: the best is 7, 6, 5 (a 5, b 1).
+    plan = Lplb().plan(problem([9, 3, 1, 1, 2, 2], 3, spare_slots=1))
+    assert plan.slots_RS.tolist() == [[0, 1, 4], [2, 3, 0], [4, 5, 2]]
+    assert sorted(rank_loads(plan, problem([9, 3, 1, 1, 2, 2], 3).counts_RE).tolist()) == [5, 6, 7]
+
+
+def test_lplb_columns_are_permutations() -> None:
+    for num_ranks in (1, 2, 3, 4, 6, 8, 16, 64):
+        for column_R in topology(num_ranks):
+            assert sorted(column_R.tolist()) == list(range(num_ranks))
+            assert num_ranks == 1 or (column_R != np.arange(num_ranks)).all()
+    assert topology(8).tolist() == [[3, 0, 1, 2, 7, 4, 5, 6], [6, 7, 4, 5, 0, 1, 2, 3]]

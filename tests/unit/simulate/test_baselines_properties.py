@@ -10,7 +10,7 @@ from megatron_smartmoe.simulate.baselines import by_name
 from megatron_smartmoe.spec.placement import EMPTY
 from tests.unit.placement.cases import contiguous_slots, random_counts, random_slots, rank_loads
 
-HOMES_FIXED = ("fastermoe", "echo", "ultraep", "ultraep-min1", "llep", "moonep")
+HOMES_FIXED = ("fastermoe", "echo", "ultraep", "ultraep-min1", "llep", "moonep", "lplb")
 SLOTS_BOUND = (
     "none",
     "smartmoe2023",
@@ -22,6 +22,7 @@ SLOTS_BOUND = (
     "ultraep-min1",
     "laer",
     "epic",
+    "lplb",
 )
 
 shapes = st.tuples(st.sampled_from([2, 4, 8]), st.integers(1, 4), st.integers(0, 2), st.integers(0, 2**32 - 1))

@@ -8,7 +8,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import pytest
 
-from megatron_smartmoe.cli import plot_style
+from megatron_smartmoe.report import plot_style
 
 
 @pytest.mark.parametrize("most", [1.0, 1.02, 1.3, 2.0, 5.0, 12.0, 64.0])

@@ -1,0 +1,73 @@
+"""The policies that the simulator's tools compare: ours in one of its ways, or a peer's rule."""
+
+from __future__ import annotations
+
+from megatron_smartmoe.cli.simulate_prices import Prices
+from megatron_smartmoe.placement.homes_planner import OnlineOptions, ReplicaMode
+from megatron_smartmoe.placement.layer_cost import layer_seconds
+from megatron_smartmoe.placement.layer_plan import Sees
+from megatron_smartmoe.placement.plan_homes import HomesOptions
+from megatron_smartmoe.placement.plan_replicas import ReplicaOptions
+from megatron_smartmoe.simulate.baselines import WITHOUT_HOMES, by_name, relays_by_name
+from megatron_smartmoe.simulate.policies import OnlinePolicy, RulePolicy
+from megatron_smartmoe.simulate.run import SimulationSetup
+from megatron_smartmoe.spec.placement import Placement
+
+
+def own_policy(
+    mode: ReplicaMode,
+    placement: Placement,
+    num_groups: int,
+    setup: SimulationSetup,
+    prices: Prices,
+    *,
+    homes_interval: int,
+) -> OnlinePolicy:
+    """Homes, replicas and split as training runs them.
+
+    Args:
+        mode: what replicas are planned from.
+        placement: at the start.
+        num_groups: expert-parallel groups.
+        setup: ranks, slots and prices of the simulation.
+        prices: what the replicas are priced with.
+        homes_interval: iterations between two evaluations of the homes; 0 for none.
+    """
+    sees: Sees = "exact" if mode == "exact" else "history"
+    options = OnlineOptions(
+        homes_interval=homes_interval,
+        replicas=mode,
+        micro_batches=prices.micro_batches,
+        state_bytes=setup.state_bytes,
+        migration_bytes_s=setup.migration_bytes_s,
+        homes=HomesOptions(num_nodes=setup.num_nodes, replica_scope_is_node=prices.within_node),
+        replica=ReplicaOptions(
+            num_nodes=setup.num_nodes if prices.within_node else 1, replica_price_tokens=prices.replica_tokens(sees)
+        ),
+        auto_limit=1.0 if prices.first_version and sees == "exact" else OnlineOptions.auto_limit,
+        exact_price_tokens=prices.replica_tokens("exact"),
+    )
+    return OnlinePolicy(placement, num_groups, options, layer_seconds(setup.pricing_of(sees)))
+
+
+def peer_policy(
+    name: str, placement: Placement, num_groups: int, setup: SimulationSetup, *, interval: int
+) -> RulePolicy:
+    """A peer's rule, with its own way of moving weights.
+
+    Args:
+        name: in the catalogue of rules.
+        placement: at the start.
+        num_groups: expert-parallel groups.
+        setup: ranks and nodes of the simulation.
+        interval: iterations between two plans of a rule that plans from history.
+    """
+    return RulePolicy(
+        by_name()[name],
+        placement,
+        num_groups,
+        setup.num_nodes,
+        interval,
+        relays_by_name(setup.num_nodes).get(name),
+        has_homes=name not in WITHOUT_HOMES,
+    )

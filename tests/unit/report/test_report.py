@@ -1,0 +1,184 @@
+"""`smartmoe report`: one file that needs nothing else, with what the run directory holds."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import matplotlib.image
+import numpy as np
+import pytest
+
+from megatron_smartmoe.cli.main import main
+from megatron_smartmoe.report.binning import MOST_BINS, loads_of
+from megatron_smartmoe.report.run_record import read_run
+from megatron_smartmoe.spec.trace import RoutingTrace
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+
+
+def decision(iteration: int, kind: str, changes: list[list[int]], **more: object) -> dict[str, object]:
+    given: dict[str, object] = {"taken": True, "why": "pays <b>: 2.0 ms", "group": -1, "before": "a", "after": "b"}
+    return {"iteration": iteration, "kind": kind, "changes": changes, "predicted_gain_s": 0.002, **given, **more}
+
+
+def write_lines(path: Path, lines: list[dict[str, object]]) -> None:
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def trace_of(records: int, layers: int = 2, experts: int = 4, hot_at: int | None = None) -> RoutingTrace:
+    """Even loads of two sources, and one record in which expert 0 has all but everything."""
+    counts = np.full((records, layers, 2, experts), 10, dtype=np.int64)
+    if hot_at is not None:
+        counts[hot_at, :, :, 0] = 1000
+    return RoutingTrace(counts=counts, iteration=np.arange(1, records + 1), layer=np.arange(layers))
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    """Two layers of four experts on two ranks with a spare slot: one move, its review, one replica."""
+    run = tmp_path / "some run"
+    run.mkdir()
+    losses: list[dict[str, object]] = [
+        {"iteration": i, "lm loss": 7 - i / 10, "seconds_per_step": 0.5} for i in (1, 10, 20)
+    ]
+    write_lines(run / "metrics.jsonl", [*losses, {"iteration": 20, "validation": {"lm loss": 5.1}}])
+    moved = [[0, 0, 1, 1, 2], [0, 1, 0, 2, 1]]
+    refused = decision(15, "homes", [[1, 0, 0, 0, 3]], taken=False, why="does not pay")
+    kept = decision(18, "review", [], realised_gain_s=0.001, why="measured 1.0 ms/iter: kept")
+    write_lines(run / "smartmoe.jsonl", [decision(5, "homes", moved), refused, kept])
+    write_lines(run / "replicas-stage0-group0.jsonl", [decision(6, "replicas", [[1, 1, 2, -1, 0]])])
+    balance = {"layers": [0, 1], "homes": [[1.5, 1.8], [1.2, 1.1]], "split": [[1.0, 1.1], [1.0, 1.0]]}
+    write_lines(run / "balance-stage0-group0.jsonl", [{"iteration": 10, **balance, "copies": [[1, 2], [1, 1]]}])
+    (run / "arguments.txt").write_text(
+        "  expert_model_parallel_size ...................... 2\n"
+        "  num_experts ..................................... 4\n"
+        "  smartmoe_record_trace ........................... None\n"
+        "  smartmoe_spare_slots ............................ 1\n"
+    )
+    return run
+
+
+def test_what_is_read(run_dir: Path) -> None:
+    run = read_run(run_dir)
+    assert run.placement is not None
+    assert run.placement.slots_LRS.tolist() == [[[0, 2, -1], [1, 3, -1]], [[0, 1, -1], [2, 3, 0]]]
+    assert run.balance[0].homes.tolist() == [1.8]
+    assert run.balance[0].replicas.tolist() == [1.5]
+    assert run.metrics["validation loss"].value.tolist() == [5.1]
+    assert not run.is_finished
+
+
+def test_the_page_stands_alone_and_says_what_happened(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trace_of(30).save(run_dir / "trace.npz")
+    assert main(["report", str(run_dir), "--trace", str(run_dir / "trace.npz")]) == 0
+    assert capsys.readouterr().out == f"report: {run_dir / 'report.html'}\n"
+    text = (run_dir / "report.html").read_text()
+    assert "<title>some run</title>" in text
+    assert not re.search(r"""(?:src|href)=["'](?!data:|#)""", text), "something is loaded from elsewhere"
+    assert "<script" not in text
+    assert 'http-equiv="refresh"' not in text
+    assert text.count('role="img" aria-label="') >= 3
+    assert text.count('<img class="heat"') == 4  # experts and ranks of two layers
+    assert text.count("alt=") == text.count("<img")
+    assert "pays &lt;b&gt;: 2.0 ms" in text, "texts of the log are no markup"
+    assert '<tr class="refused"><td class="number">15</td><td>homes</td><td>1 expert</td><td>refused</td>' in text
+    assert '+2.000</td><td class="number">+1.000</td>' in text
+    ids = re.findall(r' id="([^"]+)"', text)
+    assert len(ids) == len(set(ids))
+    assert all(target in ids for target in re.findall(r'href="#([^"]+)"', text))
+
+
+def test_two_runs_are_compared(run_dir: Path, tmp_path: Path) -> None:
+    shutil.copytree(run_dir, tmp_path / "other")
+    assert (
+        main(["report", str(run_dir), "--compare", str(tmp_path / "other"), "--output", str(tmp_path / "two.html")])
+        == 0
+    )
+    text = (tmp_path / "two.html").read_text()
+    assert "<h1>some run and other</h1>" in text
+    assert "training, other" in text
+    assert not (run_dir / "report.html").exists()
+
+
+def test_a_run_that_trains_is_written_again_until_it_ends(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pages = []
+
+    def sleep(seconds: float) -> None:
+        pages.append((run_dir / "report.html").read_text())
+        if len(pages) == 2:
+            (run_dir / "summary.json").write_text('{"iterations": 20}')
+
+    monkeypatch.setattr("megatron_smartmoe.cli.report.time.sleep", sleep)
+    assert main(["report", str(run_dir), "--live", "7"]) == 0
+    assert len(pages) == 2
+    assert all('http-equiv="refresh" content="7"' in page and "20 so far" in page for page in pages)
+    assert "refresh" not in (run_dir / "report.html").read_text()
+
+
+def test_a_last_line_that_is_being_written_is_left_out(run_dir: Path) -> None:
+    with (run_dir / "smartmoe.jsonl").open("a") as file:
+        file.write('{"iteration": 19, "ki')
+    assert len(read_run(run_dir).decisions) == 3
+
+
+def test_bins_keep_the_worst_moment() -> None:
+    (load, _) = loads_of(trace_of(1000, hot_at=777), num_ranks=2)
+    assert len(load.starts) == MOST_BINS
+    (at,) = np.nonzero(load.worst_B > 1.5)[0]
+    assert load.starts[at] <= 778 < load.starts[at + 1]
+    # 2,000 tokens for expert 0, 20 for each of three others: the first rank has 2,020 of 2,060, mean 1,030.
+    assert load.worst_B[at] == pytest.approx(2020 / 1030)
+    assert load.expert_BE[at].tolist() == pytest.approx([4 * 2000 / 2060, *[4 * 20 / 2060] * 3])
+
+
+def test_a_long_run_of_a_large_model_stays_small(run_dir: Path) -> None:
+    rng = np.random.default_rng(1)
+    counts = rng.integers(0, 255, size=(5000, 60, 1, 256), dtype=np.uint8)
+    counts = np.repeat(counts, 2, axis=2)
+    trace = RoutingTrace(counts=counts, iteration=np.arange(5000), layer=np.arange(60))
+    found = loads_of(trace, num_ranks=64)
+    from megatron_smartmoe.report.charts import heat_map
+
+    size = sum(len(heat_map(values, 4.0)) for load in found for values in (load.expert_BE, load.rank_BR))
+    assert size < 8e6, "of the page's 10 MB"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["nowhere"], "RUN = 'nowhere': is not a directory"),
+        (["."], "RUN = '.': has no metrics.jsonl: it is no run directory"),
+        (["{run}", "--output", "no/page.html"], "there is no directory no. Run mkdir -p no."),
+        (["{run}", "--live", "0"], "--live = 0: must be from 1 to 3600 seconds"),
+        (["{run}", "--trace", "no.npz"], "--trace = 'no.npz': does not exist"),
+    ],
+)
+def test_wrong_input_is_one_line(
+    arguments: list[str], line: str, run_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(run_dir.parent)
+    assert main(["report", *(argument.format(run=run_dir) for argument in arguments)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert line in error
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
+@pytest.mark.parametrize("width", [1400, 400])
+def test_a_browser_draws_it_without_errors(run_dir: Path, tmp_path: Path, width: int) -> None:
+    trace_of(30, hot_at=3).save(run_dir / "trace.npz")
+    main(["report", str(run_dir), "--trace", str(run_dir / "trace.npz")])
+    picture = tmp_path / "page.png"
+    command = [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr"]
+    command += [f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},2400", f"--screenshot={picture}"]
+    done = subprocess.run([*command, (run_dir / "report.html").as_uri()], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "CONSOLE" not in done.stderr, "the page has errors"
+    pixels = matplotlib.image.imread(picture)[..., :3]
+    colours = {tuple(colour) for colour in np.unique((pixels * 255).astype(int).reshape(-1, 3), axis=0).tolist()}
+    assert {(213, 94, 0), (0, 114, 178)} <= colours, "no curve"
+    assert any(red > 240 and 220 < green < 240 and blue < 80 for red, green, blue in colours), "no hot spot"
