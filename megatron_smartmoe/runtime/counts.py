@@ -18,7 +18,7 @@ from megatron_smartmoe.errors import PlanError
 
 
 class ExpertCounts:
-    """Accumulates this rank's assignments (tokens x top-k, before dropping).
+    """Accumulates this rank's assignments (tokens x top-k, less those that capacity drops).
 
     Args:
         num_layers: L, the layers of the whole model; those on other pipeline stages stay zero here.

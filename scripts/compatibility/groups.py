@@ -128,7 +128,7 @@ SUBJECTS: dict[str, tuple[str, str]] = {
         "they belong to options of the table",
         "moe_permute_fusion_into_hybridep moe_hybridep_pad_uneven_dispatch_inputs moe_flex_dispatcher_num_sms "
         "moe_deepep_num_sms moe_hybridep_num_sms moe_hybridep_num_blocks_permute "
-        "moe_hybridep_num_blocks_unpermute moe_hybridep_num_sms_preprocessing moe_ncclep_static_shape "
+        "moe_hybridep_num_blocks_unpermute moe_hybridep_num_sms_preprocessing "
         "moe_ncclep_zero_copy",
     ),
     "routers' and shared experts' details": (

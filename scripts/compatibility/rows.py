@@ -24,11 +24,13 @@ COPIES = "tests/dist/test_replicas.py::test_copies_change_no_loss"
 PIECES = "tests/dist/test_overlap.py::test_losses_are_those_without_overlap"
 SWITCHES = "tests/dist/test_pool.py::test_switching_changes_no_loss"
 BLOCKS = "tests/dist/test_prediction_blocks.py"
+SLOTS = "tests/dist/test_physical_slots.py::test_losses_and_balance"
 BATCHES = "tests/dist/test_batch_overlap.py"
 OPTIMIZERS = "tests/dist/test_optimizers.py"
 
 NO_TEST = "no test trains this pair"
 GPU = "needs a GPU"
+STANDS_IN = f"{GPU}; trained on CPU ranks with a package that stands for it"
 TRANSFORMER_ENGINE = "needs TransformerEngine, which needs a GPU to compute"
 
 
@@ -163,7 +165,10 @@ SECTIONS: dict[str, list[Row]] = {
         ),
         Row(
             flags="--moe-shared-expert-overlap",
-            tests={CHUNKS: _pieces("TP2xEP2xEDP2, overlapped optimizer, overlapped shared experts")},
+            tests={
+                REPLICAS: f"{SLOTS}[this project's all-to-all]",
+                CHUNKS: _pieces("TP2xEP2xEDP2, overlapped optimizer, overlapped shared experts"),
+            },
             needs="--moe-shared-expert-intermediate-size 64",
         ),
         Row(flags="--moe-shared-expert-gate", needs="--moe-shared-expert-intermediate-size 64"),
@@ -201,18 +206,34 @@ SECTIONS: dict[str, list[Row]] = {
         Row(flags="--moe-enable-routing-replay"),
     ],
     "Dispatch": [
-        Row(flags="--moe-token-dispatcher-type allgather", tests={HOMES: f"{LAYER}[EP2, allgather]"}),
-        Row(flags="--moe-token-dispatcher-type flex --moe-flex-dispatcher-backend deepep", otherwise=GPU),
+        Row(
+            flags="--moe-token-dispatcher-type allgather",
+            tests={HOMES: f"{LAYER}[EP2, allgather]", REPLICAS: f"{SLOTS}[allgather]"},
+        ),
+        Row(
+            flags="--moe-token-dispatcher-type flex --moe-flex-dispatcher-backend deepep",
+            otherwise=f"{STANDS_IN} (`{SLOTS.rpartition(':')[2]}[DeepEP, homes move]`)",
+        ),
+        Row(
+            flags="--moe-token-dispatcher-type flex --moe-flex-dispatcher-backend hybridep",
+            otherwise=f"{STANDS_IN} (`{SLOTS.rpartition(':')[2]}[HybridEP, padded]`)",
+            needs="--num-experts 6",  # and a spare slot: HybridEP wants a multiple of 4 on 2 ranks
+        ),
         Row(flags="--moe-enable-deepep", otherwise=GPU, needs="--moe-token-dispatcher-type flex"),
         Row(
             flags="--moe-expert-capacity-factor 0.8",
-            tests={HOMES: f"{LAYER}[EP2, dropping]"},
+            tests={HOMES: f"{LAYER}[EP2, dropping]", REPLICAS: f"{SLOTS}[this project's all-to-all, dropping]"},
         ),
         Row(flags="--moe-token-drop-policy position", needs="--moe-expert-capacity-factor 0.8"),
         Row(
             flags="--moe-pad-expert-input-to-capacity",
-            tests={HOMES: f"{STOCK}[EP2, padded to capacity]"},
+            tests={HOMES: f"{STOCK}[EP2, padded to capacity]", REPLICAS: f"{SLOTS}[all-to-all, padded]"},
             needs="--moe-expert-capacity-factor 1.0",
+        ),
+        Row(
+            flags="--moe-ncclep-static-shape",
+            otherwise=GPU,
+            needs="--bf16 --moe-token-dispatcher-type flex --moe-flex-dispatcher-backend ncclep",
         ),
         Row(flags="--moe-permute-fusion", otherwise=TRANSFORMER_ENGINE, needs=_TE),
         Row(flags="--moe-apply-probs-on-input", needs="--moe-router-topk 1"),

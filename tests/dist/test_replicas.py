@@ -15,7 +15,7 @@ import torch
 from tests.dist.test_smartmoe_layer import EP2, UNCLIPPED
 from tests.support.checkpoints import tensors
 from tests.support.marks import some_fast
-from tests.support.replicas import ALWAYS, FAULTS, balance, train_with_fault
+from tests.support.replicas import ALWAYS, FAULTS, balance, distance, simulated, train_with_fault
 from tests.support.training import train
 
 pytestmark = pytest.mark.dist
@@ -48,12 +48,6 @@ MIXES = {
         HISTORY,
     ),
 }
-
-
-def distance(losses: list[float], expected: list[float]) -> float:
-    """Largest relative difference."""
-    assert len(losses) == len(expected) > 0
-    return max(abs(a - b) / b for a, b in zip(losses, expected, strict=True))
 
 
 @pytest.mark.parametrize("mix", some_fast(MIXES, "EP4", "PP2xVPP2xEP2, overlapped, exact"))
@@ -129,13 +123,6 @@ def test_a_run_can_be_repeated_bit_for_bit(tmp_path: Path, data_flags: list[str]
 
 def test_the_simulator_reproduces_the_balance(tmp_path: Path, data_flags: list[str]) -> None:
     """The trace of a run, replayed offline by the same planner: the same max / mean in every layer, to the last bit."""
-    from megatron_smartmoe.cost.moe_layer import LayerConstants
-    from megatron_smartmoe.placement.homes_planner import OnlineOptions
-    from megatron_smartmoe.simulate.policies import OnlinePolicy
-    from megatron_smartmoe.simulate.run import SimulationSetup, replay
-    from megatron_smartmoe.spec.placement import Placement
-    from megatron_smartmoe.spec.trace import load_trace
-
     trace_file = tmp_path / "trace.npz"
     flags = [
         "--expert-model-parallel-size",
@@ -146,15 +133,8 @@ def test_the_simulator_reproduces_the_balance(tmp_path: Path, data_flags: list[s
         str(trace_file),
     ]
     train(tmp_path / "run", 4, data_flags, *flags, *HISTORY, iterations=6)
-    trace = load_trace(trace_file)
-    placement = Placement.contiguous(num_layers=4, num_experts=8, num_ranks=4, spare_slots=1)
-    options = OnlineOptions(homes_interval=0, replicas="history")
-    policy = OnlinePolicy(placement, 1, options, lambda slots_RS, counts_RE: 0.0)
-    setting = SimulationSetup(
-        num_ranks=4, spare_slots=1, warmup=0, constants=LayerConstants(token_s=1.0), state_bytes=0
-    )
-    simulated = replay(trace, policy, setting).imbalance
-    assert np.ravel([line["split"] for line in balance(tmp_path / "run")]).tolist() == simulated.tolist()
+    found = np.ravel([line["split"] for line in balance(tmp_path / "run")])
+    assert found.tolist() == simulated(trace_file, num_ranks=4)
 
 
 def test_the_memory_is_what_the_planner_predicts(tmp_path: Path, data_flags: list[str]) -> None:

@@ -8,6 +8,7 @@ from tests.support.checks import Case, said_of
 
 EP4 = "--expert-model-parallel-size 4"
 ONE = f"--smartmoe {EP4} --smartmoe-spare-slots 1"
+FLEX = "--moe-token-dispatcher-type flex --moe-flex-dispatcher-backend"
 NOT_WITH = "is not supported with --smartmoe-spare-slots"
 OUT = "or remove --smartmoe-spare-slots."
 CASES = {
@@ -48,10 +49,20 @@ CASES = {
         says="--smartmoe-spare-slots = 7: must be at most 6, the experts of the other ranks. Pass a smaller number; 1 "
         "or 2 is usually enough.",
     ),
-    "another dispatcher": Case(
-        flags=f"{ONE} --moe-token-dispatcher-type allgather",
+    "allgather": Case(flags=f"{ONE} --moe-token-dispatcher-type allgather", ranks=4, verdict=True),
+    "DeepEP": Case(flags=f"{ONE} --bf16 {FLEX} deepep", ranks=4, verdict=True),
+    "HybridEP": Case(flags=f"{ONE} --bf16 {FLEX} hybridep", ranks=4, verdict=True),
+    "slots that HybridEP cannot read": Case(
+        flags=f"--smartmoe --expert-model-parallel-size 2 --smartmoe-spare-slots 1 --bf16 {FLEX} hybridep",
+        ranks=2,
+        says="--smartmoe-spare-slots = 1: makes 10 slots with the experts of 2 ranks, and HybridEP needs a multiple of "
+        "4. Pass 2, or another dispatcher.",
+    ),
+    "rows of unknown number": Case(
+        flags=f"{ONE} --bf16 {FLEX} ncclep --moe-ncclep-static-shape",
         ranks=4,
-        says=f"--moe-token-dispatcher-type = 'allgather': {NOT_WITH}. Pass alltoall, {OUT}",
+        says=f"--moe-ncclep-static-shape = True: {NOT_WITH}: it hands experts rows of unknown number. Remove one of "
+        "the two.",
     ),
     "TransformerEngine's experts": Case(
         flags=f"{ONE} --smartmoe-experts transformer_engine",
@@ -59,10 +70,7 @@ CASES = {
         says=f"--smartmoe-experts = 'transformer_engine': {NOT_WITH}. Pass grouped_mm, {OUT}",
     ),
     "padding to capacity": Case(
-        flags=f"{ONE} --moe-expert-capacity-factor 1.0 --moe-pad-expert-input-to-capacity",
-        ranks=4,
-        says=f"--moe-pad-expert-input-to-capacity = True: {NOT_WITH}: all experts get the same number of rows, so "
-        "there is nothing to balance. Remove one of the two.",
+        flags=f"{ONE} --moe-expert-capacity-factor 1.0 --moe-pad-expert-input-to-capacity", ranks=4, verdict=True
     ),
     "a negative margin": Case(
         flags=f"{ONE} --smartmoe-replicas-margin -1",

@@ -109,7 +109,8 @@ class Buffer:
         allocate_on_comm_stream: bool = False,
     ) -> tuple[Tensor, None, Tensor, Tensor, EventOverlap]:
         """Tokens for each rank and expert, and which rank a token goes to."""
-        assert topk_idx.dtype == torch.int64 and topk_idx.is_contiguous()
+        assert topk_idx.dtype == torch.int64
+        assert topk_idx.is_contiguous()
         assert num_experts % self.group.size() == 0
         chosen = torch.zeros(len(topk_idx), num_experts + 1, dtype=torch.bool)
         chosen = chosen.scatter(1, topk_idx.where(topk_idx >= 0, num_experts), True)[:, :-1]
@@ -135,11 +136,15 @@ class Buffer:
     ) -> tuple[Tensor, Tensor | None, Tensor | None, list[int] | None, Any, EventOverlap]:
         """Rows of all sources; experts of this rank are numbered from 0, others are -1."""
         if handle is not None:
-            assert topk_idx is None and topk_weights is None
+            assert topk_idx is None
+            assert topk_weights is None
             token_N, sent_R, _, _ = handle
             return _exchange(x[token_N], sent_R, self.group)[0], None, None, None, None, EventOverlap()
-        assert topk_idx is not None and topk_weights is not None and num_tokens_per_expert is not None
-        assert is_token_in_rank is not None and topk_weights.dtype == torch.float32
+        assert topk_idx is not None
+        assert topk_weights is not None
+        assert num_tokens_per_expert is not None
+        assert is_token_in_rank is not None
+        assert topk_weights.dtype == torch.float32
         token_N, sent_R = _rows_of(is_token_in_rank)
         rows, received_R = _exchange(x[token_N], sent_R, self.group)
         local = len(num_tokens_per_expert) // self.group.size()
@@ -207,7 +212,9 @@ class HybridEPBuffer:
         """Rows sorted by expert, then source, then token."""
         weights, tokens_S = None, None
         if handle is None:
-            assert routing_map is not None and routing_map.dtype == torch.bool and num_of_experts_per_rank is not None
+            assert routing_map is not None
+            assert routing_map.dtype == torch.bool
+            assert num_of_experts_per_rank is not None
             expert_N, token_N = routing_map.T.nonzero(as_tuple=True)
             sent_R = routing_map.view(len(hidden), self.group.size(), -1).sum(dim=(0, 2)).tolist()
             experts, received_R = _exchange(expert_N, sent_R, self.group)

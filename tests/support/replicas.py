@@ -22,9 +22,57 @@ def train_with_fault(
     return losses(run_dir)
 
 
+def train_with_stock_all_to_all(
+    run_dir: Path, world_size: int, data_flags: list[str], *flags: str, iterations: int
+) -> list[float]:
+    """Do what `training.train` does, with Megatron's all-to-all where this project's would stand for it."""
+    argv = [*TINY_MODEL, *TINY_TRAINING, *data_flags, "--train-iters", str(iterations), *flags]
+    run_ranks(
+        _with_stock_all_to_all, world_size, [*argv, "--smartmoe-run-dir", str(run_dir)], log_dir=run_dir / "ranks"
+    )
+    return losses(run_dir)
+
+
+def _with_stock_all_to_all(argv: list[str]) -> None:
+    from megatron_smartmoe.adapter.moe.layer import SmartMoELayer
+    from megatron_smartmoe.adapter.pretrain import main
+
+    with mock.patch.object(SmartMoELayer, "_has_own_all_to_all", return_value=False):
+        main(argv)
+
+
 def balance(run_dir: Path) -> list[dict[str, Any]]:
     """The lines of balance-stage0-group0.jsonl: the first expert-parallel group of the first stage."""
     return [json.loads(line) for line in (run_dir / "balance-stage0-group0.jsonl").read_text().splitlines()]
+
+
+def distance(losses: list[float], expected: list[float]) -> float:
+    """Largest relative difference."""
+    assert len(losses) == len(expected) > 0
+    return max(abs(a - b) / b for a, b in zip(losses, expected, strict=True))
+
+
+def simulated(trace_file: Path, *, num_ranks: int, spare_slots: int = 1) -> list[float]:
+    """Max / mean tokens per rank of every record and layer of a trace, with replicas planned from its history."""
+    from megatron_smartmoe.cost.moe_layer import LayerConstants
+    from megatron_smartmoe.placement.homes_planner import OnlineOptions
+    from megatron_smartmoe.simulate.policies import OnlinePolicy
+    from megatron_smartmoe.simulate.run import SimulationSetup, replay
+    from megatron_smartmoe.spec.placement import Placement
+    from megatron_smartmoe.spec.trace import load_trace
+
+    trace = load_trace(trace_file)
+    layers, experts = len(trace.layer), trace.num_experts
+    placement = Placement.contiguous(
+        num_layers=layers, num_experts=experts, num_ranks=num_ranks, spare_slots=spare_slots
+    )
+    options = OnlineOptions(homes_interval=0, replicas="history")
+    policy = OnlinePolicy(placement, 1, options, lambda slots_RS, counts_RE: 0.0)
+    setting = SimulationSetup(
+        num_ranks=num_ranks, spare_slots=spare_slots, warmup=0, constants=LayerConstants(token_s=1.0), state_bytes=0
+    )
+    imbalance: list[float] = replay(trace, policy, setting).imbalance.tolist()
+    return imbalance
 
 
 def _dropped(send: Any, copies: Any, gradients: Any, totals: Any) -> None:

@@ -341,6 +341,7 @@ def _check_replicas_possible(args: argparse.Namespace) -> None:
     for flag, reason in _NOT_WITH_REPLICAS.items():
         if value := getattr(args, attribute(flag), None):
             raise ConfigError(flag, value, f"is not supported with {SPARE_SLOTS}: {reason}", _REMOVE_ONE)
+    _check_flex_slots(args)
     if args.smartmoe_experts == "transformer_engine":
         _check_te_replicas(args)
     if not args.smartmoe_replicas_margin >= 0:  # also refuses NaN
@@ -363,6 +364,19 @@ def _check_te_replicas(args: argparse.Namespace) -> None:
         rule += "follow one another"
         way_out = f"Pass --fp8-recipe tensorwise, blockwise or mxfp8, or remove {SPARE_SLOTS}."
         raise ConfigError("--fp8-recipe", args.fp8_recipe, rule, way_out)
+
+
+def _check_flex_slots(args: argparse.Namespace) -> None:
+    """HybridEP's kernels read the probabilities of a node's slots as vectors of 4 floats."""
+    backend = getattr(args, "moe_flex_dispatcher_backend", None)
+    if args.moe_token_dispatcher_type != "flex" or backend != "hybridep" or args.num_experts is None:
+        return
+    etp = args.expert_tensor_parallel_size or args.tensor_model_parallel_size
+    ep, spare_slots = args.expert_model_parallel_size, args.smartmoe_spare_slots
+    slots = (args.num_experts // ep + spare_slots) * ep * etp
+    if slots % 4:
+        rule = f"makes {slots} slots with the experts of {ep * etp} ranks, and HybridEP needs a multiple of 4"
+        raise ConfigError(SPARE_SLOTS, spare_slots, rule, f"Pass {spare_slots + 1}, or another dispatcher.")
 
 
 def _check_overlap(args: argparse.Namespace) -> None:

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 from typing import Any
 
 import torch
@@ -31,11 +32,10 @@ from megatron.core.transformer.moe.moe_utils import get_capacity
 from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_smartmoe.adapter.moe.routers import without_padding
 from megatron_smartmoe.ops import chosen_experts, dispatch_map
 from megatron_smartmoe.runtime.replicas.layer_planner import LayerPlanner
 from megatron_smartmoe.runtime.replicas.split import slot_of_rows
-
-_ROUNDING = 1e-12  # relative, of a capacity factor; far above a float's, far below one row
 
 
 class PhysicalSlots:
@@ -66,7 +66,7 @@ class PhysicalSlots:
             Probabilities and map by physical slot, `[T, R x (S + K)]` each.
         """
         if self.config.moe_pad_expert_input_to_capacity:
-            routing_map_TE = routing_map_TE & (probs_TE != 0)
+            routing_map_TE = without_padding(probs_TE, routing_map_TE)
         # Step 1: the place of every choice among its rank's tokens, by home slot, then token
         ids_TK, weights_TK = chosen_experts(routing_map_TE, probs_TE, self._top_k)
         rows_TK, tokens_E = dispatch_map(ids_TK, slot_of_expert_E, slot_of_expert_E.numel())
@@ -106,18 +106,41 @@ class PhysicalSlots:
 
 
 def _config_of_slots(config: TransformerConfig, num_slots: int) -> TransformerConfig:
-    """The configuration for a dispatcher of physical slots, and for nothing else.
-
-    Its capacity factor gives a slot the capacity that the router gives an expert, and never a row less, whatever floats
-    round to; nor more rows than there are tokens, from which Megatron's dispatchers could not pick them.
-    """
+    """The configuration for a dispatcher of physical slots, and for nothing else."""
     view = copy.copy(config)
     view.num_moe_experts = num_slots
     if config.moe_expert_capacity_factor is not None:
-        same = config.moe_expert_capacity_factor * num_slots / config.num_moe_experts
-        every_token = num_slots / config.moe_router_topk
-        view.moe_expert_capacity_factor = min(same * (1 + _ROUNDING), every_token * (1 - _ROUNDING))
+        view.moe_expert_capacity_factor = _CapacityFactor(config, num_slots)
     return view
+
+
+class _CapacityFactor(float):
+    """A capacity factor that gives a slot the capacity of an expert, to the row.
+
+    Megatron's `get_capacity` rounds (choices / slots) x factor up. With the factor scaled by slots / experts the two
+    roundings of floats could differ from those of choices / experts, and a slot would have a row more than the router
+    keeps for an expert, or a row less. So the product is made in the order in which the router makes it.
+
+    Args:
+        config: the transformer's configuration.
+        num_slots: the physical slots.
+    """
+
+    def __new__(cls, config: TransformerConfig, num_slots: int) -> _CapacityFactor:
+        factor = super().__new__(cls, config.moe_expert_capacity_factor * num_slots / config.num_moe_experts)
+        factor._of_expert, factor._num_experts = config.moe_expert_capacity_factor, config.num_moe_experts
+        factor._num_slots = num_slots
+        return factor
+
+    _of_expert: float
+    _num_experts: int
+    _num_slots: int
+
+    def __rmul__(self, choices_per_slot: float) -> float:
+        choices = choices_per_slot * self._num_slots
+        whole = round(choices)
+        choices = whole if math.isclose(choices, whole, rel_tol=1e-12) else choices
+        return choices / self._num_experts * self._of_expert
 
 
 class _ForSlots:

@@ -54,10 +54,16 @@ def count_tokens(layers: Iterable[tuple[int, MoELayer]], counts: ExpertCounts | 
     """Have the routers of `layers`, (number, layer) each, add what they route in training to `counts`.
 
     A pass without gradients (evaluation, the first pass of recomputation) is not counted, so each token counts once.
-    A router adds its map up once, for all that count its tokens.
+    A router adds its map up once, for all that count its tokens: those that experts compute, after dropping by capacity
+    and before padding to it.
     """
     for number, layer in layers:
         _counters_of(layer.router).append(functools.partial(counts.add, number))
+
+
+def without_padding(probs_TE: torch.Tensor, routing_map_TE: torch.Tensor) -> torch.Tensor:
+    """What tokens chose, of a router's map that is padded to capacity: what pads an expert has probability 0."""
+    return routing_map_TE & (probs_TE != 0)
 
 
 def _counters_of(router: torch.nn.Module) -> list[Callable[[torch.Tensor], None]]:
@@ -72,12 +78,15 @@ def _counters_of(router: torch.nn.Module) -> list[Callable[[torch.Tensor], None]
 
 def _count(
     counters: Iterable[Callable[[torch.Tensor], None]],
-    router: torch.nn.Module,
+    router: Any,
     inputs: Any,
     output: tuple[torch.Tensor, torch.Tensor],
 ) -> None:
     if not torch.is_grad_enabled():
         return
-    counts_E = output[1].sum(dim=0)
+    probs, chosen = output
+    if router.config.moe_pad_expert_input_to_capacity:
+        chosen = without_padding(probs, chosen)
+    counts_E = chosen.sum(dim=0)
     for add in counters:
         add(counts_E)

@@ -16,6 +16,7 @@ from megatron_smartmoe.runtime.replicas.split import (
     replicas_of,
     segment_shifts,
     shifted_rows,
+    slot_of_rows,
     split_tokens,
 )
 from megatron_smartmoe.spec.arrays import IntArray
@@ -107,6 +108,27 @@ def test_rows_are_sent_in_the_order_of_ranks_and_slots(seed: int) -> None:
         assert sorted(moved_TK.flatten().tolist()) == list(range(ids_TK.numel()))
         slot_of_row = np.repeat(slots_RS.ravel(), sent_RRS[source].ravel())
         assert slot_of_row[moved_TK.numpy()].tolist() == ids_TK.tolist()
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_choices_of_physical_slots(seed: int) -> None:
+    """Each goes to a slot of its expert, every slot gets its share, and an expert's tokens keep their order."""
+    counts_RE = skewed_counts(seed)
+    slots_RS = planned(counts_RE)
+    sent_RRS = split_tokens(counts_RE, slots_RS, HOME_SLOTS)
+    for source in range(RANKS):
+        ids = np.random.default_rng(seed).permutation(np.repeat(np.arange(EXPERTS), counts_RE[source]))
+        ids_TK = torch.from_numpy(np.stack([ids, np.full_like(ids, EXPERTS)], axis=1))  # the second choice is dropped
+        rows_TK, _ = reference.dispatch_map(ids_TK, torch.arange(EXPERTS), EXPERTS)
+        segments_2P = torch.from_numpy(np.stack(segment_shifts(sent_RRS[source], slots_RS)))
+        empty_behind_2N = torch.nn.functional.pad(segments_2P, (0, 2))
+        slot_TK = slot_of_rows(rows_TK, empty_behind_2N, slots_RS, len(ids))
+        assert (slot_TK[:, 1] == slots_RS.size).all()
+        slot_T = slot_TK[:, 0].numpy()
+        assert slots_RS.ravel()[slot_T].tolist() == ids.tolist()
+        assert np.bincount(slot_T, minlength=slots_RS.size).tolist() == sent_RRS[source].ravel().tolist()
+        for expert in range(EXPERTS):
+            assert (np.diff(slot_T[ids == expert]) >= 0).all()
 
 
 def test_dropped_choices_stay_dropped() -> None:

@@ -1,0 +1,152 @@
+#!/usr/bin/env python3
+"""CPU time of one MoE layer with replicas: physical slots with Megatron's all-to-all, and this project's all-to-all.
+
+    OMP_NUM_THREADS=1 .venv/bin/python scripts/bench_slots.py [--repeats N] [--tokens T] [--hidden H] ...
+
+Two gloo ranks hold both layers, with the same weights, and run them in turns, forward and backward, with a replica
+planned for each micro-batch. Counted is the thread CPU time of rank 0, which waiting for messages does not add to.
+Other load on the machine only makes a repeat slower, so the ratio of the two minima is reported, with the 95% interval
+of that ratio over bootstrap samples of the repeats; and the share of `PhysicalSlots.translate`, which is all that
+physical slots add to a dispatcher.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
+
+RANKS, SAMPLES = 2, 2000
+
+
+def main() -> None:
+    """Run both layers in turns on two ranks and print what rank 0 found."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=200, help="passes of each layer")
+    parser.add_argument("--tokens", type=int, default=512, help="tokens of a rank")
+    parser.add_argument("--hidden", type=int, default=512, help="hidden size")
+    parser.add_argument("--ffn", type=int, default=1024, help="FFN size of an expert")
+    parser.add_argument("--experts", type=int, default=16, help="logical experts")
+    parser.add_argument("--top-k", type=int, default=4, help="experts of a token")
+    parser.add_argument("--spare-slots", type=int, default=1, help="spare slots of a rank")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        multiprocessing.spawn(_rank, (options, f"{folder}/store"), nprocs=RANKS)
+
+
+def _rank(rank: int, options: argparse.Namespace, store: str) -> None:
+    os.environ.update(GLOO_SOCKET_IFNAME="lo")
+    from megatron_smartmoe.adapter import cpu
+
+    cpu.install()
+    torch.set_num_threads(1)
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=RANKS)
+    parallel_state.initialize_model_parallel(expert_model_parallel_size=RANKS)
+    model_parallel_cuda_manual_seed(1)
+    layers = {"own all-to-all": _layer(options, own=True), "physical slots": _layer(options, own=False)}
+    for name, parameter in layers["physical slots"].named_parameters():
+        parameter.data.copy_(layers["own all-to-all"].get_parameter(name).data)
+    seconds, translating_s = _measure(layers, options)
+    if rank == 0:
+        _print(seconds, translating_s, options)
+
+
+def _layer(options: argparse.Namespace, *, own: bool) -> Any:
+    """A layer with spare slots, whose replicas are planned for each micro-batch."""
+    import torch.nn.functional as F
+    from megatron.core import parallel_state
+    from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    from megatron_smartmoe.adapter.moe.experts import SlottedExperts
+    from megatron_smartmoe.adapter.moe.layer import SmartMoELayer
+    from megatron_smartmoe.runtime.replicas.dispatch_plan import ExactOptions
+    from megatron_smartmoe.runtime.replicas.slots import SpareSlots
+    from megatron_smartmoe.runtime.replicas.wire import ReplicaWire
+
+    config = TransformerConfig(
+        num_layers=1,
+        hidden_size=options.hidden,
+        num_attention_heads=4,
+        num_moe_experts=options.experts,
+        moe_router_topk=options.top_k,
+        moe_ffn_hidden_size=options.ffn,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        bias_activation_fusion=False,
+        expert_model_parallel_size=RANKS,
+        moe_token_dispatcher_type="alltoall",
+        moe_router_load_balancing_type="none",
+        moe_router_dtype="fp32",
+        use_cpu_initialization=True,
+        gradient_accumulation_fusion=False,
+    )
+    spec: Any = get_moe_module_spec(use_te=False, num_experts=options.experts, moe_grouped_gemm=False)
+    submodules = replace(spec.keywords["submodules"], experts=SlottedExperts)
+    with mock.patch.object(SmartMoELayer, "_has_own_all_to_all", return_value=own):
+        layer = SmartMoELayer(config, submodules)
+    weights = (layer.experts.weight1, layer.experts.weight2)
+    totals = [torch.zeros_like(weight) for weight in weights]
+    wire = ReplicaWire(parallel_state.get_expert_model_parallel_group())
+    spare = SpareSlots(weights, options.spare_slots, wire, lambda: totals, keeps=False)
+    layer.add_replicas(spare, exact=ExactOptions(used_slots=options.spare_slots, limit=1.0))
+    return layer
+
+
+def _measure(layers: dict[str, Any], options: argparse.Namespace) -> tuple[dict[str, list[float]], list[float]]:
+    """Thread CPU seconds of each pass of each layer, and of each translation."""
+    from megatron_smartmoe.adapter.moe.physical_slots import PhysicalSlots
+
+    seconds, translating_s = defaultdict[str, list[float]](list), list[float]()
+    translate: Callable[..., Any] = PhysicalSlots.translate
+
+    def timed(*args: Any) -> Any:
+        began = time.thread_time()
+        maps = translate(*args)
+        translating_s.append(time.thread_time() - began)
+        return maps
+
+    rows = torch.randn(options.tokens, 1, options.hidden, generator=torch.Generator().manual_seed(dist.get_rank()))
+    outputs = {}
+    with mock.patch.object(PhysicalSlots, "translate", timed):
+        for repeat in range(options.repeats + 5):
+            for name in sorted(layers, reverse=repeat % 2 == 0):
+                inputs = rows.clone().requires_grad_()
+                began = time.thread_time()
+                outputs[name] = layers[name](inputs)[0]
+                outputs[name].sum().backward()
+                seconds[name].append(time.thread_time() - began)
+                layers[name].zero_grad(set_to_none=True)
+    torch.testing.assert_close(*outputs.values())
+    return {name: passes[5:] for name, passes in seconds.items()}, translating_s[5:]
+
+
+def _print(seconds: dict[str, list[float]], translating_s: list[float], options: argparse.Namespace) -> None:
+    own, slots = (np.array(seconds[name]) for name in ("own all-to-all", "physical slots"))
+    draw = np.random.default_rng(0).integers(0, len(own), (2, SAMPLES, len(own)))
+    low, high = np.quantile(slots[draw[0]].min(axis=1) / own[draw[1]].min(axis=1), [0.025, 0.975])
+    print(", ".join(f"{name} {value}" for name, value in vars(options).items()))
+    print(f"own all-to-all {own.min() * 1e3:.2f} ms, physical slots {slots.min() * 1e3:.2f} ms (minima)")
+    print(f"physical slots / own: {slots.min() / own.min():.4f}, 95% interval {low:.4f} to {high:.4f}")
+    print(
+        f"the translation alone: {min(translating_s) * 1e3:.3f} ms, {min(translating_s) / own.min():.2%} of the layer"
+    )
+
+
+if __name__ == "__main__":
+    main()
