@@ -70,7 +70,7 @@ sys.argv = ["setup.py", "build_ext", "--build-lib", str(folder / "built")]
 runpy.run_path("setup.py", run_name="__main__")
 PY
   )
-  cp "$cache/source/built/"*.so "$cache/site/"
+  find "$cache/source/built" -name '*.so' -exec cp {} "$cache/site/" \;
   rm -rf "$cache/source"
 }
 compgen -G "$cache/site/transformer_engine_torch*.so" > /dev/null || build
