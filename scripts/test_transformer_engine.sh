@@ -80,4 +80,4 @@ if [[ ! -e $cache/site/nvidia ]]; then
   ln -s "$("$python" -c 'import nvidia.cudnn; print(list(nvidia.cudnn.__path__)[0])')/.." "$cache/site/nvidia"
 fi
 
-CUDA_VISIBLE_DEVICES="" PYTHONPATH="$cache/site" "$python" -m scripts.transformer_engine.check "$@"
+CUDA_VISIBLE_DEVICES="" PYTHONPATH="$cache/site" "$python" -m scripts.te_package.check "$@"

@@ -1,1 +1,0 @@
-"""What `scripts/test_transformer_engine.sh` runs: this project's code for TransformerEngine on the real package."""
