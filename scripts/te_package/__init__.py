@@ -1,1 +1,1 @@
-"""What `scripts/test_transformer_engine.sh` runs. Not named after the package: scripts find each other by their folder."""
+"""What `scripts/test_transformer_engine.sh` runs. Its name is not the package's, which it would hide from scripts."""

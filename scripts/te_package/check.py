@@ -305,9 +305,10 @@ def _optimizer_state() -> Iterator[str]:
     """What TransformerEngine's Adam keeps of a bf16 shard, and what of it moves with an expert."""
     from types import SimpleNamespace
 
+    from transformer_engine.pytorch.optimizers import FusedAdam
+
     from megatron_smartmoe.adapter.migration import optimizer_state
     from megatron_smartmoe.errors import CompatError, ConfigError
-    from transformer_engine.pytorch.optimizers import FusedAdam
 
     yield ""
     for moments in (torch.float32, torch.bfloat16, torch.float16):  # fp8 cannot be made without a driver
