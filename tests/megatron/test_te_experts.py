@@ -58,7 +58,7 @@ class GroupedLinear(torch.nn.Module):
         self._fp8_workspaces |= {f"weight{slot}": object() for slot in range(self.num_gemms)}
         weights = [getattr(self, f"weight{slot}") for slot in range(self.num_gemms)]
         assert all(getattr(self, f"bias{slot}").numel() == 0 for slot in range(self.num_gemms))
-        found: torch.Tensor = _Gemms.apply(rows, splits, self.fuse_wgrad_accumulation, *weights)  # type: ignore[no-untyped-call]
+        found: torch.Tensor = _Gemms.apply(rows, splits, self.fuse_wgrad_accumulation, *weights)
         return found
 
 
