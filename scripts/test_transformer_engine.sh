@@ -31,8 +31,12 @@ fi
 
 # Step 2: the torch extension
 build() {
-  local nvcc_include
-  nvcc_include="$(dirname "$(dirname "$(command -v nvcc || echo /usr/local/cuda/bin/nvcc)")")/include"
+  local nvcc_include="${CUDA_HOME:-/usr/local/cuda}/include"
+  if [[ ! -e $nvcc_include/crt/host_config.h ]]; then
+    echo "error: CUDA_HOME = '${CUDA_HOME:-/usr/local/cuda}': has no include/crt/host_config.h." \
+      "Set it to the folder of a CUDA toolkit." >&2
+    exit 2
+  fi
   rm -rf "$cache/source"
   mkdir -p "$cache/source"
   "$python" -m pip download --quiet --no-deps --no-binary :all: --no-build-isolation --dest "$cache/source" \
@@ -77,7 +81,7 @@ compgen -G "$cache/site/transformer_engine_torch*.so" > /dev/null || build
 
 # Step 3: cuDNN must be where TransformerEngine looks for it: beside it
 if [[ ! -e $cache/site/nvidia ]]; then
-  ln -s "$("$python" -c 'import nvidia.cudnn; print(list(nvidia.cudnn.__path__)[0])')/.." "$cache/site/nvidia"
+  ln -sfn "$("$python" -c 'import nvidia.cudnn; print(list(nvidia.cudnn.__path__)[0])')/.." "$cache/site/nvidia"
 fi
 
 CUDA_VISIBLE_DEVICES="" PYTHONPATH="$cache/site" "$python" -m scripts.te_package.check "$@"
