@@ -6,6 +6,7 @@
     python scripts/bench_placement.py --host              host time of a layer's dispatch, from the counts on
     python scripts/bench_placement.py --search            balance and time of exact replicas, greedy and searched
     python scripts/bench_placement.py --history           planning a layer from history, C++ against numpy
+    python scripts/bench_placement.py --ahead             what planning from history costs the training loop
     python scripts/bench_placement.py --balance           bursts and drift: ours against EPLB's and UltraEP's rules
 
 Every draw is checked: the compiled ops must give the very slots and tokens of the twins. A call is timed with warm
@@ -19,6 +20,10 @@ draws of fresh lognormal loads, and the worst draw. The steps:
 `--host` times all that a rank does between the arrival of the counts and the launch of the permutation: plan, this
 rank's replicas, sizes of the exchange. One call of the library and the same steps in Python take turns; the table has
 the median and the 90th percentile of the thread's CPU time.
+
+`--ahead` plans all layers of a stage from history, 2 micro-batches a record and a load that drifts by 5%, in the step
+and on a thread while the step before computes (here: waits) for --step-s seconds. The table has the wall time for which
+the training loop is held up, and its thread's CPU time; the plans are compared and equal.
 
 `--balance` replays synthetic traces whose load jumps (one expert 4, 8 or 16 times as popular for a third of every 24,
 12 or 6 records) or drifts (2%, 5% or 20% a record), two seeds each. Its table has the mean of max / mean tokens per
@@ -52,7 +57,9 @@ from megatron_smartmoe.placement.homes_planner import OnlineOptions
 from megatron_smartmoe.placement.layer_cost import layer_seconds
 from megatron_smartmoe.placement.layer_plan import Rule
 from megatron_smartmoe.placement.plan_replicas import ReplicaOptions, best_replicas
+from megatron_smartmoe.placement.replica_planner import ReplicaPlanner
 from megatron_smartmoe.placement.split import best_balance, min_max_split
+from megatron_smartmoe.runtime.replicas.ahead import PlansAhead
 from megatron_smartmoe.runtime.replicas.dispatch_plan import (
     DispatchPlanner,
     ExactOptions,
@@ -239,6 +246,43 @@ def history_table(records: int) -> None:
         print(f"| {experts} | {ranks} | {spare} | {' | '.join(texts)} |", flush=True)
 
 
+AHEAD_SHAPES = ((58, 256, 64, 1), (58, 256, 64, 2), (12, 64, 16, 1))  # layers, experts, ranks, spare slots
+
+
+def ahead_table(records: int, step_s: float) -> None:
+    """Print what planning from history costs the training loop in the step and on a thread, an iteration."""
+    print("| layers | experts | ranks | spare slots | in the step: wall ms, CPU ms | on a thread: wall ms, CPU ms |")
+    print("|---|---|---|---|---|---|")
+    for layers, experts, ranks, spare in AHEAD_SHAPES:
+        homes = Placement.contiguous(num_layers=layers, num_experts=experts, num_ranks=ranks, spare_slots=spare)
+        in_step, on_thread = (ReplicaPlanner(homes, 0, OnlineOptions(), compiled_best_replicas) for _ in range(2))
+        ahead, rng, times_ms = PlansAhead(on_thread), np.random.default_rng(0), np.empty((records, 4))
+        popularity_LE = rng.lognormal(0, 1, (layers, experts))
+        for record in range(records):
+            popularity_LE *= rng.lognormal(0, 0.05, popularity_LE.shape)
+            share_LME = (popularity_LE / popularity_LE.sum(axis=1, keepdims=True))[:, None].repeat(2, axis=1)
+            counts_LME = rng.poisson(8192 * ranks / 2 * share_LME)
+            begin = _clocks_ms()
+            in_step.observe(counts_LME)
+            in_step.plan(record)
+            middle = _clocks_ms()
+            ahead.start(record, lambda counts_LME=counts_LME: counts_LME)  # type: ignore[misc]
+            started = _clocks_ms()
+            time.sleep(step_s)
+            asked = _clocks_ms()
+            ahead.plan(record)
+            times_ms[record] = *(middle - begin), *(started - middle + _clocks_ms() - asked)
+            assert on_thread.placement == in_step.placement, "the plans differ"
+        wall_ms, cpu_ms, ahead_wall_ms, ahead_cpu_ms = np.median(times_ms[2:], axis=0)
+        sizes = f"{layers} | {experts} | {ranks} | {spare}"
+        print(f"| {sizes} | {wall_ms:.0f}, {cpu_ms:.0f} | {ahead_wall_ms:.2f}, {ahead_cpu_ms:.2f} |", flush=True)
+
+
+def _clocks_ms() -> FloatArray:
+    """Wall time and this thread's CPU time."""
+    return np.array([time.perf_counter(), time.thread_time()]) * 1e3
+
+
 SEARCH_SHAPES = ((64, 8), (128, 8), (128, 16), (256, 32), (256, 64))
 
 
@@ -350,6 +394,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the draws")
     parser.add_argument("--host", action="store_true", help="time a layer's dispatch from the counts on instead")
     parser.add_argument("--history", action="store_true", help="time the planning of a layer from history instead")
+    parser.add_argument("--ahead", action="store_true", help="what planning from history costs a step instead")
+    parser.add_argument("--step-s", type=float, default=1.0, help="with --ahead: seconds of a step after its counts")
     parser.add_argument("--search", action="store_true", help="what the search of exact replicas is worth instead")
     parser.add_argument("--balance", action="store_true", help="compare balance under bursts and drift instead")
     args = parser.parse_args()
@@ -361,6 +407,9 @@ def main() -> None:
     torch.set_num_threads(1)
     if args.history:
         history_table(30)
+        return
+    if args.ahead:
+        ahead_table(8, args.step_s)
         return
     if args.search:
         search_table(32)

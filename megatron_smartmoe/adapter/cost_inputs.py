@@ -202,10 +202,15 @@ def scope_nodes(args: Namespace) -> int:
     return nodes_of_group(mpu.get_expert_model_parallel_world_size())
 
 
-def replica_price_tokens(args: Namespace) -> float:
-    """Tokens that a replica must take from the busiest rank to pay off, --smartmoe-replicas-margin included."""
+def replica_price_tokens(args: Namespace, mode: str | None = None) -> float:
+    """Tokens that a replica must take from the busiest rank to pay off, --smartmoe-replicas-margin included.
+
+    Args:
+        args: Megatron's arguments.
+        mode: how the replica is planned; None for the mode of the flags.
+    """
     from megatron.core import parallel_state as mpu
 
-    constants = constants_of(machine(args), expert_shape(args))
+    constants = constants_of(machine(args), expert_shape(args, mode))
     between_nodes = nodes_of_group(mpu.get_expert_model_parallel_world_size()) > scope_nodes(args)
     return float(args.smartmoe_replicas_margin * replica_tokens(constants, between_nodes=between_nodes))

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from megatron_smartmoe.adapter.checkpoint.loading import CheckpointLoads
     from megatron_smartmoe.adapter.checkpoint.saving import CheckpointSaves
     from megatron_smartmoe.adapter.door import Door
+    from megatron_smartmoe.adapter.moe.late_gradients import LateGradients
     from megatron_smartmoe.adapter.moe.modules import Modules
     from megatron_smartmoe.adapter.run import Run
 
@@ -260,6 +261,7 @@ _LOOP_NAMES = (
 )
 _attached: _Loop | None = None  # Megatron's loop is one per process, and so is what listens to it
 _modules: Modules | None = None  # what layers are built from; None until the flags are known
+_reductions: LateGradients | None = None  # what data-parallel reductions go through
 
 
 def attach(callbacks: Iterable[Callback]) -> None:
@@ -422,6 +424,7 @@ def use_modules(modules: Modules) -> None:
     """
     global _modules
     _modules = modules
+    reduce_through(None)
     specs = importlib.import_module("megatron.core.models.gpt.gpt_layer_specs")
     maker = importlib.import_module("megatron.core.models.gpt.moe_module_specs")
     provider = importlib.import_module("megatron.core.models.backends").LocalSpecProvider
@@ -430,6 +433,29 @@ def use_modules(modules: Modules) -> None:
     rebind(provider, "layer_norm", _through("local_norm"), key="modules")
     rebind(provider, "core_attention", _through("local_attention"), key="modules")
     replace_names(specs, {"LNImpl": modules.local_norm(specs.LNImpl)})  # of the final norm
+    buckets = importlib.import_module("megatron.core.distributed.param_and_grad_buffer")._ParamAndGradBucketGroup
+    for name in ("register_grad_ready", "start_grad_sync", "finish_grad_sync"):
+        rebind(buckets, name, functools.partial(_reducing, name), key="modules")
+
+
+def reduce_through(reductions: LateGradients | None) -> None:
+    """Have the data-parallel reductions of gradients go through `reductions` from now on; None: as Megatron has them.
+
+    Args:
+        reductions: made for the layers that `use_modules` has put into the model.
+    """
+    global _reductions
+    _reductions = reductions
+
+
+def _reducing(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+    """A method of a bucket group that goes through the method of the same name of the reductions in use."""
+
+    def method(group: Any, *args: Any, **kwargs: Any) -> Any:
+        call = functools.partial(original, group, *args, **kwargs)
+        return call() if _reductions is None else getattr(_reductions, name)(call, group)
+
+    return method
 
 
 def modules_in_use() -> Modules | None:

@@ -43,6 +43,7 @@ from megatron_smartmoe.spec.trace import RoutingTrace, load_trace
 _SETTINGS = ("ep", "spare_slots", "nodes", "homes_interval", "replicas", "warmup", "hidden", "ffn", "cluster")
 _MARGIN = "replicas_margin"  # likewise, but files of before it existed lack it: they have the first version's prices
 _GATED = "gated"  # of the model's experts; not an option of its own
+_REPLANS = "replans"  # whether what `auto` planned anew is among the decisions; not so in files of earlier versions
 _MOST_MARGIN = 1000.0
 
 _LEAST = {
@@ -84,8 +85,11 @@ def add_parser(tools: Any) -> None:
     text = "re-evaluate the homes every N training iterations; 0 never moves them (default: 100)"
     add("--homes-interval", type=int, default=100, metavar="N", help=text)
     text = "what smartmoe plans replicas from: history: earlier records; exact: each micro-batch's own counts; auto: "
-    text += "history, and exact for a layer with a rank more than 1%% above the mean (default: history, as in training)"
-    add("--replicas", choices=("history", "exact", "auto"), default="history", help=text)
+    text += (
+        "history, and anew from the counts where that leaves a rank more than 1%% above the mean and new replicas pay "
+    )
+    text += "(default: auto, as in training)"
+    add("--replicas", choices=("history", "exact", "auto"), default="auto", help=text)
     text = (
         "a replica of smartmoe must save this many times what it costs, as --smartmoe-replicas-margin; 0 makes every "
     )
@@ -108,7 +112,7 @@ def add_parser(tools: Any) -> None:
     )
     add("--save-decisions", type=Path, metavar="FILE", help="write the decisions of smartmoe as JSONL")
     add("--replay", type=Path, metavar="FILE", help="rerun with the options in a decision file, compare line by line")
-    parser.set_defaults(run=run, gated=True)
+    parser.set_defaults(run=run, gated=True, replans=True)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -330,7 +334,15 @@ def _decision_lines(
     if not prices.first_version:
         settings |= {_MARGIN: options.replicas_margin, _GATED: options.gated}
     header = {"kind": "simulation", "trace": _digest(trace), **settings}
-    decisions = [decision for result in results if result.name == "smartmoe" for decision in result.decisions]
+    if options.replans and options.replicas == "auto":
+        settings[_REPLANS] = True
+    decisions = [
+        decision
+        for result in results
+        if result.name == "smartmoe"
+        for decision in result.decisions
+        if decision.kind != "replans" or options.replans
+    ]
     return [json.dumps(header, sort_keys=True), *(decision.to_line() for decision in decisions)]
 
 
@@ -362,6 +374,7 @@ def _read_decisions(options: argparse.Namespace) -> list[dict[str, Any]]:
             field = f"{named.at(1)}: {_MARGIN}"
             raise ConfigError(field, margin, f"must be from 0 to {_MOST_MARGIN:,.0f}", "Make the file again.")
         options.replicas_margin, options.gated = float(margin), lines[0].get(_GATED, True) is not False
+    options.replans = lines[0].get(_REPLANS, False) is True
     options.policy, options.model = "smartmoe", None
     return lines
 

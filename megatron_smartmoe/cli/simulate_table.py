@@ -146,9 +146,10 @@ def _prices(simulated: Simulated) -> list[str]:
         mode = simulated.replicas
         tokens = prices.replica_tokens("exact" if mode == "exact" else "history")
         per = "micro-batch" if mode == "exact" else "record"
+        anew = f" ({prices.replica_tokens('exact'):,.0f} a micro-batch)" if mode == "auto" else ""
         lines.append(
-            f"smartmoe: replicas {mode}; one pays off above {tokens:,.0f} tokens a {per} taken from the busiest rank "
-            f"(margin {prices.margin:g})"
+            f"smartmoe: replicas {mode}; one pays off above {tokens:,.0f} tokens a {per}{anew} taken from the busiest "
+            f"rank (margin {prices.margin:g})"
         )
     return lines
 

@@ -24,7 +24,7 @@ class Decision:
     Attributes:
         iteration: training iteration before which it takes effect.
         kind: which loop decided; `review` is the verdict on an earlier move of homes, kept or reverted; `pool` is a
-            switch between settings of the pool.
+            switch between settings of the pool; `replans` are the layers that were planned anew for a micro-batch.
         group: expert-parallel group, -1 for all of them.
         inputs: digest of the numbers that it was made from.
         before: digest of the placement before; for a switch, the setting's name.
@@ -39,7 +39,7 @@ class Decision:
     """
 
     iteration: int
-    kind: Literal["homes", "replicas", "review", "pool"]
+    kind: Literal["homes", "replicas", "review", "pool", "replans"]
     group: int
     inputs: str
     before: str

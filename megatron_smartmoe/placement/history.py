@@ -18,6 +18,7 @@ function and so is equal on every machine.
 
 from __future__ import annotations
 
+import copy
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -102,6 +103,12 @@ class History:
         self._surprise_L = np.zeros(num_layers)  # running error of the forecasts, jumps and all
         self._regime_LE = np.zeros((num_layers, num_experts))  # the forecast before the last jump
         self._jumped_at_L = np.full(num_layers, -1)  # number of the record that jumped
+
+    def copy(self) -> History:
+        """The same history, which `update` of this one does not change, nor the other way round."""
+        copied = copy.copy(self)  # `update` replaces arrays and never writes into them
+        copied._window = self._window.copy()
+        return copied
 
     def update(self, counts_LME: IntArray) -> FloatArray:
         """Add one record, micro-batches apart (M may be 1); returns the forecast's error per layer."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -11,15 +11,43 @@ from numpy.typing import NDArray
 
 from megatron_smartmoe.errors import PlanError
 from megatron_smartmoe.placement.decisions import Decision, digest_of
-from megatron_smartmoe.placement.exact_replicas import exact_replicas
 from megatron_smartmoe.placement.history import History, HistoryOptions
 from megatron_smartmoe.placement.homes_planner import OnlineOptions
 from megatron_smartmoe.placement.paying_replicas import paying_exact_replicas
 from megatron_smartmoe.placement.plan_homes import drop_misplaced
-from megatron_smartmoe.placement.plan_replicas import BestReplicas, best_replicas, plan_replicas, replicas_pay
+from megatron_smartmoe.placement.plan_replicas import BestReplicas, best_replicas, plan_replicas
+from megatron_smartmoe.placement.replan import ReplanOptions, planned_anew
+from megatron_smartmoe.placement.search.improve import ImprovedPlacement
 from megatron_smartmoe.placement.split import binding_cuts, split_graph
 from megatron_smartmoe.spec.arrays import FloatArray, IntArray
 from megatron_smartmoe.spec.placement import BoolArray, Placement, hosts_of
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Anew:
+    """See `replan.PlannedAnew`."""
+
+    slots_RS: IntArray
+    busiest: int
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PlanAhead:
+    """What the next iteration's replicas will be if neither homes nor slots change until it begins.
+
+    Attributes:
+        before: the placement that was planned from.
+        history: with the last iteration's counts.
+        tokens_L: mean tokens per rank in it.
+        after: the placement with the new replicas.
+        decision: None when nothing changes.
+    """
+
+    before: Placement
+    history: History
+    tokens_L: FloatArray
+    after: Placement
+    decision: Decision | None
 
 
 class ReplicaPlanner:
@@ -30,11 +58,18 @@ class ReplicaPlanner:
         group: number of the group, for the log.
         options: prices and effort, and how much history is kept.
         best: what finds the best replicas; training passes the compiled twin.
+        layer_numbers: of the layers, for messages; None counts from 0.
     """
 
     def __init__(
-        self, placement: Placement, group: int, options: OnlineOptions, best: BestReplicas = best_replicas
+        self,
+        placement: Placement,
+        group: int,
+        options: OnlineOptions,
+        best: BestReplicas = best_replicas,
+        layer_numbers: Sequence[int] | None = None,
     ) -> None:
+        self._layer_numbers = range(placement.num_layers) if layer_numbers is None else layer_numbers
         self.placement, self.group, self.options, self._best = placement, group, options, best
         remembered = options.history or HistoryOptions.for_ranks(placement.num_ranks)
         self.history = History(placement.num_layers, placement.num_experts, remembered)
@@ -42,8 +77,12 @@ class ReplicaPlanner:
 
     def observe(self, counts_LME: IntArray) -> FloatArray:
         """Add this group's counts of one iteration; returns the forecast's error per layer."""
-        self._tokens_L = counts_LME.sum(axis=(1, 2)) / self.placement.num_ranks
+        self._tokens_L = self._rank_tokens_L(counts_LME)
         return self.history.update(counts_LME)
+
+    def _rank_tokens_L(self, counts_LME: IntArray) -> FloatArray:
+        """Mean tokens per rank of an iteration."""
+        return np.asarray(counts_LME.sum(axis=(1, 2)) / self.placement.num_ranks)
 
     def state(self) -> dict[str, NDArray[Any]]:
         """All that the next plans depend on besides the options, as arrays whose first axis is the layer."""
@@ -79,13 +118,17 @@ class ReplicaPlanner:
             return None
         if options.replicas == "exact":
             return paying_exact_replicas(load_E, slots_RS, home_slots, options.replica, options.auto_limit)
-        busiest, tokens = _busiest(self.placement.hosts_LER[layer], load_E), int(load_E.sum())
-        if busiest * len(slots_RS) <= options.auto_limit * tokens:
-            return None
-        exact_RS = exact_replicas(load_E, slots_RS, home_slots, options.replica.num_nodes)
-        saved_tokens = busiest - _busiest(hosts_of(exact_RS, len(load_E)), load_E)
-        pays = replicas_pay(exact_RS, home_slots, saved_tokens, options.exact_price_tokens)
-        return exact_RS if saved_tokens > 0 and pays else None
+        busiest = _busiest(self.placement.hosts_LER[layer], load_E)
+        rule = ReplanOptions(limit=options.auto_limit, price_tokens=options.exact_price_tokens)
+        anew = planned_anew(busiest, load_E, len(slots_RS), rule, lambda: self._anew(load_E, slots_RS))
+        return None if anew is None else anew.slots_RS
+
+    def _anew(self, load_E: IntArray, slots_RS: IntArray) -> _Anew:
+        """Replicas for exactly these counts, as `exact` makes them at their price for one micro-batch."""
+        options = replace(self.options.replica, replica_price_tokens=self.options.exact_price_tokens)
+        home_slots, limit = self.placement.home_slots, self.options.auto_limit
+        exact_RS = paying_exact_replicas(load_E, slots_RS, home_slots, options, limit)
+        return _Anew(slots_RS=exact_RS, busiest=_busiest(hosts_of(exact_RS, len(load_E)), load_E))
 
     def rehome(self, homes: Placement) -> None:
         """Adopt the homes of another placement; replicas stay where their homes still allow it."""
@@ -97,21 +140,51 @@ class ReplicaPlanner:
         self.placement = replace(self.placement, slots_LRS=slots_LRS)
 
     def plan(self, iteration: int) -> Decision | None:
-        """Plan the replicas for `iteration` and make them the present placement; None when nothing changes."""
-        if not self.history.num_records or not self.placement.spare_slots:
-            return None
-        before, rows = self.placement, [self.history.scenarios_KE(layer) for layer in range(self.placement.num_layers)]
-        results = [
-            plan_replicas(slots_RS, scenarios_KE, before.home_slots, self.options.replica, float(tokens), self._best)
-            for slots_RS, scenarios_KE, tokens in zip(before.slots_LRS, rows, self._tokens_L, strict=True)
-        ]
+        """Plan the replicas for `iteration` and make them the present placement; None when nothing changes.
+
+        Raises:
+            PlanError: a layer cannot be planned; the placement stays.
+        """
+        self.placement, decision = self._planned(iteration, self.placement, self.history, self._tokens_L)
+        return decision
+
+    def ahead(self, iteration: int, counts_LME: IntArray) -> PlanAhead:
+        """What `observe` with these counts and `plan` would lead to; changes nothing, so a thread may call it.
+
+        Raises:
+            PlanError: a layer cannot be planned.
+        """
+        before, history, tokens_L = self.placement, self.history.copy(), self._rank_tokens_L(counts_LME)
+        history.update(counts_LME)
+        after, decision = self._planned(iteration, before, history, tokens_L)
+        return PlanAhead(before=before, history=history, tokens_L=tokens_L, after=after, decision=decision)
+
+    def adopt_history(self, ahead: PlanAhead) -> None:
+        """Do what `observe` would have done with the counts that were planned from."""
+        self.history, self._tokens_L = ahead.history, ahead.tokens_L
+
+    def _planned(
+        self, iteration: int, before: Placement, history: History, tokens_L: FloatArray
+    ) -> tuple[Placement, Decision | None]:
+        """The placement with the replicas that follow from a history, and the decision if it is another one."""
+        if not history.num_records or not before.spare_slots:
+            return before, None
+        rows, results = list[FloatArray](), list[ImprovedPlacement]()
+        for layer, (slots_RS, tokens) in enumerate(zip(before.slots_LRS, tokens_L.tolist(), strict=True)):
+            try:
+                rows.append(history.scenarios_KE(layer))
+                results.append(
+                    plan_replicas(slots_RS, rows[-1], before.home_slots, self.options.replica, tokens, self._best)
+                )
+            except Exception as error:
+                number = self._layer_numbers[layer]
+                raise PlanError(f"layer {number} cannot be planned: {type(error).__name__}: {error}") from error
         after = replace(before, slots_LRS=np.stack([result.slots_RS for result in results]))
         if after == before:
-            return None
-        self.placement = after
+            return before, None
         forecast = float(np.mean([result.imbalance_K[0] for result in results]))
         worst = float(max(result.imbalance_K.max() for result in results))
-        return Decision(
+        decision = Decision(
             iteration=iteration,
             kind="replicas",
             group=self.group,
@@ -122,6 +195,7 @@ class ReplicaPlanner:
             why=f"max/mean {forecast:.4f} on the forecast, {worst:.4f} in the worst scenario",
             changes=before.diff(after),
         )
+        return after, decision
 
 
 def _busiest(hosts_ER: BoolArray, load_E: IntArray) -> int:

@@ -140,7 +140,7 @@ def parallel_from_arguments(values: Mapping[str, Any], model: ModelSpec, gpus: i
         layers_of_chunk=layers_of_chunk,
         recompute=recompute_mode(values["recompute_granularity"], values["recompute_modules"] or ()),
         spare_slots=slots,
-        replicas=values["smartmoe_replicas"] or ("history" if slots else "off"),
+        replicas=values["smartmoe_replicas"] or ("auto" if slots else "off"),
         homes_interval=values["smartmoe_homes_interval"] if homes_move else 0,
         overlap_degree=1 if degree == "auto" else int(degree),
         distributed_optimizer=bool(values["use_distributed_optimizer"]),

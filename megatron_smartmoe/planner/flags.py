@@ -339,7 +339,7 @@ def parallel_from_flags(tokens: Sequence[str], model: ModelSpec, gpus: int) -> P
     )
     values["recompute"] = recompute_mode(" ".join(flags.get(GRANULARITY, [])), flags.get(MODULES, []))
     replicas = " ".join(flags.get("--smartmoe-replicas", []))
-    values["replicas"] = cast(Replicas, replicas or ("history" if values.get("spare_slots") else "off"))
+    values["replicas"] = cast(Replicas, replicas or ("auto" if values.get("spare_slots") else "off"))
     degree = flags.get(OVERLAP_DEGREE, ["1"])
     values["overlap_degree"] = 1 if degree == ["auto"] else int_value(OVERLAP_DEGREE, degree)
     if flags.get("--transformer-impl") == ["local"]:

@@ -156,12 +156,12 @@ def pool_settings(*, homes_interval: int, spare_slots: int, overlap_degrees: Seq
 
     Args:
         homes_interval: of the launch, beside which homes can also stay (0); 0 for a launch that never moves them.
-        spare_slots: of the launch; any number of them can be used, planned from history or exactly.
+        spare_slots: of the launch; any number of them can be used, planned in any way.
         overlap_degrees: numbers of chunks of an all-to-all.
     """
     modes: list[tuple[int, Replicas]] = [(0, "off")]
     for used in range(1, spare_slots + 1):
-        modes += [(used, "history"), (used, "exact")]
+        modes += [(used, "history"), (used, "exact"), (used, "auto")]
     return tuple(
         PoolSetting(homes_interval=interval, spare_slots=used, replicas=mode, overlap_degree=degree)
         for interval, (used, mode), degree in product(sorted({0, homes_interval}), modes, overlap_degrees)

@@ -129,7 +129,7 @@ def _best_of_shape(shape: ParallelSpec, pricing: Pricing, options: SpaceOptions,
     best: Launch | None = None
     least = float("inf")
     for spare_slots in space.spare_slots(pricing.model, shape, options):
-        slotted = replace(shape, spare_slots=spare_slots, replicas="history" if spare_slots else "off")
+        slotted = replace(shape, spare_slots=spare_slots, replicas="auto" if spare_slots else "off")
         spec, used = first_that_fits(slotted, pricing, options.recompute)
         if spec is None:
             least = min(least, used)

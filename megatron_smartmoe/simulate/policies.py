@@ -17,6 +17,7 @@ from megatron_smartmoe.placement.decisions import Decision
 from megatron_smartmoe.placement.homes_planner import HomesPlanner, OnlineOptions
 from megatron_smartmoe.placement.layer_cost import Relay
 from megatron_smartmoe.placement.layer_plan import LayerPlan, LayerProblem, Rule, Sees
+from megatron_smartmoe.placement.replan import Replan, replans_decision
 from megatron_smartmoe.placement.replica_planner import ReplicaPlanner
 from megatron_smartmoe.placement.review import LayerSeconds
 from megatron_smartmoe.spec.arrays import IntArray
@@ -137,11 +138,15 @@ class OnlinePolicy:
         self.homes_planner = HomesPlanner(placement.num_layers, placement.num_experts, options, layer_seconds)
         self.groups = [ReplicaPlanner(placement, group, options) for group in range(num_groups)]
         self._holdings = Holdings(placement, num_groups)
+        self._iteration = -1
+        self._judged = [[0] * placement.num_layers for _ in range(num_groups)]  # micro-batches so far in the record
+        self._replans: list[list[Replan]] = [[] for _ in range(num_groups)]
 
     def before(self, iteration: int) -> None:
         """Review the last move of homes, re-evaluate the homes when due, then plan every group's replicas."""
         # Step 1: homes, the same for every group. A move that is taken gives every group new homes.
         self._holdings.next_record()
+        self._iteration = iteration
         begin = time.process_time()
         placement = self.groups[0].placement
         found = self.homes_planner.review(iteration, placement)
@@ -170,8 +175,11 @@ class OnlinePolicy:
         exact_RS = None
         if mode != "history":
             plans = 1 if mode == "exact" else 0  # auto: the plan from history has been counted
-            exact_RS = self.stats.timed(plans, lambda: planner.exact_slots(layer, counts_RE.sum(axis=0)))
+            load_E = counts_RE.sum(axis=0)
+            exact_RS = self.stats.timed(plans, lambda: planner.exact_slots(layer, load_E))
             self.stats.replans += exact_RS is not None
+            if mode == "auto":
+                self._note(layer, group, load_E, exact_RS)
         slots_RS = history_RS if exact_RS is None else exact_RS
         self._holdings.hold(self.stats, layer, group, slots_RS, self.homes(layer))
         return Planned(
@@ -180,12 +188,30 @@ class OnlinePolicy:
             unused_RS=history_RS if exact_RS is not None and mode == "auto" else None,
         )
 
+    def _note(self, layer: int, group: int, load_E: IntArray, exact_RS: IntArray | None) -> None:
+        """Remember what `auto` decided, for the log."""
+        micro_batch = self._judged[group][layer]
+        self._judged[group][layer] += 1
+        if exact_RS is not None:
+            one = Replan(layer=layer, micro_batch=micro_batch, load_E=load_E, slots_RS=exact_RS)
+            self._replans[group].append(one)
+
+    def _log_replans(self) -> None:
+        """Log which layers were planned anew in the record, by group."""
+        for group, (planner, replans) in enumerate(zip(self.groups, self._replans, strict=True)):
+            if replans:
+                history, judged = planner.placement.digest, sum(self._judged[group])
+                self.decisions.append(replans_decision(self._iteration, group, history, replans, judged))
+            replans.clear()
+            self._judged[group] = [0] * len(self._judged[group])
+
     def homes(self, layer: int) -> IntArray:
         """Home rank of each expert."""
         return np.asarray(self.groups[0].placement.home_rank_LE[layer])
 
     def observe(self, counts_LGMRE: IntArray) -> None:
         """Give every group's planner the counts of its group, and the homes' planner their mean."""
+        self._log_replans()
         for group, planner in enumerate(self.groups):
             error_L = planner.observe(counts_LGMRE[:, group].sum(axis=2))
             self.stats.forecast_errors += error_L[np.isfinite(error_L)].tolist()

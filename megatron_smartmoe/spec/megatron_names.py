@@ -70,6 +70,9 @@ def _names() -> Iterator[MegatronName]:
     local = ("LocalSpecProvider.layer_norm", "LocalSpecProvider.core_attention")
     yield from hooked(f"{core}.models.backends", "norm and attention without TransformerEngine", *local)
     yield from hooked(f"{specs}.gpt_layer_specs", "the final norm without TransformerEngine", "LNImpl")
+    buckets = ("register_grad_ready", "start_grad_sync", "finish_grad_sync")
+    methods = tuple(f"_ParamAndGradBucketGroup.{name}" for name in buckets)
+    yield from hooked(f"{core}.distributed.param_and_grad_buffer", "gradients of replicas", *methods)
     checkpointing = f"{training}.checkpointing"
     yield from hooked(checkpointing, "checkpoints", "maybe_msc", instead="open_file")
     yield from hooked(checkpointing, "checkpoints", "_async_delete_checkpoint_impl", "ensure_directory_exists")

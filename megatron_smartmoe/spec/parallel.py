@@ -226,7 +226,7 @@ def _balancing(model: ModelSpec, spec: ParallelSpec) -> str | None:
     if spec.replicas != "off" and (spec.ep == 1 or not spec.spare_slots):
         return "replicas need EP > 1 and spare slots"
     if spec.spare_slots and spec.replicas == "off":
-        return "spare slots need replicas: history or exact"
+        return "spare slots need replicas: auto, history or exact"
     if spec.overlap_degree > 1 and spec.ep == 1:
         return "there is no all-to-all to overlap with EP 1"
     if spec.overlap_param_gather and not (spec.overlap_grad_reduce and spec.distributed_optimizer):

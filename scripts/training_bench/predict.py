@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 
@@ -60,7 +61,7 @@ def layer_seconds_of(
             return RulePolicy(Contiguous(), start, 1, 1, 1)
         if variant == "ultraep":
             return RulePolicy(ULTRAEP, start, 1, 1, 1)
-        mode: ReplicaMode = "exact" if variant == "exact" else "history"
+        mode = cast(ReplicaMode, variant)
         options = OnlineOptions(homes_interval=0, replicas=mode, micro_batches=shape.micro_batches)
         return OnlinePolicy(start, 1, options, layer_seconds(setup.pricing_of("history")))
 

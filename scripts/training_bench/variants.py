@@ -19,6 +19,7 @@ VARIANTS = {
     "off": WITHOUT_BALANCING,
     "exact": (*SPARE, "--smartmoe-replicas", "exact"),
     "history": (*SPARE, "--smartmoe-replicas", "history"),
+    "auto": (*SPARE, "--smartmoe-replicas", "auto"),
     "ultraep": (*SPARE, "--smartmoe-replicas", "exact"),
 }
 ULTRAEP = UltraEp(min_tokens_per_replica=1)  # its 1,024 are for larger batches: here it would make no replica

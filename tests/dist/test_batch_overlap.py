@@ -7,6 +7,7 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+import torch
 
 from tests.dist.test_homes import SHUFFLE, decisions
 from tests.dist.test_optimizers import BF16_TOLERANCE
@@ -36,9 +37,29 @@ def test_homes_move_bit_for_bit(stock_losses: list[float], tmp_path: Path, data_
 def test_replicas_change_no_loss(
     copies: list[str], stock_losses: list[float], tmp_path: Path, data_flags: list[str]
 ) -> None:
-    found = train(tmp_path, 2, data_flags, *FLAGS, TWO_BATCHES, *copies, iterations=4)
+    argv = [*TINY_MODEL, *TINY_TRAINING, *data_flags, *FLAGS, TWO_BATCHES, *copies, "--train-iters", "4"]
+    late = run_ranks(_late_fetches, 2, [*argv, "--smartmoe-run-dir", str(tmp_path)], log_dir=tmp_path / "ranks")
+    assert late == [0, 0]
+    found = losses(tmp_path)
     assert distance(found, stock_losses) < BF16_TOLERANCE
     assert sum(map(sum, balance(tmp_path)[-1]["copies"])) > 0
+
+
+def _late_fetches(argv: list[str]) -> int:
+    """Train; how many fetches started only when the experts needed the weights. Forward hooks are skipped here."""
+    from megatron_smartmoe.adapter import pretrain
+    from megatron_smartmoe.runtime.replicas.slots import ReplicasInUse
+
+    weights, late = ReplicasInUse.weights, []
+
+    def noted(used: ReplicasInUse) -> tuple[torch.Tensor, ...]:
+        if used._fetch is None:
+            late.append(used)
+        return weights(used)
+
+    with mock.patch.object(ReplicasInUse, "weights", noted):
+        pretrain.main(argv)
+    return len(late)
 
 
 @pytest.mark.parametrize(("loops", "tolerance"), [(SHUFFLE, 0.0), (MOVING, BF16_TOLERANCE)], ids=["homes", "replicas"])

@@ -18,11 +18,17 @@ def test_operations_behave_as_those_of_nccl(tmp_path: Path) -> None:
 
 
 def test_replicas(tmp_path: Path) -> None:
-    one_gpu_jobs.check_replicas(run_ranks(one_gpu_jobs.replicas, 3, "cpu", log_dir=tmp_path))
+    one_gpu_jobs.check_replicas(run_ranks(one_gpu_jobs.replicas, one_gpu_jobs.RANKS, "cpu", log_dir=tmp_path))
 
 
 def test_rows(tmp_path: Path) -> None:
     one_gpu_jobs.check_rows(run_ranks(one_gpu_jobs.rows, 3, "cpu", log_dir=tmp_path))
+
+
+def test_a_missing_wait_shows_as_wrong_replicas(tmp_path: Path) -> None:
+    results = run_ranks(one_gpu_jobs.replicas, one_gpu_jobs.RANKS, "cpu", "no wait", log_dir=tmp_path)
+    with pytest.raises(AssertionError):
+        one_gpu_jobs.check_replicas(results)
 
 
 def test_a_missing_wait_shows_as_wrong_rows(tmp_path: Path) -> None:

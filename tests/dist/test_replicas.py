@@ -6,6 +6,7 @@ each token's output, and the order in which its experts' outputs are added.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -15,13 +16,14 @@ import torch
 from tests.dist.test_smartmoe_layer import EP2, UNCLIPPED
 from tests.support.checkpoints import tensors
 from tests.support.marks import some_fast
-from tests.support.replicas import ALWAYS, FAULTS, balance, distance, simulated, train_with_fault
+from tests.support.replicas import ALWAYS, AT_ONCE, FAULTS, balance, simulated, train_with_fault
 from tests.support.training import train
 
 pytestmark = pytest.mark.dist
 
-HISTORY = [*ALWAYS, "--smartmoe-homes", "off"]
-EXACT = [*HISTORY, "--smartmoe-replicas", "exact"]
+AUTO = [*ALWAYS, "--smartmoe-homes", "off"]
+HISTORY = [*AUTO, "--smartmoe-replicas", "history"]
+EXACT = [*AUTO, "--smartmoe-replicas", "exact"]
 MOVING = [*ALWAYS, "--smartmoe-homes", "shuffle", "--smartmoe-homes-interval", "2"]
 WITHOUT = ["--smartmoe", "--smartmoe-homes", "off"]
 TOLERANCE = 1e-5  # of losses, relative
@@ -30,12 +32,14 @@ PP2 = "--pipeline-model-parallel-size 2"
 VPP2 = f"{PP2} --num-layers-per-virtual-pipeline-stage 1"
 TP2 = "--tensor-model-parallel-size 2 --sequence-parallel"
 OVERLAP = "--use-distributed-optimizer --dist-ckpt-optim-fully-reshardable --overlap-grad-reduce --overlap-param-gather"
+BUCKETS = "--ddp-bucket-size 40000"  # one for the experts of each layer: reduced in the middle of the backward pass
 FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
 MIXES = {
-    "EP4": (4, "--expert-model-parallel-size 4", HISTORY),
+    "EP4": (4, "--expert-model-parallel-size 4", AUTO),
     "PP2xVPP2xEP2, overlapped, exact": (4, f"{VPP2} {EP2} {OVERLAP}", EXACT),
-    "EP2xEDP2, overlapped, homes move": (4, f"{EP2} {OVERLAP}", MOVING),
-    "TP2xEP2xETP2": (4, f"{TP2} {EP2}", HISTORY),
+    "EP2xEDP2, overlapped, homes move": (4, f"{EP2} {OVERLAP} {BUCKETS}", MOVING),
+    "TP2xEP2xETP2": (4, f"{TP2} {EP2}", AUTO),
+    "PP2xVPP2xEP2, overlapped": (4, f"{VPP2} {EP2} {OVERLAP}", AUTO),
     "TP2xEP2xETP2, exact, experts recomputed": (
         4,
         f"{TP2} {EP2} --recompute-granularity selective --recompute-modules moe",
@@ -48,6 +52,12 @@ MIXES = {
         HISTORY,
     ),
 }
+
+
+def distance(losses: list[float], expected: list[float]) -> float:
+    """Largest relative difference."""
+    assert len(losses) == len(expected) > 0
+    return max(abs(a - b) / b for a, b in zip(losses, expected, strict=True))
 
 
 @pytest.mark.parametrize("mix", some_fast(MIXES, "EP4", "PP2xVPP2xEP2, overlapped, exact"))
@@ -114,11 +124,20 @@ def test_a_fault_in_the_gradients_shows(
 
 
 def test_a_run_can_be_repeated_bit_for_bit(tmp_path: Path, data_flags: list[str]) -> None:
-    flags = ["--expert-model-parallel-size", "4", *HISTORY]
+    flags = ["--expert-model-parallel-size", "4", *AUTO]
     first = train(tmp_path / "first", 4, data_flags, *flags, iterations=6)
     assert train(tmp_path / "second", 4, data_flags, *flags, iterations=6) == first
     files = [tmp_path / run / "replicas-stage0-group0.jsonl" for run in ("first", "second")]
     assert files[0].read_bytes() == files[1].read_bytes() != b""
+
+
+def test_gradients_under_way_have_the_bits_of_those_waited_for(tmp_path: Path, data_flags: list[str]) -> None:
+    """Relayed in rounds, of several micro-batches, and reduced over data-parallel ranks in the middle of the pass."""
+    flags = ["--expert-model-parallel-size", "4", "--global-batch-size", "8", *OVERLAP.split(), *BUCKETS.split()]
+    under_way = train(tmp_path / "under way", 4, data_flags, *flags, *EXACT, iterations=3)
+    waited_for = train_with_fault(tmp_path / "waited for", 4, data_flags, *flags, *EXACT, iterations=3, fault=AT_ONCE)
+    assert under_way == waited_for
+    assert np.sum(balance(tmp_path / "under way")[-1]["copies"]) > 0
 
 
 def test_the_simulator_reproduces_the_balance(tmp_path: Path, data_flags: list[str]) -> None:
@@ -132,9 +151,14 @@ def test_the_simulator_reproduces_the_balance(tmp_path: Path, data_flags: list[s
         "--smartmoe-record-trace",
         str(trace_file),
     ]
-    train(tmp_path / "run", 4, data_flags, *flags, *HISTORY, iterations=6)
-    found = np.ravel([line["split"] for line in balance(tmp_path / "run")])
-    assert found.tolist() == simulated(trace_file, num_ranks=4)
+    train(tmp_path / "run", 4, data_flags, *flags, *AUTO, iterations=6)
+    imbalance, planned = simulated(trace_file, num_ranks=4)
+    lines = balance(tmp_path / "run")
+    assert np.ravel([line["split"] for line in lines]).tolist() == imbalance
+    assert 0 < np.mean([line["anew"] for line in lines]) < 1
+    decisions = (tmp_path / "run" / "replicas-stage0-group0.jsonl").read_text().splitlines()
+    assert planned == decisions
+    assert {json.loads(line)["kind"] for line in decisions} == {"replicas", "replans"}
 
 
 def test_the_memory_is_what_the_planner_predicts(tmp_path: Path, data_flags: list[str]) -> None:

@@ -27,7 +27,7 @@ def test_operations_behave_as_those_of_nccl(tmp_path: Path) -> None:
 
 
 def test_replicas(tmp_path: Path) -> None:
-    one_gpu_jobs.check_replicas(run_ranks(one_gpu_jobs.replicas, 3, DEVICE, log_dir=tmp_path))
+    one_gpu_jobs.check_replicas(run_ranks(one_gpu_jobs.replicas, one_gpu_jobs.RANKS, DEVICE, log_dir=tmp_path))
 
 
 def test_rows(tmp_path: Path) -> None:

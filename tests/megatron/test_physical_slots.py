@@ -92,6 +92,7 @@ def every_choice_goes_to_a_slot_of_its_expert() -> None:
     sent_S = wide.sum(dim=0)
     assert sent_S.view(RANKS, -1).sum(dim=1).tolist() == planner.last.sent_R
     (wide_probs * torch.arange(1, 1 + ALL_SLOTS)).sum().backward()
+    assert probs.grad is not None
     assert torch.equal(probs.grad != 0, chosen)
 
 

@@ -20,7 +20,6 @@ FILES = {
     "seven": [PoolSetting(homes_interval=100, spare_slots=0, replicas="off", overlap_degree=7)],
     "often": [PoolSetting(homes_interval=50, spare_slots=0, replicas="off", overlap_degree=1)],
     "slotless": [PoolSetting(homes_interval=0, spare_slots=0, replicas="exact", overlap_degree=1)],
-    "unknown": [PoolSetting(homes_interval=0, spare_slots=1, replicas="auto", overlap_degree=1)],
     "empty": [],
 }
 AGAIN = "Write the file again with smartmoe plan --pool FILE."
@@ -87,12 +86,7 @@ CASES = {
         flags=f"{FILE}/slotless.json",
         ranks=4,
         says="--smartmoe-pool, entry = 'homes0-K0-exact-ov1': spare_slots = 0 requires replicas = off, and > 0 "
-        f"requires history or exact. {AGAIN}",
-    ),
-    "an unknown mode": Case(
-        flags=f"{FILE}/unknown.json --smartmoe-spare-slots 1",
-        ranks=4,
-        says=f"--smartmoe-pool, entry = 'homes0-K1-auto-ov1': its replicas must be one of off, history, exact. {AGAIN}",
+        f"requires auto, history or exact. {AGAIN}",
     ),
     "no settings": Case(
         flags=f"{FILE}/empty.json",
@@ -153,8 +147,10 @@ def test_auto_is_what_the_launch_allows() -> None:
         "homes0-K0-off-ov1",
         "homes0-K1-history-ov1",
         "homes0-K1-exact-ov1",
+        "homes0-K1-auto-ov1",
         "homes0-K2-history-ov1",
         "homes0-K2-exact-ov1",
+        "homes0-K2-auto-ov1",
     ]
     pieces = {degree: [key[-1] for key in keys(smartmoe_overlap_degree=degree)] for degree in ("1", "3", "auto")}
     assert pieces == {"1": ["1"], "3": ["1", "2", "3", "4", "8"], "auto": ["1", "2", "4", "8"]}

@@ -18,7 +18,9 @@ from tests.support.ranks import run_ranks
 from tests.support.training import TINY_MODEL, TINY_TRAINING, losses
 
 WITHOUT_REPLICA = 1  # the rank that neither has a replica nor the home of one
-SLOTS = np.array([[0, 1, -1], [2, 3, -1], [4, 5, 0]])  # rank 2 has a replica of rank 0's expert 0
+RANKS = 5
+# ranks 2 to 4 have a replica of rank 0's expert 0: rank 0 feeds two of them, and one of them the third
+SLOTS = np.array([[0, 1, -1], [2, 3, -1], [4, 5, 0], [6, 7, 0], [8, 9, 0]])
 LATE_S = 0.05  # how late operations are where the tests look for what a missing wait does
 
 
@@ -88,13 +90,19 @@ def semantics(device: str) -> dict[str, Any]:
     return facts
 
 
-def replicas(device: str) -> dict[str, Any]:
-    """The first thing that a run with replicas does: a fetch in which one rank has no part, and the way back."""
+def replicas(device: str, fault: str = "") -> dict[str, Any]:
+    """The first thing that a run with replicas does: a fetch in which one rank has no part, and the way back.
+
+    Args:
+        device: of the tensors.
+        fault: "no wait" to use what has not arrived.
+    """
     import torch
 
     dist = _join(device, LATE_S)
     from megatron_smartmoe.runtime.replicas.slots import SpareSlots
     from megatron_smartmoe.runtime.replicas.wire import ReplicaWire
+    from tests.support import one_gpu
 
     rank = dist.get_rank()
     home: Any = torch.nn.Parameter(torch.arange(12.0, device=device).view(2, 2, 3) + 100 * rank)
@@ -102,10 +110,13 @@ def replicas(device: str) -> dict[str, Any]:
     spare = SpareSlots([home], 1, ReplicaWire(dist.new_group()), lambda: [home.main_grad], keeps=False)
     used = spare.use(SLOTS, num_passes=1)
     assert used is not None
+    if fault:
+        mock.patch.object(one_gpu.Work, "wait", return_value=True).start()
     used.start()
     (weights,) = spare.weights()
     copied = weights.detach().clone()
     (home.sum() + 10 * weights.sum()).backward()
+    spare.finish_returns()
     return {
         "copied": copied.tolist(),
         "returned": home.main_grad.tolist(),
@@ -179,10 +190,10 @@ def check_replicas(results: Sequence[dict[str, Any]]) -> None:
     """Judge what the ranks of `replicas` returned."""
     zeros, tens = np.zeros((2, 3)), np.full((2, 3), 10.0)
     for rank, result in enumerate(results):
-        copied = np.arange(6.0).reshape(2, 3) if rank == 2 else zeros
+        copied = np.arange(6.0).reshape(2, 3) if rank >= 2 else zeros
         assert np.array_equal(result["copied"], [copied])
-        # the replica's gradient; the home's own is not in the sum here, Megatron's hook adds it
-        assert np.array_equal(result["returned"], [tens if rank == 0 else zeros, zeros])
+        # the replicas' gradients; the home's own is not in the sum here, Megatron's hook adds it
+        assert np.array_equal(result["returned"], [3 * tens if rank == 0 else zeros, zeros])
         assert result["agree"]
         assert result["differ"]
 

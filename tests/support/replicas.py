@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from unittest import mock
 
 from tests.support.ranks import run_ranks
@@ -16,7 +16,7 @@ ALWAYS = ("--smartmoe", "--smartmoe-spare-slots", "1", "--smartmoe-replicas-marg
 def train_with_fault(
     run_dir: Path, world_size: int, data_flags: list[str], *flags: str, iterations: int, fault: str
 ) -> list[float]:
-    """Do what `training.train` does, with one of `FAULTS` in the return of the copies' gradients."""
+    """Do what `training.train` does, with one of `FAULTS` in the return of the copies' gradients, or `AT_ONCE`."""
     argv = [*TINY_MODEL, *TINY_TRAINING, *data_flags, "--train-iters", str(iterations), *flags]
     run_ranks(_main, world_size, [*argv, "--smartmoe-run-dir", str(run_dir)], fault, log_dir=run_dir / "ranks")
     return losses(run_dir)
@@ -46,14 +46,10 @@ def balance(run_dir: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run_dir / "balance-stage0-group0.jsonl").read_text().splitlines()]
 
 
-def distance(losses: list[float], expected: list[float]) -> float:
-    """Largest relative difference."""
-    assert len(losses) == len(expected) > 0
-    return max(abs(a - b) / b for a, b in zip(losses, expected, strict=True))
-
-
-def simulated(trace_file: Path, *, num_ranks: int, spare_slots: int = 1) -> list[float]:
-    """Max / mean tokens per rank of every record and layer of a trace, with replicas planned from its history."""
+def simulated(
+    trace_file: Path, *, num_ranks: int, spare_slots: int = 1, replicas: Literal["history", "auto"] = "auto"
+) -> tuple[list[float], list[str]]:
+    """Max / mean tokens per rank of every record and layer of a replayed trace, and the lines of the decisions."""
     from megatron_smartmoe.cost.moe_layer import LayerConstants
     from megatron_smartmoe.placement.homes_planner import OnlineOptions
     from megatron_smartmoe.simulate.policies import OnlinePolicy
@@ -66,42 +62,54 @@ def simulated(trace_file: Path, *, num_ranks: int, spare_slots: int = 1) -> list
     placement = Placement.contiguous(
         num_layers=layers, num_experts=experts, num_ranks=num_ranks, spare_slots=spare_slots
     )
-    options = OnlineOptions(homes_interval=0, replicas="history")
+    options = OnlineOptions(homes_interval=0, replicas=replicas)
     policy = OnlinePolicy(placement, 1, options, lambda slots_RS, counts_RE: 0.0)
     setting = SimulationSetup(
         num_ranks=num_ranks, spare_slots=spare_slots, warmup=0, constants=LayerConstants(token_s=1.0), state_bytes=0
     )
     imbalance: list[float] = replay(trace, policy, setting).imbalance.tolist()
-    return imbalance
+    return imbalance, [decision.to_line() for decision in policy.decisions]
 
 
-def _dropped(send: Any, copies: Any, gradients: Any, totals: Any) -> None:
-    send(copies[:-1], gradients, totals)
+def _dropped(start: Any, links: Any, gradients: Any, *rest: Any) -> Any:
+    return start(links[:-1], gradients, *rest)
 
 
-def _twice(send: Any, copies: Any, gradients: Any, totals: Any) -> None:
-    send(copies, gradients, totals)
-    send(copies[:1], gradients, totals)
+def _twice(start: Any, links: Any, gradients: Any, *rest: Any) -> Any:
+    start(links[:1], gradients, *rest).finish()
+    return start(links, gradients, *rest)
 
 
-def _wrong_home(send: Any, copies: Any, gradients: Any, totals: Any) -> None:
+def _wrong_home(start: Any, links: Any, gradients: Any, *rest: Any) -> Any:
+    first, *others = links
+    other = (first.parent_slot + 1) % 4  # of 8 experts on 2 ranks
+    return start([first._replace(parent_slot=other), *others], gradients, *rest)
 
-    first, *rest = copies
-    other = (first.home_slot + 1) % len(totals[0])
-    send([first._replace(home_slot=other), *rest], gradients, totals)
+
+def _at_once(start: Any, *args: Any) -> Any:
+    """No fault: every round is waited for where the return starts."""
+    transfer = start(*args)
+    while not transfer.is_posted:
+        transfer.advance()
+    return transfer
 
 
-FAULTS = {"dropped": _dropped, "counted twice": _twice, "returned to the wrong home": _wrong_home}
+AT_ONCE = "waited for"
+FAULTS = {
+    "dropped": _dropped,
+    "counted twice": _twice,
+    "returned to the wrong home": _wrong_home,
+}
 
 
 def _main(argv: list[str], fault: str) -> None:
     from megatron_smartmoe.adapter.pretrain import main
     from megatron_smartmoe.runtime.replicas.wire import ReplicaWire
 
-    send = ReplicaWire.return_gradients
+    start = ReplicaWire.start_return
 
-    def faulty(wire: Any, copies: Any, gradients: Any, totals: Any) -> None:
-        FAULTS[fault](lambda *args: send(wire, *args), list(copies), gradients, totals)
+    def faulty(wire: Any, links: Any, *rest: Any) -> Any:
+        return (FAULTS | {AT_ONCE: _at_once})[fault](lambda *args: start(wire, *args), tuple(links), *rest)
 
-    with mock.patch.object(ReplicaWire, "return_gradients", faulty):
+    with mock.patch.object(ReplicaWire, "start_return", faulty):
         main(argv)

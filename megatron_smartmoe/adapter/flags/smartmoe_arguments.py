@@ -10,7 +10,7 @@ from megatron_smartmoe.planner.flags import HOMES_INTERVAL, OVERLAP_DEGREE, SPAR
 DEVICES = ("auto", "cpu", "cuda")
 EXPERTS = ("grouped_mm", "transformer_engine")
 HOMES = ("on", "off", "dry", "shuffle")
-REPLICAS = ("off", "history", "exact")
+REPLICAS = ("off", "history", "exact", "auto")
 SCOPES = ("node", "group")
 SWITCH = ("on", "off")
 
@@ -243,7 +243,9 @@ def _add_replicas(group: argparse._ArgumentGroup) -> None:
         choices=REPLICAS,
         default=None,
         help="How replicas are planned. history: from earlier iterations, fetched once per iteration. exact: from each "
-        "micro-batch's own token counts. off: no replicas. Default: history with spare slots, else off.",
+        "micro-batch's own token counts. auto: from history; a layer that this leaves unbalanced in a micro-batch is "
+        "planned anew from its counts where that saves more time than it costs. off: no replicas. Default: auto with "
+        "spare slots, else off.",
     )
     group.add_argument(
         "--smartmoe-replicas-scope",
@@ -271,7 +273,7 @@ def _add_pool(group: argparse._ArgumentGroup) -> None:
         default=None,
         help="With --smartmoe and expert parallelism: while training, switch among settings that need no restart, by "
         "predicted and measured step time. FILE: the settings that `smartmoe plan --pool` or a plan.json lists. auto: "
-        "all that the other flags allow: 0 to --smartmoe-spare-slots slots, replicas off, history or exact, experts "
+        "all that the other flags allow: 0 to --smartmoe-spare-slots slots, replicas off or in each way, experts "
         "that move or stay, and 1, 2, 4 or 8 chunks unless --smartmoe-overlap-degree is 1. The run starts with the "
         "setting of its other flags. Default: no switching.",
     )
@@ -288,4 +290,4 @@ def replicas_mode(args: argparse.Namespace) -> str:
     """How replicas are planned: one of REPLICAS."""
     if args.smartmoe_spare_slots == 0:
         return "off"
-    return args.smartmoe_replicas or "history"
+    return args.smartmoe_replicas or "auto"

@@ -14,7 +14,6 @@ from megatron_smartmoe.adapter.flags.smartmoe_arguments import (
     AUTO,
     POOL,
     POOL_INTERVAL,
-    REPLICAS,
     RESUME,
     WATCHDOG_FLOOR,
     replicas_mode,
@@ -439,10 +438,9 @@ def _check_setting(setting: PoolSetting, args: argparse.Namespace) -> None:
     change = "Change the flag, or remove the entry from the file."
     homes = f"--smartmoe-homes-interval is {interval}" if interval else "--smartmoe-homes is off"
     for is_wrong, rule, way_out in (
-        (setting.replicas not in REPLICAS, f"its replicas must be one of {', '.join(REPLICAS)}", again),
         (
             (setting.spare_slots == 0) != (setting.replicas == "off"),
-            "spare_slots = 0 requires replicas = off, and > 0 requires history or exact",
+            "spare_slots = 0 requires replicas = off, and > 0 requires auto, history or exact",
             again,
         ),
         (

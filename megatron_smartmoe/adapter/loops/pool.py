@@ -25,6 +25,7 @@ from megatron_smartmoe.adapter.cost_inputs import (
     model_of_run,
     nodes_of_group,
     replica_options,
+    replica_price_tokens,
 )
 from megatron_smartmoe.adapter.flags.pool_settings import settings_of_pool, starting_setting
 from megatron_smartmoe.adapter.hooks import Callback, Order
@@ -214,5 +215,6 @@ def _prices(args: Namespace, num_layers: int, *, homes_move: bool) -> PoolPrices
         micro_batches=micro_batches,
         layers_in_a_row=num_layers / spec.pp * in_a_row,
         replica=replica_options(args),
+        exact_price_tokens=replica_price_tokens(args, "exact"),
         homes_move=homes_move,
     )

@@ -4,6 +4,9 @@ There is one planner per expert-parallel group and pipeline stage. It sees what 
 layers, which every rank of the group has from the dispatch, so all ranks of the group plan the same replicas without
 sending anything. Groups that share homes (expert data parallelism) may have different replicas.
 
+Replicas from history are planned for the next iteration on a thread, from the moment when the last micro-batch of this
+one has been dispatched (`runtime.replicas.ahead`).
+
 The planner counts by logical expert, the dispatchers by home slot; `by_home` translates. So a history stays true when
 homes move.
 
@@ -17,7 +20,6 @@ from collections.abc import Mapping
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -27,19 +29,24 @@ from megatron.core.num_microbatches_calculator import get_num_microbatches
 
 from megatron_smartmoe.adapter.cost_inputs import nodes_of_group, online_options, replica_price_tokens, scope_nodes
 from megatron_smartmoe.adapter.flags.smartmoe_arguments import replicas_mode
-from megatron_smartmoe.adapter.hooks import Callback, Order
+from megatron_smartmoe.adapter.hooks import Callback, Order, reduce_through
 from megatron_smartmoe.adapter.loops import saved_state
+from megatron_smartmoe.adapter.moe.late_gradients import LateGradients
 from megatron_smartmoe.adapter.moe.layer import SmartMoELayer
+from megatron_smartmoe.adapter.moe.parameter_gathers import ParameterGathers
 from megatron_smartmoe.adapter.moe.routers import passes_per_micro_batch
 from megatron_smartmoe.adapter.run import Run
 from megatron_smartmoe.errors import PlanError
 from megatron_smartmoe.placement.decisions import digest_of
+from megatron_smartmoe.placement.replan import Replan, ReplanOptions, replans_decision
 from megatron_smartmoe.placement.replica_planner import ReplicaPlanner
 from megatron_smartmoe.runtime.process_groups import new_message_group
+from megatron_smartmoe.runtime.replicas.ahead import PlansAhead
 from megatron_smartmoe.runtime.replicas.dispatch_plan import ExactOptions
 from megatron_smartmoe.runtime.replicas.history_plan import fastest_best_replicas
 from megatron_smartmoe.runtime.replicas.slots import SpareSlots
-from megatron_smartmoe.runtime.replicas.tally import LayerTally, balance_line, imbalance, loads
+from megatron_smartmoe.runtime.replicas.split import BALANCED
+from megatron_smartmoe.runtime.replicas.tally import LayerTally, MicroBatch, balance_line, imbalance, loads
 from megatron_smartmoe.runtime.replicas.wire import ReplicaWire
 from megatron_smartmoe.spec.arrays import IntArray
 from megatron_smartmoe.spec.placement import EMPTY, Placement, with_empty_slots
@@ -49,6 +56,7 @@ DECISIONS_FILE = "replicas-stage{stage}-group{group}.jsonl"
 BALANCE_FILE = "balance-stage{stage}-group{group}.jsonl"
 STATE_FILE = "smartmoe_replicas_stage{stage}_group{group}.npz"  # in a checkpoint's folder
 LAYERS_AHEAD = 2  # layers whose replicas from history are being fetched when a layer begins
+FROM_HISTORY, FROM_COUNTS = frozenset({"history", "auto"}), frozenset({"exact", "auto"})  # modes by what they plan from
 _GROUPS = "groups"  # number of expert-parallel groups, each of which has its own history
 
 
@@ -64,24 +72,34 @@ class ReplicaLoop(Callback):
     def __init__(self, modes: frozenset[str]) -> None:
         self._modes = modes
         self._planner: ReplicaPlanner | None = None
+        self._ahead: PlansAhead | None = None
+        self._iteration = self._passes_left = 0  # passes through layers until this iteration's counts are complete
 
     def on_start(self, run: Run) -> None:
         """Give every layer its spare slots."""
         args = run.args
         self._run, self._mode, self._used_slots = run, replicas_mode(args), args.smartmoe_spare_slots
-        needs_history = "history" in self._modes
-        self._fetch_early = not args.overlap_param_gather
+        needs_history = bool(self._modes & FROM_HISTORY)
         timeout = timedelta(minutes=args.distributed_timeout_minutes)
-        self._wire = ReplicaWire(_own_group(mpu.get_expert_model_parallel_group(), timeout))
+        messages = _own_group(mpu.get_expert_model_parallel_group(), timeout)
+        self._wire = ReplicaWire(messages, nodes_of_group(messages.size()))
         self._layers: list[SmartMoELayer] = [layer for _, layer in run.layers]
         self._tallies = [LayerTally() for _ in self._layers]
-        self._price_tokens = replica_price_tokens(args)  # once: the cluster file may be edited during the run
+        # once: the cluster file may be edited during the run
+        self._price_tokens = {mode: replica_price_tokens(args, mode) for mode in ("history", "exact")}
+        self._gathers = ParameterGathers.of(run)
         for index, (layer, tally) in enumerate(zip(self._layers, self._tallies, strict=True)):
-            self._equip(layer, tally, keeps=needs_history)
-            layer.register_forward_pre_hook(partial(self._before_layer, index))
+            self._equip(layer, tally, keeps=needs_history, index=index)
+        parameters = [tuple(layer.experts.parameters()) for layer in self._layers]
+        spares = [layer.experts.spare_slots for layer in self._layers]
+        self._late = LateGradients(list(zip(parameters, spares, strict=True)))
+        reduce_through(self._late)
         if needs_history and self._layers:
             online = online_options(args, review_records=1)
-            self._planner = ReplicaPlanner(self._placement(), run.ranks.edp_rank, online, fastest_best_replicas())
+            numbers = [number for number, _ in run.layers]
+            group, best = run.ranks.edp_rank, fastest_best_replicas()
+            self._planner = ReplicaPlanner(self._placement(), group, online, best, numbers)
+            self._ahead = PlansAhead(self._planner)
         if run.is_reporter:
             self._announce()
         self._restore()
@@ -118,10 +136,11 @@ class ReplicaLoop(Callback):
 
     def after_save(self, iteration: int, folder: Path) -> None:
         """Keep what the next plans depend on in the checkpoint, on the first rank of the group."""
-        run, planner = self._run, self._planner
+        run, planner, ahead = self._run, self._planner, self._ahead
         ranks = run.ranks
-        if planner is None or ranks.ep_rank or ranks.etp_rank:
+        if planner is None or ahead is None or ranks.ep_rank or ranks.etp_rank:
             return
+        ahead.observe()
         numbers = np.array([number for number, _ in run.layers])
         state = {**planner.state(), saved_state.LAYERS: numbers, _GROUPS: np.array([ranks.edp_size])}
         problem = saved_state.save(folder / STATE_FILE.format(stage=ranks.pp_rank, group=ranks.edp_rank), state)
@@ -133,11 +152,15 @@ class ReplicaLoop(Callback):
         slots, spares = self._run.args.smartmoe_spare_slots, [layer.experts.spare_slots for layer in self._layers]
         kept, per_batch = sum(s.nbytes for s in spares) / MIB, sum(s.micro_batch_nbytes for s in spares) / MIB
         memory = f"{kept:.1f} MiB on this rank"
-        if self._mode == "exact":
-            memory += f" and {per_batch:.1f} MiB for each micro-batch in flight"
+        if self._mode in FROM_COUNTS:
+            at_most = "at most " if self._mode in FROM_HISTORY else ""
+            memory += f" and {at_most}{per_batch:.1f} MiB for each micro-batch in flight"
+        price = f"{self._price_tokens['exact' if self._mode == 'exact' else 'history']:,.0f} tokens"
+        if self._mode == "auto":
+            price += f" of an iteration ({self._price_tokens['exact']:,.0f} of a micro-batch)"
         print(
             f"smartmoe: {slots} spare slot{'s' if slots != 1 else ''} per rank and layer, replicas: {self._mode}, "
-            f"{memory}; a replica pays off above {self._price_tokens:,.0f} tokens taken from the busiest rank",
+            f"{memory}; a replica pays off above {price} taken from the busiest rank",
             flush=True,
         )
 
@@ -150,12 +173,14 @@ class ReplicaLoop(Callback):
         """
         self._mode, self._used_slots = mode, used_slots
         for layer in self._layers:
-            layer.experts.spare_slots.keep(mode == "history")
-            layer.planner.plan_with(self._exact_options() if mode == "exact" else None)
-        if self._planner is not None:
+            layer.experts.spare_slots.keep(mode in FROM_HISTORY)
+            layer.planner.plan_with(*self._from_counts())
+        if self._planner is not None and self._ahead is not None:
+            self._ahead.observe()
+            self._ahead.discard()
             self._planner.placement = self._placement()
 
-    def _equip(self, layer: SmartMoELayer, tally: LayerTally, *, keeps: bool) -> None:
+    def _equip(self, layer: SmartMoELayer, tally: LayerTally, *, keeps: bool, index: int) -> None:
         """Give a layer's experts spare slots, and the layer a dispatcher that uses them."""
         experts = layer.experts
         weights = experts.slot_weights()
@@ -166,22 +191,28 @@ class ReplicaLoop(Callback):
             lambda: [weight.main_grad for weight in weights],
             keeps=keeps,
         )
-        spare.keep(self._mode == "history")
+        spare.keep(self._mode in FROM_HISTORY)
+        exact, falls_short = self._from_counts()
         layer.add_replicas(
             spare,
-            num_nodes=nodes_of_group(self._wire.num_ranks),
-            fetch_early=self._fetch_early,
-            exact=self._exact_options() if self._mode == "exact" else None,
-            listener=tally.add,
+            num_nodes=self._wire.num_nodes,
+            exact=exact,
+            falls_short=falls_short,
+            listener=partial(self._count, tally),
+            begins=partial(self._begin_layer, index),
+            ends=partial(self._end_layer, index),
         )
 
-    def _exact_options(self) -> ExactOptions:
-        """How replicas are planned from the counts of one micro-batch."""
-        return ExactOptions(
-            used_slots=self._used_slots,
-            num_nodes=scope_nodes(self._run.args),
-            price_tokens=self._price_tokens,
+    def _from_counts(self) -> tuple[ExactOptions | None, ReplanOptions | None]:
+        """How replicas are planned from the counts of one micro-batch, and when; see `LayerPlanner`."""
+        if self._mode not in FROM_COUNTS:
+            return None, None
+        price_tokens = self._price_tokens["exact"]
+        exact = ExactOptions(
+            used_slots=self._used_slots, num_nodes=scope_nodes(self._run.args), price_tokens=price_tokens
         )
+        falls_short = ReplanOptions(limit=BALANCED, price_tokens=price_tokens) if self._mode == "auto" else None
+        return exact, falls_short
 
     def _placement(self) -> Placement:
         """The homes as the layers have them now, and empty spare slots."""
@@ -200,46 +231,93 @@ class ReplicaLoop(Callback):
 
     def before_step(self, iteration: int) -> None:
         """Plan this iteration's replicas and start to fetch their weights."""
-        planner = self._planner
-        if planner is None:
+        self._late.forget()  # what an iteration that was broken off has left
+        self._wire.settle()
+        planner, ahead = self._planner, self._ahead
+        passes_L = [get_num_microbatches() * passes_per_micro_batch(layer) for layer in self._layers]
+        self._iteration, self._passes_left = iteration, sum(passes_L)
+        if planner is None or ahead is None:
             return
-        if self._mode != "history":  # only kept up to date, for the day when the pool switches to it
+        ahead.observe()
+        if self._mode not in FROM_HISTORY:  # only kept up to date, for the day when the pool switches to it
             self._follow_homes(planner)
             return
-        problem = self._plan(planner, iteration)
+        problem = self._plan(planner, ahead, iteration)
         if problem is not None:
             planner.placement = self._placement()
             print(f" smartmoe: iteration {iteration:8d} | WARNING: no replicas: {problem} |", flush=True)
         unused = self._run.args.smartmoe_spare_slots - self._used_slots
-        for layer, slots_RS in zip(self._layers, planner.placement.slots_LRS, strict=True):
+        for layer, slots_RS, passes in zip(self._layers, planner.placement.slots_LRS, passes_L, strict=True):
             by_home_RS = with_empty_slots(by_home(slots_RS, layer.experts.num_local_experts), unused)
             layer.planner.slots_RS = by_home_RS
-            num_passes = get_num_microbatches() * passes_per_micro_batch(layer)
-            layer.experts.spare_slots.use(by_home_RS, num_passes=num_passes)
-        for index in range(LAYERS_AHEAD):
-            self._fetch(index)
+            layer.experts.spare_slots.use(by_home_RS, num_passes=passes)
+        if not self._gathers.overlapped:
+            for index in range(LAYERS_AHEAD):
+                self._fetch(index)
+
+    def _count(self, tally: LayerTally, load: MicroBatch) -> None:
+        """Count a micro-batch of a layer. The last one of the iteration starts the planning of the next iteration."""
+        tally.add(load)
+        self._passes_left -= 1
+        if self._passes_left == 0 and self._ahead is not None and self._mode in FROM_HISTORY:
+            self._plan_ahead([tally.so_far for tally in self._tallies])
+
+    def _plan_ahead(self, records: list[list[MicroBatch]]) -> None:
+        """Start to plan the next iteration from this one's micro-batches, of each layer."""
+        assert self._ahead is not None
+        self._ahead.start(self._iteration + 1, partial(self._loads, records))
+
+    def _loads(self, records: list[list[MicroBatch]]) -> IntArray:
+        """Tokens of each logical expert in each micro-batch and layer, `[L, M, E]`."""
+        assert self._planner is not None
+        passes_L = [passes_per_micro_batch(layer) for layer in self._layers]
+        load_LME = np.stack([loads(record, passes) for record, passes in zip(records, passes_L, strict=True)])
+        return np.take_along_axis(load_LME, self._planner.placement.home_slot_LE[:, None], axis=2)
 
     def _fetch(self, index: int) -> None:
-        """Start to fetch the weights of a layer's replicas, unless they are planned from exact counts.
+        """Start to fetch the weights of a layer's replicas from history; its home weights are complete.
 
         Fetched all at once they would be in front of the first layer's kernels where a GPU has one hardware queue.
         """
-        if self._mode == "history" and self._fetch_early and index < len(self._layers):
+        if self._mode in FROM_HISTORY and index < len(self._layers):
             used = self._layers[index].experts.spare_slots.in_use
             if used is not None:
                 used.start()
 
-    def _before_layer(self, index: int, layer: SmartMoELayer, inputs: Any) -> None:
-        """Called before the forward pass of a layer, by its place among this rank's."""
-        if layer.training:
+    def _begin_layer(self, index: int) -> None:
+        """Called when a layer begins to dispatch in training, by its place among this rank's."""
+        if self._gathers.overlapped:
+            self._complete(index)
+        else:
             self._fetch(index + LAYERS_AHEAD)
 
-    def _plan(self, planner: ReplicaPlanner, iteration: int) -> str | None:
+    def _end_layer(self, index: int) -> None:
+        """Called when a layer's results are combined in training, by its place among this rank's.
+
+        With --overlap-param-gather, the all-gather of the next layer's experts was posted when those of this layer were
+        complete. What comes before the next layer's experts hides the fetch.
+        """
+        is_last = index + 1 == len(self._layers)
+        if is_last or not self._gathers.overlapped or self._mode not in FROM_HISTORY:
+            return
+        if not self._gathers.is_first(self._layers[index + 1]):  # another model chunk is gathered when it begins
+            self._complete(index + 1)
+
+    def _complete(self, index: int) -> None:
+        """Wait for the home weights of a layer, and start to fetch its replicas from history.
+
+        With replicas or without: ranks that share experts have replicas of their own, and post all-gathers together.
+        """
+        if self._mode != "off":
+            self._gathers.finish(self._layers[index])
+            self._fetch(index)
+
+    def _plan(self, planner: ReplicaPlanner, ahead: PlansAhead, iteration: int) -> str | None:
         """Plan, and compare the plan over the group's ranks; None, or why this iteration has no replicas."""
         problem, decision = None, None
         try:
             self._follow_homes(planner)
-            decision = planner.plan(iteration)
+            decision = ahead.plan(iteration)
         except Exception as error:  # whatever it is, training continues without replicas
             problem = f"{type(error).__name__}: {error}"
         digest = planner.placement.digest if problem is None else f"{self._wire.rank:015x}"
@@ -259,23 +337,48 @@ class ReplicaLoop(Callback):
         """Record what was routed, and report how balanced it was."""
         records = [tally.take() for tally in self._tallies]
         if not records or not all(records):
+            if self._ahead is not None:
+                self._ahead.discard()
             return
-        if self._planner is not None:
-            passes_L = [passes_per_micro_batch(layer) for layer in self._layers]
-            load_LME = np.stack([loads(record, passes) for record, passes in zip(records, passes_L, strict=True)])
-            slot_LE = self._planner.placement.home_slot_LE
-            self._planner.observe(np.take_along_axis(load_LME, slot_LE[:, None], axis=2))
+        if self._planner is not None and self._ahead is not None:
+            if self._mode not in FROM_HISTORY:
+                self._planner.observe(self._loads(records))
+            elif self._passes_left:  # not the passes that were expected: the iteration was run again
+                self._plan_ahead(records)
+        if self._mode == "auto":
+            self._write_replans(iteration, records)
         if iteration % self._run.args.log_interval:
             return
         self._write(BALANCE_FILE, balance_line(iteration, [number for number, _ in self._run.layers], records))
         if self._run.is_reporter:
             before_split, after_split = imbalance(records)
-            per_layer = float(np.mean([micro.num_replicas for record in records for micro in record]))
+            micros = [micro for record in records for micro in record]
+            per_layer = float(np.mean([micro.num_replicas for micro in micros]))
+            anew = float(np.mean([micro.replanned_RS is not None for micro in micros]))
+            planned = f", {anew:.0%} planned anew" if self._mode == "auto" else ""
             print(
-                f" smartmoe: iteration {iteration:8d} | replicas: {per_layer:.1f} per layer | "
+                f" smartmoe: iteration {iteration:8d} | replicas: {per_layer:.1f} per layer{planned} | "
                 f"max/mean tokens per rank {before_split:.3f} -> {after_split:.3f} |",
                 flush=True,
             )
+
+    def _write_replans(self, iteration: int, records: list[list[MicroBatch]]) -> None:
+        """Record which layers were planned anew for a micro-batch, in logical experts, as a replay does."""
+        assert self._planner is not None
+        placement, replans, judged = self._planner.placement, list[Replan](), 0
+        for layer, record in enumerate(records):
+            expert_E, slot_E = placement.homes_LRH[layer].ravel(), placement.home_slot_LE[layer]
+            for micro_batch, micro in enumerate(micro for micro in record if micro.load_E.any()):
+                judged += 1
+                if micro.replanned_RS is None:
+                    continue
+                slots_RS = micro.replanned_RS[:, : placement.home_slots + self._used_slots]
+                logical_RS = np.where(slots_RS == EMPTY, EMPTY, expert_E[slots_RS])
+                load_E = micro.load_E[slot_E]
+                replans.append(Replan(layer=layer, micro_batch=micro_batch, load_E=load_E, slots_RS=logical_RS))
+        if replans:
+            decision = replans_decision(iteration, self._planner.group, placement.digest, replans, judged)
+            self._write(DECISIONS_FILE, decision.to_line())
 
 
 def by_home(slots_RS: IntArray, home_slots: int) -> IntArray:

@@ -144,16 +144,14 @@ class SlottedExperts(MegatronModule):
         if len(tokens_per_expert) == self.num_local_experts:
             return self._compute(tokens_NH, tokens_per_expert, probs_N, self.weight1, self.weight2), None
         assert self.spare_slots is not None, "rows for replicas, and no spare slots"
-        spare1, spare2 = self.spare_slots.weights()  # [K, F1, H], [K, H, F2]
         home_S, spare_K = torch.split(tokens_per_expert, [self.num_local_experts, self.spare_slots.num_slots])
         rows = [int(home_S.sum()), int(spare_K.sum())]
         home_NH, spare_NH = torch.split(tokens_NH, rows)
         home_probs_N, spare_probs_N = torch.split(probs_N, rows)
-        outputs = (
-            self._compute(home_NH, home_S, home_probs_N, self.weight1, self.weight2),
-            self._compute(spare_NH, spare_K, spare_probs_N, spare1, spare2),
-        )
-        return torch.cat(outputs), None
+        home_output_NH = self._compute(home_NH, home_S, home_probs_N, self.weight1, self.weight2)
+        spare1, spare2 = self.spare_slots.weights()  # [K, F1, H], [K, H, F2]; on their way while homes were computed
+        spare_output_NH = self._compute(spare_NH, spare_K, spare_probs_N, spare1, spare2)
+        return torch.cat((home_output_NH, spare_output_NH)), None
 
     def _compute(
         self,

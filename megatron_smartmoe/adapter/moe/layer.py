@@ -139,6 +139,7 @@ class SmartMoELayer(MoELayer):
         """Megatron's preprocess, on columns in the order of the slots where the dispatcher does not look them up."""
         if self._planner is not None:
             self._planner.training = self.training  # here: overlapping micro-batches skip `forward`
+            self._planner.begin()
         if self._fused:
             self.token_dispatcher.slot_of_expert_E = self.slot_of_expert_E  # the tensor may have been moved: .cuda()
         elif self._slots is not None:

@@ -32,6 +32,7 @@ from megatron.core.transformer.moe.moe_utils import get_capacity
 from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_smartmoe.adapter.moe.replica_steps import ReplicaSteps
 from megatron_smartmoe.adapter.moe.routers import without_padding
 from megatron_smartmoe.ops import chosen_experts, dispatch_map
 from megatron_smartmoe.runtime.replicas.layer_planner import LayerPlanner
@@ -143,19 +144,14 @@ class _CapacityFactor(float):
         return choices / self._num_experts * self._of_expert
 
 
-class _ForSlots:
-    """What a dispatcher of physical slots does besides: it hands no rows of empty slots to the experts.
+class _ForSlots(ReplicaSteps):
+    """What a dispatcher of physical slots does besides: it hands no rows of empty slots to the experts."""
 
-    Attributes:
-        planner: knows whether there are replicas.
-    """
-
-    planner: LayerPlanner
     _empty_rows = 0  # rows of spare slots without an expert, from `dispatch_postprocess` to `combine_preprocess`
 
     def dispatch_postprocess(self, hidden_states: torch.Tensor, probs: torch.Tensor) -> Any:
         """Megatron's; where there are no replicas, the rows that pad spare slots to capacity are taken away."""
-        rows_NH, tokens_S, weights_N = super().dispatch_postprocess(hidden_states, probs)  # type: ignore[misc]
+        rows_NH, tokens_S, weights_N = super().dispatch_postprocess(hidden_states, probs)
         self._empty_rows = 0
         if self.planner.uses_replicas:
             return rows_NH, tokens_S, weights_N

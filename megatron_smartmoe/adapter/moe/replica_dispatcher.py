@@ -19,12 +19,13 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_smartmoe.adapter.moe.dispatcher import SlotDispatcher
+from megatron_smartmoe.adapter.moe.replica_steps import ReplicaSteps
 from megatron_smartmoe.runtime.replicas.dispatch_plan import DispatchPlan
 from megatron_smartmoe.runtime.replicas.layer_planner import LayerPlanner
 from megatron_smartmoe.runtime.replicas.split import shifted_rows
 
 
-class ReplicaDispatcher(SlotDispatcher):
+class ReplicaDispatcher(ReplicaSteps, SlotDispatcher):
     """Dispatches to home slots and spare slots.
 
     Args:
@@ -45,7 +46,7 @@ class ReplicaDispatcher(SlotDispatcher):
         planner: LayerPlanner,
     ) -> None:
         super().__init__(num_local_experts, local_expert_indices, config, pg_collection, counts_on_device=True)
-        self._planner = planner
+        self.planner = planner
         self._home_slots = num_local_experts
         self.num_local_experts = planner.view.num_slots  # Megatron sorts what arrives by these
         # what arrives is one block of rows for each (source, slot); the experts need the order (slot, source)
@@ -56,7 +57,7 @@ class ReplicaDispatcher(SlotDispatcher):
     def _set_splits(self, rows_TK: torch.Tensor, tokens_E: torch.Tensor) -> torch.Tensor:
         """Plan the replicas, split the tokens, and set the sizes of the all-to-all; see `SlotDispatcher`."""
         # Step 1: the counts of all ranks, and the plan that follows from them
-        plan = self._planner.plan(tokens_E)
+        plan = self.planner.plan(tokens_E)
         # Step 2: sizes for Megatron's exchange, and the rows of this rank moved to where they are sent from
         self._set_sizes(plan)
         return shifted_rows(rows_TK, plan.segments_2N, plan.num_rows)
@@ -67,7 +68,7 @@ class ReplicaDispatcher(SlotDispatcher):
         self.input_splits, self.output_splits = plan.sent_R, plan.received_R
         self.output_splits_tp = plan.arriving_P
         self.num_global_tokens_per_local_expert = plan.arriving_PRS.flatten(0, 1)
-        tokens_S = plan.tokens_S if self._planner.uses_replicas else plan.tokens_S[: self._home_slots]
+        tokens_S = plan.tokens_S if self.planner.uses_replicas else plan.tokens_S[: self._home_slots]
         self.tokens_per_expert = self._tokens_on_device_S = tokens_S
 
     def _maybe_dtoh_and_synchronize(self, point: str, tokens_per_expert: torch.Tensor | None = None) -> torch.Tensor:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 
 from megatron_smartmoe.cost.memory.activations import activation_bytes
 from megatron_smartmoe.cost.memory.buffers import largest_state_bytes, staging_bytes
+from megatron_smartmoe.cost.step.pipeline import in_flight
 from megatron_smartmoe.spec.cluster import GpuSpec
 from megatron_smartmoe.spec.model import ModelSpec
 from megatron_smartmoe.spec.parallel import ParallelSpec, pipeline_chunks
@@ -89,7 +90,28 @@ def stage_budget(model: ModelSpec, spec: ParallelSpec, gpu: GpuSpec, stage: int,
         expert_activations=kept.experts,
         logits=kept.logits,
         working=kept.working,
-        replicas=float(spec.spare_slots * moe_layers * numel * (spec.element_bytes + REPLICA_GRADIENT_BYTES)),
+        replicas=replica_bytes(model, spec, stage, moe_layers, numel),
         staging=float(staging_bytes(numel * (spec.element_bytes + STATE_BYTES), home_slots)) if moves else 0.0,
         reserved=gpu.reserved_bytes + FRAGMENTATION * gpu.memory_bytes,
     )
+
+
+def replica_bytes(model: ModelSpec, spec: ParallelSpec, stage: int, moe_layers: int, numel: int) -> float:
+    """Bytes of the spare slots of a stage: weights and gradients that stay and, with `auto`, the weights of layers that
+    are planned anew, from a micro-batch's forward to its backward pass; at the worst all layers, every time.
+
+    Args:
+        model: sizes.
+        spec: the launch.
+        stage: pipeline stage.
+        moe_layers: its layers with experts.
+        numel: parameters of one expert on a rank.
+    """
+    kept = moe_layers * (spec.element_bytes + REPLICA_GRADIENT_BYTES)
+    anew = 0.0
+    if spec.replicas == "auto":
+        chunks = sum(chunk.stage == stage for chunk in pipeline_chunks(model, spec))
+        held = in_flight(stage, spec.pp, spec.vpp, spec.micro_batches) / chunks
+        layers = 1.0 if spec.recompute in ("full", "moe") else moe_layers * held  # fetched again to be recomputed
+        anew = layers * spec.element_bytes
+    return float(spec.spare_slots * numel * (kept + anew))

@@ -1,10 +1,11 @@
 """Predicted seconds of a step's MoE layers under each setting of the pool, for the load of the last iterations.
 
 Method. Replicas of `history` are planned from all iterations but the last, those of `exact` from the last one's
-micro-batches, both by the functions that training calls; then the last iteration's micro-batches are split over homes
-and replicas as in the dispatcher, and `cost.step.moe` prices the flows, as it does for the planner. So the prediction
-includes the forecast's error, which shows in the last iteration. Replicas from history travel once per iteration, exact
-ones once per micro-batch. If homes may move, they are where the homes loop would swap them to.
+micro-batches, those of `auto` in one way or the other as its rule says, all by the functions that training calls; then
+the last iteration's micro-batches are split over homes and replicas as in the dispatcher, and `cost.step.moe` prices
+the flows, as it does for the planner. So the prediction includes the forecast's error, which shows in the last
+iteration. Replicas from history travel once per iteration, exact ones once per micro-batch. If homes may move, they are
+where the homes loop would swap them to.
 
 Only a sample of the layers and micro-batches is priced, because rank 0 predicts while all other ranks wait.
 """
@@ -19,17 +20,18 @@ import numpy as np
 from megatron_smartmoe.cost.comm import replica_traffic
 from megatron_smartmoe.cost.moe_layer import LayerFlow
 from megatron_smartmoe.cost.step.constants import StepConstants, layer_constants
-from megatron_smartmoe.cost.step.moe import moe_times
+from megatron_smartmoe.cost.step.moe import MoETimes, moe_times
 from megatron_smartmoe.placement.history import History
 from megatron_smartmoe.placement.plan_homes import HomesOptions, plan_homes
 from megatron_smartmoe.placement.plan_replicas import ReplicaOptions, plan_replicas
+from megatron_smartmoe.placement.replan import ReplanOptions, planned_anew
 from megatron_smartmoe.planner.pool import PoolSetting
 from megatron_smartmoe.runtime.replicas.history_plan import fastest_best_replicas
 from megatron_smartmoe.runtime.replicas.split import BALANCED, exact_slots, split_tokens
 from megatron_smartmoe.spec.arrays import IntArray
 from megatron_smartmoe.spec.cluster import ClusterSpec
 from megatron_smartmoe.spec.model import ModelSpec
-from megatron_smartmoe.spec.parallel import ParallelSpec
+from megatron_smartmoe.spec.parallel import ParallelSpec, Replicas
 from megatron_smartmoe.spec.placement import EMPTY, with_empty_slots
 
 
@@ -61,6 +63,7 @@ class PoolPrices:
         layers_in_a_row: Layers times micro-batches that a step executes one after another: those of a pipeline stage,
             and the bubble.
         replica: Options of the replicas loop.
+        exact_price_tokens: Tokens that a replica for one micro-batch must take from the busiest rank to pay off.
         homes: Options of the homes loop.
         homes_move: Whether the homes loop may move experts at all.
     """
@@ -72,6 +75,7 @@ class PoolPrices:
     micro_batches: int
     layers_in_a_row: float
     replica: ReplicaOptions = field(default_factory=ReplicaOptions)
+    exact_price_tokens: float = 0.0
     homes: HomesOptions = field(default_factory=HomesOptions)
     homes_move: bool = True
 
@@ -81,7 +85,7 @@ def moe_seconds(settings: Iterable[PoolSetting], load: PoolLoad, prices: PoolPri
     history = _history_before_latest(load)
     # Planning is what takes time, so settings that lead to the same homes, or to the same flows, share them.
     homes: dict[tuple[bool, int], IntArray] = {}
-    flows: dict[tuple[bytes, int, str], Sequence[LayerFlow]] = {}
+    flows: dict[tuple[bytes, int, str], Sequence[_Flow]] = {}
     seconds = {}
     for setting in settings:
         # Step 1: the homes that this setting would have.
@@ -118,14 +122,29 @@ def _homes(setting: PoolSetting, load: PoolLoad, history: History, prices: PoolP
     return np.stack(moved)[:, :, :home_slots]
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Flow:
+    """The flow of one layer and micro-batch.
+
+    Attributes:
+        flow: Tokens by expert and rank, tokens and replicas between ranks.
+        mode: Whether its replicas travel as those from history or as those from exact counts.
+        unused: Replicas from history that were fetched for the micro-batch and not used; None for none.
+    """
+
+    flow: LayerFlow
+    mode: Replicas
+    unused: LayerFlow | None = None
+
+
 def _flows(
     setting: PoolSetting, homes_LRH: IntArray, load: PoolLoad, history: History, prices: PoolPrices
-) -> list[LayerFlow]:
+) -> list[_Flow]:
     """The flow of every sampled layer and micro-batch."""
     flows = []
     for layer, homes_RH in enumerate(homes_LRH):
         slots_RS, home_slots = with_empty_slots(homes_RH, setting.spare_slots), homes_RH.shape[1]
-        if setting.replicas == "history":
+        if setting.replicas in ("history", "auto"):
             rank_tokens = float(load.totals_ILE[-2, layer].sum()) / len(homes_RH)
             scenarios_KE = history.scenarios_KE(layer)
             best = fastest_best_replicas()
@@ -135,35 +154,72 @@ def _flows(
     return flows
 
 
-def _flow(setting: PoolSetting, slots_RS: IntArray, counts_RE: IntArray, prices: PoolPrices) -> LayerFlow:
-    """The flow of one layer and micro-batch: tokens by expert and rank, tokens and replicas between ranks."""
-    num_ranks, num_experts = counts_RE.shape
-    home_slots = num_experts // num_ranks
+def _flow(setting: PoolSetting, slots_RS: IntArray, counts_RE: IntArray, prices: PoolPrices) -> _Flow:
+    """The flow of one layer and micro-batch, with replicas planned as the setting has it."""
     if setting.replicas == "exact":
-        slots_RS = exact_slots(
-            counts_RE,
-            slots_RS,
-            home_slots,
-            num_nodes=prices.replica.num_nodes,
-            limit=BALANCED,
-            price_tokens=prices.replica.replica_price_tokens,
+        return _Flow(flow=_from_counts(slots_RS, counts_RE, prices).flow, mode="exact")
+    kept = _Split.of(slots_RS, counts_RE, prices)
+    if setting.replicas != "auto":
+        return _Flow(flow=kept.flow, mode=setting.replicas)
+    rule = ReplanOptions(limit=BALANCED, price_tokens=prices.exact_price_tokens)
+    num_ranks, load_E = len(counts_RE), counts_RE.sum(axis=0)
+    anew = planned_anew(kept.busiest, load_E, num_ranks, rule, lambda: _from_counts(slots_RS, counts_RE, prices))
+    if anew is None:
+        return _Flow(flow=kept.flow, mode="history")
+    return _Flow(flow=anew.flow, mode="exact", unused=kept.flow)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Split:
+    """One layer's tokens, split over homes and replicas: slots, tokens of the busiest rank, and the flow."""
+
+    slots_RS: IntArray
+    busiest: int
+    flow: LayerFlow
+
+    @classmethod
+    def of(cls, slots_RS: IntArray, counts_RE: IntArray, prices: PoolPrices) -> _Split:
+        """Split as the dispatcher does."""
+        num_ranks, num_experts = counts_RE.shape
+        sent_RRS = split_tokens(counts_RE, slots_RS, num_experts // num_ranks, prices.num_nodes)
+        rank, slot = np.nonzero(slots_RS != EMPTY)
+        load_ER = np.zeros((num_experts, num_ranks))
+        load_ER[slots_RS[rank, slot], rank] = sent_RRS.sum(axis=0)[rank, slot]
+        flow = LayerFlow(
+            load_ER=load_ER,
+            traffic_RR=sent_RRS.sum(axis=2).astype(np.float64),
+            replicas_RR=replica_traffic(slots_RS, num_experts),
+            num_nodes=prices.num_nodes,
         )
-    sent_RRS = split_tokens(counts_RE, slots_RS, home_slots, prices.num_nodes)
-    rank, slot = np.nonzero(slots_RS != EMPTY)
-    load_ER = np.zeros((num_experts, num_ranks))
-    load_ER[slots_RS[rank, slot], rank] = sent_RRS.sum(axis=0)[rank, slot]
-    return LayerFlow(
-        load_ER=load_ER,
-        traffic_RR=sent_RRS.sum(axis=2).astype(np.float64),
-        replicas_RR=replica_traffic(slots_RS, num_experts),
-        num_nodes=prices.num_nodes,
+        return cls(slots_RS=slots_RS, busiest=int(sent_RRS.sum(axis=(0, 2)).max()), flow=flow)
+
+
+def _from_counts(slots_RS: IntArray, counts_RE: IntArray, prices: PoolPrices) -> _Split:
+    """The layer with replicas planned for exactly these counts."""
+    planned_RS = exact_slots(
+        counts_RE,
+        slots_RS,
+        counts_RE.shape[1] // len(counts_RE),
+        num_nodes=prices.replica.num_nodes,
+        limit=BALANCED,
+        price_tokens=prices.exact_price_tokens,
     )
+    return _Split.of(planned_RS, counts_RE, prices)
 
 
-def _seconds(setting: PoolSetting, flows: Sequence[LayerFlow], prices: PoolPrices) -> float:
+def _seconds(setting: PoolSetting, flows: Sequence[_Flow], prices: PoolPrices) -> float:
     """Seconds of a step's MoE layers, from the mean over the sampled flows."""
     constants = StepConstants.of(prices.cluster)
-    spec = replace(prices.spec, overlap_degree=setting.overlap_degree, replicas=setting.replicas)
-    layer = layer_constants(prices.cluster, prices.model, spec, constants)
-    times = moe_times(flows, layer, prices.model, spec, prices.cluster, constants, prices.micro_batches)
-    return prices.layers_in_a_row * times.with_replicas_s
+
+    def times(mode: Replicas, of_mode: Sequence[LayerFlow]) -> MoETimes:
+        spec = replace(prices.spec, overlap_degree=setting.overlap_degree, replicas=mode)
+        layer = layer_constants(prices.cluster, prices.model, spec, constants)
+        return moe_times(of_mode, layer, prices.model, spec, prices.cluster, constants, prices.micro_batches)
+
+    sum_s = 0.0
+    for mode in dict.fromkeys(one.mode for one in flows):
+        of_mode = [one.flow for one in flows if one.mode == mode]
+        sum_s += len(of_mode) * times(mode, of_mode).with_replicas_s
+    if unused := [one.unused for one in flows if one.unused is not None]:
+        sum_s += len(unused) * times("history", unused).replicas_s
+    return prices.layers_in_a_row * sum_s / len(flows)

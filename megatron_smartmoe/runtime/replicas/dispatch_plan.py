@@ -107,6 +107,11 @@ class DispatchPlan:
     own_replicas: tuple[Replica, ...]
     load: MicroBatch
 
+    @property
+    def busiest(self) -> int:
+        """Tokens of the busiest rank."""
+        return int(self.load.split_R.max())
+
 
 class PlanBuffer:
     """The memory that smartmoe::plan_dispatch writes to, and its parts, which lie one behind the other.

@@ -7,14 +7,17 @@ listens to the loads. A dispatcher passes it this rank's tokens of each expert a
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
 
+from megatron_smartmoe.placement.replan import ReplanOptions, planned_anew
 from megatron_smartmoe.runtime.replicas.dispatch_plan import DispatchPlan, DispatchPlanner, ExactOptions, RankView
-from megatron_smartmoe.runtime.replicas.slots import SpareSlots
+from megatron_smartmoe.runtime.replicas.slots import ReplicasInUse, SpareSlots
 from megatron_smartmoe.runtime.replicas.split import homes_only
 from megatron_smartmoe.runtime.replicas.tally import MicroBatch
+from megatron_smartmoe.runtime.replicas.wire import ReplicaWire
 
 Listener = Callable[[MicroBatch], None]
 
@@ -26,11 +29,13 @@ class LayerPlanner:
         view: the expert-parallel group and this rank.
         counts_group: the ranks that gather their counts: those of `view`, and those that share their experts.
         spare: this rank's spare slots.
-        fetch_early: whether the home weights are up to date when tokens are dispatched, and not only when the experts
-            compute: then the replicas' weights are fetched during the dispatch.
-        exact: how the replicas of each micro-batch are planned from its counts; None when `slots_RS` is set from
-            outside.
+        exact: how replicas are planned from the counts of a micro-batch; None when `slots_RS`, which is set from
+            outside, always serves.
+        falls_short: when they are, if `slots_RS` is set from outside all the same; None for in every micro-batch.
         listener: called once for every training micro-batch.
+        begins: called when the layer begins to dispatch in training; home weights are up to date when it returns.
+            Megatron's schedule of two micro-batches skips the layer's forward hooks.
+        ends: called when its results are combined in training.
 
     Attributes:
         slots_RS: expert in each slot, `[R, S + K]`, home slots first; experts are numbered by their home.
@@ -45,24 +50,46 @@ class LayerPlanner:
         counts_group: dist.ProcessGroup,
         *,
         spare: SpareSlots,
-        fetch_early: bool = True,
         exact: ExactOptions | None = None,
+        falls_short: ReplanOptions | None = None,
         listener: Listener | None = None,
+        begins: Callable[[], None] | None = None,
+        ends: Callable[[], None] | None = None,
     ) -> None:
         self.view, self._group, self._spare = view, counts_group, spare
-        self._fetch_early, self._exact, self._listener = fetch_early, exact, listener
+        self._exact, self._falls_short, self._listener = exact, falls_short, listener
+        self._begins, self._ends = begins, ends
+        self._starting: ReplicasInUse | None = None  # replicas of a micro-batch, until their fetch has started
         self._homes_RS = homes_only(view.num_experts, view.num_ranks, spare.num_slots)
         self.slots_RS = self._homes_RS
-        self._planner = DispatchPlanner(view, pinned=spare.device.type == "cuda")
+        on_gpu = spare.device.type == "cuda"
+        # a plan lies in its planner's memory until the next one; `auto` chooses between two
+        self._planner, self._planner_anew = (DispatchPlanner(view, pinned=on_gpu) for _ in range(2))
 
-    def plan_with(self, exact: ExactOptions | None) -> None:
+    def plan_with(self, exact: ExactOptions | None, falls_short: ReplanOptions | None = None) -> None:
         """Drop the current replicas and plan in another way from the next iteration on.
 
         Args:
             exact: see the constructor.
+            falls_short: see the constructor.
         """
-        self._exact, self.slots_RS = exact, self._homes_RS
+        self._exact, self._falls_short, self.slots_RS = exact, falls_short, self._homes_RS
         self._spare.drop()
+
+    @property
+    def wire(self) -> ReplicaWire:
+        """What carries the replicas of this layer."""
+        return self._spare.wire
+
+    def begin(self) -> None:
+        """To be called before the tokens of a micro-batch are dispatched."""
+        if self.training and self._begins is not None:
+            self._begins()
+
+    def end(self) -> None:
+        """To be called when the results of a micro-batch are combined."""
+        if self.training and self._ends is not None:
+            self._ends()
 
     @property
     def uses_replicas(self) -> bool:
@@ -92,10 +119,37 @@ class LayerPlanner:
     def _plan(self, counts_RPE: torch.Tensor) -> DispatchPlan:
         if not self.training:
             return self._planner.plan(counts_RPE, self._homes_RS)
+        if self._exact is not None and self._falls_short is not None:
+            return self._plan_where_short(counts_RPE, self._exact, self._falls_short)
         plan = self._planner.plan(counts_RPE, self.slots_RS, self._exact)
         if self._exact is not None:
             self.slots_RS = plan.slots_RS
-            used = self._spare.use(self.slots_RS, num_passes=1, own=plan.own_replicas)
-            if used is not None and self._fetch_early:
-                used.start()
+            self._start(self._spare.use(self.slots_RS, num_passes=1, takes_part=bool(plan.own_replicas)))
         return plan
+
+    def _plan_where_short(self, counts_RPE: torch.Tensor, exact: ExactOptions, rule: ReplanOptions) -> DispatchPlan:
+        """The plan with the replicas in `slots_RS`, or one with replicas planned anew, as the rule of `auto` has it."""
+        kept = self._planner.plan(counts_RPE, self.slots_RS)
+        anew = planned_anew(
+            kept.busiest,
+            kept.load.load_E,
+            self.view.num_ranks,
+            rule,
+            lambda: self._planner_anew.plan(counts_RPE, self._homes_RS, exact),
+        )
+        if anew is None:
+            return kept
+        self._start(self._spare.use_once(anew.slots_RS, takes_part=bool(anew.own_replicas)))
+        return replace(anew, load=replace(anew.load, replanned_RS=anew.slots_RS))
+
+    def _start(self, used: ReplicasInUse | None) -> None:
+        """Start to fetch replicas that are planned for a micro-batch."""
+        self._starting = used
+        if self._spare.device.type != "cuda":  # on a GPU, the host looks for its messages while the device permutes
+            self.start_fetch()
+
+    def start_fetch(self) -> None:
+        """Start the fetch that the plan of this micro-batch has left to start, if there is one."""
+        used, self._starting = self._starting, None
+        if used is not None:
+            used.start()

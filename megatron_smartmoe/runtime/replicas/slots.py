@@ -2,69 +2,76 @@
 
 A replica is no parameter. Its weights enter the computation through `_Use`, an autograd function with the home weights
 as inputs: the backward pass of every rank goes through it before it reaches the home weights, whether that rank holds a
-replica or not. There the gradients of the replicas are summed and, in the last backward pass that uses them, sent to
-their homes and added to the gradients that the optimizer will read. Autograd accumulates the home weights' own gradient
-only after that, so its hooks (Megatron's DDP starts to reduce a bucket when its last gradient has arrived) find the sum
-complete.
+replica or not. There the gradients of the replicas are summed and, in the last backward pass that uses them, start on
+their way to their homes while the pass goes on to other layers. They are added to the gradients that the optimizer will
+read by `finish_returns`, which has to be called before those are reduced over data-parallel ranks. A return that has
+been posted when a later one starts is finished then, so that only those of a few layers hold memory. Both moments are
+points of the program, not of the clock: the order of all sums is the same in every run.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
+from megatron_smartmoe.runtime.replicas.links import Link, links_of
 from megatron_smartmoe.runtime.replicas.per_slot import SlotWeight, tensors_of
-from megatron_smartmoe.runtime.replicas.split import Replica, replicas_of
-from megatron_smartmoe.runtime.replicas.wire import Pending, ReplicaWire
+from megatron_smartmoe.runtime.replicas.transfer import Transfer
+from megatron_smartmoe.runtime.replicas.wire import ReplicaWire, Totals
 from megatron_smartmoe.spec.arrays import IntArray
 from megatron_smartmoe.spec.placement import EMPTY
-
-Totals = Callable[[], Sequence[SlotWeight]]
 
 
 class ReplicasInUse:
     """One set of replicas, from the fetch of the weights to the return of the gradients.
 
     Args:
-        replicas: Those that this rank holds or has the home of, out of one table on all ranks of the group.
+        slots_RS: The slot table, equal on all ranks of the group, with some replicas.
+        takes_part: False where this rank holds none of them and has the home of none.
         wire: Sends the weights and gradients.
         homes: The home weights, `[S, ...]` each.
         spares: Memory for the replicas' weights, `[K, ...]` each.
         sums: Memory for their gradients, float32, summed over several backward passes and shaped as `spares`; None for
             one pass.
+        returns: Where the returns of the layer's gradients are kept until they are finished.
         totals: Returns the home gradients that the optimizer reads, shaped as `homes`.
         num_passes: Number of backward passes before the gradients are sent to their homes.
+        instead_of: Replicas of several passes that these serve one pass for; None for none.
     """
 
     def __init__(
         self,
-        replicas: tuple[Replica, ...],
+        slots_RS: IntArray,
         wire: ReplicaWire,
         *,
+        takes_part: bool,
         homes: Sequence[SlotWeight],
         spares: Sequence[torch.Tensor],
         sums: Sequence[torch.Tensor] | None,
+        returns: list[Transfer],
         totals: Totals,
         num_passes: int,
+        instead_of: ReplicasInUse | None = None,
     ) -> None:
         assert sums is not None or num_passes == 1, "gradients of several passes need memory to be summed in"
-        self.replicas, self._wire, self._homes, self._totals = replicas, wire, tuple(homes), totals
+        self._slots_RS, self._takes_part, self._wire = slots_RS, takes_part, wire
+        self._homes, self._totals, self._returns = tuple(homes), totals, returns
         self.spares, self._sums = tuple(spares), sums
-        self._num_passes, self._passes = num_passes, 0
-        self._pending: Pending | None = None
+        self._num_passes, self._passes, self._has_sums = num_passes, 0, False
+        self._instead_of = instead_of
+        self._fetch: Transfer | None = None
 
     def start(self) -> None:
         """Start to fetch the weights unless that was done already. A call of the whole group."""
-        if self._pending is None:
-            self._pending = self._wire.start_fetch(self.replicas, self._homes, self.spares)
+        if self._fetch is None:
+            self._fetch = self._wire.start_fetch(self._links(), self._homes, self.spares, self._num_links)
 
     def finish(self) -> None:
-        """Wait for the fetch if one is under way: nobody else may use its memory or its group before it has ended."""
-        if self._pending is not None:
-            self._pending.wait()
-            self._pending = Pending(works=())
+        """Wait for the fetch if one is under way: nobody else may use its memory before it has ended."""
+        if self._fetch is not None:
+            self._fetch.finish()
 
     def weights(self) -> tuple[torch.Tensor, ...]:
         """Wait for the replicas' weights and return them as part of the autograd graph. A call of the whole group."""
@@ -74,19 +81,46 @@ class ReplicasInUse:
         return used
 
     def collect(self, gradients: Sequence[torch.Tensor]) -> None:
-        """Sum the replicas' gradients of one backward pass; after the last pass, send them to their homes."""
+        """Sum the replicas' gradients of one backward pass; after the last pass, start to send them to their homes."""
         if self._sums is None:
-            self._wire.return_gradients(self.replicas, [g.contiguous() for g in gradients], self._totals())
+            self._return([gradient.contiguous() for gradient in gradients])
+            if self._instead_of is not None:
+                self._instead_of.end_pass()
             return
+        if not self._has_sums:
+            for transfer in self._returns:  # of an iteration that nobody finished
+                transfer.finish()
         for total, gradient in zip(self._sums, gradients, strict=True):
-            if self._passes == 0:
-                total.copy_(gradient)
-            else:
+            if self._has_sums:
                 total.add_(gradient)
+            else:
+                total.copy_(gradient)
+        self._has_sums = True
+        self.end_pass()
+
+    def end_pass(self) -> None:
+        """Count a backward pass, in which these replicas or others instead of them were used. A call of the whole
+        group; after the last pass, send the gradients to their homes."""
         self._passes += 1
         if self._passes == self._num_passes:
-            self._wire.return_gradients(self.replicas, self._sums, self._totals())
-            self._passes = 0  # Megatron may run an iteration again, from zeroed gradients
+            if self._has_sums:
+                self._return(self._sums or ())
+            self._passes, self._has_sums = 0, False  # Megatron may run an iteration again, from zeroed gradients
+
+    def _return(self, gradients: Sequence[torch.Tensor]) -> None:
+        """Start a return, when that of the micro-batch before is added up: sums have the order of the micro-batches."""
+        while self._returns:
+            self._returns.pop(0).finish()
+        self._returns.append(self._wire.start_return(self._links(), gradients, self._totals, self._num_links))
+
+    def _links(self) -> tuple[Link, ...]:
+        """The messages in which this rank takes part. Looked for when they are needed: it takes the host a while."""
+        wire = self._wire
+        return links_of(self._slots_RS, len(self._homes[0]), wire.rank, wire.num_nodes) if self._takes_part else ()
+
+    @property
+    def _num_links(self) -> int:
+        return int((self._slots_RS[:, len(self._homes[0]) :] != EMPTY).sum())
 
 
 class _Use(torch.autograd.Function):
@@ -133,6 +167,8 @@ class SpareSlots:
         self._weights = self._buffers() if keeps else None
         self._sums = self._buffers(torch.float32) if keeps else None
         self._in_use: ReplicasInUse | None = None
+        self._once: ReplicasInUse | None = None  # those of one micro-batch, instead of the iteration's
+        self._returns: list[Transfer] = []
 
     @property
     def device(self) -> torch.device:
@@ -142,13 +178,19 @@ class SpareSlots:
     @property
     def in_use(self) -> ReplicasInUse | None:
         """The replicas in use, or None."""
-        return self._in_use
+        return self._in_use if self._once is None else self._once
 
     def _replace(self, used: ReplicasInUse | None) -> None:
         """Use other replicas, or none, once the fetch of those in use has ended."""
-        if self._in_use is not None:
-            self._in_use.finish()
-        self._in_use = used
+        for before in (self._in_use, self._once):
+            if before is not None:
+                before.finish()
+        self._in_use, self._once = used, None
+
+    def finish_returns(self) -> None:
+        """Add the gradients that are under way to those of the home weights. A call of the whole group."""
+        while self._returns:
+            self._returns.pop(0).finish()
 
     def drop(self) -> None:
         """Use no replicas until the next call of `use`."""
@@ -174,41 +216,68 @@ class SpareSlots:
         """Bytes of the replicas' weights that one micro-batch holds where replicas do not stay for an iteration."""
         return sum(self.num_slots * home[0].nbytes for home in self._homes)
 
-    def use(
-        self, slots_RS: IntArray, *, num_passes: int, own: tuple[Replica, ...] | None = None
-    ) -> ReplicasInUse | None:
+    def use(self, slots_RS: IntArray, *, num_passes: int, takes_part: bool = True) -> ReplicasInUse | None:
         """Use the replicas of a slot table from now on.
 
         Args:
             slots_RS: The slot table, experts numbered by their homes; equal on all ranks of the group.
             num_passes: Number of backward passes before the gradients are sent to their homes.
-            own: The table's replicas that this rank holds or has the home of, where the caller has them.
+            takes_part: False where the caller knows that this rank holds none and has the home of none.
 
         Returns:
             The replicas in use; None if the table has none.
         """
         used = None
         if (slots_RS[:, self.home_slots :] != EMPTY).any():
-            used = ReplicasInUse(
-                replicas_of(slots_RS, self.home_slots, self.wire.rank) if own is None else own,
-                self.wire,
-                homes=self._homes,
-                spares=(self._weights if self._keeps else None) or self._buffers(),
-                sums=self._sums if self._keeps else None,
-                totals=self._totals,
-                num_passes=num_passes,
-            )
+            spares, sums = (self._weights, self._sums) if self._keeps else (None, None)
+            used = self._replicas(slots_RS, takes_part, spares or self._buffers(), sums, num_passes)
         self._replace(used)
         return used
+
+    def use_once(self, slots_RS: IntArray, *, takes_part: bool = True) -> ReplicasInUse:
+        """Use other replicas for one micro-batch, in memory of its own, and then those of the iteration again.
+
+        Args:
+            slots_RS: The slot table, with some replicas; see `use`.
+            takes_part: See `use`.
+        """
+        assert self._keeps, "where no replicas stay for an iteration, `use` is for one micro-batch"
+        if self._once is not None:  # of a micro-batch that was broken off
+            self._once.finish()
+        self._once = self._replicas(slots_RS, takes_part, self._buffers(), None, 1, instead_of=self._in_use)
+        return self._once
+
+    def _replicas(
+        self,
+        slots_RS: IntArray,
+        takes_part: bool,
+        spares: Sequence[torch.Tensor],
+        sums: Sequence[torch.Tensor] | None,
+        num_passes: int,
+        instead_of: ReplicasInUse | None = None,
+    ) -> ReplicasInUse:
+        return ReplicasInUse(
+            slots_RS,
+            self.wire,
+            takes_part=takes_part,
+            homes=self._homes,
+            spares=spares,
+            sums=sums,
+            returns=self._returns,
+            totals=self._totals,
+            num_passes=num_passes,
+            instead_of=instead_of,
+        )
 
     def weights(self) -> tuple[torch.Tensor, ...]:
         """The replicas' weights for one micro-batch, `[K, ...]` each; see `ReplicasInUse.weights`.
 
         Replicas for one micro-batch belong to autograd from then on, which frees them after their backward pass.
         """
-        used = self._in_use
+        used = self.in_use
         assert used is not None, "no replicas are in use"
         weights = used.weights()
+        self._once = None
         if not self._keeps:
             self.drop()
         return weights

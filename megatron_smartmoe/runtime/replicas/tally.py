@@ -20,12 +20,15 @@ class MicroBatch:
         homes_R: Tokens of each rank if homes alone computed them.
         split_R: Tokens of each rank as they were split.
         num_replicas: Number of replicas that took tokens.
+        replanned_RS: The slots, where the replicas were planned anew for this micro-batch instead of those from
+            history; else None.
     """
 
     load_E: IntArray
     homes_R: IntArray
     split_R: IntArray
     num_replicas: int
+    replanned_RS: IntArray | None = None
 
     @property
     def imbalance(self) -> tuple[float, float]:
@@ -46,6 +49,11 @@ class LayerTally:
     def add(self, load: MicroBatch) -> None:
         """Add one micro-batch, experts numbered by their homes."""
         self._record.append(load)
+
+    @property
+    def so_far(self) -> list[MicroBatch]:
+        """The micro-batches since the last call of `take`."""
+        return list(self._record)
 
     def take(self) -> list[MicroBatch]:
         """Return the micro-batches since the last call, and start anew."""
@@ -76,7 +84,7 @@ def balance_line(iteration: int, layers: Sequence[int], records: Sequence[Sequen
     """One line of JSON about an iteration, by layer and micro-batch.
 
     `homes` and `split` are max / mean tokens per rank without and with replicas; `copies` is the number of replicas
-    that took tokens.
+    that took tokens, `anew` whether they were planned anew for the micro-batch instead of those from history.
 
     Args:
         iteration: The training iteration.
@@ -89,5 +97,6 @@ def balance_line(iteration: int, layers: Sequence[int], records: Sequence[Sequen
         "homes": [[micro.imbalance[0] for micro in record] for record in records],
         "split": [[micro.imbalance[1] for micro in record] for record in records],
         "copies": [[micro.num_replicas for micro in record] for record in records],
+        "anew": [[micro.replanned_RS is not None for micro in record] for record in records],
     }
     return json.dumps(content)

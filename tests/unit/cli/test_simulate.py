@@ -81,7 +81,7 @@ def check_table(text: str, content: dict[str, Any]) -> None:
         "times: cluster 8 H100 SXM per node; experts 4096 x 1536 (assumed; --model names another); "
         "2 micro-batches a record"
     )
-    assert lines[2].startswith("smartmoe: replicas history; one pays off above ")
+    assert lines[2].startswith("smartmoe: replicas auto; one pays off above ")
     titles = next(at for at, line in enumerate(lines) if line.startswith("policy"))
     rows = lines[titles : titles + len(content["policies"]) + 1]
     bars = [[at for at, character in enumerate(row) if character == "|"] for row in rows]
@@ -200,6 +200,24 @@ def test_a_replay_reproduces_every_decision(
     assert "replay: line 3 differs (decision 2)" in capsys.readouterr().out
     saved.write_text("\n".join(lines[:2]) + "\n")
     assert main(["simulate", "--trace", str(trace), "--replay", str(saved)]) == 1
+
+
+def test_what_auto_planned_anew_is_replayed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, saved = tmp_path / "burst.npz", tmp_path / "decisions.jsonl"
+    synthetic_trace(SyntheticSpec(kind="burst", num_records=12, num_layers=1, burst_factor=12.0)).save(path)
+    simulate(path, tmp_path, "--ep", "8", "--spare-slots", "2", "--save-decisions", str(saved))
+    header, *decisions = map(json.loads, saved.read_text().splitlines())
+    assert {decision["kind"] for decision in decisions} == {"replicas", "replans"}
+    assert main(["simulate", "--trace", str(path), "--replay", str(saved)]) == 0
+    assert f"all {len(decisions)} decisions reproduced" in capsys.readouterr().out
+    # another plan for one micro-batch is found, and a file of before, without these lines, is replayed
+    at = next(at for at, decision in enumerate(decisions) if decision["kind"] == "replans")
+    changed = [*decisions[:at], {**decisions[at], "after": "0" * 16}, *decisions[at + 1 :]]
+    del header["replans"]
+    earlier = [header, *(decision for decision in decisions if decision["kind"] != "replans")]
+    for lines, status in (([{**header, "replans": True}, *changed], 1), (earlier, 0)):
+        saved.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        assert main(["simulate", "--trace", str(path), "--replay", str(saved)]) == status
 
 
 def test_a_replay_on_another_trace_says_so(trace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

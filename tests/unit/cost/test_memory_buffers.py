@@ -86,3 +86,8 @@ def test_parts_add_up_and_replicas_cost() -> None:
     assert sum(size for _, size in plain.parts()) == plain.total
     expert = 3 * 1024 * 2048
     assert replicas.total - plain.total == 2 * 4 * expert * 6  # slots, layers of a stage, weights and fp32 gradients
+    anew, _ = memory_budget(SMALL, replace(SPEC, spare_slots=2, replicas="auto"), CLUSTER.gpu, 1.0)
+    assert anew.total - replicas.total == 2 * 4 * expert * 2  # weights; the last stage has one micro-batch in flight
+    auto = replace(SPEC, spare_slots=2, replicas="auto", recompute="full")
+    recomputed = [memory_budget(SMALL, each, CLUSTER.gpu, 1.0)[0] for each in (auto, replace(auto, replicas="history"))]
+    assert recomputed[0].total - recomputed[1].total == 2 * expert * 2  # one layer at a time

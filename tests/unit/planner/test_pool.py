@@ -31,7 +31,7 @@ def pool() -> Pool:
 
 def test_it_holds_every_setting_once_fastest_first(pool: Pool) -> None:
     settings = [entry.setting for entry in pool.entries]
-    assert len(set(settings)) == len(settings) == 2 * 3 * 3  # intervals x (off, history, exact) x degrees
+    assert len(set(settings)) == len(settings) == 2 * 4 * 3  # intervals x (off, history, exact, auto) x degrees
     seconds = [entry.expected_s for entry in pool.entries]
     assert seconds == sorted(seconds)
 

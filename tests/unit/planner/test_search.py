@@ -35,7 +35,7 @@ def test_the_best_are_those_of_the_whole_space(result: SearchResult) -> None:
                     spec = replace(
                         shape,
                         spare_slots=slots,
-                        replicas="history" if slots else "off",
+                        replicas="auto" if slots else "off",
                         overlap_degree=degree,
                         recompute=mode,
                     )

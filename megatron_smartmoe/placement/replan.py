@@ -1,0 +1,119 @@
+"""When `auto` plans a layer anew for one micro-batch: the rule that training and the simulator both call.
+
+Replicas from history are fetched early, once for all micro-batches of an iteration, and cannot know a burst. So when
+the counts of a micro-batch are known, each layer is judged by them:
+
+1. The replicas from history serve the micro-batch if they balance it well enough (`limit`).
+2. Otherwise replicas are planned for exactly these counts. They replace those from history, for this micro-batch
+   alone, if the tokens that they take off its busiest rank are worth more than their transfers. Those from history
+   have been fetched already, so they cost nothing more whether they are used or not.
+
+The rule sees counts and slots only, no clock: every rank, a recomputed forward pass and a replay decide the same.
+
+Example. 4 ranks, mean 100 tokens per rank, limit 1.01, a replica costs 30 tokens over the busiest port. With the
+replicas from history the busiest rank has 180 tokens, which is above 101; exact ones would leave 100. If they put two
+replicas on the busiest port they cost 60 < 180 - 100, so the layer is planned anew; three would cost 90 > 80.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from megatron_smartmoe.placement.decisions import Decision, digest_of
+from megatron_smartmoe.placement.plan_replicas import replicas_pay
+from megatron_smartmoe.spec.arrays import IntArray
+
+
+class PlannedAnew(Protocol):
+    """Replicas for exactly the counts of one micro-batch, with their split."""
+
+    @property
+    def slots_RS(self) -> IntArray:
+        """Homes and replicas; experts are numbered as the caller numbers them."""
+
+    @property
+    def busiest(self) -> int:
+        """Tokens of the busiest rank."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplanOptions:
+    """When a layer is planned anew.
+
+    Attributes:
+        limit: max / mean tokens per rank up to which the replicas from history are good enough.
+        price_tokens: tokens that take as long as one replica of one micro-batch over the busiest port, weights out and
+            gradients back.
+    """
+
+    limit: float
+    price_tokens: float = 0.0
+
+
+def planned_anew[P: PlannedAnew](
+    busiest: int, load_E: IntArray, num_ranks: int, options: ReplanOptions, plan: Callable[[], P]
+) -> P | None:
+    """The layer's plan for exactly this micro-batch, or None where the replicas from history stay.
+
+    Args:
+        busiest: tokens of the busiest rank with the replicas from history, split best.
+        load_E: tokens of each expert in the micro-batch.
+        num_ranks: R.
+        options: when to plan anew.
+        plan: plans the layer for exactly these counts; called only where history falls short.
+    """
+    # Step 1: replicas from history that balance the layer well enough stay.
+    if busiest * num_ranks <= options.limit * int(load_E.sum()):
+        return None
+    # Step 2: others replace them if they save more than they cost.
+    anew = plan()
+    saved_tokens = busiest - anew.busiest
+    pays = saved_tokens > 0 and replicas_pay(
+        anew.slots_RS, len(load_E) // num_ranks, saved_tokens, options.price_tokens
+    )
+    return anew if pays else None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Replan:
+    """A layer that was planned anew for one micro-batch.
+
+    Attributes:
+        layer: row of the layer in the placement.
+        micro_batch: number of the micro-batch in its iteration, among those in which the layer has tokens.
+        load_E: tokens of each expert.
+        slots_RS: homes and replicas.
+    """
+
+    layer: int
+    micro_batch: int
+    load_E: IntArray
+    slots_RS: IntArray
+
+
+def replans_decision(iteration: int, group: int, history: str, replans: Sequence[Replan], judged: int) -> Decision:
+    """What `auto` decided in one iteration, as it is logged.
+
+    Args:
+        iteration: the iteration, which has ended.
+        group: the expert-parallel group.
+        history: digest of the placement with the replicas from history.
+        replans: the layers and micro-batches that were planned anew, by layer, then micro-batch.
+        judged: layers and micro-batches with tokens.
+    """
+    places = np.array([(one.layer, one.micro_batch) for one in replans], dtype=np.int64)
+    return Decision(
+        iteration=iteration,
+        kind="replans",
+        group=group,
+        inputs=digest_of(places, *(one.load_E for one in replans)),
+        before=history,
+        after=digest_of(places, *(one.slots_RS for one in replans)),
+        taken=True,
+        why=f"{len(replans)} of {judged} layers and micro-batches planned anew from their own counts",
+        changes=(),
+    )
