@@ -98,7 +98,7 @@ def test_a_weight_of_slots_that_are_parameters() -> None:
     for slot in slots:
         slot.main_grad = torch.zeros(3, 2)  # type: ignore[attr-defined]
     weight = PerSlot(slots)
-    assert weight.shape == (4, 3, 2)
+    assert (weight.shape, len(weight)) == ((4, 3, 2), 4)
     assert weight[3] is slots[3]
     weight.main_grad[1].add_(1)
     assert slots[1].main_grad.sum() == 6  # type: ignore[attr-defined]

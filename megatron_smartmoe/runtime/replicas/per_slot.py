@@ -22,6 +22,9 @@ class PerSlot:
 
     slots: tuple[torch.Tensor, ...]
 
+    def __len__(self) -> int:
+        return len(self.slots)
+
     def __getitem__(self, slot: int) -> torch.Tensor:
         return self.slots[slot]
 
