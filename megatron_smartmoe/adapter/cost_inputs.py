@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from megatron_smartmoe.adapter.flags.smartmoe_arguments import replicas_mode
 from megatron_smartmoe.cost.compute import ExpertShape, replica_grad_bytes
-from megatron_smartmoe.cost.memory.buffers import expert_state_bytes
+from megatron_smartmoe.cost.memory.buffers import MAIN_BYTES, MOMENT_BYTES, expert_state_bytes
 from megatron_smartmoe.cost.moe_layer import constants_of, exchange_bytes_s, exposed_replica_tokens
 from megatron_smartmoe.cost.replicas import schedule_of
 from megatron_smartmoe.placement.homes_planner import OnlineOptions
@@ -28,6 +28,12 @@ from megatron_smartmoe.spec.cluster import ClusterSpec, load_cluster_spec
 from megatron_smartmoe.spec.devices import Device, cluster_for, fitting_cluster
 from megatron_smartmoe.spec.model import ModelSpec
 from megatron_smartmoe.spec.parallel import ParallelSpec
+
+# fp32 tensors that an optimizer keeps for each parameter
+_STATES_OF = {"sgd": 1, "muon": 1, "dist_muon": 1, "adaptive_muon": 2, "lion": 1, "soap": 4}
+_BYTES_OF_TYPE = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1}  # of the precision-aware optimizer's moments
+_REMAINDER_BYTES = 2  # it keeps of an fp32 main weight what the bf16 weight lacks
+_FLAGS_NAME = {"torch.float32": "fp32", "torch.bfloat16": "bf16", "torch.float16": "fp16", "torch.uint8": "fp8"}
 
 # --- the machine
 
@@ -128,8 +134,25 @@ def expert_shape(args: Namespace, mode: str | None = None) -> ExpertShape:
 
 
 def state_bytes(args: Namespace) -> int:
-    """Bytes that move with an expert: weights, fp32 main weights where they are separate, and Adam's moments."""
-    return expert_state_bytes(expert_shape(args))
+    """Bytes that move with an expert: weights, main weights where they are separate, and the optimizer's state."""
+    return expert_state_bytes(expert_shape(args), optimizer_bytes(args))
+
+
+def optimizer_bytes(args: Namespace) -> int:
+    """Bytes that the optimizer of the flags keeps for each parameter of an expert, main weight included."""
+    main = MAIN_BYTES if args.bf16 or args.fp16 or args.optimizer_cpu_offload else 0
+    if args.optimizer != "adam":
+        return main + _STATES_OF[args.optimizer] * MAIN_BYTES
+    if args.optimizer_cpu_offload or not args.use_precision_aware_optimizer:
+        return main + MOMENT_BYTES
+    if _in_words(args.main_params_dtype) == "fp32" and args.bf16:
+        main = _REMAINDER_BYTES
+    return main + sum(_BYTES_OF_TYPE[_in_words(dtype)] for dtype in (args.exp_avg_dtype, args.exp_avg_sq_dtype))
+
+
+def _in_words(dtype: object) -> str:
+    """A type as the flags name it; Megatron's validation has turned it into torch's."""
+    return _FLAGS_NAME.get(str(dtype), str(dtype))
 
 
 # --- prices of the homes and replicas loops

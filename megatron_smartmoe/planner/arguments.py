@@ -29,7 +29,12 @@ _NOT_PLANNED = {
     "use_torch_fsdp2": "the planner has no model of it",
     "rampup_batch_size": "the planner prices one batch size",
     "step_batch_size_schedule": "the planner prices one batch size",
+    "fp8": "the planner prices bf16 and fp32",
+    "fp4": "the planner prices bf16 and fp32",
+    "use_precision_aware_optimizer": "the planner counts fp32 main weights and moments, on the GPU",
+    "optimizer_cpu_offload": "the planner counts fp32 main weights and moments, on the GPU",
 }
+_FLAG_OF = {"fp8": "--fp8-format", "fp4": "--fp4-format"}  # where the argument has another name
 _BALANCING = ("aux_loss", "seq_aux_loss", "global_aux_loss", "none")
 _WAY_OUT = "Remove this flag, or remove --parallel auto and set the parallel sizes yourself."
 
@@ -45,7 +50,11 @@ def check_plannable(values: Mapping[str, Any]) -> None:
     """
     for name, reason in _NOT_PLANNED.items():
         if values.get(name):
-            raise ConfigError(as_flag(name), values[name], f"is not supported with --parallel auto: {reason}", _WAY_OUT)
+            rule = f"is not supported with --parallel auto: {reason}"
+            raise ConfigError(_FLAG_OF.get(name, as_flag(name)), values[name], rule, _WAY_OUT)
+    if (optimizer := values.get("optimizer") or "adam") != "adam":
+        rule = "is not supported with --parallel auto: the planner counts Adam's state"
+        raise ConfigError("--optimizer", optimizer, rule, _WAY_OUT)
     for name in _REQUIRED:
         if values.get(name) is None:
             way_out = f"Pass {as_flag(name)}, or a --config that has it."

@@ -101,6 +101,8 @@ def _names() -> Iterator[MegatronName]:
     yield from hooked(f"{core}.datasets.utils", "the dataset helper of the wheel", "compile_helpers")
     layer = ("route", "preprocess", "dispatch", "routed_experts_compute", "combine")
     steps = tuple(f"MoELayer.{name}" for name in layer)
+    experts = f"{core}.transformer.moe.experts"
+    yield from hooked(experts, "TransformerEngine's experts with spare slots", "TEGroupedMLP.forward", is_hooked=False)
     yield from hooked(f"{core}.transformer.moe.moe_layer", "the layer that ours is", *steps, is_hooked=False)
     wait, use = "DistributedDataParallel._make_forward_pre_hook", "replicas with --overlap-param-gather"
     yield from hooked(f"{core}.distributed.distributed_data_parallel", use, wait, is_hooked=False)

@@ -292,7 +292,7 @@ SECTIONS: dict[str, list[Row]] = {
         Row(flags="--optimizer lion", tests=_emerging("lion")),
         Row(
             flags="--optimizer muon --use-distributed-optimizer",
-            tests={REPLICAS: f"{OPTIMIZERS}::test_replicas_go_with_the_layer_wise_optimizer"},
+            tests=dict.fromkeys((HOMES, REPLICAS), f"{OPTIMIZERS}::test_the_layer_wise_optimizer"),
             needs="--bf16",
         ),
         Row(flags="--optimizer adaptive_muon"),
@@ -304,7 +304,7 @@ SECTIONS: dict[str, list[Row]] = {
         ),
         Row(
             flags="--optimizer-cpu-offload",
-            otherwise=GPU,
+            tests={HOMES: f"{OPTIMIZERS}::test_state_on_the_cpu"},
             needs="--bf16 --use-distributed-optimizer --use-precision-aware-optimizer",
         ),
     ],

@@ -8,18 +8,20 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from tests.support.ranks import run_ranks
 
 pytestmark = [pytest.mark.dist, pytest.mark.fast]
 
+PRECISION_AWARE = {
+    "use_precision_aware_optimizer": True,
+    "main_params_dtype": torch.float32,
+    "exp_avg_dtype": torch.bfloat16,
+}
 REFUSED = {
-    "precision-aware": "--use-precision-aware-optimizer = True: its main weights and moments are kept scaled and in "
-    "parts inside the fused optimizer. Remove the flag, or set --smartmoe-homes off.",
-    "offload": "--optimizer-cpu-offload = True: the state of experts is kept on the CPU, in another order. "
-    "Remove the flag, or set --smartmoe-homes off.",
-    "layer-wise": "--optimizer = 'muon': the layer-wise optimizer gives whole parameters to single ranks. "
-    "Remove the flag, or set --smartmoe-homes off.",
+    "scaled moments": "--exp-avg-sq-dtype = 'uint8': a scale is kept for a whole shard, and experts that move would be "
+    "rounded by one another's. Remove the flag, or set --smartmoe-homes off.",
     "unknown": "--optimizer = 'adam': Lamb is not an optimizer whose state can be moved. "
     "Remove the flag, or set --smartmoe-homes off.",
     "fsdp": "--use-megatron-fsdp = True: experts cannot move between ranks when FSDP shards the model. "
@@ -55,11 +57,9 @@ def texts() -> dict[str, str]:
 
     fsdp = [chunk(ddp_config=SimpleNamespace(use_megatron_fsdp=True))]
     calls: dict[str, Callable[[], object]] = {
-        "precision-aware": lambda: check_optimizer(
-            optimizer(DistributedOptimizer, use_precision_aware_optimizer=True), []
+        "scaled moments": lambda: check_optimizer(
+            optimizer(DistributedOptimizer, **PRECISION_AWARE, exp_avg_sq_dtype=torch.uint8), []
         ),
-        "offload": lambda: check_optimizer(optimizer(DistributedOptimizer, optimizer_cpu_offload=True), []),
-        "layer-wise": lambda: check_optimizer(optimizer(LayerWiseDistributedOptimizer, optimizer="muon"), []),
         "unknown": lambda: check_optimizer(optimizer(Lamb), []),
         "fsdp": lambda: check_optimizer(optimizer(FP32Optimizer), fsdp),
         "one rank": lambda: Job(Mix(ep=1)),
@@ -70,7 +70,13 @@ def texts() -> dict[str, str]:
             call()
         except SmartMoEError as error:
             found[name] = str(error)
-    check_optimizer(optimizer(FP32Optimizer), [chunk()])
+    for accepted in (
+        optimizer(FP32Optimizer),
+        optimizer(LayerWiseDistributedOptimizer, optimizer="muon"),
+        optimizer(DistributedOptimizer, **PRECISION_AWARE, exp_avg_sq_dtype=torch.bfloat16),
+        optimizer(DistributedOptimizer, use_precision_aware_optimizer=True, optimizer_cpu_offload=True),
+    ):
+        check_optimizer(accepted, [chunk()])
     return found
 
 

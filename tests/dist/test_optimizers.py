@@ -15,6 +15,10 @@ from tests.support.training import train
 pytestmark = pytest.mark.dist
 
 STATE = {"muon": "momentum_buffer", "lion": "exp_avg"}
+OFFLOAD = (
+    "--optimizer-cpu-offload --use-precision-aware-optimizer --optimizer-offload-fraction 0.5 "
+    "--use-distributed-optimizer --bf16 --dist-ckpt-optim-fully-reshardable"
+)
 BF16_TOLERANCE = 1e-4  # replicas round an expert's bf16 gradient in parts; 1e-5 is seen
 
 
@@ -38,8 +42,32 @@ def test_migrations_and_replicas_train_what_stock_megatron_trains(
     assert distance(replicas, stock) < TOLERANCE
 
 
-def test_replicas_go_with_the_layer_wise_optimizer(tmp_path: Path, data_flags: list[str]) -> None:
-    """It gives whole parameters to single ranks of the expert-data-parallel group."""
+def test_the_layer_wise_optimizer(tmp_path: Path, data_flags: list[str]) -> None:
+    """It gives whole parameters to single ranks of the expert-data-parallel group, of which there are two here."""
     flags = [*EP2.split(), *UNCLIPPED, *"--optimizer muon --use-distributed-optimizer --bf16".split()]
-    expected = train(tmp_path / "without", 4, data_flags, *flags, *WITHOUT, iterations=4)
-    assert distance(train(tmp_path / "with", 4, data_flags, *flags, *EXACT, iterations=4), expected) < BF16_TOLERANCE
+    flags += ["--dist-ckpt-optim-fully-reshardable"]
+
+    def run(name: str, *loops: str) -> list[float]:
+        save = ["--save", str(tmp_path / name / "saved"), "--save-interval", "4"]
+        return train(tmp_path / name, 4, data_flags, *flags, *loops, *save, iterations=4)
+
+    expected = run("without", *WITHOUT)
+    assert run("shuffled", *SHUFFLE) == expected
+    found, wanted = (tensors(tmp_path / kind / "saved", 4) for kind in ("shuffled", "without"))
+    assert not different(found, wanted)
+    assert any("momentum_buffer" in name and "experts" in name for name in wanted)
+    assert distance(run("replicas", *EXACT), expected) < BF16_TOLERANCE
+
+
+def test_state_on_the_cpu(tmp_path: Path, data_flags: list[str]) -> None:
+    """Half of the parameters are updated on the CPU: Megatron's HybridDeviceOptimizer in the distributed optimizer."""
+    flags = [*EP2.split(), *UNCLIPPED, *OFFLOAD.split()]
+
+    def run(name: str, *loops: str) -> list[float]:
+        save = ["--save", str(tmp_path / name / "saved"), "--save-interval", "4"]
+        return train(tmp_path / name, 2, data_flags, *flags, *loops, *save, iterations=4)
+
+    stock = run("stock")
+    assert run("shuffled", *SHUFFLE) == stock
+    found, wanted = (tensors(tmp_path / kind / "saved", 4) for kind in ("shuffled", "stock"))
+    assert not different(found, wanted)

@@ -37,7 +37,7 @@ def _look() -> None:
     # Before the flags are known nothing can be said.
     with pytest.raises(CompatError, match="called before Megatron's flags were validated"):
         megatron_smartmoe.moe_spec(made)
-    plain: dict[str, Any] = {"slotted": True, "may_cut": False, "norm": "none", "sdpa": False}
+    plain: dict[str, Any] = {"slotted": True, "replicates": False, "may_cut": False, "norm": "none", "sdpa": False}
     hooks.use_modules(Modules(balances=False, overlap_degree=lambda: 1, **plain))
     assert megatron_smartmoe.moe_spec(made) is made  # without --smartmoe
 

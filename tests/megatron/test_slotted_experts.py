@@ -74,6 +74,26 @@ def the_fused_activation_is_the_plain_one() -> None:
     assert not torch.equal(fused[0], plain[0])  # or nothing was fused
 
 
+def gpt_oss_activation_is_megatrons() -> None:
+    """Clamped quick GELU with an offset: without fusion this project's formula, with it Megatron's function."""
+    from megatron.core.fusions.fused_bias_geglu import quick_gelu
+
+    gpt_oss = {"activation_func": quick_gelu, "activation_func_clamp_value": 0.5, "glu_linear_offset": 1.0}
+    plain, fused = (results_of(experts_with(**gpt_oss, bias_activation_fusion=fusion)) for fusion in (False, True))
+    for one, other in zip(fused, plain, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+    for name, value in (("activation_func_clamp_value", None), ("glu_linear_offset", 0.0)):
+        assert not torch.allclose(results_of(experts_with(**gpt_oss | {name: value}))[0], plain[0])
+
+
+def latent_experts_have_the_projected_size() -> None:
+    experts = experts_with(moe_latent_size=HIDDEN // 2)
+    assert [tuple(weight.shape) for weight in experts.slot_weights()] == [
+        (SLOTS, 2 * FFN, HIDDEN // 2),
+        (SLOTS, HIDDEN // 2, FFN),
+    ]
+
+
 def no_rows_are_no_error() -> None:
     for fused in (False, True):
         output, *_, grad1, grad2 = results_of(experts_with(bias_activation_fusion=fused), (0,) * SLOTS)
@@ -171,6 +191,8 @@ def in_float32_no_bit_changes() -> None:
 
 CHECKS: tuple[Callable[[], None], ...] = (
     the_fused_activation_is_the_plain_one,
+    gpt_oss_activation_is_megatrons,
+    latent_experts_have_the_projected_size,
     no_rows_are_no_error,
     a_recomputed_activation_changes_no_bit,
     a_recomputed_activation_is_not_kept,

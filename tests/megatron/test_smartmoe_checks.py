@@ -13,6 +13,8 @@ pytestmark = [pytest.mark.dist, pytest.mark.fast]
 ONE_OUT = "Remove one of the two."
 TE = "--transformer-impl transformer_engine"
 TE_EXPERTS = f"{TE} --moe-grouped-gemm --smartmoe-experts transformer_engine"
+PRECISION_AWARE = "--bf16 --use-distributed-optimizer --use-precision-aware-optimizer"
+TE_REPLICAS = f"{TE_EXPERTS} --smartmoe-spare-slots 1"
 ON_GPUS = "--smartmoe --expert-model-parallel-size 2 --distributed-backend nccl"
 CASES = {
     "all well": Case(flags="--smartmoe", verdict=True),
@@ -59,30 +61,71 @@ CASES = {
         says="--use-megatron-fsdp = True: is not supported with --smartmoe: it shards parameters in a layout of its "
         f"own. {ONE_OUT}",
     ),
-    "optimizer on the CPU": Case(
-        flags=f"{ON_GPUS} --optimizer-cpu-offload",
+    "scaled moments": Case(
+        flags=f"{ON_GPUS} {PRECISION_AWARE} --exp-avg-dtype fp8",
         ranks=2,
+        te=True,
         cpu=False,
-        says="--optimizer-cpu-offload = True: is not supported with --smartmoe-homes on: the experts' optimizer state "
-        "must be on the device. Remove it, or pass --smartmoe-homes off.",
+        says="--exp-avg-dtype = 'fp8': is not supported with --smartmoe-homes on: a scale is kept for a whole shard, "
+        "and experts that move would be rounded by one another's. Pass fp32, or --smartmoe-homes off.",
     ),
-    "optimizer on the CPU, replicas": Case(
-        flags=f"{ON_GPUS} --smartmoe-homes off --smartmoe-spare-slots 1 --optimizer-cpu-offload", ranks=2, cpu=False
+    "moments in bf16": Case(flags=f"{ON_GPUS} {PRECISION_AWARE} --exp-avg-dtype bf16", ranks=2, te=True, cpu=False),
+    "scaled moments, replicas": Case(
+        flags=f"{ON_GPUS} {PRECISION_AWARE} --exp-avg-dtype fp8 --smartmoe-homes off --smartmoe-spare-slots 1",
+        ranks=2,
+        te=True,
+        cpu=False,
     ),
-    "optimizer on the CPU of CPU ranks": Case(
-        flags="--smartmoe --smartmoe-homes off --optimizer-cpu-offload",
-        says="--optimizer-cpu-offload = True: is not possible on CPU ranks: it moves state off a GPU. Remove it.",
+    "a precision-aware optimizer without TransformerEngine": Case(
+        flags=PRECISION_AWARE,
+        says="--use-precision-aware-optimizer = True: needs TransformerEngine's Adam, which CPU ranks do not use. "
+        "Remove it, or add --optimizer-cpu-offload.",
+    ),
+    "optimizer on the CPU": Case(
+        flags=f"{ON_GPUS} {PRECISION_AWARE} --optimizer-cpu-offload --exp-avg-dtype fp8", ranks=2, cpu=False
+    ),
+    "TransformerEngine's experts with replicas": Case(
+        flags=f"{ON_GPUS} {TE_REPLICAS} --bf16 --fp8-format e4m3 --fp8-recipe blockwise", ranks=2, te=True, cpu=False
+    ),
+    "TransformerEngine's experts with replicas and late weight gradients": Case(
+        flags=f"{ON_GPUS} {TE_REPLICAS} --delay-wgrad-compute",
+        ranks=2,
+        te=True,
+        cpu=False,
+        says="--delay-wgrad-compute = True: is not supported with --smartmoe-spare-slots and --smartmoe-experts "
+        "transformer_engine: the weight gradients of replicas are sent home in the backward pass. Remove it, or "
+        "--smartmoe-spare-slots.",
+    ),
+    "replicas and biases of experts": Case(
+        flags=f"{ON_GPUS} {TE_REPLICAS}",
+        without=("--disable-bias-linear",),
+        ranks=2,
+        te=True,
+        cpu=False,
+        says="--disable-bias-linear = False: is required with --smartmoe-spare-slots: replicas have no biases. Add "
+        "--disable-bias-linear.",
+    ),
+    "replicas and a history of scales": Case(
+        flags=f"{ON_GPUS} {TE_REPLICAS} --smartmoe-homes off --bf16 --fp8-format hybrid --fp8-recipe delayed",
+        ranks=2,
+        te=True,
+        cpu=False,
+        says="--fp8-recipe = 'delayed': is not supported with --smartmoe-spare-slots: its scales come from the history "
+        "of a slot, in which experts follow one another. Pass --fp8-recipe tensorwise, blockwise or mxfp8, or remove "
+        "--smartmoe-spare-slots.",
+    ),
+    "one packed weight": Case(
+        flags=f"{ON_GPUS} {TE_EXPERTS} --moe-single-grouped-weight",
+        ranks=2,
+        te=True,
+        cpu=False,
+        says="--moe-single-grouped-weight = True: is not supported with --smartmoe-homes on: one packed tensor of "
+        "TransformerEngine's has the experts of a rank. Remove it, or pass --smartmoe-homes off.",
     ),
     "an optimizer that takes no slots": Case(
         flags="--smartmoe --optimizer soap",
         says="--optimizer = 'soap': is not supported with --smartmoe-experts grouped_mm: it would leave the experts to "
         "Adam, because a parameter holds several of them. Pass adam, sgd, muon or lion.",
-    ),
-    "whole parameters on single ranks": Case(
-        flags="--smartmoe --optimizer muon --use-distributed-optimizer --bf16 --expert-model-parallel-size 2",
-        ranks=2,
-        says="--optimizer = 'muon': is not supported with --smartmoe-homes on and --use-distributed-optimizer: whole "
-        "parameters belong to single ranks. Remove --use-distributed-optimizer, pass adam, or --smartmoe-homes off.",
     ),
     "a layer-wise optimizer in fp32": Case(
         flags="--optimizer muon --use-distributed-optimizer",

@@ -21,7 +21,13 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.fp8_utils import is_float8tensor
 
-from megatron_smartmoe.adapter.migration.optimizer_state import MAIN, ParameterState, check_optimizer, parameter_states
+from megatron_smartmoe.adapter.migration.optimizer_state import (
+    MAIN,
+    ParameterState,
+    check_optimizer,
+    keeps_in_its_own_way,
+    parameter_states,
+)
 from megatron_smartmoe.checkpoint.digest import EXP_AVG, EXP_AVG_SQ, MAIN_WEIGHT, WEIGHT, Piece
 from megatron_smartmoe.checkpoint.names import logical_pieces
 from megatron_smartmoe.errors import CompatError, ConfigError
@@ -72,6 +78,8 @@ def held_tensors(chunks: Sequence[Any], optimizer: Any | None) -> tuple[list[Hel
     held = [part for box in boxes for part in _weights(box)]
     if optimizer is None:
         return held, skipped
+    if kind := keeps_in_its_own_way(optimizer):
+        return held, f"{skipped + '; ' if skipped else ''}main weights and moments (of the {kind})"
     parameters = {id(box.parameter): box.parameter for box in boxes if isinstance(box.parameter, torch.nn.Parameter)}
     trained = [parameter for parameter in parameters.values() if parameter.requires_grad]
     try:

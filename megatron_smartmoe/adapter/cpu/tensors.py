@@ -27,6 +27,7 @@ def install() -> None:
     _load()
     _methods()
     _type_names()
+    _offloading()
 
 
 def means_accelerator(device: object) -> bool:
@@ -102,3 +103,19 @@ def _type_names() -> None:
         return name
 
     replace(torch.Tensor, type=wrapper)
+
+
+def _offloading() -> None:
+    """Megatron's optimizer with offloading asks `is_cuda` which parameters are on the accelerator, and may be copied.
+
+    There alone every tensor is, except the copy that has just been made.
+    """
+    real: Any = torch.Tensor.is_cuda
+
+    def is_cuda(self: torch.Tensor) -> bool:
+        caller = sys._getframe(1)
+        if caller.f_globals.get("__name__") == "megatron.core.optimizer.cpu_offloading.hybrid_optimizer":
+            return not caller.f_locals.get("cpu_copy", False)
+        return bool(real.__get__(self))
+
+    replace(torch.Tensor, is_cuda=property(is_cuda))

@@ -56,7 +56,6 @@ _NEEDS_GPU = {
     "--log-straggler": "it reads temperature, power and clock of a GPU",
     "--record-memory-history": "it records CUDA's memory allocator",
     "--gpu-sniff-test-interval": "it tests a GPU",
-    "--optimizer-cpu-offload": "it moves state off a GPU",
 }
 # Without effect, and harmless: what they ask for happens anyway. Said once.
 HARMLESS = {

@@ -114,6 +114,10 @@ def _check_supported(args: argparse.Namespace, *, cpu: bool) -> None:
         rule = f"needs TransformerEngine, which {'CPU ranks do not use' if cpu else 'is not installed'}"
         way_out = f"{'Remove it' if cpu else 'Install it'}, or pass --transformer-impl local."
         raise ConfigError("--transformer-impl", args.transformer_impl, rule, way_out)
+    if args.use_precision_aware_optimizer and not args.optimizer_cpu_offload and not has_transformer_engine():
+        rule = f"needs TransformerEngine's Adam, which {'CPU ranks do not use' if cpu else 'is not installed'}"
+        way_out = f"Remove it, {'or' if cpu else 'install TransformerEngine, or'} add --optimizer-cpu-offload."
+        raise ConfigError("--use-precision-aware-optimizer", True, rule, way_out)
     if args.transformer_impl == "local":
         _check_local_implementation(args)
     if args.optimizer not in ("adam", "sgd"):

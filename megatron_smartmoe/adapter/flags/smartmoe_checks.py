@@ -50,10 +50,23 @@ _NOT_WITH_GROUPED_MM = {
 }
 # with --smartmoe-homes other than off,
 _NOT_WITH_HOMES = {
-    "--optimizer-cpu-offload": "the experts' optimizer state must be on the device",
-    "--use-precision-aware-optimizer": "TransformerEngine packs its state",
     "--fp8-param-gather": "fp8 parameters have scales that would have to move along",
+    "--fp4-param-gather": "fp4 parameters have scales that would have to move along",
+    "--moe-single-grouped-weight": "one packed tensor of TransformerEngine's has the experts of a rank",
+    "--moe-single-grouped-bias": "one packed tensor of TransformerEngine's has the biases of a rank",
 }
+# with --smartmoe-spare-slots and --smartmoe-experts transformer_engine,
+_NOT_WITH_TE_REPLICAS = {
+    "--fp8-param-gather": "replicas get bf16 weights, and the parameters are fp8",
+    "--fp4-param-gather": "replicas get bf16 weights, and the parameters are fp4",
+    "--moe-single-grouped-weight": "one packed tensor has the weights of all home slots",
+    "--use-transformer-engine-op-fuser": "its fused experts have a fixed number of slots",
+    "--delay-wgrad-compute": "the weight gradients of replicas are sent home in the backward pass",
+    "--overlap-dispatch-backward-with-experts-wgrad": "the weight gradients of replicas are sent home in the backward "
+    "pass",
+}
+_UNSCALED_TYPES = ("fp32", "bf16")  # of the precision-aware optimizer's state
+_SCALED_STATE = "a scale is kept for a whole shard, and experts that move would be rounded by one another's"
 _FP8_WITHOUT_HISTORY = ("tensorwise", "blockwise", "mxfp8")  # recipes whose scales come from the values themselves
 # with --smartmoe-spare-slots.
 _NOT_WITH_REPLICAS = {
@@ -291,11 +304,18 @@ def _check_homes(args: argparse.Namespace) -> None:
         )
         way_out = "Pass --fp8-recipe tensorwise, blockwise or mxfp8, or --smartmoe-homes off."
         raise ConfigError("--fp8-recipe", args.fp8_recipe, rule, way_out)
-    if (args.use_distributed_optimizer and args.optimizer not in ("adam", "sgd")) or args.optimizer == "dist_muon":
-        rule = f"is not supported with --smartmoe-homes {args.smartmoe_homes} and --use-distributed-optimizer: whole "
-        rule += "parameters belong to single ranks"
-        way_out = "Remove --use-distributed-optimizer, pass adam, or --smartmoe-homes off."
-        raise ConfigError("--optimizer", args.optimizer, rule, way_out)
+    _check_scaled_state(args)
+
+
+def _check_scaled_state(args: argparse.Namespace) -> None:
+    """Types of the precision-aware optimizer's state that have scales; offloaded state is fp32 whatever they say."""
+    if not args.use_precision_aware_optimizer or args.optimizer_cpu_offload:
+        return
+    for flag in ("--main-params-dtype", "--exp-avg-dtype", "--exp-avg-sq-dtype"):
+        value = getattr(args, attribute(flag))
+        if value not in _UNSCALED_TYPES:
+            rule = f"is not supported with --smartmoe-homes {args.smartmoe_homes}: {_SCALED_STATE}"
+            raise ConfigError(flag, value, rule, "Pass fp32, or --smartmoe-homes off.")
 
 
 def _check_replicas(args: argparse.Namespace) -> None:
@@ -321,14 +341,28 @@ def _check_replicas_possible(args: argparse.Namespace) -> None:
         if value := getattr(args, attribute(flag), None):
             raise ConfigError(flag, value, f"is not supported with {SPARE_SLOTS}: {reason}", _REMOVE_ONE)
     _check_flex_slots(args)
-    flag, experts = "--smartmoe-experts", args.smartmoe_experts
-    if experts != "grouped_mm":
-        raise ConfigError(
-            flag, experts, f"is not supported with {SPARE_SLOTS}", f"Pass grouped_mm, or remove {SPARE_SLOTS}."
-        )
+    if args.smartmoe_experts == "transformer_engine":
+        _check_te_replicas(args)
     if not args.smartmoe_replicas_margin >= 0:  # also refuses NaN
         rule = "must be at least 0"
         raise ConfigError("--smartmoe-replicas-margin", args.smartmoe_replicas_margin, rule, "The default is 1.")
+
+
+def _check_te_replicas(args: argparse.Namespace) -> None:
+    """What TransformerEngine's experts cannot do in spare slots."""
+    if args.add_bias_linear:
+        rule = f"is required with {SPARE_SLOTS}: replicas have no biases"
+        raise ConfigError("--disable-bias-linear", False, rule, "Add --disable-bias-linear.")
+    for flag, reason in _NOT_WITH_TE_REPLICAS.items():
+        if getattr(args, attribute(flag), False):
+            rule = f"is not supported with {SPARE_SLOTS} and --smartmoe-experts transformer_engine: {reason}"
+            raise ConfigError(flag, True, rule, f"Remove it, or {SPARE_SLOTS}.")
+    if args.fp8 and args.fp8_recipe not in _FP8_WITHOUT_HISTORY:
+        come = "come" if args.fp8_recipe == "delayed" else "may come"
+        rule = f"is not supported with {SPARE_SLOTS}: its scales {come} from the history of a slot, in which experts "
+        rule += "follow one another"
+        way_out = f"Pass --fp8-recipe tensorwise, blockwise or mxfp8, or remove {SPARE_SLOTS}."
+        raise ConfigError("--fp8-recipe", args.fp8_recipe, rule, way_out)
 
 
 def _check_flex_slots(args: argparse.Namespace) -> None:

@@ -183,7 +183,7 @@ class ReplicaLoop(Callback):
     def _equip(self, layer: SmartMoELayer, tally: LayerTally, *, keeps: bool, index: int) -> None:
         """Give a layer's experts spare slots, and the layer a dispatcher that uses them."""
         experts = layer.experts
-        weights = (experts.weight1, experts.weight2)
+        weights = experts.slot_weights()
         spare = SpareSlots(
             weights,
             self._run.args.smartmoe_spare_slots,

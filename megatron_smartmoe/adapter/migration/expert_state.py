@@ -223,7 +223,7 @@ class ExpertStates:
             copies, held_SC2 = each_rank, whole_SC2
             if held[weight].shards is not None:
                 copies, held_SC2 = self._copies, _shards_of(pieces, held)
-            main = [] if weight.dtype == torch.float32 else [(MAIN, 4)]
+            main = [(MAIN, 4)] if held[weight].has_main else []
             for name, itemsize in [*main, *self._states]:
                 tensors.append(
                     replace(layout, name=f"{layout.name}/{name}", itemsize=itemsize, copies=copies, held_SC2=held_SC2)

@@ -14,8 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.activations import quick_gelu
-from megatron.core.fusions.fused_bias_geglu import weighted_bias_quick_geglu_impl
+from megatron.core.fusions.fused_bias_geglu import quick_gelu, weighted_bias_quick_geglu_impl
 from megatron.core.fusions.fused_bias_swiglu import weighted_bias_swiglu_impl
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import (
@@ -123,6 +122,10 @@ class SlottedExperts(MegatronModule):
                     rank=self.tp_group.rank(),
                     world_size=self.tp_group.size(),
                 )
+
+    def slot_weights(self) -> tuple[torch.nn.Parameter, torch.nn.Parameter]:
+        """The weights of the home slots, `[S, F1, H]` and `[S, H, F2]`."""
+        return self.weight1, self.weight2
 
     def forward(
         self, tokens_NH: torch.Tensor, tokens_per_expert: torch.Tensor, probs_N: torch.Tensor

@@ -21,6 +21,7 @@ from functools import partial
 from typing import Any, TypeGuard
 
 from megatron.core.transformer.enums import AttnBackend
+from megatron.core.transformer.moe.experts import TEGroupedMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -32,6 +33,7 @@ from megatron_smartmoe.adapter.local.norm import TorchNorm
 from megatron_smartmoe.adapter.moe.experts import SlottedExperts
 from megatron_smartmoe.adapter.moe.layer import SmartMoELayer
 from megatron_smartmoe.adapter.moe.overlap import OverlappedMoELayer
+from megatron_smartmoe.adapter.moe.te_experts import TEExpertsWithSlots
 from megatron_smartmoe.errors import CompatError
 
 # The steps between a layer's input and its output that this project replaces, or depends on.
@@ -54,6 +56,7 @@ class Modules:
     Attributes:
         balances: whether MoE layers are this project's (`--smartmoe`).
         slotted: whether experts are this project's, False for TransformerEngine's.
+        replicates: whether there may be replicas, for which TransformerEngine's experts get spare slots.
         may_cut: whether the overlap degree may change later; then the layer supports every degree.
         overlap_degree: returns the number of chunks of each all-to-all; called when the process groups exist.
         norm: which of Megatron's local norms are replaced: all, torch's (which refuses sequence parallelism), or none.
@@ -62,6 +65,7 @@ class Modules:
 
     balances: bool
     slotted: bool
+    replicates: bool
     may_cut: bool
     overlap_degree: Callable[[], int]
     norm: str
@@ -85,6 +89,7 @@ class Modules:
         return cls(
             balances=args.smartmoe,
             slotted=args.smartmoe_experts == "grouped_mm",
+            replicates=args.smartmoe_spare_slots > 0,
             may_cut=pool_may_overlap(args),
             overlap_degree=overlap_degree,
             norm=norm,
@@ -130,7 +135,7 @@ class Modules:
         if isinstance(router, type) and router.__name__ == "InferenceTopKRouter":
             raise CompatError("--smartmoe: the router InferenceTopKRouter is for inference only. Remove --smartmoe.")
         if not self.slotted:
-            return submodules
+            return _with_spare_slots(submodules) if self.replicates else submodules
         experts = _built(submodules.experts)
         if not (getattr(experts, "__module__", "") or "").startswith("megatron.core."):
             raise CompatError(
@@ -147,6 +152,23 @@ class Modules:
     def local_attention(self, attention: Any) -> Any:
         """What stands for Megatron's local attention."""
         return SDPAttention if self.sdpa else attention
+
+
+def _with_spare_slots(submodules: Any) -> Any:
+    """A copy of a MoE layer's submodules in which TransformerEngine's grouped experts can have spare slots.
+
+    Raises:
+        CompatError: the experts are others.
+    """
+    experts = submodules.experts
+    if _built(experts) is not TEGroupedMLP:
+        raise CompatError(
+            f"--smartmoe-spare-slots: experts = {_name(_built(experts))}: must be Megatron's TEGroupedMLP. Use it, "
+            "pass --smartmoe-experts grouped_mm, or remove --smartmoe-spare-slots."
+        )
+    if isinstance(experts, partial):
+        return replace(submodules, experts=partial(TEExpertsWithSlots, *experts.args, **experts.keywords))
+    return replace(submodules, experts=replace(experts, module=TEExpertsWithSlots))
 
 
 def check_layers(layers: Iterable[tuple[int, MoELayer]], layer_numbers: Iterable[int]) -> None:

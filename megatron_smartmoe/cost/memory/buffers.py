@@ -138,9 +138,15 @@ def optimizer_bytes(element_bytes: int) -> int:
     return MOMENT_BYTES + (MAIN_BYTES if element_bytes < MAIN_BYTES else 0)
 
 
-def expert_state_bytes(expert: ExpertShape) -> int:
-    """Bytes that move with an expert: its weights and their optimizer state."""
-    return expert.weight_bytes + expert.num_params * optimizer_bytes(expert.element_bytes)
+def expert_state_bytes(expert: ExpertShape, optimizer: int | None = None) -> int:
+    """Bytes that move with an expert: its weights and their optimizer state.
+
+    Args:
+        expert: its sizes.
+        optimizer: bytes that the optimizer keeps for each parameter; None for Adam's.
+    """
+    each = optimizer_bytes(expert.element_bytes) if optimizer is None else optimizer
+    return expert.weight_bytes + expert.num_params * each
 
 
 def staging_bytes(expert_bytes: int, home_slots: int, limit_bytes: int = STAGING_LIMIT_BYTES) -> int:

@@ -102,17 +102,19 @@ class Staging:
     def memory_of(self, chunk: Chunk, turn: int) -> torch.Tensor:
         """The memory that a chunk is received into or sent from.
 
-        A chunk is sent from the live tensor if it is a part of one, and otherwise packed into this turn's free buffer.
+        A chunk is sent from the live tensor if it is a part of one that is on the device, and otherwise packed into
+        this turn's free buffer.
         """
         if not chunk.outgoing:
             return self.incoming[chunk.message][chunk.offset : chunk.offset + chunk.nbytes]
         message = self._step.messages[chunk.message]
         sizes = self._step.transfers.nbytes[message.first : message.last]
         starts = np.cumsum(sizes) - sizes
+        buffer = self.chunks[turn % 2][: chunk.nbytes]
         if chunk.transfer is not None:
             inner = chunk.offset - int(starts[chunk.transfer - message.first])
-            return self._source(chunk.transfer)[inner : inner + chunk.nbytes]
-        buffer = self.chunks[turn % 2][: chunk.nbytes]
+            live = self._source(chunk.transfer)[inner : inner + chunk.nbytes]
+            return live if live.device == buffer.device else buffer.copy_(live)
         for row in np.nonzero((starts >= chunk.offset) & (starts < chunk.offset + chunk.nbytes))[0].tolist():
             at = int(starts[row]) - chunk.offset
             buffer[at : at + int(sizes[row])].copy_(self._source(message.first + row))

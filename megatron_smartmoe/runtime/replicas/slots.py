@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from megatron_smartmoe.runtime.replicas.links import Link, links_of
+from megatron_smartmoe.runtime.replicas.per_slot import SlotWeight, tensors_of
 from megatron_smartmoe.runtime.replicas.transfer import Transfer
 from megatron_smartmoe.runtime.replicas.wire import ReplicaWire, Totals
 from megatron_smartmoe.spec.arrays import IntArray
@@ -48,7 +49,7 @@ class ReplicasInUse:
         wire: ReplicaWire,
         *,
         takes_part: bool,
-        homes: Sequence[torch.nn.Parameter],
+        homes: Sequence[SlotWeight],
         spares: Sequence[torch.Tensor],
         sums: Sequence[torch.Tensor] | None,
         returns: list[Transfer],
@@ -80,7 +81,7 @@ class ReplicasInUse:
         """Wait for the replicas' weights and return them as part of the autograd graph. A call of the whole group."""
         self.start()
         self.finish()
-        used: tuple[torch.Tensor, ...] = _Use.apply(self, *self._homes)  # type: ignore[no-untyped-call]
+        used: tuple[torch.Tensor, ...] = _Use.apply(self, *tensors_of(self._homes))  # type: ignore[no-untyped-call]
         if self.accumulates:
             self._clear_sums()
             for weight, total in zip(used, self._sums or (), strict=True):
@@ -160,7 +161,7 @@ class _Use(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[None, ...]:
         ctx.used.collect(gradients)
-        return (None,) * (1 + len(gradients))  # the home weights' share is in `totals`, in float32
+        return (None,) * len(ctx.needs_input_grad)  # the home weights' share is in `totals`, in float32
 
 
 class SpareSlots:
@@ -183,7 +184,7 @@ class SpareSlots:
 
     def __init__(
         self,
-        homes: Sequence[torch.nn.Parameter],
+        homes: Sequence[SlotWeight],
         num_slots: int,
         wire: ReplicaWire,
         totals: Totals,

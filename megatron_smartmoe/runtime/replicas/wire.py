@@ -28,9 +28,10 @@ import torch.distributed as dist
 
 from megatron_smartmoe.runtime.digest import digest_bounds, is_one_digest
 from megatron_smartmoe.runtime.replicas.links import Link
+from megatron_smartmoe.runtime.replicas.per_slot import SlotWeight
 from megatron_smartmoe.runtime.replicas.transfer import Beside, Round, Transfer
 
-Totals = Callable[[], Sequence[torch.Tensor]]
+Totals = Callable[[], Sequence[SlotWeight]]
 _MOST_TAGS = 2**30  # gloo's are non-negative int32
 
 
@@ -54,7 +55,7 @@ class ReplicaWire:
 
     @torch.no_grad()
     def start_fetch(
-        self, links: Sequence[Link], homes: Sequence[torch.Tensor], spares: Sequence[torch.Tensor], num_links: int
+        self, links: Sequence[Link], homes: Sequence[SlotWeight], spares: Sequence[torch.Tensor], num_links: int
     ) -> Transfer:
         """Start to copy weights to the replicas. A call of the whole group.
 

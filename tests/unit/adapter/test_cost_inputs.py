@@ -9,8 +9,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-from megatron_smartmoe.adapter.cost_inputs import expert_shape, launch_of_run, machine_of_job, model_of_run
+from megatron_smartmoe.adapter.cost_inputs import (
+    expert_shape,
+    launch_of_run,
+    machine_of_job,
+    model_of_run,
+    state_bytes,
+)
 from megatron_smartmoe.adapter.moe.overlap_degree import predicted_seconds
 from megatron_smartmoe.cost.step.constants import StepConstants, layer_constants
 from megatron_smartmoe.cost.step.constants import expert_shape as planned_expert
@@ -39,6 +46,13 @@ SHAPE = {
     "global_batch_size": 64,
     "swiglu": True,
     "add_bias_linear": False,
+}
+OPTIMIZER = {
+    "fp16": False,
+    "optimizer": "adam",
+    "optimizer_cpu_offload": False,
+    "use_precision_aware_optimizer": False,
+    **dict.fromkeys(("main_params_dtype", "exp_avg_dtype", "exp_avg_sq_dtype"), "fp32"),
 }
 EP8 = {"expert_model_parallel_size": 8, "world_size": 16, "bf16": True, "smartmoe": True}
 
@@ -116,3 +130,22 @@ def test_the_machine_has_the_jobs_nodes(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     machine = machine_of_job(arguments(smartmoe_cluster=str(CLUSTERS / "h100-sxm.yaml"), world_size=16))
     assert (machine.nodes, machine.gpus_per_node) == (4, 4)
+
+
+@pytest.mark.parametrize(
+    ("values", "each"),
+    [
+        ({}, 12),
+        ({"bf16": False}, 8),  # fp32 weights are their own main weights
+        ({"optimizer": "muon"}, 8),
+        ({"optimizer": "sgd", "bf16": False}, 4),
+        # bf16 moments, and what a bf16 weight lacks of its main weight; as parsed, and as Megatron validates it
+        ({"use_precision_aware_optimizer": True, "exp_avg_dtype": "bf16", "exp_avg_sq_dtype": "bf16"}, 6),
+        ({"use_precision_aware_optimizer": True, "exp_avg_dtype": torch.uint8, "exp_avg_sq_dtype": torch.float16}, 5),
+        ({"use_precision_aware_optimizer": True, "optimizer_cpu_offload": True, "exp_avg_dtype": "bf16"}, 12),
+    ],
+)
+def test_the_state_that_moves_is_the_optimizers(values: dict[str, Any], each: int) -> None:
+    args = arguments(**OPTIMIZER | values)
+    expert = expert_shape(args, "off")
+    assert state_bytes(args) == expert.num_params * (expert.element_bytes + each)

@@ -69,6 +69,9 @@ def test_every_size_is_needed(missing: str) -> None:
         ("hybrid_layer_pattern", "M*M*"),
         ("rampup_batch_size", ["4", "4", "64"]),
         ("mtp_use_repeated_layer", True),
+        ("fp8", "hybrid"),
+        ("use_precision_aware_optimizer", True),
+        ("optimizer", "muon"),
     ],
 )
 def test_what_has_no_price_is_refused(name: str, value: Any) -> None:

@@ -1,0 +1,57 @@
+"""PerSlot: a weight of several slots, each a tensor of its own, read like one tensor `[S, ...]`.
+
+TransformerEngine's grouped linear has a parameter per expert. What moves weights and gradients of replicas reads and
+writes one slot at a time, and so does not care.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, eq=False)
+class PerSlot:
+    """One weight of every slot.
+
+    Attributes:
+        slots: S tensors of one shape and type.
+    """
+
+    slots: tuple[torch.Tensor, ...]
+
+    def __len__(self) -> int:
+        return len(self.slots)
+
+    def __getitem__(self, slot: int) -> torch.Tensor:
+        return self.slots[slot]
+
+    @property
+    def shape(self) -> torch.Size:
+        """`[S, ...]`."""
+        return torch.Size((len(self.slots), *self.slots[0].shape))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of every slot."""
+        return self.slots[0].dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the slots are."""
+        return self.slots[0].device
+
+    @property
+    def main_grad(self) -> PerSlot:
+        """The gradients that the optimizer reads; Megatron's wrapper gives one to each parameter."""
+        return PerSlot(tuple(slot.main_grad for slot in self.slots))  # type: ignore[attr-defined]
+
+
+SlotWeight = torch.Tensor | PerSlot  # `[S, ...]`
+
+
+def tensors_of(weights: Sequence[SlotWeight]) -> list[torch.Tensor]:
+    """The tensors that hold the weights."""
+    return [tensor for weight in weights for tensor in (weight.slots if isinstance(weight, PerSlot) else (weight,))]

@@ -1,0 +1,360 @@
+"""What homes and replicas do with TransformerEngine's experts, said of the real package without a GPU.
+
+TransformerEngine's modules and optimizer are constructed on the CPU: real parameters, names, shapes, checkpoint keys.
+Its kernels need a GPU. Where something has to be computed, the grouped GEMM is a stand-in of this file, and the line
+says so; everything around it (the grouped linear's forward and backward passes) is TransformerEngine's own.
+
+The process group is torch's fake one: this process is rank 0 of two expert-parallel ranks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+
+PATH = Path(__file__).parents[2] / "docs" / "transformer_engine.txt"
+RANKS, EXPERTS, HIDDEN, FFN, SPARE_SLOTS = 2, 4, 32, 16, 1
+BF16_TOLERANCE = 2**-7  # of the largest value: gradients of home and replica are rounded in two parts
+
+
+def main() -> int:
+    """Run the checks; compare what they say with the file, or write it."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--write", action="store_true", help=f"write {PATH.name} instead of comparing with it")
+    write = parser.parse_args().write
+    text = "\n".join(_lines()) + "\n"
+    print(text)
+    if write:
+        PATH.write_text(text)
+        return 0
+    if PATH.read_text() != text:
+        print(f"differs from {PATH}: run with --write, and look at its diff", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _lines() -> Iterator[str]:
+    """Everything that is found, a section after the other."""
+    _prepare()
+    yield from _packages()
+    yield from _modules()
+    yield from _checkpoint_keys()
+    yield from _values()
+    yield from _quantizers()
+    yield from _optimizer_state()
+    yield from _packed_weight()
+
+
+def _prepare() -> None:
+    """TransformerEngine, the CPU facade and Megatron in one process, and a process group."""
+    import transformer_engine.pytorch
+
+    real = {name: module for name, module in sys.modules.items() if name.startswith("transformer_engine")}
+    from megatron_smartmoe.adapter import cpu
+
+    cpu.install()  # it hides packages for GPUs
+    sys.modules.update(real)
+    transformer_engine.pytorch.torch.cuda.is_available = lambda: True  # its constructors ask
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    store: Any = FakeStore()
+    dist.init_process_group("fake", rank=0, world_size=RANKS, store=store)
+    parallel_state.initialize_model_parallel(expert_model_parallel_size=RANKS, create_gloo_process_groups=False)
+    model_parallel_cuda_manual_seed(1)
+
+
+def _packages() -> Iterator[str]:
+    from importlib.metadata import version
+
+    yield "packages: " + ", ".join(
+        f"{name} {version(name)}" for name in ("torch", "transformer-engine", "megatron-core")
+    )
+
+
+# --- modules, parameters, what moves
+
+
+def _modules() -> Iterator[str]:
+    from megatron_smartmoe.adapter.migration.expert_state import slot_pieces
+
+    for slots in (0, SPARE_SLOTS):
+        experts = build(slots).experts
+        yield ""
+        yield f"--smartmoe-spare-slots {slots}: {type(experts).__name__}"
+        yield from (f"  module {name}: {_mro(module)}" for name, module in experts.named_children())
+        yield from (f"  parameter {name} {list(tensor.shape)} {tensor.dtype}" for name, tensor in _named(experts))
+        yield from (f"  buffer {name} {list(tensor.shape)}" for name, tensor in experts.named_buffers())
+        for slot, pieces in enumerate(slot_pieces(experts, experts.num_local_experts)):
+            yield f"  moves with the expert in slot {slot}: " + ", ".join(
+                f"{piece.name} ({piece.stop - piece.start} elements)" for piece in pieces
+            )
+    weights = build(SPARE_SLOTS).experts.slot_weights()
+    yield f"  sent to a spare slot: {[[*weight.shape[1:]] for weight in weights]} in {weights[0].dtype}"
+
+
+def _named(module: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
+    return list(module.named_parameters())
+
+
+def _mro(module: torch.nn.Module) -> str:
+    return " <- ".join(cls.__name__ for cls in type(module).__mro__[:4])
+
+
+def build(spare_slots: int, **options: Any) -> Any:
+    """A MoE layer of this project's with TransformerEngine's experts, as the product builds it."""
+    from argparse import Namespace
+
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+    from megatron.core.transformer.enums import AttnBackend
+
+    from megatron_smartmoe.adapter.moe.modules import Modules
+
+    args = Namespace(
+        smartmoe=True,
+        smartmoe_experts="transformer_engine",
+        smartmoe_spare_slots=spare_slots,
+        smartmoe_pool=None,
+        smartmoe_overlap_degree="1",
+        transformer_impl="transformer_engine",
+        attention_backend=AttnBackend.auto,
+        sequence_parallel=False,
+        context_parallel_size=1,
+    )
+    modules = Modules.of(args, lambda: 1, everywhere=True)
+    spec = get_gpt_layer_with_transformer_engine_spec(num_experts=EXPERTS, moe_grouped_gemm=True)
+    return modules.moe_spec(spec.submodules.mlp)(_config(**options))
+
+
+def _config(**options: Any) -> Any:
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    usual = {
+        "num_layers": 1,
+        "hidden_size": HIDDEN,
+        "num_attention_heads": 4,
+        "num_moe_experts": EXPERTS,
+        "moe_router_topk": 2,
+        "moe_ffn_hidden_size": FFN,
+        "gated_linear_unit": True,
+        "activation_func": torch.nn.functional.silu,
+        "add_bias_linear": False,
+        "expert_model_parallel_size": RANKS,
+        "moe_token_dispatcher_type": "alltoall",
+        "moe_grouped_gemm": True,
+        "params_dtype": torch.bfloat16,
+        "bf16": True,
+        "gradient_accumulation_fusion": True,
+        "bias_activation_fusion": False,
+        "use_cpu_initialization": True,
+    }
+    return TransformerConfig(**(usual | options))
+
+
+# --- checkpoints
+
+
+def _checkpoint_keys() -> Iterator[str]:
+    keys = {slots: _keys(build(slots).experts) for slots in (0, SPARE_SLOTS)}
+    yield ""
+    yield f"checkpoint keys are the same with and without spare slots: {keys[0] == keys[SPARE_SLOTS]}"
+    yield from (f"  {key}" for key in keys[SPARE_SLOTS])
+    own = _keys(_own_experts())
+    yield f"and those of weights are --smartmoe-experts grouped_mm's: {_weights(keys[0]) == _weights(own)}"
+
+
+def _weights(keys: list[str]) -> list[str]:
+    return [key for key in keys if "_extra_state" not in key]
+
+
+def _keys(experts: Any) -> list[str]:
+    """Key, global shape and offset of each tensor that a checkpoint holds of these experts."""
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
+
+    found = set()
+    for entry in nested_values(experts.sharded_state_dict(prefix="experts.")):
+        parts = nested_values(entry.build()) if isinstance(entry, ShardedTensorFactory) else [entry]
+        for part in parts:
+            shape = getattr(part, "global_shape", "")
+            found.add(f"{part.key} {tuple(shape)} from {tuple(part.global_offset)}" if shape else f"{part.key}")
+    return sorted(found)
+
+
+def _own_experts() -> Any:
+    from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
+
+    from megatron_smartmoe.adapter.moe.experts import SlottedExperts
+
+    return SlottedExperts(EXPERTS // RANKS, _config(), get_default_pg_collection())
+
+
+# --- values: forward and backward with a replica
+
+
+class _Replicas:
+    """A stand-in for `SpareSlots`: replicas' weights that are there already."""
+
+    num_slots = SPARE_SLOTS
+
+    def __init__(self, *weights: torch.Tensor) -> None:
+        self._weights = weights
+
+    def weights(self) -> tuple[torch.Tensor, ...]:
+        """As `SpareSlots.weights`."""
+        return self._weights
+
+
+def grouped_gemm(
+    weights: list[torch.Tensor],
+    rows: list[torch.Tensor],
+    out: list[torch.Tensor],
+    *args: object,
+    layout: str = "TN",
+    accumulate: bool = False,
+    single_output: bool = False,
+    m_splits: Any = None,
+    **kwargs: object,
+) -> tuple[list[None], list[None], None]:
+    """A stand-in for TransformerEngine's `general_grouped_gemm`, with its arguments: in float32, a GEMM at a time."""
+    parts = out[0].split([len(part) for part in rows]) if single_output else out
+    for weight, part, target in zip(weights, rows, parts, strict=True):
+        left, right = part.float(), weight.float()
+        value = {"TN": lambda a, b: a @ b.T, "NN": lambda a, b: a @ b, "NT": lambda a, b: a.T @ b}[layout](left, right)
+        target.copy_(target + value if accumulate else value)
+    return [None] * len(rows), [None] * len(rows), None
+
+
+def _values() -> Iterator[str]:
+    from transformer_engine.pytorch.module import grouped_linear
+
+    yield ""
+    on_gpu = mock.patch.object(torch.Tensor, "is_cuda", property(lambda _: True))  # its forward pass asks
+    with on_gpu, mock.patch.object(grouped_linear, "general_grouped_gemm", grouped_gemm):
+        for fused in (True, False):
+            with_replica, without = (_run(fused=fused, spare=spare) for spare in (True, False))
+            worst = max(_relative(one, other) for one, other in zip(with_replica, without, strict=True))
+            yield (
+                f"{'--gradient-accumulation-fusion' if fused else '--no-gradient-accumulation-fusion'}: output, and "
+                f"gradients of rows and of the expert, with its rows split over home and replica, equal to without "
+                f"(stand-in GEMM, bf16): {worst < BF16_TOLERANCE}"
+            )
+
+
+def _relative(one: torch.Tensor, other: torch.Tensor) -> float:
+    """The largest difference, as a part of the largest value."""
+    return float((one.float() - other.float()).abs().max() / other.float().abs().max())
+
+
+def _run(*, fused: bool, spare: bool) -> list[torch.Tensor]:
+    """Rows of the expert in slot 1, all at home or some in a spare slot: output, gradient of rows, of both weights."""
+    from megatron_smartmoe.runtime.replicas.per_slot import tensors_of
+
+    torch.manual_seed(1)
+    experts = build(SPARE_SLOTS, gradient_accumulation_fusion=fused).experts
+    homes = experts.slot_weights()
+    for weight in tensors_of(homes):
+        weight.data.copy_(torch.randn_like(weight) * 0.2)
+        weight.main_grad, weight.grad_added_to_main_grad = torch.zeros_like(weight, dtype=torch.float32), False  # type: ignore[attr-defined]
+    replica = [home[1].detach()[None].clone().requires_grad_() for home in homes]
+    rows = torch.randn(6, HIDDEN, dtype=torch.bfloat16, requires_grad=True)
+    experts.spare_slots = _Replicas(*replica)
+    tokens = torch.tensor([2, 1, 3] if spare else [2, 4])
+    output, _ = experts(rows, tokens, torch.ones(6))
+    output.float().square().sum().backward()
+    gradients = []
+    for home, copy in zip(homes, replica, strict=True):
+        own = home[1].main_grad if fused else home[1].grad
+        gradients.append(own.float() + (copy.grad[0].float() if copy.grad is not None else 0))
+    assert rows.grad is not None
+    return [output.detach(), rows.grad, *gradients]
+
+
+# --- fp8
+
+
+def _quantizers() -> Iterator[str]:
+    """How many quantizers a recipe gets, of weights and of all tensors of the forward pass."""
+    from transformer_engine.common.recipe import Float8BlockScaling, Float8CurrentScaling, MXFP8BlockScaling
+    from transformer_engine.pytorch.quantization import FP8GlobalStateManager
+
+    yield ""
+    for recipe in (Float8CurrentScaling(), Float8BlockScaling(), MXFP8BlockScaling()):
+        experts = build(SPARE_SLOTS).experts
+        experts.spare_slots = _Replicas()
+        answers = {"is_fp8_enabled": True, "get_fp8_recipe": recipe, "get_fp8_group": None}
+        with mock.patch.multiple(FP8GlobalStateManager, **{n: mock.Mock(return_value=v) for n, v in answers.items()}):
+            experts.linear_fc1.init_fp8_metadata(num_gemms=experts.num_local_experts)
+        found = experts.linear_fc1.quantizers["scaling_fwd"]
+        yield f"{type(recipe).__name__}: {len(found)} quantizers for {len(found) // 3} GEMMs, {type(found[1]).__name__}"
+
+
+# --- the precision-aware optimizer
+
+
+def _optimizer_state() -> Iterator[str]:
+    """What TransformerEngine's Adam keeps of a bf16 shard, and what of it moves with an expert."""
+    from types import SimpleNamespace
+
+    from transformer_engine.pytorch.optimizers import FusedAdam
+
+    from megatron_smartmoe.adapter.migration import optimizer_state
+    from megatron_smartmoe.errors import CompatError, ConfigError
+
+    yield ""
+    for moments in (torch.float32, torch.bfloat16, torch.float16):  # fp8 cannot be made without a driver
+        shard = torch.nn.Parameter(torch.randn(64, dtype=torch.bfloat16))
+        inner = FusedAdam(
+            [shard],
+            master_weights=True,
+            use_decoupled_grad=True,
+            store_param_remainders=True,
+            exp_avg_dtype=moments,
+            exp_avg_sq_dtype=moments,
+        )
+        inner.initialize_state(shard, store_param_remainders=True)
+        config = SimpleNamespace(
+            optimizer="adam",
+            use_precision_aware_optimizer=True,
+            use_precision_aware_optimizer_no_fp8_or_ds_fp8=True,
+            optimizer_cpu_offload=False,
+            main_params_dtype=torch.float32,
+            exp_avg_dtype=moments,
+            exp_avg_sq_dtype=moments,
+        )
+        one = SimpleNamespace(optimizer=inner, config=config)
+        yield f"moments in {str(moments).removeprefix('torch.')}: " + ", ".join(
+            f"{name} {value.dtype}" for name, value in inner.state[shard].items() if isinstance(value, torch.Tensor)
+        )
+        try:
+            optimizer_state.check_state_type(config)
+            moved = optimizer_state.state_tensors(one, shard, shard)
+            yield "  moves: " + ", ".join(f"{name} ({value.itemsize} bytes)" for name, value in moved.items())
+        except (CompatError, ConfigError) as error:
+            yield f"  refused: {error}"
+
+
+# --- --moe-single-grouped-weight
+
+
+def _packed_weight() -> Iterator[str]:
+    from transformer_engine.pytorch import GroupedLinear
+
+    with mock.patch.dict(os.environ, NVTE_GROUPED_LINEAR_SINGLE_PARAM="1"):  # without it TransformerEngine ignores it
+        linear = GroupedLinear(2, HIDDEN, FFN, bias=False, params_dtype=torch.bfloat16, single_grouped_weight=True)
+    found = ", ".join(f"{name} {list(tensor.shape)} {type(tensor).__name__}" for name, tensor in _named(linear))
+    yield ""
+    yield f"--moe-single-grouped-weight: {found}; refused for homes and replicas by the start-up checks"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

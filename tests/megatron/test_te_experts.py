@@ -1,0 +1,106 @@
+"""Spare GEMMs of TransformerEngine's grouped linear, on a stand-in for it: what can be said without the package.
+
+scripts/test_transformer_engine.sh runs the same class on the real one.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+HOMES, SPARES, ROWS, IN, OUT = 2, 2, 6, 4, 3
+
+
+class _Gemms(torch.autograd.Function):
+    """y = x W^T by slot; weight gradients are added to `main_grad`, or returned, as TransformerEngine's are."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, splits: list[int], fused: bool, *weights: torch.Tensor) -> torch.Tensor:
+        ctx.rows, ctx.splits, ctx.fused, ctx.weights = rows, splits, fused, weights
+        parts = zip(rows.split(splits), weights, strict=True)
+        return torch.cat([part @ weight.T for part, weight in parts])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[Any, ...]:
+        parts = list(zip(ctx.rows.split(ctx.splits), gradients[0].split(ctx.splits), ctx.weights, strict=True))
+        to_rows = torch.cat([gradient @ weight for _, gradient, weight in parts])
+        to_weights: list[torch.Tensor | None] = [gradient.T @ part for part, gradient, _ in parts]
+        if ctx.fused:
+            for (_, _, weight), gradient in zip(parts, to_weights, strict=True):
+                weight.main_grad.add_(gradient)
+                weight.grad_added_to_main_grad = True
+            to_weights = [torch.empty_like(weight) for _, _, weight in parts]  # dummies
+        return (to_rows, None, None, *to_weights)
+
+
+class GroupedLinear(torch.nn.Module):
+    """A stand-in for the part of TransformerEngine's grouped linear that spare GEMMs touch."""
+
+    def __init__(self, *, fused: bool) -> None:
+        super().__init__()
+        self.num_gemms, self.fuse_wgrad_accumulation, self.ub_name = HOMES, fused, "fc1"
+        self._fp8_workspaces: dict[str, object] = {}
+        self.quantizers = 0
+        for slot in range(HOMES):
+            weight = torch.nn.Parameter(torch.randn(OUT, IN))
+            weight.main_grad, weight.grad_added_to_main_grad = torch.zeros(OUT, IN), False  # type: ignore[attr-defined]
+            self.register_parameter(f"weight{slot}", weight)
+            setattr(self, f"bias{slot}", torch.Tensor())
+
+    def init_fp8_metadata(self, num_gemms: int = 1) -> None:
+        self.quantizers = self.quantizers or num_gemms
+
+    def forward(self, rows: torch.Tensor, splits: list[int]) -> torch.Tensor:
+        assert len(splits) == self.num_gemms
+        self.init_fp8_metadata(num_gemms=self.num_gemms)
+        self._fp8_workspaces |= {f"weight{slot}": object() for slot in range(self.num_gemms)}
+        weights = [getattr(self, f"weight{slot}") for slot in range(self.num_gemms)]
+        assert all(getattr(self, f"bias{slot}").numel() == 0 for slot in range(self.num_gemms))
+        found: torch.Tensor = _Gemms.apply(rows, splits, self.fuse_wgrad_accumulation, *weights)
+        return found
+
+
+@pytest.mark.parametrize("fused", [True, False], ids=["main_grad", "returned"])
+def test_spare_gemms_get_weights_and_give_gradients(fused: bool) -> None:
+    from megatron_smartmoe.adapter.moe.te_experts import with_spare_gemms
+
+    torch.manual_seed(0)
+    linear = with_spare_gemms(GroupedLinear)(fused=fused)
+    linear.most_gemms = HOMES + SPARES
+    spare = torch.randn(SPARES, OUT, IN, requires_grad=True)
+    splits, rows = [1, 2, 0, 3], torch.randn(ROWS, IN)
+    for number in (1, 2):  # the buffer for their gradients is used again
+        linear(rows[:3], [1, 2])  # a micro-batch without replicas, between
+        with linear.spare(spare):
+            output = linear(rows, splits)
+        output.sum().backward()
+        # Each spare slot has the gradient of its rows, and one without rows has zeros.
+        expected = torch.stack([part.sum(0).expand(OUT, IN) for part in rows.split(splits)])
+        assert spare.grad is not None
+        torch.testing.assert_close(spare.grad, number * expected[HOMES:])
+        for slot in range(HOMES):
+            weight = getattr(linear, f"weight{slot}")
+            torch.testing.assert_close(weight.main_grad if fused else weight.grad, number * expected[slot])
+        # Afterwards the module is what it was.
+        assert [name for name, _ in linear.named_parameters()] == ["weight0", "weight1"]
+        assert linear.num_gemms == HOMES
+        assert not hasattr(linear, f"weight{HOMES}")
+        assert sorted(linear._fp8_workspaces) == ["weight0", "weight1"]
+    assert linear.quantizers == HOMES + SPARES  # from the first pass on, which had no replicas
+
+
+def test_a_weight_of_slots_that_are_parameters() -> None:
+    from megatron_smartmoe.runtime.replicas.per_slot import PerSlot, tensors_of
+
+    slots = tuple(torch.nn.Parameter(torch.full((3, 2), float(slot))) for slot in range(4))
+    for slot in slots:
+        slot.main_grad = torch.zeros(3, 2)  # type: ignore[attr-defined]
+    weight = PerSlot(slots)
+    assert (weight.shape, len(weight)) == ((4, 3, 2), 4)
+    assert weight[3] is slots[3]
+    weight.main_grad[1].add_(1)
+    assert slots[1].main_grad.sum() == 6  # type: ignore[attr-defined]
+    packed = torch.zeros(4, 2)
+    assert [id(tensor) for tensor in tensors_of([weight, packed])] == [*map(id, slots), id(packed)]
