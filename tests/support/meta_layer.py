@@ -312,6 +312,7 @@ def build(case: Case, device: torch.device, *, stock: bool = False) -> tuple[tor
         Modules(
             balances=not stock,
             slotted=True,
+            replicates=False,
             may_cut=False,
             overlap_degree=lambda: case.degree,
             norm="all",
