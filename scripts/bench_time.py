@@ -20,12 +20,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout, when the script is run by its path
 
-from megatron_smartmoe.cli.policies import own_policy, peer_policy
+from megatron_smartmoe.cli.policies import own_policy, peer_policy, setup_of
 from megatron_smartmoe.cli.simulate_prices import Prices, rank_tokens
 from megatron_smartmoe.cost.compute import ExpertShape
-from megatron_smartmoe.cost.memory.buffers import expert_state_bytes
 from megatron_smartmoe.simulate.policies import SimulatedPolicy
-from megatron_smartmoe.simulate.run import SimulationSetup, even_load_s, replay
+from megatron_smartmoe.simulate.run import even_load_s, replay
 from megatron_smartmoe.spec.cluster import load_cluster_spec
 from megatron_smartmoe.spec.placement import Placement
 from megatron_smartmoe.spec.trace import RoutingTrace, load_trace
@@ -71,16 +70,7 @@ def seconds(case: Case, cluster: str, warmup: int) -> tuple[float, dict[str, tup
         micro_batches=case.trace.counts.shape[3] if case.trace.has_micro_batches else 1,
         rank_tokens=rank_tokens(case.trace, case.num_ranks),
     )
-    setup = SimulationSetup(
-        num_ranks=case.num_ranks,
-        spare_slots=1,
-        num_nodes=prices.num_nodes,
-        warmup=warmup,
-        constants=prices.layer("exact").constants,
-        state_bytes=expert_state_bytes(prices.expert),
-        migration_bytes_s=prices.migration_bytes_s,
-        prices={"history": prices.layer("history"), "exact": prices.layer("exact")},
-    )
+    setup = setup_of(prices, spare_slots=1, warmup=warmup)
     start = Placement.contiguous(
         num_layers=case.trace.num_layers,
         num_experts=case.trace.num_experts,

@@ -11,12 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_smartmoe.cli.policies import own_policy
+from megatron_smartmoe.cli.policies import own_policy, setup_of
 from megatron_smartmoe.cli.simulate_prices import DEFAULT_CLUSTER, Prices
 from megatron_smartmoe.cost.compute import ExpertShape
-from megatron_smartmoe.cost.memory.buffers import expert_state_bytes
 from megatron_smartmoe.placement.layer_plan import evaluate
-from megatron_smartmoe.simulate.run import SimulationSetup
 from megatron_smartmoe.simulate.workloads import corrected
 from megatron_smartmoe.spec.arrays import FloatArray
 from megatron_smartmoe.spec.placement import Placement
@@ -40,16 +38,10 @@ def loads() -> tuple[FloatArray, FloatArray]:
         num_ranks=RANKS,
         num_nodes=1,
         micro_batches=1,
+        rank_tokens=SHAPE.tokens * SHAPE.top_k,
         margin=0.0,
     )
-    setup = SimulationSetup(
-        num_ranks=RANKS,
-        spare_slots=2,
-        constants=prices.layer("exact").constants,
-        state_bytes=expert_state_bytes(prices.expert),
-        migration_bytes_s=prices.migration_bytes_s,
-        prices={"history": prices.layer("history"), "exact": prices.layer("exact")},
-    )
+    setup = setup_of(prices, spare_slots=2, warmup=0)
     placement = Placement.contiguous(num_layers=1, num_experts=EXPERTS, num_ranks=RANKS, spare_slots=2)
     policy = own_policy("auto", placement, 1, setup, prices, homes_interval=8)
     before, after = [], []

@@ -17,10 +17,9 @@ from typing import Any
 from tqdm import tqdm
 
 from megatron_smartmoe.cli.bench_imbalance_table import as_markdown, as_text
-from megatron_smartmoe.cli.policies import own_policy, peer_policy
+from megatron_smartmoe.cli.policies import own_policy, peer_policy, setup_of
 from megatron_smartmoe.cli.simulate_prices import Prices, rank_tokens
 from megatron_smartmoe.cost.compute import ExpertShape
-from megatron_smartmoe.cost.memory.buffers import expert_state_bytes
 from megatron_smartmoe.errors import ConfigError
 from megatron_smartmoe.placement.homes_planner import ReplicaMode
 from megatron_smartmoe.simulate.baselines import by_name
@@ -103,11 +102,12 @@ def run(options: argparse.Namespace) -> int:
             case.trace.save(options.save_traces / f"{workload}.npz")
         for named, cluster in clusters.items():
             prices = _prices(options, cluster, case)
-            even = _setup(options, prices, spare_slots=0)
+            even = setup_of(prices, spare_slots=0, warmup=options.warmup)
             even_ms = float(even_load_s(case.trace, even).mean()) * 1e3
             for name in names:
                 progress.set_description(f"{workload}, {name}")
-                setup = _setup(options, prices, spare_slots=0 if name == HOMES else options.spare_slots)
+                spare_slots = 0 if name == HOMES else options.spare_slots
+                setup = setup_of(prices, spare_slots=spare_slots, warmup=options.warmup)
                 result = replay(case.trace, _policy(name, options, setup, prices), setup)
                 result_row = row(case, sizes, setup, named, result)
                 rows.append({**result_row, "backend": name, "even_load_ms": even_ms})
@@ -175,19 +175,6 @@ def _prices(options: argparse.Namespace, cluster: ClusterSpec, case: Case) -> Pr
         num_nodes=cluster.nodes_of_group(options.ep),
         micro_batches=case.trace.counts.shape[3],
         rank_tokens=rank_tokens(case.trace, options.ep),
-    )
-
-
-def _setup(options: argparse.Namespace, prices: Prices, *, spare_slots: int) -> SimulationSetup:
-    return SimulationSetup(
-        num_ranks=options.ep,
-        spare_slots=spare_slots,
-        num_nodes=prices.num_nodes,
-        warmup=options.warmup,
-        constants=prices.layer("exact").constants,
-        state_bytes=expert_state_bytes(prices.expert),
-        migration_bytes_s=prices.migration_bytes_s,
-        prices={"history": prices.layer("history"), "exact": prices.layer("exact")},
     )
 
 

@@ -1,8 +1,9 @@
-"""The policies that the simulator's tools compare: ours in one of its ways, or a peer's rule."""
+"""What the simulator's tools replay: a simulation, and its policies: ours in one of its ways, or a peer's rule."""
 
 from __future__ import annotations
 
 from megatron_smartmoe.cli.simulate_prices import Prices
+from megatron_smartmoe.cost.memory.buffers import expert_state_bytes
 from megatron_smartmoe.placement.homes_planner import OnlineOptions, ReplicaMode
 from megatron_smartmoe.placement.layer_cost import layer_seconds
 from megatron_smartmoe.placement.layer_plan import Sees
@@ -12,6 +13,26 @@ from megatron_smartmoe.simulate.baselines import WITHOUT_HOMES, by_name, relays_
 from megatron_smartmoe.simulate.policies import OnlinePolicy, RulePolicy
 from megatron_smartmoe.simulate.run import SimulationSetup
 from megatron_smartmoe.spec.placement import Placement
+
+
+def setup_of(prices: Prices, *, spare_slots: int, warmup: int) -> SimulationSetup:
+    """The simulation that a price list is for.
+
+    Args:
+        prices: cluster, expert and ranks.
+        spare_slots: K per rank.
+        warmup: records at the start that are replayed but not counted.
+    """
+    return SimulationSetup(
+        num_ranks=prices.num_ranks,
+        spare_slots=spare_slots,
+        num_nodes=prices.num_nodes,
+        warmup=warmup,
+        constants=prices.layer("exact").constants,
+        state_bytes=expert_state_bytes(prices.expert),
+        migration_bytes_s=prices.migration_bytes_s,
+        prices={"history": prices.layer("history"), "exact": prices.layer("exact")},
+    )
 
 
 def own_policy(

@@ -10,14 +10,13 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from megatron_smartmoe.cli.policies import own_policy, peer_policy
-from megatron_smartmoe.cli.simulate_prices import DEFAULT_CLUSTER, Prices
+from megatron_smartmoe.cli.policies import own_policy, peer_policy, setup_of
+from megatron_smartmoe.cli.simulate_prices import DEFAULT_CLUSTER, Prices, rank_tokens
 from megatron_smartmoe.cost.compute import ExpertShape
-from megatron_smartmoe.cost.memory.buffers import expert_state_bytes
 from megatron_smartmoe.errors import ConfigError
 from megatron_smartmoe.report.run_record import Balance, RunRecord
 from megatron_smartmoe.simulate.policies import SimulatedPolicy
-from megatron_smartmoe.simulate.run import PolicyResult, SimulationSetup, even_load_s, replay
+from megatron_smartmoe.simulate.run import PolicyResult, even_load_s, replay
 from megatron_smartmoe.spec.arrays import FloatArray, IntArray
 from megatron_smartmoe.spec.cluster import load_cluster_spec
 from megatron_smartmoe.spec.placement import Placement
@@ -50,17 +49,9 @@ def simulated_run(path: Path, *, ep: int, spare_slots: int, cluster: Path | None
         num_ranks=ep,
         num_nodes=spec.nodes_of_group(ep) if cluster is not None else 1,
         micro_batches=trace.counts.shape[3] if trace.has_micro_batches else 1,
+        rank_tokens=rank_tokens(trace, ep),
     )
-    setup = SimulationSetup(
-        num_ranks=ep,
-        spare_slots=spare_slots,
-        num_nodes=prices.num_nodes,
-        warmup=min(25, trace.num_records // 5),
-        constants=prices.layer("exact").constants,
-        state_bytes=expert_state_bytes(prices.expert),
-        migration_bytes_s=prices.migration_bytes_s,
-        prices={"history": prices.layer("history"), "exact": prices.layer("exact")},
-    )
+    setup = setup_of(prices, spare_slots=spare_slots, warmup=min(25, trace.num_records // 5))
     placement = Placement.contiguous(
         num_layers=trace.num_layers, num_experts=trace.num_experts, num_ranks=ep, spare_slots=spare_slots
     )

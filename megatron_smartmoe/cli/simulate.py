@@ -18,11 +18,10 @@ from typing import Any
 
 from tqdm import tqdm
 
-from megatron_smartmoe.cli.policies import own_policy, peer_policy
+from megatron_smartmoe.cli.policies import own_policy, peer_policy, setup_of
 from megatron_smartmoe.cli.simulate_prices import DEFAULT_CLUSTER, Prices, rank_tokens
 from megatron_smartmoe.cli.simulate_table import Simulated, as_json, as_table
 from megatron_smartmoe.cost.compute import ExpertShape
-from megatron_smartmoe.cost.memory.buffers import expert_state_bytes
 from megatron_smartmoe.errors import ConfigError
 from megatron_smartmoe.simulate.baselines import by_name
 from megatron_smartmoe.simulate.policies import SimulatedPolicy
@@ -262,16 +261,7 @@ def _setup(options: argparse.Namespace, trace: RoutingTrace, prices: Prices) -> 
     if options.spare_slots > most:
         rule = f"must be at most {most}, the experts of the other ranks"
         raise ConfigError("--spare-slots", options.spare_slots, rule, "1 or 2 is usually enough.")
-    return SimulationSetup(
-        num_ranks=options.ep,
-        spare_slots=options.spare_slots,
-        num_nodes=prices.num_nodes,
-        warmup=options.warmup,
-        constants=prices.layer("exact").constants,
-        state_bytes=expert_state_bytes(prices.expert),
-        migration_bytes_s=prices.migration_bytes_s,
-        prices={"history": prices.layer("history"), "exact": prices.layer("exact")},
-    )
+    return setup_of(prices, spare_slots=options.spare_slots, warmup=options.warmup)
 
 
 def _policies(

@@ -158,9 +158,11 @@ class ReplicaLoop(Callback):
         price = f"{self._price_tokens['exact' if self._mode == 'exact' else 'history']:,.0f} tokens"
         if self._mode == "auto":
             price += f" of an iteration ({self._price_tokens['exact']:,.0f} of a micro-batch)"
+        hides = self._run.args.smartmoe_replicas_margin and not any(self._price_tokens.values())
+        why = ": its transfers are hidden behind the computation" if hides else ""
         print(
             f"smartmoe: {slots} spare slot{'s' if slots != 1 else ''} per rank and layer, replicas: {self._mode}, "
-            f"{memory}; a replica pays off above {price} taken from the busiest rank",
+            f"{memory}; a replica pays off above {price} taken from the busiest rank{why}",
             flush=True,
         )
 
