@@ -1,10 +1,13 @@
 """Mistakes of real users: each works, or is one line with the flag, where it was set, its value, and a way out.
 
-All rows are launched with --dry-run in one process, which has torch and Megatron imported.
+The rows of `ROWS` are launched with --dry-run in one process, which has torch and Megatron imported. Mistakes that need
+more than a launch, or less (written checkpoints, data, traces, Slurm's environment), have a test where the code is that
+they meet: `ELSEWHERE` names it, so that this file is the list of all of them.
 """
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import io
 import os
@@ -19,6 +22,8 @@ from tests.support.corpus import spec_for, texts, write_jsonl
 from tests.support.ranks import run_ranks
 
 pytestmark = pytest.mark.dist
+
+ROOT = Path(__file__).parents[2]
 
 TINY = """
 name: tiny
@@ -162,6 +167,68 @@ ROWS = {
 }
 
 
+# The test that covers a mistake, and a text of it by which the case is found.
+ELSEWHERE = {
+    "a Hugging Face tokenizer": ("tests/dist/test_tokenizers.py::test_it_trains_and_resumes", "HuggingFaceTokenizer"),
+    "resuming from a save without optimizer": (
+        "tests/megatron/test_checkpoint_options.py::test_saves_and_loads",
+        "--no-save-optim",
+    ),
+    "the torch format, saved with --smartmoe and loaded without": (
+        "tests/megatron/test_checkpoint_options.py::test_saves_and_loads",
+        "--ckpt-format torch",
+    ),
+    "Megatron's routing traces on CPU ranks, without the launcher": (
+        "tests/megatron/test_rehearsal.py::test_without_the_launcher_ranks_train_after_the_rehearsal",
+        "--moe-routing-trace-path",
+    ),
+    "lines of JSON under another suffix": (
+        "tests/unit/adapter/test_corpus_formats.py::test_every_kind_of_file_gives_its_documents",
+        "a.ndjson",
+    ),
+    "compressed lines of JSON": (
+        "tests/unit/adapter/test_corpus_formats.py::test_every_kind_of_file_gives_its_documents",
+        "a.jsonl.gz",
+    ),
+    "documents under another key": (
+        "tests/unit/adapter/test_corpus_errors.py::test_a_wrong_key_lists_the_keys_that_are_there",
+        "--json-keys",
+    ),
+    "a trace of a layer without assignments": (
+        "tests/unit/simulate/test_run.py::test_what_has_no_assignments_is_left_out_and_counted",
+        "left_out",
+    ),
+    "Slurm's interactive step on one node of two": (
+        "tests/unit/adapter/test_launch_topology.py::test_the_shell_of_salloc_in_a_step_of_its_own_starts_srun",
+        "4294967290",
+    ),
+    "a Slurm variable that the container's environment lacks": (
+        "tests/unit/adapter/test_launch_topology.py::test_variables_of_a_step_that_are_missing_or_odd",
+        "SLURM_LOCALID",
+    ),
+    "Megatron traces whose micro-batches vary": (
+        "tests/unit/spec/test_trace.py::test_micro_batches_may_vary",
+        "micro_batch",
+    ),
+    "Megatron traces with a step that is no number": (
+        "tests/unit/spec/test_trace.py::test_a_damaged_megatron_line_is_named",
+        "step = 'a'",
+    ),
+    "a weight matrix of EPLB": (
+        "tests/unit/spec/test_trace_loads.py::test_a_matrix_is_a_load_of_every_layer",
+        "EPLB",
+    ),
+    "a finished run that is started again": (
+        "tests/dist/test_checkpoint_saves.py::test_a_finished_run_that_is_started_again_leaves_its_checkpoint_alone",
+        "train-iters",
+    ),
+    "SIGTERM to ranks that save at another signal": (
+        "tests/unit/adapter/test_launch_process.py::test_sigterm_is_forwarded_and_the_child_has_its_time",
+        "--exit-signal SIGUSR2",
+    ),
+}
+
+
 class Launched(NamedTuple):
     """What one launch did."""
 
@@ -223,6 +290,16 @@ def test_it_works_or_is_one_line(name: str, launched: dict[str, Launched]) -> No
     assert len(stderr.splitlines()) == 1
     assert stderr.startswith("error: --")
     assert str(ROWS[name].says) in stderr
+
+
+@pytest.mark.parametrize("name", ELSEWHERE)
+def test_other_cases_have_their_tests(name: str) -> None:
+    node, text = ELSEWHERE[name]
+    path, _, function = node.partition("::")
+    source = (ROOT / path).read_text()
+    names = {each.name for each in ast.walk(ast.parse(source)) if isinstance(each, ast.FunctionDef)}
+    assert function in names
+    assert text in source
 
 
 def test_details_are_in_a_file_that_the_line_names(launched: dict[str, Launched]) -> None:
