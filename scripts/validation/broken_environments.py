@@ -72,7 +72,7 @@ def examine(case: Broken, folder: Path) -> tuple[str, bool]:
     # Step 1: an environment of its own, which finds this one's packages behind its own.
     venv.create(folder, with_pip=False, symlinks=True)
     python = folder / "bin" / "python"
-    asked = [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
+    asked = [str(python), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
     site = Path(subprocess.check_output(asked, text=True).strip())
     (site / "below.pth").write_text(f"{sysconfig.get_path('purelib')}\n{ROOT}\n")
     # Step 2: the package, without what it needs.
