@@ -26,7 +26,7 @@ FUNCTIONS = {
     "planning homes": "megatron_smartmoe.runtime.controller:Controller._propose_and_judge",
     "planning replicas": "megatron_smartmoe.adapter.loops.replicas:ReplicaLoop.before_step",
     "replica fetch": "megatron_smartmoe.runtime.replicas.wire:ReplicaWire.start_fetch",
-    "gradient return": "megatron_smartmoe.runtime.replicas.wire:ReplicaWire.return_gradients",
+    "gradient return": "megatron_smartmoe.runtime.replicas.wire:ReplicaWire.start_return",
     "split": "megatron_smartmoe.runtime.replicas.dispatch_plan:DispatchPlanner.plan",
     "optimizer step": "megatron.core.optimizer.optimizer:ChainedOptimizer.step",
     "save: shards": (
