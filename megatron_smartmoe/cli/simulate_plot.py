@@ -61,7 +61,7 @@ def _draw_time(axes: Axes, row: int, result: PolicyResult, colour: str, even_s: 
     axes.barh(row, layer_ms, height=0.62, color=colour)
     axes.barh(row, moving_ms, left=layer_ms, height=0.62, color=colour, alpha=0.35)
     axes.annotate(
-        f"{layer_ms + moving_ms:.3g} ms, {even_s / result.total_s:.0%}",
+        f"{layer_ms + moving_ms:.2f} ms, {even_s / result.total_s:.1%}",
         (layer_ms + moving_ms, row),
         xytext=(4, 0),
         textcoords="offset points",
