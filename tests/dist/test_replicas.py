@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_smartmoe.spec.yaml_io import shipped_directory
 from tests.dist.test_smartmoe_layer import EP2, UNCLIPPED
 from tests.support.checkpoints import tensors
 from tests.support.marks import some_fast
@@ -167,7 +168,11 @@ def test_the_memory_is_what_the_planner_predicts(tmp_path: Path, data_flags: lis
 
 def test_copies_that_do_not_pay_are_not_made(tmp_path: Path, data_flags: list[str]) -> None:
     flags = [*EP2.split(), "--smartmoe-homes", "off", "--smartmoe"]
+    # On links this slow no computation hides a transfer.
+    slow = (shipped_directory("clusters") / "cpu.yaml").read_text().replace("value: 1.7e9", "value: 1e5")
+    (tmp_path / "slow.yaml").write_text(slow)
     dear = ["--smartmoe-spare-slots", "1", "--smartmoe-replicas-margin", "1e6"]
+    dear += ["--smartmoe-cluster", str(tmp_path / "slow.yaml")]
     expected = train(tmp_path / "without", 2, data_flags, *flags, iterations=4)
     assert train(tmp_path / "with", 2, data_flags, *flags, *dear, iterations=4) == expected
     last = balance(tmp_path / "with")[-1]

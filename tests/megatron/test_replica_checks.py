@@ -64,11 +64,6 @@ CASES = {
         says=f"--moe-ncclep-static-shape = True: {NOT_WITH}: it hands experts rows of unknown number. Remove one of "
         "the two.",
     ),
-    "TransformerEngine's experts": Case(
-        flags=f"{ONE} --smartmoe-experts transformer_engine",
-        ranks=4,
-        says=f"--smartmoe-experts = 'transformer_engine': {NOT_WITH}. Pass grouped_mm, {OUT}",
-    ),
     "padding to capacity": Case(
         flags=f"{ONE} --moe-expert-capacity-factor 1.0 --moe-pad-expert-input-to-capacity", ranks=4, verdict=True
     ),

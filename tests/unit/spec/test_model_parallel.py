@@ -53,7 +53,7 @@ def test_chunks_in_pipeline_order() -> None:
         ({"vpp": 2, "pp": 1}, "the interleaved schedule needs at least two stages"),
         ({"vpp": 2, "micro_batch": 8}, "the interleaved schedule needs 4 micro-batches, there are 2"),
         ({"micro_batch": 3}, "micro-batch x DP = 12 does not divide the global batch of 64"),
-        ({"spare_slots": 1}, "spare slots need replicas: history or exact"),
+        ({"spare_slots": 1}, "spare slots need replicas: auto, history or exact"),
         ({"replicas": "history"}, "replicas need EP > 1 and spare slots"),
         ({"distributed_optimizer": False}, "overlapping the parameter gather needs"),
         ({"layers_of_chunk": (2, 2, 2, 1)}, "layers_of_chunk must be 4 numbers that sum to 8"),

@@ -51,7 +51,7 @@ def test_predictions_follow_the_balance() -> None:
     seconds = layer_seconds_of(routed, 4, SHAPE, list(VARIANTS), 5, Path("cpu"))
     assert list(seconds) == list(VARIANTS)
     assert seconds["off"] == seconds["stock"] > seconds["history"]
-    assert seconds["ideal"] == min(seconds.values())
+    assert seconds["ideal"] <= 1.01 * min(seconds.values())  # tokens that stay on their rank travel nowhere
 
 
 def test_whole_tokens_keep_every_sum() -> None:
