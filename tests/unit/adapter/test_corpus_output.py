@@ -66,6 +66,7 @@ def kill_at_rename(number: int, spec: CorpusSpec) -> None:
 
 def stop_in_mid_write(spec: CorpusSpec, ready: Event) -> None:
     """Prepare, and stand still with a part of the tokens written."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that runs the tests in the background ignores it
     read_documents = indexed.read_documents
 
     def read_half(group: SpanGroup, reader: RecordReader) -> Iterator[Document]:
