@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from megatron_smartmoe.errors import ConfigError
-from megatron_smartmoe.report.run_record import RunRecord, read_decisions, replica_files, whole
+from megatron_smartmoe.report.run_record import RunRecord, is_move, read_decisions, replica_files, whole, with_homes
 from megatron_smartmoe.spec.arrays import FloatArray, IntArray
 from megatron_smartmoe.spec.placement import EMPTY, Placement
 
@@ -98,7 +98,7 @@ def _loads(run: RunRecord, decision: dict[str, Any], layer: int | None) -> list[
         return []
     if trace is None:
         return ["no counts were recorded: --smartmoe-record-trace does"]
-    moved = _with(placement, decision["changes"])
+    moved = with_homes(placement, decision["changes"])
     lines = []
     for row in sorted({change[0] for change in decision["changes"]}):
         if (layer is not None and row + 1 != layer) or row not in trace.layer:
@@ -157,15 +157,6 @@ def placement_before(run: RunRecord, decision: dict[str, Any]) -> Placement | No
     for one in run.decisions:
         if one is decision:
             return start
-        if one["taken"] and one["kind"] in ("homes", "review"):
-            start = _with(start, one["changes"])
+        if is_move(one):
+            start = with_homes(start, one["changes"])
     return start
-
-
-def _with(placement: Placement, changes: Sequence[Sequence[int]]) -> Placement:
-    """The placement with its homes changed."""
-    slots_LRS = placement.slots_LRS.copy()
-    for layer, rank, slot, _, after in changes:
-        if slot < placement.home_slots:
-            slots_LRS[layer, rank, slot] = after
-    return Placement(slots_LRS=slots_LRS, num_experts=placement.num_experts)

@@ -13,7 +13,7 @@ import numpy as np
 
 from megatron_smartmoe.report.binning import Loads, loads_of
 from megatron_smartmoe.report.charts import COLOURS, Line, heat_map, lines
-from megatron_smartmoe.report.run_record import Balance, RunRecord, whole
+from megatron_smartmoe.report.run_record import Balance, RunRecord, is_move, whole
 from megatron_smartmoe.spec.placement import EMPTY
 
 _MOST_DECISIONS = 400
@@ -136,7 +136,7 @@ def _curves(runs: Sequence[RunRecord], names: Sequence[tuple[str, str]]) -> list
 
 
 def _move_marks(run: RunRecord) -> list[float]:
-    return [float(one["iteration"]) for one in run.decisions if one["kind"] in ("homes", "review") and one["taken"]]
+    return [float(one["iteration"]) for one in run.decisions if is_move(one)]
 
 
 def _loss(runs: Sequence[RunRecord]) -> Figure | None:

@@ -110,15 +110,15 @@ def read_run(directory: Path, trace: Path | None = None) -> RunRecord:
     notes: list[str] = []
     arguments = _arguments(directory)
     decisions = list(read_decisions(directory / "smartmoe.jsonl"))
+    replicas = [decision for path in replica_files(directory) for decision in read_decisions(path)]
+    balance = _balance(directory)
     return RunRecord(
         name=directory.resolve().name,
         metrics=_metrics(directory),
-        balance=_balance(directory),
+        balance=balance,
         decisions=decisions,
-        num_replica_plans=sum(
-            decision["kind"] == "replicas" for path in replica_files(directory) for decision in read_decisions(path)
-        ),
-        placement=_placement(decisions, arguments, directory),
+        num_replica_plans=sum(decision["kind"] == "replicas" for decision in replicas),
+        placement=_placement(decisions, replicas, balance, arguments),
         trace=_trace(trace, arguments, notes),
         summary=_object(directory / "summary.json"),
         environment=_object(directory / "environment.json"),
@@ -232,32 +232,47 @@ def whole(arguments: dict[str, str], name: str) -> int | None:
     return int(text) if text.isdecimal() else None
 
 
-def _placement(decisions: Sequence[dict[str, Any]], arguments: dict[str, str], directory: Path) -> Placement | None:
+def with_homes(placement: Placement, changes: Sequence[Sequence[int]]) -> Placement:
+    """The placement with the homes among these changes; those of spare slots are the replicas' planner's to make."""
+    slots_LRS = placement.slots_LRS.copy()
+    for layer, rank, slot, _, after in changes:
+        if slot < placement.home_slots:
+            slots_LRS[layer, rank, slot] = after
+    return Placement(slots_LRS=slots_LRS, num_experts=placement.num_experts)
+
+
+def is_move(decision: dict[str, Any]) -> bool:
+    """Whether a decision has moved homes, or moved them back."""
+    return bool(decision["taken"]) and decision["kind"] in ("homes", "review")
+
+
+def _placement(
+    decisions: Sequence[dict[str, Any]],
+    replicas: Sequence[dict[str, Any]],
+    balance: Sequence[Balance],
+    arguments: dict[str, str],
+) -> Placement | None:
     """The first placement with every change that was taken; replicas as they were planned last."""
     experts, ranks = (whole(arguments, name) for name in ("num_experts", "expert_model_parallel_size"))
     layers = 1 + max(
         [change[0] for decision in decisions for change in decision.get("changes", ())]
-        + [balance.layer for balance in _balance(directory)],
+        + [one.layer for one in balance],
         default=-1,
     )
     if experts is None or ranks is None or ranks < 2 or layers < 1:
         return None
     spare = whole(arguments, "smartmoe_spare_slots") or 0
-    start = Placement.contiguous(num_layers=layers, num_experts=experts, num_ranks=ranks, spare_slots=spare)
-    slots_LRS = start.slots_LRS.copy()
-    # Step 1: homes; the changes of a decision name spare slots too, which replicas are planned into anew.
-    for decision in decisions:
-        if decision["taken"] and decision["kind"] in ("homes", "review"):
-            for layer, rank, slot, _, after in decision["changes"]:
-                if slot < start.home_slots:
-                    slots_LRS[layer, rank, slot] = after
-    # Step 2: replicas, of the first group of each stage.
-    for path in replica_files(directory):
-        for decision in read_decisions(path):
-            for layer, rank, slot, _, after in decision["changes"] if decision["taken"] else ():
-                if slot >= start.home_slots:
-                    slots_LRS[layer, rank, slot] = after
+    placement = Placement.contiguous(num_layers=layers, num_experts=experts, num_ranks=ranks, spare_slots=spare)
     try:
+        # Step 1: homes, move by move.
+        for decision in filter(is_move, decisions):
+            placement = with_homes(placement, decision["changes"])
+        # Step 2: replicas, of the first group of each stage.
+        slots_LRS = placement.slots_LRS.copy()
+        for decision in replicas:
+            for layer, rank, slot, _, after in decision["changes"] if decision["taken"] else ():
+                if slot >= placement.home_slots:
+                    slots_LRS[layer, rank, slot] = after
         return Placement(slots_LRS=slots_LRS, num_experts=experts)
     except PlanError:
         return None  # the run began from a placement that its checkpoint had
