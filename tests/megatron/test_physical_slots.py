@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.support.ranks import run_ranks
+from tests.support.in_one_rank import run_in_one_rank
 
 pytestmark = [pytest.mark.dist, pytest.mark.fast]
 
@@ -170,19 +170,5 @@ CHECKS: tuple[Callable[[], None], ...] = (
 )
 
 
-def _check_all() -> None:
-    import torch.distributed as dist
-    from megatron.core import parallel_state
-
-    from megatron_smartmoe.adapter import cpu
-
-    cpu.install()
-    dist.init_process_group("gloo")
-    parallel_state.initialize_model_parallel()
-    for check in CHECKS:
-        print(check.__name__, flush=True)
-        check()
-
-
 def test_all(tmp_path: Path) -> None:
-    run_ranks(_check_all, 1, log_dir=tmp_path)
+    run_in_one_rank(CHECKS, tmp_path)
