@@ -36,6 +36,8 @@ class Decision:
         realised_gain_s: measured seconds saved per iteration; only a review has them.
         cost_s: one-time seconds of the move.
         moved_bytes: expert state that moves.
+        failure: why the migration did not carry it out; None if it did, or if nothing was to move.
+        reached: slots that a migration which failed has changed all the same.
     """
 
     iteration: int
@@ -51,11 +53,17 @@ class Decision:
     realised_gain_s: float | None = None
     cost_s: float | None = None
     moved_bytes: int = 0
+    failure: str | None = None
+    reached: tuple[SlotChange, ...] = ()
 
     def to_line(self) -> str:
         """One line of JSON; equal decisions give equal lines."""
         content: dict[str, Any] = asdict(self)
-        content["changes"] = [[c.layer, c.rank, c.slot, c.before, c.after] for c in self.changes]
+        for name in ("changes", "reached"):
+            content[name] = [[c.layer, c.rank, c.slot, c.before, c.after] for c in getattr(self, name)]
+        for name in ("failure", "reached"):  # rare, and not in files of earlier versions
+            if not content[name]:
+                del content[name]
         return json.dumps(content, sort_keys=True)
 
 

@@ -16,12 +16,14 @@ It uses no torch, no clock and no process group: rank 0 runs it for all ranks, a
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from megatron_smartmoe.placement.decisions import Decision
 from megatron_smartmoe.placement.policy import Policy, PolicyOptions
 from megatron_smartmoe.planner.pool import MARGIN, PoolSetting, choose
 
@@ -84,6 +86,50 @@ class PoolVerdict:
     def is_decision(self) -> bool:
         """Whether it is a switch or the verdict on one, which are always logged."""
         return self.switched or self.realised_gain_s is not None
+
+
+def pool_decision(iteration: int, verdict: PoolVerdict, inputs: str) -> Decision:
+    """A switch, or the verdict on one, as it is logged.
+
+    Args:
+        iteration: the iteration that has ended.
+        verdict: the result of the re-evaluation.
+        inputs: digest of the counts that it was made from.
+    """
+    return Decision(
+        iteration=iteration,
+        kind="pool",
+        group=-1,
+        inputs=inputs,
+        before=verdict.before.key,
+        after=verdict.setting.key,
+        taken=verdict.switched,
+        why=verdict.why,
+        changes=(),
+        predicted_gain_s=verdict.predicted_gain_s,
+        realised_gain_s=verdict.realised_gain_s,
+    )
+
+
+def evaluation_line(iteration: int, times: StepTimes, verdict: PoolVerdict) -> str:
+    """A re-evaluation as a line of JSON: what was measured, and what came of it.
+
+    Unlike a decision it is logged whether it changes anything or not: no replay can measure step times again.
+
+    Args:
+        iteration: the iteration that has ended.
+        times: what it was given.
+        verdict: its result.
+    """
+    content = {
+        "iteration": iteration,
+        "step_s": times.step_s,
+        "noise_s": times.noise_s,
+        "timed": times.iterations,
+        "setting": verdict.setting.key,
+        "reason": verdict.reason,
+    }
+    return json.dumps(content, sort_keys=True)
 
 
 @dataclass(frozen=True, kw_only=True)
