@@ -12,6 +12,7 @@ import jinja2
 import numpy as np
 
 from megatron_smartmoe.report.binning import Loads, loads_of
+from megatron_smartmoe.report.candidates import candidate_lines, prices
 from megatron_smartmoe.report.charts import COLOURS, Line, heat_map, lines
 from megatron_smartmoe.report.run_record import Balance, RunRecord, is_move, whole
 from megatron_smartmoe.spec.placement import EMPTY
@@ -224,7 +225,7 @@ def _layer(run: RunRecord, layer: int, load: Loads | None) -> LayerView:
     )
 
 
-def _decision(decision: dict[str, Any]) -> dict[str, str]:
+def _decision(decision: dict[str, Any]) -> dict[str, Any]:
     """A row of the table of decisions."""
 
     def milliseconds(name: str) -> str:
@@ -248,6 +249,8 @@ def _decision(decision: dict[str, Any]) -> dict[str, str]:
         "predicted": milliseconds("predicted_gain_s"),
         "measured": milliseconds("realised_gain_s"),
         "why": str(decision["why"]),
+        "candidates": candidate_lines(decision) if decision.get("candidates") else [],
+        "prices": prices(decision),
     }
 
 

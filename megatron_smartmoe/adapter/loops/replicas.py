@@ -365,7 +365,10 @@ class ReplicaLoop(Callback):
         if self._mode == "auto":
             assert self._planner is not None
             placement, group = self._planner.placement, self._planner.group
-            decision = replans_of(iteration, group, placement, records, self._used_slots)
+            price_tokens = self._price_tokens["exact"]
+            decision = replans_of(
+                iteration, group, placement, records, used_slots=self._used_slots, price_tokens=price_tokens
+            )
             if decision is not None:
                 self._write(REPLICAS_LOG, decision.to_line())
         if iteration % self._run.args.log_interval:

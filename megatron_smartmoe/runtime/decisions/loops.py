@@ -180,7 +180,10 @@ class ReplayedReplicas:
         if self._mode == "auto":
             records = [self._dispatched(layer, counts_PRE) for layer, counts_PRE in enumerate(counts_LPRE)]
             placement = self._planner.placement
-            decision = replans_of(iteration, self._group, placement, records, self._used_slots)
+            price_tokens = self._settings.exact_price_tokens
+            decision = replans_of(
+                iteration, self._group, placement, records, used_slots=self._used_slots, price_tokens=price_tokens
+            )
             if decision is not None:
                 self.decisions.append(decision)
         micro_batches = self._start.micro_batches

@@ -245,7 +245,9 @@ def plan_or_replan(
         return planners[1].plan(counts_RPE, homes_RS, exact)
 
     anew = planned_anew(kept.busiest, kept.load.load_E, view.num_ranks, rule, plan_anew)
-    return kept if anew is None else replace(anew, load=replace(anew.load, replanned_RS=anew.slots_RS))
+    if anew is None:
+        return kept
+    return replace(anew, load=replace(anew.load, replanned_RS=anew.slots_RS, before_tokens=kept.busiest))
 
 
 def plan_in_steps(

@@ -13,7 +13,13 @@ from megatron_smartmoe.spec.placement import EMPTY, Placement
 
 
 def replans_of(
-    iteration: int, group: int, placement: Placement, records: Sequence[Sequence[MicroBatch]], used_slots: int
+    iteration: int,
+    group: int,
+    placement: Placement,
+    records: Sequence[Sequence[MicroBatch]],
+    *,
+    used_slots: int,
+    price_tokens: float,
 ) -> Decision | None:
     """Which layers were planned anew for which micro-batches, in logical experts; None if none was.
 
@@ -23,6 +29,7 @@ def replans_of(
         placement: the placement with the replicas from history.
         records: the micro-batches of each layer.
         used_slots: spare slots of a rank that are used.
+        price_tokens: see `ReplanOptions`.
     """
     replans, judged = list[Replan](), 0
     for layer, record in enumerate(records):
@@ -34,5 +41,15 @@ def replans_of(
             slots_RS = micro.replanned_RS[:, : placement.home_slots + used_slots]
             logical_RS = np.where(slots_RS == EMPTY, EMPTY, expert_E[slots_RS])
             load_E = micro.load_E[slot_E]
-            replans.append(Replan(layer=layer, micro_batch=micro_batch, load_E=load_E, slots_RS=logical_RS))
-    return replans_decision(iteration, group, placement.digest, replans, judged) if replans else None
+            one = Replan(
+                layer=layer,
+                micro_batch=micro_batch,
+                load_E=load_E,
+                slots_RS=logical_RS,
+                before_tokens=micro.before_tokens,
+                tokens=int(micro.split_R.max()),
+            )
+            replans.append(one)
+    if not replans:
+        return None
+    return replans_decision(iteration, group, placement.digest, replans, judged, price_tokens)

@@ -209,17 +209,20 @@ def test_a_decision_is_explained(run_dir: Path, capsys: pytest.CaptureFixture[st
     trace.save(run_dir / "trace.npz")
     assert main(["explain", str(run_dir), "--iteration", "5", "--trace", str(run_dir / "trace.npz")]) == 0
     text = capsys.readouterr().out
-    assert text.startswith("some run, iteration 5\n\nhomes: taken\n")
-    assert "  what     layer 1: expert 2 at home on rank 0; expert 1 at home on rank 1\n" in text
-    assert "  price    predicted to save +2.000 ms per iteration\n" in text
+    assert text.startswith("some run, iteration 5\n\nhomes (which rank owns which expert): taken\n")
+    assert "  changes    layer 1: expert 2 at home on rank 0; expert 1 at home on rank 1\n" in text
+    assert "             predicted to save +2.000 ms per iteration\n" in text
     load = "busiest rank over the mean by homes: 1.600 -> 1.000 on the 20 iterations before, 1.600 -> 1.000 on the 20"
     assert load in text
-    assert "  outcome  iteration 18: measured 1.0 ms/iter: kept\n" in text
+    assert "  outcome    iteration 18: measured 1.0 ms/iter: kept\n" in text
+    assert "predicted +2.000 ms per iteration, measured +1.000 ms per iteration\n" in text
+    assert "  candidates not recorded: the run is of an earlier version\n" in text
     assert main(["explain", str(run_dir), "--iteration", "6"]) == 0
-    assert "replicas: taken\n  what     layer 2: expert 0 as a replica on rank 1\n" in capsys.readouterr().out
+    assert "  changes    layer 2: expert 0 as a replica on rank 1\n" in capsys.readouterr().out
     assert main(["explain", str(run_dir), "--iteration", "15", "--layer", "1"]) == 0
     text = capsys.readouterr().out
-    assert "homes: refused\n  what     no expert moves\n  why      does not pay\n" in text
+    assert "  verdict    refused: does not pay\n" in text
+    assert "  changes    no expert moves\n" in text
     assert "no counts were recorded" in text
     assert main(["explain", str(run_dir), "--iteration", "7"]) == 2
     error = capsys.readouterr().err
