@@ -219,8 +219,8 @@ CASES = {
     ),
     "micro-batches of no trace": Case(
         flags="--smartmoe-record-micro-batches",
-        says="--smartmoe-record-micro-batches = True: says how --smartmoe-record-trace records, which is not given. Add "
-        "--smartmoe-record-trace FILE, or remove it.",
+        says="--smartmoe-record-micro-batches = True: says how --smartmoe-record-trace records, which is not given. "
+        "Add --smartmoe-record-trace FILE, or remove it.",
     ),
     "no trace": Case(
         flags="--smartmoe-replay-trace nowhere.npz",

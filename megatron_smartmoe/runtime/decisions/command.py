@@ -15,12 +15,13 @@ import torch.distributed as dist
 
 from megatron_smartmoe.errors import ConfigError
 from megatron_smartmoe.runtime.decisions.loops import FailedMove
-from megatron_smartmoe.runtime.decisions.record import HOMES_LOG, POOL_LOG, Start, read_starts
+from megatron_smartmoe.runtime.decisions.record import HOMES_LOG, POOL_LOG, WAY_OUT, Start, read_starts
 from megatron_smartmoe.runtime.decisions.replay import Inputs, Replay, Replayed
 from megatron_smartmoe.runtime.pool.switchboard import StepTimes
 from megatron_smartmoe.spec.placement import SlotChange
 from megatron_smartmoe.spec.readers.files import Named
 from megatron_smartmoe.spec.readers.json_text import CUT, read_json_lines
+from megatron_smartmoe.spec.readers.values import build, whole_table
 from megatron_smartmoe.spec.trace import RoutingTrace, load_trace
 
 Line = dict[str, Any]
@@ -36,6 +37,7 @@ _KINDS = {
 _RECORD_TRACE = "--smartmoe-record-trace FILE"
 _RECORD_MICRO = "--smartmoe-record-micro-batches"
 _OTHER_TRACE = "Name the run's own with --trace FILE."
+_CHANGE = ("layer", "rank", "slot", "before", "after")  # of a slot, as a log has it
 _SHOWN = 160  # characters of a value that differs
 
 
@@ -151,14 +153,9 @@ def _check_trace(starts: Sequence[Start], trace: RoutingTrace) -> None:
         if sees_passes and start.passes > 1 and not trace.has_micro_batches:
             rule = f"the trace sums the {start.micro_batches} micro-batches of an iteration, and replicas are planned "
             raise _refused(f"{rule}from each", f"Train with {_RECORD_MICRO}, beside {_RECORD_TRACE}.")
-        if start.expert_shares > 1 and start.replicas is not None and "auto" in _modes(start):
+        if start.expert_shares > 1 and "auto" in start.modes:
             rule = "ranks that share an expert split its tokens each for itself, and the trace has their sum"
             raise _refused(rule, "Runs with --expert-tensor-parallel-size 1, or without auto, can be replayed.")
-
-
-def _modes(start: Start) -> set[str]:
-    settings = start.pool.settings if start.pool is not None else ()
-    return {start.replicas.mode if start.replicas is not None else "off", *(one.replicas for one in settings)}
 
 
 def _check_whole(trace: RoutingTrace, start: Start, until: int) -> None:
@@ -207,18 +204,24 @@ def _of_start(name: str, lines: Sequence[tuple[int, Line]], start: Start, later:
 
 
 def _inputs(live: Mapping[str, Sequence[Line]]) -> Inputs:
-    step_times = {
-        line["iteration"]: StepTimes(step_s=line["step_s"], noise_s=line["noise_s"], iterations=line["timed"])
-        for line in live.get(POOL_LOG, ())
-    }
+    """What was measured, and what failed.
+
+    Raises:
+        ConfigError: a line lacks it.
+    """
+    step_times = {}
+    for line in live.get(POOL_LOG, ()):
+        given = {"step_s": line.get("step_s"), "noise_s": line.get("noise_s"), "iterations": line.get("timed")}
+        step_times[line["iteration"]] = build(StepTimes, given, f"{POOL_LOG}: iteration {line['iteration']}", WAY_OUT)
     failed = {}
     for line in live.get(HOMES_LOG, ()):
         if line.get("failure"):
-            reached = tuple(
-                SlotChange(layer=layer, rank=rank, slot=slot, before=before, after=after)
-                for layer, rank, slot, before, after in line.get("reached", ())
-            )
-            failed[line["iteration"]] = FailedMove(failure=line["failure"], reached=reached)
+            field = f"{HOMES_LOG}: iteration {line['iteration']}: reached"
+            changes_N5 = whole_table(line.get("reached", []), field, 2)
+            if changes_N5.shape[1] not in (0, len(_CHANGE)):
+                raise ConfigError(field, changes_N5.shape, f"must have {len(_CHANGE)} numbers a slot", WAY_OUT)
+            reached = tuple(SlotChange(**dict(zip(_CHANGE, row, strict=True))) for row in changes_N5.tolist())
+            failed[line["iteration"]] = FailedMove(failure=str(line["failure"]), reached=reached)
     return Inputs(step_times=step_times, failed=failed)
 
 
@@ -235,8 +238,8 @@ def _compare(found: Comparison, live: Mapping[str, Sequence[Line]], replayed: Re
         if iteration in decided:
             continue
         setting, reason = replayed.evaluations.get(iteration, (None, None))
-        recorded = {"iteration": iteration, "setting": line["setting"], "reason": line["reason"]}
-        _count(found, POOL_LOG, "stays", recorded, {"iteration": iteration, "setting": setting, "reason": reason})
+        stays = {"iteration": iteration, "setting": line["setting"], "reason": line["reason"]}
+        _count(found, POOL_LOG, "stays", stays, {"iteration": iteration, "setting": setting, "reason": reason})
 
 
 def _key(line: Line) -> tuple[int, str, int]:

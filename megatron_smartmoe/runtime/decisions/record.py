@@ -153,9 +153,14 @@ class Start:
     @property
     def plans_from_history(self) -> bool:
         """Whether replicas may be planned from history, now or after a switch of the pool."""
-        modes = {setting.replicas for setting in self.pool.settings} if self.pool is not None else set()
-        modes |= {self.replicas.mode} if self.replicas is not None else set()
-        return bool(modes & {"history", "auto"})
+        return bool(self.modes & {"history", "auto"})
+
+    @property
+    def modes(self) -> frozenset[str]:
+        """All ways in which replicas may be planned."""
+        settings = self.pool.settings if self.pool is not None else ()
+        first = "off" if self.replicas is None else self.replicas.mode
+        return frozenset({first, *(setting.replicas for setting in settings)})
 
     def to_text(self) -> str:
         """JSON that `read_start` reads back."""
@@ -201,9 +206,13 @@ def _read_start(path: Path) -> Start:
 
 
 def read_state(directory: Path, name: str) -> dict[str, NDArray[Any]]:
-    """Arrays that a loop had at a start.
+    """Arrays that a loop had at a start, its slots among them.
 
     Raises:
         ConfigError: the file is missing or damaged.
     """
-    return read_npz(Named(path=directory / FOLDER / name, field="--replay", way_out=WAY_OUT))
+    named = Named(path=directory / FOLDER / name, field="--replay", way_out=WAY_OUT)
+    state = read_npz(named)
+    if "slots_LRS" not in state:
+        raise named.refused("has no array slots_LRS")
+    return state
