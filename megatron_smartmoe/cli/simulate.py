@@ -381,15 +381,11 @@ def _setting(value: object, name: str, field: str) -> Any:
 def _compare(saved: list[dict[str, Any]], lines: list[str]) -> int:
     """Print whether the replay made the same decisions, or the first line that differs; returns the exit status.
 
-    The reason of a decision is a text, worded otherwise by earlier versions, whose files are read too: it may differ.
+    Files of earlier versions are read too: they have the reason in other words, and less about a decision.
     """
-
-    def without_reason(line: dict[str, Any]) -> dict[str, Any]:
-        return {key: value for key, value in line.items() if key != "why"}
-
     made = [json.loads(line) for line in lines]
     for number, (old, new) in enumerate(zip(saved, made, strict=False), 1):
-        if without_reason(old) != without_reason(new):
+        if any(value != new.get(key) for key, value in old.items() if key != "why"):
             what = "the trace or the options" if number == 1 else f"decision {number - 1}"
             texts = [json.dumps(one, sort_keys=True)[:200] for one in (old, new)]
             print(f"replay: line {number} differs ({what})\n  saved:  {texts[0]}\n  replay: {texts[1]}")

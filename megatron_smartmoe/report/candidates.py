@@ -88,6 +88,8 @@ def prices(decision: dict[str, Any]) -> str:
             f"a gain counts over {decision['horizon_iterations']:,} iterations, and must be more than "
             f"{decision['margin']:g} times the cost"
         )
+    if decision.get("price_tokens") == 0:
+        return "replica transfers count as nothing: computation hides them, or --smartmoe-replicas-margin is 0"
     if decision.get("price_tokens") is not None:
         return f"a replica transfer takes as long as {decision['price_tokens']:,.0f} tokens of the busiest rank"
     return ""

@@ -10,12 +10,25 @@ import numpy as np
 
 from megatron_smartmoe.errors import ConfigError
 from megatron_smartmoe.report.candidates import candidate_lines, prices, runner_up
-from megatron_smartmoe.report.run_record import RunRecord, is_move, read_decisions, replica_files, whole, with_homes
+from megatron_smartmoe.report.run_record import (
+    RunRecord,
+    is_move,
+    read_decisions,
+    read_lines,
+    replica_files,
+    whole,
+    with_homes,
+)
 from megatron_smartmoe.spec.arrays import FloatArray, IntArray
 from megatron_smartmoe.spec.placement import EMPTY, Placement
 
 _AROUND = 20  # iterations before and after a decision whose load is shown
 _MOST_LAYERS = 8
+_STAYS = {
+    "settling": "the last switch, or the start, is too recent",
+    "margin": "no other setting is predicted to save enough",
+    "trial": "too few steps have been timed since the switch",
+}
 _TITLES = {
     "homes": "homes (which rank owns which expert)",
     "review": "review of the last move of homes",
@@ -39,7 +52,8 @@ def explain(run: RunRecord, directory: Path, iteration: int, layer: int | None) 
     """
     replicas = [one for path in replica_files(directory) for one in read_decisions(path)]
     made = [one for one in [*run.decisions, *replicas] if one["iteration"] == iteration]
-    if not made:
+    stays = [] if any(one["kind"] == "pool" for one in made) else _evaluations(directory, iteration)
+    if not made and not stays:
         others = sorted({int(one["iteration"]) for one in [*run.decisions, *replicas]})
         near = sorted(sorted(others, key=lambda other: abs(other - iteration))[:4])
         rule = "nothing was decided then" + ("" if near else ", nor in any other iteration")
@@ -49,7 +63,19 @@ def explain(run: RunRecord, directory: Path, iteration: int, layer: int | None) 
     for decision in made:
         parts.append("\n".join(f"  {name:<10} {text}" for name, text in _rows(run, decision, layer)))
         parts[-1] = f"{_title(decision)}\n{parts[-1]}"
-    return "\n\n".join(parts)
+    return "\n\n".join([*parts, *stays])
+
+
+def _evaluations(directory: Path, iteration: int) -> list[str]:
+    """Re-evaluations of the pool that changed nothing."""
+    return [
+        f"{_TITLES['pool']}: {one['setting']} stays\n"
+        f"  inputs     a step took {one['step_s'] * 1e3:.1f} ms: median of {one['timed']}, give or take "
+        f"{one['noise_s'] * 1e3:.1f} ms\n"
+        f"  verdict    {_STAYS.get(one['reason'], one['reason'])}"
+        for one in read_lines(directory / "pool.jsonl")
+        if one["iteration"] == iteration
+    ]
 
 
 def _title(decision: dict[str, Any]) -> str:
@@ -108,11 +134,12 @@ def _turned_out(run: RunRecord, decision: dict[str, Any], forecast: dict[str, An
     first, length = decision["iteration"], 1
     if decision["kind"] == "homes":
         first, length = first + 1, _AROUND
-    load_E = _mean_load(run, int(run.trace.layer[forecast["layer"]]), first, first + length)
+    last = min(first + length - 1, int(run.trace.iteration[-1]))
+    load_E = _mean_load(run, int(run.trace.layer[forecast["layer"]]), first, last + 1)
     if load_E is None:
         return []
     shares = ", ".join(f"expert {expert} {load_E[expert] / load_E.sum():.1%}" for expert, _ in forecast["hottest"])
-    when = f"iteration {first}" if length == 1 else f"iterations {first} to {first + length - 1}"
+    when = f"iteration {first}" if first == last else f"iterations {first} to {last}"
     return [f"  turned out in {when}: {shares}"]
 
 

@@ -59,3 +59,8 @@ def test_a_run_of_before_says_so() -> None:
     assert candidate_lines({"kind": "homes"}) == ["not recorded: the run is of an earlier version"]
     assert candidate_lines({"kind": "pool"}) == []
     assert prices({"kind": "homes"}) == ""
+
+
+def test_transfers_that_cost_nothing_say_why() -> None:
+    text = "replica transfers count as nothing: computation hides them, or --smartmoe-replicas-margin is 0"
+    assert prices(REPLICAS | {"price_tokens": 0.0}) == text

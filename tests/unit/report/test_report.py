@@ -224,6 +224,19 @@ def test_a_decision_is_explained(run_dir: Path, capsys: pytest.CaptureFixture[st
     assert "  verdict    refused: does not pay\n" in text
     assert "  changes    no expert moves\n" in text
     assert "no counts were recorded" in text
+    stays = {
+        "iteration": 9,
+        "setting": "homes0-K0-off-ov1",
+        "reason": "margin",
+        "step_s": 0.5,
+        "noise_s": 0.01,
+        "timed": 8,
+    }
+    write_lines(run_dir / "pool.jsonl", [stays])
+    assert main(["explain", str(run_dir), "--iteration", "9"]) == 0
+    text = capsys.readouterr().out
+    assert "homes0-K0-off-ov1 stays\n  inputs     a step took 500.0 ms: median of 8, give or take 10.0 ms\n" in text
+    assert text.endswith("  verdict    no other setting is predicted to save enough\n")
     assert main(["explain", str(run_dir), "--iteration", "7"]) == 2
     error = capsys.readouterr().err
     assert error == ("smartmoe explain: --iteration = 7: nothing was decided then. Decisions near it: 5, 6, 15, 18.\n")
