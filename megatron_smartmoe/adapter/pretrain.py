@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from megatron_smartmoe.adapter import log_filters
 from megatron_smartmoe.adapter.allocator import keep_pages
-from megatron_smartmoe.adapter.device import choose_device
+from megatron_smartmoe.adapter.device import choose_device, refuse_old_megatron
 from megatron_smartmoe.adapter.flags.parser import (
     device_from,
     has_apex,
@@ -54,6 +54,7 @@ def main(argv: Sequence[str] | None = None, callbacks: Iterable[Callback] = ()) 
     try:
         with starting():
             cpu = choose_device(device_from(argv))
+            refuse_old_megatron()
             if cpu:
                 keep_pages(os.environ)
             argv = with_defaults(given, cpu=cpu, say=is_rank_0)
