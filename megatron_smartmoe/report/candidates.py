@@ -20,11 +20,7 @@ def candidate_lines(decision: dict[str, Any], layer: int | None = None) -> list[
         decision: a line of the log.
         layer: the only layer to show, from 1; None for all.
     """
-    shown = [
-        one
-        for one in decision.get("candidates", ())
-        if layer is None or one.get("layer") is None or one["layer"] + 1 == layer
-    ]
+    shown = _of_layer(decision, layer)
     if not decision.get("candidates"):
         return [NOT_RECORDED] if decision["kind"] in ("homes", "replicas", "replans") else []
     names = [*(one["name"] for one in shown), *_nothing(decision)]
@@ -35,13 +31,23 @@ def candidate_lines(decision: dict[str, Any], layer: int | None = None) -> list[
     return [*lines, *(f"  {name:<{width}}  saves nothing, costs nothing" for name in _nothing(decision))]
 
 
+def _of_layer(decision: dict[str, Any], layer: int | None) -> Sequence[Candidate]:
+    candidates: Sequence[Candidate] = decision.get("candidates", ())
+    return [one for one in candidates if layer is None or one.get("layer") is None or one["layer"] + 1 == layer]
+
+
 def _nothing(decision: dict[str, Any]) -> list[str]:
     return [_NOTHING[decision["kind"]]] if decision["kind"] in _NOTHING else []
 
 
-def runner_up(decision: dict[str, Any]) -> str:
-    """The best candidate that was not proposed, and by how much it is worse; empty where there is none."""
-    candidates: Sequence[Candidate] = decision.get("candidates", ())
+def runner_up(decision: dict[str, Any], layer: int | None = None) -> str:
+    """The best candidate that was not proposed, and by how much it is worse; empty where there is none.
+
+    Args:
+        decision: a line of the log.
+        layer: the only layer to show, from 1; None for all.
+    """
+    candidates = _of_layer(decision, layer)
     others = [one for one in candidates if not one["chosen"]]
     chosen = [one for one in candidates if one["chosen"]]
     if not chosen:

@@ -89,7 +89,7 @@ def _rows(run: RunRecord, decision: dict[str, Any], layer: int | None) -> Iterat
         "inputs": [f"digest {decision['inputs']}; placement {decision['before']} -> {decision['after']}"],
         "forecast": _forecast(run, decision, layer),
         "candidates": candidate_lines(decision, layer),
-        "runner-up": [runner_up(decision)],
+        "runner-up": [runner_up(decision, layer)],
         "prices": [prices(decision)],
         "verdict": [f"{_verdict(decision)}: {decision['why']}", *_price(decision)],
         "changes": _changes(run, decision, layer),

@@ -32,7 +32,8 @@ def flags(run_dir: Path) -> list[str]:
 
 def saving(run_dir: Path) -> list[str]:
     folder = str(run_dir / "checkpoints")
-    return ["--save", folder, "--load", folder, "--save-interval", str(SAVED_AT)]
+    schedule = ["--lr-decay-iters", str(ENDED_AT)]  # of the resumed run too
+    return ["--save", folder, "--load", folder, "--save-interval", str(SAVED_AT), *schedule]
 
 
 @pytest.fixture(scope="module")
