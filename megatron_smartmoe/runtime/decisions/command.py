@@ -153,6 +153,9 @@ def _check_trace(starts: Sequence[Start], trace: RoutingTrace) -> None:
         if sees_passes and start.passes > 1 and not trace.has_micro_batches:
             rule = f"the trace sums the {start.micro_batches} micro-batches of an iteration, and replicas are planned "
             raise _refused(f"{rule}from each", f"Train with {_RECORD_MICRO}, beside {_RECORD_TRACE}.")
+        if trace.has_micro_batches and trace.counts.shape[3] < start.passes:
+            rule = f"the trace has {trace.counts.shape[3]} micro-batches, and an iteration of the run {start.passes}"
+            raise _refused(rule, _OTHER_TRACE)
         if start.expert_shares > 1 and "auto" in start.modes:
             rule = "ranks that share an expert split its tokens each for itself, and the trace has their sum"
             raise _refused(rule, "Runs with --expert-tensor-parallel-size 1, or without auto, can be replayed.")

@@ -54,7 +54,9 @@ def run_dir(tmp_path: Path) -> Path:
     ]
     write_lines(run / "metrics.jsonl", [*losses, {"iteration": 20, "validation": {"lm loss": 5.1}}])
     moved = [[0, 0, 1, 1, 2], [0, 1, 0, 2, 1]]
-    refused = decision(15, "homes", [[1, 0, 0, 0, 3]], taken=False, why="does not pay")
+    move = {"name": "move 1 <i> of layer 2", "chosen": True, "layer": 1, "gain_s": 0.002, "cost_s": 1.0}
+    prices = {"candidates": [move], "horizon_iterations": 100, "margin": 2.0}
+    refused = decision(15, "homes", [[1, 0, 0, 0, 3]], taken=False, why="does not pay", **prices)
     kept = decision(18, "review", [], realised_gain_s=0.001, why="measured 1.0 ms/iter: kept")
     write_lines(run / "smartmoe.jsonl", [decision(5, "homes", moved), refused, kept])
     write_lines(run / "replicas-stage0-group0.jsonl", [decision(6, "replicas", [[1, 1, 2, -1, 0]])])
@@ -95,6 +97,9 @@ def test_the_page_stands_alone_and_says_what_happened(run_dir: Path, capsys: pyt
     assert "pays &lt;b&gt;: 2.0 ms" in text, "texts of the log are no markup"
     assert '<tr class="refused"><td class="number">15</td><td>homes</td><td>1 expert</td><td>refused</td>' in text
     assert '+2.000</td><td class="number">+1.000</td>' in text
+    assert "&gt; move 1 &lt;i&gt; of layer 2  saves +2.000 ms per iteration, costs 1000.000 ms once\n" in text
+    assert "a gain counts over 100 iterations, and must be more than 2 times the cost</details>" in text
+    assert text.count("<summary>candidates</summary>") == 1
     ids = re.findall(r' id="([^"]+)"', text)
     assert len(ids) == len(set(ids))
     assert all(target in ids for target in re.findall(r'href="#([^"]+)"', text))
