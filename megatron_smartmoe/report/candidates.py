@@ -74,7 +74,8 @@ def price(one: Candidate, decision: dict[str, Any]) -> str:
         transfers, tokens = one.get("transfers", 0), one["busiest_tokens"]
         each = decision.get("price_tokens", 0.0)
         worth = f", worth {tokens + transfers * each:,.0f} tokens with the transfers" if each and transfers else ""
-        return f"busiest rank {tokens:,.0f} tokens, {_number(transfers, 'replica transfer')} in a row{worth}"
+        per = "a micro-batch" if decision["kind"] == "replans" else "an iteration"
+        return f"busiest rank {tokens:,.0f} tokens {per}, {_number(transfers, 'replica transfer')} in a row{worth}"
     parts = []
     if "step_s" in one:
         parts.append(f"a step of {one['step_s'] * 1e3:.1f} ms")

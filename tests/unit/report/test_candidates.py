@@ -40,10 +40,12 @@ def test_candidates_have_their_prices_beside_them() -> None:
 def test_tokens_are_compared_with_their_transfers() -> None:
     planned, none = candidate_lines(REPLICAS)
     assert planned == (
-        "> layer 1: replicas as planned  busiest rank 1,000 tokens, 1 replica transfer in a row, worth 1,100 tokens "
-        "with the transfers"
+        "> layer 1: replicas as planned  busiest rank 1,000 tokens an iteration, 1 replica transfer in a row, worth "
+        "1,100 tokens with the transfers"
     )
-    assert none == "  layer 1: no replicas          busiest rank 1,300 tokens, 0 replica transfers in a row"
+    assert (
+        none == "  layer 1: no replicas          busiest rank 1,300 tokens an iteration, 0 replica transfers in a row"
+    )
     assert runner_up(REPLICAS) == "layer 1: no replicas, 200 tokens worse"
     assert prices(REPLICAS) == "a replica transfer takes as long as 100 tokens of the busiest rank"
 
