@@ -101,6 +101,24 @@ def _check_router(args: argparse.Namespace, name: str, gate: Gate) -> None:
         rule = f"is not supported with {GATE} {name}: random numbers are told apart by layer and micro-batch, and the "
         rule += "depths share one layer"
         raise ConfigError("--mtp-use-repeated-layer", True, rule, f"Remove it, or {GATE}.")
+    if args.use_checkpoint_args:
+        return  # the sizes are in a checkpoint
+    if gate.equal_shares:
+        _check_shares(args, name)
+    experts_per_rank = args.num_experts // args.expert_model_parallel_size
+    if gate.fits_in_rank and args.moe_router_topk > experts_per_rank:
+        rule = f"must be at most {experts_per_rank}, the experts of a rank, with {GATE} {name}: a token that is given "
+        rule += "to a rank needs different experts there"
+        raise ConfigError("--moe-router-topk", args.moe_router_topk, rule, "Use fewer expert-parallel ranks.")
+
+
+def _check_shares(args: argparse.Namespace, name: str) -> None:
+    """Every expert gets the same number of a rank's tokens."""
+    split = args.context_parallel_size * (args.tensor_model_parallel_size if args.sequence_parallel else 1)
+    tokens = args.micro_batch_size * args.seq_length // split
+    if tokens % args.num_experts:
+        rule = f"gives a rank {tokens} tokens, which --num-experts = {args.num_experts} must divide with {GATE} {name}"
+        raise ConfigError("--micro-batch-size", args.micro_batch_size, rule, f"Pass {args.num_experts}, for example.")
 
 
 def _coeff(args: argparse.Namespace) -> float:

@@ -8,6 +8,7 @@ experts only, so balancing cannot change what it chooses.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -106,9 +107,17 @@ class GateRouter(TopKRouter):
         dist.all_reduce(total, group=self.tp_cp_group)
         return sums + (total - sums.detach())
 
-    def tokens_in_micro_batch(self, logits_TE: torch.Tensor) -> int:
-        """Tokens of the micro-batch on all ranks that share it."""
-        return int(len(logits_TE) * self.tp_cp_group.size())
+    def first_choice_loss(self, probs_TE: torch.Tensor, first_TE: torch.Tensor) -> torch.Tensor:
+        """l_aux of GShard's algorithm 1, times E^2, so that it is 1 where the load is even.
+
+        Args:
+            probs_TE: softmax over all experts.
+            first_TE: each token's first choice, before any is dropped.
+        """
+        num_tokens = len(probs_TE) * self.tp_cp_group.size()
+        share_E = self.over_ranks(first_TE.sum(dim=0).to(probs_TE.dtype)) / num_tokens
+        mean_E = self.over_ranks(probs_TE.sum(dim=0)) / num_tokens
+        return (share_E * mean_E).sum() * self.num_experts
 
     def _with_loss(self, weights_TE: torch.Tensor, loss: torch.Tensor) -> torch.Tensor:
         # Every rank has the whole loss, and Megatron logs the sum over the ranks: its value is divided, not its slope.
@@ -128,6 +137,29 @@ def spread(values_TK: torch.Tensor, experts_TK: torch.Tensor, num_experts: int) 
     """Values of chosen experts as rows over all experts, 0 for the others."""
     zeros_TE = values_TK.new_zeros(len(values_TK), num_experts)
     return zeros_TE.scatter(1, experts_TK, values_TK)
+
+
+def one_hot(experts_T: torch.Tensor, num_experts: int) -> torch.Tensor:
+    """Bool rows over all experts."""
+    return experts_T.unsqueeze(1) == torch.arange(num_experts, device=experts_T.device)
+
+
+def fitting(chosen_KTE: Sequence[torch.Tensor], capacity: int) -> torch.Tensor:
+    """Which choices get a place in their expert's buffer, bool `[T, E]`.
+
+    First choices go first, in the order of the tokens, then second ones and so on; a choice that finds no place is
+    counted all the same.
+
+    Args:
+        chosen_KTE: every token's first choice, second choice and so on, bool `[T, E]` each.
+        capacity: places of an expert.
+    """
+    kept_TE, before_E = torch.zeros_like(chosen_KTE[0]), torch.zeros_like(chosen_KTE[0][0], dtype=torch.int64)
+    for chosen_TE in chosen_KTE:
+        position_TE = before_E + chosen_TE.cumsum(dim=0) - 1
+        kept_TE = kept_TE | (chosen_TE & (position_TE < capacity))
+        before_E = before_E + chosen_TE.sum(dim=0)
+    return kept_TE
 
 
 def router_of(gate: str) -> type[GateRouter] | None:

@@ -36,6 +36,8 @@ class Gate:
         least_choices: experts per token that it needs.
         draws: whether it draws random numbers.
         drops: whether it can leave choices out, so that it needs a capacity.
+        equal_shares: whether the tokens of a rank must be a multiple of the experts.
+        fits_in_rank: whether a rank needs at least as many experts as a token has choices.
     """
 
     paper: str
@@ -47,6 +49,8 @@ class Gate:
     least_choices: int = 1
     draws: bool = False
     drops: bool = False
+    equal_shares: bool = False
+    fits_in_rank: bool = False
 
 
 _NO_LOSS: dict[str, Value] = {AUX: "none", COEFF: "0"}
@@ -73,6 +77,47 @@ GATES: dict[str, Gate] = {
         router="noisy_top_k:NoisyTopKRouter",
         least_choices=2,
         draws=True,
+    ),
+    "gshard": Gate(
+        paper="GShard (arXiv 2006.16668)",
+        what="two experts, the second by chance, first choices before second ones at the capacity; algorithm 1 and its "
+        "loss",
+        sets={_TOP_K: "2", AUX: "aux_loss", _DROP: "position", **_SOFTMAX_OF_CHOSEN},
+        suggests={COEFF: "0.01", CAPACITY: "1"},
+        router="gshard:GShardRouter",
+        depends="capacity per rank",
+        draws=True,
+        drops=True,
+    ),
+    "base": Gate(
+        paper="BASE layers (arXiv 2103.16716)",
+        what="one expert with the sigmoid of its score; in training the best assignment that gives every expert the "
+        "same number of tokens, section 3",
+        sets={_TOP_K: "1", _SCORES: "sigmoid", _PRE_SOFTMAX: False, **_NO_LOSS},
+        router="base:BaseRouter",
+        depends="tokens of a rank are assigned together",
+        equal_shares=True,
+    ),
+    "swipe": Gate(
+        paper="BaGuaLu (PPoPP 2022)",
+        what="top-k; in training choices that are too many for a rank go to ranks with room, so that all ranks have "
+        "the same number",
+        sets={**_NO_LOSS, **_SOFTMAX_OF_CHOSEN},
+        router="swipe:SwipeRouter",
+        depends="logical expert-parallel ranks",
+        least_choices=2,
+        fits_in_rank=True,
+    ),
+    "dynamic-capacity": Gate(
+        paper="Tutel (arXiv 2206.03382)",
+        what="top-k with the capacity that a micro-batch needs, up to a bound; first choices before later ones, "
+        "GShard's loss",
+        sets={AUX: "aux_loss", _DROP: "position", **_SOFTMAX_OF_CHOSEN},
+        suggests={COEFF: "0.01", CAPACITY: "2"},
+        router="dynamic_capacity:DynamicCapacityRouter",
+        depends="capacity per rank",
+        least_choices=2,
+        drops=True,
     ),
 }
 
