@@ -38,6 +38,7 @@ class Gate:
         drops: whether it can leave choices out, so that it needs a capacity.
         equal_shares: whether the tokens of a rank must be a multiple of the experts.
         fits_in_rank: whether a rank needs at least as many experts as a token has choices.
+        parameters: of its router, besides Megatron's.
     """
 
     paper: str
@@ -51,6 +52,7 @@ class Gate:
     drops: bool = False
     equal_shares: bool = False
     fits_in_rank: bool = False
+    parameters: tuple[str, ...] = ()
 
 
 _NO_LOSS: dict[str, Value] = {AUX: "none", COEFF: "0"}
@@ -75,6 +77,7 @@ GATES: dict[str, Gate] = {
         sets={AUX: "aux_loss", **_SOFTMAX_OF_CHOSEN},
         suggests={COEFF: "0.1"},
         router="noisy_top_k:NoisyTopKRouter",
+        parameters=("noise_weight",),
         least_choices=2,
         draws=True,
     ),
@@ -135,3 +138,13 @@ def flag_values(gate: Gate) -> dict[str, str | bool]:
 def has_router(name: str) -> bool:
     """Whether a gate is computed by a router of this package."""
     return name in GATES and GATES[name].router is not None
+
+
+def extra_parameters(name: str) -> tuple[str, ...]:
+    """The parameters of a gate's router besides Megatron's."""
+    return GATES[name].parameters if name in GATES else ()
+
+
+def parameter_names() -> frozenset[str]:
+    """The parameters that routers of this package have besides Megatron's."""
+    return frozenset(name for gate in GATES.values() for name in gate.parameters)
