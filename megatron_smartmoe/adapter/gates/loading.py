@@ -10,7 +10,7 @@ from typing import Any
 import torch.distributed as dist
 from megatron.core.dist_checkpointing import load_tensors_metadata
 from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace, nested_values
-from megatron.core.dist_checkpointing.mapping import LocalNonPersistentObject, ShardedTensor
+from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedTensor
 
 from megatron_smartmoe.adapter.gates.table import parameter_names
 
@@ -45,4 +45,4 @@ def _is_of_gate(value: object) -> bool:
 
 def _kept(absent: set[str], value: Any) -> Any:
     """What a model's parameter is loaded from: itself, where the checkpoint has none."""
-    return LocalNonPersistentObject(value.data) if _is_of_gate(value) and value.key in absent else value
+    return LocalNonpersistentObject(value.data) if _is_of_gate(value) and value.key in absent else value
