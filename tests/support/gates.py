@@ -34,7 +34,7 @@ def router(gate: str, num_experts: int, top_k: int, **changes: Any) -> Any:
         **(values | changes),
     )
     alone = mock.Mock(**{"size.return_value": 1, "rank.return_value": 0})
-    names = ("tp", "cp", "tp_cp", "tp_dp_cp", "ep")
+    names = ("tp", "cp", "tp_cp", "tp_dp_cp", "ep", "tp_ep")
     cls = router_of(gate)
     assert cls is not None
     built = cls(config=config, pg_collection=SimpleNamespace(**dict.fromkeys(names, alone)))

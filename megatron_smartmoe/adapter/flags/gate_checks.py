@@ -5,7 +5,17 @@ from __future__ import annotations
 import argparse
 
 from megatron_smartmoe.adapter.flags.parser import attribute
-from megatron_smartmoe.adapter.gates.table import AUX, CAPACITY, COEFF, GATE, GATES, TOP_K, Gate
+from megatron_smartmoe.adapter.gates.table import (
+    AUX,
+    CAPACITY,
+    COEFF,
+    GATE,
+    GATES,
+    OUTGOING,
+    OUTGOING_DEFAULT,
+    TOP_K,
+    Gate,
+)
 from megatron_smartmoe.errors import ConfigError
 
 # Options that change which experts are chosen, in ways that no paper of a gate defines: flag -> what it does.
@@ -34,7 +44,11 @@ def check_gate(args: argparse.Namespace) -> None:
     Raises:
         ConfigError: the first rule that is broken.
     """
-    name = args.smartmoe_gate
+    name, outgoing = args.smartmoe_gate, args.smartmoe_gate_outgoing
+    if name != "topology" and outgoing != OUTGOING_DEFAULT:
+        raise ConfigError(OUTGOING, outgoing, f"needs {GATE} topology", f"Add {GATE} topology, or remove it.")
+    if not 0 <= outgoing <= 1:  # also refuses NaN
+        raise ConfigError(OUTGOING, outgoing, "must be a share from 0 to 1", f"Pass {OUTGOING_DEFAULT}, for example.")
     if name == TOP_K:
         return
     if args.num_experts is None and not args.use_checkpoint_args:

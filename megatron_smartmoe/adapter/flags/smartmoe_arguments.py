@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from megatron_smartmoe.adapter.gates.table import GATE, GATES, TOP_K
+from megatron_smartmoe.adapter.gates.table import GATE, GATES, OUTGOING, OUTGOING_DEFAULT, TOP_K
 from megatron_smartmoe.checkpoint.manifest import LEVELS
 from megatron_smartmoe.planner.flags import HOMES_INTERVAL, OVERLAP_DEGREE, SPARE_SLOTS
 
@@ -84,6 +84,14 @@ def add_smartmoe_arguments(parser: argparse.ArgumentParser) -> argparse.Argument
         help="How tokens choose experts (docs/gates.md). top-k: as Megatron's own flags say. "
         + " ".join(f"{name}: {gate.what}." for name, gate in GATES.items())
         + " Works without --smartmoe too. Default: top-k.",
+    )
+    group.add_argument(
+        OUTGOING,
+        type=float,
+        metavar="SHARE",
+        default=OUTGOING_DEFAULT,
+        help=f"With {GATE} topology: the share of a rank's tokens whose best expert may be on another node, from 0 to "
+        f"1. Default: {OUTGOING_DEFAULT}, FasterMoE's.",
     )
     group.add_argument(
         OVERLAP_DEGREE,

@@ -8,6 +8,7 @@ experts only, so balancing cannot change what it chooses.
 from __future__ import annotations
 
 import importlib
+from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -43,6 +44,9 @@ class GateRouter(TopKRouter):
     """
 
     draws: Draws | None = None
+
+    def configure(self, args: Namespace) -> None:
+        """Take what the gate needs of a run's arguments, besides Megatron's configuration; nothing here."""
 
     def choose(self, logits_TE: torch.Tensor, num_rows: int) -> Choice:
         """The gate.

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 GATE = "--smartmoe-gate"
+OUTGOING = "--smartmoe-gate-outgoing"
+OUTGOING_DEFAULT = 0.14  # of the code of FasterMoE's authors
 TOP_K = "top-k"  # Megatron's own router, as its flags say
 
 AUX = "--moe-router-load-balancing-type"
@@ -121,6 +123,26 @@ GATES: dict[str, Gate] = {
         depends="capacity per rank",
         least_choices=2,
         drops=True,
+    ),
+    "distributed-capacity": Gate(
+        paper="FastMoE (DCGate of its code)",
+        what="top-k with a capacity that the ranks of an expert-parallel group share, first choices before later ones; "
+        "GShard's loss",
+        sets={AUX: "aux_loss", _DROP: "position", **_SOFTMAX_OF_CHOSEN},
+        suggests={COEFF: "0.01", CAPACITY: "1.2"},
+        router="distributed_capacity:DistributedCapacityRouter",
+        depends="capacity per expert-parallel group",
+        least_choices=2,
+        drops=True,
+    ),
+    "topology": Gate(
+        paper="FasterMoE (PPoPP 2022)",
+        what=f"two experts; where the best one of too many tokens ({OUTGOING}) is on another node, the others stay on "
+        "theirs; GShard's loss",
+        sets={_TOP_K: "2", AUX: "aux_loss", **_SOFTMAX_OF_CHOSEN},
+        suggests={COEFF: "0.01"},
+        router="topology:TopologyRouter",
+        depends="nodes of the logical expert-parallel ranks",
     ),
 }
 

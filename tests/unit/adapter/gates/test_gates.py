@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_smartmoe.adapter.gates.distributed_capacity import granted, places_before
 from megatron_smartmoe.adapter.gates.noisy_top_k import keep_top_k, squared_variation
 from megatron_smartmoe.adapter.gates.router import fitting
 from megatron_smartmoe.adapter.gates.swipe import distinct, shares
+from megatron_smartmoe.adapter.gates.topology import near_or_best
 from megatron_smartmoe.errors import CompatError
 from tests.support.gates import HIDDEN, logits_of, router
 
@@ -204,6 +206,54 @@ def test_dynamic_capacity_by_hand() -> None:
     assert wide.choose(logits_of(rows), num_rows=3).chosen_TE.sum() == 6
 
 
+# --- FastMoE's distributed capacity -----------------------------------------------------------------------------------
+
+
+def test_distributed_capacity_by_hand() -> None:
+    """Two ranks of two tokens, top-2 of two experts, three places each, which go to first choices first.
+
+    Expert 0 is the first choice of both tokens of rank 0 and of one of rank 1: it has no place for a second choice.
+    Expert 1 is the first choice of rank 1's other token, then of rank 0's second choices, and has none for rank 1's.
+    """
+    first, second = torch.tensor([0, 0]), torch.tensor([1, 1])
+    ranks = [[torch.nn.functional.one_hot(each, 2).bool() for each in (first, second)]]
+    ranks += [[torch.tensor([[True, False], [False, True]]), torch.tensor([[False, True], [True, False]])]]
+    counts_SKE = torch.stack([torch.stack([chosen.sum(dim=0) for chosen in rank]) for rank in ranks])
+    assert places_before(counts_SKE, 0).tolist() == [[0, 0], [3, 1]]
+    assert places_before(counts_SKE, 1).tolist() == [[2, 0], [3, 3]]
+    kept = [granted(rank, places_before(counts_SKE, source), 3).tolist() for source, rank in enumerate(ranks)]
+    assert kept == [[[True, True], [True, True]], [[True, False], [False, True]]]
+
+
+def test_one_rank_alone_has_gshards_places() -> None:
+    generator = torch.Generator().manual_seed(4)
+    experts_T2 = torch.rand(40, 6, generator=generator).topk(2, dim=1).indices
+    chosen_2TE = [torch.nn.functional.one_hot(experts_T, 6).bool() for experts_T in experts_T2.unbind(dim=1)]
+    counts_SKE = torch.stack([chosen_TE.sum(dim=0) for chosen_TE in chosen_2TE])[None]
+    for capacity in (3, 9, 40):
+        assert torch.equal(granted(chosen_2TE, places_before(counts_SKE, 0), capacity), fitting(chosen_2TE, capacity))
+
+
+# --- FasterMoE's topology-aware gate ----------------------------------------------------------------------------------
+
+
+def test_topology_by_hand() -> None:
+    """Experts 0 and 1 are near. Tokens 0, 2 and 3 like one of the far ones best; one of four tokens may leave: 3."""
+    rows = [[0.0, 1.0, 2.0, -1.0], [3.0, 0.0, 2.0, 1.0], [1.0, 0.5, 0.0, 2.5], [0.2, 0.1, 4.0, 0.3]]
+    near_E = torch.tensor([True, True, False, False])
+    experts_T2 = near_or_best(torch.tensor(rows), near_E, 0.25)
+    assert experts_T2.tolist() == [[1, 0], [0, 1], [0, 1], [0, 2]]
+    assert near_or_best(torch.tensor(rows), near_E, 0.75).tolist() == [[2, 1], [0, 2], [3, 0], [2, 3]]  # all may
+    assert near_or_best(torch.tensor(rows), near_E, 0.0).tolist() == [[1, 0], [0, 1], [0, 1], [0, 1]]
+
+
+def test_a_node_of_one_expert_has_no_topology(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.distributed.get_process_group_ranks", lambda group: [0, 1])
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    with pytest.raises(CompatError, match="experts on a node = 1: must be at least 2"):
+        router("topology", num_experts=2, top_k=2)
+
+
 # --- all --------------------------------------------------------------------------------------------------------------
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -212,17 +262,20 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "base": {"top_k": 1},
     "swipe": {"top_k": 2},
     "dynamic-capacity": {"top_k": 2, "moe_expert_capacity_factor": 0.8},
+    "distributed-capacity": {"top_k": 2, "moe_expert_capacity_factor": 0.8},
+    "topology": {"top_k": 2},
 }
 
 
 @pytest.fixture
 def one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    """SWIPE's exchange among one rank, which has room for all of its own choices."""
+    """The exchanges of gates among one rank."""
 
     def gather(output: torch.Tensor, part: torch.Tensor, group: Any) -> None:
         output.copy_(part)
 
     monkeypatch.setattr("torch.distributed.all_gather_into_tensor", gather)
+    monkeypatch.setattr("torch.distributed.get_process_group_ranks", lambda group: [0])
 
 
 @pytest.mark.parametrize("gate", SETTINGS)
