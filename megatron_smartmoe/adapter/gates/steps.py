@@ -34,7 +34,6 @@ class GateSteps(Callback):
                     "was not built through Megatron's get_moe_module_spec_for_backend, where this project puts its "
                     f"gates. Build the layer there, or remove {GATE}."
                 )
-            router.configure(run.args)
             router.draws = Draws(run.args.seed, number, _part_of(router))
             self._draws.append(router.draws)
 

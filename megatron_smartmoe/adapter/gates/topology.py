@@ -10,7 +10,7 @@ import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_smartmoe.adapter.cost_inputs import ranks_per_node
-from megatron_smartmoe.adapter.gates.router import Choice, GateRouter, one_hot, spread
+from megatron_smartmoe.adapter.gates.router import Choice, GateRouter, one_hot, settled, spread
 from megatron_smartmoe.adapter.gates.table import OUTGOING_DEFAULT
 from megatron_smartmoe.errors import CompatError
 
@@ -30,10 +30,15 @@ class TopologyRouter(GateRouter):
     is the same in training and evaluation.
 
     Attributes:
-        outgoing: the share; the paper's until a run sets it.
+        outgoing: the share.
     """
 
     outgoing = OUTGOING_DEFAULT
+
+    @classmethod
+    def of_run(cls, args: Namespace) -> type[GateRouter]:
+        """This router with the share of a run."""
+        return settled(cls, outgoing=float(args.smartmoe_gate_outgoing))
 
     def __init__(self, *args: Any, pg_collection: ProcessGroupCollection, **kwargs: Any) -> None:
         super().__init__(*args, pg_collection=pg_collection, **kwargs)
@@ -47,10 +52,6 @@ class TopologyRouter(GateRouter):
                 "--smartmoe-gate topology: experts on a node = 1: must be at least 2, so that a token can stay there. "
                 "Use fewer expert-parallel ranks, or another gate."
             )
-
-    def configure(self, args: Namespace) -> None:
-        """Take the share from a run's arguments."""
-        self.outgoing = args.smartmoe_gate_outgoing
 
     def choose(self, logits_TE: torch.Tensor, num_rows: int) -> Choice:
         """See the class."""
