@@ -7,6 +7,7 @@ import pytest
 from megatron_smartmoe.adapter.flags.parser import gate_defaults
 from megatron_smartmoe.adapter.gates.table import GATES
 from megatron_smartmoe.adapter.launch.flags import merge
+from megatron_smartmoe.spec.run import FlagValue
 from tests.support.checks import Case, said_of
 
 LOSS = ("--moe-router-load-balancing-type", "--moe-aux-loss-coeff")
@@ -126,6 +127,11 @@ def test_a_preset_says_what_it_sets() -> None:
 
 
 def test_a_gate_of_the_command_line_replaces_the_configurations_flags() -> None:
-    config = {"moe-router-topk": "2", "moe-aux-loss-coeff": "1e-3", "moe-router-pre-softmax": True, "lr": "1"}
+    config: dict[str, FlagValue] = {
+        "moe-router-topk": "2",
+        "moe-aux-loss-coeff": "1e-3",
+        "moe-router-pre-softmax": True,
+        "lr": "1",
+    }
     assert merge(config, ["--smartmoe-gate", "switch"], known=()) == ["--lr", "1", "--smartmoe-gate", "switch"]
     assert merge(config, ["--smartmoe-gate", "top-k"], known=())[:2] == ["--moe-router-topk", "2"]
