@@ -286,6 +286,7 @@ def attach_checkpoints(saves: CheckpointSaves, loads: CheckpointLoads) -> None:
     Raises:
         CompatError: this Megatron lacks a function that has to be hooked.
     """
+    from megatron_smartmoe.adapter.checkpoint.writer import hashing
     from megatron_smartmoe.adapter.gates import loading as gate_loading
 
     training = importlib.import_module(_LOOP_MODULE)
@@ -307,6 +308,7 @@ def attach_checkpoints(saves: CheckpointSaves, loads: CheckpointLoads) -> None:
     rebind(checkpointing, "ensure_directory_exists", saves.recorded, key=key)
     rebind(serialization, "save_config", saves.recorded, key=key)
     rebind(writer, "finish", saves.recorded, key=key)
+    rebind(writer, "write_preloaded_data", hashing, key="checksum")
     rebind(writer, "write_preloaded_data", saves.noted, key=key)
     rebind(checkpointing.torch, "save", saves.recorded_if_legacy, key=key)
 

@@ -28,10 +28,11 @@ from megatron_smartmoe.spec.run import load_run_spec
 from megatron_smartmoe.spec.trace import load_trace
 
 _SMALLER = (
-    "--num-layers 2 --micro-batch-size 4 --global-batch-size 4 --expert-model-parallel-size 1 "
+    "--num-layers 2 --hidden-size 64 --ffn-hidden-size 128 --moe-ffn-hidden-size 128 --seq-length 64 "
+    "--max-position-embeddings 64 --micro-batch-size 4 --global-batch-size 4 --expert-model-parallel-size 1 "
     "--pipeline-model-parallel-size 1 --eval-iters 20 --log-interval 1 --no-smartmoe "
     "--no-smartmoe-homes-interval --no-save --no-load --no-save-interval --no-tensorboard-dir "
-    "--no-dist-ckpt-optim-fully-reshardable --smartmoe-rehearsal off --smartmoe-device cpu"
+    "--no-dist-ckpt-optim-fully-reshardable --smartmoe-rehearsal off --smartmoe-device cpu --smartmoe-watchdog off"
 ).split()
 _LAST = 50  # iterations whose load is averaged
 

@@ -112,7 +112,8 @@ class GateRouter(TopKRouter):
             return sums
         total = sums.detach().clone()
         dist.all_reduce(total, group=self.tp_cp_group)
-        return sums + (total - sums.detach())
+        with_all: torch.Tensor = sums + (total - sums.detach())
+        return with_all
 
     def first_choice_loss(self, probs_TE: torch.Tensor, first_TE: torch.Tensor) -> torch.Tensor:
         """l_aux of GShard's algorithm 1, times E^2, so that it is 1 where the load is even.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -18,7 +19,7 @@ from megatron_smartmoe.adapter.gates.zero_computation import ZeroComputationRout
 from megatron_smartmoe.errors import CompatError
 from tests.support.gates import HIDDEN, logits_of, router
 
-CLOSE = {"rtol": 1e-6, "atol": 1e-7}
+assert_close = functools.partial(torch.testing.assert_close, rtol=1e-6, atol=1e-7)
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +40,7 @@ def test_noisy_top_k_by_hand() -> None:
     weights_TE, chosen_TE, threshold_TE = keep_top_k(torch.tensor([[1.0, 0.0, 2.0], [3.0, 3.5, -1.0]]), 2)
     heavier, even = 1 / (1 + math.exp(-1)), 1 / (1 + math.exp(-0.5))
     assert chosen_TE.tolist() == [[True, False, True], [True, True, False]]
-    torch.testing.assert_close(weights_TE, torch.tensor([[1 - heavier, 0, heavier], [1 - even, even, 0]]), **CLOSE)
+    assert_close(weights_TE, torch.tensor([[1 - heavier, 0, heavier], [1 - even, even, 0]]))
     assert threshold_TE.tolist() == [[0.0, 1.0, 0.0], [-1.0, -1.0, 3.0]]
 
 
@@ -65,7 +66,7 @@ def test_the_losses_of_noisy_top_k_by_hand() -> None:
         sum((v - sum(values) / 3) ** 2 for v in values) / 3 / (sum(values) / 3) ** 2
         for values in (importance_E, load_E)
     )
-    torch.testing.assert_close(float(choice.loss), expected, rtol=1e-5, atol=0)
+    assert_close(float(choice.loss), expected, rtol=1e-5, atol=0)
     assert float(squared_variation(torch.tensor([1.0, 3.0]))) == pytest.approx(0.25)
 
 
@@ -77,7 +78,7 @@ def test_noise_is_for_training() -> None:
     weights, chosen = gate(hidden)
     logits_TE = torch.nn.functional.linear(hidden.view(12, HIDDEN), gate.weight)
     expected = keep_top_k(logits_TE, 2)
-    torch.testing.assert_close(weights, expected[0])
+    assert_close(weights, expected[0])
     assert torch.equal(chosen, expected[1])
     assert not torch.equal(noisy, weights)
 
@@ -108,13 +109,13 @@ def test_gshard_by_hand() -> None:
     assert choice.chosen_TE.tolist() == [[True, True], [True, False], [False, False], [False, True]]
     share = 1 / (1 + math.exp(-0.5))
     expected = [[share, 1 - share], [1 / (1 + math.exp(-1)), 0], [0, 0], [0, 1 / (1 + math.exp(-2))]]
-    torch.testing.assert_close(choice.weights_TE, torch.tensor(expected, dtype=torch.float64), **CLOSE)
+    assert_close(choice.weights_TE, torch.tensor(expected, dtype=torch.float64))
     assert choice.loss is None
     gate.train()
     first = [1 / (1 + math.exp(b - a)) for a, b in rows]
     mean_0 = sum(first) / 4
     expected_loss = 4 * (0.75 * mean_0 + 0.25 * (1 - mean_0)) / 2
-    torch.testing.assert_close(float(gate.choose(logits_of(rows), num_rows=4).loss), expected_loss, **CLOSE)
+    assert_close(float(gate.choose(logits_of(rows), num_rows=4).loss), expected_loss)
 
 
 def test_chance_keeps_the_second_expert_as_often_as_it_weighs() -> None:
@@ -146,10 +147,10 @@ def test_base_by_hand() -> None:
     choice = gate.choose(logits_of(rows), num_rows=2)
     sigmoid = [1 / (1 + math.exp(-x)) for x in (5, 3, 4)]
     expected = torch.tensor([[sigmoid[0], 0], [0, sigmoid[1]]], dtype=torch.float64)
-    torch.testing.assert_close(choice.weights_TE, expected, **CLOSE)
+    assert_close(choice.weights_TE, expected)
     gate.eval()
     expected = torch.tensor([[sigmoid[0], 0], [sigmoid[2], 0]], dtype=torch.float64)
-    torch.testing.assert_close(gate.choose(logits_of(rows), num_rows=2).weights_TE, expected, **CLOSE)
+    assert_close(gate.choose(logits_of(rows), num_rows=2).weights_TE, expected)
 
 
 def test_base_needs_equal_shares() -> None:
@@ -203,7 +204,7 @@ def test_dynamic_capacity_by_hand() -> None:
     assert choice.chosen_TE.tolist() == [[True, True, False], [False, True, True], [True, False, False]]
     kept = 1 / (1 + math.exp(-1))
     expected = torch.tensor([[kept, 1 - kept, 0], [0, 1 - kept, kept], [kept, 0, 0]], dtype=torch.float64)
-    torch.testing.assert_close(choice.weights_TE, expected, **CLOSE)
+    assert_close(choice.weights_TE, expected)
     wide = router("dynamic-capacity", num_experts=3, top_k=2, moe_expert_capacity_factor=3.0)
     assert wide.choose(logits_of(rows), num_rows=3).chosen_TE.sum() == 6
 
