@@ -101,7 +101,8 @@ CASES = {
     ),
     "a share without its gate": Case(
         flags="--smartmoe-gate-outgoing 0.3",
-        says="--smartmoe-gate-outgoing = 0.3: needs --smartmoe-gate topology. Add --smartmoe-gate topology, or remove it.",
+        says="--smartmoe-gate-outgoing = 0.3: needs --smartmoe-gate topology. Add --smartmoe-gate topology, or "
+        "remove it.",
     ),
     "a share above 1": Case(
         flags="--smartmoe-gate topology --smartmoe-gate-outgoing 14",
@@ -111,8 +112,8 @@ CASES = {
     "experts of an unknown kind": Case(
         flags="--smartmoe --smartmoe-gate moe++ --smartmoe-zero-experts zero=1,skip=2",
         without=LOSS,
-        says="--smartmoe-zero-experts = 'zero=1,skip=2': must name how many experts there are of each kind: zero, copy, "
-        "constant; and at least one. Pass zero=1,copy=1,constant=2, for example.",
+        says="--smartmoe-zero-experts = 'zero=1,skip=2': must name how many experts there are of each kind: zero, "
+        "copy, constant; and at least one. Pass zero=1,copy=1,constant=2, for example.",
     ),
     "no weight of experts that cost nothing": Case(
         flags="--smartmoe --smartmoe-gate moe++ --smartmoe-zero-experts-tau 0",

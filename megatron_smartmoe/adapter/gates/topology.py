@@ -38,7 +38,7 @@ class TopologyRouter(GateRouter):
     @classmethod
     def of_run(cls, args: Namespace) -> type[GateRouter]:
         """This router with the share of a run."""
-        return settled(cls, outgoing=float(args.smartmoe_gate_outgoing))
+        return settled(cls, outgoing=float(args.smartmoe_gate_outgoing))  # type: ignore[arg-type]  # a class is hashable
 
     def __init__(self, *args: Any, pg_collection: ProcessGroupCollection, **kwargs: Any) -> None:
         super().__init__(*args, pg_collection=pg_collection, **kwargs)

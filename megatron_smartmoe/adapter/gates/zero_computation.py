@@ -51,9 +51,8 @@ class ZeroComputationRouter(GateRouter):
     @classmethod
     def of_run(cls, args: Namespace) -> type[GateRouter]:
         """This router with the experts and the tau of a run."""
-        return settled(
-            cls, experts=ZeroExperts.parse(args.smartmoe_zero_experts), tau=float(args.smartmoe_zero_experts_tau)
-        )
+        experts, tau = ZeroExperts.parse(args.smartmoe_zero_experts), float(args.smartmoe_zero_experts_tau)
+        return settled(cls, experts=experts, tau=tau)  # type: ignore[arg-type]  # a class is hashable
 
     def _parameter(self, *shape: int) -> torch.nn.Parameter:
         """A parameter that starts as Megatron's router does."""

@@ -274,15 +274,15 @@ def test_moe_plus_plus_by_hand() -> None:
     total = sum(math.exp(x) for x in (2, 1, 0, -1))
     two, one, naught, less = (math.exp(x) / total for x in (2, 1, 0, -1))
     expected = torch.tensor([[two, 0], [0, 0], [one, two]], dtype=torch.float64)
-    torch.testing.assert_close(choice.weights_TE, expected, **CLOSE)
+    assert_close(choice.weights_TE, expected)
     mean_A = [(two + naught + one) / 3, (naught + less + two) / 3, (less + one + naught) / 3, (one + two + less) / 3]
     share_A = [2 / 3, 1 / 3, 1 / 3, 2 / 3]
     eta_A = [1, 1, 0.5, 0.5]
     expected_loss = sum(e * f * p for e, f, p in zip(eta_A, share_A, mean_A, strict=True)) * 4 / 2
-    torch.testing.assert_close(float(choice.loss), expected_loss, **CLOSE)
+    assert_close(float(choice.loss), expected_loss)
     hidden = torch.randn(3, 1, HIDDEN, generator=torch.Generator().manual_seed(0))
     expected_TH = hidden.view(3, HIDDEN) * torch.tensor([[one], [two], [0.0]])
-    torch.testing.assert_close(gate.beside(hidden).view(3, HIDDEN), expected_TH, **CLOSE)
+    assert_close(gate.beside(hidden).view(3, HIDDEN), expected_TH)
 
 
 def test_capacities_of_moe_plus_plus() -> None:
@@ -302,7 +302,7 @@ def test_a_constant_expert_by_hand() -> None:
     assert (weights_TZ > 0).any()
     output_TH = gate.beside(hidden).view(10, HIDDEN)
     expected_TH = weights_TZ * (hidden.view(10, HIDDEN) + gate.constant_vector) / 2
-    torch.testing.assert_close(output_TH, expected_TH, **CLOSE)
+    assert_close(output_TH, expected_TH)
     output_TH.square().sum().backward()
     for parameter in (gate.zero_weight, gate.constant_weight, gate.constant_vector):
         assert parameter.grad is not None
