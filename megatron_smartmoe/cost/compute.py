@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_smartmoe.spec.arrays import FloatArray
+from megatron_smartmoe.spec.arrays import FloatArray, IntArray
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,14 +81,20 @@ class BusiestRank:
     active_experts: float
 
 
-def busiest_rank(load_ER: FloatArray, half_rate_tokens: float, ranks_per_device: float = 1.0) -> BusiestRank:
-    """The rank with the longest grouped GEMM; `load_ER` tokens of expert e on rank r.
+def busiest_rank(
+    tokens_R: FloatArray, active_R: IntArray, half_rate_tokens: float, ranks_per_device: float = 1.0
+) -> BusiestRank:
+    """The rank with the longest grouped GEMM.
 
     Where ranks share a device, its counts are scaled down to what would take as long on a rank of its own
     (`time_shared`).
+
+    Args:
+        tokens_R: tokens that rank r computes.
+        active_R: experts that have any of them.
+        half_rate_tokens: tokens of one expert at which its GEMMs reach half of their full rate.
+        ranks_per_device: see `GpuSpec`.
     """
-    tokens_R = load_ER.sum(axis=0)
-    active_R = (load_ER > 0).sum(axis=0)
     work_R = tokens_R + half_rate_tokens * active_R
     rank = int(np.argmax(work_R))
     faster = time_shared(work_R.tolist(), ranks_per_device) / max(float(work_R[rank]), 1e-300)

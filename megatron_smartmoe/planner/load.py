@@ -11,12 +11,12 @@ The alternative, tokens x top-k / ranks for everyone, ranks launches by a load t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from megatron_smartmoe.cost.moe_layer import LayerFlow
+from megatron_smartmoe.cost.moe_layer import LayerCounts, LayerFlow
 from megatron_smartmoe.errors import ConfigError
 from megatron_smartmoe.placement.exact_replicas import exact_replicas
 from megatron_smartmoe.placement.layer_cost import relayed_flow
@@ -168,17 +168,15 @@ class BalancedLoad:
     """A scenario on the ranks of a group.
 
     Attributes:
-        flows: one per part of the model, for one assignment of each source rank.
-        hot_P: the busiest rank's load over the mean, by part.
+        counts_P: one per part of the model, for one assignment of each source rank.
     """
 
-    flows: Sequence[LayerFlow]
-    hot_P: FloatArray
+    counts_P: Sequence[LayerCounts]
 
     @property
     def hot(self) -> float:
         """The busiest rank's load over the mean, in the worst part."""
-        return float(self.hot_P.max())
+        return max(float(counts.tokens_R.max()) for counts in self.counts_P)
 
 
 class LoadModel:
@@ -201,11 +199,9 @@ class LoadModel:
         return self._balanced[balance]
 
     def _balance(self, scenario: Scenario, balance: Balance) -> BalancedLoad:
-        flows = [self._layer(share_E, balance) for share_E in scenario.share_PE]
-        hot_P = [float(flow.load_ER.sum(axis=0).max()) for flow in flows]
-        return BalancedLoad(flows, np.array(hot_P))
+        return BalancedLoad([self._layer(share_E, balance) for share_E in scenario.share_PE])
 
-    def _layer(self, share_E: FloatArray, balance: Balance) -> LayerFlow:
+    def _layer(self, share_E: FloatArray, balance: Balance) -> LayerCounts:
         """One layer; loads are in units of one rank's assignments, so that the mean rank has 1."""
         # Step 1: every source rank routes alike, experts in logical order.
         num_ranks, experts = balance.ep, len(share_E)
@@ -223,11 +219,11 @@ class LoadModel:
         # Step 3: send the tokens, split among the replicas where there are any.
         scale = 1.0 / max(1, int(counts_E.sum()))
         if not (slots_RS[:, home_slots:] != EMPTY).any():
-            return scaled(LayerFlow.equal_split(counts_RE, slots_RS, num_nodes=balance.nodes), scale)
+            return LayerCounts.of(LayerFlow.equal_split(counts_RE, slots_RS, num_nodes=balance.nodes)).scaled(scale)
         tokens_ER = min_max_split(counts_RE, hosts_of(slots_RS, experts))
         sent_RRS = assign_sources(counts_RE, slots_RS, tokens_ER, balance.nodes)
         load_ER, traffic_RR = tokens_ER.astype(np.float64), sent_RRS.sum(axis=2).astype(np.float64)
-        return scaled(relayed_flow(slots_RS, load_ER, traffic_RR, balance.nodes), scale)
+        return LayerCounts.of(relayed_flow(slots_RS, load_ER, traffic_RR, balance.nodes)).scaled(scale)
 
     def _homes(self, slots_RS: IntArray, counts_E: IntArray, home_slots: int, balance: Balance) -> IntArray:
         options = HomesOptions(num_nodes=balance.nodes, replica_scope_is_node=self.within_node)
@@ -237,13 +233,3 @@ class LoadModel:
                 break
             slots_RS = plan.slots_RS
         return slots_RS
-
-
-def scaled(flow: LayerFlow, tokens: float) -> LayerFlow:
-    """The flow at `tokens` assignments of one source rank."""
-    return replace(
-        flow,
-        load_ER=flow.load_ER * tokens,
-        traffic_RR=flow.traffic_RR * tokens,
-        early_tokens=flow.early_tokens * tokens,
-    )

@@ -13,12 +13,12 @@ import numpy as np
 
 from megatron_smartmoe.cost.memory.budget import MemoryBudget, memory_budget
 from megatron_smartmoe.cost.memory.buffers import least_state_bytes
-from megatron_smartmoe.cost.moe_layer import LayerConstants, LayerFlow
+from megatron_smartmoe.cost.moe_layer import LayerConstants, LayerCounts, LayerFlow
 from megatron_smartmoe.cost.step.constants import StepConstants, layer_constants, spec_nodes
 from megatron_smartmoe.cost.step.dense import tokens_of
 from megatron_smartmoe.cost.step.moe import MoETimes, moe_times
 from megatron_smartmoe.cost.step.step import StepTime, step_time
-from megatron_smartmoe.planner.load import Balance, LoadModel, scaled
+from megatron_smartmoe.planner.load import Balance, LoadModel
 from megatron_smartmoe.spec.cluster import ClusterSpec
 from megatron_smartmoe.spec.model import ModelSpec
 from megatron_smartmoe.spec.parallel import ParallelSpec
@@ -72,11 +72,12 @@ class Pricing:
         self.constants = constants or StepConstants.of(cluster)
         self._layers: dict[tuple[object, ...], list[list[MoETimes]]] = {}
         self._ideal = lru_cache(maxsize=100_000)(self._ideal_layer)
+        self._even = lru_cache(maxsize=1024)(self._even_counts)
+        self._budget = lru_cache(maxsize=1024)(self._count_memory)
 
     def price(self, spec: ParallelSpec) -> Launch:
         """The memory and the step time of a launch."""
-        hot = self.hot(spec)
-        memory, stage = memory_budget(self.model, spec, self.cluster.gpu, hot)
+        hot, (memory, stage) = self.hot(spec), self._budget(spec)
         times = [step_time(self.model, spec, self.cluster, self.constants, moe) for moe in self._moe(spec)]
         weights = [scenario.weight for scenario in self.loads.scenarios]
         total = sum(weights)
@@ -92,7 +93,11 @@ class Pricing:
 
     def memory(self, spec: ParallelSpec) -> float:
         """Bytes of the fullest rank, under the worst scenario."""
-        return memory_budget(self.model, spec, self.cluster.gpu, self.hot(spec))[0].total
+        return self._budget(spec)[0].total
+
+    def _count_memory(self, spec: ParallelSpec) -> tuple[MemoryBudget, int]:
+        """The fullest stage's budget under the worst scenario, and which stage that is."""
+        return memory_budget(self.model, spec, self.cluster.gpu, self.hot(spec))
 
     def least_memory(self, spec: ParallelSpec) -> float:
         """A lower bound of the memory in bytes: everything recomputed, an even load, no spare slots."""
@@ -123,16 +128,16 @@ class Pricing:
             balanced = self.loads.after_balancing(self.balance(spec))
             bare = self.loads.after_balancing(replace(self.balance(spec), spare_slots=0))
             self._layers[key] = [
-                [self._layer(spec, layer, *flows) for flows in zip(load.flows, alone.flows, strict=True)]
+                [self._layer(spec, layer, *pair) for pair in zip(load.counts_P, alone.counts_P, strict=True)]
                 for load, alone in zip(balanced, bare, strict=True)
             ]
         return self._layers[key]
 
-    def _layer(self, spec: ParallelSpec, layer: LayerConstants, flow: LayerFlow, bare: LayerFlow) -> MoETimes:
+    def _layer(self, spec: ParallelSpec, layer: LayerConstants, load: LayerCounts, bare: LayerCounts) -> MoETimes:
         """One MoE layer, with its replicas where they save more than they cost: training makes no others."""
-        tokens, choices = self._assignments(spec), [flow] if flow is bare else [flow, bare]
+        tokens, choices = self._assignments(spec), [load] if load is bare else [load, bare]
         times = [
-            moe_times([scaled(each, tokens)], layer, self.model, spec, self.cluster, self.constants) for each in choices
+            moe_times([each.scaled(tokens)], layer, self.model, spec, self.cluster, self.constants) for each in choices
         ]
         return min(times, key=lambda one: one.with_replicas_s)
 
@@ -145,11 +150,14 @@ class Pricing:
         spec = ParallelSpec(gpus=1, tp=tp, ep=ep, etp=etp, cp=cp, micro_batch=micro_batch)
         if precision == "fp32":
             spec = replace(spec, precision="fp32")
-        experts, tokens = self.model.moe.experts, self._assignments(spec)
-        counts_RE = np.full((ep, experts), tokens / experts)
-        slots_RS = np.arange(experts).reshape(ep, -1)
-        flow = LayerFlow.equal_split(counts_RE, slots_RS, num_nodes=spec_nodes(self.cluster, ep * etp))
+        counts = self._even(ep, spec_nodes(self.cluster, ep * etp)).scaled(self._assignments(spec))
         layer = layer_constants(self.cluster, self.model, spec, self.constants)
         overlapped = replace(spec, overlap_degree=4) if ep > 1 else spec
-        times = moe_times([flow], layer, self.model, overlapped, self.cluster, self.constants, micro_batches=1)
+        times = moe_times([counts], layer, self.model, overlapped, self.cluster, self.constants, micro_batches=1)
         return replace(times, chunking_s=0.0)
+
+    def _even_counts(self, ep: int, num_nodes: int) -> LayerCounts:
+        """An even load, for one assignment of each source rank."""
+        experts = self.model.moe.experts
+        counts_RE, slots_RS = np.full((ep, experts), 1.0 / experts), np.arange(experts).reshape(ep, -1)
+        return LayerCounts.of(LayerFlow.equal_split(counts_RE, slots_RS, num_nodes=num_nodes))
