@@ -12,7 +12,6 @@ from megatron_smartmoe.errors import ConfigError
 from megatron_smartmoe.planner.load import (
     Balance,
     LoadModel,
-    scaled,
     scenarios_from_model,
     scenarios_from_skew,
     scenarios_from_trace,
