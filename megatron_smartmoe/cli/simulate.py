@@ -313,8 +313,10 @@ def _decision_lines(
 
 
 def _digest(trace: RoutingTrace) -> str:
-    shape = f"{trace.counts.shape}".encode()
-    return hashlib.sha256(shape + trace.counts.astype("<u4").tobytes()).hexdigest()[:16]
+    digest = hashlib.sha256(f"{trace.counts.shape}".encode())
+    for counts in trace.counts:  # record by record: a copy of a large trace does not fit beside it
+        digest.update(counts.astype("<u4").tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _read_decisions(options: argparse.Namespace) -> list[dict[str, Any]]:
