@@ -126,10 +126,11 @@ class LayerCounts:
     @classmethod
     def of(cls, flow: LayerFlow) -> LayerCounts:
         """Count a flow."""
-        returned = busiest_ports(flow.replicas_RR, flow.num_nodes)
-        if flow.replica_steps is not None:
+        if flow.replica_steps is None:
+            returned = busiest_ports(flow.replicas_RR, flow.num_nodes)
+        else:
             inside, between = flow.replica_steps
-            returned = replace(returned, intra=float(inside), inter_gpu=float(between))
+            returned = BusiestPorts(intra=inside, inter_gpu=between, inter_node=0.0, inter_node_reverse=0.0)
         return cls(
             tokens_R=flow.load_ER.sum(axis=0),
             active_R=(flow.load_ER > 0).sum(axis=0),
