@@ -47,9 +47,7 @@ class MoveReview:
         if not self.ready:
             self.counts.append(counts_LRE)
 
-    def gain_s(
-        self, layer_seconds: LayerSeconds, num_nodes: int, kernels: Kernels = NUMPY
-    ) -> tuple[float, float]:
+    def gain_s(self, layer_seconds: LayerSeconds, num_nodes: int, kernels: Kernels = NUMPY) -> tuple[float, float]:
         """Seconds per micro-batch that the move saves in the layers that it changed, and the seconds of all layers with
         it; means over the records."""
         home_slots = self.before.home_slots
