@@ -21,7 +21,7 @@ def fastest_kernels() -> Kernels:
 
 def _split(counts_RE: IntArray, hosts_ER: BoolArray) -> IntArray:
     counts = torch.from_numpy(np.ascontiguousarray(counts_RE, dtype=np.int64))
-    return np.asarray(ops.min_max_split(counts, torch.from_numpy(hosts_ER)).numpy())
+    return np.asarray(ops.min_max_split(counts, torch.from_numpy(np.array(hosts_ER))).numpy())
 
 
 def _busiest(hosts_ER: BoolArray, load_E: IntArray) -> int:
@@ -31,7 +31,7 @@ def _busiest(hosts_ER: BoolArray, load_E: IntArray) -> int:
 
 
 def _relay(slots_RS: IntArray, home_slots: int, num_nodes: int) -> RelayTree:
-    tree_3RK = ops.relay_tree(torch.from_numpy(np.ascontiguousarray(slots_RS)), home_slots, num_nodes).numpy()
+    tree_3RK = ops.relay_tree(torch.from_numpy(np.array(slots_RS)), home_slots, num_nodes).numpy()
     parent_RK, parent_slot_RK, round_RK = np.asarray(tree_3RK)
     return RelayTree(parent_RK=parent_RK, parent_slot_RK=parent_slot_RK, round_RK=round_RK, home_slots=home_slots)
 
