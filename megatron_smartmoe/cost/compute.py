@@ -82,7 +82,7 @@ class BusiestRank:
 
 
 def busiest_rank(
-    tokens_R: FloatArray, active_R: IntArray, half_rate_tokens: float, ranks_per_device: float = 1.0
+    tokens_R: FloatArray, active_R: FloatArray | IntArray, half_rate_tokens: float, ranks_per_device: float = 1.0
 ) -> BusiestRank:
     """The rank with the longest grouped GEMM.
 

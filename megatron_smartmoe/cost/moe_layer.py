@@ -116,7 +116,7 @@ class LayerCounts:
     """
 
     tokens_R: FloatArray
-    active_R: IntArray
+    active_R: FloatArray | IntArray
     source_tokens: float
     tokens: BusiestPorts
     fetched: BusiestPorts

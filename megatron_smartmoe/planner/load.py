@@ -198,6 +198,18 @@ class LoadModel:
             self._balanced[balance] = [self._balance(scenario, balance) for scenario in self.scenarios]
         return self._balanced[balance]
 
+    def hottest_share(self, number: int) -> float:
+        """The largest share of the assignments that so many experts have, in any scenario and part."""
+        return max(float(np.sort(counts_E)[-number:].sum() / counts_E.sum()) for counts_E in self._counts())
+
+    @property
+    def least_active(self) -> int:
+        """The fewest experts with assignments, in any scenario and part."""
+        return min(int((counts_E > 0).sum()) for counts_E in self._counts())
+
+    def _counts(self) -> list[IntArray]:
+        return [_counts_E(share_E) for scenario in self.scenarios for share_E in scenario.share_PE]
+
     def _balance(self, scenario: Scenario, balance: Balance) -> BalancedLoad:
         return BalancedLoad([self._layer(share_E, balance) for share_E in scenario.share_PE])
 
@@ -205,7 +217,7 @@ class LoadModel:
         """One layer; loads are in units of one rank's assignments, so that the mean rank has 1."""
         # Step 1: every source rank routes alike, experts in logical order.
         num_ranks, experts = balance.ep, len(share_E)
-        counts_E = np.rint(share_E * SOURCE_TOKENS).astype(np.int64)
+        counts_E = _counts_E(share_E)
         counts_RE = np.ascontiguousarray(np.broadcast_to(counts_E, (num_ranks, experts)))
         home_slots = experts // num_ranks
         slots_RS = np.arange(experts).reshape(num_ranks, home_slots)
@@ -233,3 +245,8 @@ class LoadModel:
                 break
             slots_RS = plan.slots_RS
         return slots_RS
+
+
+def _counts_E(share_E: FloatArray) -> IntArray:
+    """Assignments of one source rank."""
+    return np.rint(share_E * SOURCE_TOKENS).astype(np.int64)

@@ -153,6 +153,20 @@ def stage_chunks(model: ModelSpec, parallel: ParallelSpec, stage: int) -> tuple[
 
 
 @lru_cache(maxsize=1024)
+def distinct_stages(model: ModelSpec, pp: int, vpp: int, layers_of_chunk: tuple[int, ...] | None) -> tuple[int, ...]:
+    """Of the stages that hold the same chunks the first, which has the most micro-batches in flight."""
+    spec = ParallelSpec(gpus=pp, pp=pp, vpp=vpp, layers_of_chunk=layers_of_chunk)
+    first: dict[tuple[object, ...], int] = {}
+    for stage in range(pp):
+        content = (
+            (tuple(map(model.has_experts, chunk.layers)), chunk.embedding, chunk.loss, chunk.mtp_layers)
+            for chunk in stage_chunks(model, spec, stage)
+        )
+        first.setdefault(tuple(content), stage)
+    return tuple(first.values())
+
+
+@lru_cache(maxsize=1024)
 def _chunks(
     num_layers: int, mtp_layers: int, pp: int, vpp: int, layers_of_chunk: tuple[int, ...] | None
 ) -> tuple[PipelineChunk, ...]:

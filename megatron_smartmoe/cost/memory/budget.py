@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from functools import lru_cache
 
 from megatron_smartmoe.cost.memory.activations import activation_bytes
 from megatron_smartmoe.cost.memory.buffers import largest_state_bytes, staging_bytes
 from megatron_smartmoe.cost.step.pipeline import in_flight
 from megatron_smartmoe.spec.cluster import GpuSpec
 from megatron_smartmoe.spec.model import ModelSpec
-from megatron_smartmoe.spec.parallel import ParallelSpec, PipelineChunk, stage_chunks
+from megatron_smartmoe.spec.parallel import ParallelSpec, distinct_stages, stage_chunks
 
 FRAGMENTATION = 0.04  # share of the memory that is lost between blocks: an estimate
 STATE_BYTES = 12  # bytes per parameter: fp32 main parameter and two moments
@@ -58,25 +57,10 @@ LABELS = {
 
 def memory_budget(model: ModelSpec, spec: ParallelSpec, gpu: GpuSpec, imbalance: float) -> tuple[MemoryBudget, int]:
     """(fullest stage's budget, which stage); `imbalance` is the busiest rank's tokens over the mean."""
-    stages = _candidates(model, spec.pp, spec.vpp, spec.layers_of_chunk)
+    stages = distinct_stages(model, spec.pp, spec.vpp, spec.layers_of_chunk)
     found = [stage_budget(model, spec, gpu, stage, imbalance) for stage in stages]
     at = max(range(len(found)), key=lambda i: found[i].total)
     return found[at], stages[at]
-
-
-@lru_cache(maxsize=1024)
-def _candidates(model: ModelSpec, pp: int, vpp: int, layers_of_chunk: tuple[int, ...] | None) -> tuple[int, ...]:
-    """Stages that may be the fullest: of those that hold the same chunks the first, which has most micro-batches."""
-    spec = ParallelSpec(gpus=pp, pp=pp, vpp=vpp, layers_of_chunk=layers_of_chunk)
-    first: dict[tuple[object, ...], int] = {}
-    for stage in range(pp):
-        first.setdefault(tuple(_content(model, chunk) for chunk in stage_chunks(model, spec, stage)), stage)
-    return tuple(first.values())
-
-
-def _content(model: ModelSpec, chunk: PipelineChunk) -> tuple[object, ...]:
-    """What of a chunk decides its bytes."""
-    return tuple(map(model.has_experts, chunk.layers)), chunk.embedding, chunk.loss, chunk.mtp_layers
 
 
 def stage_budget(model: ModelSpec, spec: ParallelSpec, gpu: GpuSpec, stage: int, imbalance: float) -> MemoryBudget:

@@ -162,6 +162,22 @@ def staging_bytes(expert_bytes: int, home_slots: int, limit_bytes: int = STAGING
 
 def largest_state_bytes(model: ModelSpec, spec: ParallelSpec, stage: int) -> tuple[StateBytes, StateBytes]:
     """(dense, expert) static memory of the fullest rank of a pipeline stage, all its chunks together."""
+    # A search asks for every micro-batch, recomputation mode and number of spare slots, which change nothing here.
+    bare = replace(
+        spec,
+        micro_batch=1,
+        global_batch=1,
+        recompute="none",
+        spare_slots=0,
+        replicas="off",
+        homes_interval=0,
+        overlap_degree=1,
+    )
+    return _largest_of_stage(model, bare, stage)
+
+
+@lru_cache(maxsize=20_000)
+def _largest_of_stage(model: ModelSpec, spec: ParallelSpec, stage: int) -> tuple[StateBytes, StateBytes]:
     dense_sum, expert_sum = StateBytes(), StateBytes()
     for chunk in stage_chunks(model, spec, stage):
         dense, expert = _largest(model, state_key(model, spec, chunk))
@@ -211,6 +227,7 @@ def state_key(model: ModelSpec, spec: ParallelSpec, chunk: PipelineChunk) -> Sta
     )
 
 
+@lru_cache(maxsize=4096)
 def _canonical(model: ModelSpec, chunk: PipelineChunk) -> PipelineChunk:
     first_moe = next(layer for layer in range(model.layers) if model.has_experts(layer))
     dense = next((layer for layer in range(model.layers) if not model.has_experts(layer)), first_moe)
