@@ -11,7 +11,7 @@ The alternative, tokens x top-k / ranks for everyone, ranks launches by a load t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -191,6 +191,7 @@ class LoadModel:
         self.scenarios = list(scenarios)
         self.within_node = replica_scope_is_node
         self._balanced: dict[Balance, list[BalancedLoad]] = {}
+        self._moved: dict[tuple[bytes, Balance], IntArray] = {}
 
     def after_balancing(self, balance: Balance) -> list[BalancedLoad]:
         """Per-rank load in each scenario after balancing."""
@@ -224,7 +225,7 @@ class LoadModel:
         slots_RS = with_empty_slots(slots_RS, balance.spare_slots)
         # Step 2: move homes and place replicas, as training would.
         if balance.homes and num_ranks > 1:
-            slots_RS = self._homes(slots_RS, counts_E, home_slots, balance)
+            slots_RS = with_empty_slots(self._homes(counts_E, balance), balance.spare_slots)
         replica_nodes = balance.nodes if self.within_node else 1
         if balance.spare_slots and num_ranks > 1:
             slots_RS = exact_replicas(counts_E * num_ranks, slots_RS, home_slots, replica_nodes)
@@ -237,14 +238,22 @@ class LoadModel:
         load_ER, traffic_RR = tokens_ER.astype(np.float64), sent_RRS.sum(axis=2).astype(np.float64)
         return LayerCounts.of(relayed_flow(slots_RS, load_ER, traffic_RR, balance.nodes)).scaled(scale)
 
-    def _homes(self, slots_RS: IntArray, counts_E: IntArray, home_slots: int, balance: Balance) -> IntArray:
+    def _homes(self, counts_E: IntArray, balance: Balance) -> IntArray:
+        """Homes that even out the ranks or, where there are spare slots, however many, the nodes."""
+        spare_slots = min(balance.spare_slots, 1)
+        key = (counts_E.tobytes(), replace(balance, spare_slots=spare_slots))
+        if key in self._moved:
+            return self._moved[key]
+        home_slots = len(counts_E) // balance.ep
+        slots_RS = with_empty_slots(np.arange(len(counts_E)).reshape(balance.ep, home_slots), spare_slots)
         options = HomesOptions(num_nodes=balance.nodes, replica_scope_is_node=self.within_node)
         for _ in range(HOME_ROUNDS):
             plan = plan_homes(slots_RS, counts_E, home_slots, options)
             if not plan.swaps:
                 break
             slots_RS = plan.slots_RS
-        return slots_RS
+        self._moved[key] = slots_RS[:, :home_slots]
+        return self._moved[key]
 
 
 def _counts_E(share_E: FloatArray) -> IntArray:

@@ -175,9 +175,9 @@ class Pricing:
     ) -> MoETimes:
         """A layer that takes no longer than any with this number of spare slots and at most this overlap.
 
-        The busiest rank has at least the mean of tokens and active experts; a port carries at least what `_least_counts`
-        says; chunks and replicas cost nothing. What is hidden grows with the GEMMs, and recomputation charges half of
-        what moves and a third of the GEMMs: there, GEMMs that hide all that can be hidden are the cheapest.
+        The busiest rank has at least the mean of tokens and of active experts, and a port carries at least what
+        `_least_counts` has; chunks and replicas cost nothing. What is hidden grows with the GEMMs, and recomputation
+        charges half of what moves and a third of the GEMMs: there, GEMMs that hide all that can be are the cheapest.
         """
         spec = ParallelSpec(gpus=1, tp=tp, ep=ep, etp=etp, cp=cp, micro_batch=micro_batch, precision=precision)
         layer = layer_constants(self.cluster, self.model, spec, self.constants)
