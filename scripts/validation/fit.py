@@ -18,7 +18,9 @@ from megatron_smartmoe.cost.step.constants import StepConstants
 from megatron_smartmoe.cost.step.step import StepTime
 from megatron_smartmoe.spec.arrays import FloatArray
 from megatron_smartmoe.spec.cluster import ClusterSpec
-from scripts.validation.measured import GateLaw, MeasuredRun, predict
+from scripts.validation.measured import MeasuredRun
+from scripts.validation.routed import GateLaw
+from scripts.validation.systems import predict
 
 NOISE = 0.05  # relative; a run's own spread between steps is 10 to 20%, its median's a few
 MAX_ROUNDS = 12
@@ -81,7 +83,7 @@ class Fitted:
         }
         gates.setdefault(run.gate, GateLaw(value["gshard"]))
         cluster = self.clusters.get(run.cluster, self.clusters[""])
-        cluster = replace(cluster, nodes=max(1, run.spec.gpus // cluster.gpus_per_node))
+        cluster = replace(cluster, nodes=max(1, run.gpus // cluster.gpus_per_node))
         return predict(run, cluster, constants, gates, value)
 
 

@@ -26,7 +26,7 @@ from megatron_smartmoe.errors import ConfigError
 from megatron_smartmoe.spec.cluster import ClusterSpec, load_cluster_spec, shipped_directory
 from scripts.validation import command
 from scripts.validation.fit import Fitted, fit, fit_settings
-from scripts.validation.measured import COLUMNS, MeasuredRun, NotGpt, run_of
+from scripts.validation.measured import COLUMNS, MeasuredRun, run_of
 
 ROWS = "measured training runs"
 CLUSTERS = {"inky": "a100-sxm4-80gb.yaml", "nico": "v100-pcie.yaml", "": "a100-sxm4-80gb.yaml"}
@@ -79,7 +79,7 @@ def read_runs(path: Path) -> tuple[list[MeasuredRun], list[str]]:
     for row in command.read_csv(path, COLUMNS, ROWS):
         try:
             runs.append(run_of(row))
-        except NotGpt as error:
+        except ConfigError as error:
             left_out.append(str(error))
     if not runs:
         raise ConfigError(ROWS, str(path), "has no GPT run", "Give rows with a number under hidden and under seq.")
