@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import fields, replace
 
 from megatron_smartmoe.cost.moe_layer import LayerFlow
-from megatron_smartmoe.cost.step.constants import StepConstants, layer_constants, spec_nodes
+from megatron_smartmoe.cost.step.constants import StepConstants, expert_shape, layer_constants, spec_nodes
 from megatron_smartmoe.cost.step.moe import moe_times
 from megatron_smartmoe.cost.step.step import StepTime, step_time
 from megatron_smartmoe.spec.cluster import ClusterSpec
@@ -40,6 +40,13 @@ def _part(
     system_s: Mapping[str, float],
 ) -> StepTime:
     flows_L = flows_of(run, part, gates[run.gate], spec_nodes(cluster, part.spec.ep))
+    if run.system in PADDED:
+        even = system_s["even_exchange"]
+        constants = replace(
+            constants,
+            all_to_all_intra=constants.all_to_all_intra * even,
+            all_to_all_inter=constants.all_to_all_inter * even,
+        )
     layer = layer_constants(cluster, part.model, part.spec, constants, shared_card=SHARED_CARD)
     if run.system not in PADDED:
         layer = replace(layer, expert_s=layer.expert_s + system_s["expert_round"])
@@ -47,9 +54,26 @@ def _part(
     if run.system in PADDED:
         extra_s = system_s["padded_layer"] + (_einsum_s(part, flows_L, cluster, constants) if run.system == "deepspeed" else 0.0)
         moe = [replace(one, layer=replace(one.layer, source_s=one.layer.source_s + extra_s)) for one in moe]
-    # FasterMoE fills its replicas in every micro-batch.
-    spec = replace(part.spec, replicas="exact", spare_slots=1) if run.shadow else part.spec
-    return step_time(part.model, spec, cluster, constants, moe)
+    if run.shadow:
+        replica_s = _broadcast_s(part, cluster, constants, system_s["broadcast"])
+        moe = [
+            replace(one, replicas_s=float(flow.replicas_RR.sum(axis=1).max()) * replica_s)
+            for one, flow in zip(moe, flows_L, strict=True)
+        ]
+    return step_time(part.model, part.spec, cluster, constants, moe)
+
+
+def _broadcast_s(part: Part, cluster: ClusterSpec, constants: StepConstants, share: float) -> float:
+    """One shadowed expert in every micro-batch: its weights broadcast, its gradient reduced, nothing hidden.
+
+    Both wait on the stream of the exchanges, before the exchange back.
+    """
+    expert = expert_shape(part.model, part.spec)
+    bandwidth = cluster.intra_node.bandwidth_bytes_s
+    if part.spec.ep > cluster.gpus_per_node:
+        cards = cluster.gpus_per_node * cluster.inter_node.bandwidth_bytes_s * constants.ring_inter
+        bandwidth = min(bandwidth, cards)
+    return 2 * expert.weight_bytes / (bandwidth * share)
 
 
 def _einsum_s(part: Part, flows_L: list[LayerFlow], cluster: ClusterSpec, constants: StepConstants) -> float:
