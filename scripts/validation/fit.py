@@ -113,7 +113,6 @@ def fit(runs: Sequence[MeasuredRun], clusters: Mapping[str, ClusterSpec]) -> Fit
         return fitted(start)
     solve: Callable[..., object] = least_squares
     found = solve(residuals, start, diff_step=1e-3, loss="soft_l1", max_nfev=MAX_ROUNDS)
-    print(found.nfev,found.status,found.cost)
     return fitted(found.x)  # type: ignore[attr-defined]
 
 

@@ -23,10 +23,11 @@ SWIN_PATCHES, SWIN_WINDOW, SWIN_HEAD = 56, 7, 32
 SWIN_LAYERS = re.compile(r"(\d+(?:,\d+)*) \((\d+) MoE\)")
 SWIN_HIDDEN = re.compile(r"(\d+)\.\.(\d+)")
 COLUMNS = (
-    "cluster gpus system layers hidden heads seq topk experts gate capacity tp pp dp ep edp gbs mbs shadow "
-    "median_ms_skip10"
+    "cluster gpus system layers hidden heads seq topk experts gate capacity tp pp ep gbs mbs median_ms_skip10"
 ).split()
-OPTIONAL = "dynamic"  # SmartMoE's online placement; OFF where the file has no such column
+# Off where the file has no such column or the row leaves it empty: FasterMoE's shadowing, SmartMoE's online
+# placement.
+SHADOW, DYNAMIC = "shadow", "dynamic"
 
 
 @dataclass(frozen=True)
@@ -99,11 +100,18 @@ def run_of(row: Row) -> MeasuredRun:
         gate=row.text("gate"),
         capacity=row.number("capacity", finite=False),
         cluster=row.text("cluster"),
-        shadow=row.text("shadow") == "ON",
-        dynamic=OPTIONAL in row.cells and row.text(OPTIONAL) == "ON",
+        shadow=_is_on(row, SHADOW),
+        dynamic=_is_on(row, DYNAMIC),
         parts=parts,
         time_s=row.number("median_ms_skip10") * 1e-3,
     )
+
+
+def _is_on(row: Row, column: str) -> bool:
+    text = row.text(column).upper() if column in row.cells else ""
+    if text not in ("ON", "OFF", ""):
+        raise ConfigError(f"{row.where}: {column}", text, "must be ON, OFF or empty", "Correct the cell.")
+    return text == "ON"
 
 
 def _gpt(row: Row) -> ModelSpec:
