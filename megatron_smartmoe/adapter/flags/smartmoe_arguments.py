@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from megatron_smartmoe.adapter.gates.table import GATE, GATES, TOP_K
 from megatron_smartmoe.checkpoint.manifest import LEVELS
 from megatron_smartmoe.planner.flags import HOMES_INTERVAL, OVERLAP_DEGREE, SPARE_SLOTS
 
@@ -75,6 +76,14 @@ def add_smartmoe_arguments(parser: argparse.ArgumentParser) -> argparse.Argument
         action="store_true",
         help="With --qk-layernorm and --transformer-impl local: normalise queries, and keys, over all heads of a token "
         "together, as OLMoE does, and not each head by itself.",
+    )
+    group.add_argument(
+        GATE,
+        choices=(TOP_K, *GATES),
+        default=TOP_K,
+        help="How tokens choose experts (docs/gates.md). top-k: as Megatron's own flags say. "
+        + " ".join(f"{name}: {gate.what}." for name, gate in GATES.items())
+        + " Works without --smartmoe too. Default: top-k.",
     )
     group.add_argument(
         OVERLAP_DEGREE,
