@@ -5,6 +5,7 @@ from __future__ import annotations
 from megatron_smartmoe.cli.simulate_prices import Prices
 from megatron_smartmoe.cost.memory.buffers import expert_state_bytes
 from megatron_smartmoe.placement.homes_planner import OnlineOptions, ReplicaMode
+from megatron_smartmoe.placement.kernels import NUMPY, Kernels
 from megatron_smartmoe.placement.layer_cost import layer_seconds
 from megatron_smartmoe.placement.layer_plan import Sees
 from megatron_smartmoe.placement.plan_homes import HomesOptions
@@ -15,13 +16,14 @@ from megatron_smartmoe.simulate.run import SimulationSetup
 from megatron_smartmoe.spec.placement import Placement
 
 
-def setup_of(prices: Prices, *, spare_slots: int, warmup: int) -> SimulationSetup:
+def setup_of(prices: Prices, *, spare_slots: int, warmup: int, kernels: Kernels = NUMPY) -> SimulationSetup:
     """The simulation that a price list is for.
 
     Args:
         prices: cluster, expert and ranks.
         spare_slots: K per rank.
         warmup: records at the start that are replayed but not counted.
+        kernels: what plans and splits.
     """
     return SimulationSetup(
         num_ranks=prices.num_ranks,
@@ -32,6 +34,7 @@ def setup_of(prices: Prices, *, spare_slots: int, warmup: int) -> SimulationSetu
         state_bytes=expert_state_bytes(prices.expert),
         migration_bytes_s=prices.migration_bytes_s,
         prices={"history": prices.layer("history"), "exact": prices.layer("exact")},
+        kernels=kernels,
     )
 
 
@@ -68,9 +71,8 @@ def own_policy(
         auto_limit=1.0 if prices.first_version and sees == "exact" else OnlineOptions.auto_limit,
         exact_price_tokens=prices.replica_tokens("exact"),
     )
-    return OnlinePolicy(
-        placement, num_groups, options, layer_seconds(setup.pricing_of(sees, has_trees=not prices.first_version))
-    )
+    seconds = layer_seconds(setup.pricing_of(sees, has_trees=not prices.first_version))
+    return OnlinePolicy(placement, num_groups, options, seconds, setup.kernels)
 
 
 def peer_policy(

@@ -17,6 +17,7 @@ import numpy as np
 from megatron_smartmoe.cost.moe_layer import LayerConstants
 from megatron_smartmoe.placement import layer_cost
 from megatron_smartmoe.placement.decisions import Decision
+from megatron_smartmoe.placement.kernels import NUMPY, Kernels
 from megatron_smartmoe.placement.layer_cost import (
     LayerPricing,
     Relay,
@@ -43,6 +44,7 @@ class SimulationSetup:
         state_bytes: bytes of one expert's weights, main weights and moments.
         migration_bytes_s: bandwidth of a rank while homes move.
         prices: of a layer whose replicas come from history or from exact counts; a missing one is made of `constants`.
+        kernels: what plans and splits; all of them find the same.
     """
 
     num_ranks: int
@@ -53,6 +55,7 @@ class SimulationSetup:
     state_bytes: int
     migration_bytes_s: float = math.inf
     prices: Mapping[Sees, LayerPricing] = field(default_factory=dict)
+    kernels: Kernels = NUMPY
 
     @property
     def pricing(self) -> LayerPricing:
@@ -61,7 +64,7 @@ class SimulationSetup:
 
     def pricing_of(self, mode: Sees, relay: Relay | None = None, *, has_trees: bool = False) -> LayerPricing:
         """The price of a layer of one group, its replicas planned in this way and forwarded like this."""
-        return replace(self.prices.get(mode, self.pricing), relay=relay, has_trees=has_trees)
+        return replace(self.prices.get(mode, self.pricing), relay=relay, has_trees=has_trees, kernels=self.kernels)
 
 
 @dataclass(frozen=True, kw_only=True)
