@@ -23,10 +23,9 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 from megatron.core.num_microbatches_calculator import get_num_microbatches
-from megatron.training.training import num_floating_point_operations
 
 from megatron_smartmoe.adapter.cost_inputs import launch_of_run, machine, model_of_run
-from megatron_smartmoe.adapter.hooks import Callback, Order
+from megatron_smartmoe.adapter.hooks import Callback, Order, loop_module
 from megatron_smartmoe.adapter.moe.routers import count_tokens
 from megatron_smartmoe.adapter.records.scalars import write_histograms, write_scalars
 from megatron_smartmoe.adapter.records.step_times import Step, StepTimes, Units, seconds_P
@@ -220,7 +219,8 @@ class StepAccount(Callback):
     ) -> dict[str, Any]:
         """The interval's other figures, for the file, the line and the summary."""
         args, world = self._run.args, dist.get_world_size()
-        flops = num_floating_point_operations(args, args.global_batch_size) / wall_s / world
+        step_flops = loop_module().num_floating_point_operations(args, args.global_batch_size)
+        flops = step_flops / wall_s / world
         hottest = int(np.argmax(peaks_R2[:, 0] / peaks_R2[:, 1]))
         routed = load_LE.sum(axis=1) > 0
         layers = np.nonzero(ratios_L3[:, 2])[0]
@@ -234,7 +234,7 @@ class StepAccount(Callback):
                 "limit_bytes": int(peaks_R2[hottest, 1]),
                 "planned_bytes": self._planned_bytes(record),
             },
-            "imbalance": {str(layer): np.round(ratios_L3[layer], 4).tolist() for layer in layers.tolist()},
+            "imbalance": {str(layer + 1): np.round(ratios_L3[layer], 4).tolist() for layer in layers.tolist()},
             "dead_experts": int((load_LE[routed] == 0).sum()),
             "replicas_per_layer": float(record.counts_NRC[:, :, Count.REPLICAS].mean(axis=0).sum())
             / max(1, len(layers) * record.micro_batches),
@@ -270,7 +270,7 @@ class StepAccount(Callback):
             scalars[f"smartmoe/account/{term.label} (ms)"] = term.seconds * 1e3
         for layer, ratios in content["imbalance"].items():
             for name, ratio in zip(_PERCENTILES, ratios, strict=True):
-                scalars[f"smartmoe/max over mean tokens per rank, {name}/layer {int(layer) + 1}"] = ratio
+                scalars[f"smartmoe/max over mean tokens per rank, {name}/layer {layer}"] = ratio
         write_scalars(scalars, iteration)
         tokens = {
             f"smartmoe/tokens per expert/layer {layer + 1}": load_LE[layer]
@@ -318,9 +318,10 @@ def _line(record: StepRecord, row: int, content: Mapping[str, Any]) -> str:
 
 
 def _text(iteration: int, account: Account, content: dict[str, Any]) -> str:
-    """` smartmoe: iteration 100 | step 512.3 ms CPU, busiest rank: residual imbalance 3.1%, ... | ...`"""
+    """` smartmoe: iteration 100 | step 512.3 ms CPU, busiest rank, of it residual imbalance 3.1%, ... | ...`"""
     clock = "CPU" if account.basis == "cpu" else "GPU"
-    terms = ", ".join(f"{term.label} {term.seconds / account.step_s:.1%}" for term in account.terms)
+    shares = [f"{term.label} {term.seconds / account.step_s:.1%}" for term in account.terms]
+    terms = ", ".join(share for share in shares if not share.endswith((" 0.0%", " -0.0%")))
     ratios_L3 = np.array(list(content["imbalance"].values()) or [[1.0, 1.0, 1.0]])
     speed = [
         f"{content['tokens_per_second']:,.0f} tokens/s",
@@ -332,7 +333,7 @@ def _text(iteration: int, account: Account, content: dict[str, Any]) -> str:
     peak, limit = memory["peak_bytes"] / GIB, memory["limit_bytes"] / GIB
     parts = [
         f"smartmoe: iteration {iteration:8d}",
-        f"step {account.step_s * 1e3:.1f} ms {clock}, busiest rank: {terms}",
+        f"step {account.step_s * 1e3:.1f} ms {clock}, busiest rank" + (f", of it {terms}" if terms else ""),
         f"max/mean tokens per rank p50 {np.median(ratios_L3[:, 0]):.2f} p95 {ratios_L3[:, 1].max():.2f} "
         f"worst {ratios_L3[:, 2].max():.2f}",
         ", ".join(speed),
