@@ -123,7 +123,8 @@ def table(account: Account) -> list[tuple[str, str, str, str]]:
     """Rows of the account: what, milliseconds, share of the step, how it is known."""
 
     def row(label: str, seconds: float, kind: str) -> tuple[str, str, str, str]:
-        return label, f"{seconds * 1e3:.2f}", f"{seconds / account.step_s:.1%}", kind
+        ms, share = (round(each, 4) + 0.0 for each in (seconds * 1e3, seconds / account.step_s))  # no -0.00
+        return label, f"{ms:.2f}", f"{share:.1%}", kind
 
     rows = []
     if account.ideal_s is not None:

@@ -13,6 +13,7 @@ import contextlib
 import json
 import os
 import time
+from argparse import Namespace
 from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -44,6 +45,18 @@ ROWS_PER_INTERVAL = 10  # of the file, at most: a row is the mean of some iterat
 _MOST_NUMBERS = 2_000_000  # that a rank keeps of the run for its summary
 _PERCENTILES = ("p50", "p95", "worst")
 GIB = 2**30
+
+
+def measures_steps(args: Namespace) -> bool:
+    """Whether the steps of a run are measured; says so where the flags ask for it and it cannot be."""
+    if args.smartmoe_account == "off" or args.num_experts is None:
+        return False
+    if (getattr(args, "cuda_graph_impl", None) or "none") == "none":
+        return True
+    if os.environ.get("RANK", "0") == "0":
+        why = "Megatron allows no hooks in CUDA graphs (--cuda-graph-impl)"
+        print(f"smartmoe: --smartmoe-account: steps are not measured: {why}", flush=True)
+    return False
 
 
 class StepAccount(Callback):
