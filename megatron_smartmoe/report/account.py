@@ -12,6 +12,7 @@ from megatron_smartmoe.cost.account import PARTS, Account, account_of
 from megatron_smartmoe.cost.fitted import Count, Part, StepRecord
 from megatron_smartmoe.cost.memory.budget import LABELS
 from megatron_smartmoe.errors import ConfigError, PlanError
+from megatron_smartmoe.report.binning import MOST_BINS
 from megatron_smartmoe.report.run_record import read_lines
 from megatron_smartmoe.spec.arrays import FloatArray
 
@@ -123,7 +124,7 @@ def table(account: Account) -> list[tuple[str, str, str, str]]:
     """Rows of the account: what, milliseconds, share of the step, how it is known."""
 
     def row(label: str, seconds: float, kind: str) -> tuple[str, str, str, str]:
-        ms, share = (round(each, 4) + 0.0 for each in (seconds * 1e3, seconds / account.step_s))  # no -0.00
+        ms, share = round(seconds * 1e3, 2) + 0.0, round(seconds / account.step_s, 3) + 0.0  # no -0.00
         return label, f"{ms:.2f}", f"{share:.1%}", kind
 
     rows = []
@@ -168,12 +169,17 @@ def memory(found: RunAccount) -> list[tuple[str, str]]:
 
 
 def parts_over_time(found: RunAccount) -> tuple[FloatArray, dict[str, FloatArray]]:
-    """Iterations, and milliseconds of each part of the busiest rank's step in them."""
+    """Iterations, and milliseconds of each part of the busiest rank's step in them.
+
+    A long run is cut into MOST_BINS stretches; the longest step of each stands for it.
+    """
     record = found.steps.record
-    rank_N = record.step_NR.argmax(axis=1)
-    parts_NP = record.seconds_NRP[np.arange(len(rank_N)), rank_N] * 1e3
-    shown = {label: parts_NP[:, part] for part, label in PARTS.items() if parts_NP[:, part].any()}
-    return record.iteration_N.astype(np.float64), shown
+    longest_N = record.step_NR.max(axis=1)
+    bins = np.array_split(np.arange(len(longest_N)), min(MOST_BINS, len(longest_N)))
+    row_B = np.array([each[longest_N[each].argmax()] for each in bins])
+    parts_BP = record.seconds_NRP[row_B, record.step_NR[row_B].argmax(axis=1)] * 1e3
+    shown = {label: parts_BP[:, part] for part, label in PARTS.items() if parts_BP[:, part].any()}
+    return record.iteration_N[row_B].astype(np.float64), shown
 
 
 def summary_text(account: Account) -> str:

@@ -77,6 +77,7 @@ class StepAccount(Callback):
         self._kept: deque[StepRecord] = deque()
         self._memory = PeakMemory()
         self._last: dict[str, Any] = {}
+        self._iteration = 0
         self._begun_s = self._wall_s = 0.0
         self._logs = run.is_reporter or run.ranks.rank == dist.get_world_size() - 1  # who prints, and who has writers
         try:
@@ -103,7 +104,7 @@ class StepAccount(Callback):
 
     def before_step(self, iteration: int) -> None:
         """Begin to time."""
-        self._begun_s = time.perf_counter()
+        self._iteration, self._begun_s = iteration, time.perf_counter()
         self._times.begin()
 
     def after_step(self, iteration: int, losses: Mapping[str, torch.Tensor]) -> None:
@@ -126,7 +127,7 @@ class StepAccount(Callback):
 
     def on_end(self) -> None:
         """Exchange what is left; `summary` has the account of the run."""
-        self._report(self._run.args.curr_iteration)
+        self._report(self._iteration)
 
     def summary(self) -> dict[str, Any]:
         """For summary.json, on rank 0: the account of the run, the latest speed, and memory against the plan."""

@@ -78,9 +78,12 @@ class StepTimes:
         self._ep_rank, self._ep_size = run.ranks.ep_rank, run.ranks.ep_size
         self._calls: list[Call] = []
         self._steps: list[Step] = []
+        # Megatron's schedule of two micro-batches calls the steps of a layer one by one, and never the layer
+        in_steps = bool(getattr(run.args, "overlap_moe_expert_parallel_comm", False))
         for number, layer in run.layers:
-            _watch(layer, begins=Part.DISPATCH, around=Part.OUTSIDE)
-            _watch(layer.experts, begins=Part.EXPERTS, around=Part.DISPATCH)
+            if not in_steps:
+                _watch(layer, begins=Part.DISPATCH, around=Part.OUTSIDE)
+            _watch(layer.experts, begins=Part.EXPERTS, around=Part.OUTSIDE if in_steps else Part.DISPATCH)
             layer.experts.register_forward_pre_hook(self._counting(number, layer))
 
     def begin(self) -> None:
