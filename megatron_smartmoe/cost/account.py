@@ -39,7 +39,8 @@ PARTS = {
 _OF_A_RANK = [Count.TOKENS, Count.GROUPS, Count.CALLS, Count.PORT_TOKENS]
 _OF_THE_BUSIEST = [Count.BUSIEST_TOKENS, Count.BUSIEST_GROUPS, Count.CALLS, Count.BUSIEST_PORT_TOKENS]
 
-_MACHINE = "the machine's speed, from one run to the other"
+MACHINE = "machine"
+_SPEED = "the machine's speed, from one run to the other"
 
 Kind = Literal["measured", "modelled"]
 
@@ -87,8 +88,10 @@ class Account:
 
     @property
     def share(self) -> float | None:
-        """The ideal's step over the run's; None where no ideal was measured."""
-        return None if self.ideal_s is None else self.ideal_s / self.step_s
+        """The ideal's step, at the speed that the machine had in the run, over the run's; None without an ideal."""
+        if self.ideal_s is None:
+            return None
+        return (self.ideal_s + sum(term.seconds for term in self.terms if term.name == MACHINE)) / self.step_s
 
     @property
     def unexplained_s(self) -> float | None:
@@ -96,7 +99,8 @@ class Account:
         return None if self.ideal_s is None else self.step_s - self.ideal_s - sum(term.seconds for term in self.terms)
 
     def to_json(self) -> dict[str, Any]:
-        """For `summary.json`; shares are of the run's step, and with an ideal they add up to 1."""
+        """For `summary.json`. Shares are of the run's step; with an ideal they add up to 1, the machine's speed apart,
+        which is part of the ideal's."""
         unexplained_s = self.unexplained_s
         return {
             "basis": self.basis,
@@ -162,7 +166,7 @@ def account_of(record: StepRecord, ideal: StepRecord | None = None, *, fitted: F
         ideal_s, ideal_parts_P = float(twin.mean(twin.step_N)), twin.mean(twin.parts_NP)
         ideal_split_s = tuple(ideal_parts_P.tolist())
         terms = [
-            Term(name="machine", label=_MACHINE, seconds=(speed - 1) * ideal_s, kind="measured"),
+            Term(name=MACHINE, label=_SPEED, seconds=(speed - 1) * ideal_s, kind="measured"),
             *_stages(record, ideal, busiest, fitted, speed, ideal_s),
             *_terms(busiest, fitted, _same_stages(ideal, busiest), ideal_parts_P * speed),
         ]
