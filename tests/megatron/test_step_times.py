@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_smartmoe.adapter.records import scalars
+from megatron_smartmoe.adapter.records import scalars, step_times
 from megatron_smartmoe.adapter.records.step_times import Call, Step, StepTimes
 from megatron_smartmoe.cost.fitted import Part
 from megatron_smartmoe.runtime.step_clock import STEP_CLOCK
@@ -47,22 +47,27 @@ def step_of(times: StepTimes, layer: Layer) -> Step:
     return times.take()[0]
 
 
-def parts_of(step: Step) -> list[int]:
-    return [part for part, _ in step.marks]
+ONE_WAY = [Part.DISPATCH, Part.EXPERTS, Part.DISPATCH, Part.OUTSIDE]
+IN_STEPS = [Part.EXPERTS, Part.OUTSIDE]  # nobody calls the layer
 
 
-def test_both_passes_go_through_the_parts_in_turn() -> None:
+@pytest.mark.parametrize(("in_steps", "one_way"), [(False, ONE_WAY), (True, IN_STEPS)])
+def test_both_passes_go_through_the_parts_in_turn(
+    in_steps: bool, one_way: list[Part], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(step_times, "has_passed", lambda marks: False)  # as a device that is behind
+    layer = Layer()
+    step = step_of(StepTimes(run_of(layer, overlap_moe_expert_parallel_comm=in_steps)), layer)
+    assert [part for part, _ in step.marks] == [Part.OUTSIDE, *one_way, *one_way, -1]
+    assert step.seconds is None
+    assert step.seconds_P.sum() > 0
+
+
+def test_a_step_that_has_passed_is_read_and_its_marks_given_back() -> None:
     layer = Layer()
     step = step_of(StepTimes(run_of(layer)), layer)
-    one_way = [Part.DISPATCH, Part.EXPERTS, Part.DISPATCH, Part.OUTSIDE]
-    assert parts_of(step) == [Part.OUTSIDE, *one_way, *one_way, -1]
-
-
-def test_layers_that_are_called_in_steps_have_experts_and_the_rest() -> None:
-    layer = Layer()
-    step = step_of(StepTimes(run_of(layer, overlap_moe_expert_parallel_comm=True)), layer)
-    there_and_back = [Part.EXPERTS, Part.OUTSIDE]
-    assert parts_of(step) == [Part.OUTSIDE, *there_and_back, *there_and_back, -1]
+    assert step.marks == []
+    assert step.seconds_P[[Part.OUTSIDE, Part.DISPATCH, Part.EXPERTS]].all()
 
 
 def test_rows_are_counted_once_and_not_in_evaluation() -> None:

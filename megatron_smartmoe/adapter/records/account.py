@@ -29,7 +29,7 @@ from megatron_smartmoe.adapter.cost_inputs import launch_of_run, machine, model_
 from megatron_smartmoe.adapter.hooks import Callback, Order, loop_module
 from megatron_smartmoe.adapter.moe.routers import count_tokens
 from megatron_smartmoe.adapter.records.scalars import write_histograms, write_scalars
-from megatron_smartmoe.adapter.records.step_times import Step, StepTimes, Units, seconds_P
+from megatron_smartmoe.adapter.records.step_times import Step, StepTimes, Units
 from megatron_smartmoe.adapter.run import Run
 from megatron_smartmoe.cost.account import Account, account_of
 from megatron_smartmoe.cost.fitted import Count, Part, StepRecord, fit_step
@@ -143,6 +143,7 @@ class StepAccount(Callback):
         steps = self._times.take()
         if not steps:
             return
+        torch.cuda.synchronize()  # the last steps' events; Megatron has just waited for the loss in any case
         wall_s, self._wall_s = self._wall_s / len(steps), 0.0
         # Step 1: this rank's rows, for which it needs the counts of its expert-parallel group.
         micro_batches = get_num_microbatches()
@@ -296,7 +297,7 @@ class StepAccount(Callback):
 def _row(step: Step, units: Units, busiest_3: FloatArray) -> FloatArray:
     """Parts and counts of a step on this rank, in the order of `Part` and `Count`."""
     tokens, groups, port = units.counts_U3.sum(axis=0)
-    return np.concatenate([seconds_P(step), [tokens, groups, units.calls, port, units.replicas], busiest_3])
+    return np.concatenate([step.seconds_P, [tokens, groups, units.calls, port, units.replicas], busiest_3])
 
 
 def _memory_bytes() -> tuple[float, float]:
