@@ -140,14 +140,14 @@ def account_of(record: StepRecord, ideal: StepRecord | None = None, *, fitted: F
     """Account for a run's steps.
 
     Args:
-        record: of the run; the first iterations are left out where there are enough others.
-        ideal: of its force-balanced twin.
-        fitted: constants that were fitted to more of the run than `record`; None fits them.
+        record: of the run.
+        ideal: of its force-balanced twin. Of both the first iterations are left out where there are enough others.
+        fitted: constants that were fitted to more of the run than `record`, all of which then counts; None fits them.
 
     Raises:
         PlanError: the two do not fit together, or one has no iterations.
     """
-    record = record.without_warm_up()
+    record = record if fitted is not None else record.without_warm_up()
     if ideal is not None:
         ideal = ideal.without_warm_up()
         _check_twins(record, ideal)

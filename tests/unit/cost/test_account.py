@@ -122,6 +122,13 @@ def test_without_an_ideal_the_mean_rank_is_the_measure() -> None:
     assert sum(account.split_s) == pytest.approx(account.step_s)
 
 
+def test_of_an_interval_all_iterations_count_with_the_constants_of_the_run() -> None:
+    run = record_of(uneven())
+    account = account_of(run, fitted=fit_step(run))
+    assert account.iterations == 12
+    assert account.step_s == pytest.approx(run.step_NR.max(axis=1).mean())
+
+
 def test_on_a_gpu_the_busiest_rank_of_each_layer_counts() -> None:
     ideal = record_of(np.full((12, 4), 600.0), basis="gpu")
     account = account_of(record_of(uneven(), basis="gpu"), ideal)
