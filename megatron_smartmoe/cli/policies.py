@@ -9,6 +9,7 @@ from megatron_smartmoe.placement.layer_cost import layer_seconds
 from megatron_smartmoe.placement.layer_plan import Sees
 from megatron_smartmoe.placement.plan_homes import HomesOptions
 from megatron_smartmoe.placement.plan_replicas import ReplicaOptions
+from megatron_smartmoe.placement.policy import PolicyOptions
 from megatron_smartmoe.simulate.baselines import WITHOUT_HOMES, by_name, relays_by_name
 from megatron_smartmoe.simulate.policies import OnlinePolicy, RulePolicy
 from megatron_smartmoe.simulate.run import SimulationSetup
@@ -43,6 +44,7 @@ def own_policy(
     prices: Prices,
     *,
     homes_interval: int,
+    homes_policy: PolicyOptions | None = None,
 ) -> OnlinePolicy:
     """Homes, replicas and split as training runs them.
 
@@ -53,6 +55,7 @@ def own_policy(
         setup: ranks, slots and prices of the simulation.
         prices: what the replicas are priced with.
         homes_interval: iterations between two evaluations of the homes; 0 for none.
+        homes_policy: when a move of homes is worth its cost; None for the defaults.
     """
     sees: Sees = "exact" if mode == "exact" else "history"
     options = OnlineOptions(
@@ -67,6 +70,7 @@ def own_policy(
         ),
         auto_limit=1.0 if prices.first_version and sees == "exact" else OnlineOptions.auto_limit,
         exact_price_tokens=prices.replica_tokens("exact"),
+        policy=homes_policy or PolicyOptions(),
     )
     return OnlinePolicy(
         placement, num_groups, options, layer_seconds(setup.pricing_of(sees, has_trees=not prices.first_version))
