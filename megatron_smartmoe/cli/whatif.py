@@ -26,13 +26,13 @@ from megatron_smartmoe.cli.simulate_prices import Prices, rank_tokens
 from megatron_smartmoe.cli.whatif_table import Basis, Prediction, as_json, as_table, label
 from megatron_smartmoe.cost.memory.budget import memory_budget
 from megatron_smartmoe.cost.step.constants import StepConstants, expert_shape, spec_nodes
-from megatron_smartmoe.errors import ConfigError
+from megatron_smartmoe.errors import ConfigError, PlanError
 from megatron_smartmoe.placement.homes_planner import ReplicaMode
 from megatron_smartmoe.report.fit import Fitted, busiest_s, fit_factors
 from megatron_smartmoe.report.run_launch import RunLaunch, on_ranks, run_launch
-from megatron_smartmoe.report.run_record import RunRecord, read_run
+from megatron_smartmoe.report.run_record import RunRecord, is_move, read_run, with_homes
 from megatron_smartmoe.report.step_times import LEAST, StepTimes, step_times
-from megatron_smartmoe.simulate.whatif import GROUPS, Machine, Replayed, regrouped, replayed
+from megatron_smartmoe.simulate.whatif import GROUPS, Machine, Move, Replayed, regrouped, replayed
 from megatron_smartmoe.spec.arrays import FloatArray
 from megatron_smartmoe.spec.cluster import ClusterSpec, load_cluster_spec
 from megatron_smartmoe.spec.parallel import ParallelSpec, Replicas, violation
@@ -99,7 +99,7 @@ def run(options: argparse.Namespace) -> int:
     settings, left_out = _settings(options, launch, trace)
     # Step 2: replay the run as it was, and fit the cost model's terms to its measured steps.
     own = Setting(spec=launch.spec, cluster=launch.cluster, is_other_machine=False)
-    base = _replay(own, launch, trace, by_rank=times.by_rank)
+    base = _replay(own, launch, trace, by_rank=times.by_rank, moves=_moves(record, launch, trace))
     fitted, residuals_MU = _fit(base, times, record)
     # Step 3: replay and price every setting.
     found = [_prediction(own, base, launch, fitted, residuals_MU)]
@@ -177,28 +177,27 @@ def _trace(record: RunRecord, launch: RunLaunch, options: argparse.Namespace) ->
         rule = "has no routing trace, so it says nothing about other settings"
         way_out = "Record one with --smartmoe-record-trace FILE (it costs next to nothing), or name it with --trace."
         raise ConfigError("RUN", record.name, rule, way_out)
+    path = str(options.trace or record.arguments["smartmoe_record_trace"])
     least = LEAST + 1
     if options.records < least:
         raise ConfigError("--records", options.records, f"must be at least {least}", "For example: --records 200.")
     if trace.num_records < least:
         rule = f"has {trace.num_records} records: must have at least {least}"
-        raise ConfigError("--trace", record.name, rule, "Train longer.")
+        raise ConfigError("--trace", path, rule, "Train longer.")
     if trace.num_experts != model.moe.experts:
         rule = f"has {trace.num_experts} experts, the run {model.moe.experts}"
-        raise ConfigError("--trace", str(options.trace), rule, "Pass the trace of this run.")
+        raise ConfigError("--trace", path, rule, "Pass the trace of this run.")
     layers = sum(model.has_experts(layer) for layer in range(model.layers))
     if trace.num_layers != layers:
         rule = f"has {trace.num_layers} layers, and the run {layers} with experts"
-        way_out = (
-            "Pass the trace of this run; multi-token prediction, and layers in an irregular pattern, have no model."
-        )
-        raise ConfigError("--trace", str(options.trace), rule, way_out)
+        way_out = "Pass the trace of this run; prediction blocks and irregular patterns have no model."
+        raise ConfigError("--trace", path, rule, way_out)
     expected = spec.global_batch * model.seq_length * model.moe.top_k
     counted = int(trace.counts[-1].sum(dtype=np.int64)) // trace.num_layers
     if abs(counted - expected) > expected // 100:
         rule = f"has {counted:,} assignments of a layer and iteration, and the run {expected:,}"
         way_out = "Pass the trace of this run; runs that drop tokens or whose batch grows cannot be replayed."
-        raise ConfigError("--trace", str(options.trace), rule, way_out)
+        raise ConfigError("--trace", path, rule, way_out)
     kept = slice(-options.records, None)
     return replace(trace, counts=trace.counts[kept], iteration=trace.iteration[kept])
 
@@ -310,8 +309,32 @@ def _cannot_be(spec: ParallelSpec, cluster: ClusterSpec, launch: RunLaunch, trac
 # --- predictions
 
 
-def _replay(setting: Setting, launch: RunLaunch, recorded: RoutingTrace, *, by_rank: bool) -> Replayed:
-    """Replay the run's counts under a setting."""
+def _moves(record: RunRecord, launch: RunLaunch, trace: RoutingTrace) -> list[Move]:
+    """The moves of homes that the run made."""
+    model, moves = launch.model, []
+    placement = Placement.contiguous(
+        num_layers=model.layers + model.mtp_layers, num_experts=model.moe.experts, num_ranks=launch.spec.ep
+    )
+    try:
+        for decision in filter(is_move, record.decisions):
+            placement = with_homes(placement, decision["changes"])
+            homes = Placement(slots_LRS=placement.slots_LRS[trace.layer], num_experts=placement.num_experts)
+            moves.append(Move(iteration=decision["iteration"], homes=homes))
+    except (PlanError, IndexError):
+        rule = "has moves of experts that do not begin from Megatron's order: its checkpoint had another"
+        raise ConfigError("RUN", record.name, rule, "Give the run that the checkpoint is of, or a new one.") from None
+    return moves
+
+
+def _replay(
+    setting: Setting,
+    launch: RunLaunch,
+    recorded: RoutingTrace,
+    *,
+    by_rank: bool,
+    moves: Sequence[Move] | None = None,
+) -> Replayed:
+    """Replay the run's counts under a setting; homes follow `moves` where they are given."""
     model, spec, cluster = launch.model, setting.spec, setting.cluster
     trace = regrouped(recorded, spec.ep * spec.edp, spec.micro_batches)
     prices = Prices(
@@ -331,9 +354,16 @@ def _replay(setting: Setting, launch: RunLaunch, recorded: RoutingTrace, *, by_r
         spare_slots=spec.spare_slots,
     )
     mode: ReplicaMode = spec.replicas if spec.replicas != "off" else "history"
-    homes = replace(launch.homes, cooldown_iterations=spec.homes_interval)
     policy = own_policy(
-        mode, placement, spec.edp, setup, prices, homes_interval=spec.homes_interval, homes_policy=homes
+        mode,
+        placement,
+        spec.edp,
+        setup,
+        prices,
+        homes_interval=spec.homes_interval,
+        homes_policy=replace(launch.homes, cooldown_iterations=spec.homes_interval),
+        first_evaluation=spec.homes_interval + 1,  # as in training: once an interval has ended
+        moves=moves,
     )
     machine = Machine(model=model, spec=spec, cluster=cluster, constants=StepConstants.of(cluster), by_rank=by_rank)
     records = tqdm(range(trace.num_records), desc=label(spec), unit="record", leave=False, disable=None)

@@ -53,6 +53,9 @@ def run_launch(record: RunRecord, cluster: Path | None = None) -> RunLaunch:
         raise ConfigError("RUN", record.name, "has no arguments.txt", "Give a run that has begun to train.")
     if not values.get("num_experts"):
         raise ConfigError("RUN", record.name, "trained a model without experts", "Give a run with --num-experts.")
+    if values.get("smartmoe_pool"):
+        rule = "changes settings while training: the run's steps are not of one setting"
+        raise ConfigError("--smartmoe-pool", values["smartmoe_pool"], rule, "Give a run without it.")
     model = model_from_arguments(values, record.name)
     if not model.vocab and values.get("padded_vocab_size"):
         model = replace(model, vocab=values["padded_vocab_size"])

@@ -15,7 +15,7 @@ micro-batches do not differ; a source rank whose tokens are split among several 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
@@ -25,19 +25,22 @@ from megatron_smartmoe.cost.moe_layer import ALL_TO_ALLS, LayerConstants, LayerF
 from megatron_smartmoe.cost.step.constants import StepConstants, expert_shape, layer_constants
 from megatron_smartmoe.cost.step.moe import LAUNCHES_PER_CHUNK, MoETimes, moe_times
 from megatron_smartmoe.cost.step.step import StepTime, step_time
+from megatron_smartmoe.placement.homes_planner import OnlineOptions
 from megatron_smartmoe.placement.layer_cost import relayed_flow
 from megatron_smartmoe.placement.layer_plan import Sees, evaluate
-from megatron_smartmoe.simulate.policies import SimulatedPolicy
+from megatron_smartmoe.placement.review import LayerSeconds
+from megatron_smartmoe.simulate.policies import OnlinePolicy, SimulatedPolicy
 from megatron_smartmoe.simulate.run import Applied, SimulationSetup, replay
 from megatron_smartmoe.spec.arrays import FloatArray, IntArray
 from megatron_smartmoe.spec.cluster import ClusterSpec
 from megatron_smartmoe.spec.model import ModelSpec
 from megatron_smartmoe.spec.parallel import ParallelSpec
+from megatron_smartmoe.spec.placement import Placement
 from megatron_smartmoe.spec.trace import RoutingTrace
 
 # The terms of a step in groups, each of which has one factor that is fitted to the run.
 GROUPS = ("experts", "rows", "layers", "exchange", "replicas", "dense", "step")
-_GROUP_OF = {
+GROUP_OF = {
     "moe_gemm_s": "experts",
     "moe_experts_s": "experts",
     "moe_source_s": "rows",
@@ -118,6 +121,51 @@ class Replayed:
     replica_bytes: float
     migration_bytes: float
     experts_moved: int
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Move:
+    """Homes that a run has moved.
+
+    Attributes:
+        iteration: before which they moved.
+        homes: the placement after it, without spare slots.
+    """
+
+    iteration: int
+    homes: Placement
+
+
+class RecordedPolicy(OnlinePolicy):
+    """Homes as a run has moved them; replicas and split as training would plan them there.
+
+    Args:
+        placement: at the start.
+        num_groups: expert-parallel groups.
+        options: options of the planners, with homes_interval 0.
+        layer_seconds: cost model, which is not asked.
+        moves: of the run, in their order.
+    """
+
+    def __init__(
+        self,
+        placement: Placement,
+        num_groups: int,
+        options: OnlineOptions,
+        layer_seconds: LayerSeconds,
+        moves: Sequence[Move],
+    ) -> None:
+        super().__init__(placement, num_groups, options, layer_seconds)
+        self._moves = list(moves)
+
+    def before(self, iteration: int) -> None:
+        """Move what the run had moved by now, then plan every group's replicas."""
+        while self._moves and self._moves[0].iteration <= iteration:
+            before, after = self.groups[0].placement, self._moves.pop(0).homes
+            self.stats.experts_moved += int((before.home_rank_LE != after.home_rank_LE).sum())
+            for planner in self.groups:
+                planner.rehome(after)
+        super().before(iteration)
 
 
 def regrouped(trace: RoutingTrace, sources: int, micro_batches: int) -> RoutingTrace:
@@ -332,6 +380,6 @@ _WITHOUT_EXPERTS = _of_vector(np.zeros(len(_LAYER_TERMS) + len(_EXTRA_TERMS)))
 def _groups(time: StepTime) -> list[float]:
     """Seconds of a step by group of terms."""
     found = dict.fromkeys(GROUPS, 0.0)
-    for name, group in _GROUP_OF.items():
+    for name, group in GROUP_OF.items():
         found[group] += getattr(time, name)
     return list(found.values())
