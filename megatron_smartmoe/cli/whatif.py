@@ -44,7 +44,8 @@ BAR = 1.645  # standard deviations: nine of ten normally distributed errors are 
 # Standard deviation of a group's factor around the machine's speed, before a step is seen. Estimates: matrix products
 # are a stable share of a peak, launches and transfers differ by half and more.
 SPREAD = {
-    "experts": 0.3,
+    "tokens": 0.3,
+    "weights": 0.7,
     "rows": 0.5,
     "layers": 0.7,
     "exchange": 0.5,
@@ -362,7 +363,7 @@ def _replay(
         prices,
         homes_interval=spec.homes_interval,
         homes_policy=replace(launch.homes, cooldown_iterations=spec.homes_interval),
-        first_evaluation=spec.homes_interval + 1,  # as in training: once an interval has ended
+        first_evaluation=spec.homes_interval + 2,  # as in training: after the step that follows the first interval
         moves=moves,
     )
     machine = Machine(model=model, spec=spec, cluster=cluster, constants=StepConstants.of(cluster), by_rank=by_rank)

@@ -39,10 +39,10 @@ from megatron_smartmoe.spec.placement import Placement
 from megatron_smartmoe.spec.trace import RoutingTrace
 
 # The terms of a step in groups, each of which has one factor that is fitted to the run.
-GROUPS = ("experts", "rows", "layers", "exchange", "replicas", "dense", "step")
+GROUPS = ("tokens", "weights", "rows", "layers", "exchange", "replicas", "dense", "step")
 GROUP_OF = {
-    "moe_gemm_s": "experts",
-    "moe_experts_s": "experts",
+    "moe_gemm_s": "tokens",
+    "moe_experts_s": "weights",
     "moe_source_s": "rows",
     "moe_fixed_s": "layers",
     "all_to_all_intra_s": "exchange",
@@ -128,7 +128,7 @@ class Move:
     """Homes that a run has moved.
 
     Attributes:
-        iteration: before which they moved.
+        iteration: after whose step they moved.
         homes: the placement after it, without spare slots.
     """
 
@@ -160,7 +160,7 @@ class RecordedPolicy(OnlinePolicy):
 
     def before(self, iteration: int) -> None:
         """Move what the run had moved by now, then plan every group's replicas."""
-        while self._moves and self._moves[0].iteration <= iteration:
+        while self._moves and self._moves[0].iteration < iteration:
             before, after = self.groups[0].placement, self._moves.pop(0).homes
             self.stats.experts_moved += int((before.home_rank_LE != after.home_rank_LE).sum())
             for planner in self.groups:
