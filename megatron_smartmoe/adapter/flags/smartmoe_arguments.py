@@ -15,6 +15,7 @@ SCOPES = ("node", "group")
 SWITCH = ("on", "off")
 
 REHEARSAL = "--smartmoe-rehearsal"
+ACCOUNT = "--smartmoe-account"
 WATCHDOG = "--smartmoe-watchdog"
 WATCHDOG_FLOOR = "--smartmoe-watchdog-floor-s"
 WATCHDOG_FLOOR_S = 8.0  # with the median step: twice what busy machines were seen to need
@@ -97,6 +98,16 @@ def add_smartmoe_arguments(parser: argparse.ArgumentParser) -> argparse.Argument
         default=None,
         help="BENCHMARKS ONLY: route tokens as this trace did, whatever the routers choose. The trained model is "
         "meaningless.",
+    )
+    group.add_argument(
+        ACCOUNT,
+        choices=SWITCH,
+        default="on",
+        help="With --num-experts. on: time the parts of every step and count what every rank computes; every "
+        "--log-interval iterations print one line with where the step's time goes, tokens per second, MFU and peak "
+        "memory, write the same to TensorBoard and W&B, and keep the measurements in account.jsonl for smartmoe "
+        "report. It changes nothing that is trained, and works without --smartmoe too. off: measure nothing. "
+        "Default: on.",
     )
     _add_watchdog(group)
     _add_checkpoints(group)

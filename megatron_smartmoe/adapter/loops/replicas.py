@@ -48,6 +48,7 @@ from megatron_smartmoe.runtime.replicas.slots import SpareSlots
 from megatron_smartmoe.runtime.replicas.split import BALANCED, fastest_drop_losing
 from megatron_smartmoe.runtime.replicas.tally import LayerTally, MicroBatch, balance_line, imbalance, loads
 from megatron_smartmoe.runtime.replicas.wire import ReplicaWire
+from megatron_smartmoe.runtime.step_clock import STEP_CLOCK, Part
 from megatron_smartmoe.spec.arrays import IntArray
 from megatron_smartmoe.spec.placement import EMPTY, Placement, with_empty_slots
 
@@ -232,6 +233,7 @@ class ReplicaLoop(Callback):
         if not np.array_equal(self._homes_LRH(), planner.placement.homes_LRH):
             planner.rehome(self._placement())
 
+    @STEP_CLOCK.within(Part.PLANNING)
     def before_step(self, iteration: int) -> None:
         """Plan this iteration's replicas and start to fetch their weights."""
         self._late.forget()  # what an iteration that was broken off has left

@@ -29,6 +29,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_smartmoe.errors import one_line
+from megatron_smartmoe.runtime.step_clock import STEP_CLOCK, Part
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -116,6 +117,7 @@ class Transfer:
         """Whether all rounds are posted."""
         return self.is_finished or self._num_posted == len(self._rounds)
 
+    @STEP_CLOCK.within(Part.REPLICAS)
     def advance(self) -> None:
         """Post the next round, if there is one, when the one before it has arrived and is added up."""
         if self.is_posted:
@@ -127,6 +129,7 @@ class Transfer:
             self._num_posted += 1
             self._works = tuple(dist.batch_isend_irecv(operations)) if operations else ()
 
+    @STEP_CLOCK.within(Part.REPLICAS)
     def finish(self) -> None:
         """Post what is left, and wait for it: on CUDA the current stream waits, and the host does not."""
         if self.is_finished:
