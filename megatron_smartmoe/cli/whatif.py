@@ -32,7 +32,7 @@ from megatron_smartmoe.report.fit import Fitted, busiest_s, fit_factors
 from megatron_smartmoe.report.run_launch import RunLaunch, on_ranks, run_launch
 from megatron_smartmoe.report.run_record import RunRecord, is_move, read_run, with_homes
 from megatron_smartmoe.report.step_times import LEAST, StepTimes, step_times
-from megatron_smartmoe.simulate.whatif import GROUPS, Machine, Move, Replayed, regrouped, replayed
+from megatron_smartmoe.simulate.whatif import GROUPS, GROUPS_OF_PART, Machine, Move, Replayed, regrouped, replayed
 from megatron_smartmoe.spec.arrays import FloatArray
 from megatron_smartmoe.spec.cluster import ClusterSpec, load_cluster_spec
 from megatron_smartmoe.spec.parallel import ParallelSpec, Replicas, violation
@@ -49,6 +49,7 @@ SPREAD = {
     "rows": 0.5,
     "layers": 0.7,
     "exchange": 0.5,
+    "shared": 0.3,
     "replicas": 0.5,
     "dense": 0.3,
     "step": 0.5,
@@ -79,8 +80,8 @@ def add_parser(tools: Any) -> None:
     add("--run-cluster", type=Path, metavar="YAML", help=text)
     text = "routing trace of RUN (default: the one that --smartmoe-record-trace wrote)"
     add("--trace", type=Path, metavar="FILE", help=text)
-    text = "CPU seconds of each rank: a CSV file with the columns iteration,rank,seconds; for ranks that share cores "
-    text += "(default: wall time, from the run's log)"
+    text = "CPU seconds of each rank, measured otherwise: a CSV file with the columns iteration,rank,seconds (default: "
+    text += "what the run measured itself, account.jsonl, else the wall time in its log)"
     add("--step-times", type=Path, metavar="FILE", help=text)
     add("--records", type=int, default=200, metavar="N", help="replay the last N records of the trace (default: 200)")
     add("--json", type=Path, metavar="FILE", help="write the predictions as JSON")
@@ -95,8 +96,7 @@ def run(options: argparse.Namespace) -> int:
     record = read_run(options.run_dir, options.trace)
     launch = run_launch(record, options.run_cluster)
     trace = _trace(record, launch, options)
-    times = step_times(record, options.step_times, launch.spec.gpus)
-    _check_times(times, launch.spec, options)
+    times = step_times(record, options.run_dir, options.step_times, launch.spec)
     settings, left_out = _settings(options, launch, trace)
     # Step 2: replay the run as it was, and fit the cost model's terms to its measured steps.
     own = Setting(spec=launch.spec, cluster=launch.cluster, is_other_machine=False)
@@ -116,7 +116,7 @@ def run(options: argparse.Namespace) -> int:
         groups=GROUPS,
         iterations=(int(base.iteration[0]), int(base.iteration[-1])),
         left_out=left_out,
-        notes=_notes(trace, launch, settings),
+        notes=[*filter(None, [times.note]), *_notes(trace, launch, settings)],
     )
     print(as_table(found, basis))
     if options.json:
@@ -201,21 +201,6 @@ def _trace(record: RunRecord, launch: RunLaunch, options: argparse.Namespace) ->
         raise ConfigError("--trace", path, rule, way_out)
     kept = slice(-options.records, None)
     return replace(trace, counts=trace.counts[kept], iteration=trace.iteration[kept])
-
-
-def _check_times(times: StepTimes, spec: ParallelSpec, options: argparse.Namespace) -> None:
-    """CPU time of a rank is that of its own layers and tokens: only where every rank has all layers, whole."""
-    if not times.by_rank:
-        return
-    for size, flag in (
-        (spec.pp, "--pipeline-model-parallel-size"),
-        (spec.tp, "--tensor-model-parallel-size"),
-        (spec.etp, "--expert-tensor-parallel-size"),
-        (spec.cp, "--context-parallel-size"),
-    ):
-        if size > 1:
-            rule = f"is for runs with {flag} 1, and this one has {size}"
-            raise ConfigError("--step-times", str(options.step_times), rule, "Remove it: wall time is fitted then.")
 
 
 def _settings(
@@ -372,20 +357,28 @@ def _replay(
 
 
 def _fit(base: Replayed, times: StepTimes, record: RunRecord) -> tuple[Fitted, FloatArray]:
-    """Factors of the terms, and residuals of the measured steps, `[M, U]`."""
-    rows, seconds = [], []
-    for first, last, seconds_U in zip(times.first_M, times.last_M, times.seconds_MU, strict=True):
-        inside_N = (first <= base.iteration) & (base.iteration <= last)
-        if inside_N.any():
-            rows.append(base.terms_NUG[inside_N].mean(axis=0))
-            seconds.append(seconds_U)
-    if len(rows) < LEAST:
-        rule = f"{len(rows)} measured steps are of iterations in the trace: must be at least {LEAST}"
+    """Factors of the terms, and measured over predicted, minus 1, of the steps, `[M, U]`."""
+    # Step 1: the measurements of iterations that were replayed, and the terms of the same iterations.
+    inside_MN = (times.first_M[:, None] <= base.iteration) & (base.iteration <= times.last_M[:, None])
+    at_M = np.flatnonzero(inside_MN.any(axis=1))
+    if len(at_M) < LEAST:
+        rule = f"{len(at_M)} measured steps are of iterations in the trace: must be at least {LEAST}"
         raise ConfigError("RUN", record.name, rule, "Train longer, or with a smaller --log-interval.")
-    terms_MUG, seconds_MU = np.array(rows), np.array(seconds)
+    terms_MUG = np.array([base.terms_NUG[inside_MN[at]].mean(axis=0) for at in at_M])
+    seconds_MU = times.seconds_MU[at_M]
+    # Step 2: the factors, from parts of steps where they were measured.
     spread_G = np.array([SPREAD[group] for group in GROUPS])
-    fitted = fit_factors(terms_MUG.reshape(-1, len(GROUPS)), seconds_MU.ravel(), spread_G)
-    return fitted, fitted.residuals_N.reshape(seconds_MU.shape)
+    if times.parts_MUP is None:
+        fitted = fit_factors(terms_MUG.reshape(-1, len(GROUPS)), seconds_MU.ravel(), spread_G)
+    else:
+        parts = list(GROUPS_OF_PART)
+        in_part_PG = np.array([[group in GROUPS_OF_PART[part] for group in GROUPS] for part in parts])
+        rows_MUPG = terms_MUG[:, :, None, :] * in_part_PG
+        parts_MUP = times.parts_MUP[at_M][:, :, parts]
+        steps_MUP = np.broadcast_to(seconds_MU[:, :, None], parts_MUP.shape)
+        fitted = fit_factors(rows_MUPG.reshape(-1, len(GROUPS)), parts_MUP.ravel(), spread_G, steps_MUP.ravel())
+    residuals_MU = seconds_MU / fitted.seconds(terms_MUG) - 1.0
+    return fitted.judged_by(residuals_MU), residuals_MU
 
 
 def _prediction(

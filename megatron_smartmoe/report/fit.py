@@ -14,7 +14,7 @@ run, and nonsense for any other setting.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -35,18 +35,20 @@ class Fitted:
     Attributes:
         factors_G: of each group of terms, in seconds a predicted second.
         covariance_GG: of the factors.
-        residuals_N: measured over predicted, minus 1, by measurement.
-        noise: standard deviation of the residuals, by their median, so that outliers do not widen it.
+        noise: standard deviation of what was fitted around the fit, relative to a step.
     """
 
     factors_G: FloatArray
     covariance_GG: FloatArray
-    residuals_N: FloatArray
     noise: float
 
     def seconds(self, terms_NG: FloatArray) -> FloatArray:
         """Predicted seconds, of any shape `[..., G]`."""
         return np.asarray(terms_NG @ self.factors_G)
+
+    def judged_by(self, residuals: FloatArray) -> Fitted:
+        """The same factors with the spread of whole steps as noise, by the median: outliers do not widen it."""
+        return replace(self, noise=max(LEAST_NOISE, MAD_TO_DEVIATION * float(np.median(np.abs(residuals)))))
 
     def deviation_s(self, terms_G: FloatArray) -> float:
         """Standard deviation of a step: how far a measured one may be off, and how little the factors are known."""
@@ -54,36 +56,35 @@ class Fitted:
         return float(np.sqrt(known + (self.noise * float(self.seconds(terms_G))) ** 2))
 
 
-def fit_factors(terms_NG: FloatArray, seconds_N: FloatArray, spread_G: FloatArray) -> Fitted:
+def fit_factors(
+    terms_NG: FloatArray, seconds_N: FloatArray, spread_G: FloatArray, step_N: FloatArray | None = None
+) -> Fitted:
     """Fit the factors.
 
     Args:
         terms_NG: predicted seconds of each measurement by group of terms.
-        seconds_N: measured seconds.
+        seconds_N: measured seconds, of a step or of one part of it.
         spread_G: standard deviation of each group's factor around the machine's overall speed, relative to it.
+        step_N: seconds of the step that a part belongs to, which its error is relative to; None for whole steps.
     """
+    step_N = seconds_N if step_N is None else step_N
     # Step 1: the prior: the overall speed, and every group around it.
-    speed = float(np.median(seconds_N / terms_NG.sum(axis=1)))
+    speed = float(seconds_N.sum() / terms_NG.sum())
     prior_GG = speed**2 * (SPEED_SPREAD**2 + np.diag(spread_G**2))
     precision_GG = np.linalg.inv(prior_GG)
-    rows_NG = terms_NG / seconds_N[:, None]
+    rows_NG, measured_N = terms_NG / step_N[:, None], seconds_N / step_N
     noise, weight_N = FIRST_NOISE, np.ones(len(seconds_N))
     # Step 2: rounds of "fit, see how far off measurements are, weigh them".
     for _ in range(ROUNDS):
-        factors_G, covariance_GG = _posterior(rows_NG, weight_N / noise**2, speed, precision_GG)
-        error_N = 1.0 - rows_NG @ factors_G
+        factors_G, covariance_GG = _posterior(rows_NG, measured_N, weight_N / noise**2, speed, precision_GG)
+        error_N = measured_N - rows_NG @ factors_G
         noise = max(LEAST_NOISE, MAD_TO_DEVIATION * float(np.median(np.abs(error_N))))
         weight_N = np.minimum(1.0, HUBER * noise / np.maximum(np.abs(error_N), 1e-12))
-    return Fitted(
-        factors_G=factors_G,
-        covariance_GG=covariance_GG,
-        residuals_N=seconds_N / (terms_NG @ factors_G) - 1.0,
-        noise=noise,
-    )
+    return Fitted(factors_G=factors_G, covariance_GG=covariance_GG, noise=noise)
 
 
 def _posterior(
-    rows_NG: FloatArray, weight_N: FloatArray, speed: float, precision_GG: FloatArray
+    rows_NG: FloatArray, measured_N: FloatArray, weight_N: FloatArray, speed: float, precision_GG: FloatArray
 ) -> tuple[FloatArray, FloatArray]:
     """Mean and covariance of the factors; one that came out negative is held at zero and the others fitted again."""
     size = len(precision_GG)
@@ -93,7 +94,7 @@ def _posterior(
         inverse = weighted_NG.T @ rows_NG[:, kept] + precision_GG[np.ix_(kept, kept)]
         # a group that is held at zero stays as far from its prior as that is
         target = precision_GG[np.ix_(kept, np.ones(size, dtype=np.bool_))] @ np.full(size, speed)
-        found = np.linalg.solve(inverse, weighted_NG.sum(axis=0) + target)
+        found = np.linalg.solve(inverse, weighted_NG.T @ measured_N + target)
         if (found >= 0).all():
             factors_G, covariance_GG = np.zeros(size), np.zeros((size, size))
             factors_G[kept] = found

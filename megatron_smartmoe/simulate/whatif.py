@@ -21,6 +21,7 @@ from dataclasses import dataclass, fields, replace
 import numpy as np
 
 from megatron_smartmoe.cost.comm import busiest_ports
+from megatron_smartmoe.cost.fitted import Part
 from megatron_smartmoe.cost.moe_layer import ALL_TO_ALLS, LayerConstants, LayerFlow, LayerTime
 from megatron_smartmoe.cost.step.constants import StepConstants, expert_shape, layer_constants
 from megatron_smartmoe.cost.step.moe import LAUNCHES_PER_CHUNK, MoETimes, moe_times
@@ -39,7 +40,7 @@ from megatron_smartmoe.spec.placement import Placement
 from megatron_smartmoe.spec.trace import RoutingTrace
 
 # The terms of a step in groups, each of which has one factor that is fitted to the run.
-GROUPS = ("tokens", "weights", "rows", "layers", "exchange", "replicas", "dense", "step")
+GROUPS = ("tokens", "weights", "rows", "layers", "exchange", "shared", "replicas", "dense", "step")
 GROUP_OF = {
     "moe_gemm_s": "tokens",
     "moe_experts_s": "weights",
@@ -53,7 +54,7 @@ GROUP_OF = {
     "replicas_s": "replicas",
     "attention_s": "dense",
     "dense_mlp_s": "dense",
-    "shared_expert_s": "dense",
+    "shared_expert_s": "shared",
     "tensor_comm_s": "dense",
     "context_comm_s": "dense",
     "recompute_s": "dense",
@@ -63,6 +64,13 @@ GROUP_OF = {
     "grad_sync_s": "step",
     "param_gather_s": "step",
     "optimizer_s": "step",
+}
+# Parts of a step as a run measures them -> the groups that explain them. Planning and migration have no term.
+GROUPS_OF_PART: dict[Part, tuple[str, ...]] = {
+    Part.OUTSIDE: ("dense", "step"),
+    Part.DISPATCH: ("rows", "layers", "exchange", "shared"),
+    Part.EXPERTS: ("tokens", "weights"),
+    Part.REPLICAS: ("replicas",),
 }
 _LAYER_TERMS = tuple(term.name for term in fields(LayerTime))
 _EXTRA_TERMS = ("replicas_s", "expert_tensor_s", "chunking_s")

@@ -42,6 +42,22 @@ def test_a_slow_machine_is_no_error() -> None:
     assert fitted.seconds(terms_NG) == pytest.approx(seconds_N * 10, rel=0.02)
 
 
+def test_parts_of_a_step_tell_apart_what_the_step_does_not() -> None:
+    """The same steps, and of each the seconds of its second term alone: both constant terms are known then."""
+    terms_NG, _ = steps(noise=0.0)
+    rng = np.random.default_rng(3)
+    part_NG = terms_NG * [0.0, 1.0, 0.0]
+    rest_NG = terms_NG - part_NG
+    factors_G = np.array([2.0, 1.2, 1.0])
+    step_N = terms_NG @ factors_G
+    rows_NG = np.concatenate([part_NG, rest_NG])
+    seconds_N = rows_NG @ factors_G + 0.01 * np.tile(step_N, 2) * rng.standard_normal(400)
+    fitted = fit_factors(rows_NG, seconds_N, SPREAD_G, np.tile(step_N, 2))
+    assert fitted.factors_G == pytest.approx(factors_G, abs=0.1)
+    assert np.sqrt(np.diag(fitted.covariance_GG)).max() < 0.05
+    assert fitted.judged_by(np.array([0.1, -0.1, 5.0])).noise == pytest.approx(0.148, abs=0.001)
+
+
 def test_outliers_do_not_bend_the_fit() -> None:
     terms_NG, seconds_N = steps(noise=0.01)
     seconds_N[::10] *= 3.0
