@@ -2,7 +2,7 @@
 
 Method. Routing does not depend on where experts are: the same tokens choose the same experts under every setting. So
 the run's counts are shared out anew (`regrouped`), the simulator replays homes, replicas and split as training would
-have planned them (`replay`), and the cost model prices what comes out, term by term (`step_terms`). What a second of
+have planned them, and the cost model prices what comes out, term by term. What a second of
 each term is worth on this machine is fitted to the run (`report.fit`); nothing here is measured.
 
 A step is measured in one of two ways, and terms are made for either. In *wall time* every layer waits for its busiest
@@ -265,53 +265,59 @@ class _Layers:
 
     def add(self, applied: Applied) -> None:
         """Add a layer of one micro-batch of one group."""
-        machine, setup, at = self.machine, self.setup, (applied.record, applied.layer)
-        flow = flow_of(applied, setup.num_nodes)
-        flows = [flow]
+        record, group, layer, nodes = applied.record, applied.group, applied.layer, self.setup.num_nodes
+        flow = flow_of(applied, nodes)
+        flows = [(flow, applied.planned.mode)]
         if (unused_RS := applied.planned.unused_RS) is not None:  # fetched from history, and planned anew
             nothing_ER, nothing_RR = np.zeros_like(flow.load_ER), np.zeros_like(flow.traffic_RR)
-            flows.append(relayed_flow(unused_RS, nothing_ER, nothing_RR, setup.num_nodes))
-        mode = applied.planned.mode
-        # Step 1: seconds.
-        if machine.by_rank:
-            for rank in range(setup.num_ranks):
-                unit = applied.group * setup.num_ranks + rank
-                seconds = self._rank_terms(flows, rank, mode)
-                self.terms_NULT[applied.record, unit, applied.layer] += seconds
+            flows.append((relayed_flow(unused_RS, nothing_ER, nothing_RR, nodes), "history"))
+        if self.machine.by_rank:
+            for rank in range(self.setup.num_ranks):
+                unit = group * self.setup.num_ranks + rank
+                self.terms_NULT[record, unit, layer] += self._rank_terms(flows, rank)
         else:
-            self.terms_NULT[applied.record, applied.group, applied.layer] += self._terms(flows, mode)
-        # Step 2: balance and bytes. The busiest group's count, and a mean over micro-batches is what is asked for.
+            self.terms_NULT[record, group, layer] += self._terms(flows)
+        self._count(record, layer, flows)
+
+    def _count(self, record: int, layer: int, flows: list[tuple[LayerFlow, Sees]]) -> None:
+        """Add balance and bytes: means over groups, and over micro-batches where a step has one of them."""
+        flow, groups = flows[0][0], self.machine.spec.edp
         load_R = flow.load_ER.sum(axis=0)
         worst = float(load_R.max() / load_R.mean())
-        self.hottest_NL[at] = max(self.hottest_NL[at], worst)
-        share = 1 / (self.micro_batches * machine.spec.edp)
-        self.imbalance_NL[at] += worst * share
-        ports = busiest_ports(flow.traffic_RR, setup.num_nodes)
-        sent = ports.intra + ports.inter_gpu
-        self.exchange_NL[at] += sent * ALL_TO_ALLS * self.expert.token_bytes / machine.spec.edp
-        served = 1 if mode == "exact" else self.micro_batches
-        for one in flows:
-            copied = busiest_ports(one.replicas_RR, setup.num_nodes)
-            replica_bytes = (copied.intra + copied.inter_gpu) * (self.expert.weight_bytes + self.expert.gradient_bytes)
-            self.replicas_NL[at] += replica_bytes / served / machine.spec.edp
+        self.hottest_NL[record, layer] = max(self.hottest_NL[record, layer], worst)
+        self.imbalance_NL[record, layer] += worst / groups / self.micro_batches
+        sent = self._through_port(flow.traffic_RR)
+        self.exchange_NL[record, layer] += sent * ALL_TO_ALLS * self.expert.token_bytes / groups
+        both_ways_bytes = self.expert.weight_bytes + self.expert.gradient_bytes
+        for one, mode in flows:
+            copied = self._through_port(one.replicas_RR) * both_ways_bytes
+            self.replicas_NL[record, layer] += copied / self._served(mode) / groups
 
-    def _terms(self, flows: list[LayerFlow], mode: Sees) -> FloatArray:
+    def _through_port(self, traffic_RR: FloatArray) -> float:
+        """What the busiest ports carry, inside nodes and between them."""
+        ports = busiest_ports(traffic_RR, self.setup.num_nodes)
+        return ports.intra + ports.inter_gpu
+
+    def _served(self, mode: Sees) -> int:
+        """Micro-batches that one transfer of a replica serves."""
+        return 1 if mode == "exact" else self.micro_batches
+
+    def _terms(self, flows: list[tuple[LayerFlow, Sees]]) -> FloatArray:
         """Seconds that all ranks of a group take, waiting for the busiest."""
-        machine = self.machine
-        spec = machine.spec if machine.spec.replicas == "off" else replace(machine.spec, replicas=mode)
-        times = [
-            moe_times([flow], self.constants, machine.model, spec, machine.cluster, machine.constants) for flow in flows
-        ]
+        machine, times = self.machine, []
+        for flow, mode in flows:
+            spec = machine.spec if machine.spec.replicas == "off" else replace(machine.spec, replicas=mode)
+            times.append(moe_times([flow], self.constants, machine.model, spec, machine.cluster, machine.constants))
         return _vector(replace(times[0], replicas_s=sum(one.replicas_s for one in times)))
 
-    def _rank_terms(self, flows: list[LayerFlow], rank: int, mode: Sees) -> FloatArray:
+    def _rank_terms(self, flows: list[tuple[LayerFlow, Sees]], rank: int) -> FloatArray:
         """CPU seconds of one rank."""
-        served = 1 if mode == "exact" else self.micro_batches
-        layer = rank_time(flows[0], rank, self.constants)
-        replica_s = sum(rank_time(flow, rank, self.constants).replicas_s for flow in flows) / served
+        times = [rank_time(flow, rank, self.constants) for flow, _ in flows]
+        replica_s = sum(time.replicas_s / self._served(mode) for time, (_, mode) in zip(times, flows, strict=True))
+        layer = replace(times[0], replicas_s=0.0)
         chunk_s = layer.experts_s + LAUNCHES_PER_CHUNK * self.machine.constants.launch_s
         chunking_s = (self.machine.spec.overlap_degree - 1) * chunk_s
-        return _vector(MoETimes(replace(layer, replicas_s=0.0), replica_s, 0.0, chunking_s))
+        return _vector(MoETimes(layer, replica_s, 0.0, chunking_s))
 
     def step_terms(self, record: int) -> FloatArray:
         """Seconds of a step by unit and group of terms, `[U, G]`."""
