@@ -39,7 +39,8 @@ PARTS = {
 _OF_A_RANK = [Count.TOKENS, Count.GROUPS, Count.CALLS, Count.PORT_TOKENS]
 _OF_THE_BUSIEST = [Count.BUSIEST_TOKENS, Count.BUSIEST_GROUPS, Count.CALLS, Count.BUSIEST_PORT_TOKENS]
 
-_MACHINE = "the machine's speed, from one run to the other"
+MACHINE = "machine"
+_SPEED = "the machine's speed, from one run to the other"
 
 Kind = Literal["measured", "modelled"]
 
@@ -87,8 +88,10 @@ class Account:
 
     @property
     def share(self) -> float | None:
-        """The ideal's step over the run's; None where no ideal was measured."""
-        return None if self.ideal_s is None else self.ideal_s / self.step_s
+        """The ideal's step, at the speed that the machine had in the run, over the run's; None without an ideal."""
+        if self.ideal_s is None:
+            return None
+        return (self.ideal_s + sum(term.seconds for term in self.terms if term.name == MACHINE)) / self.step_s
 
     @property
     def unexplained_s(self) -> float | None:
@@ -96,7 +99,8 @@ class Account:
         return None if self.ideal_s is None else self.step_s - self.ideal_s - sum(term.seconds for term in self.terms)
 
     def to_json(self) -> dict[str, Any]:
-        """For `summary.json`; shares are of the run's step, and with an ideal they add up to 1."""
+        """For `summary.json`. Shares are of the run's step; with an ideal they add up to 1, the machine's speed apart,
+        which is part of the ideal's."""
         unexplained_s = self.unexplained_s
         return {
             "basis": self.basis,
@@ -136,14 +140,14 @@ def account_of(record: StepRecord, ideal: StepRecord | None = None, *, fitted: F
     """Account for a run's steps.
 
     Args:
-        record: of the run; the first iterations are left out where there are enough others.
-        ideal: of its force-balanced twin.
-        fitted: constants that were fitted to more of the run than `record`; None fits them.
+        record: of the run.
+        ideal: of its force-balanced twin. Of both the first iterations are left out where there are enough others.
+        fitted: constants that were fitted to more of the run than `record`, all of which then counts; None fits them.
 
     Raises:
         PlanError: the two do not fit together, or one has no iterations.
     """
-    record = record.without_warm_up()
+    record = record if fitted is not None else record.without_warm_up()
     if ideal is not None:
         ideal = ideal.without_warm_up()
         _check_twins(record, ideal)
@@ -162,7 +166,7 @@ def account_of(record: StepRecord, ideal: StepRecord | None = None, *, fitted: F
         ideal_s, ideal_parts_P = float(twin.mean(twin.step_N)), twin.mean(twin.parts_NP)
         ideal_split_s = tuple(ideal_parts_P.tolist())
         terms = [
-            Term(name="machine", label=_MACHINE, seconds=(speed - 1) * ideal_s, kind="measured"),
+            Term(name=MACHINE, label=_SPEED, seconds=(speed - 1) * ideal_s, kind="measured"),
             *_stages(record, ideal, busiest, fitted, speed, ideal_s),
             *_terms(busiest, fitted, _same_stages(ideal, busiest), ideal_parts_P * speed),
         ]

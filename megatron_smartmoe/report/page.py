@@ -117,15 +117,16 @@ def _account(found: RunAccount) -> AccountView:
     )
 
 
-def _latest(accounts: Sequence[RunAccount | None], form: str, *names: str, unit: float = 1.0) -> list[str]:
-    """A figure of each run's last log interval, where it has one."""
-    texts = []
-    for found in accounts:
-        value: Any = found.latest if found is not None else {}
-        for name in names:
-            value = value.get(name) or {}
-        texts.append(form.format(value / unit) if isinstance(value, int | float) else "")
-    return texts
+def _median_interval(found: RunAccount | None, name: str, form: str) -> str:
+    """Median over log intervals of a figure, where the run has it."""
+    intervals = found.steps.intervals.values() if found is not None else ()
+    values = [interval[name] for interval in intervals if interval[name] is not None]
+    return form.format(np.median(values)) if values else ""
+
+
+def _peak_memory(found: RunAccount | None) -> str:
+    latest = found.latest if found is not None else {}
+    return f"{latest['memory']['peak_bytes'] / 2**30:.2f}" if latest else ""
 
 
 def _headline(runs: Sequence[RunRecord], accounts: Sequence[RunAccount | None]) -> list[tuple[str, list[str]]]:
@@ -139,9 +140,11 @@ def _headline(runs: Sequence[RunRecord], accounts: Sequence[RunAccount | None]) 
         f"max / mean tokens per rank, {runs[0].compared[0]}": [_mean_balance(run, "homes") for run in runs],
         f"max / mean tokens per rank, {runs[0].compared[1]}": [_mean_balance(run, "split") for run in runs],
         "moves of homes taken": [_moves(run) for run in runs],
-        "model TFLOP/s per rank": _latest(accounts, "{:.3g}", "model_tflops_per_rank"),
-        "MFU of the cluster file's peak": _latest(accounts, "{:.1%}", "mfu"),
-        "peak memory of the fullest rank, GiB": _latest(accounts, "{:.2f}", "memory", "peak_bytes", unit=2**30),
+        "model TFLOP/s per rank, median": [
+            _median_interval(found, "model_tflops_per_rank", "{:.3g}") for found in accounts
+        ],
+        "MFU of the cluster file's peak, median": [_median_interval(found, "mfu", "{:.1%}") for found in accounts],
+        "peak memory of the fullest rank, GiB": [_peak_memory(found) for found in accounts],
         "share of the force-balanced ideal": [
             f"{found.account.share:.1%}" if found is not None and found.account.share is not None else ""
             for found in accounts

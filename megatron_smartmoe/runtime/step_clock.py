@@ -105,4 +105,10 @@ def seconds_of(marks: Sequence[Mark]) -> list[float]:
     return seconds
 
 
-STEP_CLOCK = StepClock()
+def has_passed(marks: Sequence[Mark]) -> bool:
+    """Whether `seconds_of` may be asked: the last event is behind the device, where the clock is one of events."""
+    last = marks[-1][1]
+    return isinstance(last, float) or bool(last.query())
+
+
+STEP_CLOCK = StepClock()  # of this process

@@ -32,7 +32,7 @@ from scripts.training_bench.variants import Shape
 
 ROOT = Path(__file__).resolve().parents[2]
 SHAPE = Shape(layers=2, hidden=256, ffn=1024, tokens=512, experts=16, top_k=2, micro_batches=2)
-BIAS = "-1.0"  # standard deviation of the logits' bias; negative: the same in every iteration
+BIAS = "-2.0"  # standard deviation of the logits' bias; negative: the same in every iteration
 OFF = ("--smartmoe", "--smartmoe-homes", "off")
 SPARE = (*OFF, "--smartmoe-spare-slots", "1", "--smartmoe-replicas-margin", "0")
 CHUNKS = (*OFF, "--smartmoe-overlap-degree", "2")

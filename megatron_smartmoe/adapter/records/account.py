@@ -23,26 +23,26 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state as mpu
-from megatron.core.num_microbatches_calculator import get_num_microbatches
+from megatron.core.num_microbatches_calculator import get_current_global_batch_size, get_num_microbatches
 
 from megatron_smartmoe.adapter.cost_inputs import launch_of_run, machine, model_of_run
 from megatron_smartmoe.adapter.hooks import Callback, Order, loop_module
 from megatron_smartmoe.adapter.moe.routers import count_tokens
 from megatron_smartmoe.adapter.records.scalars import write_histograms, write_scalars
-from megatron_smartmoe.adapter.records.step_times import Step, StepTimes, Units, seconds_P
+from megatron_smartmoe.adapter.records.step_times import Step, StepTimes, Units
 from megatron_smartmoe.adapter.run import Run
 from megatron_smartmoe.cost.account import Account, account_of
 from megatron_smartmoe.cost.fitted import Count, Part, StepRecord, fit_step
 from megatron_smartmoe.cost.memory.budget import memory_budget
-from megatron_smartmoe.errors import ConfigError, PlanError
+from megatron_smartmoe.errors import ConfigError, PlanError, one_line
 from megatron_smartmoe.runtime.counts import ExpertCounts
 from megatron_smartmoe.runtime.peak_memory import PeakMemory
 from megatron_smartmoe.runtime.step_clock import STEP_CLOCK
-from megatron_smartmoe.spec.arrays import FloatArray
+from megatron_smartmoe.spec.arrays import FloatArray, IntArray
 
 FILE = "account.jsonl"
 ROWS_PER_INTERVAL = 10  # of the file, at most: a row is the mean of some iterations
-_MOST_NUMBERS = 2_000_000  # that a rank keeps of the run for its summary
+_MOST_NUMBERS = 200_000  # that a rank keeps of the run for its constants and its summary; the file has all
 _PERCENTILES = ("p50", "p95", "worst")
 GIB = 2**30
 
@@ -143,6 +143,7 @@ class StepAccount(Callback):
         steps = self._times.take()
         if not steps:
             return
+        torch.cuda.synchronize()  # the last steps' events; Megatron has just waited for the loss in any case
         wall_s, self._wall_s = self._wall_s / len(steps), 0.0
         # Step 1: this rank's rows, for which it needs the counts of its expert-parallel group.
         micro_batches = get_num_microbatches()
@@ -157,11 +158,28 @@ class StepAccount(Callback):
         self._counts.reset()
         if not self._logs:
             return
-        # Step 3: the account, with constants fitted to all of the run that is kept.
+        # Step 3: what they amount to. No other rank waits for it, and no error in it ends a training.
+        try:
+            self._tell(iteration, record, ratios.cpu().numpy(), load_LE, peaks_R2, wall_s)
+        except Exception as error:
+            if self._run.is_reporter:
+                text = f"no account of these steps: {type(error).__name__}: {one_line(error)}"
+                print(f" smartmoe: iteration {iteration:8d} | WARNING: {text} |", flush=True)
+
+    def _tell(
+        self,
+        iteration: int,
+        record: StepRecord,
+        ratios_L3: FloatArray,
+        load_LE: IntArray,
+        peaks_R2: FloatArray,
+        wall_s: float,
+    ) -> None:
+        """Print and write the account of an interval, with constants fitted to all of the run that is kept."""
         self._keep(record)
         fitted = fit_step(_joined(list(self._kept)).without_warm_up())
         account = account_of(record, fitted=fitted)
-        content = self._content(record, ratios.cpu().numpy(), load_LE, peaks_R2, wall_s)
+        content = self._content(record, ratios_L3, load_LE, peaks_R2, wall_s)
         warning = self._memory.note(peaks_R2[:, 0], peaks_R2[:, 1])
         if self._run.is_reporter:
             for row in range(len(record.iteration_N)):
@@ -229,17 +247,18 @@ class StepAccount(Callback):
             self._kept.popleft()
 
     def _content(
-        self, record: StepRecord, ratios_L3: FloatArray, load_LE: Any, peaks_R2: FloatArray, wall_s: float
+        self, record: StepRecord, ratios_L3: FloatArray, load_LE: IntArray, peaks_R2: FloatArray, wall_s: float
     ) -> dict[str, Any]:
         """The interval's other figures, for the file, the line and the summary."""
-        args, world = self._run.args, dist.get_world_size()
-        step_flops = loop_module().num_floating_point_operations(args, args.global_batch_size)
-        flops = step_flops / wall_s / world
+        args, batch_size = self._run.args, get_current_global_batch_size()
+        flops = loop_module().num_floating_point_operations(args, batch_size) / wall_s / len(self._stage_R)
         hottest = int(np.argmax(peaks_R2[:, 0] / peaks_R2[:, 1]))
         routed = load_LE.sum(axis=1) > 0
         layers = np.nonzero(ratios_L3[:, 2])[0]
+        groups = len(self._stage_R) / (self._stage_R.max() + 1) / self._run.ranks.ep_size  # on each stage
+        replicas = float(record.mean(record.counts_NRC[:, :, Count.REPLICAS]).sum())
         content = {
-            "tokens_per_second": round(args.global_batch_size * args.seq_length / wall_s, 1),
+            "tokens_per_second": round(batch_size * args.seq_length / wall_s, 1),
             "model_tflops_per_rank": flops / 1e12,
             "mfu": flops / self._peak_flops if self._peak_flops else None,
             "memory": {
@@ -250,8 +269,7 @@ class StepAccount(Callback):
             },
             "imbalance": {str(layer + 1): np.round(ratios_L3[layer], 4).tolist() for layer in layers.tolist()},
             "dead_experts": int((load_LE[routed] == 0).sum()),
-            "replicas_per_layer": float(record.counts_NRC[:, :, Count.REPLICAS].mean(axis=0).sum())
-            / max(1, len(layers) * record.micro_batches),
+            "replicas_per_layer": replicas / max(1, len(layers) * record.micro_batches * groups),
         }
         self._last = content
         return content
@@ -270,7 +288,7 @@ class StepAccount(Callback):
             return None
         return dict(budget.parts())
 
-    def _write_scalars(self, iteration: int, account: Account, content: dict[str, Any], load_LE: Any) -> None:
+    def _write_scalars(self, iteration: int, account: Account, content: dict[str, Any], load_LE: IntArray) -> None:
         scalars = {
             "smartmoe/step (ms)": account.step_s * 1e3,
             "smartmoe/model TFLOP/s per rank": content["model_tflops_per_rank"],
@@ -296,7 +314,7 @@ class StepAccount(Callback):
 def _row(step: Step, units: Units, busiest_3: FloatArray) -> FloatArray:
     """Parts and counts of a step on this rank, in the order of `Part` and `Count`."""
     tokens, groups, port = units.counts_U3.sum(axis=0)
-    return np.concatenate([seconds_P(step), [tokens, groups, units.calls, port, units.replicas], busiest_3])
+    return np.concatenate([step.seconds_P, [tokens, groups, units.calls, port, units.replicas], busiest_3])
 
 
 def _memory_bytes() -> tuple[float, float]:

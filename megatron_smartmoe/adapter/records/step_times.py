@@ -10,7 +10,7 @@ The experts are called with the rows of each of their slots: that is all that is
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 
 from megatron_smartmoe.adapter.run import Run
 from megatron_smartmoe.cost.fitted import Part
-from megatron_smartmoe.runtime.step_clock import STEP_CLOCK, Mark, seconds_of
+from megatron_smartmoe.runtime.step_clock import STEP_CLOCK, Mark, has_passed, seconds_of
 from megatron_smartmoe.spec.arrays import FloatArray, IntArray
 
 
@@ -42,11 +42,24 @@ class Call:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Step:
-    """A step as it was measured, not read yet: its marks may be events that have not passed."""
+    """A step as it was measured.
+
+    Attributes:
+        iteration: its number.
+        marks: of the clock; empty once they are read. On a GPU they are events that may not have passed yet.
+        seconds: of each part; None until they are read.
+        calls: of all layers' experts.
+    """
 
     iteration: int
     marks: list[Mark]
     calls: list[Call]
+    seconds: tuple[float, ...] | None = None
+
+    @property
+    def seconds_P(self) -> FloatArray:
+        """Seconds of each part. On a GPU the step must have passed."""
+        return np.array(self.seconds if self.seconds is not None else seconds_of(self.marks))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -96,6 +109,9 @@ class StepTimes:
         if marks := STEP_CLOCK.stop():
             self._steps.append(Step(iteration=iteration, marks=marks, calls=self._calls))
         self._calls = []
+        for at, step in enumerate(self._steps):  # thousands of events a step: they are given back as soon as they can
+            if step.seconds is None and has_passed(step.marks):
+                self._steps[at] = replace(step, marks=[], seconds=tuple(seconds_of(step.marks)))
 
     def take(self) -> list[Step]:
         """The steps since the last call."""
@@ -155,11 +171,6 @@ class StepTimes:
             calls=len(rows),
             replicas=replicas,
         )
-
-
-def seconds_P(step: Step) -> FloatArray:
-    """Seconds of each part of a step; waits for the device."""
-    return np.array(seconds_of(step.marks))
 
 
 def _watch(module: torch.nn.Module, *, begins: Part, around: Part) -> None:

@@ -13,8 +13,6 @@ from typing import Any
 from megatron_smartmoe.adapter.corpus.spec import PreparedCorpus
 from megatron_smartmoe.adapter.launch.run_dir import CONFIG_FILE, launcher_command
 from megatron_smartmoe.adapter.run_files import write_text
-from megatron_smartmoe.cost.account import PARTS
-from megatron_smartmoe.cost.fitted import Part
 
 SHOWN_TEXT = 80  # characters of the data's text, quotes included
 
@@ -108,13 +106,13 @@ def _account_lines(summary: dict[str, Any]) -> list[str]:
     account, lines = summary.get("account"), []
     if account is not None:
         clock = "CPU" if account["basis"] == "cpu" else "GPU"
-        parts = [
-            f"{PARTS[Part[name.upper()]]} {seconds / account['step_s']:.0%}"
-            for name, seconds in account["split_s"].items()
-            if seconds >= 0.005 * account["step_s"]
-        ]
-        step = f"{account['step_s'] * 1e3:.1f} ms {clock}, busiest rank: {'; '.join(parts)}"
-        lines.append(f"  a step           {step}")
+        share = {name: seconds / account["step_s"] for name, seconds in account["split_s"].items()}
+        balancing = share["replicas"] + share["planning"] + share["migration"]
+        lines.append(
+            f"  a step           {account['step_s'] * 1e3:.1f} ms {clock} of the busiest rank: "
+            f"{share['experts']:.1%} experts, {share['dispatch']:.1%} router and all-to-all, "
+            f"{balancing:.1%} balancing, {share['outside']:.1%} rest"
+        )
         memory = summary["memory"]
         peak, limit = memory["peak_bytes"] / 2**30, memory["limit_bytes"] / 2**30
         lines.append(f"  peak memory      {peak:.2f} of {limit:.2f} GiB (rank {memory['rank']}, the fullest)")

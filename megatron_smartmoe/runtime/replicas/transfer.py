@@ -117,19 +117,17 @@ class Transfer:
         """Whether all rounds are posted."""
         return self.is_finished or self._num_posted == len(self._rounds)
 
-    @STEP_CLOCK.within(Part.REPLICAS)
     def advance(self) -> None:
         """Post the next round, if there is one, when the one before it has arrived and is added up."""
         if self.is_posted:
             return
-        with self._beside.entered():
+        with STEP_CLOCK.within(Part.REPLICAS), self._beside.entered():
             if self._num_posted:
                 self._arrive()
             operations = self._rounds[self._num_posted].operations
             self._num_posted += 1
             self._works = tuple(dist.batch_isend_irecv(operations)) if operations else ()
 
-    @STEP_CLOCK.within(Part.REPLICAS)
     def finish(self) -> None:
         """Post what is left, and wait for it: on CUDA the current stream waits, and the host does not."""
         if self.is_finished:
@@ -137,12 +135,13 @@ class Transfer:
         while not self.is_posted:
             self.advance()
         self.is_finished = True  # first: a wait that fails is not tried again
-        if self._rounds:
-            with self._beside.entered():
-                self._arrive()
-            self._beside.join()
-        if self._delivers is not None:
-            self._delivers()
+        with STEP_CLOCK.within(Part.REPLICAS):
+            if self._rounds:
+                with self._beside.entered():
+                    self._arrive()
+                self._beside.join()
+            if self._delivers is not None:
+                self._delivers()
         self._rounds, self._delivers = (), None  # nobody needs the memory any more
 
     def drop(self) -> None:

@@ -74,6 +74,7 @@ def test_each_cause_becomes_its_own_term_and_nothing_is_left_over() -> None:
     assert terms["migration"] == terms["machine"] == pytest.approx(0, abs=1e-12)
     assert account.unexplained_s == pytest.approx(0, abs=1e-9)
     shares = account.to_json()
+    del shares["terms"]["machine"]
     total = shares["share_of_ideal"] + shares["unexplained_share"] + sum(t["share"] for t in shares["terms"].values())
     assert total == pytest.approx(1)
 
@@ -93,6 +94,7 @@ def test_a_slower_machine_is_a_term_of_its_own() -> None:
     account = account_of(record_of(uneven(), speed=1.2), record_of(np.full((12, 4), 600.0)))
     assert account.ideal_s is not None
     assert seconds_of(account)["machine"] == pytest.approx(0.2 * account.ideal_s)
+    assert account.share == pytest.approx(1.2 * account.ideal_s / account.step_s)
     assert account.unexplained_s == pytest.approx(0, abs=1e-9)
 
 
@@ -118,6 +120,13 @@ def test_without_an_ideal_the_mean_rank_is_the_measure() -> None:
     assert account.unexplained_s is None
     assert "machine" not in seconds_of(account)
     assert sum(account.split_s) == pytest.approx(account.step_s)
+
+
+def test_of_an_interval_all_iterations_count_with_the_constants_of_the_run() -> None:
+    run = record_of(uneven())
+    account = account_of(run, fitted=fit_step(run))
+    assert account.iterations == 12
+    assert account.step_s == pytest.approx(run.step_NR.max(axis=1).mean())
 
 
 def test_on_a_gpu_the_busiest_rank_of_each_layer_counts() -> None:

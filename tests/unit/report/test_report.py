@@ -130,7 +130,7 @@ def test_where_a_step_goes_is_shown_against_the_ideal(
         '<th scope="row">force-balanced ideal</th><td class="number">225.00</td>',
         '<th scope="row">unexplained</th><td class="number">0.00</td>',
         '<th scope="row">planned: weights</th><td class="number">1.00</td>',
-        '<th scope="row">MFU of the cluster file&#39;s peak</th><td class="number">25.0%</td>',
+        '<th scope="row">MFU of the cluster file&#39;s peak, median</th><td class="number">25.0%</td>',
     ):
         assert row in text
 
