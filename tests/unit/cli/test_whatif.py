@@ -128,6 +128,34 @@ def test_balance_and_ep_are_predicted_on_a_machine_that_is_known(
     assert all(len(line) <= 100 for line in lines[1:7])
 
 
+def test_the_run_is_replayed_with_its_own_moves(run_dir: Path, trace: RoutingTrace) -> None:
+    """After step 9 rank 0 and rank 3 exchange an expert: the fit is as good as the machine is regular."""
+    home_E = np.arange(EXPERTS) // (EXPERTS // RANKS)
+    loads_NE = trace.counts[:, 0].astype(int).sum(axis=1)  # of the first layer, in which experts 0 and 12 move
+    loads_NR = trace.counts.astype(int).sum(axis=2).reshape(RECORDS, LAYERS, RANKS, -1).sum(axis=(1, 3))
+    exchanged_N = loads_NE[:, 12] - loads_NE[:, 0]
+    assert home_E[[0, 12]].tolist() == [0, 3]
+    assert abs(exchanged_N).min() > 200, "an exchange that nobody would notice"
+    loads_NR[9:, 0] += exchanged_N[9:]
+    loads_NR[9:, 3] -= exchanged_N[9:]
+    rng = np.random.default_rng(5)
+    seconds_NR = (REST_S + TOKEN_S * loads_NR) * (1 + 0.005 * rng.standard_normal(loads_NR.shape))
+    rows = [f"{n + 1},{r},{seconds_NR[n, r]:.6f}" for n in range(RECORDS) for r in range(RANKS)]
+    (run_dir / "moved.csv").write_text("\n".join(["iteration,rank,seconds", *rows]) + "\n")
+    changes = [[0, 0, 0, 0, 12], [0, 3, 0, 12, 0]]
+    names = ("why", "before", "after", "inputs")
+    decision = {"iteration": 9, "kind": "homes", "group": -1, "taken": True, "changes": changes} | dict.fromkeys(
+        names, ""
+    )
+    (run_dir / "smartmoe.jsonl").write_text(json.dumps(decision) + "\n")
+    try:
+        content = whatif(run_dir, "--micro-batch-size", "2", of=("--step-times", "moved.csv"))
+    finally:
+        (run_dir / "smartmoe.jsonl").unlink()
+    assert content["fit"]["noise"] < 0.01
+    assert content["settings"][0]["experts_moved"] == 2
+
+
 def test_wall_time_of_the_log(run_dir: Path) -> None:
     content = whatif(run_dir, "--homes-interval", "0,10", of=())
     assert content["measured"]["what"] == "wall_s"

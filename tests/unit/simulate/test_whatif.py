@@ -9,7 +9,9 @@ import pytest
 
 from megatron_smartmoe.cost.moe_layer import LayerConstants, LayerFlow
 from megatron_smartmoe.cost.step.step import StepTime
-from megatron_smartmoe.simulate.whatif import GROUP_OF, GROUPS, rank_time, regrouped
+from megatron_smartmoe.placement.homes_planner import OnlineOptions
+from megatron_smartmoe.simulate.whatif import GROUP_OF, GROUPS, Move, RecordedPolicy, rank_time, regrouped
+from megatron_smartmoe.spec.placement import Placement
 from megatron_smartmoe.spec.trace import RoutingTrace
 
 
@@ -46,6 +48,18 @@ def test_recorded_micro_batches_stay_as_they_are() -> None:
     counts = np.random.default_rng(0).integers(0, 50, (2, 1, 2, 3, 4))
     assert (regrouped(trace_of(counts), 2, 3).counts == counts).all()
     assert (regrouped(trace_of(counts), 2, 1).counts[:, :, :, 0] == counts.sum(axis=3)).all()
+
+
+def test_homes_move_after_the_step_that_they_moved_after() -> None:
+    start = Placement.contiguous(num_layers=1, num_experts=4, num_ranks=2, spare_slots=1)
+    moved = Placement(slots_LRS=np.array([[[0, 3], [2, 1]]]), num_experts=4)
+    options = OnlineOptions(homes_interval=0)
+    policy = RecordedPolicy(start, 1, options, lambda slots_RS, counts_RE: 0.0, [Move(iteration=5, homes=moved)])
+    policy.before(5)
+    assert policy.homes(0).tolist() == [0, 0, 1, 1]
+    policy.before(6)
+    assert policy.homes(0).tolist() == [0, 1, 1, 0]
+    assert policy.stats.experts_moved == 2
 
 
 def test_every_term_of_a_step_is_in_a_group() -> None:
