@@ -39,6 +39,7 @@ class OnlineOptions:
 
     Attributes:
         homes_interval: homes are re-evaluated every so many iterations; 0 never moves them.
+        first_evaluation: iteration before which homes are left alone.
         replicas: `history`: replicas are planned from earlier iterations, before this one begins; `exact`: from each
             micro-batch's own counts; `auto`: from history, and again from the counts of a micro-batch for a layer that
             the replicas from history leave too unbalanced.
@@ -57,6 +58,7 @@ class OnlineOptions:
     """
 
     homes_interval: int = 100
+    first_evaluation: int = 0
     replicas: ReplicaMode = "auto"
     micro_batches: int = 1
     state_bytes: int = 0
@@ -182,6 +184,8 @@ class HomesPlanner:
         """Whether the homes are to be re-evaluated; never while a move is under review."""
         interval = self.options.homes_interval
         if not interval or self._counts_LRE is None or self._move is not None:
+            return False
+        if iteration < self.options.first_evaluation:
             return False
         return self._last_evaluation is None or iteration - self._last_evaluation >= interval
 
