@@ -133,16 +133,11 @@ def plan_replicas(
     fewer_RS = drop(loads_KE, found.slots_RS, home_slots, price)
     if np.array_equal(fewer_RS, found.slots_RS):
         return found
-    return replace(found, slots_RS=fewer_RS, imbalance_K=imbalance_K(fewer_RS, loads_KE))
+    return replace(found, slots_RS=fewer_RS, imbalance_K=_imbalance_K(fewer_RS, loads_KE))
 
 
-def imbalance_K(slots_RS: IntArray, loads_KE: IntArray) -> FloatArray:
-    """Max / mean tokens per rank in each scenario, split best.
-
-    Args:
-        slots_RS: homes and replicas.
-        loads_KE: tokens of each expert in each scenario, whole numbers.
-    """
+def _imbalance_K(slots_RS: IntArray, loads_KE: IntArray) -> FloatArray:
+    """Max / mean tokens per rank in each scenario, split best."""
     hosts_ER = hosts_of(slots_RS, loads_KE.shape[1])
     bound_K = np.array([binding_cuts(split_graph(hosts_ER, load_E), load_E)[0] for load_E in loads_KE])
     return np.asarray(bound_K * len(slots_RS) / np.maximum(loads_KE.sum(axis=1), 1))

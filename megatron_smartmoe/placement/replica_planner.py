@@ -13,20 +13,15 @@ from megatron_smartmoe.errors import PlanError
 from megatron_smartmoe.placement.decisions import Candidate, Decision, Forecast, digest_of
 from megatron_smartmoe.placement.history import History, HistoryOptions
 from megatron_smartmoe.placement.homes_planner import OnlineOptions
-from megatron_smartmoe.placement.paying_replicas import (
-    DropLosing,
-    paying_exact_replicas,
-    without_losing_replicas,
-)
+from megatron_smartmoe.placement.kernels import NUMPY, Kernels
+from megatron_smartmoe.placement.paying_replicas import paying_exact_replicas
 from megatron_smartmoe.placement.plan_homes import drop_misplaced
-from megatron_smartmoe.placement.plan_replicas import BestReplicas, best_replicas, imbalance_K, plan_replicas
-from megatron_smartmoe.placement.relay import relay_tree
+from megatron_smartmoe.placement.plan_replicas import plan_replicas
 from megatron_smartmoe.placement.replan import ReplanOptions, planned_anew
 from megatron_smartmoe.placement.search.cuts import scaled
 from megatron_smartmoe.placement.search.improve import ImprovedPlacement
-from megatron_smartmoe.placement.split import binding_cuts, split_graph
 from megatron_smartmoe.spec.arrays import FloatArray, IntArray
-from megatron_smartmoe.spec.placement import EMPTY, BoolArray, Placement, hosts_of
+from megatron_smartmoe.spec.placement import EMPTY, Placement, hosts_of
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -64,9 +59,8 @@ class ReplicaPlanner:
         placement: the present slots; their homes stay.
         group: number of the group, for the log.
         options: prices and effort, and how much history is kept.
-        best: what finds the best replicas; training passes the compiled twin.
+        kernels: what plans the replicas; training passes the compiled twins.
         layer_numbers: of the layers, for messages; None counts from 0.
-        drop: what drops the replicas that do not pay; training passes the compiled twin.
     """
 
     def __init__(
@@ -74,13 +68,12 @@ class ReplicaPlanner:
         placement: Placement,
         group: int,
         options: OnlineOptions,
-        best: BestReplicas = best_replicas,
+        kernels: Kernels = NUMPY,
         layer_numbers: Sequence[int] | None = None,
-        drop: DropLosing = without_losing_replicas,
     ) -> None:
         self._layer_numbers = range(placement.num_layers) if layer_numbers is None else layer_numbers
         self.placement, self.group, self.options = placement, group, options
-        self._best, self._drop = best, drop
+        self._kernels = kernels
         remembered = options.history or HistoryOptions.for_ranks(placement.num_ranks)
         self.history = History(placement.num_layers, placement.num_experts, remembered)
         self._tokens_L = np.zeros(placement.num_layers)  # mean per rank in the last iteration
@@ -134,19 +127,23 @@ class ReplicaPlanner:
     def planned_anew(self, layer: int, load_E: IntArray) -> Anew | None:
         """The layer's plan for the counts of one micro-batch where the rule of `auto` makes one."""
         slots_RS, options = self.placement.slots_LRS[layer], self.options
-        before = _busiest(self.placement.hosts_LER[layer], load_E)
+        before = self._kernels.busiest(self.placement.hosts_LER[layer], load_E)
         rule = ReplanOptions(limit=options.auto_limit, price_tokens=options.exact_price_tokens)
         return planned_anew(before, load_E, len(slots_RS), rule, lambda: self._anew(load_E, slots_RS, before))
 
     def _exact(self, load_E: IntArray, slots_RS: IntArray, price_tokens: float) -> IntArray:
         """Slots with replicas for exactly these counts, at this price."""
-        num_nodes, limit = self.options.replica.num_nodes, self.options.auto_limit
-        return paying_exact_replicas(load_E, slots_RS, self.placement.home_slots, num_nodes, price_tokens, limit)
+        num_nodes, limit, kernels = self.options.replica.num_nodes, self.options.auto_limit, self._kernels
+        return paying_exact_replicas(
+            load_E, slots_RS, self.placement.home_slots, num_nodes, price_tokens, limit, kernels.exact, kernels.drop
+        )
 
     def _anew(self, load_E: IntArray, slots_RS: IntArray, before: int) -> Anew:
         """Replicas for exactly these counts, as `exact` makes them at their price for one micro-batch."""
         exact_RS = self._exact(load_E, slots_RS, self.options.exact_price_tokens)
-        return Anew(slots_RS=exact_RS, busiest=_busiest(hosts_of(exact_RS, len(load_E)), load_E), before=before)
+        return Anew(
+            slots_RS=exact_RS, busiest=self._kernels.busiest(hosts_of(exact_RS, len(load_E)), load_E), before=before
+        )
 
     def rehome(self, homes: Placement) -> None:
         """Adopt the homes of another placement; replicas stay where their homes still allow it."""
@@ -191,10 +188,9 @@ class ReplicaPlanner:
         for layer, (slots_RS, tokens) in enumerate(zip(before.slots_LRS, tokens_L.tolist(), strict=True)):
             try:
                 rows.append(history.scenarios_KE(layer))
+                best, drop = self._kernels.best, self._kernels.drop
                 results.append(
-                    plan_replicas(
-                        slots_RS, rows[-1], before.home_slots, self.options.replica, tokens, self._best, self._drop
-                    )
+                    plan_replicas(slots_RS, rows[-1], before.home_slots, self.options.replica, tokens, best, drop)
                 )
             except Exception as error:
                 number = self._layer_numbers[layer]
@@ -215,47 +211,47 @@ class ReplicaPlanner:
             taken=True,
             why=f"max/mean {forecast:.4f} on the forecast, {worst:.4f} in the worst scenario",
             changes=before.diff(after),
-            candidates=_candidates(layer, before, after, rows[layer][:1], float(tokens_L[layer])),
+            candidates=self._candidates(layer, before, after, rows[layer][0], float(tokens_L[layer])),
             forecast=(Forecast.of(layer, history.forecast_error_L[layer], rows[layer][0]),),
             price_tokens=self.options.replica.replica_price_tokens,
         )
         return after, decision
 
+    def _candidates(
+        self, layer: int, before: Placement, after: Placement, forecast_E: FloatArray, rank_tokens: float
+    ) -> tuple[Candidate, ...]:
+        """The replicas of a layer as they are planned, as they were, and none, as they are logged.
 
-def _candidates(
-    layer: int, before: Placement, after: Placement, forecast_1E: FloatArray, rank_tokens: float
-) -> tuple[Candidate, ...]:
-    """The replicas of a layer as they are planned, as they were, and none, as they are logged.
-
-    Args:
-        layer: row of the layer.
-        before: the placement before.
-        after: the one that is planned.
-        forecast_1E: the layer's forecast.
-        rank_tokens: mean tokens per rank in an iteration.
-    """
-    home_slots = before.home_slots
-    none_RS = before.slots_LRS[layer].copy()
-    none_RS[:, home_slots:] = EMPTY
-    tables = {
-        "replicas as planned": after.slots_LRS[layer],
-        "replicas as they were": before.slots_LRS[layer],
-        "no replicas": none_RS,
-    }
-    load_1E = scaled(forecast_1E, before.num_ranks).astype(np.int64)
-    found: list[Candidate] = []
-    for name, slots_RS in tables.items():
-        if name != "no replicas" and np.array_equal(slots_RS, none_RS):
-            continue  # the last of the three
-        candidate = Candidate(
-            name=f"layer {layer + 1}: {name}",
-            chosen=np.array_equal(slots_RS, after.slots_LRS[layer]),
-            layer=layer,
-            busiest_tokens=float(imbalance_K(slots_RS, load_1E)[0]) * rank_tokens,
-            transfers=relay_tree(slots_RS, home_slots).num_steps,
-        )
-        found.append(candidate)
-    return tuple(found)
+        Args:
+            layer: row of the layer.
+            before: the placement before.
+            after: the one that is planned.
+            forecast_E: the layer's forecast.
+            rank_tokens: mean tokens per rank in an iteration.
+        """
+        home_slots, kernels = before.home_slots, self._kernels
+        none_RS = before.slots_LRS[layer].copy()
+        none_RS[:, home_slots:] = EMPTY
+        tables = {
+            "replicas as planned": after.slots_LRS[layer],
+            "replicas as they were": before.slots_LRS[layer],
+            "no replicas": none_RS,
+        }
+        load_E = scaled(forecast_E[None], before.num_ranks)[0].astype(np.int64)
+        tokens_each = rank_tokens * before.num_ranks / max(int(load_E.sum()), 1)  # of a unit of the scaled load
+        found: list[Candidate] = []
+        for name, slots_RS in tables.items():
+            if name != "no replicas" and np.array_equal(slots_RS, none_RS):
+                continue  # the last of the three
+            candidate = Candidate(
+                name=f"layer {layer + 1}: {name}",
+                chosen=np.array_equal(slots_RS, after.slots_LRS[layer]),
+                layer=layer,
+                busiest_tokens=kernels.busiest(hosts_of(slots_RS, len(load_E)), load_E) * tokens_each,
+                transfers=kernels.relay(slots_RS, home_slots, 1).num_steps,
+            )
+            found.append(candidate)
+        return tuple(found)
 
 
 def _most_unbalanced(before: Placement, after: Placement, forecast_LE: Sequence[FloatArray]) -> int:
@@ -265,8 +261,3 @@ def _most_unbalanced(before: Placement, after: Placement, forecast_LE: Sequence[
         share_E[homes_RH].sum(axis=1).max() for share_E, homes_RH in zip(forecast_LE, before.homes_LRH, strict=True)
     ]
     return int(np.argmax(np.where(changed_L, busiest_L, -1.0)))
-
-
-def _busiest(hosts_ER: BoolArray, load_E: IntArray) -> int:
-    """Tokens of the busiest rank with the best split."""
-    return binding_cuts(split_graph(hosts_ER, load_E), load_E)[0]

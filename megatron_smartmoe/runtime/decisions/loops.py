@@ -33,9 +33,9 @@ from megatron_smartmoe.runtime.replicas.dispatch_plan import (
     by_home,
     plan_or_replan,
 )
-from megatron_smartmoe.runtime.replicas.history_plan import fastest_best_replicas
+from megatron_smartmoe.runtime.replicas.kernels import fastest_kernels
 from megatron_smartmoe.runtime.replicas.replans import replans_of
-from megatron_smartmoe.runtime.replicas.split import BALANCED, fastest_drop_losing
+from megatron_smartmoe.runtime.replicas.split import BALANCED
 from megatron_smartmoe.runtime.replicas.tally import MicroBatch
 from megatron_smartmoe.spec.arrays import IntArray
 from megatron_smartmoe.spec.placement import Placement, SlotChange, with_empty_slots
@@ -139,9 +139,7 @@ class ReplayedReplicas:
             num_ranks=start.num_ranks,
             spare_slots=self._used_slots,
         )
-        self._planner = ReplicaPlanner(
-            empty, group, start.replicas.online, fastest_best_replicas(), layers.layers, fastest_drop_losing()
-        )
+        self._planner = ReplicaPlanner(empty, group, start.replicas.online, fastest_kernels(), layers.layers)
         self._planner.restore(state)
         home_slots = start.num_experts // start.num_ranks
         view = RankView(

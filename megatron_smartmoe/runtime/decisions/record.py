@@ -164,7 +164,10 @@ class Start:
 
     def to_text(self) -> str:
         """JSON that `read_start` reads back."""
-        return json.dumps(asdict(self), indent=1) + "\n"
+        content = asdict(self)
+        for pricing in content["homes"]["pricing"].values() if self.homes is not None else ():
+            del pricing["kernels"]  # functions: numpy's and the compiled ones find the same
+        return json.dumps(content, indent=1) + "\n"
 
 
 def start_file(iteration: int) -> str:
