@@ -247,7 +247,7 @@ class ReplicaPlanner:
                 name=f"layer {layer + 1}: {name}",
                 chosen=np.array_equal(slots_RS, after.slots_LRS[layer]),
                 layer=layer,
-                busiest_tokens=kernels.busiest(hosts_of(slots_RS, len(load_E)), load_E) * tokens_each,
+                busiest_tokens=round(kernels.busiest(hosts_of(slots_RS, len(load_E)), load_E) * tokens_each, 3),
                 transfers=kernels.relay(slots_RS, home_slots, 1).num_steps,
             )
             found.append(candidate)
