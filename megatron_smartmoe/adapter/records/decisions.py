@@ -42,7 +42,9 @@ class DecisionRecorder(Callback):
 
     order = Order.TRACE
 
-    def __init__(self, homes: HomesLoop | None, replicas: ReplicaLoop | None, pool: PoolLoop | None, trace: Path):
+    def __init__(
+        self, homes: HomesLoop | None, replicas: ReplicaLoop | None, pool: PoolLoop | None, trace: Path
+    ) -> None:
         self._homes, self._replicas, self._pool, self._trace = homes, replicas, pool, trace
 
     def on_start(self, run: Run) -> None:
