@@ -32,8 +32,7 @@ def flags(run_dir: Path) -> list[str]:
 
 def saving(run_dir: Path) -> list[str]:
     folder = str(run_dir / "checkpoints")
-    schedule = ["--lr-decay-iters", str(ENDED_AT)]  # of the resumed run too
-    return ["--save", folder, "--load", folder, "--save-interval", str(SAVED_AT), *schedule]
+    return ["--save", folder, "--load", folder, "--save-interval", str(SAVED_AT)]
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +51,8 @@ def resumed_run(auto_run: Path, tmp_path_factory: pytest.TempPathFactory, data_f
     checkpoints = run_dir / "checkpoints"
     (checkpoints / "latest_checkpointed_iteration.txt").write_text(str(SAVED_AT))
     shutil.rmtree(checkpoints / f"iter_{STOPPED_AT:07d}")
-    train(run_dir, 2, data_flags, *flags(run_dir), *saving(run_dir), iterations=ENDED_AT)
+    longer = "--override-opt-param-scheduler"
+    train(run_dir, 2, data_flags, *flags(run_dir), *saving(run_dir), longer, iterations=ENDED_AT)
     return run_dir
 
 
