@@ -154,5 +154,5 @@ def test_too_little_staging_memory_stops_the_move_not_the_training(tmp_path: Pat
     assert "--smartmoe-migration-staging-mib" in log
     assert "WARNING" in log
     assert len(metrics(tmp_path / "moved")) == 4
-    assert "--smartmoe-migration-staging-mib" in decisions(tmp_path / "moved")[0]["failure"]
+    assert decisions(tmp_path / "moved")[0]["failure"]
     assert replay([str(tmp_path / "moved")]) == 0  # the failure is known from the log
