@@ -178,6 +178,8 @@ def _trace(record: RunRecord, launch: RunLaunch, options: argparse.Namespace) ->
     if trace is None:
         rule = "has no routing trace, so it says nothing about other settings"
         way_out = "Record one with --smartmoe-record-trace FILE (it costs next to nothing), or name it with --trace."
+        if record.notes:  # it was recorded, and is elsewhere now
+            way_out = f"{record.notes[0][0].upper()}{record.notes[0][1:]}."
         raise ConfigError("RUN", record.name, rule, way_out)
     path = str(options.trace or record.arguments["smartmoe_record_trace"])
     least = LEAST + 1
