@@ -120,7 +120,9 @@ def _best_swap(
     rank_S = np.repeat(np.arange(num_ranks), home_slots)
     load_S = load_E[home_RH.reshape(-1)]
     busy_S = unit_R[rank_S] == int(load_U.argmax())
-    first, second = np.nonzero(busy_S[:, None] & ~busy_S & (load_S[:, None] > load_S))
+    busiest = np.flatnonzero(busy_S)
+    row, second = np.nonzero(~busy_S & (load_S[busiest, None] > load_S))
+    first = busiest[row]
     if not len(first):
         return None
     # Loads of the units after each of the M swaps, and what the swap gains above its price.

@@ -17,7 +17,11 @@ TOP_K = "--moe-router-topk"
 EP8 = "--expert-model-parallel-size 8"
 CASES = {
     **{
-        f"{gate}, its own flags": Case(flags=f"--smartmoe-gate {gate}", without=(*LOSS, TOP_K), verdict=True)
+        f"{gate}, its own flags": Case(
+            flags=f"--smartmoe-gate {gate}" + " --smartmoe" * GATES[gate].needs_layer,
+            without=(*LOSS, TOP_K),
+            verdict=True,
+        )
         for gate in GATES
     },
     "with balancing": Case(flags="--smartmoe --smartmoe-gate noisy-top-k", without=LOSS, verdict=True),
@@ -96,6 +100,32 @@ CASES = {
         flags="--smartmoe-gate base --moe-router-topk 1 --seq-length 60",
         says="--micro-batch-size = 1: gives a rank 60 tokens, which --num-experts = 8 must divide with "
         "--smartmoe-gate base. Pass 8, for example.",
+    ),
+    "a share without its gate": Case(
+        flags="--smartmoe-gate-outgoing 0.3",
+        says="--smartmoe-gate-outgoing = 0.3: needs --smartmoe-gate topology. Add --smartmoe-gate topology, or "
+        "remove it.",
+    ),
+    "a share above 1": Case(
+        flags="--smartmoe-gate topology --smartmoe-gate-outgoing 14",
+        without=LOSS,
+        says="--smartmoe-gate-outgoing = 14.0: must be a share from 0 to 1. Pass 0.14, for example.",
+    ),
+    "experts of an unknown kind": Case(
+        flags="--smartmoe --smartmoe-gate moe++ --smartmoe-zero-experts zero=1,skip=2",
+        without=LOSS,
+        says="--smartmoe-zero-experts = 'zero=1,skip=2': must name how many experts there are of each kind: zero, "
+        "copy, constant; and at least one. Pass zero=1,copy=1,constant=2, for example.",
+    ),
+    "no weight of experts that cost nothing": Case(
+        flags="--smartmoe --smartmoe-gate moe++ --smartmoe-zero-experts-tau 0",
+        without=LOSS,
+        says="--smartmoe-zero-experts-tau = 0.0: must be a number above 0. Pass 0.75, for example.",
+    ),
+    "experts that cost nothing in Megatron's layer": Case(
+        flags="--smartmoe-gate moe++",
+        without=LOSS,
+        says="--smartmoe-gate = 'moe++': needs --smartmoe: its layer computes them. Add --smartmoe.",
     ),
     "without experts": Case(
         flags="--smartmoe-gate naive",

@@ -9,15 +9,23 @@ from unittest import mock
 import torch
 
 from megatron_smartmoe.adapter.gates.draws import Draws, Part
-from megatron_smartmoe.adapter.gates.router import router_of
+from megatron_smartmoe.adapter.gates.router import GateRouter, router_of
 from megatron_smartmoe.adapter.gates.table import GATES
 
 HIDDEN = 4
 SEED = 11
 
 
-def router(gate: str, num_experts: int, top_k: int, **changes: Any) -> Any:
-    """The router of a gate as a rank alone has it, in training, in the first iteration of one micro-batch each."""
+def router(gate: str, num_experts: int, top_k: int, cls: type[GateRouter] | None = None, **changes: Any) -> Any:
+    """The router of a gate as a rank alone has it, in training, in the first iteration of one micro-batch each.
+
+    Args:
+        gate: its name.
+        num_experts: E.
+        top_k: k.
+        cls: with settings; None for the gate's own.
+        changes: of the configuration.
+    """
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     values = {"moe_router_load_balancing_type": "none", "moe_aux_loss_coeff": 0.0}
@@ -34,8 +42,8 @@ def router(gate: str, num_experts: int, top_k: int, **changes: Any) -> Any:
         **(values | changes),
     )
     alone = mock.Mock(**{"size.return_value": 1, "rank.return_value": 0})
-    names = ("tp", "cp", "tp_cp", "tp_dp_cp", "ep")
-    cls = router_of(gate)
+    names = ("tp", "cp", "tp_cp", "tp_dp_cp", "ep", "tp_ep")
+    cls = cls or router_of(gate)
     assert cls is not None
     built = cls(config=config, pg_collection=SimpleNamespace(**dict.fromkeys(names, alone)))
     built.set_layer_number(1)

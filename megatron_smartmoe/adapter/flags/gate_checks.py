@@ -5,7 +5,22 @@ from __future__ import annotations
 import argparse
 
 from megatron_smartmoe.adapter.flags.parser import attribute
-from megatron_smartmoe.adapter.gates.table import AUX, CAPACITY, COEFF, GATE, GATES, TOP_K, Gate
+from megatron_smartmoe.adapter.gates.table import (
+    AUX,
+    CAPACITY,
+    COEFF,
+    GATE,
+    GATES,
+    OUTGOING,
+    OUTGOING_DEFAULT,
+    TAU_DEFAULT,
+    TOP_K,
+    ZERO_EXPERTS,
+    ZERO_EXPERTS_DEFAULT,
+    ZERO_EXPERTS_TAU,
+    Gate,
+    ZeroExperts,
+)
 from megatron_smartmoe.errors import ConfigError
 
 # Options that change which experts are chosen, in ways that no paper of a gate defines: flag -> what it does.
@@ -35,6 +50,7 @@ def check_gate(args: argparse.Namespace) -> None:
         ConfigError: the first rule that is broken.
     """
     name = args.smartmoe_gate
+    _check_own_flags(args, name)
     if name == TOP_K:
         return
     if args.num_experts is None and not args.use_checkpoint_args:
@@ -53,8 +69,42 @@ def check_gate(args: argparse.Namespace) -> None:
         rule = f"is not supported with {GATE}: it is for inference only"
         raise ConfigError("--transformer-impl", args.transformer_impl, rule, "Pass local or transformer_engine.")
     # Step 3: what its own router needs
+    if gate.needs_layer:
+        _check_layer(args, name)
     if gate.router is not None:
         _check_router(args, name, gate)
+
+
+def _check_own_flags(args: argparse.Namespace, name: str) -> None:
+    """Flags of single gates."""
+    outgoing, tau = args.smartmoe_gate_outgoing, args.smartmoe_zero_experts_tau
+    for flag, owner, default in (
+        (OUTGOING, "topology", OUTGOING_DEFAULT),
+        (ZERO_EXPERTS, "moe++", ZERO_EXPERTS_DEFAULT),
+        (ZERO_EXPERTS_TAU, "moe++", TAU_DEFAULT),
+    ):
+        value = getattr(args, attribute(flag))
+        if name != owner and value != default:
+            raise ConfigError(flag, value, f"needs {GATE} {owner}", f"Add {GATE} {owner}, or remove it.")
+    if not 0 <= outgoing <= 1:  # also refuses NaN
+        raise ConfigError(OUTGOING, outgoing, "must be a share from 0 to 1", f"Pass {OUTGOING_DEFAULT}, for example.")
+    if not 0 < tau < float("inf"):
+        raise ConfigError(ZERO_EXPERTS_TAU, tau, "must be a number above 0", f"Pass {TAU_DEFAULT}, for example.")
+    try:
+        ZeroExperts.parse(args.smartmoe_zero_experts)
+    except ValueError:
+        rule = "must name how many experts there are of each kind: zero, copy, constant; and at least one"
+        way_out = f"Pass {ZERO_EXPERTS_DEFAULT}, for example."
+        raise ConfigError(ZERO_EXPERTS, args.smartmoe_zero_experts, rule, way_out) from None
+
+
+def _check_layer(args: argparse.Namespace, name: str) -> None:
+    """What this project's layer adds to its output."""
+    if not args.smartmoe:
+        raise ConfigError(GATE, name, "needs --smartmoe: its layer computes them", "Add --smartmoe.")
+    if args.overlap_moe_expert_parallel_comm:
+        rule = f"is not supported with {GATE} {name}: two micro-batches would share a router"
+        raise ConfigError("--overlap-moe-expert-parallel-comm", True, rule, f"Remove it, or {GATE}.")
 
 
 def _check_set(args: argparse.Namespace, name: str, flag: str, wanted: str | bool) -> None:

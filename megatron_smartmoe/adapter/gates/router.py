@@ -7,7 +7,9 @@ experts only, so balancing cannot change what it chooses.
 
 from __future__ import annotations
 
+import functools
 import importlib
+from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -43,6 +45,11 @@ class GateRouter(TopKRouter):
     """
 
     draws: Draws | None = None
+
+    @classmethod
+    def of_run(cls, args: Namespace) -> type[GateRouter]:
+        """This router with what it needs of a run's arguments, besides Megatron's configuration."""
+        return cls
 
     def choose(self, logits_TE: torch.Tensor, num_rows: int) -> Choice:
         """The gate.
@@ -144,7 +151,7 @@ def one_hot(experts_T: torch.Tensor, num_experts: int) -> torch.Tensor:
     return experts_T.unsqueeze(1) == torch.arange(num_experts, device=experts_T.device)
 
 
-def fitting(chosen_KTE: Sequence[torch.Tensor], capacity: int) -> torch.Tensor:
+def fitting(chosen_KTE: Sequence[torch.Tensor], capacity: int | torch.Tensor) -> torch.Tensor:
     """Which choices get a place in their expert's buffer, bool `[T, E]`.
 
     First choices go first, in the order of the tokens, then second ones and so on; a choice that finds no place is
@@ -152,7 +159,7 @@ def fitting(chosen_KTE: Sequence[torch.Tensor], capacity: int) -> torch.Tensor:
 
     Args:
         chosen_KTE: every token's first choice, second choice and so on, bool `[T, E]` each.
-        capacity: places of an expert.
+        capacity: places of an expert; one number, or `[E]`.
     """
     kept_TE, before_E = torch.zeros_like(chosen_KTE[0]), torch.zeros_like(chosen_KTE[0][0], dtype=torch.int64)
     for chosen_TE in chosen_KTE:
@@ -162,8 +169,14 @@ def fitting(chosen_KTE: Sequence[torch.Tensor], capacity: int) -> torch.Tensor:
     return kept_TE
 
 
+@functools.cache
+def settled(router: type[GateRouter], **settings: object) -> type[GateRouter]:
+    """A gate with other settings than its class has; the same class for the same settings."""
+    return type(router.__name__, (router,), {"__module__": router.__module__, "__doc__": router.__doc__, **settings})
+
+
 def router_of(gate: str) -> type[GateRouter] | None:
-    """The router of a gate by its name; None for Megatron's own."""
+    """The router of a gate by its name, before a run's settings; None for Megatron's own."""
     if not has_router(gate):
         return None
     module, _, name = str(GATES[gate].router).partition(":")

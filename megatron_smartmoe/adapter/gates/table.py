@@ -10,6 +10,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 GATE = "--smartmoe-gate"
+OUTGOING = "--smartmoe-gate-outgoing"
+OUTGOING_DEFAULT = 0.14  # of the code of FasterMoE's authors
+ZERO_EXPERTS, ZERO_EXPERTS_TAU = "--smartmoe-zero-experts", "--smartmoe-zero-experts-tau"
+ZERO_EXPERTS_DEFAULT, TAU_DEFAULT = "zero=1,copy=1,constant=2", 0.75  # of MoE++ with 8 and 16 experts
 TOP_K = "top-k"  # Megatron's own router, as its flags say
 
 AUX = "--moe-router-load-balancing-type"
@@ -39,6 +43,7 @@ class Gate:
         equal_shares: whether the tokens of a rank must be a multiple of the experts.
         fits_in_rank: whether a rank needs at least as many experts as a token has choices.
         parameters: of its router, besides Megatron's.
+        needs_layer: whether this project's layer (`--smartmoe`) has a part in it.
     """
 
     paper: str
@@ -53,6 +58,38 @@ class Gate:
     equal_shares: bool = False
     fits_in_rank: bool = False
     parameters: tuple[str, ...] = ()
+    needs_layer: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ZeroExperts:
+    """How many experts of MoE++ cost nothing, by what they return: zero, their input, or a constant."""
+
+    zero: int = 1
+    copy: int = 1
+    constant: int = 2
+
+    @property
+    def total(self) -> int:
+        """Z."""
+        return self.zero + self.copy + self.constant
+
+    @classmethod
+    def parse(cls, text: str) -> ZeroExperts:
+        """Read `zero=1,copy=1,constant=2`; a kind that is not named has none.
+
+        Raises:
+            ValueError: it is something else, or there would be none at all.
+        """
+        counts = {"zero": 0, "copy": 0, "constant": 0}
+        for part in text.split(","):
+            name, _, count = part.strip().partition("=")
+            if name not in counts or not count.isdecimal() or counts[name]:
+                raise ValueError(text)
+            counts[name] = int(count)
+        if not any(counts.values()):
+            raise ValueError(text)
+        return cls(**counts)
 
 
 _NO_LOSS: dict[str, Value] = {AUX: "none", COEFF: "0"}
@@ -121,6 +158,38 @@ GATES: dict[str, Gate] = {
         depends="capacity per rank",
         least_choices=2,
         drops=True,
+    ),
+    "distributed-capacity": Gate(
+        paper="FastMoE (DCGate of its code)",
+        what="top-k with a capacity that the ranks of an expert-parallel group share, first choices before later ones; "
+        "GShard's loss",
+        sets={AUX: "aux_loss", _DROP: "position", **_SOFTMAX_OF_CHOSEN},
+        suggests={COEFF: "0.01", CAPACITY: "1.2"},
+        router="distributed_capacity:DistributedCapacityRouter",
+        depends="capacity per expert-parallel group",
+        least_choices=2,
+        drops=True,
+    ),
+    "topology": Gate(
+        paper="FasterMoE (PPoPP 2022)",
+        what=f"two experts; where the best one of too many tokens ({OUTGOING}) is on another node, the others stay on "
+        "theirs; GShard's loss",
+        sets={_TOP_K: "2", AUX: "aux_loss", **_SOFTMAX_OF_CHOSEN},
+        suggests={COEFF: "0.01"},
+        router="topology:TopologyRouter",
+        depends="nodes of the logical expert-parallel ranks",
+    ),
+    "moe++": Gate(
+        paper="MoE++ (arXiv 2410.07348)",
+        what=f"top-k of the experts and of some that cost nothing ({ZERO_EXPERTS}), eq. 3-5; its loss, eq. 7, and "
+        "capacity, eq. 8",
+        sets={AUX: "aux_loss", _DROP: "position", _PRE_SOFTMAX: True, _SCORES: "softmax"},
+        suggests={COEFF: "0.01", CAPACITY: "1.1"},
+        router="zero_computation:ZeroComputationRouter",
+        depends="capacity per rank",
+        drops=True,
+        parameters=("zero_weight", "constant_weight", "constant_vector"),
+        needs_layer=True,
     ),
 }
 

@@ -92,7 +92,7 @@ class Modules:
             norm = "all" if everywhere else "torch"
         return cls(
             balances=args.smartmoe,
-            gate=router_of(args.smartmoe_gate),
+            gate=None if (gate := router_of(args.smartmoe_gate)) is None else gate.of_run(args),
             slotted=args.smartmoe_experts == "grouped_mm",
             replicates=args.smartmoe_spare_slots > 0,
             may_cut=pool_may_overlap(args),

@@ -10,9 +10,13 @@ from unittest import mock
 import pytest
 import torch
 
+from megatron_smartmoe.adapter.gates.distributed_capacity import granted, places_before
 from megatron_smartmoe.adapter.gates.noisy_top_k import keep_top_k, squared_variation
-from megatron_smartmoe.adapter.gates.router import fitting
+from megatron_smartmoe.adapter.gates.router import fitting, settled
 from megatron_smartmoe.adapter.gates.swipe import distinct, shares
+from megatron_smartmoe.adapter.gates.table import ZeroExperts
+from megatron_smartmoe.adapter.gates.topology import near_or_best
+from megatron_smartmoe.adapter.gates.zero_computation import ZeroComputationRouter
 from megatron_smartmoe.errors import CompatError
 from tests.support.gates import HIDDEN, logits_of, router
 
@@ -206,6 +210,113 @@ def test_dynamic_capacity_by_hand() -> None:
     assert wide.choose(logits_of(rows), num_rows=3).chosen_TE.sum() == 6
 
 
+# --- FastMoE's distributed capacity -----------------------------------------------------------------------------------
+
+
+def test_distributed_capacity_by_hand() -> None:
+    """Two ranks of two tokens, top-2 of two experts, three places each, which go to first choices first.
+
+    Expert 0 is the first choice of both tokens of rank 0 and of one of rank 1: it has no place for a second choice.
+    Expert 1 is the first choice of rank 1's other token, then of rank 0's second choices, and has none for rank 1's.
+    """
+    first, second = torch.tensor([0, 0]), torch.tensor([1, 1])
+    ranks = [[torch.nn.functional.one_hot(each, 2).bool() for each in (first, second)]]
+    ranks += [[torch.tensor([[True, False], [False, True]]), torch.tensor([[False, True], [True, False]])]]
+    counts_SKE = torch.stack([torch.stack([chosen.sum(dim=0) for chosen in rank]) for rank in ranks])
+    assert places_before(counts_SKE, 0).tolist() == [[0, 0], [3, 1]]
+    assert places_before(counts_SKE, 1).tolist() == [[2, 0], [3, 3]]
+    kept = [granted(rank, places_before(counts_SKE, source), 3).tolist() for source, rank in enumerate(ranks)]
+    assert kept == [[[True, True], [True, True]], [[True, False], [False, True]]]
+
+
+def test_one_rank_alone_has_gshards_places() -> None:
+    generator = torch.Generator().manual_seed(4)
+    experts_T2 = torch.rand(40, 6, generator=generator).topk(2, dim=1).indices
+    chosen_2TE = [torch.nn.functional.one_hot(experts_T, 6).bool() for experts_T in experts_T2.unbind(dim=1)]
+    counts_SKE = torch.stack([chosen_TE.sum(dim=0) for chosen_TE in chosen_2TE])[None]
+    for capacity in (3, 9, 40):
+        assert torch.equal(granted(chosen_2TE, places_before(counts_SKE, 0), capacity), fitting(chosen_2TE, capacity))
+
+
+# --- FasterMoE's topology-aware gate ----------------------------------------------------------------------------------
+
+
+def test_topology_by_hand() -> None:
+    """Experts 0 and 1 are near. Tokens 0, 2 and 3 like one of the far ones best; one of four tokens may leave: 3."""
+    rows = [[0.0, 1.0, 2.0, -1.0], [3.0, 0.0, 2.0, 1.0], [1.0, 0.5, 0.0, 2.5], [0.2, 0.1, 4.0, 0.3]]
+    near_E = torch.tensor([True, True, False, False])
+    experts_T2 = near_or_best(torch.tensor(rows), near_E, 0.25)
+    assert experts_T2.tolist() == [[1, 0], [0, 1], [0, 1], [0, 2]]
+    assert near_or_best(torch.tensor(rows), near_E, 0.75).tolist() == [[2, 1], [0, 2], [3, 0], [2, 3]]  # all may
+    assert near_or_best(torch.tensor(rows), near_E, 0.0).tolist() == [[1, 0], [0, 1], [0, 1], [0, 1]]
+
+
+def test_a_node_of_one_expert_has_no_topology(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.distributed.get_process_group_ranks", lambda group: [0, 1])
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    with pytest.raises(CompatError, match="experts on a node = 1: must be at least 2"):
+        router("topology", num_experts=2, top_k=2)
+
+
+# --- MoE++ ------------------------------------------------------------------------------------------------------------
+
+
+def zero_router(experts: ZeroExperts, **changes: Any) -> Any:
+    cls = settled(ZeroComputationRouter, experts=experts, tau=0.5)
+    return router("moe++", cls=cls, num_experts=2, top_k=2, **{"moe_expert_capacity_factor": 4.0, **changes})
+
+
+def test_moe_plus_plus_by_hand() -> None:
+    """Two experts, one zero, one copy: the tokens choose (0, copy), (copy, zero) and (1, 0)."""
+    gate = zero_router(ZeroExperts(zero=1, copy=1, constant=0))
+    rows = [[2.0, 0.0, -1.0, 1.0], [0.0, -1.0, 1.0, 2.0], [1.0, 2.0, 0.0, -1.0]]
+    choice = gate.choose(logits_of(rows), num_rows=3)
+    assert choice.chosen_TE.tolist() == [[True, False], [False, False], [True, True]]
+    total = sum(math.exp(x) for x in (2, 1, 0, -1))
+    two, one, naught, less = (math.exp(x) / total for x in (2, 1, 0, -1))
+    expected = torch.tensor([[two, 0], [0, 0], [one, two]], dtype=torch.float64)
+    assert_close(choice.weights_TE, expected)
+    mean_A = [(two + naught + one) / 3, (naught + less + two) / 3, (less + one + naught) / 3, (one + two + less) / 3]
+    share_A = [2 / 3, 1 / 3, 1 / 3, 2 / 3]
+    eta_A = [1, 1, 0.5, 0.5]
+    expected_loss = sum(e * f * p for e, f, p in zip(eta_A, share_A, mean_A, strict=True)) * 4 / 2
+    assert_close(float(choice.loss), expected_loss)
+    hidden = torch.randn(3, 1, HIDDEN, generator=torch.Generator().manual_seed(0))
+    expected_TH = hidden.view(3, HIDDEN) * torch.tensor([[one], [two], [0.0]])
+    assert_close(gate.beside(hidden).view(3, HIDDEN), expected_TH)
+
+
+def test_capacities_of_moe_plus_plus() -> None:
+    """Eq. 8: 16 choices, factor 1, tau 0.5, two experts and two that cost nothing: 16 / 3 places, or half of them."""
+    gate = zero_router(ZeroExperts(zero=1, copy=1, constant=0), moe_expert_capacity_factor=1.0)
+    assert gate._capacities(torch.zeros(8, 2)).tolist() == [3, 3, 6, 6]
+
+
+def test_a_constant_expert_by_hand() -> None:
+    """Without W_c it is the mean of input and vector, and what is trained has gradients."""
+    gate = zero_router(ZeroExperts(zero=0, copy=0, constant=1))
+    with torch.no_grad():
+        gate.constant_weight.zero_()
+    hidden = torch.randn(5, 2, HIDDEN, generator=torch.Generator().manual_seed(0))
+    gate(hidden)
+    weights_TZ = gate._weights_TZ
+    assert (weights_TZ > 0).any()
+    output_TH = gate.beside(hidden).view(10, HIDDEN)
+    expected_TH = weights_TZ * (hidden.view(10, HIDDEN) + gate.constant_vector) / 2
+    assert_close(output_TH, expected_TH)
+    output_TH.square().sum().backward()
+    for parameter in (gate.zero_weight, gate.constant_weight, gate.constant_vector):
+        assert parameter.grad is not None
+        assert parameter.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("text", ["", "zero", "zero=1,zero=2", "zero=-1", "skip=1", "zero=0,copy=0"])
+def test_counts_that_mean_nothing(text: str) -> None:
+    with pytest.raises(ValueError):  # noqa: PT011  # the check says what is wrong
+        ZeroExperts.parse(text)
+    assert ZeroExperts.parse("copy=2, constant=3") == ZeroExperts(zero=0, copy=2, constant=3)
+
+
 # --- all --------------------------------------------------------------------------------------------------------------
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -214,17 +325,21 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "base": {"top_k": 1},
     "swipe": {"top_k": 2},
     "dynamic-capacity": {"top_k": 2, "moe_expert_capacity_factor": 0.8},
+    "distributed-capacity": {"top_k": 2, "moe_expert_capacity_factor": 0.8},
+    "topology": {"top_k": 2},
+    "moe++": {"top_k": 2, "moe_expert_capacity_factor": 0.8},
 }
 
 
 @pytest.fixture
 def one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    """SWIPE's exchange among one rank, which has room for all of its own choices."""
+    """The exchanges of gates among one rank."""
 
     def gather(output: torch.Tensor, part: torch.Tensor, group: Any) -> None:
         output.copy_(part)
 
     monkeypatch.setattr("torch.distributed.all_gather_into_tensor", gather)
+    monkeypatch.setattr("torch.distributed.get_process_group_ranks", lambda group: [0])
 
 
 @pytest.mark.parametrize("gate", SETTINGS)
@@ -232,7 +347,7 @@ def one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_gradients_are_those_of_finite_differences(gate: str) -> None:
     """Of the weights, and of the loss; scores are far enough apart that no choice changes."""
     built = router(gate, num_experts=4, **SETTINGS[gate])
-    columns = 8 if gate == "noisy-top-k" else 4
+    columns = 8 if gate in ("noisy-top-k", "moe++") else 4
     generator = torch.Generator().manual_seed(2)
     logits_TE = torch.randn(8, columns, generator=generator, dtype=torch.float64, requires_grad=True)
 
