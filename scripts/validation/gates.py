@@ -30,7 +30,7 @@ from megatron_smartmoe.spec.trace import load_trace
 _SMALLER = (
     "--num-layers 2 --hidden-size 64 --ffn-hidden-size 128 --moe-ffn-hidden-size 128 --seq-length 64 "
     "--max-position-embeddings 64 --micro-batch-size 4 --global-batch-size 4 --expert-model-parallel-size 1 "
-    "--pipeline-model-parallel-size 1 --eval-iters 20 --log-interval 1 --no-smartmoe "
+    "--pipeline-model-parallel-size 1 --eval-iters 20 --log-interval 1 "
     "--no-smartmoe-homes-interval --no-save --no-load --no-save-interval --no-tensorboard-dir "
     "--no-dist-ckpt-optim-fully-reshardable --smartmoe-rehearsal off --smartmoe-device cpu --smartmoe-watchdog off"
 ).split()
