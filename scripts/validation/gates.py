@@ -76,11 +76,9 @@ def _flags(gate: str, prefix: Path, steps: int) -> list[str]:
     spec = load_run_spec(Path("quickstart"))
     data = ["--data-path", str(prefix), "--tokenizer-type", "SentencePieceTokenizer"]
     data += ["--tokenizer-model", f"{prefix}.tokenizer.model"]
-    return merge(
-        spec.flags,
-        [*_SMALLER, *data, "--smartmoe-gate", gate, "--train-iters", str(steps), "--eval-interval", str(steps)],
-        known=(),
-    )
+    layer = ["--smartmoe-homes", "off"] if gate in GATES and GATES[gate].needs_layer else ["--no-smartmoe"]
+    length = ["--train-iters", str(steps), "--eval-interval", str(steps)]
+    return merge(spec.flags, [*_SMALLER, *layer, *data, *length, "--smartmoe-gate", gate], known=())
 
 
 def _choices(flags: Sequence[str]) -> int:
