@@ -110,7 +110,8 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> str:
         "| gate | validation loss | training loss | load CV | dropped | step |",
         "|---|---|---|---|---|---|",
     ]
-    for gate, result in results.items():
+    for gate in (name for name in (TOP_K, *GATES) if name in results):
+        result = results[gate]
         losses = f"{result['validation_loss']:.4f} | {result['training_loss']:.4f}"
         rest = f"{result['load_cv']:.3f} | {result['dropped_percent']:.2f}% | {result['step_ms']:.0f} ms"
         lines.append(f"| `{gate}` | {losses} | {rest} |")
