@@ -27,7 +27,7 @@ from megatron_smartmoe.cost.step.constants import StepConstants, expert_shape, l
 from megatron_smartmoe.cost.step.moe import LAUNCHES_PER_CHUNK, MoETimes, moe_times
 from megatron_smartmoe.cost.step.step import StepTime, step_time
 from megatron_smartmoe.placement.homes_planner import OnlineOptions
-from megatron_smartmoe.placement.kernels import Kernels
+from megatron_smartmoe.placement.kernels import NUMPY, Kernels
 from megatron_smartmoe.placement.layer_cost import relayed_flow
 from megatron_smartmoe.placement.layer_plan import Sees, evaluate
 from megatron_smartmoe.placement.review import LayerSeconds
@@ -164,7 +164,7 @@ class RecordedPolicy(OnlinePolicy):
         options: OnlineOptions,
         layer_seconds: LayerSeconds,
         moves: Sequence[Move],
-        kernels: Kernels,
+        kernels: Kernels = NUMPY,
     ) -> None:
         super().__init__(placement, num_groups, options, layer_seconds, kernels)
         self._moves = list(moves)
