@@ -103,9 +103,10 @@ class Pricing:
         return memory_budget(self.model, spec, self.cluster.gpu, self.hot(spec))
 
     def least_memory(self, shape: ParallelSpec, modes: Sequence[Recompute]) -> tuple[float, Recompute | None]:
-        """A lower bound of the bytes of every launch of a shape, and the first recomputation mode that may fit.
+        """What a shape needs at least, under an even load without spare slots.
 
-        It is that of an even load without spare slots; where none fits, of the smallest mode.
+        Returns:
+            The bytes, and the first recomputation mode that may fit; if none does, the bytes of the smallest, and None.
         """
         has, state = self.cluster.gpu.memory_bytes, least_state_bytes(self.model, shape)
         if state > has:
