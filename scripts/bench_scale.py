@@ -117,7 +117,7 @@ def growth_table(answers: list[dict[str, Any]]) -> list[str]:
 def pays_table(pairs: list[tuple[dict[str, Any], dict[str, Any]]]) -> list[str]:
     """Predicted steps with balancing and without, side by side, and what the balanced one spends its time on."""
     lines = [
-        "| model | GPUs | cluster | without balancing | with | faster by | expert GEMMs | all-to-all: inside, between nodes "
+        "| model | GPUs | cluster | without balancing | with | faster by | expert GEMMs | all-to-all inside, between "
         "| sent |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
