@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 def callbacks_for(args: Namespace, overlap_degree: OverlapDegree) -> list[Callback]:
     """What the flags ask for; `hooks.Order` says which is called first."""
     from megatron_smartmoe.adapter.flags.pool_settings import modes_of
+    from megatron_smartmoe.adapter.gates.steps import GateSteps
+    from megatron_smartmoe.adapter.gates.table import has_router
     from megatron_smartmoe.adapter.loops.homes import HomesLoop
     from megatron_smartmoe.adapter.loops.pool import PoolLoop
     from megatron_smartmoe.adapter.loops.replicas import ReplicaLoop
@@ -30,6 +32,7 @@ def callbacks_for(args: Namespace, overlap_degree: OverlapDegree) -> list[Callba
     wanted = [
         ProgressRecorder(args) if args.smartmoe_watchdog == "on" else None,
         RoutingReplay(Path(args.smartmoe_replay_trace)) if args.smartmoe_replay_trace is not None else None,
+        GateSteps() if has_router(args.smartmoe_gate) else None,
         Metrics(),
         homes,
         replicas,

@@ -286,6 +286,9 @@ def attach_checkpoints(saves: CheckpointSaves, loads: CheckpointLoads) -> None:
     Raises:
         CompatError: this Megatron lacks a function that has to be hooked.
     """
+    from megatron_smartmoe.adapter.checkpoint.writer import hashing
+    from megatron_smartmoe.adapter.gates import loading as gate_loading
+
     training = importlib.import_module(_LOOP_MODULE)
     checkpointing = importlib.import_module("megatron.training.checkpointing")
     strategies = "megatron.core.dist_checkpointing.strategies"
@@ -300,10 +303,12 @@ def attach_checkpoints(saves: CheckpointSaves, loads: CheckpointLoads) -> None:
     rebind(training, "maybe_finalize_async_save", saves.around_finalize, key=key)
     rebind(training, "load_checkpoint", loads.around_load_checkpoint, key=key)
     rebind(checkpointing.dist_checkpointing, "save", saves.around_dist_save, key=key)
+    rebind(checkpointing.dist_checkpointing, "load", gate_loading.around_load, key=key)
     rebind(checkpointing, "_async_delete_checkpoint_impl", saves.around_delete, key=key)
     rebind(checkpointing, "ensure_directory_exists", saves.recorded, key=key)
     rebind(serialization, "save_config", saves.recorded, key=key)
     rebind(writer, "finish", saves.recorded, key=key)
+    rebind(writer, "write_preloaded_data", hashing, key="checksum")
     rebind(writer, "write_preloaded_data", saves.noted, key=key)
     rebind(checkpointing.torch, "save", saves.recorded_if_legacy, key=key)
 

@@ -101,6 +101,11 @@ def _names() -> Iterator[MegatronName]:
     yield from hooked(f"{core}.datasets.utils", "the dataset helper of the wheel", "compile_helpers")
     layer = ("route", "preprocess", "dispatch", "routed_experts_compute", "combine")
     steps = tuple(f"MoELayer.{name}" for name in layer)
+    routing = ("routing", "apply_z_loss", "get_aux_loss_coeff", "attach_and_log_load_balancing_loss")
+    methods = tuple(f"TopKRouter.{name}" for name in routing)
+    router = f"{core}.transformer.moe.router"
+    yield from hooked(router, "gates", "Router.gating", *methods, is_hooked=False, is_optional=True)
+    yield from hooked(f"{saving}.serialization", "checkpoints of other gates", "load", is_optional=True)
     experts = f"{core}.transformer.moe.experts"
     yield from hooked(experts, "TransformerEngine's experts with spare slots", "TEGroupedMLP.forward", is_hooked=False)
     yield from hooked(f"{core}.transformer.moe.moe_layer", "the layer that ours is", *steps, is_hooked=False)

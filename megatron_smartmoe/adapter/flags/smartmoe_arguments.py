@@ -4,6 +4,17 @@ from __future__ import annotations
 
 import argparse
 
+from megatron_smartmoe.adapter.gates.table import (
+    GATE,
+    GATES,
+    OUTGOING,
+    OUTGOING_DEFAULT,
+    TAU_DEFAULT,
+    TOP_K,
+    ZERO_EXPERTS,
+    ZERO_EXPERTS_DEFAULT,
+    ZERO_EXPERTS_TAU,
+)
 from megatron_smartmoe.checkpoint.manifest import LEVELS
 from megatron_smartmoe.planner.flags import HOMES_INTERVAL, OVERLAP_DEGREE, SPARE_SLOTS
 
@@ -75,6 +86,37 @@ def add_smartmoe_arguments(parser: argparse.ArgumentParser) -> argparse.Argument
         action="store_true",
         help="With --qk-layernorm and --transformer-impl local: normalise queries, and keys, over all heads of a token "
         "together, as OLMoE does, and not each head by itself.",
+    )
+    group.add_argument(
+        GATE,
+        choices=(TOP_K, *GATES),
+        default=TOP_K,
+        help="How tokens choose experts (docs/gates.md). top-k: as Megatron's own flags say. "
+        + " ".join(f"{name}: {gate.what}." for name, gate in GATES.items())
+        + " Works without --smartmoe too. Default: top-k.",
+    )
+    group.add_argument(
+        OUTGOING,
+        type=float,
+        metavar="SHARE",
+        default=OUTGOING_DEFAULT,
+        help=f"With {GATE} topology: the share of a rank's tokens whose best expert may be on another node, from 0 to "
+        f"1. Default: {OUTGOING_DEFAULT}, FasterMoE's.",
+    )
+    group.add_argument(
+        ZERO_EXPERTS,
+        metavar="COUNTS",
+        default=ZERO_EXPERTS_DEFAULT,
+        help=f"With {GATE} moe++: how many experts cost nothing, besides --num-experts: zero=N return nothing, copy=N "
+        f"their input, constant=N a mixture of it and a trained vector. Default: {ZERO_EXPERTS_DEFAULT}.",
+    )
+    group.add_argument(
+        ZERO_EXPERTS_TAU,
+        type=float,
+        metavar="TAU",
+        default=TAU_DEFAULT,
+        help=f"With {GATE} moe++: weight of the experts that cost nothing in the loss; the lower, the more tokens take "
+        f"them. Above 0. Default: {TAU_DEFAULT}.",
     )
     group.add_argument(
         OVERLAP_DEGREE,

@@ -51,7 +51,7 @@ LABELS = {
     "working": "one layer recomputed, dispatch buffers",
     "replicas": "replica slots",
     "staging": "staging for moved experts",
-    "reserved": "CUDA, NCCL, fragmentation",
+    "reserved": "runtime libraries, fragmentation",
 }
 
 

@@ -229,7 +229,7 @@ def state_key(model: ModelSpec, spec: ParallelSpec, chunk: PipelineChunk) -> Sta
 
 @lru_cache(maxsize=4096)
 def _canonical(model: ModelSpec, chunk: PipelineChunk) -> PipelineChunk:
-    first_moe = next(layer for layer in range(model.layers) if model.has_experts(layer))
+    first_moe = next((layer for layer in range(model.layers) if model.has_experts(layer)), 0)
     dense = next((layer for layer in range(model.layers) if not model.has_experts(layer)), first_moe)
     layers = tuple(first_moe if model.has_experts(layer) else dense for layer in chunk.layers)
     return replace(chunk, stage=0, virtual=0, layers=layers)
