@@ -182,8 +182,9 @@ class Pricing:
         """
         spec = ParallelSpec(gpus=1, tp=tp, ep=ep, etp=etp, cp=cp, micro_batch=micro_batch, precision=precision)
         layer = layer_constants(self.cluster, self.model, spec, self.constants)
-        costlier_between = layer.inter_gpu_token_s >= layer.intra_token_s
-        counts = self._counts(ep, spec_nodes(self.cluster, ep * etp), slots, costlier_between)
+        num_nodes = spec_nodes(self.cluster, ep * etp)
+        costlier_between = num_nodes == 1 or layer.inter_gpu_token_s >= layer.intra_token_s
+        counts = self._counts(ep, num_nodes, slots, costlier_between)
         overlapped = replace(spec, overlap_degree=degree)
         times = moe_times(
             [counts.scaled(self._assignments(spec))],
@@ -222,7 +223,7 @@ class Pricing:
             tokens_R=np.ones(ep),
             active_R=np.full(ep, self.loads.least_active / ep),
             source_tokens=1.0,
-            tokens=replace(nothing, intra=inside, inter_gpu=between if num_nodes > 1 else 0.0),
+            tokens=replace(nothing, intra=inside, inter_gpu=between),
             fetched=nothing,
             returned=nothing,
             early_tokens=0.0,
