@@ -77,6 +77,11 @@ void plan_exact(const std::vector<int64_t>& load_E, const SlotTable& slots, cons
   }
 }
 
+// The product may have more than 64 bits.
+int64_t in_proportion(int64_t at, int64_t supply, int64_t total) {
+  return static_cast<int64_t>(static_cast<__int128>(at) * supply / total);
+}
+
 // Which source rank's tokens go to which host, as far as this rank is concerned: `placement.split.assign_sources`.
 class Sources {
  public:
@@ -169,9 +174,27 @@ class Sources {
       const int64_t node = placed_.hosts.rank_C[begin] / per_node;
       Index next = begin;
       while (next < end && placed_.hosts.rank_C[next] / per_node == node) ++next;
-      meet_in_order(begin, next, left_R, node * per_node, (node + 1) * per_node, need_C);
+      meet_in_proportion(begin, next, left_R, node * per_node, (node + 1) * per_node, need_C);
       begin = next;
     }
+  }
+
+  // As `meet_in_order`; sources that cannot serve the hosts in full serve each of them in proportion.
+  void meet_in_proportion(Index begin, Index end, int64_t* left_R, int64_t source, int64_t end_source,
+                          std::vector<int64_t>& need_C) {
+    const int64_t total = std::accumulate(need_C.begin() + begin, need_C.begin() + end, int64_t{0});
+    const int64_t supply = std::min(std::accumulate(left_R + source, left_R + end_source, int64_t{0}), total);
+    if (supply == 0) return;
+    later_C_.assign(need_C.begin() + begin, need_C.begin() + end);
+    int64_t before = 0;
+    for (Index c = begin; c < end; ++c) {
+      const int64_t after = before + need_C[c];
+      need_C[c] = in_proportion(after, supply, total) - in_proportion(before, supply, total);
+      later_C_[c - begin] -= need_C[c];
+      before = after;
+    }
+    meet_in_order(begin, end, left_R, source, end_source, need_C);
+    std::copy(later_C_.begin(), later_C_.end(), need_C.begin() + begin);
   }
 
   const Counts& counts_;
@@ -181,7 +204,7 @@ class Sources {
   int64_t* arriving_RS_;
   const int64_t num_slots_;
   std::vector<Index> expert_F_, own_single_C_, own_single_E_;
-  std::vector<int64_t> left_FR_;
+  std::vector<int64_t> left_FR_, later_C_;  // later: what a host takes from other nodes
 };
 
 // The parts of the result, one behind the other: runtime/replicas/dispatch_plan.py:PlanBuffer has the same order.

@@ -21,6 +21,7 @@ from megatron_smartmoe.cost.moe_layer import constants_of, exchange_bytes_s, exp
 from megatron_smartmoe.cost.replicas import schedule_of
 from megatron_smartmoe.placement.homes_planner import OnlineOptions
 from megatron_smartmoe.placement.layer_cost import LayerPricing
+from megatron_smartmoe.placement.plan_homes import HomesOptions, node_swap_price
 from megatron_smartmoe.placement.plan_replicas import ReplicaOptions
 from megatron_smartmoe.placement.policy import PolicyOptions
 from megatron_smartmoe.planner.arguments import model_from_arguments, parallel_from_arguments
@@ -197,6 +198,7 @@ def online_options(args: Namespace, review_records: int) -> OnlineOptions:
         micro_batches=get_num_microbatches(),
         state_bytes=state_bytes(args),
         migration_bytes_s=exchange_bytes_s(machine(args), between_nodes=num_nodes > 1),
+        homes=homes_options(args),
         replica=replica_options(args),
         policy=PolicyOptions(
             horizon_iterations=args.smartmoe_homes_horizon,
@@ -204,6 +206,25 @@ def online_options(args: Namespace, review_records: int) -> OnlineOptions:
             cooldown_iterations=args.smartmoe_homes_interval,
         ),
         review_records=review_records,
+    )
+
+
+def homes_options(args: Namespace) -> HomesOptions:
+    """The nodes that homes are balanced over, and what a swap of homes between two of them must gain."""
+    from megatron.core import parallel_state as mpu
+    from megatron.core.num_microbatches_calculator import get_num_microbatches
+
+    num_nodes = nodes_of_group(mpu.get_expert_model_parallel_world_size())
+    return HomesOptions(
+        num_nodes=num_nodes,
+        replica_scope_is_node=scope_nodes(args) == num_nodes,
+        node_swap_price=node_swap_price(
+            online_setting(args).constants,
+            get_num_microbatches() * rank_tokens(args),
+            num_nodes=num_nodes,
+            swap_s=state_bytes(args) / exchange_bytes_s(machine(args), between_nodes=num_nodes > 1),
+            worth_s=args.smartmoe_homes_horizon / args.smartmoe_homes_margin,
+        ),
     )
 
 

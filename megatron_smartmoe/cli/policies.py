@@ -7,8 +7,9 @@ from megatron_smartmoe.cost.memory.buffers import expert_state_bytes
 from megatron_smartmoe.placement.homes_planner import OnlineOptions, ReplicaMode
 from megatron_smartmoe.placement.layer_cost import layer_seconds
 from megatron_smartmoe.placement.layer_plan import Sees
-from megatron_smartmoe.placement.plan_homes import HomesOptions
+from megatron_smartmoe.placement.plan_homes import HomesOptions, node_swap_price
 from megatron_smartmoe.placement.plan_replicas import ReplicaOptions
+from megatron_smartmoe.placement.policy import PolicyOptions
 from megatron_smartmoe.simulate.baselines import WITHOUT_HOMES, by_name, relays_by_name
 from megatron_smartmoe.simulate.policies import OnlinePolicy, RulePolicy
 from megatron_smartmoe.simulate.run import SimulationSetup
@@ -55,13 +56,25 @@ def own_policy(
         homes_interval: iterations between two evaluations of the homes; 0 for none.
     """
     sees: Sees = "exact" if mode == "exact" else "history"
+    policy = _policy_options(setup.num_nodes, homes_interval)
     options = OnlineOptions(
         homes_interval=homes_interval,
+        policy=policy,
         replicas=mode,
         micro_batches=prices.micro_batches,
         state_bytes=setup.state_bytes,
         migration_bytes_s=setup.migration_bytes_s,
-        homes=HomesOptions(num_nodes=setup.num_nodes, replica_scope_is_node=prices.within_node),
+        homes=HomesOptions(
+            num_nodes=setup.num_nodes,
+            replica_scope_is_node=prices.within_node,
+            node_swap_price=node_swap_price(
+                setup.constants,
+                prices.micro_batches * prices.rank_tokens,
+                num_nodes=setup.num_nodes,
+                swap_s=setup.state_bytes / setup.migration_bytes_s,
+                worth_s=policy.horizon_iterations / policy.margin,
+            ),
+        ),
         replica=ReplicaOptions(
             num_nodes=setup.num_nodes if prices.within_node else 1, replica_price_tokens=prices.replica_tokens(sees)
         ),
@@ -71,6 +84,14 @@ def own_policy(
     return OnlinePolicy(
         placement, num_groups, options, layer_seconds(setup.pricing_of(sees, has_trees=not prices.first_version))
     )
+
+
+def _policy_options(num_nodes: int, homes_interval: int) -> PolicyOptions:
+    """As training has them: homes may move again after an interval. On one node a shorter interval than the default
+    cooldown has no say, so that decision files of earlier versions are reproduced."""
+    if num_nodes == 1 or not homes_interval:
+        return PolicyOptions()
+    return PolicyOptions(cooldown_iterations=homes_interval)
 
 
 def peer_policy(
