@@ -23,7 +23,8 @@ from megatron_smartmoe.placement.homes_planner import OnlineOptions
 from megatron_smartmoe.placement.layer_cost import LayerPricing
 from megatron_smartmoe.placement.plan_homes import HomesOptions, node_swap_price
 from megatron_smartmoe.placement.plan_replicas import ReplicaOptions
-from megatron_smartmoe.placement.policy import PolicyOptions
+from megatron_smartmoe.placement.policy import BETWEEN_NODES_TOLERANCE, PolicyOptions
+from megatron_smartmoe.placement.routing_groups import stay_whole
 from megatron_smartmoe.planner.arguments import model_from_arguments, parallel_from_arguments
 from megatron_smartmoe.spec.cluster import ClusterSpec, load_cluster_spec
 from megatron_smartmoe.spec.devices import Device, cluster_for, fitting_cluster
@@ -204,6 +205,7 @@ def online_options(args: Namespace, review_records: int) -> OnlineOptions:
             horizon_iterations=args.smartmoe_homes_horizon,
             margin=args.smartmoe_homes_margin,
             cooldown_iterations=args.smartmoe_homes_interval,
+            tolerance=BETWEEN_NODES_TOLERANCE if num_nodes > 1 else 0.0,
         ),
         review_records=review_records,
     )
@@ -225,7 +227,25 @@ def homes_options(args: Namespace) -> HomesOptions:
             swap_s=state_bytes(args) / exchange_bytes_s(machine(args), between_nodes=num_nodes > 1),
             worth_s=args.smartmoe_homes_horizon / args.smartmoe_homes_margin,
         ),
+        num_groups=args.moe_router_num_groups if args.moe_router_group_topk else 1,
     )
+
+
+def routing_groups_line(args: Namespace) -> str | None:
+    """What group-limited routing means for the homes; None where it is off or the experts are on one node."""
+    options, ranks = homes_options(args), args.expert_model_parallel_size
+    groups, nodes = options.num_groups, options.num_nodes
+    if groups == 1 or nodes == 1:
+        return None
+    routing = f"group-limited routing ({args.moe_router_group_topk} of {groups} groups a token, {nodes} nodes)"
+    if not stay_whole(ranks, nodes, groups):
+        return f"{routing}: groups do not lie whole on nodes, so homes move without regard to them"
+    moves = "homes move between nodes by whole groups" if groups >= nodes else "homes stay on the nodes of their group"
+    if args.smartmoe_homes == "shuffle":
+        moves = "--smartmoe-homes shuffle takes groups apart, and tokens go to more nodes than without"
+    if args.smartmoe_spare_slots and not options.replica_scope_is_node:
+        moves += "; --smartmoe-replicas-scope group puts replicas on other nodes than their group's"
+    return f"{routing}: {moves}"
 
 
 def replica_options(args: Namespace) -> ReplicaOptions:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from megatron_smartmoe.cli.simulate_prices import Prices
 from megatron_smartmoe.cost.memory.buffers import expert_state_bytes
 from megatron_smartmoe.placement.homes_planner import OnlineOptions, ReplicaMode
@@ -9,7 +11,7 @@ from megatron_smartmoe.placement.layer_cost import layer_seconds
 from megatron_smartmoe.placement.layer_plan import Sees
 from megatron_smartmoe.placement.plan_homes import HomesOptions, node_swap_price
 from megatron_smartmoe.placement.plan_replicas import ReplicaOptions
-from megatron_smartmoe.placement.policy import PolicyOptions
+from megatron_smartmoe.placement.policy import BETWEEN_NODES_TOLERANCE, PolicyOptions
 from megatron_smartmoe.simulate.baselines import WITHOUT_HOMES, by_name, relays_by_name
 from megatron_smartmoe.simulate.policies import OnlinePolicy, RulePolicy
 from megatron_smartmoe.simulate.run import SimulationSetup
@@ -56,10 +58,9 @@ def own_policy(
         homes_interval: iterations between two evaluations of the homes; 0 for none.
     """
     sees: Sees = "exact" if mode == "exact" else "history"
-    policy = _policy_options(setup.num_nodes, homes_interval)
-    options = OnlineOptions(
-        homes_interval=homes_interval,
-        policy=policy,
+    pace = _pace(setup.num_nodes, homes_interval)
+    options = replace(
+        pace,
         replicas=mode,
         micro_batches=prices.micro_batches,
         state_bytes=setup.state_bytes,
@@ -72,7 +73,7 @@ def own_policy(
                 prices.micro_batches * prices.rank_tokens,
                 num_nodes=setup.num_nodes,
                 swap_s=setup.state_bytes / setup.migration_bytes_s,
-                worth_s=policy.horizon_iterations / policy.margin,
+                worth_s=pace.policy.horizon_iterations / pace.policy.margin,
             ),
         ),
         replica=ReplicaOptions(
@@ -86,12 +87,18 @@ def own_policy(
     )
 
 
-def _policy_options(num_nodes: int, homes_interval: int) -> PolicyOptions:
-    """As training has them: homes may move again after an interval. On one node a shorter interval than the default
-    cooldown has no say, so that decision files of earlier versions are reproduced."""
+def _pace(num_nodes: int, homes_interval: int) -> OnlineOptions:
+    """How soon homes may move again after a move: as in training, after an interval, in which the move is reviewed.
+
+    On one node the planners' defaults hold, whatever the interval, so that earlier decision files are reproduced.
+    """
     if num_nodes == 1 or not homes_interval:
-        return PolicyOptions()
-    return PolicyOptions(cooldown_iterations=homes_interval)
+        return OnlineOptions(homes_interval=homes_interval)
+    return OnlineOptions(
+        homes_interval=homes_interval,
+        review_records=min(OnlineOptions.review_records, homes_interval),
+        policy=PolicyOptions(cooldown_iterations=homes_interval, tolerance=BETWEEN_NODES_TOLERANCE),
+    )
 
 
 def peer_policy(

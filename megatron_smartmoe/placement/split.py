@@ -7,8 +7,8 @@ there -> another of its hosts), as augmenting paths do in maximum flow (Edmonds 
 be reached, the reached ranks Q hold only experts whose hosts all lie inside Q, so no split can do better than
 load(Q) / |Q|: T rises to that (Hall's condition, 1935) and the search continues. It ends when no rank is above T, and T
 has always been a lower bound, so the result is optimal. `assign_sources` then decides which source rank's tokens go to
-which host: the source itself first, then its own node, then in rank order. On several nodes each of an expert's hosts on
-a node gets the same share of its tokens from other nodes, so that no rank's port between nodes is busier than its load.
+which host: the source itself first, then its own node, then in rank order. On several nodes each of an expert's hosts
+on a node gets the same share of its tokens from other nodes, so that no rank's port to them is busier than its load.
 
 Alternatives. Equal shares (EPLB and its kin) leave 5 to 10% on real traces; a linear program (LPLB) finds fractions,
 needs rounding and costs milliseconds; a threshold search (UltraEP) stops within 1%. The graph has one edge per host
