@@ -85,7 +85,7 @@ def test_tokens_stay_on_their_rank_then_on_their_node(seed: int) -> None:
             assert within.sum() == min(supply, wanted)
             # Every host on the node gets the same share from it, as far as whole tokens go, from its own rank first.
             at = np.nonzero(slots_RS[ranks] == expert)[0]
-            share = tokens_ER[expert, ranks][at] * (min(supply, wanted) / max(wanted, 1))
+            share = tokens_ER[expert, ranks][at] * (within.sum() / max(int(wanted), 1))
             if (slots_RS == expert).sum() > 1:
                 assert np.abs(within.sum(axis=0) - share).max(initial=0) < 1
                 own = within[at, np.arange(len(at))]
