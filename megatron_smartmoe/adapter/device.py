@@ -1,4 +1,5 @@
-"""Which device a process trains on; decided before Megatron is imported, since the CPU facade has to be there first."""
+"""Which device a process trains on, decided before Megatron is imported, since the CPU facade has to be there first;
+and whether this Megatron is one for this project's own entry."""
 
 from __future__ import annotations
 
@@ -38,3 +39,20 @@ def choose_device(asked: str, *, with_filters: bool = True) -> bool:
 
     cpu.install()
     return True
+
+
+def refuse_old_megatron() -> None:
+    """Megatron's releases up to 0.18 are for scripts of their own: this project's entry calls functions of later ones.
+
+    Raises:
+        CompatError: they are missing.
+    """
+    import megatron.core
+    from megatron.training import argument_utils
+
+    if not hasattr(argument_utils, "gpt_config_from_args"):
+        raise CompatError(
+            f"this project's own entry needs megatron-core 0.19 or later, and {megatron.core.__version__} is what is "
+            "imported. Train with Megatron's own script and --smartmoe (docs/integrate.md), or install a later "
+            "release: pip install 'megatron-core>=0.19'"
+        )

@@ -286,6 +286,8 @@ def attach_checkpoints(saves: CheckpointSaves, loads: CheckpointLoads) -> None:
     Raises:
         CompatError: this Megatron lacks a function that has to be hooked.
     """
+    from megatron_smartmoe.adapter.checkpoint.writer import hashing
+
     training = importlib.import_module(_LOOP_MODULE)
     checkpointing = importlib.import_module("megatron.training.checkpointing")
     strategies = "megatron.core.dist_checkpointing.strategies"
@@ -304,6 +306,7 @@ def attach_checkpoints(saves: CheckpointSaves, loads: CheckpointLoads) -> None:
     rebind(checkpointing, "ensure_directory_exists", saves.recorded, key=key)
     rebind(serialization, "save_config", saves.recorded, key=key)
     rebind(writer, "finish", saves.recorded, key=key)
+    rebind(writer, "write_preloaded_data", hashing, key="checksum")
     rebind(writer, "write_preloaded_data", saves.noted, key=key)
     rebind(checkpointing.torch, "save", saves.recorded_if_legacy, key=key)
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from megatron_smartmoe.adapter import log_filters
 from megatron_smartmoe.adapter.allocator import keep_pages
-from megatron_smartmoe.adapter.device import choose_device
+from megatron_smartmoe.adapter.device import choose_device, refuse_old_megatron
 from megatron_smartmoe.adapter.flags.parser import (
     device_from,
     has_apex,
@@ -33,6 +33,7 @@ from megatron_smartmoe.adapter.launch.batch_job import save_on_sigterm
 from megatron_smartmoe.adapter.launch.run_lock import LOCKED_VARIABLE, RunLock
 from megatron_smartmoe.adapter.launch.secrets import secrets_among
 from megatron_smartmoe.adapter.run_files import write_text
+from megatron_smartmoe.adapter.starting import starting
 from megatron_smartmoe.errors import EXIT_CONFIG_ERROR, ConfigError, SmartMoEError
 from megatron_smartmoe.spec.secrets import MASK
 
@@ -51,11 +52,13 @@ def main(argv: Sequence[str] | None = None, callbacks: Iterable[Callback] = ()) 
     is_rank_0 = int(os.environ.get("RANK", "0")) == 0
     given = list(argv)
     try:
-        cpu = choose_device(device_from(argv))
-        if cpu:
-            keep_pages(os.environ)
-        argv = with_defaults(given, cpu=cpu, say=is_rank_0)
-        args = check_flags(argv, cpu=cpu)
+        with starting():
+            cpu = choose_device(device_from(argv))
+            refuse_old_megatron()
+            if cpu:
+                keep_pages(os.environ)
+            argv = with_defaults(given, cpu=cpu, say=is_rank_0)
+            args = check_flags(argv, cpu=cpu)
         if args.smartmoe and not cpu:
             _try_ops()
         if args.exit_signal_handler:
@@ -184,18 +187,19 @@ def train(argv: Sequence[str], *, cpu: bool, callbacks: Iterable[Callback] = ())
         cpu: whether the CPU facade is in use.
         callbacks: further ones, besides those that the flags ask for.
     """
-    import torch
-    from megatron.core.enums import ModelType
-    from megatron.training.argument_utils import pretrain_cfg_container_from_args
+    with starting():
+        import torch
+        from megatron.core.enums import ModelType
+        from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
-    from megatron_smartmoe.adapter import door
-    from megatron_smartmoe.adapter.batch import embedding_ranks, forward_step
-    from megatron_smartmoe.adapter.datasets import train_valid_test_datasets_provider
-    from megatron_smartmoe.adapter.hooks import loop_module
+        from megatron_smartmoe.adapter import door
+        from megatron_smartmoe.adapter.batch import embedding_ranks, forward_step
+        from megatron_smartmoe.adapter.datasets import train_valid_test_datasets_provider
+        from megatron_smartmoe.adapter.hooks import loop_module
 
-    door.open_door(cpu=cpu, is_own_entry=True, callbacks=callbacks)
-    args = megatron_args(argv)
-    from megatron_smartmoe.adapter.moe.wide_norms import model_config_of
+        door.open_door(cpu=cpu, is_own_entry=True, callbacks=callbacks)
+        args = megatron_args(argv)
+        from megatron_smartmoe.adapter.moe.wide_norms import model_config_of
 
     loop_module().pretrain(
         pretrain_cfg_container_from_args(args, model_config_of(args)),

@@ -13,7 +13,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_smartmoe.adapter.pretrain import choose_device, with_defaults
+from megatron_smartmoe.adapter.device import choose_device, refuse_old_megatron
+from megatron_smartmoe.adapter.pretrain import with_defaults
+from megatron_smartmoe.errors import SmartMoEError
 
 if TYPE_CHECKING:
     import torch
@@ -35,6 +37,7 @@ def probe(argv: Sequence[str], tokens: Sequence[Sequence[int]], out: Path) -> No
         out: folder of the files, which exists.
     """
     cpu = choose_device("auto")
+    refuse_old_megatron()
     length, count = len(tokens[0]), len(tokens)
     shape = ["--seq-length", str(length), "--global-batch-size", str(count * _data_ranks(argv))]
     flags = with_defaults([*argv, *FLAGS, *shape], cpu=cpu, say=False)
@@ -165,7 +168,10 @@ def _all_columns(part: torch.Tensor) -> torch.Tensor:
 def main() -> None:
     """`python -m megatron_smartmoe.adapter.probe REQUEST`: a JSON file with argv, tokens and out."""
     request = json.loads(Path(sys.argv[1]).read_text())
-    probe(request["argv"], request["tokens"], Path(request["out"]))
+    try:
+        probe(request["argv"], request["tokens"], Path(request["out"]))
+    except SmartMoEError as error:
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import pytest
 from scripts import bench_train
 from tests.support.synthetic import SyntheticSpec, synthetic_trace
 
-pytestmark = pytest.mark.dist
+pytestmark = [pytest.mark.dist, pytest.mark.long]
 
 
 def test_a_round_of_two_variants(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -78,6 +78,7 @@ def launch(
     return subprocess.run([*command, *flags], capture_output=True, text=True, timeout=120, check=False)
 
 
+@pytest.mark.parametrize("saved", ["distributed"], indirect=True, scope="module")
 def test_a_longer_run_has_to_choose_its_schedule(saved: Saved, tmp_path: Path) -> None:
     done = launch(saved, tmp_path, "2", *EP2, "--train-iters", "9")
     assert done.returncode == 2

@@ -82,6 +82,26 @@ def test_gpus_that_torch_cannot_use_are_an_error_and_no_cpu_run(asked: str) -> N
     ) in done.stderr
 
 
+def test_an_older_megatron_is_refused_by_this_projects_own_entry() -> None:
+    """What 0.18 lacks is taken away here; its own scripts train with it all the same (tests/releases)."""
+    done = python(
+        "import sys\n"
+        "from megatron_smartmoe.adapter.pretrain import choose_device, main\n"
+        "choose_device('cpu')\n"
+        "import megatron.core\n"
+        "from megatron.training import argument_utils\n"
+        "del argument_utils.gpt_config_from_args\n"
+        "megatron.core.__version__ = '0.18.2'\n"
+        "main(['--num-layers', '2'])\n"
+    )
+    assert done.returncode == 2
+    assert done.stderr.strip() == (
+        "error: this project's own entry needs megatron-core 0.19 or later, and 0.18.2 is what is imported. Train with "
+        "Megatron's own script and --smartmoe (docs/integrate.md), or install a later release: "
+        "pip install 'megatron-core>=0.19'"
+    )
+
+
 def test_packages_for_gpus_are_not_used_on_cpu_ranks(tmp_path: Path) -> None:
     """In NVIDIA's containers both are installed, and Megatron takes what it finds."""
     for name in ("transformer_engine", "transformer_engine/pytorch", "apex"):

@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.slurm, pytest.mark.dist]
 QUICK = "--device cpu --hidden 32 --ffn 32 --tokens 4,64,256 --sizes 1024,1e5,1e6 --repeats 2".split()
 
 
-@pytest.mark.parametrize("how", ["batch script", "a task per rank"])
+@pytest.mark.parametrize("how", [pytest.param("batch script", marks=pytest.mark.long), "a task per rank"])
 def test_calibrate_on_two_nodes(slurm: SlurmCluster, tmp_path: Path, how: str) -> None:
     output = tmp_path / "cluster.yaml"
     port = {"MASTER_PORT": str(free_ports(1)[0])}  # all "nodes" are this host

@@ -4,8 +4,8 @@ A checkpoint is in force when the tracker names it. Around Megatron's own save:
 
 1. What has been saved already is not saved again; an interrupted save's folder is removed before it is written anew.
 2. Digests of what each rank holds are computed while Megatron writes (`digests`), and no longer: then experts may move.
-3. Each rank computes the checksums of the files that it has written: after a synchronous save, or, for an asynchronous
-   one, in the process that writes them.
+3. Each rank computes the checksums of the files that it writes while it writes them, where Megatron lets it see what
+   is written (torch_dist), else by reading them again.
 4. Rank 0 writes the manifest, and only then does the tracker name the checkpoint.
 
 A save that fails (a full disk, a folder that cannot be written) is abandoned on all ranks alike: its folder is removed,
@@ -37,11 +37,10 @@ from megatron_smartmoe.adapter.checkpoint import tracker
 from megatron_smartmoe.adapter.checkpoint.digests import DigestReduction, LocalDigests
 from megatron_smartmoe.adapter.checkpoint.folders import save_directory
 from megatron_smartmoe.adapter.checkpoint.held import held_tensors
-from megatron_smartmoe.adapter.checkpoint.writer import PART, SHARDS, WithChecksums
+from megatron_smartmoe.adapter.checkpoint.writer import PART, SHARDS, WithChecksums, checksum_of_written
 from megatron_smartmoe.adapter.hooks import Callback, Order
 from megatron_smartmoe.adapter.launch.secrets import secrets_among
 from megatron_smartmoe.adapter.run import Run
-from megatron_smartmoe.checkpoint.checksum import checksum_of_file
 from megatron_smartmoe.checkpoint.directory import folder_of, iteration_of, read_tracker, write_tracker
 from megatron_smartmoe.checkpoint.inspection import readable_bytes
 from megatron_smartmoe.checkpoint.manifest import (
@@ -415,7 +414,7 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _entry(folder: Path, path: Path) -> FileEntry:
-    size_bytes, checksum = checksum_of_file(path)
+    size_bytes, checksum = checksum_of_written(path)
     return FileEntry(name=path.relative_to(folder).as_posix(), size_bytes=size_bytes, checksum=checksum)
 
 

@@ -107,9 +107,9 @@ def _check_supported(args: argparse.Namespace, *, cpu: bool) -> None:
     if args.yaml_cfg is not None:
         rule = "is not supported: configurations in Megatron's own YAML are not read"
         raise ConfigError("--yaml-cfg", args.yaml_cfg, rule, "Use --config FILE, or flags.")
-    if args.logits_load_dir is not None:
+    if (teacher := getattr(args, "logits_load_dir", None)) is not None:  # releases up to 0.18 have no such flag
         rule = "is not supported by this entry point, which pretrains GPT-MoE: it is for distillation"
-        raise ConfigError("--logits-load-dir", args.logits_load_dir, rule, "Remove it.")
+        raise ConfigError("--logits-load-dir", teacher, rule, "Remove it.")
     if args.transformer_impl == "transformer_engine" and not has_transformer_engine():
         rule = f"needs TransformerEngine, which {'CPU ranks do not use' if cpu else 'is not installed'}"
         way_out = f"{'Remove it' if cpu else 'Install it'}, or pass --transformer-impl local."

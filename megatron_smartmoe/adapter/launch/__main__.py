@@ -6,7 +6,10 @@ import signal
 import sys
 from types import FrameType
 
-from megatron_smartmoe.adapter.launch.launcher import main
+from megatron_smartmoe.adapter.starting import starting
+
+with starting():
+    from megatron_smartmoe.adapter.launch.launcher import main
 
 
 def _end(number: int, frame: FrameType | None) -> None:

@@ -23,6 +23,7 @@ from megatron_smartmoe.adapter.launch.topology import Topology, find_topology, i
 from megatron_smartmoe.adapter.launch.watch import no_watch, watch_node
 from megatron_smartmoe.adapter.rehearsal.lines import lines_of
 from megatron_smartmoe.adapter.rehearsal.rehearse import ALREADY, digest_of, rehearse
+from megatron_smartmoe.adapter.starting import starting
 from megatron_smartmoe.errors import EXIT_CONFIG_ERROR, ConfigError, SmartMoEError
 from megatron_smartmoe.spec.run import RunSpec, load_run_spec
 
@@ -100,7 +101,8 @@ def _launch(
         load = Load(options.parallel_trace, options.parallel_skew)
         auto_plan = plan_parallel(spec, command_line, topology, directory, load)
         spec, command_line = auto_plan.spec, auto_plan.command_line
-    ready = make_command(spec, command_line, topology, directory)
+    with starting():
+        ready = make_command(spec, command_line, topology, directory)
     seen = _rehearse(ready, topology, is_dry=options.dry_run)
     if topology.needs_srun:  # after the check: an error is printed once, before any node starts
         return slurm.srun(topology, argv, step_options, ending=_ending(ready, topology, directory))

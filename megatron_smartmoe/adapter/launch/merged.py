@@ -67,10 +67,12 @@ def merge(
     Raises:
         ConfigError: an unknown flag or key, or a value of the wrong type.
     """
+    from megatron_smartmoe.adapter.device import choose_device, refuse_old_megatron
     from megatron_smartmoe.adapter.flags.parser import build_parser, parse
-    from megatron_smartmoe.adapter.pretrain import choose_device, with_defaults
+    from megatron_smartmoe.adapter.pretrain import with_defaults
 
     cpu = choose_device(asked_device(spec, command_line))
+    refuse_old_megatron()
     os.environ["WORLD_SIZE"] = str(topology.world_size)  # Megatron's parser reads it
     known: Collection[str] = build_parser()._option_string_actions
     corpus.check(spec)

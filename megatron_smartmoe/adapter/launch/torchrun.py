@@ -34,6 +34,7 @@ from typing import Any, ClassVar
 from megatron_smartmoe.adapter.launch.batch_job import saves_on_sigterm
 from megatron_smartmoe.adapter.launch.deaths import Death, first_cause, oom_kills, read_death
 from megatron_smartmoe.adapter.orphans import end_with_parent
+from megatron_smartmoe.adapter.starting import starting
 
 PIPE_VARIABLE = "SMARTMOE_LAUNCHER_PIPE"  # number of an open descriptor
 GRACE_S = 4.0
@@ -50,9 +51,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     terminal, report = sys.stderr, Report.to_launcher()
     sys.stderr = report  # before torch is imported: its loggers keep the stream that they find
     subprocess.Popen = Rank  # type: ignore[misc, assignment]  # likewise: torchrun imports it by name
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.run import parse_args, run
+    with starting():
+        from torch.distributed.elastic.multiprocessing.api import SignalException
+        from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+        from torch.distributed.run import parse_args, run
 
     with contextlib.redirect_stderr(terminal):  # wrong options are the user's to see
         options = parse_args(argv)  # type: ignore[no-untyped-call]

@@ -325,7 +325,7 @@ def test_places_match_the_sources() -> None:
         with_mutants(mutation.file, mutation.mode)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(3600)
 def test_every_bug_is_caught(tmp_path: Path) -> None:
     for mode in {mutation.mode for mutation in MUTATIONS}:
