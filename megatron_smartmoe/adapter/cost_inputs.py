@@ -17,7 +17,7 @@ import torch.distributed as dist
 from megatron_smartmoe.adapter.flags.smartmoe_arguments import replicas_mode
 from megatron_smartmoe.cost.compute import ExpertShape, replica_grad_bytes
 from megatron_smartmoe.cost.memory.buffers import MAIN_BYTES, MOMENT_BYTES, expert_state_bytes
-from megatron_smartmoe.cost.moe_layer import constants_of, exchange_bytes_s, exposed_replica_tokens
+from megatron_smartmoe.cost.moe_layer import constants_of, crossing_bytes_s, exposed_replica_tokens
 from megatron_smartmoe.cost.replicas import schedule_of
 from megatron_smartmoe.placement.homes_planner import OnlineOptions
 from megatron_smartmoe.placement.layer_cost import LayerPricing
@@ -198,7 +198,7 @@ def online_options(args: Namespace, review_records: int) -> OnlineOptions:
         replicas="exact" if replicas_mode(args) == "exact" else "history",
         micro_batches=get_num_microbatches(),
         state_bytes=state_bytes(args),
-        migration_bytes_s=exchange_bytes_s(machine(args), between_nodes=num_nodes > 1),
+        migration_bytes_s=crossing_bytes_s(machine(args), num_nodes),
         homes=homes_options(args),
         replica=replica_options(args),
         policy=PolicyOptions(
@@ -216,15 +216,16 @@ def homes_options(args: Namespace) -> HomesOptions:
     from megatron.core import parallel_state as mpu
     from megatron.core.num_microbatches_calculator import get_num_microbatches
 
-    num_nodes = nodes_of_group(mpu.get_expert_model_parallel_world_size())
+    ranks, domains = mpu.get_expert_model_parallel_world_size(), scope_nodes(args)
+    num_nodes = domains if domains > 1 else nodes_of_group(ranks)
     return HomesOptions(
         num_nodes=num_nodes,
-        replica_scope_is_node=scope_nodes(args) == num_nodes,
+        replica_scope_is_node=domains > 1,
         node_swap_price=node_swap_price(
             online_setting(args).constants,
             get_num_microbatches() * rank_tokens(args),
             num_nodes=num_nodes,
-            swap_s=state_bytes(args) / exchange_bytes_s(machine(args), between_nodes=num_nodes > 1),
+            swap_s=state_bytes(args) / crossing_bytes_s(machine(args), nodes_of_group(ranks)),
             worth_s=args.smartmoe_homes_horizon / args.smartmoe_homes_margin,
         ),
         num_groups=args.moe_router_num_groups if args.moe_router_group_topk else 1,
@@ -254,12 +255,11 @@ def replica_options(args: Namespace) -> ReplicaOptions:
 
 
 def scope_nodes(args: Namespace) -> int:
-    """Nodes of the group among which replicas must not cross; 1 lets them be anywhere in the group."""
+    """Nodes of the group, or wider domains, between which replicas must not cross; 1 lets them be anywhere in it."""
     from megatron.core import parallel_state as mpu
 
-    if args.smartmoe_replicas_scope == "group":
-        return 1
-    return nodes_of_group(mpu.get_expert_model_parallel_world_size())
+    num_nodes = nodes_of_group(mpu.get_expert_model_parallel_world_size())
+    return machine(args).domains(num_nodes, args.smartmoe_replicas_scope)
 
 
 def replica_price_tokens(args: Namespace, mode: str | None = None) -> float:

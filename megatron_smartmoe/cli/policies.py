@@ -58,7 +58,7 @@ def own_policy(
         homes_interval: iterations between two evaluations of the homes; 0 for none.
     """
     sees: Sees = "exact" if mode == "exact" else "history"
-    pace = _pace(setup.num_nodes, homes_interval)
+    pace, num_nodes = _pace(setup.num_nodes, homes_interval), prices.domains if prices.domains > 1 else setup.num_nodes
     options = replace(
         pace,
         replicas=mode,
@@ -66,19 +66,17 @@ def own_policy(
         state_bytes=setup.state_bytes,
         migration_bytes_s=setup.migration_bytes_s,
         homes=HomesOptions(
-            num_nodes=setup.num_nodes,
-            replica_scope_is_node=prices.within_node,
+            num_nodes=num_nodes,
+            replica_scope_is_node=prices.domains > 1,
             node_swap_price=node_swap_price(
                 setup.constants,
                 prices.micro_batches * prices.rank_tokens,
-                num_nodes=setup.num_nodes,
+                num_nodes=num_nodes,
                 swap_s=setup.state_bytes / setup.migration_bytes_s,
                 worth_s=pace.policy.horizon_iterations / pace.policy.margin,
             ),
         ),
-        replica=ReplicaOptions(
-            num_nodes=setup.num_nodes if prices.within_node else 1, replica_price_tokens=prices.replica_tokens(sees)
-        ),
+        replica=ReplicaOptions(num_nodes=prices.domains, replica_price_tokens=prices.replica_tokens(sees)),
         auto_limit=1.0 if prices.first_version and sees == "exact" else OnlineOptions.auto_limit,
         exact_price_tokens=prices.replica_tokens("exact"),
     )
