@@ -248,7 +248,7 @@ def _add_replicas(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--smartmoe-replicas-scope",
-        metavar="node|group|LEVEL",
+        metavar="SCOPE",
         default="node",
         help="node: a replica is placed on the node of its expert's home. group: anywhere in the expert-parallel "
         "group. LEVEL: in the same domain of a level that the file of --smartmoe-cluster names, such as leaf. "
