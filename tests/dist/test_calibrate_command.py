@@ -76,7 +76,8 @@ def test_the_ranks_write_a_cluster_file(written: tuple[Path, str]) -> None:
 def test_ranks_of_four_nodes_measure_what_is_between_them(tmp_path: Path) -> None:
     """Each rank poses as a node, two of them as the nodes of a leaf, all four as those of one spine."""
     path, levels = tmp_path / "nodes.yaml", ["--levels", "leaf:2,spine:4"]
-    assert run_ranks(as_rank, 4, [*QUICK, *levels, "--output", str(path)], 1, log_dir=tmp_path / "logs") == [0] * 4
+    argv = [*QUICK, "--repeats", "1", "--sizes", "1024,1e5", "--tokens", "4,64", *levels, "--output", str(path)]
+    assert run_ranks(as_rank, 4, argv, 1, log_dir=tmp_path / "logs") == [0] * 4
     cluster = load_cluster_spec(path)
     assert (cluster.nodes, cluster.gpus_per_node) == (4, 1)
     assert cluster.sources["inter_node.bandwidth_bytes_s"].startswith("measured: ")

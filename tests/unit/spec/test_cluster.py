@@ -200,3 +200,9 @@ def test_a_wrong_level_is_named_by_its_path(tmp_path: Path, old: str, new: str, 
 def test_levels_are_a_list(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="levels = 'leaf': must be a list of levels, the smallest domains first"):
         load(tmp_path, GOOD + "levels: leaf\n")
+
+
+def test_the_file_of_the_documentation(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[3] / "docs" / "topology.md").read_text()
+    cluster = load(tmp_path, page.split("```yaml\n", 1)[1].split("```", 1)[0])
+    assert (cluster.replica_scope, [level.name for level in cluster.levels]) == ("leaf", ["leaf", "pod"])
