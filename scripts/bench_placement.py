@@ -67,6 +67,7 @@ from megatron_smartmoe.runtime.replicas.dispatch_plan import (
     plan_in_steps,
 )
 from megatron_smartmoe.runtime.replicas.history_plan import compiled_best_replicas
+from megatron_smartmoe.runtime.replicas.kernels import fastest_kernels
 from megatron_smartmoe.simulate.baselines.eplb import Eplb
 from megatron_smartmoe.simulate.baselines.ultraep import UltraEp
 from megatron_smartmoe.simulate.policies import OnlinePolicy, RulePolicy, SimulatedPolicy
@@ -255,7 +256,7 @@ def ahead_table(records: int, step_s: float) -> None:
     print("|---|---|---|---|---|---|")
     for layers, experts, ranks, spare in AHEAD_SHAPES:
         homes = Placement.contiguous(num_layers=layers, num_experts=experts, num_ranks=ranks, spare_slots=spare)
-        in_step, on_thread = (ReplicaPlanner(homes, 0, OnlineOptions(), compiled_best_replicas) for _ in range(2))
+        in_step, on_thread = (ReplicaPlanner(homes, 0, OnlineOptions(), fastest_kernels()) for _ in range(2))
         ahead, rng, times_ms = PlansAhead(on_thread), np.random.default_rng(0), np.empty((records, 4))
         popularity_LE = rng.lognormal(0, 1, (layers, experts))
         for record in range(records):

@@ -14,9 +14,12 @@ if TYPE_CHECKING:
 def callbacks_for(args: Namespace, overlap_degree: OverlapDegree) -> list[Callback]:
     """What the flags ask for; `hooks.Order` says which is called first."""
     from megatron_smartmoe.adapter.flags.pool_settings import modes_of
+    from megatron_smartmoe.adapter.gates.steps import GateSteps
+    from megatron_smartmoe.adapter.gates.table import has_router
     from megatron_smartmoe.adapter.loops.homes import HomesLoop
     from megatron_smartmoe.adapter.loops.pool import PoolLoop
     from megatron_smartmoe.adapter.loops.replicas import ReplicaLoop
+    from megatron_smartmoe.adapter.records.account import StepAccount, measures_steps
     from megatron_smartmoe.adapter.records.metrics import Metrics
     from megatron_smartmoe.adapter.records.progress import ProgressRecorder
     from megatron_smartmoe.adapter.records.replay import RoutingReplay
@@ -27,10 +30,13 @@ def callbacks_for(args: Namespace, overlap_degree: OverlapDegree) -> list[Callba
         homes = HomesLoop()
     if args.smartmoe and (modes := modes_of(args)) != {"off"}:
         replicas = ReplicaLoop(modes)
+    account = StepAccount() if measures_steps(args) else None
     wanted = [
         ProgressRecorder(args) if args.smartmoe_watchdog == "on" else None,
         RoutingReplay(Path(args.smartmoe_replay_trace)) if args.smartmoe_replay_trace is not None else None,
-        Metrics(),
+        GateSteps() if has_router(args.smartmoe_gate) else None,
+        account,
+        Metrics(account),
         homes,
         replicas,
         PoolLoop(homes, replicas, overlap_degree) if args.smartmoe_pool is not None else None,

@@ -47,6 +47,7 @@ class Order(IntEnum):
     """Which callback is called first at each moment: the one with the smaller number."""
 
     PROGRESS = 3  # what the others do is part of what is watched
+    ACCOUNT = 4  # the clock of a step runs before the others begin, and around what they do between steps
     CHECKPOINT = 5  # what was loaded is known before anything is built on it
     REPLAY = 10  # forces what the routers choose, so everything after it counts the forced choice
     METRICS = 20
@@ -287,6 +288,7 @@ def attach_checkpoints(saves: CheckpointSaves, loads: CheckpointLoads) -> None:
         CompatError: this Megatron lacks a function that has to be hooked.
     """
     from megatron_smartmoe.adapter.checkpoint.writer import hashing
+    from megatron_smartmoe.adapter.gates import loading as gate_loading
 
     training = importlib.import_module(_LOOP_MODULE)
     checkpointing = importlib.import_module("megatron.training.checkpointing")
@@ -302,6 +304,7 @@ def attach_checkpoints(saves: CheckpointSaves, loads: CheckpointLoads) -> None:
     rebind(training, "maybe_finalize_async_save", saves.around_finalize, key=key)
     rebind(training, "load_checkpoint", loads.around_load_checkpoint, key=key)
     rebind(checkpointing.dist_checkpointing, "save", saves.around_dist_save, key=key)
+    rebind(checkpointing.dist_checkpointing, "load", gate_loading.around_load, key=key)
     rebind(checkpointing, "_async_delete_checkpoint_impl", saves.around_delete, key=key)
     rebind(checkpointing, "ensure_directory_exists", saves.recorded, key=key)
     rebind(serialization, "save_config", saves.recorded, key=key)

@@ -18,6 +18,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from megatron_smartmoe.cli.kernels import kernels_for
 from megatron_smartmoe.cli.policies import own_policy, peer_policy, setup_of
 from megatron_smartmoe.cli.simulate_prices import DEFAULT_CLUSTER, Prices, rank_tokens
 from megatron_smartmoe.cli.simulate_table import Simulated, as_json, as_table
@@ -261,7 +262,8 @@ def _setup(options: argparse.Namespace, trace: RoutingTrace, prices: Prices) -> 
     if options.spare_slots > most:
         rule = f"must be at most {most}, the experts of the other ranks"
         raise ConfigError("--spare-slots", options.spare_slots, rule, "1 or 2 is usually enough.")
-    return setup_of(prices, spare_slots=options.spare_slots, warmup=options.warmup)
+    kernels = kernels_for(trace.counts.size // trace.num_experts, options.ep)
+    return setup_of(prices, spare_slots=options.spare_slots, warmup=options.warmup, kernels=kernels)
 
 
 def _policies(
@@ -311,8 +313,10 @@ def _decision_lines(
 
 
 def _digest(trace: RoutingTrace) -> str:
-    shape = f"{trace.counts.shape}".encode()
-    return hashlib.sha256(shape + trace.counts.astype("<u4").tobytes()).hexdigest()[:16]
+    digest = hashlib.sha256(f"{trace.counts.shape}".encode())
+    for counts in trace.counts:  # record by record: a copy of a large trace does not fit beside it
+        digest.update(counts.astype("<u4").tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _read_decisions(options: argparse.Namespace) -> list[dict[str, Any]]:

@@ -44,15 +44,15 @@ def busiest_ports(traffic_RR: FloatArray, num_nodes: int) -> BusiestPorts:
     num_ranks = traffic_RR.shape[0]
     node_R = np.arange(num_ranks) * num_nodes // num_ranks
     same_RR = node_R[:, None] == node_R[None, :]
-    other_rank_RR = ~np.eye(num_ranks, dtype=np.bool_)
-    inter_RR = np.where(same_RR, 0.0, traffic_RR)
+    inter_RR, intra_RR = np.where(same_RR, 0.0, traffic_RR), np.where(same_RR, traffic_RR, 0.0)
+    np.fill_diagonal(intra_RR, 0.0)
     # Step 2: add up what leaves each node, and find the node with the busier direction.
-    inter_NN = np.zeros((num_nodes, num_nodes))
-    np.add.at(inter_NN, (node_R[:, None], node_R[None, :]), inter_RR)
+    pair_RR = node_R[:, None] * num_nodes + node_R[None, :]
+    inter_NN = np.bincount(pair_RR.ravel(), inter_RR.ravel(), num_nodes**2).reshape(num_nodes, num_nodes)
     out_N, in_N = inter_NN.sum(axis=1), inter_NN.sum(axis=0)
     busiest_node = int(np.argmax(np.maximum(out_N, in_N)))
     return BusiestPorts(
-        intra=_busiest(np.where(same_RR & other_rank_RR, traffic_RR, 0.0)),
+        intra=_busiest(intra_RR),
         inter_gpu=_busiest(inter_RR),
         inter_node=float(max(out_N[busiest_node], in_N[busiest_node])),
         inter_node_reverse=float(min(out_N[busiest_node], in_N[busiest_node])),

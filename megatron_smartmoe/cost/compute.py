@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_smartmoe.spec.arrays import FloatArray
+from megatron_smartmoe.spec.arrays import FloatArray, IntArray
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,21 +81,27 @@ class BusiestRank:
     active_experts: float
 
 
-def busiest_rank(load_ER: FloatArray, half_rate_tokens: float, ranks_per_device: float = 1.0) -> BusiestRank:
-    """The rank with the longest grouped GEMM; `load_ER` tokens of expert e on rank r.
+def busiest_rank(
+    tokens_R: FloatArray, active_R: FloatArray | IntArray, half_rate_tokens: float, ranks_per_device: float = 1.0
+) -> BusiestRank:
+    """The rank with the longest grouped GEMM.
 
     Where ranks share a device, its counts are scaled down to what would take as long on a rank of its own
     (`time_shared`).
+
+    Args:
+        tokens_R: tokens that rank r computes.
+        active_R: experts that have any of them.
+        half_rate_tokens: tokens of one expert at which its GEMMs reach half of their full rate.
+        ranks_per_device: see `GpuSpec`.
     """
-    tokens_R = load_ER.sum(axis=0)
-    active_R = (load_ER > 0).sum(axis=0)
     work_R = tokens_R + half_rate_tokens * active_R
     rank = int(np.argmax(work_R))
-    faster = time_shared(work_R.tolist(), ranks_per_device) / max(float(work_R[rank]), 1e-300)
+    faster = time_shared(work_R, ranks_per_device) / max(float(work_R[rank]), 1e-300)
     return BusiestRank(rank=rank, tokens=float(tokens_R[rank]) * faster, active_experts=float(active_R[rank]) * faster)
 
 
-def time_shared(work_R: Sequence[float], ranks_per_device: float) -> float:
+def time_shared(work_R: FloatArray | Sequence[float], ranks_per_device: float) -> float:
     """Seconds until the last of several ranks is done that begin together and share a device.
 
     Args:
@@ -103,8 +109,6 @@ def time_shared(work_R: Sequence[float], ranks_per_device: float) -> float:
         ranks_per_device: how many times as fast a rank is alone; k of R ranks are min(this, R / k) times as fast, as
             a scheduler shares cores out. With 1 the result is the longest work.
     """
-    done_s, before, ranks = 0.0, 0.0, len(work_R)
-    for waiting, work in enumerate(sorted(work_R)):
-        done_s += (work - before) / max(1.0, min(ranks_per_device, ranks / (ranks - waiting)))
-        before = work
-    return done_s
+    ranks = len(work_R)
+    faster_R = np.maximum(1.0, np.minimum(ranks_per_device, ranks / np.arange(ranks, 0, -1)))
+    return float(np.cumsum(np.diff(np.sort(work_R), prepend=0.0) / faster_R)[-1])

@@ -18,12 +18,13 @@ distinguish micro-batch sizes or node counts.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from megatron_smartmoe.cost.comm import BusiestPorts, busiest_domain, busiest_ports, replica_traffic
-from megatron_smartmoe.cost.compute import BusiestRank, ExpertShape, busiest_rank
+from megatron_smartmoe.cost.compute import ExpertShape, busiest_rank
 from megatron_smartmoe.cost.replicas import (
     EVERY_MICRO_BATCH,
     FORWARD_HALF,
@@ -101,6 +102,63 @@ class LayerFlow:
         return cls.from_shares(counts_RE, hosts_ER, slots_RS, num_nodes)
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LayerCounts:
+    """What of a flow decides its time: a few numbers instead of matrices, so that thousands of them can be kept.
+
+    Attributes:
+        tokens_R: tokens that each rank computes.
+        active_R: experts that have any of them.
+        source_tokens: tokens of the busiest source rank.
+        tokens: the busiest ports for tokens.
+        fetched: the same for the weights of replicas, in transfers that follow one another.
+        returned: the same for their gradients.
+        early_tokens: see `LayerFlow`.
+        leaving: tokens out of the busiest domain of each level above the nodes, over its ranks; none where a flow was
+            counted without levels.
+    """
+
+    tokens_R: FloatArray
+    active_R: FloatArray | IntArray
+    source_tokens: float
+    tokens: BusiestPorts
+    fetched: BusiestPorts
+    returned: BusiestPorts
+    early_tokens: float
+    leaving: tuple[float, ...] = ()
+
+    @classmethod
+    def of(cls, flow: LayerFlow, ranks_of_levels: Sequence[int] = ()) -> LayerCounts:
+        """Count a flow, and what leaves the domains of so many consecutive ranks."""
+        if flow.replica_steps is None:
+            returned = busiest_ports(flow.replicas_RR, flow.num_nodes)
+        else:
+            inside, between = flow.replica_steps
+            returned = BusiestPorts(intra=inside, inter_gpu=between, inter_node=0.0, inter_node_reverse=0.0)
+        return cls(
+            tokens_R=flow.load_ER.sum(axis=0),
+            active_R=(flow.load_ER > 0).sum(axis=0),
+            source_tokens=float(flow.traffic_RR.sum(axis=1).max()),
+            tokens=busiest_ports(flow.traffic_RR, flow.num_nodes),
+            fetched=returned if flow.fetch_RR is None else busiest_ports(flow.fetch_RR, flow.num_nodes),
+            returned=returned,
+            early_tokens=flow.early_tokens,
+            leaving=tuple(busiest_domain(flow.traffic_RR, ranks) for ranks in ranks_of_levels),
+        )
+
+    def scaled(self, factor: float) -> LayerCounts:
+        """The same flow with `factor` times the tokens."""
+        ports = BusiestPorts(**{name: value * factor for name, value in vars(self.tokens).items()})
+        return replace(
+            self,
+            tokens_R=self.tokens_R * factor,
+            source_tokens=self.source_tokens * factor,
+            tokens=ports,
+            early_tokens=self.early_tokens * factor,
+            leaving=tuple(tokens * factor for tokens in self.leaving),
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class LevelPrice:
     """A level of the network above the nodes.
@@ -168,7 +226,7 @@ class LayerTime:
     @property
     def total_s(self) -> float:
         """Seconds of the layer, forward and backward."""
-        return float(sum(getattr(self, term.name) for term in fields(self)))
+        return float(sum(vars(self).values()))
 
     def explain(self) -> str:
         """The terms, a line each, and their sum."""
@@ -192,7 +250,7 @@ class LayerTime:
 
 
 def layer_time(
-    flow: LayerFlow,
+    flow: LayerFlow | LayerCounts,
     constants: LayerConstants,
     *,
     all_to_all_chunks: int = 1,
@@ -202,20 +260,19 @@ def layer_time(
     """Time of one layer and micro-batch, forward and backward.
 
     Args:
-        flow: tokens by expert and rank, and their way there.
+        flow: tokens by expert and rank, and their way there; or what has been counted of it.
         constants: seconds per count.
         all_to_all_chunks: chunks of every all-to-all that overlap with the GEMMs; 1 for no overlap.
         ranks_per_device: see `GpuSpec`.
         replicas: how often replicas travel, and what hides them.
     """
     # Step 1: counts. What the busiest rank computes, and what the busiest ports carry.
-    busy, tokens, returned = layer_counts(flow, constants.half_rate_tokens, ranks_per_device)
-    if flow.replica_steps is not None:
-        inside, between = flow.replica_steps
-        returned = replace(returned, intra=float(inside), inter_gpu=float(between))
-    fetched = returned if flow.fetch_RR is None else busiest_ports(flow.fetch_RR, flow.num_nodes)
+    levels = [level.ranks for level in constants.levels]
+    counts = flow if isinstance(flow, LayerCounts) else LayerCounts.of(flow, levels)
+    busy = busiest_rank(counts.tokens_R, counts.active_R, constants.half_rate_tokens, ranks_per_device)
+    tokens = counts.tokens
     # Step 2: counts times constants.
-    source_s = float(flow.traffic_RR.sum(axis=1).max()) * constants.source_token_s
+    source_s = counts.source_tokens * constants.source_token_s
     gemm_s = busy.tokens * constants.token_s
     experts_s = busy.active_experts * constants.expert_s
     intra_s = tokens.intra * constants.intra_token_s
@@ -224,14 +281,14 @@ def layer_time(
         + tokens.inter_node * constants.inter_node_token_s
         + tokens.inter_node_reverse * constants.inter_node_reverse_token_s
     )
-    for level in constants.levels:
-        inter_s = max(inter_s, busiest_domain(flow.traffic_RR, level.ranks) * level.token_s)
-    fetch_s = replicas.weight_share * _transfer_s(fetched, constants)
-    return_s = (1 - replicas.weight_share) * _transfer_s(returned, constants)
+    for leaving, level in zip(counts.leaving, constants.levels, strict=False):
+        inter_s = max(inter_s, leaving * level.token_s)
+    fetch_s = replicas.weight_share * _transfer_s(counts.fetched, constants)
+    return_s = (1 - replicas.weight_share) * _transfer_s(counts.returned, constants)
     # Step 3: overlap. Of c chunks all but one may hide behind the GEMMs, never more than the GEMMs themselves take;
     # replicas' weights behind what leaves the ports idle.
     may_hide_s = (intra_s + inter_s) * (1 - 1 / all_to_all_chunks)
-    early_s = flow.early_tokens * constants.token_s
+    early_s = counts.early_tokens * constants.token_s
     fetch_idle_s, return_idle_s = _idle_s(replicas, source_s, gemm_s + experts_s, early_s, constants.fixed_s)
     replicas_hidden_s = min(fetch_s, fetch_idle_s) + min(return_s, return_idle_s)
     return LayerTime(
@@ -264,17 +321,6 @@ def _idle_s(
 def _transfer_s(replicas: BusiestPorts, constants: LayerConstants) -> float:
     """Seconds of replicas out and back."""
     return replicas.intra * constants.intra_replica_s + replicas.inter_gpu * constants.inter_replica_s
-
-
-def layer_counts(
-    flow: LayerFlow, half_rate_tokens: float, ranks_per_device: float = 1.0
-) -> tuple[BusiestRank, BusiestPorts, BusiestPorts]:
-    """What the constants are multiplied with: the busiest rank, and the busiest ports for tokens and for replicas."""
-    return (
-        busiest_rank(flow.load_ER, half_rate_tokens, ranks_per_device),
-        busiest_ports(flow.traffic_RR, flow.num_nodes),
-        busiest_ports(flow.replicas_RR, flow.num_nodes),
-    )
 
 
 def exposed_replica_tokens(

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from megatron_smartmoe.errors import PlanError
 from megatron_smartmoe.placement.decisions import Decision, digest_of
 from megatron_smartmoe.placement.history import History, HistoryOptions
+from megatron_smartmoe.placement.kernels import NUMPY, Kernels
 from megatron_smartmoe.placement.layer_cost import migration_s
 from megatron_smartmoe.placement.paying_replicas import paying_exact_replicas
 from megatron_smartmoe.placement.plan_homes import HomesOptions, plan_homes
@@ -38,6 +39,7 @@ class OnlineOptions:
 
     Attributes:
         homes_interval: homes are re-evaluated every so many iterations; 0 never moves them.
+        first_evaluation: iteration before which homes are left alone.
         replicas: `history`: replicas are planned from earlier iterations, before this one begins; `exact`: from each
             micro-batch's own counts; `auto`: from history, and again from the counts of a micro-batch for a layer that
             the replicas from history leave too unbalanced.
@@ -56,6 +58,7 @@ class OnlineOptions:
     """
 
     homes_interval: int = 100
+    first_evaluation: int = 0
     replicas: ReplicaMode = "auto"
     micro_batches: int = 1
     state_bytes: int = 0
@@ -100,10 +103,18 @@ class HomesPlanner:
         num_experts: E.
         options: intervals, prices and policy.
         layer_seconds: cost model: seconds of a layer with given slots and one micro-batch's counts.
+        kernels: what plans the replicas that both sides of a comparison have.
     """
 
-    def __init__(self, num_layers: int, num_experts: int, options: OnlineOptions, layer_seconds: LayerSeconds) -> None:
-        self.options, self.layer_seconds = options, layer_seconds
+    def __init__(
+        self,
+        num_layers: int,
+        num_experts: int,
+        options: OnlineOptions,
+        layer_seconds: LayerSeconds,
+        kernels: Kernels = NUMPY,
+    ) -> None:
+        self.options, self.layer_seconds, self._kernels = options, layer_seconds, kernels
         self.history = History(num_layers, num_experts, options.history)
         self.policy = Policy(options.policy)
         self._counts_LRE: IntArray | None = None
@@ -174,6 +185,8 @@ class HomesPlanner:
         interval = self.options.homes_interval
         if not interval or self._counts_LRE is None or self._move is not None:
             return False
+        if iteration < self.options.first_evaluation:
+            return False
         return self._last_evaluation is None or iteration - self._last_evaluation >= interval
 
     def propose(self, iteration: int, placement: Placement) -> tuple[Placement, Decision] | None:
@@ -235,7 +248,7 @@ class HomesPlanner:
         if move is None or not move.ready:
             return None
         self._move = None
-        modelled_s, layers_s = move.gain_s(self.layer_seconds, self.options.replica.num_nodes)
+        modelled_s, layers_s = move.gain_s(self.layer_seconds, self.options.replica.num_nodes, self._kernels)
         gain_s = modelled_s * self.options.micro_batches if gain_s is None else gain_s
         iteration_s = layers_s * self.options.micro_batches
         proposal = move.reverted(placement, self.options.replica.num_nodes)
@@ -264,6 +277,7 @@ class HomesPlanner:
         """Better homes for one layer; both sides of the comparison have the replicas that training would give them."""
         assert self._counts_LRE is not None
         slots_RS, home_slots, options = placement.slots_LRS[layer], placement.home_slots, self.options
+        kernels = self._kernels
         scenarios_KE, counts_RE = self.history.scenarios_KE(layer), self._counts_LRE[layer]
         # Step 1: swap homes on the forecast.
         plan = plan_homes(slots_RS, scenarios_KE[0], home_slots, options.homes)
@@ -277,15 +291,18 @@ class HomesPlanner:
                     options.replica.num_nodes,
                     options.replica.replica_price_tokens,
                     options.auto_limit,
+                    kernels.exact,
+                    kernels.drop,
                 )
                 for homes_RS in (slots_RS, plan.slots_RS)
             )
         else:
             tokens = int(counts_RE.sum()) * options.micro_batches / placement.num_ranks
-            kept = plan_replicas(slots_RS, scenarios_KE, home_slots, options.replica, tokens)
+            given = (scenarios_KE, home_slots, options.replica, tokens, kernels.best, kernels.drop)
+            kept = plan_replicas(slots_RS, *given)
             kept_RS, found_RS = kept.slots_RS, kept.slots_RS
             if plan.swaps:
-                found_RS = plan_replicas(plan.slots_RS, scenarios_KE, home_slots, options.replica, tokens).slots_RS
+                found_RS = plan_replicas(plan.slots_RS, *given).slots_RS
             elif placement.spare_slots and kept.excess > options.replica.good_enough and self._may_swap_anywhere:
                 # No swap between units pays, and replicas alone do not balance: search for swaps within nodes as well.
                 space = replace(search_space(placement.num_ranks, home_slots, options.replica), move_homes=True)

@@ -9,8 +9,8 @@ import numpy as np
 
 from megatron_smartmoe.cost.moe_layer import LayerConstants, LayerFlow, layer_time
 from megatron_smartmoe.cost.replicas import EVERY_MICRO_BATCH, ReplicaSchedule
+from megatron_smartmoe.placement.kernels import NUMPY, Kernels
 from megatron_smartmoe.placement.layer_plan import LayerPlan, evaluate
-from megatron_smartmoe.placement.relay import relay_tree
 from megatron_smartmoe.spec.arrays import FloatArray, IntArray
 from megatron_smartmoe.spec.placement import BoolArray, hosts_of
 
@@ -32,6 +32,7 @@ class LayerPricing:
             send weights to all of their experts' replicas, and get the gradients back.
         has_trees: whether holders forward weights along relay trees, as training does; the plan's first columns are
             then homes.
+        kernels: what splits the tokens and builds the trees.
     """
 
     num_ranks: int
@@ -40,6 +41,7 @@ class LayerPricing:
     replicas: ReplicaSchedule = EVERY_MICRO_BATCH
     relay: Relay | None = None
     has_trees: bool = False
+    kernels: Kernels = NUMPY
 
 
 def layer_seconds(pricing: LayerPricing) -> Callable[[IntArray, IntArray], float]:
@@ -63,11 +65,11 @@ def price_layer(plan: LayerPlan, counts_RE: IntArray, home_E: IntArray, pricing:
         pricing: ranks, nodes and constants.
     """
     # Step 1: where the tokens go.
-    outcome = evaluate(plan, counts_RE, pricing.num_nodes)
+    outcome = evaluate(plan, counts_RE, pricing.num_nodes, pricing.kernels.split)
     # Step 2: which ranks get a replica's weights from which home, or from another holder.
     hosts_ER = hosts_of(plan.slots_RS, counts_RE.shape[1])
     if pricing.has_trees:
-        flow = relayed_flow(plan.slots_RS, outcome.load_ER, outcome.traffic_RR, pricing.num_nodes)
+        flow = relayed_flow(plan.slots_RS, outcome.load_ER, outcome.traffic_RR, pricing.num_nodes, pricing.kernels)
     else:
         returned_RR, fetch_RR = direct_replicas(hosts_ER, home_E), None
         if pricing.relay is not None:
@@ -101,11 +103,13 @@ def idle_replicas_s(slots_RS: IntArray, home_E: IntArray, pricing: LayerPricing)
     """Seconds that replicas cost a layer and micro-batch whose tokens do not use them."""
     num_ranks = pricing.num_ranks
     nothing_ER, nothing_RR = np.zeros((len(home_E), num_ranks)), np.zeros((num_ranks, num_ranks))
-    flow = relayed_flow(slots_RS, nothing_ER, nothing_RR, pricing.num_nodes)
+    flow = relayed_flow(slots_RS, nothing_ER, nothing_RR, pricing.num_nodes, pricing.kernels)
     return layer_time(flow, pricing.constants, replicas=pricing.replicas).replicas_s
 
 
-def relayed_flow(slots_RS: IntArray, load_ER: FloatArray, traffic_RR: FloatArray, num_nodes: int) -> LayerFlow:
+def relayed_flow(
+    slots_RS: IntArray, load_ER: FloatArray, traffic_RR: FloatArray, num_nodes: int, kernels: Kernels = NUMPY
+) -> LayerFlow:
     """The flow of a layer whose replicas travel along relay trees, as in training.
 
     Args:
@@ -113,10 +117,11 @@ def relayed_flow(slots_RS: IntArray, load_ER: FloatArray, traffic_RR: FloatArray
         load_ER: tokens of expert e that rank r computes.
         traffic_RR: tokens from source rank to rank.
         num_nodes: nodes that the ranks lie on.
+        kernels: what builds the trees.
     """
     num_experts, num_ranks = load_ER.shape
     home_slots = num_experts // num_ranks
-    tree = relay_tree(slots_RS, home_slots, num_nodes)
+    tree = kernels.relay(slots_RS, home_slots, num_nodes)
     home_E = np.argsort(slots_RS[:, :home_slots].ravel(), kind="stable") // home_slots
     return LayerFlow(
         load_ER=load_ER,

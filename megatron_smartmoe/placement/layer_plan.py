@@ -10,6 +10,7 @@ a plan's slots are a plain array with as many columns as the rule needs.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -18,7 +19,7 @@ import numpy as np
 from megatron_smartmoe.errors import PlanError
 from megatron_smartmoe.placement.split import assign_sources, min_max_split
 from megatron_smartmoe.spec.arrays import FloatArray, IntArray
-from megatron_smartmoe.spec.placement import EMPTY, hosts_of
+from megatron_smartmoe.spec.placement import EMPTY, BoolArray, hosts_of
 
 Sees = Literal["history", "exact"]
 SplitRule = Literal["equal", "exact", "local", "quota"]
@@ -122,10 +123,15 @@ def tokens_by_rank(plan: LayerPlan, counts_RE: IntArray) -> FloatArray:
     return np.asarray(load_E[:, None] * _fractions(plan, load_E), dtype=np.float64)
 
 
-def evaluate(plan: LayerPlan, counts_RE: IntArray, num_nodes: int = 1) -> Outcome:
-    """Loads and traffic of a plan applied to `counts_RE`, for the cost model."""
+def evaluate(
+    plan: LayerPlan,
+    counts_RE: IntArray,
+    num_nodes: int = 1,
+    split: Callable[[IntArray, BoolArray], IntArray] = min_max_split,
+) -> Outcome:
+    """Loads and traffic of a plan applied to `counts_RE`, for the cost model; `split` makes an exact split."""
     if plan.split == "exact":
-        tokens_ER = min_max_split(counts_RE, hosts_of(plan.slots_RS, counts_RE.shape[1]))
+        tokens_ER = split(counts_RE, hosts_of(plan.slots_RS, counts_RE.shape[1]))
         sent_RRS = assign_sources(counts_RE, plan.slots_RS, tokens_ER, num_nodes)
         return Outcome(load_ER=tokens_ER.astype(np.float64), traffic_RR=sent_RRS.sum(axis=2).astype(np.float64))
     if plan.split == "local":

@@ -195,8 +195,10 @@ def _best_expert_swap(
     rank_S = np.repeat(np.arange(num_ranks), home_slots)
     load_S = load_E[home_RH.reshape(-1)]
     busy_S = unit_R[rank_S] == int(load_U.argmax())
-    allowed_SS = domain_R[rank_S][:, None] == domain_R[rank_S]
-    first, second = np.nonzero(busy_S[:, None] & ~busy_S & (load_S[:, None] > load_S) & allowed_SS)
+    busiest = np.flatnonzero(busy_S)
+    allowed_SS = domain_R[rank_S[busiest], None] == domain_R[rank_S]
+    row, second = np.nonzero(~busy_S & (load_S[busiest, None] > load_S) & allowed_SS)
+    first = busiest[row]
     if not len(first):
         return None
     # Loads of the units after each of the M swaps, and what the swap gains above its price.

@@ -77,6 +77,8 @@ class RelayTree:
 
     def _steps(self, counted_RK: BoolArray) -> int:
         rank_N, slot_N = np.nonzero(counted_RK)
+        if not len(rank_N):
+            return 0
         columns = (array[rank_N, slot_N].tolist() for array in (self.round_RK, self.parent_RK, self.parent_slot_RK))
         round_N, parent_N, parent_slot_N = columns
         order = sorted(zip(round_N, parent_N, rank_N.tolist(), slot_N.tolist(), parent_slot_N, strict=True))

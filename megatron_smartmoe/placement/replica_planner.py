@@ -13,18 +13,14 @@ from megatron_smartmoe.errors import PlanError
 from megatron_smartmoe.placement.decisions import Decision, digest_of
 from megatron_smartmoe.placement.history import History, HistoryOptions
 from megatron_smartmoe.placement.homes_planner import OnlineOptions
-from megatron_smartmoe.placement.paying_replicas import (
-    DropLosing,
-    paying_exact_replicas,
-    without_losing_replicas,
-)
+from megatron_smartmoe.placement.kernels import NUMPY, Kernels
+from megatron_smartmoe.placement.paying_replicas import paying_exact_replicas
 from megatron_smartmoe.placement.plan_homes import drop_misplaced
-from megatron_smartmoe.placement.plan_replicas import BestReplicas, best_replicas, plan_replicas
+from megatron_smartmoe.placement.plan_replicas import plan_replicas
 from megatron_smartmoe.placement.replan import ReplanOptions, planned_anew
 from megatron_smartmoe.placement.search.improve import ImprovedPlacement
-from megatron_smartmoe.placement.split import binding_cuts, split_graph
 from megatron_smartmoe.spec.arrays import FloatArray, IntArray
-from megatron_smartmoe.spec.placement import BoolArray, Placement, hosts_of
+from megatron_smartmoe.spec.placement import Placement, hosts_of
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -61,9 +57,8 @@ class ReplicaPlanner:
         placement: the present slots; their homes stay.
         group: number of the group, for the log.
         options: prices and effort, and how much history is kept.
-        best: what finds the best replicas; training passes the compiled twin.
+        kernels: what plans the replicas; training passes the compiled twins.
         layer_numbers: of the layers, for messages; None counts from 0.
-        drop: what drops the replicas that do not pay; training passes the compiled twin.
     """
 
     def __init__(
@@ -71,13 +66,12 @@ class ReplicaPlanner:
         placement: Placement,
         group: int,
         options: OnlineOptions,
-        best: BestReplicas = best_replicas,
+        kernels: Kernels = NUMPY,
         layer_numbers: Sequence[int] | None = None,
-        drop: DropLosing = without_losing_replicas,
     ) -> None:
         self._layer_numbers = range(placement.num_layers) if layer_numbers is None else layer_numbers
         self.placement, self.group, self.options = placement, group, options
-        self._best, self._drop = best, drop
+        self._kernels = kernels
         remembered = options.history or HistoryOptions.for_ranks(placement.num_ranks)
         self.history = History(placement.num_layers, placement.num_experts, remembered)
         self._tokens_L = np.zeros(placement.num_layers)  # mean per rank in the last iteration
@@ -125,20 +119,22 @@ class ReplicaPlanner:
             return None
         if options.replicas == "exact":
             return self._exact(load_E, slots_RS, options.replica.replica_price_tokens)
-        busiest = _busiest(self.placement.hosts_LER[layer], load_E)
+        busiest = self._kernels.busiest(self.placement.hosts_LER[layer], load_E)
         rule = ReplanOptions(limit=options.auto_limit, price_tokens=options.exact_price_tokens)
         anew = planned_anew(busiest, load_E, len(slots_RS), rule, lambda: self._anew(load_E, slots_RS))
         return None if anew is None else anew.slots_RS
 
     def _exact(self, load_E: IntArray, slots_RS: IntArray, price_tokens: float) -> IntArray:
         """Slots with replicas for exactly these counts, at this price."""
-        num_nodes, limit = self.options.replica.num_nodes, self.options.auto_limit
-        return paying_exact_replicas(load_E, slots_RS, self.placement.home_slots, num_nodes, price_tokens, limit)
+        num_nodes, limit, kernels = self.options.replica.num_nodes, self.options.auto_limit, self._kernels
+        return paying_exact_replicas(
+            load_E, slots_RS, self.placement.home_slots, num_nodes, price_tokens, limit, kernels.exact, kernels.drop
+        )
 
     def _anew(self, load_E: IntArray, slots_RS: IntArray) -> _Anew:
         """Replicas for exactly these counts, as `exact` makes them at their price for one micro-batch."""
         exact_RS = self._exact(load_E, slots_RS, self.options.exact_price_tokens)
-        return _Anew(slots_RS=exact_RS, busiest=_busiest(hosts_of(exact_RS, len(load_E)), load_E))
+        return _Anew(slots_RS=exact_RS, busiest=self._kernels.busiest(hosts_of(exact_RS, len(load_E)), load_E))
 
     def rehome(self, homes: Placement) -> None:
         """Adopt the homes of another placement; replicas stay where their homes still allow it."""
@@ -183,10 +179,9 @@ class ReplicaPlanner:
         for layer, (slots_RS, tokens) in enumerate(zip(before.slots_LRS, tokens_L.tolist(), strict=True)):
             try:
                 rows.append(history.scenarios_KE(layer))
+                best, drop = self._kernels.best, self._kernels.drop
                 results.append(
-                    plan_replicas(
-                        slots_RS, rows[-1], before.home_slots, self.options.replica, tokens, self._best, self._drop
-                    )
+                    plan_replicas(slots_RS, rows[-1], before.home_slots, self.options.replica, tokens, best, drop)
                 )
             except Exception as error:
                 number = self._layer_numbers[layer]
@@ -208,8 +203,3 @@ class ReplicaPlanner:
             changes=before.diff(after),
         )
         return after, decision
-
-
-def _busiest(hosts_ER: BoolArray, load_E: IntArray) -> int:
-    """Tokens of the busiest rank with the best split."""
-    return binding_cuts(split_graph(hosts_ER, load_E), load_E)[0]

@@ -14,7 +14,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from megatron_smartmoe.placement.exact_replicas import exact_replicas
+from megatron_smartmoe.placement.kernels import NUMPY, Kernels
 from megatron_smartmoe.placement.plan_homes import drop_misplaced
 from megatron_smartmoe.spec.arrays import IntArray
 from megatron_smartmoe.spec.placement import Placement
@@ -47,7 +47,7 @@ class MoveReview:
         if not self.ready:
             self.counts.append(counts_LRE)
 
-    def gain_s(self, layer_seconds: LayerSeconds, num_nodes: int) -> tuple[float, float]:
+    def gain_s(self, layer_seconds: LayerSeconds, num_nodes: int, kernels: Kernels = NUMPY) -> tuple[float, float]:
         """Seconds per micro-batch that the move saves in the layers that it changed, and the seconds of all layers with
         it; means over the records."""
         home_slots = self.before.home_slots
@@ -56,11 +56,11 @@ class MoveReview:
         for counts_LRE in self.counts:
             for layer, counts_RE in enumerate(counts_LRE):
                 load_E = counts_RE.sum(axis=0)
-                slots_RS = exact_replicas(load_E, self.after.slots_LRS[layer], home_slots, num_nodes)
+                slots_RS = kernels.exact(load_E, self.after.slots_LRS[layer], home_slots, num_nodes)
                 now_s = layer_seconds(slots_RS, counts_RE)
                 total_s += now_s
                 if touched_L[layer]:
-                    slots_RS = exact_replicas(load_E, self.before.slots_LRS[layer], home_slots, num_nodes)
+                    slots_RS = kernels.exact(load_E, self.before.slots_LRS[layer], home_slots, num_nodes)
                     gain_s += layer_seconds(slots_RS, counts_RE) - now_s
         return gain_s / len(self.counts), total_s / len(self.counts)
 

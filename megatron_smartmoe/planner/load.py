@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_smartmoe.cost.moe_layer import LayerFlow
+from megatron_smartmoe.cost.moe_layer import LayerCounts, LayerFlow
 from megatron_smartmoe.errors import ConfigError
 from megatron_smartmoe.placement.exact_replicas import exact_replicas
 from megatron_smartmoe.placement.layer_cost import relayed_flow
@@ -169,17 +169,15 @@ class BalancedLoad:
     """A scenario on the ranks of a group.
 
     Attributes:
-        flows: one per part of the model, for one assignment of each source rank.
-        hot_P: the busiest rank's load over the mean, by part.
+        counts_P: one per part of the model, for one assignment of each source rank.
     """
 
-    flows: Sequence[LayerFlow]
-    hot_P: FloatArray
+    counts_P: Sequence[LayerCounts]
 
     @property
     def hot(self) -> float:
         """The busiest rank's load over the mean, in the worst part."""
-        return float(self.hot_P.max())
+        return max(float(counts.tokens_R.max()) for counts in self.counts_P)
 
 
 class LoadModel:
@@ -194,6 +192,7 @@ class LoadModel:
         self.scenarios = list(scenarios)
         self._cluster = cluster
         self._balanced: dict[Balance, list[BalancedLoad]] = {}
+        self._moved: dict[tuple[bytes, Balance], IntArray] = {}
 
     def after_balancing(self, balance: Balance) -> list[BalancedLoad]:
         """Per-rank load in each scenario after balancing."""
@@ -201,40 +200,69 @@ class LoadModel:
             self._balanced[balance] = [self._balance(scenario, balance) for scenario in self.scenarios]
         return self._balanced[balance]
 
-    def _balance(self, scenario: Scenario, balance: Balance) -> BalancedLoad:
-        flows = [self._layer(share_E, balance) for share_E in scenario.share_PE]
-        hot_P = [float(flow.load_ER.sum(axis=0).max()) for flow in flows]
-        return BalancedLoad(flows, np.array(hot_P))
+    def hottest_share(self, number: int) -> float:
+        """The largest share of the assignments that so many experts have, in any scenario and part."""
+        return max(float(np.sort(counts_E)[-number:].sum() / counts_E.sum()) for counts_E in self._counts())
 
-    def _layer(self, share_E: FloatArray, balance: Balance) -> LayerFlow:
+    @property
+    def least_active(self) -> int:
+        """The fewest experts with assignments, in any scenario and part."""
+        return min(int((counts_E > 0).sum()) for counts_E in self._counts())
+
+    def _counts(self) -> list[IntArray]:
+        return [_counts_E(share_E) for scenario in self.scenarios for share_E in scenario.share_PE]
+
+    def _balance(self, scenario: Scenario, balance: Balance) -> BalancedLoad:
+        return BalancedLoad([self._layer(share_E, balance) for share_E in scenario.share_PE])
+
+    def _layer(self, share_E: FloatArray, balance: Balance) -> LayerCounts:
         """One layer; loads are in units of one rank's assignments, so that the mean rank has 1."""
         # Step 1: every source rank routes alike, experts in logical order.
         num_ranks, experts = balance.ep, len(share_E)
-        counts_E = np.rint(share_E * SOURCE_TOKENS).astype(np.int64)
+        counts_E = _counts_E(share_E)
         counts_RE = np.ascontiguousarray(np.broadcast_to(counts_E, (num_ranks, experts)))
         home_slots = experts // num_ranks
         slots_RS = np.arange(experts).reshape(num_ranks, home_slots)
         slots_RS = with_empty_slots(slots_RS, balance.spare_slots)
         # Step 2: move homes and place replicas, as training would.
         if balance.homes and num_ranks > 1:
-            slots_RS = self._homes(slots_RS, counts_E, home_slots, balance)
+            slots_RS = with_empty_slots(self._homes(counts_E, balance), balance.spare_slots)
         replica_nodes = self._domains(balance.nodes)
         if balance.spare_slots and num_ranks > 1:
             slots_RS = exact_replicas(counts_E * num_ranks, slots_RS, home_slots, replica_nodes)
         # Step 3: send the tokens, split among the replicas where there are any.
         scale = 1.0 / max(1, int(counts_E.sum()))
         if not (slots_RS[:, home_slots:] != EMPTY).any():
-            return scaled(LayerFlow.equal_split(counts_RE, slots_RS, num_nodes=balance.nodes), scale)
+            flow = LayerFlow.equal_split(counts_RE, slots_RS, num_nodes=balance.nodes)
+            return LayerCounts.of(flow, self._ranks_of_levels(balance)).scaled(scale)
         tokens_ER = min_max_split(counts_RE, hosts_of(slots_RS, experts))
         sent_RRS = assign_sources(counts_RE, slots_RS, tokens_ER, balance.nodes)
         load_ER, traffic_RR = tokens_ER.astype(np.float64), sent_RRS.sum(axis=2).astype(np.float64)
-        return scaled(relayed_flow(slots_RS, load_ER, traffic_RR, balance.nodes), scale)
+        flow = relayed_flow(slots_RS, load_ER, traffic_RR, balance.nodes)
+        return LayerCounts.of(flow, self._ranks_of_levels(balance)).scaled(scale)
+
+    def _ranks_of_levels(self, balance: Balance) -> list[int]:
+        """Ranks of the group in one domain of each level above the nodes."""
+        levels = () if self._cluster is None else self._cluster.levels
+        return [level.nodes * (balance.ep // balance.nodes) for level in levels]
+
+    @property
+    def within_node(self) -> bool:
+        """Whether replicas stay on the node of their home."""
+        return self._cluster is None or self._cluster.replica_scope == "node"
 
     def _domains(self, nodes: int) -> int:
         """Parts of the group that keep their replicas."""
         return nodes if self._cluster is None else self._cluster.domains(nodes, self._cluster.replica_scope)
 
-    def _homes(self, slots_RS: IntArray, counts_E: IntArray, home_slots: int, balance: Balance) -> IntArray:
+    def _homes(self, counts_E: IntArray, balance: Balance) -> IntArray:
+        """Homes that even out the ranks or, where there are spare slots, however many, the nodes."""
+        spare_slots = min(balance.spare_slots, 1)
+        key = (counts_E.tobytes(), replace(balance, spare_slots=spare_slots))
+        if key in self._moved:
+            return self._moved[key]
+        home_slots = len(counts_E) // balance.ep
+        slots_RS = with_empty_slots(np.arange(len(counts_E)).reshape(balance.ep, home_slots), spare_slots)
         domains = self._domains(balance.nodes)
         options = HomesOptions(num_nodes=domains if domains > 1 else balance.nodes, replica_scope_is_node=domains > 1)
         for _ in range(HOME_ROUNDS):
@@ -242,14 +270,10 @@ class LoadModel:
             if not plan.swaps:
                 break
             slots_RS = plan.slots_RS
-        return slots_RS
+        self._moved[key] = slots_RS[:, :home_slots]
+        return self._moved[key]
 
 
-def scaled(flow: LayerFlow, tokens: float) -> LayerFlow:
-    """The flow at `tokens` assignments of one source rank."""
-    return replace(
-        flow,
-        load_ER=flow.load_ER * tokens,
-        traffic_RR=flow.traffic_RR * tokens,
-        early_tokens=flow.early_tokens * tokens,
-    )
+def _counts_E(share_E: FloatArray) -> IntArray:
+    """Assignments of one source rank."""
+    return np.rint(share_E * SOURCE_TOKENS).astype(np.int64)

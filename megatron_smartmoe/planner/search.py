@@ -1,11 +1,13 @@
 """The search: every shape is priced or rejected for a stated reason, and nothing that could win is left out.
 
-Method. A shape that Megatron accepts is rejected where a lower bound of its memory (all recomputed, even load) does not
-fit. The others are sorted by a lower bound of time (even load, nothing recomputed, overlap for free) and priced in that
-order; once the bound of the next shape is above the slowest of the best few, no later shape can enter them, and the
-rest is rejected with its bound as the reason. Of the recomputation modes of a shape the first that fits is taken: they
-are ordered by time, each adds work to the one before. So the best few are the best few of the whole space (as the cost
-model predicts it), found after pricing a fraction of it.
+Method. A shape that Megatron accepts is rejected where a lower bound of its memory (even load, no spare slots) does not
+fit in any recomputation mode. The others wait in a heap by a lower bound of time (even load, overlap for free), and the
+lowest comes next. The first time that it comes, its bound is raised by what must be recomputed because less of it
+cannot fit, and it waits again; the second time it is priced. Once the lowest bound is above the slowest of the best
+few, no shape that waits can enter them, and the rest is rejected with its bound as the reason. Of the recomputation
+modes of a shape the first that fits is taken: they are ordered by time, each adds work to the one before. So the best
+few are the best few of the whole space (as the cost model predicts it), found after pricing a fraction of it; a test
+prices the whole space of small worlds and compares.
 
 Alternatives: dynamic programming over layers (Galvatron, Alpa) handles layers that differ in kind, and a GPT's do not;
 beam search and annealing give no proof.
@@ -18,7 +20,7 @@ import itertools
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from megatron_smartmoe.errors import ConfigError
 from megatron_smartmoe.planner import space
@@ -27,6 +29,7 @@ from megatron_smartmoe.planner.space import Rejected, SpaceOptions, shapes
 from megatron_smartmoe.spec.parallel import ParallelSpec, Recompute
 
 Ranking = Literal["expected", "worst"]
+ROUNDING = 1e-9  # of a bound: two sums of the same terms in another order
 NEAREST_MISSES = 500  # launches counted in full to find the smallest when nothing fits
 
 
@@ -49,6 +52,16 @@ class SearchResult:
     shapes: int
     priced: int
     seconds: float
+
+
+class _Bounded(NamedTuple):
+    """A shape that waits, ordered by its bound; `mode` is the first recomputation mode that may fit, until it has
+    raised the bound."""
+
+    bound_s: float
+    number: int
+    shape: ParallelSpec
+    mode: Recompute | None
 
 
 @dataclass
@@ -92,24 +105,29 @@ def search(
     options, began = options or SpaceOptions(), time.perf_counter()
     # Step 1: reject what breaks a rule or cannot fit; bound the time of the rest from below.
     rejected: list[Rejected] = []
-    bounded, count, memory_bytes = [], 0, pricing.cluster.gpu.memory_bytes
+    waiting, count, memory_bytes = list[_Bounded](), 0, pricing.cluster.gpu.memory_bytes
     for point in shapes(pricing.model, pricing.cluster, gpus, options):
         count += 1
         if isinstance(point, Rejected):
             rejected.append(point)
             continue
-        least = pricing.least_memory(point)
-        if least > memory_bytes:
+        least, first_mode = pricing.least_memory(point, options.recompute)
+        if first_mode is None:
             rejected.append(Rejected(point, _too_big(least, memory_bytes), least))
-        else:
-            bounded.append((pricing.least_s(point), count, point))
+            continue
+        bound_s = pricing.least_s(point, options, options.recompute[0])
+        waiting.append(_Bounded(bound_s, count, point, first_mode))
     # Step 2: price in the order of the bounds, until no later shape can enter the best few.
-    bounded.sort(key=lambda entry: entry[:2])
+    heapq.heapify(waiting)
     kept = _Kept(limit, rank)
-    for bound_s, _, shape in bounded:
-        if bound_s > kept.slowest:
+    while waiting:
+        bound_s, number, shape, mode = heapq.heappop(waiting)
+        if bound_s * (1 - ROUNDING) > kept.slowest:
             reason = f"at least {bound_s:.3f} s per step even with an even load, the best {limit} need less"
             rejected.append(Rejected(shape, reason))
+            continue
+        if mode is not None:
+            heapq.heappush(waiting, _Bounded(pricing.least_s(shape, options, mode), number, shape, None))
             continue
         found = _best_of_shape(shape, pricing, options, kept)
         if isinstance(found, Rejected):

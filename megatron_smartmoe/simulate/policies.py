@@ -15,6 +15,7 @@ import numpy as np
 
 from megatron_smartmoe.placement.decisions import Decision
 from megatron_smartmoe.placement.homes_planner import HomesPlanner, OnlineOptions
+from megatron_smartmoe.placement.kernels import NUMPY, Kernels
 from megatron_smartmoe.placement.layer_cost import Relay
 from megatron_smartmoe.placement.layer_plan import LayerPlan, LayerProblem, Rule, Sees
 from megatron_smartmoe.placement.replan import Replan, replans_decision
@@ -128,17 +129,23 @@ class OnlinePolicy:
         num_groups: expert-parallel groups.
         options: options of the planners.
         layer_seconds: cost model, for the homes.
+        kernels: what plans the replicas; training has the compiled ones.
     """
 
     def __init__(
-        self, placement: Placement, num_groups: int, options: OnlineOptions, layer_seconds: LayerSeconds
+        self,
+        placement: Placement,
+        num_groups: int,
+        options: OnlineOptions,
+        layer_seconds: LayerSeconds,
+        kernels: Kernels = NUMPY,
     ) -> None:
         self.name, self.stats, self.decisions = "smartmoe", Stats(), list[Decision]()
         self.relay: Relay | None = None
         self.has_trees = True
         self.options = options
-        self.homes_planner = HomesPlanner(placement.num_layers, placement.num_experts, options, layer_seconds)
-        self.groups = [ReplicaPlanner(placement, group, options) for group in range(num_groups)]
+        self.homes_planner = HomesPlanner(placement.num_layers, placement.num_experts, options, layer_seconds, kernels)
+        self.groups = [ReplicaPlanner(placement, group, options, kernels) for group in range(num_groups)]
         self._holdings = Holdings(placement, num_groups)
         self._iteration = -1
         self._judged = [[0] * placement.num_layers for _ in range(num_groups)]  # micro-batches so far in the record

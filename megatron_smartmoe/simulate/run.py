@@ -9,7 +9,7 @@ are left out of everything, and counted.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -17,6 +17,7 @@ import numpy as np
 from megatron_smartmoe.cost.moe_layer import LayerConstants
 from megatron_smartmoe.placement import layer_cost
 from megatron_smartmoe.placement.decisions import Decision
+from megatron_smartmoe.placement.kernels import NUMPY, Kernels
 from megatron_smartmoe.placement.layer_cost import (
     LayerPricing,
     Relay,
@@ -43,6 +44,7 @@ class SimulationSetup:
         state_bytes: bytes of one expert's weights, main weights and moments.
         migration_bytes_s: bandwidth of a rank while homes move.
         prices: of a layer whose replicas come from history or from exact counts; a missing one is made of `constants`.
+        kernels: what plans and splits; all of them find the same.
     """
 
     num_ranks: int
@@ -53,6 +55,7 @@ class SimulationSetup:
     state_bytes: int
     migration_bytes_s: float = math.inf
     prices: Mapping[Sees, LayerPricing] = field(default_factory=dict)
+    kernels: Kernels = NUMPY
 
     @property
     def pricing(self) -> LayerPricing:
@@ -61,7 +64,7 @@ class SimulationSetup:
 
     def pricing_of(self, mode: Sees, relay: Relay | None = None, *, has_trees: bool = False) -> LayerPricing:
         """The price of a layer of one group, its replicas planned in this way and forwarded like this."""
-        return replace(self.prices.get(mode, self.pricing), relay=relay, has_trees=has_trees)
+        return replace(self.prices.get(mode, self.pricing), relay=relay, has_trees=has_trees, kernels=self.kernels)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,8 +93,31 @@ class PolicyResult:
         return float((self.layer_s + self.moving_s).mean())
 
 
+@dataclass(frozen=True, kw_only=True)
+class Applied:
+    """A plan as the replay applies it to the counts of one layer and micro-batch.
+
+    Attributes:
+        record: its number.
+        layer: row of the layer.
+        group: expert-parallel group.
+        counts_RE: the counts.
+        planned: slots and split.
+    """
+
+    record: int
+    layer: int
+    group: int
+    counts_RE: IntArray
+    planned: Planned
+
+
 def replay(
-    trace: RoutingTrace, policy: SimulatedPolicy, setup: SimulationSetup, records: Iterable[int] | None = None
+    trace: RoutingTrace,
+    policy: SimulatedPolicy,
+    setup: SimulationSetup,
+    records: Iterable[int] | None = None,
+    watch: Callable[[Applied], None] | None = None,
 ) -> PolicyResult:
     """Replay a trace through one policy.
 
@@ -100,6 +126,7 @@ def replay(
         policy: a policy that has observed nothing yet.
         setup: ranks, slots and prices.
         records: numbers of the records in order, wrapped to show progress; None takes all of them.
+        watch: called with every plan of a counted record, for those who count something else.
     """
     imbalance: list[float] = []
     layer_s: list[float] = []
@@ -125,6 +152,8 @@ def replay(
                 layer_s.append(seconds)
                 imbalance.append(worst)
                 moving_s.append(moves_s[layer])
+                if watch is not None:
+                    watch(Applied(record=record, layer=layer, group=group, counts_RE=counts_RE, planned=planned))
         # Step 3: observe the record.
         policy.observe(counts_LGMRE)
     return PolicyResult(

@@ -58,6 +58,7 @@ def _names() -> Iterator[MegatronName]:
     yield from hooked(f"{training}.arguments", "flags", "add_megatron_arguments", arguments=("parser",))
     yield from hooked(f"{training}.arguments", "start-up checks", "validate_args", arguments=("args",))
     yield from hooked(loop, "start and end of a run", "initialize_megatron", "pretrain")
+    yield from hooked(loop, "model FLOP/s", "num_floating_point_operations", is_hooked=False)
     yield from hooked(loop, "callbacks", "setup_model_and_optimizer", "train_step", "evaluate")
     yield from hooked(loop, "callbacks", "save_checkpoint_and_time", "maybe_finalize_async_save")
     yield from hooked(loop, "callbacks", "post_training_step_callbacks", arguments=("iteration",))
@@ -101,6 +102,11 @@ def _names() -> Iterator[MegatronName]:
     yield from hooked(f"{core}.datasets.utils", "the dataset helper of the wheel", "compile_helpers")
     layer = ("route", "preprocess", "dispatch", "routed_experts_compute", "combine")
     steps = tuple(f"MoELayer.{name}" for name in layer)
+    routing = ("routing", "apply_z_loss", "get_aux_loss_coeff", "attach_and_log_load_balancing_loss")
+    methods = tuple(f"TopKRouter.{name}" for name in routing)
+    router = f"{core}.transformer.moe.router"
+    yield from hooked(router, "gates", "Router.gating", *methods, is_hooked=False, is_optional=True)
+    yield from hooked(f"{saving}.serialization", "checkpoints of other gates", "load", is_optional=True)
     experts = f"{core}.transformer.moe.experts"
     yield from hooked(experts, "TransformerEngine's experts with spare slots", "TEGroupedMLP.forward", is_hooked=False)
     yield from hooked(f"{core}.transformer.moe.moe_layer", "the layer that ours is", *steps, is_hooked=False)

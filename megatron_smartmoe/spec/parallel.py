@@ -9,8 +9,8 @@ then context, expert, data, pipeline (`tp-cp-ep-dp-pp`), so the groups with the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from typing import Any, Literal
 
 from megatron_smartmoe.spec.model import ModelSpec
@@ -142,22 +142,50 @@ class PipelineChunk:
     mtp_layers: int
 
 
-def pipeline_chunks(model: ModelSpec, parallel: ParallelSpec) -> Iterator[PipelineChunk]:
+def pipeline_chunks(model: ModelSpec, parallel: ParallelSpec) -> tuple[PipelineChunk, ...]:
     """Every chunk in pipeline order: stage 0 to PP - 1 of virtual part 0, then of part 1."""
-    total = parallel.pp * parallel.vpp
-    sizes = parallel.layers_of_chunk or (model.layers // total,) * total
-    begin = 0
-    for at, size in enumerate(sizes):
+    return _chunks(model.layers, model.mtp_layers, parallel.pp, parallel.vpp, parallel.layers_of_chunk)
+
+
+def stage_chunks(model: ModelSpec, parallel: ParallelSpec, stage: int) -> tuple[PipelineChunk, ...]:
+    """The chunks of one pipeline stage."""
+    return pipeline_chunks(model, parallel)[stage :: parallel.pp]
+
+
+@lru_cache(maxsize=1024)
+def distinct_stages(model: ModelSpec, pp: int, vpp: int, layers_of_chunk: tuple[int, ...] | None) -> tuple[int, ...]:
+    """Of the stages that hold the same chunks the first, which has the most micro-batches in flight."""
+    spec = ParallelSpec(gpus=pp, pp=pp, vpp=vpp, layers_of_chunk=layers_of_chunk)
+    first: dict[tuple[object, ...], int] = {}
+    for stage in range(pp):
+        content = (
+            (tuple(map(model.has_experts, chunk.layers)), chunk.embedding, chunk.loss, chunk.mtp_layers)
+            for chunk in stage_chunks(model, spec, stage)
+        )
+        first.setdefault(tuple(content), stage)
+    return tuple(first.values())
+
+
+@lru_cache(maxsize=1024)
+def _chunks(
+    num_layers: int, mtp_layers: int, pp: int, vpp: int, layers_of_chunk: tuple[int, ...] | None
+) -> tuple[PipelineChunk, ...]:
+    """A search asks for the same few layouts hundreds of thousands of times."""
+    found, begin, total = list[PipelineChunk](), 0, pp * vpp
+    for at, size in enumerate(layers_of_chunk or (num_layers // total,) * total):
         last = at == total - 1
-        yield PipelineChunk(
-            stage=at % parallel.pp,
-            virtual=at // parallel.pp,
-            layers=tuple(range(begin, begin + size)),
-            embedding=at == 0,
-            loss=last,
-            mtp_layers=model.mtp_layers if last else 0,
+        found.append(
+            PipelineChunk(
+                stage=at % pp,
+                virtual=at // pp,
+                layers=tuple(range(begin, begin + size)),
+                embedding=at == 0,
+                loss=last,
+                mtp_layers=mtp_layers if last else 0,
+            )
         )
         begin += size
+    return tuple(found)
 
 
 def violation(model: ModelSpec, spec: ParallelSpec) -> str | None:

@@ -18,10 +18,12 @@ from megatron_smartmoe.cost.step.constants import StepConstants
 from megatron_smartmoe.cost.step.step import StepTime
 from megatron_smartmoe.spec.arrays import FloatArray
 from megatron_smartmoe.spec.cluster import ClusterSpec
-from scripts.validation.measured import GateLaw, MeasuredRun, predict
+from scripts.validation.measured import MeasuredRun
+from scripts.validation.routed import GateLaw
+from scripts.validation.systems import predict
 
 NOISE = 0.05  # relative; a run's own spread between steps is 10 to 20%, its median's a few
-MAX_ROUNDS = 12
+MAX_ROUNDS = 30
 
 
 @dataclass(frozen=True)
@@ -36,9 +38,12 @@ class Prior:
 
 PRIORS = {
     "gemm": Prior(0.45, 0.3, "of the fp16 peak, with kernels of 2022", per_cluster=True),
-    "ring_inter": Prior(0.4, 0.7, "all-reduce between nodes; the network is not known", per_cluster=True),
+    "card": Prior(0.5, 0.7, "of a card per GPU: what a node has; the network is not known", per_cluster=True),
+    "ring": Prior(0.8, 0.2, "of a node's cards, in collectives"),
     "all_to_all_intra": Prior(0.5, 0.7, "grouped sends inside a node", per_cluster=True),
-    "all_to_all_inter": Prior(0.4, 0.7, "the GPUs of a node share its cards", per_cluster=True),
+    "all_to_all": Prior(0.6, 0.3, "of a node's cards, in grouped sends of unequal sizes"),
+    "even_exchange": Prior(1.4, 0.3, "times that, in one all-to-all of equal blocks"),
+    "broadcast": Prior(0.25, 0.5, "of what a collective reaches: FasterMoE's scripts state 2 GB/s beside 8"),
     "gshard": Prior(0.6, 0.4, "Zipf exponent with a balancing loss"),
     "naive": Prior(1.2, 0.4, "Zipf exponent without one; recorded traces give about this"),
     "deepspeed-top1": Prior(0.45, 0.4, "Zipf exponent with a balancing loss, top-1"),
@@ -69,9 +74,9 @@ class Fitted:
         constants = StepConstants(
             fused_attention=False,
             gemm=value["gemm"],
-            ring_inter=value["ring_inter"],
+            ring_inter=value["card"] * value["ring"],
             all_to_all_intra=value["all_to_all_intra"],
-            all_to_all_inter=value["all_to_all_inter"],
+            all_to_all_inter=value["card"] * value["all_to_all"],
         )
         kept = min(1.0, value["kept"])
         gates = {
@@ -81,7 +86,7 @@ class Fitted:
         }
         gates.setdefault(run.gate, GateLaw(value["gshard"]))
         cluster = self.clusters.get(run.cluster, self.clusters[""])
-        cluster = replace(cluster, nodes=max(1, run.spec.gpus // cluster.gpus_per_node))
+        cluster = replace(cluster, nodes=max(1, run.gpus // cluster.gpus_per_node))
         return predict(run, cluster, constants, gates, value)
 
 

@@ -349,7 +349,7 @@ def corpus_metadata(make: Maker) -> Case:
 def measured_csv(make: Maker) -> Case:
     """The CSV file of measured runs."""
     numbers = dict(
-        zip(COLUMNS, "inky 16 smartmoe 4 1024 16 1024 2 16 naive inf 1 1 16 16 1 128 4 OFF 1000".split(), strict=True)
+        zip(COLUMNS, "inky 16 smartmoe 4 1024 16 1024 2 16 naive inf 1 1 16 128 4 1000".split(), strict=True)
     )
     rows = [dict(numbers) for _ in range(make.any([1, 2, 3]))]
     for row in rows:

@@ -23,7 +23,8 @@ from dataclasses import dataclass, fields
 import numpy as np
 from scipy.optimize import nnls
 
-from megatron_smartmoe.cost.moe_layer import LayerConstants, LayerFlow, layer_counts, layer_time
+from megatron_smartmoe.cost.compute import busiest_rank
+from megatron_smartmoe.cost.moe_layer import LayerConstants, LayerCounts, LayerFlow, layer_time
 from megatron_smartmoe.errors import PlanError
 from megatron_smartmoe.spec.arrays import FloatArray
 
@@ -143,11 +144,12 @@ def residuals(measurements: Sequence[Measurement], constants: LayerConstants) ->
 
 def _counts(flow: LayerFlow, half_rate_tokens: float) -> tuple[float, ...]:
     """What each constant is multiplied with, in the order of LayerConstants' fields."""
-    busy, tokens, replicas = layer_counts(flow, half_rate_tokens)
-    source_tokens = float(flow.traffic_RR.sum(axis=1).max())
+    counts = LayerCounts.of(flow)
+    busy = busiest_rank(counts.tokens_R, counts.active_R, half_rate_tokens)
+    tokens, replicas = counts.tokens, counts.returned
     return (
         1.0,
-        source_tokens,
+        counts.source_tokens,
         busy.tokens,
         busy.active_experts,
         tokens.intra,

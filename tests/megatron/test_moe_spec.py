@@ -25,6 +25,7 @@ def _look() -> None:
 
     import megatron_smartmoe
     from megatron_smartmoe.adapter import hooks
+    from megatron_smartmoe.adapter.gates.noisy_top_k import NoisyTopKRouter
     from megatron_smartmoe.adapter.moe.experts import SlottedExperts
     from megatron_smartmoe.adapter.moe.layer import SmartMoELayer
     from megatron_smartmoe.adapter.moe.modules import Modules, check_layers
@@ -52,6 +53,21 @@ def _look() -> None:
     hooks.use_modules(Modules(balances=True, overlap_degree=lambda: 2, **plain))
     cut = megatron_smartmoe.moe_spec(ModuleSpec(module=MoELayer, submodules=submodules))
     assert (cut.module, cut.params) == (OverlappedMoELayer, {"overlap_degree": 2})
+    hooks.use_modules(Modules(balances=True, overlap_degree=lambda: 1, **plain))
+
+    # A gate, with this project's layer and with Megatron's; a router of one's own is not replaced.
+    hooks.use_modules(Modules(balances=True, gate=NoisyTopKRouter, overlap_degree=lambda: 1, **plain))
+    gated = megatron_smartmoe.moe_spec(made)
+    assert (gated.func, gated.keywords["submodules"].router) == (SmartMoELayer, NoisyTopKRouter)
+    assert megatron_smartmoe.moe_spec(gated).keywords == gated.keywords
+    hooks.use_modules(Modules(balances=False, gate=NoisyTopKRouter, overlap_degree=lambda: 1, **plain))
+    old_form = megatron_smartmoe.moe_spec(ModuleSpec(module=MoELayer, submodules=submodules))
+    assert (old_form.module, old_form.submodules.router) == (MoELayer, NoisyTopKRouter)
+    own_router = type("Router", (), {"__module__": "lab.moe"})
+    with pytest.raises(CompatError, match=r"^--smartmoe-gate: the router of a MoE layer = lab\.moe\.Router: would be"):
+        megatron_smartmoe.moe_spec(partial(MoELayer, submodules=MoESubmodules(experts=None, router=own_router)))
+    with pytest.raises(CompatError, match=r"^--smartmoe-gate: the spec of a MoE layer"):
+        megatron_smartmoe.moe_spec(partial(MLP, submodules=None))
     hooks.use_modules(Modules(balances=True, overlap_degree=lambda: 1, **plain))
 
     # A subclass that leaves the way of the tokens alone, and those that do not.

@@ -51,6 +51,13 @@ TRAINS = {
         "--expert-model-parallel-size 2 --smartmoe --moe-router-score-function sigmoid "
         "--moe-router-enable-expert-bias --moe-router-num-groups 4 --moe-router-group-topk 2",
     ),
+    "noise": (
+        2,
+        "--expert-model-parallel-size 2 --smartmoe --smartmoe-gate noisy-top-k --moe-router-load-balancing-type "
+        "aux_loss --moe-aux-loss-coeff 0.1",
+    ),
+    "an assignment": (1, "--smartmoe-gate base --moe-router-topk 1 --moe-router-score-function sigmoid"),
+    "ranks with room": (2, "--expert-model-parallel-size 2 --smartmoe-gate swipe"),
     "latent attention": (
         2,
         "--pipeline-model-parallel-size 2 --multi-latent-attention --q-lora-rank 32 --kv-lora-rank 16 "

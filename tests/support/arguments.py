@@ -57,6 +57,7 @@ LAUNCH: dict[str, Any] = {
     "moe_latent_size": None,
     "micro_batch_size": 1,
     "transformer_impl": "transformer_engine",
+    "smartmoe_gate": "top-k",
     "smartmoe_overlap_degree": "1",
     "smartmoe_spare_slots": 0,
     "smartmoe_homes": "on",

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from megatron_smartmoe.adapter.flags.parser import attribute
 from megatron_smartmoe.adapter.flags.resume import check_files, checkpoint_to_load, what_is_there
+from megatron_smartmoe.adapter.gates.table import GATE, TOP_K, extra_parameters
 from megatron_smartmoe.checkpoint.directory import RELEASE
 from megatron_smartmoe.checkpoint.manifest import read_manifest
 from megatron_smartmoe.checkpoint.rank_files import RANK_FILE
@@ -56,8 +57,8 @@ def check_state(args: argparse.Namespace) -> None:
     Raises:
         ConfigError: the format cannot be read with these flags; or there is no optimizer state, and no flag says to do
             without; or the optimizer state was saved with expert parallelism and this run has none, or the reverse; or
-            its buffers are those of other experts; or the learning-rate schedule differs and no flag decides which
-            one to use.
+            its buffers are those of other experts; or it was saved with a gate of other parameters; or the
+            learning-rate schedule differs and no flag decides which one to use.
     """
     folder = checkpoint_to_load(args)
     if folder is None or folder.name == RELEASE:
@@ -82,6 +83,7 @@ def check_state(args: argparse.Namespace) -> None:
         way_out += f"writes: smartmoe convert {folder} NEW --to megatron --ep {here}"
         raise ConfigError("--expert-model-parallel-size", here, rule, way_out)
     _check_layout(args, saved, folder)
+    _check_gate_state(args, saved, folder)
     if not args.override_opt_param_scheduler and not args.use_checkpoint_opt_param_scheduler:
         _check_schedule(args, saved, folder)
 
@@ -146,6 +148,15 @@ def _check_layout(args: argparse.Namespace, saved: argparse.Namespace, folder: P
         rule = f"the optimizer state in {folder} is saved buffer by buffer for {there}, and this run has {here}"
         way_out = "Save with --dist-ckpt-optim-fully-reshardable, or pass --no-load-optim for the weights alone."
         raise ConfigError("--load", args.load, rule, way_out)
+
+
+def _check_gate_state(args: argparse.Namespace, saved: argparse.Namespace, folder: Path) -> None:
+    """The optimizer's state is that of all parameters, and some gates have parameters of their own."""
+    here, there = args.smartmoe_gate, getattr(saved, "smartmoe_gate", TOP_K)
+    if extra_parameters(here) == extra_parameters(there):
+        return
+    rule = f"the optimizer state in {folder} was saved with {GATE} {there}, whose routers have other parameters"
+    raise ConfigError(GATE, here, rule, f"Pass --no-load-optim for the weights alone, or {GATE} {there}.")
 
 
 def _experts(args: argparse.Namespace) -> str:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 from megatron_smartmoe.adapter.flags.smartmoe_arguments import DEVICES, add_smartmoe_arguments
+from megatron_smartmoe.adapter.gates.table import GATE, GATES, flag_values
 from megatron_smartmoe.errors import CompatError, ConfigError
 
 
@@ -33,7 +34,8 @@ class Default:
     Attributes:
         flags: in front of the user's.
         reason: what a line says about them.
-        is_of_machine: whether nothing would run here without them; otherwise they are this project's choice.
+        is_of_machine: whether what was asked for would not run here without them; otherwise they are this project's
+            choice.
     """
 
     flags: tuple[str, ...]
@@ -49,6 +51,17 @@ def device_from(argv: Sequence[str]) -> str:
     if device not in DEVICES:
         raise ConfigError("--smartmoe-device", device, f"must be one of {', '.join(DEVICES)}", "Remove it for auto.")
     return device
+
+
+def gate_defaults(argv: Sequence[str]) -> list[Default]:
+    """The flags of Megatron that the --smartmoe-gate among these flags stands for."""
+    parser = _Parser(add_help=False, allow_abbrev=False)
+    parser.add_argument(GATE)
+    name = parser.parse_known_args(list(argv))[0].smartmoe_gate
+    if name not in GATES:
+        return []
+    tokens = [token for flag, value in flag_values(GATES[name]).items() for token in (flag, value) if token is not True]
+    return [Default(flags=tuple(map(str, tokens)), reason=f"{GATE} {name}: {GATES[name].paper}", is_of_machine=True)]
 
 
 def has_transformer_engine() -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from megatron_smartmoe.adapter.flags.parser import Default, build_parser
+from megatron_smartmoe.adapter.flags.parser import Default, build_parser, gate_defaults
 from megatron_smartmoe.adapter.repairs import bucket_padding
 
 RESHARDABLE = "--dist-ckpt-optim-fully-reshardable"
@@ -17,13 +17,17 @@ def run_defaults(argv: Sequence[str]) -> list[Default]:
     Raises:
         ConfigError: a value that the parser refuses.
     """
+    of_gate = gate_defaults(argv)
     if "--smartmoe" not in argv:
-        return []  # the parser need not be built
+        return of_gate  # the parser need not be built
     args = build_parser().parse_known_args(list(argv))[0]
     if not _saves_moved_optimizer_state(args) or not bucket_padding.is_sound():
-        return []
+        return of_gate
     reason = "optimizer state is saved by parameter: experts need not move home for each save"
-    return [Default(flags=(RESHARDABLE,), reason=f"{reason}; --no-{RESHARDABLE.removeprefix('--')} for raw buffers")]
+    return [
+        *of_gate,
+        Default(flags=(RESHARDABLE,), reason=f"{reason}; --no-{RESHARDABLE.removeprefix('--')} for raw buffers"),
+    ]
 
 
 def _saves_moved_optimizer_state(args: argparse.Namespace) -> bool:

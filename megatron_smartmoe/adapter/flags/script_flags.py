@@ -9,17 +9,19 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from collections.abc import Iterator
 from typing import Any
 
-from megatron_smartmoe.adapter.flags.parser import has_apex, has_transformer_engine, machine_defaults
+from megatron_smartmoe.adapter.flags.parser import gate_defaults, has_apex, has_transformer_engine, machine_defaults
 from megatron_smartmoe.adapter.flags.smartmoe_checks import check_smartmoe
+from megatron_smartmoe.adapter.gates.table import TOP_K
 from megatron_smartmoe.adapter.repairs.bucket_padding import check_bucket_padding
 from megatron_smartmoe.errors import ConfigError
 
 
 def set_machine_defaults(parser: argparse.ArgumentParser, *, cpu: bool) -> list[str]:
-    """Make what this machine needs the defaults of Megatron's flags.
+    """Make what this machine and the gate of this command line need the defaults of Megatron's flags.
 
     Args:
         parser: with Megatron's flags; of those that this release lacks nothing is set.
@@ -29,7 +31,8 @@ def set_machine_defaults(parser: argparse.ArgumentParser, *, cpu: bool) -> list[
         A line for each reason.
     """
     lines = []
-    for default in machine_defaults(cpu=cpu, transformer_engine=has_transformer_engine(), apex=has_apex()):
+    of_machine = machine_defaults(cpu=cpu, transformer_engine=has_transformer_engine(), apex=has_apex())
+    for default in (*of_machine, *gate_defaults(sys.argv[1:])):
         known = list(_known(parser, default.flags)) if default.is_of_machine else []
         parser.set_defaults(**{action.dest: value for action, value, _ in known})
         if known:
@@ -83,4 +86,4 @@ def check_script(args: argparse.Namespace, *, cpu: bool, subclass_gets_groups: b
 def wants(args: argparse.Namespace) -> bool:
     """Whether any of the project's flags asks for something that happens while training."""
     files = (args.smartmoe_run_dir, args.smartmoe_record_trace, args.smartmoe_replay_trace)
-    return bool(args.smartmoe) or any(file is not None for file in files)
+    return bool(args.smartmoe) or args.smartmoe_gate != TOP_K or any(file is not None for file in files)

@@ -4,6 +4,17 @@ from __future__ import annotations
 
 import argparse
 
+from megatron_smartmoe.adapter.gates.table import (
+    GATE,
+    GATES,
+    OUTGOING,
+    OUTGOING_DEFAULT,
+    TAU_DEFAULT,
+    TOP_K,
+    ZERO_EXPERTS,
+    ZERO_EXPERTS_DEFAULT,
+    ZERO_EXPERTS_TAU,
+)
 from megatron_smartmoe.checkpoint.manifest import LEVELS
 from megatron_smartmoe.planner.flags import HOMES_INTERVAL, OVERLAP_DEGREE, SPARE_SLOTS
 
@@ -14,6 +25,7 @@ REPLICAS = ("off", "history", "exact", "auto")
 SWITCH = ("on", "off")
 
 REHEARSAL = "--smartmoe-rehearsal"
+ACCOUNT = "--smartmoe-account"
 WATCHDOG = "--smartmoe-watchdog"
 WATCHDOG_FLOOR = "--smartmoe-watchdog-floor-s"
 WATCHDOG_FLOOR_S = 8.0  # with the median step: twice what busy machines were seen to need
@@ -76,6 +88,37 @@ def add_smartmoe_arguments(parser: argparse.ArgumentParser) -> argparse.Argument
         "together, as OLMoE does, and not each head by itself.",
     )
     group.add_argument(
+        GATE,
+        choices=(TOP_K, *GATES),
+        default=TOP_K,
+        help="How tokens choose experts (docs/gates.md). top-k: as Megatron's own flags say. "
+        + " ".join(f"{name}: {gate.what}." for name, gate in GATES.items())
+        + " Works without --smartmoe too. Default: top-k.",
+    )
+    group.add_argument(
+        OUTGOING,
+        type=float,
+        metavar="SHARE",
+        default=OUTGOING_DEFAULT,
+        help=f"With {GATE} topology: the share of a rank's tokens whose best expert may be on another node, from 0 to "
+        f"1. Default: {OUTGOING_DEFAULT}, FasterMoE's.",
+    )
+    group.add_argument(
+        ZERO_EXPERTS,
+        metavar="COUNTS",
+        default=ZERO_EXPERTS_DEFAULT,
+        help=f"With {GATE} moe++: how many experts cost nothing, besides --num-experts: zero=N return nothing, copy=N "
+        f"their input, constant=N a mixture of it and a trained vector. Default: {ZERO_EXPERTS_DEFAULT}.",
+    )
+    group.add_argument(
+        ZERO_EXPERTS_TAU,
+        type=float,
+        metavar="TAU",
+        default=TAU_DEFAULT,
+        help=f"With {GATE} moe++: weight of the experts that cost nothing in the loss; the lower, the more tokens take "
+        f"them. Above 0. Default: {TAU_DEFAULT}.",
+    )
+    group.add_argument(
         OVERLAP_DEGREE,
         metavar="D",
         default="1",
@@ -96,6 +139,16 @@ def add_smartmoe_arguments(parser: argparse.ArgumentParser) -> argparse.Argument
         default=None,
         help="BENCHMARKS ONLY: route tokens as this trace did, whatever the routers choose. The trained model is "
         "meaningless.",
+    )
+    group.add_argument(
+        ACCOUNT,
+        choices=SWITCH,
+        default="on",
+        help="With --num-experts. on: time the parts of every step and count what every rank computes; every "
+        "--log-interval iterations print one line with where the step's time goes, tokens per second, MFU and peak "
+        "memory, write the same to TensorBoard and W&B, and keep the measurements in account.jsonl for smartmoe "
+        "report. It changes nothing that is trained, and works without --smartmoe too. off: measure nothing. "
+        "Default: on.",
     )
     _add_watchdog(group)
     _add_checkpoints(group)

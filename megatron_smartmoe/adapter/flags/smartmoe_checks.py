@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 
 from megatron_smartmoe.adapter.cost_inputs import expert_shape, machine, state_bytes
+from megatron_smartmoe.adapter.flags.gate_checks import check_gate
 from megatron_smartmoe.adapter.flags.parser import attribute, has_transformer_engine
 from megatron_smartmoe.adapter.flags.pool_settings import homes_interval, may_overlap, settings_of_pool
 from megatron_smartmoe.adapter.flags.smartmoe_arguments import (
@@ -87,6 +88,7 @@ def check_smartmoe(args: argparse.Namespace, *, cpu: bool) -> None:
     _check_overlap(args)
     _check_pool(args)
     _check_wide_norm(args)
+    check_gate(args)
     if not args.smartmoe:
         if args.smartmoe_experts != "grouped_mm":
             raise ConfigError("--smartmoe-experts", args.smartmoe_experts, "needs --smartmoe", "Add --smartmoe.")

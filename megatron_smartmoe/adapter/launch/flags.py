@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable, Collection, Mapping, Sequence
 
+from megatron_smartmoe.adapter.gates.table import GATE, GATES, all_flags
 from megatron_smartmoe.planner.flags import parse_tokens
 from megatron_smartmoe.spec.run import FlagValue
 
@@ -25,17 +26,20 @@ def merge(config: Mapping[str, FlagValue], command_line: Sequence[str], known: C
     """The configuration's flags that the command line does not set, then the command line.
 
     `--no-X` on the command line removes a flag `--X` of the configuration where Megatron itself has no `--no-X`. So
-    does another way to say the same thing: `--mock-data` on the command line removes the configuration's data-path.
+    does another way to say the same thing: `--mock-data` on the command line removes the configuration's data-path, and
+    `--smartmoe-gate` the flags of the configuration that the gate stands for.
 
     Args:
         config: flag without dashes -> value, from a RunSpec.
         command_line: tokens as the user gave them.
         known: every option string of Megatron's parser.
     """
-    given = set(parse_tokens(command_line))
+    parsed = parse_tokens(command_line)
+    given = set(parsed)
     negated = {flag for flag in given if flag.startswith("--no-") and flag not in known}
     negated = {flag for flag in negated if flag.removeprefix("--no-") in config}
     dropped = given | {"--" + flag.removeprefix("--no-") for flag in negated} | _replaced(given)
+    dropped |= {flag for name in parsed.get(GATE, ()) if name in GATES for flag in all_flags(GATES[name])}
     tokens = [token for name, value in config.items() if f"--{name}" not in dropped for token in tokens_of(name, value)]
     return tokens + [token for token in command_line if token not in negated]
 

@@ -32,6 +32,7 @@ from megatron_smartmoe.placement.layer_cost import layer_seconds
 from megatron_smartmoe.planner.pool import PoolSetting
 from megatron_smartmoe.runtime.controller import Controller, ControllerOptions
 from megatron_smartmoe.runtime.counts import CountsShape, ExpertCounts, IntervalCounts
+from megatron_smartmoe.runtime.step_clock import STEP_CLOCK, Part
 from megatron_smartmoe.spec.arrays import IntArray
 from megatron_smartmoe.spec.placement import Placement
 
@@ -172,6 +173,7 @@ class HomesLoop(Callback):
             print(f" smartmoe: iteration {self._run.args.iteration:8d} | WARNING: homes: {text} |", flush=True)
             return None
 
+    @STEP_CLOCK.within(Part.PLANNING)
     def between_steps(self, iteration: int) -> None:
         """Re-evaluate the homes, when the interval is over."""
         self._controller.step(iteration)

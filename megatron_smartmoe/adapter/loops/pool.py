@@ -48,6 +48,7 @@ from megatron_smartmoe.runtime.pool.switchboard import (
     with_setting,
 )
 from megatron_smartmoe.runtime.recent_counts import RecentCounts
+from megatron_smartmoe.runtime.step_clock import STEP_CLOCK, Part
 from megatron_smartmoe.spec.arrays import IntArray
 from megatron_smartmoe.spec.placement import Placement
 
@@ -103,6 +104,7 @@ class PoolLoop(Callback):
                 flush=True,
             )
 
+    @STEP_CLOCK.within(Part.PLANNING)
     def between_steps(self, iteration: int) -> None:
         """Time the step; re-evaluate the settings when the interval is over."""
         now = time.perf_counter()

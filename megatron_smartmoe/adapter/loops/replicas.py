@@ -43,11 +43,12 @@ from megatron_smartmoe.placement.replica_planner import ReplicaPlanner
 from megatron_smartmoe.runtime.process_groups import new_message_group
 from megatron_smartmoe.runtime.replicas.ahead import PlansAhead
 from megatron_smartmoe.runtime.replicas.dispatch_plan import ExactOptions
-from megatron_smartmoe.runtime.replicas.history_plan import fastest_best_replicas
+from megatron_smartmoe.runtime.replicas.kernels import fastest_kernels
 from megatron_smartmoe.runtime.replicas.slots import SpareSlots
-from megatron_smartmoe.runtime.replicas.split import BALANCED, fastest_drop_losing
+from megatron_smartmoe.runtime.replicas.split import BALANCED
 from megatron_smartmoe.runtime.replicas.tally import LayerTally, MicroBatch, balance_line, imbalance, loads
 from megatron_smartmoe.runtime.replicas.wire import ReplicaWire
+from megatron_smartmoe.runtime.step_clock import STEP_CLOCK, Part
 from megatron_smartmoe.spec.arrays import IntArray
 from megatron_smartmoe.spec.placement import EMPTY, Placement, with_empty_slots
 
@@ -97,8 +98,8 @@ class ReplicaLoop(Callback):
         if needs_history and self._layers:
             online = online_options(args, review_records=1)
             numbers = [number for number, _ in run.layers]
-            group, best = run.ranks.edp_rank, fastest_best_replicas()
-            self._planner = ReplicaPlanner(self._placement(), group, online, best, numbers, fastest_drop_losing())
+            group, kernels = run.ranks.edp_rank, fastest_kernels()
+            self._planner = ReplicaPlanner(self._placement(), group, online, kernels, numbers)
             self._ahead = PlansAhead(self._planner)
         if run.is_reporter:
             self._announce()
@@ -232,6 +233,7 @@ class ReplicaLoop(Callback):
         if not np.array_equal(self._homes_LRH(), planner.placement.homes_LRH):
             planner.rehome(self._placement())
 
+    @STEP_CLOCK.within(Part.PLANNING)
     def before_step(self, iteration: int) -> None:
         """Plan this iteration's replicas and start to fetch their weights."""
         self._late.forget()  # what an iteration that was broken off has left

@@ -18,6 +18,7 @@ from megatron_smartmoe.runtime.controller import Moved
 from megatron_smartmoe.runtime.migration.exchange import CommitUnknownError, ExpertExchange, MigrationReport
 from megatron_smartmoe.runtime.migration.staging import is_out_of_memory
 from megatron_smartmoe.runtime.migration.wire import PeerError
+from megatron_smartmoe.runtime.step_clock import STEP_CLOCK, Part
 from megatron_smartmoe.spec.arrays import IntArray
 from megatron_smartmoe.spec.placement import EMPTY, Placement, with_empty_slots
 
@@ -62,6 +63,7 @@ class ExpertMover:
             timeout_s=timeout_s,
         )
 
+    @STEP_CLOCK.within(Part.MIGRATION)
     def move(self, before: Placement, after: Placement) -> Moved:
         """See `runtime.controller.Mover`; called between an optimizer step and the next forward pass."""
         slot_LE, failure, lost = before.home_slot_LE.copy(), None, False

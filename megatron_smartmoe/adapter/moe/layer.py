@@ -17,6 +17,7 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_smartmoe.adapter.gates.zero_computation import ZeroComputationRouter
 from megatron_smartmoe.adapter.moe.dispatcher import SlotDispatcher
 from megatron_smartmoe.adapter.moe.experts import SlottedExperts
 from megatron_smartmoe.adapter.moe.physical_slots import PhysicalSlots
@@ -59,6 +60,7 @@ class SmartMoELayer(MoELayer):
         self.register_buffer("expert_of_slot_E", identity.clone(), persistent=False)
         self.experts_by_slot = list(range(len(identity)))
         self._planner: LayerPlanner | None = None
+        self._beside: torch.Tensor | None = None  # between routing and the end of the layer
         self._slots: PhysicalSlots | None = None
         self._groups = pg_collection or get_default_pg_collection()
         self._fused = self._has_own_all_to_all(config)
@@ -132,6 +134,20 @@ class SmartMoELayer(MoELayer):
         self.experts_by_slot = expert_of_slot_E.tolist()
         first = self.local_expert_indices[0]
         self.experts.experts_in_slots = self.experts_by_slot[first : first + self.num_local_experts]
+
+    def route(self, hidden_states: torch.Tensor, padding_mask: torch.Tensor | None = None) -> Any:
+        """Megatron's routing; what chose an expert that costs nothing is computed here, and never dispatched."""
+        routed = super().route(hidden_states, padding_mask)
+        if isinstance(self.router, ZeroComputationRouter):
+            self._beside = self.router.beside(hidden_states)
+        return routed
+
+    def postprocess(self, output: torch.Tensor, shared_expert_output: torch.Tensor | None) -> torch.Tensor:
+        """Megatron's, and the experts that cost nothing."""
+        output = super().postprocess(output, shared_expert_output)
+        if self._beside is not None:
+            output, self._beside = output + self._beside, None
+        return output
 
     def preprocess(
         self, hidden_states: torch.Tensor, probs: torch.Tensor, routing_map: torch.Tensor

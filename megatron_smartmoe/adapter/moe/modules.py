@@ -28,6 +28,8 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
 from megatron_smartmoe.adapter.flags.pool_settings import may_overlap as pool_may_overlap
+from megatron_smartmoe.adapter.gates.router import router_of
+from megatron_smartmoe.adapter.gates.table import GATE
 from megatron_smartmoe.adapter.local.attention import SDPAttention
 from megatron_smartmoe.adapter.local.norm import TorchNorm
 from megatron_smartmoe.adapter.moe.experts import SlottedExperts
@@ -55,6 +57,7 @@ class Modules:
 
     Attributes:
         balances: whether MoE layers are this project's (`--smartmoe`).
+        gate: the router of `--smartmoe-gate`; None for Megatron's.
         slotted: whether experts are this project's, False for TransformerEngine's.
         replicates: whether there may be replicas, for which TransformerEngine's experts get spare slots.
         may_cut: whether the overlap degree may change later; then the layer supports every degree.
@@ -64,6 +67,7 @@ class Modules:
     """
 
     balances: bool
+    gate: type[TopKRouter] | None = None
     slotted: bool
     replicates: bool
     may_cut: bool
@@ -88,6 +92,7 @@ class Modules:
             norm = "all" if everywhere else "torch"
         return cls(
             balances=args.smartmoe,
+            gate=None if (gate := router_of(args.smartmoe_gate)) is None else gate.of_run(args),
             slotted=args.smartmoe_experts == "grouped_mm",
             replicates=args.smartmoe_spare_slots > 0,
             may_cut=pool_may_overlap(args),
@@ -97,7 +102,7 @@ class Modules:
         )
 
     def moe_spec(self, spec: Any) -> Any:
-        """The spec of a MoE layer with this project's layer; itself without `--smartmoe`.
+        """The spec of a MoE layer with this project's layer and gate; itself without `--smartmoe` and gate.
 
         Args:
             spec: `partial(MoELayer, submodules=...)`, or `ModuleSpec(module=MoELayer, ...)` as up to Megatron 0.17;
@@ -106,6 +111,8 @@ class Modules:
         Raises:
             CompatError: it is the spec of something else, or of a layer that this project cannot stand for.
         """
+        if self.gate is not None:
+            spec = _with_router(spec, self.gate)
         if not self.balances or _is_ours(spec):
             return spec
         if isinstance(spec, partial) and _is_moe(spec.func):
@@ -116,11 +123,7 @@ class Modules:
             layer, options = self._layer(spec.module)
             params = {**(spec.params or {}), **options}
             return replace(spec, module=layer, params=params, submodules=self._submodules(spec.submodules))
-        raise CompatError(
-            f"--smartmoe: the spec of a MoE layer = {str(spec)[:200]}: must be Megatron's MoELayer or a subclass, "
-            "as partial(MoELayer, submodules=...) or ModuleSpec(module=MoELayer, submodules=...). Build it so, or "
-            "remove --smartmoe."
-        )
+        raise _no_moe_spec("--smartmoe", spec)
 
     def _layer(self, wanted: type[MoELayer]) -> tuple[type[SmartMoELayer], dict[str, Any]]:
         """The layer's class, and what it is built with besides."""
@@ -152,6 +155,35 @@ class Modules:
     def local_attention(self, attention: Any) -> Any:
         """What stands for Megatron's local attention."""
         return SDPAttention if self.sdpa else attention
+
+
+def _no_moe_spec(flag: str, spec: Any) -> CompatError:
+    return CompatError(
+        f"{flag}: the spec of a MoE layer = {str(spec)[:200]}: must be Megatron's MoELayer or a subclass, "
+        "as partial(MoELayer, submodules=...) or ModuleSpec(module=MoELayer, submodules=...). Build it so, or "
+        f"remove {flag}."
+    )
+
+
+def _with_router(spec: Any, router: type[TopKRouter]) -> Any:
+    """A copy of a MoE layer's spec with another router.
+
+    Raises:
+        CompatError: it is the spec of something else, or has a router that is not Megatron's.
+    """
+    keywords = spec.keywords if isinstance(spec, partial) else vars(spec) if isinstance(spec, ModuleSpec) else {}
+    submodules: Any = keywords.get("submodules")
+    if not _is_moe(_built(spec)) or not hasattr(submodules, "router"):
+        raise _no_moe_spec(GATE, spec)
+    if submodules.router not in (TopKRouter, router):
+        raise CompatError(
+            f"{GATE}: the router of a MoE layer = {_name(_built(submodules.router))}: would be replaced by the gate, "
+            f"and is not Megatron's TopKRouter. Use Megatron's, or remove {GATE}."
+        )
+    submodules = replace(submodules, router=router)
+    if isinstance(spec, partial):
+        return partial(spec.func, *spec.args, **{**spec.keywords, "submodules": submodules})
+    return replace(spec, submodules=submodules)
 
 
 def _with_spare_slots(submodules: Any) -> Any:

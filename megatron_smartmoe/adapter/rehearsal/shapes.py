@@ -17,6 +17,8 @@ from megatron.core.transformer.moe.router import Router
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from megatron_smartmoe.adapter.gates.draws import Draws, Part
+from megatron_smartmoe.adapter.gates.router import GateRouter
 from megatron_smartmoe.adapter.moe.layer import SmartMoELayer
 
 META = torch.device("meta")
@@ -56,6 +58,9 @@ class Shapes:
             if is_router:
                 router: Any = module
                 router.gating = partial(self._real_logits, router.gating)
+            if isinstance(module, GateRouter):
+                module.draws = Draws(seed=0, layer=0, part=Part())
+                module.draws.begin(iteration=0, num_micro_batches=1)
             if isinstance(module, SmartMoELayer):
                 for name in ("slot_of_expert_E", "expert_of_slot_E"):
                     module._buffers[name] = torch.arange(module.config.num_moe_experts)

@@ -18,7 +18,7 @@ from megatron_smartmoe.cost.memory import saved_te, saved_torch
 from megatron_smartmoe.cost.memory.saved_tensors import Rank, total
 from megatron_smartmoe.cost.step.pipeline import in_flight
 from megatron_smartmoe.spec.model import ModelSpec
-from megatron_smartmoe.spec.parallel import ParallelSpec, PipelineChunk, pipeline_chunks
+from megatron_smartmoe.spec.parallel import ParallelSpec, PipelineChunk, stage_chunks
 
 _LAYER = {"transformer_engine": saved_te.layer, "local": saved_torch.layer}
 _ENDS = {"transformer_engine": saved_te.ends, "local": saved_torch.ends}
@@ -105,9 +105,7 @@ def chunk_bytes(model: ModelSpec, spec: ParallelSpec, chunk: PipelineChunk, imba
 
 def activation_bytes(model: ModelSpec, spec: ParallelSpec, stage: int, imbalance: float) -> ActivationBytes:
     """Bytes of a stage at its fullest moment."""
-    mine = [
-        chunk_bytes(model, spec, chunk, imbalance) for chunk in pipeline_chunks(model, spec) if chunk.stage == stage
-    ]
+    mine = [chunk_bytes(model, spec, chunk, imbalance) for chunk in stage_chunks(model, spec, stage)]
     share = in_flight(stage, spec.pp, spec.vpp, spec.micro_batches) / len(mine)
     return ActivationBytes(
         layers=sum(chunk.layers for chunk in mine) * share,

@@ -9,7 +9,7 @@ from megatron_smartmoe.cost.memory.buffers import largest_state_bytes, staging_b
 from megatron_smartmoe.cost.step.pipeline import in_flight
 from megatron_smartmoe.spec.cluster import GpuSpec
 from megatron_smartmoe.spec.model import ModelSpec
-from megatron_smartmoe.spec.parallel import ParallelSpec, pipeline_chunks
+from megatron_smartmoe.spec.parallel import ParallelSpec, distinct_stages, stage_chunks
 
 FRAGMENTATION = 0.04  # share of the memory that is lost between blocks: an estimate
 STATE_BYTES = 12  # bytes per parameter: fp32 main parameter and two moments
@@ -34,7 +34,7 @@ class MemoryBudget:
     @property
     def total(self) -> float:
         """Bytes of all parts."""
-        return float(sum(getattr(self, part.name) for part in fields(self)))
+        return float(sum(vars(self).values()))
 
     def parts(self) -> list[tuple[str, float]]:
         """(what, bytes) of every part that is not zero."""
@@ -51,22 +51,16 @@ LABELS = {
     "working": "one layer recomputed, dispatch buffers",
     "replicas": "replica slots",
     "staging": "staging for moved experts",
-    "reserved": "CUDA, NCCL, fragmentation",
+    "reserved": "runtime libraries, fragmentation",
 }
 
 
 def memory_budget(model: ModelSpec, spec: ParallelSpec, gpu: GpuSpec, imbalance: float) -> tuple[MemoryBudget, int]:
     """(fullest stage's budget, which stage); `imbalance` is the busiest rank's tokens over the mean."""
-    found = [stage_budget(model, spec, gpu, stage, imbalance) for stage in _candidates(spec)]
+    stages = distinct_stages(model, spec.pp, spec.vpp, spec.layers_of_chunk)
+    found = [stage_budget(model, spec, gpu, stage, imbalance) for stage in stages]
     at = max(range(len(found)), key=lambda i: found[i].total)
-    return found[at], _candidates(spec)[at]
-
-
-def _candidates(spec: ParallelSpec) -> tuple[int, ...]:
-    """Stages that may be the fullest: the first holds the most micro-batches, the last the logits; all if uneven."""
-    if spec.layers_of_chunk is not None:
-        return tuple(range(spec.pp))
-    return tuple(sorted({0, min(1, spec.pp - 1), spec.pp - 1}))
+    return found[at], stages[at]
 
 
 def stage_budget(model: ModelSpec, spec: ParallelSpec, gpu: GpuSpec, stage: int, imbalance: float) -> MemoryBudget:
@@ -78,8 +72,7 @@ def stage_budget(model: ModelSpec, spec: ParallelSpec, gpu: GpuSpec, stage: int,
     numel = matrices * model.hidden * model.moe.ffn // spec.etp
     moe_layers = sum(
         sum(model.has_experts(layer) for layer in chunk.layers) + chunk.mtp_layers * model.has_experts(model.layers)
-        for chunk in pipeline_chunks(model, spec)
-        if chunk.stage == stage
+        for chunk in stage_chunks(model, spec, stage)
     )
     moves, home_slots = spec.homes_interval > 0 and spec.ep > 1, model.moe.experts // spec.ep
     return MemoryBudget(
@@ -110,8 +103,7 @@ def replica_bytes(model: ModelSpec, spec: ParallelSpec, stage: int, moe_layers: 
     kept = moe_layers * (spec.element_bytes + REPLICA_GRADIENT_BYTES)
     anew = 0.0
     if spec.replicas == "auto":
-        chunks = sum(chunk.stage == stage for chunk in pipeline_chunks(model, spec))
-        held = in_flight(stage, spec.pp, spec.vpp, spec.micro_batches) / chunks
+        held = in_flight(stage, spec.pp, spec.vpp, spec.micro_batches) / spec.vpp
         layers = 1.0 if spec.recompute in ("full", "moe") else moe_layers * held  # fetched again to be recomputed
         anew = layers * spec.element_bytes
     return float(spec.spare_slots * numel * (kept + anew))

@@ -25,7 +25,7 @@ from megatron_smartmoe.cost.compute import ExpertShape
 from megatron_smartmoe.cost.memory.parameters import Parameter, Sharding, chunk_parameters, layer_parameters
 from megatron_smartmoe.spec.arrays import IntArray
 from megatron_smartmoe.spec.model import ModelSpec
-from megatron_smartmoe.spec.parallel import ParallelSpec, PipelineChunk, pipeline_chunks
+from megatron_smartmoe.spec.parallel import ParallelSpec, PipelineChunk, stage_chunks
 
 STAGING_LIMIT_BYTES = 1 << 30  # the default of --smartmoe-migration-staging-mib
 MIGRATION_CHUNK_BYTES = 8 << 20  # experts are sent in chunks of at most this, and two are packed at a time
@@ -162,11 +162,26 @@ def staging_bytes(expert_bytes: int, home_slots: int, limit_bytes: int = STAGING
 
 def largest_state_bytes(model: ModelSpec, spec: ParallelSpec, stage: int) -> tuple[StateBytes, StateBytes]:
     """(dense, expert) static memory of the fullest rank of a pipeline stage, all its chunks together."""
+    # A search asks for every micro-batch, recomputation mode and number of spare slots, which change nothing here.
+    bare = replace(
+        spec,
+        micro_batch=1,
+        global_batch=1,
+        recompute="none",
+        spare_slots=0,
+        replicas="off",
+        homes_interval=0,
+        overlap_degree=1,
+    )
+    return _largest_of_stage(model, bare, stage)
+
+
+@lru_cache(maxsize=20_000)
+def _largest_of_stage(model: ModelSpec, spec: ParallelSpec, stage: int) -> tuple[StateBytes, StateBytes]:
     dense_sum, expert_sum = StateBytes(), StateBytes()
-    for chunk in pipeline_chunks(model, spec):
-        if chunk.stage == stage:
-            dense, expert = _largest(model, state_key(model, spec, chunk))
-            dense_sum, expert_sum = dense_sum + dense, expert_sum + expert
+    for chunk in stage_chunks(model, spec, stage):
+        dense, expert = _largest(model, state_key(model, spec, chunk))
+        dense_sum, expert_sum = dense_sum + dense, expert_sum + expert
     return dense_sum, expert_sum
 
 
@@ -175,8 +190,8 @@ def least_state_bytes(model: ModelSpec, spec: ParallelSpec) -> float:
     sharding = Sharding.of(spec)
     sums = {kind: _layer_numel(model, sharding, kind) for kind in (False, True)}
     dense = expert = 0
-    for chunk in pipeline_chunks(model, spec):
-        for layer in chunk.layers if chunk.stage == 0 else ():
+    for chunk in stage_chunks(model, spec, 0):
+        for layer in chunk.layers:
             one = sums[model.has_experts(layer)]
             dense, expert = dense + one[0], expert + one[1]
     whole = spec.element_bytes + spec.grad_bytes
@@ -212,8 +227,9 @@ def state_key(model: ModelSpec, spec: ParallelSpec, chunk: PipelineChunk) -> Sta
     )
 
 
+@lru_cache(maxsize=4096)
 def _canonical(model: ModelSpec, chunk: PipelineChunk) -> PipelineChunk:
-    first_moe = next(layer for layer in range(model.layers) if model.has_experts(layer))
+    first_moe = next((layer for layer in range(model.layers) if model.has_experts(layer)), 0)
     dense = next((layer for layer in range(model.layers) if not model.has_experts(layer)), first_moe)
     layers = tuple(first_moe if model.has_experts(layer) else dense for layer in chunk.layers)
     return replace(chunk, stage=0, virtual=0, layers=layers)
@@ -221,12 +237,19 @@ def _canonical(model: ModelSpec, chunk: PipelineChunk) -> PipelineChunk:
 
 @lru_cache(maxsize=20_000)
 def _largest(model: ModelSpec, key: StateKey) -> tuple[StateBytes, StateBytes]:
-    dense, expert = state_slices(model, key)
-    return max(dense, key=lambda part: part.total), max(expert, key=lambda part: part.total)
+    """(dense, expert) static memory of the rank that owns most."""
+    (dense, dense_D), (expert, expert_D) = _buffers(model, key)
+    return _slice(dense, int(dense_D.max()), key), _slice(expert, int(expert_D.max()), key)
 
 
 def state_slices(model: ModelSpec, key: StateKey) -> tuple[list[StateBytes], list[StateBytes]]:
     """(dense, expert) static memory, each entry one data-parallel (one EDP) rank's slice."""
+    (dense, dense_D), (expert, expert_D) = _buffers(model, key)
+    return [_slice(dense, n, key) for n in dense_D.tolist()], [_slice(expert, n, key) for n in expert_D.tolist()]
+
+
+def _buffers(model: ModelSpec, key: StateKey) -> tuple[tuple[int, IntArray], tuple[int, IntArray]]:
+    """For the dense and the expert buffer: its elements, and those that each rank owns."""
     sharding = key.sharding
     spec = ParallelSpec(
         gpus=sharding.tp * sharding.ep * sharding.etp,  # not read: only the sizes of parameters are wanted
@@ -241,25 +264,21 @@ def state_slices(model: ModelSpec, key: StateKey) -> tuple[list[StateBytes], lis
     return dense, expert
 
 
-def _buffer(params: list[Parameter], num_ranks: int, key: StateKey) -> list[StateBytes]:
-    """One kind's buffer, a StateBytes per data-parallel rank."""
-    has_main = key.element_bytes < MAIN_BYTES  # fp32 weights are their own main parameters
+def _buffer(params: list[Parameter], num_ranks: int, key: StateKey) -> tuple[int, IntArray]:
+    """One kind's buffer: its elements, and those that each data-parallel rank owns."""
     if not key.distributed:
         numel = sum(param.numel for param in params)
-        one = StateBytes(
-            params=numel * key.element_bytes,
-            gradients=numel * key.grad_bytes,
-            main_params=numel * MAIN_BYTES * has_main,
-            moments=numel * MOMENT_BYTES,
-        )
-        return [one] * num_ranks
+        return numel, np.full(num_ranks, numel)
     laid = layout(params, key.bucket_size, num_ranks)
-    return [
-        StateBytes(
-            params=laid.total * key.element_bytes,
-            gradients=laid.total * key.grad_bytes,
-            main_params=owned * MAIN_BYTES * has_main,
-            moments=owned * MOMENT_BYTES,
-        )
-        for owned in laid.owned_D.tolist()
-    ]
+    return laid.total, laid.owned_D
+
+
+def _slice(numel: int, owned: int, key: StateKey) -> StateBytes:
+    """Static memory of a rank that holds `numel` elements of a buffer and owns `owned` of them."""
+    has_main = key.element_bytes < MAIN_BYTES  # fp32 weights are their own main parameters
+    return StateBytes(
+        params=numel * key.element_bytes,
+        gradients=numel * key.grad_bytes,
+        main_params=owned * MAIN_BYTES * has_main,
+        moments=owned * MOMENT_BYTES,
+    )

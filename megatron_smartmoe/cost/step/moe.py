@@ -14,6 +14,7 @@ from megatron_smartmoe.cost.moe_layer import (
     ALL_TO_ALLS,
     EXCHANGES,
     LayerConstants,
+    LayerCounts,
     LayerFlow,
     LayerTime,
     layer_time,
@@ -58,7 +59,7 @@ class MoETimes:
 
 
 def moe_times(
-    flows: Sequence[LayerFlow],
+    flows: Sequence[LayerFlow | LayerCounts],
     layer: LayerConstants,
     model: ModelSpec,
     spec: ParallelSpec,
@@ -77,14 +78,16 @@ def moe_times(
         micro_batches=micro_batches or spec.micro_batches,
         fetched_early=not spec.overlap_param_gather,
     )
+    levels = [level.ranks for level in layer.levels]
+    counted = [flow if isinstance(flow, LayerCounts) else LayerCounts.of(flow, levels) for flow in flows]
     times = [
-        layer_time(flow, layer, all_to_all_chunks=spec.overlap_degree, ranks_per_device=shared, replicas=schedule)
-        for flow in flows
+        layer_time(counts, layer, all_to_all_chunks=spec.overlap_degree, ranks_per_device=shared, replicas=schedule)
+        for counts in counted
     ]
     mean = {f.name: sum(getattr(time, f.name) for time in times) / len(times) for f in fields(LayerTime)}
     replicas_s = mean["replicas_s"] + mean["replicas_hidden_s"]
     mean["replicas_s"] = mean["replicas_hidden_s"] = 0.0
-    busiest = sum(float(flow.load_ER.sum(axis=0).max()) for flow in flows) / len(flows)
+    busiest = sum(float(counts.tokens_R.max()) for counts in counted) / len(counted)
     gathered = busiest * spec.etp * model.hidden * spec.element_bytes
     tensor_group = Group(spec.etp, 1)
     tensor_s = ALL_TO_ALLS * ring_s(gathered, tensor_group, cluster, constants)

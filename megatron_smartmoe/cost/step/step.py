@@ -32,7 +32,7 @@ from megatron_smartmoe.cost.step.pipeline import schedule_s
 from megatron_smartmoe.spec.arrays import FloatArray
 from megatron_smartmoe.spec.cluster import ClusterSpec
 from megatron_smartmoe.spec.model import ModelSpec
-from megatron_smartmoe.spec.parallel import ParallelSpec, pipeline_chunks
+from megatron_smartmoe.spec.parallel import ParallelSpec, distinct_stages, pipeline_chunks
 
 # Memory traffic of Adam, bytes per owned parameter: fp32 gradient, main weight and two moments read (16), the last
 # three written (12), the model's weight written (at most 4).
@@ -119,12 +119,8 @@ def step_time(
             model from first layer to last, so that a stage whose layers are hotter shows.
     """
     # Step 1: terms of one micro-batch on each stage, from the layers that the stage holds.
-    dense = dense_times(model, spec, cluster, constants)
     held = _stages(model, spec.pp, spec.vpp, spec.layers_of_chunk, len(moe))
-    terms_ST = held.experts_SN @ np.array([_expert_layer(dense, one, spec) for one in moe])
-    terms_ST += np.outer(held.layers_S, _any_layer(dense, spec)) + np.outer(held.dense_S, _dense_layer(dense, spec))
-    terms_ST[:, _INDEX["loss_s"]] += held.losses_S * dense.loss_s + held.mtp_S * dense.mtp_extra_s
-    terms_ST[:, _INDEX["pipeline_comm_s"]] += _sends(model, spec, cluster, constants)
+    terms_ST = _micro_batch(model, spec, cluster, constants, moe)
     # Step 2: the schedule. The slowest stage sets the pace, the others' share of one micro-batch is the bubble.
     micro_S = terms_ST.sum(axis=1).tolist()
     _, bubble_s, slowest = schedule_s(micro_S, spec.micro_batches, spec.vpp, cluster.gpu.ranks_per_device)
@@ -136,6 +132,33 @@ def step_time(
         bubble_s=bubble_s,
         **_after(model, spec, cluster, constants, slowest, micro_S[slowest]),
     )
+
+
+def least_step_s(
+    model: ModelSpec, spec: ParallelSpec, cluster: ClusterSpec, constants: StepConstants, moe: MoETimes
+) -> float:
+    """Seconds that no step is below whose MoE layers all take at least as long as `moe`.
+
+    Slower layers may make another stage the slowest, with less to reduce and to update: the least of any stage counts.
+    """
+    micro_S = _micro_batch(model, spec, cluster, constants, [moe]).sum(axis=1).tolist()
+    total_s, _, slowest = schedule_s(micro_S, spec.micro_batches, spec.vpp, cluster.gpu.ranks_per_device)
+    stages = distinct_stages(model, spec.pp, spec.vpp, spec.layers_of_chunk)
+    after_s = (sum(_after(model, spec, cluster, constants, stage, micro_S[slowest]).values()) for stage in stages)
+    return float(total_s + min(after_s))
+
+
+def _micro_batch(
+    model: ModelSpec, spec: ParallelSpec, cluster: ClusterSpec, constants: StepConstants, moe: Sequence[MoETimes]
+) -> FloatArray:
+    """Terms of one micro-batch on each stage, from the layers that the stage holds."""
+    dense = dense_times(model, spec, cluster, constants)
+    held = _stages(model, spec.pp, spec.vpp, spec.layers_of_chunk, len(moe))
+    terms_ST = held.experts_SN @ np.array([_expert_layer(dense, one, spec) for one in moe])
+    terms_ST += np.outer(held.layers_S, _any_layer(dense, spec)) + np.outer(held.dense_S, _dense_layer(dense, spec))
+    terms_ST[:, _INDEX["loss_s"]] += held.losses_S * dense.loss_s + held.mtp_S * dense.mtp_extra_s
+    terms_ST[:, _INDEX["pipeline_comm_s"]] += _sends(model, spec, cluster, constants)
+    return np.asarray(terms_ST)
 
 
 # Terms of a stage's micro-batch, in the order of the arrays below.

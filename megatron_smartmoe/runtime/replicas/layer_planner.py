@@ -18,6 +18,7 @@ from megatron_smartmoe.runtime.replicas.slots import ReplicasInUse, SpareSlots
 from megatron_smartmoe.runtime.replicas.split import homes_only
 from megatron_smartmoe.runtime.replicas.tally import MicroBatch
 from megatron_smartmoe.runtime.replicas.wire import ReplicaWire
+from megatron_smartmoe.runtime.step_clock import STEP_CLOCK, Part
 
 Listener = Callable[[MicroBatch], None]
 
@@ -116,6 +117,7 @@ class LayerPlanner:
         dist.all_gather_into_tensor(counts, tokens_E, group=self._group)
         return self._planner.to_host(counts)
 
+    @STEP_CLOCK.within(Part.PLANNING)
     def _plan(self, counts_RPE: torch.Tensor) -> DispatchPlan:
         if not self.training:
             return self._planner.plan(counts_RPE, self._homes_RS)

@@ -78,24 +78,26 @@ def exact_slots(
     Returns:
         The slot table `[R, S + K]`.
     """
-    plan, drop = _compiled_replicas if ops.is_compiled() else exact_replicas.exact_replicas, fastest_drop_losing()
+    plan, drop = compiled_replicas if ops.is_compiled() else exact_replicas.exact_replicas, fastest_drop_losing()
     load_E = counts_RE.sum(axis=0)
     return paying_exact_replicas(load_E, slots_RS, home_slots, num_nodes, price_tokens, limit, plan, drop)
 
 
 def fastest_drop_losing() -> DropLosing:
     """The compiled `without_losing_replicas`, or numpy's where the library is not built. Both drop the same."""
-    return _compiled_drop_losing if ops.is_compiled() else without_losing_replicas
+    return compiled_drop_losing if ops.is_compiled() else without_losing_replicas
 
 
-def _compiled_drop_losing(loads_KE: IntArray, slots_RS: IntArray, home_slots: int, price_tokens: float) -> IntArray:
+def compiled_drop_losing(loads_KE: IntArray, slots_RS: IntArray, home_slots: int, price_tokens: float) -> IntArray:
+    """`without_losing_replicas` by the compiled op."""
     found = ops.paying_replicas(torch.from_numpy(loads_KE), torch.from_numpy(slots_RS), home_slots, price_tokens)
     return np.asarray(found.numpy())
 
 
-def _compiled_replicas(load_E: IntArray, slots_RS: IntArray, home_slots: int, num_nodes: int) -> IntArray:
+def compiled_replicas(load_E: IntArray, slots_RS: IntArray, home_slots: int, num_nodes: int) -> IntArray:
     """`exact_replicas` by the compiled op: the same integers, about 20 times as fast as numpy."""
-    planned = ops.exact_replicas(torch.from_numpy(load_E), torch.from_numpy(slots_RS), home_slots, num_nodes)
+    slots = torch.from_numpy(np.array(slots_RS))  # a placement's own slots are not writable, of which torch warns
+    planned = ops.exact_replicas(torch.from_numpy(load_E), slots, home_slots, num_nodes)
     return np.asarray(planned.numpy())
 
 

@@ -288,3 +288,26 @@ def test_a_thousand_files_are_checked_by_looking_at_their_sizes(
     (line,) = check_files(load(tmp_path))
     assert line.startswith("checkpoint iter_0000005 checked: 1,001 files, ")
     assert set(opened) <= {tmp_path / TRACKER, folder / MANIFEST_FILE, folder / "metadata.json"}
+
+
+def test_the_optimizer_state_of_another_gate_is_refused(tmp_path: Path) -> None:
+    folder = checkpoint(tmp_path, 5, manifest=False)
+    saved = {"smartmoe_gate": "noisy-top-k"}
+    manifest = Manifest(iteration=5, format="torch_dist", files=file_entries(folder), arguments=saved)
+    write_manifest(folder, manifest)
+    args = load(tmp_path)
+    vars(args).update(
+        {"num_experts": 8, "expert_model_parallel_size": 1, "ckpt_format": "torch_dist", "smartmoe_gate": "top-k"},
+        **dict.fromkeys("finetune no_load_optim use_distributed_optimizer no_load_rng".split(), False),
+        override_opt_param_scheduler=True,
+    )
+    with pytest.raises(ConfigError) as refused:
+        checkpoint_check.check_state(args)
+    assert str(refused.value) == (
+        f"--smartmoe-gate = 'top-k': the optimizer state in {folder} was saved with --smartmoe-gate noisy-top-k, whose "
+        "routers have other parameters. Pass --no-load-optim for the weights alone, or --smartmoe-gate noisy-top-k."
+    )
+    args.no_load_optim = True
+    checkpoint_check.check_state(args)
+    args.no_load_optim, args.smartmoe_gate = False, "noisy-top-k"
+    checkpoint_check.check_state(args)

@@ -9,8 +9,9 @@ from megatron_smartmoe.cost.compute import ExpertShape, busiest_rank, time_share
 def test_few_tokens_in_many_experts_may_take_longer() -> None:
     # Rank 0: 12 tokens in one expert; rank 1: 3 + 3 + 4 = 10 in three. At 2 tokens per active expert: 14 and 16.
     load_ER = np.array([[12, 0], [0, 3], [0, 3], [0, 4]], dtype=float)
-    assert busiest_rank(load_ER, 0.0).rank == 0
-    busy = busiest_rank(load_ER, 2.0)
+    tokens_R, active_R = load_ER.sum(axis=0), (load_ER > 0).sum(axis=0)
+    assert busiest_rank(tokens_R, active_R, 0.0).rank == 0
+    busy = busiest_rank(tokens_R, active_R, 2.0)
     assert (busy.rank, busy.tokens, busy.active_experts) == (1, 10, 3)
 
 
@@ -29,8 +30,7 @@ def test_ranks_that_share_cores_take_over_those_that_wait(work_R: list[float], s
 
 
 def test_a_hot_rank_costs_less_where_cores_are_shared() -> None:
-    load_ER = np.diag([10.0, 10.0, 30.0, 30.0])
-    busy = busiest_rank(load_ER, 0.0, ranks_per_device=2.0)
+    busy = busiest_rank(np.array([10.0, 10.0, 30.0, 30.0]), np.ones(4, dtype=np.int64), 0.0, ranks_per_device=2.0)
     assert (busy.rank, busy.tokens) == (2, pytest.approx(20.0))
     assert busy.active_experts == pytest.approx(20 / 30)
 

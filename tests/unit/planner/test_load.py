@@ -12,7 +12,6 @@ from megatron_smartmoe.errors import ConfigError
 from megatron_smartmoe.planner.load import (
     Balance,
     LoadModel,
-    scaled,
     scenarios_from_model,
     scenarios_from_skew,
     scenarios_from_trace,
@@ -71,17 +70,9 @@ def test_balancing_lowers_the_busiest_rank_and_loses_no_token() -> None:
     assert plain.hot >= homes.hot > copies.hot
     assert copies.hot < 1.2
     for load in (plain, homes, copies):
-        for flow in load.flows:
-            assert flow.load_ER.sum() == pytest.approx(8)  # a unit per rank
-            np.testing.assert_allclose(flow.traffic_RR.sum(axis=1), 1.0)
-            np.testing.assert_allclose(flow.traffic_RR.sum(axis=0), flow.load_ER.sum(axis=0))
-
-
-def test_scaled_keeps_copies() -> None:
-    flow = LoadModel(scenarios_from_skew(SMALL, 5.0, "x")).after_balancing(Balance(8, 2, 1, True))[0].flows[0]
-    big = scaled(flow, 1000.0)
-    np.testing.assert_allclose(big.load_ER, flow.load_ER * 1000)
-    assert big.replicas_RR is flow.replicas_RR
+        for counts in load.counts_P:
+            assert counts.tokens_R.sum() == pytest.approx(8)  # a unit per rank
+            assert counts.source_tokens == pytest.approx(1.0)
 
 
 def test_what_is_assumed_depends_on_the_router() -> None:

@@ -55,8 +55,8 @@ def test_bounds_are_bounds() -> None:
     prices = pricing()
     for plan in search(prices, 8, SPACE, limit=20).best:
         shape = replace(plan.spec, spare_slots=0, replicas="off", overlap_degree=1, recompute="none")
-        assert prices.least_s(shape) <= plan.expected_s * (1 + 1e-12)
-        assert prices.least_memory(shape) <= plan.memory.total
+        assert prices.least_s(shape, SPACE, shape.recompute) <= plan.expected_s * (1 + 1e-12)
+        assert prices.least_memory(shape, RECOMPUTE)[0] <= plan.memory.total
 
 
 def test_terms_add_up_and_scenarios_average(result: SearchResult) -> None:

@@ -100,6 +100,76 @@ def test_the_page_stands_alone_and_says_what_happened(run_dir: Path, capsys: pyt
     assert all(target in ids for target in re.findall(r'href="#([^"]+)"', text))
 
 
+def write_account(run: Path, busiest: float, **header: object) -> None:
+    """Twelve steps of two ranks whose experts take 0.1 ms a token; the first rank computes `busiest` tokens."""
+    known = {"version": 1, "basis": "cpu", "stages": [0, 0], "micro_batches": 1, "virtual": 1}
+    lines: list[dict[str, object]] = [known | header]
+    memory = {"rank": 1, "peak_bytes": 3 << 30, "limit_bytes": 8 << 30, "planned_bytes": {"weights": 1 << 30}}
+    for iteration in range(1, 13):
+        tokens = [busiest, 2000 - busiest]
+        seconds = [[0.1, 0.02, rows * 1e-4, 0, 0.005, 0] for rows in tokens]
+        counts = [[rows, 4, 2, 500, 0, max(tokens), 4, 500] for rows in tokens]
+        lines.append({"iteration": iteration, "iterations": 1, "seconds": seconds, "counts": counts})
+    lines[-1] |= {"tokens_per_second": 1000.0, "model_tflops_per_rank": 0.5, "mfu": 0.25, "memory": memory}
+    write_lines(run / "account.jsonl", lines)
+
+
+def test_where_a_step_goes_is_shown_against_the_ideal(
+    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ideal = tmp_path / "ideal"
+    shutil.copytree(run_dir, ideal)
+    write_account(run_dir, 1500)
+    write_account(ideal, 1000)
+    assert main(["report", str(run_dir), "--ideal", str(ideal)]) == 0
+    assert "step 275.0 ms" in (told := capsys.readouterr().out)
+    assert "81.8% of the force-balanced ideal reached" in told
+    text = (run_dir / "report.html").read_text()
+    for row in (
+        '<th scope="row">residual imbalance</th><td class="number">50.00</td><td class="number">18.2%</td><td>modelled',
+        '<th scope="row">force-balanced ideal</th><td class="number">225.00</td>',
+        '<th scope="row">unexplained</th><td class="number">0.00</td>',
+        '<th scope="row">planned: weights</th><td class="number">1.00</td>',
+        '<th scope="row">MFU of the cluster file&#39;s peak, median</th><td class="number">25.0%</td>',
+    ):
+        assert row in text
+
+
+def test_an_account_without_an_ideal_shows_what_balance_would_save(run_dir: Path) -> None:
+    write_account(run_dir, 1500)
+    assert main(["report", str(run_dir)]) == 0
+    text = (run_dir / "report.html").read_text()
+    assert "against the mean rank of this run" in text
+    assert "unexplained" not in text
+
+
+@pytest.mark.parametrize(
+    ("header", "expected"),
+    [
+        ({"version": 2}, "version = 2: is not version 1, which this release reads. Read it with the release"),
+        ({"stages": [0]}, "has rows of other ranks or columns"),
+        ({"basis": "gpu"}, "--ideal"),
+    ],
+)
+def test_an_account_that_does_not_fit_is_refused(
+    header: dict[str, object], expected: str, run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(run_dir, tmp_path / "ideal")
+    write_account(run_dir, 1500)
+    write_account(tmp_path / "ideal", 1000, **header)
+    assert main(["report", str(run_dir), "--ideal", str(tmp_path / "ideal")]) == 2
+    assert expected in capsys.readouterr().err
+
+
+def test_an_ideal_needs_measured_steps(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_account(run_dir, 1500)
+    assert main(["report", str(run_dir), "--ideal", str(tmp_path)]) == 2
+    expected = (
+        f"--ideal = '{tmp_path}': has no account.jsonl. Run the same launch with --moe-router-force-load-balancing"
+    )
+    assert expected in capsys.readouterr().err
+
+
 def test_two_runs_are_compared(run_dir: Path, tmp_path: Path) -> None:
     shutil.copytree(run_dir, tmp_path / "other")
     assert (

@@ -1,0 +1,47 @@
+"""The functions of this package that have compiled twins, in one object, so that a caller can pass those.
+
+The twins return the same integers and are ten to fifty times as fast. They are torch ops, and this package imports no
+torch: training passes them (`runtime.replicas.kernels`), and so do tools that find torch installed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from megatron_smartmoe.placement.exact_replicas import exact_replicas
+from megatron_smartmoe.placement.paying_replicas import DropLosing, without_losing_replicas
+from megatron_smartmoe.placement.plan_replicas import BestReplicas, best_replicas
+from megatron_smartmoe.placement.relay import RelayTree, relay_tree
+from megatron_smartmoe.placement.split import binding_cuts, min_max_split, split_graph
+from megatron_smartmoe.spec.arrays import IntArray
+from megatron_smartmoe.spec.placement import BoolArray
+
+
+def busiest_rank_tokens(hosts_ER: BoolArray, load_E: IntArray) -> int:
+    """Tokens of the busiest rank with the best split."""
+    return binding_cuts(split_graph(hosts_ER, load_E), load_E)[0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kernels:
+    """Numpy's functions, or their twins.
+
+    Attributes:
+        best: see `plan_replicas.best_replicas`.
+        drop: see `paying_replicas.without_losing_replicas`.
+        exact: see `exact_replicas.exact_replicas`; arguments load_E, slots_RS, home_slots, num_nodes.
+        split: see `split.min_max_split`; arguments counts_RE, hosts_ER.
+        busiest: see `busiest_rank_tokens`.
+        relay: see `relay.relay_tree`; arguments slots_RS, home_slots, num_nodes.
+    """
+
+    best: BestReplicas = best_replicas
+    drop: DropLosing = without_losing_replicas
+    exact: Callable[[IntArray, IntArray, int, int], IntArray] = exact_replicas
+    split: Callable[[IntArray, BoolArray], IntArray] = min_max_split
+    busiest: Callable[[BoolArray, IntArray], int] = busiest_rank_tokens
+    relay: Callable[[IntArray, int, int], RelayTree] = relay_tree
+
+
+NUMPY = Kernels()

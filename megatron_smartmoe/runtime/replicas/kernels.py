@@ -1,0 +1,46 @@
+"""The compiled twins of `placement`'s functions, as numpy functions."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from megatron_smartmoe import ops
+from megatron_smartmoe.placement.kernels import NUMPY, Kernels
+from megatron_smartmoe.placement.relay import RelayTree
+from megatron_smartmoe.runtime.replicas.history_plan import compiled_best_replicas
+from megatron_smartmoe.runtime.replicas.split import compiled_drop_losing, compiled_replicas
+from megatron_smartmoe.spec.arrays import IntArray
+from megatron_smartmoe.spec.placement import BoolArray
+
+
+def fastest_kernels() -> Kernels:
+    """The compiled functions, or numpy's where the library is not built. Both find the same."""
+    return COMPILED if ops.is_compiled() else NUMPY
+
+
+def _split(counts_RE: IntArray, hosts_ER: BoolArray) -> IntArray:
+    counts = torch.from_numpy(np.ascontiguousarray(counts_RE, dtype=np.int64))
+    return np.asarray(ops.min_max_split(counts, torch.from_numpy(np.array(hosts_ER))).numpy())
+
+
+def _busiest(hosts_ER: BoolArray, load_E: IntArray) -> int:
+    counts_RE = np.zeros((hosts_ER.shape[1], len(load_E)), dtype=np.int64)
+    counts_RE[0] = load_E  # where the tokens come from changes which ranks take them, not the largest load
+    return int(_split(counts_RE, hosts_ER).sum(axis=0).max())
+
+
+def _relay(slots_RS: IntArray, home_slots: int, num_nodes: int) -> RelayTree:
+    tree_3RK = ops.relay_tree(torch.from_numpy(np.array(slots_RS)), home_slots, num_nodes).numpy()
+    parent_RK, parent_slot_RK, round_RK = np.asarray(tree_3RK)
+    return RelayTree(parent_RK=parent_RK, parent_slot_RK=parent_slot_RK, round_RK=round_RK, home_slots=home_slots)
+
+
+COMPILED = Kernels(
+    best=compiled_best_replicas,
+    drop=compiled_drop_losing,
+    exact=compiled_replicas,
+    split=_split,
+    busiest=_busiest,
+    relay=_relay,
+)

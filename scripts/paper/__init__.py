@@ -1,0 +1,1 @@
+"""The settings of the SmartMoE paper's figures with this project's planner and placement."""
