@@ -22,7 +22,6 @@ DEVICES = ("auto", "cpu", "cuda")
 EXPERTS = ("grouped_mm", "transformer_engine")
 HOMES = ("on", "off", "dry", "shuffle")
 REPLICAS = ("off", "history", "exact", "auto")
-SCOPES = ("node", "group")
 SWITCH = ("on", "off")
 
 REHEARSAL = "--smartmoe-rehearsal"
@@ -302,10 +301,11 @@ def _add_replicas(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--smartmoe-replicas-scope",
-        choices=SCOPES,
+        metavar="SCOPE",
         default="node",
         help="node: a replica is placed on the node of its expert's home. group: anywhere in the expert-parallel "
-        "group. Default: node.",
+        "group. LEVEL: in the same domain of a level that the file of --smartmoe-cluster names, such as leaf. "
+        "Default: node.",
     )
     group.add_argument(
         "--smartmoe-replicas-margin",

@@ -7,7 +7,7 @@ import math
 import os
 from pathlib import Path
 
-from megatron_smartmoe.adapter.cost_inputs import expert_shape, state_bytes
+from megatron_smartmoe.adapter.cost_inputs import expert_shape, machine, state_bytes
 from megatron_smartmoe.adapter.flags.gate_checks import check_gate
 from megatron_smartmoe.adapter.flags.parser import attribute, has_transformer_engine
 from megatron_smartmoe.adapter.flags.pool_settings import homes_interval, may_overlap, settings_of_pool
@@ -327,8 +327,21 @@ def _check_replicas(args: argparse.Namespace) -> None:
     if mode not in (None, "off") and slots == 0:
         rule = "needs spare slots for the replicas"
         raise ConfigError("--smartmoe-replicas", mode, rule, f"Add {SPARE_SLOTS} 1, or remove it.")
+    _check_scope(args)
     if replicas_mode(args) != "off":
         _check_replicas_possible(args)
+
+
+def _check_scope(args: argparse.Namespace) -> None:
+    """The domains that replicas stay in are nodes, or those of a level that the cluster file names."""
+    scope = args.smartmoe_replicas_scope
+    if scope in ("node", "group"):
+        return
+    names = [level.name for level in machine(args).levels]
+    if scope not in names:
+        known = ", ".join(["node", "group", *names])
+        rule = "is not node, group or the name of a level in the file of --smartmoe-cluster"
+        raise ConfigError("--smartmoe-replicas-scope", scope, rule, f"Known: {known}.")
 
 
 def _check_replicas_possible(args: argparse.Namespace) -> None:
