@@ -15,6 +15,7 @@ from megatron_smartmoe.adapter.flags.smartmoe_arguments import (
     AUTO,
     POOL,
     POOL_INTERVAL,
+    RECORD_MICRO_BATCHES,
     RESUME,
     WATCHDOG_FLOOR,
     replicas_mode,
@@ -177,6 +178,9 @@ def _check_traces(args: argparse.Namespace) -> None:
             raise ConfigError(flag, name, "must end in .npz", f"Pass {name}.npz.")
         if os.path.isdir(name):
             raise ConfigError(flag, name, "is a directory", f"Pass a file in it, for example {name}/trace.npz.")
+    if args.smartmoe_record_micro_batches and name is None:
+        rule = "says how --smartmoe-record-trace records, which is not given"
+        raise ConfigError(RECORD_MICRO_BATCHES, True, rule, "Add --smartmoe-record-trace FILE, or remove it.")
     name = args.smartmoe_replay_trace
     if name is None:
         return
