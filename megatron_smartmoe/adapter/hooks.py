@@ -47,6 +47,7 @@ class Order(IntEnum):
     """Which callback is called first at each moment: the one with the smaller number."""
 
     PROGRESS = 3  # what the others do is part of what is watched
+    ACCOUNT = 4  # the clock of a step runs before the others begin, and around what they do between steps
     CHECKPOINT = 5  # what was loaded is known before anything is built on it
     REPLAY = 10  # forces what the routers choose, so everything after it counts the forced choice
     METRICS = 20

@@ -17,6 +17,7 @@ from megatron_smartmoe.cli import (
     plan,
     report,
     simulate,
+    whatif,
 )
 from megatron_smartmoe.errors import EXIT_CONFIG_ERROR, SmartMoEError
 
@@ -32,6 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
     bench_imbalance.add_parser(tools)
     report.add_parser(tools)
     explain.add_parser(tools)
+    whatif.add_parser(tools)
     calibrate.add_parser(tools)
     doctor.add_parser(tools)
     checkpoint.add_parser(tools)

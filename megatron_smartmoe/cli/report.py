@@ -37,6 +37,11 @@ def add_parser(tools: Any) -> None:
     add("--spare-slots", type=int, metavar="K", help="of a routing trace: replica slots per rank (default: 1)")
     text = "of a routing trace: machine for predicted times, a file or the name of a shipped one (default: H100)"
     add("--cluster", type=Path, metavar="YAML", help=text)
+    text = (
+        "run directory of the same launch with --moe-router-force-load-balancing: what share of its step time was "
+        "reached, and where the rest went"
+    )
+    add("--ideal", type=Path, metavar="RUN2", help=text)
     parser.set_defaults(run=run)
 
 
@@ -78,7 +83,8 @@ def _write_trace(options: argparse.Namespace, output: Path) -> None:
     from megatron_smartmoe.cli.report_trace import simulated_run
     from megatron_smartmoe.report.page import page
 
-    for flag, value in (("--compare", options.compare), ("--trace", options.trace), ("--live", options.live)):
+    for name in ("compare", "trace", "live", "ideal"):
+        flag, value = f"--{name}", getattr(options, name)
         if value is not None:
             raise ConfigError(flag, str(value), "is for a run directory", f"Remove {flag}.")
     spare_slots = 1 if options.spare_slots is None else options.spare_slots
@@ -92,19 +98,24 @@ def _write_trace(options: argparse.Namespace, output: Path) -> None:
 
 def _write(options: argparse.Namespace, output: Path) -> bool:
     """Write the page, whole or not at all; returns whether the run has ended."""
+    from megatron_smartmoe.report.account import read_account, summary_text
     from megatron_smartmoe.report.page import page  # matplotlib is slow to import
     from megatron_smartmoe.report.run_record import read_run
 
     runs = [read_run(options.run_dir, options.trace)]
     if options.compare is not None:
         runs.append(read_run(options.compare))
+    accounts = [read_account(options.run_dir, options.ideal)]
+    accounts += [read_account(options.compare)] if options.compare is not None else []
     refresh_s = None if runs[0].is_finished else options.live
     part = output.with_name(f"{output.name}.part")
     try:
-        part.write_text(page(runs, refresh_s=refresh_s), encoding="utf-8")
+        part.write_text(page(runs, accounts=accounts, refresh_s=refresh_s), encoding="utf-8")
         part.replace(output)
     except OSError as error:
         raise ConfigError(
             "--output", str(output), f"cannot be written: {error.strerror}", "Name another file."
         ) from None
+    if options.ideal is not None and accounts[0] is not None and refresh_s is None:
+        print(summary_text(accounts[0].account))
     return runs[0].is_finished

@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import io
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
@@ -77,6 +77,35 @@ def lines(
         axes.set_ylabel(y_label)
         if len(curves) > 1:
             axes.legend(loc="best")
+    return _inline(out[0], title)
+
+
+def stacked(
+    iteration: FloatArray, parts: Mapping[str, FloatArray], *, y_label: str, title: str, line: float | None = None
+) -> str:
+    """Parts that add up, over iterations, as SVG.
+
+    Args:
+        iteration: `[N]`.
+        parts: values of each, from the bottom upwards.
+        y_label: with its unit.
+        title: what a screen reader says.
+        line: a value to draw a dashed line at; None for none.
+    """
+    with _drawing(7.2, 2.8) as (axes, out):
+        if len(iteration) == 1:
+            bottom = 0.0
+            for (name, values), colour in zip(parts.items(), COLOURS, strict=False):
+                axes.bar([f"iteration {iteration[0]:g}"], values, bottom=bottom, label=name, color=colour, width=0.4)
+                bottom += float(values[0])
+        else:
+            axes.stackplot(iteration, list(parts.values()), labels=list(parts), colors=COLOURS, linewidth=0)
+            axes.set_xlabel("iteration")
+        if line is not None:
+            axes.axhline(line, color=_INK, linewidth=1.0, linestyle="--")
+        axes.set_ylim(bottom=0.0)
+        axes.set_ylabel(y_label)
+        axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), reverse=True)
     return _inline(out[0], title)
 
 

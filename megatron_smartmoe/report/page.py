@@ -11,8 +11,10 @@ from typing import Any
 import jinja2
 import numpy as np
 
+from megatron_smartmoe.report.account import CLOCKS, RunAccount, memory, parts_over_time, split, table
 from megatron_smartmoe.report.binning import Loads, loads_of
-from megatron_smartmoe.report.charts import COLOURS, Line, heat_map, lines
+from megatron_smartmoe.report.candidates import candidate_lines, prices
+from megatron_smartmoe.report.charts import COLOURS, Line, heat_map, lines, stacked
 from megatron_smartmoe.report.run_record import Balance, RunRecord, is_move, whole
 from megatron_smartmoe.spec.placement import EMPTY
 
@@ -50,11 +52,33 @@ class LayerView:
     slots: tuple[tuple[str, str], ...]
 
 
-def page(runs: Sequence[RunRecord], *, refresh_s: int | None = None) -> str:
+@dataclass(frozen=True, kw_only=True)
+class AccountView:
+    """What the page shows of where a step goes.
+
+    Attributes:
+        svg: parts of the step over iterations; dashed: the ideal's step.
+        text: what the times are.
+        share: of the ideal that was reached; empty without one.
+        terms: what, ms, share of the step, how it is known.
+        split: part, ms, share of the step, ms of the ideal.
+        memory: what, GiB.
+    """
+
+    svg: str
+    text: str
+    share: str
+    terms: list[tuple[str, str, str, str]]
+    split: list[tuple[str, str, str, str]]
+    memory: list[tuple[str, str]]
+
+
+def page(runs: Sequence[RunRecord], *, accounts: Sequence[RunAccount | None] = (), refresh_s: int | None = None) -> str:
     """The HTML page of a run, or of two that are compared.
 
     Args:
         runs: the run; a second one is drawn dashed beside it.
+        accounts: of the runs, where they have measured their steps.
         refresh_s: seconds after which a browser loads the page again; None for never.
     """
     run, *others = runs
@@ -66,7 +90,8 @@ def page(runs: Sequence[RunRecord], *, refresh_s: int | None = None) -> str:
         run=run,
         others=others,
         refresh_s=refresh_s,
-        headline=_headline(runs),
+        headline=_headline(runs, accounts),
+        account=_account(accounts[0]) if accounts and accounts[0] is not None else None,
         figures=[figure for figure in (_loss(runs), _speed(runs), _balance_chart(runs)) if figure is not None],
         balance=[(balance.layer + 1, *_balance_row(balance)) for balance in run.balance],
         layers=_layers(run),
@@ -78,7 +103,34 @@ def page(runs: Sequence[RunRecord], *, refresh_s: int | None = None) -> str:
     )
 
 
-def _headline(runs: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
+def _account(found: RunAccount) -> AccountView:
+    """What the page shows of where a step goes."""
+    account, (iteration, parts) = found.account, parts_over_time(found)
+    ideal_ms = None if account.ideal_s is None else account.ideal_s * 1e3
+    title = "Milliseconds of a step by part over iterations"
+    return AccountView(
+        svg=stacked(iteration, parts, y_label="ms of a step", title=title, line=ideal_ms),
+        text=f"{CLOCKS[account.basis]}, mean of {account.iterations} iterations",
+        share=f"{account.share:.1%}" if account.share is not None else "",
+        terms=table(account),
+        split=split(account),
+        memory=memory(found),
+    )
+
+
+def _median_interval(found: RunAccount | None, name: str, form: str) -> str:
+    """Median over log intervals of a figure, where the run has it."""
+    intervals = found.steps.intervals.values() if found is not None else ()
+    values = [interval[name] for interval in intervals if interval[name] is not None]
+    return form.format(np.median(values)) if values else ""
+
+
+def _peak_memory(found: RunAccount | None) -> str:
+    latest = found.latest if found is not None else {}
+    return f"{latest['memory']['peak_bytes'] / 2**30:.2f}" if latest else ""
+
+
+def _headline(runs: Sequence[RunRecord], accounts: Sequence[RunAccount | None]) -> list[tuple[str, list[str]]]:
     """Rows of name and a value per run."""
     rows = {
         "iterations": [_last_iteration(run) for run in runs],
@@ -89,6 +141,15 @@ def _headline(runs: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
         f"max / mean tokens per rank, {runs[0].compared[0]}": [_mean_balance(run, "homes") for run in runs],
         f"max / mean tokens per rank, {runs[0].compared[1]}": [_mean_balance(run, "split") for run in runs],
         "moves of homes taken": [_moves(run) for run in runs],
+        "model TFLOP/s per rank, median": [
+            _median_interval(found, "model_tflops_per_rank", "{:.3g}") for found in accounts
+        ],
+        "MFU of the cluster file's peak, median": [_median_interval(found, "mfu", "{:.1%}") for found in accounts],
+        "peak memory of the fullest rank, GiB": [_peak_memory(found) for found in accounts],
+        "share of the force-balanced ideal": [
+            f"{found.account.share:.1%}" if found is not None and found.account.share is not None else ""
+            for found in accounts
+        ],
     }
     return [(name, values) for name, values in rows.items() if any(values)]
 
@@ -224,7 +285,7 @@ def _layer(run: RunRecord, layer: int, load: Loads | None) -> LayerView:
     )
 
 
-def _decision(decision: dict[str, Any]) -> dict[str, str]:
+def _decision(decision: dict[str, Any]) -> dict[str, Any]:
     """A row of the table of decisions."""
 
     def milliseconds(name: str) -> str:
@@ -248,6 +309,8 @@ def _decision(decision: dict[str, Any]) -> dict[str, str]:
         "predicted": milliseconds("predicted_gain_s"),
         "measured": milliseconds("realised_gain_s"),
         "why": str(decision["why"]),
+        "candidates": candidate_lines(decision) if decision.get("candidates") else [],
+        "prices": prices(decision),
     }
 
 

@@ -9,7 +9,7 @@ are left out of everything, and counted.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -93,8 +93,31 @@ class PolicyResult:
         return float((self.layer_s + self.moving_s).mean())
 
 
+@dataclass(frozen=True, kw_only=True)
+class Applied:
+    """A plan as the replay applies it to the counts of one layer and micro-batch.
+
+    Attributes:
+        record: its number.
+        layer: row of the layer.
+        group: expert-parallel group.
+        counts_RE: the counts.
+        planned: slots and split.
+    """
+
+    record: int
+    layer: int
+    group: int
+    counts_RE: IntArray
+    planned: Planned
+
+
 def replay(
-    trace: RoutingTrace, policy: SimulatedPolicy, setup: SimulationSetup, records: Iterable[int] | None = None
+    trace: RoutingTrace,
+    policy: SimulatedPolicy,
+    setup: SimulationSetup,
+    records: Iterable[int] | None = None,
+    watch: Callable[[Applied], None] | None = None,
 ) -> PolicyResult:
     """Replay a trace through one policy.
 
@@ -103,6 +126,7 @@ def replay(
         policy: a policy that has observed nothing yet.
         setup: ranks, slots and prices.
         records: numbers of the records in order, wrapped to show progress; None takes all of them.
+        watch: called with every plan of a counted record, for those who count something else.
     """
     imbalance: list[float] = []
     layer_s: list[float] = []
@@ -128,6 +152,8 @@ def replay(
                 layer_s.append(seconds)
                 imbalance.append(worst)
                 moving_s.append(moves_s[layer])
+                if watch is not None:
+                    watch(Applied(record=record, layer=layer, group=group, counts_RE=counts_RE, planned=planned))
         # Step 3: observe the record.
         policy.observe(counts_LGMRE)
     return PolicyResult(

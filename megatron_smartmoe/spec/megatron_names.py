@@ -58,6 +58,7 @@ def _names() -> Iterator[MegatronName]:
     yield from hooked(f"{training}.arguments", "flags", "add_megatron_arguments", arguments=("parser",))
     yield from hooked(f"{training}.arguments", "start-up checks", "validate_args", arguments=("args",))
     yield from hooked(loop, "start and end of a run", "initialize_megatron", "pretrain")
+    yield from hooked(loop, "model FLOP/s", "num_floating_point_operations", is_hooked=False)
     yield from hooked(loop, "callbacks", "setup_model_and_optimizer", "train_step", "evaluate")
     yield from hooked(loop, "callbacks", "save_checkpoint_and_time", "maybe_finalize_async_save")
     yield from hooked(loop, "callbacks", "post_training_step_callbacks", arguments=("iteration",))

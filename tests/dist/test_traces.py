@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 
+from megatron_smartmoe.cost.fitted import Count, Part
+from megatron_smartmoe.report.account import read_steps
 from megatron_smartmoe.spec.trace import RoutingTrace, load_trace
 from tests.support.training import train
 
@@ -23,7 +27,8 @@ def stock_trace(tmp_path_factory: pytest.TempPathFactory, data_flags: list[str])
     """Routing trace of a stock run at EP2 x PP2: 3 iterations, 4 layers on two stages, 2 source ranks."""
     folder = tmp_path_factory.mktemp("trace")
     record = ["--smartmoe-record-trace", str(folder / "trace.npz")]
-    train(folder, 4, data_flags, *EP2, *PP2, *record, iterations=3)
+    board = ["--tensorboard-dir", str(folder / "tensorboard")]
+    train(folder, 4, data_flags, *EP2, *PP2, *record, *board, iterations=3)
     return folder / "trace.npz"
 
 
@@ -36,6 +41,36 @@ def test_every_layer_rank_and_iteration_is_recorded(stock_trace: Path) -> None:
     assert trace.meta["top_k"] == TOP_K
     assert (trace.counts.sum(axis=-1) == TOKENS // 2 * TOP_K).all()
     assert len({trace.counts[0, layer].tobytes() for layer in range(4)}) == 4
+
+
+def test_every_rank_and_iteration_is_accounted_for(stock_trace: Path) -> None:
+    found = read_steps(stock_trace.parent)
+    assert found is not None
+    record, counts = found.record, load_trace(stock_trace).counts
+    assert record.basis == "cpu"
+    assert record.stage_R.tolist() == [0, 0, 1, 1]
+    assert record.iteration_N.tolist() == [1, 2, 3]
+    rows_NLR = counts.sum(axis=2).reshape(3, 4, 2, 4).sum(axis=3)  # experts of two ranks
+    assert np.array_equal(record.counts_NRC[:, :, Count.TOKENS], rows_NLR.reshape(3, 2, 2, 2).sum(axis=2).reshape(3, 4))
+    assert (record.counts_NRC[:, :, Count.CALLS] == 2 * 2).all()  # layers of a stage, micro-batches
+    assert (record.counts_NRC[:, :, Count.BUSIEST_TOKENS] >= record.counts_NRC[:, :, Count.TOKENS]).all()
+    assert (record.seconds_NRP[:, :, [Part.OUTSIDE, Part.DISPATCH, Part.EXPERTS]] > 0).all()
+    assert not record.seconds_NRP[:, :, [Part.REPLICAS, Part.MIGRATION]].any()
+    summary = json.loads((stock_trace.parent / "summary.json").read_text())
+    assert summary["account"]["step_s"] == pytest.approx(record.step_NR.max(axis=1).mean(), rel=1e-3)
+    assert 0 < summary["mfu"] < 1
+    assert 0 < summary["memory"]["peak_bytes"] < summary["memory"]["limit_bytes"]
+    assert "smartmoe: iteration        3 | step " in (stock_trace.parent / "ranks" / "rank0.log").read_text()
+
+
+def test_the_account_is_written_to_tensorboard(stock_trace: Path) -> None:
+    events = EventAccumulator(str(stock_trace.parent / "tensorboard"))
+    events.Reload()
+    scalars = events.Tags()["scalars"]
+    for name in ("step (ms)", "MFU", "dead experts", "account/residual imbalance (ms)"):
+        assert f"smartmoe/{name}" in scalars
+    assert "smartmoe/max over mean tokens per rank, p95/layer 4" in scalars
+    assert "smartmoe/tokens per expert/layer 1" in events.Tags()["histograms"]
 
 
 def test_smartmoe_routes_what_stock_megatron_routes(stock_trace: Path, tmp_path: Path, data_flags: list[str]) -> None:

@@ -22,16 +22,17 @@ DEVICES = ("auto", "cpu", "cuda")
 EXPERTS = ("grouped_mm", "transformer_engine")
 HOMES = ("on", "off", "dry", "shuffle")
 REPLICAS = ("off", "history", "exact", "auto")
-SCOPES = ("node", "group")
 SWITCH = ("on", "off")
 
 REHEARSAL = "--smartmoe-rehearsal"
+ACCOUNT = "--smartmoe-account"
 WATCHDOG = "--smartmoe-watchdog"
 WATCHDOG_FLOOR = "--smartmoe-watchdog-floor-s"
 WATCHDOG_FLOOR_S = 8.0  # with the median step: twice what busy machines were seen to need
 RESUME = "--smartmoe-resume"
 RESUMES = ("newest", "newest-whole")
 
+RECORD_MICRO_BATCHES = "--smartmoe-record-micro-batches"
 POOL = "--smartmoe-pool"
 POOL_INTERVAL = "--smartmoe-pool-interval"
 AUTO = "auto"  # of the overlap degree and of the pool
@@ -131,7 +132,15 @@ def add_smartmoe_arguments(parser: argparse.ArgumentParser) -> argparse.Argument
         metavar="FILE",
         default=None,
         help="Write the tokens per expert of every iteration, layer and source rank to this .npz file, for `smartmoe "
-        "simulate`, --parallel-trace and --smartmoe-replay-trace. Works without --smartmoe too. Default: no trace.",
+        "simulate`, --parallel-trace and --smartmoe-replay-trace. Works without --smartmoe too. A run that resumes "
+        "continues its file. Default: no trace.",
+    )
+    group.add_argument(
+        RECORD_MICRO_BATCHES,
+        action="store_true",
+        help="With --smartmoe-record-trace: keep the micro-batches of an iteration apart, which makes the file that "
+        "many times as large. With it and --smartmoe-run-dir, `smartmoe simulate --replay DIR` makes every decision "
+        "of the run again; without it, those of runs with one micro-batch, or with homes alone.",
     )
     group.add_argument(
         "--smartmoe-replay-trace",
@@ -139,6 +148,16 @@ def add_smartmoe_arguments(parser: argparse.ArgumentParser) -> argparse.Argument
         default=None,
         help="BENCHMARKS ONLY: route tokens as this trace did, whatever the routers choose. The trained model is "
         "meaningless.",
+    )
+    group.add_argument(
+        ACCOUNT,
+        choices=SWITCH,
+        default="on",
+        help="With --num-experts. on: time the parts of every step and count what every rank computes; every "
+        "--log-interval iterations print one line with where the step's time goes, tokens per second, MFU and peak "
+        "memory, write the same to TensorBoard and W&B, and keep the measurements in account.jsonl for smartmoe "
+        "report. It changes nothing that is trained, and works without --smartmoe too. off: measure nothing. "
+        "Default: on.",
     )
     _add_watchdog(group)
     _add_checkpoints(group)
@@ -291,10 +310,11 @@ def _add_replicas(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--smartmoe-replicas-scope",
-        choices=SCOPES,
+        metavar="SCOPE",
         default="node",
         help="node: a replica is placed on the node of its expert's home. group: anywhere in the expert-parallel "
-        "group. Default: node.",
+        "group. LEVEL: in the same domain of a level that the file of --smartmoe-cluster names, such as leaf. "
+        "Default: node.",
     )
     group.add_argument(
         "--smartmoe-replicas-margin",

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
-from megatron.training import get_tensorboard_writer, get_wandb_writer
-
+from megatron_smartmoe.adapter.records.scalars import write_scalars
 from megatron_smartmoe.adapter.run import Run
 from megatron_smartmoe.placement.decisions import Decision
-from megatron_smartmoe.runtime.controller import Moved
+from megatron_smartmoe.runtime.controller import Moved, with_outcome
 
 
 class DecisionLog:
@@ -25,8 +22,8 @@ class DecisionLog:
 
     def decided(self, decision: Decision, before: float, after: float, moved: Moved | None) -> None:
         """See `runtime.controller.Reporter`."""
-        if moved is not None and moved.failure is None:
-            decision = replace(decision, moved_bytes=moved.wire_bytes)
+        if moved is not None:
+            decision = with_outcome(decision, moved)
         if self._is_reporter:
             print(self._line(decision, before, after, moved), flush=True)
             self._run.append("smartmoe.jsonl", decision.to_line())
@@ -38,7 +35,8 @@ class DecisionLog:
         if moved is not None:
             scalars["smartmoe/migration (MiB)"] = moved.wire_bytes / 2**20
             scalars["smartmoe/migration (s)"] = moved.seconds
-        self._write_scalars(scalars, decision.iteration)
+            scalars["smartmoe/experts moved"] = float(len(decision.changes))
+        write_scalars(scalars, decision.iteration)
 
     def switched(self, decision: Decision, index: int) -> None:
         """Log a switch between settings of the pool, or the review of one.
@@ -52,7 +50,7 @@ class DecisionLog:
         scalars = {"smartmoe/pool setting": float(index)}
         if decision.realised_gain_s is not None:
             scalars["smartmoe/pool realised gain (ms)"] = decision.realised_gain_s * 1e3
-        self._write_scalars(scalars, decision.iteration)
+        write_scalars(scalars, decision.iteration)
 
     def _line(self, decision: Decision, before: float, after: float, moved: Moved | None) -> str:
         """` smartmoe: iteration 100 | homes: ... | max/mean tokens per rank 1.33 -> 1.02 | ... |`"""
@@ -75,11 +73,3 @@ class DecisionLog:
         """See `runtime.controller.Reporter`. What concerns one rank is printed there, what concerns all on rank 0."""
         if self._is_reporter or not text.startswith("the ranks"):
             print(f" smartmoe: iteration {iteration:8d} | WARNING: {text} |", flush=True)
-
-    @staticmethod
-    def _write_scalars(scalars: dict[str, float], iteration: int) -> None:
-        if (writer := get_tensorboard_writer()) is not None:
-            for name, value in scalars.items():
-                writer.add_scalar(name, value, iteration)
-        if (wandb := get_wandb_writer()) is not None:
-            wandb.log(scalars, iteration)

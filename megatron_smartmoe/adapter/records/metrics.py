@@ -23,6 +23,7 @@ from megatron_smartmoe.adapter.hooks import Callback, Order
 from megatron_smartmoe.adapter.launch import batch_job
 from megatron_smartmoe.adapter.moe.routers import count_tokens
 from megatron_smartmoe.adapter.records import data_text, summary
+from megatron_smartmoe.adapter.records.account import StepAccount
 from megatron_smartmoe.adapter.run import Run
 from megatron_smartmoe.adapter.run_files import write_text
 from megatron_smartmoe.runtime.counts import ExpertCounts
@@ -32,11 +33,16 @@ LOAD_WINDOW_ITERATIONS = 50  # the summary's load per expert is that of the last
 
 
 class Metrics(Callback):
-    """Writes metrics.jsonl on the last rank, which has the losses, and the summary on rank 0."""
+    """Writes metrics.jsonl on the last rank, which has the losses, and the summary on rank 0.
+
+    Args:
+        account: adds what it has found to the summary; called before this one.
+    """
 
     order = Order.METRICS
 
-    def __init__(self) -> None:
+    def __init__(self, account: StepAccount | None = None) -> None:
+        self._account = account
         self._loss: Mapping[str, torch.Tensor] = {}
         self._counts: ExpertCounts | None = None
         self._first_iteration: int | None = None
@@ -126,6 +132,7 @@ class Metrics(Callback):
         iteration = self._iteration or run.args.iteration
         gathered = {"iteration": iteration, "load_LE": load.tolist(), "first_text": self._first_text, **known[0]}
         content = summary.summarise(gathered, run.args)
+        content |= self._account.summary() if self._account is not None else {}
         print(summary.render(content, run.args, run.directory), flush=True)
         if run.directory is not None:
             path = run.directory / summary.FILE

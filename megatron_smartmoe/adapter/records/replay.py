@@ -49,7 +49,8 @@ class RoutingReplay(Callback):
         micro_batches_N = [max(1, self._trace.num_micro_batches(record)) for record in range(self._trace.num_records)]
         for number, layer in run.layers:
             row = run.layer_numbers.index(number)
-            layer.router.register_forward_hook(self._hook(row, counts_NLME, micro_batches_N))
+            # first of all hooks: whoever counts counts the forced choice, however early it came
+            layer.router.register_forward_hook(self._hook(row, counts_NLME, micro_batches_N), prepend=True)
 
     def _hook(self, layer: int, counts_NLME: IntArray, micro_batches_N: list[int]) -> Any:
         def hook(router: torch.nn.Module, inputs: Any, output: tuple[torch.Tensor, torch.Tensor]) -> Any:

@@ -29,6 +29,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_smartmoe.errors import one_line
+from megatron_smartmoe.runtime.step_clock import STEP_CLOCK, Part
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -120,7 +121,7 @@ class Transfer:
         """Post the next round, if there is one, when the one before it has arrived and is added up."""
         if self.is_posted:
             return
-        with self._beside.entered():
+        with STEP_CLOCK.within(Part.REPLICAS), self._beside.entered():
             if self._num_posted:
                 self._arrive()
             operations = self._rounds[self._num_posted].operations
@@ -134,12 +135,13 @@ class Transfer:
         while not self.is_posted:
             self.advance()
         self.is_finished = True  # first: a wait that fails is not tried again
-        if self._rounds:
-            with self._beside.entered():
-                self._arrive()
-            self._beside.join()
-        if self._delivers is not None:
-            self._delivers()
+        with STEP_CLOCK.within(Part.REPLICAS):
+            if self._rounds:
+                with self._beside.entered():
+                    self._arrive()
+                self._beside.join()
+            if self._delivers is not None:
+                self._delivers()
         self._rounds, self._delivers = (), None  # nobody needs the memory any more
 
     def drop(self) -> None:

@@ -30,6 +30,7 @@ from megatron_smartmoe.runtime.digest import digest_bounds, is_one_digest
 from megatron_smartmoe.runtime.replicas.links import Link
 from megatron_smartmoe.runtime.replicas.per_slot import SlotWeight
 from megatron_smartmoe.runtime.replicas.transfer import Beside, Round, Transfer
+from megatron_smartmoe.runtime.step_clock import STEP_CLOCK, Part
 
 Totals = Callable[[], Sequence[SlotWeight]]
 _MOST_TAGS = 2**30  # gloo's are non-negative int32
@@ -53,6 +54,7 @@ class ReplicaWire:
         # receive something post a fetch, so a fetch must not be that first operation.
         dist.all_reduce(torch.zeros(1, device=self._device), group=group)
 
+    @STEP_CLOCK.within(Part.REPLICAS)
     @torch.no_grad()
     def start_fetch(
         self, links: Sequence[Link], homes: Sequence[SlotWeight], spares: Sequence[torch.Tensor], num_links: int
@@ -77,6 +79,7 @@ class ReplicaWire:
                 rounds[link.round].operations.append(operation)
         return self._start("weights of replicas", rounds, homes[0].device)
 
+    @STEP_CLOCK.within(Part.REPLICAS)
     @torch.no_grad()
     def start_return(
         self,

@@ -54,7 +54,9 @@ def run_dir(tmp_path: Path) -> Path:
     ]
     write_lines(run / "metrics.jsonl", [*losses, {"iteration": 20, "validation": {"lm loss": 5.1}}])
     moved = [[0, 0, 1, 1, 2], [0, 1, 0, 2, 1]]
-    refused = decision(15, "homes", [[1, 0, 0, 0, 3]], taken=False, why="does not pay")
+    move = {"name": "move 1 <i> of layer 2", "chosen": True, "layer": 1, "gain_s": 0.002, "cost_s": 1.0}
+    prices = {"candidates": [move], "horizon_iterations": 100, "margin": 2.0}
+    refused = decision(15, "homes", [[1, 0, 0, 0, 3]], taken=False, why="does not pay", **prices)
     kept = decision(18, "review", [], realised_gain_s=0.001, why="measured 1.0 ms/iter: kept")
     write_lines(run / "smartmoe.jsonl", [decision(5, "homes", moved), refused, kept])
     write_lines(run / "replicas-stage0-group0.jsonl", [decision(6, "replicas", [[1, 1, 2, -1, 0]])])
@@ -95,9 +97,82 @@ def test_the_page_stands_alone_and_says_what_happened(run_dir: Path, capsys: pyt
     assert "pays &lt;b&gt;: 2.0 ms" in text, "texts of the log are no markup"
     assert '<tr class="refused"><td class="number">15</td><td>homes</td><td>1 expert</td><td>refused</td>' in text
     assert '+2.000</td><td class="number">+1.000</td>' in text
+    assert "&gt; move 1 &lt;i&gt; of layer 2  saves +2.000 ms per iteration, costs 1000.000 ms once\n" in text
+    assert "a gain counts over 100 iterations, and must be more than 2 times the cost</details>" in text
+    assert text.count("<summary>candidates</summary>") == 1
     ids = re.findall(r' id="([^"]+)"', text)
     assert len(ids) == len(set(ids))
     assert all(target in ids for target in re.findall(r'href="#([^"]+)"', text))
+
+
+def write_account(run: Path, busiest: float, **header: object) -> None:
+    """Twelve steps of two ranks whose experts take 0.1 ms a token; the first rank computes `busiest` tokens."""
+    known = {"version": 1, "basis": "cpu", "stages": [0, 0], "micro_batches": 1, "virtual": 1}
+    lines: list[dict[str, object]] = [known | header]
+    memory = {"rank": 1, "peak_bytes": 3 << 30, "limit_bytes": 8 << 30, "planned_bytes": {"weights": 1 << 30}}
+    for iteration in range(1, 13):
+        tokens = [busiest, 2000 - busiest]
+        seconds = [[0.1, 0.02, rows * 1e-4, 0, 0.005, 0] for rows in tokens]
+        counts = [[rows, 4, 2, 500, 0, max(tokens), 4, 500] for rows in tokens]
+        lines.append({"iteration": iteration, "iterations": 1, "seconds": seconds, "counts": counts})
+    lines[-1] |= {"tokens_per_second": 1000.0, "model_tflops_per_rank": 0.5, "mfu": 0.25, "memory": memory}
+    write_lines(run / "account.jsonl", lines)
+
+
+def test_where_a_step_goes_is_shown_against_the_ideal(
+    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ideal = tmp_path / "ideal"
+    shutil.copytree(run_dir, ideal)
+    write_account(run_dir, 1500)
+    write_account(ideal, 1000)
+    assert main(["report", str(run_dir), "--ideal", str(ideal)]) == 0
+    assert "step 275.0 ms" in (told := capsys.readouterr().out)
+    assert "81.8% of the force-balanced ideal reached" in told
+    text = (run_dir / "report.html").read_text()
+    for row in (
+        '<th scope="row">residual imbalance</th><td class="number">50.00</td><td class="number">18.2%</td><td>modelled',
+        '<th scope="row">force-balanced ideal</th><td class="number">225.00</td>',
+        '<th scope="row">unexplained</th><td class="number">0.00</td>',
+        '<th scope="row">planned: weights</th><td class="number">1.00</td>',
+        '<th scope="row">MFU of the cluster file&#39;s peak, median</th><td class="number">25.0%</td>',
+    ):
+        assert row in text
+
+
+def test_an_account_without_an_ideal_shows_what_balance_would_save(run_dir: Path) -> None:
+    write_account(run_dir, 1500)
+    assert main(["report", str(run_dir)]) == 0
+    text = (run_dir / "report.html").read_text()
+    assert "against the mean rank of this run" in text
+    assert "unexplained" not in text
+
+
+@pytest.mark.parametrize(
+    ("header", "expected"),
+    [
+        ({"version": 2}, "version = 2: is not version 1, which this release reads. Read it with the release"),
+        ({"stages": [0]}, "has rows of other ranks or columns"),
+        ({"basis": "gpu"}, "--ideal"),
+    ],
+)
+def test_an_account_that_does_not_fit_is_refused(
+    header: dict[str, object], expected: str, run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(run_dir, tmp_path / "ideal")
+    write_account(run_dir, 1500)
+    write_account(tmp_path / "ideal", 1000, **header)
+    assert main(["report", str(run_dir), "--ideal", str(tmp_path / "ideal")]) == 2
+    assert expected in capsys.readouterr().err
+
+
+def test_an_ideal_needs_measured_steps(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_account(run_dir, 1500)
+    assert main(["report", str(run_dir), "--ideal", str(tmp_path)]) == 2
+    expected = (
+        f"--ideal = '{tmp_path}': has no account.jsonl. Run the same launch with --moe-router-force-load-balancing"
+    )
+    assert expected in capsys.readouterr().err
 
 
 def test_two_runs_are_compared(run_dir: Path, tmp_path: Path) -> None:
@@ -209,18 +284,34 @@ def test_a_decision_is_explained(run_dir: Path, capsys: pytest.CaptureFixture[st
     trace.save(run_dir / "trace.npz")
     assert main(["explain", str(run_dir), "--iteration", "5", "--trace", str(run_dir / "trace.npz")]) == 0
     text = capsys.readouterr().out
-    assert text.startswith("some run, iteration 5\n\nhomes: taken\n")
-    assert "  what     layer 1: expert 2 at home on rank 0; expert 1 at home on rank 1\n" in text
-    assert "  price    predicted to save +2.000 ms per iteration\n" in text
+    assert text.startswith("some run, iteration 5\n\nhomes (which rank owns which expert): taken\n")
+    assert "  changes    layer 1: expert 2 at home on rank 0; expert 1 at home on rank 1\n" in text
+    assert "             predicted to save +2.000 ms per iteration\n" in text
     load = "busiest rank over the mean by homes: 1.600 -> 1.000 on the 20 iterations before, 1.600 -> 1.000 on the 20"
     assert load in text
-    assert "  outcome  iteration 18: measured 1.0 ms/iter: kept\n" in text
+    assert "  outcome    iteration 18: measured 1.0 ms/iter: kept\n" in text
+    assert "predicted +2.000 ms per iteration, measured +1.000 ms per iteration\n" in text
+    assert "  candidates not recorded: the run is of an earlier version\n" in text
     assert main(["explain", str(run_dir), "--iteration", "6"]) == 0
-    assert "replicas: taken\n  what     layer 2: expert 0 as a replica on rank 1\n" in capsys.readouterr().out
+    assert "  changes    layer 2: expert 0 as a replica on rank 1\n" in capsys.readouterr().out
     assert main(["explain", str(run_dir), "--iteration", "15", "--layer", "1"]) == 0
     text = capsys.readouterr().out
-    assert "homes: refused\n  what     no expert moves\n  why      does not pay\n" in text
+    assert "  verdict    refused: does not pay\n" in text
+    assert "  changes    no expert moves\n" in text
     assert "no counts were recorded" in text
+    stays = {
+        "iteration": 9,
+        "setting": "homes0-K0-off-ov1",
+        "reason": "margin",
+        "step_s": 0.5,
+        "noise_s": 0.01,
+        "timed": 8,
+    }
+    write_lines(run_dir / "pool.jsonl", [stays])
+    assert main(["explain", str(run_dir), "--iteration", "9"]) == 0
+    text = capsys.readouterr().out
+    assert "homes0-K0-off-ov1 stays\n  inputs     a step took 500.0 ms: median of 8, give or take 10.0 ms\n" in text
+    assert text.endswith("  verdict    no other setting is predicted to save enough\n")
     assert main(["explain", str(run_dir), "--iteration", "7"]) == 2
     error = capsys.readouterr().err
     assert error == ("smartmoe explain: --iteration = 7: nothing was decided then. Decisions near it: 5, 6, 15, 18.\n")

@@ -1,0 +1,109 @@
+"""What a run trained and how it was launched, from the arguments in its directory."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from megatron_smartmoe.errors import ConfigError
+from megatron_smartmoe.placement.policy import PolicyOptions
+from megatron_smartmoe.planner.arguments import model_from_arguments, parallel_from_arguments
+from megatron_smartmoe.report.run_record import RunRecord
+from megatron_smartmoe.spec.cluster import ClusterSpec, load_cluster_spec
+from megatron_smartmoe.spec.devices import fitting_cluster
+from megatron_smartmoe.spec.model import ModelSpec
+from megatron_smartmoe.spec.parallel import ParallelSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunLaunch:
+    """A run as the planner describes it.
+
+    Attributes:
+        model: what it trained; its vocabulary is 0 where no argument has it.
+        spec: its launch.
+        cluster: the machine that it ran on, with the nodes of the run.
+        replicas_margin: its --smartmoe-replicas-margin.
+        homes: when its homes moved.
+    """
+
+    model: ModelSpec
+    spec: ParallelSpec
+    cluster: ClusterSpec
+    replicas_margin: float
+    homes: PolicyOptions
+
+
+def run_launch(record: RunRecord, cluster: Path | None = None) -> RunLaunch:
+    """The model and the launch of a run.
+
+    Args:
+        record: of the run directory.
+        cluster: cluster file of the machine that it ran on; None for the one of its flags, else the shipped one for
+            CPU ranks.
+
+    Raises:
+        ConfigError: the run has no arguments, trained no experts, or ran on a machine that nobody has named.
+    """
+    values = _values(record.arguments)
+    if not values:
+        raise ConfigError("RUN", record.name, "has no arguments.txt", "Give a run that has begun to train.")
+    if not values.get("num_experts"):
+        raise ConfigError("RUN", record.name, "trained a model without experts", "Give a run with --num-experts.")
+    if values.get("smartmoe_pool"):
+        rule = "changes settings while training: the run's steps are not of one setting"
+        raise ConfigError("--smartmoe-pool", values["smartmoe_pool"], rule, "Give a run without it.")
+    model = model_from_arguments(values, record.name)
+    if not model.vocab and values.get("padded_vocab_size"):
+        model = replace(model, vocab=values["padded_vocab_size"])
+    spec = parallel_from_arguments(values, model, values["world_size"])
+    return RunLaunch(
+        model=model,
+        spec=spec,
+        cluster=on_ranks(_cluster(values, cluster), spec.gpus),
+        replicas_margin=float(values.get("smartmoe_replicas_margin", 1.0)),
+        homes=PolicyOptions(
+            horizon_iterations=int(values.get("smartmoe_homes_horizon", PolicyOptions.horizon_iterations)),
+            margin=float(values.get("smartmoe_homes_margin", PolicyOptions.margin)),
+            cooldown_iterations=int(values.get("smartmoe_homes_interval", PolicyOptions.cooldown_iterations)),
+        ),
+    )
+
+
+def on_ranks(cluster: ClusterSpec, ranks: int, nodes: int | None = None) -> ClusterSpec:
+    """The cluster with as many nodes as a job has, and as many ranks on each.
+
+    Args:
+        cluster: of the file.
+        ranks: of the job.
+        nodes: of the job; None for as few as hold them.
+    """
+    nodes = nodes or -(-ranks // cluster.gpus_per_node)
+    return replace(cluster, nodes=nodes, gpus_per_node=-(-ranks // nodes))
+
+
+def _values(arguments: Mapping[str, str]) -> dict[str, Any]:
+    """Megatron's arguments as values; a text that is no literal of Python is a text."""
+    return {name: _value(text) for name, text in arguments.items()}
+
+
+def _value(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def _cluster(values: Mapping[str, Any], given: Path | None) -> ClusterSpec:
+    if given is not None:
+        return load_cluster_spec(given)
+    if (named := values.get("smartmoe_cluster")) is not None:
+        return load_cluster_spec(Path(str(named)))
+    on_cpu = fitting_cluster(None)
+    if values.get("distributed_backend") == "gloo" and on_cpu is not None:
+        return on_cpu
+    way_out = "Pass --run-cluster FILE; smartmoe calibrate measures a machine, h100-sxm and others are shipped."
+    raise ConfigError("--run-cluster", None, "is required: the run does not say on which machine it ran", way_out)
