@@ -6,8 +6,8 @@ D(N) (1 - 1/N), where D(G) is the mean number of distinct groups among G equal g
 
     D(G) = G (1 - C(E - E/G, K) / C(E, K))
 
-for K different experts drawn with equal chances (a group is missed when all K lie outside it: hypergeometric). The links
-inside the node carry D(R) then. Both kinds of link work at the same time, so an exchange takes as long as the
+for K different experts drawn with equal chances (a group is missed when all K lie outside it: hypergeometric). The
+links inside the node carry D(R) then. Both kinds of link work at the same time, so an exchange takes as long as the
 slower of the two.
 
 Where experts have different loads, a token's experts are taken as drawn one by one with each expert's share as its

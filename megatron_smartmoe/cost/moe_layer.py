@@ -24,6 +24,7 @@ import numpy as np
 
 from megatron_smartmoe.cost.comm import BusiestPorts, busiest_ports, replica_traffic
 from megatron_smartmoe.cost.compute import ExpertShape, busiest_rank
+from megatron_smartmoe.cost.hierarchical import HopCounts, mean_ports, rows_copied
 from megatron_smartmoe.cost.replicas import (
     EVERY_MICRO_BATCH,
     FORWARD_HALF,
@@ -44,6 +45,7 @@ EXCHANGES = 6  # as collectives: dispatch sends probabilities apart from tokens,
 LAUNCHES_PER_LAYER = 200  # small kernels and collectives: router, permute, exchange of counts, and their backward
 LAUNCH_S = 10e-6  # from one small kernel to the next
 ROWS_MOVED_PER_TOKEN = 8  # permute and unpermute: a row read and one written, forward and backward
+ROWS_MOVED_PER_COPY = 2  # a row read and one written
 GEMM_EFFICIENCY = 0.6  # of the dense peak, large grouped GEMMs
 LINK_EFFICIENCY = 0.8  # of the nominal bandwidth
 MEMORY_EFFICIENCY = 0.8  # of the nominal bandwidth
@@ -113,6 +115,7 @@ class LayerCounts:
         fetched: the same for the weights of replicas, in transfers that follow one another.
         returned: the same for their gradients.
         early_tokens: see `LayerFlow`.
+        hops: what a dispatch in two hops carries; None on one node.
     """
 
     tokens_R: FloatArray
@@ -122,6 +125,7 @@ class LayerCounts:
     fetched: BusiestPorts
     returned: BusiestPorts
     early_tokens: float
+    hops: HopCounts | None = None
 
     @classmethod
     def of(cls, flow: LayerFlow) -> LayerCounts:
@@ -139,6 +143,7 @@ class LayerCounts:
             fetched=returned if flow.fetch_RR is None else busiest_ports(flow.fetch_RR, flow.num_nodes),
             returned=returned,
             early_tokens=flow.early_tokens,
+            hops=HopCounts.of(flow.traffic_RR, flow.num_nodes) if flow.num_nodes > 1 else None,
         )
 
     def scaled(self, factor: float) -> LayerCounts:
@@ -150,6 +155,7 @@ class LayerCounts:
             source_tokens=self.source_tokens * factor,
             tokens=ports,
             early_tokens=self.early_tokens * factor,
+            hops=None if self.hops is None else self.hops.scaled(factor),
         )
 
 
@@ -234,6 +240,7 @@ def layer_time(
     all_to_all_chunks: int = 1,
     ranks_per_device: float = 1.0,
     replicas: ReplicaSchedule = EVERY_MICRO_BATCH,
+    once_RN: FloatArray | None = None,
 ) -> LayerTime:
     """Time of one layer and micro-batch, forward and backward.
 
@@ -243,13 +250,18 @@ def layer_time(
         all_to_all_chunks: chunks of every all-to-all that overlap with the GEMMs; 1 for no overlap.
         ranks_per_device: see `GpuSpec`.
         replicas: how often replicas travel, and what hides them.
+        once_RN: rows that rank r sends to node n where a token is sent once for each node; None where the all-to-all
+            is flat.
     """
     # Step 1: counts. What the busiest rank computes, and what the busiest ports carry.
     counts = flow if isinstance(flow, LayerCounts) else LayerCounts.of(flow)
     busy = busiest_rank(counts.tokens_R, counts.active_R, constants.half_rate_tokens, ranks_per_device)
-    tokens = counts.tokens
+    tokens, permuted = counts.tokens, counts.source_tokens
+    if once_RN is not None and counts.hops is not None:
+        tokens = mean_ports(tokens, counts.hops, once_RN)
+        permuted += rows_copied(counts.hops, once_RN) * ROWS_MOVED_PER_COPY / ROWS_MOVED_PER_TOKEN
     # Step 2: counts times constants.
-    source_s = counts.source_tokens * constants.source_token_s
+    source_s = permuted * constants.source_token_s
     gemm_s = busy.tokens * constants.token_s
     experts_s = busy.active_experts * constants.expert_s
     intra_s = tokens.intra * constants.intra_token_s
