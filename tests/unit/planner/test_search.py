@@ -7,8 +7,9 @@ from dataclasses import replace
 import pytest
 
 from megatron_smartmoe.errors import ConfigError
+from megatron_smartmoe.planner.pricing import Pricing
 from megatron_smartmoe.planner.search import SearchResult, search
-from megatron_smartmoe.planner.space import RECOMPUTE, Rejected, SpaceOptions, shapes
+from megatron_smartmoe.planner.space import RECOMPUTE, Rejected, SpaceOptions, exchanges, shapes
 from megatron_smartmoe.spec.parallel import violation
 from tests.support.models import CLUSTER, SMALL
 from tests.unit.planner.cases import pricing
@@ -30,13 +31,14 @@ def test_the_best_are_those_of_the_whole_space(result: SearchResult) -> None:
             continue
         best = float("inf")
         for slots in (0, 1) if shape.ep > 1 else (0,):
-            for degree in (1, 2) if shape.ep > 1 else (1,):
+            for degree, dispatch in exchanges(SMALL, CLUSTER, shape, SPACE):
                 for mode in RECOMPUTE:
                     spec = replace(
                         shape,
                         spare_slots=slots,
                         replicas="auto" if slots else "off",
                         overlap_degree=degree,
+                        dispatch=dispatch,
                         recompute=mode,
                     )
                     plan = prices.price(spec)
@@ -86,6 +88,20 @@ def test_replicas_pay_under_skew_only() -> None:
         < search(pricing(5.0), 8, replace(SPACE, spare_slots=(0,))).best[0].expected_s
     )
     assert search(pricing(1.0), 8, SPACE).best[0].spec.spare_slots == 0
+
+
+@pytest.mark.parametrize(("inter_bytes_s", "dispatch"), [(2e9, "hierarchical"), (300e9, "flat")])
+def test_tokens_cross_nodes_once_where_that_pays(inter_bytes_s: float, dispatch: str) -> None:
+    """Experts of one rank each, so that every group lies on both nodes, and no overlap."""
+    model = replace(SMALL, moe=replace(SMALL.moe, top_k=6))
+    links = replace(CLUSTER, inter_node=replace(CLUSTER.inter_node, bandwidth_bytes_s=inter_bytes_s))
+    space = replace(SPACE, fixed={"ep": 8, "etp": 1, "pp": 1}, overlap_degrees=(1,))
+    prices = Pricing(model, links, pricing().loads)
+    best = search(prices, 8, space).best[0]
+    assert best.spec.dispatch == dispatch
+    other = "flat" if dispatch == "hierarchical" else "hierarchical"
+    assert prices.price(replace(best.spec, dispatch=other)).expected_s > best.expected_s
+    assert prices.least_s(best.spec) <= best.expected_s
 
 
 def test_nothing_fits_says_how_far() -> None:
