@@ -1,0 +1,61 @@
+"""What a hierarchical all-to-all carries, by hand and against the closed formula for distinct nodes."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from megatron_smartmoe.cost.comm import BusiestPorts, busiest_ports
+from megatron_smartmoe.cost.distinct_nodes import distinct_groups, tokens_by_group
+from megatron_smartmoe.cost.hierarchical import hierarchical_traffic, mean_ports, rows_by_node, rows_copied
+from megatron_smartmoe.cost.moe_layer import LayerConstants, LayerFlow, layer_time
+
+pytestmark = pytest.mark.fast
+
+# Four ranks on two nodes; rank r sends 4 rows to each rank, and 5 tokens have an expert on each node.
+EVEN_RR = np.full((4, 4), 4.0)
+ONCE_RN = np.full((4, 2), 5.0)
+
+
+@pytest.mark.parametrize(("num_experts", "top_k", "num_nodes"), [(256, 8, 2), (256, 8, 4), (128, 8, 8), (8, 2, 4)])
+def test_even_traffic_follows_the_closed_formula(num_experts: int, top_k: int, num_nodes: int) -> None:
+    tokens = 1000.0
+    traffic_RR = np.full((8, 8), tokens * top_k / 8)
+    found = rows_by_node(traffic_RR, num_nodes, num_experts, top_k)
+    np.testing.assert_allclose(found.sum(axis=1), tokens * distinct_groups(num_experts, top_k, num_nodes))
+
+
+def test_skewed_traffic_is_near_the_formula_that_weighs_every_expert() -> None:
+    counts_RE = np.random.default_rng(3).lognormal(sigma=1.0, size=(8, 64)) * 100
+    traffic_RR = counts_RE.reshape(8, 8, 8).sum(axis=2)
+    found = rows_by_node(traffic_RR, 4, 64, 6)
+    exact = tokens_by_group(counts_RE, np.arange(64) // 16, 4, 6)
+    assert np.abs(found / exact - 1).mean() < 0.04  # 0.03; a tenth for single pairs of a rank and a node
+
+
+def test_one_expert_a_token_crosses_once_either_way() -> None:
+    np.testing.assert_allclose(rows_by_node(EVEN_RR, 2, 8, 1), 8.0)
+
+
+def test_rows_of_both_hops() -> None:
+    hops_RR = hierarchical_traffic(EVEN_RR, ONCE_RN)
+    # Rank 0 sends 5 rows to its gateway, rank 2, and none to rank 3; to rank 1 it passes on 4 own and 4 of rank 2.
+    assert hops_RR[0].tolist() == [8.0, 8.0, 5.0, 0.0]
+    assert hops_RR[3].tolist() == [0.0, 5.0, 8.0, 8.0]
+    flat = busiest_ports(EVEN_RR, 2)
+    assert (flat.intra, flat.inter_gpu, flat.inter_node) == (4.0, 8.0, 16.0)
+    # The mean of a flat exchange and of a hierarchical one, which carries 8 inside, and 5 and 10 between.
+    assert mean_ports(flat, EVEN_RR, ONCE_RN) == BusiestPorts(
+        intra=6.0, inter_gpu=6.5, inter_node=13.0, inter_node_reverse=13.0
+    )
+    # A rank collects 10 rows, passes on 16, and orders 16: twice.
+    assert rows_copied(EVEN_RR, ONCE_RN) == 84.0
+
+
+def test_the_layers_time_has_half_of_its_exchanges_in_two_hops() -> None:
+    flow = LayerFlow(load_ER=np.zeros((8, 4)), traffic_RR=EVEN_RR, replicas_RR=np.zeros((4, 4)), num_nodes=2)
+    constants = LayerConstants(inter_gpu_token_s=1.0, intra_token_s=0.1, source_token_s=0.01)
+    time = layer_time(flow, constants, once_RN=ONCE_RN)
+    assert time.all_to_all_inter_s == pytest.approx(6.5)
+    assert time.all_to_all_intra_s == pytest.approx(0.6)
+    assert time.source_s == pytest.approx(0.01 * (16 + 84 / 4))  # 2 of 8 passes over a row
