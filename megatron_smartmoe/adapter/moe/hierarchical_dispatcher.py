@@ -100,7 +100,7 @@ class HierarchicalDispatcher(_InTwoHops):
         gathered = own.new_empty(self.ep_size * self.tp_size * len(own))
         dist.all_gather_into_tensor(gathered, own, group=self.tp_ep_group)
         numbers_PRX = gathered.view(self.ep_size, self.tp_size, -1).transpose(0, 1).cpu()
-        counts_PRE, once_PRN = numbers_PRX.split([len(tokens_E), self._num_nodes], dim=2)
+        counts_PRE, once_PRN = numbers_PRX.tensor_split([len(tokens_E)], dim=2)
         # Step 3: the sizes that follow
         self._set_sizes(counts_PRE)
         sent_RR = counts_PRE[self.tp_rank].unflatten(1, (self.ep_size, -1)).sum(dim=2)

@@ -10,7 +10,7 @@ from megatron_smartmoe.errors import ConfigError
 from megatron_smartmoe.planner.pricing import Pricing
 from megatron_smartmoe.planner.search import SearchResult, search
 from megatron_smartmoe.planner.space import RECOMPUTE, Rejected, SpaceOptions, exchanges, shapes
-from megatron_smartmoe.spec.parallel import violation
+from megatron_smartmoe.spec.parallel import FLAT, HIERARCHICAL, violation
 from tests.support.models import CLUSTER, SMALL
 from tests.unit.planner.cases import pricing
 
@@ -99,7 +99,7 @@ def test_tokens_cross_nodes_once_where_that_pays(inter_bytes_s: float, dispatch:
     prices = Pricing(model, links, pricing().loads)
     best = search(prices, 8, space).best[0]
     assert best.spec.dispatch == dispatch
-    other = "flat" if dispatch == "hierarchical" else "hierarchical"
+    (other,) = {FLAT, HIERARCHICAL} - {best.spec.dispatch}
     assert prices.price(replace(best.spec, dispatch=other)).expected_s > best.expected_s
     assert prices.least_s(best.spec) <= best.expected_s
 
