@@ -28,8 +28,8 @@ from megatron_smartmoe.spec.cluster import LinkSpec
 HIERARCHICAL_EXCHANGES = 2  # of a layer's four: the dispatch, and the gradient of the combine
 # Collectives more than a flat layer has: the second hop of both, and the exchange of which rows are copies of which.
 MORE_EXCHANGES = 3
-# Small kernels more than a flat layer has: finding the rows that are sent, and the order of what arrives. Counted in the
-# code of `runtime.hierarchical_exchange`, not measured.
+# Small kernels more than a flat layer has: finding the rows that are sent, and the order of what arrives. Counted in
+# the code of `runtime.hierarchical_exchange`, not measured.
 MORE_LAUNCHES = 60
 
 
