@@ -16,12 +16,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
+import signal
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -71,54 +72,60 @@ def main() -> int:
     parser.add_argument("--experts", type=int, default=64, help="experts")
     parser.add_argument("--top-k", type=int, default=8, help="experts of a token")
     parser.add_argument("--passes", type=int, default=5, help="measured passes of each layer; the median counts")
-    parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.rank is not None:
-        _rank(options)
-        return 0
     if options.ranks % options.nodes or options.experts % options.ranks:
         parser.error("--nodes must divide --ranks, and --ranks must divide --experts")
     if reason := namespaces.why_not():
         print(f"skipped: {reason}")
         return 0
-    with (
-        namespaces.nodes(options.nodes, between=options.between, inside=options.inside) as names,
-        tempfile.TemporaryDirectory() as logs,
-    ):
-        return _start(names, options, Path(logs))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the namespaces are removed
+    with namespaces.nodes(options.nodes, between=options.between, inside=options.inside) as names:
+        return _start(names, options)
 
 
-def _start(names: list[str], options: argparse.Namespace, logs: Path) -> int:
-    """Start every rank in its node, wait for all, and print the log of rank 0, or of the first that failed."""
-    per_node = options.ranks // options.nodes
-    with ExitStack() as opened:
-        ranks = []
-        for rank in range(options.ranks):
-            environment = {
-                "RANK": str(rank),
-                "WORLD_SIZE": str(options.ranks),
-                "LOCAL_RANK": str(rank % per_node),
-                "LOCAL_WORLD_SIZE": str(per_node),
-                "MASTER_ADDR": "10.99.0.1",
-                "MASTER_PORT": "29500",
-                "GLOO_SOCKET_IFNAME": "eth0",
-                "OMP_NUM_THREADS": "1",
-            }
-            log = opened.enter_context((logs / f"rank{rank}.log").open("w"))
-            command = ["ip", "netns", "exec", names[rank // per_node], sys.executable, "-m", __spec__.name]
-            command += [*sys.argv[1:], "--rank", str(rank)]
-            ranks.append(subprocess.Popen(command, env=os.environ | environment, stdout=log, stderr=log))
-        ends = [each.wait() for each in ranks]
-    shown = next((rank for rank, end in enumerate(ends) if end), 0)
-    print((logs / f"rank{shown}.log").read_text(), end="")
-    return max(ends, key=abs)
-
-
-def _rank(options: argparse.Namespace) -> None:
-    """Everything that one rank does."""
+def _start(names: list[str], options: argparse.Namespace) -> int:
+    """Start every rank in its node and wait for all; when one fails, end the others."""
+    os.environ |= {"TORCH_CPP_LOG_LEVEL": "ERROR", "OMP_NUM_THREADS": "1"}
+    warnings.filterwarnings("ignore")
+    # Imported once, and not by every rank: that takes 3 s of CPU.
     from megatron_smartmoe.adapter import cpu
 
     cpu.install()
+
+    import megatron_smartmoe.adapter.moe.layer  # noqa: F401
+
+    context = multiprocessing.get_context("fork")
+    ranks = [
+        context.Process(target=_rank_in_node, args=(names, rank, options), daemon=True) for rank in range(options.ranks)
+    ]
+    for each in ranks:
+        each.start()
+    while any(each.is_alive() for each in ranks):
+        time.sleep(0.1)
+        if any(each.exitcode for each in ranks):
+            for each in ranks:
+                each.terminate()
+    return int(any(each.exitcode for each in ranks))
+
+
+def _rank_in_node(names: list[str], rank: int, options: argparse.Namespace) -> None:
+    per_node = options.ranks // options.nodes
+    with Path("/run/netns", names[rank // per_node]).open() as namespace:
+        os.setns(namespace.fileno(), os.CLONE_NEWNET)
+    os.environ |= {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(options.ranks),
+        "LOCAL_RANK": str(rank % per_node),
+        "LOCAL_WORLD_SIZE": str(per_node),
+        "MASTER_ADDR": "10.99.0.1",
+        "MASTER_PORT": "29500",
+        "GLOO_SOCKET_IFNAME": "eth0",
+    }
+    _rank(rank, options)
+
+
+def _rank(number: int, options: argparse.Namespace) -> None:
+    """Everything that one rank does."""
     import torch
     import torch.distributed as dist
     from megatron.core import parallel_state
@@ -128,10 +135,10 @@ def _rank(options: argparse.Namespace) -> None:
     dist.init_process_group("gloo")
     parallel_state.initialize_model_parallel(expert_model_parallel_size=options.ranks)
     model_parallel_cuda_manual_seed(1)
-    generator = torch.Generator().manual_seed(options.rank)
+    generator = torch.Generator().manual_seed(number)
     rows = torch.randn(options.tokens, 1, options.hidden, generator=generator)
     # Step 1: the links.
-    links = {name: _line(peers, options) for name, peers in _peers(options).items()}
+    links = {name: _line(number, peers, options) for name, peers in _peers(number, options).items()}
     # Step 2: experts that are small enough.
     ffn = LARGEST_FFN
     while True:
@@ -158,25 +165,25 @@ def _rank(options: argparse.Namespace) -> None:
     exchange = layers["hierarchical"].token_dispatcher._sizes
     counted_RN = _gathered(exchange.once_sent_N)
     traffic_RR = _gathered(exchange.sent_NL.ravel()).astype(np.float64)
-    if options.rank == 0:
+    if number == 0:
         _report(options, links, passes, traffic_RR, counted_RN, equal=bool(everywhere))
     dist.barrier()
     dist.destroy_process_group()
 
 
-def _peers(options: argparse.Namespace) -> dict[str, slice]:
+def _peers(number: int, options: argparse.Namespace) -> dict[str, slice]:
     """The ranks with which this rank exchanges to measure each kind of link."""
     per_node = options.ranks // options.nodes
-    node, place = divmod(options.rank, per_node)
+    node, place = divmod(number, per_node)
     return {"inside": slice(node * per_node, (node + 1) * per_node), "between": slice(place, None, per_node)}
 
 
-def _line(peers: slice, options: argparse.Namespace) -> LineFit:
+def _line(number: int, peers: slice, options: argparse.Namespace) -> LineFit:
     """Seconds by bytes that a rank sends to others, all ranks at once."""
     import torch
     import torch.distributed as dist
 
-    others = [rank for rank in range(options.ranks)[peers] if rank != options.rank]
+    others = [rank for rank in range(options.ranks)[peers] if rank != number]
     sizes, seconds = [], []
     for size_bytes in SIZES_BYTES:
         each = size_bytes // ELEMENT_BYTES // len(others)
