@@ -30,6 +30,15 @@ CASES = {
         says="--smartmoe-dispatch = 'hierarchical': needs expert parallelism: on one rank there is nothing to balance "
         "or to overlap. Pass --expert-model-parallel-size 2, for example, or remove it.",
     ),
+    "on two nodes": Case(flags=TWO_HOPS, ranks=4, per_node=2),
+    "on one node": Case(
+        flags=TWO_HOPS,
+        ranks=8,
+        per_node=8,
+        says="--smartmoe-dispatch = 'hierarchical': the 4 expert-parallel ranks are on one node, and tokens cross no "
+        "slow link. Pass flat, or remove it.",
+    ),
+    "auto on one node": Case(flags=f"--smartmoe {EP4} --smartmoe-dispatch auto", ranks=4, per_node=4),
     "another dispatcher": Case(
         flags=f"{TWO_HOPS} --moe-token-dispatcher-type allgather",
         ranks=4,

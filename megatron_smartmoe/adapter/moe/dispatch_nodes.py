@@ -67,7 +67,7 @@ def _find(args: Namespace) -> int:
 
 
 def pays_off(seconds: Mapping[str, float]) -> bool:
-    """Whether the hierarchical dispatch is predicted to be faster by more than rounding; not with no predictions."""
+    """Whether the hierarchical dispatch is predicted to save enough; without predictions it does not."""
     return bool(seconds) and seconds[HIERARCHICAL] < seconds[FLAT] * (1 - WORTH)
 
 
