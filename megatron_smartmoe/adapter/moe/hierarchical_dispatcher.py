@@ -103,7 +103,7 @@ class HierarchicalDispatcher(_InTwoHops):
         counts_PRE, once_PRN = numbers_PRX.tensor_split([len(tokens_E)], dim=2)
         # Step 3: the sizes that follow
         self._set_sizes(counts_PRE)
-        sent_RR = counts_PRE[self.tp_rank].unflatten(1, (self.ep_size, -1)).sum(dim=2)
+        sent_RR = counts_PRE[self.tp_rank].reshape(self.ep_size, self.ep_size, -1).sum(dim=2)
         self._sizes = ExchangeSizes.of(sent_RR.numpy(), once_PRN[self.tp_rank].numpy(), self.ep_rank)
         return rows_TK
 
