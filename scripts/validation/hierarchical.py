@@ -315,7 +315,7 @@ def _predicted(
         replicas_RR=np.zeros_like(traffic_RR),
         num_nodes=options.nodes,
     )
-    once_RN = rows_by_node(traffic_RR, options.nodes, options.experts, options.top_k)
+    once_RN = rows_by_node(_by_node(traffic_RR, options.nodes), options.experts, options.top_k)
     hops_s = hops_fixed_s(slow, options.ranks, LAUNCH_S)
     return {
         "flat": layer_time(flow, constants).total_s,
@@ -336,11 +336,11 @@ def _report(
     wire_s = statistics.median(one.exchanges_s for one in passes["flat"])
     predicted_s = _predicted(options, links, traffic_RR, median_s["flat"] - wire_s)
     foreign_RN = np.arange(options.ranks)[:, None] * options.nodes // options.ranks != np.arange(options.nodes)
-    formula_RN = rows_by_node(traffic_RR, options.nodes, options.experts, options.top_k)
+    formula_RN = rows_by_node(_by_node(traffic_RR, options.nodes), options.experts, options.top_k)
     for name, line in links.items():
         print(f"{name:8}: {1e-6 / line.unit_s:7.2f} MB/s of a rank, {line.fixed_s * 1e3:.2f} ms an all-to-all")
     print(
-        f"rows between nodes: flat {_crossing(traffic_RR, options.nodes):.0f}, hierarchical "
+        f"rows between nodes: flat {_by_node(traffic_RR, options.nodes)[foreign_RN].sum():.0f}, hierarchical "
         f"{counted_RN[foreign_RN].sum()}, by the formula {formula_RN[foreign_RN].sum():.0f}"
     )
     print(f"outputs and gradients equal to the bit: {'yes' if equal else 'NO'}")
@@ -354,9 +354,8 @@ def _report(
     print(json.dumps({"nodes": options.nodes, "equal": equal, "measured_s": median_s, "predicted_s": predicted_s}))
 
 
-def _crossing(traffic_RR: FloatArray, num_nodes: int) -> float:
-    node_R = np.arange(len(traffic_RR)) * num_nodes // len(traffic_RR)
-    return float(traffic_RR[node_R[:, None] != node_R[None, :]].sum())
+def _by_node(traffic_RR: FloatArray, num_nodes: int) -> FloatArray:
+    return np.asarray(traffic_RR.reshape(len(traffic_RR), num_nodes, -1).sum(axis=2))
 
 
 def _say(text: str) -> None:

@@ -101,7 +101,8 @@ def test_tokens_cross_nodes_once_where_that_pays(inter_bytes_s: float, dispatch:
     assert best.spec.dispatch == dispatch
     (other,) = {FLAT, HIERARCHICAL} - {best.spec.dispatch}
     assert prices.price(replace(best.spec, dispatch=other)).expected_s > best.expected_s
-    assert prices.least_s(best.spec) <= best.expected_s
+    shape = replace(best.spec, spare_slots=0, replicas="off", dispatch=FLAT)
+    assert prices.least_s(shape, space, shape.recompute) <= best.expected_s
 
 
 def test_nothing_fits_says_how_far() -> None:
