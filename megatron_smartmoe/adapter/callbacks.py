@@ -20,6 +20,7 @@ def callbacks_for(args: Namespace, overlap_degree: OverlapDegree) -> list[Callba
     from megatron_smartmoe.adapter.loops.pool import PoolLoop
     from megatron_smartmoe.adapter.loops.replicas import ReplicaLoop
     from megatron_smartmoe.adapter.records.account import StepAccount, measures_steps
+    from megatron_smartmoe.adapter.records.decisions import DecisionRecorder
     from megatron_smartmoe.adapter.records.metrics import Metrics
     from megatron_smartmoe.adapter.records.progress import ProgressRecorder
     from megatron_smartmoe.adapter.records.replay import RoutingReplay
@@ -30,8 +31,9 @@ def callbacks_for(args: Namespace, overlap_degree: OverlapDegree) -> list[Callba
         homes = HomesLoop()
     if args.smartmoe and (modes := modes_of(args)) != {"off"}:
         replicas = ReplicaLoop(modes)
+    pool = PoolLoop(homes, replicas, overlap_degree) if args.smartmoe_pool is not None else None
     account = StepAccount() if measures_steps(args) else None
-    wanted = [
+    wanted: list[Callback | None] = [
         ProgressRecorder(args) if args.smartmoe_watchdog == "on" else None,
         RoutingReplay(Path(args.smartmoe_replay_trace)) if args.smartmoe_replay_trace is not None else None,
         GateSteps() if has_router(args.smartmoe_gate) else None,
@@ -39,7 +41,11 @@ def callbacks_for(args: Namespace, overlap_degree: OverlapDegree) -> list[Callba
         Metrics(account),
         homes,
         replicas,
-        PoolLoop(homes, replicas, overlap_degree) if args.smartmoe_pool is not None else None,
-        TraceRecorder(Path(args.smartmoe_record_trace)) if args.smartmoe_record_trace is not None else None,
+        pool,
     ]
+    if args.smartmoe_record_trace is not None:
+        path = Path(args.smartmoe_record_trace)
+        wanted.append(TraceRecorder(path, micro_batches=args.smartmoe_record_micro_batches))
+        if homes is not None or replicas is not None or pool is not None:
+            wanted.append(DecisionRecorder(homes, replicas, pool, path))
     return [callback for callback in wanted if callback is not None]

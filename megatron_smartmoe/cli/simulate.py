@@ -2,7 +2,8 @@
 
 The trace is replayed through every policy; a table and JSON say how balanced the ranks were, what moved, and how long a
 layer would have taken. `--save-decisions` writes every decision of the smartmoe policy; `--replay` runs again with the
-options in such a file and compares the decisions line by line.
+options in such a file and compares the decisions line by line. `--replay` with a run directory makes the decisions of
+that training again, and compares them with its logs.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import importlib.util
 import json
 import math
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +37,8 @@ from megatron_smartmoe.spec.readers import values
 from megatron_smartmoe.spec.readers.files import Named
 from megatron_smartmoe.spec.readers.json_text import read_json_lines
 from megatron_smartmoe.spec.trace import RoutingTrace, load_trace
+
+_REPLAY_MODULE = "megatron_smartmoe.runtime.decisions"  # started, not imported: it imports torch
 
 # Options that decide the result; a decision file repeats them.
 _SETTINGS = ("ep", "spare_slots", "nodes", "homes_interval", "replicas", "warmup", "hidden", "ffn", "cluster")
@@ -66,7 +71,7 @@ def add_parser(tools: Any) -> None:
     text = (
         "routing trace or expert load: .npz, the directory of Megatron's --moe-routing-trace-path, a record of SGLang "
     )
-    add("--trace", type=Path, required=True, help=text + "or vLLM, a matrix of EPLB (.npy, .json, .pt, .csv)")
+    add("--trace", type=Path, help=text + "or vLLM, a matrix of EPLB (.npy, .json, .pt, .csv)")
     text = "Megatron trace: ranks to read, such as 0-7,16, those whose tokens are their own (default: all)"
     add("--trace-ranks", type=_ranks, metavar="LIST", help=text)
     text = "Megatron trace: pipeline stages that the ranks belong to (default: told apart by their layers)"
@@ -107,12 +112,22 @@ def add_parser(tools: Any) -> None:
         "--plot", type=Path, metavar="FILE", help="plot the distribution of imbalance of each policy (.svg, .png, .pdf)"
     )
     add("--save-decisions", type=Path, metavar="FILE", help="write the decisions of smartmoe as JSONL")
-    add("--replay", type=Path, metavar="FILE", help="rerun with the options in a decision file, compare line by line")
+    text = "make the decisions of a run again, whose directory this is, from its trace and the prices of then; or "
+    text += "rerun with the options in a file of --save-decisions. Exit status 1 where a decision differs"
+    add("--replay", type=Path, metavar="RUN|FILE", help=text)
+    text = "with --replay RUN: how to print what was reproduced (default: text)"
+    add("--format", choices=("text", "json"), default="text", help=text)
     parser.set_defaults(run=run, gated=True, replans=True)
 
 
 def run(options: argparse.Namespace) -> int:
     """Run the tool; 1 when a replay differs."""
+    if options.replay is not None and options.replay.is_dir():
+        return _replay_run(options)
+    if options.trace is None:
+        raise ConfigError("--trace", None, "is required: the routing to replay", "For example: --trace trace.npz.")
+    if options.format != "text":
+        raise ConfigError("--format", options.format, "is for --replay RUN", "Pass --json FILE for numbers.")
     saved = _read_decisions(options) if options.replay else None
     # Step 1: check everything that takes no time, then read the trace.
     if options.ep is None:
@@ -154,6 +169,13 @@ def run(options: argparse.Namespace) -> int:
     if options.save_decisions:
         options.save_decisions.write_text("\n".join(lines) + "\n")
     return _compare(saved, lines) if saved is not None else 0
+
+
+def _replay_run(options: argparse.Namespace) -> int:
+    """Make a run's decisions again, in a process with torch: training's own planners are compiled."""
+    trace = ["--trace", str(options.trace)] if options.trace is not None else []
+    argv = [str(options.replay), "--format", options.format, *trace]
+    return subprocess.run([sys.executable, "-m", _REPLAY_MODULE, *argv], check=False).returncode
 
 
 def _ranks(text: str) -> list[int]:
@@ -262,7 +284,8 @@ def _setup(options: argparse.Namespace, trace: RoutingTrace, prices: Prices) -> 
     if options.spare_slots > most:
         rule = f"must be at most {most}, the experts of the other ranks"
         raise ConfigError("--spare-slots", options.spare_slots, rule, "1 or 2 is usually enough.")
-    kernels = kernels_for(trace.counts.size // trace.num_experts, options.ep)
+    plans = trace.counts.size // (trace.num_experts * min(trace.num_sources, options.ep))
+    kernels = kernels_for(plans, options.ep)
     return setup_of(prices, spare_slots=options.spare_slots, warmup=options.warmup, kernels=kernels)
 
 
@@ -363,15 +386,11 @@ def _setting(value: object, name: str, field: str) -> Any:
 def _compare(saved: list[dict[str, Any]], lines: list[str]) -> int:
     """Print whether the replay made the same decisions, or the first line that differs; returns the exit status.
 
-    The reason of a decision is a text, worded otherwise by earlier versions, whose files are read too: it may differ.
+    Files of earlier versions are read too: they have the reason in other words, and less about a decision.
     """
-
-    def without_reason(line: dict[str, Any]) -> dict[str, Any]:
-        return {key: value for key, value in line.items() if key != "why"}
-
     made = [json.loads(line) for line in lines]
     for number, (old, new) in enumerate(zip(saved, made, strict=False), 1):
-        if without_reason(old) != without_reason(new):
+        if any(value != new.get(key) for key, value in old.items() if key != "why"):
             what = "the trace or the options" if number == 1 else f"decision {number - 1}"
             texts = [json.dumps(one, sort_keys=True)[:200] for one in (old, new)]
             print(f"replay: line {number} differs ({what})\n  saved:  {texts[0]}\n  replay: {texts[1]}")

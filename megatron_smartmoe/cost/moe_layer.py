@@ -18,13 +18,14 @@ distinguish micro-batch sizes or node counts.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from megatron_smartmoe.cost.comm import BusiestPorts, busiest_ports, replica_traffic
+from megatron_smartmoe.cost.comm import BusiestPorts, busiest_domain, busiest_ports, replica_traffic
 from megatron_smartmoe.cost.compute import ExpertShape, busiest_rank
-from megatron_smartmoe.cost.hierarchical import HopCounts, mean_ports, rows_copied
+from megatron_smartmoe.cost.hierarchical import HopCounts, mean_ports, rows_copied, to_gateways
 from megatron_smartmoe.cost.replicas import (
     EVERY_MICRO_BATCH,
     FORWARD_HALF,
@@ -34,7 +35,7 @@ from megatron_smartmoe.cost.replicas import (
 )
 from megatron_smartmoe.errors import PlanError
 from megatron_smartmoe.spec.arrays import FloatArray, IntArray
-from megatron_smartmoe.spec.cluster import ClusterSpec, LinkSpec
+from megatron_smartmoe.spec.cluster import ClusterSpec, LevelSpec, LinkSpec
 from megatron_smartmoe.spec.placement import EMPTY
 
 TRANSFERS_IN_A_ROW = 3  # of replicas: 2 on 8 ranks with one slot, 3 on 16 and 64; measured on lognormal loads
@@ -116,6 +117,8 @@ class LayerCounts:
         returned: the same for their gradients.
         early_tokens: see `LayerFlow`.
         hops: what a dispatch in two hops carries; None on one node.
+        leaving: tokens out of the busiest domain of each level above the nodes, over its ranks; none where a flow was
+            counted without levels.
     """
 
     tokens_R: FloatArray
@@ -126,10 +129,11 @@ class LayerCounts:
     returned: BusiestPorts
     early_tokens: float
     hops: HopCounts | None = None
+    leaving: tuple[float, ...] = ()
 
     @classmethod
-    def of(cls, flow: LayerFlow) -> LayerCounts:
-        """Count a flow."""
+    def of(cls, flow: LayerFlow, ranks_of_levels: Sequence[int] = ()) -> LayerCounts:
+        """Count a flow, and what leaves the domains of so many consecutive ranks."""
         if flow.replica_steps is None:
             returned = busiest_ports(flow.replicas_RR, flow.num_nodes)
         else:
@@ -144,6 +148,7 @@ class LayerCounts:
             returned=returned,
             early_tokens=flow.early_tokens,
             hops=HopCounts.of(flow.traffic_RR, flow.num_nodes) if flow.num_nodes > 1 else None,
+            leaving=tuple(busiest_domain(flow.traffic_RR, ranks) for ranks in ranks_of_levels),
         )
 
     def scaled(self, factor: float) -> LayerCounts:
@@ -156,7 +161,21 @@ class LayerCounts:
             tokens=ports,
             early_tokens=self.early_tokens * factor,
             hops=None if self.hops is None else self.hops.scaled(factor),
+            leaving=tuple(tokens * factor for tokens in self.leaving),
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LevelPrice:
+    """A level of the network above the nodes.
+
+    Attributes:
+        ranks: consecutive ranks of one of its domains.
+        token_s: seconds per token over one rank's share of the way out of the busiest domain, all four all-to-alls.
+    """
+
+    ranks: int
+    token_s: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,6 +193,8 @@ class LayerConstants:
         inter_node_reverse_token_s: per token in that port's less busy direction; 0 for a full duplex port.
         intra_replica_s: per replica over the busiest port inside a node: weights out, gradient back.
         inter_replica_s: per replica over the busiest GPU's port between nodes.
+        levels: the levels above the nodes. What crosses one has left its node as well, at the same time, so of all of
+            them and the nodes' ports the slowest counts.
     """
 
     fixed_s: float = 0.0
@@ -186,6 +207,7 @@ class LayerConstants:
     inter_node_reverse_token_s: float = 0.0
     intra_replica_s: float = 0.0
     inter_replica_s: float = 0.0
+    levels: tuple[LevelPrice, ...] = ()
 
     @property
     def half_rate_tokens(self) -> float:
@@ -254,7 +276,8 @@ def layer_time(
             is flat.
     """
     # Step 1: counts. What the busiest rank computes, and what the busiest ports carry.
-    counts = flow if isinstance(flow, LayerCounts) else LayerCounts.of(flow)
+    levels = [level.ranks for level in constants.levels]
+    counts = flow if isinstance(flow, LayerCounts) else LayerCounts.of(flow, levels)
     busy = busiest_rank(counts.tokens_R, counts.active_R, constants.half_rate_tokens, ranks_per_device)
     tokens, permuted = counts.tokens, counts.source_tokens
     if once_RN is not None and counts.hops is not None:
@@ -270,6 +293,9 @@ def layer_time(
         + tokens.inter_node * constants.inter_node_token_s
         + tokens.inter_node_reverse * constants.inter_node_reverse_token_s
     )
+    for flat, level in zip(counts.leaving, constants.levels, strict=False):
+        leaving = flat if once_RN is None else (flat + busiest_domain(to_gateways(once_RN), level.ranks)) / 2
+        inter_s = max(inter_s, leaving * level.token_s)
     fetch_s = replicas.weight_share * _transfer_s(counts.fetched, constants)
     return_s = (1 - replicas.weight_share) * _transfer_s(counts.returned, constants)
     # Step 3: overlap. Of c chunks all but one may hide behind the GEMMs, never more than the GEMMs themselves take;
@@ -351,6 +377,8 @@ def constants_of(
     flops = gpu.peak_flops * cluster.efficiency.get("gemm", GEMM_EFFICIENCY)
     intra_bytes_s = exchange_bytes_s(cluster, between_nodes=False)
     inter_bytes_s = exchange_bytes_s(cluster, between_nodes=True)
+    # A replica that may be anywhere may have to cross every level; in any other scope it never leaves a domain.
+    crossed = cluster.levels if cluster.replica_scope == "group" else ()
     row_s = expert.token_bytes / memory_bytes_s
     token_s = expert.flops_per_token / flops + ROWS_MOVED_PER_TOKEN * row_s
     replica_bytes = expert.weight_bytes + expert.gradient_bytes
@@ -365,8 +393,27 @@ def constants_of(
         inter_gpu_token_s=intra_token_s if shared_network_card else inter_token_s,
         inter_node_token_s=inter_token_s / cluster.gpus_per_node if shared_network_card else 0.0,
         intra_replica_s=replica_bytes / intra_bytes_s,
-        inter_replica_s=replica_bytes / inter_bytes_s,
+        inter_replica_s=replica_bytes / min([inter_bytes_s, *(level_bytes_s(cluster, level) for level in crossed)]),
+        levels=tuple(
+            LevelPrice(
+                ranks=level.nodes * cluster.gpus_per_node,
+                token_s=ALL_TO_ALLS * expert.token_bytes / level_bytes_s(cluster, level),
+            )
+            for level in cluster.levels
+        ),
     )
+
+
+def level_bytes_s(cluster: ClusterSpec, level: LevelSpec) -> float:
+    """Bytes a second that one GPU reaches, in each direction, of the way out of a domain of this level."""
+    share = cluster.efficiency.get("all_to_all_inter", LINK_EFFICIENCY)
+    return level.link.bandwidth_bytes_s * cluster.efficiency.get(f"all_to_all_{level.name}", share)
+
+
+def crossing_bytes_s(cluster: ClusterSpec, num_nodes: int) -> float:
+    """Bytes a second that one GPU reaches, in each direction, to any other one of a group on so many nodes."""
+    crossed = [level_bytes_s(cluster, level) for level in cluster.levels if level.nodes < num_nodes]
+    return min([exchange_bytes_s(cluster, between_nodes=num_nodes > 1), *crossed])
 
 
 def exchange_latency_s(link: LinkSpec, ranks: int) -> float:

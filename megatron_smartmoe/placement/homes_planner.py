@@ -8,18 +8,26 @@ given; neither uses a clock, a process group or a device.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_smartmoe.cost.moe_layer import LayerTime
 from megatron_smartmoe.errors import PlanError
-from megatron_smartmoe.placement.decisions import Decision, digest_of
+from megatron_smartmoe.placement.decisions import (
+    MOST_CANDIDATES,
+    MOST_FORECASTS,
+    Candidate,
+    Decision,
+    Forecast,
+    digest_of,
+)
 from megatron_smartmoe.placement.history import History, HistoryOptions
 from megatron_smartmoe.placement.kernels import NUMPY, Kernels
-from megatron_smartmoe.placement.layer_cost import migration_s
+from megatron_smartmoe.placement.layer_cost import PricedLayer, migration_s
 from megatron_smartmoe.placement.paying_replicas import paying_exact_replicas
 from megatron_smartmoe.placement.plan_homes import HomesOptions, plan_homes
 from megatron_smartmoe.placement.plan_replicas import ReplicaOptions, plan_replicas, search_space
@@ -72,6 +80,24 @@ class OnlineOptions:
     review_records: int = 8
 
 
+@dataclass(frozen=True, kw_only=True)
+class Saved:
+    """Seconds per iteration that other homes of a layer save, by what takes them."""
+
+    compute_s: float
+    traffic_s: float
+    replicas_s: float
+
+    @classmethod
+    def of(cls, kept: LayerTime, found: LayerTime, micro_batches: int) -> Saved:
+        """From the seconds of a micro-batch with the present homes and with the other ones."""
+        traffic_s = [one.all_to_all_intra_s + one.all_to_all_inter_s + one.hidden_s for one in (kept, found)]
+        replicas_s = [one.replicas_s + one.replicas_hidden_s for one in (kept, found)]
+        total_s = [one.total_s for one in (kept, found)]
+        traffic, replicas, total = (micro_batches * (one[0] - one[1]) for one in (traffic_s, replicas_s, total_s))
+        return cls(compute_s=total - traffic - replicas, traffic_s=traffic, replicas_s=replicas)
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LayerProposal:
     """The best homes found for one layer, and what moving there is worth.
@@ -82,6 +108,7 @@ class LayerProposal:
         gain_s: predicted seconds per iteration that they save.
         cost_s: one-time seconds of the migration.
         experts: number of experts that would move to another rank.
+        saved: the parts of the gain, where the cost model has parts.
     """
 
     layer: int
@@ -89,10 +116,29 @@ class LayerProposal:
     gain_s: float
     cost_s: float
     experts: int
+    saved: Saved | None = None
 
     def pays(self, options: PolicyOptions) -> bool:
         """Whether moving this layer's experts alone is worth it."""
-        return bool(self.experts) and self.gain_s * options.horizon_iterations > self.cost_s * options.margin
+        return bool(self.experts) and self.worth_s(options) > 0
+
+    def worth_s(self, options: PolicyOptions) -> float:
+        """Seconds that it saves over the horizon, beyond what it must."""
+        return self.gain_s * options.horizon_iterations - self.cost_s * options.margin
+
+    def candidate(self, *, chosen: bool) -> Candidate:
+        """As it is logged."""
+        saved = self.saved
+        return Candidate(
+            name=f"move {self.experts} experts of layer {self.layer + 1}",
+            chosen=chosen,
+            layer=self.layer,
+            gain_s=self.gain_s,
+            compute_s=None if saved is None else saved.compute_s,
+            traffic_s=None if saved is None else saved.traffic_s,
+            replicas_s=None if saved is None else saved.replicas_s,
+            cost_s=self.cost_s,
+        )
 
 
 class HomesPlanner:
@@ -226,8 +272,28 @@ class HomesPlanner:
             predicted_gain_s=verdict.gain_s,
             cost_s=verdict.cost_s,
             moved_bytes=sum(each.experts for each in chosen) * self.options.state_bytes if verdict.take else 0,
+            candidates=self._candidates(found, chosen),
+            forecast=self._forecast(chosen),
+            horizon_iterations=self.options.policy.horizon_iterations,
+            margin=self.options.policy.margin,
         )
         return proposal, decision
+
+    def _candidates(self, found: Sequence[LayerProposal], chosen: Sequence[LayerProposal]) -> tuple[Candidate, ...]:
+        """The best of the proposals, those that were chosen first; the last place is the best other's, if any."""
+        policy = self.options.policy
+        best = sorted((each for each in found if each.experts), key=lambda each: each.worth_s(policy), reverse=True)
+        taken = [each for each in best if each in chosen]
+        others = [each for each in best if each not in chosen]
+        first = taken[: MOST_CANDIDATES - bool(others)]
+        shown = [*first, *others[: MOST_CANDIDATES - len(first)]]
+        return tuple(each.candidate(chosen=each in chosen) for each in shown)
+
+    def _forecast(self, chosen: Sequence[LayerProposal]) -> tuple[Forecast, ...]:
+        """Of the layers that would save most."""
+        best = sorted(chosen, key=lambda each: each.gain_s, reverse=True)[:MOST_FORECASTS]
+        share_LE, error_L = self.history.forecast_LE(), self.history.forecast_error_L
+        return tuple(Forecast.of(each.layer, error_L[each.layer], share_LE[each.layer]) for each in best)
 
     def abandon(self) -> None:
         """Forget the move that `propose` wanted: it could not be carried out."""
@@ -271,6 +337,12 @@ class HomesPlanner:
             realised_gain_s=gain_s,
             cost_s=0.0 if verdict.take else cost_s,
             moved_bytes=0 if verdict.take else moved * self.options.state_bytes,
+            candidates=(
+                Candidate(name="keep the new homes", chosen=verdict.take, gain_s=0.0, cost_s=0.0),
+                Candidate(name="move the experts back", chosen=not verdict.take, gain_s=-gain_s, cost_s=cost_s),
+            ),
+            horizon_iterations=self.options.policy.horizon_iterations,
+            margin=self.options.policy.margin,
         )
 
     def _layer_proposal(self, layer: int, placement: Placement) -> LayerProposal:
@@ -303,17 +375,34 @@ class HomesPlanner:
             kept_RS, found_RS = kept.slots_RS, kept.slots_RS
             if plan.swaps:
                 found_RS = plan_replicas(plan.slots_RS, *given).slots_RS
-            elif placement.spare_slots and kept.excess > options.replica.good_enough:
+            elif placement.spare_slots and kept.excess > options.replica.good_enough and self._may_swap_anywhere:
                 # No swap between units pays, and replicas alone do not balance: search for swaps within nodes as well.
                 space = replace(search_space(placement.num_ranks, home_slots, options.replica), move_homes=True)
                 prices = replace(options.replica.objective, home_price=options.homes.swap_price / 2)
                 found_RS = improve(kept_RS, scenarios_KE, prices, space).slots_RS
         # Step 3: price both on the last record.
-        gain_s = self.layer_seconds(kept_RS, counts_RE) - self.layer_seconds(found_RS, counts_RE)
+        saved = None
+        if isinstance(self.layer_seconds, PricedLayer):
+            kept_time, found_time = (self.layer_seconds.terms(each_RS, counts_RE) for each_RS in (kept_RS, found_RS))
+            gain_s = kept_time.total_s - found_time.total_s
+            saved = Saved.of(kept_time, found_time, options.micro_batches)
+        else:
+            gain_s = self.layer_seconds(kept_RS, counts_RE) - self.layer_seconds(found_RS, counts_RE)
         cost_s, experts = self._migration(slots_RS, found_RS, home_slots)
         return LayerProposal(
-            layer=layer, slots_RS=found_RS, gain_s=gain_s * options.micro_batches, cost_s=cost_s, experts=experts
+            layer=layer,
+            slots_RS=found_RS,
+            gain_s=gain_s * options.micro_batches,
+            cost_s=cost_s,
+            experts=experts,
+            saved=saved,
         )
+
+    @property
+    def _may_swap_anywhere(self) -> bool:
+        """Whether a swap within the part of the group that replicas stay in keeps the routing's groups whole."""
+        homes, replica = self.options.homes, self.options.replica
+        return homes.num_groups == 1 or replica.num_nodes == homes.num_nodes
 
     def _migration(self, before_RS: IntArray, after_RS: IntArray, home_slots: int) -> tuple[float, int]:
         """Seconds until the busiest rank has sent and received its experts' state, and how many experts move."""

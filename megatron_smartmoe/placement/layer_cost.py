@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_smartmoe.cost.moe_layer import LayerConstants, LayerFlow, layer_time
+from megatron_smartmoe.cost.moe_layer import LayerConstants, LayerFlow, LayerTime, layer_time
 from megatron_smartmoe.cost.replicas import EVERY_MICRO_BATCH, ReplicaSchedule
 from megatron_smartmoe.placement.kernels import NUMPY, Kernels
 from megatron_smartmoe.placement.layer_plan import LayerPlan, evaluate
@@ -44,19 +44,38 @@ class LayerPricing:
     kernels: Kernels = NUMPY
 
 
-def layer_seconds(pricing: LayerPricing) -> Callable[[IntArray, IntArray], float]:
+@dataclass(frozen=True, kw_only=True)
+class PricedLayer:
     """The function (slots_RS, counts_RE) -> predicted seconds of a layer with the exact split, for the planners."""
 
-    def seconds(slots_RS: IntArray, counts_RE: IntArray) -> float:
+    pricing: LayerPricing
+
+    def __call__(self, slots_RS: IntArray, counts_RE: IntArray) -> float:
+        """Seconds of a micro-batch with these slots and counts."""
+        return self.terms(slots_RS, counts_RE).total_s
+
+    def terms(self, slots_RS: IntArray, counts_RE: IntArray) -> LayerTime:
+        """The seconds, by what takes them."""
         home_slots = counts_RE.shape[1] // len(slots_RS)
         home_E = np.argsort(slots_RS[:, :home_slots].ravel(), kind="stable") // home_slots
-        return price_layer(LayerPlan(slots_RS=slots_RS, split="exact"), counts_RE, home_E, pricing)[0]
+        return _layer_time(LayerPlan(slots_RS=slots_RS, split="exact"), counts_RE, home_E, self.pricing)[0]
 
-    return seconds
+
+def layer_seconds(pricing: LayerPricing) -> PricedLayer:
+    """What prices a layer for the planners."""
+    return PricedLayer(pricing=pricing)
 
 
 def price_layer(plan: LayerPlan, counts_RE: IntArray, home_E: IntArray, pricing: LayerPricing) -> tuple[float, float]:
-    """Predicted seconds of the layer, and its max / mean tokens per rank (1 for a layer without tokens).
+    """Predicted seconds of the layer, and its max / mean tokens per rank; see `_layer_time`."""
+    time, imbalance = _layer_time(plan, counts_RE, home_E, pricing)
+    return time.total_s, imbalance
+
+
+def _layer_time(
+    plan: LayerPlan, counts_RE: IntArray, home_E: IntArray, pricing: LayerPricing
+) -> tuple[LayerTime, float]:
+    """Predicted time of the layer, and its max / mean tokens per rank (1 for a layer without tokens).
 
     Args:
         plan: slots and split.
@@ -67,10 +86,10 @@ def price_layer(plan: LayerPlan, counts_RE: IntArray, home_E: IntArray, pricing:
     # Step 1: where the tokens go.
     outcome = evaluate(plan, counts_RE, pricing.num_nodes, pricing.kernels.split)
     # Step 2: which ranks get a replica's weights from which home, or from another holder.
-    hosts_ER = hosts_of(plan.slots_RS, counts_RE.shape[1])
     if pricing.has_trees:
         flow = relayed_flow(plan.slots_RS, outcome.load_ER, outcome.traffic_RR, pricing.num_nodes, pricing.kernels)
     else:
+        hosts_ER = hosts_of(plan.slots_RS, counts_RE.shape[1])
         returned_RR, fetch_RR = direct_replicas(hosts_ER, home_E), None
         if pricing.relay is not None:
             fetch_RR, returned_RR = pricing.relay(home_E, hosts_ER)
@@ -85,7 +104,7 @@ def price_layer(plan: LayerPlan, counts_RE: IntArray, home_E: IntArray, pricing:
     load_R = outcome.load_ER.sum(axis=0)
     imbalance = float(load_R.max() / load_R.mean()) if load_R.any() else 1.0
     assert imbalance >= 1 - 1e-9, f"a maximum below the mean: {load_R}"
-    return layer_time(flow, pricing.constants, replicas=pricing.replicas).total_s, imbalance
+    return layer_time(flow, pricing.constants, replicas=pricing.replicas), imbalance
 
 
 def even_load_s(num_tokens: float, num_experts: int, pricing: LayerPricing) -> float:

@@ -23,8 +23,9 @@ from typing import Protocol
 
 import numpy as np
 
-from megatron_smartmoe.placement.decisions import Decision, digest_of
+from megatron_smartmoe.placement.decisions import MOST_CANDIDATES, Candidate, Decision, digest_of
 from megatron_smartmoe.placement.plan_replicas import replicas_pay
+from megatron_smartmoe.placement.relay import relay_tree
 from megatron_smartmoe.spec.arrays import IntArray
 
 
@@ -87,15 +88,42 @@ class Replan:
         micro_batch: number of the micro-batch in its iteration, among those in which the layer has tokens.
         load_E: tokens of each expert.
         slots_RS: homes and replicas.
+        before_tokens: tokens of the busiest rank with the replicas from history.
+        tokens: the same with these.
     """
 
     layer: int
     micro_batch: int
     load_E: IntArray
     slots_RS: IntArray
+    before_tokens: int
+    tokens: int
+
+    def candidates(self) -> tuple[Candidate, ...]:
+        """As they are logged: to plan anew, and to keep the replicas from history."""
+        where = f"layer {self.layer + 1}, micro-batch {self.micro_batch + 1}"
+        transfers = relay_tree(self.slots_RS, len(self.load_E) // len(self.slots_RS)).num_steps
+        return (
+            Candidate(
+                name=f"{where}: replicas planned anew",
+                chosen=True,
+                layer=self.layer,
+                busiest_tokens=self.tokens,
+                transfers=transfers,
+            ),
+            Candidate(
+                name=f"{where}: replicas from history",
+                chosen=False,
+                layer=self.layer,
+                busiest_tokens=self.before_tokens,
+                transfers=0,
+            ),
+        )
 
 
-def replans_decision(iteration: int, group: int, history: str, replans: Sequence[Replan], judged: int) -> Decision:
+def replans_decision(
+    iteration: int, group: int, history: str, replans: Sequence[Replan], judged: int, price_tokens: float
+) -> Decision:
     """What `auto` decided in one iteration, as it is logged.
 
     Args:
@@ -104,7 +132,9 @@ def replans_decision(iteration: int, group: int, history: str, replans: Sequence
         history: digest of the placement with the replicas from history.
         replans: the layers and micro-batches that were planned anew, by layer, then micro-batch.
         judged: layers and micro-batches with tokens.
+        price_tokens: see `ReplanOptions`.
     """
+    most = sorted(replans, key=lambda one: one.tokens - one.before_tokens)[: MOST_CANDIDATES // 2]
     places = np.array([(one.layer, one.micro_batch) for one in replans], dtype=np.int64)
     return Decision(
         iteration=iteration,
@@ -116,4 +146,6 @@ def replans_decision(iteration: int, group: int, history: str, replans: Sequence
         taken=True,
         why=f"{len(replans)} of {judged} layers and micro-batches planned anew from their own counts",
         changes=(),
+        candidates=tuple(candidate for one in most for candidate in one.candidates()),
+        price_tokens=price_tokens,
     )

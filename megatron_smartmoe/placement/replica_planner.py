@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_smartmoe.errors import PlanError
-from megatron_smartmoe.placement.decisions import Decision, digest_of
+from megatron_smartmoe.placement.decisions import Candidate, Decision, Forecast, digest_of
 from megatron_smartmoe.placement.history import History, HistoryOptions
 from megatron_smartmoe.placement.homes_planner import OnlineOptions
 from megatron_smartmoe.placement.kernels import NUMPY, Kernels
@@ -18,17 +18,19 @@ from megatron_smartmoe.placement.paying_replicas import paying_exact_replicas
 from megatron_smartmoe.placement.plan_homes import drop_misplaced
 from megatron_smartmoe.placement.plan_replicas import plan_replicas
 from megatron_smartmoe.placement.replan import ReplanOptions, planned_anew
+from megatron_smartmoe.placement.search.cuts import scaled
 from megatron_smartmoe.placement.search.improve import ImprovedPlacement
 from megatron_smartmoe.spec.arrays import FloatArray, IntArray
-from megatron_smartmoe.spec.placement import Placement, hosts_of
+from megatron_smartmoe.spec.placement import EMPTY, Placement, hosts_of
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class _Anew:
-    """See `replan.PlannedAnew`."""
+class Anew:
+    """See `replan.PlannedAnew`; `before` are the tokens of the busiest rank with the replicas from history."""
 
     slots_RS: IntArray
     busiest: int
+    before: int
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -119,10 +121,15 @@ class ReplicaPlanner:
             return None
         if options.replicas == "exact":
             return self._exact(load_E, slots_RS, options.replica.replica_price_tokens)
-        busiest = self._kernels.busiest(self.placement.hosts_LER[layer], load_E)
-        rule = ReplanOptions(limit=options.auto_limit, price_tokens=options.exact_price_tokens)
-        anew = planned_anew(busiest, load_E, len(slots_RS), rule, lambda: self._anew(load_E, slots_RS))
+        anew = self.planned_anew(layer, load_E)
         return None if anew is None else anew.slots_RS
+
+    def planned_anew(self, layer: int, load_E: IntArray) -> Anew | None:
+        """The layer's plan for the counts of one micro-batch where the rule of `auto` makes one."""
+        slots_RS, options = self.placement.slots_LRS[layer], self.options
+        before = self._kernels.busiest(self.placement.hosts_LER[layer], load_E)
+        rule = ReplanOptions(limit=options.auto_limit, price_tokens=options.exact_price_tokens)
+        return planned_anew(before, load_E, len(slots_RS), rule, lambda: self._anew(load_E, slots_RS, before))
 
     def _exact(self, load_E: IntArray, slots_RS: IntArray, price_tokens: float) -> IntArray:
         """Slots with replicas for exactly these counts, at this price."""
@@ -131,10 +138,12 @@ class ReplicaPlanner:
             load_E, slots_RS, self.placement.home_slots, num_nodes, price_tokens, limit, kernels.exact, kernels.drop
         )
 
-    def _anew(self, load_E: IntArray, slots_RS: IntArray) -> _Anew:
+    def _anew(self, load_E: IntArray, slots_RS: IntArray, before: int) -> Anew:
         """Replicas for exactly these counts, as `exact` makes them at their price for one micro-batch."""
         exact_RS = self._exact(load_E, slots_RS, self.options.exact_price_tokens)
-        return _Anew(slots_RS=exact_RS, busiest=self._kernels.busiest(hosts_of(exact_RS, len(load_E)), load_E))
+        return Anew(
+            slots_RS=exact_RS, busiest=self._kernels.busiest(hosts_of(exact_RS, len(load_E)), load_E), before=before
+        )
 
     def rehome(self, homes: Placement) -> None:
         """Adopt the homes of another placement; replicas stay where their homes still allow it."""
@@ -191,6 +200,7 @@ class ReplicaPlanner:
             return before, None
         forecast = float(np.mean([result.imbalance_K[0] for result in results]))
         worst = float(max(result.imbalance_K.max() for result in results))
+        layer = _most_unbalanced(before, after, [scenarios_KE[0] for scenarios_KE in rows])
         decision = Decision(
             iteration=iteration,
             kind="replicas",
@@ -201,5 +211,53 @@ class ReplicaPlanner:
             taken=True,
             why=f"max/mean {forecast:.4f} on the forecast, {worst:.4f} in the worst scenario",
             changes=before.diff(after),
+            candidates=self._candidates(layer, before, after, rows[layer][0], float(tokens_L[layer])),
+            forecast=(Forecast.of(layer, history.forecast_error_L[layer], rows[layer][0]),),
+            price_tokens=self.options.replica.replica_price_tokens,
         )
         return after, decision
+
+    def _candidates(
+        self, layer: int, before: Placement, after: Placement, forecast_E: FloatArray, rank_tokens: float
+    ) -> tuple[Candidate, ...]:
+        """The replicas of a layer as they are planned, as they were, and none, as they are logged.
+
+        Args:
+            layer: row of the layer.
+            before: the placement before.
+            after: the one that is planned.
+            forecast_E: the layer's forecast.
+            rank_tokens: mean tokens per rank in an iteration.
+        """
+        home_slots, kernels = before.home_slots, self._kernels
+        none_RS = before.slots_LRS[layer].copy()
+        none_RS[:, home_slots:] = EMPTY
+        tables = {
+            "replicas as planned": after.slots_LRS[layer],
+            "replicas as they were": before.slots_LRS[layer],
+            "no replicas": none_RS,
+        }
+        load_E = scaled(forecast_E[None], before.num_ranks)[0].astype(np.int64)
+        tokens_each = rank_tokens * before.num_ranks / max(int(load_E.sum()), 1)  # of a unit of the scaled load
+        found: list[Candidate] = []
+        for name, slots_RS in tables.items():
+            if name != "no replicas" and np.array_equal(slots_RS, none_RS):
+                continue  # the last of the three
+            candidate = Candidate(
+                name=f"layer {layer + 1}: {name}",
+                chosen=np.array_equal(slots_RS, after.slots_LRS[layer]),
+                layer=layer,
+                busiest_tokens=round(kernels.busiest(hosts_of(slots_RS, len(load_E)), load_E) * tokens_each, 3),
+                transfers=kernels.relay(slots_RS, home_slots, 1).num_steps,
+            )
+            found.append(candidate)
+        return tuple(found)
+
+
+def _most_unbalanced(before: Placement, after: Placement, forecast_LE: Sequence[FloatArray]) -> int:
+    """Of the layers whose replicas change, the one whose homes alone would be the most unbalanced."""
+    changed_L = (before.slots_LRS != after.slots_LRS).any(axis=(1, 2))
+    busiest_L = [
+        share_E[homes_RH].sum(axis=1).max() for share_E, homes_RH in zip(forecast_LE, before.homes_LRH, strict=True)
+    ]
+    return int(np.argmax(np.where(changed_L, busiest_L, -1.0)))

@@ -103,9 +103,10 @@ class Pricing:
         return memory_budget(self.model, spec, self.cluster.gpu, self.hot(spec))
 
     def least_memory(self, shape: ParallelSpec, modes: Sequence[Recompute]) -> tuple[float, Recompute | None]:
-        """A lower bound of the bytes of every launch of a shape, and the first recomputation mode that may fit.
+        """What a shape needs at least, under an even load without spare slots.
 
-        It is that of an even load without spare slots; where none fits, of the smallest mode.
+        Returns:
+            The bytes, and the first recomputation mode that may fit; if none does, the bytes of the smallest, and None.
         """
         has, state = self.cluster.gpu.memory_bytes, least_state_bytes(self.model, shape)
         if state > has:
@@ -189,8 +190,9 @@ class Pricing:
         """
         spec = ParallelSpec(gpus=1, tp=tp, ep=ep, etp=etp, cp=cp, micro_batch=micro_batch, precision=precision)
         layer = layer_constants(self.cluster, self.model, spec, self.constants)
-        costlier_between = layer.inter_gpu_token_s >= layer.intra_token_s
-        counts = self._counts(ep, spec_nodes(self.cluster, ep * etp), slots, costlier_between)
+        num_nodes = spec_nodes(self.cluster, ep * etp)
+        costlier_between = num_nodes == 1 or layer.inter_gpu_token_s >= layer.intra_token_s
+        counts = self._counts(ep, num_nodes, slots, costlier_between)
         if dispatch == HIERARCHICAL:
             between = counts.tokens.inter_gpu * (1 + 1 / self.model.moe.top_k) / 2
             counts = replace(counts, tokens=replace(counts.tokens, intra=counts.tokens.intra / 2, inter_gpu=between))
@@ -232,7 +234,7 @@ class Pricing:
             tokens_R=np.ones(ep),
             active_R=np.full(ep, self.loads.least_active / ep),
             source_tokens=1.0,
-            tokens=replace(nothing, intra=inside, inter_gpu=between if num_nodes > 1 else 0.0),
+            tokens=replace(nothing, intra=inside, inter_gpu=between),
             fetched=nothing,
             returned=nothing,
             early_tokens=0.0,

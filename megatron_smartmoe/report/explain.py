@@ -9,12 +9,33 @@ from typing import Any
 import numpy as np
 
 from megatron_smartmoe.errors import ConfigError
-from megatron_smartmoe.report.run_record import RunRecord, is_move, read_decisions, replica_files, whole, with_homes
+from megatron_smartmoe.report.candidates import candidate_lines, prices, runner_up
+from megatron_smartmoe.report.run_record import (
+    RunRecord,
+    is_move,
+    read_decisions,
+    read_lines,
+    replica_files,
+    whole,
+    with_homes,
+)
 from megatron_smartmoe.spec.arrays import FloatArray, IntArray
 from megatron_smartmoe.spec.placement import EMPTY, Placement
 
 _AROUND = 20  # iterations before and after a decision whose load is shown
 _MOST_LAYERS = 8
+_STAYS = {
+    "settling": "the last switch, or the start, is too recent",
+    "margin": "no other setting is predicted to save enough",
+    "trial": "too few steps have been timed since the switch",
+}
+_TITLES = {
+    "homes": "homes (which rank owns which expert)",
+    "review": "review of the last move of homes",
+    "replicas": "replicas (copies in spare slots) for this iteration",
+    "replans": "replicas planned anew within this iteration, from the counts of a micro-batch",
+    "pool": "pool (settings that change without a restart)",
+}
 
 
 def explain(run: RunRecord, directory: Path, iteration: int, layer: int | None) -> str:
@@ -31,7 +52,8 @@ def explain(run: RunRecord, directory: Path, iteration: int, layer: int | None) 
     """
     replicas = [one for path in replica_files(directory) for one in read_decisions(path)]
     made = [one for one in [*run.decisions, *replicas] if one["iteration"] == iteration]
-    if not made:
+    stays = [] if any(one["kind"] == "pool" for one in made) else _evaluations(directory, iteration)
+    if not made and not stays:
         others = sorted({int(one["iteration"]) for one in [*run.decisions, *replicas]})
         near = sorted(sorted(others, key=lambda other: abs(other - iteration))[:4])
         rule = "nothing was decided then" + ("" if near else ", nor in any other iteration")
@@ -39,36 +61,96 @@ def explain(run: RunRecord, directory: Path, iteration: int, layer: int | None) 
         raise ConfigError("--iteration", iteration, rule, way_out)
     parts = [f"{run.name}, iteration {iteration:,}"]
     for decision in made:
-        parts.append("\n".join(f"  {name:<8} {text}" for name, text in _rows(run, decision, layer)))
+        parts.append("\n".join(f"  {name:<10} {text}" for name, text in _rows(run, decision, layer)))
         parts[-1] = f"{_title(decision)}\n{parts[-1]}"
-    return "\n\n".join(parts)
+    return "\n\n".join([*parts, *stays])
+
+
+def _evaluations(directory: Path, iteration: int) -> list[str]:
+    """Re-evaluations of the pool that changed nothing."""
+    return [
+        f"{_TITLES['pool']}: {one['setting']} stays\n"
+        f"  inputs     a step took {one['step_s'] * 1e3:.1f} ms: median of {one['timed']}, give or take "
+        f"{one['noise_s'] * 1e3:.1f} ms\n"
+        f"  verdict    {_STAYS.get(one['reason'], one['reason'])}"
+        for one in read_lines(directory / "pool.jsonl")
+        if one["iteration"] == iteration
+    ]
 
 
 def _title(decision: dict[str, Any]) -> str:
     group = f", expert-parallel group {decision['group']}" if decision["group"] >= 0 else ""
-    return f"{decision['kind']}{group}: {'taken' if decision['taken'] else 'refused'}"
+    return f"{_TITLES.get(decision['kind'], decision['kind'])}{group}: {_verdict(decision)}"
 
 
 def _rows(run: RunRecord, decision: dict[str, Any], layer: int | None) -> Iterator[tuple[str, str]]:
-    """(name, text) of each thing that is known of the decision."""
-    for number, text in enumerate(_changes(run, decision, layer)):
-        yield "" if number else "what", text
-    yield "why", str(decision["why"])
-    if decision.get("predicted_gain_s") is not None:
-        cost = "" if decision.get("cost_s") is None else f", costs {decision['cost_s'] * 1e3:.3f} ms once"
-        size = f" ({decision['moved_bytes'] / 2**20:.1f} MiB)" if decision.get("moved_bytes") else ""
-        yield "price", f"predicted to save {decision['predicted_gain_s'] * 1e3:+.3f} ms per iteration{cost}{size}"
-    for number, text in enumerate(_loads(run, decision, layer)):
-        yield "" if number else "load", text
-    for number, text in enumerate(_outcome(run, decision)):
-        yield "" if number else "outcome", text
-    yield "inputs", f"digest {decision['inputs']}; placement {decision['before']} -> {decision['after']}"
+    """(name, text) of each thing that is known of the decision, in the order in which it was made."""
+    found = {
+        "inputs": [f"digest {decision['inputs']}; placement {decision['before']} -> {decision['after']}"],
+        "forecast": _forecast(run, decision, layer),
+        "candidates": candidate_lines(decision, layer),
+        "runner-up": [runner_up(decision, layer)],
+        "prices": [prices(decision)],
+        "verdict": [f"{_verdict(decision)}: {decision['why']}", *_price(decision)],
+        "changes": _changes(run, decision, layer),
+        "load": _loads(run, decision, layer),
+        "outcome": _outcome(run, decision, layer),
+    }
+    for name, texts in found.items():
+        for number, text in enumerate(filter(None, texts)):
+            yield "" if number else name, text
+
+
+def _verdict(decision: dict[str, Any]) -> str:
+    return "taken" if decision["taken"] else "refused"
+
+
+def _price(decision: dict[str, Any]) -> list[str]:
+    """What it was predicted to save, and what it cost."""
+    if decision.get("predicted_gain_s") is None:
+        return []
+    cost = "" if decision.get("cost_s") is None else f", costs {decision['cost_s'] * 1e3:.3f} ms once"
+    size = f" ({decision['moved_bytes'] / 2**20:.1f} MiB)" if decision.get("moved_bytes") else ""
+    return [f"predicted to save {decision['predicted_gain_s'] * 1e3:+.3f} ms per iteration{cost}{size}"]
+
+
+def _forecast(run: RunRecord, decision: dict[str, Any], layer: int | None) -> list[str]:
+    """The experts that were expected to be the hottest, and what share of the tokens they then had."""
+    lines = []
+    for one in decision.get("forecast", ()):
+        if layer is not None and one["layer"] + 1 != layer:
+            continue
+        expected = ", ".join(f"expert {expert} {share:.1%}" for expert, share in one["hottest"])
+        error = f"earlier forecasts were off by {one['error']:.1%} of the tokens"
+        lines.append(f"layer {one['layer'] + 1}: {expected} of the tokens ({error})")
+        lines += _turned_out(run, decision, one)
+    return lines
+
+
+def _turned_out(run: RunRecord, decision: dict[str, Any], forecast: dict[str, Any]) -> list[str]:
+    """The shares that these experts had in the iterations that were decided for, where counts were recorded."""
+    if run.trace is None or forecast["layer"] >= run.trace.num_layers:
+        return []
+    first, length = decision["iteration"], 1
+    if decision["kind"] == "homes":
+        first, length = first + 1, _AROUND
+    last = min(first + length - 1, int(run.trace.iteration[-1]))
+    load_E = _mean_load(run, int(run.trace.layer[forecast["layer"]]), first, last + 1)
+    if load_E is None:
+        return []
+    shares = ", ".join(f"expert {expert} {load_E[expert] / load_E.sum():.1%}" for expert, _ in forecast["hottest"])
+    when = f"iteration {first}" if first == last else f"iterations {first} to {last}"
+    return [f"  turned out in {when}: {shares}"]
 
 
 def _changes(run: RunRecord, decision: dict[str, Any], layer: int | None) -> list[str]:
     """Which experts move, in words."""
     experts, ranks = (whole(run.arguments, name) for name in ("num_experts", "expert_model_parallel_size"))
     homes = experts // ranks if experts and ranks else 0
+    if decision["kind"] == "pool":
+        return [f"{decision['before']} -> {decision['after']}" if decision["taken"] else ""]
+    if decision["kind"] == "replans":
+        return []
     lines = []
     changes = decision["changes"]
     if decision["kind"] != "replicas":  # spare slots of the homes' planner are filled by that of the replicas
@@ -131,17 +213,50 @@ def _busiest(load_E: FloatArray, slots_RS: IntArray, homes: int) -> float:
     return float(load_R.max() / load_R.mean())
 
 
-def _outcome(run: RunRecord, decision: dict[str, Any]) -> list[str]:
-    """The review of a move, or what a review measured."""
-    if decision["kind"] == "review":
-        return [f"measured {decision['realised_gain_s'] * 1e3:+.3f} ms per iteration"]
-    if decision["kind"] != "homes" or not decision["taken"]:
+def _outcome(run: RunRecord, decision: dict[str, Any], layer: int | None) -> list[str]:
+    """What it turned out to be: predicted and measured gain, or how balanced the iteration was."""
+    if decision.get("failure"):
+        return [f"the experts did not move: {decision['failure']}"]
+    if decision.get("realised_gain_s") is not None:
+        return [_compared(decision)]
+    if decision["kind"] in ("replicas", "replans"):
+        return _balance(run, decision, layer)
+    if not decision["taken"]:
         return []
-    later = [one for one in run.decisions if one["iteration"] > decision["iteration"]]
-    for one in later:
-        if one["kind"] == "review":
-            return [f"iteration {one['iteration']:,}: {one['why']}"]
+    kind = "pool" if decision["kind"] == "pool" else "review"
+    for one in run.decisions:
+        if one["iteration"] > decision["iteration"] and one["kind"] == kind:
+            if one.get("realised_gain_s") is None:
+                break
+            return [f"iteration {one['iteration']:,}: {one['why']}", _compared(one)]
     return ["not reviewed yet" if not run.is_finished else "the run ended before its review"]
+
+
+def _compared(decision: dict[str, Any]) -> str:
+    """Predicted and measured gain of what a verdict is about."""
+    predicted, measured = (decision.get(name) for name in ("predicted_gain_s", "realised_gain_s"))
+    assert measured is not None
+    before = "" if predicted is None else f"predicted {predicted * 1e3:+.3f} ms per iteration, "
+    return f"{before}measured {measured * 1e3:+.3f} ms per iteration"
+
+
+def _balance(run: RunRecord, decision: dict[str, Any], layer: int | None) -> list[str]:
+    """How balanced the layers of the candidates were in the iteration that replicas were planned for."""
+    rows = {one["layer"] for one in decision.get("candidates", ())}
+    lines = []
+    for row in sorted(rows):
+        if layer is not None and row + 1 != layer:
+            continue
+        number = int(run.trace.layer[row]) if run.trace is not None and row < run.trace.num_layers else row
+        for one in run.balance:
+            at = np.flatnonzero(one.iteration == decision["iteration"])
+            if one.layer == number and at.size:
+                homes, split = float(one.homes[at[0]]), float(one.split[at[0]])
+                lines.append(
+                    f"layer {row + 1}: busiest rank {split:.3f} times the mean in the iteration's worst micro-batch, "
+                    f"{homes:.3f} by homes alone"
+                )
+    return lines
 
 
 def placement_before(run: RunRecord, decision: dict[str, Any]) -> Placement | None:

@@ -13,6 +13,7 @@ import numpy as np
 
 from megatron_smartmoe.report.account import CLOCKS, RunAccount, memory, parts_over_time, split, table
 from megatron_smartmoe.report.binning import Loads, loads_of
+from megatron_smartmoe.report.candidates import candidate_lines, prices
 from megatron_smartmoe.report.charts import COLOURS, Line, heat_map, lines, stacked
 from megatron_smartmoe.report.run_record import Balance, RunRecord, is_move, whole
 from megatron_smartmoe.spec.placement import EMPTY
@@ -284,7 +285,7 @@ def _layer(run: RunRecord, layer: int, load: Loads | None) -> LayerView:
     )
 
 
-def _decision(decision: dict[str, Any]) -> dict[str, str]:
+def _decision(decision: dict[str, Any]) -> dict[str, Any]:
     """A row of the table of decisions."""
 
     def milliseconds(name: str) -> str:
@@ -308,6 +309,8 @@ def _decision(decision: dict[str, Any]) -> dict[str, str]:
         "predicted": milliseconds("predicted_gain_s"),
         "measured": milliseconds("realised_gain_s"),
         "why": str(decision["why"]),
+        "candidates": candidate_lines(decision) if decision.get("candidates") else [],
+        "prices": prices(decision),
     }
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from megatron_smartmoe.errors import ConfigError, PlanError
+from megatron_smartmoe.placement.plan_homes import drop_misplaced
 from megatron_smartmoe.spec.arrays import FloatArray
 from megatron_smartmoe.spec.placement import Placement
 from megatron_smartmoe.spec.readers.files import Named, read_text
@@ -263,16 +264,18 @@ def _placement(
         return None
     spare = whole(arguments, "smartmoe_spare_slots") or 0
     placement = Placement.contiguous(num_layers=layers, num_experts=experts, num_ranks=ranks, spare_slots=spare)
+    # Replicas of an iteration are planned before its step, homes move after it; a move drops the replicas that it puts
+    # on the rank of their home, without a line of its own.
+    made = [*((one["iteration"], 0, one) for one in replicas), *((one["iteration"], 1, one) for one in decisions)]
     try:
-        # Step 1: homes, move by move.
-        for decision in filter(is_move, decisions):
-            placement = with_homes(placement, decision["changes"])
-        # Step 2: replicas, of the first group of each stage.
         slots_LRS = placement.slots_LRS.copy()
-        for decision in replicas:
+        for _, _, decision in sorted(made, key=lambda one: one[:2]):
+            moves = is_move(decision)
             for layer, rank, slot, _, after in decision["changes"] if decision["taken"] else ():
-                if slot >= placement.home_slots:
+                if (slot < placement.home_slots) == moves:
                     slots_LRS[layer, rank, slot] = after
+            for slots_RS in slots_LRS if moves else ():
+                drop_misplaced(slots_RS, placement.home_slots, np.zeros(ranks, dtype=np.int64))
         return Placement(slots_LRS=slots_LRS, num_experts=experts)
     except PlanError:
         return None  # the run began from a placement that its checkpoint had

@@ -23,10 +23,12 @@ from numpy.typing import NDArray
 
 from megatron_smartmoe.errors import MigrationError
 from megatron_smartmoe.placement.decisions import Decision, digest_of
-from megatron_smartmoe.placement.homes_planner import HomesPlanner
+from megatron_smartmoe.placement.homes_planner import HomesPlanner, ReplicaMode
+from megatron_smartmoe.placement.review import LayerSeconds
+from megatron_smartmoe.planner.pool import PoolSetting
 from megatron_smartmoe.runtime.counts import IntervalCounts
 from megatron_smartmoe.runtime.digest import digest_bounds, is_one_digest
-from megatron_smartmoe.spec.placement import Placement
+from megatron_smartmoe.spec.placement import Placement, SlotChange, with_empty_slots
 
 HomesMode = Literal["on", "dry", "shuffle"]
 
@@ -40,12 +42,21 @@ class Moved:
         wire_bytes: Bytes of experts' state that were sent, summed over all ranks.
         seconds: How long it took on this rank.
         failure: Why experts stayed where they were, or None.
+        reached: With a failure, the slots that changed all the same.
     """
 
     placement: Placement
     wire_bytes: int = 0
     seconds: float = 0.0
     failure: str | None = None
+    reached: tuple[SlotChange, ...] = ()
+
+
+def with_outcome(decision: Decision, moved: Moved) -> Decision:
+    """A decision to move, as it is logged after the migration."""
+    if moved.failure is None:
+        return replace(decision, moved_bytes=moved.wire_bytes)
+    return replace(decision, failure=moved.failure, reached=moved.reached)
 
 
 class Mover(Protocol):
@@ -264,6 +275,20 @@ class Controller:
             ratios += [load_R.max() / load_R.mean()] if load_R.any() else []
         assert all(ratio >= 1 - 1e-9 for ratio in ratios), f"a maximum below the mean: {ratios}"
         return float(np.mean(ratios)) if ratios else 1.0
+
+    def switch_to(self, setting: PoolSetting, layer_seconds: LayerSeconds) -> None:
+        """Move homes or not, as a setting of the pool says, and plan them for its replicas from now on.
+
+        Args:
+            setting: the setting.
+            layer_seconds: cost model of a layer with replicas planned in its way.
+        """
+        self.paused = setting.homes_interval == 0
+        slots_LRS = with_empty_slots(self.placement.homes_LRH, setting.spare_slots)
+        self.placement = replace(self.placement, slots_LRS=slots_LRS)
+        mode: ReplicaMode = "exact" if setting.replicas == "exact" else "history"
+        self.planner.options = replace(self.planner.options, replicas=mode)
+        self.planner.layer_seconds = layer_seconds
 
     def state(self) -> dict[str, NDArray[Any]]:
         """All that the next decisions depend on besides the options and the placement. A collective call."""

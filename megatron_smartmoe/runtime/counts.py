@@ -6,7 +6,7 @@ over ranks is one all-reduce, on request or, for the decisions, once per interva
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -42,6 +42,39 @@ class ExpertCounts:
         total_LE = self.local_LE.clone()
         dist.all_reduce(total_LE, group=group)
         return total_LE.cpu()
+
+
+class PassCounts:
+    """This rank's assignments in an iteration, every pass through a layer apart.
+
+    Args:
+        layers: numbers of the layers that are counted.
+        passes: P, the most passes of a layer in an iteration; what further ones route is lost, see `is_complete`.
+        num_experts: E, the logical experts.
+        device: The device that the routers run on.
+    """
+
+    def __init__(self, layers: Sequence[int], passes: int, num_experts: int, device: torch.device | str | int) -> None:
+        self._row = {number: row for row, number in enumerate(layers)}
+        self._seen_L = [0] * len(layers)
+        self.local_LPE = torch.zeros(len(layers), passes, num_experts, dtype=torch.int64, device=device)
+
+    def add(self, layer: int, counts_E: torch.Tensor) -> None:
+        """Keep the tokens of each expert in the next pass through a layer."""
+        row = self._row[layer]
+        if self._seen_L[row] < self.local_LPE.shape[1]:
+            self.local_LPE[row, self._seen_L[row]] = counts_E
+        self._seen_L[row] += 1
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether no layer had more passes than there is room for: Megatron may run an iteration again."""
+        return max(self._seen_L, default=0) <= self.local_LPE.shape[1]
+
+    def reset(self) -> None:
+        """Forget the iteration."""
+        self._seen_L = [0] * len(self._seen_L)
+        self.local_LPE.zero_()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,7 @@ from megatron_smartmoe.placement.kernels import NUMPY, Kernels
 from megatron_smartmoe.placement.layer_cost import Relay
 from megatron_smartmoe.placement.layer_plan import LayerPlan, LayerProblem, Rule, Sees
 from megatron_smartmoe.placement.replan import Replan, replans_decision
-from megatron_smartmoe.placement.replica_planner import ReplicaPlanner
+from megatron_smartmoe.placement.replica_planner import Anew, ReplicaPlanner
 from megatron_smartmoe.placement.review import LayerSeconds
 from megatron_smartmoe.spec.arrays import IntArray
 from megatron_smartmoe.spec.placement import BoolArray, Placement, hosts_of
@@ -181,14 +181,14 @@ class OnlinePolicy:
         """The group's placement, or one with replicas for exactly these counts; always with the exact split."""
         planner, mode = self.groups[group], self.options.replicas
         history_RS = planner.placement.slots_LRS[layer]
-        exact_RS = None
-        if mode != "history":
-            plans = 1 if mode == "exact" else 0  # auto: the plan from history has been counted
-            load_E = counts_RE.sum(axis=0)
-            exact_RS = self.stats.timed(plans, lambda: planner.exact_slots(layer, load_E))
-            self.stats.replans += exact_RS is not None
-            if mode == "auto":
-                self._note(layer, group, load_E, exact_RS)
+        exact_RS, load_E = None, counts_RE.sum(axis=0)
+        if mode == "exact":
+            exact_RS = self.stats.timed(1, lambda: planner.exact_slots(layer, load_E))
+        elif mode == "auto" and planner.placement.spare_slots:
+            anew = self.stats.timed(0, lambda: planner.planned_anew(layer, load_E))  # that from history was counted
+            self._note(layer, group, load_E, anew)
+            exact_RS = None if anew is None else anew.slots_RS
+        self.stats.replans += exact_RS is not None
         slots_RS = history_RS if exact_RS is None else exact_RS
         self._holdings.hold(self.stats, layer, group, slots_RS, self.homes(layer))
         return Planned(
@@ -197,12 +197,19 @@ class OnlinePolicy:
             unused_RS=history_RS if exact_RS is not None and mode == "auto" else None,
         )
 
-    def _note(self, layer: int, group: int, load_E: IntArray, exact_RS: IntArray | None) -> None:
+    def _note(self, layer: int, group: int, load_E: IntArray, anew: Anew | None) -> None:
         """Remember what `auto` decided, for the log."""
         micro_batch = self._judged[group][layer]
         self._judged[group][layer] += 1
-        if exact_RS is not None:
-            one = Replan(layer=layer, micro_batch=micro_batch, load_E=load_E, slots_RS=exact_RS)
+        if anew is not None:
+            one = Replan(
+                layer=layer,
+                micro_batch=micro_batch,
+                load_E=load_E,
+                slots_RS=anew.slots_RS,
+                before_tokens=anew.before,
+                tokens=anew.busiest,
+            )
             self._replans[group].append(one)
 
     def _log_replans(self) -> None:
@@ -210,7 +217,9 @@ class OnlinePolicy:
         for group, (planner, replans) in enumerate(zip(self.groups, self._replans, strict=True)):
             if replans:
                 history, judged = planner.placement.digest, sum(self._judged[group])
-                self.decisions.append(replans_decision(self._iteration, group, history, replans, judged))
+                price_tokens = self.options.exact_price_tokens
+                decision = replans_decision(self._iteration, group, history, replans, judged, price_tokens)
+                self.decisions.append(decision)
             replans.clear()
             self._judged[group] = [0] * len(self._judged[group])
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from megatron_smartmoe.runtime.decisions.command import main as replay
 from tests.dist.test_smartmoe_layer import EP2, UNCLIPPED
 from tests.support.checkpoints import different, tensors
 from tests.support.marks import some_fast
@@ -146,9 +147,12 @@ def test_a_move_that_does_not_pay_is_refused(tmp_path: Path, data_flags: list[st
 def test_too_little_staging_memory_stops_the_move_not_the_training(tmp_path: Path, data_flags: list[str]) -> None:
     wide = ["--moe-ffn-hidden-size", "2048", "--smartmoe-migration-staging-mib", "7"]  # for one expert
     flags = [*EP2.split(), *UNCLIPPED, *wide]
-    moved = train(tmp_path / "moved", 2, data_flags, *flags, *SHUFFLE, iterations=4)
+    recorded = ["--smartmoe-record-trace", str(tmp_path / "trace.npz")]
+    moved = train(tmp_path / "moved", 2, data_flags, *flags, *SHUFFLE, *recorded, iterations=4)
     assert moved == train(tmp_path / "stayed", 2, data_flags, *flags, *STAY, iterations=4)
     log = (tmp_path / "moved" / "ranks" / "rank0.log").read_text()
     assert "--smartmoe-migration-staging-mib" in log
     assert "WARNING" in log
     assert len(metrics(tmp_path / "moved")) == 4
+    assert "--smartmoe-migration-staging-mib" in decisions(tmp_path / "moved")[0]["failure"]
+    assert replay([str(tmp_path / "moved")]) == 0  # the failure is known from the log

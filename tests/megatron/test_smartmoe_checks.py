@@ -217,6 +217,11 @@ CASES = {
         flags="--smartmoe-record-trace trace.json",
         says="--smartmoe-record-trace = 'trace.json': must end in .npz. Pass trace.json.npz.",
     ),
+    "micro-batches of no trace": Case(
+        flags="--smartmoe-record-micro-batches",
+        says="--smartmoe-record-micro-batches = True: says how --smartmoe-record-trace records, which is not given. "
+        "Add --smartmoe-record-trace FILE, or remove it.",
+    ),
     "no trace": Case(
         flags="--smartmoe-replay-trace nowhere.npz",
         says="--smartmoe-replay-trace = 'nowhere.npz': does not exist. Give an .npz trace, Megatron's trace "

@@ -23,7 +23,6 @@ DEVICES = ("auto", "cpu", "cuda")
 EXPERTS = ("grouped_mm", "transformer_engine")
 HOMES = ("on", "off", "dry", "shuffle")
 REPLICAS = ("off", "history", "exact", "auto")
-SCOPES = ("node", "group")
 SWITCH = ("on", "off")
 
 REHEARSAL = "--smartmoe-rehearsal"
@@ -34,6 +33,7 @@ WATCHDOG_FLOOR_S = 8.0  # with the median step: twice what busy machines were se
 RESUME = "--smartmoe-resume"
 RESUMES = ("newest", "newest-whole")
 
+RECORD_MICRO_BATCHES = "--smartmoe-record-micro-batches"
 POOL = "--smartmoe-pool"
 POOL_INTERVAL = "--smartmoe-pool-interval"
 AUTO = "auto"  # of the overlap degree, the dispatch and the pool
@@ -142,7 +142,15 @@ def add_smartmoe_arguments(parser: argparse.ArgumentParser) -> argparse.Argument
         metavar="FILE",
         default=None,
         help="Write the tokens per expert of every iteration, layer and source rank to this .npz file, for `smartmoe "
-        "simulate`, --parallel-trace and --smartmoe-replay-trace. Works without --smartmoe too. Default: no trace.",
+        "simulate`, --parallel-trace and --smartmoe-replay-trace. Works without --smartmoe too. A run that resumes "
+        "continues its file. Default: no trace.",
+    )
+    group.add_argument(
+        RECORD_MICRO_BATCHES,
+        action="store_true",
+        help="With --smartmoe-record-trace: keep the micro-batches of an iteration apart, which makes the file that "
+        "many times as large. With it and --smartmoe-run-dir, `smartmoe simulate --replay DIR` makes every decision "
+        "of the run again; without it, those of runs with one micro-batch, or with homes alone.",
     )
     group.add_argument(
         "--smartmoe-replay-trace",
@@ -312,10 +320,11 @@ def _add_replicas(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--smartmoe-replicas-scope",
-        choices=SCOPES,
+        metavar="SCOPE",
         default="node",
         help="node: a replica is placed on the node of its expert's home. group: anywhere in the expert-parallel "
-        "group. Default: node.",
+        "group. LEVEL: in the same domain of a level that the file of --smartmoe-cluster names, such as leaf. "
+        "Default: node.",
     )
     group.add_argument(
         "--smartmoe-replicas-margin",

@@ -7,7 +7,7 @@ import math
 import os
 from pathlib import Path
 
-from megatron_smartmoe.adapter.cost_inputs import expert_shape, state_bytes
+from megatron_smartmoe.adapter.cost_inputs import expert_shape, machine, state_bytes
 from megatron_smartmoe.adapter.flags.gate_checks import check_gate
 from megatron_smartmoe.adapter.flags.parser import attribute, has_transformer_engine
 from megatron_smartmoe.adapter.flags.pool_settings import homes_interval, may_overlap, settings_of_pool
@@ -15,6 +15,7 @@ from megatron_smartmoe.adapter.flags.smartmoe_arguments import (
     AUTO,
     POOL,
     POOL_INTERVAL,
+    RECORD_MICRO_BATCHES,
     RESUME,
     WATCHDOG_FLOOR,
     replicas_mode,
@@ -185,6 +186,9 @@ def _check_traces(args: argparse.Namespace) -> None:
             raise ConfigError(flag, name, "must end in .npz", f"Pass {name}.npz.")
         if os.path.isdir(name):
             raise ConfigError(flag, name, "is a directory", f"Pass a file in it, for example {name}/trace.npz.")
+    if args.smartmoe_record_micro_batches and name is None:
+        rule = "says how --smartmoe-record-trace records, which is not given"
+        raise ConfigError(RECORD_MICRO_BATCHES, True, rule, "Add --smartmoe-record-trace FILE, or remove it.")
     name = args.smartmoe_replay_trace
     if name is None:
         return
@@ -335,8 +339,21 @@ def _check_replicas(args: argparse.Namespace) -> None:
     if mode not in (None, "off") and slots == 0:
         rule = "needs spare slots for the replicas"
         raise ConfigError("--smartmoe-replicas", mode, rule, f"Add {SPARE_SLOTS} 1, or remove it.")
+    _check_scope(args)
     if replicas_mode(args) != "off":
         _check_replicas_possible(args)
+
+
+def _check_scope(args: argparse.Namespace) -> None:
+    """The domains that replicas stay in are nodes, or those of a level that the cluster file names."""
+    scope = args.smartmoe_replicas_scope
+    if scope in ("node", "group"):
+        return
+    names = [level.name for level in machine(args).levels]
+    if scope not in names:
+        known = ", ".join(["node", "group", *names])
+        rule = "is not node, group or the name of a level in the file of --smartmoe-cluster"
+        raise ConfigError("--smartmoe-replicas-scope", scope, rule, f"Known: {known}.")
 
 
 def _check_replicas_possible(args: argparse.Namespace) -> None:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from megatron_smartmoe.adapter.records.scalars import write_scalars
 from megatron_smartmoe.adapter.run import Run
 from megatron_smartmoe.placement.decisions import Decision
-from megatron_smartmoe.runtime.controller import Moved
+from megatron_smartmoe.runtime.controller import Moved, with_outcome
 
 
 class DecisionLog:
@@ -24,8 +22,8 @@ class DecisionLog:
 
     def decided(self, decision: Decision, before: float, after: float, moved: Moved | None) -> None:
         """See `runtime.controller.Reporter`."""
-        if moved is not None and moved.failure is None:
-            decision = replace(decision, moved_bytes=moved.wire_bytes)
+        if moved is not None:
+            decision = with_outcome(decision, moved)
         if self._is_reporter:
             print(self._line(decision, before, after, moved), flush=True)
             self._run.append("smartmoe.jsonl", decision.to_line())

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from argparse import Namespace
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,23 +14,25 @@ import torch.distributed as dist
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 from numpy.typing import NDArray
 
-from megatron_smartmoe.adapter.cost_inputs import online_options, online_setting, state_bytes
+from megatron_smartmoe.adapter.cost_inputs import online_options, online_setting, routing_groups_line, state_bytes
 from megatron_smartmoe.adapter.flags.checkpoint_check import saved_placement
 from megatron_smartmoe.adapter.flags.smartmoe_arguments import REPLICAS, replicas_mode
 from megatron_smartmoe.adapter.hooks import Callback, Order
 from megatron_smartmoe.adapter.loops import saved_state
 from megatron_smartmoe.adapter.loops.decision_log import DecisionLog
-from megatron_smartmoe.adapter.migration.mover import ExpertMover, with_home_slots, with_spare_slots
+from megatron_smartmoe.adapter.loops.saved_state import State
+from megatron_smartmoe.adapter.migration.mover import ExpertMover, with_home_slots
 from megatron_smartmoe.adapter.moe.routers import count_tokens
 from megatron_smartmoe.adapter.run import Run
 from megatron_smartmoe.checkpoint.manifest import read_manifest
 from megatron_smartmoe.cost.memory.buffers import staging_bytes
 from megatron_smartmoe.errors import ConfigError, MigrationError, PlanError
-from megatron_smartmoe.placement.homes_planner import HomesPlanner, ReplicaMode
+from megatron_smartmoe.placement.homes_planner import HomesPlanner
 from megatron_smartmoe.placement.layer_cost import layer_seconds
 from megatron_smartmoe.planner.pool import PoolSetting
 from megatron_smartmoe.runtime.controller import Controller, ControllerOptions
 from megatron_smartmoe.runtime.counts import CountsShape, ExpertCounts, IntervalCounts
+from megatron_smartmoe.runtime.decisions.record import HomesStart
 from megatron_smartmoe.runtime.step_clock import STEP_CLOCK, Part
 from megatron_smartmoe.spec.arrays import IntArray
 from megatron_smartmoe.spec.placement import Placement
@@ -63,7 +64,7 @@ class HomesLoop(Callback):
         windows = min(WINDOWS, args.smartmoe_homes_interval)
         shape = CountsShape(rows=numbers, num_ranks=ranks.ep_size, ep_rank=ranks.ep_rank, windows=windows)
         # All of them now: a cluster file that is edited during the run must not change what the run does.
-        self._layer_seconds = {mode: layer_seconds(online_setting(args, mode)) for mode in REPLICAS}
+        self._pricing = {mode: online_setting(args, mode) for mode in REPLICAS}
         self._controller = Controller(
             ControllerOptions(
                 mode=args.smartmoe_homes,
@@ -79,7 +80,7 @@ class HomesLoop(Callback):
                 len(numbers),
                 args.num_experts,
                 online_options(args, review_records=windows),
-                self._layer_seconds[replicas_mode(args)],
+                layer_seconds(self._pricing[replicas_mode(args)]),
             ),
             IntervalCounts(counts, shape),
             self._mover,
@@ -91,6 +92,8 @@ class HomesLoop(Callback):
                 spare_slots=args.smartmoe_spare_slots,
             ),
         )
+        if run.is_reporter and (line := routing_groups_line(args)) is not None:
+            print(f" smartmoe: {line}", flush=True)
         self._restore()
 
     def _take_staging_memory(self) -> None:
@@ -183,13 +186,18 @@ class HomesLoop(Callback):
 
     def switch_to(self, setting: PoolSetting) -> None:
         """Move homes or not, as a setting of the pool says, and plan them for its replicas from now on."""
+        self._controller.switch_to(setting, layer_seconds(self._pricing[setting.replicas]))
+
+    def recorded(self) -> tuple[HomesStart, State]:
+        """What a replay of the next decisions begins with. A collective call."""
         controller = self._controller
-        controller.paused = setting.homes_interval == 0
-        controller.placement = with_spare_slots(controller.placement, setting.spare_slots)
-        planner = controller.planner
-        mode: ReplicaMode = "exact" if setting.replicas == "exact" else "history"
-        planner.options = replace(planner.options, replicas=mode)
-        planner.layer_seconds = self._layer_seconds[setting.replicas]
+        start = HomesStart(
+            options=controller.options,
+            online=controller.planner.options,
+            mode=replicas_mode(self._run.args),
+            pricing=self._pricing,
+        )
+        return start, {**controller.state(), "slots_LRS": controller.placement.slots_LRS}
 
     @contextlib.contextmanager
     def around_save(self, iteration: int) -> Iterator[None]:

@@ -20,6 +20,7 @@ from megatron.core import parallel_state as mpu
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 
 from megatron_smartmoe.adapter.cost_inputs import (
+    homes_options,
     launch_of_run,
     machine_of_job,
     model_of_run,
@@ -36,14 +37,17 @@ from megatron_smartmoe.adapter.moe.overlap import OverlappedMoELayer
 from megatron_smartmoe.adapter.moe.overlap_degree import OverlapDegree
 from megatron_smartmoe.adapter.moe.routers import count_tokens
 from megatron_smartmoe.adapter.run import Run
-from megatron_smartmoe.placement.decisions import Decision, digest_of
+from megatron_smartmoe.placement.decisions import digest_of
 from megatron_smartmoe.planner.pool import SETTLE_ITERATIONS, PoolSetting
+from megatron_smartmoe.runtime.decisions.record import POOL_LOG, PoolStart
 from megatron_smartmoe.runtime.pool.prediction import PoolLoad, PoolPrices, moe_seconds
 from megatron_smartmoe.runtime.pool.switchboard import (
     PoolVerdict,
     StepTimes,
     Switchboard,
     SwitchboardOptions,
+    evaluation_line,
+    pool_decision,
     with_setting,
 )
 from megatron_smartmoe.runtime.recent_counts import RecentCounts
@@ -103,6 +107,18 @@ class PoolLoop(Callback):
                 flush=True,
             )
 
+    def recorded(self) -> PoolStart:
+        """What a replay of the next switches begins with."""
+        return PoolStart(
+            now=self._board.now,
+            settings=self._settings,
+            options=self._board.options,
+            prices=self._prices,
+            sample=tuple(self._sample),
+            iterations=ITERATIONS,
+            micro_batches=min(MICRO_BATCHES, get_num_microbatches()),
+        )
+
     @STEP_CLOCK.within(Part.PLANNING)
     def between_steps(self, iteration: int) -> None:
         """Time the step; re-evaluate the settings when the interval is over."""
@@ -135,6 +151,8 @@ class PoolLoop(Callback):
             return
         if verdict[0].switched:
             self._switch_to(verdict[0].setting)
+        if self._run.is_reporter:
+            self._run.append(POOL_LOG, evaluation_line(iteration, measured, verdict[0]))
         self._report(iteration, verdict[0], digest_of(totals_ILE, batches_BLRE))
 
     def _decide(self, iteration: int, measured: StepTimes, load: PoolLoad) -> PoolVerdict | None:
@@ -174,20 +192,7 @@ class PoolLoop(Callback):
             print(f" smartmoe: iteration {iteration:8d} | pool: {change} | {verdict.why} |", flush=True)
         if not verdict.is_decision:
             return
-        decision = Decision(
-            iteration=iteration,
-            kind="pool",
-            group=-1,
-            inputs=inputs,
-            before=verdict.before.key,
-            after=verdict.setting.key,
-            taken=verdict.switched,
-            why=verdict.why,
-            changes=(),
-            predicted_gain_s=verdict.predicted_gain_s,
-            realised_gain_s=verdict.realised_gain_s,
-        )
-        self._log.switched(decision, self._settings.index(verdict.setting))
+        self._log.switched(pool_decision(iteration, verdict, inputs), self._settings.index(verdict.setting))
 
 
 def _spread(length: int, most: int) -> list[int]:
@@ -218,5 +223,6 @@ def _prices(args: Namespace, num_layers: int, *, homes_move: bool) -> PoolPrices
         layers_in_a_row=num_layers / spec.pp * in_a_row,
         replica=replica_options(args),
         exact_price_tokens=replica_price_tokens(args, "exact"),
+        homes=homes_options(args),
         homes_move=homes_move,
     )

@@ -38,22 +38,23 @@ from megatron_smartmoe.adapter.moe.routers import passes_per_micro_batch
 from megatron_smartmoe.adapter.run import Run
 from megatron_smartmoe.errors import PlanError
 from megatron_smartmoe.placement.decisions import digest_of
-from megatron_smartmoe.placement.replan import Replan, ReplanOptions, replans_decision
+from megatron_smartmoe.placement.replan import ReplanOptions
 from megatron_smartmoe.placement.replica_planner import ReplicaPlanner
+from megatron_smartmoe.runtime.decisions.record import REPLICAS_LOG, ReplicasStart
 from megatron_smartmoe.runtime.process_groups import new_message_group
 from megatron_smartmoe.runtime.replicas.ahead import PlansAhead
-from megatron_smartmoe.runtime.replicas.dispatch_plan import ExactOptions
+from megatron_smartmoe.runtime.replicas.dispatch_plan import ExactOptions, by_home
 from megatron_smartmoe.runtime.replicas.kernels import fastest_kernels
+from megatron_smartmoe.runtime.replicas.replans import replans_of
 from megatron_smartmoe.runtime.replicas.slots import SpareSlots
 from megatron_smartmoe.runtime.replicas.split import BALANCED
 from megatron_smartmoe.runtime.replicas.tally import LayerTally, MicroBatch, balance_line, imbalance, loads
 from megatron_smartmoe.runtime.replicas.wire import ReplicaWire
 from megatron_smartmoe.runtime.step_clock import STEP_CLOCK, Part
 from megatron_smartmoe.spec.arrays import IntArray
-from megatron_smartmoe.spec.placement import EMPTY, Placement, with_empty_slots
+from megatron_smartmoe.spec.placement import Placement, with_empty_slots
 
 MIB = 2**20
-DECISIONS_FILE = "replicas-stage{stage}-group{group}.jsonl"
 BALANCE_FILE = "balance-stage{stage}-group{group}.jsonl"
 STATE_FILE = "smartmoe_replicas_stage{stage}_group{group}.npz"  # in a checkpoint's folder
 LAYERS_AHEAD = 2  # layers whose replicas from history are being fetched when a layer begins
@@ -148,6 +149,19 @@ class ReplicaLoop(Callback):
         if problem:
             text = f"WARNING: replicas: {problem}; a run that resumes from here starts without load history"
             print(f" smartmoe: iteration {iteration:8d} | {text} |", flush=True)
+
+    def recorded(self) -> tuple[ReplicasStart, saved_state.State]:
+        """What a replay of the next plans begins with: settings, and the state of this rank's planner, if any."""
+        args = self._run.args
+        start = ReplicasStart(
+            mode=self._mode,
+            used_slots=self._used_slots,
+            online=online_options(args, review_records=1),
+            exact_price_tokens=self._price_tokens["exact"],
+            scope_nodes=scope_nodes(args),
+            num_nodes=self._wire.num_nodes,
+        )
+        return start, {} if self._planner is None else self._planner.state()
 
     def _announce(self) -> None:
         slots, spares = self._run.args.smartmoe_spare_slots, [layer.experts.spare_slots for layer in self._layers]
@@ -329,7 +343,7 @@ class ReplicaLoop(Callback):
         if not self._wire.is_equal_on_all_ranks(digest):
             return problem or "the plans of the group's ranks differ, or one rank could not plan"
         if problem is None and decision is not None:
-            self._write(DECISIONS_FILE, decision.to_line())
+            self._write(REPLICAS_LOG, decision.to_line())
         return problem
 
     def _write(self, name: str, line: str) -> None:
@@ -351,7 +365,14 @@ class ReplicaLoop(Callback):
             elif self._passes_left:  # not the passes that were expected: the iteration was run again
                 self._plan_ahead(records)
         if self._mode == "auto":
-            self._write_replans(iteration, records)
+            assert self._planner is not None
+            placement, group = self._planner.placement, self._planner.group
+            price_tokens = self._price_tokens["exact"]
+            decision = replans_of(
+                iteration, group, placement, records, used_slots=self._used_slots, price_tokens=price_tokens
+            )
+            if decision is not None:
+                self._write(REPLICAS_LOG, decision.to_line())
         if iteration % self._run.args.log_interval:
             return
         self._write(BALANCE_FILE, balance_line(iteration, [number for number, _ in self._run.layers], records))
@@ -366,35 +387,6 @@ class ReplicaLoop(Callback):
                 f"max/mean tokens per rank {before_split:.3f} -> {after_split:.3f} |",
                 flush=True,
             )
-
-    def _write_replans(self, iteration: int, records: list[list[MicroBatch]]) -> None:
-        """Record which layers were planned anew for a micro-batch, in logical experts, as a replay does."""
-        assert self._planner is not None
-        placement, replans, judged = self._planner.placement, list[Replan](), 0
-        for layer, record in enumerate(records):
-            expert_E, slot_E = placement.homes_LRH[layer].ravel(), placement.home_slot_LE[layer]
-            for micro_batch, micro in enumerate(micro for micro in record if micro.load_E.any()):
-                judged += 1
-                if micro.replanned_RS is None:
-                    continue
-                slots_RS = micro.replanned_RS[:, : placement.home_slots + self._used_slots]
-                logical_RS = np.where(slots_RS == EMPTY, EMPTY, expert_E[slots_RS])
-                load_E = micro.load_E[slot_E]
-                replans.append(Replan(layer=layer, micro_batch=micro_batch, load_E=load_E, slots_RS=logical_RS))
-        if replans:
-            decision = replans_decision(iteration, self._planner.group, placement.digest, replans, judged)
-            self._write(DECISIONS_FILE, decision.to_line())
-
-
-def by_home(slots_RS: IntArray, home_slots: int) -> IntArray:
-    """A slot table with every expert named by its home: expert e then has its home in slot e % S of rank e // S.
-
-    Args:
-        slots_RS: logical experts, EMPTY for none.
-        home_slots: S.
-    """
-    home_E = np.argsort(slots_RS[:, :home_slots].ravel())
-    return np.where(slots_RS == EMPTY, EMPTY, home_E[slots_RS])
 
 
 def _own_group(ep_group: dist.ProcessGroup, timeout: timedelta) -> dist.ProcessGroup:

@@ -20,7 +20,7 @@ from megatron_smartmoe.runtime.migration.staging import is_out_of_memory
 from megatron_smartmoe.runtime.migration.wire import PeerError
 from megatron_smartmoe.runtime.step_clock import STEP_CLOCK, Part
 from megatron_smartmoe.spec.arrays import IntArray
-from megatron_smartmoe.spec.placement import EMPTY, Placement, with_empty_slots
+from megatron_smartmoe.spec.placement import EMPTY, Placement
 
 
 def with_home_slots(placement: Placement, slot_LE: IntArray) -> Placement:
@@ -142,14 +142,11 @@ class ExpertMover:
             failure = f"{ranks} could not move their experts; the reason is in their logs"
         reached_LE = table_LE.cpu().numpy()
         complete = np.array_equal(reached_LE, after.home_slot_LE)
+        placement = after if complete else with_home_slots(before, reached_LE)
         return Moved(
-            placement=after if complete else with_home_slots(before, reached_LE),
+            placement=placement,
             wire_bytes=sent_bytes,
             seconds=report.seconds,
             failure=failure,
+            reached=before.diff(placement) if failure is not None else (),
         )
-
-
-def with_spare_slots(placement: Placement, spare_slots: int) -> Placement:
-    """The same homes with this many empty spare slots."""
-    return replace(placement, slots_LRS=with_empty_slots(placement.homes_LRH, spare_slots))

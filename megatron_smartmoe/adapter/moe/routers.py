@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.transformer.moe.moe_layer import MoELayer
 
-from megatron_smartmoe.runtime.counts import ExpertCounts
+from megatron_smartmoe.runtime.counts import ExpertCounts, PassCounts
 from megatron_smartmoe.runtime.recent_counts import RecentCounts
 
 _COUNTERS = "smartmoe_counters"  # of a router: who counts its tokens
@@ -50,7 +50,7 @@ def all_layer_numbers(numbers: list[int]) -> list[int]:
     return sorted({number for of_rank in gathered for number in of_rank})
 
 
-def count_tokens(layers: Iterable[tuple[int, MoELayer]], counts: ExpertCounts | RecentCounts) -> None:
+def count_tokens(layers: Iterable[tuple[int, MoELayer]], counts: ExpertCounts | PassCounts | RecentCounts) -> None:
     """Have the routers of `layers`, (number, layer) each, add what they route in training to `counts`.
 
     A pass without gradients (evaluation, the first pass of recomputation) is not counted, so each token counts once.

@@ -82,7 +82,8 @@ def moe_times(
         micro_batches=micro_batches or spec.micro_batches,
         fetched_early=not spec.overlap_param_gather,
     )
-    counted = [flow if isinstance(flow, LayerCounts) else LayerCounts.of(flow) for flow in flows]
+    levels = [level.ranks for level in layer.levels]
+    counted = [flow if isinstance(flow, LayerCounts) else LayerCounts.of(flow, levels) for flow in flows]
     times = [
         layer_time(
             counts,

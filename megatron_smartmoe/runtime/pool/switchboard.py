@@ -16,12 +16,14 @@ It uses no torch, no clock and no process group: rank 0 runs it for all ranks, a
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
+from megatron_smartmoe.placement.decisions import MOST_CANDIDATES, Candidate, Decision
 from megatron_smartmoe.placement.policy import Policy, PolicyOptions
 from megatron_smartmoe.planner.pool import MARGIN, PoolSetting, choose
 
@@ -65,6 +67,7 @@ class PoolVerdict:
         reason: Keyword of the reason. A result that changes nothing is logged only if this differs from the last one.
         why: The reason in a sentence, with its numbers.
         predicted_gain_s: Predicted seconds per step that the switch saves, also in the verdict on it.
+        candidates: The settings that were predicted to be the fastest, as they are logged.
         realised_gain_s: Measured seconds per step that the switch saved; None except in a verdict.
     """
 
@@ -74,6 +77,7 @@ class PoolVerdict:
     why: str
     predicted_gain_s: float | None = None
     realised_gain_s: float | None = None
+    candidates: tuple[Candidate, ...] = ()
 
     @property
     def switched(self) -> bool:
@@ -84,6 +88,51 @@ class PoolVerdict:
     def is_decision(self) -> bool:
         """Whether it is a switch or the verdict on one, which are always logged."""
         return self.switched or self.realised_gain_s is not None
+
+
+def pool_decision(iteration: int, verdict: PoolVerdict, inputs: str) -> Decision:
+    """A switch, or the verdict on one, as it is logged.
+
+    Args:
+        iteration: the iteration that has ended.
+        verdict: the result of the re-evaluation.
+        inputs: digest of the counts that it was made from.
+    """
+    return Decision(
+        iteration=iteration,
+        kind="pool",
+        group=-1,
+        inputs=inputs,
+        before=verdict.before.key,
+        after=verdict.setting.key,
+        taken=verdict.switched,
+        why=verdict.why,
+        changes=(),
+        predicted_gain_s=verdict.predicted_gain_s,
+        realised_gain_s=verdict.realised_gain_s,
+        candidates=verdict.candidates,
+    )
+
+
+def evaluation_line(iteration: int, times: StepTimes, verdict: PoolVerdict) -> str:
+    """A re-evaluation as a line of JSON: what was measured, and what came of it.
+
+    Unlike a decision it is logged whether it changes anything or not: no replay can measure step times again.
+
+    Args:
+        iteration: the iteration that has ended.
+        times: what it was given.
+        verdict: its result.
+    """
+    content = {
+        "iteration": iteration,
+        "step_s": times.step_s,
+        "noise_s": times.noise_s,
+        "timed": times.iterations,
+        "setting": verdict.setting.key,
+        "reason": verdict.reason,
+    }
+    return json.dumps(content, sort_keys=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,7 +195,9 @@ class Switchboard:
         gain_s = (1 - seconds[choice.setting] / seconds[self.now]) * times.step_s
         self._policy(choice.setting).judge(iteration, gain_s, cost_s=0.0)  # records when it was taken
         self._trial = _Trial(before=self.now, times=times, predicted_gain_s=gain_s)
-        return self._switch(choice.setting, iteration, choice.reason, choice.why, gain_s)
+        candidates = _candidates(self.now, choice.setting, allowed, times.step_s / seconds[self.now])
+        verdict = self._switch(choice.setting, iteration, choice.reason, choice.why, gain_s)
+        return replace(verdict, candidates=candidates)
 
     def _review(self, iteration: int, times: StepTimes, trial: _Trial) -> PoolVerdict:
         """Keep the setting on trial, or revert to the one before."""
@@ -199,6 +250,30 @@ class Switchboard:
         return PoolVerdict(
             setting=to, before=before, reason=reason, why=why, predicted_gain_s=predicted, realised_gain_s=realised
         )
+
+
+def _candidates(
+    now: PoolSetting, chosen: PoolSetting, seconds: Mapping[PoolSetting, float], scale: float
+) -> tuple[Candidate, ...]:
+    """The chosen setting, the next fastest ones, and the one in force, as they are logged.
+
+    Args:
+        now: the setting in force.
+        chosen: the setting to switch to.
+        seconds: predicted seconds of a step.
+        scale: measured seconds over predicted ones, for the setting in force.
+    """
+    fastest = sorted(seconds, key=lambda setting: (seconds[setting], setting.key))
+    others = [setting for setting in fastest if setting not in (chosen, now)][: MOST_CANDIDATES - 2]
+    return tuple(
+        Candidate(
+            name=setting.key,
+            chosen=setting == chosen,
+            gain_s=(seconds[now] - seconds[setting]) * scale,
+            step_s=seconds[setting] * scale,
+        )
+        for setting in (chosen, *others, now)
+    )
 
 
 def step_seconds(moe_s: Mapping[PoolSetting, float], now: PoolSetting, measured_s: float) -> dict[PoolSetting, float]:

@@ -11,12 +11,13 @@ Experts are numbered by their home: expert e is at home on rank e // S in home s
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from megatron_smartmoe import ops
+from megatron_smartmoe.placement.replan import ReplanOptions, planned_anew
 from megatron_smartmoe.runtime.replicas.split import (
     BALANCED,
     Replica,
@@ -218,6 +219,37 @@ class DispatchPlanner:
 _AS_GIVEN = ExactOptions(used_slots=0)  # its numbers are not read
 
 
+def plan_or_replan(
+    planners: tuple[DispatchPlanner, DispatchPlanner],
+    counts_RPE: torch.Tensor,
+    slots_RS: IntArray,
+    exact: ExactOptions,
+    rule: ReplanOptions,
+) -> DispatchPlan:
+    """The plan with the replicas in `slots_RS`, or one with replicas planned anew, as the rule of `auto` has it.
+
+    A layer that was planned anew has the slots in its load too.
+
+    Args:
+        planners: of the two plans, each of which lies in its planner's memory until the next one.
+        counts_RPE: see `DispatchPlanner.plan`.
+        slots_RS: homes, and the replicas from history.
+        exact: how replicas are planned from the counts.
+        rule: when.
+    """
+    view = planners[0].view
+    kept = planners[0].plan(counts_RPE, slots_RS)
+
+    def plan_anew() -> DispatchPlan:
+        homes_RS = homes_only(view.num_experts, view.num_ranks, view.num_slots - view.home_slots)
+        return planners[1].plan(counts_RPE, homes_RS, exact)
+
+    anew = planned_anew(kept.busiest, kept.load.load_E, view.num_ranks, rule, plan_anew)
+    if anew is None:
+        return kept
+    return replace(anew, load=replace(anew.load, replanned_RS=anew.slots_RS, before_tokens=kept.busiest))
+
+
 def plan_in_steps(
     view: RankView, counts_RPE: torch.Tensor, slots_RS: IntArray, exact: ExactOptions | None = None
 ) -> DispatchPlan:
@@ -254,3 +286,14 @@ def plan_in_steps(
             num_replicas=int(((slots_RS != EMPTY) & (taken_RS > 0))[:, home_slots:].sum()),
         ),
     )
+
+
+def by_home(slots_RS: IntArray, home_slots: int) -> IntArray:
+    """A slot table with every expert named by its home: expert e then has its home in slot e % S of rank e // S.
+
+    Args:
+        slots_RS: logical experts, EMPTY for none.
+        home_slots: S.
+    """
+    home_E = np.argsort(slots_RS[:, :home_slots].ravel())
+    return np.where(slots_RS == EMPTY, EMPTY, home_E[slots_RS])

@@ -32,7 +32,7 @@ def compiled_best_replicas(
     space, objective = search_space(num_ranks, home_slots, options), search_objective(num_ranks, options)
     loads_KE = scaled(scenarios_KE, num_ranks).astype(np.int64)
     new_RS, imbalance_K, value_2 = ops.history_replicas(
-        torch.from_numpy(np.array(slots_RS)),
+        torch.from_numpy(np.array(slots_RS)),  # a copy: those of a placement cannot be written, which torch warns of
         torch.from_numpy(loads_KE),
         home_slots,
         options.num_nodes,

@@ -7,13 +7,18 @@ listens to the loads. A dispatcher passes it this rank's tokens of each expert a
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 import torch.distributed as dist
 
-from megatron_smartmoe.placement.replan import ReplanOptions, planned_anew
-from megatron_smartmoe.runtime.replicas.dispatch_plan import DispatchPlan, DispatchPlanner, ExactOptions, RankView
+from megatron_smartmoe.placement.replan import ReplanOptions
+from megatron_smartmoe.runtime.replicas.dispatch_plan import (
+    DispatchPlan,
+    DispatchPlanner,
+    ExactOptions,
+    RankView,
+    plan_or_replan,
+)
 from megatron_smartmoe.runtime.replicas.slots import ReplicasInUse, SpareSlots
 from megatron_smartmoe.runtime.replicas.split import homes_only
 from megatron_smartmoe.runtime.replicas.tally import MicroBatch
@@ -131,18 +136,10 @@ class LayerPlanner:
 
     def _plan_where_short(self, counts_RPE: torch.Tensor, exact: ExactOptions, rule: ReplanOptions) -> DispatchPlan:
         """The plan with the replicas in `slots_RS`, or one with replicas planned anew, as the rule of `auto` has it."""
-        kept = self._planner.plan(counts_RPE, self.slots_RS)
-        anew = planned_anew(
-            kept.busiest,
-            kept.load.load_E,
-            self.view.num_ranks,
-            rule,
-            lambda: self._planner_anew.plan(counts_RPE, self._homes_RS, exact),
-        )
-        if anew is None:
-            return kept
-        self._start(self._spare.use_once(anew.slots_RS, takes_part=bool(anew.own_replicas)))
-        return replace(anew, load=replace(anew.load, replanned_RS=anew.slots_RS))
+        plan = plan_or_replan((self._planner, self._planner_anew), counts_RPE, self.slots_RS, exact, rule)
+        if plan.load.replanned_RS is not None:
+            self._start(self._spare.use_once(plan.slots_RS, takes_part=bool(plan.own_replicas)))
+        return plan
 
     def _start(self, used: ReplicasInUse | None) -> None:
         """Start to fetch replicas that are planned for a micro-batch."""

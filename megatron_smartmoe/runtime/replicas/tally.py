@@ -22,6 +22,7 @@ class MicroBatch:
         num_replicas: Number of replicas that took tokens.
         replanned_RS: The slots, where the replicas were planned anew for this micro-batch instead of those from
             history; else None.
+        before_tokens: Tokens of the busiest rank with those from history, where they were planned anew.
     """
 
     load_E: IntArray
@@ -29,6 +30,7 @@ class MicroBatch:
     split_R: IntArray
     num_replicas: int
     replanned_RS: IntArray | None = None
+    before_tokens: int = 0
 
     @property
     def imbalance(self) -> tuple[float, float]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from megatron_smartmoe.cost.comm import BusiestPorts, busiest_ports
 from megatron_smartmoe.cost.distinct_nodes import distinct_groups, tokens_by_group
 from megatron_smartmoe.cost.hierarchical import HopCounts, mean_ports, rows_by_node, rows_copied, to_gateways
-from megatron_smartmoe.cost.moe_layer import LayerConstants, LayerFlow, layer_time
+from megatron_smartmoe.cost.moe_layer import LayerConstants, LayerFlow, LevelPrice, layer_time
 
 pytestmark = pytest.mark.fast
 
@@ -61,4 +63,7 @@ def test_the_layers_time_has_half_of_its_exchanges_in_two_hops() -> None:
     time = layer_time(flow, constants, once_RN=ONCE_RN)
     assert time.all_to_all_inter_s == pytest.approx(6.5)
     assert time.all_to_all_intra_s == pytest.approx(0.6)
+    # A level above the nodes: a node of 2 ranks sends 16 rows out flat and 10 in two hops, 8 and 5 for each rank.
+    leveled = replace(constants, levels=(LevelPrice(ranks=2, token_s=2.0),))
+    assert layer_time(flow, leveled, once_RN=ONCE_RN).all_to_all_inter_s == pytest.approx(13.0)
     assert time.source_s == pytest.approx(0.01 * (16 + 84 / 4))  # 2 of 8 passes over a row

@@ -5,8 +5,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_smartmoe.placement.decisions import digest_of
+from megatron_smartmoe.cost.moe_layer import LayerConstants
+from megatron_smartmoe.placement.decisions import MOST_CANDIDATES, digest_of
 from megatron_smartmoe.placement.homes_planner import HomesPlanner, OnlineOptions
+from megatron_smartmoe.placement.layer_cost import LayerPricing, layer_seconds
 from megatron_smartmoe.placement.layer_plan import LayerPlan
 from megatron_smartmoe.placement.plan_homes import HomesOptions
 from megatron_smartmoe.placement.policy import PolicyOptions
@@ -101,6 +103,28 @@ def test_a_move_that_does_not_pay_is_logged_and_not_taken() -> None:
     assert decision.changes
     assert not homes.due(50)
     assert homes.due(101)
+
+
+def test_a_decision_has_its_candidates_and_their_parts_add_up() -> None:
+    counts_LGMRE = synthetic_trace(SPEC).groups(8)[0]
+    start = Placement.contiguous(num_layers=2, num_experts=32, num_ranks=8)
+    price = layer_seconds(
+        LayerPricing(num_ranks=8, constants=LayerConstants(token_s=1e-6, intra_token_s=1e-7, fixed_s=1e-5))
+    )
+    homes = HomesPlanner(2, 32, OnlineOptions(state_bytes=1000), price)
+    homes.observe(counts_LGMRE[:, 0, 0])
+    found = homes.propose(1, start)
+    assert found is not None
+    decision = found[1]
+    chosen = [one for one in decision.candidates if one.chosen]
+    assert 0 < len(decision.candidates) <= MOST_CANDIDATES
+    assert sum(one.gain_s or 0.0 for one in chosen) == pytest.approx(decision.predicted_gain_s)
+    for one in decision.candidates:
+        assert (one.compute_s or 0.0) + (one.traffic_s or 0.0) + (one.replicas_s or 0.0) == pytest.approx(one.gain_s)
+    assert {one.layer for one in decision.forecast} <= {one.layer for one in chosen}
+    hottest = [share for _, share in decision.forecast[0].hottest]
+    assert hottest == sorted(hottest, reverse=True)
+    assert len(decision.to_line()) < 6000
 
 
 def test_homes_that_cannot_be_better_give_no_decision() -> None:

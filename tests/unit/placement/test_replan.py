@@ -78,10 +78,10 @@ def test_the_planner_follows_the_rule() -> None:
 
 def test_a_decision_names_what_was_planned_anew() -> None:
     slots_RS = plan_with(1).slots_RS
-    one = Replan(layer=2, micro_batch=3, load_E=LOAD, slots_RS=slots_RS)
+    one = Replan(layer=2, micro_batch=3, load_E=LOAD, slots_RS=slots_RS, before_tokens=180, tokens=100)
 
     def digests(*replans: Replan) -> tuple[str, str]:
-        decision = replans_decision(7, 1, "history", replans, judged=16)
+        decision = replans_decision(7, 1, "history", replans, judged=16, price_tokens=45.0)
         assert (decision.iteration, decision.kind, decision.group, decision.before) == (7, "replans", 1, "history")
         assert decision.why.startswith(f"{len(replans)} of 16 layers")
         return decision.inputs, decision.after

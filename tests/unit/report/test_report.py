@@ -54,7 +54,9 @@ def run_dir(tmp_path: Path) -> Path:
     ]
     write_lines(run / "metrics.jsonl", [*losses, {"iteration": 20, "validation": {"lm loss": 5.1}}])
     moved = [[0, 0, 1, 1, 2], [0, 1, 0, 2, 1]]
-    refused = decision(15, "homes", [[1, 0, 0, 0, 3]], taken=False, why="does not pay")
+    move = {"name": "move 1 <i> of layer 2", "chosen": True, "layer": 1, "gain_s": 0.002, "cost_s": 1.0}
+    prices = {"candidates": [move], "horizon_iterations": 100, "margin": 2.0}
+    refused = decision(15, "homes", [[1, 0, 0, 0, 3]], taken=False, why="does not pay", **prices)
     kept = decision(18, "review", [], realised_gain_s=0.001, why="measured 1.0 ms/iter: kept")
     write_lines(run / "smartmoe.jsonl", [decision(5, "homes", moved), refused, kept])
     write_lines(run / "replicas-stage0-group0.jsonl", [decision(6, "replicas", [[1, 1, 2, -1, 0]])])
@@ -95,6 +97,9 @@ def test_the_page_stands_alone_and_says_what_happened(run_dir: Path, capsys: pyt
     assert "pays &lt;b&gt;: 2.0 ms" in text, "texts of the log are no markup"
     assert '<tr class="refused"><td class="number">15</td><td>homes</td><td>1 expert</td><td>refused</td>' in text
     assert '+2.000</td><td class="number">+1.000</td>' in text
+    assert "&gt; move 1 &lt;i&gt; of layer 2  saves +2.000 ms per iteration, costs 1000.000 ms once\n" in text
+    assert "a gain counts over 100 iterations, and must be more than 2 times the cost</details>" in text
+    assert text.count("<summary>candidates</summary>") == 1
     ids = re.findall(r' id="([^"]+)"', text)
     assert len(ids) == len(set(ids))
     assert all(target in ids for target in re.findall(r'href="#([^"]+)"', text))
@@ -279,18 +284,34 @@ def test_a_decision_is_explained(run_dir: Path, capsys: pytest.CaptureFixture[st
     trace.save(run_dir / "trace.npz")
     assert main(["explain", str(run_dir), "--iteration", "5", "--trace", str(run_dir / "trace.npz")]) == 0
     text = capsys.readouterr().out
-    assert text.startswith("some run, iteration 5\n\nhomes: taken\n")
-    assert "  what     layer 1: expert 2 at home on rank 0; expert 1 at home on rank 1\n" in text
-    assert "  price    predicted to save +2.000 ms per iteration\n" in text
+    assert text.startswith("some run, iteration 5\n\nhomes (which rank owns which expert): taken\n")
+    assert "  changes    layer 1: expert 2 at home on rank 0; expert 1 at home on rank 1\n" in text
+    assert "             predicted to save +2.000 ms per iteration\n" in text
     load = "busiest rank over the mean by homes: 1.600 -> 1.000 on the 20 iterations before, 1.600 -> 1.000 on the 20"
     assert load in text
-    assert "  outcome  iteration 18: measured 1.0 ms/iter: kept\n" in text
+    assert "  outcome    iteration 18: measured 1.0 ms/iter: kept\n" in text
+    assert "predicted +2.000 ms per iteration, measured +1.000 ms per iteration\n" in text
+    assert "  candidates not recorded: the run is of an earlier version\n" in text
     assert main(["explain", str(run_dir), "--iteration", "6"]) == 0
-    assert "replicas: taken\n  what     layer 2: expert 0 as a replica on rank 1\n" in capsys.readouterr().out
+    assert "  changes    layer 2: expert 0 as a replica on rank 1\n" in capsys.readouterr().out
     assert main(["explain", str(run_dir), "--iteration", "15", "--layer", "1"]) == 0
     text = capsys.readouterr().out
-    assert "homes: refused\n  what     no expert moves\n  why      does not pay\n" in text
+    assert "  verdict    refused: does not pay\n" in text
+    assert "  changes    no expert moves\n" in text
     assert "no counts were recorded" in text
+    stays = {
+        "iteration": 9,
+        "setting": "homes0-K0-off-ov1",
+        "reason": "margin",
+        "step_s": 0.5,
+        "noise_s": 0.01,
+        "timed": 8,
+    }
+    write_lines(run_dir / "pool.jsonl", [stays])
+    assert main(["explain", str(run_dir), "--iteration", "9"]) == 0
+    text = capsys.readouterr().out
+    assert "homes0-K0-off-ov1 stays\n  inputs     a step took 500.0 ms: median of 8, give or take 10.0 ms\n" in text
+    assert text.endswith("  verdict    no other setting is predicted to save enough\n")
     assert main(["explain", str(run_dir), "--iteration", "7"]) == 2
     error = capsys.readouterr().err
     assert error == ("smartmoe explain: --iteration = 7: nothing was decided then. Decisions near it: 5, 6, 15, 18.\n")

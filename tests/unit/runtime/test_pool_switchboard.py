@@ -49,6 +49,11 @@ def test_it_switches_to_the_best_and_keeps_what_holds() -> None:
     assert switch.predicted_gain_s == pytest.approx(0.1)
     measured, predicted = "measured 1.000 s per step", "predicted 0.900 s (10.0% less)"
     assert switch.why == f"homes0-K0-off-ov1: {measured}; homes0-K1-exact-ov1: {predicted}"
+    best, other, now = switch.candidates
+    assert [one.name for one in (best, other, now)] == [EXACT.key, HISTORY.key, OFF.key]
+    assert [one.chosen for one in (best, other, now)] == [True, False, False]
+    assert [one.step_s for one in (best, other, now)] == pytest.approx([0.9, 0.95, 1.0])
+    assert [one.gain_s for one in (best, other, now)] == pytest.approx([0.1, 0.05, 0.0])
     kept = evaluate(at, 200, took(0.93))
     assert not kept.switched
     assert kept.is_decision

@@ -10,6 +10,7 @@ import pytest
 from megatron_smartmoe.cost.moe_layer import LayerConstants, LayerFlow
 from megatron_smartmoe.cost.step.step import StepTime
 from megatron_smartmoe.placement.homes_planner import OnlineOptions
+from megatron_smartmoe.placement.kernels import NUMPY
 from megatron_smartmoe.simulate.whatif import GROUP_OF, GROUPS, Move, RecordedPolicy, rank_time, regrouped
 from megatron_smartmoe.spec.placement import Placement
 from megatron_smartmoe.spec.trace import RoutingTrace
@@ -54,7 +55,8 @@ def test_homes_move_after_the_step_that_they_moved_after() -> None:
     start = Placement.contiguous(num_layers=1, num_experts=4, num_ranks=2, spare_slots=1)
     moved = Placement(slots_LRS=np.array([[[0, 3], [2, 1]]]), num_experts=4)
     options = OnlineOptions(homes_interval=0)
-    policy = RecordedPolicy(start, 1, options, lambda slots_RS, counts_RE: 0.0, [Move(iteration=5, homes=moved)])
+    moves = [Move(iteration=5, homes=moved)]
+    policy = RecordedPolicy(start, 1, options, lambda slots_RS, counts_RE: 0.0, moves, NUMPY)
     policy.before(5)
     assert policy.homes(0).tolist() == [0, 0, 1, 1]
     policy.before(6)
