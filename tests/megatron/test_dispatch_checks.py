@@ -33,8 +33,8 @@ CASES = {
     "on two nodes": Case(flags=TWO_HOPS, ranks=4, per_node=2),
     "on one node": Case(
         flags=TWO_HOPS,
-        ranks=8,
-        per_node=8,
+        ranks=4,
+        per_node=4,
         says="--smartmoe-dispatch = 'hierarchical': the 4 expert-parallel ranks are on one node, and tokens cross no "
         "slow link. Pass flat, or remove it.",
     ),
