@@ -25,6 +25,7 @@ import numpy as np
 
 from megatron_smartmoe.cost.comm import BusiestPorts, busiest_domain, busiest_ports, replica_traffic
 from megatron_smartmoe.cost.compute import ExpertShape, busiest_rank
+from megatron_smartmoe.cost.hierarchical import HopCounts, mean_ports, rows_copied, to_gateways
 from megatron_smartmoe.cost.replicas import (
     EVERY_MICRO_BATCH,
     FORWARD_HALF,
@@ -45,6 +46,7 @@ EXCHANGES = 6  # as collectives: dispatch sends probabilities apart from tokens,
 LAUNCHES_PER_LAYER = 200  # small kernels and collectives: router, permute, exchange of counts, and their backward
 LAUNCH_S = 10e-6  # from one small kernel to the next
 ROWS_MOVED_PER_TOKEN = 8  # permute and unpermute: a row read and one written, forward and backward
+ROWS_MOVED_PER_COPY = 2  # a row read and one written
 GEMM_EFFICIENCY = 0.6  # of the dense peak, large grouped GEMMs
 LINK_EFFICIENCY = 0.8  # of the nominal bandwidth
 MEMORY_EFFICIENCY = 0.8  # of the nominal bandwidth
@@ -114,6 +116,7 @@ class LayerCounts:
         fetched: the same for the weights of replicas, in transfers that follow one another.
         returned: the same for their gradients.
         early_tokens: see `LayerFlow`.
+        hops: what a dispatch in two hops carries; None on one node.
         leaving: tokens out of the busiest domain of each level above the nodes, over its ranks; none where a flow was
             counted without levels.
     """
@@ -125,6 +128,7 @@ class LayerCounts:
     fetched: BusiestPorts
     returned: BusiestPorts
     early_tokens: float
+    hops: HopCounts | None = None
     leaving: tuple[float, ...] = ()
 
     @classmethod
@@ -143,6 +147,7 @@ class LayerCounts:
             fetched=returned if flow.fetch_RR is None else busiest_ports(flow.fetch_RR, flow.num_nodes),
             returned=returned,
             early_tokens=flow.early_tokens,
+            hops=HopCounts.of(flow.traffic_RR, flow.num_nodes) if flow.num_nodes > 1 else None,
             leaving=tuple(busiest_domain(flow.traffic_RR, ranks) for ranks in ranks_of_levels),
         )
 
@@ -155,6 +160,7 @@ class LayerCounts:
             source_tokens=self.source_tokens * factor,
             tokens=ports,
             early_tokens=self.early_tokens * factor,
+            hops=None if self.hops is None else self.hops.scaled(factor),
             leaving=tuple(tokens * factor for tokens in self.leaving),
         )
 
@@ -256,6 +262,7 @@ def layer_time(
     all_to_all_chunks: int = 1,
     ranks_per_device: float = 1.0,
     replicas: ReplicaSchedule = EVERY_MICRO_BATCH,
+    once_RN: FloatArray | None = None,
 ) -> LayerTime:
     """Time of one layer and micro-batch, forward and backward.
 
@@ -265,14 +272,19 @@ def layer_time(
         all_to_all_chunks: chunks of every all-to-all that overlap with the GEMMs; 1 for no overlap.
         ranks_per_device: see `GpuSpec`.
         replicas: how often replicas travel, and what hides them.
+        once_RN: rows that rank r sends to node n where a token is sent once for each node; None where the all-to-all
+            is flat.
     """
     # Step 1: counts. What the busiest rank computes, and what the busiest ports carry.
     levels = [level.ranks for level in constants.levels]
     counts = flow if isinstance(flow, LayerCounts) else LayerCounts.of(flow, levels)
     busy = busiest_rank(counts.tokens_R, counts.active_R, constants.half_rate_tokens, ranks_per_device)
-    tokens = counts.tokens
+    tokens, permuted = counts.tokens, counts.source_tokens
+    if once_RN is not None and counts.hops is not None:
+        tokens = mean_ports(tokens, counts.hops, once_RN)
+        permuted += rows_copied(counts.hops, once_RN) * ROWS_MOVED_PER_COPY / ROWS_MOVED_PER_TOKEN
     # Step 2: counts times constants.
-    source_s = counts.source_tokens * constants.source_token_s
+    source_s = permuted * constants.source_token_s
     gemm_s = busy.tokens * constants.token_s
     experts_s = busy.active_experts * constants.expert_s
     intra_s = tokens.intra * constants.intra_token_s
@@ -281,7 +293,8 @@ def layer_time(
         + tokens.inter_node * constants.inter_node_token_s
         + tokens.inter_node_reverse * constants.inter_node_reverse_token_s
     )
-    for leaving, level in zip(counts.leaving, constants.levels, strict=False):
+    for flat, level in zip(counts.leaving, constants.levels, strict=False):
+        leaving = flat if once_RN is None else (flat + busiest_domain(to_gateways(once_RN), level.ranks)) / 2
         inter_s = max(inter_s, leaving * level.token_s)
     fetch_s = replicas.weight_share * _transfer_s(counts.fetched, constants)
     return_s = (1 - replicas.weight_share) * _transfer_s(counts.returned, constants)

@@ -252,8 +252,14 @@ class LoadModel:
         return self._cluster is None or self._cluster.replica_scope == "node"
 
     def _domains(self, nodes: int) -> int:
-        """Parts of the group that keep their replicas."""
-        return nodes if self._cluster is None else self._cluster.domains(nodes, self._cluster.replica_scope)
+        """Parts of the group that keep their replicas: its nodes too where it fills no whole domains of a level."""
+        cluster = self._cluster
+        if cluster is None:
+            return nodes
+        level = next((level for level in cluster.levels if level.name == cluster.replica_scope), None)
+        if level is not None and nodes > level.nodes and nodes % level.nodes:
+            return nodes
+        return cluster.domains(nodes, cluster.replica_scope)
 
     def _homes(self, counts_E: IntArray, balance: Balance) -> IntArray:
         """Homes that even out the ranks or, where there are spare slots, however many, the nodes."""

@@ -237,18 +237,7 @@ def load_cluster_spec(path: Path) -> ClusterSpec:
 
 
 def _cluster_of(content: Mapping[str, Any], default_name: str) -> ClusterSpec:
-    known = (
-        "name",
-        "nodes",
-        "gpus_per_node",
-        "gpu",
-        "intra_node",
-        "inter_node",
-        "replica_scope",
-        "levels",
-        "efficiency",
-    )
-    refuse_unknown_keys("", content, known)
+    refuse_unknown_keys("", content, _KNOWN)
     sources: dict[str, str] = {}
     levels = _levels(content.get("levels", []), sources)
     scope, scopes = content.get("replica_scope", "node"), ["node", "group", *(level.name for level in levels)]

@@ -13,11 +13,11 @@ from megatron_smartmoe.planner.space import (
     RECOMPUTE,
     Rejected,
     SpaceOptions,
-    overlap_degrees,
+    exchanges,
     shapes,
     spare_slots,
 )
-from megatron_smartmoe.spec.parallel import violation
+from megatron_smartmoe.spec.parallel import FLAT, HIERARCHICAL, violation
 from tests.support.models import CLUSTER, SMALL
 from tests.unit.planner.cases import pricing
 
@@ -39,9 +39,9 @@ def whole_space(prices: Pricing, options: SpaceOptions) -> list[float]:
         best = float("inf")
         for slots in spare_slots(prices.model, shape, options):
             slotted = replace(shape, spare_slots=slots, replicas="auto" if slots else "off")
-            for degree in overlap_degrees(prices.model, slotted, options):
+            for degree, dispatch in exchanges(prices.model, prices.cluster, slotted, options):
                 for mode in options.recompute:
-                    spec = replace(slotted, overlap_degree=degree, recompute=mode)
+                    spec = replace(slotted, overlap_degree=degree, dispatch=dispatch, recompute=mode)
                     if not spec.recomputes(mode, prices.model):
                         continue
                     plan = prices.price(spec)
@@ -107,6 +107,21 @@ def test_replicas_pay_under_skew_only() -> None:
         < search(pricing(5.0), 8, replace(SPACE, spare_slots=(0,))).best[0].expected_s
     )
     assert search(pricing(1.0), 8, SPACE).best[0].spec.spare_slots == 0
+
+
+@pytest.mark.parametrize(("inter_bytes_s", "dispatch"), [(2e9, "hierarchical"), (300e9, "flat")])
+def test_tokens_cross_nodes_once_where_that_pays(inter_bytes_s: float, dispatch: str) -> None:
+    """Experts of one rank each, so that every group lies on both nodes, and no overlap."""
+    model = replace(SMALL, moe=replace(SMALL.moe, top_k=6))
+    links = replace(CLUSTER, inter_node=replace(CLUSTER.inter_node, bandwidth_bytes_s=inter_bytes_s))
+    space = replace(SPACE, fixed={"ep": 8, "etp": 1, "pp": 1}, overlap_degrees=(1,))
+    prices = Pricing(model, links, pricing().loads)
+    best = search(prices, 8, space).best[0]
+    assert best.spec.dispatch == dispatch
+    (other,) = {FLAT, HIERARCHICAL} - {best.spec.dispatch}
+    assert prices.price(replace(best.spec, dispatch=other)).expected_s > best.expected_s
+    shape = replace(best.spec, spare_slots=0, replicas="off", dispatch=FLAT)
+    assert prices.least_s(shape, space, shape.recompute) <= best.expected_s
 
 
 def test_nothing_fits_says_how_far() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields, replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -75,7 +76,8 @@ def test_a_rank_pays_for_what_it_computes_sends_and_receives() -> None:
         traffic_RR=np.array([[16.0, 4.0], [14.0, 6.0]]),
         replicas_RR=np.array([[0.0, 1.0], [0.0, 0.0]]),
     )
-    unit = LayerConstants(**{term.name: 1.0 for term in fields(LayerConstants)})
+    prices: dict[str, Any] = {term.name: 1.0 for term in fields(LayerConstants)}
+    unit = LayerConstants(**{**prices, "levels": ()})
     first, second = (rank_time(flow, rank, unit) for rank in (0, 1))
     assert (first.gemm_s, second.gemm_s) == (30.0, 10.0)
     assert (first.experts_s, second.experts_s) == (1.0, 2.0)
