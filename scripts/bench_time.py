@@ -3,18 +3,20 @@
 
     python scripts/bench_time.py
     python scripts/bench_time.py --ep 8 --trace trace.npz --cluster b200-sxm
+    python scripts/bench_time.py --ep 64 --cluster a100-pcie-40gb --each --homes-interval 4
 
 Without --trace: synthetic traces of one layer that drift (5% a record), burst (one expert 8 times as popular for a
 third of every 12 records) and stay as they are; 4 micro-batches a record; 64 experts on 8 ranks, 128 on 16, and 256 on
 64 ranks of 8 nodes. One spare slot per rank. All times are predictions of the cost model, priced as training prices
-them; the peers' rules run with the same prices. It runs on one core.
+them; the peers' rules run with the same prices. It runs on one core. With --each: every rule of the catalogue in a
+table for each trace, and ours without homes that move.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout, wh
 from megatron_smartmoe.cli.policies import own_policy, peer_policy, setup_of
 from megatron_smartmoe.cli.simulate_prices import Prices, rank_tokens
 from megatron_smartmoe.cost.compute import ExpertShape
+from megatron_smartmoe.simulate.baselines import by_name
 from megatron_smartmoe.simulate.policies import SimulatedPolicy
 from megatron_smartmoe.simulate.run import even_load_s, replay
 from megatron_smartmoe.spec.cluster import load_cluster_spec
@@ -59,8 +62,16 @@ def synthetic(sizes: list[int]) -> Iterator[Case]:
             yield Case(name=name, trace=synthetic_trace(spec), num_ranks=num_ranks)
 
 
-def seconds(case: Case, cluster: str, warmup: int) -> tuple[float, dict[str, tuple[float, float]]]:
-    """Seconds of an even load; seconds and max / mean tokens per rank of every policy."""
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """What a policy did: predicted seconds of a layer, moves of homes included, and max / mean tokens per rank."""
+
+    seconds: float
+    imbalance: float
+
+
+def replays(case: Case, cluster: str, warmup: int, homes_interval: int, peers: Sequence[str]) -> dict[str, Found]:
+    """Every policy of ours and the named peers' rules, and an even load."""
     machine = load_cluster_spec(Path(cluster))
     prices = Prices(
         cluster=machine,
@@ -78,16 +89,38 @@ def seconds(case: Case, cluster: str, warmup: int) -> tuple[float, dict[str, tup
         spare_slots=1,
     )
     groups = max(1, case.trace.num_sources // case.num_ranks)
-    policies: list[SimulatedPolicy] = [
-        own_policy("auto", start, groups, setup, prices, homes_interval=100),
-        own_policy("exact", start, groups, setup, prices, homes_interval=0),
-        *(peer_policy(name, start, groups, setup, interval=1) for name in PEERS),
-    ]
-    found = {}
-    for policy, name in zip(policies, ("auto", "exact", *PEERS), strict=True):
+    policies: dict[str, SimulatedPolicy] = {
+        "auto": own_policy("auto", start, groups, setup, prices, homes_interval=homes_interval),
+        "history": own_policy("history", start, groups, setup, prices, homes_interval=homes_interval),
+        "auto, no homes": own_policy("auto", start, groups, setup, prices, homes_interval=0),
+        "exact": own_policy("exact", start, groups, setup, prices, homes_interval=0),
+    }
+    policies |= {name: peer_policy(name, start, groups, setup, interval=1) for name in peers}
+    found = {"even load": Found(seconds=float(even_load_s(case.trace, setup).mean()), imbalance=1.0)}
+    for name, policy in policies.items():
         result = replay(case.trace, policy, setup)
-        found[name] = (result.total_s, float(result.imbalance.mean()))
-    return float(even_load_s(case.trace, setup).mean()), found
+        found[name] = Found(seconds=result.total_s, imbalance=float(result.imbalance.mean()))
+    return found
+
+
+def summary(case: Case, found: dict[str, Found]) -> str:
+    """The row of a trace: `auto` beside the fastest peer."""
+    even_s, auto = found["even load"].seconds, found["auto"]
+    peer = min(PEERS, key=lambda name: found[name].seconds)
+    return (
+        f"| {case.name} | {case.num_ranks} | {even_s * 1e3:.3f} ms | {auto.seconds * 1e3:.3f} ms, "
+        f"{even_s / auto.seconds:.1%} | {auto.imbalance:.3f} | {even_s / found['exact'].seconds:.1%} "
+        f"| {peer}, {even_s / found[peer].seconds:.1%} | {auto.seconds / found[peer].seconds - 1:+.1%} |"
+    )
+
+
+def each(case: Case, found: dict[str, Found]) -> str:
+    """A table of one trace, the fastest first."""
+    auto_s = found["auto"].seconds
+    lines = [f"{case.name}, {case.num_ranks} ranks", "", "| rule | max/mean | layer | to `auto` |", "|---|---|---|---|"]
+    for name, one in sorted(found.items(), key=lambda item: item[1].seconds):
+        lines.append(f"| {name} | {one.imbalance:.3f} | {one.seconds * 1e3:.3f} ms | {one.seconds / auto_s:.3f} |")
+    return "\n".join([*lines, ""])
 
 
 def main() -> int:
@@ -97,23 +130,21 @@ def main() -> int:
     parser.add_argument("--trace", type=Path, nargs="*", default=[])
     parser.add_argument("--cluster", default="h100-sxm")
     parser.add_argument("--warmup", type=int, default=6)
+    parser.add_argument("--homes-interval", type=int, default=100)
+    parser.add_argument("--each", action="store_true")
     options = parser.parse_args()
     traces = [(path, load_trace(path)) for path in options.trace]
     recorded = [Case(name=path.stem, trace=trace, num_ranks=ep) for ep in options.ep for path, trace in traces]
-    print(
-        "| trace | ranks | even load | `auto`, of even load | max/mean | `exact` | fastest peer | `auto` against it |"
-    )
-    print("|---|---|---|---|---|---|---|---|")
-    for case in recorded or synthetic(options.ep):
-        even_s, found = seconds(case, options.cluster, options.warmup)
-        auto_s, imbalance = found["auto"]
-        peer = min(PEERS, key=lambda name: found[name][0])
+    if not options.each:
         print(
-            f"| {case.name} | {case.num_ranks} | {even_s * 1e3:.3f} ms | {auto_s * 1e3:.3f} ms, {even_s / auto_s:.1%} "
-            f"| {imbalance:.3f} | {even_s / found['exact'][0]:.1%} | {peer}, {even_s / found[peer][0]:.1%} "
-            f"| {auto_s / found[peer][0] - 1:+.1%} |",
-            flush=True,
+            "| trace | ranks | even load | `auto`, of even load | max/mean | `exact` | fastest peer "
+            "| `auto` against it |"
         )
+        print("|---|---|---|---|---|---|---|---|")
+    peers = list(by_name()) if options.each else PEERS
+    for case in recorded or synthetic(options.ep):
+        found = replays(case, options.cluster, options.warmup, options.homes_interval, peers)
+        print(each(case, found) if options.each else summary(case, found), flush=True)
     return 0
 
 

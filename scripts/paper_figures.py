@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout, when the script is run by its path
@@ -23,7 +24,7 @@ from megatron_smartmoe.cost.compute import ExpertShape
 from megatron_smartmoe.errors import EXIT_CONFIG_ERROR, ConfigError, SmartMoEError
 from megatron_smartmoe.spec.cluster import load_cluster_spec
 from megatron_smartmoe.spec.trace import load_trace
-from scripts.paper.online import INTERVALS, OURS, PAPER, REPLICAS, REPLICAS_INTERVAL, Online, online
+from scripts.paper.online import INTERVALS, OURS, PAPER, Online, online
 from scripts.paper.strategies import PUBLISHED, choices
 from scripts.validation.fit import fit
 from scripts.validation.validate_planner import clusters_of, read_runs
@@ -57,6 +58,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--cluster-of", action="append", default=[], metavar="NAME=YAML", help=text)
     add("--trace", type=Path, metavar="NPZ", help="routing trace, for Figures 12 and 13 and the plot")
     add("--plot", type=Path, metavar="FILE", help="where the plot of step time over iterations is written (SVG)")
+    text = "iterations of the trace that are replayed, from its first (default: %(default)s)"
+    add("--iterations", type=int, default=1000, metavar="N", help=text)
     add("--ep", type=int, default=8, help="ranks of an expert-parallel group (default: %(default)s)")
     add("--cluster", default="v100-pcie", help="cluster that the trace is priced on (default: %(default)s)")
     add("--hidden", type=int, default=1024, help="hidden size of the priced layers (default: %(default)s)")
@@ -88,13 +91,16 @@ def show_online(options: argparse.Namespace) -> None:
     if not 1 < options.ep <= trace.num_sources or trace.num_sources % options.ep or trace.num_experts % options.ep:
         rule = f"must divide the trace's {trace.num_sources} source ranks and {trace.num_experts} experts"
         raise ConfigError("--ep", options.ep, rule, "For example: 8.")
+    counted = trace.iteration < trace.iteration[0] + options.iterations
+    if not counted[1:2].any():
+        raise ConfigError("--iterations", options.iterations, "leaves fewer than two records", "For example: 1000.")
+    trace = replace(trace, counts=trace.counts[counted], iteration=trace.iteration[counted])
     expert = ExpertShape(hidden=options.hidden, ffn=options.ffn, gated=False)
     found = online(trace, options.ep, load_cluster_spec(Path(options.cluster)), expert)
     print(f"\n| | all layers | from iteration {WARM} on | layer {FAVOURED} |\n|---|---|---|---|")
     for name in (PAPER, OURS):
         for interval in INTERVALS:
             print(_line(found, (name, interval)))
-    print(_line(found, (REPLICAS, REPLICAS_INTERVAL)))
     if options.plot:
         from scripts.paper.plot import draw  # matplotlib is slow to import
 

@@ -77,6 +77,11 @@ void plan_exact(const std::vector<int64_t>& load_E, const SlotTable& slots, cons
   }
 }
 
+// The product may have more than 64 bits.
+int64_t in_proportion(int64_t at, int64_t supply, int64_t total) {
+  return static_cast<int64_t>(static_cast<__int128>(at) * supply / total);
+}
+
 // Which source rank's tokens go to which host, as far as this rank is concerned: `placement.split.assign_sources`.
 class Sources {
  public:
@@ -100,13 +105,17 @@ class Sources {
     for (size_t f = 0; f < expert_F_.size(); ++f) {
       const Index begin = placed_.hosts.begin_E[expert_F_[f]], end = placed_.hosts.begin_E[expert_F_[f] + 1];
       int64_t* left_R = left_FR_.data() + f * counts_.num_ranks;
-      // Step 2: tokens that are already on a host of their expert stay there.
+      // Step 2: on several nodes, what each host takes from its own; else all.
+      later_C_.assign(end - begin, 0);
+      if (num_nodes > 1) put_off(begin, end, left_R, tokens_C, counts_.num_ranks / num_nodes);
+      // Step 3: tokens that are already on a host of their expert stay there, then sources of the same node are met.
       for (Index c = begin; c < end; ++c) {
         const Index rank = placed_.hosts.rank_C[c];
         meet(left_R[rank], rank, tokens_C[c], c);
       }
-      // Step 3: then sources of the same node, then all sources.
       if (num_nodes > 1) meet_by_node(begin, end, left_R, tokens_C, counts_.num_ranks / num_nodes);
+      // Step 4: then all sources.
+      for (Index c = begin; c < end; ++c) tokens_C[c] += later_C_[c - begin];
       meet_in_order(begin, end, left_R, 0, counts_.num_ranks, tokens_C);
     }
   }
@@ -164,11 +173,36 @@ class Sources {
     }
   }
 
+  // The hosts from `begin` on that are on the same node as that one: up to which.
+  Index end_of_node(Index begin, Index end, int64_t per_node) const {
+    const int64_t node = placed_.hosts.rank_C[begin] / per_node;
+    while (begin < end && placed_.hosts.rank_C[begin] / per_node == node) ++begin;
+    return begin;
+  }
+
+  // Put off what hosts take from other nodes: the same share of each need where the node has less than they take.
+  void put_off(Index begin, Index end, const int64_t* left_R, std::vector<int64_t>& need_C, int64_t per_node) {
+    for (Index c = begin; c < end;) {
+      const int64_t* node_R = left_R + placed_.hosts.rank_C[c] / per_node * per_node;
+      const int64_t supply = std::accumulate(node_R, node_R + per_node, int64_t{0});
+      const Index next = end_of_node(c, end, per_node);
+      const int64_t total = std::accumulate(need_C.begin() + c, need_C.begin() + next, int64_t{0});
+      int64_t before = 0;
+      for (; c < next; ++c) {
+        if (supply >= total) continue;
+        const int64_t after = before + need_C[c];
+        const int64_t now = in_proportion(after, supply, total) - in_proportion(before, supply, total);
+        later_C_[c - begin] = need_C[c] - now;
+        need_C[c] = now;
+        before = after;
+      }
+    }
+  }
+
   void meet_by_node(Index begin, Index end, int64_t* left_R, std::vector<int64_t>& need_C, int64_t per_node) {
     while (begin < end) {
       const int64_t node = placed_.hosts.rank_C[begin] / per_node;
-      Index next = begin;
-      while (next < end && placed_.hosts.rank_C[next] / per_node == node) ++next;
+      const Index next = end_of_node(begin, end, per_node);
       meet_in_order(begin, next, left_R, node * per_node, (node + 1) * per_node, need_C);
       begin = next;
     }
@@ -181,7 +215,7 @@ class Sources {
   int64_t* arriving_RS_;
   const int64_t num_slots_;
   std::vector<Index> expert_F_, own_single_C_, own_single_E_;
-  std::vector<int64_t> left_FR_;
+  std::vector<int64_t> left_FR_, later_C_;  // later: what the hosts of one expert take from other nodes
 };
 
 // The parts of the result, one behind the other: runtime/replicas/dispatch_plan.py:PlanBuffer has the same order.

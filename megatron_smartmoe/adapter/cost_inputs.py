@@ -17,12 +17,14 @@ import torch.distributed as dist
 from megatron_smartmoe.adapter.flags.smartmoe_arguments import replicas_mode
 from megatron_smartmoe.cost.compute import ExpertShape, replica_grad_bytes
 from megatron_smartmoe.cost.memory.buffers import MAIN_BYTES, MOMENT_BYTES, expert_state_bytes
-from megatron_smartmoe.cost.moe_layer import constants_of, exchange_bytes_s, exposed_replica_tokens
+from megatron_smartmoe.cost.moe_layer import constants_of, crossing_bytes_s, exposed_replica_tokens
 from megatron_smartmoe.cost.replicas import schedule_of
 from megatron_smartmoe.placement.homes_planner import OnlineOptions
 from megatron_smartmoe.placement.layer_cost import LayerPricing
+from megatron_smartmoe.placement.plan_homes import HomesOptions, node_swap_price
 from megatron_smartmoe.placement.plan_replicas import ReplicaOptions
-from megatron_smartmoe.placement.policy import PolicyOptions
+from megatron_smartmoe.placement.policy import BETWEEN_NODES_TOLERANCE, PolicyOptions
+from megatron_smartmoe.placement.routing_groups import stay_whole
 from megatron_smartmoe.planner.arguments import model_from_arguments, parallel_from_arguments
 from megatron_smartmoe.spec.cluster import ClusterSpec, load_cluster_spec
 from megatron_smartmoe.spec.devices import Device, cluster_for, fitting_cluster
@@ -196,15 +198,55 @@ def online_options(args: Namespace, review_records: int) -> OnlineOptions:
         replicas="exact" if replicas_mode(args) == "exact" else "history",
         micro_batches=get_num_microbatches(),
         state_bytes=state_bytes(args),
-        migration_bytes_s=exchange_bytes_s(machine(args), between_nodes=num_nodes > 1),
+        migration_bytes_s=crossing_bytes_s(machine(args), num_nodes),
+        homes=homes_options(args),
         replica=replica_options(args),
         policy=PolicyOptions(
             horizon_iterations=args.smartmoe_homes_horizon,
             margin=args.smartmoe_homes_margin,
             cooldown_iterations=args.smartmoe_homes_interval,
+            tolerance=BETWEEN_NODES_TOLERANCE if num_nodes > 1 else 0.0,
         ),
         review_records=review_records,
     )
+
+
+def homes_options(args: Namespace) -> HomesOptions:
+    """The nodes that homes are balanced over, and what a swap of homes between two of them must gain."""
+    from megatron.core import parallel_state as mpu
+    from megatron.core.num_microbatches_calculator import get_num_microbatches
+
+    ranks, domains = mpu.get_expert_model_parallel_world_size(), scope_nodes(args)
+    num_nodes = domains if domains > 1 else nodes_of_group(ranks)
+    return HomesOptions(
+        num_nodes=num_nodes,
+        replica_scope_is_node=domains > 1,
+        node_swap_price=node_swap_price(
+            online_setting(args).constants,
+            get_num_microbatches() * rank_tokens(args),
+            num_nodes=num_nodes,
+            swap_s=state_bytes(args) / crossing_bytes_s(machine(args), nodes_of_group(ranks)),
+            worth_s=args.smartmoe_homes_horizon / args.smartmoe_homes_margin,
+        ),
+        num_groups=args.moe_router_num_groups if args.moe_router_group_topk else 1,
+    )
+
+
+def routing_groups_line(args: Namespace) -> str | None:
+    """What group-limited routing means for the homes; None where it is off or the experts are on one node."""
+    options, ranks = homes_options(args), args.expert_model_parallel_size
+    groups, nodes = options.num_groups, options.num_nodes
+    if groups == 1 or nodes == 1:
+        return None
+    routing = f"group-limited routing ({args.moe_router_group_topk} of {groups} groups a token, {nodes} nodes)"
+    if not stay_whole(ranks, nodes, groups):
+        return f"{routing}: groups do not lie whole on nodes, so homes move without regard to them"
+    moves = "homes move between nodes by whole groups" if groups >= nodes else "homes stay on the nodes of their group"
+    if args.smartmoe_homes == "shuffle":
+        moves = "--smartmoe-homes shuffle takes groups apart, and tokens go to more nodes than without"
+    if args.smartmoe_spare_slots and not options.replica_scope_is_node:
+        moves += "; --smartmoe-replicas-scope group puts replicas on other nodes than their group's"
+    return f"{routing}: {moves}"
 
 
 def replica_options(args: Namespace) -> ReplicaOptions:
@@ -213,12 +255,11 @@ def replica_options(args: Namespace) -> ReplicaOptions:
 
 
 def scope_nodes(args: Namespace) -> int:
-    """Nodes of the group among which replicas must not cross; 1 lets them be anywhere in the group."""
+    """Nodes of the group, or wider domains, between which replicas must not cross; 1 lets them be anywhere in it."""
     from megatron.core import parallel_state as mpu
 
-    if args.smartmoe_replicas_scope == "group":
-        return 1
-    return nodes_of_group(mpu.get_expert_model_parallel_world_size())
+    num_nodes = nodes_of_group(mpu.get_expert_model_parallel_world_size())
+    return machine(args).domains(num_nodes, args.smartmoe_replicas_scope)
 
 
 def replica_price_tokens(args: Namespace, mode: str | None = None) -> float:

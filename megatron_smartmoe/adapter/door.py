@@ -139,13 +139,15 @@ class Door:
         from megatron_smartmoe.adapter import hooks
         from megatron_smartmoe.adapter.callbacks import callbacks_for
         from megatron_smartmoe.adapter.flags.script_flags import wants
+        from megatron_smartmoe.adapter.moe.dispatch_nodes import DispatchNodes
         from megatron_smartmoe.adapter.moe.modules import Modules
         from megatron_smartmoe.adapter.moe.overlap_degree import OverlapDegree
 
         declare_grouped(args)
         self._overlap_degree = OverlapDegree(args)
         everywhere = self.is_own_entry and args.spec is None
-        hooks.use_modules(Modules.of(args, self._overlap_degree, everywhere=everywhere))
+        nodes = DispatchNodes(args)
+        hooks.use_modules(Modules.of(args, self._overlap_degree, everywhere=everywhere, dispatch_nodes=nodes))
         self.is_asked = self.is_own_entry or wants(args)
         if not self.is_asked:
             return

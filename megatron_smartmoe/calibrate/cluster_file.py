@@ -18,13 +18,13 @@ says so, and it keeps the model's priors.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from megatron_smartmoe.calibrate.line import LineFit
 from megatron_smartmoe.calibrate.measurement import COLLECTIVES, LINKS, MachineMeasurement, Series
-from megatron_smartmoe.spec.cluster import ClusterSpec, GpuSpec, LinkSpec
+from megatron_smartmoe.spec.cluster import ClusterSpec, GpuSpec, LevelSpec, LinkSpec
 
 _SHARED = ("all_to_all", "ring", "all_reduce")  # operations with a share; single messages have none in the model
 NOISY_SPREAD = 0.5  # interquartile range of the repeats over their median above which a point is noisy
@@ -59,7 +59,8 @@ class MachineFit:
 
 def all_series(measured: MachineMeasurement) -> dict[str, Series]:
     """Every series by its name, in the order of a table."""
-    links = {f"{op} {link}": measured.links[op, link] for link in LINKS for op in COLLECTIVES if _has(measured, link)}
+    names = [*LINKS, *measured.levels]
+    links = {f"{op} {link}": measured.links[op, link] for link in names for op in COLLECTIVES if _has(measured, link)}
     return {"gemm": measured.gemm, "copy": measured.copy, **links}
 
 
@@ -86,9 +87,10 @@ def fit_machine(measured: MachineMeasurement, nominal: ClusterSpec | None = None
     links = {}
     for link in LINKS:
         if _has(measured, link):
-            links[link] = _link(measured, link, lines, sources, shares)
+            links[link] = _link(measured, link, f"{link}_node", lines, sources, shares)
         else:
             links[link] = _unmeasured(link, nominal, sources)
+    levels = _levels(measured, nominal, lines, sources, shares)
     for share in ("gemm", "memory"):
         sources[f"efficiency.{share}"] = "the number above is measured: a rate that is reached, not a peak to discount"
     cluster = ClusterSpec(
@@ -98,7 +100,8 @@ def fit_machine(measured: MachineMeasurement, nominal: ClusterSpec | None = None
         gpu=gpu,
         intra_node=links["intra"],
         inter_node=links["inter"],
-        replica_scope="node" if nominal is None else nominal.replica_scope,
+        levels=levels,
+        replica_scope=_scope(nominal, levels),
         sources=sources,
         efficiency=shares,
     )
@@ -110,6 +113,35 @@ def fit_machine(measured: MachineMeasurement, nominal: ClusterSpec | None = None
         half_rate_tokens=half_rate,
         warnings=tuple(_warnings(measured, lines, half_rate)),
     )
+
+
+def _levels(
+    measured: MachineMeasurement,
+    nominal: ClusterSpec | None,
+    lines: Mapping[str, LineFit],
+    sources: dict[str, str],
+    shares: dict[str, float],
+) -> tuple[LevelSpec, ...]:
+    """The levels above the nodes: measured, else as `nominal` has them; one that is neither is left out."""
+    known = {} if nominal is None else {(level.name, level.nodes): level for level in nominal.levels}
+    levels = []
+    for name, nodes in measured.levels.items():
+        path = f"levels.{name}"
+        if _has(measured, name):
+            link = _link(measured, name, path, lines, sources, shares)
+            levels.append(LevelSpec(name=name, nodes=nodes, link=link))
+        elif (name, nodes) in known and nominal is not None:
+            levels.append(known[name, nodes])
+            for number in ("bandwidth_bytes_s", "latency_s"):
+                source = nominal.sources.get(f"{path}.{number}", "unknown")
+                sources[f"{path}.{number}"] = f"not measured, one domain: {source}"
+    return tuple(levels)
+
+
+def _scope(nominal: ClusterSpec | None, levels: Sequence[LevelSpec]) -> str:
+    """Where replicas may be: as `nominal` has it, as long as there is that level."""
+    scope = "node" if nominal is None else nominal.replica_scope
+    return scope if scope in ("node", "group", *(level.name for level in levels)) else "node"
 
 
 def _has(measured: MachineMeasurement, link: str) -> bool:
@@ -149,6 +181,7 @@ def _gpu(measured: MachineMeasurement, lines: Mapping[str, LineFit], sources: di
 def _link(
     measured: MachineMeasurement,
     link: str,
+    path: str,
     lines: Mapping[str, LineFit],
     sources: dict[str, str],
     shares: dict[str, float],
@@ -157,9 +190,9 @@ def _link(
     found = {op: lines[f"{op} {link}"] for op in COLLECTIVES}
     best = min(COLLECTIVES, key=lambda op: found[op].unit_s)
     among = f"among {measured.members[link]} ranks"
-    sources[f"{link}_node.bandwidth_bytes_s"] = _source(measured, f"{_LABELS[best]} {among}", found[best])
+    sources[f"{path}.bandwidth_bytes_s"] = _source(measured, f"{_LABELS[best]} {among}", found[best])
     latency_of = next((op for op in ("send_recv", "all_to_all") if found[op].fixed_s > 0), "ring")
-    sources[f"{link}_node.latency_s"] = _source(measured, f"{_LABELS[latency_of]} {among}", found[latency_of])
+    sources[f"{path}.latency_s"] = _source(measured, f"{_LABELS[latency_of]} {among}", found[latency_of])
     for op in _SHARED:
         shares[f"{op}_{link}"] = found[best].unit_s / found[op].unit_s
         sources[f"efficiency.{op}_{link}"] = _source(
@@ -178,7 +211,7 @@ def _steps(
     """Latencies of the steps of collectives; none between nodes, where groups in use are larger than the measured one
     and the model assumes trees."""
     steps: dict[str, float | None] = {}
-    if link == "inter":
+    if link != "intra":
         return steps
     others = measured.members[link] - 1
     for op, collectives in (("ring", 2), ("all_to_all", 1)):
@@ -232,6 +265,10 @@ def _warnings(measured: MachineMeasurement, lines: Mapping[str, LineFit], half_r
     for link, words in (("intra", "inside a node"), ("inter", "between nodes")):
         if not _has(measured, link):
             found.append(f"links {words}: not measured, there is no second rank; see their source in the file")
+    for name, nodes in measured.levels.items():
+        if not _has(measured, name):
+            where = f"the job's {measured.nodes} nodes are in one domain of {nodes}"
+            found.append(f"level {name}: not measured, {where}; without numbers in --compare it is left out")
     return found
 
 
@@ -249,5 +286,6 @@ def _rounded(cluster: ClusterSpec) -> ClusterSpec:
         gpu=replace(cluster.gpu, **numbers(cluster.gpu)),
         intra_node=replace(cluster.intra_node, **numbers(cluster.intra_node)),
         inter_node=replace(cluster.inter_node, **numbers(cluster.inter_node)),
+        levels=tuple(replace(level, link=replace(level.link, **numbers(level.link))) for level in cluster.levels),
         efficiency={name: four(share) for name, share in cluster.efficiency.items()},
     )

@@ -18,7 +18,7 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -65,8 +65,10 @@ class Bench:
         device: device of this rank.
         dtype: type of weights, activations and messages.
         world: all ranks; they measure at the same time.
-        links: process group of this rank for each link (`intra`, `inter`); absent where the rank would be alone in it.
+        links: process group of this rank for each link (`intra`, `inter`, levels); absent where the rank would be alone
+            in it.
         nodes: number of machines.
+        levels: nodes of one domain by level above the nodes, the smallest first.
         repeats: repeats of each point.
         report: called with the name of each measurement before it starts.
     """
@@ -78,6 +80,7 @@ class Bench:
     nodes: int
     repeats: int
     report: Callable[[str], object] = field(default=lambda text: None)
+    levels: Mapping[str, int] = field(default_factory=dict)
 
     def series(self, tasks: Sequence[Task], least_calls: int = 1) -> Series:
         """Time every task, with at least `least_calls` calls in a repeat; collective."""
@@ -127,10 +130,13 @@ def bench_of_job(
     per_node: int,
     repeats: int,
     report: Callable[[str], object] = lambda text: None,
+    levels: Mapping[str, int] | None = None,
 ) -> Bench:
     """Make the process groups: the ranks of each node and, across nodes, the ranks with the same local rank.
 
     All groups of a kind measure at the same time, so that the GPUs of a node share its network card as in training.
+    With levels above the nodes, `inter` is among the nodes of a smallest domain, and each level among the ranks that
+    have the same place in its domains, those of one domain of the next level.
 
     Args:
         device: device of this rank.
@@ -138,9 +144,10 @@ def bench_of_job(
         per_node: ranks of each node.
         repeats: repeats of each point.
         report: called with the name of each measurement before it starts.
+        levels: nodes of one domain by level, the smallest first.
 
     Raises:
-        ConfigError: nodes with unequal numbers of ranks.
+        ConfigError: nodes with unequal numbers of ranks, or nodes that fill no whole domains.
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
     if world_size % per_node:
@@ -150,12 +157,38 @@ def bench_of_job(
     if per_node > 1:
         within = [list(range(node * per_node, (node + 1) * per_node)) for node in range(nodes)]
         links["intra"] = [dist.new_group(ranks) for ranks in within][rank // per_node]
-    if nodes > 1:
-        across = [list(range(place, world_size, per_node)) for place in range(per_node)]
-        links["inter"] = [dist.new_group(ranks) for ranks in across][rank % per_node]
+    inner, levels = 1, levels or {}
+    for name, outer in zip(["inter", *levels], [*levels.items(), ("", nodes)], strict=True):
+        domain = min(outer[1], nodes)
+        if nodes % domain:
+            rule = f"does not divide the job's {nodes} nodes: each domain needs all of its nodes"
+            way_out = f"Measure on {nodes // domain * domain} nodes."
+            raise ConfigError("--levels", f"{outer[0]}:{domain}", rule, way_out)
+        if domain > inner:
+            links[name] = _across(inner * per_node, domain * per_node)
+        inner = domain
     world = dist.group.WORLD
     assert world is not None
-    return Bench(device=device, dtype=dtype, world=world, links=links, nodes=nodes, repeats=repeats, report=report)
+    return Bench(
+        device=device,
+        dtype=dtype,
+        world=world,
+        links=links,
+        nodes=nodes,
+        repeats=repeats,
+        report=report,
+        levels=levels,
+    )
+
+
+def _across(stride: int, span: int) -> dist.ProcessGroup:
+    """This rank's group of those that are so many ranks apart in its span of consecutive ranks; all ranks make all."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    starts = [begin + place for begin in range(0, world_size, span) for place in range(stride)]
+    groups: dict[int, dist.ProcessGroup] = {}
+    for start in starts:
+        groups[start] = dist.new_group(list(range(start, start // span * span + span, stride)))
+    return groups[rank // span * span + rank % stride]
 
 
 def _point(task: Task, turns_s: list[float]) -> Point:
@@ -199,6 +232,7 @@ def measure(plan: BenchPlan, bench: Bench, how: str) -> MachineMeasurement:
         how=how,
         repeats=bench.repeats,
         ranks_per_device=_ranks_per_device(plan, bench, per_node),
+        levels=bench.levels,
         extra=_host_to_device(plan, bench),
     )
 

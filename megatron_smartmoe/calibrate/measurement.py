@@ -9,7 +9,7 @@ from megatron_smartmoe.calibrate.line import LineFit, fit_line
 from megatron_smartmoe.cost.compute import ExpertShape
 
 COLLECTIVES = ("all_to_all", "ring", "all_reduce", "send_recv")
-LINKS = ("intra", "inter")
+LINKS = ("intra", "inter")  # inside a node and between nodes; levels above the nodes are links by their names
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +63,8 @@ class MachineMeasurement:
         links: series by (collective, link); absent for a link with one rank.
         members: ranks of each collective, by link.
         ranks_per_device: how many times as fast products are when one rank of a node works alone; 1 on GPUs.
+        levels: nodes of one domain by level, the smallest first; a level is among `links` where several of its domains
+            took part.
         extra: bandwidths that a cluster file has no key for, bytes a second by name.
         how: backend, torch version, precision and date, as text for the sources.
         repeats: repeats of each point.
@@ -81,4 +83,5 @@ class MachineMeasurement:
     how: str
     repeats: int
     ranks_per_device: float = 1.0
+    levels: Mapping[str, int] = field(default_factory=dict)
     extra: Mapping[str, float] = field(default_factory=dict)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from megatron_smartmoe.errors import ConfigError
+from megatron_smartmoe.spec.cluster import TAKEN_NAMES
 
 # Defaults by device: (hidden, ffn, experts), tokens per expert, bytes of a rank's buffer in a collective, bytes copied.
 _SHAPE = {"cuda": (4096, 1536, 8), "cpu": (256, 512, 2)}
@@ -35,6 +37,8 @@ class CalibrateOptions:
         tokens: tokens per expert, one point each.
         sizes: bytes of a rank's buffer in a collective, one point each.
         repeats: repeats of each point.
+        levels: levels of the network above the nodes, each with the nodes of one domain, such as leaf:4, the smallest
+            first; None takes those of `compare`.
     """
 
     output: Path = Path("cluster.yaml")
@@ -49,6 +53,7 @@ class CalibrateOptions:
     tokens: tuple[int, ...] | None = None
     sizes: tuple[int, ...] | None = None
     repeats: int = 9
+    levels: tuple[str, ...] | None = None
 
     @classmethod
     def of(cls, parsed: argparse.Namespace) -> CalibrateOptions:
@@ -68,6 +73,7 @@ class CalibrateOptions:
                 raise ConfigError(
                     f"--{name}", values, "needs at least two different amounts", f"For example: --{name} 1024,65536."
                 )
+        domains_of(found.levels or ())
         if found.output.exists() and not found.overwrite:
             raise ConfigError("--output", str(found.output), "exists already", "Name another file, or add --overwrite.")
         return found
@@ -83,6 +89,27 @@ class CalibrateOptions:
             tokens=self.tokens or _TOKENS[kind],
             sizes=self.sizes or _SIZES[kind],
         )
+
+
+def domains_of(levels: Sequence[str]) -> dict[str, int]:
+    """Nodes of one domain by the name of its level, from `leaf:4`.
+
+    Raises:
+        ConfigError: not of that form, a name that is taken, or domains that are not made of whole smaller ones.
+    """
+    found: dict[str, int] = {}
+    inner = 1
+    for text in levels:
+        name, _, number = text.partition(":")
+        nodes = int(number) if number.isdecimal() and len(number) < 8 else 0
+        if re.fullmatch(r"[a-z][a-z0-9_-]*", name) is None or name in (*found, *TAKEN_NAMES):
+            rule = "must be a name of small letters and the nodes of a domain; each level has its own, none of "
+            raise ConfigError("--levels", text, rule + ", ".join(TAKEN_NAMES), "For example: --levels leaf:4,spine:16.")
+        if nodes <= inner or nodes % inner:
+            rule = f"must be a multiple of {inner}, and more: the nodes of the domains inside it"
+            raise ConfigError("--levels", text, rule, f"For example: --levels {name}:{2 * inner}.")
+        found[name] = inner = nodes
+    return found
 
 
 def copy_sizes(kind: str) -> tuple[int, ...]:
@@ -116,6 +143,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     defaults = f"default: {_list(_SIZES, 'cuda')}; CPU: {_list(_SIZES, 'cpu')}"
     text = f"bytes of a rank's buffer in a collective, separated by commas ({defaults})"
     add("--sizes", type=_amounts, metavar="LIST", help=text)
+    text = "levels of the network above the nodes and the nodes of one domain, the smallest first, such as "
+    text += (
+        "leaf:4,spine:16; each is measured where the job has nodes in several of its domains (default: of --compare)"
+    )
+    add("--levels", type=_names, metavar="NAME:NODES,...", help=text)
     add(
         "--repeats", type=int, default=default.repeats, metavar="N", help="repetitions per point (default: %(default)s)"
     )
@@ -141,6 +173,10 @@ def _both(table: Mapping[str, tuple[int, ...]], at: int) -> str:
 
 def _list(table: Mapping[str, tuple[int, ...]], kind: str) -> str:
     return ",".join(str(value) for value in table[kind])
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(","))
 
 
 def _amounts(text: str) -> tuple[int, ...]:

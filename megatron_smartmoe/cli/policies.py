@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from megatron_smartmoe.cli.simulate_prices import Prices
 from megatron_smartmoe.cost.memory.buffers import expert_state_bytes
@@ -10,9 +11,9 @@ from megatron_smartmoe.placement.homes_planner import OnlineOptions, ReplicaMode
 from megatron_smartmoe.placement.kernels import NUMPY, Kernels
 from megatron_smartmoe.placement.layer_cost import layer_seconds
 from megatron_smartmoe.placement.layer_plan import Sees
-from megatron_smartmoe.placement.plan_homes import HomesOptions
+from megatron_smartmoe.placement.plan_homes import HomesOptions, node_swap_price
 from megatron_smartmoe.placement.plan_replicas import ReplicaOptions
-from megatron_smartmoe.placement.policy import PolicyOptions
+from megatron_smartmoe.placement.policy import BETWEEN_NODES_TOLERANCE, PolicyOptions
 from megatron_smartmoe.simulate.baselines import WITHOUT_HOMES, by_name, relays_by_name
 from megatron_smartmoe.simulate.policies import OnlinePolicy, RulePolicy
 from megatron_smartmoe.simulate.run import SimulationSetup
@@ -68,25 +69,50 @@ def own_policy(
         moves: those of a real run, which homes then follow instead of deciding; None to decide.
     """
     sees: Sees = "exact" if mode == "exact" else "history"
-    options = OnlineOptions(
-        homes_interval=homes_interval if moves is None else 0,
+    several = prices.domains if prices.domains > 1 else setup.num_nodes
+    pace = _pace(setup.num_nodes, homes_interval if moves is None else 0)
+    judge = homes_policy or pace.policy
+    options = replace(
+        pace,
         first_evaluation=first_evaluation,
         replicas=mode,
         micro_batches=prices.micro_batches,
         state_bytes=setup.state_bytes,
         migration_bytes_s=setup.migration_bytes_s,
-        homes=HomesOptions(num_nodes=setup.num_nodes, replica_scope_is_node=prices.within_node),
-        replica=ReplicaOptions(
-            num_nodes=setup.num_nodes if prices.within_node else 1, replica_price_tokens=prices.replica_tokens(sees)
+        homes=HomesOptions(
+            num_nodes=several,
+            replica_scope_is_node=prices.domains > 1,
+            node_swap_price=node_swap_price(
+                setup.constants,
+                prices.micro_batches * prices.rank_tokens,
+                num_nodes=several,
+                swap_s=setup.state_bytes / setup.migration_bytes_s,
+                worth_s=judge.horizon_iterations / judge.margin,
+            ),
         ),
+        replica=ReplicaOptions(num_nodes=prices.domains, replica_price_tokens=prices.replica_tokens(sees)),
         auto_limit=1.0 if prices.first_version and sees == "exact" else OnlineOptions.auto_limit,
         exact_price_tokens=prices.replica_tokens("exact"),
-        policy=homes_policy or PolicyOptions(),
+        policy=judge,
     )
     seconds = layer_seconds(setup.pricing_of(sees, has_trees=not prices.first_version))
     if moves is not None:
         return RecordedPolicy(placement, num_groups, options, seconds, moves, setup.kernels)
     return OnlinePolicy(placement, num_groups, options, seconds, setup.kernels)
+
+
+def _pace(num_nodes: int, homes_interval: int) -> OnlineOptions:
+    """How soon homes may move again after a move: as in training, after an interval, in which the move is reviewed.
+
+    On one node the planners' defaults hold, whatever the interval, so that earlier decision files are reproduced.
+    """
+    if num_nodes == 1 or not homes_interval:
+        return OnlineOptions(homes_interval=homes_interval)
+    return OnlineOptions(
+        homes_interval=homes_interval,
+        review_records=min(OnlineOptions.review_records, homes_interval),
+        policy=PolicyOptions(cooldown_iterations=homes_interval, tolerance=BETWEEN_NODES_TOLERANCE),
+    )
 
 
 def peer_policy(

@@ -284,7 +284,8 @@ def _setup(options: argparse.Namespace, trace: RoutingTrace, prices: Prices) -> 
     if options.spare_slots > most:
         rule = f"must be at most {most}, the experts of the other ranks"
         raise ConfigError("--spare-slots", options.spare_slots, rule, "1 or 2 is usually enough.")
-    kernels = kernels_for(trace.counts.size // trace.num_experts, options.ep)
+    plans = trace.counts.size // (trace.num_experts * min(trace.num_sources, options.ep))
+    kernels = kernels_for(plans, options.ep)
     return setup_of(prices, spare_slots=options.spare_slots, warmup=options.warmup, kernels=kernels)
 
 

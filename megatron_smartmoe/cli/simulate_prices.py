@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from megatron_smartmoe.cost.compute import ExpertShape, replica_grad_bytes
-from megatron_smartmoe.cost.moe_layer import constants_of, exchange_bytes_s, exposed_replica_tokens
+from megatron_smartmoe.cost.moe_layer import constants_of, crossing_bytes_s, exposed_replica_tokens
 from megatron_smartmoe.cost.replicas import schedule_of
 from megatron_smartmoe.placement.layer_cost import LayerPricing
 from megatron_smartmoe.placement.layer_plan import Sees
@@ -53,17 +53,16 @@ class Prices:
     first_version: bool = False
 
     @property
-    def within_node(self) -> bool:
-        """Whether replicas stay on the node of their home, the default of --smartmoe-replicas-scope."""
-        return self.cluster.replica_scope == "node"
+    def domains(self) -> int:
+        """Parts of the group that keep their replicas: its nodes, with the default of --smartmoe-replicas-scope."""
+        return self.cluster.domains(self.num_nodes, self.cluster.replica_scope)
 
     @property
     def migration_bytes_s(self) -> float:
         """Bandwidth of a rank while homes move."""
-        between_nodes = self.num_nodes > 1
         if self.first_version:
-            return (self.cluster.inter_node if between_nodes else self.cluster.intra_node).bandwidth_bytes_s
-        return exchange_bytes_s(self.cluster, between_nodes=between_nodes)
+            return (self.cluster.inter_node if self.num_nodes > 1 else self.cluster.intra_node).bandwidth_bytes_s
+        return crossing_bytes_s(self.cluster, self.num_nodes)
 
     def layer(self, mode: Sees) -> LayerPricing:
         """The price of a layer whose replicas are planned in this way."""
@@ -84,7 +83,7 @@ class Prices:
     def replica_tokens(self, mode: Sees) -> float:
         """Tokens that a replica must take from the busiest rank for each transfer that follows another, as far as it is
         not hidden: of an iteration, or of a micro-batch if `exact`."""
-        layer, between_nodes = self.layer(mode), self.num_nodes > 1 and not self.within_node
+        layer, between_nodes = self.layer(mode), self.num_nodes > self.domains
         exposed = exposed_replica_tokens(layer.constants, layer.replicas, self.rank_tokens, between_nodes=between_nodes)
         return self.margin * exposed
 

@@ -21,6 +21,7 @@ from typing import Any, cast
 import numpy as np
 from tqdm import tqdm
 
+from megatron_smartmoe.cli.kernels import kernels_for
 from megatron_smartmoe.cli.policies import own_policy, setup_of
 from megatron_smartmoe.cli.simulate_prices import Prices, rank_tokens
 from megatron_smartmoe.cli.whatif_table import Basis, Prediction, as_json, as_table, label
@@ -177,6 +178,8 @@ def _trace(record: RunRecord, launch: RunLaunch, options: argparse.Namespace) ->
     if trace is None:
         rule = "has no routing trace, so it says nothing about other settings"
         way_out = "Record one with --smartmoe-record-trace FILE (it costs next to nothing), or name it with --trace."
+        if record.notes:  # it was recorded, and is elsewhere now
+            way_out = f"{record.notes[0][0].upper()}{record.notes[0][1:]}."
         raise ConfigError("RUN", record.name, rule, way_out)
     path = str(options.trace or record.arguments["smartmoe_record_trace"])
     least = LEAST + 1
@@ -332,7 +335,12 @@ def _replay(
         rank_tokens=rank_tokens(trace, spec.ep),
         margin=launch.replicas_margin,
     )
-    setup = setup_of(prices, spare_slots=spec.spare_slots, warmup=min(25, trace.num_records // 5))
+    setup = setup_of(
+        prices,
+        spare_slots=spec.spare_slots,
+        warmup=min(25, trace.num_records // 5),
+        kernels=kernels_for(trace.counts.size // trace.num_experts, spec.ep),
+    )
     placement = Placement.contiguous(
         num_layers=trace.num_layers,
         num_experts=trace.num_experts,

@@ -59,6 +59,15 @@ def busiest_ports(traffic_RR: FloatArray, num_nodes: int) -> BusiestPorts:
     )
 
 
+def busiest_domain(traffic_RR: FloatArray, ranks_per_domain: int) -> float:
+    """The most that one domain of consecutive ranks sends out or receives, over its ranks: one rank's share of the
+    way out, as a cluster file states the bandwidth of a level above the nodes."""
+    domain_R = np.arange(traffic_RR.shape[0]) // ranks_per_domain
+    leaves_RR = np.where(domain_R[:, None] == domain_R[None, :], 0.0, traffic_RR)
+    out_D, in_D = np.bincount(domain_R, leaves_RR.sum(axis=1)), np.bincount(domain_R, leaves_RR.sum(axis=0))
+    return float(max(out_D.max(), in_D.max())) / ranks_per_domain
+
+
 def replica_traffic(slots_RS: IntArray, num_experts: int) -> FloatArray:
     """Replicas that rank r fills with weights on rank q before the forward pass, `[R, R]`; gradients go back."""
     num_ranks = slots_RS.shape[0]

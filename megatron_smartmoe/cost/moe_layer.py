@@ -18,12 +18,14 @@ distinguish micro-batch sizes or node counts.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from megatron_smartmoe.cost.comm import BusiestPorts, busiest_ports, replica_traffic
+from megatron_smartmoe.cost.comm import BusiestPorts, busiest_domain, busiest_ports, replica_traffic
 from megatron_smartmoe.cost.compute import ExpertShape, busiest_rank
+from megatron_smartmoe.cost.hierarchical import HopCounts, mean_ports, rows_copied, to_gateways
 from megatron_smartmoe.cost.replicas import (
     EVERY_MICRO_BATCH,
     FORWARD_HALF,
@@ -33,7 +35,7 @@ from megatron_smartmoe.cost.replicas import (
 )
 from megatron_smartmoe.errors import PlanError
 from megatron_smartmoe.spec.arrays import FloatArray, IntArray
-from megatron_smartmoe.spec.cluster import ClusterSpec, LinkSpec
+from megatron_smartmoe.spec.cluster import ClusterSpec, LevelSpec, LinkSpec
 from megatron_smartmoe.spec.placement import EMPTY
 
 TRANSFERS_IN_A_ROW = 3  # of replicas: 2 on 8 ranks with one slot, 3 on 16 and 64; measured on lognormal loads
@@ -44,6 +46,7 @@ EXCHANGES = 6  # as collectives: dispatch sends probabilities apart from tokens,
 LAUNCHES_PER_LAYER = 200  # small kernels and collectives: router, permute, exchange of counts, and their backward
 LAUNCH_S = 10e-6  # from one small kernel to the next
 ROWS_MOVED_PER_TOKEN = 8  # permute and unpermute: a row read and one written, forward and backward
+ROWS_MOVED_PER_COPY = 2  # a row read and one written
 GEMM_EFFICIENCY = 0.6  # of the dense peak, large grouped GEMMs
 LINK_EFFICIENCY = 0.8  # of the nominal bandwidth
 MEMORY_EFFICIENCY = 0.8  # of the nominal bandwidth
@@ -113,6 +116,9 @@ class LayerCounts:
         fetched: the same for the weights of replicas, in transfers that follow one another.
         returned: the same for their gradients.
         early_tokens: see `LayerFlow`.
+        hops: what a dispatch in two hops carries; None on one node.
+        leaving: tokens out of the busiest domain of each level above the nodes, over its ranks; none where a flow was
+            counted without levels.
     """
 
     tokens_R: FloatArray
@@ -122,10 +128,12 @@ class LayerCounts:
     fetched: BusiestPorts
     returned: BusiestPorts
     early_tokens: float
+    hops: HopCounts | None = None
+    leaving: tuple[float, ...] = ()
 
     @classmethod
-    def of(cls, flow: LayerFlow) -> LayerCounts:
-        """Count a flow."""
+    def of(cls, flow: LayerFlow, ranks_of_levels: Sequence[int] = ()) -> LayerCounts:
+        """Count a flow, and what leaves the domains of so many consecutive ranks."""
         if flow.replica_steps is None:
             returned = busiest_ports(flow.replicas_RR, flow.num_nodes)
         else:
@@ -139,6 +147,8 @@ class LayerCounts:
             fetched=returned if flow.fetch_RR is None else busiest_ports(flow.fetch_RR, flow.num_nodes),
             returned=returned,
             early_tokens=flow.early_tokens,
+            hops=HopCounts.of(flow.traffic_RR, flow.num_nodes) if flow.num_nodes > 1 else None,
+            leaving=tuple(busiest_domain(flow.traffic_RR, ranks) for ranks in ranks_of_levels),
         )
 
     def scaled(self, factor: float) -> LayerCounts:
@@ -150,7 +160,22 @@ class LayerCounts:
             source_tokens=self.source_tokens * factor,
             tokens=ports,
             early_tokens=self.early_tokens * factor,
+            hops=None if self.hops is None else self.hops.scaled(factor),
+            leaving=tuple(tokens * factor for tokens in self.leaving),
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LevelPrice:
+    """A level of the network above the nodes.
+
+    Attributes:
+        ranks: consecutive ranks of one of its domains.
+        token_s: seconds per token over one rank's share of the way out of the busiest domain, all four all-to-alls.
+    """
+
+    ranks: int
+    token_s: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,6 +193,8 @@ class LayerConstants:
         inter_node_reverse_token_s: per token in that port's less busy direction; 0 for a full duplex port.
         intra_replica_s: per replica over the busiest port inside a node: weights out, gradient back.
         inter_replica_s: per replica over the busiest GPU's port between nodes.
+        levels: the levels above the nodes. What crosses one has left its node as well, at the same time, so of all of
+            them and the nodes' ports the slowest counts.
     """
 
     fixed_s: float = 0.0
@@ -180,6 +207,7 @@ class LayerConstants:
     inter_node_reverse_token_s: float = 0.0
     intra_replica_s: float = 0.0
     inter_replica_s: float = 0.0
+    levels: tuple[LevelPrice, ...] = ()
 
     @property
     def half_rate_tokens(self) -> float:
@@ -234,6 +262,7 @@ def layer_time(
     all_to_all_chunks: int = 1,
     ranks_per_device: float = 1.0,
     replicas: ReplicaSchedule = EVERY_MICRO_BATCH,
+    once_RN: FloatArray | None = None,
 ) -> LayerTime:
     """Time of one layer and micro-batch, forward and backward.
 
@@ -243,13 +272,19 @@ def layer_time(
         all_to_all_chunks: chunks of every all-to-all that overlap with the GEMMs; 1 for no overlap.
         ranks_per_device: see `GpuSpec`.
         replicas: how often replicas travel, and what hides them.
+        once_RN: rows that rank r sends to node n where a token is sent once for each node; None where the all-to-all
+            is flat.
     """
     # Step 1: counts. What the busiest rank computes, and what the busiest ports carry.
-    counts = flow if isinstance(flow, LayerCounts) else LayerCounts.of(flow)
+    levels = [level.ranks for level in constants.levels]
+    counts = flow if isinstance(flow, LayerCounts) else LayerCounts.of(flow, levels)
     busy = busiest_rank(counts.tokens_R, counts.active_R, constants.half_rate_tokens, ranks_per_device)
-    tokens = counts.tokens
+    tokens, permuted = counts.tokens, counts.source_tokens
+    if once_RN is not None and counts.hops is not None:
+        tokens = mean_ports(tokens, counts.hops, once_RN)
+        permuted += rows_copied(counts.hops, once_RN) * ROWS_MOVED_PER_COPY / ROWS_MOVED_PER_TOKEN
     # Step 2: counts times constants.
-    source_s = counts.source_tokens * constants.source_token_s
+    source_s = permuted * constants.source_token_s
     gemm_s = busy.tokens * constants.token_s
     experts_s = busy.active_experts * constants.expert_s
     intra_s = tokens.intra * constants.intra_token_s
@@ -258,6 +293,9 @@ def layer_time(
         + tokens.inter_node * constants.inter_node_token_s
         + tokens.inter_node_reverse * constants.inter_node_reverse_token_s
     )
+    for flat, level in zip(counts.leaving, constants.levels, strict=False):
+        leaving = flat if once_RN is None else (flat + busiest_domain(to_gateways(once_RN), level.ranks)) / 2
+        inter_s = max(inter_s, leaving * level.token_s)
     fetch_s = replicas.weight_share * _transfer_s(counts.fetched, constants)
     return_s = (1 - replicas.weight_share) * _transfer_s(counts.returned, constants)
     # Step 3: overlap. Of c chunks all but one may hide behind the GEMMs, never more than the GEMMs themselves take;
@@ -339,6 +377,8 @@ def constants_of(
     flops = gpu.peak_flops * cluster.efficiency.get("gemm", GEMM_EFFICIENCY)
     intra_bytes_s = exchange_bytes_s(cluster, between_nodes=False)
     inter_bytes_s = exchange_bytes_s(cluster, between_nodes=True)
+    # A replica that may be anywhere may have to cross every level; in any other scope it never leaves a domain.
+    crossed = cluster.levels if cluster.replica_scope == "group" else ()
     row_s = expert.token_bytes / memory_bytes_s
     token_s = expert.flops_per_token / flops + ROWS_MOVED_PER_TOKEN * row_s
     replica_bytes = expert.weight_bytes + expert.gradient_bytes
@@ -353,8 +393,27 @@ def constants_of(
         inter_gpu_token_s=intra_token_s if shared_network_card else inter_token_s,
         inter_node_token_s=inter_token_s / cluster.gpus_per_node if shared_network_card else 0.0,
         intra_replica_s=replica_bytes / intra_bytes_s,
-        inter_replica_s=replica_bytes / inter_bytes_s,
+        inter_replica_s=replica_bytes / min([inter_bytes_s, *(level_bytes_s(cluster, level) for level in crossed)]),
+        levels=tuple(
+            LevelPrice(
+                ranks=level.nodes * cluster.gpus_per_node,
+                token_s=ALL_TO_ALLS * expert.token_bytes / level_bytes_s(cluster, level),
+            )
+            for level in cluster.levels
+        ),
     )
+
+
+def level_bytes_s(cluster: ClusterSpec, level: LevelSpec) -> float:
+    """Bytes a second that one GPU reaches, in each direction, of the way out of a domain of this level."""
+    share = cluster.efficiency.get("all_to_all_inter", LINK_EFFICIENCY)
+    return level.link.bandwidth_bytes_s * cluster.efficiency.get(f"all_to_all_{level.name}", share)
+
+
+def crossing_bytes_s(cluster: ClusterSpec, num_nodes: int) -> float:
+    """Bytes a second that one GPU reaches, in each direction, to any other one of a group on so many nodes."""
+    crossed = [level_bytes_s(cluster, level) for level in cluster.levels if level.nodes < num_nodes]
+    return min([exchange_bytes_s(cluster, between_nodes=num_nodes > 1), *crossed])
 
 
 def exchange_latency_s(link: LinkSpec, ranks: int) -> float:

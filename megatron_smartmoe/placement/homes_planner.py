@@ -375,7 +375,7 @@ class HomesPlanner:
             kept_RS, found_RS = kept.slots_RS, kept.slots_RS
             if plan.swaps:
                 found_RS = plan_replicas(plan.slots_RS, *given).slots_RS
-            elif placement.spare_slots and kept.excess > options.replica.good_enough:
+            elif placement.spare_slots and kept.excess > options.replica.good_enough and self._may_swap_anywhere:
                 # No swap between units pays, and replicas alone do not balance: search for swaps within nodes as well.
                 space = replace(search_space(placement.num_ranks, home_slots, options.replica), move_homes=True)
                 prices = replace(options.replica.objective, home_price=options.homes.swap_price / 2)
@@ -397,6 +397,12 @@ class HomesPlanner:
             experts=experts,
             saved=saved,
         )
+
+    @property
+    def _may_swap_anywhere(self) -> bool:
+        """Whether a swap within the part of the group that replicas stay in keeps the routing's groups whole."""
+        homes, replica = self.options.homes, self.options.replica
+        return homes.num_groups == 1 or replica.num_nodes == homes.num_nodes
 
     def _migration(self, before_RS: IntArray, after_RS: IntArray, home_slots: int) -> tuple[float, int]:
         """Seconds until the busiest rank has sent and received its experts' state, and how many experts move."""

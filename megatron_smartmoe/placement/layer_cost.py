@@ -86,10 +86,10 @@ def _layer_time(
     # Step 1: where the tokens go.
     outcome = evaluate(plan, counts_RE, pricing.num_nodes, pricing.kernels.split)
     # Step 2: which ranks get a replica's weights from which home, or from another holder.
-    hosts_ER = hosts_of(plan.slots_RS, counts_RE.shape[1])
     if pricing.has_trees:
         flow = relayed_flow(plan.slots_RS, outcome.load_ER, outcome.traffic_RR, pricing.num_nodes, pricing.kernels)
     else:
+        hosts_ER = hosts_of(plan.slots_RS, counts_RE.shape[1])
         returned_RR, fetch_RR = direct_replicas(hosts_ER, home_E), None
         if pricing.relay is not None:
             fetch_RR, returned_RR = pricing.relay(home_E, hosts_ER)

@@ -13,6 +13,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+# For `PolicyOptions.tolerance` where homes move between nodes: swaps there pay for a fraction of a percent, and whether
+# a load's replicas take two transfers in a row or three changes a layer by up to 1% (64 ranks on 8 nodes, 12.5 GB/s).
+BETWEEN_NODES_TOLERANCE = 0.01
+
 
 @dataclass(frozen=True, kw_only=True)
 class PolicyOptions:

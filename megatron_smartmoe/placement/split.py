@@ -7,7 +7,8 @@ there -> another of its hosts), as augmenting paths do in maximum flow (Edmonds 
 be reached, the reached ranks Q hold only experts whose hosts all lie inside Q, so no split can do better than
 load(Q) / |Q|: T rises to that (Hall's condition, 1935) and the search continues. It ends when no rank is above T, and T
 has always been a lower bound, so the result is optimal. `assign_sources` then decides which source rank's tokens go to
-which host: the source itself first, then its own node, then in rank order.
+which host: the source itself first, then its own node, then in rank order. On several nodes each of an expert's hosts
+on a node gets the same share of its tokens from other nodes, so that no rank's port to them is busier than its load.
 
 Alternatives. Equal shares (EPLB and its kin) leave 5 to 10% on real traces; a linear program (LPLB) finds fractions,
 needs rounding and costs milliseconds; a threshold search (UltraEP) stops within 1%. The graph has one edge per host
@@ -26,6 +27,7 @@ from megatron_smartmoe.placement.checks import check_split
 from megatron_smartmoe.spec.arrays import IntArray
 from megatron_smartmoe.spec.placement import EMPTY, BoolArray
 
+_PRODUCTS_BELOW = 1 << 31  # of two such numbers have 64 bits
 _Hop = tuple[int, int, int, int]  # from rank, flexible expert, its share index there, its share index at the new rank
 
 
@@ -265,23 +267,47 @@ def _route(counts_RE: IntArray, expert_C: IntArray, rank_C: IntArray, tokens_ER:
     need_C = tokens_ER[expert_C, rank_C]
     sent_RC = np.zeros((num_ranks, len(expert_C)), dtype=np.int64)
 
-    # Step 1: tokens that are already on a host of their expert stay there.
-    local_C = np.minimum(left_RF[rank_C, which_C], need_C)
-    sent_RC[rank_C, np.arange(len(expert_C))] = local_C
+    node_C = rank_C * num_nodes // num_ranks
+    # Step 1: what each host takes from its node, such a part of its tokens that the rest, which has to cross between
+    # nodes, is as large a part at each of the expert's hosts there.
+    every = np.arange(len(expert_C))
+    of_node_C = left_RF.reshape(num_nodes, num_ranks // num_nodes, -1).sum(axis=1)[node_C, which_C]
+    part_C = _in_proportion(need_C, of_node_C, which_C * num_nodes + node_C)
+    # Step 2: tokens that are already on a host of their expert stay there.
+    local_C = np.minimum(left_RF[rank_C, which_C], part_C)
+    sent_RC[rank_C, every] = local_C
     left_RF[rank_C, which_C] -= local_C
-    need_C = need_C - local_C
 
-    # Step 2: then sources of the same node, then all sources.
-    for num_domains in (num_nodes, 1) if num_nodes > 1 else (1,):
+    # Step 3: then sources of the same node, then all sources.
+    for num_domains, until_C in ((num_nodes, part_C), (1, need_C)) if num_nodes > 1 else ((1, need_C),):
         per_domain = num_ranks // num_domains
         domain_C = rank_C // per_domain
         left_PC = left_RF.reshape(num_domains, per_domain, -1)[domain_C, :, which_C].T
-        met_PC = _in_order(left_PC, need_C, which_C * num_domains + domain_C)
+        met_PC = _in_order(left_PC, until_C - sent_RC.sum(axis=0), which_C * num_domains + domain_C)
         source_PC = domain_C * per_domain + np.arange(per_domain)[:, None]
-        sent_RC[source_PC, np.arange(len(expert_C))] += met_PC
+        sent_RC[source_PC, every] += met_PC
         np.subtract.at(left_RF, (source_PC, which_C), met_PC)
-        need_C = need_C - met_PC.sum(axis=0)
     return sent_RC
+
+
+def _in_proportion(need_C: IntArray, supply_C: IntArray, pool_C: IntArray) -> IntArray:
+    """Whole numbers in proportion to the needs, which add up to a pool's supply, or to its needs if those are less.
+
+    Args:
+        need_C: what slot c takes.
+        supply_C: what the pool of slot c has.
+        pool_C: slots with the same number share a supply; ascending.
+    """
+    end_C = np.cumsum(need_C)
+    start_C = (end_C - need_C)[np.searchsorted(pool_C, pool_C)]
+    total_C = end_C[np.searchsorted(pool_C, pool_C, side="right") - 1] - start_C
+    if (supply_C >= total_C).all():
+        return need_C
+    numbers = [end_C - need_C - start_C, end_C - start_C, np.minimum(supply_C, total_C), np.maximum(total_C, 1)]
+    if total_C.max() >= _PRODUCTS_BELOW:
+        numbers = [number.astype(object) for number in numbers]
+    begin_C, end_C, supply_C, total_C = numbers
+    return np.asarray(end_C * supply_C // total_C - begin_C * supply_C // total_C).astype(np.int64)
 
 
 def _in_order(left_PC: IntArray, need_C: IntArray, pool_C: IntArray) -> IntArray:

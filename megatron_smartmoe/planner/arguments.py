@@ -16,7 +16,7 @@ from typing import Any
 from megatron_smartmoe.errors import ConfigError
 from megatron_smartmoe.planner.flags import as_flag, grads_in_fp32, layout_layers, recompute_mode
 from megatron_smartmoe.spec.model import LatentAttention, ModelSpec, MoESpec, Norm, Position
-from megatron_smartmoe.spec.parallel import ParallelSpec
+from megatron_smartmoe.spec.parallel import FLAT, HIERARCHICAL, ParallelSpec
 
 _REQUIRED = ("num_layers", "hidden_size", "num_attention_heads", "seq_length", "num_experts", "global_batch_size")
 # argument -> why the planner cannot price such a run
@@ -143,6 +143,7 @@ def parallel_from_arguments(values: Mapping[str, Any], model: ModelSpec, gpus: i
         replicas=values["smartmoe_replicas"] or ("auto" if slots else "off"),
         homes_interval=values["smartmoe_homes_interval"] if homes_move else 0,
         overlap_degree=1 if degree == "auto" else int(degree),
+        dispatch=HIERARCHICAL if values["smartmoe_dispatch"] == HIERARCHICAL else FLAT,
         distributed_optimizer=bool(values["use_distributed_optimizer"]),
         overlap_grad_reduce=bool(values["overlap_grad_reduce"]),
         overlap_param_gather=bool(values["overlap_param_gather"]),

@@ -57,10 +57,8 @@ class PlanRequest:
 
     def pricing(self) -> Pricing:
         """The prices of launches under the load."""
-        within_node = self.cluster.replica_scope == "node"
         scenarios = scenarios_from_model(self.model) if self.scenarios is None else self.scenarios
-        loads = LoadModel(scenarios, replica_scope_is_node=within_node)
-        return Pricing(self.model, self.cluster, loads)
+        return Pricing(self.model, self.cluster, LoadModel(scenarios, self.cluster))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

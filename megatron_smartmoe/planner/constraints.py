@@ -13,6 +13,7 @@ from typing import Any
 
 from megatron_smartmoe.errors import ConfigError
 from megatron_smartmoe.planner.flags import (
+    DISPATCH,
     GRANULARITY,
     LAYOUT,
     MICRO_BATCH,
@@ -41,7 +42,7 @@ _TRIED = {
     OVERLAP_DEGREE: ("overlap_degrees", "overlap_degree"),
 }
 # Searched only when they are asked for: their values are kept, also those of a configuration.
-KEPT_FROM_CONFIG = (SPARE_SLOTS, OVERLAP_DEGREE)
+KEPT_FROM_CONFIG = (SPARE_SLOTS, OVERLAP_DEGREE, DISPATCH)
 # What a plan decides; a configuration's own values are replaced by the plan's.
 DECIDED = (*SIZES, MICRO_BATCH, *SWITCHES, *RECOMPUTE_FLAGS, *OTHER_SPLITS, LAYOUT, SEQUENCE_PARALLEL)
 
@@ -92,6 +93,10 @@ def constraints_from_flags(tokens: Sequence[str], base: SpaceOptions) -> Constra
             given[name] = _positive(flag, flags[flag]) if flag == MICRO_BATCH else int_value(flag, flags[flag])
             changes[tried] = (given[name],)
             kept.append(flag)
+    if DISPATCH in flags and flags[DISPATCH] != ["auto"]:
+        given["dispatch"] = " ".join(flags[DISPATCH])
+        changes["dispatches"] = (given["dispatch"],)
+        kept.append(DISPATCH)
     for flag, name in SWITCHES.items():
         for form in (flag, _negative(flag)):
             if form in flags:

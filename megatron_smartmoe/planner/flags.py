@@ -16,7 +16,7 @@ from typing import Any, cast
 
 from megatron_smartmoe.errors import ConfigError
 from megatron_smartmoe.spec.model import ModelSpec
-from megatron_smartmoe.spec.parallel import ParallelSpec, Recompute, Replicas
+from megatron_smartmoe.spec.parallel import FLAT, HIERARCHICAL, ParallelSpec, Recompute, Replicas
 
 HOMES_INTERVAL = 100  # default of --smartmoe-homes-interval
 
@@ -35,6 +35,7 @@ SIZES = {
 MICRO_BATCH = "--micro-batch-size"
 SPARE_SLOTS = "--smartmoe-spare-slots"
 OVERLAP_DEGREE = "--smartmoe-overlap-degree"
+DISPATCH = "--smartmoe-dispatch"
 COUNTS = {
     MICRO_BATCH: "micro_batch",
     "--global-batch-size": "global_batch",
@@ -125,6 +126,7 @@ def launch_flags(model: ModelSpec, spec: ParallelSpec) -> list[str]:
         *_pairs(
             smartmoe_spare_slots=spec.spare_slots or None,
             smartmoe_overlap_degree=spec.overlap_degree if spec.overlap_degree > 1 else None,
+            smartmoe_dispatch=spec.dispatch if spec.dispatch != FLAT else None,
         ),
     ]
 
@@ -248,6 +250,7 @@ def _smartmoe(model: ModelSpec, spec: ParallelSpec) -> list[str]:
         smartmoe_homes=None if spec.homes_interval else "off",
         smartmoe_homes_interval=spec.homes_interval or None,
         smartmoe_overlap_degree=spec.overlap_degree,
+        smartmoe_dispatch=spec.dispatch if spec.dispatch != FLAT else None,
     )
 
 
@@ -342,6 +345,7 @@ def parallel_from_flags(tokens: Sequence[str], model: ModelSpec, gpus: int) -> P
     values["replicas"] = cast(Replicas, replicas or ("auto" if values.get("spare_slots") else "off"))
     degree = flags.get(OVERLAP_DEGREE, ["1"])
     values["overlap_degree"] = 1 if degree == ["auto"] else int_value(OVERLAP_DEGREE, degree)
+    values["dispatch"] = HIERARCHICAL if flags.get(DISPATCH) == [HIERARCHICAL] else FLAT
     if flags.get("--transformer-impl") == ["local"]:
         values["implementation"] = "local"
     if LAYOUT in flags:

@@ -23,6 +23,7 @@ from megatron_smartmoe.placement.layer_cost import relayed_flow
 from megatron_smartmoe.placement.plan_homes import HomesOptions, plan_homes
 from megatron_smartmoe.placement.split import assign_sources, min_max_split
 from megatron_smartmoe.spec.arrays import FloatArray, IntArray
+from megatron_smartmoe.spec.cluster import ClusterSpec
 from megatron_smartmoe.spec.model import ModelSpec
 from megatron_smartmoe.spec.placement import EMPTY, hosts_of, with_empty_slots
 from megatron_smartmoe.spec.trace import RoutingTrace, load_trace
@@ -184,12 +185,12 @@ class LoadModel:
 
     Args:
         scenarios: loads with weights.
-        replica_scope_is_node: whether replicas stay on the node of their home.
+        cluster: decides where replicas may lie; None for the node of their home.
     """
 
-    def __init__(self, scenarios: Sequence[Scenario], *, replica_scope_is_node: bool = True) -> None:
+    def __init__(self, scenarios: Sequence[Scenario], cluster: ClusterSpec | None = None) -> None:
         self.scenarios = list(scenarios)
-        self.within_node = replica_scope_is_node
+        self._cluster = cluster
         self._balanced: dict[Balance, list[BalancedLoad]] = {}
         self._moved: dict[tuple[bytes, Balance], IntArray] = {}
 
@@ -226,17 +227,39 @@ class LoadModel:
         # Step 2: move homes and place replicas, as training would.
         if balance.homes and num_ranks > 1:
             slots_RS = with_empty_slots(self._homes(counts_E, balance), balance.spare_slots)
-        replica_nodes = balance.nodes if self.within_node else 1
+        replica_nodes = self._domains(balance.nodes)
         if balance.spare_slots and num_ranks > 1:
             slots_RS = exact_replicas(counts_E * num_ranks, slots_RS, home_slots, replica_nodes)
         # Step 3: send the tokens, split among the replicas where there are any.
         scale = 1.0 / max(1, int(counts_E.sum()))
         if not (slots_RS[:, home_slots:] != EMPTY).any():
-            return LayerCounts.of(LayerFlow.equal_split(counts_RE, slots_RS, num_nodes=balance.nodes)).scaled(scale)
+            flow = LayerFlow.equal_split(counts_RE, slots_RS, num_nodes=balance.nodes)
+            return LayerCounts.of(flow, self._ranks_of_levels(balance)).scaled(scale)
         tokens_ER = min_max_split(counts_RE, hosts_of(slots_RS, experts))
         sent_RRS = assign_sources(counts_RE, slots_RS, tokens_ER, balance.nodes)
         load_ER, traffic_RR = tokens_ER.astype(np.float64), sent_RRS.sum(axis=2).astype(np.float64)
-        return LayerCounts.of(relayed_flow(slots_RS, load_ER, traffic_RR, balance.nodes)).scaled(scale)
+        flow = relayed_flow(slots_RS, load_ER, traffic_RR, balance.nodes)
+        return LayerCounts.of(flow, self._ranks_of_levels(balance)).scaled(scale)
+
+    def _ranks_of_levels(self, balance: Balance) -> list[int]:
+        """Ranks of the group in one domain of each level above the nodes."""
+        levels = () if self._cluster is None else self._cluster.levels
+        return [level.nodes * (balance.ep // balance.nodes) for level in levels]
+
+    @property
+    def within_node(self) -> bool:
+        """Whether replicas stay on the node of their home."""
+        return self._cluster is None or self._cluster.replica_scope == "node"
+
+    def _domains(self, nodes: int) -> int:
+        """Parts of the group that keep their replicas: its nodes too where it fills no whole domains of a level."""
+        cluster = self._cluster
+        if cluster is None:
+            return nodes
+        level = next((level for level in cluster.levels if level.name == cluster.replica_scope), None)
+        if level is not None and nodes > level.nodes and nodes % level.nodes:
+            return nodes
+        return cluster.domains(nodes, cluster.replica_scope)
 
     def _homes(self, counts_E: IntArray, balance: Balance) -> IntArray:
         """Homes that even out the ranks or, where there are spare slots, however many, the nodes."""
@@ -246,7 +269,8 @@ class LoadModel:
             return self._moved[key]
         home_slots = len(counts_E) // balance.ep
         slots_RS = with_empty_slots(np.arange(len(counts_E)).reshape(balance.ep, home_slots), spare_slots)
-        options = HomesOptions(num_nodes=balance.nodes, replica_scope_is_node=self.within_node)
+        domains = self._domains(balance.nodes)
+        options = HomesOptions(num_nodes=domains if domains > 1 else balance.nodes, replica_scope_is_node=domains > 1)
         for _ in range(HOME_ROUNDS):
             plan = plan_homes(slots_RS, counts_E, home_slots, options)
             if not plan.swaps:

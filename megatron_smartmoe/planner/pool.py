@@ -19,7 +19,7 @@ from typing import Any, Literal
 from megatron_smartmoe.errors import ConfigError
 from megatron_smartmoe.planner.pricing import Launch, Pricing
 from megatron_smartmoe.planner.space import SpaceOptions, overlap_degrees
-from megatron_smartmoe.spec.parallel import Replicas
+from megatron_smartmoe.spec.parallel import FLAT, Replicas
 from megatron_smartmoe.spec.readers import values
 from megatron_smartmoe.spec.readers.files import Named
 from megatron_smartmoe.spec.readers.json_text import read_object
@@ -140,7 +140,7 @@ def make_pool(launch: Launch, pricing: Pricing, options: SpaceOptions) -> Pool:
     spec, entries = launch.spec, []
     weights = [scenario.weight for scenario in pricing.loads.scenarios]
     names = [scenario.name for scenario in pricing.loads.scenarios]
-    degrees = overlap_degrees(pricing.model, spec, options) if spec.ep > 1 else (1,)
+    degrees = overlap_degrees(pricing.model, spec, options) if spec.ep > 1 and spec.dispatch == FLAT else (1,)
     spare_slots, interval = (spec.spare_slots, spec.homes_interval) if spec.ep > 1 else (0, 0)
     for setting in pool_settings(homes_interval=interval, spare_slots=spare_slots, overlap_degrees=degrees):
         priced = pricing.price(replace(spec, **asdict(setting)))

@@ -21,10 +21,10 @@ from megatron_smartmoe.cost.step.dense import tokens_of
 from megatron_smartmoe.cost.step.moe import MoETimes, moe_times
 from megatron_smartmoe.cost.step.step import StepTime, least_step_s, step_time
 from megatron_smartmoe.planner.load import Balance, LoadModel
-from megatron_smartmoe.planner.space import SpaceOptions, overlap_degrees, spare_slots
+from megatron_smartmoe.planner.space import SpaceOptions, exchanges, spare_slots
 from megatron_smartmoe.spec.cluster import ClusterSpec
 from megatron_smartmoe.spec.model import ModelSpec
-from megatron_smartmoe.spec.parallel import ParallelSpec, Precision, Recompute
+from megatron_smartmoe.spec.parallel import HIERARCHICAL, Dispatch, ParallelSpec, Precision, Recompute
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,9 +103,10 @@ class Pricing:
         return memory_budget(self.model, spec, self.cluster.gpu, self.hot(spec))
 
     def least_memory(self, shape: ParallelSpec, modes: Sequence[Recompute]) -> tuple[float, Recompute | None]:
-        """A lower bound of the bytes of every launch of a shape, and the first recomputation mode that may fit.
+        """What a shape needs at least, under an even load without spare slots.
 
-        It is that of an even load without spare slots; where none fits, of the smallest mode.
+        Returns:
+            The bytes, and the first recomputation mode that may fit; if none does, the bytes of the smallest, and None.
         """
         has, state = self.cluster.gpu.memory_bytes, least_state_bytes(self.model, shape)
         if state > has:
@@ -124,8 +125,14 @@ class Pricing:
     def least_s(self, shape: ParallelSpec, options: SpaceOptions, mode: Recompute) -> float:
         """A lower bound of the step time of every launch of a shape that recomputes so, or more."""
         sizes = (shape.ep, shape.etp, shape.tp, shape.cp, shape.micro_batch, shape.precision)
-        spec, degree = replace(shape, recompute=mode), max(overlap_degrees(self.model, shape, options))
-        layers = [self._least(*sizes, slots, mode, degree) for slots in spare_slots(self.model, shape, options)]
+        spec, most_chunks = replace(shape, recompute=mode), dict[Dispatch, int]()
+        for degree, dispatch in exchanges(self.model, self.cluster, shape, options):
+            most_chunks[dispatch] = max(degree, most_chunks.get(dispatch, 1))
+        layers = [
+            self._least(*sizes, slots, mode, dispatch, degree)
+            for slots in spare_slots(self.model, shape, options)
+            for dispatch, degree in most_chunks.items()
+        ]
         return min(least_step_s(self.model, spec, self.cluster, self.constants, layer) for layer in layers)
 
     def balance(self, spec: ParallelSpec) -> Balance:
@@ -136,7 +143,7 @@ class Pricing:
 
     def _moe(self, spec: ParallelSpec) -> list[list[MoETimes]]:
         """One MoE layer per part of the model, for each scenario."""
-        sizes = (spec.etp, spec.tp, spec.cp, spec.micro_batch, spec.overlap_degree)
+        sizes = (spec.etp, spec.tp, spec.cp, spec.micro_batch, spec.overlap_degree, spec.dispatch)
         travels = (spec.replicas, spec.micro_batches, spec.overlap_param_gather)
         key = (self.balance(spec), *sizes, *travels, spec.precision)
         if key not in self._layers:
@@ -171,18 +178,24 @@ class Pricing:
         precision: Precision,
         slots: int,
         mode: Recompute,
+        dispatch: Dispatch,
         degree: int,
     ) -> MoETimes:
-        """A layer that takes no longer than any with this number of spare slots and at most this overlap.
+        """A layer that takes no longer than any with these spare slots, this dispatch and at most this overlap.
 
         The busiest rank has at least the mean of tokens and of active experts, and a port carries at least what
         `_least_counts` has; chunks and replicas cost nothing. What is hidden grows with the GEMMs, and recomputation
         charges half of what moves and a third of the GEMMs: there, GEMMs that hide all that can be are the cheapest.
+        Of a hierarchical dispatch's exchanges half are flat, and the others carry at least one row of K between nodes.
         """
         spec = ParallelSpec(gpus=1, tp=tp, ep=ep, etp=etp, cp=cp, micro_batch=micro_batch, precision=precision)
         layer = layer_constants(self.cluster, self.model, spec, self.constants)
-        costlier_between = layer.inter_gpu_token_s >= layer.intra_token_s
-        counts = self._counts(ep, spec_nodes(self.cluster, ep * etp), slots, costlier_between)
+        num_nodes = spec_nodes(self.cluster, ep * etp)
+        costlier_between = num_nodes == 1 or layer.inter_gpu_token_s >= layer.intra_token_s
+        counts = self._counts(ep, num_nodes, slots, costlier_between)
+        if dispatch == HIERARCHICAL:
+            between = counts.tokens.inter_gpu * (1 + 1 / self.model.moe.top_k) / 2
+            counts = replace(counts, tokens=replace(counts.tokens, intra=counts.tokens.intra / 2, inter_gpu=between))
         overlapped = replace(spec, overlap_degree=degree)
         times = moe_times(
             [counts.scaled(self._assignments(spec))],
@@ -221,7 +234,7 @@ class Pricing:
             tokens_R=np.ones(ep),
             active_R=np.full(ep, self.loads.least_active / ep),
             source_tokens=1.0,
-            tokens=replace(nothing, intra=inside, inter_gpu=between if num_nodes > 1 else 0.0),
+            tokens=replace(nothing, intra=inside, inter_gpu=between),
             fetched=nothing,
             returned=nothing,
             early_tokens=0.0,

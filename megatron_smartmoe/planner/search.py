@@ -143,7 +143,7 @@ def search(
 
 
 def _best_of_shape(shape: ParallelSpec, pricing: Pricing, options: SpaceOptions, kept: _Kept) -> Launch | Rejected:
-    """The launch of one shape with the best spare slots, overlap and recomputation."""
+    """The launch of one shape with the best spare slots, overlap, dispatch and recomputation."""
     best: Launch | None = None
     least = float("inf")
     for spare_slots in space.spare_slots(pricing.model, shape, options):
@@ -152,11 +152,11 @@ def _best_of_shape(shape: ParallelSpec, pricing: Pricing, options: SpaceOptions,
         if spec is None:
             least = min(least, used)
             continue
-        for degree in space.overlap_degrees(pricing.model, spec, options):
-            overlapped = replace(spec, overlap_degree=degree)
-            if not overlapped.recomputes(overlapped.recompute, pricing.model):
+        for degree, dispatch in space.exchanges(pricing.model, pricing.cluster, spec, options):
+            exchanging = replace(spec, overlap_degree=degree, dispatch=dispatch)
+            if not exchanging.recomputes(exchanging.recompute, pricing.model):
                 continue  # overlap needs this project's experts
-            launch = pricing.price(overlapped)
+            launch = pricing.price(exchanging)
             if best is None or kept.seconds(launch) < kept.seconds(best):
                 best = launch
     if best is None:

@@ -13,7 +13,17 @@ from dataclasses import dataclass, field
 
 from megatron_smartmoe.spec.cluster import ClusterSpec
 from megatron_smartmoe.spec.model import ModelSpec
-from megatron_smartmoe.spec.parallel import Implementation, ParallelSpec, Precision, Recompute, violation
+from megatron_smartmoe.spec.parallel import (
+    DISPATCHES,
+    FLAT,
+    HIERARCHICAL,
+    Dispatch,
+    Implementation,
+    ParallelSpec,
+    Precision,
+    Recompute,
+    violation,
+)
 
 RECOMPUTE: tuple[Recompute, ...] = ("none", "act", "moe", "full")  # by time
 
@@ -26,6 +36,7 @@ class SpaceOptions:
         micro_batches: samples of a micro-batch to try.
         spare_slots: spare slots per rank to try.
         overlap_degrees: numbers of chunks of an all-to-all to try.
+        dispatches: whether a token is sent once for each of its experts, or between nodes once for each node.
         recompute: modes to try, in the order of their step time.
         max_virtual: largest number of model chunks per stage.
         min_sequence: fewest tokens of a sequence that context parallelism may leave to a rank.
@@ -45,6 +56,7 @@ class SpaceOptions:
     micro_batches: tuple[int, ...] = (1, 2, 4, 8)
     spare_slots: tuple[int, ...] = (0, 1, 2)
     overlap_degrees: tuple[int, ...] = (1, 2, 4)
+    dispatches: tuple[Dispatch, ...] = DISPATCHES
     recompute: tuple[Recompute, ...] = RECOMPUTE
     max_virtual: int = 8
     min_sequence: int = 2048
@@ -81,7 +93,7 @@ def shapes(
 
 def exclusion(model: ModelSpec, cluster: ClusterSpec, spec: ParallelSpec, options: SpaceOptions) -> str | None:
     """The first rule or limit that excludes a launch, or None; the search checks memory."""
-    return violation(model, spec) or _limit(spec, cluster) or _unsupported(model, spec, options)
+    return violation(model, spec) or _limit(spec, cluster) or _unsupported(model, cluster, spec, options)
 
 
 def _points(model: ModelSpec, cluster: ClusterSpec, gpus: int, options: SpaceOptions) -> Iterator[ParallelSpec]:
@@ -162,12 +174,16 @@ def _limit(spec: ParallelSpec, cluster: ClusterSpec) -> str | None:
     return None
 
 
-def _unsupported(model: ModelSpec, spec: ParallelSpec, options: SpaceOptions) -> str | None:
+def _unsupported(model: ModelSpec, cluster: ClusterSpec, spec: ParallelSpec, options: SpaceOptions) -> str | None:
     """What a checkpoint or the layers that will run do not support."""
     if options.expert_parallel is not None and options.expert_parallel != (spec.ep > 1):
         return "the checkpoint needs EP > 1" if options.expert_parallel else "the checkpoint needs EP 1"
     if not spare_slots(model, spec, options) or not overlap_degrees(model, spec, options):
         return f"EP {spec.ep} is too small for these spare slots or overlap degrees, or the model does not allow them"
+    if not exchanges(model, cluster, spec, options):
+        return (
+            f"EP {spec.ep} lies on one node, where no dispatch can be hierarchical, or no overlap degree of 1 is left"
+        )
     if model.moe.ffn // spec.etp % options.ffn_multiple:
         return f"ETP {spec.etp} leaves a rank an inner size that is no multiple of {options.ffn_multiple}"
     return None
@@ -190,6 +206,17 @@ def overlap_degrees(model: ModelSpec, spec: ParallelSpec, options: SpaceOptions)
     With biases experts are TransformerEngine's, which training does not run chunk by chunk.
     """
     return tuple(degree for degree in options.overlap_degrees if degree <= (1 if model.bias else spec.ep))
+
+
+def exchanges(
+    model: ModelSpec, cluster: ClusterSpec, spec: ParallelSpec, options: SpaceOptions
+) -> tuple[tuple[int, Dispatch], ...]:
+    """The overlap degrees and dispatches to try for a launch: a hierarchical one has one chunk, and nodes to cross."""
+    degrees = overlap_degrees(model, spec, options)
+    flat = tuple((degree, FLAT) for degree in degrees if FLAT in options.dispatches)
+    crosses = spec.ep * spec.etp > cluster.gpus_per_node and spec.ep > 1
+    hierarchical = HIERARCHICAL in options.dispatches and crosses and 1 in degrees
+    return (*flat, (1, HIERARCHICAL)) if hierarchical else flat
 
 
 def divisors(number: int) -> list[int]:

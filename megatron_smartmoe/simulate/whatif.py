@@ -74,7 +74,7 @@ GROUPS_OF_PART: dict[Part, tuple[str, ...]] = {
     Part.REPLICAS: ("replicas",),
 }
 _LAYER_TERMS = tuple(term.name for term in fields(LayerTime))
-_EXTRA_TERMS = ("replicas_s", "expert_tensor_s", "chunking_s")
+_EXTRA_TERMS = ("replicas_s", "expert_tensor_s", "chunking_s", "hops_s")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -269,11 +269,12 @@ class _Layers:
     def add(self, applied: Applied) -> None:
         """Add a layer of one micro-batch of one group."""
         record, group, layer, nodes = applied.record, applied.group, applied.layer, self.setup.num_nodes
-        flow = flow_of(applied, nodes)
+        flow = flow_of(applied, nodes, self.setup.kernels)
         flows = [(flow, applied.planned.mode)]
         if (unused_RS := applied.planned.unused_RS) is not None:  # fetched from history, and planned anew
             nothing_ER, nothing_RR = np.zeros_like(flow.load_ER), np.zeros_like(flow.traffic_RR)
-            flows.append((relayed_flow(unused_RS, nothing_ER, nothing_RR, nodes), "history"))
+            idle = relayed_flow(unused_RS, nothing_ER, nothing_RR, nodes, self.setup.kernels)
+            flows.append((idle, "history"))
         if self.machine.by_rank:
             for rank in range(self.setup.num_ranks):
                 unit = group * self.setup.num_ranks + rank
@@ -342,11 +343,11 @@ class _Layers:
         return step_time(machine.model, spec, cluster, machine.constants, moe)
 
 
-def flow_of(applied: Applied, num_nodes: int) -> LayerFlow:
+def flow_of(applied: Applied, num_nodes: int, kernels: Kernels) -> LayerFlow:
     """Who computes what and who sends it where, under the plan that the replay has applied."""
     plan = applied.planned.plan
-    outcome = evaluate(plan, applied.counts_RE, num_nodes)
-    return relayed_flow(plan.slots_RS, outcome.load_ER, outcome.traffic_RR, num_nodes)
+    outcome = evaluate(plan, applied.counts_RE, num_nodes, kernels.split)
+    return relayed_flow(plan.slots_RS, outcome.load_ER, outcome.traffic_RR, num_nodes, kernels)
 
 
 def rank_time(flow: LayerFlow, rank: int, constants: LayerConstants) -> LayerTime:

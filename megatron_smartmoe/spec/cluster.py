@@ -14,9 +14,18 @@ gpu:
   memory_bandwidth_bytes_s: {value: 2.039e12, source: NVIDIA A100 datasheet}
 intra_node: {bandwidth_bytes_s: {value: 300e9, source: ...}, latency_s: {value: 3e-6, source: ...}}
 inter_node: {bandwidth_bytes_s: {value: 25e9, source: ...}, latency_s: {value: 10e-6, source: ...}}
+levels:                        # optional: what lies above the nodes, the smallest domains first
+  - name: leaf                 # such as rack, leaf, pod, spine, supernode
+    nodes: 4                   # consecutive nodes of one domain
+    bandwidth_bytes_s: {value: 12.5e9, source: ...}   # out of a domain, one GPU's share of it
+    latency_s: {value: 15e-6, source: ...}
 efficiency:                    # optional: shares of the peaks above that training reaches
   gemm: {value: 0.62, source: ...}
 ```
+
+`inter_node` is the way out of a node: one GPU's share of the node's cards. Each level is the way out of a domain of
+several nodes, which is narrower where switches are oversubscribed: with two ports down for each one up, half of what
+the cards carry. `replica_scope` may also be the name of a level: replicas then stay in their home's domain of it.
 
 Every hardware number has its source beside it: a prediction is as good as its constants. The numbers are plain
 attributes (`cluster.gpu.peak_flops`); their sources are in `cluster.sources`, by dotted path.
@@ -34,7 +43,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any
 
 from megatron_smartmoe.errors import ConfigError
 from megatron_smartmoe.spec.readers import values
@@ -47,7 +56,7 @@ from megatron_smartmoe.spec.yaml_io import (
     shipped_directory,
 )
 
-ReplicaScope = Literal["node", "group"]
+ReplicaScope = str  # node, group, or the name of a level
 
 SHARES = (
     "gemm",
@@ -63,12 +72,17 @@ SHARES = (
 WEIGHT_PASSES = 3.0  # of an expert's weights through memory: read forward, read backward, gradient written
 RESERVED_BYTES = 3e9  # bytes for the CUDA context, NCCL's buffers and cuBLAS workspaces: an estimate
 _OPTIONAL_GPU = ("weight_passes", "reserved_bytes", "ranks_per_device")
+_KNOWN = ("name", "nodes", "gpus_per_node", "gpu", "intra_node", "inter_node", "replica_scope", "levels", "efficiency")
 _LINK = ("bandwidth_bytes_s", "latency_s")
+_LEVEL = ("name", "nodes", *_LINK)
+_OF_LEVEL = ("ring", "all_reduce", "all_to_all")  # operations with a share of a level's bandwidth
 _OPTIONAL_LINK = ("ring_latency_s", "all_to_all_latency_s")
 
 _MOST_MACHINES = 10**6
 _LARGEST = 1e30  # of any number in a file, in the units of its name
 
+TAKEN_NAMES = ("node", "group", "intra", "inter")  # no level has one of these
+_LEVELS_EXAMPLE = "For example: levels: [{name: leaf, nodes: 4, bandwidth_bytes_s: {...}, latency_s: {...}}]."
 _EXAMPLE = "For example: {value: 312e12, source: NVIDIA A100 datasheet}."
 
 
@@ -131,6 +145,21 @@ class LinkSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LevelSpec:
+    """A level of the network above the nodes: the way out of each of its domains.
+
+    Attributes:
+        name: such as rack, leaf, pod, spine, supernode.
+        nodes: consecutive nodes of one domain.
+        link: one GPU's share of the way out, in each direction.
+    """
+
+    name: str
+    nodes: int
+    link: LinkSpec
+
+
+@dataclass(frozen=True, kw_only=True)
 class ClusterSpec:
     """Machines and links.
 
@@ -140,10 +169,12 @@ class ClusterSpec:
         gpu: the accelerator.
         intra_node: link between GPUs of one node.
         inter_node: link between nodes, one GPU's share of it.
-        replica_scope: `node`: a replica lies on the node of its expert's home; `group`: anywhere in the group.
+        replica_scope: `node`: a replica lies on the node of its expert's home; `group`: anywhere in the group; the name
+            of a level: in the same domain of it.
+        levels: what lies above the nodes, the smallest domains first; none where all nodes are alike to one another.
         sources: dotted path of each hardware number -> where it comes from.
-        efficiency: shares of the peaks that training reaches, by the names of `SHARES`; for one that is missing the
-            cost model's prior holds.
+        efficiency: shares of the peaks that training reaches, by the names of `SHARES`, and for levels such as
+            `all_to_all_leaf`; for one that is missing the cost model's prior holds.
     """
 
     name: str
@@ -153,6 +184,7 @@ class ClusterSpec:
     intra_node: LinkSpec
     inter_node: LinkSpec
     replica_scope: ReplicaScope = "node"
+    levels: tuple[LevelSpec, ...] = ()
     sources: Mapping[str, str] = field(default_factory=dict)
     efficiency: Mapping[str, float] = field(default_factory=dict)
 
@@ -170,6 +202,27 @@ class ClusterSpec:
             )
         return num_ranks // self.gpus_per_node
 
+    def domains(self, num_nodes: int, scope: str) -> int:
+        """Domains that keep their replicas, of a group that lies on so many consecutive nodes.
+
+        Args:
+            num_nodes: nodes of the group.
+            scope: as `replica_scope`.
+
+        Raises:
+            ConfigError: no such level, or nodes that fill no whole domains of it.
+        """
+        if scope in ("node", "group"):
+            return num_nodes if scope == "node" else 1
+        nodes = next((level.nodes for level in self.levels if level.name == scope), None)
+        if nodes is None:
+            known = ", ".join(["node", "group", *(level.name for level in self.levels)])
+            raise ConfigError("replica scope", scope, f"is not a level of cluster {self.name}", f"Known: {known}.")
+        if num_nodes > nodes and num_nodes % nodes:
+            rule = f"an expert-parallel group on {num_nodes} nodes fills no whole domains of {nodes} nodes"
+            raise ConfigError("replica scope", scope, rule, "Choose another expert-parallel size, or scope node.")
+        return max(1, num_nodes // nodes)
+
 
 def load_cluster_spec(path: Path) -> ClusterSpec:
     """Read and check a cluster file, which may be the name of a shipped one (see `find_config`).
@@ -184,12 +237,13 @@ def load_cluster_spec(path: Path) -> ClusterSpec:
 
 
 def _cluster_of(content: Mapping[str, Any], default_name: str) -> ClusterSpec:
-    known = ("name", "nodes", "gpus_per_node", "gpu", "intra_node", "inter_node", "replica_scope", "efficiency")
-    refuse_unknown_keys("", content, known)
-    scope = content.get("replica_scope", "node")
-    if not isinstance(scope, str) or scope not in ("node", "group"):
-        raise ConfigError("replica_scope", scope, "must be node or group", "For example: replica_scope: node.")
+    refuse_unknown_keys("", content, _KNOWN)
     sources: dict[str, str] = {}
+    levels = _levels(content.get("levels", []), sources)
+    scope, scopes = content.get("replica_scope", "node"), ["node", "group", *(level.name for level in levels)]
+    if not isinstance(scope, str) or scope not in scopes:
+        rule = f"must be {', '.join(scopes[:-1])} or {scopes[-1]}"
+        raise ConfigError("replica_scope", scope, rule, "For example: replica_scope: node.")
     numbers: tuple[str, ...] = ("peak_flops", "memory_bytes", "memory_bandwidth_bytes_s")
     gpu = _section(content, "gpu", ("name", "devices", "capability", *numbers, *_OPTIONAL_GPU))
     numbers = (*numbers, *(name for name in _OPTIONAL_GPU if name in gpu))
@@ -213,11 +267,38 @@ def _cluster_of(content: Mapping[str, Any], default_name: str) -> ClusterSpec:
             capability=_capability(gpu.get("capability")),
             **found,
         ),
-        replica_scope=cast(ReplicaScope, scope),
-        efficiency=_efficiency(content, sources),
+        replica_scope=scope,
+        levels=levels,
+        efficiency=_efficiency(content, levels, sources),
         sources=sources,
         **links,
     )
+
+
+def _levels(content: object, sources: dict[str, str]) -> tuple[LevelSpec, ...]:
+    """The levels above the nodes, checked."""
+    if not isinstance(content, list) or not all(isinstance(entry, dict) for entry in content):
+        raise ConfigError("levels", content, "must be a list of levels, the smallest domains first", _LEVELS_EXAMPLE)
+    levels: list[LevelSpec] = []
+    for place, entry in enumerate(content):
+        name = entry.get("name")
+        if not isinstance(name, str) or re.fullmatch(r"[a-z][a-z0-9_-]*", name) is None:
+            rule = "must be a name of small letters, digits, _ and -"
+            raise ConfigError(f"levels[{place}].name", name, rule, "For example: name: leaf.")
+        if name in TAKEN_NAMES or name in {level.name for level in levels}:
+            rule = "is taken: every level has its own name, and none is called node, group, intra or inter"
+            raise ConfigError(f"levels[{place}].name", name, rule, "For example: name: leaf.")
+        refuse_unknown_keys(f"levels.{name}", entry, _LEVEL)
+        nodes, inner = _whole(entry, "nodes", f"levels.{name}.nodes"), levels[-1] if levels else None
+        least = 2 * inner.nodes if inner else 2
+        if nodes < least or (inner is not None and nodes % inner.nodes):
+            rule = "must be at least 2, the nodes of one domain"
+            if inner is not None:
+                rule = f"must be a multiple of the {inner.nodes} nodes of level {inner.name}, and more"
+            raise ConfigError(f"levels.{name}.nodes", nodes, rule, f"For example: nodes: {least}.")
+        link = LinkSpec(**{key: _sourced(entry, f"levels.{name}.{key}", sources) for key in _LINK})
+        levels.append(LevelSpec(name=name, nodes=nodes, link=link))
+    return tuple(levels)
 
 
 def _devices(content: object) -> tuple[str, ...]:
@@ -260,6 +341,11 @@ def cluster_as_yaml(cluster: ClusterSpec, comment: str = "") -> str:
         for name in (*_LINK, *_OPTIONAL_LINK):
             value = getattr(link, name)
             lines += [] if value is None else _entry(cluster, f"{key}.{name}", value)
+    lines += ["levels:"] if cluster.levels else []
+    for level in cluster.levels:
+        lines += [f"  - name: {level.name}", f"    nodes: {level.nodes}"]
+        for name in _LINK:
+            lines += [f"  {line}" for line in _entry(cluster, f"levels.{level.name}.{name}", getattr(level.link, name))]
     if cluster.efficiency:
         lines.append("efficiency:")
     for name, share in cluster.efficiency.items():
@@ -278,11 +364,12 @@ def _entry(cluster: ClusterSpec, path: str, value: float) -> list[str]:
     return [f"  {path.rpartition('.')[2]}:", f"    value: {value:.4g}", f"    source: '{source}'"]
 
 
-def _efficiency(content: Mapping[str, Any], sources: dict[str, str]) -> dict[str, float]:
+def _efficiency(content: Mapping[str, Any], levels: tuple[LevelSpec, ...], sources: dict[str, str]) -> dict[str, float]:
     """The shares that a file names, checked."""
     if "efficiency" not in content:
         return {}
-    section = _section(content, "efficiency", SHARES)
+    of_levels = (f"{operation}_{level.name}" for level in levels for operation in _OF_LEVEL)
+    section = _section(content, "efficiency", (*SHARES, *of_levels))
     shares = {name: _sourced(section, f"efficiency.{name}", sources) for name in section}
     for name, share in shares.items():
         if share > 1:
@@ -299,11 +386,11 @@ def _section(content: Mapping[str, Any], key: str, known: tuple[str, ...]) -> Ma
     return section
 
 
-def _whole(content: Mapping[str, Any], key: str) -> int:
+def _whole(content: Mapping[str, Any], key: str, path: str = "") -> int:
     value = content.get(key)
     if type(value) is not int or not 1 <= value <= _MOST_MACHINES:
         rule = f"must be a positive whole number, at most {_MOST_MACHINES:,}"
-        raise ConfigError(key, value, rule, f"For example: {key}: 8.")
+        raise ConfigError(path or key, value, rule, f"For example: {key}: 8.")
     return value
 
 

@@ -19,6 +19,10 @@ Recompute = Literal["none", "act", "moe", "full"]
 Replicas = Literal["off", "history", "exact", "auto"]
 Precision = Literal["bf16", "fp32"]
 Implementation = Literal["transformer_engine", "local"]
+Dispatch = Literal["flat", "hierarchical"]
+FLAT: Dispatch = "flat"
+HIERARCHICAL: Dispatch = "hierarchical"
+DISPATCHES: tuple[Dispatch, ...] = (FLAT, HIERARCHICAL)
 
 
 def is_recomputable(mode: Recompute, *, grouped_by_te: bool) -> bool:
@@ -46,6 +50,7 @@ class ParallelSpec:
         replicas: what replicas are planned from; `off` for none.
         homes_interval: homes are re-evaluated every so many iterations; 0 never moves them.
         overlap_degree: chunks of each all-to-all; 1 for no overlap.
+        dispatch: `flat`: a token is sent once for each expert; `hierarchical`: between nodes once for each node.
         distributed_optimizer: optimizer state is sharded over the data-parallel ranks.
         overlap_grad_reduce: gradients are reduced while the backward pass runs.
         overlap_param_gather: parameters are gathered while the forward pass runs.
@@ -69,6 +74,7 @@ class ParallelSpec:
     replicas: Replicas = "off"
     homes_interval: int = 0
     overlap_degree: int = 1
+    dispatch: Dispatch = FLAT
     distributed_optimizer: bool = True
     overlap_grad_reduce: bool = True
     overlap_param_gather: bool = True
@@ -103,8 +109,9 @@ class ParallelSpec:
 
     @property
     def smartmoe(self) -> bool:
-        """Whether the launch balances or overlaps, and so runs with `--smartmoe` and its experts."""
-        return bool(self.homes_interval or self.replicas != "off" or self.overlap_degree > 1)
+        """Whether the launch balances, overlaps or dispatches in two hops, and so runs with `--smartmoe`."""
+        own_exchange = self.overlap_degree > 1 or self.dispatch != FLAT
+        return bool(self.homes_interval or self.replicas != "off" or own_exchange)
 
     def recomputes(self, mode: Recompute, model: ModelSpec) -> bool:
         """Whether Megatron supports the mode; `act` needs TransformerEngine's grouped GEMM."""
@@ -123,6 +130,7 @@ class ParallelSpec:
         parts += [f"re:{self.recompute}"] if self.recompute != "none" else []
         parts += [f"K{self.spare_slots}"] if self.spare_slots else []
         parts += [f"ov{self.overlap_degree}"] if self.overlap_degree > 1 else []
+        parts += ["hier"] if self.dispatch == HIERARCHICAL else []
         return " ".join(parts)
 
     def to_json(self) -> dict[str, Any]:
@@ -257,6 +265,8 @@ def _balancing(model: ModelSpec, spec: ParallelSpec) -> str | None:
         return "spare slots need replicas: auto, history or exact"
     if spec.overlap_degree > 1 and spec.ep == 1:
         return "there is no all-to-all to overlap with EP 1"
+    if spec.dispatch == HIERARCHICAL and (spec.ep == 1 or spec.overlap_degree > 1):
+        return "a hierarchical dispatch needs EP > 1 and all-to-alls in one chunk"
     if spec.overlap_param_gather and not (spec.overlap_grad_reduce and spec.distributed_optimizer):
         return "overlapping the parameter gather needs the distributed optimizer and overlapped gradients"
     return None

@@ -27,8 +27,8 @@ _HEAD = """# What goes with what
 Made from the start-up checks and the tests by `.venv/bin/python -m scripts.compatibility.page`; do not edit.
 
 Can an option of Megatron's be combined with experts that move (*homes*, `--smartmoe`), with *replicas*
-(`--smartmoe-spare-slots 1`), with all-to-alls in *chunks* (`--smartmoe-overlap-degree 2`), and with a *pool* of
-settings (`--smartmoe-pool auto`)?
+(`--smartmoe-spare-slots 1`), with all-to-alls in *chunks* (`--smartmoe-overlap-degree 2`), with a *pool* of settings
+(`--smartmoe-pool auto`), and with all-to-alls in *two hops* (`--smartmoe-dispatch hierarchical`)?
 
 - **trained**: a test trains the pair and compares the losses; the link is the test's file, its name is in the tooltip.
 - **accepted**: the start-up checks let it pass, and no test trains the pair; the number gives the reason.

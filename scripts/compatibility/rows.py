@@ -14,8 +14,9 @@ PARTS = {
     "replicas": "--smartmoe --smartmoe-homes off --smartmoe-spare-slots 1",
     "chunks": "--smartmoe --smartmoe-homes off --smartmoe-overlap-degree 2",
     "pool": "--smartmoe --smartmoe-overlap-degree 2 --smartmoe-pool auto",
+    "two hops": "--smartmoe --smartmoe-homes off --smartmoe-dispatch hierarchical",
 }
-HOMES, REPLICAS, CHUNKS, POOL = PARTS
+HOMES, REPLICAS, CHUNKS, POOL, HOPS = PARTS
 
 LAYER = "tests/dist/test_smartmoe_layer.py::test_losses_do_not_depend_on_where_experts_live"
 STOCK = "tests/dist/test_smartmoe_layer.py::test_losses_are_those_of_stock_megatron"
@@ -23,6 +24,7 @@ MOVES = "tests/dist/test_homes.py::test_random_migrations_change_nothing"
 COPIES = "tests/dist/test_replicas.py::test_copies_change_no_loss"
 PIECES = "tests/dist/test_overlap.py::test_losses_are_those_without_overlap"
 SWITCHES = "tests/dist/test_pool.py::test_switching_changes_no_loss"
+TWO_HOPS = "tests/dist/test_hierarchical_dispatch.py::test_a_training_has_the_losses_of_a_flat_dispatch"
 BLOCKS = "tests/dist/test_prediction_blocks.py"
 SLOTS = "tests/dist/test_physical_slots.py::test_losses_and_balance"
 BATCHES = "tests/dist/test_batch_overlap.py"
@@ -87,7 +89,13 @@ SECTIONS: dict[str, list[Row]] = {
     "Parallelism": [
         Row(
             flags="--expert-model-parallel-size 2",
-            tests={HOMES: _moves("EP2"), REPLICAS: _copies("EP4"), CHUNKS: _pieces("EP2"), POOL: SWITCHES},
+            tests={
+                HOMES: _moves("EP2"),
+                REPLICAS: _copies("EP4"),
+                CHUNKS: _pieces("EP2"),
+                POOL: SWITCHES,
+                HOPS: TWO_HOPS,
+            },
         ),
         Row(
             flags="--tensor-model-parallel-size 2 --sequence-parallel",

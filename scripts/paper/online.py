@@ -1,8 +1,8 @@
 """Online placement over a recorded trace: a step's MoE layers at several intervals between evaluations of the homes.
 
 `smartmoe2023` is the paper's rule (the most popular expert first, each to the least loaded rank with a free slot,
-whatever the move costs); ours moves homes when that saves more than it costs, and with spare slots adds replicas and
-the exact split. Both plan from the records before, and pay for what they move.
+whatever the move costs); ours moves homes when that saves more than it costs. Both plan from the records before, and
+pay for what they move. Neither has replicas here: those are compared with other rules in docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -22,8 +22,7 @@ from megatron_smartmoe.spec.placement import Placement
 from megatron_smartmoe.spec.trace import RoutingTrace
 
 INTERVALS = (10, 50, 100, 500)
-PAPER, OURS, REPLICAS, STATIC, EVEN = "smartmoe2023", "homes", "homes and replicas", "static", "even load"
-REPLICAS_INTERVAL = 100
+PAPER, OURS, STATIC, EVEN = "smartmoe2023", "homes", "static", "even load"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,29 +59,19 @@ def online(trace: RoutingTrace, num_ranks: int, cluster: ClusterSpec, expert: Ex
         micro_batches=trace.counts.shape[3] if trace.has_micro_batches else 1,
         rank_tokens=rank_tokens(trace, num_ranks),
     )
+    setup, groups = setup_of(prices, spare_slots=0, warmup=0), trace.num_sources // num_ranks
+    start = Placement.contiguous(num_layers=trace.num_layers, num_experts=trace.num_experts, num_ranks=num_ranks)
     seconds: dict[tuple[str, int], FloatArray] = {}
-    for name, interval, spare_slots in _cases():
-        setup = setup_of(prices, spare_slots=spare_slots, warmup=0)
-        start = Placement.contiguous(
-            num_layers=trace.num_layers, num_experts=trace.num_experts, num_ranks=num_ranks, spare_slots=spare_slots
-        )
-        groups = trace.num_sources // num_ranks
+    for name, interval in [(STATIC, 0), *((name, interval) for name in (PAPER, OURS) for interval in INTERVALS)]:
         policy: SimulatedPolicy = (
             peer_policy(PAPER, start, groups, setup, interval=interval)
             if name == PAPER
             else own_policy("auto", start, groups, setup, prices, homes_interval=interval)
         )
         seconds[name, interval] = _by_layer(trace, policy, setup)
-    setup = setup_of(prices, spare_slots=0, warmup=0)
     even_N = even_load_s(trace, setup)
     seconds[EVEN, 0] = even_N.reshape(trace.num_records, trace.num_layers, groups, -1).max(axis=2).sum(axis=-1)
     return Online(iteration=trace.iteration, layer=trace.layer, seconds=seconds)
-
-
-def _cases() -> list[tuple[str, int, int]]:
-    """(policy, interval, spare slots)."""
-    both = [(name, interval, 0) for name in (PAPER, OURS) for interval in INTERVALS]
-    return [(STATIC, 0, 0), *both, (REPLICAS, REPLICAS_INTERVAL, 1)]
 
 
 def _by_layer(trace: RoutingTrace, policy: SimulatedPolicy, setup: SimulationSetup) -> FloatArray:

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 
 from megatron_smartmoe.report import plot_style
 from megatron_smartmoe.spec.arrays import FloatArray
-from scripts.paper.online import EVEN, INTERVALS, OURS, PAPER, REPLICAS, REPLICAS_INTERVAL, STATIC, Online
+from scripts.paper.online import EVEN, INTERVALS, OURS, PAPER, STATIC, Online
 
 _COLOURS = dict(zip(INTERVALS, (plot_style.BLUE, plot_style.SKY, plot_style.GREEN, plot_style.PINK), strict=True))
 _RECORDS = 5  # of the moving mean: single records are noisy, and a move's cost is spread over the steps that it serves
@@ -20,15 +20,10 @@ def draw(found: Online, path: Path) -> None:
     """Two panels with one axis of milliseconds, in the format that the file's name ends with."""
     with plot_style.styled():
         figure, panels = plt.subplots(1, 2, sharey=True, figsize=(9, 3.6), layout="constrained")
-        for axes, policy, title in zip(
-            panels, (PAPER, OURS), ("SmartMoE's rule", "ours: homes that pay, and replicas"), strict=True
-        ):
+        for axes, policy, title in zip(panels, (PAPER, OURS), ("SmartMoE's rule", "ours: homes that pay"), strict=True):
             _line(axes, found, (STATIC, 0), "static", plot_style.BLACK)
             for interval in INTERVALS:
                 _line(axes, found, (policy, interval), f"every {interval}", _COLOURS[interval])
-            if policy == OURS:
-                text = f"every {REPLICAS_INTERVAL}, one spare slot"
-                _line(axes, found, (REPLICAS, REPLICAS_INTERVAL), text, plot_style.OURS)
             _line(axes, found, (EVEN, 0), "even load", plot_style.GREY)
             axes.set(title=title, xlabel="training iteration", ylim=(0, None))
             axes.legend(ncols=2)

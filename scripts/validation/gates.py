@@ -30,7 +30,7 @@ from megatron_smartmoe.spec.trace import load_trace
 _SMALLER = (
     "--num-layers 2 --hidden-size 64 --ffn-hidden-size 128 --moe-ffn-hidden-size 128 --seq-length 64 "
     "--max-position-embeddings 64 --micro-batch-size 4 --global-batch-size 4 --expert-model-parallel-size 1 "
-    "--pipeline-model-parallel-size 1 --eval-iters 20 --log-interval 1 --no-smartmoe "
+    "--pipeline-model-parallel-size 1 --eval-iters 20 --log-interval 1 "
     "--no-smartmoe-homes-interval --no-save --no-load --no-save-interval --no-tensorboard-dir "
     "--no-dist-ckpt-optim-fully-reshardable --smartmoe-rehearsal off --smartmoe-device cpu --smartmoe-watchdog off"
 ).split()
@@ -76,11 +76,9 @@ def _flags(gate: str, prefix: Path, steps: int) -> list[str]:
     spec = load_run_spec(Path("quickstart"))
     data = ["--data-path", str(prefix), "--tokenizer-type", "SentencePieceTokenizer"]
     data += ["--tokenizer-model", f"{prefix}.tokenizer.model"]
-    return merge(
-        spec.flags,
-        [*_SMALLER, *data, "--smartmoe-gate", gate, "--train-iters", str(steps), "--eval-interval", str(steps)],
-        known=(),
-    )
+    layer = ["--smartmoe-homes", "off"] if gate in GATES and GATES[gate].needs_layer else ["--no-smartmoe"]
+    length = ["--train-iters", str(steps), "--eval-interval", str(steps)]
+    return merge(spec.flags, [*_SMALLER, *layer, *data, *length, "--smartmoe-gate", gate], known=())
 
 
 def _choices(flags: Sequence[str]) -> int:
@@ -112,7 +110,8 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> str:
         "| gate | validation loss | training loss | load CV | dropped | step |",
         "|---|---|---|---|---|---|",
     ]
-    for gate, result in results.items():
+    for gate in (name for name in (TOP_K, *GATES) if name in results):
+        result = results[gate]
         losses = f"{result['validation_loss']:.4f} | {result['training_loss']:.4f}"
         rest = f"{result['load_cv']:.3f} | {result['dropped_percent']:.2f}% | {result['step_ms']:.0f} ms"
         lines.append(f"| `{gate}` | {losses} | {rest} |")

@@ -18,7 +18,7 @@ is off by half on the next. Which rank is the busiest depends on the constants, 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass, fields
+from dataclasses import dataclass, fields
 
 import numpy as np
 from scipy.optimize import nnls
@@ -115,8 +115,9 @@ def calibrate(
         row = int(np.argmax(time_s <= 0))
         raise PlanError(f"measured time[{row}] = {time_s[row]}: must be positive")
     # Step 2: fit, find the busiest ranks with the fitted constants, fit again.
-    names = [field.name for field in fields(LayerConstants)]
-    prior_C, spread_C = np.array(astuple(prior)), np.array(astuple(spread or spread_of(prior)))
+    names = [field.name for field in fields(LayerConstants) if field.name != "levels"]  # of machines without levels
+    given = (prior, spread or spread_of(prior))
+    prior_C, spread_C = (np.array([getattr(constants, name) for name in names]) for constants in given)
     constants = prior
     port = (names.index("inter_gpu_token_s"), names.index("intra_token_s")) if _shares_card(prior) else None
     for _ in range(ROUNDS):

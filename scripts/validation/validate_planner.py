@@ -70,7 +70,7 @@ def result_of(
 ) -> tuple[dict[str, object], list[str]]:
     """One kind of model: (its part of the result file, its lines of the table); prints its runs."""
     if not seen:
-        print(f"no {kind} run to fit: the priors predict")
+        print(f"{kind}: --fit has no such run, so the priors alone predict")
     model = fit(seen, clusters)
     predicted = Answers.of(model, asked)
     show(predicted)

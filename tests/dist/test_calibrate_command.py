@@ -73,13 +73,36 @@ def test_the_ranks_write_a_cluster_file(written: tuple[Path, str]) -> None:
 
 
 @pytest.mark.dist
-def test_ranks_of_two_nodes_measure_what_is_between_them(tmp_path: Path) -> None:
-    path = tmp_path / "nodes.yaml"
-    assert run_ranks(as_rank, 2, [*QUICK, "--output", str(path)], 1, log_dir=tmp_path / "logs") == [0, 0]
+def test_ranks_of_four_nodes_measure_what_is_between_them(tmp_path: Path) -> None:
+    """Each rank poses as a node, two of them as the nodes of a leaf, all four as those of one spine."""
+    path, levels = tmp_path / "nodes.yaml", ["--levels", "leaf:2,spine:4"]
+    argv = [*QUICK, "--repeats", "1", "--sizes", "1024,1e5", "--tokens", "4,64", *levels, "--output", str(path)]
+    assert run_ranks(as_rank, 4, argv, 1, log_dir=tmp_path / "logs") == [0] * 4
     cluster = load_cluster_spec(path)
-    assert (cluster.nodes, cluster.gpus_per_node) == (2, 1)
+    assert (cluster.nodes, cluster.gpus_per_node) == (4, 1)
     assert cluster.sources["inter_node.bandwidth_bytes_s"].startswith("measured: ")
+    assert "among 2 ranks" in cluster.sources["efficiency.all_to_all_inter"]
     assert cluster.sources["intra_node.bandwidth_bytes_s"].startswith("not measured, one rank per node: ")
+    assert [(level.name, level.nodes) for level in cluster.levels] == [("leaf", 2)]
+    assert cluster.sources["levels.leaf.bandwidth_bytes_s"].startswith("measured: ")
+    assert 0 < cluster.efficiency["all_to_all_leaf"] <= 1
+    printed = (tmp_path / "logs" / "rank0.log").read_text()
+    assert "measuring all_to_all, leaf ..." in printed
+    assert "warning: level spine: not measured, the job's 4 nodes are in one domain of 4; without numbers" in printed
+
+
+@pytest.mark.parametrize(
+    ("levels", "message"),
+    [
+        ("leaf", "--levels = 'leaf': must be a multiple of 1, and more: the nodes of the domains inside it"),
+        ("leaf:4,spine:6", "--levels = 'spine:6': must be a multiple of 4, and more"),
+        ("node:4", "--levels = 'node:4': must be a name of small letters and the nodes of a domain"),
+        ("leaf:2,leaf:4", "--levels = 'leaf:4': must be a name of small letters and the nodes of a domain"),
+    ],
+)
+def test_wrong_levels(levels: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert calibrate.main([*QUICK, "--levels", levels]) == 2
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.dist

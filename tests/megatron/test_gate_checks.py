@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 
 from megatron_smartmoe.adapter.flags.parser import gate_defaults
@@ -165,3 +168,12 @@ def test_a_gate_of_the_command_line_replaces_the_configurations_flags() -> None:
     }
     assert merge(config, ["--smartmoe-gate", "switch"], known=()) == ["--lr", "1", "--smartmoe-gate", "switch"]
     assert merge(config, ["--smartmoe-gate", "top-k"], known=())[:2] == ["--moe-router-topk", "2"]
+
+
+def test_the_page_has_every_gate() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "gates.md").read_text(encoding="utf-8")
+    table = text[: text.index("Megatron has these itself")]
+    for name, gate in GATES.items():
+        (line,) = (line for line in table.splitlines() if line.startswith(f"| `{name}` |"))
+        assert all(number in line for number in re.findall(r"\d{4}\.\d{5}", gate.paper))
+        assert (line.split("|")[-2].strip() != "") == bool(gate.depends)

@@ -38,6 +38,12 @@ CASES = {
         ranks=4,
         says="--smartmoe-spare-slots = 1: needs --smartmoe. Add --smartmoe, or remove it.",
     ),
+    "a domain that no level has": Case(
+        flags=f"{ONE} --smartmoe-replicas-scope rack",
+        ranks=4,
+        says="--smartmoe-replicas-scope = 'rack': is not node, group or the name of a level in the file of "
+        "--smartmoe-cluster. Known: node, group.",
+    ),
     "one rank": Case(
         flags="--smartmoe --smartmoe-spare-slots 1",
         says="--smartmoe-spare-slots = 1: needs expert parallelism: on one rank there is nothing to balance or to "

@@ -59,6 +59,7 @@ LAUNCH: dict[str, Any] = {
     "transformer_impl": "transformer_engine",
     "smartmoe_gate": "top-k",
     "smartmoe_overlap_degree": "1",
+    "smartmoe_dispatch": "flat",
     "smartmoe_spare_slots": 0,
     "smartmoe_homes": "on",
     "smartmoe_homes_interval": 100,

@@ -29,6 +29,7 @@ class Case:
     says: str | None = None
     without: tuple[str, ...] = ()  # flags of GOOD and DATA that are left out, with their values
     ranks: int = 1
+    per_node: int = 1  # of the ranks
     cpu: bool = True
     data_exists: bool = True
     te: bool = False  # TransformerEngine is installed
@@ -51,7 +52,7 @@ def judge(case: Case, data: Path) -> str | None:
     """The error of a case's command line; called in a rank, where the facade is installed."""
     from megatron_smartmoe.adapter import pretrain
 
-    os.environ["WORLD_SIZE"] = str(case.ranks)
+    os.environ |= {"WORLD_SIZE": str(case.ranks), "LOCAL_WORLD_SIZE": str(case.per_node)}
     os.environ.pop("CUDA_DEVICE_MAX_CONNECTIONS", None)  # check_flags sets it
     user = [*_without(case.without, [*GOOD, *DATA]), *case.flags.replace("{data}", str(data)).split()]
     te, apex = mock.Mock(return_value=case.te), mock.Mock(return_value=False)

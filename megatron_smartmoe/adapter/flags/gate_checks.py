@@ -61,7 +61,8 @@ def check_gate(args: argparse.Namespace) -> None:
         _check_set(args, name, flag, wanted)
     # Step 2: what is not defined for it
     for flag, does in _UNDEFINED.items():
-        if value := getattr(args, attribute(flag), None):
+        value = getattr(args, attribute(flag), None)
+        if value is not None and value is not False:
             rule = f"is not defined for {GATE} {name}: {does}"
             raise ConfigError(flag, value, rule, f"Remove it, or {GATE}.")
     if args.transformer_impl == "inference_optimized":
@@ -129,7 +130,7 @@ def _check_router(args: argparse.Namespace, name: str, gate: Gate) -> None:
         if value := getattr(args, attribute(flag), None):
             raise ConfigError(flag, value, f"is not supported with {GATE} {name}: {why}", f"Remove it, or {GATE}.")
     if (getattr(args, "cuda_graph_impl", None) or "none") != "none":
-        rule = f"is not supported with {GATE} {name}: a captured graph would keep to its first micro-batch"
+        rule = f"is not supported with {GATE} {name}: its router runs in no CUDA graph yet"
         raise ConfigError("--cuda-graph-impl", args.cuda_graph_impl, rule, f"Remove it, or {GATE}.")
     if not gate.least_choices <= args.moe_router_topk:
         rule = f"must be at least {gate.least_choices} with {GATE} {name}"

@@ -16,13 +16,13 @@ from megatron_smartmoe.adapter.gates.table import (
     ZERO_EXPERTS_TAU,
 )
 from megatron_smartmoe.checkpoint.manifest import LEVELS
-from megatron_smartmoe.planner.flags import HOMES_INTERVAL, OVERLAP_DEGREE, SPARE_SLOTS
+from megatron_smartmoe.planner.flags import DISPATCH, HOMES_INTERVAL, OVERLAP_DEGREE, SPARE_SLOTS
+from megatron_smartmoe.spec.parallel import DISPATCHES
 
 DEVICES = ("auto", "cpu", "cuda")
 EXPERTS = ("grouped_mm", "transformer_engine")
 HOMES = ("on", "off", "dry", "shuffle")
 REPLICAS = ("off", "history", "exact", "auto")
-SCOPES = ("node", "group")
 SWITCH = ("on", "off")
 
 REHEARSAL = "--smartmoe-rehearsal"
@@ -36,7 +36,7 @@ RESUMES = ("newest", "newest-whole")
 RECORD_MICRO_BATCHES = "--smartmoe-record-micro-batches"
 POOL = "--smartmoe-pool"
 POOL_INTERVAL = "--smartmoe-pool-interval"
-AUTO = "auto"  # of the overlap degree and of the pool
+AUTO = "auto"  # of the overlap degree, the dispatch and the pool
 MOST_CHUNKS = 8  # that `auto` tries: a ninth would hide another 1/72 of the all-to-alls at best
 
 
@@ -127,6 +127,15 @@ def add_smartmoe_arguments(parser: argparse.ArgumentParser) -> argparse.Argument
         help="With --smartmoe and expert parallelism: split dispatch and combine into D chunks and overlap the "
         "all-to-all of one chunk with the experts' computation of another. 1: no overlap. At most the number of "
         "expert-parallel ranks. auto: the degree with the shortest predicted time. Default: 1.",
+    )
+    group.add_argument(
+        DISPATCH,
+        choices=(*DISPATCHES, AUTO),
+        default=DISPATCHES[0],
+        help="With --smartmoe and expert-parallel groups on several nodes: flat: a token is sent once for each of its "
+        "experts. hierarchical: between nodes it is sent once for each node that has any of its experts, and copied "
+        "there; results come back one by one, and losses are those of flat, to the bit. auto: hierarchical where it "
+        "saves at least 1%% of a MoE layer's predicted time. Default: flat.",
     )
     group.add_argument(
         "--smartmoe-record-trace",
@@ -311,10 +320,11 @@ def _add_replicas(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--smartmoe-replicas-scope",
-        choices=SCOPES,
+        metavar="SCOPE",
         default="node",
         help="node: a replica is placed on the node of its expert's home. group: anywhere in the expert-parallel "
-        "group. Default: node.",
+        "group. LEVEL: in the same domain of a level that the file of --smartmoe-cluster names, such as leaf. "
+        "Default: node.",
     )
     group.add_argument(
         "--smartmoe-replicas-margin",

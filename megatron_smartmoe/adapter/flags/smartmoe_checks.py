@@ -7,7 +7,7 @@ import math
 import os
 from pathlib import Path
 
-from megatron_smartmoe.adapter.cost_inputs import expert_shape, state_bytes
+from megatron_smartmoe.adapter.cost_inputs import expert_shape, machine, state_bytes
 from megatron_smartmoe.adapter.flags.gate_checks import check_gate
 from megatron_smartmoe.adapter.flags.parser import attribute, has_transformer_engine
 from megatron_smartmoe.adapter.flags.pool_settings import homes_interval, may_overlap, settings_of_pool
@@ -22,9 +22,10 @@ from megatron_smartmoe.adapter.flags.smartmoe_arguments import (
 )
 from megatron_smartmoe.adapter.local.muon import OPTIMIZERS as EMERGING_OPTIMIZERS
 from megatron_smartmoe.errors import ConfigError
-from megatron_smartmoe.planner.flags import OVERLAP_DEGREE, SPARE_SLOTS
+from megatron_smartmoe.planner.flags import DISPATCH, OVERLAP_DEGREE, SPARE_SLOTS
 from megatron_smartmoe.planner.pool import PoolSetting
 from megatron_smartmoe.spec.cluster import load_cluster_spec
+from megatron_smartmoe.spec.parallel import FLAT, HIERARCHICAL
 from megatron_smartmoe.spec.trace import load_trace
 
 _VALUE_BYTES = 2  # bf16 and fp16; fp32 is aligned when they are
@@ -67,6 +68,12 @@ _NOT_WITH_TE_REPLICAS = {
     "--overlap-dispatch-backward-with-experts-wgrad": "the weight gradients of replicas are sent home in the backward "
     "pass",
 }
+# with --smartmoe-dispatch hierarchical or auto,
+_NOT_IN_TWO_HOPS = {
+    "--moe-pad-expert-input-to-capacity": "only Megatron's own dispatcher pads",
+    "--moe-router-padding-for-quantization": "only Megatron's own dispatcher pads",
+    "--overlap-moe-expert-parallel-comm": "two hops have not been tested in its schedule",
+}
 _UNSCALED_TYPES = ("fp32", "bf16")  # of the precision-aware optimizer's state
 _SCALED_STATE = "a scale is kept for a whole shard, and experts that move would be rounded by one another's"
 _FP8_WITHOUT_HISTORY = ("tensorwise", "blockwise", "mxfp8")  # recipes whose scales come from the values themselves
@@ -88,6 +95,7 @@ def check_smartmoe(args: argparse.Namespace, *, cpu: bool) -> None:
     _check_replicas(args)
     _check_overlap(args)
     _check_pool(args)
+    _check_dispatch(args)
     _check_wide_norm(args)
     check_gate(args)
     if not args.smartmoe:
@@ -331,8 +339,21 @@ def _check_replicas(args: argparse.Namespace) -> None:
     if mode not in (None, "off") and slots == 0:
         rule = "needs spare slots for the replicas"
         raise ConfigError("--smartmoe-replicas", mode, rule, f"Add {SPARE_SLOTS} 1, or remove it.")
+    _check_scope(args)
     if replicas_mode(args) != "off":
         _check_replicas_possible(args)
+
+
+def _check_scope(args: argparse.Namespace) -> None:
+    """The domains that replicas stay in are nodes, or those of a level that the cluster file names."""
+    scope = args.smartmoe_replicas_scope
+    if scope in ("node", "group"):
+        return
+    names = [level.name for level in machine(args).levels]
+    if scope not in names:
+        known = ", ".join(["node", "group", *names])
+        rule = "is not node, group or the name of a level in the file of --smartmoe-cluster"
+        raise ConfigError("--smartmoe-replicas-scope", scope, rule, f"Known: {known}.")
 
 
 def _check_replicas_possible(args: argparse.Namespace) -> None:
@@ -435,6 +456,34 @@ def _check_pool(args: argparse.Namespace) -> None:
         _check_replicas_possible(args)
     if may_overlap(args):
         _check_overlap_possible(args)
+
+
+def _check_dispatch(args: argparse.Namespace) -> None:
+    """Two hops: the all-to-all is this project's and whole, and there are nodes to cross."""
+    value = args.smartmoe_dispatch
+    if value == FLAT:
+        return
+    _needs_smartmoe(args, DISPATCH, value)
+    _needs_expert_parallelism(args, DISPATCH, value)
+    if args.moe_token_dispatcher_type != "alltoall":
+        rule = f"is not supported with {DISPATCH} {value}: it has another exchange"
+        way_out = f"Pass alltoall, or {DISPATCH} {FLAT}."
+        raise ConfigError("--moe-token-dispatcher-type", args.moe_token_dispatcher_type, rule, way_out)
+    for flag, reason in _NOT_IN_TWO_HOPS.items():
+        if getattr(args, attribute(flag), False):
+            raise ConfigError(flag, True, f"is not supported with {DISPATCH} {value}: {reason}", _REMOVE_ONE)
+    if args.smartmoe_overlap_degree != "1" or may_overlap(args):
+        rule = f"is not supported with {DISPATCH} {value}: the second hop waits for all of the first"
+        raise ConfigError(OVERLAP_DEGREE, args.smartmoe_overlap_degree, rule, f"Pass 1, or {DISPATCH} {FLAT}.")
+    etp = args.expert_tensor_parallel_size or args.tensor_model_parallel_size
+    ranks, per_node = args.expert_model_parallel_size, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if value == HIERARCHICAL and per_node % (ranks * etp) == 0:
+        raise ConfigError(DISPATCH, value, on_one_node(ranks), f"Pass {FLAT}, or remove it.")
+
+
+def on_one_node(ranks: int) -> str:
+    """Why a group of expert-parallel ranks has no use for a hierarchical dispatch."""
+    return f"the {ranks} expert-parallel ranks are on one node, and tokens cross no slow link"
 
 
 def _check_setting(setting: PoolSetting, args: argparse.Namespace) -> None:

@@ -26,6 +26,7 @@ class BaseRouter(GateRouter):
 
         Raises:
             CompatError: the tokens of this rank cannot be divided among the experts.
+            PlanError: a score is not finite.
         """
         if not self.training:
             expert_T = logits_TE.argmax(dim=1)

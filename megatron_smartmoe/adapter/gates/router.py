@@ -112,8 +112,7 @@ class GateRouter(TopKRouter):
             return sums
         total = sums.detach().clone()
         dist.all_reduce(total, group=self.tp_cp_group)
-        with_all: torch.Tensor = sums + (total - sums.detach())
-        return with_all
+        return sums + (total - sums.detach())
 
     def first_choice_loss(self, probs_TE: torch.Tensor, first_TE: torch.Tensor) -> torch.Tensor:
         """l_aux of GShard's algorithm 1, times E^2, so that it is 1 where the load is even.
@@ -122,10 +121,10 @@ class GateRouter(TopKRouter):
             probs_TE: softmax over all experts.
             first_TE: each token's first choice, before any is dropped.
         """
-        num_tokens = len(probs_TE) * self.tp_cp_group.size()
+        num_tokens: int = len(probs_TE) * self.tp_cp_group.size()
         share_E = self.over_ranks(first_TE.sum(dim=0).to(probs_TE.dtype)) / num_tokens
         mean_E = self.over_ranks(probs_TE.sum(dim=0)) / num_tokens
-        return (share_E * mean_E).sum() * self.num_experts
+        return (share_E * mean_E).sum() * probs_TE.shape[1]
 
     def _with_loss(self, weights_TE: torch.Tensor, loss: torch.Tensor) -> torch.Tensor:
         # Every rank has the whole loss, and Megatron logs the sum over the ranks: its value is divided, not its slope.

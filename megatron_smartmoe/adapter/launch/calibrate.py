@@ -26,7 +26,7 @@ from megatron_smartmoe.adapter.launch.topology import find_topology, reports_err
 from megatron_smartmoe.calibrate.cluster_file import fit_machine
 from megatron_smartmoe.calibrate.measure import BenchPlan, bench_of_job, measure, usable_cores
 from megatron_smartmoe.calibrate.measurement import MachineMeasurement
-from megatron_smartmoe.calibrate.options import CalibrateOptions, add_arguments, as_argv, copy_sizes
+from megatron_smartmoe.calibrate.options import CalibrateOptions, add_arguments, as_argv, copy_sizes, domains_of
 from megatron_smartmoe.calibrate.table import as_table
 from megatron_smartmoe.cost.compute import ExpertShape
 from megatron_smartmoe.errors import EXIT_CONFIG_ERROR, ConfigError, SmartMoEError
@@ -88,7 +88,8 @@ def run_rank(options: CalibrateOptions, nominal: ClusterSpec | None) -> int:
     dist.init_process_group(backend, device_id=device if kind == "cuda" else None)
     try:
         dtype = _dtype(kind)
-        bench = bench_of_job(device, dtype, per_node, options.repeats, _report_progress)
+        levels = _levels(options, nominal)
+        bench = bench_of_job(device, dtype, per_node, options.repeats, _report_progress, levels)
         measured = measure(_plan(options, kind, dtype), bench, _how(backend, dtype))
         if dist.get_rank() == 0:
             shipped = fitting_cluster(torch.cuda.get_device_name() if kind == "cuda" else None)
@@ -96,6 +97,13 @@ def run_rank(options: CalibrateOptions, nominal: ClusterSpec | None) -> int:
     finally:
         dist.destroy_process_group()
     return 0
+
+
+def _levels(options: CalibrateOptions, nominal: ClusterSpec | None) -> dict[str, int]:
+    """Nodes of one domain by level: of --levels, else of the file of --compare."""
+    if options.levels is None and nominal is not None:
+        return {level.name: level.nodes for level in nominal.levels}
+    return domains_of(options.levels or ())
 
 
 def _kind(options: CalibrateOptions) -> str:

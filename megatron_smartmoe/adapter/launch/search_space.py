@@ -9,11 +9,12 @@ from argparse import Namespace
 
 from megatron_smartmoe.planner.flags import grads_in_fp32
 from megatron_smartmoe.planner.space import RECOMPUTE, SpaceOptions
-from megatron_smartmoe.spec.parallel import Precision, is_recomputable
+from megatron_smartmoe.spec.parallel import FLAT, Precision, is_recomputable
 
 # Tried with --smartmoe where no flag gives them.
 SPARE_SLOTS = (0,)
 OVERLAP_DEGREES = (1,)
+DISPATCHES = (FLAT,)
 
 _GROUPED_MM_MULTIPLE = 8  # two-byte values in the 16 bytes at which rows of torch's grouped GEMM start on a GPU
 _SHARDED = ("adam", "sgd")  # optimizers that Megatron's distributed optimizer takes
@@ -33,6 +34,7 @@ def space_options(args: Namespace, *, cpu: bool) -> SpaceOptions:
     return SpaceOptions(
         spare_slots=SPARE_SLOTS if args.smartmoe else (0,),
         overlap_degrees=OVERLAP_DEGREES if args.smartmoe else (1,),
+        dispatches=DISPATCHES,
         recompute=tuple(mode for mode in RECOMPUTE if is_recomputable(mode, grouped_by_te=grouped_by_te)),
         homes_interval=args.smartmoe_homes_interval if args.smartmoe and args.smartmoe_homes == "on" else 0,
         precision=precision,

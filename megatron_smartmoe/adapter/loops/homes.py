@@ -14,7 +14,7 @@ import torch.distributed as dist
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 from numpy.typing import NDArray
 
-from megatron_smartmoe.adapter.cost_inputs import online_options, online_setting, state_bytes
+from megatron_smartmoe.adapter.cost_inputs import online_options, online_setting, routing_groups_line, state_bytes
 from megatron_smartmoe.adapter.flags.checkpoint_check import saved_placement
 from megatron_smartmoe.adapter.flags.smartmoe_arguments import REPLICAS, replicas_mode
 from megatron_smartmoe.adapter.hooks import Callback, Order
@@ -92,6 +92,8 @@ class HomesLoop(Callback):
                 spare_slots=args.smartmoe_spare_slots,
             ),
         )
+        if run.is_reporter and (line := routing_groups_line(args)) is not None:
+            print(f" smartmoe: {line}", flush=True)
         self._restore()
 
     def _take_staging_memory(self) -> None:

@@ -20,6 +20,7 @@ from megatron.core import parallel_state as mpu
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 
 from megatron_smartmoe.adapter.cost_inputs import (
+    homes_options,
     launch_of_run,
     machine_of_job,
     model_of_run,
@@ -222,5 +223,6 @@ def _prices(args: Namespace, num_layers: int, *, homes_move: bool) -> PoolPrices
         layers_in_a_row=num_layers / spec.pp * in_a_row,
         replica=replica_options(args),
         exact_price_tokens=replica_price_tokens(args, "exact"),
+        homes=homes_options(args),
         homes_move=homes_move,
     )

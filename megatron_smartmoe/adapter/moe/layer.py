@@ -20,6 +20,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_smartmoe.adapter.gates.zero_computation import ZeroComputationRouter
 from megatron_smartmoe.adapter.moe.dispatcher import SlotDispatcher
 from megatron_smartmoe.adapter.moe.experts import SlottedExperts
+from megatron_smartmoe.adapter.moe.hierarchical_dispatcher import HierarchicalDispatcher, HierarchicalReplicaDispatcher
 from megatron_smartmoe.adapter.moe.physical_slots import PhysicalSlots
 from megatron_smartmoe.adapter.moe.replica_dispatcher import ReplicaDispatcher
 from megatron_smartmoe.errors import CompatError
@@ -40,9 +41,21 @@ class SmartMoELayer(MoELayer):
     expert_of_slot_E: torch.Tensor
 
     def __init__(
-        self, config: TransformerConfig, *args: Any, pg_collection: ProcessGroupCollection | None = None, **kwargs: Any
+        self,
+        config: TransformerConfig,
+        *args: Any,
+        pg_collection: ProcessGroupCollection | None = None,
+        dispatch_nodes: int = 1,
+        **kwargs: Any,
     ) -> None:
         """Build Megatron's layer, and put the slots in.
+
+        Args:
+            config: the transformer's configuration.
+            args: Megatron's.
+            pg_collection: the layer's process groups; None for Megatron's.
+            dispatch_nodes: nodes of the expert-parallel group to each of which a token is sent once; 1: flat.
+            kwargs: Megatron's.
 
         Raises:
             CompatError: a subclass has set a dispatcher that is not Megatron's.
@@ -63,16 +76,17 @@ class SmartMoELayer(MoELayer):
         self._beside: torch.Tensor | None = None  # between routing and the end of the layer
         self._slots: PhysicalSlots | None = None
         self._groups = pg_collection or get_default_pg_collection()
-        self._fused = self._has_own_all_to_all(config)
+        self._fused, self._dispatch_nodes = self._has_own_all_to_all(config), dispatch_nodes
         if self._fused:
-            self.token_dispatcher = SlotDispatcher(
-                self.num_local_experts,
-                self.local_expert_indices,
-                config,
-                self._groups,
-                counts_on_device=isinstance(self.experts, SlottedExperts),
-            )
+            self.token_dispatcher = self._dispatcher_of_homes(config)
             self._overlap_shared_experts()
+
+    def _dispatcher_of_homes(self, config: TransformerConfig) -> SlotDispatcher:
+        """This project's all-to-all, without spare slots."""
+        slots = (self.num_local_experts, self.local_expert_indices, config, self._groups)
+        if self._dispatch_nodes > 1:
+            return HierarchicalDispatcher(*slots, num_nodes=self._dispatch_nodes)
+        return SlotDispatcher(*slots, counts_on_device=isinstance(self.experts, SlottedExperts))
 
     @staticmethod
     def _has_own_all_to_all(config: TransformerConfig) -> bool:
@@ -108,7 +122,8 @@ class SmartMoELayer(MoELayer):
         )
         self._planner = LayerPlanner(view, built.tp_ep_group, spare=spare, **options)
         if self._fused:
-            self.token_dispatcher = ReplicaDispatcher(
+            kind = ReplicaDispatcher if self._dispatch_nodes == 1 else HierarchicalReplicaDispatcher
+            self.token_dispatcher = kind(
                 self.num_local_experts, self.local_expert_indices, self.config, self._groups, planner=self._planner
             )
         else:

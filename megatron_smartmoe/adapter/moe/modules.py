@@ -62,6 +62,8 @@ class Modules:
         replicates: whether there may be replicas, for which TransformerEngine's experts get spare slots.
         may_cut: whether the overlap degree may change later; then the layer supports every degree.
         overlap_degree: returns the number of chunks of each all-to-all; called when the process groups exist.
+        dispatch_nodes: returns the number of nodes between which a token is sent once, 1 for a flat dispatch; called
+            then, too.
         norm: which of Megatron's local norms are replaced: all, torch's (which refuses sequence parallelism), or none.
         sdpa: whether Megatron's local attention is replaced.
     """
@@ -74,14 +76,23 @@ class Modules:
     overlap_degree: Callable[[], int]
     norm: str
     sdpa: bool
+    dispatch_nodes: Callable[[], int] = lambda: 1
 
     @classmethod
-    def of(cls, args: Namespace, overlap_degree: Callable[[], int], *, everywhere: bool) -> Modules:
+    def of(
+        cls,
+        args: Namespace,
+        overlap_degree: Callable[[], int],
+        *,
+        everywhere: bool,
+        dispatch_nodes: Callable[[], int] = lambda: 1,
+    ) -> Modules:
         """What the flags ask for.
 
         Args:
             args: Megatron's arguments.
             overlap_degree: shared with the pool, so that the degree is chosen once.
+            dispatch_nodes: see the attribute.
             everywhere: replace the local norm and attention also where Megatron's work.
         """
         special = getattr(args, "experimental_attention_variant", None) or _is_heterogeneous(args)
@@ -97,6 +108,7 @@ class Modules:
             replicates=args.smartmoe_spare_slots > 0,
             may_cut=pool_may_overlap(args),
             overlap_degree=overlap_degree,
+            dispatch_nodes=dispatch_nodes,
             norm=norm,
             sdpa=plain and not own_attention and (everywhere or args.context_parallel_size > 1),
         )
@@ -127,10 +139,11 @@ class Modules:
 
     def _layer(self, wanted: type[MoELayer]) -> tuple[type[SmartMoELayer], dict[str, Any]]:
         """The layer's class, and what it is built with besides."""
-        degree = self.overlap_degree()
+        degree, nodes = self.overlap_degree(), self.dispatch_nodes()
         cuts = self.may_cut or degree > 1
         layer = smart_class(wanted, OverlappedMoELayer if cuts else SmartMoELayer)  # type: ignore[arg-type]
-        return layer, {"overlap_degree": degree} if cuts else {}
+        options = {"overlap_degree": degree} if cuts else {}
+        return layer, options | ({"dispatch_nodes": nodes} if nodes > 1 else {})
 
     def _submodules(self, submodules: Any) -> Any:
         """A copy of a MoE layer's submodules with this project's experts."""

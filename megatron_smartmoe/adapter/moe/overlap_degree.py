@@ -22,6 +22,8 @@ from megatron_smartmoe.cost.step.constants import StepConstants, layer_constants
 from megatron_smartmoe.cost.step.dense import tokens_of
 from megatron_smartmoe.cost.step.moe import moe_times
 from megatron_smartmoe.spec.cluster import ClusterSpec
+from megatron_smartmoe.spec.model import ModelSpec
+from megatron_smartmoe.spec.parallel import ParallelSpec
 from megatron_smartmoe.spec.placement import Placement
 
 NEARLY = 0.01  # share of the shortest time that a smaller degree may be slower; an estimate
@@ -85,15 +87,23 @@ def predicted_seconds(args: Namespace, cluster: ClusterSpec, num_nodes: int) -> 
         num_nodes: nodes of an expert-parallel group.
     """
     model, spec, constants = model_of_run(args), launch_of_run(args), StepConstants.of(cluster)
-    # Step 1: an even load, on experts in logical order.
-    assignments = tokens_of(model, spec) / spec.tp * model.moe.top_k  # of a rank
-    counts_RE = np.full((spec.ep, model.moe.experts), assignments / model.moe.experts)
-    homes = Placement.contiguous(num_layers=1, num_experts=model.moe.experts, num_ranks=spec.ep, spare_slots=0)
-    flow = LayerFlow.equal_split(counts_RE, homes.slots_LRS[0], num_nodes)
-    # Step 2: its price by degree.
-    seconds = {}
+    flow, seconds = even_flow(model, spec, num_nodes), {}
     for degree in range(1, min(spec.ep, MOST_CHUNKS) + 1):
         overlapped = replace(spec, overlap_degree=degree)
         prices = layer_constants(cluster, model, overlapped, constants)
         seconds[degree] = moe_times([flow], prices, model, overlapped, cluster, constants).total_s
     return seconds
+
+
+def even_flow(model: ModelSpec, spec: ParallelSpec, num_nodes: int) -> LayerFlow:
+    """The traffic of one MoE layer and micro-batch with an even load, on experts in logical order.
+
+    Args:
+        model: the model.
+        spec: the launch.
+        num_nodes: nodes of an expert-parallel group.
+    """
+    assignments = tokens_of(model, spec) / spec.tp * model.moe.top_k  # of a rank
+    counts_RE = np.full((spec.ep, model.moe.experts), assignments / model.moe.experts)
+    homes = Placement.contiguous(num_layers=1, num_experts=model.moe.experts, num_ranks=spec.ep, spare_slots=0)
+    return LayerFlow.equal_split(counts_RE, homes.slots_LRS[0], num_nodes)

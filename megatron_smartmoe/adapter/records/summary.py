@@ -92,31 +92,12 @@ def render(summary: dict[str, Any], args: Namespace, run_dir: Path | None) -> st
             f"{summary['tokens_per_second']:,.0f} tokens/s ({summary['seconds_per_step'] * 1e3:.0f} ms a step, median)"
         )
         lines.append(f"  speed            {speed}")
-    lines += _account_lines(summary)
     if summary["data_begins"] is not None:
         lines.append(f"  the data begin   {quoted(summary['data_begins'])}")
     lines += _load_lines(summary["layers"], args.expert_model_parallel_size)
     lines += _place_lines(args, run_dir)
     lines += ["=" * 100]
     return "\n".join(lines)
-
-
-def _account_lines(summary: dict[str, Any]) -> list[str]:
-    """Where a step goes, and how full the fullest rank's memory was; nothing where steps were not measured."""
-    account, lines = summary.get("account"), []
-    if account is not None:
-        clock = "CPU" if account["basis"] == "cpu" else "GPU"
-        share = {name: seconds / account["step_s"] for name, seconds in account["split_s"].items()}
-        balancing = share["replicas"] + share["planning"] + share["migration"]
-        lines.append(
-            f"  a step           {account['step_s'] * 1e3:.1f} ms {clock} of the busiest rank: "
-            f"{share['experts']:.1%} experts, {share['dispatch']:.1%} router and all-to-all, "
-            f"{balancing:.1%} balancing, {share['outside']:.1%} rest"
-        )
-        memory = summary["memory"]
-        peak, limit = memory["peak_bytes"] / 2**30, memory["limit_bytes"] / 2**30
-        lines.append(f"  peak memory      {peak:.2f} of {limit:.2f} GiB (rank {memory['rank']}, the fullest)")
-    return lines
 
 
 def quoted(text: str) -> str:

@@ -19,7 +19,7 @@ from megatron_smartmoe.cost.moe_layer import (
     LayerConstants,
     constants_of,
 )
-from megatron_smartmoe.spec.cluster import SHARES, ClusterSpec, LinkSpec
+from megatron_smartmoe.spec.cluster import SHARES, ClusterSpec, LevelSpec, LinkSpec
 from megatron_smartmoe.spec.model import ModelSpec
 from megatron_smartmoe.spec.parallel import ParallelSpec
 
@@ -71,7 +71,7 @@ class StepConstants:
         A file that names `gemm` and not `attention` leaves their ratio as it was: attention is a share of the same
         peak, and a peak that was measured with matrix products is lower than a datasheet's.
         """
-        shares: dict[str, Any] = dict(cluster.efficiency)
+        shares: dict[str, Any] = {name: share for name, share in cluster.efficiency.items() if name in SHARES}
         if "gemm" in shares and "attention" not in shares:
             shares["attention"] = cls.attention * shares["gemm"] / cls.gemm
         return replace(cls(), **shares)
@@ -101,10 +101,13 @@ def layer_constants(
         nodes=spec_nodes(cluster, spec.ep * spec.etp),
         intra_node=_scaled(cluster.intra_node, constants.all_to_all_intra),
         inter_node=_scaled(cluster.inter_node, constants.all_to_all_inter),
+        levels=tuple(_scaled_level(cluster, level, constants.all_to_all_inter) for level in cluster.levels),
         efficiency=dict.fromkeys(SHARES, 1.0),  # already applied above
     )
     found = constants_of(scaled, expert_shape(model, spec), ranks=spec.ep, shared_network_card=shared_card)
-    return replace(found, token_s=found.token_s * spec.etp)
+    # A rank of the expert-parallel group is ETP ranks of the domain.
+    levels = tuple(replace(level, ranks=max(1, level.ranks // spec.etp)) for level in found.levels)
+    return replace(found, token_s=found.token_s * spec.etp, levels=levels)
 
 
 def expert_shape(model: ModelSpec, spec: ParallelSpec) -> ExpertShape:
@@ -121,6 +124,11 @@ def expert_shape(model: ModelSpec, spec: ParallelSpec) -> ExpertShape:
 def spec_nodes(cluster: ClusterSpec, consecutive_ranks: int) -> int:
     """Nodes that a group of consecutive ranks touches."""
     return max(1, -(-consecutive_ranks // cluster.gpus_per_node))
+
+
+def _scaled_level(cluster: ClusterSpec, level: LevelSpec, prior: float) -> LevelSpec:
+    """A level at the share that its file names, or at that of the links between nodes."""
+    return replace(level, link=_scaled(level.link, cluster.efficiency.get(f"all_to_all_{level.name}", prior)))
 
 
 def _scaled(link: LinkSpec, share: float) -> LinkSpec:

@@ -13,9 +13,13 @@ import torch
 
 from megatron_smartmoe.adapter.cost_inputs import (
     expert_shape,
+    homes_options,
     launch_of_run,
     machine_of_job,
     model_of_run,
+    online_options,
+    routing_groups_line,
+    scope_nodes,
     state_bytes,
 )
 from megatron_smartmoe.adapter.moe.overlap_degree import predicted_seconds
@@ -149,3 +153,75 @@ def test_the_state_that_moves_is_the_optimizers(values: dict[str, Any], each: in
     args = arguments(**OPTIMIZER | values)
     expert = expert_shape(args, "off")
     assert state_bytes(args) == expert.num_params * (expert.element_bytes + each)
+
+
+@pytest.fixture
+def on_four_nodes(monkeypatch: pytest.MonkeyPatch) -> Namespace:
+    """Arguments of a run whose expert-parallel group has 16 ranks on 4 nodes."""
+    monkeypatch.setattr("megatron.core.parallel_state.get_expert_model_parallel_world_size", lambda: 16)
+    monkeypatch.setattr("megatron.core.num_microbatches_calculator.get_num_microbatches", lambda: 2)
+    monkeypatch.setattr("megatron_smartmoe.adapter.cost_inputs.nodes_of_group", lambda ranks: 4)
+    return arguments(
+        **OPTIMIZER,
+        expert_model_parallel_size=16,
+        smartmoe_cluster="a100-pcie-40gb",
+        smartmoe_spare_slots=1,
+        smartmoe_replicas="history",
+        smartmoe_replicas_scope="node",
+        smartmoe_replicas_margin=1.0,
+        smartmoe_homes="on",
+        smartmoe_homes_horizon=500,
+        smartmoe_homes_margin=2.0,
+        smartmoe_homes_interval=100,
+        overlap_param_gather=False,
+        moe_latent_size=None,
+        moe_router_num_groups=None,
+        moe_router_group_topk=None,
+        micro_batch_size=1,
+        context_parallel_size=1,
+        tensor_model_parallel_size=1,
+    )
+
+
+def test_homes_of_a_run_know_its_nodes(on_four_nodes: Namespace) -> None:
+    options = online_options(on_four_nodes, review_records=8)
+    assert (options.homes.num_nodes, options.homes.replica_scope_is_node, options.homes.num_groups) == (4, True, 1)
+    assert options.homes.node_swap_price is not None
+    # An expert's 8.65M weights, 14 bytes each, take 12 ms at 10 GB/s; 32,768 assignments an iteration, some 2 us of
+    # products and links each, take 66 ms, and 250 times that is what a mean load is worth.
+    assert 5e-4 < options.homes.node_swap_price < 2e-3
+    assert options.policy.tolerance == 0.01
+    anywhere = Namespace(**vars(on_four_nodes) | {"smartmoe_replicas_scope": "group"})
+    assert (homes_options(anywhere).num_nodes, homes_options(anywhere).replica_scope_is_node) == (4, False)
+
+
+def test_replicas_may_stay_in_the_domains_of_a_level(on_four_nodes: Namespace, tmp_path: Path) -> None:
+    link = "bandwidth_bytes_s: {value: 6e9, source: x}, latency_s: {value: 1e-5, source: x}"
+    level = f"levels: [{{name: leaf, nodes: 2, {link}}}]"
+    path = tmp_path / "levels.yaml"
+    path.write_text((CLUSTERS / "a100-pcie-40gb.yaml").read_text() + level)
+    args = Namespace(**vars(on_four_nodes) | {"smartmoe_cluster": str(path), "smartmoe_replicas_scope": "leaf"})
+    assert scope_nodes(args) == 2
+    assert homes_options(args).num_nodes == 2
+    # Homes that move may have to leave their leaf, at half of the speed between nodes.
+    slow, fast = (online_options(one, review_records=8).migration_bytes_s for one in (args, on_four_nodes))
+    assert slow == pytest.approx(fast * 6 / 12.5)
+
+
+@pytest.mark.parametrize(
+    ("values", "line"),
+    [
+        ({}, "(2 of 8 groups a token, 4 nodes): homes move between nodes by whole groups"),
+        ({"moe_router_num_groups": 2}, "(2 of 2 groups a token, 4 nodes): homes stay on the nodes of their group"),
+        ({"moe_router_num_groups": 6}, "groups do not lie whole on nodes, so homes move without regard to them"),
+        ({"smartmoe_homes": "shuffle"}, "--smartmoe-homes shuffle takes groups apart, and tokens go to more nodes"),
+        ({"smartmoe_replicas_scope": "group"}, "--smartmoe-replicas-scope group puts replicas on other nodes than"),
+        ({"moe_router_group_topk": None}, None),
+    ],
+)
+def test_what_group_limited_routing_means_for_homes(
+    on_four_nodes: Namespace, values: dict[str, Any], line: str | None
+) -> None:
+    groups = {"moe_router_num_groups": 8, "moe_router_group_topk": 2}
+    found = routing_groups_line(Namespace(**vars(on_four_nodes) | groups | values))
+    assert found is None if line is None else line in str(found)

@@ -81,6 +81,23 @@ def test_what_a_machine_needs_becomes_a_default_that_flags_beat(monkeypatch: pyt
     assert parser.parse_args(["--transformer-impl", "x"]).transformer_impl == "x"
 
 
+def test_what_a_gate_is_made_of_becomes_a_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(script_flags, "has_transformer_engine", lambda: True)
+    monkeypatch.setattr("sys.argv", ["train.py", "--smartmoe-gate", "switch"])
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--moe-router-topk", type=int, default=2)
+    parser.add_argument("--moe-router-pre-softmax", action="store_true")
+    parser.add_argument("--moe-aux-loss-coeff", type=float, nargs="+", default=0.0)
+    lines = script_flags.set_machine_defaults(parser, cpu=False)
+    assert lines == [
+        "default --moe-aux-loss-coeff 0.01 --moe-router-topk 1 --moe-router-pre-softmax   "
+        "(--smartmoe-gate switch: Switch Transformer (arXiv 2101.03961))"
+    ]
+    args = parser.parse_args(["--moe-aux-loss-coeff", "0.5"])
+    assert (args.moe_router_topk, args.moe_router_pre_softmax, args.moe_aux_loss_coeff) == (1, True, [0.5])
+    assert parser.parse_args([]).moe_aux_loss_coeff == 0.01
+
+
 def test_flags_that_a_release_lacks_are_not_given() -> None:
     given = script_flags.Given(a=1)
     assert (given.a, given.b) == (1, None)

@@ -136,7 +136,7 @@ def test_an_unknown_vocabulary_is_asked_for() -> None:
 
 def test_a_gpu_with_transformer_engine() -> None:
     space = search_space.space_options(ARGS, cpu=False)
-    assert space == SpaceOptions(spare_slots=(0,), overlap_degrees=(1,), homes_interval=0)
+    assert space == SpaceOptions(spare_slots=(0,), overlap_degrees=(1,), dispatches=("flat",), homes_interval=0)
 
 
 def test_cpu_ranks() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -186,6 +187,23 @@ def test_measured_parts_of_steps_narrow_the_bars(run_dir: Path, loads_NR: np.nda
     assert by_parts["measured"]["what"] == "cpu_s_of_busiest_rank"
     assert by_parts["fit"]["factors"]["layers"]["deviation"] < whole["fit"]["factors"]["layers"]["deviation"]
     assert step_s(by_parts, micro_batch=2)["bar"] < step_s(whole, micro_batch=2)["bar"]
+
+
+def test_stages_that_wait_for_each_other_are_fitted_to_wall_time(
+    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "stages"
+    shutil.copytree(run_dir, run)
+    write_arguments(run, {"pipeline_model_parallel_size": 2, "world_size": 2 * RANKS})
+    header = {"version": 1, "basis": "cpu", "stages": [0, 1], "micro_batches": 2, "virtual": 1}
+    row = {"iteration": 1, "iterations": 1, "seconds": [[0.1] * 6] * 2, "counts": [[0.0] * 8] * 2}
+    (run / "account.jsonl").write_text(f"{json.dumps(header)}\n{json.dumps(row)}\n")
+    content = whatif(run, "--ep", "2", of=())
+    assert content["measured"]["what"] == "wall_s"
+    assert content["notes"][0].startswith("fitted to wall time: CPU time of ranks says nothing about waiting for each ")
+    capsys.readouterr()
+    assert main(["whatif", str(run), "--trace", str(run / "trace.npz"), "--step-times", str(run / "cpu.csv")]) == 2
+    assert "is for runs in which every rank has all layers, and this one has pipeline" in capsys.readouterr().err
 
 
 def test_the_fit_shows_in_the_bars(run_dir: Path, loads_NR: np.ndarray) -> None:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from megatron_smartmoe.cost.comm import busiest_ports, replica_traffic, transfer_s
+from megatron_smartmoe.cost.comm import busiest_domain, busiest_ports, replica_traffic, transfer_s
 from megatron_smartmoe.spec.cluster import LinkSpec
 
 
@@ -30,3 +30,11 @@ def test_alpha_beta() -> None:
     link = LinkSpec(bandwidth_bytes_s=100.0, latency_s=2.0)
     assert transfer_s(300, link) == pytest.approx(5.0)
     assert transfer_s(0, link) == 0
+
+
+def test_the_busiest_domain_of_a_level() -> None:
+    # Domains of two ranks: 0 and 1, 2 and 3. 10 + 20 tokens leave the first, 3 enter it: 15 for each of its ranks.
+    traffic_RR = np.array([[99, 5, 0, 10], [0, 0, 0, 20], [3, 0, 0, 0], [0, 0, 4, 0]], dtype=float)
+    assert busiest_domain(traffic_RR, 2) == 15
+    assert busiest_domain(traffic_RR, 4) == 0  # the group is in one domain
+    assert busiest_domain(traffic_RR, 8) == 0

@@ -1,6 +1,6 @@
 """Terms by hand, terms that add up, and the directions in which they must move."""
 
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_smartmoe.cost.compute import ExpertShape
-from megatron_smartmoe.cost.moe_layer import LayerFlow, constants_of, layer_time
+from megatron_smartmoe.cost.moe_layer import LayerFlow, LevelPrice, constants_of, crossing_bytes_s, layer_time
 from megatron_smartmoe.errors import PlanError
+from megatron_smartmoe.spec.cluster import LevelSpec, LinkSpec
 from tests.unit.cost.cases import ROUND, cluster, contiguous_flow
 
 
@@ -26,6 +27,26 @@ def test_every_term_by_hand() -> None:
     assert time.replicas_s == 0
     assert time.hidden_s == 0
     assert time.total_s == pytest.approx(1 + 1.2 + 5 + 2 + 6.25)
+
+
+def test_the_slowest_level_counts() -> None:
+    # As above, each rank a node of its own; a leaf has one node, a spine both. 4 tokens leave the busiest leaf.
+    flow = contiguous_flow([[6, 2], [4, 8]], num_nodes=2)
+    wide, narrow = LevelPrice(ranks=1, token_s=1.0), LevelPrice(ranks=1, token_s=3.0)
+    assert layer_time(flow, replace(ROUND, levels=(wide,))).all_to_all_inter_s == pytest.approx(6.25)  # hidden by ports
+    assert layer_time(flow, replace(ROUND, levels=(wide, narrow))).all_to_all_inter_s == pytest.approx(3.0 * 4)
+    inside = LevelPrice(ranks=2, token_s=100.0)
+    assert layer_time(flow, replace(ROUND, levels=(inside,))).all_to_all_inter_s == pytest.approx(6.25)
+
+
+def test_levels_of_a_cluster_file() -> None:
+    leaf = LevelSpec(name="leaf", nodes=2, link=LinkSpec(bandwidth_bytes_s=5.0, latency_s=1.0))
+    machine = replace(cluster(nodes=4), levels=(leaf,), efficiency={"all_to_all_inter": 0.5})
+    expert = ExpertShape(hidden=4, ffn=8)
+    assert constants_of(machine, expert).levels == (LevelPrice(ranks=4, token_s=4 * 8 / (5.0 * 0.5)),)
+    measured = replace(machine, efficiency={"all_to_all_inter": 0.5, "all_to_all_leaf": 1.0})
+    assert constants_of(measured, expert).levels[0].token_s == 4 * 8 / 5.0
+    assert [crossing_bytes_s(measured, nodes) for nodes in (1, 2, 4)] == [80.0, 5.0, 5.0]
 
 
 def test_replicas_cost_their_traffic() -> None:

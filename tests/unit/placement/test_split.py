@@ -1,5 +1,7 @@
 """The split: optimal to the token, conserving, deterministic, local first."""
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -73,15 +75,32 @@ def test_tokens_stay_on_their_rank_then_on_their_node(seed: int) -> None:
     counts_RE, slots_RS = problem(seed)
     num_ranks, num_experts = counts_RE.shape
     tokens_ER = min_max_split(counts_RE, hosts_of(slots_RS, num_experts))
-    sent_RRS = assign_sources(counts_RE, slots_RS, tokens_ER, num_nodes=2)
-    half = num_ranks // 2
-    for rank, slot in np.argwhere(slots_RS != EMPTY):
-        expert = slots_RS[rank, slot]
-        assert sent_RRS[rank, rank, slot] == min(counts_RE[rank, expert], tokens_ER[expert, rank])
-    for expert in range(num_experts):
-        for node in (slice(0, half), slice(half, num_ranks)):
-            within = sent_RRS[node, node][:, slots_RS[node] == expert].sum()
-            assert within == min(counts_RE[node, expert].sum(), tokens_ER[expert, node].sum())
+    for num_nodes in (1, 2):
+        sent_RRS = assign_sources(counts_RE, slots_RS, tokens_ER, num_nodes)
+        per_node = num_ranks // num_nodes
+        for expert, node in itertools.product(range(num_experts), range(num_nodes)):
+            ranks = slice(node * per_node, (node + 1) * per_node)
+            within = sent_RRS[ranks, ranks][:, slots_RS[ranks] == expert]
+            supply, wanted = counts_RE[ranks, expert].sum(), tokens_ER[expert, ranks].sum()
+            assert within.sum() == min(supply, wanted)
+            # Every host on the node gets the same share from it, as far as whole tokens go, from its own rank first.
+            at = np.nonzero(slots_RS[ranks] == expert)[0]
+            share = tokens_ER[expert, ranks][at] * (within.sum() / max(int(wanted), 1))
+            if (slots_RS == expert).sum() > 1:
+                assert np.abs(within.sum(axis=0) - share).max(initial=0) < 1
+                own = within[at, np.arange(len(at))]
+                assert (own == np.minimum(counts_RE[ranks, expert][at], within.sum(axis=0))).all()
+
+
+def test_what_crosses_between_nodes_is_spread_over_the_ranks() -> None:
+    """Expert 0 on both ranks of node 0, which compute 60 of its tokens each; 40 are from their node, 80 are not."""
+    slots_RS = contiguous_slots(4, 4, 1)
+    slots_RS[1, 1] = 0
+    counts_RE = np.array([[40, 0, 0, 0], [0, 0, 0, 0], [40, 0, 60, 0], [40, 0, 0, 60]])
+    tokens_ER = np.array([[60, 60, 0, 0], [0, 0, 0, 0], [0, 0, 60, 0], [0, 0, 0, 60]])
+    sent_RR = assign_sources(counts_RE, slots_RS, tokens_ER, num_nodes=2).sum(axis=2)
+    assert sent_RR[2:, :2].sum(axis=0).tolist() == [40, 40]
+    assert sent_RR[:2, :2].tolist() == [[20, 20], [0, 0]]
 
 
 def test_a_hot_expert_is_shared_to_the_token() -> None:

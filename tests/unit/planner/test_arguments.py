@@ -136,6 +136,7 @@ def test_an_irregular_pattern_is_described_by_the_nearest_regular_one(
             {"smartmoe": True, "smartmoe_homes": "off", "smartmoe_overlap_degree": "auto"},
             "--smartmoe --smartmoe-homes off --smartmoe-overlap-degree auto",
         ),
+        ({"smartmoe": True, "smartmoe_dispatch": "hierarchical"}, "--smartmoe --smartmoe-dispatch hierarchical"),
         ({"bf16": True}, "--bf16"),
         ({"bf16": True, "grad_reduce_in_bf16": True}, "--bf16 --grad-reduce-in-bf16"),
         ({"fp16": True}, "--fp16"),

@@ -99,6 +99,13 @@ def test_spare_slots_and_overlap_are_taken_at_their_word() -> None:
     assert {spec.ep for spec in launches("--smartmoe-spare-slots 9")} == {4, 8}  # EP 2 has 8 experts on the other rank
 
 
+def test_a_hierarchical_dispatch_is_planned_across_nodes_only() -> None:
+    tokens = ["--smartmoe-dispatch", "hierarchical"]
+    assert constraints_from_flags(tokens, BASE).options.dispatches == ("hierarchical",)
+    assert constraints_from_flags(["--smartmoe-dispatch", "auto"], BASE).options == BASE
+    assert {spec.ep * spec.etp for spec in launches(" ".join(tokens))} == {8}  # a node has 4 ranks
+
+
 def test_the_gather_overlaps_only_on_what_it_rests_on() -> None:
     plain = SpaceOptions(overlap_grad_reduce=False, overlap_param_gather=False)
     assert constraints_from_flags(["--overlap-param-gather"], plain).options.overlap_grad_reduce is True

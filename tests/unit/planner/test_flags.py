@@ -21,6 +21,7 @@ SPEC = ParallelSpec(gpus=16, tp=2, pp=2, ep=4, micro_batch=2, global_batch=64)
         replace(SPEC, vpp=2, recompute="full"),
         replace(SPEC, layers_of_chunk=(5, 3), recompute="moe", cp=2),
         replace(SPEC, spare_slots=1, replicas="history", homes_interval=100, overlap_degree=2, recompute="act"),
+        replace(SPEC, dispatch="hierarchical"),
         replace(SPEC, overlap_param_gather=False, overlap_grad_reduce=False, distributed_optimizer=False),
         replace(SPEC, grad_reduce_in_fp32=False),
     ],

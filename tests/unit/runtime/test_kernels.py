@@ -54,6 +54,19 @@ def test_a_simulation_has_the_same_bits(mode: ReplicaMode) -> None:
     assert [one.to_line() for one in fast.decisions] == [one.to_line() for one in slow.decisions]
 
 
+def test_without_torch_a_note_says_what_takes_long(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert kernels_for(14_500, 64) is NUMPY
+    assert capsys.readouterr().err == (
+        "note: planning 14,500 layers with numpy, which takes 3 to 20 times as long as the compiled library. "
+        "Install torch and build it: scripts/setup.sh.\n"
+    )
+    kernels_for(100, 8)
+    assert not capsys.readouterr().err
+
+
 def test_torch_is_loaded_where_that_pays() -> None:
     assert fastest_kernels() is COMPILED
     assert kernels_for(WORTH_LOADING // 64 + 1, 64) is COMPILED

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields, replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from megatron_smartmoe.cost.moe_layer import LayerConstants, LayerFlow
 from megatron_smartmoe.cost.step.step import StepTime
 from megatron_smartmoe.placement.homes_planner import OnlineOptions
+from megatron_smartmoe.placement.kernels import NUMPY
 from megatron_smartmoe.simulate.whatif import GROUP_OF, GROUPS, Move, RecordedPolicy, rank_time, regrouped
 from megatron_smartmoe.spec.placement import Placement
 from megatron_smartmoe.spec.trace import RoutingTrace
@@ -54,7 +56,8 @@ def test_homes_move_after_the_step_that_they_moved_after() -> None:
     start = Placement.contiguous(num_layers=1, num_experts=4, num_ranks=2, spare_slots=1)
     moved = Placement(slots_LRS=np.array([[[0, 3], [2, 1]]]), num_experts=4)
     options = OnlineOptions(homes_interval=0)
-    policy = RecordedPolicy(start, 1, options, lambda slots_RS, counts_RE: 0.0, [Move(iteration=5, homes=moved)])
+    moves = [Move(iteration=5, homes=moved)]
+    policy = RecordedPolicy(start, 1, options, lambda slots_RS, counts_RE: 0.0, moves, NUMPY)
     policy.before(5)
     assert policy.homes(0).tolist() == [0, 0, 1, 1]
     policy.before(6)
@@ -73,7 +76,8 @@ def test_a_rank_pays_for_what_it_computes_sends_and_receives() -> None:
         traffic_RR=np.array([[16.0, 4.0], [14.0, 6.0]]),
         replicas_RR=np.array([[0.0, 1.0], [0.0, 0.0]]),
     )
-    unit = LayerConstants(**{term.name: 1.0 for term in fields(LayerConstants)})
+    prices: dict[str, Any] = {term.name: 1.0 for term in fields(LayerConstants)}
+    unit = LayerConstants(**{**prices, "levels": ()})
     first, second = (rank_time(flow, rank, unit) for rank in (0, 1))
     assert (first.gemm_s, second.gemm_s) == (30.0, 10.0)
     assert (first.experts_s, second.experts_s) == (1.0, 2.0)

@@ -145,3 +145,64 @@ def test_a_missing_section_is_named(tmp_path: Path) -> None:
     text = GOOD.replace(GOOD[GOOD.index("inter_node") :], "")
     with pytest.raises(ConfigError, match="inter_node = None: must be a mapping"):
         load(tmp_path, text)
+
+
+LEVELS = """
+levels:
+  - name: leaf
+    nodes: 2
+    bandwidth_bytes_s: {value: 12.5e9, source: "assumed: two ports down for one up"}
+    latency_s: {value: 15e-6, source: estimate}
+  - name: spine
+    nodes: 8
+    bandwidth_bytes_s: {value: 5e9, source: assumed}
+    latency_s: {value: 20e-6, source: estimate}
+"""
+
+
+def test_levels_above_the_nodes(tmp_path: Path) -> None:
+    cluster = load(tmp_path, GOOD.replace("nodes: 2\n", "nodes: 16\nreplica_scope: leaf\n") + LEVELS)
+    assert [(level.name, level.nodes, level.link.bandwidth_bytes_s) for level in cluster.levels] == [
+        ("leaf", 2, 12.5e9),
+        ("spine", 8, 5e9),
+    ]
+    assert cluster.sources["levels.spine.bandwidth_bytes_s"] == "assumed"
+    again = load(tmp_path, cluster_as_yaml(cluster))
+    assert (again.levels, again.replica_scope, again.sources) == (cluster.levels, "leaf", cluster.sources)
+    # Parts of a group that keep their replicas.
+    assert [cluster.domains(nodes, "leaf") for nodes in (1, 2, 4, 16)] == [1, 1, 2, 8]
+    assert (cluster.domains(4, "node"), cluster.domains(4, "group"), cluster.domains(4, "spine")) == (4, 1, 1)
+    with pytest.raises(ConfigError, match="replica scope = 'leaf': an expert-parallel group on 3 nodes fills no whole"):
+        cluster.domains(3, "leaf")
+    with pytest.raises(ConfigError, match=r"is not a level of cluster .* Known: node, group, leaf, spine"):
+        cluster.domains(3, "rack")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("nodes: 8", "nodes: 3", "levels.spine.nodes = 3: must be a multiple of the 2 nodes of level leaf, and more"),
+        ("nodes: 2", "nodes: 1", "levels.leaf.nodes = 1: must be at least 2, the nodes of one domain. For example"),
+        ("nodes: 2", "nodes: some", "levels.leaf.nodes = 'some': must be a positive whole number"),
+        ("name: spine", "name: leaf", "levels[1].name = 'leaf': is taken: every level has its own name, and none is"),
+        ("name: leaf", "name: group", "levels[0].name = 'group': is taken"),
+        ("name: leaf", "name: 7", "levels[0].name = 7: must be a name of small letters, digits, _ and -"),
+        ("{value: 5e9, source: assumed}", "5e9", "levels.spine.bandwidth_bytes_s = 5000000000.0: must be a mapping"),
+        ("    nodes: 8\n", "    nodes: 8\n    ports: 2\n", "levels.spine.ports = 2: is not a known key"),
+    ],
+)
+def test_a_wrong_level_is_named_by_its_path(tmp_path: Path, old: str, new: str, message: str) -> None:
+    assert old in LEVELS
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        load(tmp_path, GOOD + LEVELS.replace(old, new, 1))
+
+
+def test_levels_are_a_list(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="levels = 'leaf': must be a list of levels, the smallest domains first"):
+        load(tmp_path, GOOD + "levels: leaf\n")
+
+
+def test_the_file_of_the_documentation(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[3] / "docs" / "topology.md").read_text()
+    cluster = load(tmp_path, page.split("```yaml\n", 1)[1].split("```", 1)[0])
+    assert (cluster.replica_scope, [level.name for level in cluster.levels]) == ("leaf", ["leaf", "pod"])

@@ -209,7 +209,7 @@ def test_image_runs_that_were_not_fitted_are_predicted_from_the_priors(
     assert validate_planner.main(["--fit", str(fitted), "--predict", str(both), "--json", str(out)]) == 0
     content = json.loads(out.read_text())
     assert (content["rows"], content["images"]["rows"]) == (1, 1)
-    assert "no images run to fit: the priors predict" in capsys.readouterr().out
+    assert "images: --fit has no such run, so the priors alone predict" in capsys.readouterr().out
 
 
 def test_a_file_without_a_run_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

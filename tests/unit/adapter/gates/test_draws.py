@@ -52,17 +52,19 @@ def test_the_numbers_are_uniform() -> None:
     assert abs(float(torch.corrcoef(neighbours)[0, 1])) < 0.02
 
 
-def test_recomputation_draws_the_same() -> None:
-    """Three forward passes without gradients, then the backward passes recompute them in the same order."""
+@pytest.mark.parametrize("order", ["FFFBBB", "FBFBFB", "FFBFBB"])
+def test_recomputation_draws_the_same(order: str) -> None:
+    """Forward passes without gradients, and backward passes that run the layer again, in the orders of schedules."""
     draws = Draws(1, 0, Part())
     for iteration in (1, 2):
         draws.begin(iteration, 3)
-        with torch.no_grad():
-            forward = [draws.uniform(ROWS, 1, EXPERTS, CPU) for _ in range(3)]
-        again = [draws.uniform(ROWS, 1, EXPERTS, CPU) for _ in range(3)]
-        assert all(torch.equal(a, b) for a, b in zip(forward, again, strict=True))
-        assert not torch.equal(forward[0], forward[1])
-        assert torch.equal(draws.uniform(ROWS, 1, EXPERTS, CPU), forward[0])  # the iteration is run again
+        passes: dict[str, list[torch.Tensor]] = {"F": [], "B": []}
+        for kind in order:
+            with torch.set_grad_enabled(kind == "B"):
+                passes[kind].append(draws.uniform(ROWS, 1, EXPERTS, CPU))
+        assert all(torch.equal(a, b) for a, b in zip(passes["F"], passes["B"], strict=True))
+        assert not torch.equal(passes["F"][0], passes["F"][1])
+        assert torch.equal(draws.uniform(ROWS, 1, EXPERTS, CPU), passes["F"][0])  # the iteration is run again
 
 
 def test_numbers_before_an_iteration_are_refused() -> None:

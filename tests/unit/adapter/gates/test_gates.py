@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -368,6 +369,31 @@ def test_what_is_not_chosen_has_no_weight(gate: str) -> None:
     assert chosen_TE.dtype == torch.bool
     assert torch.equal(weights_TE != 0, chosen_TE)
     assert int(chosen_TE.sum(dim=1).max()) <= built.topk
+
+
+def test_losses_are_of_all_ranks_and_slopes_of_a_ranks_own_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two ranks share a micro-batch: their slopes add up to that of one rank with all tokens."""
+    rows = [[2.0, 1.5, 0.0], [1.0, 0.0, 0.5], [3.0, 0.0, 1.0], [0.0, 2.0, 0.0]]
+    gate = router("gshard", num_experts=3, top_k=2, moe_expert_capacity_factor=3.0)
+    whole = logits_of(rows)
+    loss = gate.choose(whole, num_rows=4).loss
+    loss.backward()
+    gate.tp_cp_group = mock.Mock(**{"size.return_value": 2})
+    parts = [logits_of(rows[:2]), logits_of(rows[2:])]
+    sums: list[list[torch.Tensor]] = []
+    for rank in (0, 1):  # what each rank adds up
+        sums.append([])
+        monkeypatch.setattr(
+            "torch.distributed.all_reduce", lambda total, group, of=sums[rank]: of.append(total.clone())
+        )
+        gate.choose(parts[rank], num_rows=2)
+    for rank in (0, 1):
+        others = iter(sums[1 - rank])
+        monkeypatch.setattr("torch.distributed.all_reduce", lambda total, group, of=others: total.add_(next(of)))
+        part = gate.choose(parts[rank], num_rows=2).loss
+        assert_close(part, loss)
+        part.backward()
+    assert_close(torch.cat([part.grad for part in parts if part.grad is not None]), whole.grad)
 
 
 def test_a_padding_mask_is_refused() -> None:

@@ -1,0 +1,69 @@
+"""What a hierarchical all-to-all carries, by hand and against the closed formula for distinct nodes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from megatron_smartmoe.cost.comm import BusiestPorts, busiest_ports
+from megatron_smartmoe.cost.distinct_nodes import distinct_groups, tokens_by_group
+from megatron_smartmoe.cost.hierarchical import HopCounts, mean_ports, rows_by_node, rows_copied, to_gateways
+from megatron_smartmoe.cost.moe_layer import LayerConstants, LayerFlow, LevelPrice, layer_time
+
+pytestmark = pytest.mark.fast
+
+# Four ranks on two nodes; rank r sends 4 rows to each rank, and 5 tokens have an expert on each node.
+EVEN_RR = np.full((4, 4), 4.0)
+ONCE_RN = np.full((4, 2), 5.0)
+
+
+@pytest.mark.parametrize(("num_experts", "top_k", "num_nodes"), [(256, 8, 2), (256, 8, 4), (128, 8, 8), (8, 2, 4)])
+def test_even_traffic_follows_the_closed_formula(num_experts: int, top_k: int, num_nodes: int) -> None:
+    tokens = 1000.0
+    choices_RN = np.full((8, num_nodes), tokens * top_k / num_nodes)
+    found = rows_by_node(choices_RN, num_experts, top_k)
+    np.testing.assert_allclose(found.sum(axis=1), tokens * distinct_groups(num_experts, top_k, num_nodes))
+
+
+def test_skewed_traffic_is_near_the_formula_that_weighs_every_expert() -> None:
+    counts_RE = np.random.default_rng(3).lognormal(sigma=1.0, size=(8, 64)) * 100
+    found = rows_by_node(counts_RE.reshape(8, 4, 16).sum(axis=2), 64, 6)
+    exact = tokens_by_group(counts_RE, np.arange(64) // 16, 4, 6)
+    assert np.abs(found / exact - 1).mean() < 0.04  # 0.03; a tenth for single pairs of a rank and a node
+
+
+def test_one_expert_a_token_crosses_once_either_way() -> None:
+    np.testing.assert_allclose(rows_by_node(np.full((4, 2), 8.0), 8, 1), 8.0)
+
+
+def test_rows_of_both_hops() -> None:
+    # Rank 0 sends 5 rows to its gateway, rank 2, and none to rank 3.
+    assert to_gateways(ONCE_RN)[0].tolist() == [5.0, 0.0, 5.0, 0.0]
+    assert to_gateways(ONCE_RN)[3].tolist() == [0.0, 5.0, 0.0, 5.0]
+    # As a gateway it passes on 4 rows of its own and 4 of rank 2 to rank 1, and keeps as many; 16 rows arrive.
+    hops = HopCounts.of(EVEN_RR, 2)
+    assert hops.choices_RN.tolist() == [[8.0, 8.0]] * 4
+    assert (hops.inside, hops.handled_R.tolist()) == (8.0, [32.0] * 4)
+    assert hops.scaled(0.5).inside == 4.0
+    flat = busiest_ports(EVEN_RR, 2)
+    assert (flat.intra, flat.inter_gpu, flat.inter_node) == (4.0, 8.0, 16.0)
+    # The mean of a flat exchange and of a hierarchical one, which carries 8 inside, and 5 and 10 between.
+    assert mean_ports(flat, hops, ONCE_RN) == BusiestPorts(
+        intra=6.0, inter_gpu=6.5, inter_node=13.0, inter_node_reverse=13.0
+    )
+    # A rank collects 10 rows, passes on 16, and orders 16: twice.
+    assert rows_copied(hops, ONCE_RN) == 84.0
+
+
+def test_the_layers_time_has_half_of_its_exchanges_in_two_hops() -> None:
+    flow = LayerFlow(load_ER=np.zeros((8, 4)), traffic_RR=EVEN_RR, replicas_RR=np.zeros((4, 4)), num_nodes=2)
+    constants = LayerConstants(inter_gpu_token_s=1.0, intra_token_s=0.1, source_token_s=0.01)
+    time = layer_time(flow, constants, once_RN=ONCE_RN)
+    assert time.all_to_all_inter_s == pytest.approx(6.5)
+    assert time.all_to_all_intra_s == pytest.approx(0.6)
+    # A level above the nodes: a node of 2 ranks sends 16 rows out flat and 10 in two hops, 8 and 5 for each rank.
+    leveled = replace(constants, levels=(LevelPrice(ranks=2, token_s=2.0),))
+    assert layer_time(flow, leveled, once_RN=ONCE_RN).all_to_all_inter_s == pytest.approx(13.0)
+    assert time.source_s == pytest.approx(0.01 * (16 + 84 / 4))  # 2 of 8 passes over a row
