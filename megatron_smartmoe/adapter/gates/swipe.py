@@ -14,8 +14,8 @@ from megatron_smartmoe.adapter.gates.router import Choice, GateRouter, one_hot, 
 class SwipeRouter(GateRouter):
     """Top-k, with the choices that are too many for a rank given to ranks with room; no loss.
 
-    The paper names the method and its authors published it as code (`swipe_gate.py` of FastMoE), from which this is
-    taken: first choices first, each expert-parallel rank accepts choices in the order of the ranks that they come from,
+    The paper names the method; what it does is defined by what its authors published (`swipe_gate.py` of FastMoE):
+    first choices first, each expert-parallel rank accepts choices in the order of the ranks that they come from,
     until it has tokens x k of them in all; what is left goes to ranks with room, in their order, there to expert
     (number of the choice) modulo (experts of a rank). Weights are the softmax of the logits of the experts that a token
     ends up with. In evaluation nothing is given away.
