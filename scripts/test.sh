@@ -13,8 +13,8 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 FAST="fast or not (dist or slow or slurm or gpu or long)"
-# Three workers of pytest-xdist on two cores, since ranks wait half of their time; the tests of a file stay together.
-PARALLEL=(-n 3 --no-loadscope-reorder)
+# Four workers of pytest-xdist on two cores, since ranks wait half of their time; the tests of a file stay together.
+PARALLEL=(-n 4 --no-loadscope-reorder)
 
 seconds=()
 report() {
