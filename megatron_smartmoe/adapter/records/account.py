@@ -130,7 +130,7 @@ class StepAccount(Callback):
         self._report(self._iteration)
 
     def summary(self) -> dict[str, Any]:
-        """For summary.json, on rank 0: the account of the run, the latest speed, and memory against the plan."""
+        """For summary.json, on rank 0: the account of the run, and memory against the plan at its last log line."""
         content: dict[str, Any] = {"account": None, **self._last}
         if self._kept:
             content["account"] = account_of(_joined(list(self._kept))).to_json()

@@ -132,7 +132,8 @@ class Metrics(Callback):
         iteration = self._iteration or run.args.iteration
         gathered = {"iteration": iteration, "load_LE": load.tolist(), "first_text": self._first_text, **known[0]}
         content = summary.summarise(gathered, run.args)
-        content |= self._account.summary() if self._account is not None else {}
+        if self._account is not None:
+            content = self._account.summary() | content  # the run's median speed, not that of the last interval
         print(summary.render(content, run.args, run.directory), flush=True)
         if run.directory is not None:
             path = run.directory / summary.FILE
