@@ -41,7 +41,7 @@ class BuildPython(build_py):
         package = Path(self.build_lib) / "megatron_smartmoe"
         shutil.rmtree(package, ignore_errors=True)
         super().run()
-        for kind in ("models", "clusters", "runs"):
+        for kind in ("models", "clusters", "runs", "scale"):
             shutil.copytree(ROOT / "configs" / kind, package / "configs" / kind)
 
 

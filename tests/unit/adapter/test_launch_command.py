@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from megatron_smartmoe.adapter import pretrain
+from megatron_smartmoe.adapter import device, pretrain
 from megatron_smartmoe.adapter.allocator import keep_pages_variables
 from megatron_smartmoe.adapter.flags import megatron_checks, parser
 from megatron_smartmoe.adapter.launch import command, corpus, merged
@@ -177,7 +177,8 @@ def megatron(monkeypatch: pytest.MonkeyPatch) -> Megatron:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setattr(parser, "build_parser", megatron.parser)
     monkeypatch.setattr(megatron_checks, "megatron_verdict", megatron.verdict)
-    monkeypatch.setattr(pretrain, "choose_device", megatron.choose_device)
+    monkeypatch.setattr(device, "choose_device", megatron.choose_device)
+    monkeypatch.setattr(device, "refuse_old_megatron", lambda: None)
     monkeypatch.setattr(parser, "parse", megatron.parse)
     monkeypatch.setattr(megatron_checks, "check_args", megatron.check_args)
     monkeypatch.setattr(pretrain, "with_defaults", lambda argv, *, cpu, say: ["--default", str(cpu), str(say), *argv])
