@@ -127,7 +127,7 @@ def _launch(
     run_dir.make(directory)  # another node may have come first
     if not topology.is_reporter:
         return _run(ready, topology, directory, keep_open=())
-    with RunLock.acquire(directory) as lock:
+    with RunLock.acquire(directory, _start_of(topology)) as lock:
         run_dir.create(directory, ready.spec, text)
         if auto_plan is not None:
             auto_plan.save(directory)
@@ -165,7 +165,12 @@ def _check_directory(topology: Topology, directory: Path, *, dry_run: bool) -> N
     if topology.is_reporter:
         run_dir.make(directory)
     if not dry_run:  # looking at the command of a run that is going on is fine
-        run_lock.check(directory)
+        run_lock.check(directory, _start_of(topology))
+
+
+def _start_of(topology: Topology) -> str | None:
+    """What the launchers of this start have in common where no Slurm step says it."""
+    return f"{topology.master_addr}:{topology.master_port}" if topology.source else None
 
 
 def _start_lines(ready: LaunchCommand, topology: Topology, directory: Path, lock: RunLock) -> list[str]:

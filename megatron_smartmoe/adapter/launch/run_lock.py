@@ -49,6 +49,7 @@ class Holder:
         job: its Slurm job and step, `7.0`; None outside Slurm.
         restart: how often Slurm has queued the job again.
         since: date and time, for people.
+        start: outside Slurm, what the launchers of several nodes have in common: address and port of node 0.
     """
 
     host: str
@@ -58,9 +59,10 @@ class Holder:
     job: str | None
     restart: str
     since: str
+    start: str | None = None
 
     @classmethod
-    def this_process(cls, environ: Mapping[str, str] = os.environ) -> Self:
+    def this_process(cls, environ: Mapping[str, str] = os.environ, start: str | None = None) -> Self:
         """The holder that this process would be."""
         job = environ.get("SLURM_JOB_ID")
         return cls(
@@ -71,6 +73,7 @@ class Holder:
             job=f"{job}.{environ['SLURM_STEP_ID']}" if job and "SLURM_STEP_ID" in environ else job,
             restart=environ.get("SLURM_RESTART_COUNT", "0"),
             since=time.strftime("%Y-%m-%d %H:%M:%S"),
+            start=start,
         )
 
     @classmethod
@@ -87,8 +90,10 @@ class Holder:
         return f"host {self.host}, pid {self.pid}{job}, since {self.since}"
 
     def is_same_start(self, other: Holder) -> bool:
-        """Whether both belong to one start of one Slurm step: the launchers of its nodes."""
-        return self.job is not None and (self.job, self.restart) == (other.job, other.restart)
+        """Whether both belong to one start of one run: the launchers of its nodes."""
+        if self.job is None:
+            return self.start is not None and self.start == other.start
+        return (self.job, self.restart) == (other.job, other.restart)
 
 
 class RunLock:
@@ -106,13 +111,17 @@ class RunLock:
         threading.Thread(target=self._give_signs_of_life, daemon=True).start()
 
     @classmethod
-    def acquire(cls, directory: Path) -> Self:
+    def acquire(cls, directory: Path, start: str | None = None) -> Self:
         """Lock a run directory that exists.
+
+        Args:
+            directory: to lock.
+            start: see `Holder`.
 
         Raises:
             ConfigError: another run holds it, or the directory cannot be written.
         """
-        path, me = directory / FILE, Holder.this_process()
+        path, me = directory / FILE, Holder.this_process(start=start)
         if path.is_symlink():
             path.unlink()
         try:
@@ -153,13 +162,17 @@ class RunLock:
                 os.utime(self._path)
 
 
-def check(directory: Path) -> None:
+def check(directory: Path, start: str | None = None) -> None:
     """Refuse a directory that another run holds, without locking it: before work starts, and on every node.
+
+    Args:
+        directory: to look at.
+        start: see `Holder`; node 0 of the same start may have locked it already.
 
     Raises:
         ConfigError: another run holds the directory.
     """
-    path, me = directory / FILE, Holder.this_process()
+    path, me = directory / FILE, Holder.this_process(start=start)
     try:
         holder = Holder.from_text(path.read_text(encoding="utf-8", errors="replace"))
     except OSError:

@@ -53,6 +53,18 @@ def test_a_directory_in_use_is_refused_with_its_holder(tmp_path: Path, holder: s
         )
 
 
+def test_launchers_of_other_nodes_may_come_after_node_0(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without Slurm, too: the address and port of node 0 are those of one start."""
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    with RunLock.acquire(tmp_path, "node0:29500"):
+        check(tmp_path, "node0:29500")
+        for other in ("node0:29501", None):
+            with pytest.raises(ConfigError, match="is in use by another run"):
+                check(tmp_path, other)
+        with pytest.raises(ConfigError, match="is in use by another run"):
+            RunLock.acquire(tmp_path, "node0:29500")
+
+
 def test_the_lock_of_a_killed_holder_is_taken_over_with_a_line(tmp_path: Path, holder: subprocess.Popen[str]) -> None:
     holder.send_signal(signal.SIGKILL)
     holder.wait(10)
