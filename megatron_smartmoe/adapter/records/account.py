@@ -103,7 +103,13 @@ class StepAccount(Callback):
         return "gpu" if torch.cuda.is_available() else "cpu"
 
     def before_step(self, iteration: int) -> None:
-        """Begin to time."""
+        """Report what is due, and begin to time.
+
+        Here and not when the interval ends: ranks wait for each other in a report, and within a step the watchdog sees
+        soon that one of them has stopped.
+        """
+        if self._iteration % self._run.args.log_interval == 0:
+            self._report(self._iteration)
         self._iteration, self._begun_s = iteration, time.perf_counter()
         self._times.begin()
 
@@ -122,8 +128,6 @@ class StepAccount(Callback):
         finally:
             self._times.end(iteration)
         self._wall_s += time.perf_counter() - begun_s
-        if iteration % self._run.args.log_interval == 0:
-            self._report(iteration)
 
     def on_end(self) -> None:
         """Exchange what is left; `summary` has the account of the run."""
