@@ -21,9 +21,10 @@ def pretend() -> None:
     moe_utils.fused_sort_chunks_by_index_with_probs = len
     transformer_config.is_te_min_version = lambda *_, **__: True
 
+    import megatron_smartmoe.adapter.device as device
     import megatron_smartmoe.adapter.pretrain as pretrain
 
-    pretrain.choose_device = lambda asked, *, with_filters=True: False
+    device.choose_device = pretrain.choose_device = lambda asked, *, with_filters=True: False
     for name, module in list(sys.modules.items()):
         if name.startswith("megatron_smartmoe.adapter"):
             for question in ("has_transformer_engine", "has_apex"):
