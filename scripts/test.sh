@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that must hold before a change lands: style, types, who imports whom, and the tests.
 #
-#   scripts/test.sh                  all of it but the long ones, before a change lands: about 25 minutes on 2 cores
+#   scripts/test.sh                  all of it but the long ones, before a change lands: about 20 minutes on 2 cores
 #   scripts/test.sh --fast           while you work on a change: the checks, tests/unit, and one training test of each kind
 #                                    (pytest -m "$FAST", below), about 5 minutes on 2 cores
 #   scripts/test.sh --long           the checks, and the tests that train for minutes: before a release
