@@ -126,6 +126,8 @@ def test_quickstart(iterations: int, tmp_path: Path) -> None:
     assert summary["iterations"] == iterations
     assert summary["valid_loss"] < summary["unigram_entropy"] - 1.0
     assert metrics(run_dir)[0]["lm loss"] > summary["unigram_entropy"]  # it knew nothing when it began
+    steps = [line["seconds_per_step"] for line in metrics(run_dir) if "seconds_per_step" in line]
+    assert min(steps) > max(steps) / 50  # one of them is logged after an evaluation, which neither adds nor takes time
     assert len(summary["layers"]) == 4
     assert all(abs(sum(layer["share_E"]) - 100) < 1e-6 and len(layer["share_E"]) == 8 for layer in summary["layers"])
 

@@ -110,12 +110,19 @@ class Metrics(Callback):
             text = f"{math.ceil(1.5 * seconds)}\n"
             self._run.attempt(Path(marker), functools.partial(write_text, Path(marker), text))
 
+    @contextlib.contextmanager
+    def around_evaluation(self, split: str) -> Iterator[None]:
+        """The time that an evaluation takes is not training time."""
+        begun = time.perf_counter()
+        yield
+        iteration, last_time = self._last_logged
+        self._last_logged = (iteration, last_time + time.perf_counter() - begun)
+
     def after_evaluation(self, split: str, losses: Mapping[str, torch.Tensor]) -> None:
-        """Keep the losses. The time that an evaluation takes is not training time."""
+        """Keep the losses."""
         if losses:
             self._evaluated[split] = {key: float(value) for key, value in losses.items()}
             self._write({"iteration": self._iteration, split: self._evaluated[split]})
-        self._last_logged = (self._last_logged[0], time.perf_counter())
 
     def _write(self, line: dict[str, Any]) -> None:
         if dist.get_rank() == dist.get_world_size() - 1:
