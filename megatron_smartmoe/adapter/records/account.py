@@ -36,15 +36,15 @@ from megatron_smartmoe.cost.fitted import Count, Part, StepRecord, fit_step
 from megatron_smartmoe.cost.memory.budget import memory_budget
 from megatron_smartmoe.errors import ConfigError, PlanError, one_line
 from megatron_smartmoe.runtime.counts import ExpertCounts
-from megatron_smartmoe.runtime.peak_memory import PeakMemory
+from megatron_smartmoe.runtime.peak_memory import GIB, PeakMemory
 from megatron_smartmoe.runtime.step_clock import STEP_CLOCK
 from megatron_smartmoe.spec.arrays import FloatArray, IntArray
+from megatron_smartmoe.spec.cluster import GpuSpec
 
 FILE = "account.jsonl"
 ROWS_PER_INTERVAL = 10  # of the file, at most: a row is the mean of some iterations
 _MOST_NUMBERS = 200_000  # that a rank keeps of the run for its constants and its summary; the file has all
 _PERCENTILES = ("p50", "p95", "worst")
-GIB = 2**30
 
 
 def measures_steps(args: Namespace) -> bool:
@@ -80,12 +80,12 @@ class StepAccount(Callback):
         self._iteration = 0
         self._begun_s = self._wall_s = 0.0
         self._logs = run.is_reporter or run.ranks.rank == dist.get_world_size() - 1  # who prints, and who has writers
+        self._gpu: GpuSpec | None = None
         try:
-            self._peak_flops = machine(args).gpu.peak_flops
+            self._gpu = machine(args).gpu  # here and not for every line, since it reads a file
         except ConfigError:
             if args.smartmoe:
-                raise
-            self._peak_flops = 0.0  # a stock run names no cluster, and this GPU has no file
+                raise  # a stock run names no cluster, and this GPU may have no file
         if run.is_reporter:
             header = {
                 "version": 1,
@@ -264,7 +264,7 @@ class StepAccount(Callback):
         content = {
             "tokens_per_second": round(batch_size * args.seq_length / wall_s, 1),
             "model_tflops_per_rank": flops / 1e12,
-            "mfu": flops / self._peak_flops if self._peak_flops else None,
+            "mfu": flops / self._gpu.peak_flops if self._gpu is not None else None,
             "memory": {
                 "rank": hottest,
                 "peak_bytes": int(peaks_R2[hottest, 0]),
@@ -281,13 +281,14 @@ class StepAccount(Callback):
     def _planned_bytes(self, record: StepRecord) -> dict[str, float] | None:
         """The planner's memory of the fullest rank at this interval's imbalance, part by part; None for runs that it
         has no model of."""
+        if self._gpu is None:
+            return None
         args = self._run.args
         tokens_R = record.counts_NRC[:, :, Count.TOKENS].mean(axis=0)
         busiest_R = record.counts_NRC[:, :, Count.BUSIEST_TOKENS].mean(axis=0)
         imbalance = float(busiest_R.sum() / max(1.0, tokens_R.sum()))
         try:
-            gpu = machine(args).gpu
-            budget, _ = memory_budget(model_of_run(args), launch_of_run(args), gpu, max(1.0, imbalance))
+            budget, _ = memory_budget(model_of_run(args), launch_of_run(args), self._gpu, max(1.0, imbalance))
         except (ConfigError, PlanError):
             return None
         return dict(budget.parts())
