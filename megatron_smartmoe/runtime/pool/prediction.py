@@ -26,8 +26,8 @@ from megatron_smartmoe.placement.plan_homes import HomesOptions, plan_homes
 from megatron_smartmoe.placement.plan_replicas import ReplicaOptions, plan_replicas
 from megatron_smartmoe.placement.replan import ReplanOptions, planned_anew
 from megatron_smartmoe.planner.pool import PoolSetting
-from megatron_smartmoe.runtime.replicas.history_plan import fastest_best_replicas
-from megatron_smartmoe.runtime.replicas.split import BALANCED, exact_slots, fastest_drop_losing, split_tokens
+from megatron_smartmoe.runtime.replicas.kernels import fastest_kernels
+from megatron_smartmoe.runtime.replicas.split import BALANCED, exact_slots, split_tokens
 from megatron_smartmoe.spec.arrays import IntArray
 from megatron_smartmoe.spec.cluster import ClusterSpec
 from megatron_smartmoe.spec.model import ModelSpec
@@ -147,9 +147,9 @@ def _flows(
         if setting.replicas in ("history", "auto"):
             rank_tokens = float(load.totals_ILE[-2, layer].sum()) / len(homes_RH)
             scenarios_KE = history.scenarios_KE(layer)
-            best = fastest_best_replicas()
+            kernels = fastest_kernels()
             found = plan_replicas(
-                slots_RS, scenarios_KE, home_slots, prices.replica, rank_tokens, best, fastest_drop_losing()
+                slots_RS, scenarios_KE, home_slots, prices.replica, rank_tokens, kernels.best, kernels.drop
             )
             slots_RS = found.slots_RS
         for counts_RE in load.batches_BLRE[:, layer]:

@@ -7,9 +7,7 @@ import torch
 
 from megatron_smartmoe import ops
 from megatron_smartmoe.placement.plan_replicas import (
-    BestReplicas,
     ReplicaOptions,
-    best_replicas,
     is_many,
     search_objective,
     search_space,
@@ -17,11 +15,6 @@ from megatron_smartmoe.placement.plan_replicas import (
 from megatron_smartmoe.placement.search.cuts import scaled
 from megatron_smartmoe.placement.search.improve import ImprovedPlacement
 from megatron_smartmoe.spec.arrays import FloatArray, IntArray
-
-
-def fastest_best_replicas() -> BestReplicas:
-    """The compiled `best_replicas`, or numpy's where the library is not built. Both find the same."""
-    return compiled_best_replicas if ops.is_compiled() else best_replicas
 
 
 def compiled_best_replicas(

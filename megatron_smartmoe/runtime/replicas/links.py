@@ -6,10 +6,8 @@ import functools
 from typing import NamedTuple
 
 import numpy as np
-import torch
 
-from megatron_smartmoe import ops
-from megatron_smartmoe.placement.relay import relay_tree
+from megatron_smartmoe.runtime.replicas.kernels import fastest_kernels
 from megatron_smartmoe.spec.arrays import IntArray
 from megatron_smartmoe.spec.placement import EMPTY
 
@@ -59,7 +57,8 @@ def links_of(slots_RS: IntArray, home_slots: int, rank: int, num_nodes: int) -> 
 @functools.lru_cache(maxsize=_KEPT)
 def _links_of(table: bytes, shape: tuple[int, ...], home_slots: int, rank: int, num_nodes: int) -> tuple[Link, ...]:
     slots_RS = np.frombuffer(table, dtype=np.int64).reshape(shape)
-    parent_RK, column_RK, round_RK = _tree(slots_RS, home_slots, num_nodes)
+    tree = fastest_kernels().relay(slots_RS, home_slots, num_nodes)
+    parent_RK, column_RK, round_RK = tree.parent_RK, tree.parent_slot_RK, tree.round_RK
     child_N, slot_N = place_N = np.nonzero(parent_RK != EMPTY)
     expert_N, parent_N = slots_RS[child_N, home_slots + slot_N], parent_RK[place_N]
     column_N, round_N = column_RK[place_N], round_RK[place_N]
@@ -84,11 +83,3 @@ def _links_of(table: bytes, shape: tuple[int, ...], home_slots: int, rank: int, 
             )
         )
     return tuple(sorted(links, key=lambda link: (link.round, link.number)))
-
-
-def _tree(slots_RS: IntArray, home_slots: int, num_nodes: int) -> IntArray:
-    """The rank that feeds each spare slot, the column of the table in which it has the expert, and the round."""
-    if ops.is_compiled():
-        return np.asarray(ops.relay_tree(torch.from_numpy(slots_RS.copy()), home_slots, num_nodes).numpy())
-    tree = relay_tree(slots_RS, home_slots, num_nodes)
-    return np.stack((tree.parent_RK, tree.parent_slot_RK, tree.round_RK))

@@ -18,7 +18,7 @@ import torch
 
 from megatron_smartmoe import ops
 from megatron_smartmoe.placement import exact_replicas, split
-from megatron_smartmoe.placement.paying_replicas import DropLosing, paying_exact_replicas, without_losing_replicas
+from megatron_smartmoe.placement.paying_replicas import paying_exact_replicas, without_losing_replicas
 from megatron_smartmoe.spec.arrays import IntArray
 from megatron_smartmoe.spec.placement import EMPTY, hosts_of, with_empty_slots
 
@@ -78,14 +78,10 @@ def exact_slots(
     Returns:
         The slot table `[R, S + K]`.
     """
-    plan, drop = compiled_replicas if ops.is_compiled() else exact_replicas.exact_replicas, fastest_drop_losing()
+    plan = compiled_replicas if ops.is_compiled() else exact_replicas.exact_replicas
+    drop = compiled_drop_losing if ops.is_compiled() else without_losing_replicas
     load_E = counts_RE.sum(axis=0)
     return paying_exact_replicas(load_E, slots_RS, home_slots, num_nodes, price_tokens, limit, plan, drop)
-
-
-def fastest_drop_losing() -> DropLosing:
-    """The compiled `without_losing_replicas`, or numpy's where the library is not built. Both drop the same."""
-    return compiled_drop_losing if ops.is_compiled() else without_losing_replicas
 
 
 def compiled_drop_losing(loads_KE: IntArray, slots_RS: IntArray, home_slots: int, price_tokens: float) -> IntArray:

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from megatron_smartmoe import ops
 from megatron_smartmoe.placement.plan_replicas import ReplicaOptions, best_replicas
 from megatron_smartmoe.placement.search.objective import Objective
-from megatron_smartmoe.runtime.replicas.history_plan import compiled_best_replicas, fastest_best_replicas
+from megatron_smartmoe.runtime.replicas.history_plan import compiled_best_replicas
+from megatron_smartmoe.runtime.replicas.kernels import fastest_kernels
 from megatron_smartmoe.spec.arrays import FloatArray, IntArray
 from tests.unit.ops.test_placement import needs_library
 from tests.unit.placement.cases import random_slots
@@ -57,7 +58,7 @@ def test_the_same_replicas_and_the_same_value(case: tuple[IntArray, FloatArray, 
 
 
 def test_training_uses_the_compiled_one() -> None:
-    assert fastest_best_replicas() is compiled_best_replicas
+    assert fastest_kernels().best is compiled_best_replicas
 
 
 ARGUMENTS: dict[str, Any] = {
