@@ -17,6 +17,7 @@ from typing import Any
 from tqdm import tqdm
 
 from megatron_smartmoe.cli.bench_imbalance_table import as_markdown, as_text
+from megatron_smartmoe.cli.outputs import check_folder
 from megatron_smartmoe.cli.policies import own_policy, peer_policy, setup_of
 from megatron_smartmoe.cli.simulate_prices import Prices, rank_tokens
 from megatron_smartmoe.cost.compute import ExpertShape
@@ -141,8 +142,7 @@ def _checked(options: argparse.Namespace) -> dict[str, ClusterSpec]:
         rule = f"must be at most {most}, the experts of the other ranks"
         raise ConfigError("--spare-slots", options.spare_slots, rule, "1 or 2 is usually enough.")
     for flag, path in (("--jsonl", options.jsonl), ("--markdown", options.markdown)):
-        if path is not None and not os.path.isdir(path.parent):
-            raise ConfigError(flag, str(path), f"there is no directory {path.parent}", f"Run mkdir -p {path.parent}.")
+        check_folder(flag, path)
     if options.save_traces is not None and not os.path.isdir(options.save_traces):
         place = options.save_traces
         raise ConfigError("--save-traces", str(place), "is not a directory", f"Run mkdir -p {place}.")

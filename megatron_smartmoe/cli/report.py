@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import os
 import time
 from pathlib import Path
 from typing import Any
 
+from megatron_smartmoe.cli.outputs import check_folder
 from megatron_smartmoe.errors import ConfigError
 
 _LEAST_S, _MOST_S = 1, 3600
@@ -52,10 +52,7 @@ def run(options: argparse.Namespace) -> int:
     is_trace = not (options.run_dir / "metrics.jsonl").is_file() and options.run_dir.exists() and options.ep is not None
     beside = options.run_dir.with_suffix(".html") if is_trace else options.run_dir / "report.html"
     output = options.output or beside
-    if options.output is not None and not os.path.isdir(output.parent):
-        raise ConfigError(
-            "--output", str(output), f"there is no directory {output.parent}", f"Run mkdir -p {output.parent}."
-        )
+    check_folder("--output", options.output)
     if options.live is not None and not _LEAST_S <= options.live <= _MOST_S:
         rule = f"must be from {_LEAST_S} to {_MOST_S} seconds"
         raise ConfigError("--live", options.live, rule, "For example: --live 10.")

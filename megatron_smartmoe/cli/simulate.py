@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import importlib.util
 import json
 import math
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +20,7 @@ from typing import Any
 from tqdm import tqdm
 
 from megatron_smartmoe.cli.kernels import kernels_for
+from megatron_smartmoe.cli.outputs import check_folder, check_plot
 from megatron_smartmoe.cli.policies import own_policy, peer_policy, setup_of
 from megatron_smartmoe.cli.simulate_prices import DEFAULT_CLUSTER, Prices, rank_tokens
 from megatron_smartmoe.cli.simulate_table import Simulated, as_json, as_table
@@ -191,26 +190,13 @@ def _ranks(text: str) -> list[int]:
 
 def _check_outputs(options: argparse.Namespace) -> None:
     """Check that every output can be written, before minutes of replay."""
-    for flag, path in (
-        ("--json", options.json),
-        ("--plot", options.plot),
-        ("--save-decisions", options.save_decisions),
-        ("--save-trace", options.save_trace),
-    ):
-        if path is not None and not os.path.isdir(path.parent):
-            raise ConfigError(flag, str(path), f"there is no directory {path.parent}", f"Run mkdir -p {path.parent}.")
+    check_folder("--json", options.json)
+    check_plot(options.plot, "imbalance.svg")
+    check_folder("--save-decisions", options.save_decisions)
+    check_folder("--save-trace", options.save_trace)
     if options.save_trace is not None and options.save_trace.suffix != ".npz":
         way_out = f"Pass {options.save_trace}.npz."
         raise ConfigError("--save-trace", str(options.save_trace), "must end in .npz", way_out)
-    if options.plot is not None:
-        if options.plot.suffix not in (".svg", ".png", ".pdf"):
-            raise ConfigError(
-                "--plot", str(options.plot), "must end in .svg, .png or .pdf", "For example: --plot imbalance.svg."
-            )
-        if importlib.util.find_spec("matplotlib") is None:
-            raise ConfigError(
-                "--plot", str(options.plot), "needs matplotlib", "Run pip install matplotlib, or drop --plot."
-            )
 
 
 def _expert_sizes(options: argparse.Namespace) -> str:

@@ -8,11 +8,9 @@ little one run tells about terms that it held constant. Several lists are combin
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import itertools
 import json
 import math
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +20,7 @@ import numpy as np
 from tqdm import tqdm
 
 from megatron_smartmoe.cli.kernels import kernels_for
+from megatron_smartmoe.cli.outputs import check_folder, check_plot
 from megatron_smartmoe.cli.policies import own_policy, setup_of
 from megatron_smartmoe.cli.simulate_prices import Prices, rank_tokens
 from megatron_smartmoe.cli.whatif_table import Basis, Prediction, as_json, as_table, label
@@ -93,7 +92,8 @@ def add_parser(tools: Any) -> None:
 def run(options: argparse.Namespace) -> int:
     """Run the tool."""
     # Step 1: the run, and the settings that were asked for; everything is checked before minutes of replay.
-    _check_outputs(options)
+    check_folder("--json", options.json)
+    check_plot(options.plot, "whatif.svg")
     record = read_run(options.run_dir, options.trace)
     launch = run_launch(record, options.run_cluster)
     trace = _trace(record, launch, options)
@@ -157,19 +157,6 @@ def _words(text: str) -> list[str]:
 
 
 # --- checks
-
-
-def _check_outputs(options: argparse.Namespace) -> None:
-    for flag, path in (("--json", options.json), ("--plot", options.plot)):
-        if path is not None and not os.path.isdir(path.parent):
-            raise ConfigError(flag, str(path), f"there is no directory {path.parent}", f"Run mkdir -p {path.parent}.")
-    if options.plot is not None:
-        if options.plot.suffix not in (".svg", ".png", ".pdf"):
-            rule = "must end in .svg, .png or .pdf"
-            raise ConfigError("--plot", str(options.plot), rule, "For example: --plot whatif.svg.")
-        if importlib.util.find_spec("matplotlib") is None:
-            way_out = "Run pip install matplotlib, or drop --plot."
-            raise ConfigError("--plot", str(options.plot), "needs matplotlib", way_out)
 
 
 def _trace(record: RunRecord, launch: RunLaunch, options: argparse.Namespace) -> RoutingTrace:
