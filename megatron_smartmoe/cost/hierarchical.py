@@ -11,8 +11,9 @@ equally likely experts, of which a token draws K different ones: it is missed wi
 
     (1 - q)E (1 - q)E - 1 ... (1 - q)E - K + 1 / (E (E - 1) ... (E - K + 1))
 
-which for q = 1/N is the closed formula of `cost.distinct_nodes`. Its `tokens_by_group` weighs every expert by itself
-and takes a thousand times as long; a planner prices thousands of launches.
+which for q = 1/N is exact: N (1 - C(E - E/N, K) / C(E, K)) distinct nodes (hypergeometric). Weighing every expert by
+itself (conditional Poisson sampling, Hajek 1964) takes a thousand times as long, and a planner prices thousands of
+launches; the tests compare with it.
 """
 
 from __future__ import annotations

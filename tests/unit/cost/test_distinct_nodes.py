@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from megatron_smartmoe.cost.distinct_nodes import (
+from tests.support.distinct_nodes import (
     copies_per_token,
     distinct_groups,
     exchange_once_per_node_s,

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from megatron_smartmoe.cost.comm import BusiestPorts, busiest_ports
-from megatron_smartmoe.cost.distinct_nodes import distinct_groups, tokens_by_group
 from megatron_smartmoe.cost.hierarchical import HopCounts, mean_ports, rows_by_node, rows_copied, to_gateways
 from megatron_smartmoe.cost.moe_layer import LayerConstants, LayerFlow, LevelPrice, layer_time
+from tests.support.distinct_nodes import distinct_groups, tokens_by_group
 
 pytestmark = pytest.mark.fast
 
@@ -67,3 +67,10 @@ def test_the_layers_time_has_half_of_its_exchanges_in_two_hops() -> None:
     leveled = replace(constants, levels=(LevelPrice(ranks=2, token_s=2.0),))
     assert layer_time(flow, leveled, once_RN=ONCE_RN).all_to_all_inter_s == pytest.approx(13.0)
     assert time.source_s == pytest.approx(0.01 * (16 + 84 / 4))  # 2 of 8 passes over a row
+
+
+@pytest.mark.parametrize(("nodes", "published"), [(2, 3.27), (4, 2.01)])
+def test_distinct_ranks_over_distinct_nodes_as_measured(nodes: int, published: float) -> None:
+    """E 256, K 8, 8 ranks a node, an even load: DeepEP's published runs."""
+    distinct = [rows_by_node(np.full((1, groups), 8.0 / groups), 256, 8).sum() for groups in (8 * nodes, nodes)]
+    assert distinct[0] / distinct[1] == pytest.approx(published, abs=0.005)

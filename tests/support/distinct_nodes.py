@@ -1,4 +1,4 @@
-"""Copies of a token that cross nodes when it is sent once per node, and the time of such an exchange.
+"""What `cost.hierarchical` is compared with: copies of a token that cross nodes when it is sent once per node.
 
 Method. A token has K experts of E, on R ranks of N nodes. Sent K times it makes K (1 - 1/N) crossings. Sent once per
 node that holds any of its experts, and from there over the faster links to each rank that does, it makes
