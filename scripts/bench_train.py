@@ -30,13 +30,10 @@ import argparse
 import json
 import os
 import platform
-import signal
-import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,14 +42,13 @@ from numpy.typing import NDArray
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout, when the script is run by its path
 
-from megatron_smartmoe.adapter.orphans import end_with_parent
 from megatron_smartmoe.spec.trace import RoutingTrace, load_trace
 from scripts.training_bench import rank
 from scripts.training_bench.predict import as_routed, layer_seconds_of
+from scripts.training_bench.start import run_ranks
 from scripts.training_bench.statistics import Ratio, ratio
 from scripts.training_bench.variants import VARIANTS, Shape
 
-ROOT = Path(__file__).resolve().parents[1]
 WARM_UP = 5  # steps of a run that do not count
 
 
@@ -171,20 +167,7 @@ def train(variant: str, args: argparse.Namespace, shape: Shape, path: Path) -> N
         trace = args.out / ("even.npz" if variant == "ideal" else "as-recorded.npz")
         flags = [*shape.flags(args.ep, args.steps), *VARIANTS[variant], "--smartmoe-run-dir", folder]
         flags += ["--smartmoe-replay-trace", str(trace)]
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(args.ep), "--standalone"]
-        command += [str(Path(__file__).resolve()), "--rank", variant, folder, "--", *flags]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        done = subprocess.run(
-            command,
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
-            preexec_fn=partial(end_with_parent, signal.SIGTERM),  # torchrun then ends the ranks
-        )
-        if done.returncode:
-            raise SystemExit(f"{variant}: {done.stdout[-2000:]}{done.stderr[-6000:]}")
-        times = np.stack([np.load(run_dir / f"times{number}.npy") for number in range(args.ep)], axis=1)
+        times = run_ranks(variant, args.ep, flags, run_dir, name=variant)
         lines = run_dir / "balance-stage0-group0.jsonl"
         balance = [float(np.mean(json.loads(line)["split"])) for line in lines.open()] if lines.exists() else []
         unfinished = path.with_suffix(".part.npz")

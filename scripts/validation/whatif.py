@@ -22,11 +22,8 @@ import json
 import os
 import platform
 import shutil
-import signal
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,15 +31,13 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the checkout, when the script is run by its path
 
-from megatron_smartmoe.adapter.allocator import keep_pages_variables
-from megatron_smartmoe.adapter.orphans import end_with_parent
 from megatron_smartmoe.cli.main import main as smartmoe
 from megatron_smartmoe.spec.arrays import FloatArray
 from megatron_smartmoe.spec.trace import RoutingTrace, load_trace
 from scripts.training_bench import rank
+from scripts.training_bench.start import run_ranks
 from scripts.training_bench.variants import Shape
 
-ROOT = Path(__file__).resolve().parents[2]
 RANKS, SAMPLES = 4, 16  # of a step: two micro-batches of two for each rank
 WARM_UP = 5  # steps of a run that do not count
 SHAPE = Shape(layers=2, hidden=256, ffn=768, tokens=256, experts=32, top_k=2, micro_batches=SAMPLES // RANKS)
@@ -79,21 +74,8 @@ def train(flags: Sequence[str], folder: Path) -> FloatArray:
     """Train; returns CPU seconds by step and rank."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(RANKS), "--standalone"]
-    command += [str(ROOT / "scripts" / "bench_train.py"), "--rank", "run", str(folder), "--", *flags]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    environment |= keep_pages_variables(environment)
-    done = subprocess.run(
-        [*command, "--smartmoe-run-dir", str(folder)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-        preexec_fn=partial(end_with_parent, signal.SIGTERM),  # torchrun then ends the ranks
-    )
-    if done.returncode:
-        raise SystemExit(f"{' '.join(flags)}: {done.stdout[-2000:]}{done.stderr[-6000:]}")
-    times = np.stack([np.load(folder / f"times{number}.npy") for number in range(RANKS)], axis=1)
+    flags = [*flags, "--smartmoe-run-dir", str(folder)]
+    times = run_ranks("run", RANKS, flags, folder, name=" ".join(flags))
     return np.asarray(times[:, :, rank.FIELDS.index("cpu_s")])
 
 
