@@ -14,11 +14,12 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import replace
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -26,6 +27,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout, when the script is run by its path
+
+from scripts.training_bench.one_layer import smart_layer
 
 RANKS, SAMPLES = 2, 2000
 
@@ -67,39 +72,21 @@ def _rank(rank: int, options: argparse.Namespace, store: str) -> None:
 
 def _layer(options: argparse.Namespace, *, own: bool) -> Any:
     """A layer with spare slots, whose replicas are planned for each micro-batch."""
-    import torch.nn.functional as F
     from megatron.core import parallel_state
-    from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
-    from megatron.core.transformer.transformer_config import TransformerConfig
 
-    from megatron_smartmoe.adapter.moe.experts import SlottedExperts
     from megatron_smartmoe.adapter.moe.layer import SmartMoELayer
     from megatron_smartmoe.runtime.replicas.dispatch_plan import ExactOptions
     from megatron_smartmoe.runtime.replicas.slots import SpareSlots
     from megatron_smartmoe.runtime.replicas.wire import ReplicaWire
 
-    config = TransformerConfig(
-        num_layers=1,
-        hidden_size=options.hidden,
-        num_attention_heads=4,
-        num_moe_experts=options.experts,
-        moe_router_topk=options.top_k,
-        moe_ffn_hidden_size=options.ffn,
-        gated_linear_unit=True,
-        activation_func=F.silu,
-        add_bias_linear=False,
-        bias_activation_fusion=False,
-        expert_model_parallel_size=RANKS,
-        moe_token_dispatcher_type="alltoall",
-        moe_router_load_balancing_type="none",
-        moe_router_dtype="fp32",
-        use_cpu_initialization=True,
-        gradient_accumulation_fusion=False,
-    )
-    spec: Any = get_moe_module_spec(use_te=False, num_experts=options.experts, moe_grouped_gemm=False)
-    submodules = replace(spec.keywords["submodules"], experts=SlottedExperts)
     with mock.patch.object(SmartMoELayer, "_has_own_all_to_all", return_value=own):
-        layer = SmartMoELayer(config, submodules)
+        layer = smart_layer(
+            ranks=RANKS,
+            experts=options.experts,
+            hidden=options.hidden,
+            ffn=options.ffn,
+            moe_router_topk=options.top_k,
+        )
     weights = (layer.experts.weight1, layer.experts.weight2)
     totals = [torch.zeros_like(weight) for weight in weights]
     wire = ReplicaWire(parallel_state.get_expert_model_parallel_group())

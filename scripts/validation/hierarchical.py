@@ -25,7 +25,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -43,6 +43,7 @@ from megatron_smartmoe.cost.moe_layer import (
 )
 from megatron_smartmoe.spec.arrays import FloatArray, IntArray
 from megatron_smartmoe.spec.cluster import LinkSpec
+from scripts.training_bench.one_layer import smart_layer
 from scripts.validation import namespaces
 
 ELEMENT_BYTES = 4  # fp32
@@ -202,34 +203,14 @@ def _line(number: int, peers: slice, options: argparse.Namespace) -> LineFit:
 
 def _layer(options: argparse.Namespace, ffn: int, dispatch_nodes: int) -> Any:
     """A layer of this project's, with experts of one inner size."""
-    import torch.nn.functional as F
-    from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
-    from megatron.core.transformer.transformer_config import TransformerConfig
-
-    from megatron_smartmoe.adapter.moe.experts import SlottedExperts
-    from megatron_smartmoe.adapter.moe.layer import SmartMoELayer
-
-    config = TransformerConfig(
-        num_layers=1,
-        hidden_size=options.hidden,
-        num_attention_heads=4,
-        num_moe_experts=options.experts,
+    return smart_layer(
+        ranks=options.ranks,
+        experts=options.experts,
+        hidden=options.hidden,
+        ffn=ffn,
+        dispatch_nodes=dispatch_nodes,
         moe_router_topk=options.top_k,
-        moe_ffn_hidden_size=ffn,
-        gated_linear_unit=True,
-        activation_func=F.silu,
-        add_bias_linear=False,
-        bias_activation_fusion=False,
-        expert_model_parallel_size=options.ranks,
-        moe_token_dispatcher_type="alltoall",
-        moe_router_load_balancing_type="none",
-        moe_router_dtype="fp32",
-        use_cpu_initialization=True,
-        gradient_accumulation_fusion=False,
     )
-    spec: Any = get_moe_module_spec(use_te=False, num_experts=options.experts, moe_grouped_gemm=False)
-    submodules = replace(spec.keywords["submodules"], experts=SlottedExperts)
-    return SmartMoELayer(config, submodules, dispatch_nodes=dispatch_nodes)
 
 
 def _result(layer: Any, rows: Any) -> list[Any]:

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import os
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from scripts.training_bench.one_layer import smart_layer
 from tests.support.ranks import run_ranks
 from tests.support.training import TINY_MODEL, TINY_TRAINING, losses
 
 pytestmark = pytest.mark.dist
 
 RANKS, NODES, EXPERTS, TOKENS, HIDDEN = 4, 2, 16, 48, 32
-CASES = {  # options of the layer's configuration
+CASES: dict[str, dict[str, Any]] = {  # options of the layer's configuration
     "top-4": {"moe_router_topk": 4},
     "top-1": {"moe_router_topk": 1, "moe_router_pre_softmax": True},
     "dropping": {"moe_router_topk": 4, "moe_expert_capacity_factor": 0.6},
@@ -26,38 +26,15 @@ CASES = {  # options of the layer's configuration
 
 def _layer(case: str, dispatch_nodes: int) -> Any:
     import torch
-    import torch.nn.functional as F
     from megatron.core import parallel_state
-    from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
-    from megatron.core.transformer.transformer_config import TransformerConfig
 
-    from megatron_smartmoe.adapter.moe.experts import SlottedExperts
-    from megatron_smartmoe.adapter.moe.layer import SmartMoELayer
     from megatron_smartmoe.runtime.replicas.dispatch_plan import ExactOptions
     from megatron_smartmoe.runtime.replicas.slots import SpareSlots
     from megatron_smartmoe.runtime.replicas.wire import ReplicaWire
 
-    config = TransformerConfig(
-        num_layers=1,
-        hidden_size=HIDDEN,
-        num_attention_heads=4,
-        num_moe_experts=EXPERTS,
-        moe_ffn_hidden_size=48,
-        gated_linear_unit=True,
-        activation_func=F.silu,
-        add_bias_linear=False,
-        bias_activation_fusion=False,
-        expert_model_parallel_size=RANKS,
-        moe_token_dispatcher_type="alltoall",
-        moe_router_load_balancing_type="none",
-        moe_router_dtype="fp32",
-        use_cpu_initialization=True,
-        gradient_accumulation_fusion=False,
-        **CASES[case],  # type: ignore[arg-type]
+    layer = smart_layer(
+        ranks=RANKS, experts=EXPERTS, hidden=HIDDEN, ffn=48, dispatch_nodes=dispatch_nodes, **CASES[case]
     )
-    spec: Any = get_moe_module_spec(use_te=False, num_experts=EXPERTS, moe_grouped_gemm=False)
-    submodules = replace(spec.keywords["submodules"], experts=SlottedExperts)
-    layer = SmartMoELayer(config, submodules, dispatch_nodes=dispatch_nodes)
     layer.set_homes(torch.randperm(EXPERTS, generator=torch.Generator().manual_seed(5)))
     if case == "replicas":
         weights = (layer.experts.weight1, layer.experts.weight2)
