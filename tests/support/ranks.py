@@ -74,6 +74,8 @@ def start_ranks(
 ) -> list[ForkServerProcess]:
     """Start what `run_ranks` starts, and leave the waiting to the caller."""
     log_dir.mkdir(parents=True, exist_ok=True)
+    for old in log_dir.glob("rank*.pickle"):
+        old.unlink()
     (port,) = free_ports(1)
     ranks = []
     for rank in range(world_size):
@@ -121,6 +123,17 @@ def _wait(ranks: list[ForkServerProcess], log_dir: Path, timeout_s: float) -> No
         )
 
 
+def _wait_for_the_others(log_dir: Path, world_size: int) -> None:
+    """Rank 0 serves the store that the others may still be reading from, and outlives them for it.
+
+    In a job of torchrun's, the agent serves it. Whoever has not ended 5 s later fails or hangs for another reason.
+    """
+    deadline = time.monotonic() + 5
+    for rank in range(1, world_size):
+        while not (log_dir / f"rank{rank}.pickle").exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+
+
 def _rank_main(
     function: Callable[..., Any], args: Any, kwargs: Any, environment: dict[str, str], log_dir: Path
 ) -> None:
@@ -139,6 +152,8 @@ def _rank_main(
         ready_groups.install()
         result = function(*args, **kwargs)
         (log_dir / f"{name}.pickle").write_bytes(pickle.dumps(result))
+        if environment["RANK"] == "0":
+            _wait_for_the_others(log_dir, int(environment["WORLD_SIZE"]))
     except BaseException:
         traceback.print_exc()
         sys.stderr.flush()
