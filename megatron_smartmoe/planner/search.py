@@ -75,7 +75,7 @@ class _Kept:
     counter: Iterator[int] = field(default_factory=itertools.count)
 
     def seconds(self, launch: Launch) -> float:
-        return launch.expected_s if self.rank == "expected" else launch.worst_s
+        return seconds_of(launch, self.rank)
 
     @property
     def slowest(self) -> float:
@@ -92,6 +92,11 @@ class _Kept:
 
     def best(self) -> list[Launch]:
         return [launch for _, _, launch in sorted(self.heap, key=lambda entry: (-entry[0], entry[1]))]
+
+
+def seconds_of(launch: Launch, rank: Ranking) -> float:
+    """Seconds of a step that a launch is ranked by."""
+    return launch.expected_s if rank == "expected" else launch.worst_s
 
 
 def search(

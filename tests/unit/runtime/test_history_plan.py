@@ -1,4 +1,4 @@
-"""Replicas and homes planned from history by the compiled library: those of the numpy twin, to the last bit of their value."""
+"""Replicas and homes planned from history by the compiled library: those of the numpy twins, to the last bit."""
 
 from __future__ import annotations
 

@@ -1,0 +1,55 @@
+"""The best launch of plain Megatron beside the best ones of this project: a plan is never the slower of the two.
+
+Plain Megatron moves no experts, makes no replicas and exchanges in one flat all-to-all, so it can run experts that
+`--smartmoe` does not have: TransformerEngine's, whose activations alone can be recomputed. Both spaces are searched in
+full, since neither contains the other.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from megatron_smartmoe.errors import ConfigError
+from megatron_smartmoe.planner.pricing import Launch, Pricing
+from megatron_smartmoe.planner.search import Ranking, SearchResult, search, seconds_of
+from megatron_smartmoe.planner.space import SpaceOptions
+from megatron_smartmoe.spec.parallel import FLAT
+
+
+def plain_space(options: SpaceOptions) -> SpaceOptions:
+    """The launches of a space that run without `--smartmoe`."""
+    return replace(options, spare_slots=(0,), overlap_degrees=(1,), dispatches=(FLAT,), homes_interval=0)
+
+
+def search_beside_plain(
+    pricing: Pricing, gpus: int, options: SpaceOptions, *, limit: int = 10, rank: Ranking = "expected"
+) -> tuple[SearchResult, Launch | None]:
+    """Find the best `limit` shapes, the best of plain Megatron among them if it is that fast.
+
+    Args:
+        pricing: what prices a launch.
+        gpus: of the job.
+        options: the space.
+        limit: launches to find.
+        rank: the step time that they are ordered by.
+
+    Returns:
+        The search, and the best launch of plain Megatron, None where none fits.
+
+    Raises:
+        ConfigError: nothing fits.
+    """
+    # Step 1: both spaces; what fits in one of them may fit in one only.
+    try:
+        plain = search(pricing, gpus, plain_space(options), limit=1, rank=rank)
+    except ConfigError:
+        return search(pricing, gpus, options, limit=limit, rank=rank), None
+    launch = plain.best[0]
+    try:
+        found = search(pricing, gpus, options, limit=limit, rank=rank)
+    except ConfigError:
+        return plain, launch
+    # Step 2: put the plain launch where it belongs; of two that are as fast, the plain one comes first.
+    others = [one for one in found.best if one.spec != launch.spec]
+    best = sorted([launch, *others], key=lambda one: seconds_of(one, rank))[:limit]
+    return replace(found, best=best, priced=found.priced + plain.priced, seconds=found.seconds + plain.seconds), launch
