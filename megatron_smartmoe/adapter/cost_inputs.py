@@ -25,7 +25,7 @@ from megatron_smartmoe.placement.layer_cost import LayerPricing
 from megatron_smartmoe.placement.plan_homes import HomesOptions, node_swap_price
 from megatron_smartmoe.placement.plan_replicas import ReplicaOptions
 from megatron_smartmoe.placement.policy import BETWEEN_NODES_TOLERANCE, PolicyOptions
-from megatron_smartmoe.placement.routing_groups import stay_whole
+from megatron_smartmoe.placement.routing_groups import explain, stay_whole
 from megatron_smartmoe.planner.arguments import model_from_arguments, parallel_from_arguments
 from megatron_smartmoe.spec.cluster import ClusterSpec, load_cluster_spec
 from megatron_smartmoe.spec.devices import Device, cluster_for, fitting_cluster
@@ -257,9 +257,9 @@ def routing_groups_line(args: Namespace) -> str | None:
     if groups == 1 or nodes == 1:
         return None
     routing = f"group-limited routing ({args.moe_router_group_topk} of {groups} groups a token, {nodes} nodes)"
+    moves = explain(ranks, nodes, groups)
     if not stay_whole(ranks, nodes, groups):
-        return f"{routing}: groups do not lie whole on nodes, so homes move without regard to them"
-    moves = "homes move between nodes by whole groups" if groups >= nodes else "homes stay on the nodes of their group"
+        return f"{routing}: {moves}"
     if args.smartmoe_homes == "shuffle":
         moves = "--smartmoe-homes shuffle takes groups apart, and tokens go to more nodes than without"
     if args.smartmoe_spare_slots and not options.replica_scope_is_node:
