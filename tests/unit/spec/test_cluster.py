@@ -192,8 +192,8 @@ def test_levels_above_the_nodes(tmp_path: Path) -> None:
         (
             "{value: 5e9",
             "{value: 40e9",
-            "levels.spine.bandwidth_bytes_s.value = 40000000000.0: must be at most the 1.25e+10 of level leaf: one GPU's "
-            "share of the way out, which narrows outward. Divide the bandwidth of a domain by its GPUs, or remove",
+            "levels.spine.bandwidth_bytes_s.value = 40000000000.0: must be at most the 1.25e+10 of level leaf: one "
+            "GPU's share of the way out, which narrows outward. Divide the bandwidth of a domain by its GPUs, or",
         ),
         (
             "{value: 12.5e9",
