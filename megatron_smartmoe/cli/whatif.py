@@ -36,7 +36,7 @@ from megatron_smartmoe.report.step_times import LEAST, StepTimes, step_times
 from megatron_smartmoe.simulate.whatif import GROUPS, GROUPS_OF_PART, Machine, Move, Replayed, regrouped, replayed
 from megatron_smartmoe.spec.arrays import FloatArray
 from megatron_smartmoe.spec.cluster import ClusterSpec, load_cluster_spec
-from megatron_smartmoe.spec.parallel import ParallelSpec, Replicas, violation
+from megatron_smartmoe.spec.parallel import FLAT, ParallelSpec, Replicas, violation
 from megatron_smartmoe.spec.placement import Placement
 from megatron_smartmoe.spec.trace import RoutingTrace
 
@@ -99,6 +99,10 @@ def run(options: argparse.Namespace) -> int:
     launch = run_launch(record, options.run_cluster)
     trace = _trace(record, launch, options)
     times = step_times(record, options.run_dir, options.step_times, launch.spec)
+    if times.by_rank and launch.spec.dispatch != FLAT:
+        rule = "is not predicted from CPU seconds: what a rank passes on as a gateway has no term there"
+        way_out = f"Give a run with --smartmoe-dispatch {FLAT}."
+        raise ConfigError("--smartmoe-dispatch", launch.spec.dispatch, rule, way_out)
     settings, left_out = _settings(options, launch, trace)
     # Step 2: replay the run as it was, and fit the cost model's terms to its measured steps.
     own = Setting(spec=launch.spec, cluster=launch.cluster, is_other_machine=False)
@@ -225,6 +229,8 @@ def _settings(
     for (name, machine), values in itertools.product(clusters or [("", launch.cluster)], _products(lists)):
         spec = _spec(launch, values)
         cluster = on_ranks(machine, spec.gpus, values["nodes"])
+        if spec_nodes(cluster, spec.ep * spec.etp) == 1:
+            spec = replace(spec, dispatch=FLAT)
         reason = _cannot_be(spec, cluster, launch, trace)
         if cluster.gpus_per_node > machine.gpus_per_node:
             reason = f"{cluster.gpus_per_node} ranks on a node, and {machine.name} has {machine.gpus_per_node}"
