@@ -272,7 +272,7 @@ def test_what_cannot_be_is_refused_by_name(
                 "cpu.csv": "iteration,rank,seconds\n"
                 + "".join(f"{n + 1},{r},0.5\n" for n, r in np.ndindex(RECORDS, RANKS))
             },
-            "--smartmoe-dispatch = 'hierarchical': is not predicted from CPU seconds: what a rank passes on as a gateway",
+            "--smartmoe-dispatch = 'hierarchical': is not predicted from CPU seconds: what a rank passes on as a ",
         ),
     ],
 )
