@@ -152,7 +152,7 @@ def _common(
     is_sharded = is_torch_dist(contents.folder)
     if is_sharded:
         saved = read_common(contents.folder)
-        state |= {name: saved[name] for name in (*_KEPT, "content_metadata") if _is_plain(saved.get(name))}
+        state |= {name: saved.get(name) for name in (*_KEPT, "content_metadata") if _is_plain(saved.get(name))}
         state = {name: value for name, value in state.items() if value is not None}
         objects = _copied_objects(contents.folder)
         if with_optimizer:
