@@ -174,8 +174,8 @@ def add_smartmoe_arguments(parser: argparse.ArgumentParser) -> argparse.Argument
         IDEAL_RUN,
         metavar="RUN",
         default=None,
-        help="Run directory of a run of this launch with --moe-router-force-load-balancing, --smartmoe-homes off and no "
-        "spare slots: the summary at the end then has the share of its speed that was reached, and what is not "
+        help="Run directory of a run of this launch with --moe-router-force-load-balancing, --smartmoe-homes off and "
+        "no spare slots: the summary at the end then has the share of its speed that was reached, and what is not "
         "explained. smartmoe report --ideal RUN does the same afterwards. Default: none.",
     )
     _add_watchdog(group)
