@@ -15,7 +15,7 @@ import pytest
 from megatron_smartmoe.adapter.gates.table import GATES
 from tests.dist.test_parallel_equality import FP32_TOLERANCE, MIXES, largest_difference
 from tests.dist.test_smartmoe_layer import UNCLIPPED
-from tests.support.training import INITIAL_WEIGHTS, train, train_in_turn
+from tests.support.training import INITIAL_WEIGHTS, train
 
 pytestmark = pytest.mark.dist
 
@@ -42,58 +42,33 @@ RUNS = [
     for gate in FLAGS
 ]
 
-LossesOfMix = Callable[[str], dict[str, list[float]]]
-LossesOfOne = Callable[[int], dict[str, list[float]]]
+Losses = Callable[..., list[float]]
 
 
 @pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory, data_flags: list[str]) -> Callable[[int], list[str]]:
-    """Flags of a model of so many layers, and its initial weights, which one process draws."""
+def initial(tmp_path_factory: pytest.TempPathFactory, data_flags: list[str]) -> Callable[[int], list[str]]:
+    """Flags of a model with so many layers, and of its initial weights, which one process draws."""
 
     @functools.cache
     def flags(num_layers: int) -> list[str]:
         folder, layers = tmp_path_factory.mktemp("initial"), ["--num-layers", str(num_layers)]
         train(folder / "run", 1, data_flags, *layers, "--save", str(folder), "--save-interval", "1", iterations=1)
-        return [*UNCLIPPED, *layers, "--load", str(folder), *INITIAL_WEIGHTS]
+        return [*layers, "--load", str(folder), *INITIAL_WEIGHTS]
 
     return flags
 
 
 @pytest.fixture(scope="module")
 def losses_of(
-    tmp_path_factory: pytest.TempPathFactory, data_flags: list[str], weights: Callable[[int], list[str]]
-) -> LossesOfMix:
-    """Of a mix: the losses of all gates, with experts that stay, by their names, and with experts that move.
-
-    What is compared with a mix that recomputes is the same without recomputation.
-    """
+    tmp_path_factory: pytest.TempPathFactory, data_flags: list[str], initial: Callable[[int], list[str]]
+) -> Losses:
+    """Losses of a gate; each rank is a node of its own. What is compared several times is trained once."""
 
     @functools.cache
-    def run(mix: str) -> dict[str, list[float]]:
-        world_size, flags = MIXES[mix]
-        initial, runs = weights(4 if mix == VPP else 2), {}
-        for gate, of_gate in FLAGS.items():
-            shared = ["--smartmoe-gate", gate, *of_gate.split(), *initial]
-            stay = STAY if GATES[gate].needs_layer else []
-            runs[gate] = [*shared, *flags.partition("--recompute")[0].split(), *stay]
-            runs[f"{gate}, moved"] = [*shared, *flags.split(), *SHUFFLE]
-        folder = tmp_path_factory.mktemp("mix")
-        return train_in_turn(folder, world_size, data_flags, runs, iterations=3, ranks_per_node=1)
-
-    return run
-
-
-@pytest.fixture(scope="module")
-def losses_of_one(
-    tmp_path_factory: pytest.TempPathFactory, data_flags: list[str], weights: Callable[[int], list[str]]
-) -> LossesOfOne:
-    """Of one process with so many layers: the losses of the gates that do not depend on the ranks."""
-
-    @functools.cache
-    def run(num_layers: int) -> dict[str, list[float]]:
-        gates = [gate for gate in FLAGS if not GATES[gate].depends]
-        runs = {gate: ["--smartmoe-gate", gate, *FLAGS[gate].split(), *weights(num_layers)] for gate in gates}
-        return train_in_turn(tmp_path_factory.mktemp("one"), 1, data_flags, runs, iterations=3, ranks_per_node=1)
+    def run(gate: str, world_size: int, num_layers: int, *flags: str) -> list[float]:
+        shared = ["--smartmoe-gate", gate, *FLAGS[gate].split(), *UNCLIPPED, *initial(num_layers)]
+        folder = tmp_path_factory.mktemp("run")
+        return train(folder, world_size, data_flags, *shared, *flags, iterations=3, ranks_per_node=1)
 
     return run
 
@@ -103,15 +78,15 @@ def test_every_gate_is_trained() -> None:
 
 
 @pytest.mark.parametrize(("gate", "mix"), RUNS)
-def test_every_mix_trains_what_it_trains_without_balancing(
-    gate: str, mix: str, losses_of: LossesOfMix, losses_of_one: LossesOfOne
-) -> None:
+def test_every_mix_trains_what_it_trains_without_balancing(gate: str, mix: str, losses_of: Losses) -> None:
     """Bit for bit, recomputed or not; and what one process trains, where the gate does not depend on the ranks."""
-    losses = losses_of(mix)
-    assert losses[f"{gate}, moved"] == losses[gate]
-    assert len(set(losses[gate])) == 3
+    (world_size, flags), num_layers = MIXES[mix], 4 if mix == VPP else 2
+    stay = STAY if GATES[gate].needs_layer else []
+    stayed = losses_of(gate, world_size, num_layers, *flags.partition("--recompute")[0].split(), *stay)
+    assert losses_of(gate, world_size, num_layers, *flags.split(), *SHUFFLE) == stayed
+    assert len(set(stayed)) == 3
     if not GATES[gate].depends:
-        assert largest_difference(losses[gate], losses_of_one(4 if mix == VPP else 2)[gate]) < FP32_TOLERANCE
+        assert largest_difference(stayed, losses_of(gate, 1, num_layers)) < FP32_TOLERANCE
 
 
 RESUMED = {
