@@ -129,9 +129,10 @@ def expert_shape(args: Namespace, mode: str | None = None) -> ExpertShape:
     return ExpertShape(
         hidden=args.moe_latent_size or args.hidden_size,
         ffn=(args.moe_ffn_hidden_size or args.ffn_hidden_size) // etp,
-        gated=args.swiglu,
+        gated=args.swiglu or args.quick_geglu,
         element_bytes=element_bytes,
         grad_bytes=replica_grad_bytes(mode or replicas_mode(args), element_bytes),
+        biases=bool(args.add_bias_linear),
     )
 
 

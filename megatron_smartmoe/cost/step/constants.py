@@ -118,6 +118,7 @@ def expert_shape(model: ModelSpec, spec: ParallelSpec) -> ExpertShape:
         gated=model.gated,
         element_bytes=spec.element_bytes,
         grad_bytes=replica_grad_bytes(spec.replicas, spec.element_bytes),
+        biases=model.bias,
     )
 
 
