@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from megatron_smartmoe.adapter.flags.smartmoe_arguments import replicas_mode
 from megatron_smartmoe.cost.compute import ExpertShape, replica_grad_bytes
+from megatron_smartmoe.cost.dispatchers import Dispatcher
 from megatron_smartmoe.cost.memory.buffers import MAIN_BYTES, MOMENT_BYTES, expert_state_bytes
 from megatron_smartmoe.cost.moe_layer import constants_of, crossing_bytes_s, exposed_replica_tokens
 from megatron_smartmoe.cost.replicas import schedule_of
@@ -180,6 +181,18 @@ def online_setting(args: Namespace, mode: str | None = None) -> LayerPricing:
         constants=constants_of(machine(args), expert),
         replicas=schedule_of(mode, expert, micro_batches=get_num_microbatches(), fetched_early=early),
         has_trees=True,
+        dispatcher=dispatcher_of(args),
+    )
+
+
+def dispatcher_of(args: Namespace) -> Dispatcher:
+    """What sends the tokens of a MoE layer."""
+    padded = args.moe_pad_expert_input_to_capacity
+    return Dispatcher(
+        name=args.moe_token_dispatcher_type,
+        top_k=args.moe_router_topk,
+        padded_factor=args.moe_expert_capacity_factor if padded else 0.0,
+        spare_slots=args.smartmoe_spare_slots,
     )
 
 

@@ -40,6 +40,7 @@ def setup_of(prices: Prices, *, spare_slots: int, warmup: int, kernels: Kernels 
         migration_bytes_s=prices.migration_bytes_s,
         prices={"history": prices.layer("history"), "exact": prices.layer("exact")},
         kernels=kernels,
+        dispatcher=prices.dispatcher,
     )
 
 

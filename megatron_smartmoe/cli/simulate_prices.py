@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from megatron_smartmoe.cost.compute import ExpertShape, replica_grad_bytes
+from megatron_smartmoe.cost.dispatchers import ALL_TO_ALL, Dispatcher
 from megatron_smartmoe.cost.moe_layer import constants_of, crossing_bytes_s, exposed_replica_tokens
 from megatron_smartmoe.cost.replicas import schedule_of
 from megatron_smartmoe.placement.layer_cost import LayerPricing
@@ -41,6 +42,7 @@ class Prices:
         margin: times its cost that a replica must save, as --smartmoe-replicas-margin; 0 makes all of them.
         first_version: replicas travel in every micro-batch, with fp32 gradients, and nothing is hidden: the prices of
             decision files that were made before replicas had a schedule.
+        dispatcher: what sends the tokens.
     """
 
     cluster: ClusterSpec
@@ -51,6 +53,7 @@ class Prices:
     rank_tokens: float = 0.0
     margin: float = 1.0
     first_version: bool = False
+    dispatcher: Dispatcher = ALL_TO_ALL
 
     @property
     def domains(self) -> int:
@@ -68,7 +71,10 @@ class Prices:
         """The price of a layer whose replicas are planned in this way."""
         expert = self.expert_of(mode)
         pricing = LayerPricing(
-            num_ranks=self.num_ranks, num_nodes=self.num_nodes, constants=constants_of(self.cluster, expert)
+            num_ranks=self.num_ranks,
+            num_nodes=self.num_nodes,
+            constants=constants_of(self.cluster, expert),
+            dispatcher=self.dispatcher,
         )
         if self.first_version:
             return pricing

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from megatron_smartmoe.cli.simulate_prices import Prices
+from megatron_smartmoe.cost.dispatchers import ALL_TO_ALL
 from megatron_smartmoe.placement.decisions import Decision
 from megatron_smartmoe.placement.homes_planner import ReplicaMode
 from megatron_smartmoe.simulate.run import PolicyResult, SimulationSetup, left_out
@@ -67,6 +68,7 @@ def as_json(simulated: Simulated) -> dict[str, Any]:
             "hidden": prices.expert.hidden,
             "ffn": prices.expert.ffn,
             "micro_batches": prices.micro_batches,
+            "dispatcher": prices.dispatcher.name,
             "replicas": simulated.replicas,
             "replicas_margin": prices.margin,
             "replica_tokens": {mode: prices.replica_tokens(mode) for mode in ("history", "exact")},
@@ -142,6 +144,8 @@ def _prices(simulated: Simulated) -> list[str]:
         f"times: cluster {prices.cluster.name}; experts {prices.expert.hidden} x {prices.expert.ffn} "
         f"({simulated.priced}); {per_record}"
     ]
+    if prices.dispatcher != ALL_TO_ALL:
+        lines.append(f"dispatcher {prices.dispatcher.name}, {_number(prices.dispatcher.top_k, 'expert')} a token")
     if simulated.setup.spare_slots and any(result.name == "smartmoe" for result in simulated.results):
         mode = simulated.replicas
         tokens = prices.replica_tokens("exact" if mode == "exact" else "history")

@@ -67,6 +67,8 @@ class LayerFlow:
             for what they forward; None for as many as the busiest port has.
         early_tokens: tokens for homes on that rank with replicas which has fewest of them; they are computed before
             the replicas' weights are needed.
+        wire_RR: rows that rank r sends to rank q in an exchange, where a dispatcher sends others than one for each
+            token of `traffic_RR`; see `dispatchers`.
     """
 
     load_ER: FloatArray
@@ -76,6 +78,7 @@ class LayerFlow:
     fetch_RR: FloatArray | None = None
     replica_steps: tuple[int, int] | None = None
     early_tokens: float = 0.0
+    wire_RR: FloatArray | None = None
 
     @classmethod
     def from_shares(
@@ -134,6 +137,7 @@ class LayerCounts:
     @classmethod
     def of(cls, flow: LayerFlow, ranks_of_levels: Sequence[int] = ()) -> LayerCounts:
         """Count a flow, and what leaves the domains of so many consecutive ranks."""
+        wire_RR = flow.traffic_RR if flow.wire_RR is None else flow.wire_RR
         if flow.replica_steps is None:
             returned = busiest_ports(flow.replicas_RR, flow.num_nodes)
         else:
@@ -143,12 +147,12 @@ class LayerCounts:
             tokens_R=flow.load_ER.sum(axis=0),
             active_R=(flow.load_ER > 0).sum(axis=0),
             source_tokens=float(flow.traffic_RR.sum(axis=1).max()),
-            tokens=busiest_ports(flow.traffic_RR, flow.num_nodes),
+            tokens=busiest_ports(wire_RR, flow.num_nodes),
             fetched=returned if flow.fetch_RR is None else busiest_ports(flow.fetch_RR, flow.num_nodes),
             returned=returned,
             early_tokens=flow.early_tokens,
             hops=HopCounts.of(flow.traffic_RR, flow.num_nodes) if flow.num_nodes > 1 else None,
-            leaving=tuple(busiest_domain(flow.traffic_RR, ranks) for ranks in ranks_of_levels),
+            leaving=tuple(busiest_domain(wire_RR, ranks) for ranks in ranks_of_levels),
         )
 
     def scaled(self, factor: float) -> LayerCounts:

@@ -62,6 +62,7 @@ _NOT_WITH_TE_REPLICAS = {
     "--fp8-param-gather": "replicas get bf16 weights, and the parameters are fp8",
     "--fp4-param-gather": "replicas get bf16 weights, and the parameters are fp4",
     "--moe-single-grouped-weight": "one packed tensor has the weights of all home slots",
+    "--moe-single-grouped-bias": "one packed tensor has the biases of all home slots",
     "--use-transformer-engine-op-fuser": "its fused experts have a fixed number of slots",
     "--delay-wgrad-compute": "the weight gradients of replicas are sent home in the backward pass",
     "--overlap-dispatch-backward-with-experts-wgrad": "the weight gradients of replicas are sent home in the backward "
@@ -390,9 +391,6 @@ def _check_replicas_possible(args: argparse.Namespace) -> None:
 
 def _check_te_replicas(args: argparse.Namespace) -> None:
     """What TransformerEngine's experts cannot do in spare slots."""
-    if args.add_bias_linear:
-        rule = f"is required with {SPARE_SLOTS}: replicas have no biases"
-        raise ConfigError("--disable-bias-linear", False, rule, "Add --disable-bias-linear.")
     for flag, reason in _NOT_WITH_TE_REPLICAS.items():
         if getattr(args, attribute(flag), False):
             rule = f"is not supported with {SPARE_SLOTS} and --smartmoe-experts transformer_engine: {reason}"

@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 
 from megatron_smartmoe.cli.main import main
 from megatron_smartmoe.placement.homes_planner import ReplicaMode
+from megatron_smartmoe.spec.trace import load_trace
 from tests.support.synthetic import SyntheticSpec, synthetic_trace
 
 POLICIES = [
@@ -320,3 +322,31 @@ def test_targets_on_a_recorded_trace(tmp_path: Path, ep: int, spare: int, replic
     arguments = ["--ep", str(ep), "--spare-slots", str(spare), "--replicas", replicas]
     _, content = simulate(Path(os.environ["SMARTMOE_TRACE"]), tmp_path, *arguments)
     assert content["policies"]["smartmoe"]["imbalance"]["mean"] <= limit
+
+
+def test_a_dispatcher_has_its_price_and_changes_no_balance(
+    trace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = ["--ep", "8", "--cluster", "h100-sxm", "--nodes", "2", "--homes-interval", "0"]
+    found = {
+        name: simulate(trace, tmp_path, *common, "--dispatcher", name)[1] for name in ("alltoall", "allgather", "flex")
+    }
+    assert f"dispatcher flex, {load_trace(trace).meta['top_k']} experts a token" in capsys.readouterr().out
+    ms = {name: content["policies"]["smartmoe"]["predicted_layer_ms"] for name, content in found.items()}
+    assert ms["flex"] < ms["alltoall"]
+    assert ms["allgather"] != ms["alltoall"]
+    assert len({content["policies"]["smartmoe"]["imbalance"]["mean"] for content in found.values()}) == 1
+    nameless = replace(load_trace(trace), meta={})
+    nameless.save(tmp_path / "nameless.npz")
+    assert main(["simulate", "--trace", str(tmp_path / "nameless.npz"), *common, "--dispatcher", "flex"]) == 2
+    assert "--top-k = None: is required by --dispatcher flex" in capsys.readouterr().err
+    assert main(["simulate", "--trace", str(trace), *common, "--top-k", "2"]) == 2
+    assert "--top-k = 2: decides nothing for --dispatcher alltoall" in capsys.readouterr().err
+
+
+def test_a_replay_with_a_dispatcher(trace: Path, tmp_path: Path) -> None:
+    saved = str(tmp_path / "decisions.jsonl")
+    common = ["simulate", "--trace", str(trace)]
+    flex = ["--ep", "8", "--spare-slots", "1", "--dispatcher", "flex"]
+    assert main([*common, *flex, "--save-decisions", saved]) == 0
+    assert main([*common, "--replay", saved]) == 0
