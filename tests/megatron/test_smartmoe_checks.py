@@ -88,12 +88,16 @@ CASES = {
         flags=f"{ON_GPUS} {TE_REPLICAS} --bf16 --fp8-format e4m3 --fp8-recipe blockwise", ranks=2, te=True, cpu=False
     ),
     "TransformerEngine's experts with replicas and late weight gradients": Case(
+        flags=f"{ON_GPUS} {TE_REPLICAS} --delay-wgrad-compute", ranks=2, te=True, cpu=False
+    ),
+    "replicas of TransformerEngine, biases and late weight gradients": Case(
         flags=f"{ON_GPUS} {TE_REPLICAS} --delay-wgrad-compute",
+        without=("--disable-bias-linear",),
         ranks=2,
         te=True,
         cpu=False,
-        says="--delay-wgrad-compute = True: is not supported with --smartmoe-spare-slots and --smartmoe-experts "
-        "transformer_engine: the weight gradients of replicas are sent home in the backward pass. Remove it, or "
+        says="--delay-wgrad-compute = True: is not supported with --smartmoe-spare-slots and biases: "
+        "TransformerEngine computes the gradients of biases with those of weights, later. Remove it, or "
         "--smartmoe-spare-slots.",
     ),
     "replicas and biases of experts": Case(

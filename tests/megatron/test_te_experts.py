@@ -5,6 +5,7 @@ scripts/test_transformer_engine.sh runs the same class on the real one.
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -41,6 +42,7 @@ class GroupedLinear(torch.nn.Module):
     def __init__(self, *, fused: bool, has_bias: bool = False) -> None:
         super().__init__()
         self.has_bias = has_bias
+        self.wgrad_store = SimpleNamespace(delay_wgrad_compute=lambda: False)
         self.num_gemms, self.fuse_wgrad_accumulation, self.ub_name = HOMES, fused, "fc1"
         self._fp8_workspaces: dict[str, object] = {}
         self.quantizers = 0

@@ -64,7 +64,6 @@ _NOT_WITH_TE_REPLICAS = {
     "--moe-single-grouped-weight": "one packed tensor has the weights of all home slots",
     "--moe-single-grouped-bias": "one packed tensor has the biases of all home slots",
     "--use-transformer-engine-op-fuser": "its fused experts have a fixed number of slots",
-    "--delay-wgrad-compute": "the weight gradients of replicas are sent home in the backward pass",
     "--overlap-dispatch-backward-with-experts-wgrad": "the weight gradients of replicas are sent home in the backward "
     "pass",
 }
@@ -395,6 +394,10 @@ def _check_te_replicas(args: argparse.Namespace) -> None:
         if getattr(args, attribute(flag), False):
             rule = f"is not supported with {SPARE_SLOTS} and --smartmoe-experts transformer_engine: {reason}"
             raise ConfigError(flag, True, rule, f"Remove it, or {SPARE_SLOTS}.")
+    if args.delay_wgrad_compute and args.add_bias_linear:
+        rule = f"is not supported with {SPARE_SLOTS} and biases: TransformerEngine computes the gradients of biases "
+        rule += "with those of weights, later"
+        raise ConfigError("--delay-wgrad-compute", True, rule, f"Remove it, or {SPARE_SLOTS}.")
     if args.fp8 and args.fp8_recipe not in _FP8_WITHOUT_HISTORY:
         come = "come" if args.fp8_recipe == "delayed" else "may come"
         rule = f"is not supported with {SPARE_SLOTS}: its scales {come} from the history of a slot, in which experts "

@@ -12,20 +12,22 @@ home's. Sending those instead would save no bytes where a weight is quantized al
 
 Gradients. With --gradient-accumulation-fusion TransformerEngine adds the weight gradients of all GEMMs to `main_grad`
 of their weights, in fp32. Those of the spare slots have a buffer for it, one for all layers, since a layer's replicas
-take it over before the backward pass goes on to the next layer.
+take it over before the backward pass goes on to the next layer. With --delay-wgrad-compute those of the home slots wait
+for `backward_dw`, and those of the spare slots, which are to be sent home, do not.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from megatron.core.transformer.moe.experts import TEGroupedMLP
 
+from megatron_smartmoe.errors import CompatError
 from megatron_smartmoe.runtime.replicas.per_slot import PerSlot
 from megatron_smartmoe.runtime.replicas.slots import SpareSlots
 
@@ -101,6 +103,7 @@ class _SpareGemms:
     num_gemms: int
     fuse_wgrad_accumulation: bool
     ub_name: str
+    wgrad_store: Any
     bias0: torch.Tensor
     _fp8_workspaces: dict[str, Any]
 
@@ -121,14 +124,59 @@ class _SpareGemms:
             added |= {f"bias{homes + slot}": bias for slot, bias in enumerate(biases.unbind(0))}
         for name, tensor in added.items():
             setattr(self, name, tensor)
-        self.num_gemms = homes + len(weights)
+        self.num_gemms, store = homes + len(weights), self.wgrad_store
+        if store.delay_wgrad_compute():
+            self.wgrad_store = _SparesAtOnce(store, homes)
         try:
             yield
         finally:
-            self.num_gemms = homes
+            self.num_gemms, self.wgrad_store = homes, store
             for name in added:
                 delattr(self, name)
                 self._fp8_workspaces.pop(name, None)  # of this micro-batch's replicas
+
+
+class _SparesAtOnce:
+    """TransformerEngine's store of delayed weight gradients, for one pass: those of spare slots are computed at once.
+
+    Args:
+        store: keeps what the home slots' gradients are computed from.
+        homes: S.
+    """
+
+    def __init__(self, store: Any, homes: int) -> None:
+        self._store, self._homes = store, homes
+
+    def delay_wgrad_compute(self) -> bool:
+        """As the store that it stands for."""
+        return True
+
+    def put(self, operands: Sequence[Any], compute: functools.partial[Any]) -> None:
+        """Keep the home slots' operands, and compute the spare slots' gradients.
+
+        Args:
+            operands: inputs, gradients of outputs, and where weight gradients go, each by slot.
+            compute: TransformerEngine's grouped GEMM, with what else it needs by slot, or for all slots.
+
+        Raises:
+            CompatError: they are not kept by slot.
+        """
+        if not all(isinstance(part, list | tuple) for part in operands):
+            raise CompatError(
+                "--delay-wgrad-compute: TransformerEngine keeps the experts of a rank in one grouped tensor, from "
+                "which replicas cannot be told apart. Remove it, or set --smartmoe-spare-slots 0."
+            )
+        for slots, take in ((slice(self._homes), self._store.put), (slice(self._homes, None), _compute)):
+            by_slot = {
+                name: value[slots]
+                for name, value in compute.keywords.items()
+                if isinstance(value, list | tuple) and len(value) == len(operands[0])
+            }
+            take([part[slots] for part in operands], functools.partial(compute, **by_slot))
+
+
+def _compute(operands: Sequence[Any], compute: Callable[..., object]) -> None:
+    compute(*operands)
 
 
 class _ToSlots(torch.autograd.Function):
