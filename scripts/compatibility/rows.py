@@ -351,6 +351,11 @@ SECTIONS: dict[str, list[Row]] = {
         Row(flags="--moe-paged-stash", otherwise=TRANSFORMER_ENGINE),
         Row(flags="--cuda-graph-impl transformer_engine --cuda-graph-modules attn", otherwise=GPU, needs=_TE),
         Row(
+            flags="--cuda-graph-modules attn moe_router",
+            otherwise=f"{GPU}; a replay's tokens are counted in `tests/megatron/test_graphed_router.py`",
+            needs=f"{_TE} --cuda-graph-impl transformer_engine",
+        ),
+        Row(
             flags="--cuda-graph-impl local",
             otherwise=GPU,
         ),

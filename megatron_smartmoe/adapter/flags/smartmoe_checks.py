@@ -20,6 +20,7 @@ from megatron_smartmoe.adapter.flags.smartmoe_arguments import (
     WATCHDOG_FLOOR,
     replicas_mode,
 )
+from megatron_smartmoe.adapter.gates.table import has_router
 from megatron_smartmoe.adapter.local.muon import OPTIMIZERS as EMERGING_OPTIMIZERS
 from megatron_smartmoe.errors import ConfigError
 from megatron_smartmoe.planner.flags import DISPATCH, OVERLAP_DEGREE, SPARE_SLOTS
@@ -108,18 +109,36 @@ def check_smartmoe(args: argparse.Namespace, *, cpu: bool) -> None:
     if args.transformer_impl == "inference_optimized":
         rule = "is not supported with --smartmoe: it is for inference only"
         raise ConfigError("--transformer-impl", args.transformer_impl, rule, "Pass local or transformer_engine.")
-    if (getattr(args, "cuda_graph_impl", None) or "none") != "none" and not _graphs_attention_only(args):
-        rule = "is not supported with --smartmoe: its dispatcher runs in no CUDA graph yet"
-        way_out = "Add --cuda-graph-modules attn, or remove it."
-        raise ConfigError("--cuda-graph-impl", args.cuda_graph_impl, rule, way_out)
+    _check_graphs(args)
     _check_experts(args, cpu=cpu)
     _check_homes(args)
 
 
-def _graphs_attention_only(args: argparse.Namespace) -> bool:
-    """Whether CUDA graphs hold attention and nothing else; no modules are whole layers."""
+def _check_graphs(args: argparse.Namespace) -> None:
+    """CUDA graphs may hold attention and the router, whose choices Megatron then hands to the layer."""
+    impl, flag = getattr(args, "cuda_graph_impl", None) or "none", "--cuda-graph-impl"
+    if impl == "none":
+        return
+    # No modules are whole layers.
     modules = {str(getattr(module, "name", module)) for module in getattr(args, "cuda_graph_modules", None) or ()}
-    return modules == {"attn"} and not getattr(args, "cuda_graph_scope_deprecated", None)
+    if not modules or modules - {"attn", "moe_router"} or getattr(args, "cuda_graph_scope_deprecated", None):
+        rule = "is not supported with --smartmoe, but for attention and the router: behind it the host waits for the "
+        rule += "counts of all ranks"
+        raise ConfigError(flag, impl, rule, "Add --cuda-graph-modules attn moe_router, or remove it.")
+    if "moe_router" not in modules:
+        return
+    for other, is_set, reason in (
+        ("--smartmoe-gate", has_router(args.smartmoe_gate), "a gate of this project is not captured"),
+        ("--smartmoe-replay-trace", args.smartmoe_replay_trace is not None, "a graph would replay one micro-batch"),
+        (
+            "--overlap-moe-expert-parallel-comm",
+            args.overlap_moe_expert_parallel_comm,
+            "its schedule calls no layer whose tokens could be counted",
+        ),
+    ):
+        if is_set:
+            rule = f"is not supported with --cuda-graph-modules moe_router: {reason}"
+            raise ConfigError(other, getattr(args, attribute(other)), rule, "Pass --cuda-graph-modules attn.")
 
 
 def _check_wide_norm(args: argparse.Namespace) -> None:
