@@ -20,7 +20,6 @@ from megatron_smartmoe.adapter.flags.smartmoe_arguments import (
     WATCHDOG_FLOOR,
     replicas_mode,
 )
-from megatron_smartmoe.adapter.gates.table import has_router
 from megatron_smartmoe.adapter.local.muon import OPTIMIZERS as EMERGING_OPTIMIZERS
 from megatron_smartmoe.errors import ConfigError
 from megatron_smartmoe.planner.flags import DISPATCH, OVERLAP_DEGREE, SPARE_SLOTS
@@ -128,7 +127,6 @@ def _check_graphs(args: argparse.Namespace) -> None:
     if "moe_router" not in modules:
         return
     for other, is_set, reason in (
-        ("--smartmoe-gate", has_router(args.smartmoe_gate), "a gate of this project is not captured"),
         ("--smartmoe-replay-trace", args.smartmoe_replay_trace is not None, "a graph would replay one micro-batch"),
         (
             "--overlap-moe-expert-parallel-comm",
