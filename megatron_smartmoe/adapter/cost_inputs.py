@@ -134,7 +134,21 @@ def expert_shape(args: Namespace, mode: str | None = None) -> ExpertShape:
         element_bytes=element_bytes,
         grad_bytes=replica_grad_bytes(mode or replicas_mode(args), element_bytes),
         biases=bool(args.add_bias_linear),
+        fp8_weights=sends_fp8(args),
     )
+
+
+def sends_fp8(args: Namespace) -> bool:
+    """Whether replicas get their weights as fp8 with a scale per block: all experts are quantized so, by powers of two.
+
+    Variables of TransformerEngine's ask for other scales, or for a backward pass that reads the weights themselves;
+    further options leave layers in bf16 or choose quantizers.
+    """
+    blockwise = args.fp8 and args.fp8_recipe == "blockwise" and args.bf16
+    other = args.first_last_layers_bf16 or args.fp8_quantizer_factory or args.te_precision_config_file
+    other = other or os.environ.get("NVTE_FP8_BLOCK_SCALING_FP32_SCALES") == "1"
+    other = other or os.environ.get("NVTE_BACKWARD_OVERRIDE")
+    return bool(args.smartmoe_experts == "transformer_engine" and blockwise and not other)
 
 
 def state_bytes(args: Namespace) -> int:

@@ -385,7 +385,7 @@ def constants_of(
     crossed = cluster.levels if cluster.replica_scope == "group" else ()
     row_s = expert.token_bytes / memory_bytes_s
     token_s = expert.flops_per_token / flops + ROWS_MOVED_PER_TOKEN * row_s
-    replica_bytes = expert.weight_bytes + expert.gradient_bytes
+    replica_bytes = expert.sent_weight_bytes + expert.gradient_bytes
     intra_token_s = ALL_TO_ALLS * expert.token_bytes / intra_bytes_s
     inter_token_s = ALL_TO_ALLS * expert.token_bytes / inter_bytes_s
     return LayerConstants(

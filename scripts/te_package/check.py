@@ -310,6 +310,12 @@ def _quantizers() -> Iterator[str]:
         with mock.patch.multiple(FP8GlobalStateManager, **{n: mock.Mock(return_value=v) for n, v in answers.items()}):
             experts.linear_fc1.init_fp8_metadata(num_gemms=experts.num_local_experts)
         found = experts.linear_fc1.quantizers["scaling_fwd"]
+        if isinstance(recipe, Float8BlockScaling):
+            yield (
+                f"Float8BlockScaling quantizes a weight in blocks of {found[1].block_len} in "
+                f"{recipe.w_block_scaling_dim} dimensions, scales are powers of two: "
+                f"{recipe.fp8_quant_fwd_weight.power_2_scale and found[1].force_pow_2_scales}"
+            )
         yield f"{type(recipe).__name__}: {len(found)} quantizers for {len(found) // 3} GEMMs, {type(found[1]).__name__}"
 
 
