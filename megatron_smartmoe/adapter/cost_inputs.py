@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from megatron_smartmoe.adapter.flags.smartmoe_arguments import replicas_mode
 from megatron_smartmoe.cost.compute import ExpertShape, replica_grad_bytes
-from megatron_smartmoe.cost.dispatch import TokenDispatch
+from megatron_smartmoe.cost.dispatchers import Dispatcher
 from megatron_smartmoe.cost.memory.buffers import MAIN_BYTES, MOMENT_BYTES, expert_state_bytes
 from megatron_smartmoe.cost.moe_layer import constants_of, crossing_bytes_s, exposed_replica_tokens
 from megatron_smartmoe.cost.replicas import schedule_of
@@ -30,7 +30,7 @@ from megatron_smartmoe.planner.arguments import model_from_arguments, parallel_f
 from megatron_smartmoe.spec.cluster import ClusterSpec, load_cluster_spec
 from megatron_smartmoe.spec.devices import Device, cluster_for, fitting_cluster
 from megatron_smartmoe.spec.model import ModelSpec
-from megatron_smartmoe.spec.parallel import FLAT, HIERARCHICAL, Dispatch, ParallelSpec
+from megatron_smartmoe.spec.parallel import HIERARCHICAL, Dispatch, ParallelSpec
 
 # fp32 tensors that an optimizer keeps for each parameter
 _STATES_OF = {"sgd": 1, "muon": 1, "dist_muon": 1, "adaptive_muon": 2, "lion": 1, "soap": 4}
@@ -140,9 +140,10 @@ def expert_shape(args: Namespace, mode: str | None = None) -> ExpertShape:
     return ExpertShape(
         hidden=args.moe_latent_size or args.hidden_size,
         ffn=(args.moe_ffn_hidden_size or args.ffn_hidden_size) // etp,
-        gated=args.swiglu,
+        gated=args.swiglu or args.quick_geglu,
         element_bytes=element_bytes,
         grad_bytes=replica_grad_bytes(mode or replicas_mode(args), element_bytes),
+        biases=bool(args.add_bias_linear),
     )
 
 
@@ -183,19 +184,27 @@ def online_setting(args: Namespace, mode: str | None = None) -> LayerPricing:
 
     num_ranks = mpu.get_expert_model_parallel_world_size()
     expert, mode = expert_shape(args, mode), mode or replicas_mode(args)
-    early = not args.overlap_param_gather
-    dispatch = TokenDispatch(
-        name=_dispatch or (HIERARCHICAL if args.smartmoe_dispatch == HIERARCHICAL else FLAT),
-        experts=args.num_experts,
-        top_k=args.moe_router_topk,
-    )
+    early, dispatcher = not args.overlap_param_gather, dispatcher_of(args)
     return LayerPricing(
         num_ranks=num_ranks,
         num_nodes=nodes_of_group(num_ranks),
-        constants=constants_of(machine(args), expert, dispatch=dispatch.name),
-        dispatch=dispatch,
+        constants=constants_of(machine(args), expert, two_hops=dispatcher.name == HIERARCHICAL),
         replicas=schedule_of(mode, expert, micro_batches=get_num_microbatches(), fetched_early=early),
         has_trees=True,
+        dispatcher=dispatcher,
+    )
+
+
+def dispatcher_of(args: Namespace) -> Dispatcher:
+    """What sends the tokens of a MoE layer."""
+    padded = args.moe_pad_expert_input_to_capacity
+    two_hops = (_dispatch or args.smartmoe_dispatch) == HIERARCHICAL
+    return Dispatcher(
+        name=HIERARCHICAL if two_hops else args.moe_token_dispatcher_type,
+        experts=args.num_experts,
+        top_k=args.moe_router_topk,
+        padded_factor=args.moe_expert_capacity_factor if padded else 0.0,
+        spare_slots=args.smartmoe_spare_slots,
     )
 
 
@@ -241,7 +250,7 @@ def homes_options(args: Namespace) -> HomesOptions:
         node_swap_price=node_swap_price(
             pricing.constants,
             get_num_microbatches() * rank_tokens(args),
-            dispatch=pricing.dispatch,
+            dispatcher=pricing.dispatcher,
             num_nodes=num_nodes,
             swap_s=state_bytes(args) / crossing_bytes_s(machine(args), nodes_of_group(ranks)),
             worth_s=args.smartmoe_homes_horizon / args.smartmoe_homes_margin,

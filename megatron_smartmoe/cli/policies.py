@@ -39,8 +39,8 @@ def setup_of(prices: Prices, *, spare_slots: int, warmup: int, kernels: Kernels 
         state_bytes=expert_state_bytes(prices.expert),
         migration_bytes_s=prices.migration_bytes_s,
         prices={"history": prices.layer("history"), "exact": prices.layer("exact")},
-        dispatch=prices.dispatch,
         kernels=kernels,
+        dispatcher=prices.dispatcher,
     )
 
 
@@ -88,7 +88,7 @@ def own_policy(
                 num_nodes=prices.balanced_nodes,
                 swap_s=setup.state_bytes / setup.migration_bytes_s,
                 worth_s=judge.horizon_iterations / judge.margin,
-                dispatch=prices.dispatch,
+                dispatcher=prices.dispatcher,
             ),
             num_groups=prices.num_groups,
         ),

@@ -7,12 +7,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from megatron_smartmoe.cost.compute import ExpertShape, replica_grad_bytes
-from megatron_smartmoe.cost.dispatch import FLAT_DISPATCH, TokenDispatch
+from megatron_smartmoe.cost.dispatchers import ALL_TO_ALL, Dispatcher
 from megatron_smartmoe.cost.moe_layer import constants_of, crossing_bytes_s, exposed_replica_tokens
 from megatron_smartmoe.cost.replicas import schedule_of
 from megatron_smartmoe.placement.layer_cost import LayerPricing
 from megatron_smartmoe.placement.layer_plan import Sees
 from megatron_smartmoe.spec.cluster import ClusterSpec, GpuSpec, LinkSpec
+from megatron_smartmoe.spec.parallel import HIERARCHICAL
 from megatron_smartmoe.spec.trace import RoutingTrace
 
 # Assumed without --cluster, for the predicted times and the price of replicas. NVIDIA's H100 SXM datasheet (dense bf16,
@@ -39,11 +40,11 @@ class Prices:
         micro_batches: of an iteration, as the trace has them.
         rank_tokens: tokens that a rank computes in a micro-batch and layer if the load is even; decides how much of a
             replica's way is hidden.
-        dispatch: how tokens travel.
         num_groups: groups of group-limited routing, which homes keep whole; 1 for routing without.
         margin: times its cost that a replica must save, as --smartmoe-replicas-margin; 0 makes all of them.
         first_version: replicas travel in every micro-batch, with fp32 gradients, and nothing is hidden: the prices of
             decision files that were made before replicas had a schedule.
+        dispatcher: what sends the tokens.
     """
 
     cluster: ClusterSpec
@@ -52,10 +53,10 @@ class Prices:
     num_nodes: int
     micro_batches: int
     rank_tokens: float = 0.0
-    dispatch: TokenDispatch = FLAT_DISPATCH
     num_groups: int = 1
     margin: float = 1.0
     first_version: bool = False
+    dispatcher: Dispatcher = ALL_TO_ALL
 
     @property
     def domains(self) -> int:
@@ -80,8 +81,8 @@ class Prices:
         pricing = LayerPricing(
             num_ranks=self.num_ranks,
             num_nodes=self.num_nodes,
-            constants=constants_of(self.cluster, expert, dispatch=self.dispatch.name),
-            dispatch=self.dispatch,
+            constants=constants_of(self.cluster, expert, two_hops=self.dispatcher.name == HIERARCHICAL),
+            dispatcher=self.dispatcher,
         )
         if self.first_version:
             return pricing

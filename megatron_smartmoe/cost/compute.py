@@ -29,6 +29,7 @@ class ExpertShape:
         gated: three matrices instead of two.
         element_bytes: bytes of a weight or an activation; 2 for bf16.
         grad_bytes: bytes of an element of a replica's gradient on its way home; 4 for fp32.
+        biases: every matrix has a bias for each of its rows.
     """
 
     hidden: int
@@ -36,11 +37,17 @@ class ExpertShape:
     gated: bool = True
     element_bytes: int = 2
     grad_bytes: int = 4
+    biases: bool = False
+
+    @property
+    def num_weights(self) -> int:
+        """Elements of one expert's matrices."""
+        return (3 if self.gated else 2) * self.hidden * self.ffn
 
     @property
     def num_params(self) -> int:
-        """Weights of one expert, without biases."""
-        return (3 if self.gated else 2) * self.hidden * self.ffn
+        """Elements of one expert's matrices and biases."""
+        return self.num_weights + (((2 if self.gated else 1) * self.ffn + self.hidden) if self.biases else 0)
 
     @property
     def weight_bytes(self) -> int:
@@ -60,7 +67,7 @@ class ExpertShape:
     @property
     def flops_per_token(self) -> float:
         """Forward and backward: 2 per weight forward, 4 backward."""
-        return 6.0 * self.num_params
+        return 6.0 * self.num_weights
 
 
 def replica_grad_bytes(mode: str, element_bytes: int) -> int:

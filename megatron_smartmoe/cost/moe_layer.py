@@ -25,7 +25,7 @@ import numpy as np
 
 from megatron_smartmoe.cost.comm import BusiestPorts, busiest_domain, busiest_ports, replica_traffic
 from megatron_smartmoe.cost.compute import ExpertShape, busiest_rank
-from megatron_smartmoe.cost.dispatch import FLAT_DISPATCH, TokenDispatch, carried
+from megatron_smartmoe.cost.dispatchers import ALL_TO_ALL, Dispatcher, carried, padded, wire_rows
 from megatron_smartmoe.cost.hierarchical import HopCounts, hops_fixed_s
 from megatron_smartmoe.cost.replicas import (
     EVERY_MICRO_BATCH,
@@ -37,7 +37,6 @@ from megatron_smartmoe.cost.replicas import (
 from megatron_smartmoe.errors import PlanError
 from megatron_smartmoe.spec.arrays import FloatArray, IntArray
 from megatron_smartmoe.spec.cluster import ClusterSpec, LevelSpec, LinkSpec
-from megatron_smartmoe.spec.parallel import FLAT, HIERARCHICAL, Dispatch
 from megatron_smartmoe.spec.placement import EMPTY
 
 TRANSFERS_IN_A_ROW = 3  # of replicas: 2 on 8 ranks with one slot, 3 on 16 and 64; measured on lognormal loads
@@ -69,6 +68,8 @@ class LayerFlow:
             for what they forward; None for as many as the busiest port has.
         early_tokens: tokens for homes on that rank with replicas which has fewest of them; they are computed before
             the replicas' weights are needed.
+        wire_RR: rows that rank r sends to rank q in an exchange, where a dispatcher sends others than one for each
+            token of `traffic_RR`; see `dispatchers`.
     """
 
     load_ER: FloatArray
@@ -78,6 +79,7 @@ class LayerFlow:
     fetch_RR: FloatArray | None = None
     replica_steps: tuple[int, int] | None = None
     early_tokens: float = 0.0
+    wire_RR: FloatArray | None = None
 
     @classmethod
     def from_shares(
@@ -104,6 +106,21 @@ class LayerFlow:
         rank, slot = np.nonzero(slots_RS != EMPTY)
         np.add.at(hosts_ER, (slots_RS[rank, slot], rank), 1.0)
         return cls.from_shares(counts_RE, hosts_ER, slots_RS, num_nodes)
+
+
+def on_the_wire(flow: LayerFlow, dispatcher: Dispatcher) -> LayerFlow:
+    """A flow, with the rows that a dispatcher sends for it, and those that ranks compute if it pads.
+
+    Args:
+        flow: tokens from source to the ranks of their experts, one for each choice.
+        dispatcher: what sends them.
+    """
+    if dispatcher.padded_factor:
+        has_replicas = bool(flow.replicas_RR.any())
+        load_ER, traffic_RR = padded(flow.load_ER, flow.traffic_RR, dispatcher, replicas=has_replicas)
+        flow = replace(flow, load_ER=load_ER, traffic_RR=traffic_RR)
+    wire_RR = wire_rows(flow.traffic_RR, flow.num_nodes, dispatcher)
+    return flow if wire_RR is None else replace(flow, wire_RR=wire_RR)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -136,6 +153,7 @@ class LayerCounts:
     @classmethod
     def of(cls, flow: LayerFlow, ranks_of_levels: Sequence[int] = ()) -> LayerCounts:
         """Count a flow, and what leaves the domains of so many consecutive ranks."""
+        wire_RR = flow.traffic_RR if flow.wire_RR is None else flow.wire_RR
         if flow.replica_steps is None:
             returned = busiest_ports(flow.replicas_RR, flow.num_nodes)
         else:
@@ -145,12 +163,12 @@ class LayerCounts:
             tokens_R=flow.load_ER.sum(axis=0),
             active_R=(flow.load_ER > 0).sum(axis=0),
             source_tokens=float(flow.traffic_RR.sum(axis=1).max()),
-            tokens=busiest_ports(flow.traffic_RR, flow.num_nodes),
+            tokens=busiest_ports(wire_RR, flow.num_nodes),
             fetched=returned if flow.fetch_RR is None else busiest_ports(flow.fetch_RR, flow.num_nodes),
             returned=returned,
             early_tokens=flow.early_tokens,
             hops=HopCounts.of(flow.traffic_RR, flow.num_nodes) if flow.num_nodes > 1 else None,
-            leaving=tuple(busiest_domain(flow.traffic_RR, ranks) for ranks in ranks_of_levels),
+            leaving=tuple(busiest_domain(wire_RR, ranks) for ranks in ranks_of_levels),
         )
 
     def scaled(self, factor: float) -> LayerCounts:
@@ -264,7 +282,7 @@ def layer_time(
     all_to_all_chunks: int = 1,
     ranks_per_device: float = 1.0,
     replicas: ReplicaSchedule = EVERY_MICRO_BATCH,
-    dispatch: TokenDispatch = FLAT_DISPATCH,
+    dispatcher: Dispatcher = ALL_TO_ALL,
 ) -> LayerTime:
     """Time of one layer and micro-batch, forward and backward.
 
@@ -274,13 +292,13 @@ def layer_time(
         all_to_all_chunks: chunks of every all-to-all that overlap with the GEMMs; 1 for no overlap.
         ranks_per_device: see `GpuSpec`.
         replicas: how often replicas travel, and what hides them.
-        dispatch: how tokens travel.
+        dispatcher: what sends the tokens; what has been counted already is of one that sends a row for each choice.
     """
     # Step 1: counts. What the busiest rank computes, and what the busiest ports carry.
     levels = [level.ranks for level in constants.levels]
-    counts = flow if isinstance(flow, LayerCounts) else LayerCounts.of(flow, levels)
+    counts = flow if isinstance(flow, LayerCounts) else LayerCounts.of(on_the_wire(flow, dispatcher), levels)
     busy = busiest_rank(counts.tokens_R, counts.active_R, constants.half_rate_tokens, ranks_per_device)
-    exchange = carried(counts.tokens, counts.leaving, counts.hops, dispatch, levels)
+    exchange = carried(counts.tokens, counts.leaving, counts.hops, dispatcher, levels)
     tokens = exchange.ports
     permuted = counts.source_tokens + exchange.copied * ROWS_MOVED_PER_COPY / ROWS_MOVED_PER_TOKEN
     # Step 2: counts times constants.
@@ -364,7 +382,7 @@ def constants_of(
     *,
     ranks: int = 2,
     shared_network_card: bool = False,
-    dispatch: Dispatch = FLAT,
+    two_hops: bool = False,
 ) -> LayerConstants:
     """Constants of the layer from a cluster file; with datasheet numbers, what to expect before anything is measured.
 
@@ -375,7 +393,7 @@ def constants_of(
         shared_network_card: the GPUs of a node share one card of `gpus_per_node` times `inter_node`'s bandwidth, and
             it is what limits them. What a GPU exchanges with other nodes then goes through the same port as what it
             exchanges inside its own, and on through the card.
-        dispatch: of tokens; two hops have more collectives and kernels.
+        two_hops: whether tokens are dispatched in two, which have more collectives and kernels.
     """
     gpu, link = cluster.gpu, cluster.inter_node if cluster.nodes > 1 else cluster.intra_node
     memory_bytes_s = gpu.memory_bandwidth_bytes_s * cluster.efficiency.get("memory", MEMORY_EFFICIENCY)
@@ -390,7 +408,7 @@ def constants_of(
     intra_token_s = ALL_TO_ALLS * expert.token_bytes / intra_bytes_s
     inter_token_s = ALL_TO_ALLS * expert.token_bytes / inter_bytes_s
     fixed_s = LAUNCHES_PER_LAYER * LAUNCH_S + exchange_latency_s(link, ranks)
-    if dispatch == HIERARCHICAL:
+    if two_hops:
         fixed_s += hops_fixed_s(cluster.inter_node, ranks, LAUNCH_S)
     return LayerConstants(
         fixed_s=fixed_s,

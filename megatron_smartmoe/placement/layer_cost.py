@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_smartmoe.cost.dispatch import FLAT_DISPATCH, TokenDispatch
+from megatron_smartmoe.cost.dispatchers import ALL_TO_ALL, Dispatcher
 from megatron_smartmoe.cost.moe_layer import LayerConstants, LayerFlow, LayerTime, layer_time
 from megatron_smartmoe.cost.replicas import EVERY_MICRO_BATCH, ReplicaSchedule
 from megatron_smartmoe.placement.kernels import NUMPY, Kernels
@@ -34,7 +34,7 @@ class LayerPricing:
         has_trees: whether holders forward weights along relay trees, as training does; the plan's first columns are
             then homes.
         kernels: what splits the tokens and builds the trees.
-        dispatch: how tokens travel.
+        dispatcher: what sends the tokens.
     """
 
     num_ranks: int
@@ -44,7 +44,7 @@ class LayerPricing:
     relay: Relay | None = None
     has_trees: bool = False
     kernels: Kernels = NUMPY
-    dispatch: TokenDispatch = FLAT_DISPATCH
+    dispatcher: Dispatcher = ALL_TO_ALL
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +107,8 @@ def _layer_time(
     load_R = outcome.load_ER.sum(axis=0)
     imbalance = float(load_R.max() / load_R.mean()) if load_R.any() else 1.0
     assert imbalance >= 1 - 1e-9, f"a maximum below the mean: {load_R}"
-    return layer_time(flow, pricing.constants, replicas=pricing.replicas, dispatch=pricing.dispatch), imbalance
+    time = layer_time(flow, pricing.constants, replicas=pricing.replicas, dispatcher=pricing.dispatcher)
+    return time, imbalance
 
 
 def even_load_s(num_tokens: float, num_experts: int, pricing: LayerPricing) -> float:
@@ -119,7 +120,7 @@ def even_load_s(num_tokens: float, num_experts: int, pricing: LayerPricing) -> f
     counts_RE = np.full((pricing.num_ranks, num_experts), num_tokens / (pricing.num_ranks * num_experts))
     homes_RS = np.arange(num_experts).reshape(pricing.num_ranks, -1)
     flow = LayerFlow.equal_split(counts_RE, homes_RS, pricing.num_nodes)
-    return layer_time(flow, pricing.constants, dispatch=pricing.dispatch).total_s
+    return layer_time(flow, pricing.constants, dispatcher=pricing.dispatcher).total_s
 
 
 def idle_replicas_s(slots_RS: IntArray, home_E: IntArray, pricing: LayerPricing) -> float:

@@ -102,8 +102,6 @@ CASES = {
         ranks=2,
         te=True,
         cpu=False,
-        says="--disable-bias-linear = False: is required with --smartmoe-spare-slots: replicas have no biases. Add "
-        "--disable-bias-linear.",
     ),
     "replicas and a history of scales": Case(
         flags=f"{ON_GPUS} {TE_REPLICAS} --smartmoe-homes off --bf16 --fp8-format hybrid --fp8-recipe delayed",
@@ -158,11 +156,18 @@ CASES = {
         says="--cuda-graph-impl = 'transformer_engine': is not supported with --smartmoe: its dispatcher runs in no "
         "CUDA graph yet. Add --cuda-graph-modules attn, or remove it.",
     ),
-    "biases": Case(
-        flags="--smartmoe",
-        without=("--disable-bias-linear",),
-        says="--disable-bias-linear = False: is required: --smartmoe-experts grouped_mm has no biases. Add "
-        "--disable-bias-linear.",
+    "biases": Case(flags="--smartmoe", without=("--disable-bias-linear",)),
+    "interleaved gate and linear rows": Case(flags="--smartmoe --moe-mlp-glu-interleave-size 8"),
+    "blocks of gate and linear rows that are not whole": Case(
+        flags="--smartmoe --moe-mlp-glu-interleave-size 36",
+        says="--moe-mlp-glu-interleave-size = 36: must divide 96, the inner size of an expert on a rank. Pass 16 or "
+        "32, for example, or remove it.",
+    ),
+    "interleaved rows without a gate": Case(
+        flags="--smartmoe --moe-mlp-glu-interleave-size 8",
+        without=("--swiglu",),
+        says="--moe-mlp-glu-interleave-size = 8: needs a gated activation. Add --swiglu or --quick-geglu, or remove "
+        "it.",
     ),
     "fp8": Case(
         flags=f"--smartmoe {TE} --fp8-format hybrid",

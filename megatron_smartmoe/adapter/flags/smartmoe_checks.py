@@ -44,7 +44,6 @@ _NOT_WITH_GROUPED_MM = {
     "--moe-router-padding-for-quantization": "experts are not padded",
     "--moe-use-device-initiated-grouped-gemm": "it is an option of TransformerEngine's experts",
     "--moe-single-grouped-weight": "it is an option of TransformerEngine's experts",
-    "--moe-mlp-glu-interleave-size": "gate and linear rows are not interleaved",
     "--moe-paged-stash": "it is an option of TransformerEngine's experts",
     "--moe-expert-rank-capacity-factor": "it is an option of TransformerEngine's experts",
     "--use-te-activation-func": "the activation is Megatron's",
@@ -63,6 +62,7 @@ _NOT_WITH_TE_REPLICAS = {
     "--fp8-param-gather": "replicas get bf16 weights, and the parameters are fp8",
     "--fp4-param-gather": "replicas get bf16 weights, and the parameters are fp4",
     "--moe-single-grouped-weight": "one packed tensor has the weights of all home slots",
+    "--moe-single-grouped-bias": "one packed tensor has the biases of all home slots",
     "--use-transformer-engine-op-fuser": "its fused experts have a fixed number of slots",
     "--delay-wgrad-compute": "the weight gradients of replicas are sent home in the backward pass",
     "--overlap-dispatch-backward-with-experts-wgrad": "the weight gradients of replicas are sent home in the backward "
@@ -228,9 +228,7 @@ def _check_experts(args: argparse.Namespace, *, cpu: bool) -> None:
         rule = "is not supported with --smartmoe-experts grouped_mm: it would leave the experts to Adam, because a "
         rule += "parameter holds several of them"
         raise ConfigError("--optimizer", args.optimizer, rule, "Pass adam, sgd, muon or lion.")
-    if args.add_bias_linear:
-        rule = "is required: --smartmoe-experts grouped_mm has no biases"
-        raise ConfigError("--disable-bias-linear", False, rule, "Add --disable-bias-linear.")
+    _check_interleaving(args)
     for flag in ("--fp8-format", "--fp4-format"):
         value = getattr(args, {"--fp8-format": "fp8", "--fp4-format": "fp4"}[flag], None)
         if value:
@@ -238,6 +236,22 @@ def _check_experts(args: argparse.Namespace, *, cpu: bool) -> None:
             raise ConfigError(flag, value, rule, "Remove it, or pass --smartmoe-experts transformer_engine.")
     if not cpu and not args.use_checkpoint_args:
         _check_alignment(args)
+
+
+def _check_interleaving(args: argparse.Namespace) -> None:
+    """Blocks of gate and linear rows in turns must be whole on every rank."""
+    flag = "--moe-mlp-glu-interleave-size"
+    block = getattr(args, attribute(flag), None)
+    if block is None:
+        return
+    if not (args.swiglu or args.quick_geglu):
+        raise ConfigError(flag, block, "needs a gated activation", "Add --swiglu or --quick-geglu, or remove it.")
+    if not (args.moe_ffn_hidden_size or args.ffn_hidden_size):
+        return  # the sizes are in a checkpoint
+    ffn = expert_shape(args).ffn
+    if block < 1 or ffn % block:
+        rule = f"must divide {ffn}, the inner size of an expert on a rank"
+        raise ConfigError(flag, block, rule, "Pass 16 or 32, for example, or remove it.")
 
 
 def _check_experts_memory(args: argparse.Namespace) -> None:
@@ -377,9 +391,6 @@ def _check_replicas_possible(args: argparse.Namespace) -> None:
 
 def _check_te_replicas(args: argparse.Namespace) -> None:
     """What TransformerEngine's experts cannot do in spare slots."""
-    if args.add_bias_linear:
-        rule = f"is required with {SPARE_SLOTS}: replicas have no biases"
-        raise ConfigError("--disable-bias-linear", False, rule, "Add --disable-bias-linear.")
     for flag, reason in _NOT_WITH_TE_REPLICAS.items():
         if getattr(args, attribute(flag), False):
             rule = f"is not supported with {SPARE_SLOTS} and --smartmoe-experts transformer_engine: {reason}"
