@@ -31,14 +31,15 @@ from megatron_smartmoe.cost.replicas import (
     FORWARD_HALF,
     FORWARD_SHARE,
     PERMUTE_SHARE,
+    LegPrice,
     ReplicaSchedule,
+    TransferPrice,
 )
 from megatron_smartmoe.errors import PlanError
 from megatron_smartmoe.spec.arrays import FloatArray, IntArray
 from megatron_smartmoe.spec.cluster import ClusterSpec, LevelSpec, LinkSpec
 from megatron_smartmoe.spec.placement import EMPTY
 
-TRANSFERS_IN_A_ROW = 3  # of replicas: 2 on 8 ranks with one slot, 3 on 16 and 64; measured on lognormal loads
 ALL_TO_ALLS = 4  # dispatch, combine, and the gradient of each
 EXCHANGES = 6  # as collectives: dispatch sends probabilities apart from tokens, and so do its gradients
 # Estimates that hold until `scripts.validation.layer_fit` replaces the constants made from them; none is measured. The
@@ -336,27 +337,39 @@ def _transfer_s(replicas: BusiestPorts, constants: LayerConstants) -> float:
     return replicas.intra * constants.intra_replica_s + replicas.inter_gpu * constants.inter_replica_s
 
 
-def exposed_replica_tokens(
-    constants: LayerConstants, replicas: ReplicaSchedule, rank_tokens: float, *, between_nodes: bool
-) -> float:
-    """Tokens of the busiest rank that take as long as what one transfer of a replica, out and back, is not hidden.
-
-    The planners' price is linear in the transfers that follow one another; what a layer's computation hides is shared
-    by `TRANSFERS_IN_A_ROW` of them.
+def transfer_price(
+    constants: LayerConstants,
+    replicas: ReplicaSchedule,
+    rank_tokens: float,
+    *,
+    num_nodes: int = 1,
+    domains: int = 1,
+    margin: float = 1.0,
+) -> TransferPrice:
+    """What replicas cost the planners, in tokens of the busiest rank.
 
     Args:
         constants: seconds per count.
-        replicas: what hides the transfers.
+        replicas: how often replicas travel, and what hides them.
         rank_tokens: tokens per rank of a micro-batch, of which the home rows are taken to be half.
-        between_nodes: whether replicas cross nodes.
+        num_nodes: nodes that the ranks lie on; of the tokens that a rank takes more, as large a share comes over the
+            links between them as of all tokens.
+        domains: parts of the group that replicas stay in.
+        margin: times its cost that a replica must save.
     """
-    replica_s = constants.inter_replica_s if between_nodes else constants.intra_replica_s
     source_s, gemm_s = rank_tokens * constants.source_token_s, rank_tokens * constants.token_s
-    idle_s = _idle_s(replicas, source_s, gemm_s, gemm_s / 2, constants.fixed_s)
-    transfers_s = (replicas.weight_share * replica_s, (1 - replicas.weight_share) * replica_s)
-    pairs = zip(transfers_s, idle_s, strict=True)
-    exposed_s = sum(max(0.0, transfer_s - hidden_s / TRANSFERS_IN_A_ROW) for transfer_s, hidden_s in pairs)
-    return exposed_s / (constants.token_s + constants.intra_token_s)
+    hidden_s = _idle_s(replicas, source_s, gemm_s, gemm_s / 2, constants.fixed_s)
+    arrival_s = constants.intra_token_s / num_nodes + constants.inter_gpu_token_s * (1 - 1 / num_nodes)
+    factor = margin / (constants.token_s + arrival_s)
+    fetch, back = (
+        LegPrice(
+            inside_tokens=share * constants.intra_replica_s * factor,
+            between_tokens=share * constants.inter_replica_s * factor,
+            hidden_tokens=idle_s * factor,
+        )
+        for share, idle_s in zip((replicas.weight_share, 1 - replicas.weight_share), hidden_s, strict=True)
+    )
+    return TransferPrice(fetch=fetch, back=back, num_nodes=num_nodes, crosses_nodes=num_nodes > domains)
 
 
 def constants_of(

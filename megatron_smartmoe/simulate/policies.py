@@ -217,8 +217,8 @@ class OnlinePolicy:
         for group, (planner, replans) in enumerate(zip(self.groups, self._replans, strict=True)):
             if replans:
                 history, judged = planner.placement.digest, sum(self._judged[group])
-                price_tokens = self.options.exact_price_tokens
-                decision = replans_decision(self._iteration, group, history, replans, judged, price_tokens)
+                price = self.options.exact_price
+                decision = replans_decision(self._iteration, group, history, replans, judged, price)
                 self.decisions.append(decision)
             replans.clear()
             self._judged[group] = [0] * len(self._judged[group])

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from megatron_smartmoe.cost.moe_layer import LayerFlow
+from megatron_smartmoe.cost.replicas import FREE_TRANSFERS, TransferPrice
 from megatron_smartmoe.cost.step.constants import StepConstants, layer_constants
 from megatron_smartmoe.cost.step.moe import MoETimes, moe_times
 from megatron_smartmoe.placement.history import History
@@ -63,7 +64,7 @@ class PoolPrices:
         layers_in_a_row: Layers times micro-batches that a step executes one after another: those of a pipeline stage,
             and the bubble.
         replica: Options of the replicas loop.
-        exact_price_tokens: Tokens that a replica for one micro-batch must take from the busiest rank to pay off.
+        exact_price: Of replicas that serve one micro-batch, in tokens of the busiest rank.
         homes: Options of the homes loop.
         homes_move: Whether the homes loop may move experts at all.
     """
@@ -75,7 +76,7 @@ class PoolPrices:
     micro_batches: int
     layers_in_a_row: float
     replica: ReplicaOptions = field(default_factory=ReplicaOptions)
-    exact_price_tokens: float = 0.0
+    exact_price: TransferPrice = FREE_TRANSFERS
     homes: HomesOptions = field(default_factory=HomesOptions)
     homes_move: bool = True
 
@@ -164,7 +165,7 @@ def _flow(setting: PoolSetting, slots_RS: IntArray, counts_RE: IntArray, prices:
     kept = _Split.of(slots_RS, counts_RE, prices)
     if setting.replicas != "auto":
         return _Flow(flow=kept.flow, mode=setting.replicas)
-    rule = ReplanOptions(limit=BALANCED, price_tokens=prices.exact_price_tokens)
+    rule = ReplanOptions(limit=BALANCED, price=prices.exact_price)
     num_ranks, load_E = len(counts_RE), counts_RE.sum(axis=0)
     anew = planned_anew(kept.busiest, load_E, num_ranks, rule, lambda: _from_counts(slots_RS, counts_RE, prices))
     if anew is None:
@@ -200,7 +201,7 @@ def _from_counts(slots_RS: IntArray, counts_RE: IntArray, prices: PoolPrices) ->
         counts_RE.shape[1] // len(counts_RE),
         num_nodes=prices.replica.num_nodes,
         limit=BALANCED,
-        price_tokens=prices.exact_price_tokens,
+        price=prices.exact_price,
     )
     return _Split.of(planned_RS, counts_RE, prices)
 
