@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from megatron_smartmoe.cost.comm import BusiestPorts, busiest_domain, busiest_ports, replica_traffic
+from megatron_smartmoe.cost.comm import NOTHING, BusiestPorts, busiest_domain, busiest_ports, replica_traffic
 from megatron_smartmoe.cost.compute import ExpertShape, busiest_rank
 from megatron_smartmoe.cost.hierarchical import HopCounts, mean_ports, rows_copied, to_gateways
 from megatron_smartmoe.cost.replicas import (
@@ -68,6 +68,9 @@ class LayerFlow:
             for what they forward; None for as many as the busiest port has.
         early_tokens: tokens for homes on that rank with replicas which has fewest of them; they are computed before
             the replicas' weights are needed.
+        kept_steps: as `replica_steps`, of the replicas from history where others were planned anew for this
+            micro-batch: they were fetched for the iteration all the same.
+        kept_returns: whether another micro-batch uses those, so that their gradients go home.
     """
 
     load_ER: FloatArray
@@ -77,6 +80,8 @@ class LayerFlow:
     fetch_RR: FloatArray | None = None
     replica_steps: tuple[int, int] | None = None
     early_tokens: float = 0.0
+    kept_steps: tuple[int, int] = (0, 0)
+    kept_returns: bool = True
 
     @classmethod
     def from_shares(
@@ -117,6 +122,8 @@ class LayerCounts:
         fetched: the same for the weights of replicas, in transfers that follow one another.
         returned: the same for their gradients.
         early_tokens: see `LayerFlow`.
+        kept: as `fetched`, of the replicas from history that this micro-batch does not use.
+        kept_returns: see `LayerFlow`.
         hops: what a dispatch in two hops carries; None on one node.
         leaving: tokens out of the busiest domain of each level above the nodes, over its ranks; none where a flow was
             counted without levels.
@@ -129,6 +136,8 @@ class LayerCounts:
     fetched: BusiestPorts
     returned: BusiestPorts
     early_tokens: float
+    kept: BusiestPorts = NOTHING
+    kept_returns: bool = True
     hops: HopCounts | None = None
     leaving: tuple[float, ...] = ()
 
@@ -138,8 +147,7 @@ class LayerCounts:
         if flow.replica_steps is None:
             returned = busiest_ports(flow.replicas_RR, flow.num_nodes)
         else:
-            inside, between = flow.replica_steps
-            returned = BusiestPorts(intra=inside, inter_gpu=between, inter_node=0.0, inter_node_reverse=0.0)
+            returned = _in_a_row(flow.replica_steps)
         return cls(
             tokens_R=flow.load_ER.sum(axis=0),
             active_R=(flow.load_ER > 0).sum(axis=0),
@@ -148,6 +156,8 @@ class LayerCounts:
             fetched=returned if flow.fetch_RR is None else busiest_ports(flow.fetch_RR, flow.num_nodes),
             returned=returned,
             early_tokens=flow.early_tokens,
+            kept=_in_a_row(flow.kept_steps),
+            kept_returns=flow.kept_returns,
             hops=HopCounts.of(flow.traffic_RR, flow.num_nodes) if flow.num_nodes > 1 else None,
             leaving=tuple(busiest_domain(flow.traffic_RR, ranks) for ranks in ranks_of_levels),
         )
@@ -164,6 +174,11 @@ class LayerCounts:
             hops=None if self.hops is None else self.hops.scaled(factor),
             leaving=tuple(tokens * factor for tokens in self.leaving),
         )
+
+
+def _in_a_row(steps: tuple[int, int]) -> BusiestPorts:
+    """Transfers that follow one another, inside nodes and between them, as the busiest ports'."""
+    return replace(NOTHING, intra=steps[0], inter_gpu=steps[1])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -263,6 +278,7 @@ def layer_time(
     all_to_all_chunks: int = 1,
     ranks_per_device: float = 1.0,
     replicas: ReplicaSchedule = EVERY_MICRO_BATCH,
+    kept: ReplicaSchedule = EVERY_MICRO_BATCH,
     once_RN: FloatArray | None = None,
 ) -> LayerTime:
     """Time of one layer and micro-batch, forward and backward.
@@ -273,6 +289,7 @@ def layer_time(
         all_to_all_chunks: chunks of every all-to-all that overlap with the GEMMs; 1 for no overlap.
         ranks_per_device: see `GpuSpec`.
         replicas: how often replicas travel, and what hides them.
+        kept: the same for replicas from history that this micro-batch does not use.
         once_RN: rows that rank r sends to node n where a token is sent once for each node; None where the all-to-all
             is flat.
     """
@@ -305,6 +322,13 @@ def layer_time(
     early_s = counts.early_tokens * constants.token_s
     fetch_idle_s, return_idle_s = _idle_s(replicas, source_s, gemm_s + experts_s, early_s, constants.fixed_s)
     replicas_hidden_s = min(fetch_s, fetch_idle_s) + min(return_s, return_idle_s)
+    # Step 4: replicas from history that were fetched and are not used. Their weights weigh as much, and what hides the
+    # others is taken.
+    kept_s = _transfer_s(counts.kept, constants) * replicas.weight_share / kept.weight_share
+    kept_fetch_s, kept_return_s = kept_s * kept.weight_share, kept_s * (1 - kept.weight_share) * counts.kept_returns
+    forward_s, backward_s = _idle_s(kept, source_s, gemm_s + experts_s, early_s, constants.fixed_s)
+    kept_hidden_s = min(kept_fetch_s, max(0.0, forward_s - min(fetch_s, fetch_idle_s)))
+    kept_hidden_s += min(kept_return_s, max(0.0, backward_s - min(return_s, return_idle_s)))
     return LayerTime(
         fixed_s=constants.fixed_s,
         source_s=source_s,
@@ -312,9 +336,9 @@ def layer_time(
         experts_s=experts_s,
         all_to_all_intra_s=intra_s,
         all_to_all_inter_s=inter_s,
-        replicas_s=(fetch_s + return_s) / replicas.micro_batches,
+        replicas_s=(fetch_s + return_s) / replicas.micro_batches + (kept_fetch_s + kept_return_s) / kept.micro_batches,
         hidden_s=0.0 - min(may_hide_s, gemm_s + experts_s),
-        replicas_hidden_s=0.0 - replicas_hidden_s / replicas.micro_batches,
+        replicas_hidden_s=0.0 - replicas_hidden_s / replicas.micro_batches - kept_hidden_s / kept.micro_batches,
     )
 
 

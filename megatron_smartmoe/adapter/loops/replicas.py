@@ -371,7 +371,8 @@ class ReplicaLoop(Callback):
                 self._write(REPLICAS_LOG, decision.to_line())
         if iteration % self._run.args.log_interval:
             return
-        self._write(BALANCE_FILE, balance_line(iteration, [number for number, _ in self._run.layers], records))
+        numbers = [number for number, _ in self._run.layers]
+        self._write(BALANCE_FILE, balance_line(iteration, numbers, records, self._wire.take_sent_bytes()))
         if self._run.is_reporter:
             before_split, after_split = imbalance(records)
             micros = [micro for record in records for micro in record]

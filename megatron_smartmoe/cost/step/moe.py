@@ -8,7 +8,7 @@ chunks reads the experts' weights once more for each further chunk, and one in t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from megatron_smartmoe.cost.hierarchical import hops_fixed_s, rows_by_node
 from megatron_smartmoe.cost.moe_layer import (
@@ -76,11 +76,14 @@ def moe_times(
     `micro_batches` of an iteration are those of the launch; a run whose batch grows names its own.
     """
     shared = cluster.gpu.ranks_per_device
-    schedule = schedule_of(
-        spec.replicas,
-        expert_shape(model, spec),
-        micro_batches=micro_batches or spec.micro_batches,
-        fetched_early=not spec.overlap_param_gather,
+    schedule, kept = (
+        schedule_of(
+            one.replicas,
+            expert_shape(model, one),
+            micro_batches=micro_batches or spec.micro_batches,
+            fetched_early=not spec.overlap_param_gather,
+        )
+        for one in (spec, replace(spec, replicas="history"))
     )
     levels = [level.ranks for level in layer.levels]
     counted = [flow if isinstance(flow, LayerCounts) else LayerCounts.of(flow, levels) for flow in flows]
@@ -91,6 +94,7 @@ def moe_times(
             all_to_all_chunks=spec.overlap_degree,
             ranks_per_device=shared,
             replicas=schedule,
+            kept=kept,
             once_RN=_rows_by_node(counts, model, spec),
         )
         for counts in counted

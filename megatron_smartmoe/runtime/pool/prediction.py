@@ -130,12 +130,10 @@ class _Flow:
     Attributes:
         flow: Tokens by expert and rank, tokens and replicas between ranks.
         mode: Whether its replicas travel as those from history or as those from exact counts.
-        unused: Replicas from history that were fetched for the micro-batch and not used; None for none.
     """
 
     flow: LayerFlow
     mode: Replicas
-    unused: LayerFlow | None = None
 
 
 def _flows(
@@ -153,8 +151,10 @@ def _flows(
                 slots_RS, scenarios_KE, home_slots, prices.replica, rank_tokens, kernels.best, kernels.drop
             )
             slots_RS = found.slots_RS
-        for counts_RE in load.batches_BLRE[:, layer]:
-            flows.append(_flow(setting, slots_RS, np.ascontiguousarray(counts_RE), prices))
+        counts_BRE = np.ascontiguousarray(load.batches_BLRE[:, layer])
+        of_layer = [_flow(setting, slots_RS, counts_RE, prices) for counts_RE in counts_BRE]
+        kept_returns = any(one.mode == "history" for one in of_layer)
+        flows += [replace(one, flow=replace(one.flow, kept_returns=kept_returns)) for one in of_layer]
     return flows
 
 
@@ -170,7 +170,7 @@ def _flow(setting: PoolSetting, slots_RS: IntArray, counts_RE: IntArray, prices:
     anew = planned_anew(kept.busiest, load_E, num_ranks, rule, lambda: _from_counts(slots_RS, counts_RE, prices))
     if anew is None:
         return _Flow(flow=kept.flow, mode="history")
-    return _Flow(flow=anew.flow, mode="exact", unused=kept.flow)
+    return _Flow(flow=replace(anew.flow, kept_steps=kept.flow.replica_steps or (0, 0)), mode="exact")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -219,6 +219,4 @@ def _seconds(setting: PoolSetting, flows: Sequence[_Flow], prices: PoolPrices) -
     for mode in dict.fromkeys(one.mode for one in flows):
         of_mode = [one.flow for one in flows if one.mode == mode]
         sum_s += len(of_mode) * times(mode, of_mode).with_replicas_s
-    if unused := [one.unused for one in flows if one.unused is not None]:
-        sum_s += len(unused) * times("history", unused).replicas_s
     return prices.layers_in_a_row * sum_s / len(flows)

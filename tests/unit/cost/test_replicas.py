@@ -56,6 +56,28 @@ def test_gradients_hide_behind_the_backward_pass() -> None:
     assert seconds(backward).replicas_hidden_s == pytest.approx(-(2.0 + 2.0))
 
 
+def test_replicas_from_history_are_paid_for_where_they_are_not_used() -> None:
+    """Two transfers of 2 + 4 s for 4 micro-batches, besides those that were planned anew and hide nothing."""
+    kept = replace(BARE, micro_batches=4)
+    unused = replace(FLOW, replicas_RR=np.zeros((3, 3)), kept_steps=(2, 0))
+    assert layer_time(unused, PRICES, replicas=BARE, kept=kept).replicas_s == pytest.approx(12.0 / 4)
+    assert layer_time(
+        replace(unused, kept_returns=False), PRICES, replicas=BARE, kept=kept
+    ).replicas_s == pytest.approx(4.0 / 4)
+    both = layer_time(replace(FLOW, kept_steps=(2, 0)), PRICES, replicas=BARE, kept=kept)
+    assert both.replicas_s == pytest.approx(12.0 + 12.0 / 4)
+
+
+def test_they_hide_behind_what_the_others_leave() -> None:
+    forward = replace(BARE, fetch_hidden="forward", micro_batches=4)  # of 1 + 2 s
+    unused = replace(FLOW, replicas_RR=np.zeros((3, 3)), kept_steps=(2, 0))
+    assert layer_time(unused, PRICES, replicas=BARE, kept=forward).replicas_hidden_s == pytest.approx(-3.0 / 4)
+    # the first permutation, a quarter of 3 s, hides the new ones
+    anew = replace(BARE, fetch_hidden="home_rows")
+    both = layer_time(replace(FLOW, kept_steps=(2, 0)), PRICES, replicas=anew, kept=forward)
+    assert both.replicas_hidden_s == pytest.approx(-0.75 - (3.0 - 0.75) / 4)
+
+
 def test_transfers_that_wait_for_others_follow_one_another() -> None:
     assert seconds(BARE, replace(FLOW, replica_steps=(3, 0))).replicas_s == pytest.approx(18.0)
 
