@@ -18,8 +18,8 @@ from megatron_smartmoe.adapter.flags.smartmoe_arguments import replicas_mode
 from megatron_smartmoe.cost.compute import ExpertShape, replica_grad_bytes
 from megatron_smartmoe.cost.dispatchers import Dispatcher
 from megatron_smartmoe.cost.memory.buffers import MAIN_BYTES, MOMENT_BYTES, expert_state_bytes
-from megatron_smartmoe.cost.moe_layer import constants_of, crossing_bytes_s, exposed_replica_tokens
-from megatron_smartmoe.cost.replicas import schedule_of
+from megatron_smartmoe.cost.moe_layer import constants_of, crossing_bytes_s, transfer_price
+from megatron_smartmoe.cost.replicas import TransferPrice, schedule_of
 from megatron_smartmoe.placement.homes_planner import OnlineOptions
 from megatron_smartmoe.placement.layer_cost import LayerPricing
 from megatron_smartmoe.placement.plan_homes import HomesOptions, node_swap_price
@@ -278,7 +278,7 @@ def routing_groups_line(args: Namespace) -> str | None:
 
 def replica_options(args: Namespace) -> ReplicaOptions:
     """Where replicas may be placed, and what one costs."""
-    return ReplicaOptions(num_nodes=scope_nodes(args), replica_price_tokens=replica_price_tokens(args))
+    return ReplicaOptions(num_nodes=scope_nodes(args), price=replica_price(args))
 
 
 def scope_nodes(args: Namespace) -> int:
@@ -289,22 +289,24 @@ def scope_nodes(args: Namespace) -> int:
     return machine(args).domains(num_nodes, args.smartmoe_replicas_scope)
 
 
-def replica_price_tokens(args: Namespace, mode: str | None = None) -> float:
-    """Tokens that a replica must take from the busiest rank to pay off for each transfer that follows another, as far
-    as it is not hidden; --smartmoe-replicas-margin included.
+def replica_price(args: Namespace, mode: str | None = None) -> TransferPrice:
+    """What replicas cost, in tokens of the busiest rank of an iteration, or of a micro-batch if `exact`;
+    --smartmoe-replicas-margin included.
 
     Args:
         args: Megatron's arguments.
-        mode: how the replica is planned; None for the mode of the flags.
+        mode: how the replicas are planned; None for the mode of the flags.
     """
-    from megatron.core import parallel_state as mpu
-
     pricing = online_setting(args, mode)
-    between_nodes = nodes_of_group(mpu.get_expert_model_parallel_world_size()) > scope_nodes(args)
-    exposed = exposed_replica_tokens(
-        pricing.constants, pricing.replicas, rank_tokens(args), between_nodes=between_nodes
+    return transfer_price(
+        pricing.constants,
+        pricing.replicas,
+        rank_tokens(args),
+        num_nodes=pricing.num_nodes,
+        domains=scope_nodes(args),
+        margin=args.smartmoe_replicas_margin,
+        dispatcher=pricing.dispatcher,
     )
-    return float(args.smartmoe_replicas_margin * exposed)
 
 
 def rank_tokens(args: Namespace) -> float:

@@ -92,9 +92,9 @@ def own_policy(
             ),
             num_groups=prices.num_groups,
         ),
-        replica=ReplicaOptions(num_nodes=prices.domains, replica_price_tokens=prices.replica_tokens(sees)),
+        replica=ReplicaOptions(num_nodes=prices.domains, price=prices.replica_price(sees)),
         auto_limit=1.0 if prices.first_version and sees == "exact" else OnlineOptions.auto_limit,
-        exact_price_tokens=prices.replica_tokens("exact"),
+        exact_price=prices.replica_price("exact"),
         policy=judge,
     )
     seconds = layer_seconds(setup.pricing_of(sees, has_trees=not prices.first_version))

@@ -8,8 +8,8 @@ import numpy as np
 
 from megatron_smartmoe.cost.compute import ExpertShape, replica_grad_bytes
 from megatron_smartmoe.cost.dispatchers import ALL_TO_ALL, Dispatcher
-from megatron_smartmoe.cost.moe_layer import constants_of, crossing_bytes_s, exposed_replica_tokens
-from megatron_smartmoe.cost.replicas import schedule_of
+from megatron_smartmoe.cost.moe_layer import constants_of, crossing_bytes_s, transfer_price
+from megatron_smartmoe.cost.replicas import TransferPrice, schedule_of
 from megatron_smartmoe.placement.layer_cost import LayerPricing
 from megatron_smartmoe.placement.layer_plan import Sees
 from megatron_smartmoe.spec.cluster import ClusterSpec, GpuSpec, LinkSpec
@@ -94,12 +94,18 @@ class Prices:
             return self.expert
         return replace(self.expert, grad_bytes=replica_grad_bytes(mode, self.expert.element_bytes))
 
-    def replica_tokens(self, mode: Sees) -> float:
-        """Tokens that a replica must take from the busiest rank for each transfer that follows another, as far as it is
-        not hidden: of an iteration, or of a micro-batch if `exact`."""
-        layer, between_nodes = self.layer(mode), self.num_nodes > self.domains
-        exposed = exposed_replica_tokens(layer.constants, layer.replicas, self.rank_tokens, between_nodes=between_nodes)
-        return self.margin * exposed
+    def replica_price(self, mode: Sees) -> TransferPrice:
+        """What replicas cost that are planned in this way, in tokens of an iteration; of a micro-batch if `exact`."""
+        layer = self.layer(mode)
+        return transfer_price(
+            layer.constants,
+            layer.replicas,
+            self.rank_tokens,
+            num_nodes=self.num_nodes,
+            domains=self.domains,
+            margin=self.margin,
+            dispatcher=self.dispatcher,
+        )
 
 
 def rank_tokens(trace: RoutingTrace, num_ranks: int) -> float:

@@ -175,7 +175,7 @@ def carried(
 
 @dataclass(frozen=True, kw_only=True)
 class RowShares:
-    """Rows that one more choice of a node's experts adds to a layer's mean exchange, at an even load.
+    """Rows that one more choice adds to a layer's mean exchange, at an even load.
 
     Attributes:
         between: between nodes.
@@ -189,20 +189,36 @@ class RowShares:
 def rows_of_a_choice(dispatcher: Dispatcher, num_nodes: int) -> RowShares:
     """The exchanges' part in what a choice costs that homes may move to another node.
 
-    Inside the node each choice is taken for a row, which overstates flex, where two of a rank's experts share one.
+    Args:
+        dispatcher: the dispatcher.
+        num_nodes: nodes of the group.
+    """
+    # A gateway gets one more row only for a token without an expert on its node yet.
+    once = (1 - 1 / num_nodes) * more_rows_by_node(1 / num_nodes, dispatcher.experts, dispatcher.top_k)
+    return _mean_exchange(dispatcher, num_nodes, RowShares(between=once, inside=1.0))
+
+
+def rows_at_a_rank(dispatcher: Dispatcher, num_nodes: int) -> RowShares:
+    """The exchanges' part in what a choice costs the ports of the rank that computes it, which replicas may unburden.
 
     Args:
         dispatcher: the dispatcher.
         num_nodes: nodes of the group.
     """
+    return _mean_exchange(dispatcher, num_nodes, RowShares(between=0.0, inside=1.0))
+
+
+def _mean_exchange(dispatcher: Dispatcher, num_nodes: int, passed_on: RowShares) -> RowShares:
+    """The mean over a layer's exchanges, where those through gateways carry `passed_on`.
+
+    A gateway passes on a row for each choice; for flex that is too many, where two experts of a token share a rank.
+    """
     away = 1 - 1 / num_nodes
-    flat = RowShares(between=away, inside=1 - away)
+    direct = RowShares(between=away, inside=1 - away)
     if dispatcher.padded_factor or dispatcher.name == "allgather":
         return RowShares(between=0.0, inside=0.0)  # what travels does not depend on the choices
     if dispatcher.name == "alltoall" or num_nodes == 1:
-        return flat
-    # A gateway passes on every choice of its node, and gets one more row only for a token without an expert there yet.
-    once = away * more_rows_by_node(1 / num_nodes, dispatcher.experts, dispatcher.top_k)
+        return direct
     if dispatcher.name == "flex":
-        return RowShares(between=once, inside=1.0)
-    return RowShares(between=(flat.between + once) / 2, inside=(flat.inside + 1) / 2)
+        return passed_on
+    return RowShares(between=(direct.between + passed_on.between) / 2, inside=(direct.inside + passed_on.inside) / 2)

@@ -8,7 +8,7 @@ chunks reads the experts' weights once more for each further chunk.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from megatron_smartmoe.cost.dispatchers import Dispatcher, DispatcherName
 from megatron_smartmoe.cost.moe_layer import (
@@ -76,11 +76,14 @@ def moe_times(
     launch's, one of the two that are planned, unless a run has another.
     """
     shared = cluster.gpu.ranks_per_device
-    schedule = schedule_of(
-        spec.replicas,
-        expert_shape(model, spec),
-        micro_batches=micro_batches or spec.micro_batches,
-        fetched_early=not spec.overlap_param_gather,
+    schedule, kept = (
+        schedule_of(
+            one.replicas,
+            expert_shape(model, one),
+            micro_batches=micro_batches or spec.micro_batches,
+            fetched_early=not spec.overlap_param_gather,
+        )
+        for one in (spec, replace(spec, replicas="history"))
     )
     levels = [level.ranks for level in layer.levels]
     sender = dispatcher or dispatcher_of(model, spec)
@@ -94,6 +97,7 @@ def moe_times(
             all_to_all_chunks=spec.overlap_degree,
             ranks_per_device=shared,
             replicas=schedule,
+            kept=kept,
             dispatcher=sender,
         )
         for counts in counted

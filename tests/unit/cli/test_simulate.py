@@ -104,13 +104,16 @@ def test_exact_load_replicas_are_perfect(trace: Path, tmp_path: Path) -> None:
 
 
 def test_replicas_that_do_not_pay_are_not_made(trace: Path, tmp_path: Path) -> None:
-    """The price that training applies: a micro-batch of 20,000 tokens does not pay for exact replicas on slow links."""
-    found = {}
+    """The price that training applies: on slow links some exact replicas do not pay. Those that the computation hides
+    cost nothing, whatever the margin."""
+    made, seconds = {}, {}
     arguments = ("--ep", "8", "--spare-slots", "1", "--replicas", "exact", "--cluster", "rtx-4090")
-    for margin in ("0", "1000"):
+    for margin in ("0", "1", "1000"):
         _, content = simulate(trace, tmp_path, *arguments, "--replicas-margin", margin)
-        found[margin] = content["policies"]["smartmoe"]["replicas"]["copies_made"]
-    assert found["1000"] == 0 < found["0"]
+        numbers = content["policies"]["smartmoe"]
+        made[margin], seconds[margin] = numbers["replicas"]["copies_made"], numbers["predicted_layer_ms"]
+    assert 0 < made["1000"] < made["1"] < made["0"]
+    assert seconds["1"] < min(seconds["0"], seconds["1000"])
 
 
 def test_history_pays_once_for_all_micro_batches(trace: Path, tmp_path: Path) -> None:

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 
-from megatron_smartmoe.cost.dispatchers import Dispatcher, DispatcherName, RowShares, rows_of_a_choice
-from megatron_smartmoe.cost.moe_layer import LayerConstants, LayerCounts, LayerFlow, layer_time, on_the_wire
+from megatron_smartmoe.cost.dispatchers import Dispatcher, DispatcherName, RowShares, rows_at_a_rank, rows_of_a_choice
+from megatron_smartmoe.cost.moe_layer import (
+    LayerConstants,
+    LayerCounts,
+    LayerFlow,
+    layer_time,
+    on_the_wire,
+    transfer_price,
+)
+from megatron_smartmoe.cost.replicas import EVERY_MICRO_BATCH
 from megatron_smartmoe.placement.layer_cost import LayerPricing, even_load_s, price_layer
 from megatron_smartmoe.placement.layer_plan import LayerPlan
 from tests.support.distinct_nodes import distinct_groups
@@ -111,3 +120,16 @@ def test_what_does_not_depend_on_choices_is_no_reason_to_move_a_home() -> None:
         for name in ("hierarchical", "flex")
     )
     assert two_hops.between == pytest.approx((0.5 + flex.between) / 2)
+
+
+def test_a_rank_gets_everything_from_inside_in_two_hops() -> None:
+    """What replicas take off the busiest rank; rows from other nodes come through gateways in two of four exchanges."""
+    direct, two_hops = (rows_at_a_rank(Dispatcher(name=name), 4) for name in ("alltoall", "hierarchical"))
+    assert direct == RowShares(between=0.75, inside=0.25)
+    assert two_hops == RowShares(between=0.375, inside=(0.25 + 1) / 2)
+    assert rows_at_a_rank(Dispatcher(name="flex"), 4) == RowShares(between=0.0, inside=1.0)
+    constants = LayerConstants(token_s=1.0, intra_token_s=0.5, inter_gpu_token_s=4.0, inter_replica_s=8.0)
+    price = partial(transfer_price, constants, EVERY_MICRO_BATCH, 100.0, num_nodes=4)
+    # a token of the busiest rank takes 1 + 0.5 x 0.25 + 4 x 0.75 seconds, and in two hops 1 + 0.5 x 0.625 + 4 x 0.375
+    costs = [price(dispatcher=Dispatcher(name=name)).each_tokens for name in ("alltoall", "hierarchical")]
+    assert costs == pytest.approx([8 / 4.125, 8 / 2.8125])
