@@ -19,19 +19,19 @@ from typing import Any
 
 from tqdm import tqdm
 
+from megatron_smartmoe.cli import simulate_routing
 from megatron_smartmoe.cli.kernels import kernels_for
 from megatron_smartmoe.cli.outputs import check_folder, check_plot
 from megatron_smartmoe.cli.policies import own_policy, peer_policy, setup_of
 from megatron_smartmoe.cli.simulate_prices import DEFAULT_CLUSTER, Prices, rank_tokens
 from megatron_smartmoe.cli.simulate_table import Simulated, as_json, as_table
 from megatron_smartmoe.cost.compute import ExpertShape
-from megatron_smartmoe.cost.dispatchers import DISPATCHERS, Dispatcher
 from megatron_smartmoe.errors import ConfigError
 from megatron_smartmoe.simulate.baselines import by_name
 from megatron_smartmoe.simulate.policies import SimulatedPolicy
 from megatron_smartmoe.simulate.run import PolicyResult, SimulationSetup, even_load_s, lower_bounds, replay
 from megatron_smartmoe.spec.cluster import ClusterSpec, load_cluster_spec
-from megatron_smartmoe.spec.model import load_model_spec
+from megatron_smartmoe.spec.model import ModelSpec, load_model_spec
 from megatron_smartmoe.spec.placement import Placement
 from megatron_smartmoe.spec.readers import values
 from megatron_smartmoe.spec.readers.files import Named
@@ -45,7 +45,6 @@ _SETTINGS = ("ep", "spare_slots", "nodes", "homes_interval", "replicas", "warmup
 _MARGIN = "replicas_margin"  # likewise, but files of before it existed lack it: they have the first version's prices
 _GATED = "gated"  # of the model's experts; not an option of its own
 _REPLANS = "replans"  # whether what `auto` planned anew is among the decisions; not so in files of earlier versions
-_DISPATCHER, _TOP_K = "dispatcher", "top_k"  # in the file where the dispatcher is not the all-to-all one
 _MOST_MARGIN = 1000.0
 
 _LEAST = {
@@ -109,10 +108,7 @@ def add_parser(tools: Any) -> None:
     add("--model", type=Path, metavar="YAML", help=text)
     add("--hidden", type=int, help="model hidden size (default: of --model, else 4096)")
     add("--ffn", type=int, help="intermediate size of one expert (default: of --model, else 1536)")
-    text = "--moe-token-dispatcher-type that is priced (default: alltoall, a row for each chosen expert)"
-    add("--dispatcher", choices=DISPATCHERS, default="alltoall", help=text)
-    text = "with --dispatcher allgather or flex: experts of a token (default: of --model, else as the trace says)"
-    add("--top-k", type=int, metavar="K", help=text)
+    simulate_routing.add_arguments(parser)
     add("--json", type=Path, metavar="FILE", help="write the table's numbers as JSON")
     add(
         "--plot", type=Path, metavar="FILE", help="plot the distribution of imbalance of each policy (.svg, .png, .pdf)"
@@ -143,8 +139,9 @@ def run(options: argparse.Namespace) -> int:
         options.trace, num_experts=options.trace_experts, ranks=options.trace_ranks, stages=options.trace_stages
     )
     cluster = load_cluster_spec(Path(options.cluster)) if options.cluster else DEFAULT_CLUSTER
-    priced = _expert_sizes(options)
-    prices = _prices(options, trace, cluster, first_version=saved is not None and _MARGIN not in saved[0])
+    model = load_model_spec(options.model) if options.model else None
+    priced = _expert_sizes(options, model)
+    prices = _prices(options, trace, cluster, model, first_version=saved is not None and _MARGIN not in saved[0])
     setup = _setup(options, trace, prices)
     if options.save_trace:
         trace.save(options.save_trace)
@@ -206,9 +203,8 @@ def _check_outputs(options: argparse.Namespace) -> None:
         raise ConfigError("--save-trace", str(options.save_trace), "must end in .npz", way_out)
 
 
-def _expert_sizes(options: argparse.Namespace) -> str:
+def _expert_sizes(options: argparse.Namespace, model: ModelSpec | None) -> str:
     """Fill in --hidden and --ffn, and say where they are from."""
-    model = load_model_spec(options.model) if options.model else None
     if model is not None:
         options.gated = model.gated
     sizes = {"hidden": model.hidden, "ffn": model.moe.ffn} if model else {"hidden": 4096, "ffn": 1536}
@@ -222,7 +218,14 @@ def _expert_sizes(options: argparse.Namespace) -> str:
     return f"{of}, but --{given[0]}" if given else of
 
 
-def _prices(options: argparse.Namespace, trace: RoutingTrace, cluster: ClusterSpec, *, first_version: bool) -> Prices:
+def _prices(
+    options: argparse.Namespace,
+    trace: RoutingTrace,
+    cluster: ClusterSpec,
+    model: ModelSpec | None,
+    *,
+    first_version: bool,
+) -> Prices:
     """The price list, after the options that decide it are checked."""
     _check_numbers(options)
     num_nodes = options.nodes or (cluster.nodes_of_group(options.ep) if options.cluster else 1)
@@ -232,6 +235,8 @@ def _prices(options: argparse.Namespace, trace: RoutingTrace, cluster: ClusterSp
         )
     return Prices(
         cluster=cluster,
+        dispatcher=simulate_routing.dispatcher_of(options, trace, model, num_nodes),
+        num_groups=simulate_routing.groups_of(options, trace, model),
         expert=ExpertShape(hidden=options.hidden, ffn=options.ffn, gated=options.gated),
         num_ranks=options.ep,
         num_nodes=num_nodes,
@@ -239,25 +244,7 @@ def _prices(options: argparse.Namespace, trace: RoutingTrace, cluster: ClusterSp
         rank_tokens=rank_tokens(trace, options.ep),
         margin=0.0 if first_version else options.replicas_margin,
         first_version=first_version,
-        dispatcher=Dispatcher(name=options.dispatcher, top_k=_top_k(options, trace)),
     )
-
-
-def _top_k(options: argparse.Namespace, trace: RoutingTrace) -> int:
-    """Experts of a token, where the rows of the dispatcher depend on it."""
-    if options.dispatcher == "alltoall":
-        if options.top_k is not None:
-            rule = "decides nothing for --dispatcher alltoall, which sends a row for each chosen expert"
-            raise ConfigError("--top-k", options.top_k, rule, "Remove it, or pass --dispatcher allgather or flex.")
-        return 1
-    if options.top_k is None:
-        options.top_k = load_model_spec(options.model).moe.top_k if options.model else trace.meta.get(_TOP_K)
-    if not isinstance(options.top_k, int):
-        rule = f"is required by --dispatcher {options.dispatcher}: the trace does not say how many experts a token has"
-        raise ConfigError("--top-k", None, rule, "For example: --top-k 8.")
-    if options.top_k > trace.num_experts:
-        raise ConfigError("--top-k", options.top_k, f"must be at most {trace.num_experts}, the experts", "Pass fewer.")
-    return options.top_k
 
 
 def _check_numbers(options: argparse.Namespace) -> None:
@@ -333,10 +320,9 @@ def _decision_lines(
     settings["cluster"] = str(options.cluster) if options.cluster else None
     if not prices.first_version:
         settings |= {_MARGIN: options.replicas_margin, _GATED: options.gated}
+    settings |= simulate_routing.settings(prices.dispatcher, prices.num_groups)
     if options.replans and options.replicas == "auto":
         settings[_REPLANS] = True
-    if options.dispatcher != "alltoall":
-        settings |= {_DISPATCHER: options.dispatcher, _TOP_K: options.top_k}
     header = {"kind": "simulation", "trace": _digest(trace), **settings}
     decisions = [
         decision
@@ -379,12 +365,7 @@ def _read_decisions(options: argparse.Namespace) -> list[dict[str, Any]]:
             raise ConfigError(field, margin, f"must be from 0 to {_MOST_MARGIN:,.0f}", "Make the file again.")
         options.replicas_margin, options.gated = float(margin), lines[0].get(_GATED, True) is not False
     options.replans = lines[0].get(_REPLANS, False) is True
-    options.dispatcher, options.top_k = lines[0].get(_DISPATCHER, "alltoall"), None
-    if options.dispatcher not in DISPATCHERS:
-        rule = f"must be one of {', '.join(DISPATCHERS)}"
-        raise ConfigError(f"{named.at(1)}: {_DISPATCHER}", options.dispatcher, rule, "Make the file again.")
-    if options.dispatcher != "alltoall":
-        options.top_k = _setting(lines[0].get(_TOP_K), _TOP_K, f"{named.at(1)}: {_TOP_K}")
+    simulate_routing.take(lines[0], options, f"{named.at(1)}: ")
     options.policy, options.model = "smartmoe", None
     return lines
 

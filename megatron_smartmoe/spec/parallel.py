@@ -20,8 +20,8 @@ Replicas = Literal["off", "history", "exact", "auto"]
 Precision = Literal["bf16", "fp32"]
 Implementation = Literal["transformer_engine", "local"]
 Dispatch = Literal["flat", "hierarchical"]
-FLAT: Dispatch = "flat"
-HIERARCHICAL: Dispatch = "hierarchical"
+FLAT: Literal["flat"] = "flat"
+HIERARCHICAL: Literal["hierarchical"] = "hierarchical"
 DISPATCHES: tuple[Dispatch, ...] = (FLAT, HIERARCHICAL)
 
 

@@ -27,7 +27,7 @@ from megatron_smartmoe.adapter.cost_inputs import (
     model_of_run,
     nodes_of_group,
     replica_options,
-    replica_price_tokens,
+    replica_price,
 )
 from megatron_smartmoe.adapter.flags.pool_settings import settings_of_pool, starting_setting
 from megatron_smartmoe.adapter.hooks import Callback, Order
@@ -223,7 +223,7 @@ def _prices(args: Namespace, num_layers: int, *, homes_move: bool) -> PoolPrices
         micro_batches=micro_batches,
         layers_in_a_row=num_layers / spec.pp * in_a_row,
         replica=replica_options(args),
-        exact_price_tokens=replica_price_tokens(args, "exact"),
+        exact_price=replica_price(args, "exact"),
         homes=homes_options(args),
         homes_move=homes_move,
         dispatcher=dispatcher_of(args),
