@@ -58,6 +58,7 @@ _LEAST = {
     "warmup": 0,
     "hidden": 1,
     "ffn": 1,
+    "top_k": 1,
 }
 
 _MOST = {"ep": 65_536, "nodes": 65_536, "trace_experts": 65_536, "spare_slots": 1000}  # a typing error beyond these
@@ -232,11 +233,10 @@ def _prices(
         raise ConfigError(
             "--nodes", num_nodes, f"must divide --ep {options.ep}", "Every node has as many ranks: --nodes 1."
         )
-    dispatch, num_groups = simulate_routing.routing_of(options, trace, model, num_nodes)
     return Prices(
         cluster=cluster,
-        dispatch=dispatch,
-        num_groups=num_groups,
+        dispatcher=simulate_routing.dispatcher_of(options, trace, model, num_nodes),
+        num_groups=simulate_routing.groups_of(options, trace, model),
         expert=ExpertShape(hidden=options.hidden, ffn=options.ffn, gated=options.gated),
         num_ranks=options.ep,
         num_nodes=num_nodes,
@@ -320,7 +320,7 @@ def _decision_lines(
     settings["cluster"] = str(options.cluster) if options.cluster else None
     if not prices.first_version:
         settings |= {_MARGIN: options.replicas_margin, _GATED: options.gated}
-    settings |= simulate_routing.settings(prices.dispatch, prices.num_groups)
+    settings |= simulate_routing.settings(prices.dispatcher, prices.num_groups)
     if options.replans and options.replicas == "auto":
         settings[_REPLANS] = True
     header = {"kind": "simulation", "trace": _digest(trace), **settings}

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 
 from megatron_smartmoe.cli.simulate_prices import Prices
+from megatron_smartmoe.cost.dispatchers import ALL_TO_ALL
 from megatron_smartmoe.placement.decisions import Decision
 from megatron_smartmoe.placement.homes_planner import ReplicaMode
 from megatron_smartmoe.placement.routing_groups import explain
 from megatron_smartmoe.simulate.run import PolicyResult, SimulationSetup, left_out
 from megatron_smartmoe.spec.arrays import FloatArray
-from megatron_smartmoe.spec.parallel import FLAT
 from megatron_smartmoe.spec.trace import RoutingTrace
 
 _QUANTILES = {"p50": 0.5, "p95": 0.95, "p99": 0.99}
@@ -69,9 +69,10 @@ def as_json(simulated: Simulated) -> dict[str, Any]:
             "hidden": prices.expert.hidden,
             "ffn": prices.expert.ffn,
             "micro_batches": prices.micro_batches,
+            "dispatcher": prices.dispatcher.name,
             "replicas": simulated.replicas,
             "replicas_margin": prices.margin,
-            "replica_tokens": {mode: prices.replica_tokens(mode) for mode in ("history", "exact")},
+            "replica_tokens": {mode: prices.replica_price(mode).each_tokens for mode in ("history", "exact")},
         },
         "lower_bound": {"mean": float(simulated.bounds.mean()), "worst": float(simulated.bounds.max())},
         "even_load_ms": even_s * 1e3,
@@ -144,17 +145,17 @@ def _prices(simulated: Simulated) -> list[str]:
         f"times: cluster {prices.cluster.name}; experts {prices.expert.hidden} x {prices.expert.ffn} "
         f"({simulated.priced}); {per_record}"
     ]
+    if prices.dispatcher != ALL_TO_ALL:
+        lines.append(f"dispatcher {prices.dispatcher.name}, {_number(prices.dispatcher.top_k, 'expert')} a token")
     if simulated.setup.spare_slots and any(result.name == "smartmoe" for result in simulated.results):
         mode = simulated.replicas
-        tokens = prices.replica_tokens("exact" if mode == "exact" else "history")
+        tokens = prices.replica_price("exact" if mode == "exact" else "history").each_tokens
         per = "micro-batch" if mode == "exact" else "record"
-        anew = f" ({prices.replica_tokens('exact'):,.0f} a micro-batch)" if mode == "auto" else ""
+        anew = f" ({prices.replica_price('exact').each_tokens:,.0f} a micro-batch)" if mode == "auto" else ""
         lines.append(
             f"smartmoe: replicas {mode}; one pays off above {tokens:,.0f} tokens a {per}{anew} taken from the busiest "
             f"rank (margin {prices.margin:g})"
         )
-    if prices.dispatch.name != FLAT:
-        lines.append(f"dispatch: {prices.dispatch.name}, {prices.dispatch.top_k} experts a token")
     if prices.num_groups > 1 and (nodes := prices.balanced_nodes) > 1:
         moves = explain(prices.num_ranks, nodes, prices.num_groups)
         lines.append(f"smartmoe: group-limited routing ({prices.num_groups} groups, {nodes} nodes): {moves}")

@@ -27,6 +27,8 @@ SWITCHES = "tests/dist/test_pool.py::test_switching_changes_no_loss"
 TWO_HOPS = "tests/dist/test_hierarchical_dispatch.py::test_a_training_has_the_losses_of_a_flat_dispatch"
 BLOCKS = "tests/dist/test_prediction_blocks.py"
 SLOTS = "tests/dist/test_physical_slots.py::test_losses_and_balance"
+HALVES = "tests/dist/test_physical_slots.py::test_expert_tensor_parallelism"
+GPT_OSS = "tests/dist/test_gpt_oss.py"
 BATCHES = "tests/dist/test_batch_overlap.py"
 OPTIMIZERS = "tests/dist/test_optimizers.py"
 
@@ -107,7 +109,7 @@ SECTIONS: dict[str, list[Row]] = {
         ),
         Row(
             flags="--expert-tensor-parallel-size 2",
-            tests={CHUNKS: _pieces("ETP2xEP2")},
+            tests={HOMES: HALVES, REPLICAS: HALVES, CHUNKS: _pieces("ETP2xEP2")},
             otherwise=f"{NO_TEST}; without it experts are split as --tensor-model-parallel-size says, which is trained",
             needs="--tensor-model-parallel-size 2 --sequence-parallel",
         ),
@@ -181,7 +183,14 @@ SECTIONS: dict[str, list[Row]] = {
         ),
         Row(flags="--moe-shared-expert-gate", needs="--moe-shared-expert-intermediate-size 64"),
         Row(flags="--moe-latent-size 32"),
-        Row(flags="--moe-mlp-glu-interleave-size 16", otherwise=TRANSFORMER_ENGINE),
+        Row(
+            flags="--quick-geglu",  # with biases, clamped and with an offset: gpt-oss's experts
+            tests={
+                HOMES: f"{GPT_OSS}::test_homes_move_bit_for_bit",
+                REPLICAS: f"{GPT_OSS}::test_replicas_change_no_loss",
+            },
+        ),
+        Row(flags="--moe-mlp-glu-interleave-size 16"),
         Row(flags="--moe-use-upcycling"),
     ],
     "Router": [
@@ -341,6 +350,11 @@ SECTIONS: dict[str, list[Row]] = {
         ),
         Row(flags="--moe-paged-stash", otherwise=TRANSFORMER_ENGINE),
         Row(flags="--cuda-graph-impl transformer_engine --cuda-graph-modules attn", otherwise=GPU, needs=_TE),
+        Row(
+            flags="--cuda-graph-modules attn moe_router",
+            otherwise=f"{GPU}; a replay's tokens are counted in `tests/megatron/test_graphed_router.py`",
+            needs=f"{_TE} --cuda-graph-impl transformer_engine",
+        ),
         Row(
             flags="--cuda-graph-impl local",
             otherwise=GPU,
