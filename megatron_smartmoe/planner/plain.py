@@ -9,9 +9,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from megatron_smartmoe.errors import ConfigError
 from megatron_smartmoe.planner.pricing import Launch, Pricing
-from megatron_smartmoe.planner.search import Ranking, SearchResult, search, seconds_of
+from megatron_smartmoe.planner.search import Ranking, SearchResult, find, nothing_fits, seconds_of
 from megatron_smartmoe.planner.space import SpaceOptions
 from megatron_smartmoe.spec.parallel import FLAT
 
@@ -39,17 +38,15 @@ def search_beside_plain(
     Raises:
         ConfigError: nothing fits.
     """
-    # Step 1: both spaces; what fits in one of them may fit in one only.
-    try:
-        plain = search(pricing, gpus, plain_space(options), limit=1, rank=rank)
-    except ConfigError:
-        return search(pricing, gpus, options, limit=limit, rank=rank), None
-    launch = plain.best[0]
-    try:
-        found = search(pricing, gpus, options, limit=limit, rank=rank)
-    except ConfigError:
-        return plain, launch
+    # Step 1: both spaces; what fits in one of them may not fit in the other.
+    found = find(pricing, gpus, options, limit=limit, rank=rank)
+    alone = find(pricing, gpus, plain_space(options), limit=1, rank=rank)
+    if not found.best and not alone.best:
+        raise nothing_fits(pricing, gpus, options, found.rejected)
+    if not alone.best:
+        return found, None
+    plain = alone.best[0]
     # Step 2: put the plain launch where it belongs; of two that are as fast, the plain one comes first.
-    others = [one for one in found.best if one.spec != launch.spec]
-    best = sorted([launch, *others], key=lambda one: seconds_of(one, rank))[:limit]
-    return replace(found, best=best, priced=found.priced + plain.priced, seconds=found.seconds + plain.seconds), launch
+    others = [one for one in found.best if one.spec != plain.spec]
+    best = sorted([plain, *others], key=lambda one: seconds_of(one, rank))[:limit]
+    return replace(found, best=best, priced=found.priced + alone.priced, seconds=found.seconds + alone.seconds), plain
