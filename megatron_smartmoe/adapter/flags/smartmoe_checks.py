@@ -74,7 +74,6 @@ _NOT_WITH_TE_REPLICAS = {
 _NOT_IN_TWO_HOPS = {
     "--moe-pad-expert-input-to-capacity": "only Megatron's own dispatcher pads",
     "--moe-router-padding-for-quantization": "only Megatron's own dispatcher pads",
-    "--overlap-moe-expert-parallel-comm": "two hops have not been tested in its schedule",
 }
 _UNSCALED_TYPES = ("fp32", "bf16")  # of the precision-aware optimizer's state
 _SCALED_STATE = "a scale is kept for a whole shard, and experts that move would be rounded by one another's"
