@@ -216,8 +216,8 @@ class SlottedExperts(MegatronModule):
             output_NH = grouped_linear(self._activate(inner_NF, probs_N), weight2, slots, self._taker(weight2))
         if bias2 is None:
             return output_NH
-        bias_NH = bias_of_rows(bias2, slots, len(output_NH))  # the router's probability is in the activation already
-        return (output_NH + bias_NH * probs_N.unsqueeze(-1)).to(output_NH.dtype)
+        bias_NH = bias_of_rows(bias2, slots, len(output_NH), probs_N)  # the rest has the probability already
+        return (output_NH + bias_NH).to(output_NH.dtype)
 
     def _taker(self, weight: torch.Tensor) -> Taker | None:
         """Who computes the weight's gradient, where it is not autograd."""
