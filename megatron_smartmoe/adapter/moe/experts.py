@@ -71,8 +71,8 @@ class SlottedExperts(MegatronModule):
     Attributes:
         weight1: `[S, F1, H]`.
         weight2: `[S, H, F2]`.
-        biases1: with `bias` `[S, 1, F1]`; None without --add-bias-linear.
-        biases2: with `bias` `[S, 1, H]`; None without --add-bias-linear.
+        biases1: with `bias` `[S, 1, F1]`; None with --disable-bias-linear.
+        biases2: with `bias` `[S, 1, H]`; None with --disable-bias-linear.
         experts_in_slots: logical expert in each home slot; at the start those of a contiguous placement.
         accumulates: whether gradients are added to float32 sums where the weights have some; see `main_gradients`.
         spare_slots: slots for replicas of other ranks' experts, or None. They are not parameters and are never saved.
