@@ -28,6 +28,7 @@ from megatron_smartmoe.cli.simulate_table import Simulated, as_json, as_table
 from megatron_smartmoe.cost.compute import ExpertShape
 from megatron_smartmoe.errors import ConfigError
 from megatron_smartmoe.simulate.baselines import by_name
+from megatron_smartmoe.simulate.limit import limits_s
 from megatron_smartmoe.simulate.policies import SimulatedPolicy
 from megatron_smartmoe.simulate.run import PolicyResult, SimulationSetup, even_load_s, lower_bounds, replay
 from megatron_smartmoe.spec.cluster import ClusterSpec, load_cluster_spec
@@ -154,6 +155,7 @@ def run(options: argparse.Namespace) -> int:
         results=results,
         bounds=lower_bounds(trace, setup),
         even_s=even_load_s(trace, setup),
+        limit_s=limits_s(trace, setup),
         setup=setup,
         trace=trace,
         prices=prices,

@@ -29,6 +29,7 @@ class Simulated:
         results: one per policy.
         bounds: the imbalance that no placement can beat, by record, layer, group and micro-batch.
         even_s: predicted seconds of each of them under an even load.
+        limit_s: predicted seconds of each of them that no plan can beat; see `simulate.limit`.
         setup: ranks and slots.
         trace: what was replayed.
         prices: cluster and expert.
@@ -39,6 +40,7 @@ class Simulated:
     results: Sequence[PolicyResult]
     bounds: FloatArray
     even_s: FloatArray
+    limit_s: FloatArray
     setup: SimulationSetup
     trace: RoutingTrace
     prices: Prices
@@ -54,7 +56,7 @@ class Simulated:
 def as_json(simulated: Simulated) -> dict[str, Any]:
     """The table's numbers by policy."""
     setup, trace, prices = simulated.setup, simulated.trace, simulated.prices
-    even_s = float(simulated.even_s.mean())
+    even_s, limit_s = float(simulated.even_s.mean()), float(simulated.limit_s.mean())
     return {
         "ep": setup.num_ranks,
         "spare_slots": setup.spare_slots,
@@ -76,12 +78,13 @@ def as_json(simulated: Simulated) -> dict[str, Any]:
         },
         "lower_bound": {"mean": float(simulated.bounds.mean()), "worst": float(simulated.bounds.max())},
         "even_load_ms": even_s * 1e3,
+        "limit_ms": limit_s * 1e3,
         "fastest": simulated.by_time[0].name,
-        "policies": {result.name: _numbers(result, setup, even_s) for result in simulated.results},
+        "policies": {result.name: _numbers(result, setup, even_s, limit_s) for result in simulated.results},
     }
 
 
-def _numbers(result: PolicyResult, setup: SimulationSetup, even_s: float) -> dict[str, Any]:
+def _numbers(result: PolicyResult, setup: SimulationSetup, even_s: float, limit_s: float) -> dict[str, Any]:
     stats, imbalance = result.stats, result.imbalance
     quantiles = {name: float(np.quantile(imbalance, q)) for name, q in _QUANTILES.items()}
     numbers: dict[str, Any] = {
@@ -97,6 +100,7 @@ def _numbers(result: PolicyResult, setup: SimulationSetup, even_s: float) -> dic
         "migration_ms": float(result.moving_s.mean() * 1e3),
         "predicted_total_ms": result.total_s * 1e3,
         "share_of_even_load": even_s / result.total_s if result.total_s else 1.0,
+        "share_of_limit": limit_s / result.total_s if result.total_s else 1.0,
     }
     if stats.forecast_errors:
         numbers["forecast_error"] = float(np.mean(stats.forecast_errors))
@@ -185,12 +189,12 @@ def _table(content: Mapping[str, Any]) -> list[str]:
         "homes": ["moved", "GB"],
         "replicas": ["made", "slots changed"],
         "planning": ["ms a layer"],
-        "ms a layer and micro-batch": ["layer", "moves", "both", "of even load"],
+        "ms a layer and micro-batch": ["layer", "moves", "both", "of even load", "of limit"],
     }
     rows = [[[name], *_row(numbers)] for name, numbers in content["policies"].items()]
-    even, bound = content["even_load_ms"], content["lower_bound"]
+    even, limit, bound = content["even_load_ms"], content["limit_ms"], content["lower_bound"]
     rows.append([["lower bound"], [f"{bound['mean']:.4f}", "", "", "", f"{bound['worst']:.3f}"], *_blank(groups, 2)])
-    last = [f"{even:.3f}", "", f"{even:.3f}", "100.0%"]
+    last = [f"{even:.3f}", "", f"{even:.3f}", "100.0%", f"{limit / even:.1%}" if even else "100.0%"]
     rows.append([["even load"], ["1.0000", "", "", "", "1.000"], *_blank(groups, 2)[:-1], last])
     # Step 1: the width of every column, and of every group, which its name may widen.
     names = list(groups.values())
@@ -218,6 +222,7 @@ def _row(numbers: Mapping[str, Any]) -> list[list[str]]:
             f"{numbers['migration_ms']:.3f}",
             f"{numbers['predicted_total_ms']:.3f}",
             f"{numbers['share_of_even_load']:.1%}",
+            f"{numbers['share_of_limit']:.1%}",
         ],
     ]
 
@@ -247,7 +252,10 @@ def _verdicts(simulated: Simulated, content: Mapping[str, Any]) -> list[str]:
     )
     if others:
         line += f"; next: {others[0].name}, {others[0].total_s / first.total_s - 1:+.1%}"
-    lines = [line]
+    limit = content["limit_ms"]
+    share = content["even_load_ms"] / limit if limit else 1.0
+    bound = f"limit: {limit:.3f} ms, {share:.1%} of an even load's speed: no plan computes and sends replicas in less"
+    lines = [line, bound]
     for name, numbers in content["policies"].items():
         if "forecast_error" in numbers:
             share = numbers["forecast_error"]

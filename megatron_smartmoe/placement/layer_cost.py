@@ -139,10 +139,15 @@ def even_load_s(num_tokens: float, num_experts: int, pricing: LayerPricing) -> f
     No replica is needed then, so none is paid for. It is the force-balanced run that users compare with
     (Megatron's --moe-router-force-load-balancing), not a bound: tokens that stay on their rank would be faster still.
     """
+    flow = even_load(num_tokens, num_experts, pricing)
+    return layer_time(flow, pricing.constants, dispatcher=pricing.dispatcher).total_s
+
+
+def even_load(num_tokens: float, num_experts: int, pricing: LayerPricing) -> LayerFlow:
+    """The flow of that layer."""
     counts_RE = np.full((pricing.num_ranks, num_experts), num_tokens / (pricing.num_ranks * num_experts))
     homes_RS = np.arange(num_experts).reshape(pricing.num_ranks, -1)
-    flow = LayerFlow.equal_split(counts_RE, homes_RS, pricing.num_nodes)
-    return layer_time(flow, pricing.constants, dispatcher=pricing.dispatcher).total_s
+    return LayerFlow.equal_split(counts_RE, homes_RS, pricing.num_nodes)
 
 
 def relayed_flow(
