@@ -55,8 +55,9 @@ def limits_s(trace: RoutingTrace, setup: SimulationSetup) -> FloatArray:
             if not (tokens := int(counts_RE.sum())):
                 continue
             if tokens not in even:
-                flow = even_load(tokens, trace.num_experts, setup.pricing)
-                even[tokens] = LayerCounts.of(on_the_wire(flow, setup.dispatcher), levels)
+                even[tokens] = LayerCounts.of(
+                    on_the_wire(even_load(tokens, trace.num_experts, setup.pricing), setup.pricing.dispatcher), levels
+                )
             found.append(min(limit_s(counts_RE, setup.spare_slots, each, even[tokens]) for each in prices))
     return np.array(found)
 
