@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 
+from megatron_smartmoe.cost.fitted import Count, Part
 from megatron_smartmoe.spec.trace import RoutingTrace
 from tests.support.checks import Case, said_of
 
@@ -222,6 +226,24 @@ CASES = {
         says="--smartmoe-record-micro-batches = True: says how --smartmoe-record-trace records, which is not given. "
         "Add --smartmoe-record-trace FILE, or remove it.",
     ),
+    "an ideal run that measured nothing": Case(
+        flags="--smartmoe-ideal-run {data}",
+        says="--smartmoe-ideal-run = '{data}': has no account.jsonl with measured steps. Name the directory of a run "
+        "with --moe-router-force-load-balancing, or remove the flag.",
+    ),
+    "an ideal run of another launch": Case(
+        flags="--smartmoe-ideal-run {data}/ideal",
+        says="--smartmoe-ideal-run = '{data}/ideal': has 2 ranks, and this run 1. Name the force-balanced run of this "
+        "launch, or remove the flag.",
+    ),
+    "an ideal run without an account of this one": Case(
+        flags="--smartmoe-ideal-run {data}/ideal --smartmoe-account off",
+        says="--smartmoe-ideal-run = '{data}/ideal': needs --smartmoe-account on, which measures this run. Pass "
+        "--smartmoe-account on.",
+    ),
+    "an ideal run of this launch": Case(
+        flags="--smartmoe-ideal-run {data}/ideal --expert-model-parallel-size 2", ranks=2, verdict=True
+    ),
     "no trace": Case(
         flags="--smartmoe-replay-trace nowhere.npz",
         says="--smartmoe-replay-trace = 'nowhere.npz': does not exist. Give an .npz trace, Megatron's trace "
@@ -251,6 +273,15 @@ CASES = {
 }
 
 
+def write_account(run: Path, *, ranks: int, micro_batches: int) -> None:
+    """A run directory with one measured step."""
+    header = {"version": 1, "basis": "cpu", "stages": [0] * ranks, "micro_batches": micro_batches, "virtual": 1}
+    zeros = {"seconds": [[0.0] * len(Part)] * ranks, "counts": [[0.0] * len(Count)] * ranks}
+    run.mkdir()
+    lines = [header, {"iteration": 1, "iterations": 1, **zeros}]
+    (run / "account.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
 @pytest.fixture(scope="module")
 def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str | None]:
     data = tmp_path_factory.mktemp("checks")
@@ -259,6 +290,7 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str | None]:
         RoutingTrace(counts=counts, iteration=np.zeros(1, np.int64), layer=np.zeros(1, np.int64)).save(
             data / f"{name}.npz"
         )
+    write_account(data / "ideal", ranks=2, micro_batches=2)
     return said_of(CASES, data)
 
 

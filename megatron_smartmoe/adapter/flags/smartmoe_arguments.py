@@ -28,6 +28,7 @@ SWITCH = ("on", "off")
 
 REHEARSAL = "--smartmoe-rehearsal"
 ACCOUNT = "--smartmoe-account"
+IDEAL_RUN = "--smartmoe-ideal-run"
 WATCHDOG = "--smartmoe-watchdog"
 WATCHDOG_FLOOR = "--smartmoe-watchdog-floor-s"
 WATCHDOG_FLOOR_S = 8.0  # with the median step: twice what busy machines were seen to need
@@ -176,6 +177,14 @@ def add_smartmoe_arguments(parser: argparse.ArgumentParser) -> argparse.Argument
         "memory, write the same to TensorBoard and W&B, and keep the measurements in account.jsonl for smartmoe "
         "report. It changes nothing that is trained, and works without --smartmoe too. off: measure nothing. "
         "Default: on.",
+    )
+    group.add_argument(
+        IDEAL_RUN,
+        metavar="RUN",
+        default=None,
+        help="Run directory of a run of this launch with --moe-router-force-load-balancing, --smartmoe-homes off and "
+        "no spare slots: the summary at the end then has the share of its speed that was reached, and what is not "
+        "explained. smartmoe report --ideal RUN does the same afterwards. Default: none.",
     )
     _add_watchdog(group)
     _add_checkpoints(group)

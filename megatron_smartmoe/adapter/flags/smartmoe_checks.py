@@ -12,7 +12,9 @@ from megatron_smartmoe.adapter.flags.gate_checks import check_gate
 from megatron_smartmoe.adapter.flags.parser import attribute, has_transformer_engine
 from megatron_smartmoe.adapter.flags.pool_settings import homes_interval, may_overlap, settings_of_pool
 from megatron_smartmoe.adapter.flags.smartmoe_arguments import (
+    ACCOUNT,
     AUTO,
+    IDEAL_RUN,
     POOL,
     POOL_INTERVAL,
     RECORD_MICRO_BATCHES,
@@ -24,6 +26,7 @@ from megatron_smartmoe.adapter.local.muon import OPTIMIZERS as EMERGING_OPTIMIZE
 from megatron_smartmoe.errors import ConfigError
 from megatron_smartmoe.planner.flags import DISPATCH, OVERLAP_DEGREE, SPARE_SLOTS
 from megatron_smartmoe.planner.pool import PoolSetting
+from megatron_smartmoe.report.account import read_steps
 from megatron_smartmoe.spec.cluster import load_cluster_spec
 from megatron_smartmoe.spec.parallel import FLAT, HIERARCHICAL
 from megatron_smartmoe.spec.trace import load_trace
@@ -91,6 +94,7 @@ def check_smartmoe(args: argparse.Namespace, *, cpu: bool) -> None:
     """
     _check_watchdog(args)
     _check_traces(args)
+    _check_ideal_run(args)
     _check_resume(args)
     _check_replicas(args)
     _check_overlap(args)
@@ -209,6 +213,33 @@ def _check_traces(args: argparse.Namespace) -> None:
     if args.moe_expert_capacity_factor is not None or args.moe_pad_expert_input_to_capacity:
         rule = "is not supported with --smartmoe-replay-trace, which replays assignments before any are dropped"
         raise ConfigError("--moe-expert-capacity-factor", args.moe_expert_capacity_factor, rule, _REMOVE_ONE)
+
+
+def _check_ideal_run(args: argparse.Namespace) -> None:
+    """The force-balanced run has measured steps, of as many ranks, stages and micro-batches."""
+    name = args.smartmoe_ideal_run
+    if name is None:
+        return
+    _needs_experts(args, IDEAL_RUN, name)
+    if args.smartmoe_account == "off":
+        raise ConfigError(IDEAL_RUN, name, f"needs {ACCOUNT} on, which measures this run", f"Pass {ACCOUNT} on.")
+    steps = read_steps(Path(name))
+    if steps is None:
+        way_out = "Name the directory of a run with --moe-router-force-load-balancing, or remove the flag."
+        raise ConfigError(IDEAL_RUN, name, "has no account.jsonl with measured steps", way_out)
+    ideal, stages = steps.record, args.pipeline_model_parallel_size
+    in_batch = args.micro_batch_size * max(
+        1, args.world_size // (args.tensor_model_parallel_size * stages * args.context_parallel_size)
+    )
+    sizes = {
+        "ranks": (len(ideal.stage_R), args.world_size),
+        "pipeline stages": (int(ideal.stage_R.max()) + 1, stages),
+        "micro-batches": (ideal.micro_batches, (args.global_batch_size or in_batch) // in_batch),
+    }
+    for what, (there, here) in sizes.items():
+        if there != here:
+            rule = f"has {there} {what}, and this run {here}"
+            raise ConfigError(IDEAL_RUN, name, rule, "Name the force-balanced run of this launch, or remove the flag.")
 
 
 def _check_experts(args: argparse.Namespace, *, cpu: bool) -> None:
