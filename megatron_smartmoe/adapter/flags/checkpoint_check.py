@@ -174,7 +174,7 @@ def _check_zero_experts(args: argparse.Namespace, saved: argparse.Namespace, fol
     """Experts that cost nothing have rows in the router, which a checkpoint with others does not fit."""
     if not args.smartmoe_gate == getattr(saved, "smartmoe_gate", TOP_K) == "moe++":
         return
-    here, there = args.smartmoe_zero_experts, getattr(saved, attribute(ZERO_EXPERTS))
+    here, there = args.smartmoe_zero_experts, getattr(saved, attribute(ZERO_EXPERTS), args.smartmoe_zero_experts)
     if here != there:
         rule = f"the routers in {folder} have rows for {there}"
         raise ConfigError(ZERO_EXPERTS, here, rule, f"Pass {ZERO_EXPERTS} {there}.")
