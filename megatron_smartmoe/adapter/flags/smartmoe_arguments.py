@@ -9,6 +9,7 @@ from megatron_smartmoe.adapter.gates.table import (
     GATES,
     OUTGOING,
     OUTGOING_DEFAULT,
+    RESIDUALS,
     TAU_DEFAULT,
     TOP_K,
     ZERO_EXPERTS,
@@ -120,6 +121,13 @@ def add_smartmoe_arguments(parser: argparse.ArgumentParser) -> argparse.Argument
         default=TAU_DEFAULT,
         help=f"With {GATE} moe++: weight of the experts that cost nothing in the loss; the lower, the more tokens take "
         f"them. Above 0. Default: {TAU_DEFAULT}.",
+    )
+    group.add_argument(
+        RESIDUALS,
+        choices=("on", "off"),
+        default="on",
+        help=f"With {GATE} moe++: whether a router adds the scores of the MoE layer before, times a trained matrix, to "
+        "its own. Each pipeline stage begins anew. Default: on, as in the paper.",
     )
     group.add_argument(
         OVERLAP_DEGREE,
