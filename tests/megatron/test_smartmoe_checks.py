@@ -92,12 +92,16 @@ CASES = {
         flags=f"{ON_GPUS} {TE_REPLICAS} --bf16 --fp8-format e4m3 --fp8-recipe blockwise", ranks=2, te=True, cpu=False
     ),
     "TransformerEngine's experts with replicas and late weight gradients": Case(
+        flags=f"{ON_GPUS} {TE_REPLICAS} --delay-wgrad-compute", ranks=2, te=True, cpu=False
+    ),
+    "replicas of TransformerEngine, biases and late weight gradients": Case(
         flags=f"{ON_GPUS} {TE_REPLICAS} --delay-wgrad-compute",
+        without=("--disable-bias-linear",),
         ranks=2,
         te=True,
         cpu=False,
-        says="--delay-wgrad-compute = True: is not supported with --smartmoe-spare-slots and --smartmoe-experts "
-        "transformer_engine: the weight gradients of replicas are sent home in the backward pass. Remove it, or "
+        says="--delay-wgrad-compute = True: is not supported with --smartmoe-spare-slots and biases: "
+        "TransformerEngine computes the gradients of biases with those of weights, later. Remove it, or "
         "--smartmoe-spare-slots.",
     ),
     "replicas and biases of experts": Case(
@@ -106,8 +110,6 @@ CASES = {
         ranks=2,
         te=True,
         cpu=False,
-        says="--disable-bias-linear = False: is required with --smartmoe-spare-slots: replicas have no biases. Add "
-        "--disable-bias-linear.",
     ),
     "replicas and a history of scales": Case(
         flags=f"{ON_GPUS} {TE_REPLICAS} --smartmoe-homes off --bf16 --fp8-format hybrid --fp8-recipe delayed",
@@ -150,8 +152,8 @@ CASES = {
     ),
     "CUDA graphs": Case(
         flags="--smartmoe --cuda-graph-impl local",
-        says="--cuda-graph-impl = 'local': is not supported with --smartmoe: its dispatcher runs in no CUDA graph yet. "
-        "Add --cuda-graph-modules attn, or remove it.",
+        says="--cuda-graph-impl = 'local': is not supported with --smartmoe, but for attention and the router: behind "
+        "it the host waits for the counts of all ranks. Add --cuda-graph-modules attn moe_router, or remove it.",
     ),
     "CUDA graphs of attention": Case(
         flags=f"--smartmoe {TE} --cuda-graph-impl transformer_engine --cuda-graph-modules attn", te=True
@@ -159,14 +161,34 @@ CASES = {
     "CUDA graphs of attention and router": Case(
         flags=f"--smartmoe {TE} --cuda-graph-impl transformer_engine --cuda-graph-modules attn moe_router",
         te=True,
-        says="--cuda-graph-impl = 'transformer_engine': is not supported with --smartmoe: its dispatcher runs in no "
-        "CUDA graph yet. Add --cuda-graph-modules attn, or remove it.",
     ),
-    "biases": Case(
-        flags="--smartmoe",
-        without=("--disable-bias-linear",),
-        says="--disable-bias-linear = False: is required: --smartmoe-experts grouped_mm has no biases. Add "
-        "--disable-bias-linear.",
+    "CUDA graphs of the preprocessing": Case(
+        flags=f"--smartmoe {TE} --cuda-graph-impl transformer_engine --cuda-graph-modules moe_router moe_preprocess",
+        te=True,
+        says="--cuda-graph-impl = 'transformer_engine': is not supported with --smartmoe, but for attention and the "
+        "router: behind it the host waits for the counts of all ranks. Add --cuda-graph-modules attn moe_router, or "
+        "remove it.",
+    ),
+    "CUDA graphs of the router and two micro-batches at a time": Case(
+        flags=f"--smartmoe {TE} --cuda-graph-impl transformer_engine --cuda-graph-modules attn moe_router --bf16 "
+        "--overlap-moe-expert-parallel-comm --expert-model-parallel-size 2",
+        ranks=2,
+        te=True,
+        says="--overlap-moe-expert-parallel-comm = True: is not supported with --cuda-graph-modules moe_router: its "
+        "schedule calls no layer whose tokens could be counted. Pass --cuda-graph-modules attn.",
+    ),
+    "biases": Case(flags="--smartmoe", without=("--disable-bias-linear",)),
+    "interleaved gate and linear rows": Case(flags="--smartmoe --moe-mlp-glu-interleave-size 8"),
+    "blocks of gate and linear rows that are not whole": Case(
+        flags="--smartmoe --moe-mlp-glu-interleave-size 36",
+        says="--moe-mlp-glu-interleave-size = 36: must divide 96, the inner size of an expert on a rank. Pass 16 or "
+        "32, for example, or remove it.",
+    ),
+    "interleaved rows without a gate": Case(
+        flags="--smartmoe --moe-mlp-glu-interleave-size 8",
+        without=("--swiglu",),
+        says="--moe-mlp-glu-interleave-size = 8: needs a gated activation. Add --swiglu or --quick-geglu, or remove "
+        "it.",
     ),
     "fp8": Case(
         flags=f"--smartmoe {TE} --fp8-format hybrid",

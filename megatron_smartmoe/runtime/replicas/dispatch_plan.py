@@ -17,12 +17,14 @@ import numpy as np
 import torch
 
 from megatron_smartmoe import ops
+from megatron_smartmoe.cost.replicas import FREE_TRANSFERS, TransferPrice
 from megatron_smartmoe.placement.replan import ReplanOptions, planned_anew
 from megatron_smartmoe.runtime.replicas.split import (
     BALANCED,
     Replica,
     exact_slots,
     homes_only,
+    price_tensor,
     replicas_of,
     segment_shifts,
     split_tokens,
@@ -39,13 +41,13 @@ class ExactOptions:
     Attributes:
         used_slots: spare slots of a rank that are used; the others stay empty.
         num_nodes: nodes of the group; a replica stays on its home's node. 1 lets it go anywhere.
-        price_tokens: see `placement.paying_replicas.without_losing_replicas`.
+        price: see `placement.paying_replicas.without_losing_replicas`; the trees are those of the view's nodes.
         limit: no replica is made while max / mean tokens per rank of the homes alone are at most this.
     """
 
     used_slots: int
     num_nodes: int = 1
-    price_tokens: float = 0.0
+    price: TransferPrice = FREE_TRANSFERS
     limit: float = BALANCED
 
 
@@ -194,7 +196,7 @@ class DispatchPlanner:
             None if exact is None else options.used_slots,
             options.num_nodes,
             options.limit,
-            options.price_tokens,
+            price_tensor(options.price),
             buffer.whole,
         )
         # What outlives this micro-batch is copied: a few kilobytes, where the next plan would overwrite them.
@@ -260,7 +262,12 @@ def plan_in_steps(
     if exact is not None:
         used_RS = slots_RS[:, : home_slots + exact.used_slots]
         planned_RS = exact_slots(
-            load_RE, used_RS, home_slots, num_nodes=exact.num_nodes, limit=exact.limit, price_tokens=exact.price_tokens
+            load_RE,
+            used_RS,
+            home_slots,
+            num_nodes=exact.num_nodes,
+            limit=exact.limit,
+            price=replace(exact.price, num_nodes=view.num_nodes),
         )
         slots_RS = with_empty_slots(planned_RS, view.num_slots - used_RS.shape[1])
     # Step 2: how many tokens each rank sends to each slot; each of the P ranks that share an expert splits its own.
