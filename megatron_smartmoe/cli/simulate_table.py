@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 
 from megatron_smartmoe.cli.simulate_prices import Prices
+from megatron_smartmoe.cost.dispatchers import ALL_TO_ALL
 from megatron_smartmoe.placement.decisions import Decision
 from megatron_smartmoe.placement.homes_planner import ReplicaMode
+from megatron_smartmoe.placement.routing_groups import explain
 from megatron_smartmoe.simulate.run import PolicyResult, SimulationSetup, left_out
 from megatron_smartmoe.spec.arrays import FloatArray
 from megatron_smartmoe.spec.trace import RoutingTrace
@@ -69,6 +71,7 @@ def as_json(simulated: Simulated) -> dict[str, Any]:
             "hidden": prices.expert.hidden,
             "ffn": prices.expert.ffn,
             "micro_batches": prices.micro_batches,
+            "dispatcher": prices.dispatcher.name,
             "replicas": simulated.replicas,
             "replicas_margin": prices.margin,
             "replica_tokens": {mode: prices.replica_price(mode).each_tokens for mode in ("history", "exact")},
@@ -146,6 +149,8 @@ def _prices(simulated: Simulated) -> list[str]:
         f"times: cluster {prices.cluster.name}; experts {prices.expert.hidden} x {prices.expert.ffn} "
         f"({simulated.priced}); {per_record}"
     ]
+    if prices.dispatcher != ALL_TO_ALL:
+        lines.append(f"dispatcher {prices.dispatcher.name}, {_number(prices.dispatcher.top_k, 'expert')} a token")
     if simulated.setup.spare_slots and any(result.name == "smartmoe" for result in simulated.results):
         mode = simulated.replicas
         tokens = prices.replica_price("exact" if mode == "exact" else "history").each_tokens
@@ -155,6 +160,9 @@ def _prices(simulated: Simulated) -> list[str]:
             f"smartmoe: replicas {mode}; one pays off above {tokens:,.0f} tokens a {per}{anew} taken from the busiest "
             f"rank (margin {prices.margin:g})"
         )
+    if prices.num_groups > 1 and (nodes := prices.balanced_nodes) > 1:
+        moves = explain(prices.num_ranks, nodes, prices.num_groups)
+        lines.append(f"smartmoe: group-limited routing ({prices.num_groups} groups, {nodes} nodes): {moves}")
     return lines
 
 

@@ -63,7 +63,7 @@ def schedule_of(mode: str, expert: ExpertShape, *, micro_batches: int, fetched_e
     """
     return ReplicaSchedule(
         micro_batches=1 if mode == "exact" else micro_batches,
-        weight_share=expert.weight_bytes / (expert.weight_bytes + expert.gradient_bytes),
+        weight_share=expert.sent_weight_bytes / (expert.sent_weight_bytes + expert.gradient_bytes),
         fetch_hidden="forward" if mode != "exact" and fetched_early else "home_rows",
         return_hidden="backward",
     )

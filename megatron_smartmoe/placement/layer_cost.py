@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from megatron_smartmoe.cost.dispatchers import ALL_TO_ALL, Dispatcher
 from megatron_smartmoe.cost.moe_layer import LayerConstants, LayerFlow, LayerTime, layer_time
 from megatron_smartmoe.cost.replicas import EVERY_MICRO_BATCH, ReplicaSchedule
 from megatron_smartmoe.placement.kernels import NUMPY, Kernels
@@ -34,6 +35,7 @@ class LayerPricing:
         has_trees: whether holders forward weights along relay trees, as training does; the plan's first columns are
             then homes.
         kernels: what splits the tokens and builds the trees.
+        dispatcher: what sends the tokens.
     """
 
     num_ranks: int
@@ -44,6 +46,7 @@ class LayerPricing:
     relay: Relay | None = None
     has_trees: bool = False
     kernels: Kernels = NUMPY
+    dispatcher: Dispatcher = ALL_TO_ALL
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -124,7 +127,10 @@ def _layer_time(
     load_R = outcome.load_ER.sum(axis=0)
     imbalance = float(load_R.max() / load_R.mean()) if load_R.any() else 1.0
     assert imbalance >= 1 - 1e-9, f"a maximum below the mean: {load_R}"
-    return layer_time(flow, pricing.constants, replicas=pricing.replicas, kept=pricing.kept), imbalance
+    time = layer_time(
+        flow, pricing.constants, replicas=pricing.replicas, kept=pricing.kept, dispatcher=pricing.dispatcher
+    )
+    return time, imbalance
 
 
 def even_load_s(num_tokens: float, num_experts: int, pricing: LayerPricing) -> float:
@@ -133,7 +139,8 @@ def even_load_s(num_tokens: float, num_experts: int, pricing: LayerPricing) -> f
     No replica is needed then, so none is paid for. It is the force-balanced run that users compare with
     (Megatron's --moe-router-force-load-balancing), not a bound: tokens that stay on their rank would be faster still.
     """
-    return layer_time(even_load(num_tokens, num_experts, pricing), pricing.constants).total_s
+    flow = even_load(num_tokens, num_experts, pricing)
+    return layer_time(flow, pricing.constants, dispatcher=pricing.dispatcher).total_s
 
 
 def even_load(num_tokens: float, num_experts: int, pricing: LayerPricing) -> LayerFlow:

@@ -33,7 +33,7 @@ from dataclasses import replace
 import numpy as np
 
 from megatron_smartmoe.cost.comm import NOTHING
-from megatron_smartmoe.cost.moe_layer import LayerCounts, layer_time
+from megatron_smartmoe.cost.moe_layer import LayerCounts, layer_time, on_the_wire
 from megatron_smartmoe.placement.layer_cost import LayerPricing, even_load
 from megatron_smartmoe.placement.layer_plan import Sees
 from megatron_smartmoe.simulate.run import SimulationSetup
@@ -55,7 +55,9 @@ def limits_s(trace: RoutingTrace, setup: SimulationSetup) -> FloatArray:
             if not (tokens := int(counts_RE.sum())):
                 continue
             if tokens not in even:
-                even[tokens] = LayerCounts.of(even_load(tokens, trace.num_experts, setup.pricing), levels)
+                even[tokens] = LayerCounts.of(
+                    on_the_wire(even_load(tokens, trace.num_experts, setup.pricing), setup.pricing.dispatcher), levels
+                )
             found.append(min(limit_s(counts_RE, setup.spare_slots, each, even[tokens]) for each in prices))
     return np.array(found)
 
@@ -94,5 +96,6 @@ def limit_s(counts_RE: IntArray, spare_slots: int, pricing: LayerPricing, even: 
             returned=transfers,
             early_tokens=float(busiest),
         )
-        seconds.append(layer_time(counts, constants, replicas=pricing.replicas).total_s)
+        time = layer_time(counts, constants, replicas=pricing.replicas, dispatcher=pricing.dispatcher)
+        seconds.append(time.total_s)
     return min(seconds)

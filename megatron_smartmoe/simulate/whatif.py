@@ -74,7 +74,7 @@ GROUPS_OF_PART: dict[Part, tuple[str, ...]] = {
     Part.REPLICAS: ("replicas",),
 }
 _LAYER_TERMS = tuple(term.name for term in fields(LayerTime))
-_EXTRA_TERMS = ("replicas_s", "expert_tensor_s", "chunking_s", "hops_s")
+_EXTRA_TERMS = ("replicas_s", "expert_tensor_s", "chunking_s")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -294,7 +294,7 @@ class _Layers:
         self.imbalance_NL[record, layer] += worst / groups / self.micro_batches
         sent = self._through_port(flow.traffic_RR)
         self.exchange_NL[record, layer] += sent * ALL_TO_ALLS * self.expert.token_bytes / groups
-        both_ways_bytes = self.expert.weight_bytes + self.expert.gradient_bytes
+        both_ways_bytes = self.expert.sent_weight_bytes + self.expert.gradient_bytes
         for one, mode in flows:
             copied = self._through_port(one.replicas_RR) * both_ways_bytes
             self.replicas_NL[record, layer] += copied / self._served(mode) / groups

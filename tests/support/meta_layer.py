@@ -344,7 +344,7 @@ def _with_replicas(layer: Any) -> None:
     from megatron_smartmoe.runtime.replicas.wire import ReplicaWire
 
     experts = layer.experts
-    weights = (experts.weight1, experts.weight2)
+    weights = experts.slot_weights()
     wire = ReplicaWire(parallel_state.get_expert_model_parallel_group())
     totals = [torch.zeros_like(weight, dtype=torch.float32) for weight in weights]
     spare = SpareSlots(weights, 1, wire, lambda: totals, keeps=False)

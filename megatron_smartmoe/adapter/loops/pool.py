@@ -20,6 +20,7 @@ from megatron.core import parallel_state as mpu
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 
 from megatron_smartmoe.adapter.cost_inputs import (
+    dispatcher_of,
     homes_options,
     launch_of_run,
     machine_of_job,
@@ -225,4 +226,5 @@ def _prices(args: Namespace, num_layers: int, *, homes_move: bool) -> PoolPrices
         exact_price=replica_price(args, "exact"),
         homes=homes_options(args),
         homes_move=homes_move,
+        dispatcher=dispatcher_of(args),
     )

@@ -27,7 +27,13 @@ import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 
-from megatron_smartmoe.adapter.cost_inputs import nodes_of_group, online_options, replica_price, scope_nodes
+from megatron_smartmoe.adapter.cost_inputs import (
+    nodes_of_group,
+    online_options,
+    replica_price,
+    scope_nodes,
+    sends_fp8,
+)
 from megatron_smartmoe.adapter.flags.smartmoe_arguments import replicas_mode
 from megatron_smartmoe.adapter.hooks import Callback, Order, reduce_through
 from megatron_smartmoe.adapter.loops import saved_state
@@ -175,9 +181,10 @@ class ReplicaLoop(Callback):
             price += f" of an iteration ({self._price['exact'].each_tokens:,.0f} of a micro-batch)"
         hides = self._run.args.smartmoe_replicas_margin and not any(price.each_tokens for price in self._price.values())
         why = ": its transfers are hidden behind the computation" if hides else ""
+        travel = ", weights travel as fp8 with a scale for each 128 x 128" if sends_fp8(self._run.args) else ""
         print(
             f"smartmoe: {slots} spare slot{'s' if slots != 1 else ''} per rank and layer, replicas: {self._mode}, "
-            f"{memory}; a replica pays off above {price} taken from the busiest rank{why}",
+            f"{memory}{travel}; a replica pays off above {price} taken from the busiest rank{why}",
             flush=True,
         )
 
@@ -208,6 +215,7 @@ class ReplicaLoop(Callback):
             lambda: [weight.main_grad for weight in weights],
             keeps=keeps,
             accumulates=experts.accumulates,
+            packs=sends_fp8(self._run.args),
         )
         spare.keep(self._mode in FROM_HISTORY)
         exact, falls_short = self._from_counts()

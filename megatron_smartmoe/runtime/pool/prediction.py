@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from megatron_smartmoe.cost.dispatchers import Dispatcher
 from megatron_smartmoe.cost.moe_layer import LayerFlow
 from megatron_smartmoe.cost.replicas import FREE_TRANSFERS, TransferPrice
 from megatron_smartmoe.cost.step.constants import StepConstants, layer_constants
@@ -67,6 +68,7 @@ class PoolPrices:
         exact_price: Of replicas that serve one micro-batch, in tokens of the busiest rank.
         homes: Options of the homes loop.
         homes_move: Whether the homes loop may move experts at all.
+        dispatcher: What sends the tokens; None for that of the launch.
     """
 
     model: ModelSpec
@@ -79,6 +81,7 @@ class PoolPrices:
     exact_price: TransferPrice = FREE_TRANSFERS
     homes: HomesOptions = field(default_factory=HomesOptions)
     homes_move: bool = True
+    dispatcher: Dispatcher | None = None
 
 
 def moe_seconds(settings: Iterable[PoolSetting], load: PoolLoad, prices: PoolPrices) -> dict[PoolSetting, float]:
@@ -213,7 +216,8 @@ def _seconds(setting: PoolSetting, flows: Sequence[_Flow], prices: PoolPrices) -
     def times(mode: Replicas, of_mode: Sequence[LayerFlow]) -> MoETimes:
         spec = replace(prices.spec, overlap_degree=setting.overlap_degree, replicas=mode)
         layer = layer_constants(prices.cluster, prices.model, spec, constants)
-        return moe_times(of_mode, layer, prices.model, spec, prices.cluster, constants, prices.micro_batches)
+        given = (layer, prices.model, spec, prices.cluster, constants, prices.micro_batches, prices.dispatcher)
+        return moe_times(of_mode, *given)
 
     sum_s = 0.0
     for mode in dict.fromkeys(one.mode for one in flows):

@@ -272,9 +272,22 @@ def plan_in_steps(
         slots_RS = with_empty_slots(planned_RS, view.num_slots - used_RS.shape[1])
     # Step 2: how many tokens each rank sends to each slot; each of the P ranks that share an expert splits its own.
     sent_PRRS = np.stack([split_tokens(each, slots_RS, home_slots, view.num_nodes) for each in counts_PRE])
-    # Step 3: what concerns this rank.
+    return plan_of_split(view, sent_PRRS, slots_RS)
+
+
+def plan_of_split(view: RankView, sent_PRRS: IntArray, slots_RS: IntArray) -> DispatchPlan:
+    """What concerns this rank of a split.
+
+    Args:
+        view: the group and this rank.
+        sent_PRRS: tokens that each of the P ranks which share an expert sends, `[P, source rank, rank, slot]`.
+        slots_RS: the slots.
+    """
+    home_slots = view.home_slots
     leaving_RS, arriving_PRS = sent_PRRS[view.tp_rank, view.rank], sent_PRRS[:, :, view.rank]
-    load_E, taken_RS = load_RE.sum(axis=0), sent_PRRS.sum(axis=(0, 1))
+    taken_RS = sent_PRRS.sum(axis=(0, 1))
+    filled_RS = slots_RS != EMPTY
+    load_E = np.bincount(slots_RS[filled_RS], weights=taken_RS[filled_RS], minlength=view.num_experts).astype(np.int64)
     return DispatchPlan(
         slots_RS=slots_RS,
         num_rows=int(leaving_RS.sum()),
@@ -284,13 +297,13 @@ def plan_in_steps(
         arriving_PRS=torch.from_numpy(np.ascontiguousarray(arriving_PRS)),
         tokens_S=torch.from_numpy(arriving_PRS.sum(axis=(0, 1))),
         segments_2N=torch.from_numpy(np.stack(segment_shifts(leaving_RS, slots_RS))),
-        has_replicas=bool((slots_RS[:, home_slots:] != EMPTY).any()),
+        has_replicas=bool(filled_RS[:, home_slots:].any()),
         own_replicas=replicas_of(slots_RS, home_slots, view.rank),
         load=MicroBatch(
             load_E=load_E,
             homes_R=load_E.reshape(view.num_ranks, -1).sum(axis=1),
             split_R=taken_RS.sum(axis=1),
-            num_replicas=int(((slots_RS != EMPTY) & (taken_RS > 0))[:, home_slots:].sum()),
+            num_replicas=int((filled_RS & (taken_RS > 0))[:, home_slots:].sum()),
         ),
     )
 

@@ -27,6 +27,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_smartmoe.runtime.digest import digest_bounds, is_one_digest
+from megatron_smartmoe.runtime.replicas.fp8_blocks import PackedSlots
 from megatron_smartmoe.runtime.replicas.links import Link
 from megatron_smartmoe.runtime.replicas.per_slot import SlotWeight
 from megatron_smartmoe.runtime.replicas.transfer import Beside, Round, Transfer
@@ -58,14 +59,18 @@ class ReplicaWire:
     @STEP_CLOCK.within(Part.REPLICAS)
     @torch.no_grad()
     def start_fetch(
-        self, links: Sequence[Link], homes: Sequence[SlotWeight], spares: Sequence[torch.Tensor], num_links: int
+        self,
+        links: Sequence[Link],
+        homes: Sequence[SlotWeight | PackedSlots],
+        spares: Sequence[torch.Tensor],
+        num_links: int,
     ) -> Transfer:
         """Start to copy weights to the replicas. A call of the whole group.
 
         Args:
             links: Those in which this rank takes part.
-            homes: Weights of this rank's home slots, `[S, ...]` each.
-            spares: Weights of this rank's spare slots, `[K, ...]` each.
+            homes: Weights of this rank's home slots, `[S, ...]` each, or messages that have them.
+            spares: Weights of this rank's spare slots, `[K, ...]` each, or memory for the messages.
             num_links: All links of the table.
         """
         rounds = [Round() for _ in range(max((link.round + 1 for link in links), default=0))]
