@@ -28,6 +28,7 @@ from megatron_smartmoe.spec.arrays import FloatArray, IntArray
 from megatron_smartmoe.spec.placement import EMPTY
 
 _OVERFLOW_WEIGHT = 0.1  # as in `search.objective`: lets a swap help although another unit is as busy
+_ABOUT = 0.95  # of the best swap's gain
 _RESOLUTION = 1e9  # steps per mean load: gains closer than one step are equal, so that rounding never decides
 
 
@@ -53,7 +54,7 @@ class HomesOptions:
     between_nodes: float = 2.0
     node_swap_price: float | None = None
     max_swaps: int = 8
-    swaps_per_node: int = 4
+    swaps_per_node: int = 8
     num_groups: int = 1
 
     @property
@@ -219,6 +220,12 @@ def _best_expert_swap(
     price_M = np.where(same_node_M, options.swap_price, options.swap_between_nodes)
     gain_M = np.rint((_value(load_U[None]) - _value(load_MU) - price_M) * _RESOLUTION)
     best = int(gain_M.argmax())
+    if num_ranks > len(load_U) > 1:
+        # Of the swaps that even out the nodes about as well, the one whose expert lands on the emptiest rank: several
+        # hot experts on one rank are more than its node's spare slots can take off it.
+        load_R = load_E[home_RH].sum(axis=1)
+        landing_M = np.rint((load_R[rank_S[second]] + moved_M) * _RESOLUTION)
+        best = int(np.where(gain_M >= _ABOUT * gain_M[best], landing_M, np.inf).argmin())
     return (float(gain_M[best]), np.array([[first[best], second[best]]])) if gain_M[best] > 0 else None
 
 
