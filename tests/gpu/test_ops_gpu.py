@@ -7,14 +7,15 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from megatron_smartmoe import ops
-from megatron_smartmoe.ops import reference
+from megatron_smartmoe.ops import packed, reference
 from megatron_smartmoe.ops.grouped_linear import Groups, grouped_linear, wants_counts_on_device
 from tests.unit.ops.activation_cases import Gated, assert_equal_to_rounding, gated_rows
 from tests.unit.ops.dispatch_cases import Routing, Rows, assert_near, permuted_rows, routings
-from tests.unit.ops.routing_cases import Routed, chunk_counts, routed_tokens
+from tests.unit.ops.routing_cases import Routed, check_packed, chunk_counts, routed_tokens
 
 pytestmark = [
     pytest.mark.gpu,
@@ -132,6 +133,12 @@ def test_weights_move_with_the_rows(case: Rows) -> None:
         grads, reference.permute_weighted_backward(case.y_NH, expected[1], case.rows_TK), strict=True
     ):
         assert torch.equal(on_gpu.cpu(), on_cpu)
+
+
+@given(permuted_rows((torch.float16, torch.bfloat16, torch.float32)), st.floats(0, 1))
+@settings(deadline=None, max_examples=100)
+def test_rows_are_packed_and_joined_as_by_the_twins(case: Rows, share: float) -> None:
+    check_packed(KERNELS, case, share, put)
 
 
 @given(routed_tokens())
@@ -272,5 +279,9 @@ def test_tiny_dispatch(hidden: int) -> None:
     counts_QS = torch.randint(0, 9, (5, 7), device="cuda")
     order = ops.chunk_rows(counts_QS, int(counts_QS.sum()))[0][:, None]
     y_NH = torch.randn(len(order), hidden, device="cuda").requires_grad_()
-    ops.permute_weighted(y_NH, torch.rand(order.shape, device="cuda"), order, len(order))[0].sum().backward()
+    weights_N1 = torch.rand(order.shape, device="cuda")
+    ops.permute_weighted(y_NH, weights_N1, order, len(order))[0].sum().backward()
+    rows_NH, weights_N = packed.unpack(ops.permute_packed(y_NH, weights_N1, order, len(order)), hidden, torch.float32)
+    (rows_NH.sum() + weights_N.sum()).backward()
+    KERNELS.permute_joined(rows_NH[:20].detach(), y_NH[20:].detach(), order, len(order))
     KERNELS.zero_empty_groups(torch.ones(3, 2, hidden, device="cuda"), torch.tensor([0, 4, 4], device="cuda").int())

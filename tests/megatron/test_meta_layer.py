@@ -47,12 +47,12 @@ LAUNCHES = {
     "capacity": (39, 31),
     "shared experts": (38, 39),
     "overlapped shared experts": (37, 39),
-    "4 chunks": (70, 87),
-    "replicas": (48, 51),
-    "replicas, 4 chunks": (112, 159),
+    "4 chunks": (70, 86),
+    "replicas": (47, 49),
+    "replicas, 4 chunks": (108, 150),
     "transformer layer": (69, 80),
     "transformer layer, MLA": (114, 111),
-    "transformer layer, MLA, replicas": (130, 132),
+    "transformer layer, MLA, replicas": (129, 130),
 }
 # Host waits for the device, by the function that waits: one a layer, as in Megatron's own dropless dispatch.
 WAITS = {True: {"to_host": 1}, False: {"_maybe_dtoh_and_synchronize": 1}}  # with replicas, without
@@ -102,6 +102,18 @@ def test_launches(found: dict[str, Found], name: str) -> None:
     for direction, launches, bound in zip(("forward", "backward"), counted, LAUNCHES[name], strict=True):
         operators = getattr(found[name], direction)
         assert launches <= bound, f"{direction}: {launches} launches, {bound} were enough: {operators.most_common()}"
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_rows_and_weights_are_one_exchange(found: dict[str, Found], name: str) -> None:
+    """A dispatch and a combine, forward and backward, of every chunk."""
+    assert found[name].posted["all_to_all_single"] == 4 * CASES[name].degree
+
+
+def test_rows_of_home_and_spare_slots_are_not_joined(found: dict[str, Found]) -> None:
+    """No `cat` forward, and in the backward pass no more of them than the layer's two activations have."""
+    cats = found["replicas"].forward["cat"], found["replicas"].backward["cat"]
+    assert cats == (0, 2 * found["homes"].backward["cat"])
 
 
 def test_replicas_are_fetched_and_their_gradients_returned(found: dict[str, Found]) -> None:
