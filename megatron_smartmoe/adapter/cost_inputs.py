@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from megatron_smartmoe.adapter.flags.smartmoe_arguments import replicas_mode
 from megatron_smartmoe.cost.compute import ExpertShape, replica_grad_bytes
+from megatron_smartmoe.cost.dispatch import TokenDispatch
 from megatron_smartmoe.cost.memory.buffers import MAIN_BYTES, MOMENT_BYTES, expert_state_bytes
 from megatron_smartmoe.cost.moe_layer import constants_of, crossing_bytes_s, exposed_replica_tokens
 from megatron_smartmoe.cost.replicas import schedule_of
@@ -24,12 +25,12 @@ from megatron_smartmoe.placement.layer_cost import LayerPricing
 from megatron_smartmoe.placement.plan_homes import HomesOptions, node_swap_price
 from megatron_smartmoe.placement.plan_replicas import ReplicaOptions
 from megatron_smartmoe.placement.policy import BETWEEN_NODES_TOLERANCE, PolicyOptions
-from megatron_smartmoe.placement.routing_groups import stay_whole
+from megatron_smartmoe.placement.routing_groups import explain, stay_whole
 from megatron_smartmoe.planner.arguments import model_from_arguments, parallel_from_arguments
 from megatron_smartmoe.spec.cluster import ClusterSpec, load_cluster_spec
 from megatron_smartmoe.spec.devices import Device, cluster_for, fitting_cluster
 from megatron_smartmoe.spec.model import ModelSpec
-from megatron_smartmoe.spec.parallel import ParallelSpec
+from megatron_smartmoe.spec.parallel import FLAT, HIERARCHICAL, Dispatch, ParallelSpec
 
 # fp32 tensors that an optimizer keeps for each parameter
 _STATES_OF = {"sgd": 1, "muon": 1, "dist_muon": 1, "adaptive_muon": 2, "lion": 1, "soap": 4}
@@ -99,6 +100,15 @@ def ranks_per_node() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
+_dispatch: Dispatch | None = None  # of this process's job
+
+
+def use_dispatch(dispatch: Dispatch) -> None:
+    """Price tokens that travel so from now on: what `--smartmoe-dispatch auto` has chosen; the same on all ranks."""
+    global _dispatch
+    _dispatch = dispatch
+
+
 # --- the model and the launch
 
 
@@ -114,7 +124,8 @@ def model_of_run(args: Namespace) -> ModelSpec:
 
 def launch_of_run(args: Namespace) -> ParallelSpec:
     """The launch, as the planner describes it."""
-    return parallel_from_arguments(vars(args), model_from_arguments(vars(args)), args.world_size)
+    spec = parallel_from_arguments(vars(args), model_from_arguments(vars(args)), args.world_size)
+    return spec if _dispatch is None else replace(spec, dispatch=_dispatch)
 
 
 def expert_shape(args: Namespace, mode: str | None = None) -> ExpertShape:
@@ -173,10 +184,16 @@ def online_setting(args: Namespace, mode: str | None = None) -> LayerPricing:
     num_ranks = mpu.get_expert_model_parallel_world_size()
     expert, mode = expert_shape(args, mode), mode or replicas_mode(args)
     early = not args.overlap_param_gather
+    dispatch = TokenDispatch(
+        name=_dispatch or (HIERARCHICAL if args.smartmoe_dispatch == HIERARCHICAL else FLAT),
+        experts=args.num_experts,
+        top_k=args.moe_router_topk,
+    )
     return LayerPricing(
         num_ranks=num_ranks,
         num_nodes=nodes_of_group(num_ranks),
-        constants=constants_of(machine(args), expert),
+        constants=constants_of(machine(args), expert, dispatch=dispatch.name),
+        dispatch=dispatch,
         replicas=schedule_of(mode, expert, micro_batches=get_num_microbatches(), fetched_early=early),
         has_trees=True,
     )
@@ -217,13 +234,14 @@ def homes_options(args: Namespace) -> HomesOptions:
     from megatron.core.num_microbatches_calculator import get_num_microbatches
 
     ranks, domains = mpu.get_expert_model_parallel_world_size(), scope_nodes(args)
-    num_nodes = domains if domains > 1 else nodes_of_group(ranks)
+    num_nodes, pricing = domains if domains > 1 else nodes_of_group(ranks), online_setting(args)
     return HomesOptions(
         num_nodes=num_nodes,
         replica_scope_is_node=domains > 1,
         node_swap_price=node_swap_price(
-            online_setting(args).constants,
+            pricing.constants,
             get_num_microbatches() * rank_tokens(args),
+            dispatch=pricing.dispatch,
             num_nodes=num_nodes,
             swap_s=state_bytes(args) / crossing_bytes_s(machine(args), nodes_of_group(ranks)),
             worth_s=args.smartmoe_homes_horizon / args.smartmoe_homes_margin,
@@ -239,9 +257,9 @@ def routing_groups_line(args: Namespace) -> str | None:
     if groups == 1 or nodes == 1:
         return None
     routing = f"group-limited routing ({args.moe_router_group_topk} of {groups} groups a token, {nodes} nodes)"
+    moves = explain(ranks, nodes, groups)
     if not stay_whole(ranks, nodes, groups):
-        return f"{routing}: groups do not lie whole on nodes, so homes move without regard to them"
-    moves = "homes move between nodes by whole groups" if groups >= nodes else "homes stay on the nodes of their group"
+        return f"{routing}: {moves}"
     if args.smartmoe_homes == "shuffle":
         moves = "--smartmoe-homes shuffle takes groups apart, and tokens go to more nodes than without"
     if args.smartmoe_spare_slots and not options.replica_scope_is_node:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from megatron_smartmoe.cost.compute import ExpertShape, replica_grad_bytes
+from megatron_smartmoe.cost.dispatch import FLAT_DISPATCH, TokenDispatch
 from megatron_smartmoe.cost.moe_layer import constants_of, crossing_bytes_s, exposed_replica_tokens
 from megatron_smartmoe.cost.replicas import schedule_of
 from megatron_smartmoe.placement.layer_cost import LayerPricing
@@ -38,6 +39,8 @@ class Prices:
         micro_batches: of an iteration, as the trace has them.
         rank_tokens: tokens that a rank computes in a micro-batch and layer if the load is even; decides how much of a
             replica's way is hidden.
+        dispatch: how tokens travel.
+        num_groups: groups of group-limited routing, which homes keep whole; 1 for routing without.
         margin: times its cost that a replica must save, as --smartmoe-replicas-margin; 0 makes all of them.
         first_version: replicas travel in every micro-batch, with fp32 gradients, and nothing is hidden: the prices of
             decision files that were made before replicas had a schedule.
@@ -49,6 +52,8 @@ class Prices:
     num_nodes: int
     micro_batches: int
     rank_tokens: float = 0.0
+    dispatch: TokenDispatch = FLAT_DISPATCH
+    num_groups: int = 1
     margin: float = 1.0
     first_version: bool = False
 
@@ -56,6 +61,11 @@ class Prices:
     def domains(self) -> int:
         """Parts of the group that keep their replicas: its nodes, with the default of --smartmoe-replicas-scope."""
         return self.cluster.domains(self.num_nodes, self.cluster.replica_scope)
+
+    @property
+    def balanced_nodes(self) -> int:
+        """Nodes that homes are balanced over, or the wider domains that replicas stay in."""
+        return self.domains if self.domains > 1 else self.num_nodes
 
     @property
     def migration_bytes_s(self) -> float:
@@ -68,7 +78,10 @@ class Prices:
         """The price of a layer whose replicas are planned in this way."""
         expert = self.expert_of(mode)
         pricing = LayerPricing(
-            num_ranks=self.num_ranks, num_nodes=self.num_nodes, constants=constants_of(self.cluster, expert)
+            num_ranks=self.num_ranks,
+            num_nodes=self.num_nodes,
+            constants=constants_of(self.cluster, expert, dispatch=self.dispatch.name),
+            dispatch=self.dispatch,
         )
         if self.first_version:
             return pricing

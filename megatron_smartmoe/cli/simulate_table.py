@@ -11,8 +11,10 @@ import numpy as np
 from megatron_smartmoe.cli.simulate_prices import Prices
 from megatron_smartmoe.placement.decisions import Decision
 from megatron_smartmoe.placement.homes_planner import ReplicaMode
+from megatron_smartmoe.placement.routing_groups import explain
 from megatron_smartmoe.simulate.run import PolicyResult, SimulationSetup, left_out
 from megatron_smartmoe.spec.arrays import FloatArray
+from megatron_smartmoe.spec.parallel import FLAT
 from megatron_smartmoe.spec.trace import RoutingTrace
 
 _QUANTILES = {"p50": 0.5, "p95": 0.95, "p99": 0.99}
@@ -151,6 +153,11 @@ def _prices(simulated: Simulated) -> list[str]:
             f"smartmoe: replicas {mode}; one pays off above {tokens:,.0f} tokens a {per}{anew} taken from the busiest "
             f"rank (margin {prices.margin:g})"
         )
+    if prices.dispatch.name != FLAT:
+        lines.append(f"dispatch: {prices.dispatch.name}, {prices.dispatch.top_k} experts a token")
+    if prices.num_groups > 1 and (nodes := prices.balanced_nodes) > 1:
+        moves = explain(prices.num_ranks, nodes, prices.num_groups)
+        lines.append(f"smartmoe: group-limited routing ({prices.num_groups} groups, {nodes} nodes): {moves}")
     return lines
 
 

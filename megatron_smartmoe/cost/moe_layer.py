@@ -25,7 +25,8 @@ import numpy as np
 
 from megatron_smartmoe.cost.comm import BusiestPorts, busiest_domain, busiest_ports, replica_traffic
 from megatron_smartmoe.cost.compute import ExpertShape, busiest_rank
-from megatron_smartmoe.cost.hierarchical import HopCounts, mean_ports, rows_copied, to_gateways
+from megatron_smartmoe.cost.dispatch import FLAT_DISPATCH, TokenDispatch, carried
+from megatron_smartmoe.cost.hierarchical import HopCounts, hops_fixed_s
 from megatron_smartmoe.cost.replicas import (
     EVERY_MICRO_BATCH,
     FORWARD_HALF,
@@ -36,6 +37,7 @@ from megatron_smartmoe.cost.replicas import (
 from megatron_smartmoe.errors import PlanError
 from megatron_smartmoe.spec.arrays import FloatArray, IntArray
 from megatron_smartmoe.spec.cluster import ClusterSpec, LevelSpec, LinkSpec
+from megatron_smartmoe.spec.parallel import FLAT, HIERARCHICAL, Dispatch
 from megatron_smartmoe.spec.placement import EMPTY
 
 TRANSFERS_IN_A_ROW = 3  # of replicas: 2 on 8 ranks with one slot, 3 on 16 and 64; measured on lognormal loads
@@ -262,7 +264,7 @@ def layer_time(
     all_to_all_chunks: int = 1,
     ranks_per_device: float = 1.0,
     replicas: ReplicaSchedule = EVERY_MICRO_BATCH,
-    once_RN: FloatArray | None = None,
+    dispatch: TokenDispatch = FLAT_DISPATCH,
 ) -> LayerTime:
     """Time of one layer and micro-batch, forward and backward.
 
@@ -272,17 +274,15 @@ def layer_time(
         all_to_all_chunks: chunks of every all-to-all that overlap with the GEMMs; 1 for no overlap.
         ranks_per_device: see `GpuSpec`.
         replicas: how often replicas travel, and what hides them.
-        once_RN: rows that rank r sends to node n where a token is sent once for each node; None where the all-to-all
-            is flat.
+        dispatch: how tokens travel.
     """
     # Step 1: counts. What the busiest rank computes, and what the busiest ports carry.
     levels = [level.ranks for level in constants.levels]
     counts = flow if isinstance(flow, LayerCounts) else LayerCounts.of(flow, levels)
     busy = busiest_rank(counts.tokens_R, counts.active_R, constants.half_rate_tokens, ranks_per_device)
-    tokens, permuted = counts.tokens, counts.source_tokens
-    if once_RN is not None and counts.hops is not None:
-        tokens = mean_ports(tokens, counts.hops, once_RN)
-        permuted += rows_copied(counts.hops, once_RN) * ROWS_MOVED_PER_COPY / ROWS_MOVED_PER_TOKEN
+    exchange = carried(counts.tokens, counts.leaving, counts.hops, dispatch, levels)
+    tokens = exchange.ports
+    permuted = counts.source_tokens + exchange.copied * ROWS_MOVED_PER_COPY / ROWS_MOVED_PER_TOKEN
     # Step 2: counts times constants.
     source_s = permuted * constants.source_token_s
     gemm_s = busy.tokens * constants.token_s
@@ -293,8 +293,7 @@ def layer_time(
         + tokens.inter_node * constants.inter_node_token_s
         + tokens.inter_node_reverse * constants.inter_node_reverse_token_s
     )
-    for flat, level in zip(counts.leaving, constants.levels, strict=False):
-        leaving = flat if once_RN is None else (flat + busiest_domain(to_gateways(once_RN), level.ranks)) / 2
+    for leaving, level in zip(exchange.leaving, constants.levels, strict=False):
         inter_s = max(inter_s, leaving * level.token_s)
     fetch_s = replicas.weight_share * _transfer_s(counts.fetched, constants)
     return_s = (1 - replicas.weight_share) * _transfer_s(counts.returned, constants)
@@ -360,7 +359,12 @@ def exposed_replica_tokens(
 
 
 def constants_of(
-    cluster: ClusterSpec, expert: ExpertShape, *, ranks: int = 2, shared_network_card: bool = False
+    cluster: ClusterSpec,
+    expert: ExpertShape,
+    *,
+    ranks: int = 2,
+    shared_network_card: bool = False,
+    dispatch: Dispatch = FLAT,
 ) -> LayerConstants:
     """Constants of the layer from a cluster file; with datasheet numbers, what to expect before anything is measured.
 
@@ -371,6 +375,7 @@ def constants_of(
         shared_network_card: the GPUs of a node share one card of `gpus_per_node` times `inter_node`'s bandwidth, and
             it is what limits them. What a GPU exchanges with other nodes then goes through the same port as what it
             exchanges inside its own, and on through the card.
+        dispatch: of tokens; two hops have more collectives and kernels.
     """
     gpu, link = cluster.gpu, cluster.inter_node if cluster.nodes > 1 else cluster.intra_node
     memory_bytes_s = gpu.memory_bandwidth_bytes_s * cluster.efficiency.get("memory", MEMORY_EFFICIENCY)
@@ -384,8 +389,11 @@ def constants_of(
     replica_bytes = expert.weight_bytes + expert.gradient_bytes
     intra_token_s = ALL_TO_ALLS * expert.token_bytes / intra_bytes_s
     inter_token_s = ALL_TO_ALLS * expert.token_bytes / inter_bytes_s
+    fixed_s = LAUNCHES_PER_LAYER * LAUNCH_S + exchange_latency_s(link, ranks)
+    if dispatch == HIERARCHICAL:
+        fixed_s += hops_fixed_s(cluster.inter_node, ranks, LAUNCH_S)
     return LayerConstants(
-        fixed_s=LAUNCHES_PER_LAYER * LAUNCH_S + exchange_latency_s(link, ranks),
+        fixed_s=fixed_s,
         source_token_s=ROWS_MOVED_PER_TOKEN * row_s,
         token_s=token_s,
         expert_s=gpu.weight_passes * (expert.weight_bytes / memory_bytes_s),

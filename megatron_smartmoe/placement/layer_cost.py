@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from megatron_smartmoe.cost.dispatch import FLAT_DISPATCH, TokenDispatch
 from megatron_smartmoe.cost.moe_layer import LayerConstants, LayerFlow, LayerTime, layer_time
 from megatron_smartmoe.cost.replicas import EVERY_MICRO_BATCH, ReplicaSchedule
 from megatron_smartmoe.placement.kernels import NUMPY, Kernels
@@ -33,6 +34,7 @@ class LayerPricing:
         has_trees: whether holders forward weights along relay trees, as training does; the plan's first columns are
             then homes.
         kernels: what splits the tokens and builds the trees.
+        dispatch: how tokens travel.
     """
 
     num_ranks: int
@@ -42,6 +44,7 @@ class LayerPricing:
     relay: Relay | None = None
     has_trees: bool = False
     kernels: Kernels = NUMPY
+    dispatch: TokenDispatch = FLAT_DISPATCH
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +107,7 @@ def _layer_time(
     load_R = outcome.load_ER.sum(axis=0)
     imbalance = float(load_R.max() / load_R.mean()) if load_R.any() else 1.0
     assert imbalance >= 1 - 1e-9, f"a maximum below the mean: {load_R}"
-    return layer_time(flow, pricing.constants, replicas=pricing.replicas), imbalance
+    return layer_time(flow, pricing.constants, replicas=pricing.replicas, dispatch=pricing.dispatch), imbalance
 
 
 def even_load_s(num_tokens: float, num_experts: int, pricing: LayerPricing) -> float:
@@ -115,7 +118,8 @@ def even_load_s(num_tokens: float, num_experts: int, pricing: LayerPricing) -> f
     """
     counts_RE = np.full((pricing.num_ranks, num_experts), num_tokens / (pricing.num_ranks * num_experts))
     homes_RS = np.arange(num_experts).reshape(pricing.num_ranks, -1)
-    return layer_time(LayerFlow.equal_split(counts_RE, homes_RS, pricing.num_nodes), pricing.constants).total_s
+    flow = LayerFlow.equal_split(counts_RE, homes_RS, pricing.num_nodes)
+    return layer_time(flow, pricing.constants, dispatch=pricing.dispatch).total_s
 
 
 def idle_replicas_s(slots_RS: IntArray, home_E: IntArray, pricing: LayerPricing) -> float:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from megatron_smartmoe.cost.dispatch import FLAT_DISPATCH, TokenDispatch
 from megatron_smartmoe.cost.moe_layer import LayerConstants
 from megatron_smartmoe.placement import layer_cost
 from megatron_smartmoe.placement.decisions import Decision
@@ -45,6 +46,7 @@ class SimulationSetup:
         migration_bytes_s: bandwidth of a rank while homes move.
         prices: of a layer whose replicas come from history or from exact counts; a missing one is made of `constants`.
         kernels: what plans and splits; all of them find the same.
+        dispatch: how tokens travel.
     """
 
     num_ranks: int
@@ -56,11 +58,14 @@ class SimulationSetup:
     migration_bytes_s: float = math.inf
     prices: Mapping[Sees, LayerPricing] = field(default_factory=dict)
     kernels: Kernels = NUMPY
+    dispatch: TokenDispatch = FLAT_DISPATCH
 
     @property
     def pricing(self) -> LayerPricing:
         """The price of a layer of one group whose replicas travel in every micro-batch, nothing hidden."""
-        return LayerPricing(num_ranks=self.num_ranks, num_nodes=self.num_nodes, constants=self.constants)
+        return LayerPricing(
+            num_ranks=self.num_ranks, num_nodes=self.num_nodes, constants=self.constants, dispatch=self.dispatch
+        )
 
     def pricing_of(self, mode: Sees, relay: Relay | None = None, *, has_trees: bool = False) -> LayerPricing:
         """The price of a layer of one group, its replicas planned in this way and forwarded like this."""

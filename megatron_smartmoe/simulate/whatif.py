@@ -74,7 +74,7 @@ GROUPS_OF_PART: dict[Part, tuple[str, ...]] = {
     Part.REPLICAS: ("replicas",),
 }
 _LAYER_TERMS = tuple(term.name for term in fields(LayerTime))
-_EXTRA_TERMS = ("replicas_s", "expert_tensor_s", "chunking_s", "hops_s")
+_EXTRA_TERMS = ("replicas_s", "expert_tensor_s", "chunking_s")
 
 
 @dataclass(frozen=True, kw_only=True)

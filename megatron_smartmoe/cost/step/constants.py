@@ -104,7 +104,9 @@ def layer_constants(
         levels=tuple(_scaled_level(cluster, level, constants.all_to_all_inter) for level in cluster.levels),
         efficiency=dict.fromkeys(SHARES, 1.0),  # already applied above
     )
-    found = constants_of(scaled, expert_shape(model, spec), ranks=spec.ep, shared_network_card=shared_card)
+    found = constants_of(
+        scaled, expert_shape(model, spec), ranks=spec.ep, shared_network_card=shared_card, dispatch=spec.dispatch
+    )
     # A rank of the expert-parallel group is ETP ranks of the domain.
     levels = tuple(replace(level, ranks=max(1, level.ranks // spec.etp)) for level in found.levels)
     return replace(found, token_s=found.token_s * spec.etp, levels=levels)

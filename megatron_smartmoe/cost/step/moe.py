@@ -2,7 +2,7 @@
 
 `moe_layer.layer_time` prices every flow; here is only what a launch adds to it: expert tensor parallelism gathers the
 busiest rank's tokens over its ETP group, its way of planning replicas decides how often they travel, an all-to-all in
-chunks reads the experts' weights once more for each further chunk, and one in two hops has more collectives.
+chunks reads the experts' weights once more for each further chunk.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
-from megatron_smartmoe.cost.hierarchical import hops_fixed_s, rows_by_node
+from megatron_smartmoe.cost.dispatch import TokenDispatch
 from megatron_smartmoe.cost.moe_layer import (
     ALL_TO_ALLS,
     EXCHANGES,
@@ -23,10 +23,9 @@ from megatron_smartmoe.cost.moe_layer import (
 from megatron_smartmoe.cost.replicas import schedule_of
 from megatron_smartmoe.cost.step.constants import StepConstants, expert_shape
 from megatron_smartmoe.cost.step.groups import Group, ring_s
-from megatron_smartmoe.spec.arrays import FloatArray
 from megatron_smartmoe.spec.cluster import ClusterSpec
 from megatron_smartmoe.spec.model import ModelSpec
-from megatron_smartmoe.spec.parallel import FLAT, HIERARCHICAL, ParallelSpec
+from megatron_smartmoe.spec.parallel import ParallelSpec
 
 # Kernels that each further chunk of the all-to-all adds: its collectives and its grouped GEMMs, forward and backward.
 # An estimate, not measured.
@@ -42,19 +41,17 @@ class MoETimes:
         replicas_s: replica weights out and gradients back, as far as they are exposed, this micro-batch's share.
         expert_tensor_s: gathering and scattering over the ETP group.
         chunking_s: what the chunks of an overlapped all-to-all cost.
-        hops_s: what the two hops of a hierarchical all-to-all cost besides their traffic.
     """
 
     layer: LayerTime
     replicas_s: float
     expert_tensor_s: float
     chunking_s: float
-    hops_s: float = 0.0
 
     @property
     def total_s(self) -> float:
         """Seconds of the layer without its replicas' traffic."""
-        return self.layer.total_s + self.expert_tensor_s + self.chunking_s + self.hops_s
+        return self.layer.total_s + self.expert_tensor_s + self.chunking_s
 
     @property
     def with_replicas_s(self) -> float:
@@ -91,7 +88,7 @@ def moe_times(
             all_to_all_chunks=spec.overlap_degree,
             ranks_per_device=shared,
             replicas=schedule,
-            once_RN=_rows_by_node(counts, model, spec),
+            dispatch=token_dispatch(model, spec),
         )
         for counts in counted
     ]
@@ -104,18 +101,12 @@ def moe_times(
     tensor_s = ALL_TO_ALLS * ring_s(gathered, tensor_group, cluster, constants)
     tensor_s += (EXCHANGES - ALL_TO_ALLS) * ring_s(1.0, tensor_group, cluster, constants)  # the probabilities
     per_chunk_s = mean["experts_s"] + LAUNCHES_PER_CHUNK * constants.launch_s
-    hops_s = 0.0
-    if spec.dispatch == HIERARCHICAL:
-        link = cluster.inter_node if counted[0].hops is not None else cluster.intra_node
-        hops_s = hops_fixed_s(link, spec.ep, constants.launch_s)
-    return MoETimes(LayerTime(**mean), replicas_s, tensor_s, (spec.overlap_degree - 1) * per_chunk_s, hops_s)
+    return MoETimes(LayerTime(**mean), replicas_s, tensor_s, (spec.overlap_degree - 1) * per_chunk_s)
 
 
-def _rows_by_node(counts: LayerCounts, model: ModelSpec, spec: ParallelSpec) -> FloatArray | None:
-    """Rows to each node where the launch sends a token once for each; None where its all-to-alls are flat."""
-    if spec.dispatch == FLAT or counts.hops is None:
-        return None
-    return rows_by_node(counts.hops.choices_RN, model.moe.experts, model.moe.top_k)
+def token_dispatch(model: ModelSpec, spec: ParallelSpec) -> TokenDispatch:
+    """How a launch's tokens travel."""
+    return TokenDispatch(name=spec.dispatch, experts=model.moe.experts, top_k=model.moe.top_k)
 
 
 def forward_again_s(times: MoETimes) -> float:
@@ -123,4 +114,4 @@ def forward_again_s(times: MoETimes) -> float:
     layer = times.layer
     arithmetic_s = (layer.gemm_s + layer.experts_s) / 3  # backward is twice forward
     moved_s = (layer.source_s + layer.fixed_s + layer.all_to_all_intra_s + layer.all_to_all_inter_s) / 2
-    return arithmetic_s + moved_s + (times.expert_tensor_s + layer.hidden_s + times.chunking_s + times.hops_s) / 2
+    return arithmetic_s + moved_s + (times.expert_tensor_s + layer.hidden_s + times.chunking_s) / 2

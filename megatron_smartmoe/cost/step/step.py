@@ -215,7 +215,7 @@ def _expert_layer(dense: DenseTimes, moe: MoETimes, spec: ParallelSpec) -> Float
         hidden_s=layer.hidden_s,
         tensor_comm_s=dense.tensor_comm_mlp_s if dense.shared_expert_s else 0.0,
         recompute_s=again_s,
-        other_s=moe.chunking_s + moe.hops_s,
+        other_s=moe.chunking_s,
     )
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,9 @@ import pytest
 
 from megatron_smartmoe.cli.main import main
 from megatron_smartmoe.placement.homes_planner import ReplicaMode
+from megatron_smartmoe.report.run_record import with_homes
+from megatron_smartmoe.spec.placement import Placement
+from megatron_smartmoe.spec.trace import load_trace
 from tests.support.synthetic import SyntheticSpec, synthetic_trace
 
 POLICIES = [
@@ -174,6 +178,49 @@ def test_nodes_keep_replicas_at_home_and_homes_balance_the_nodes(trace: Path, tm
     assert content["policies"]["smartmoe"]["imbalance"]["mean"] <= 1.1
 
 
+def _nodes_of_groups(decisions: list[dict[str, Any]]) -> set[int]:
+    """Numbers of nodes that the groups of 4 experts lie on after every move, 4 ranks of 2 experts to a node."""
+    homes, found = Placement.contiguous(num_layers=2, num_experts=32, num_ranks=16), set[int]()
+    for decision in decisions:
+        if decision["kind"] == "homes" and decision["taken"]:
+            homes = with_homes(homes, decision["changes"])
+            node_LGE = (homes.home_slot_LE // 8).reshape(2, 8, 4)
+            found |= {len(set(nodes)) for groups in node_LGE.tolist() for nodes in groups}
+    return found
+
+
+def test_groups_of_the_routing_stay_whole_as_in_training(
+    trace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The run that recorded the trace had 8 groups; a flag says otherwise."""
+    path, saved, lines = tmp_path / "limited.npz", tmp_path / "decisions.jsonl", []
+    recorded = load_trace(trace)
+    replace(recorded, counts=recorded.counts[:6], iteration=recorded.iteration[:6], meta={"num_groups": 8}).save(path)
+    options = ["--ep", "16", "--nodes", "4", "--homes-interval", "1", "--save-decisions", str(saved)]
+    for flag in (["--router-num-groups", "1"], []):
+        simulate(path, tmp_path, *options, *flag)
+        lines.append([json.loads(line) for line in saved.read_text().splitlines()])
+    said = capsys.readouterr().out
+    assert said.count("group-limited routing (8 groups, 4 nodes): homes move between nodes by whole groups") == 1
+    (free, *anywhere), (limited, *whole) = lines
+    assert (free.get("router_num_groups"), limited["router_num_groups"]) == (None, 8)
+    assert max(_nodes_of_groups(anywhere)) > 1
+    assert _nodes_of_groups(whole) == {1}
+    assert main(["simulate", "--trace", str(path), "--replay", str(saved)]) == 0
+    assert f"all {len(whole)} decisions reproduced" in capsys.readouterr().out
+
+
+def test_two_hops_are_priced_as_such(trace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Eight experts a token: between two nodes a token crosses once, not four times."""
+    saved, found = tmp_path / "decisions.jsonl", {}
+    options = ["--ep", "16", "--nodes", "2", "--cluster", "a100-pcie-40gb", "--save-decisions", str(saved)]
+    for dispatch in (["flat"], ["hierarchical", "--router-topk", "8"]):
+        _, found[dispatch[0]] = simulate(trace, tmp_path, *options, "--dispatch", *dispatch)
+    assert found["hierarchical"]["even_load_ms"] < found["flat"]["even_load_ms"]
+    assert "dispatch: hierarchical, 8 experts a token" in capsys.readouterr().out
+    assert main(["simulate", "--trace", str(trace), "--replay", str(saved)]) == 0
+
+
 @pytest.mark.parametrize("spare", ["0", "1"])
 def test_a_replay_reproduces_every_decision(
     trace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], spare: str
@@ -253,6 +300,14 @@ def test_a_replay_on_another_trace_says_so(trace: Path, tmp_path: Path, capsys: 
         (["--ep", "8", "--save-trace", "a.txt"], "--save-trace = 'a.txt': must end in .npz"),
         (["--ep", "8", "--trace-stages", "2"], "--trace-stages = 2: is for Megatron's JSONL"),
         (["--ep", "8", "--cluster", "/nowhere.yaml"], "does not exist"),
+        (["--ep", "8", "--router-num-groups", "5"], "--router-num-groups = 5: must divide the trace's 32 experts"),
+        (["--ep", "8", "--router-num-groups", "0"], "--router-num-groups = 0: must be a whole number of at least 1"),
+        (["--ep", "8", "--router-topk", "2"], "--router-topk = 2: is for --dispatch hierarchical"),
+        (["--ep", "8", "--dispatch", "hierarchical"], "--dispatch = 'hierarchical': needs a group on several nodes"),
+        (
+            ["--ep", "8", "--nodes", "2", "--dispatch", "hierarchical", "--router-topk", "33"],
+            "--router-topk = 33: must be a whole number of at least 1 and at most 32",
+        ),
     ],
 )
 def test_wrong_input_is_one_line(
@@ -277,6 +332,8 @@ def test_wrong_input_is_one_line(
         ({"cluster": "a" * 300}, "is neither a file nor a name in configs/clusters"),
         ({"warmup": "1"}, ":1: warmup = '1': must be a whole number"),
         ({"replicas_margin": "1"}, ":1: replicas_margin = '1': must be from 0 to 1,000"),
+        ({"dispatch": "two"}, ":1: dispatch = 'two': must be flat or hierarchical"),
+        ({"router_num_groups": "8"}, ":1: router_num_groups = '8': must be a whole number of at least 1"),
     ],
 )
 def test_a_damaged_decision_file_is_one_line(

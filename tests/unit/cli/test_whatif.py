@@ -266,6 +266,14 @@ def test_what_cannot_be_is_refused_by_name(
             {"cpu.csv": "iteration,rank,seconds\n1,0,0.5\n"},
             "--step-times = 'cpu.csv': lacks rank 1 of iteration 1.",
         ),
+        (
+            {"smartmoe_dispatch": "hierarchical"},
+            {
+                "cpu.csv": "iteration,rank,seconds\n"
+                + "".join(f"{n + 1},{r},0.5\n" for n, r in np.ndindex(RECORDS, RANKS))
+            },
+            "--smartmoe-dispatch = 'hierarchical': is not predicted from CPU seconds: what a rank passes on as a ",
+        ),
     ],
 )
 def test_a_run_that_says_nothing_is_refused(

@@ -243,6 +243,7 @@ def test_bins_keep_the_worst_moment() -> None:
     assert load.expert_BE[at].tolist() == pytest.approx([4 * 2000 / 2060, *[4 * 20 / 2060] * 3])
 
 
+@pytest.mark.slow
 def test_a_long_run_of_a_large_model_stays_small(run_dir: Path) -> None:
     rng = np.random.default_rng(1)
     counts = rng.integers(0, 255, size=(5000, 60, 1, 256), dtype=np.uint8)
@@ -317,6 +318,7 @@ def test_a_decision_is_explained(run_dir: Path, capsys: pytest.CaptureFixture[st
     assert error == ("smartmoe explain: --iteration = 7: nothing was decided then. Decisions near it: 5, 6, 15, 18.\n")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
 @pytest.mark.parametrize("width", [1400, 400])
 def test_a_browser_draws_it_without_errors(run_dir: Path, tmp_path: Path, width: int) -> None:
