@@ -13,9 +13,12 @@ from torch import Tensor
 from megatron_smartmoe import ops
 from megatron_smartmoe.ops import packed, reference
 from megatron_smartmoe.ops.grouped_linear import Groups, grouped_linear, wants_counts_on_device
+from megatron_smartmoe.runtime.replicas.device_plan import DevicePlanner
+from megatron_smartmoe.runtime.replicas.dispatch_plan import ExactOptions, RankView
 from tests.unit.ops.activation_cases import Gated, assert_equal_to_rounding, gated_rows
 from tests.unit.ops.dispatch_cases import Routing, Rows, assert_near, permuted_rows, routings
 from tests.unit.ops.routing_cases import Routed, check_packed, chunk_counts, routed_tokens
+from tests.unit.runtime.test_dispatch_plan import content
 
 pytestmark = [
     pytest.mark.gpu,
@@ -231,6 +234,17 @@ def test_dispatch_on_a_side_stream_in_a_graph_and_without_waiting() -> None:
     ids.copy_(torch.randint(0, 16, ids.shape, device="cuda"))
     graph.replay()
     assert torch.equal(captured, dispatch())
+
+
+def test_the_placement_of_a_micro_batch_is_planned_as_on_the_cpu() -> None:
+    view = RankView(num_ranks=8, tp_size=1, num_experts=64, num_slots=9, num_nodes=1, rank=3, tp_rank=0)
+    counts_RE = torch.randint(0, 50, (8, 64)) * (torch.arange(64) % 7 == 0) + 1
+    exact = ExactOptions(used_slots=1)
+    on_cpu, on_gpu = (
+        DevicePlanner(view, pinned=device == "cuda").plan(counts_RE.to(device), exact) for device in ("cpu", "cuda")
+    )
+    assert on_cpu.has_replicas
+    assert content(on_gpu) == content(on_cpu)
 
 
 def test_gradients_flow() -> None:

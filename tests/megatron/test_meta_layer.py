@@ -33,6 +33,7 @@ CASES = {
     "overlapped shared experts": Case(options=SHARED | {"moe_shared_expert_overlap": True}),
     "4 chunks": Case(degree=4),
     "replicas": Case(replicas=True),
+    "replicas planned on the device": Case(replicas=True, on_device=True),
     "replicas, 4 chunks": Case(replicas=True, degree=4),
     "transformer layer": Case(attention=True),
     "transformer layer, MLA": Case(attention=True, options=MLA),
@@ -49,13 +50,18 @@ LAUNCHES = {
     "overlapped shared experts": (37, 39),
     "4 chunks": (70, 86),
     "replicas": (47, 49),
+    "replicas planned on the device": (114, 49),
     "replicas, 4 chunks": (108, 150),
     "transformer layer": (69, 80),
     "transformer layer, MLA": (114, 111),
     "transformer layer, MLA, replicas": (129, 130),
 }
 # Host waits for the device, by the function that waits: one a layer, as in Megatron's own dropless dispatch.
-WAITS = {True: {"to_host": 1}, False: {"_maybe_dtoh_and_synchronize": 1}}  # with replicas, without
+WAITS = {
+    "homes": {"_maybe_dtoh_and_synchronize": 1},
+    "replicas": {"to_host": 1},
+    "replicas planned on the device": {"plan": 1},
+}
 
 
 def _hidden_wait(rows: Any) -> Any:
@@ -93,7 +99,8 @@ def test_forward_and_backward(found: dict[str, Found], name: str) -> None:
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_host_waits_once(found: dict[str, Found], name: str) -> None:
-    assert dict(found[name].waits) == WAITS[CASES[name].replicas]
+    kind = name if name in WAITS else "replicas" if CASES[name].replicas else "homes"
+    assert dict(found[name].waits) == WAITS[kind]
 
 
 @pytest.mark.parametrize("name", CASES)

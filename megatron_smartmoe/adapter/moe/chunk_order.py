@@ -56,6 +56,7 @@ class ChunkOrder:
         Returns:
             Rows and weights, each in two blocks where `home_rows` is given.
         """
+        assert packs or home_rows is None, "gradients of two blocks are packed"
         maps = self.to_slots_N1, self.to_sources_N1
         parts = _MoveWeighted.apply(rows_NH, weights_N, *maps, packs, home_rows)  # type: ignore[no-untyped-call]
         return parts if home_rows is None else (parts[:2], parts[2:])
