@@ -16,10 +16,10 @@ import torch.distributed as dist
 
 from megatron_smartmoe.adapter.flags.smartmoe_arguments import replicas_mode
 from megatron_smartmoe.cost.compute import ExpertShape, replica_grad_bytes
-from megatron_smartmoe.cost.dispatch import TokenDispatch
+from megatron_smartmoe.cost.dispatchers import Dispatcher
 from megatron_smartmoe.cost.memory.buffers import MAIN_BYTES, MOMENT_BYTES, expert_state_bytes
-from megatron_smartmoe.cost.moe_layer import constants_of, crossing_bytes_s, exposed_replica_tokens
-from megatron_smartmoe.cost.replicas import schedule_of
+from megatron_smartmoe.cost.moe_layer import constants_of, crossing_bytes_s, transfer_price
+from megatron_smartmoe.cost.replicas import TransferPrice, schedule_of
 from megatron_smartmoe.placement.homes_planner import OnlineOptions
 from megatron_smartmoe.placement.layer_cost import LayerPricing
 from megatron_smartmoe.placement.plan_homes import HomesOptions, node_swap_price
@@ -30,7 +30,7 @@ from megatron_smartmoe.planner.arguments import model_from_arguments, parallel_f
 from megatron_smartmoe.spec.cluster import ClusterSpec, load_cluster_spec
 from megatron_smartmoe.spec.devices import Device, cluster_for, fitting_cluster
 from megatron_smartmoe.spec.model import ModelSpec
-from megatron_smartmoe.spec.parallel import FLAT, HIERARCHICAL, Dispatch, ParallelSpec
+from megatron_smartmoe.spec.parallel import HIERARCHICAL, Dispatch, ParallelSpec
 
 # fp32 tensors that an optimizer keeps for each parameter
 _STATES_OF = {"sgd": 1, "muon": 1, "dist_muon": 1, "adaptive_muon": 2, "lion": 1, "soap": 4}
@@ -140,10 +140,25 @@ def expert_shape(args: Namespace, mode: str | None = None) -> ExpertShape:
     return ExpertShape(
         hidden=args.moe_latent_size or args.hidden_size,
         ffn=(args.moe_ffn_hidden_size or args.ffn_hidden_size) // etp,
-        gated=args.swiglu,
+        gated=args.swiglu or args.quick_geglu,
         element_bytes=element_bytes,
         grad_bytes=replica_grad_bytes(mode or replicas_mode(args), element_bytes),
+        biases=bool(args.add_bias_linear),
+        fp8_weights=sends_fp8(args),
     )
+
+
+def sends_fp8(args: Namespace) -> bool:
+    """Whether replicas get their weights as fp8 with a scale per block: all experts are quantized so, by powers of two.
+
+    Variables of TransformerEngine's ask for other scales, or for a backward pass that reads the weights themselves;
+    further options leave layers in bf16 or choose quantizers.
+    """
+    blockwise = args.fp8 and args.fp8_recipe == "blockwise" and args.bf16
+    other = args.first_last_layers_bf16 or args.fp8_quantizer_factory or args.te_precision_config_file
+    other = other or os.environ.get("NVTE_FP8_BLOCK_SCALING_FP32_SCALES") == "1"
+    other = other or os.environ.get("NVTE_BACKWARD_OVERRIDE")
+    return bool(args.smartmoe_experts == "transformer_engine" and blockwise and not other)
 
 
 def state_bytes(args: Namespace) -> int:
@@ -183,19 +198,27 @@ def online_setting(args: Namespace, mode: str | None = None) -> LayerPricing:
 
     num_ranks = mpu.get_expert_model_parallel_world_size()
     expert, mode = expert_shape(args, mode), mode or replicas_mode(args)
-    early = not args.overlap_param_gather
-    dispatch = TokenDispatch(
-        name=_dispatch or (HIERARCHICAL if args.smartmoe_dispatch == HIERARCHICAL else FLAT),
-        experts=args.num_experts,
-        top_k=args.moe_router_topk,
-    )
+    early, dispatcher = not args.overlap_param_gather, dispatcher_of(args)
     return LayerPricing(
         num_ranks=num_ranks,
         num_nodes=nodes_of_group(num_ranks),
-        constants=constants_of(machine(args), expert, dispatch=dispatch.name),
-        dispatch=dispatch,
+        constants=constants_of(machine(args), expert, two_hops=dispatcher.name == HIERARCHICAL),
         replicas=schedule_of(mode, expert, micro_batches=get_num_microbatches(), fetched_early=early),
         has_trees=True,
+        dispatcher=dispatcher,
+    )
+
+
+def dispatcher_of(args: Namespace) -> Dispatcher:
+    """What sends the tokens of a MoE layer."""
+    padded = args.moe_pad_expert_input_to_capacity
+    two_hops = (_dispatch or args.smartmoe_dispatch) == HIERARCHICAL
+    return Dispatcher(
+        name=HIERARCHICAL if two_hops else args.moe_token_dispatcher_type,
+        experts=args.num_experts,
+        top_k=args.moe_router_topk,
+        padded_factor=args.moe_expert_capacity_factor if padded else 0.0,
+        spare_slots=args.smartmoe_spare_slots,
     )
 
 
@@ -241,7 +264,7 @@ def homes_options(args: Namespace) -> HomesOptions:
         node_swap_price=node_swap_price(
             pricing.constants,
             get_num_microbatches() * rank_tokens(args),
-            dispatch=pricing.dispatch,
+            dispatcher=pricing.dispatcher,
             num_nodes=num_nodes,
             swap_s=state_bytes(args) / crossing_bytes_s(machine(args), nodes_of_group(ranks)),
             worth_s=args.smartmoe_homes_horizon / args.smartmoe_homes_margin,
@@ -269,7 +292,7 @@ def routing_groups_line(args: Namespace) -> str | None:
 
 def replica_options(args: Namespace) -> ReplicaOptions:
     """Where replicas may be placed, and what one costs."""
-    return ReplicaOptions(num_nodes=scope_nodes(args), replica_price_tokens=replica_price_tokens(args))
+    return ReplicaOptions(num_nodes=scope_nodes(args), price=replica_price(args))
 
 
 def scope_nodes(args: Namespace) -> int:
@@ -280,22 +303,24 @@ def scope_nodes(args: Namespace) -> int:
     return machine(args).domains(num_nodes, args.smartmoe_replicas_scope)
 
 
-def replica_price_tokens(args: Namespace, mode: str | None = None) -> float:
-    """Tokens that a replica must take from the busiest rank to pay off for each transfer that follows another, as far
-    as it is not hidden; --smartmoe-replicas-margin included.
+def replica_price(args: Namespace, mode: str | None = None) -> TransferPrice:
+    """What replicas cost, in tokens of the busiest rank of an iteration, or of a micro-batch if `exact`;
+    --smartmoe-replicas-margin included.
 
     Args:
         args: Megatron's arguments.
-        mode: how the replica is planned; None for the mode of the flags.
+        mode: how the replicas are planned; None for the mode of the flags.
     """
-    from megatron.core import parallel_state as mpu
-
     pricing = online_setting(args, mode)
-    between_nodes = nodes_of_group(mpu.get_expert_model_parallel_world_size()) > scope_nodes(args)
-    exposed = exposed_replica_tokens(
-        pricing.constants, pricing.replicas, rank_tokens(args), between_nodes=between_nodes
+    return transfer_price(
+        pricing.constants,
+        pricing.replicas,
+        rank_tokens(args),
+        num_nodes=pricing.num_nodes,
+        domains=scope_nodes(args),
+        margin=args.smartmoe_replicas_margin,
+        dispatcher=pricing.dispatcher,
     )
-    return float(args.smartmoe_replicas_margin * exposed)
 
 
 def rank_tokens(args: Namespace) -> float:

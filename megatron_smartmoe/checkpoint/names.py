@@ -100,6 +100,13 @@ def canonical(name: str) -> str:
     return name
 
 
+def with_norms_apart(name: str) -> str:
+    """The reverse of `canonical`: a norm's name as Megatron's local layers have it."""
+    for apart, fused in _FUSED_NORMS:
+        name = name.replace(fused, apart)
+    return name
+
+
 def _kind_and_parameter(key: str) -> tuple[str, str] | None:
     """Kind and key of the parameter that a tensor belongs to; None for what is neither weight nor optimizer state."""
     optimizer = _OPTIMIZER.fullmatch(key)

@@ -30,7 +30,8 @@ _LAYER_NUMBER = re.compile(r"^(?:decoder|encoder)\.layers\.(\d+)\.")
 _EXPERT_MODULE = re.compile(r"\.experts\.local_experts\.(\d+)\.")
 _EXPERT_WEIGHT = re.compile(r"(\.experts\.linear_fc[12]\.(?:weight|bias))(\d+)$")
 _SLOTS = re.compile(r"\.experts\.(?:weight|linear_fc)([12])(?:\.weight)?$")  # [slots, rows, columns]
-# The axis that tensor parallelism cuts, by the end of a parameter's name; all others are whole on every rank.
+# The axis that tensor parallelism cuts, by the end of a parameter's name; all others are whole on every rank, but those
+# of `_down_proj_rows`.
 _CUT_AXIS = {
     "linear_qkv.weight": 0,
     "linear_qkv.bias": 0,
@@ -132,7 +133,10 @@ class _Layout:
             self._add(file, ParameterKey(name, file.expert_rank * num_local + local, kind), tensor)
 
     def _add(self, file: _RankFile, key: ParameterKey, tensor: StoredTensor) -> None:
-        axis = next((axis for end, axis in _CUT_AXIS.items() if key.name.endswith(end)), None)
+        axis = cut_axis(key.name)
+        rows = _down_proj_rows(key.name, self._args)
+        if rows is not None and tensor.shape[0] * self._tensor_ranks == rows:
+            axis = 0
         is_cut = axis is not None and self._tensor_ranks > 1
         is_copy = (key.expert is None and file.expert_rank > 0) or (not is_cut and file.tensor_rank > 0)
         if is_copy or _is_there(self._contents, key, tensor, file.tensor_rank):
@@ -143,6 +147,24 @@ class _Layout:
             self._contents.parameters.setdefault(key, []).append(
                 _part(tensor, axis or 0, file.tensor_rank if is_cut else 0, parts, half, halves)
             )
+
+
+def cut_axis(name: str) -> int | None:
+    """The axis that tensor parallelism cuts a parameter along; None if it is whole on every rank."""
+    return next((axis for end, axis in _CUT_AXIS.items() if name.endswith(end)), None)
+
+
+def _down_proj_rows(name: str, args: Mapping[str, Any]) -> int | None:
+    """Rows of a whole down projection of multi-latent attention, which only Megatron's local layers cut.
+
+    None for any other parameter.
+    """
+    latent = args.get("kv_lora_rank"), args.get("qk_pos_emb_head_dim")
+    if name.endswith("linear_q_down_proj.weight"):
+        return int(args.get("q_lora_rank") or 0)
+    if name.endswith("linear_kv_down_proj.weight"):
+        return sum(int(size or 0) for size in latent)
+    return None
 
 
 def _is_there(contents: Contents, key: ParameterKey, tensor: StoredTensor, tensor_rank: int) -> bool:

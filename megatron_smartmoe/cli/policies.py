@@ -39,8 +39,8 @@ def setup_of(prices: Prices, *, spare_slots: int, warmup: int, kernels: Kernels 
         state_bytes=expert_state_bytes(prices.expert),
         migration_bytes_s=prices.migration_bytes_s,
         prices={"history": prices.layer("history"), "exact": prices.layer("exact")},
-        dispatch=prices.dispatch,
         kernels=kernels,
+        dispatcher=prices.dispatcher,
     )
 
 
@@ -88,13 +88,13 @@ def own_policy(
                 num_nodes=prices.balanced_nodes,
                 swap_s=setup.state_bytes / setup.migration_bytes_s,
                 worth_s=judge.horizon_iterations / judge.margin,
-                dispatch=prices.dispatch,
+                dispatcher=prices.dispatcher,
             ),
             num_groups=prices.num_groups,
         ),
-        replica=ReplicaOptions(num_nodes=prices.domains, replica_price_tokens=prices.replica_tokens(sees)),
+        replica=ReplicaOptions(num_nodes=prices.domains, price=prices.replica_price(sees)),
         auto_limit=1.0 if prices.first_version and sees == "exact" else OnlineOptions.auto_limit,
-        exact_price_tokens=prices.replica_tokens("exact"),
+        exact_price=prices.replica_price("exact"),
         policy=judge,
     )
     seconds = layer_seconds(setup.pricing_of(sees, has_trees=not prices.first_version))

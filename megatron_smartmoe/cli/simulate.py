@@ -28,6 +28,7 @@ from megatron_smartmoe.cli.simulate_table import Simulated, as_json, as_table
 from megatron_smartmoe.cost.compute import ExpertShape
 from megatron_smartmoe.errors import ConfigError
 from megatron_smartmoe.simulate.baselines import by_name
+from megatron_smartmoe.simulate.limit import limits_s
 from megatron_smartmoe.simulate.policies import SimulatedPolicy
 from megatron_smartmoe.simulate.run import PolicyResult, SimulationSetup, even_load_s, lower_bounds, replay
 from megatron_smartmoe.spec.cluster import ClusterSpec, load_cluster_spec
@@ -58,6 +59,7 @@ _LEAST = {
     "warmup": 0,
     "hidden": 1,
     "ffn": 1,
+    "top_k": 1,
 }
 
 _MOST = {"ep": 65_536, "nodes": 65_536, "trace_experts": 65_536, "spare_slots": 1000}  # a typing error beyond these
@@ -153,6 +155,7 @@ def run(options: argparse.Namespace) -> int:
         results=results,
         bounds=lower_bounds(trace, setup),
         even_s=even_load_s(trace, setup),
+        limit_s=limits_s(trace, setup),
         setup=setup,
         trace=trace,
         prices=prices,
@@ -232,11 +235,10 @@ def _prices(
         raise ConfigError(
             "--nodes", num_nodes, f"must divide --ep {options.ep}", "Every node has as many ranks: --nodes 1."
         )
-    dispatch, num_groups = simulate_routing.routing_of(options, trace, model, num_nodes)
     return Prices(
         cluster=cluster,
-        dispatch=dispatch,
-        num_groups=num_groups,
+        dispatcher=simulate_routing.dispatcher_of(options, trace, model, num_nodes),
+        num_groups=simulate_routing.groups_of(options, trace, model),
         expert=ExpertShape(hidden=options.hidden, ffn=options.ffn, gated=options.gated),
         num_ranks=options.ep,
         num_nodes=num_nodes,
@@ -320,7 +322,7 @@ def _decision_lines(
     settings["cluster"] = str(options.cluster) if options.cluster else None
     if not prices.first_version:
         settings |= {_MARGIN: options.replicas_margin, _GATED: options.gated}
-    settings |= simulate_routing.settings(prices.dispatch, prices.num_groups)
+    settings |= simulate_routing.settings(prices.dispatcher, prices.num_groups)
     if options.replans and options.replicas == "auto":
         settings[_REPLANS] = True
     header = {"kind": "simulation", "trace": _digest(trace), **settings}

@@ -26,7 +26,7 @@ from megatron_smartmoe.cli.simulate_prices import Prices, rank_tokens
 from megatron_smartmoe.cli.whatif_table import Basis, Prediction, as_json, as_table, label
 from megatron_smartmoe.cost.memory.budget import memory_budget
 from megatron_smartmoe.cost.step.constants import StepConstants, expert_shape, spec_nodes
-from megatron_smartmoe.cost.step.moe import token_dispatch
+from megatron_smartmoe.cost.step.moe import dispatcher_of
 from megatron_smartmoe.errors import ConfigError, PlanError
 from megatron_smartmoe.placement.homes_planner import ReplicaMode
 from megatron_smartmoe.report.fit import Fitted, busiest_s, fit_factors
@@ -327,7 +327,7 @@ def _replay(
         num_nodes=spec_nodes(cluster, spec.ep * spec.etp),
         micro_batches=spec.micro_batches,
         rank_tokens=rank_tokens(trace, spec.ep),
-        dispatch=token_dispatch(model, spec),
+        dispatcher=dispatcher_of(model, spec),
         num_groups=model.moe.routing_groups,
         margin=launch.replicas_margin,
     )

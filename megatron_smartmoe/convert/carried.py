@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -9,6 +11,7 @@ from typing import Any
 
 from megatron_smartmoe.convert.families.table import FlagValue, ModelTable
 from megatron_smartmoe.convert.hf_config import CONFIG_FILE
+from megatron_smartmoe.convert.ranks import Ranks
 from megatron_smartmoe.spec.yaml_io import dump_yaml
 
 FOLDER = "huggingface"  # of the source's configuration and tokenizer in a converted checkpoint
@@ -19,7 +22,7 @@ TOKENIZER_FILES = (
     "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
 OTHER_FILES = (CONFIG_FILE, "generation_config.json")
-_PADDED_TO = 128  # Megatron's --make-vocab-size-divisible-by
+PADDED_TO = 128  # Megatron's --make-vocab-size-divisible-by
 _SEQUENCE = 4096  # the longest that run.yaml trains with; its users raise it
 
 
@@ -37,9 +40,10 @@ def copy_carried(folder: Path, out: Path) -> None:
         shutil.copyfile(path, out / path.name)
 
 
-def padded_vocab(size: int) -> int:
-    """The rows that Megatron's embedding has, at least those of the model."""
-    return -(-size // _PADDED_TO) * _PADDED_TO
+def padded_vocab(size: int, tensor_ranks: int = 1, divisor: int = PADDED_TO) -> int:
+    """The rows that Megatron's embedding has for that many rows of the model (`calculate_padded_vocab_size`)."""
+    multiple = divisor * tensor_ranks
+    return -(-size // multiple) * multiple
 
 
 def seq_length_of(flags: Mapping[str, FlagValue]) -> int:
@@ -47,33 +51,38 @@ def seq_length_of(flags: Mapping[str, FlagValue]) -> int:
     return min(int(str(flags["max-position-embeddings"])), _SEQUENCE)
 
 
-def write_run(
-    path: Path, table: ModelTable, *, name: str, checkpoint: Path, dtype: str, tokenizer: Path | None
-) -> None:
-    """Write a run that continues from the converted weights.
+def write_beside(folder: Path, source: Path, table: ModelTable, out: Path, *, dtype: str, ranks: Ranks) -> None:
+    """Write what belongs to converted weights: configuration and tokenizer of the source, and a run.
 
     Args:
-        path: of the file.
+        folder: that is written to, and becomes the output.
+        source: Hugging Face folder.
         table: of the model.
-        name: of the run.
-        checkpoint: folder that will hold the checkpoint, an absolute path.
+        out: the output.
         dtype: of the weights.
-        tokenizer: folder with a tokenizer; None without one.
+        ranks: of the run.
     """
+    copy_carried(source, folder / FOLDER)
+    (folder / FOLDER / CONFIG_FILE).write_text(json.dumps(table.config.content, indent=2) + "\n")
+    has_tokenizer = any(path.name in TOKENIZER_FILES for path in carried_files(source))
+    place = out.absolute()
     head = (
         f"# Trains the {table.family} model of this folder further, on random tokens until you name your own data:\n"
-        f"#\n#   scripts/pretrain_gpt_moe.sh --config {checkpoint / RUN_FILE}\n#\n"
+        f"#\n#   scripts/pretrain_gpt_moe.sh --config {place / RUN_FILE}\n#\n"
         "# Learning rate and batch are examples. Own data: --no-mock-data --data-path PREFIX.\n"
     )
-    path.write_text(
-        head + dump_yaml(_content(table, name=name, checkpoint=checkpoint, dtype=dtype, tokenizer=tokenizer))
-    )
+    tokenizer = place / FOLDER if has_tokenizer else None
+    content = _content(table, name=out.name, checkpoint=place, dtype=dtype, tokenizer=tokenizer, ranks=ranks)
+    (folder / RUN_FILE).write_text(head + dump_yaml(content))
 
 
-def _content(table: ModelTable, *, name: str, checkpoint: Path, dtype: str, tokenizer: Path | None) -> dict[str, Any]:
+def _content(
+    table: ModelTable, *, name: str, checkpoint: Path, dtype: str, tokenizer: Path | None, ranks: Ranks
+) -> dict[str, Any]:
     model = {flag: value for flag, value in table.flags.items() if "moe" not in flag and flag != "num-experts"}
     moe = {flag: value for flag, value in table.flags.items() if flag not in model}
-    model |= {"seq-length": seq_length_of(table.flags), "padded-vocab-size": padded_vocab(table.vocab_size)}
+    vocab = padded_vocab(table.vocab_size, ranks.tensor)
+    model |= {"seq-length": seq_length_of(table.flags), "padded-vocab-size": vocab}
     balances = table.num_experts is not None and not table.mtp_layers
     data: dict[str, Any] = {"mock-data": True, "split": "99,1,0", "num-workers": 0}
     if tokenizer is not None:
@@ -83,10 +92,10 @@ def _content(table: ModelTable, *, name: str, checkpoint: Path, dtype: str, toke
     groups: dict[str, dict[str, Any]] = {
         "model": model,
         "moe": moe,
-        "parallel": {},
+        "parallel": ranks.flags(),
         "training": {
             "micro-batch-size": 1,
-            "global-batch-size": 8,
+            "global-batch-size": math.lcm(8, ranks.expert),
             "train-iters": 100,
             "lr": "1e-5",
             "min-lr": "1e-6",
@@ -111,7 +120,7 @@ def _content(table: ModelTable, *, name: str, checkpoint: Path, dtype: str, toke
         groups["smartmoe"] = {"smartmoe": True}
     return {
         "name": name,
-        "nproc": 1,
+        "nproc": ranks.count,
         "flags": {
             group: {flag: _text(value) for flag, value in members.items()}
             for group, members in groups.items()

@@ -33,6 +33,7 @@ from megatron_smartmoe.convert.source import Source, recognise
 from megatron_smartmoe.convert.text_loss import losses, tokens_of
 from megatron_smartmoe.convert.to_hf import megatron_to_hf
 from megatron_smartmoe.convert.to_megatron import hf_to_megatron
+from megatron_smartmoe.convert.to_torch import hf_to_torch, megatron_to_torch
 from megatron_smartmoe.convert.upcycle import EXPERTS, UpcycledTensors, upcycled_table
 from megatron_smartmoe.convert.verify import check_installed, verify
 from megatron_smartmoe.errors import ConfigError
@@ -54,17 +55,22 @@ def convert(options: ConvertOptions) -> int:
     _say(source.said)
     _check_changes(options, source)
     table, ends = None, None
-    if source.kind == "hf" and options.target == "megatron":
-        table = _hf_to_megatron(options, source)
+    if options.verify and options.target == "torch":
+        rule = "loads a torch_dist checkpoint, and --to torch writes Megatron's older format"
+        raise ConfigError("--verify", True, rule, "Leave it out, or verify what --to megatron writes.")
+    if source.kind == "hf" and options.target != "hf":
+        table = _from_hf(options, source)
         ends = (source.folder, options.out)
     elif source.kind != "hf" and options.target == "hf":
         table = _megatron_to_hf(options, source)
         ends = (options.out, source.folder)
+    elif source.kind != "hf" and options.target == "torch":
+        _megatron_to_torch(options, source)
     elif source.kind != "hf":
         _megatron_to_megatron(options, source)
     else:
         rule = f"is what {options.source} is already"
-        raise ConfigError("--to", options.target, rule, "Pass --to megatron.")
+        raise ConfigError("--to", options.target, rule, "Pass --to megatron or --to torch.")
     size_bytes = sum(path.stat().st_size for path in options.out.rglob("*") if path.is_file())
     _say(f"{options.out} is written: {readable_bytes(size_bytes)} in {time.perf_counter() - started:.1f} s")
     return _verify(options, table, *ends) if options.verify and table is not None and ends is not None else 0
@@ -80,7 +86,7 @@ def _check_changes(options: ConvertOptions, source: Source) -> None:
             continue
         if source.kind != "hf":
             raise ConfigError(flag, value, "changes a Hugging Face model", "Convert it --to hf first.")
-        if options.target != "megatron":
+        if options.target == "hf":
             raise ConfigError(flag, value, "needs --to megatron", "Pass --to megatron; the result converts --to hf.")
 
 
@@ -91,7 +97,7 @@ def _verify(options: ConvertOptions, table: ModelTable, model: Path, checkpoint:
     return 0 if all(verdict.is_equal for verdict in verdicts) else EXIT_DIFFERENT
 
 
-def _hf_to_megatron(options: ConvertOptions, source: Source) -> ModelTable:
+def _from_hf(options: ConvertOptions, source: Source) -> ModelTable:
     config = HFConfig.of(source.folder)
     table = table_of(config, options.ignore_config_key)
     tensors = HFTensors.of(source.folder, config)
@@ -109,6 +115,9 @@ def _hf_to_megatron(options: ConvertOptions, source: Source) -> ModelTable:
             rule = "is not supported for a model with layers that predict further tokens (MTP)"
             raise ConfigError(KEEP, options.reduce.keep, rule, "Leave it out.")
         if options.reduce.text is not None:
+            if options.target == "torch":
+                rule = "needs a checkpoint that Megatron loads on one rank"
+                raise ConfigError(TEXT, str(options.reduce.text), rule, "Pass --to megatron, or leave it out.")
             check_installed(options.spec, TEXT)
             tokens = tokens_of(options.reduce.text, source.folder, table, TEXT)
         table, tensors = _reduced(options.reduce, config, table, tensors)
@@ -116,15 +125,13 @@ def _hf_to_megatron(options: ConvertOptions, source: Source) -> ModelTable:
     _say(f"{table.family}, {table.num_layers} layers{experts}, written as {dtype} for the {options.spec} layers")
     if predicts:
         _say(f"with {table.mtp_layers} layer(s) that predict further tokens (MTP), which --verify does not compare")
-    hf_to_megatron(
-        tensors,
-        table,
-        options.out,
-        spec=options.spec,
-        dtype=dtype,
-        workers=options.workers,
-        plan=_plan(options, dtype, sorted({tensor.path for tensor in tensors.tensors.values()})),
-    )
+    how: dict[str, Any] = {"spec": options.spec, "dtype": dtype, "workers": options.workers}
+    how["plan"] = _plan(options, dtype, sorted({tensor.path for tensor in tensors.tensors.values()}))
+    if options.target == "torch":
+        _say(_torch_line(options))
+        hf_to_torch(tensors, table, options.out, ranks=options.ranks, **how)
+    else:
+        hf_to_megatron(tensors, table, options.out, **how)
     if tokens is not None:
         before, after = losses(source.folder, options.out, table, tokens)
         _say(f"loss on {tokens.numel():,} tokens of the text: {before:.4f} before, {after:.4f} after")
@@ -204,6 +211,26 @@ def _megatron_to_megatron(options: ConvertOptions, source: Source) -> None:
     )
 
 
+def _megatron_to_torch(options: ConvertOptions, source: Source) -> None:
+    contents = MegatronTensors.of(source.folder).contents
+    _say(_torch_line(options))
+    megatron_to_torch(
+        contents,
+        options.out,
+        spec=options.spec,
+        ranks=options.ranks,
+        dtype=DTYPES[options.dtype] if options.dtype else None,
+        workers=options.workers,
+        plan=_plan(options, options.dtype or "", sorted(path for path in source.folder.rglob("*") if path.is_file())),
+    )
+
+
+def _torch_line(options: ConvertOptions) -> str:
+    ranks = options.ranks
+    sizes = f"tensor parallelism {ranks.tensor}, {ranks.stages} pipeline stage(s), expert parallelism {ranks.expert}"
+    return f"written in the torch format, without optimizer state, for {sizes} and no other"
+
+
 def _plan(options: ConvertOptions, dtype: str, files: list[Path]) -> dict[str, Any]:
     """What makes a conversion the same as one that was killed."""
     states = [(str(path.absolute()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
@@ -212,6 +239,7 @@ def _plan(options: ConvertOptions, dtype: str, files: list[Path]) -> dict[str, A
         "files": [list(state) for state in states],
         "to": options.target,
         "for": options.spec,
+        "ranks": asdict(options.ranks),
         "dtype": dtype,
         "recipe": None if options.recipe is None else asdict(options.recipe),
         "reduce": _reduce_plan(options.reduce),

@@ -29,6 +29,8 @@ _WITHOUT_EFFECT = frozenset(
     "layer_types is_decoder _experts_implementation".split()
 )
 
+_MOST_LAYERS = 10_000
+
 
 class HFConfig:
     """The content of a config.json."""
@@ -59,6 +61,18 @@ class HFConfig:
         self._read.add(key)
         value = self.content.get(key)
         return default if value is None else value
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of the model.
+
+        Raises:
+            ConfigError: they are missing, or more than any model has.
+        """
+        count = self.size("num_hidden_layers")
+        if count > _MOST_LAYERS:
+            raise self.refused("num_hidden_layers", f"must be at most {_MOST_LAYERS:,}")
+        return count
 
     def size(self, *keys: str, default: int | None = None) -> int:
         """A whole number, at least 1, under the first of these names that is there.

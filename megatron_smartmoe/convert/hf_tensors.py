@@ -93,6 +93,18 @@ class HFTensors:
             raise CheckpointError(str(self.folder), "does not match its config.json", rule)
         for name, shape in table.shapes.items():
             self._check_one(name, shape)
+        for name, of in table.copies.items():
+            if name in self.tensors:
+                self._check_copy(name, of)
+
+    def _check_copy(self, name: str, of: str) -> None:
+        """A tensor that the model has once, and that the files have twice, is the same both times."""
+        one, other = self.tensors[name], self.tensors[of]
+        is_same = one.shape == other.shape and one.dtype == other.dtype
+        blocks = zip(one.blocks(), other.blocks(), strict=True) if is_same else ()
+        if not is_same or any(a.tobytes() != b.tobytes() for (_, a), (_, b) in blocks):
+            rule = f"tensor {name} differs from {of}, and the model has only one of the two"
+            raise CheckpointError(str(one.path), "does not match its config.json", rule)
 
     def _check_one(self, name: str, shape: tuple[int, ...]) -> None:
         tensor = self.tensors[name]

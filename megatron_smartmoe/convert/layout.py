@@ -23,7 +23,7 @@ _LATENT_NORMS = {
     "self_attention.q_layernorm.weight": "self_attention.linear_q_up_proj.layer_norm_weight",
     "self_attention.kv_layernorm.weight": "self_attention.linear_kv_up_proj.layer_norm_weight",
 }
-_LINEAR = re.compile(r"\.(?:linear_\w+|eh_proj)\.weight$")
+LINEAR = re.compile(r"\.(?:linear_\w+|eh_proj)\.weight$")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +76,8 @@ class Layout:
         key = name
         if found is not None:
             number, inner = int(found[2]), name[found.end() :]
-            inner = self._inner(inner, has_experts=self.expert_layers[number] if found[1] == "decoder" else True)
+            has_experts = self.expert_layers[number] if found[1] == "decoder" else True
+            inner = self.inner_name(inner, has_experts=has_experts)
             key = f"{found[0]}{inner}"
             if self.is_stacked and found[1] == "decoder":
                 key = f"decoder.layers.{inner}"
@@ -88,8 +89,8 @@ class Layout:
             sizes.append(self.num_experts)
         return Place(key=key, index=tuple(index), sizes=tuple(sizes))
 
-    def _inner(self, name: str, *, has_experts: bool) -> str:
-        """The name inside its layer as the layer spec has it."""
+    def inner_name(self, name: str, *, has_experts: bool) -> str:
+        """A parameter's name inside its layer, as checkpoints of the layer spec have it."""
         is_te = self.spec == "te"
         if name == _INPUT_NORM and self.has_latent_attention:
             return "input_layernorm.weight"
@@ -112,7 +113,7 @@ def extra_states(places: Sequence[Place]) -> Iterator[str]:
     for place in places:
         if not _LAYER.match(place.key) and not place.key.startswith("decoder.layers."):
             continue
-        if _LINEAR.search(place.key) is None:
+        if LINEAR.search(place.key) is None:
             continue
         index, sizes = place.index or (0,), place.sizes or (1,)
         shard = f"{'.'.join(map(str, index))}_{'.'.join(map(str, sizes))}"

@@ -19,6 +19,7 @@ from megatron_smartmoe.convert.packing import Parameter
 from megatron_smartmoe.errors import CheckpointError
 
 _SHOWN = 3  # names that a message lists
+_NEEDED = ("num_layers", "hidden_size", "num_attention_heads")  # arguments
 _PADDED = (EMBEDDING, OUTPUT)  # Megatron's have more rows than the vocabulary
 _NO_WEIGHT = (".router.local_tokens_per_expert", ".router.global_tokens_per_expert", ".router.ga_steps")
 
@@ -46,6 +47,11 @@ class MegatronTensors:
         if not contents.arguments:
             reason = "it does not hold the arguments of the run that saved it"
             raise CheckpointError(str(folder), "cannot be converted", reason)
+        for name in _NEEDED:
+            value = contents.arguments.get(name)
+            if type(value) is not int or value < 1:
+                reason = f"the arguments of the run that saved it have {name} = {value!r:.100}"
+                raise CheckpointError(str(folder), "cannot be converted", reason)
         keys = {(without_spec(key.name), key.expert): key for key in contents.parameters if key.kind == WEIGHT}
         return cls(contents=contents, keys=keys)
 

@@ -11,13 +11,14 @@ from typing import Any, Literal
 from megatron_smartmoe.convert.hf_config import IGNORE_KEY
 from megatron_smartmoe.convert.launches import Launch, launch_of
 from megatron_smartmoe.convert.layout import SPECS, Spec
+from megatron_smartmoe.convert.ranks import EXPERT, STAGES, TENSOR, Ranks
 from megatron_smartmoe.convert.reduce import KEEP, METHOD, METHODS, TEXT, TRACE, ReduceRecipe
 from megatron_smartmoe.convert.source import KINDS, Kind
 from megatron_smartmoe.convert.upcycle import EXPERTS, GRANULARITY, TOPK, Recipe
 from megatron_smartmoe.errors import ConfigError
 
-type Target = Literal["hf", "megatron"]
-TARGETS: tuple[Target, ...] = ("hf", "megatron")
+type Target = Literal["hf", "megatron", "torch"]
+TARGETS: tuple[Target, ...] = ("hf", "megatron", "torch")
 DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 
 
@@ -34,7 +35,10 @@ class ConvertOptions:
         dtype: type of the written weights, by its short name; None for that of the source.
         workers: files that are written at a time.
         hf_config: folder with the config.json of the model that a checkpoint began with; None to look for it.
-        expert_ranks: with optimizer state, the expert parallelism that will load it; None for that of the source.
+        expert_ranks: with optimizer state, the expert parallelism that will load it, None for that of the source; in
+            the torch format, the expert-parallel ranks, None for one.
+        tensor_ranks: in the torch format, the tensor-parallel ranks; None for one.
+        stages: in the torch format, the pipeline stages; None for one.
         optimizer: whether optimizer state is converted too, where the source has some.
         recipe: how experts are made of a dense model; None to convert the model as it is.
         reduce: which experts are removed; None to keep all.
@@ -51,11 +55,18 @@ class ConvertOptions:
     workers: int = 4
     hf_config: Path | None = None
     expert_ranks: int | None = None
+    tensor_ranks: int | None = None
+    stages: int | None = None
     optimizer: bool = True
     recipe: Recipe | None = None
     reduce: ReduceRecipe | None = None
     verify: tuple[Launch, ...] = ()
     ignore_config_key: tuple[str, ...] = ()
+
+    @property
+    def ranks(self) -> Ranks:
+        """Parallelism of the torch format."""
+        return Ranks(tensor=self.tensor_ranks or 1, stages=self.stages or 1, expert=self.expert_ranks or 1)
 
     @classmethod
     def of(cls, parsed: argparse.Namespace) -> ConvertOptions:
@@ -70,8 +81,13 @@ class ConvertOptions:
         values["verify"] = tuple(launch_of(text) for text in asked or ())
         values["ignore_config_key"] = tuple(values["ignore_config_key"] or ())
         found = cls(**values)
-        if found.expert_ranks is not None and found.expert_ranks < 1:
-            raise ConfigError("--ep", found.expert_ranks, "must be at least 1", "For example: --ep 4.")
+        for flag, size in ((EXPERT, found.expert_ranks), (TENSOR, found.tensor_ranks), (STAGES, found.stages)):
+            if size is not None and size < 1:
+                raise ConfigError(flag, size, "must be at least 1", f"For example: {flag} 4.")
+        for flag, size in ((TENSOR, found.tensor_ranks), (STAGES, found.stages)):
+            if size is not None and found.target != "torch":
+                rule = "needs --to torch: a torch_dist checkpoint loads at any tensor and pipeline parallelism"
+                raise ConfigError(flag, size, rule, "Leave it out.")
         if found.workers < 1:
             raise ConfigError("--workers", found.workers, "must be at least 1", "For example: --workers 4.")
         source, out = (os.path.realpath(path) for path in (found.source, found.out))
@@ -120,11 +136,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", type=Path, metavar="SOURCE", help=help_text)
     help_text = "folder to write, which must not exist yet; it appears when all of it is written"
     parser.add_argument("out", type=Path, metavar="OUT", help=help_text)
-    help_text = "hf: a Hugging Face folder with safetensors; megatron: a torch_dist checkpoint"
+    help_text = (
+        "hf: a Hugging Face folder with safetensors; megatron: a torch_dist checkpoint; torch: Megatron's older "
+    )
+    help_text += "format, a file for each model-parallel rank, of the weights alone"
     parser.add_argument("--to", dest="target", choices=TARGETS, required=True, help=help_text)
     help_text = "format of SOURCE (default: recognised by what lies in it)"
     parser.add_argument("--from", dest="kind", choices=KINDS, help=help_text)
-    help_text = "with --to megatron: the layers that will load it, Megatron's local ones or TransformerEngine's, "
+    help_text = (
+        "with --to megatron and torch: the layers that will load it, Megatron's local ones or TransformerEngine's, "
+    )
     help_text += "whose checkpoints name some norms differently (default: local)"
     parser.add_argument("--for", dest="spec", choices=SPECS, default="local", help=help_text)
     help_text = "type of the written weights (default: that of SOURCE; bf16 where it is fp8)"
@@ -137,8 +158,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     help_text += "for another model, config.json is made from its arguments)"
     parser.add_argument("--hf-config", type=Path, metavar="DIR", help=help_text)
     help_text = "from a checkpoint to --to megatron: arrange the optimizer state for this expert parallelism; Megatron "
-    help_text += "itself loads what was saved at 1 only at 1 (default: as it was saved)"
-    parser.add_argument("--ep", dest="expert_ranks", type=int, metavar="N", help=help_text)
+    help_text += (
+        "itself loads what was saved at 1 only at 1 (default: as it was saved). With --to torch: expert-parallel "
+    )
+    help_text += "ranks of the run that will load it (default: 1)"
+    parser.add_argument(EXPERT, dest="expert_ranks", type=int, metavar="N", help=help_text)
+    help_text = "with --to torch: tensor-parallel ranks of the run that will load it; they cut experts too (default: 1)"
+    parser.add_argument(TENSOR, dest="tensor_ranks", type=int, metavar="N", help=help_text)
+    help_text = "with --to torch: pipeline stages of the run that will load it (default: 1)"
+    parser.add_argument(STAGES, dest="stages", type=int, metavar="N", help=help_text)
     help_text = "from a checkpoint to --to megatron: leave the optimizer state out"
     parser.add_argument("--no-optim", dest="optimizer", action="store_false", help=help_text)
     _add_upcycling(parser)
@@ -184,9 +212,9 @@ def as_argv(options: ConvertOptions) -> list[str]:
     argv = [str(options.source), str(options.out), "--to", options.target, "--for", options.spec]
     given: list[tuple[str, Any]] = [("--from", options.kind), ("--dtype", options.dtype)]
     given += [("--workers", options.workers), ("--hf-config", options.hf_config)]
+    given += [(EXPERT, options.expert_ranks), (TENSOR, options.tensor_ranks), (STAGES, options.stages)]
     for flag, value in given:
         argv += [flag, str(value)] if value is not None else []
-    argv += ["--ep", str(options.expert_ranks)] if options.expert_ranks is not None else []
     argv += [] if options.optimizer else ["--no-optim"]
     if options.verify:
         argv += ["--verify", *("1" if launch.num_ranks == 1 else launch.name for launch in options.verify)]

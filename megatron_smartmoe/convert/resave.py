@@ -63,7 +63,7 @@ def megatron_to_megatron(
     # Step 1: what goes where.
     arguments = dict(contents.arguments)
     layout = layout_of(arguments, spec)
-    parameters = list(_parameters(contents, layout, dtype, with_optimizer=with_optimizer))
+    parameters = list(saved_parameters(contents, layout, dtype, with_optimizer=with_optimizer))
     common, objects = _common(contents, expert_ranks, with_optimizer=with_optimizer)
     name = RELEASE if contents.folder.name == RELEASE else folder_of(Path(), contents.iteration or 0).name
     files = files_of(parameters, name)
@@ -92,9 +92,20 @@ def megatron_to_megatron(
         (partial / TRACKER).write_text(RELEASE if name == RELEASE else str(contents.iteration or 0))
 
 
-def _parameters(
+def saved_parameters(
     contents: Contents, layout: Layout, dtype: str | None, *, with_optimizer: bool
 ) -> Iterator[StoredParameter]:
+    """The parameters of a checkpoint as they are written, each with a function that reads rows of it.
+
+    Args:
+        contents: of the checkpoint.
+        layout: of the output.
+        dtype: of the written weights; None as in the source.
+        with_optimizer: whether the optimizer's state is written too.
+
+    Raises:
+        CheckpointError: a parameter is not whole.
+    """
     main = "param" if contents.arguments.get("use_distributed_optimizer") else "fp32_param"
     for key in contents.parameters:
         if key.kind != WEIGHT and not with_optimizer:
@@ -124,12 +135,16 @@ def _rows(contents: Contents, key: ParameterKey, dtype: str) -> Callable[[int, i
     return lambda first, end: numbers.converted(contents.rows(key, first, end), contents.dtype(key), dtype)
 
 
+def plain_arguments(contents: Contents) -> dict[str, Any]:
+    """The arguments of the run that saved a checkpoint, without those of types that only Megatron knows."""
+    return {name: value for name, value in contents.arguments.items() if _is_plain(value)}
+
+
 def _common(
     contents: Contents, expert_ranks: int | None, *, with_optimizer: bool
 ) -> tuple[dict[str, Any], dict[str, bytes]]:
     """The common state of the output, and the objects that are copied as they are: random states."""
-    arguments = {name: value for name, value in contents.arguments.items() if _is_plain(value)}
-    arguments |= {"ckpt_format": "torch_dist"}
+    arguments = plain_arguments(contents) | {"ckpt_format": "torch_dist"}
     if expert_ranks is not None:
         arguments["expert_model_parallel_size"] = expert_ranks
     state: dict[str, Any] = {"checkpoint_version": 3.0, "iteration": contents.iteration or 0}
@@ -137,7 +152,7 @@ def _common(
     is_sharded = is_torch_dist(contents.folder)
     if is_sharded:
         saved = read_common(contents.folder)
-        state |= {name: saved[name] for name in (*_KEPT, "content_metadata") if _is_plain(saved.get(name))}
+        state |= {name: saved.get(name) for name in (*_KEPT, "content_metadata") if _is_plain(saved.get(name))}
         state = {name: value for name, value in state.items() if value is not None}
         objects = _copied_objects(contents.folder)
         if with_optimizer:

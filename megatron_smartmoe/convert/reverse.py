@@ -40,6 +40,13 @@ _OFF = {
     "activation_func_clamp_value": None, "qk_clip": False, "attention_output_gate": False,
 }  # fmt: skip
 
+# Gates whose routers Hugging Face's formats have no place for.
+_GATES = {
+    "noisy-top-k": "its routers' noise_weight",
+    "moe++": "its experts that cost nothing (zero_weight, constant_weight, constant_vector)",
+    "topology": "its choice by the node that an expert is on",
+}
+
 
 def config_beside(folder: Path, arguments: Mapping[str, Any]) -> Path | None:
     """The folder with the config.json of the model that a checkpoint was converted from, if there is one.
@@ -65,6 +72,11 @@ def table_of_checkpoint(arguments: Mapping[str, Any], beside: Path | None, vocab
     Raises:
         ConfigError: no family computes what this model does.
     """
+    gate = str(arguments.get("smartmoe_gate"))
+    if gate in _GATES:
+        rule = f"is what the checkpoint was trained with, and Hugging Face's formats have no place for {_GATES[gate]}"
+        way_out = "Train it on with --smartmoe-gate top-k --no-load-optim and export that run, or pass --to megatron."
+        raise ConfigError("--smartmoe-gate", gate, rule, way_out)
     if beside is not None:
         config = HFConfig.of(beside)
         table = table_of(config, config.content)

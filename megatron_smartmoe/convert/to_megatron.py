@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -19,21 +18,13 @@ from megatron_smartmoe.checkpoint.directory import RELEASE, TRACKER
 from megatron_smartmoe.checkpoint.manifest import FileEntry, Manifest, write_manifest
 from megatron_smartmoe.convert import numbers
 from megatron_smartmoe.convert.arguments import arguments_of
-from megatron_smartmoe.convert.carried import (
-    FOLDER,
-    RUN_FILE,
-    TOKENIZER_FILES,
-    carried_files,
-    copy_carried,
-    seq_length_of,
-    write_run,
-)
+from megatron_smartmoe.convert.carried import seq_length_of, write_beside
 from megatron_smartmoe.convert.families.table import ModelTable
-from megatron_smartmoe.convert.hf_config import CONFIG_FILE
 from megatron_smartmoe.convert.hf_tensors import HFTensors
 from megatron_smartmoe.convert.layout import Layout, Spec, extra_states
 from megatron_smartmoe.convert.output import Written, check_space, partial_output, write_files
 from megatron_smartmoe.convert.packing import Parameter, runs_of
+from megatron_smartmoe.convert.ranks import Ranks
 from megatron_smartmoe.convert.torch_dist_files import (
     StoredParameter,
     common_state,
@@ -73,12 +64,7 @@ def hf_to_megatron(
         folder = partial / RELEASE
         objects = extra_states([parameter.place for parameter in parameters])
         write_index(folder, parameters, written, common_state(arguments, 0), objects)
-        copy_carried(source.folder, partial / FOLDER)
-        (partial / FOLDER / CONFIG_FILE).write_text(json.dumps(table.config.content, indent=2) + "\n")
-        has_tokenizer = any(path.name in TOKENIZER_FILES for path in carried_files(source.folder))
-        place = out.absolute()
-        tokenizer = place / FOLDER if has_tokenizer else None
-        write_run(partial / RUN_FILE, table, name=out.name, checkpoint=place, dtype=dtype, tokenizer=tokenizer)
+        write_beside(partial, source.folder, table, out, dtype=dtype, ranks=Ranks())
         write_manifest(
             folder,
             Manifest(

@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from megatron_smartmoe.cost.dispatch import FLAT_DISPATCH, TokenDispatch, rows_of_a_choice
+from megatron_smartmoe.cost.dispatchers import ALL_TO_ALL, Dispatcher, rows_of_a_choice
 from megatron_smartmoe.cost.moe_layer import LayerConstants
 from megatron_smartmoe.placement.routing_groups import domains, group_swaps
 from megatron_smartmoe.spec.arrays import FloatArray, IntArray
@@ -69,7 +69,7 @@ def node_swap_price(
     num_nodes: int,
     swap_s: float,
     worth_s: float,
-    dispatch: TokenDispatch = FLAT_DISPATCH,
+    dispatcher: Dispatcher = ALL_TO_ALL,
 ) -> float:
     """The share of a node's mean load that a swap of two experts between nodes must take off the busiest one.
 
@@ -79,9 +79,9 @@ def node_swap_price(
         num_nodes: nodes that the group's ranks lie on.
         swap_s: seconds that the swap takes.
         worth_s: seconds that a second saved in each iteration is worth once: horizon / margin.
-        dispatch: how tokens travel.
+        dispatcher: what sends the tokens.
     """
-    rows = rows_of_a_choice(dispatch, num_nodes)
+    rows = rows_of_a_choice(dispatcher, num_nodes)
     token_s = constants.token_s + rows.between * constants.inter_gpu_token_s + rows.inside * constants.intra_token_s
     saved_s = rank_tokens * token_s * worth_s
     return swap_s / saved_s if saved_s > 0 else HomesOptions.swap_price

@@ -135,12 +135,12 @@ def _headline(runs: Sequence[RunRecord], accounts: Sequence[RunAccount | None]) 
     rows = {
         "iterations": [_last_iteration(run) for run in runs],
         "training loss, nats per token": [_last(run, "lm loss", "{:.4f}") for run in runs],
-        "validation loss": [_last(run, "validation loss", "{:.4f}") for run in runs],
+        "validation loss, nats per token": [_last(run, "validation loss", "{:.4f}") for run in runs],
         "seconds per step, median": [_median(run, "seconds_per_step", "{:.3f}") for run in runs],
         "tokens per second, median": [_median(run, "tokens_per_second", "{:,.0f}") for run in runs],
         f"max / mean tokens per rank, {runs[0].compared[0]}": [_mean_balance(run, "homes") for run in runs],
         f"max / mean tokens per rank, {runs[0].compared[1]}": [_mean_balance(run, "split") for run in runs],
-        "moves of homes taken": [_moves(run) for run in runs],
+        "moves of experts taken": [_moves(run) for run in runs],
         "model TFLOP/s per rank, median": [
             _median_interval(found, "model_tflops_per_rank", "{:.3g}") for found in accounts
         ],
@@ -265,7 +265,7 @@ def _layer(run: RunRecord, layer: int, load: Loads | None) -> LayerView:
         hottest = int(np.argmax(load.expert_BE.mean(axis=0)))
         peak = float(load.expert_BE[:, hottest].mean())
         summary = (
-            f"hottest expert {hottest}: {peak:.2f} times an even share; ranks without balancing: "
+            f"hottest expert {hottest}: {peak:.2f} times an even share; busiest rank without balancing: "
             f"{load.mean_B.mean():.2f} times the mean, at worst {load.worst_B.max():.2f}"
         )
         begin, end = int(load.starts[0]), int(load.starts[-1])
@@ -273,7 +273,8 @@ def _layer(run: RunRecord, layer: int, load: Loads | None) -> LayerView:
             text = (
                 f"Layer {layer + 1}: load of {values.shape[1]} {heading} over iterations {begin} to {end}. {summary}."
             )
-            pictures.append((heading, heat_map(values, _MOST_HEAT), text))
+            rows = f"{heading.capitalize()}: 0 at the top to {values.shape[1] - 1} at the bottom"
+            pictures.append((rows, heat_map(values, _MOST_HEAT), text))
     slots = []
     if run.placement is not None and layer < run.placement.num_layers:
         homes = run.placement.home_slots

@@ -33,7 +33,7 @@ from unittest import mock
 import numpy as np
 
 from megatron_smartmoe.calibrate.line import LineFit, fit_line
-from megatron_smartmoe.cost.dispatch import TokenDispatch
+from megatron_smartmoe.cost.dispatchers import Dispatcher
 from megatron_smartmoe.cost.hierarchical import hops_fixed_s, rows_by_node
 from megatron_smartmoe.cost.moe_layer import (
     ALL_TO_ALLS,
@@ -298,11 +298,11 @@ def _predicted(
         replicas_RR=np.zeros_like(traffic_RR),
         num_nodes=options.nodes,
     )
-    two_hops = TokenDispatch(name=HIERARCHICAL, experts=options.experts, top_k=options.top_k)
+    two_hops = Dispatcher(name=HIERARCHICAL, experts=options.experts, top_k=options.top_k)
     hops_s = hops_fixed_s(slow, options.ranks, LAUNCH_S)
     return {
         "flat": layer_time(flow, constants).total_s,
-        "hierarchical": layer_time(flow, constants, dispatch=two_hops).total_s + hops_s,
+        "hierarchical": layer_time(flow, constants, dispatcher=two_hops).total_s + hops_s,
     }
 
 

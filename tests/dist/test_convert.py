@@ -129,6 +129,32 @@ def test_logits_at_other_parallelism(
     assert difference(found["logits"], hf_models.logits(source, TOKENS)) < TOLERANCE
 
 
+@pytest.mark.parametrize(
+    ("family", "num_ranks", "sizes", "flags"),
+    [
+        ("qwen2_moe", 2, {"tensor_ranks": 2}, "--tensor-model-parallel-size 2 --sequence-parallel"),
+        pytest.param("deepseek_v3", 4, {"stages": 2, "expert_ranks": 2}, " ".join(EP2_PP2), marks=pytest.mark.slow),
+        pytest.param(
+            "deepseek_v2",
+            2,
+            {"tensor_ranks": 2},
+            "--tensor-model-parallel-size 2 --sequence-parallel",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param("llama", 2, {"stages": 2}, "--pipeline-model-parallel-size 2", marks=pytest.mark.slow),
+    ],
+)
+def test_logits_of_the_older_format(
+    family: str, num_ranks: int, sizes: dict[str, Any], flags: str, tmp_path: Path
+) -> None:
+    """Megatron loads every name of its modules: what is missing would be left as it was initialised."""
+    source = hf_models.make(family, tmp_path / "hf")
+    convert(ConvertOptions(source=source, out=tmp_path / "ranks", target="torch", **sizes))
+    found = probed(source, tmp_path / "ranks", num_ranks, tmp_path / "probe", *flags.split())
+    assert difference(found["logits"], hf_models.logits(source, TOKENS)) < TOLERANCE
+    assert not any("load_return" in path.read_text() for path in (tmp_path / "probe" / "ranks").glob("*.log"))
+
+
 def test_the_wrong_order_of_softmax_and_top_k_shows(models: Callable[[str], tuple[Path, Path]], tmp_path: Path) -> None:
     """What tells a right conversion from a wrong one: the flag that another bridge sets for Mixtral."""
     source, checkpoint = models("mixtral")

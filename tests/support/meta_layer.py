@@ -161,9 +161,10 @@ def _planned() -> torch.Tensor:
 
 
 def _exact() -> Any:
+    from megatron_smartmoe.cost.replicas import TransferPrice
     from megatron_smartmoe.runtime.replicas.dispatch_plan import ExactOptions
 
-    return ExactOptions(used_slots=1, limit=1.01, price_tokens=1.0)
+    return ExactOptions(used_slots=1, limit=1.01, price=TransferPrice.of_each(1.0))
 
 
 def _caller() -> str:
@@ -363,7 +364,7 @@ def _with_replicas(layer: Any, *, on_device: bool) -> None:
     from megatron_smartmoe.runtime.replicas.wire import ReplicaWire
 
     experts = layer.experts
-    weights = (experts.weight1, experts.weight2)
+    weights = experts.slot_weights()
     wire = ReplicaWire(parallel_state.get_expert_model_parallel_group())
     totals = [torch.zeros_like(weight, dtype=torch.float32) for weight in weights]
     spare = SpareSlots(weights, 1, wire, lambda: totals, keeps=False)

@@ -19,6 +19,12 @@ OUTPUT = "output_layer.weight"
 FINAL_NORM = "decoder.final_layernorm.weight"
 INPUT_NORM = "self_attention.linear_qkv.layer_norm_weight"
 MLP_NORM = "mlp.linear_fc1.layer_norm_weight"
+_MOST_EXPERTS = 1_000_000  # of all layers together; each has a line in the table
+_EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts")
+_ROPE_KEYS = frozenset(
+    "rope_type type rope_theta partial_rotary_factor factor low_freq_factor high_freq_factor "
+    "original_max_position_embeddings attention_factor beta_fast beta_slow mscale mscale_all_dim".split()
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +46,15 @@ def layer(number: int) -> Where:
 
 
 def start(family: str, config: HFConfig, *, num_experts: int | None, expert_layers: tuple[bool, ...]) -> ModelTable:
-    """The table with embedding, output layer and last norm, and the flags that all families have."""
+    """The table with embedding, output layer and last norm, and the flags that all families have.
+
+    Raises:
+        ConfigError: a size is missing or cannot be.
+    """
+    if (num_experts or 0) * len(expert_layers) > _MOST_EXPERTS:
+        rule = f"is not possible: {num_experts:,} experts in each of {len(expert_layers):,} layers"
+        key = next((key for key in _EXPERT_KEYS if key in config.content), _EXPERT_KEYS[0])
+        raise config.refused(key, rule)
     hidden, vocab = config.size("hidden_size"), config.size("vocab_size")
     table = ModelTable(
         family=family,
@@ -66,7 +80,7 @@ def start(family: str, config: HFConfig, *, num_experts: int | None, expert_laye
         "max-position-embeddings": config.size("max_position_embeddings"),
         "position-embedding-type": "rope",
         "normalization": "RMSNorm",
-        "norm-epsilon": config.number("rms_norm_eps", 1e-6),
+        "norm-epsilon": config.number("rms_norm_eps"),
         "swiglu": True,
         "disable-bias-linear": True,
         "untie-embeddings-and-output-weights": not tied,
@@ -76,9 +90,14 @@ def start(family: str, config: HFConfig, *, num_experts: int | None, expert_laye
     }
     if num_experts is not None:
         balance = config.get("router_aux_loss_coef", config.get("aux_loss_alpha", 0.0))
+        if type(balance) not in (int, float) or balance < 0:
+            raise config.refused("router_aux_loss_coef", "must be a number, at least 0")
+        topk = config.size("num_experts_per_tok")
+        if topk > num_experts:
+            raise config.refused("num_experts_per_tok", f"must be at most the number of experts, {num_experts}")
         table.flags |= {
             "num-experts": num_experts,
-            "moe-router-topk": config.size("num_experts_per_tok"),
+            "moe-router-topk": topk,
             "moe-router-load-balancing-type": "aux_loss" if balance else "none",
             "moe-aux-loss-coeff": balance,
             "moe-router-dtype": "fp32",
@@ -202,17 +221,21 @@ def experts(
         )
 
 
-def plain_rope(table: ModelTable) -> None:
+def plain_rope(table: ModelTable, theta: float = 10000.0) -> None:
     """The rotary embedding, which must be the plain one or Llama 3's.
 
     transformers 5 writes `rope_parameters`; earlier releases `rope_theta`, and `rope_scaling` for what is not plain.
+
+    Args:
+        table: to add its flags to.
+        theta: the base where config.json has none: the default of the family.
 
     Raises:
         ConfigError: it is of another kind.
     """
     config = table.config
     parameters, kind = rope_parameters(config)
-    table.flags["rotary-base"] = rotary_base(config, parameters)
+    table.flags["rotary-base"] = rotary_base(config, parameters, theta)
     if parameters.get("partial_rotary_factor", 1.0) != 1.0:
         raise config.refused("rope_parameters", "is not supported: only a part of each head would be rotated")
     if kind == "llama3":
@@ -222,13 +245,13 @@ def plain_rope(table: ModelTable) -> None:
         raise config.refused(_rope_key(config), rule, "Supported here: default, llama3.")
 
 
-def rotary_base(config: HFConfig, parameters: dict[str, object]) -> int:
+def rotary_base(config: HFConfig, parameters: dict[str, object], default: float = 10000.0) -> int:
     """The base of the rotary embedding's frequencies.
 
     Raises:
         ConfigError: it is no whole number.
     """
-    theta = parameters.get("rope_theta", config.get("rope_theta", 10000.0))
+    theta = parameters.get("rope_theta", config.get("rope_theta", default))
     if not isinstance(theta, int | float) or theta != int(theta) or theta < 1:
         raise config.refused("rope_theta", "must be a whole number: Megatron's --rotary-base is one")
     return int(theta)
@@ -258,8 +281,15 @@ def rope_parameters(config: HFConfig) -> tuple[dict[str, object], str]:
     for key, value in (("rope_scaling", old), ("rope_parameters", new)):
         if not isinstance(value, dict):
             raise config.refused(key, "must be a mapping")
+        unknown = next((name for name in value if name not in _ROPE_KEYS), None)
+        if unknown is not None and _rope_kind(value) in ("default", "llama3", "yarn"):
+            raise config.refused(key, f"is not supported: it has {unknown!r}, which is not known here")
     found = {**old, **new}
-    return found, str(found.get("rope_type", found.get("type", "default")))
+    return found, _rope_kind(found)
+
+
+def _rope_kind(parameters: dict[str, object]) -> str:
+    return str(parameters.get("rope_type", parameters.get("type", "default")))
 
 
 def _rope_key(config: HFConfig) -> str:

@@ -52,8 +52,8 @@ def deepseek_v3(config: HFConfig) -> ModelTable:
     config.require("scoring_func", "sigmoid", "sigmoid", "DeepSeek-V3 scores by sigmoid")
     config.require("norm_topk_prob", True, True, "Megatron divides the chosen scores by their sum")
     config.require("rope_interleave", True, True, "Megatron rotates pairs of neighbours")
-    topk, groups = config.size("num_experts_per_tok"), config.size("n_group", default=1)
-    taken = config.size("topk_group", default=1)
+    topk, groups = config.size("num_experts_per_tok"), config.size("n_group")
+    taken = config.size("topk_group")
     if groups > 1:
         # DeepseekV3TopkRouter rates a group by its best two experts, Megatron by its best topk / group_topk.
         if topk // taken != 2:
@@ -73,7 +73,7 @@ def deepseek_v3(config: HFConfig) -> ModelTable:
 
 
 def _start(family: str, config: HFConfig) -> ModelTable:
-    layers, first_dense = config.size("num_hidden_layers"), config.count("first_k_dense_replace", 0)
+    layers, first_dense = config.num_layers, config.count("first_k_dense_replace", 0)
     expert_layers = tuple(number >= first_dense for number in range(layers))
     num_experts = config.size("n_routed_experts", "num_local_experts", "num_experts")
     made = blocks.start(family, config, num_experts=num_experts, expert_layers=expert_layers)

@@ -29,7 +29,7 @@ def qwen3(config: HFConfig) -> ModelTable:
 
 
 def _table(family: str, config: HFConfig, *, has_bias: bool = False, norms: str | None = None) -> ModelTable:
-    layers = config.size("num_hidden_layers")
+    layers = config.num_layers
     made = blocks.start(family, config, num_experts=None, expert_layers=(False,) * layers)
     blocks.no_sliding_window(config)
     blocks.attention_flags(made)

@@ -9,7 +9,7 @@ from megatron_smartmoe.convert.hf_config import HFConfig
 
 def table(config: HFConfig) -> ModelTable:
     """The model's table."""
-    layers, ffn = config.size("num_hidden_layers"), config.size("intermediate_size")
+    layers, ffn = config.num_layers, config.size("intermediate_size")
     # transformers 5 reads experts under both names.
     num_experts = config.size("num_local_experts", "num_experts")
     made = blocks.start("mixtral", config, num_experts=num_experts, expert_layers=(True,) * layers)
@@ -18,7 +18,7 @@ def table(config: HFConfig) -> ModelTable:
         why = "attention to a sliding window has no torch kernel here (SDPAttention)"
         raise config.refused("sliding_window", f"is not supported: {why}", "Set it to null if the model has none.")
     blocks.attention_flags(made)
-    blocks.plain_rope(made)
+    blocks.plain_rope(made, theta=1e6)
     # MixtralTopKRouter: softmax over all experts, top-k, divided by their sum: the softmax over the top-k alone, which
     # is Megatron's default. Pre-softmax would leave the sum below 1.
     made.flags["moe-ffn-hidden-size"] = ffn

@@ -13,7 +13,7 @@ from megatron_smartmoe.convert.hf_config import HFConfig
 
 def table(config: HFConfig) -> ModelTable:
     """The model's table."""
-    layers, ffn = config.size("num_hidden_layers"), config.size("intermediate_size")
+    layers, ffn = config.num_layers, config.size("intermediate_size")
     num_experts = config.size("num_experts", "num_local_experts")
     made = blocks.start("olmoe", config, num_experts=num_experts, expert_layers=(True,) * layers)
     blocks.no_biases(config, "attention_bias")

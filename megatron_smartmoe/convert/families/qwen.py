@@ -42,7 +42,7 @@ def qwen3_moe(config: HFConfig) -> ModelTable:
 
 
 def _start(family: str, config: HFConfig) -> ModelTable:
-    layers = config.size("num_hidden_layers")
+    layers = config.num_layers
     # transformers 5 writes Qwen3's experts as num_local_experts.
     num_experts = config.size("num_experts", "num_local_experts")
     step, dense = config.size("decoder_sparse_step", default=1), config.get("mlp_only_layers", [])

@@ -21,7 +21,7 @@ from megatron_smartmoe.cost.moe_layer import (
 )
 from megatron_smartmoe.spec.cluster import SHARES, ClusterSpec, LevelSpec, LinkSpec
 from megatron_smartmoe.spec.model import ModelSpec
-from megatron_smartmoe.spec.parallel import ParallelSpec
+from megatron_smartmoe.spec.parallel import HIERARCHICAL, ParallelSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +105,11 @@ def layer_constants(
         efficiency=dict.fromkeys(SHARES, 1.0),  # already applied above
     )
     found = constants_of(
-        scaled, expert_shape(model, spec), ranks=spec.ep, shared_network_card=shared_card, dispatch=spec.dispatch
+        scaled,
+        expert_shape(model, spec),
+        ranks=spec.ep,
+        shared_network_card=shared_card,
+        two_hops=spec.dispatch == HIERARCHICAL,
     )
     # A rank of the expert-parallel group is ETP ranks of the domain.
     levels = tuple(replace(level, ranks=max(1, level.ranks // spec.etp)) for level in found.levels)
@@ -120,6 +124,7 @@ def expert_shape(model: ModelSpec, spec: ParallelSpec) -> ExpertShape:
         gated=model.gated,
         element_bytes=spec.element_bytes,
         grad_bytes=replica_grad_bytes(spec.replicas, spec.element_bytes),
+        biases=model.bias,
     )
 
 

@@ -8,9 +8,9 @@ chunks reads the experts' weights once more for each further chunk.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
-from megatron_smartmoe.cost.dispatch import TokenDispatch
+from megatron_smartmoe.cost.dispatchers import Dispatcher, DispatcherName
 from megatron_smartmoe.cost.moe_layer import (
     ALL_TO_ALLS,
     EXCHANGES,
@@ -19,13 +19,14 @@ from megatron_smartmoe.cost.moe_layer import (
     LayerFlow,
     LayerTime,
     layer_time,
+    on_the_wire,
 )
 from megatron_smartmoe.cost.replicas import schedule_of
 from megatron_smartmoe.cost.step.constants import StepConstants, expert_shape
 from megatron_smartmoe.cost.step.groups import Group, ring_s
 from megatron_smartmoe.spec.cluster import ClusterSpec
 from megatron_smartmoe.spec.model import ModelSpec
-from megatron_smartmoe.spec.parallel import ParallelSpec
+from megatron_smartmoe.spec.parallel import FLAT, ParallelSpec
 
 # Kernels that each further chunk of the all-to-all adds: its collectives and its grouped GEMMs, forward and backward.
 # An estimate, not measured.
@@ -67,20 +68,28 @@ def moe_times(
     cluster: ClusterSpec,
     constants: StepConstants,
     micro_batches: int | None = None,
+    dispatcher: Dispatcher | None = None,
 ) -> MoETimes:
     """Mean over `flows`, each the layer under one record of the load at this launch's tokens per rank.
 
-    `micro_batches` of an iteration are those of the launch; a run whose batch grows names its own.
+    `micro_batches` of an iteration are those of the launch; a run whose batch grows names its own. `dispatcher` is the
+    launch's, one of the two that are planned, unless a run has another.
     """
     shared = cluster.gpu.ranks_per_device
-    schedule = schedule_of(
-        spec.replicas,
-        expert_shape(model, spec),
-        micro_batches=micro_batches or spec.micro_batches,
-        fetched_early=not spec.overlap_param_gather,
+    schedule, kept = (
+        schedule_of(
+            one.replicas,
+            expert_shape(model, one),
+            micro_batches=micro_batches or spec.micro_batches,
+            fetched_early=not spec.overlap_param_gather,
+        )
+        for one in (spec, replace(spec, replicas="history"))
     )
     levels = [level.ranks for level in layer.levels]
-    counted = [flow if isinstance(flow, LayerCounts) else LayerCounts.of(flow, levels) for flow in flows]
+    sender = dispatcher or dispatcher_of(model, spec)
+    counted = [
+        flow if isinstance(flow, LayerCounts) else LayerCounts.of(on_the_wire(flow, sender), levels) for flow in flows
+    ]
     times = [
         layer_time(
             counts,
@@ -88,7 +97,8 @@ def moe_times(
             all_to_all_chunks=spec.overlap_degree,
             ranks_per_device=shared,
             replicas=schedule,
-            dispatch=token_dispatch(model, spec),
+            kept=kept,
+            dispatcher=sender,
         )
         for counts in counted
     ]
@@ -104,9 +114,10 @@ def moe_times(
     return MoETimes(LayerTime(**mean), replicas_s, tensor_s, (spec.overlap_degree - 1) * per_chunk_s)
 
 
-def token_dispatch(model: ModelSpec, spec: ParallelSpec) -> TokenDispatch:
-    """How a launch's tokens travel."""
-    return TokenDispatch(name=spec.dispatch, experts=model.moe.experts, top_k=model.moe.top_k)
+def dispatcher_of(model: ModelSpec, spec: ParallelSpec) -> Dispatcher:
+    """What sends the tokens of a launch."""
+    name: DispatcherName = "alltoall" if spec.dispatch == FLAT else "hierarchical"
+    return Dispatcher(name=name, experts=model.moe.experts, top_k=model.moe.top_k)
 
 
 def forward_again_s(times: MoETimes) -> float:

@@ -177,6 +177,8 @@ def on_four_nodes(monkeypatch: pytest.MonkeyPatch) -> Namespace:
         moe_latent_size=None,
         moe_router_num_groups=None,
         moe_router_group_topk=None,
+        moe_token_dispatcher_type="alltoall",
+        moe_pad_expert_input_to_capacity=False,
         micro_batch_size=1,
         context_parallel_size=1,
         tensor_model_parallel_size=1,
@@ -191,6 +193,10 @@ def test_homes_of_a_run_know_its_nodes(on_four_nodes: Namespace) -> None:
     # products and links each, take 66 ms, and 250 times that is what a mean load is worth.
     assert 5e-4 < options.homes.node_swap_price < 2e-3
     assert options.policy.tolerance == 0.01
+    two_hops = Namespace(**vars(on_four_nodes) | {"smartmoe_dispatch": "hierarchical"})
+    price = homes_options(two_hops).node_swap_price
+    assert price is not None
+    assert price > options.homes.node_swap_price  # a swap takes less off the links between nodes
     anywhere = Namespace(**vars(on_four_nodes) | {"smartmoe_replicas_scope": "group"})
     assert (homes_options(anywhere).num_nodes, homes_options(anywhere).replica_scope_is_node) == (4, False)
 

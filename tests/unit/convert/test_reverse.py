@@ -40,12 +40,19 @@ def test_the_family_is_found_again(family: str) -> None:
         ("rotary_percent", 0.5, "--rotary-percent"),
         ("window_size", [128, 0], "--window-size"),
         ("multi_latent_attention", True, "--multi-latent-attention"),
+        ("smartmoe_gate", "noisy-top-k", "--smartmoe-gate"),
+        ("smartmoe_gate", "moe++", "--smartmoe-gate"),
+        ("smartmoe_gate", "topology", "--smartmoe-gate"),
     ],
 )
 def test_what_no_family_says_is_refused(name: str, value: object, flag: str) -> None:
     with pytest.raises(ConfigError) as raised:
         table_of_checkpoint(arguments("mixtral", **{name: value}), None, 250)
     assert raised.value.field == flag
+
+
+def test_a_gate_that_only_names_flags_of_megatron_is_exported() -> None:
+    assert table_of_checkpoint(arguments("mixtral", smartmoe_gate="naive"), None, 250).family == "mixtral"
 
 
 GROUPS = [{"wd_mult": 1.0, "step": 3, "is_expert_parallel": False}, {"wd_mult": 0.0, "is_expert_parallel": False}]

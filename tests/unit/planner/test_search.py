@@ -42,7 +42,7 @@ def whole_space(prices: Pricing, options: SpaceOptions) -> list[float]:
             for degree, dispatch in exchanges(prices.model, prices.cluster, slotted, options):
                 for mode in options.recompute:
                     spec = replace(slotted, overlap_degree=degree, dispatch=dispatch, recompute=mode)
-                    if not spec.recomputes(mode, prices.model):
+                    if not spec.recomputes(mode):
                         continue
                     plan = prices.price(spec)
                     assert first_mode is not None or plan.memory.total >= least_bytes

@@ -87,7 +87,7 @@ def test_the_page_stands_alone_and_says_what_happened(run_dir: Path, capsys: pyt
     assert main(["report", str(run_dir), "--trace", str(run_dir / "trace.npz")]) == 0
     assert capsys.readouterr().out == f"report: {run_dir / 'report.html'}\n"
     text = (run_dir / "report.html").read_text()
-    assert "<title>some run</title>" in text
+    assert "<title>some run: smartmoe report</title>" in text
     assert not re.search(r"""(?:src|href)=["'](?!data:|#)""", text), "something is loaded from elsewhere"
     assert "<script" not in text
     assert 'http-equiv="refresh"' not in text
@@ -95,8 +95,10 @@ def test_the_page_stands_alone_and_says_what_happened(run_dir: Path, capsys: pyt
     assert text.count('<img class="heat"') == 4  # experts and ranks of two layers
     assert text.count("alt=") == text.count("<img")
     assert "pays &lt;b&gt;: 2.0 ms" in text, "texts of the log are no markup"
-    assert '<tr class="refused"><td class="number">15</td><td>homes</td><td>1 expert</td><td>refused</td>' in text
-    assert '+2.000</td><td class="number">+1.000</td>' in text
+    iteration = '<td class="number" data-label="iteration">15</td>'  # on a phone, a row is a list with these labels
+    assert f'<tr class="refused">{iteration}<td>homes</td><td>1 expert</td><td>refused</td>' in text
+    assert '+2.000</td><td class="number" data-label="measured, ms:">+1.000</td>' in text
+    assert text.count('class="chart broad"') == text.count('class="chart narrow"') > 0
     assert "&gt; move 1 &lt;i&gt; of layer 2  saves +2.000 ms per iteration, costs 1000.000 ms once\n" in text
     assert "a gain counts over 100 iterations, and must be more than 2 times the cost</details>" in text
     assert text.count("<summary>candidates</summary>") == 1
