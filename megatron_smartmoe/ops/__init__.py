@@ -33,6 +33,8 @@ __all__ = [
     "min_max_split",
     "paying_replicas",
     "permute",
+    "permute_joined",
+    "permute_packed",
     "permute_weighted",
     "plan_dispatch",
     "relay_tree",
@@ -487,6 +489,55 @@ def permute_weighted(x_TH: Tensor, weights_TK: Tensor, rows_TK: Tensor, num_rows
     """
     y_NH, weights_N = torch.ops.smartmoe.permute_weighted(x_TH, weights_TK, rows_TK, num_rows)
     return y_NH, weights_N
+
+
+def permute_packed(
+    x_TH: Tensor,
+    weights_TK: Tensor,
+    rows_TK: Tensor,
+    num_rows: int,
+    *,
+    more_TH: Tensor | None = None,
+    more_weights_TK: Tensor | None = None,
+) -> Tensor:
+    """`permute_weighted` into one buffer, each weight behind its row; see `packed`.
+
+    Args:
+        x_TH: a row per token, float16, bfloat16, float32 or float64 [T, H], any strides.
+        weights_TK: a weight per choice, [T, K_top], of any floating-point type.
+        rows_TK: as for `permute`, of all tokens.
+        num_rows: as for `permute`.
+        more_TH: the rows of further tokens, in other memory.
+        more_weights_TK: their weights.
+
+    Returns:
+        packed_NP: [num_rows, P] in the dtype of x_TH; `packed.unpack` gives the two parts. What lies between them is
+        unwritten memory. Gradients flow as those of `permute_weighted`.
+
+    Raises:
+        RuntimeError: a dtype, shape, number or device is wrong.
+    """
+    packed_NP: Tensor = torch.ops.smartmoe.permute_packed(x_TH, weights_TK, more_TH, more_weights_TK, rows_TK, num_rows)
+    return packed_NP
+
+
+def permute_joined(x_TH: Tensor, more_TH: Tensor, rows_TK: Tensor, num_rows: int) -> Tensor:
+    """`permute` on tokens in two pieces of memory, as if they were joined. It has no gradient of its own.
+
+    Args:
+        x_TH: a row per token, [T, H], any dtype and strides.
+        more_TH: the rows of further tokens, of the same dtype.
+        rows_TK: as for `permute`, of all tokens.
+        num_rows: as for `permute`.
+
+    Returns:
+        y_NH: as from `permute`.
+
+    Raises:
+        RuntimeError: a dtype, shape, number or device is wrong.
+    """
+    y_NH: Tensor = torch.ops.smartmoe.permute_joined(x_TH, more_TH, rows_TK, num_rows)
+    return y_NH
 
 
 def chosen_experts(routing_map_TE: Tensor, probs_TE: Tensor, top_k: int) -> tuple[Tensor, Tensor]:

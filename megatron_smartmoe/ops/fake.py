@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from megatron_smartmoe.ops import packed
+
 
 def digest_sum(bits_N: Tensor, positions_L: Tensor, width: int, value_factor: int) -> int:
     """A number that depends on the data: there is none without them."""
@@ -104,6 +106,23 @@ def dispatch_map(ids_TK: Tensor, slot_of_E: Tensor, num_slots: int) -> tuple[Ten
 def permute(x_TH: Tensor, rows_TK: Tensor, num_rows: int) -> Tensor:
     """Shape of smartmoe::permute: y_NH [num_rows, H]."""
     return x_TH.new_empty((num_rows, x_TH.shape[1]))
+
+
+def permute_joined(x_TH: Tensor, more_TH: Tensor, rows_TK: Tensor, num_rows: int) -> Tensor:
+    """Shape of smartmoe::permute_joined: y_NH [num_rows, H]."""
+    return x_TH.new_empty((num_rows, x_TH.shape[1]))
+
+
+def permute_packed(
+    x_TH: Tensor,
+    weights_TK: Tensor,
+    more_TH: Tensor | None,
+    more_weights_TK: Tensor | None,
+    rows_TK: Tensor,
+    num_rows: int,
+) -> Tensor:
+    """Shape of smartmoe::permute_packed: packed_NP [num_rows, P]."""
+    return x_TH.new_empty((num_rows, packed.width(x_TH.shape[1], x_TH.dtype, weights_TK.dtype)))
 
 
 def unpermute(y_NH: Tensor, rows_TK: Tensor, weights_TK: Tensor | None) -> Tensor:

@@ -45,6 +45,9 @@ SCHEMAS = {
     "int? used_slots, int scope_nodes, float limit, Tensor price_23, Tensor(b!) plan) -> ()",
     "dispatch_map": "(Tensor ids_TK, Tensor slot_of_E, int num_slots) -> (Tensor, Tensor)",
     "permute": "(Tensor x_TH, Tensor rows_TK, int num_rows) -> Tensor",
+    "permute_joined": "(Tensor x_TH, Tensor more_TH, Tensor rows_TK, int num_rows) -> Tensor",
+    "permute_packed": "(Tensor x_TH, Tensor weights_TK, Tensor? more_TH, Tensor? more_weights_TK, Tensor rows_TK, "
+    "int num_rows) -> Tensor",
     "unpermute": "(Tensor y_NH, Tensor rows_TK, Tensor? weights_TK) -> Tensor",
     "unpermute_backward": "(Tensor grad_TH, Tensor y_NH, Tensor rows_TK, Tensor weights_TK) -> (Tensor, Tensor)",
     "swiglu": "(Tensor inner_NG, Tensor probs_N) -> Tensor",

@@ -28,6 +28,7 @@ from megatron_smartmoe.spec.arrays import FloatArray, IntArray
 from megatron_smartmoe.spec.placement import EMPTY
 
 _OVERFLOW_WEIGHT = 0.1  # as in `search.objective`: lets a swap help although another unit is as busy
+_ABOUT = 0.95  # of the best swap's gain
 _RESOLUTION = 1e9  # steps per mean load: gains closer than one step are equal, so that rounding never decides
 _STEPS_APART = 2.0  # of two gains that may be equal once they are rounded, one of them summed in another order
 _LOADS_AT_ONCE = 1 << 22  # numbers of a block of swaps x units
@@ -55,7 +56,7 @@ class HomesOptions:
     between_nodes: float = 2.0
     node_swap_price: float | None = None
     max_swaps: int = 8
-    swaps_per_node: int = 4
+    swaps_per_node: int = 8
     num_groups: int = 1
 
     @property
@@ -204,7 +205,8 @@ def _best_expert_swap(
     unit_R, domain_R = ranks.unit_R, ranks.domain_R
     num_ranks, home_slots = home_RH.shape
     load_S = load_E[home_RH.reshape(-1)]
-    slot_S = _first_of_their_kind(load_S, np.repeat(np.arange(num_ranks), home_slots), ranks)
+    lands = num_ranks > len(load_U) > 1  # it matters which rank of a unit gets the expert
+    slot_S = _first_of_their_kind(load_S, np.repeat(np.arange(num_ranks), home_slots), ranks, apart=lands)
     load_S, rank_S = load_S[slot_S], slot_S // home_slots
     busy_S = unit_R[rank_S] == int(load_U.argmax())
     busiest = np.flatnonzero(busy_S)
@@ -216,28 +218,34 @@ def _best_expert_swap(
     same_node_M = ranks.node_R[rank_S[first]] == ranks.node_R[rank_S[second]]
     price_M = np.where(same_node_M, options.swap_price, options.swap_between_nodes)
     moved_M, unit_M2 = load_S[first] - load_S[second], unit_R[rank_S[np.stack([first, second], axis=1)]]
-    # The gain of each swap, which is rounded below, to within a step; those that are not the best by then are left out.
-    about_M = -_value_about(load_U, unit_M2, moved_M) - price_M
-    near = np.flatnonzero(about_M >= about_M.max() - _STEPS_APART / _RESOLUTION)
+    # The gain of each swap, which is rounded below, to within a step; those that cannot be chosen by then are left out.
+    about_M = _value(load_U[None])[0] - _value_about(load_U, unit_M2, moved_M) - price_M
+    most = float(about_M.max())
+    near = np.flatnonzero(about_M >= (_ABOUT * most if lands and most > 0 else most) - _STEPS_APART / _RESOLUTION)
     # Loads of the units after each of them, a block at a time, and what the swap gains above its price.
-    best = (0.0, -1)
-    for part in np.array_split(near, -(-len(near) * len(load_U) // _LOADS_AT_ONCE)):
-        load_MU, every = load_U[None].repeat(len(part), axis=0), np.arange(len(part))
-        load_MU[every, unit_M2[part, 0]] -= moved_M[part]
-        load_MU[every, unit_M2[part, 1]] += moved_M[part]
-        gain_M = np.rint((_value(load_U[None]) - _value(load_MU) - price_M[part]) * _RESOLUTION)
-        at = int(gain_M.argmax())
-        if gain_M[at] > best[0]:
-            best = float(gain_M[at]), int(part[at])
-    gain, at = best
-    return (gain, slot_S[[[first[at], second[at]]]]) if gain > 0 else None
+    gain_N = np.empty(len(near))
+    for part in np.array_split(np.arange(len(near)), -(-len(near) * len(load_U) // _LOADS_AT_ONCE)):
+        load_NU, every, swap_N = load_U[None].repeat(len(part), axis=0), np.arange(len(part)), near[part]
+        load_NU[every, unit_M2[swap_N, 0]] -= moved_M[swap_N]
+        load_NU[every, unit_M2[swap_N, 1]] += moved_M[swap_N]
+        gain_N[part] = np.rint((_value(load_U[None]) - _value(load_NU) - price_M[swap_N]) * _RESOLUTION)
+    best = int(gain_N.argmax())
+    if gain_N[best] <= 0:
+        return None
+    if lands:
+        # Of the swaps that even out the nodes about as well, the one whose expert lands on the emptiest rank: several
+        # hot experts on one rank are more than its node's spare slots can take off it.
+        load_R = load_E[home_RH].sum(axis=1)
+        landing_N = np.rint((load_R[rank_S[second]] + moved_M)[near] * _RESOLUTION)
+        best = int(np.where(gain_N >= _ABOUT * gain_N[best], landing_N, np.inf).argmin())
+    return float(gain_N[best]), slot_S[[[first[near[best]], second[near[best]]]]]
 
 
-def _first_of_their_kind(load_S: FloatArray, rank_S: IntArray, ranks: _Ranks) -> IntArray:
-    """The first of the home slots that have the same load, unit, node and domain; ascending."""
+def _first_of_their_kind(load_S: FloatArray, rank_S: IntArray, ranks: _Ranks, *, apart: bool) -> IntArray:
+    """The first of the home slots that have the same load, unit, node and domain (`apart`: and rank); ascending."""
     most = len(ranks.unit_R)  # units, nodes and domains
     place_R = (ranks.unit_R * most + ranks.node_R) * most + ranks.domain_R
-    kind_R = np.unique(place_R, return_inverse=True)[1]
+    kind_R = np.arange(most) if apart else np.unique(place_R, return_inverse=True)[1]
     load_kind_S = np.unique(load_S, return_inverse=True)[1]
     first = np.unique(load_kind_S * most + kind_R[rank_S], return_index=True)[1]
     return np.sort(first)
