@@ -12,6 +12,10 @@ STABLE_TORCH_LIBRARY(smartmoe, m) {
       "history_replicas(Tensor slots_RS, Tensor loads_KE, int home_slots, int num_nodes, bool many, int max_steps, "
       "int max_experts, int max_slots, int trials, float good_enough, float worst_weight, float replica_price, "
       "float change_price, float min_gain, float enough) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "swap_homes(Tensor slots_RS, Tensor loads_KE, int home_slots, int num_nodes, int max_steps, int max_experts, "
+      "int max_slots, int trials, float worst_weight, float replica_price, float change_price, float home_price, "
+      "float min_gain, float enough) -> (Tensor, Tensor, Tensor)");
   m.def("paying_replicas(Tensor loads_KE, Tensor slots_RS, int home_slots, Tensor price_23, int num_nodes) -> Tensor");
   m.def("relay_tree(Tensor slots_RS, int home_slots, int num_nodes) -> Tensor");
   m.def(
@@ -43,6 +47,7 @@ STABLE_TORCH_LIBRARY_IMPL(smartmoe, CPU, m) {
   m.impl("min_max_split", TORCH_BOX(&smartmoe::cpu::min_max_split));
   m.impl("exact_replicas", TORCH_BOX(&smartmoe::cpu::exact_replicas));
   m.impl("history_replicas", TORCH_BOX(&smartmoe::cpu::history_replicas));
+  m.impl("swap_homes", TORCH_BOX(&smartmoe::cpu::swap_homes));
   m.impl("paying_replicas", TORCH_BOX(&smartmoe::cpu::paying_replicas));
   m.impl("relay_tree", TORCH_BOX(&smartmoe::cpu::relay_tree));
   m.impl("plan_dispatch", TORCH_BOX(&smartmoe::cpu::plan_dispatch));

@@ -21,6 +21,11 @@ std::tuple<Tensor, Tensor, Tensor> history_replicas(const Tensor& slots_RS, cons
                                                     int64_t max_experts, int64_t max_slots, int64_t trials,
                                                     double good_enough, double worst_weight, double replica_price,
                                                     double change_price, double min_gain, double enough);
+std::tuple<Tensor, Tensor, Tensor> swap_homes(const Tensor& slots_RS, const Tensor& loads_KE, int64_t home_slots,
+                                              int64_t num_nodes, int64_t max_steps, int64_t max_experts,
+                                              int64_t max_slots, int64_t trials, double worst_weight,
+                                              double replica_price, double change_price, double home_price,
+                                              double min_gain, double enough);
 Tensor paying_replicas(const Tensor& loads_KE, const Tensor& slots_RS, int64_t home_slots, const Tensor& price_23,
                        int64_t num_nodes);
 Tensor relay_tree(const Tensor& slots_RS, int64_t home_slots, int64_t num_nodes);

@@ -39,6 +39,7 @@ __all__ = [
     "plan_dispatch",
     "relay_tree",
     "sum_of_rows",
+    "swap_homes",
     "swiglu",
     "unpermute",
 ]
@@ -212,6 +213,71 @@ def history_replicas(
         worst_weight,
         replica_price,
         change_price,
+        min_gain,
+        enough,
+    )
+    return new_RS, imbalance_K, value_2
+
+
+def swap_homes(
+    slots_RS: Tensor,
+    loads_KE: Tensor,
+    home_slots: int,
+    num_nodes: int,
+    max_steps: int,
+    max_experts: int,
+    max_slots: int,
+    trials: int,
+    worst_weight: float,
+    replica_price: float,
+    change_price: float,
+    home_price: float,
+    min_gain: float,
+    enough: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Searches one layer for better replicas and better homes, which stay on their node.
+
+    Returns the same as its numpy twin, megatron_smartmoe.placement.search.improve.improve with homes that may move,
+    which explains the method. It runs on the host in one thread without the interpreter's lock, and only from the
+    compiled library.
+
+    Args:
+        slots_RS: the slots as they are, int64 [R, S] on the CPU, -1 for an empty one.
+        loads_KE: scenarios as `scaled` gives them, int64 [K, E] on the CPU.
+        home_slots: columns of homes, E / R.
+        num_nodes: nodes that the ranks lie on; homes and their replicas stay on one.
+        max_steps: of the search; see `search.objective.Space`, for the next three too.
+        max_experts: see there.
+        max_slots: see there.
+        trials: see there.
+        worst_weight: see `search.objective.Objective`, for the next five too.
+        replica_price: see there.
+        change_price: see there.
+        home_price: see there.
+        min_gain: see there.
+        enough: see there.
+
+    Returns:
+        slots_RS: the homes and replicas found, int64 [R, S].
+        imbalance_K: max / mean tokens per rank in each scenario, float64 [K].
+        value_2: the excess, and the number of changes, float64 [2].
+
+    Raises:
+        RuntimeError: see `history_replicas`.
+    """
+    new_RS, imbalance_K, value_2 = torch.ops.smartmoe.swap_homes(
+        slots_RS,
+        loads_KE,
+        home_slots,
+        num_nodes,
+        max_steps,
+        max_experts,
+        max_slots,
+        trials,
+        worst_weight,
+        replica_price,
+        change_price,
+        home_price,
         min_gain,
         enough,
     )

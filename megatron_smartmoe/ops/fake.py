@@ -51,6 +51,27 @@ def history_replicas(
     return slots_RS.new_empty(slots_RS.shape), imbalance_K, slots_RS.new_empty((2,), dtype=torch.float64)
 
 
+def swap_homes(
+    slots_RS: Tensor,
+    loads_KE: Tensor,
+    home_slots: int,
+    num_nodes: int,
+    max_steps: int,
+    max_experts: int,
+    max_slots: int,
+    trials: int,
+    worst_weight: float,
+    replica_price: float,
+    change_price: float,
+    home_price: float,
+    min_gain: float,
+    enough: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Shapes of smartmoe::swap_homes: those of smartmoe::history_replicas."""
+    imbalance_K = slots_RS.new_empty((loads_KE.shape[0],), dtype=torch.float64)
+    return slots_RS.new_empty(slots_RS.shape), imbalance_K, slots_RS.new_empty((2,), dtype=torch.float64)
+
+
 def paying_replicas(loads_KE: Tensor, slots_RS: Tensor, home_slots: int, price_23: Tensor, num_nodes: int) -> Tensor:
     """Shape of smartmoe::paying_replicas: slots_RS int64 [R, S]."""
     return slots_RS.new_empty(slots_RS.shape)

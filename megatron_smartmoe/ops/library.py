@@ -36,6 +36,9 @@ SCHEMAS = {
     "history_replicas": "(Tensor slots_RS, Tensor loads_KE, int home_slots, int num_nodes, bool many, int max_steps, "
     "int max_experts, int max_slots, int trials, float good_enough, float worst_weight, float replica_price, "
     "float change_price, float min_gain, float enough) -> (Tensor, Tensor, Tensor)",
+    "swap_homes": "(Tensor slots_RS, Tensor loads_KE, int home_slots, int num_nodes, int max_steps, int max_experts, "
+    "int max_slots, int trials, float worst_weight, float replica_price, float change_price, float home_price, "
+    "float min_gain, float enough) -> (Tensor, Tensor, Tensor)",
     "paying_replicas": "(Tensor loads_KE, Tensor slots_RS, int home_slots, Tensor price_23, int num_nodes) -> Tensor",
     "relay_tree": "(Tensor slots_RS, int home_slots, int num_nodes) -> Tensor",
     "plan_dispatch": "(Tensor counts_RPE, Tensor(a!) slots_RS, int home_slots, int num_nodes, int rank, int tp_rank, "
@@ -67,6 +70,7 @@ HOST_OPS = frozenset(
         "paying_replicas",
         "plan_dispatch",
         "relay_tree",
+        "swap_homes",
     }
 )
 # how users build it, relative to a checkout
