@@ -155,15 +155,15 @@ def _step(applied: Applied) -> StepPlan:
     planned, counts_RE = applied.planned, applied.counts_RE
     slots_RS, home_slots = planned.plan.slots_RS, counts_RE.shape[1] // len(counts_RE)
     assert (slots_RS[:, :home_slots].ravel() == np.arange(counts_RE.shape[1])).all(), "the rule moves homes"
-    if (slots_RS[:, home_slots:] == EMPTY).all() and planned.unused_RS is None:
+    if (slots_RS[:, home_slots:] == EMPTY).all() and planned.kept is None:
         return _at_home(counts_RE)
     fetch: Fetch = "now" if planned.mode == "exact" else "ahead"
     return StepPlan(
         counts_RE=counts_RE,
         slots_RS=slots_RS,
         sent_RRS=sent_tokens(planned.plan, counts_RE),
-        fetch=fetch if planned.unused_RS is None else "instead",
-        ahead_RS=planned.unused_RS,
+        fetch=fetch if planned.kept is None else "instead",
+        ahead_RS=None if planned.kept is None else planned.kept.slots_RS,
     )
 
 
