@@ -71,8 +71,8 @@ class SlottedExperts(MegatronModule):
     Attributes:
         weight1: `[S, F1, H]`.
         weight2: `[S, H, F2]`.
-        biases1: with `bias` `[S, 1, F1]`; None without --add-bias-linear.
-        biases2: with `bias` `[S, 1, H]`; None without --add-bias-linear.
+        biases1: with `bias` `[S, 1, F1]`; None with --disable-bias-linear.
+        biases2: with `bias` `[S, 1, H]`; None with --disable-bias-linear.
         experts_in_slots: logical expert in each home slot; at the start those of a contiguous placement.
         accumulates: whether gradients are added to float32 sums where the weights have some; see `main_gradients`.
         spare_slots: slots for replicas of other ranks' experts, or None. They are not parameters and are never saved.
@@ -216,8 +216,8 @@ class SlottedExperts(MegatronModule):
             output_NH = grouped_linear(self._activate(inner_NF, probs_N), weight2, slots, self._taker(weight2))
         if bias2 is None:
             return output_NH
-        bias_NH = bias_of_rows(bias2, slots, len(output_NH))  # the router's probability is in the activation already
-        return (output_NH + bias_NH * probs_N.unsqueeze(-1)).to(output_NH.dtype)
+        bias_NH = bias_of_rows(bias2, slots, len(output_NH), probs_N)  # the rest has the probability already
+        return (output_NH + bias_NH).to(output_NH.dtype)
 
     def _taker(self, weight: torch.Tensor) -> Taker | None:
         """Who computes the weight's gradient, where it is not autograd."""
