@@ -19,6 +19,7 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from megatron_smartmoe.report.plot_style import BLUE, GREEN, ORANGE, OURS, PINK, SKY, styled
@@ -70,6 +71,7 @@ def lines(
             style = "--" if curve.dashed else "-"
             marker = "o" if len(curve.value) == 1 else None
             axes.plot(curve.iteration, curve.value, style, color=curve.colour, label=curve.name, marker=marker)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         for mark in marks:
             axes.axvline(mark, color=_INK, linewidth=0.7, linestyle=":")
         if np.isfinite(at_least):

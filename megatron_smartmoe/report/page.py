@@ -96,7 +96,7 @@ def page(runs: Sequence[RunRecord], *, accounts: Sequence[RunAccount | None] = (
         balance=[(balance.layer + 1, *_balance_row(balance)) for balance in run.balance],
         layers=_layers(run),
         most_heat=_MOST_HEAT,
-        decisions=[_decision(decision) for decision in run.decisions[-_MOST_DECISIONS:]],
+        decisions=[_decision(run, decision) for decision in run.decisions[-_MOST_DECISIONS:]],
         decisions_left_out=max(0, len(run.decisions) - _MOST_DECISIONS),
         plan=json.dumps(run.plan, indent=2) if run.plan else "",
         facts=_facts(run),
@@ -286,7 +286,7 @@ def _layer(run: RunRecord, layer: int, load: Loads | None) -> LayerView:
     )
 
 
-def _decision(decision: dict[str, Any]) -> dict[str, Any]:
+def _decision(run: RunRecord, decision: dict[str, Any]) -> dict[str, Any]:
     """A row of the table of decisions."""
 
     def milliseconds(name: str) -> str:
@@ -300,7 +300,9 @@ def _decision(decision: dict[str, Any]) -> dict[str, Any]:
     elif kind == "review":
         what = "moved back" if changes else "kept"
     else:
-        experts = len({(change[0], change[4]) for change in changes if change[4] != EMPTY})
+        slots = run.placement.home_slots if run.placement is not None else None  # those behind them are replicas
+        homes = [change for change in changes if slots is None or change[2] < slots]
+        experts = len({(change[0], change[4]) for change in homes if change[4] != EMPTY})
         what = f"{experts} expert{'' if experts == 1 else 's'}"
     return {
         "iteration": f"{decision['iteration']:,}",

@@ -43,7 +43,7 @@ def main() -> int:
 
 def _lines() -> Iterator[str]:
     """Everything that is found, a section after the other."""
-    _prepare()
+    prepare()
     yield from _packages()
     yield from _modules()
     yield from _checkpoint_keys()
@@ -53,7 +53,7 @@ def _lines() -> Iterator[str]:
     yield from _packed_weight()
 
 
-def _prepare() -> None:
+def prepare() -> None:
     """TransformerEngine, the CPU facade and Megatron in one process, and a process group."""
     import transformer_engine.pytorch
 

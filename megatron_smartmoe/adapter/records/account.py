@@ -390,6 +390,6 @@ def _text(iteration: int, account: Account, content: dict[str, Any]) -> str:
         ", ".join(speed),
         f"peak memory {peak:.2f} of {limit:.2f} GiB (rank {memory['rank']})",
     ]
-    if content["dead_experts"]:
-        parts.append(f"{content['dead_experts']} experts without tokens")
+    if dead := content["dead_experts"]:
+        parts.append(f"{dead} expert{'s' if dead != 1 else ''} without tokens")
     return " " + " | ".join(parts) + " |"

@@ -56,7 +56,7 @@ def run_dir(tmp_path: Path) -> Path:
     moved = [[0, 0, 1, 1, 2], [0, 1, 0, 2, 1]]
     move = {"name": "move 1 <i> of layer 2", "chosen": True, "layer": 1, "gain_s": 0.002, "cost_s": 1.0}
     prices = {"candidates": [move], "horizon_iterations": 100, "margin": 2.0}
-    refused = decision(15, "homes", [[1, 0, 0, 0, 3]], taken=False, why="does not pay", **prices)
+    refused = decision(15, "homes", [[1, 0, 0, 0, 3], [1, 0, 2, -1, 1]], taken=False, why="does not pay", **prices)
     kept = decision(18, "review", [], realised_gain_s=0.001, why="measured 1.0 ms/iter: kept")
     write_lines(run / "smartmoe.jsonl", [decision(5, "homes", moved), refused, kept])
     write_lines(run / "replicas-stage0-group0.jsonl", [decision(6, "replicas", [[1, 1, 2, -1, 0]])])
@@ -136,7 +136,7 @@ def test_where_a_step_goes_is_shown_against_the_ideal(
         '<th scope="row">residual imbalance</th><td class="number">50.00</td><td class="number">18.2%</td><td>modelled',
         '<th scope="row">force-balanced ideal</th><td class="number">225.00</td>',
         '<th scope="row">unexplained</th><td class="number">0.00</td>',
-        '<th scope="row">planned: weights</th><td class="number">1.00</td>',
+        '<th scope="row">planned: weights</th><td class="number">1.000</td>',
         '<th scope="row">MFU of the cluster file&#39;s peak, median</th><td class="number">25.0%</td>',
     ):
         assert row in text
