@@ -191,12 +191,27 @@ inline void check_relay_tree(const torch::stable::Tensor& slots_RS, int64_t home
   check_nodes("num_nodes", num_nodes, slots_RS.size(0));
 }
 
-inline void check_paying_replicas(const torch::stable::Tensor& loads_KE, const torch::stable::Tensor& slots_RS,
-                                  int64_t home_slots, double price_tokens) {
-  check_history_replicas(slots_RS, loads_KE, home_slots, 1, 0, 0, 0, 0);
-  if (!(price_tokens >= 0)) {
-    fail("price_tokens = ", price_tokens, ": it must be at least 0. Pass 0 for replicas that cost nothing");
+inline void check_price(const torch::stable::Tensor& price_23) {
+  if (!price_23.is_cpu() || price_23.scalar_type() != ScalarType::Double) {
+    fail("price_23.dtype = ", dtype_name(price_23.scalar_type()),
+         ": it must be float64, on the CPU. Pass the prices of replicas as such a tensor");
   }
+  check_shape("price_23", price_23,
+              price_23.dim() == 2 && price_23.size(0) == 2 && price_23.size(1) == 3 && price_23.is_contiguous(),
+              "[2, 3], contiguous", "Pass what weights and gradients cost");
+  for (int64_t i = 0; i < 6; ++i) {
+    const double tokens = price_23.const_data_ptr<double>()[i];
+    if (!(tokens >= 0)) {
+      fail("price_23[", i / 3, ", ", i % 3, "] = ", tokens,
+           ": it must be at least 0. Pass 0 for replicas that cost nothing");
+    }
+  }
+}
+
+inline void check_paying_replicas(const torch::stable::Tensor& loads_KE, const torch::stable::Tensor& slots_RS,
+                                  int64_t home_slots, const torch::stable::Tensor& price_23, int64_t num_nodes) {
+  check_history_replicas(slots_RS, loads_KE, home_slots, num_nodes, 0, 0, 0, 0);
+  check_price(price_23);
 }
 
 inline void check_dense(const char* name, const torch::stable::Tensor& tensor) {
@@ -218,7 +233,7 @@ inline int64_t plan_size(int64_t num_ranks, int64_t tp_size, int64_t num_experts
 inline void check_plan_dispatch(const torch::stable::Tensor& counts_RPE, const torch::stable::Tensor& slots_RS,
                                 int64_t home_slots, int64_t num_nodes, int64_t rank, int64_t tp_rank,
                                 const std::optional<int64_t>& used_slots, int64_t scope_nodes,
-                                const torch::stable::Tensor& plan) {
+                                const torch::stable::Tensor& price_23, const torch::stable::Tensor& plan) {
   check_int64("counts_RPE", counts_RPE);
   check_int64("slots_RS", slots_RS);
   check_int64("plan", plan);
@@ -234,6 +249,7 @@ inline void check_plan_dispatch(const torch::stable::Tensor& counts_RPE, const t
   }
   check_nodes("num_nodes", num_nodes, num_ranks);
   check_nodes("scope_nodes", scope_nodes, num_ranks);
+  check_price(price_23);
   check_below("rank", rank, "R", num_ranks);
   check_below("tp_rank", tp_rank, "P", tp_size);
   if (used_slots && (*used_slots < 0 || *used_slots > num_slots - home_slots)) {

@@ -12,11 +12,11 @@ STABLE_TORCH_LIBRARY(smartmoe, m) {
       "history_replicas(Tensor slots_RS, Tensor loads_KE, int home_slots, int num_nodes, bool many, int max_steps, "
       "int max_experts, int max_slots, int trials, float good_enough, float worst_weight, float replica_price, "
       "float change_price, float min_gain, float enough) -> (Tensor, Tensor, Tensor)");
-  m.def("paying_replicas(Tensor loads_KE, Tensor slots_RS, int home_slots, float price_tokens) -> Tensor");
+  m.def("paying_replicas(Tensor loads_KE, Tensor slots_RS, int home_slots, Tensor price_23, int num_nodes) -> Tensor");
   m.def("relay_tree(Tensor slots_RS, int home_slots, int num_nodes) -> Tensor");
   m.def(
       "plan_dispatch(Tensor counts_RPE, Tensor(a!) slots_RS, int home_slots, int num_nodes, int rank, int tp_rank, "
-      "int? used_slots, int scope_nodes, float limit, float price_tokens, Tensor(b!) plan) -> ()");
+      "int? used_slots, int scope_nodes, float limit, Tensor price_23, Tensor(b!) plan) -> ()");
   m.def("exact_split(Tensor counts_RE, int spare_slots, int num_nodes) -> (Tensor, Tensor)");
   m.def("dispatch_map(Tensor ids_TK, Tensor slot_of_E, int num_slots) -> (Tensor, Tensor)");
   m.def("permute(Tensor x_TH, Tensor rows_TK, int num_rows) -> Tensor");

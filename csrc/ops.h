@@ -21,11 +21,12 @@ std::tuple<Tensor, Tensor, Tensor> history_replicas(const Tensor& slots_RS, cons
                                                     int64_t max_experts, int64_t max_slots, int64_t trials,
                                                     double good_enough, double worst_weight, double replica_price,
                                                     double change_price, double min_gain, double enough);
-Tensor paying_replicas(const Tensor& loads_KE, const Tensor& slots_RS, int64_t home_slots, double price_tokens);
+Tensor paying_replicas(const Tensor& loads_KE, const Tensor& slots_RS, int64_t home_slots, const Tensor& price_23,
+                       int64_t num_nodes);
 Tensor relay_tree(const Tensor& slots_RS, int64_t home_slots, int64_t num_nodes);
 void plan_dispatch(const Tensor& counts_RPE, const Tensor& slots_RS, int64_t home_slots, int64_t num_nodes,
                    int64_t rank, int64_t tp_rank, std::optional<int64_t> used_slots, int64_t scope_nodes, double limit,
-                   double price_tokens, const Tensor& plan);
+                   const Tensor& price_23, const Tensor& plan);
 std::tuple<Tensor, Tensor> dispatch_map(const Tensor& ids_TK, const Tensor& slot_of_E, int64_t num_slots);
 Tensor permute(const Tensor& x_TH, const Tensor& rows_TK, int64_t num_rows);
 Tensor unpermute(const Tensor& y_NH, const Tensor& rows_TK, const std::optional<Tensor>& weights_TK);

@@ -44,6 +44,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout, wh
 
 from megatron_smartmoe.spec.trace import RoutingTrace, load_trace
 from scripts.training_bench import rank
+from scripts.training_bench.folder import check_settings
 from scripts.training_bench.predict import as_routed, layer_seconds_of
 from scripts.training_bench.start import run_ranks
 from scripts.training_bench.statistics import Ratio, ratio
@@ -93,8 +94,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         top_k=int(trace.meta["top_k"]),
         micro_batches=args.micro_batches,
     )
-    args.out.mkdir(parents=True, exist_ok=True)
-    check_settings(args, shape)
+    settings = {"trace": str(args.trace.resolve()), "ep": args.ep, "steps": args.steps, "first": args.first}
+    check_settings(args.out, settings | asdict(shape))
     part = slice(args.first, args.first + args.steps)
     meta = {**trace.meta, "source": str(trace.meta.get("source", ""))}
     given = RoutingTrace(counts=trace.counts[part], iteration=trace.iteration[part], layer=trace.layer, meta=meta)
@@ -143,21 +144,6 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     if args.steps <= WARM_UP:
         parser.error(f"--steps {args.steps}: must be more than the {WARM_UP} that do not count")
     return args
-
-
-def check_settings(args: argparse.Namespace, shape: Shape) -> None:
-    """Runs in one folder are of one model and one trace; the folder says which."""
-    path = args.out / "settings.json"
-    settings = {"trace": str(args.trace.resolve()), "ep": args.ep, "steps": args.steps, "first": args.first}
-    settings |= asdict(shape)
-    if not path.exists():
-        path.write_text(json.dumps(settings, indent=2) + "\n")
-    elif (before := json.loads(path.read_text())) != settings:
-        changed = next(name for name in settings if before.get(name) != settings[name])
-        raise SystemExit(
-            f"--out {args.out}: its runs have {changed} = {before.get(changed)}, not {settings[changed]}. "
-            "Pass another folder."
-        )
 
 
 def train(variant: str, args: argparse.Namespace, shape: Shape, path: Path) -> None:

@@ -41,6 +41,7 @@ def test_the_first_two_commands_are_the_ones_promised() -> None:
     assert (ROOT / ".ci" / "run").read_text().rstrip().endswith("exec scripts/test.sh")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", [line for line in commands() if line.endswith("--dry-run")])
 def test_dry_runs(command: str) -> None:
     done = run(command)
@@ -48,6 +49,7 @@ def test_dry_runs(command: str) -> None:
     assert "megatron_smartmoe.adapter.pretrain" in done.stdout
 
 
+@pytest.mark.slow
 def test_data_preparation(tmp_path: Path) -> None:
     (command,) = [line for line in commands() if "prepare_data.py" in line]
     done = run(command.replace("data/example", str(tmp_path)))

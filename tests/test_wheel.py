@@ -20,6 +20,8 @@ PIP = (sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet")
 LAUNCH = (sys.executable, "-m", "megatron_smartmoe.adapter.launch")
 MOCK_DATA = "--mock-data --tokenizer-type NullTokenizer --vocab-size 2047".split()
 
+pytestmark = pytest.mark.slow  # builds a wheel and installs it
+
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <limits>
 #include <numeric>
 #include <optional>
 #include <tuple>
@@ -19,7 +20,7 @@ namespace {
 // A slot table judged on all loads.
 class Judged {
  public:
-  Judged(const Loads& loads, const SlotTable& shape, std::vector<int64_t> slots_RS)
+  Judged(const Loads& loads, const SlotTable& shape, std::vector<int64_t> slots_RS, const TransferPrice& price)
       : slots_RS_(std::move(slots_RS)),
         table_{slots_RS_.data(), shape.num_ranks, shape.num_slots, shape.home_slots},
         taken_RS_(slots_RS_.size(), 0.0) {
@@ -32,18 +33,24 @@ class Judged {
             static_cast<double>(balance.tokens_C[c]);
       }
     }
-    steps_ = relay_steps(table_, relay_transfers(table_, placed, 1));
+    const Steps steps = relay_steps(table_, relay_transfers(table_, placed, price.num_nodes()), price.num_nodes());
+    transfers_ = price.tokens(steps.inside, steps.between);
+    const double most = std::numeric_limits<double>::max();
+    const double inside = steps.inside > 0 ? price.tokens(steps.inside - 1, steps.between) : most;
+    const double between = steps.between > 0 ? price.tokens(steps.inside, steps.between - 1) : most;
+    least_transfers_ = std::min(inside, between) < most ? std::min(inside, between) : 0.0;
   }
   Judged(Judged&&) = default;
   Judged& operator=(Judged&&) = default;
 
   double busiest() const { return busiest_; }
-  int64_t steps() const { return steps_; }
-  double cost(double price_tokens) const { return busiest_ + price_tokens * static_cast<double>(steps_); }
+  double transfers() const { return transfers_; }              // their price
+  double least_transfers() const { return least_transfers_; }  // with one fewer of them in a row
+  double cost() const { return busiest_ + transfers_; }
   const std::vector<int64_t>& slots_RS() const { return slots_RS_; }
 
   // Without the replica that takes the fewest tokens.
-  Judged without_smallest(const Loads& loads) const {
+  Judged without_smallest(const Loads& loads, const TransferPrice& price) const {
     int64_t smallest = -1;
     for (int64_t rank = 0; rank < table_.num_ranks; ++rank) {
       for (int64_t slot = table_.home_slots; slot < table_.num_slots; ++slot) {
@@ -53,7 +60,7 @@ class Judged {
     }
     std::vector<int64_t> fewer_RS = slots_RS_;
     fewer_RS[smallest] = kEmpty;
-    return Judged(loads, table_, std::move(fewer_RS));
+    return Judged(loads, table_, std::move(fewer_RS), price);
   }
 
  private:
@@ -61,26 +68,42 @@ class Judged {
   SlotTable table_;
   std::vector<double> taken_RS_;  // tokens of all loads together
   double busiest_ = 0.0;          // mean over the loads
-  int64_t steps_;
+  double transfers_, least_transfers_;
 };
 }  // namespace
 
-void drop_losing_replicas(const Loads& loads, const SlotTable& slots, double price_tokens) {
+TransferPrice::TransferPrice(const double* legs_23, int64_t num_nodes) : num_nodes_(num_nodes) {
+  std::copy_n(legs_23, 6, &legs_[0][0]);
+}
+
+bool TransferPrice::is_free() const {
+  return !(legs_[0][0] > 0 || legs_[0][1] > 0 || legs_[1][0] > 0 || legs_[1][1] > 0);
+}
+
+double TransferPrice::tokens(int64_t inside, int64_t between) const {
+  double sum = 0.0;
+  for (const double* leg : legs_) {
+    sum += std::max(0.0, static_cast<double>(inside) * leg[0] + static_cast<double>(between) * leg[1] - leg[2]);
+  }
+  return sum;
+}
+
+void drop_losing_replicas(const Loads& loads, const SlotTable& slots, const TransferPrice& price) {
   const int64_t num_all = slots.num_ranks * slots.num_slots;
-  if (!(price_tokens > 0)) return;
-  Judged state(loads, slots, {slots.data, slots.data + num_all});
+  if (price.is_free()) return;
+  Judged state(loads, slots, {slots.data, slots.data + num_all}, price);
   std::vector<int64_t> best_RS = state.slots_RS();
-  double best = state.cost(price_tokens);
-  // Step 1: drop the smallest replicas until fewer transfers follow one another, as long as that pays.
+  double best = state.cost();
+  // Step 1: drop the smallest replicas until their transfers cost less, as long as that pays.
   bool pays = true;
-  while (pays && state.steps() > 0) {
-    const int64_t before = state.steps();
-    while (pays && state.steps() >= before) {
-      state = state.without_smallest(loads);
-      pays = state.busiest() + price_tokens * static_cast<double>(before - 1) < best;
+  while (pays && state.transfers() > 0) {
+    const double before = state.transfers(), least = state.least_transfers();
+    while (pays && state.transfers() >= before) {
+      state = state.without_smallest(loads, price);
+      pays = state.busiest() + least < best;
     }
     if (!pays) break;
-    best = state.cost(price_tokens);
+    best = state.cost();
     best_RS = state.slots_RS();
   }
   // Step 2: no replicas at all may be cheaper still.
@@ -102,8 +125,9 @@ void drop_losing_replicas(const Loads& loads, const SlotTable& slots, double pri
   std::copy_n(bare <= best ? bare_RS.data() : best_RS.data(), num_all, slots.data);
 }
 
-Tensor paying_replicas(const Tensor& loads_KE, const Tensor& slots_RS, int64_t home_slots, double price_tokens) {
-  check_paying_replicas(loads_KE, slots_RS, home_slots, price_tokens);
+Tensor paying_replicas(const Tensor& loads_KE, const Tensor& slots_RS, int64_t home_slots, const Tensor& price_23,
+                       int64_t num_nodes) {
+  check_paying_replicas(loads_KE, slots_RS, home_slots, price_23, num_nodes);
   const Tensor dense_KE = torch::stable::contiguous(loads_KE), dense_RS = torch::stable::contiguous(slots_RS);
   const int64_t num_ranks = slots_RS.size(0), num_slots = slots_RS.size(1), num_experts = loads_KE.size(1);
   const int64_t* load = dense_KE.const_data_ptr<int64_t>();
@@ -118,7 +142,7 @@ Tensor paying_replicas(const Tensor& loads_KE, const Tensor& slots_RS, int64_t h
   std::copy_n(dense_RS.const_data_ptr<int64_t>(), num_ranks * num_slots, out);
   const SlotTable slots{out, num_ranks, num_slots, home_slots};
   check_placement(slots, num_experts);
-  drop_losing_replicas(loads, slots, price_tokens);
+  drop_losing_replicas(loads, slots, TransferPrice(price_23.const_data_ptr<double>(), num_nodes));
   return new_RS;
 }
 }  // namespace smartmoe::cpu

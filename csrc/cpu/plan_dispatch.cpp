@@ -45,7 +45,7 @@ struct ExactOptions {
   int64_t used_slots;   // of the spare slots of a rank; the others stay empty
   int64_t num_nodes;    // a replica stays on its home's node; 1 lets it go anywhere
   double limit;         // max / mean tokens per rank up to which there are no replicas
-  double price_tokens;  // of the busiest rank that take as long as one transfer of a replica
+  TransferPrice price;  // of their transfers
 };
 
 // Replicas for exactly these tokens, as many as pay: runtime/replicas/split.py:exact_slots.
@@ -71,7 +71,7 @@ void plan_exact(const std::vector<int64_t>& load_E, const SlotTable& slots, cons
   }
   fill_spare_slots(load_E, used, options.num_nodes, kTrials);
   // Step 3: keep those that pay.
-  drop_losing_replicas({load_E}, used, options.price_tokens);
+  drop_losing_replicas({load_E}, used, options.price);
   for (int64_t rank = 0; rank < slots.num_ranks; ++rank) {
     std::copy(used.row(rank) + slots.home_slots, used.row(rank) + num_used, slots.row(rank) + slots.home_slots);
   }
@@ -315,8 +315,9 @@ void write_replicas(const SlotTable& slots, int64_t own, const Result& result) {
 
 void plan_dispatch(const Tensor& counts_RPE, const Tensor& slots_RS, int64_t home_slots, int64_t num_nodes,
                    int64_t rank, int64_t tp_rank, std::optional<int64_t> used_slots, int64_t scope_nodes, double limit,
-                   double price_tokens, const Tensor& plan) {
-  check_plan_dispatch(counts_RPE, slots_RS, home_slots, num_nodes, rank, tp_rank, used_slots, scope_nodes, plan);
+                   const Tensor& price_23, const Tensor& plan) {
+  check_plan_dispatch(counts_RPE, slots_RS, home_slots, num_nodes, rank, tp_rank, used_slots, scope_nodes, price_23,
+                      plan);
   const int64_t num_ranks = counts_RPE.size(0), tp_size = counts_RPE.size(1), num_experts = counts_RPE.size(2);
   const int64_t* counts = counts_RPE.const_data_ptr<int64_t>();
   const SlotTable slots{slots_RS.mutable_data_ptr<int64_t>(), num_ranks, slots_RS.size(1), home_slots};
@@ -326,7 +327,10 @@ void plan_dispatch(const Tensor& counts_RPE, const Tensor& slots_RS, int64_t hom
   const std::vector<int64_t> load_E = total_load("counts_RPE", {counts, num_ranks * tp_size, num_experts, num_experts});
   if (used_slots) {
     plan_exact(load_E, slots,
-               {.used_slots = *used_slots, .num_nodes = scope_nodes, .limit = limit, .price_tokens = price_tokens});
+               {.used_slots = *used_slots,
+                .num_nodes = scope_nodes,
+                .limit = limit,
+                .price = TransferPrice(price_23.const_data_ptr<double>(), num_nodes)});
   }
   const Placed placed = find_placed(slots, num_experts);
   // Step 2: each expert-tensor rank splits its own tokens; what this rank sends is kept of its own ones alone.

@@ -93,10 +93,29 @@ void check_placement(const SlotTable& slots, int64_t num_experts);
 std::vector<Transfer> relay_transfers(const SlotTable& slots, const Placed& placed, int64_t num_nodes);
 
 // Transfers that follow one another until every replica has its weights.
-int64_t relay_steps(const SlotTable& slots, std::vector<Transfer> transfers);
+struct Steps {
+  int64_t inside, between;  // inside nodes, and between them
+};
+
+Steps relay_steps(const SlotTable& slots, std::vector<Transfer> transfers, int64_t num_nodes);
+
+// What transfers cost, in tokens of the busiest rank: cost/replicas.py:TransferPrice.
+class TransferPrice {
+ public:
+  // legs_23: of the weights, then of the gradients: a transfer inside a node, one between nodes, what is hidden of all.
+  TransferPrice(const double* legs_23, int64_t num_nodes);
+
+  int64_t num_nodes() const { return num_nodes_; }
+  bool is_free() const;
+  double tokens(int64_t inside, int64_t between) const;
+
+ private:
+  double legs_[2][3];
+  int64_t num_nodes_;
+};
 
 // Clears the spare slots whose replicas cost more time than they save: placement/paying_replicas.py.
-void drop_losing_replicas(const Loads& loads, const SlotTable& slots, double price_tokens);
+void drop_losing_replicas(const Loads& loads, const SlotTable& slots, const TransferPrice& price);
 
 // Replaces replicas one at a time while the busiest rank has more than it would have to: placement/exact_search.py.
 void improve_replicas(const std::vector<int64_t>& load_E, const SlotTable& slots, int64_t num_nodes, int64_t trials);

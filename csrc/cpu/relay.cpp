@@ -114,14 +114,14 @@ std::vector<Transfer> relay_transfers(const SlotTable& slots, const Placed& plac
   return transfers;
 }
 
-int64_t relay_steps(const SlotTable& slots, std::vector<Transfer> transfers) {
-  std::sort(transfers.begin(), transfers.end(), [](const Transfer& a, const Transfer& b) {
-    return std::tie(a.round, a.parent, a.rank, a.slot) < std::tie(b.round, b.parent, b.rank, b.slot);
-  });
+namespace {
+// Of the transfers that cross nodes, or of those that do not; in the order of their rounds.
+int64_t steps_of(const SlotTable& slots, const std::vector<Transfer>& transfers, int64_t per_node, bool crossing) {
   std::vector<int64_t> sent_R(slots.num_ranks, 0), received_R(slots.num_ranks, 0);
   std::vector<int64_t> has_RS(slots.num_ranks * slots.num_slots, 0);
   int64_t last = 0;
   for (const Transfer& transfer : transfers) {
+    if ((transfer.parent / per_node != transfer.rank / per_node) != crossing) continue;
     const int64_t has = has_RS[transfer.parent * slots.num_slots + transfer.parent_slot];
     const int64_t step = std::max({has, sent_R[transfer.parent], received_R[transfer.rank]}) + 1;
     sent_R[transfer.parent] = received_R[transfer.rank] = step;
@@ -129,6 +129,15 @@ int64_t relay_steps(const SlotTable& slots, std::vector<Transfer> transfers) {
     last = std::max(last, step);
   }
   return last;
+}
+}  // namespace
+
+Steps relay_steps(const SlotTable& slots, std::vector<Transfer> transfers, int64_t num_nodes) {
+  std::sort(transfers.begin(), transfers.end(), [](const Transfer& a, const Transfer& b) {
+    return std::tie(a.round, a.parent, a.rank, a.slot) < std::tie(b.round, b.parent, b.rank, b.slot);
+  });
+  const int64_t per_node = slots.num_ranks / num_nodes;
+  return {steps_of(slots, transfers, per_node, false), num_nodes > 1 ? steps_of(slots, transfers, per_node, true) : 0};
 }
 
 Tensor relay_tree(const Tensor& slots_RS, int64_t home_slots, int64_t num_nodes) {

@@ -16,20 +16,21 @@ import torch.distributed as dist
 
 from megatron_smartmoe.adapter.flags.smartmoe_arguments import replicas_mode
 from megatron_smartmoe.cost.compute import ExpertShape, replica_grad_bytes
+from megatron_smartmoe.cost.dispatchers import Dispatcher
 from megatron_smartmoe.cost.memory.buffers import MAIN_BYTES, MOMENT_BYTES, expert_state_bytes
-from megatron_smartmoe.cost.moe_layer import constants_of, crossing_bytes_s, exposed_replica_tokens
-from megatron_smartmoe.cost.replicas import schedule_of
+from megatron_smartmoe.cost.moe_layer import constants_of, crossing_bytes_s, transfer_price
+from megatron_smartmoe.cost.replicas import TransferPrice, schedule_of
 from megatron_smartmoe.placement.homes_planner import OnlineOptions
 from megatron_smartmoe.placement.layer_cost import LayerPricing
 from megatron_smartmoe.placement.plan_homes import HomesOptions, node_swap_price
 from megatron_smartmoe.placement.plan_replicas import ReplicaOptions
 from megatron_smartmoe.placement.policy import BETWEEN_NODES_TOLERANCE, PolicyOptions
-from megatron_smartmoe.placement.routing_groups import stay_whole
+from megatron_smartmoe.placement.routing_groups import explain, stay_whole
 from megatron_smartmoe.planner.arguments import model_from_arguments, parallel_from_arguments
 from megatron_smartmoe.spec.cluster import ClusterSpec, load_cluster_spec
 from megatron_smartmoe.spec.devices import Device, cluster_for, fitting_cluster
 from megatron_smartmoe.spec.model import ModelSpec
-from megatron_smartmoe.spec.parallel import ParallelSpec
+from megatron_smartmoe.spec.parallel import HIERARCHICAL, Dispatch, ParallelSpec
 
 # fp32 tensors that an optimizer keeps for each parameter
 _STATES_OF = {"sgd": 1, "muon": 1, "dist_muon": 1, "adaptive_muon": 2, "lion": 1, "soap": 4}
@@ -99,6 +100,15 @@ def ranks_per_node() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
+_dispatch: Dispatch | None = None  # of this process's job
+
+
+def use_dispatch(dispatch: Dispatch) -> None:
+    """Price tokens that travel so from now on: what `--smartmoe-dispatch auto` has chosen; the same on all ranks."""
+    global _dispatch
+    _dispatch = dispatch
+
+
 # --- the model and the launch
 
 
@@ -114,7 +124,8 @@ def model_of_run(args: Namespace) -> ModelSpec:
 
 def launch_of_run(args: Namespace) -> ParallelSpec:
     """The launch, as the planner describes it."""
-    return parallel_from_arguments(vars(args), model_from_arguments(vars(args)), args.world_size)
+    spec = parallel_from_arguments(vars(args), model_from_arguments(vars(args)), args.world_size)
+    return spec if _dispatch is None else replace(spec, dispatch=_dispatch)
 
 
 def expert_shape(args: Namespace, mode: str | None = None) -> ExpertShape:
@@ -129,10 +140,26 @@ def expert_shape(args: Namespace, mode: str | None = None) -> ExpertShape:
     return ExpertShape(
         hidden=args.moe_latent_size or args.hidden_size,
         ffn=(args.moe_ffn_hidden_size or args.ffn_hidden_size) // etp,
-        gated=args.swiglu,
+        gated=args.swiglu or args.quick_geglu,
         element_bytes=element_bytes,
         grad_bytes=replica_grad_bytes(mode or replicas_mode(args), element_bytes),
+        biases=bool(args.add_bias_linear),
+        fp8_weights=sends_fp8(args),
     )
+
+
+def sends_fp8(args: Namespace) -> bool:
+    """Whether replicas get their weights as fp8 with a scale per block: all experts are quantized so, by powers of two.
+
+    Variables of TransformerEngine's ask for other scales, or for a backward pass that reads the weights themselves;
+    further options leave layers in bf16 or choose quantizers.
+    """
+    if args.smartmoe_experts != "transformer_engine" or not args.fp8 or not args.bf16:
+        return False
+    other_scales = os.environ.get("NVTE_FP8_BLOCK_SCALING_FP32_SCALES") == "1"
+    other_backward = bool(os.environ.get("NVTE_BACKWARD_OVERRIDE"))
+    other_layers = args.first_last_layers_bf16 or args.fp8_quantizer_factory or args.te_precision_config_file
+    return args.fp8_recipe == "blockwise" and not (other_scales or other_backward or other_layers)
 
 
 def state_bytes(args: Namespace) -> int:
@@ -172,13 +199,27 @@ def online_setting(args: Namespace, mode: str | None = None) -> LayerPricing:
 
     num_ranks = mpu.get_expert_model_parallel_world_size()
     expert, mode = expert_shape(args, mode), mode or replicas_mode(args)
-    early = not args.overlap_param_gather
+    early, dispatcher = not args.overlap_param_gather, dispatcher_of(args)
     return LayerPricing(
         num_ranks=num_ranks,
         num_nodes=nodes_of_group(num_ranks),
-        constants=constants_of(machine(args), expert),
+        constants=constants_of(machine(args), expert, two_hops=dispatcher.name == HIERARCHICAL),
         replicas=schedule_of(mode, expert, micro_batches=get_num_microbatches(), fetched_early=early),
         has_trees=True,
+        dispatcher=dispatcher,
+    )
+
+
+def dispatcher_of(args: Namespace) -> Dispatcher:
+    """What sends the tokens of a MoE layer."""
+    padded = args.moe_pad_expert_input_to_capacity
+    two_hops = (_dispatch or args.smartmoe_dispatch) == HIERARCHICAL
+    return Dispatcher(
+        name=HIERARCHICAL if two_hops else args.moe_token_dispatcher_type,
+        experts=args.num_experts,
+        top_k=args.moe_router_topk,
+        padded_factor=args.moe_expert_capacity_factor if padded else 0.0,
+        spare_slots=args.smartmoe_spare_slots,
     )
 
 
@@ -217,13 +258,14 @@ def homes_options(args: Namespace) -> HomesOptions:
     from megatron.core.num_microbatches_calculator import get_num_microbatches
 
     ranks, domains = mpu.get_expert_model_parallel_world_size(), scope_nodes(args)
-    num_nodes = domains if domains > 1 else nodes_of_group(ranks)
+    num_nodes, pricing = domains if domains > 1 else nodes_of_group(ranks), online_setting(args)
     return HomesOptions(
         num_nodes=num_nodes,
         replica_scope_is_node=domains > 1,
         node_swap_price=node_swap_price(
-            online_setting(args).constants,
+            pricing.constants,
             get_num_microbatches() * rank_tokens(args),
+            dispatcher=pricing.dispatcher,
             num_nodes=num_nodes,
             swap_s=state_bytes(args) / crossing_bytes_s(machine(args), nodes_of_group(ranks)),
             worth_s=args.smartmoe_homes_horizon / args.smartmoe_homes_margin,
@@ -239,9 +281,9 @@ def routing_groups_line(args: Namespace) -> str | None:
     if groups == 1 or nodes == 1:
         return None
     routing = f"group-limited routing ({args.moe_router_group_topk} of {groups} groups a token, {nodes} nodes)"
+    moves = explain(ranks, nodes, groups)
     if not stay_whole(ranks, nodes, groups):
-        return f"{routing}: groups do not lie whole on nodes, so homes move without regard to them"
-    moves = "homes move between nodes by whole groups" if groups >= nodes else "homes stay on the nodes of their group"
+        return f"{routing}: {moves}"
     if args.smartmoe_homes == "shuffle":
         moves = "--smartmoe-homes shuffle takes groups apart, and tokens go to more nodes than without"
     if args.smartmoe_spare_slots and not options.replica_scope_is_node:
@@ -251,7 +293,7 @@ def routing_groups_line(args: Namespace) -> str | None:
 
 def replica_options(args: Namespace) -> ReplicaOptions:
     """Where replicas may be placed, and what one costs."""
-    return ReplicaOptions(num_nodes=scope_nodes(args), replica_price_tokens=replica_price_tokens(args))
+    return ReplicaOptions(num_nodes=scope_nodes(args), price=replica_price(args))
 
 
 def scope_nodes(args: Namespace) -> int:
@@ -262,22 +304,24 @@ def scope_nodes(args: Namespace) -> int:
     return machine(args).domains(num_nodes, args.smartmoe_replicas_scope)
 
 
-def replica_price_tokens(args: Namespace, mode: str | None = None) -> float:
-    """Tokens that a replica must take from the busiest rank to pay off for each transfer that follows another, as far
-    as it is not hidden; --smartmoe-replicas-margin included.
+def replica_price(args: Namespace, mode: str | None = None) -> TransferPrice:
+    """What replicas cost, in tokens of the busiest rank of an iteration, or of a micro-batch if `exact`;
+    --smartmoe-replicas-margin included.
 
     Args:
         args: Megatron's arguments.
-        mode: how the replica is planned; None for the mode of the flags.
+        mode: how the replicas are planned; None for the mode of the flags.
     """
-    from megatron.core import parallel_state as mpu
-
     pricing = online_setting(args, mode)
-    between_nodes = nodes_of_group(mpu.get_expert_model_parallel_world_size()) > scope_nodes(args)
-    exposed = exposed_replica_tokens(
-        pricing.constants, pricing.replicas, rank_tokens(args), between_nodes=between_nodes
+    return transfer_price(
+        pricing.constants,
+        pricing.replicas,
+        rank_tokens(args),
+        num_nodes=pricing.num_nodes,
+        domains=scope_nodes(args),
+        margin=args.smartmoe_replicas_margin,
+        dispatcher=pricing.dispatcher,
     )
-    return float(args.smartmoe_replicas_margin * exposed)
 
 
 def rank_tokens(args: Namespace) -> float:

@@ -90,7 +90,7 @@ def fit_machine(measured: MachineMeasurement, nominal: ClusterSpec | None = None
             links[link] = _link(measured, link, f"{link}_node", lines, sources, shares)
         else:
             links[link] = _unmeasured(link, nominal, sources)
-    levels = _levels(measured, nominal, lines, sources, shares)
+    levels = _narrowing(_levels(measured, nominal, lines, sources, shares), links["inter"], sources)
     for share in ("gemm", "memory"):
         sources[f"efficiency.{share}"] = "the number above is measured: a rate that is reached, not a peak to discount"
     cluster = ClusterSpec(
@@ -136,6 +136,19 @@ def _levels(
                 source = nominal.sources.get(f"{path}.{number}", "unknown")
                 sources[f"{path}.{number}"] = f"not measured, one domain: {source}"
     return tuple(levels)
+
+
+def _narrowing(levels: Sequence[LevelSpec], inter_node: LinkSpec, sources: dict[str, str]) -> tuple[LevelSpec, ...]:
+    """The levels, none wider than what lies inside it: what leaves a domain of it has left those, too."""
+    narrowed, inner, most = [], "nodes", inter_node.bandwidth_bytes_s
+    for level in levels:
+        path, found = f"levels.{level.name}.bandwidth_bytes_s", level.link.bandwidth_bytes_s
+        if found > most:
+            sources[path] = f"as between {inner}, which all of it crosses; alone {found:.4g}: {sources[path]}"
+        most = min(found, most)
+        narrowed.append(replace(level, link=replace(level.link, bandwidth_bytes_s=most)))
+        inner = f"domains of level {level.name}"
+    return tuple(narrowed)
 
 
 def _scope(nominal: ClusterSpec | None, levels: Sequence[LevelSpec]) -> str:

@@ -23,7 +23,7 @@ from megatron_smartmoe.cli.simulate_prices import Prices, rank_tokens
 from megatron_smartmoe.cost.compute import ExpertShape
 from megatron_smartmoe.errors import ConfigError
 from megatron_smartmoe.placement.homes_planner import ReplicaMode
-from megatron_smartmoe.simulate.baselines import by_name
+from megatron_smartmoe.simulate.baselines import MOVING_HOMES, by_name
 from megatron_smartmoe.simulate.imbalance import SERIES, BenchSizes, Case, Series, make_case, row
 from megatron_smartmoe.simulate.policies import SimulatedPolicy
 from megatron_smartmoe.simulate.run import SimulationSetup, even_load_s, replay
@@ -64,7 +64,7 @@ def add_parser(tools: Any) -> None:
     text = "of an iteration, in the corrected series; a compatible step is one micro-batch (default: 4)"
     add("--micro-batches", type=int, default=4, metavar="M", help=text)
     add("--spare-slots", type=int, default=2, metavar="K", help="replica slots per rank (default: 2)")
-    text = "smartmoe: re-evaluate the homes every N iterations; 0 never moves them (default: 8)"
+    text = "move homes every N iterations: smartmoe, smartmoe2023, lpt, eplb; 0: smartmoe never (default: 8)"
     add("--homes-interval", type=int, default=8, metavar="N", help=text)
     add("--hidden", type=int, default=4096, help="model hidden size (default: 4096)")
     add("--ffn", type=int, default=1536, help="intermediate size of one expert (default: 1536)")
@@ -185,4 +185,6 @@ def _policy(name: str, options: argparse.Namespace, setup: SimulationSetup, pric
     if name == HOMES or name in OURS:
         mode = OURS.get(name, "history")
         return own_policy(mode, placement, 1, setup, prices, homes_interval=options.homes_interval)
-    return peer_policy(name, placement, 1, setup, interval=1)
+    # what moves experts with their optimizer's state does so as seldom as ours, and every step nowhere
+    seldom = name in MOVING_HOMES and options.homes_interval
+    return peer_policy(name, placement, 1, setup, interval=options.homes_interval if seldom else 1)

@@ -11,6 +11,7 @@ from megatron_smartmoe.simulate.imbalance import fastest
 
 _WITHIN = 0.01  # a time this near to the fastest one is level with it
 _OURS = "smartmoe-"
+AUTO = "smartmoe-auto"
 
 Row = dict[str, Any]
 
@@ -102,10 +103,17 @@ def _verdicts(workloads: Sequence[str], rules: Sequence[str], found: dict[tuple[
     peers = [rule for rule in rules if not rule.startswith(_OURS)]
     if not ours or not peers:
         return lines
-    behind = []
+    behind, auto_behind = [], []
     for name in workloads:
         best, peer = (fastest([found[name, rule] for rule in of]) for of in (ours, peers))
         share = best["modelled_ms"] / peer["modelled_ms"] - 1
         if share > _WITHIN:
             behind.append(f"{name}: {peer['backend']} is {share:.1%} ahead of {best['backend']}")
-    return [*lines, *(behind or [f"smartmoe is first, or within {_WITHIN:.0%} of the first, on every workload"])]
+        if AUTO in ours:
+            first = fastest([found[name, rule] for rule in rules])
+            share = found[name, AUTO]["modelled_ms"] / first["modelled_ms"] - 1
+            if share > _WITHIN:
+                auto_behind.append(f"{name.split('_')[0]} {share:.1%} behind {first['backend']}")
+    level = f"the best of smartmoe's modes is first, or within {_WITHIN:.0%} of the first, on every workload"
+    alone = f"{AUTO} alone: {', '.join(auto_behind) or f'within {_WITHIN:.0%} of the first on every workload'}"
+    return [*lines, *(behind or [level]), *([alone] if AUTO in ours else [])]

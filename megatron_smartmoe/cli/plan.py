@@ -67,7 +67,7 @@ def run(options: argparse.Namespace) -> int:
     """Run the tool."""
     model, cluster, gpus = _request(options)
     scenarios = scenarios_of(model, options.trace, options.skew)
-    loads = LoadModel(scenarios, cluster)
+    loads = LoadModel(scenarios, cluster, model.moe.routing_groups)
     pricing, default = Pricing(model, cluster, loads), SpaceOptions()
     space = SpaceOptions(
         spare_slots=(0,) if options.no_spare_slots else default.spare_slots,

@@ -40,6 +40,7 @@ def setup_of(prices: Prices, *, spare_slots: int, warmup: int, kernels: Kernels 
         migration_bytes_s=prices.migration_bytes_s,
         prices={"history": prices.layer("history"), "exact": prices.layer("exact")},
         kernels=kernels,
+        dispatcher=prices.dispatcher,
     )
 
 
@@ -69,7 +70,6 @@ def own_policy(
         moves: those of a real run, which homes then follow instead of deciding; None to decide.
     """
     sees: Sees = "exact" if mode == "exact" else "history"
-    several = prices.domains if prices.domains > 1 else setup.num_nodes
     pace = _pace(setup.num_nodes, homes_interval if moves is None else 0)
     judge = homes_policy or pace.policy
     options = replace(
@@ -80,19 +80,21 @@ def own_policy(
         state_bytes=setup.state_bytes,
         migration_bytes_s=setup.migration_bytes_s,
         homes=HomesOptions(
-            num_nodes=several,
+            num_nodes=prices.balanced_nodes,
             replica_scope_is_node=prices.domains > 1,
             node_swap_price=node_swap_price(
                 setup.constants,
                 prices.micro_batches * prices.rank_tokens,
-                num_nodes=several,
+                num_nodes=prices.balanced_nodes,
                 swap_s=setup.state_bytes / setup.migration_bytes_s,
                 worth_s=judge.horizon_iterations / judge.margin,
+                dispatcher=prices.dispatcher,
             ),
+            num_groups=prices.num_groups,
         ),
-        replica=ReplicaOptions(num_nodes=prices.domains, replica_price_tokens=prices.replica_tokens(sees)),
+        replica=ReplicaOptions(num_nodes=prices.domains, price=prices.replica_price(sees)),
         auto_limit=1.0 if prices.first_version and sees == "exact" else OnlineOptions.auto_limit,
-        exact_price_tokens=prices.replica_tokens("exact"),
+        exact_price=prices.replica_price("exact"),
         policy=judge,
     )
     seconds = layer_seconds(setup.pricing_of(sees, has_trees=not prices.first_version))

@@ -86,7 +86,9 @@ def simulated_run(path: Path, *, ep: int, spare_slots: int, cluster: Path | None
         name=f"{path.name}, simulated",
         metrics={},
         balance=_balance(places, trace.iteration, trace.layer, without.imbalance, balanced.imbalance),
-        decisions=[json.loads(decision.to_line()) for decision in balanced.decisions if decision.kind != "replicas"],
+        decisions=[
+            json.loads(decision.to_line()) for decision in balanced.decisions if decision.kind in ("homes", "review")
+        ],
         num_replica_plans=sum(decision.kind == "replicas" for decision in balanced.decisions),
         placement=None,
         trace=trace,

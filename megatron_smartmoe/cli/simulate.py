@@ -19,6 +19,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from megatron_smartmoe.cli import simulate_routing
 from megatron_smartmoe.cli.kernels import kernels_for
 from megatron_smartmoe.cli.outputs import check_folder, check_plot
 from megatron_smartmoe.cli.policies import own_policy, peer_policy, setup_of
@@ -27,10 +28,11 @@ from megatron_smartmoe.cli.simulate_table import Simulated, as_json, as_table
 from megatron_smartmoe.cost.compute import ExpertShape
 from megatron_smartmoe.errors import ConfigError
 from megatron_smartmoe.simulate.baselines import by_name
+from megatron_smartmoe.simulate.limit import limits_s
 from megatron_smartmoe.simulate.policies import SimulatedPolicy
 from megatron_smartmoe.simulate.run import PolicyResult, SimulationSetup, even_load_s, lower_bounds, replay
 from megatron_smartmoe.spec.cluster import ClusterSpec, load_cluster_spec
-from megatron_smartmoe.spec.model import load_model_spec
+from megatron_smartmoe.spec.model import ModelSpec, load_model_spec
 from megatron_smartmoe.spec.placement import Placement
 from megatron_smartmoe.spec.readers import values
 from megatron_smartmoe.spec.readers.files import Named
@@ -57,6 +59,7 @@ _LEAST = {
     "warmup": 0,
     "hidden": 1,
     "ffn": 1,
+    "top_k": 1,
 }
 
 _MOST = {"ep": 65_536, "nodes": 65_536, "trace_experts": 65_536, "spare_slots": 1000}  # a typing error beyond these
@@ -106,6 +109,7 @@ def add_parser(tools: Any) -> None:
     add("--model", type=Path, metavar="YAML", help=text)
     add("--hidden", type=int, help="model hidden size (default: of --model, else 4096)")
     add("--ffn", type=int, help="intermediate size of one expert (default: of --model, else 1536)")
+    simulate_routing.add_arguments(parser)
     add("--json", type=Path, metavar="FILE", help="write the table's numbers as JSON")
     add(
         "--plot", type=Path, metavar="FILE", help="plot the distribution of imbalance of each policy (.svg, .png, .pdf)"
@@ -136,8 +140,9 @@ def run(options: argparse.Namespace) -> int:
         options.trace, num_experts=options.trace_experts, ranks=options.trace_ranks, stages=options.trace_stages
     )
     cluster = load_cluster_spec(Path(options.cluster)) if options.cluster else DEFAULT_CLUSTER
-    priced = _expert_sizes(options)
-    prices = _prices(options, trace, cluster, first_version=saved is not None and _MARGIN not in saved[0])
+    model = load_model_spec(options.model) if options.model else None
+    priced = _expert_sizes(options, model)
+    prices = _prices(options, trace, cluster, model, first_version=saved is not None and _MARGIN not in saved[0])
     setup = _setup(options, trace, prices)
     if options.save_trace:
         trace.save(options.save_trace)
@@ -150,6 +155,7 @@ def run(options: argparse.Namespace) -> int:
         results=results,
         bounds=lower_bounds(trace, setup),
         even_s=even_load_s(trace, setup),
+        limit_s=limits_s(trace, setup),
         setup=setup,
         trace=trace,
         prices=prices,
@@ -199,9 +205,8 @@ def _check_outputs(options: argparse.Namespace) -> None:
         raise ConfigError("--save-trace", str(options.save_trace), "must end in .npz", way_out)
 
 
-def _expert_sizes(options: argparse.Namespace) -> str:
+def _expert_sizes(options: argparse.Namespace, model: ModelSpec | None) -> str:
     """Fill in --hidden and --ffn, and say where they are from."""
-    model = load_model_spec(options.model) if options.model else None
     if model is not None:
         options.gated = model.gated
     sizes = {"hidden": model.hidden, "ffn": model.moe.ffn} if model else {"hidden": 4096, "ffn": 1536}
@@ -215,7 +220,14 @@ def _expert_sizes(options: argparse.Namespace) -> str:
     return f"{of}, but --{given[0]}" if given else of
 
 
-def _prices(options: argparse.Namespace, trace: RoutingTrace, cluster: ClusterSpec, *, first_version: bool) -> Prices:
+def _prices(
+    options: argparse.Namespace,
+    trace: RoutingTrace,
+    cluster: ClusterSpec,
+    model: ModelSpec | None,
+    *,
+    first_version: bool,
+) -> Prices:
     """The price list, after the options that decide it are checked."""
     _check_numbers(options)
     num_nodes = options.nodes or (cluster.nodes_of_group(options.ep) if options.cluster else 1)
@@ -225,6 +237,8 @@ def _prices(options: argparse.Namespace, trace: RoutingTrace, cluster: ClusterSp
         )
     return Prices(
         cluster=cluster,
+        dispatcher=simulate_routing.dispatcher_of(options, trace, model, num_nodes),
+        num_groups=simulate_routing.groups_of(options, trace, model),
         expert=ExpertShape(hidden=options.hidden, ffn=options.ffn, gated=options.gated),
         num_ranks=options.ep,
         num_nodes=num_nodes,
@@ -308,6 +322,7 @@ def _decision_lines(
     settings["cluster"] = str(options.cluster) if options.cluster else None
     if not prices.first_version:
         settings |= {_MARGIN: options.replicas_margin, _GATED: options.gated}
+    settings |= simulate_routing.settings(prices.dispatcher, prices.num_groups)
     if options.replans and options.replicas == "auto":
         settings[_REPLANS] = True
     header = {"kind": "simulation", "trace": _digest(trace), **settings}
@@ -352,6 +367,7 @@ def _read_decisions(options: argparse.Namespace) -> list[dict[str, Any]]:
             raise ConfigError(field, margin, f"must be from 0 to {_MOST_MARGIN:,.0f}", "Make the file again.")
         options.replicas_margin, options.gated = float(margin), lines[0].get(_GATED, True) is not False
     options.replans = lines[0].get(_REPLANS, False) is True
+    simulate_routing.take(lines[0], options, f"{named.at(1)}: ")
     options.policy, options.model = "smartmoe", None
     return lines
 

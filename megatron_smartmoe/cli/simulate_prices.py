@@ -7,11 +7,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from megatron_smartmoe.cost.compute import ExpertShape, replica_grad_bytes
-from megatron_smartmoe.cost.moe_layer import constants_of, crossing_bytes_s, exposed_replica_tokens
-from megatron_smartmoe.cost.replicas import schedule_of
+from megatron_smartmoe.cost.dispatchers import ALL_TO_ALL, Dispatcher
+from megatron_smartmoe.cost.moe_layer import constants_of, crossing_bytes_s, transfer_price
+from megatron_smartmoe.cost.replicas import TransferPrice, schedule_of
 from megatron_smartmoe.placement.layer_cost import LayerPricing
 from megatron_smartmoe.placement.layer_plan import Sees
 from megatron_smartmoe.spec.cluster import ClusterSpec, GpuSpec, LinkSpec
+from megatron_smartmoe.spec.parallel import HIERARCHICAL
 from megatron_smartmoe.spec.trace import RoutingTrace
 
 # Assumed without --cluster, for the predicted times and the price of replicas. NVIDIA's H100 SXM datasheet (dense bf16,
@@ -38,9 +40,11 @@ class Prices:
         micro_batches: of an iteration, as the trace has them.
         rank_tokens: tokens that a rank computes in a micro-batch and layer if the load is even; decides how much of a
             replica's way is hidden.
+        num_groups: groups of group-limited routing, which homes keep whole; 1 for routing without.
         margin: times its cost that a replica must save, as --smartmoe-replicas-margin; 0 makes all of them.
         first_version: replicas travel in every micro-batch, with fp32 gradients, and nothing is hidden: the prices of
             decision files that were made before replicas had a schedule.
+        dispatcher: what sends the tokens.
     """
 
     cluster: ClusterSpec
@@ -49,13 +53,20 @@ class Prices:
     num_nodes: int
     micro_batches: int
     rank_tokens: float = 0.0
+    num_groups: int = 1
     margin: float = 1.0
     first_version: bool = False
+    dispatcher: Dispatcher = ALL_TO_ALL
 
     @property
     def domains(self) -> int:
         """Parts of the group that keep their replicas: its nodes, with the default of --smartmoe-replicas-scope."""
         return self.cluster.domains(self.num_nodes, self.cluster.replica_scope)
+
+    @property
+    def balanced_nodes(self) -> int:
+        """Nodes that homes are balanced over, or the wider domains that replicas stay in."""
+        return self.domains if self.domains > 1 else self.num_nodes
 
     @property
     def migration_bytes_s(self) -> float:
@@ -68,7 +79,10 @@ class Prices:
         """The price of a layer whose replicas are planned in this way."""
         expert = self.expert_of(mode)
         pricing = LayerPricing(
-            num_ranks=self.num_ranks, num_nodes=self.num_nodes, constants=constants_of(self.cluster, expert)
+            num_ranks=self.num_ranks,
+            num_nodes=self.num_nodes,
+            constants=constants_of(self.cluster, expert, two_hops=self.dispatcher.name == HIERARCHICAL),
+            dispatcher=self.dispatcher,
         )
         if self.first_version:
             return pricing
@@ -80,12 +94,18 @@ class Prices:
             return self.expert
         return replace(self.expert, grad_bytes=replica_grad_bytes(mode, self.expert.element_bytes))
 
-    def replica_tokens(self, mode: Sees) -> float:
-        """Tokens that a replica must take from the busiest rank for each transfer that follows another, as far as it is
-        not hidden: of an iteration, or of a micro-batch if `exact`."""
-        layer, between_nodes = self.layer(mode), self.num_nodes > self.domains
-        exposed = exposed_replica_tokens(layer.constants, layer.replicas, self.rank_tokens, between_nodes=between_nodes)
-        return self.margin * exposed
+    def replica_price(self, mode: Sees) -> TransferPrice:
+        """What replicas cost that are planned in this way, in tokens of an iteration; of a micro-batch if `exact`."""
+        layer = self.layer(mode)
+        return transfer_price(
+            layer.constants,
+            layer.replicas,
+            self.rank_tokens,
+            num_nodes=self.num_nodes,
+            domains=self.domains,
+            margin=self.margin,
+            dispatcher=self.dispatcher,
+        )
 
 
 def rank_tokens(trace: RoutingTrace, num_ranks: int) -> float:

@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 
 from megatron_smartmoe.cli.simulate_prices import Prices
+from megatron_smartmoe.cost.dispatchers import ALL_TO_ALL
 from megatron_smartmoe.placement.decisions import Decision
 from megatron_smartmoe.placement.homes_planner import ReplicaMode
+from megatron_smartmoe.placement.routing_groups import explain
 from megatron_smartmoe.simulate.run import PolicyResult, SimulationSetup, left_out
 from megatron_smartmoe.spec.arrays import FloatArray
 from megatron_smartmoe.spec.trace import RoutingTrace
@@ -27,6 +29,7 @@ class Simulated:
         results: one per policy.
         bounds: the imbalance that no placement can beat, by record, layer, group and micro-batch.
         even_s: predicted seconds of each of them under an even load.
+        limit_s: predicted seconds of each of them that no plan can beat; see `simulate.limit`.
         setup: ranks and slots.
         trace: what was replayed.
         prices: cluster and expert.
@@ -37,6 +40,7 @@ class Simulated:
     results: Sequence[PolicyResult]
     bounds: FloatArray
     even_s: FloatArray
+    limit_s: FloatArray
     setup: SimulationSetup
     trace: RoutingTrace
     prices: Prices
@@ -52,7 +56,7 @@ class Simulated:
 def as_json(simulated: Simulated) -> dict[str, Any]:
     """The table's numbers by policy."""
     setup, trace, prices = simulated.setup, simulated.trace, simulated.prices
-    even_s = float(simulated.even_s.mean())
+    even_s, limit_s = float(simulated.even_s.mean()), float(simulated.limit_s.mean())
     return {
         "ep": setup.num_ranks,
         "spare_slots": setup.spare_slots,
@@ -67,18 +71,20 @@ def as_json(simulated: Simulated) -> dict[str, Any]:
             "hidden": prices.expert.hidden,
             "ffn": prices.expert.ffn,
             "micro_batches": prices.micro_batches,
+            "dispatcher": prices.dispatcher.name,
             "replicas": simulated.replicas,
             "replicas_margin": prices.margin,
-            "replica_tokens": {mode: prices.replica_tokens(mode) for mode in ("history", "exact")},
+            "replica_tokens": {mode: prices.replica_price(mode).each_tokens for mode in ("history", "exact")},
         },
         "lower_bound": {"mean": float(simulated.bounds.mean()), "worst": float(simulated.bounds.max())},
         "even_load_ms": even_s * 1e3,
+        "limit_ms": limit_s * 1e3,
         "fastest": simulated.by_time[0].name,
-        "policies": {result.name: _numbers(result, setup, even_s) for result in simulated.results},
+        "policies": {result.name: _numbers(result, setup, even_s, limit_s) for result in simulated.results},
     }
 
 
-def _numbers(result: PolicyResult, setup: SimulationSetup, even_s: float) -> dict[str, Any]:
+def _numbers(result: PolicyResult, setup: SimulationSetup, even_s: float, limit_s: float) -> dict[str, Any]:
     stats, imbalance = result.stats, result.imbalance
     quantiles = {name: float(np.quantile(imbalance, q)) for name, q in _QUANTILES.items()}
     numbers: dict[str, Any] = {
@@ -94,6 +100,7 @@ def _numbers(result: PolicyResult, setup: SimulationSetup, even_s: float) -> dic
         "migration_ms": float(result.moving_s.mean() * 1e3),
         "predicted_total_ms": result.total_s * 1e3,
         "share_of_even_load": even_s / result.total_s if result.total_s else 1.0,
+        "share_of_limit": limit_s / result.total_s if result.total_s else 1.0,
     }
     if stats.forecast_errors:
         numbers["forecast_error"] = float(np.mean(stats.forecast_errors))
@@ -142,15 +149,20 @@ def _prices(simulated: Simulated) -> list[str]:
         f"times: cluster {prices.cluster.name}; experts {prices.expert.hidden} x {prices.expert.ffn} "
         f"({simulated.priced}); {per_record}"
     ]
+    if prices.dispatcher != ALL_TO_ALL:
+        lines.append(f"dispatcher {prices.dispatcher.name}, {_number(prices.dispatcher.top_k, 'expert')} a token")
     if simulated.setup.spare_slots and any(result.name == "smartmoe" for result in simulated.results):
         mode = simulated.replicas
-        tokens = prices.replica_tokens("exact" if mode == "exact" else "history")
+        tokens = prices.replica_price("exact" if mode == "exact" else "history").each_tokens
         per = "micro-batch" if mode == "exact" else "record"
-        anew = f" ({prices.replica_tokens('exact'):,.0f} a micro-batch)" if mode == "auto" else ""
+        anew = f" ({prices.replica_price('exact').each_tokens:,.0f} a micro-batch)" if mode == "auto" else ""
         lines.append(
             f"smartmoe: replicas {mode}; one pays off above {tokens:,.0f} tokens a {per}{anew} taken from the busiest "
             f"rank (margin {prices.margin:g})"
         )
+    if prices.num_groups > 1 and (nodes := prices.balanced_nodes) > 1:
+        moves = explain(prices.num_ranks, nodes, prices.num_groups)
+        lines.append(f"smartmoe: group-limited routing ({prices.num_groups} groups, {nodes} nodes): {moves}")
     return lines
 
 
@@ -177,12 +189,12 @@ def _table(content: Mapping[str, Any]) -> list[str]:
         "homes": ["moved", "GB"],
         "replicas": ["made", "slots changed"],
         "planning": ["ms a layer"],
-        "ms a layer and micro-batch": ["layer", "moves", "both", "of even load"],
+        "ms a layer and micro-batch": ["layer", "moves", "both", "of even load", "of limit"],
     }
     rows = [[[name], *_row(numbers)] for name, numbers in content["policies"].items()]
-    even, bound = content["even_load_ms"], content["lower_bound"]
+    even, limit, bound = content["even_load_ms"], content["limit_ms"], content["lower_bound"]
     rows.append([["lower bound"], [f"{bound['mean']:.4f}", "", "", "", f"{bound['worst']:.3f}"], *_blank(groups, 2)])
-    last = [f"{even:.3f}", "", f"{even:.3f}", "100.0%"]
+    last = [f"{even:.3f}", "", f"{even:.3f}", "100.0%", f"{limit / even:.1%}" if even else "100.0%"]
     rows.append([["even load"], ["1.0000", "", "", "", "1.000"], *_blank(groups, 2)[:-1], last])
     # Step 1: the width of every column, and of every group, which its name may widen.
     names = list(groups.values())
@@ -210,6 +222,7 @@ def _row(numbers: Mapping[str, Any]) -> list[list[str]]:
             f"{numbers['migration_ms']:.3f}",
             f"{numbers['predicted_total_ms']:.3f}",
             f"{numbers['share_of_even_load']:.1%}",
+            f"{numbers['share_of_limit']:.1%}",
         ],
     ]
 
@@ -239,7 +252,13 @@ def _verdicts(simulated: Simulated, content: Mapping[str, Any]) -> list[str]:
     )
     if others:
         line += f"; next: {others[0].name}, {others[0].total_s / first.total_s - 1:+.1%}"
-    lines = [line]
+    limit = content["limit_ms"]
+    share = content["even_load_ms"] / limit if limit else 1.0
+    bound = (
+        f"limit: {limit:.3f} ms, {share:.1%} of an even load's speed: no plan computes and sends replicas in less; "
+        "tokens travel as under an even load"
+    )
+    lines = [line, bound]
     for name, numbers in content["policies"].items():
         if "forecast_error" in numbers:
             share = numbers["forecast_error"]

@@ -26,6 +26,7 @@ from megatron_smartmoe.cli.simulate_prices import Prices, rank_tokens
 from megatron_smartmoe.cli.whatif_table import Basis, Prediction, as_json, as_table, label
 from megatron_smartmoe.cost.memory.budget import memory_budget
 from megatron_smartmoe.cost.step.constants import StepConstants, expert_shape, spec_nodes
+from megatron_smartmoe.cost.step.moe import dispatcher_of
 from megatron_smartmoe.errors import ConfigError, PlanError
 from megatron_smartmoe.placement.homes_planner import ReplicaMode
 from megatron_smartmoe.report.fit import Fitted, busiest_s, fit_factors
@@ -35,7 +36,7 @@ from megatron_smartmoe.report.step_times import LEAST, StepTimes, step_times
 from megatron_smartmoe.simulate.whatif import GROUPS, GROUPS_OF_PART, Machine, Move, Replayed, regrouped, replayed
 from megatron_smartmoe.spec.arrays import FloatArray
 from megatron_smartmoe.spec.cluster import ClusterSpec, load_cluster_spec
-from megatron_smartmoe.spec.parallel import ParallelSpec, Replicas, violation
+from megatron_smartmoe.spec.parallel import FLAT, ParallelSpec, Replicas, violation
 from megatron_smartmoe.spec.placement import Placement
 from megatron_smartmoe.spec.trace import RoutingTrace
 
@@ -98,6 +99,10 @@ def run(options: argparse.Namespace) -> int:
     launch = run_launch(record, options.run_cluster)
     trace = _trace(record, launch, options)
     times = step_times(record, options.run_dir, options.step_times, launch.spec)
+    if times.by_rank and launch.spec.dispatch != FLAT:
+        rule = "is not predicted from CPU seconds: what a rank passes on as a gateway has no term there"
+        way_out = f"Give a run with --smartmoe-dispatch {FLAT}."
+        raise ConfigError("--smartmoe-dispatch", launch.spec.dispatch, rule, way_out)
     settings, left_out = _settings(options, launch, trace)
     # Step 2: replay the run as it was, and fit the cost model's terms to its measured steps.
     own = Setting(spec=launch.spec, cluster=launch.cluster, is_other_machine=False)
@@ -224,6 +229,8 @@ def _settings(
     for (name, machine), values in itertools.product(clusters or [("", launch.cluster)], _products(lists)):
         spec = _spec(launch, values)
         cluster = on_ranks(machine, spec.gpus, values["nodes"])
+        if spec_nodes(cluster, spec.ep * spec.etp) == 1:
+            spec = replace(spec, dispatch=FLAT)
         reason = _cannot_be(spec, cluster, launch, trace)
         if cluster.gpus_per_node > machine.gpus_per_node:
             reason = f"{cluster.gpus_per_node} ranks on a node, and {machine.name} has {machine.gpus_per_node}"
@@ -320,6 +327,8 @@ def _replay(
         num_nodes=spec_nodes(cluster, spec.ep * spec.etp),
         micro_batches=spec.micro_batches,
         rank_tokens=rank_tokens(trace, spec.ep),
+        dispatcher=dispatcher_of(model, spec),
+        num_groups=model.moe.routing_groups,
         margin=launch.replicas_margin,
     )
     setup = setup_of(

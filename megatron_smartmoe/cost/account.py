@@ -110,7 +110,12 @@ class Account:
             "ideal_s": self.ideal_s,
             "share_of_ideal": self.share,
             "terms": {
-                term.name: {"seconds": term.seconds, "share": term.seconds / self.step_s, "kind": term.kind}
+                term.name: {
+                    "label": term.label,
+                    "seconds": term.seconds,
+                    "share": term.seconds / self.step_s,
+                    "kind": term.kind,
+                }
                 for term in self.terms
             },
             "unexplained_s": unexplained_s,

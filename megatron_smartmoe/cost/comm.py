@@ -38,6 +38,9 @@ class BusiestPorts:
     inter_node_reverse: float
 
 
+NOTHING = BusiestPorts(intra=0.0, inter_gpu=0.0, inter_node=0.0, inter_node_reverse=0.0)
+
+
 def busiest_ports(traffic_RR: FloatArray, num_nodes: int) -> BusiestPorts:
     """Busiest ports of one exchange; `traffic_RR[source, target]`, what stays on its rank is free."""
     # Step 1: split the traffic into what stays on a node and what leaves it.

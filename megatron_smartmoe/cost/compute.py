@@ -18,6 +18,8 @@ import numpy as np
 
 from megatron_smartmoe.spec.arrays import FloatArray, IntArray
 
+_SCALE_BYTES, _BLOCK_ELEMENTS = 4, 128 * 128  # of blockwise fp8
+
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertShape:
@@ -29,6 +31,8 @@ class ExpertShape:
         gated: three matrices instead of two.
         element_bytes: bytes of a weight or an activation; 2 for bf16.
         grad_bytes: bytes of an element of a replica's gradient on its way home; 4 for fp32.
+        biases: every matrix has a bias for each of its rows.
+        fp8_weights: a replica's weights travel as fp8 with an fp32 scale for each block of 128 x 128.
     """
 
     hidden: int
@@ -36,16 +40,31 @@ class ExpertShape:
     gated: bool = True
     element_bytes: int = 2
     grad_bytes: int = 4
+    biases: bool = False
+    fp8_weights: bool = False
+
+    @property
+    def num_weights(self) -> int:
+        """Elements of one expert's matrices."""
+        return (3 if self.gated else 2) * self.hidden * self.ffn
 
     @property
     def num_params(self) -> int:
-        """Weights of one expert, without biases."""
-        return (3 if self.gated else 2) * self.hidden * self.ffn
+        """Elements of one expert's matrices and biases."""
+        return self.num_weights + (((2 if self.gated else 1) * self.ffn + self.hidden) if self.biases else 0)
 
     @property
     def weight_bytes(self) -> int:
         """Bytes of one expert's weights."""
         return self.num_params * self.element_bytes
+
+    @property
+    def sent_weight_bytes(self) -> float:
+        """Bytes of one replica's weights on their way out."""
+        if not self.fp8_weights:
+            return self.weight_bytes
+        num_biases = self.num_params - self.num_weights
+        return self.num_weights * (1 + _SCALE_BYTES / _BLOCK_ELEMENTS) + num_biases * self.element_bytes
 
     @property
     def gradient_bytes(self) -> int:
@@ -60,7 +79,7 @@ class ExpertShape:
     @property
     def flops_per_token(self) -> float:
         """Forward and backward: 2 per weight forward, 4 backward."""
-        return 6.0 * self.num_params
+        return 6.0 * self.num_weights
 
 
 def replica_grad_bytes(mode: str, element_bytes: int) -> int:

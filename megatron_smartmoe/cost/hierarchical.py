@@ -18,6 +18,7 @@ launches; the tests compare with it.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -88,6 +89,22 @@ def rows_by_node(choices_RN: FloatArray, num_experts: int, top_k: int) -> FloatA
     for drawn in range(top_k):
         missed_RN *= np.maximum(outside_RN - drawn, 0.0) / (num_experts - drawn)
     return np.asarray(np.minimum(choices_R1 / top_k * (1 - missed_RN), choices_RN))
+
+
+def more_rows_by_node(share: float, num_experts: int, top_k: int) -> float:
+    """Rows to a node that one more choice there adds: the derivative of `rows_by_node` by the choices.
+
+    Args:
+        share: of the choices that are for the node.
+        num_experts: E.
+        top_k: K, choices of a token.
+    """
+    # With q of the choices a token misses the node with the chance m(q), a product; d(1 - m) / (K dq).
+    outside = [num_experts * (1 - share) - drawn for drawn in range(top_k)]
+    if outside[-1] <= 0:
+        return 0.0  # every token has an expert there
+    missed = math.prod(left / (num_experts - drawn) for drawn, left in enumerate(outside))
+    return missed * sum(num_experts / left for left in outside) / top_k
 
 
 def to_gateways(once_RN: FloatArray) -> FloatArray:

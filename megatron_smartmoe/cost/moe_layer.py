@@ -23,22 +23,24 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from megatron_smartmoe.cost.comm import BusiestPorts, busiest_domain, busiest_ports, replica_traffic
+from megatron_smartmoe.cost.comm import NOTHING, BusiestPorts, busiest_domain, busiest_ports, replica_traffic
 from megatron_smartmoe.cost.compute import ExpertShape, busiest_rank
-from megatron_smartmoe.cost.hierarchical import HopCounts, mean_ports, rows_copied, to_gateways
+from megatron_smartmoe.cost.dispatchers import ALL_TO_ALL, Dispatcher, carried, padded, rows_at_a_rank, wire_rows
+from megatron_smartmoe.cost.hierarchical import HopCounts, hops_fixed_s
 from megatron_smartmoe.cost.replicas import (
     EVERY_MICRO_BATCH,
     FORWARD_HALF,
     FORWARD_SHARE,
     PERMUTE_SHARE,
+    LegPrice,
     ReplicaSchedule,
+    TransferPrice,
 )
 from megatron_smartmoe.errors import PlanError
 from megatron_smartmoe.spec.arrays import FloatArray, IntArray
 from megatron_smartmoe.spec.cluster import ClusterSpec, LevelSpec, LinkSpec
 from megatron_smartmoe.spec.placement import EMPTY
 
-TRANSFERS_IN_A_ROW = 3  # of replicas: 2 on 8 ranks with one slot, 3 on 16 and 64; measured on lognormal loads
 ALL_TO_ALLS = 4  # dispatch, combine, and the gradient of each
 EXCHANGES = 6  # as collectives: dispatch sends probabilities apart from tokens, and so do its gradients
 # Estimates that hold until `scripts.validation.layer_fit` replaces the constants made from them; none is measured. The
@@ -67,6 +69,11 @@ class LayerFlow:
             for what they forward; None for as many as the busiest port has.
         early_tokens: tokens for homes on that rank with replicas which has fewest of them; they are computed before
             the replicas' weights are needed.
+        wire_RR: rows that rank r sends to rank q in an exchange, where a dispatcher sends others than one for each
+            token of `traffic_RR`; see `dispatchers`.
+        kept_steps: as `replica_steps`, of the replicas from history where others were planned anew for this
+            micro-batch: they were fetched for the iteration all the same.
+        kept_returns: whether another micro-batch uses those, so that their gradients go home.
     """
 
     load_ER: FloatArray
@@ -76,6 +83,9 @@ class LayerFlow:
     fetch_RR: FloatArray | None = None
     replica_steps: tuple[int, int] | None = None
     early_tokens: float = 0.0
+    wire_RR: FloatArray | None = None
+    kept_steps: tuple[int, int] = (0, 0)
+    kept_returns: bool = True
 
     @classmethod
     def from_shares(
@@ -104,6 +114,21 @@ class LayerFlow:
         return cls.from_shares(counts_RE, hosts_ER, slots_RS, num_nodes)
 
 
+def on_the_wire(flow: LayerFlow, dispatcher: Dispatcher) -> LayerFlow:
+    """A flow, with the rows that a dispatcher sends for it, and those that ranks compute if it pads.
+
+    Args:
+        flow: tokens from source to the ranks of their experts, one for each choice.
+        dispatcher: what sends them.
+    """
+    if dispatcher.padded_factor:
+        has_replicas = bool(flow.replicas_RR.any())
+        load_ER, traffic_RR = padded(flow.load_ER, flow.traffic_RR, dispatcher, replicas=has_replicas)
+        flow = replace(flow, load_ER=load_ER, traffic_RR=traffic_RR)
+    wire_RR = wire_rows(flow.traffic_RR, flow.num_nodes, dispatcher)
+    return flow if wire_RR is None else replace(flow, wire_RR=wire_RR)
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LayerCounts:
     """What of a flow decides its time: a few numbers instead of matrices, so that thousands of them can be kept.
@@ -116,6 +141,8 @@ class LayerCounts:
         fetched: the same for the weights of replicas, in transfers that follow one another.
         returned: the same for their gradients.
         early_tokens: see `LayerFlow`.
+        kept: as `fetched`, of the replicas from history that this micro-batch does not use.
+        kept_returns: see `LayerFlow`.
         hops: what a dispatch in two hops carries; None on one node.
         leaving: tokens out of the busiest domain of each level above the nodes, over its ranks; none where a flow was
             counted without levels.
@@ -128,27 +155,31 @@ class LayerCounts:
     fetched: BusiestPorts
     returned: BusiestPorts
     early_tokens: float
+    kept: BusiestPorts = NOTHING
+    kept_returns: bool = True
     hops: HopCounts | None = None
     leaving: tuple[float, ...] = ()
 
     @classmethod
     def of(cls, flow: LayerFlow, ranks_of_levels: Sequence[int] = ()) -> LayerCounts:
         """Count a flow, and what leaves the domains of so many consecutive ranks."""
+        wire_RR = flow.traffic_RR if flow.wire_RR is None else flow.wire_RR
         if flow.replica_steps is None:
             returned = busiest_ports(flow.replicas_RR, flow.num_nodes)
         else:
-            inside, between = flow.replica_steps
-            returned = BusiestPorts(intra=inside, inter_gpu=between, inter_node=0.0, inter_node_reverse=0.0)
+            returned = _in_a_row(flow.replica_steps)
         return cls(
             tokens_R=flow.load_ER.sum(axis=0),
             active_R=(flow.load_ER > 0).sum(axis=0),
             source_tokens=float(flow.traffic_RR.sum(axis=1).max()),
-            tokens=busiest_ports(flow.traffic_RR, flow.num_nodes),
+            tokens=busiest_ports(wire_RR, flow.num_nodes),
             fetched=returned if flow.fetch_RR is None else busiest_ports(flow.fetch_RR, flow.num_nodes),
             returned=returned,
             early_tokens=flow.early_tokens,
+            kept=_in_a_row(flow.kept_steps),
+            kept_returns=flow.kept_returns,
             hops=HopCounts.of(flow.traffic_RR, flow.num_nodes) if flow.num_nodes > 1 else None,
-            leaving=tuple(busiest_domain(flow.traffic_RR, ranks) for ranks in ranks_of_levels),
+            leaving=tuple(busiest_domain(wire_RR, ranks) for ranks in ranks_of_levels),
         )
 
     def scaled(self, factor: float) -> LayerCounts:
@@ -163,6 +194,11 @@ class LayerCounts:
             hops=None if self.hops is None else self.hops.scaled(factor),
             leaving=tuple(tokens * factor for tokens in self.leaving),
         )
+
+
+def _in_a_row(steps: tuple[int, int]) -> BusiestPorts:
+    """Transfers that follow one another, inside nodes and between them, as the busiest ports'."""
+    return replace(NOTHING, intra=steps[0], inter_gpu=steps[1])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -262,7 +298,8 @@ def layer_time(
     all_to_all_chunks: int = 1,
     ranks_per_device: float = 1.0,
     replicas: ReplicaSchedule = EVERY_MICRO_BATCH,
-    once_RN: FloatArray | None = None,
+    dispatcher: Dispatcher = ALL_TO_ALL,
+    kept: ReplicaSchedule = EVERY_MICRO_BATCH,
 ) -> LayerTime:
     """Time of one layer and micro-batch, forward and backward.
 
@@ -272,17 +309,16 @@ def layer_time(
         all_to_all_chunks: chunks of every all-to-all that overlap with the GEMMs; 1 for no overlap.
         ranks_per_device: see `GpuSpec`.
         replicas: how often replicas travel, and what hides them.
-        once_RN: rows that rank r sends to node n where a token is sent once for each node; None where the all-to-all
-            is flat.
+        kept: the same for replicas from history that this micro-batch does not use.
+        dispatcher: what sends the tokens; what has been counted already is of one that sends a row for each choice.
     """
     # Step 1: counts. What the busiest rank computes, and what the busiest ports carry.
     levels = [level.ranks for level in constants.levels]
-    counts = flow if isinstance(flow, LayerCounts) else LayerCounts.of(flow, levels)
+    counts = flow if isinstance(flow, LayerCounts) else LayerCounts.of(on_the_wire(flow, dispatcher), levels)
     busy = busiest_rank(counts.tokens_R, counts.active_R, constants.half_rate_tokens, ranks_per_device)
-    tokens, permuted = counts.tokens, counts.source_tokens
-    if once_RN is not None and counts.hops is not None:
-        tokens = mean_ports(tokens, counts.hops, once_RN)
-        permuted += rows_copied(counts.hops, once_RN) * ROWS_MOVED_PER_COPY / ROWS_MOVED_PER_TOKEN
+    exchange = carried(counts.tokens, counts.leaving, counts.hops, dispatcher, levels)
+    tokens = exchange.ports
+    permuted = counts.source_tokens + exchange.copied * ROWS_MOVED_PER_COPY / ROWS_MOVED_PER_TOKEN
     # Step 2: counts times constants.
     source_s = permuted * constants.source_token_s
     gemm_s = busy.tokens * constants.token_s
@@ -293,8 +329,7 @@ def layer_time(
         + tokens.inter_node * constants.inter_node_token_s
         + tokens.inter_node_reverse * constants.inter_node_reverse_token_s
     )
-    for flat, level in zip(counts.leaving, constants.levels, strict=False):
-        leaving = flat if once_RN is None else (flat + busiest_domain(to_gateways(once_RN), level.ranks)) / 2
+    for leaving, level in zip(exchange.leaving, constants.levels, strict=False):
         inter_s = max(inter_s, leaving * level.token_s)
     fetch_s = replicas.weight_share * _transfer_s(counts.fetched, constants)
     return_s = (1 - replicas.weight_share) * _transfer_s(counts.returned, constants)
@@ -304,6 +339,13 @@ def layer_time(
     early_s = counts.early_tokens * constants.token_s
     fetch_idle_s, return_idle_s = _idle_s(replicas, source_s, gemm_s + experts_s, early_s, constants.fixed_s)
     replicas_hidden_s = min(fetch_s, fetch_idle_s) + min(return_s, return_idle_s)
+    # Step 4: replicas from history that were fetched and are not used. Their weights weigh as much, and what hides the
+    # others is taken.
+    kept_s = _transfer_s(counts.kept, constants) * replicas.weight_share / kept.weight_share
+    kept_fetch_s, kept_return_s = kept_s * kept.weight_share, kept_s * (1 - kept.weight_share) * counts.kept_returns
+    forward_s, backward_s = _idle_s(kept, source_s, gemm_s + experts_s, early_s, constants.fixed_s)
+    kept_hidden_s = min(kept_fetch_s, max(0.0, forward_s - min(fetch_s, fetch_idle_s)))
+    kept_hidden_s += min(kept_return_s, max(0.0, backward_s - min(return_s, return_idle_s)))
     return LayerTime(
         fixed_s=constants.fixed_s,
         source_s=source_s,
@@ -311,9 +353,9 @@ def layer_time(
         experts_s=experts_s,
         all_to_all_intra_s=intra_s,
         all_to_all_inter_s=inter_s,
-        replicas_s=(fetch_s + return_s) / replicas.micro_batches,
+        replicas_s=(fetch_s + return_s) / replicas.micro_batches + (kept_fetch_s + kept_return_s) / kept.micro_batches,
         hidden_s=0.0 - min(may_hide_s, gemm_s + experts_s),
-        replicas_hidden_s=0.0 - replicas_hidden_s / replicas.micro_batches,
+        replicas_hidden_s=0.0 - replicas_hidden_s / replicas.micro_batches - kept_hidden_s / kept.micro_batches,
     )
 
 
@@ -336,31 +378,51 @@ def _transfer_s(replicas: BusiestPorts, constants: LayerConstants) -> float:
     return replicas.intra * constants.intra_replica_s + replicas.inter_gpu * constants.inter_replica_s
 
 
-def exposed_replica_tokens(
-    constants: LayerConstants, replicas: ReplicaSchedule, rank_tokens: float, *, between_nodes: bool
-) -> float:
-    """Tokens of the busiest rank that take as long as what one transfer of a replica, out and back, is not hidden.
-
-    The planners' price is linear in the transfers that follow one another; what a layer's computation hides is shared
-    by `TRANSFERS_IN_A_ROW` of them.
+def transfer_price(
+    constants: LayerConstants,
+    replicas: ReplicaSchedule,
+    rank_tokens: float,
+    *,
+    num_nodes: int = 1,
+    domains: int = 1,
+    margin: float = 1.0,
+    dispatcher: Dispatcher = ALL_TO_ALL,
+) -> TransferPrice:
+    """What replicas cost the planners, in tokens of the busiest rank.
 
     Args:
         constants: seconds per count.
-        replicas: what hides the transfers.
+        replicas: how often replicas travel, and what hides them.
         rank_tokens: tokens per rank of a micro-batch, of which the home rows are taken to be half.
-        between_nodes: whether replicas cross nodes.
+        num_nodes: nodes that the ranks lie on; of the tokens that a rank takes more, as large a share comes over the
+            links between them as of all tokens.
+        domains: parts of the group that replicas stay in.
+        margin: times its cost that a replica must save.
+        dispatcher: what sends the tokens.
     """
-    replica_s = constants.inter_replica_s if between_nodes else constants.intra_replica_s
     source_s, gemm_s = rank_tokens * constants.source_token_s, rank_tokens * constants.token_s
-    idle_s = _idle_s(replicas, source_s, gemm_s, gemm_s / 2, constants.fixed_s)
-    transfers_s = (replicas.weight_share * replica_s, (1 - replicas.weight_share) * replica_s)
-    pairs = zip(transfers_s, idle_s, strict=True)
-    exposed_s = sum(max(0.0, transfer_s - hidden_s / TRANSFERS_IN_A_ROW) for transfer_s, hidden_s in pairs)
-    return exposed_s / (constants.token_s + constants.intra_token_s)
+    hidden_s = _idle_s(replicas, source_s, gemm_s, gemm_s / 2, constants.fixed_s)
+    rows = rows_at_a_rank(dispatcher, num_nodes)
+    arrival_s = rows.inside * constants.intra_token_s + rows.between * constants.inter_gpu_token_s
+    factor = margin / (constants.token_s + arrival_s)
+    fetch, back = (
+        LegPrice(
+            inside_tokens=share * constants.intra_replica_s * factor,
+            between_tokens=share * constants.inter_replica_s * factor,
+            hidden_tokens=idle_s * factor,
+        )
+        for share, idle_s in zip((replicas.weight_share, 1 - replicas.weight_share), hidden_s, strict=True)
+    )
+    return TransferPrice(fetch=fetch, back=back, num_nodes=num_nodes, crosses_nodes=num_nodes > domains)
 
 
 def constants_of(
-    cluster: ClusterSpec, expert: ExpertShape, *, ranks: int = 2, shared_network_card: bool = False
+    cluster: ClusterSpec,
+    expert: ExpertShape,
+    *,
+    ranks: int = 2,
+    shared_network_card: bool = False,
+    two_hops: bool = False,
 ) -> LayerConstants:
     """Constants of the layer from a cluster file; with datasheet numbers, what to expect before anything is measured.
 
@@ -371,6 +433,7 @@ def constants_of(
         shared_network_card: the GPUs of a node share one card of `gpus_per_node` times `inter_node`'s bandwidth, and
             it is what limits them. What a GPU exchanges with other nodes then goes through the same port as what it
             exchanges inside its own, and on through the card.
+        two_hops: whether tokens are dispatched in two, which have more collectives and kernels.
     """
     gpu, link = cluster.gpu, cluster.inter_node if cluster.nodes > 1 else cluster.intra_node
     memory_bytes_s = gpu.memory_bandwidth_bytes_s * cluster.efficiency.get("memory", MEMORY_EFFICIENCY)
@@ -381,11 +444,14 @@ def constants_of(
     crossed = cluster.levels if cluster.replica_scope == "group" else ()
     row_s = expert.token_bytes / memory_bytes_s
     token_s = expert.flops_per_token / flops + ROWS_MOVED_PER_TOKEN * row_s
-    replica_bytes = expert.weight_bytes + expert.gradient_bytes
+    replica_bytes = expert.sent_weight_bytes + expert.gradient_bytes
     intra_token_s = ALL_TO_ALLS * expert.token_bytes / intra_bytes_s
     inter_token_s = ALL_TO_ALLS * expert.token_bytes / inter_bytes_s
+    fixed_s = LAUNCHES_PER_LAYER * LAUNCH_S + exchange_latency_s(link, ranks)
+    if two_hops:
+        fixed_s += hops_fixed_s(cluster.inter_node, ranks, LAUNCH_S)
     return LayerConstants(
-        fixed_s=LAUNCHES_PER_LAYER * LAUNCH_S + exchange_latency_s(link, ranks),
+        fixed_s=fixed_s,
         source_token_s=ROWS_MOVED_PER_TOKEN * row_s,
         token_s=token_s,
         expert_s=gpu.weight_passes * (expert.weight_bytes / memory_bytes_s),

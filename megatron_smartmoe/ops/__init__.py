@@ -216,7 +216,9 @@ def history_replicas(
     return new_RS, imbalance_K, value_2
 
 
-def paying_replicas(loads_KE: Tensor, slots_RS: Tensor, home_slots: int, price_tokens: float) -> Tensor:
+def paying_replicas(
+    loads_KE: Tensor, slots_RS: Tensor, home_slots: int, price_23: Tensor, num_nodes: int = 1
+) -> Tensor:
     """Clears the spare slots of one layer whose replicas cost more time than they save.
 
     Returns the same as its numpy twin, megatron_smartmoe.placement.paying_replicas.without_losing_replicas, which
@@ -227,7 +229,9 @@ def paying_replicas(loads_KE: Tensor, slots_RS: Tensor, home_slots: int, price_t
         loads_KE: tokens of each expert in one load or several, int64 [K, E] on the CPU.
         slots_RS: expert in each slot, int64 [R, S] on the CPU, -1 for none.
         home_slots: columns of homes, E / R.
-        price_tokens: tokens of the busiest rank that take as long as one transfer of a replica.
+        price_23: tokens of the busiest rank that take as long as one transfer inside a node, as one between nodes, and
+            as what hides all of them: of the weights, then of the gradients; float64 [2, 3] on the CPU.
+        num_nodes: nodes that the ranks lie on.
 
     Returns:
         The slots, int64 [R, S].
@@ -236,7 +240,7 @@ def paying_replicas(loads_KE: Tensor, slots_RS: Tensor, home_slots: int, price_t
         RuntimeError: a dtype, shape or number is wrong, the slots are no placement, a load is negative, the loads of a
             row add up to 2^63 or more, a tensor is on a GPU, or the library is not built.
     """
-    new_RS: Tensor = torch.ops.smartmoe.paying_replicas(loads_KE, slots_RS, home_slots, price_tokens)
+    new_RS: Tensor = torch.ops.smartmoe.paying_replicas(loads_KE, slots_RS, home_slots, price_23, num_nodes)
     return new_RS
 
 
@@ -273,7 +277,7 @@ def plan_dispatch(
     used_slots: int | None,
     scope_nodes: int,
     limit: float,
-    price_tokens: float,
+    price_23: Tensor,
     plan: Tensor,
 ) -> None:
     """Plans one micro-batch for one rank in one call: replicas, split, source ranks, exchange sizes and segments.
@@ -293,7 +297,7 @@ def plan_dispatch(
         used_slots: spare slots of a rank to plan replicas for; None uses the replicas of slots_RS.
         scope_nodes: nodes to plan with: a replica stays on its home's node.
         limit: max / mean tokens per rank of the homes alone up to which no replica is planned.
-        price_tokens: tokens of the busiest rank that take as long as one transfer of a replica.
+        price_23: see `paying_replicas`.
         plan: the result, int64 on the CPU, contiguous; see PlanBuffer.
 
     Raises:
@@ -301,7 +305,7 @@ def plan_dispatch(
             slots are no placement, a tensor is on a GPU, or the library is not built.
     """
     torch.ops.smartmoe.plan_dispatch(
-        counts_RPE, slots_RS, home_slots, num_nodes, rank, tp_rank, used_slots, scope_nodes, limit, price_tokens, plan
+        counts_RPE, slots_RS, home_slots, num_nodes, rank, tp_rank, used_slots, scope_nodes, limit, price_23, plan
     )
 
 

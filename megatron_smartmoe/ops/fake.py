@@ -49,7 +49,7 @@ def history_replicas(
     return slots_RS.new_empty(slots_RS.shape), imbalance_K, slots_RS.new_empty((2,), dtype=torch.float64)
 
 
-def paying_replicas(loads_KE: Tensor, slots_RS: Tensor, home_slots: int, price_tokens: float) -> Tensor:
+def paying_replicas(loads_KE: Tensor, slots_RS: Tensor, home_slots: int, price_23: Tensor, num_nodes: int) -> Tensor:
     """Shape of smartmoe::paying_replicas: slots_RS int64 [R, S]."""
     return slots_RS.new_empty(slots_RS.shape)
 
@@ -69,7 +69,7 @@ def plan_dispatch(
     used_slots: int | None,
     scope_nodes: int,
     limit: float,
-    price_tokens: float,
+    price_23: Tensor,
     plan: Tensor,
 ) -> None:
     """smartmoe::plan_dispatch has no result: it writes to slots_RS and plan."""

@@ -13,6 +13,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from megatron_smartmoe.cost.replicas import TransferPrice
+from megatron_smartmoe.placement.relay import RelayTree
 from megatron_smartmoe.spec.arrays import FloatArray, IntArray
 from megatron_smartmoe.spec.placement import SlotChange
 
@@ -38,6 +40,8 @@ class Candidate:
         step_s: predicted seconds of a step.
         busiest_tokens: tokens of the busiest rank, in an iteration (`replicas`) or a micro-batch (`replans`).
         transfers: transfers of replicas that follow one another.
+        transfer_tokens: tokens of the busiest rank that take as long as these, as far as they are not hidden; None for
+            as many times the decision's `price_tokens`.
     """
 
     name: str
@@ -51,6 +55,23 @@ class Candidate:
     step_s: float | None = None
     busiest_tokens: float | None = None
     transfers: int | None = None
+    transfer_tokens: float | None = None
+
+    @classmethod
+    def in_tokens(
+        cls, name: str, *, chosen: bool, layer: int, busiest_tokens: float, tree: RelayTree, price: TransferPrice
+    ) -> Candidate:
+        """Replicas of one layer, judged by the tokens of the busiest rank and the transfers along their tree."""
+        inside, between = tree.steps_by_link(price.num_nodes)
+        transfers, tokens = inside + between, price.tokens(inside, between)
+        return cls(
+            name=name,
+            chosen=chosen,
+            layer=layer,
+            busiest_tokens=busiest_tokens,
+            transfers=transfers,
+            transfer_tokens=None if tokens == transfers * price.each_tokens else tokens,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +121,7 @@ class Decision:
         forecast: the load that was expected, of at most `MOST_FORECASTS` layers.
         horizon_iterations: iterations that a gain is counted over.
         margin: a gain over the horizon must be above this many times the cost.
-        price_tokens: tokens of the busiest rank that take as long as one transfer of a replica.
+        price_tokens: tokens of the busiest rank that take as long as one transfer of a replica of a few.
     """
 
     iteration: int

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_smartmoe.cost.moe_layer import LayerTime
+from megatron_smartmoe.cost.replicas import FREE_TRANSFERS, TransferPrice
 from megatron_smartmoe.errors import PlanError
 from megatron_smartmoe.placement.decisions import (
     MOST_CANDIDATES,
@@ -59,8 +60,8 @@ class OnlineOptions:
         history: how much is remembered; None chooses by the number of ranks.
         auto_limit: the max / mean above which a layer's replicas are planned from a micro-batch's counts: with `exact`
             that of the homes alone, with `auto` that of the replicas from history.
-        exact_price_tokens: with `auto`, `replica.replica_price_tokens` of a replica that is planned anew for one
-            micro-batch; that of `replica` is for the iteration.
+        exact_price: with `auto`, the price of replicas that are planned anew for one micro-batch; that of `replica` is
+            for the iteration.
         policy: when a plan is worth its cost.
         review_records: iterations after a move of homes on whose counts it is reviewed.
     """
@@ -75,7 +76,7 @@ class OnlineOptions:
     replica: ReplicaOptions = field(default_factory=ReplicaOptions)
     history: HistoryOptions | None = None
     auto_limit: float = 1.01
-    exact_price_tokens: float = 0.0
+    exact_price: TransferPrice = FREE_TRANSFERS
     policy: PolicyOptions = field(default_factory=PolicyOptions)
     review_records: int = 8
 
@@ -361,7 +362,7 @@ class HomesPlanner:
                     homes_RS,
                     home_slots,
                     options.replica.num_nodes,
-                    options.replica.replica_price_tokens,
+                    options.replica.price,
                     options.auto_limit,
                     kernels.exact,
                     kernels.drop,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from megatron_smartmoe.cost.dispatchers import ALL_TO_ALL, Dispatcher
 from megatron_smartmoe.cost.moe_layer import LayerConstants, LayerFlow, LayerTime, layer_time
 from megatron_smartmoe.cost.replicas import EVERY_MICRO_BATCH, ReplicaSchedule
 from megatron_smartmoe.placement.kernels import NUMPY, Kernels
@@ -28,20 +29,37 @@ class LayerPricing:
         num_nodes: nodes that they are on.
         constants: seconds per count of the layer, from a cluster and an expert's shape.
         replicas: how often replicas travel, and what hides them.
+        kept: the same for replicas from history in a micro-batch for which others are planned anew.
         relay: who sends which weights and gradients, for a peer's system that has a way of its own; None where homes
             send weights to all of their experts' replicas, and get the gradients back.
         has_trees: whether holders forward weights along relay trees, as training does; the plan's first columns are
             then homes.
         kernels: what splits the tokens and builds the trees.
+        dispatcher: what sends the tokens.
     """
 
     num_ranks: int
     num_nodes: int = 1
     constants: LayerConstants
     replicas: ReplicaSchedule = EVERY_MICRO_BATCH
+    kept: ReplicaSchedule = EVERY_MICRO_BATCH
     relay: Relay | None = None
     has_trees: bool = False
     kernels: Kernels = NUMPY
+    dispatcher: Dispatcher = ALL_TO_ALL
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Kept:
+    """Replicas from history in a micro-batch for which others were planned anew: they were fetched all the same.
+
+    Attributes:
+        slots_RS: homes and replicas.
+        returns: whether another micro-batch uses them, so that their gradients go home.
+    """
+
+    slots_RS: IntArray
+    returns: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,14 +84,16 @@ def layer_seconds(pricing: LayerPricing) -> PricedLayer:
     return PricedLayer(pricing=pricing)
 
 
-def price_layer(plan: LayerPlan, counts_RE: IntArray, home_E: IntArray, pricing: LayerPricing) -> tuple[float, float]:
+def price_layer(
+    plan: LayerPlan, counts_RE: IntArray, home_E: IntArray, pricing: LayerPricing, kept: Kept | None = None
+) -> tuple[float, float]:
     """Predicted seconds of the layer, and its max / mean tokens per rank; see `_layer_time`."""
-    time, imbalance = _layer_time(plan, counts_RE, home_E, pricing)
+    time, imbalance = _layer_time(plan, counts_RE, home_E, pricing, kept)
     return time.total_s, imbalance
 
 
 def _layer_time(
-    plan: LayerPlan, counts_RE: IntArray, home_E: IntArray, pricing: LayerPricing
+    plan: LayerPlan, counts_RE: IntArray, home_E: IntArray, pricing: LayerPricing, kept: Kept | None = None
 ) -> tuple[LayerTime, float]:
     """Predicted time of the layer, and its max / mean tokens per rank (1 for a layer without tokens).
 
@@ -82,12 +102,15 @@ def _layer_time(
         counts_RE: tokens of source rank r for expert e.
         home_E: rank of each expert's home, which sends weights to the expert's other hosts.
         pricing: ranks, nodes and constants.
+        kept: the replicas from history, where the plan was made anew for this micro-batch.
     """
     # Step 1: where the tokens go.
     outcome = evaluate(plan, counts_RE, pricing.num_nodes, pricing.kernels.split)
     # Step 2: which ranks get a replica's weights from which home, or from another holder.
     if pricing.has_trees:
-        flow = relayed_flow(plan.slots_RS, outcome.load_ER, outcome.traffic_RR, pricing.num_nodes, pricing.kernels)
+        flow = relayed_flow(
+            plan.slots_RS, outcome.load_ER, outcome.traffic_RR, pricing.num_nodes, pricing.kernels, kept
+        )
     else:
         hosts_ER = hosts_of(plan.slots_RS, counts_RE.shape[1])
         returned_RR, fetch_RR = direct_replicas(hosts_ER, home_E), None
@@ -104,7 +127,10 @@ def _layer_time(
     load_R = outcome.load_ER.sum(axis=0)
     imbalance = float(load_R.max() / load_R.mean()) if load_R.any() else 1.0
     assert imbalance >= 1 - 1e-9, f"a maximum below the mean: {load_R}"
-    return layer_time(flow, pricing.constants, replicas=pricing.replicas), imbalance
+    time = layer_time(
+        flow, pricing.constants, replicas=pricing.replicas, kept=pricing.kept, dispatcher=pricing.dispatcher
+    )
+    return time, imbalance
 
 
 def even_load_s(num_tokens: float, num_experts: int, pricing: LayerPricing) -> float:
@@ -113,21 +139,24 @@ def even_load_s(num_tokens: float, num_experts: int, pricing: LayerPricing) -> f
     No replica is needed then, so none is paid for. It is the force-balanced run that users compare with
     (Megatron's --moe-router-force-load-balancing), not a bound: tokens that stay on their rank would be faster still.
     """
+    flow = even_load(num_tokens, num_experts, pricing)
+    return layer_time(flow, pricing.constants, dispatcher=pricing.dispatcher).total_s
+
+
+def even_load(num_tokens: float, num_experts: int, pricing: LayerPricing) -> LayerFlow:
+    """The flow of that layer."""
     counts_RE = np.full((pricing.num_ranks, num_experts), num_tokens / (pricing.num_ranks * num_experts))
     homes_RS = np.arange(num_experts).reshape(pricing.num_ranks, -1)
-    return layer_time(LayerFlow.equal_split(counts_RE, homes_RS, pricing.num_nodes), pricing.constants).total_s
-
-
-def idle_replicas_s(slots_RS: IntArray, home_E: IntArray, pricing: LayerPricing) -> float:
-    """Seconds that replicas cost a layer and micro-batch whose tokens do not use them."""
-    num_ranks = pricing.num_ranks
-    nothing_ER, nothing_RR = np.zeros((len(home_E), num_ranks)), np.zeros((num_ranks, num_ranks))
-    flow = relayed_flow(slots_RS, nothing_ER, nothing_RR, pricing.num_nodes, pricing.kernels)
-    return layer_time(flow, pricing.constants, replicas=pricing.replicas).replicas_s
+    return LayerFlow.equal_split(counts_RE, homes_RS, pricing.num_nodes)
 
 
 def relayed_flow(
-    slots_RS: IntArray, load_ER: FloatArray, traffic_RR: FloatArray, num_nodes: int, kernels: Kernels = NUMPY
+    slots_RS: IntArray,
+    load_ER: FloatArray,
+    traffic_RR: FloatArray,
+    num_nodes: int,
+    kernels: Kernels = NUMPY,
+    kept: Kept | None = None,
 ) -> LayerFlow:
     """The flow of a layer whose replicas travel along relay trees, as in training.
 
@@ -137,6 +166,7 @@ def relayed_flow(
         traffic_RR: tokens from source rank to rank.
         num_nodes: nodes that the ranks lie on.
         kernels: what builds the trees.
+        kept: the replicas from history, where these were planned anew for one micro-batch.
     """
     num_experts, num_ranks = load_ER.shape
     home_slots = num_experts // num_ranks
@@ -149,6 +179,10 @@ def relayed_flow(
         num_nodes=num_nodes,
         replica_steps=tree.steps_by_link(num_nodes),
         early_tokens=_early_tokens(load_ER, home_E, hosts_of(slots_RS, num_experts)),
+        kept_steps=(0, 0)
+        if kept is None
+        else kernels.relay(kept.slots_RS, home_slots, num_nodes).steps_by_link(num_nodes),
+        kept_returns=kept is None or kept.returns,
     )
 
 

@@ -21,12 +21,14 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from megatron_smartmoe.cost.dispatchers import ALL_TO_ALL, Dispatcher, rows_of_a_choice
 from megatron_smartmoe.cost.moe_layer import LayerConstants
 from megatron_smartmoe.placement.routing_groups import domains, group_swaps
 from megatron_smartmoe.spec.arrays import FloatArray, IntArray
 from megatron_smartmoe.spec.placement import EMPTY
 
 _OVERFLOW_WEIGHT = 0.1  # as in `search.objective`: lets a swap help although another unit is as busy
+_ABOUT = 0.95  # of the best swap's gain
 _RESOLUTION = 1e9  # steps per mean load: gains closer than one step are equal, so that rounding never decides
 
 
@@ -52,7 +54,7 @@ class HomesOptions:
     between_nodes: float = 2.0
     node_swap_price: float | None = None
     max_swaps: int = 8
-    swaps_per_node: int = 4
+    swaps_per_node: int = 8
     num_groups: int = 1
 
     @property
@@ -62,7 +64,13 @@ class HomesOptions:
 
 
 def node_swap_price(
-    constants: LayerConstants, rank_tokens: float, *, num_nodes: int, swap_s: float, worth_s: float
+    constants: LayerConstants,
+    rank_tokens: float,
+    *,
+    num_nodes: int,
+    swap_s: float,
+    worth_s: float,
+    dispatcher: Dispatcher = ALL_TO_ALL,
 ) -> float:
     """The share of a node's mean load that a swap of two experts between nodes must take off the busiest one.
 
@@ -72,9 +80,10 @@ def node_swap_price(
         num_nodes: nodes that the group's ranks lie on.
         swap_s: seconds that the swap takes.
         worth_s: seconds that a second saved in each iteration is worth once: horizon / margin.
+        dispatcher: what sends the tokens.
     """
-    crossing = 1 - 1 / num_nodes
-    token_s = constants.token_s + crossing * constants.inter_gpu_token_s + (1 - crossing) * constants.intra_token_s
+    rows = rows_of_a_choice(dispatcher, num_nodes)
+    token_s = constants.token_s + rows.between * constants.inter_gpu_token_s + rows.inside * constants.intra_token_s
     saved_s = rank_tokens * token_s * worth_s
     return swap_s / saved_s if saved_s > 0 else HomesOptions.swap_price
 
@@ -211,6 +220,12 @@ def _best_expert_swap(
     price_M = np.where(same_node_M, options.swap_price, options.swap_between_nodes)
     gain_M = np.rint((_value(load_U[None]) - _value(load_MU) - price_M) * _RESOLUTION)
     best = int(gain_M.argmax())
+    if num_ranks > len(load_U) > 1:
+        # Of the swaps that even out the nodes about as well, the one whose expert lands on the emptiest rank: several
+        # hot experts on one rank are more than its node's spare slots can take off it.
+        load_R = load_E[home_RH].sum(axis=1)
+        landing_M = np.rint((load_R[rank_S[second]] + moved_M) * _RESOLUTION)
+        best = int(np.where(gain_M >= _ABOUT * gain_M[best], landing_M, np.inf).argmin())
     return (float(gain_M[best]), np.array([[first[best], second[best]]])) if gain_M[best] > 0 else None
 
 

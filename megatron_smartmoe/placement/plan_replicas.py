@@ -21,6 +21,7 @@ from typing import Protocol
 
 import numpy as np
 
+from megatron_smartmoe.cost.replicas import FREE_TRANSFERS, TransferPrice
 from megatron_smartmoe.placement.exact_replicas import exact_replicas
 from megatron_smartmoe.placement.paying_replicas import DropLosing, without_losing_replicas
 from megatron_smartmoe.placement.relay import relay_tree
@@ -47,16 +48,16 @@ class ReplicaOptions:
         good_enough: excess (mean and worst scenario together) up to which the improved replicas are kept without
             trying a fresh plan.
         effort: multiplies the candidates of each step; 1 is meant for every iteration of training.
-        replica_price_tokens: tokens of an iteration that take the busiest rank as long as one transfer of a replica
-            takes of the iteration, out and back, hidden parts left out. A replica that saves less is not made; see
-            `paying_replicas`. With 0 every replica that improves the balance is made.
+        price: tokens of an iteration that take the busiest rank as long as the transfers of replicas take of it, out
+            and back, hidden parts left out. A replica that saves less is not made; see `paying_replicas`. Where
+            transfers are free every replica that improves the balance is made.
     """
 
     num_nodes: int = 1
     objective: Objective = field(default_factory=lambda: Objective(replica_price=1e-3, change_price=2e-5))
     good_enough: float = 0.01
     effort: int = 1
-    replica_price_tokens: float = 0.0
+    price: TransferPrice = FREE_TRANSFERS
 
 
 class BestReplicas(Protocol):
@@ -71,7 +72,7 @@ class BestReplicas(Protocol):
 def best_replicas(
     slots_RS: IntArray, scenarios_KE: FloatArray, home_slots: int, options: ReplicaOptions
 ) -> ImprovedPlacement:
-    """The best replicas, without regard to `replica_price_tokens`; see `plan_replicas` for the arguments."""
+    """The best replicas, without regard to `price`; see `plan_replicas` for the arguments."""
     num_ranks, num_experts = len(slots_RS), scenarios_KE.shape[1]
     space, objective = search_space(num_ranks, home_slots, options), search_objective(num_ranks, options)
     many = is_many(num_ranks)
@@ -117,20 +118,19 @@ def plan_replicas(
         scenarios_KE: loads to plan for, one a row, the likeliest first (a fresh plan is built for that one).
         home_slots: columns of homes, E / R.
         options: prices and effort.
-        rank_tokens: mean tokens per rank of an iteration, which `replica_price_tokens` is compared with.
+        rank_tokens: mean tokens per rank of an iteration, which the price is compared with.
         best: what finds them.
         drop: what drops those that do not pay.
     """
     options = options or ReplicaOptions()
     # Step 1: the best replicas, priced in imbalance.
     found = best(slots_RS, scenarios_KE, home_slots, options)
-    if not options.replica_price_tokens or not rank_tokens or (found.slots_RS[:, home_slots:] == EMPTY).all():
+    if options.price.is_free or not rank_tokens or (found.slots_RS[:, home_slots:] == EMPTY).all():
         return found
     # Step 2: drop those that cost more time than they save, on average over the scenarios.
     num_ranks = len(slots_RS)
     loads_KE = scaled(scenarios_KE, num_ranks).astype(np.int64)
-    price = options.replica_price_tokens / rank_tokens * MEAN_LOAD
-    fewer_RS = drop(loads_KE, found.slots_RS, home_slots, price)
+    fewer_RS = drop(loads_KE, found.slots_RS, home_slots, options.price.scaled(MEAN_LOAD / rank_tokens))
     if np.array_equal(fewer_RS, found.slots_RS):
         return found
     return replace(found, slots_RS=fewer_RS, imbalance_K=_imbalance_K(fewer_RS, loads_KE))
@@ -143,16 +143,16 @@ def _imbalance_K(slots_RS: IntArray, loads_KE: IntArray) -> FloatArray:
     return np.asarray(bound_K * len(slots_RS) / np.maximum(loads_KE.sum(axis=1), 1))
 
 
-def replicas_pay(slots_RS: IntArray, home_slots: int, saved_tokens: float, price_tokens: float) -> bool:
+def replicas_pay(slots_RS: IntArray, home_slots: int, saved_tokens: float, price: TransferPrice) -> bool:
     """Whether a layer's replicas take more off the busiest rank than their traffic costs.
 
     Args:
         slots_RS: homes and replicas.
         home_slots: columns of homes.
         saved_tokens: tokens that the replicas take off the busiest rank.
-        price_tokens: tokens of the busiest rank that take as long as one transfer of a replica.
+        price: of their transfers.
     """
-    return saved_tokens > price_tokens * relay_tree(slots_RS, home_slots).num_steps
+    return saved_tokens > relay_tree(slots_RS, home_slots, price.num_nodes).price_tokens(price)
 
 
 def fill_spare_slots(slots_RS: IntArray, load_E: IntArray, space: Space) -> IntArray:

@@ -34,6 +34,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from megatron_smartmoe.cost.replicas import TransferPrice
 from megatron_smartmoe.spec.arrays import IntArray
 from megatron_smartmoe.spec.placement import EMPTY, BoolArray
 
@@ -74,6 +75,10 @@ class RelayTree:
         crosses_RK = node_R[self.parent_RK] != node_R[:, None]
         filled_RK = self.parent_RK != EMPTY
         return self._steps(filled_RK & ~crosses_RK), self._steps(filled_RK & crosses_RK)
+
+    def price_tokens(self, price: TransferPrice) -> float:
+        """Tokens of the busiest rank that take as long as the transfers; on as many nodes as the price is for."""
+        return price.tokens(*self.steps_by_link(price.num_nodes))
 
     def _steps(self, counted_RK: BoolArray) -> int:
         rank_N, slot_N = np.nonzero(counted_RK)

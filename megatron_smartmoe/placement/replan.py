@@ -23,10 +23,12 @@ from typing import Protocol
 
 import numpy as np
 
+from megatron_smartmoe.cost.replicas import FREE_TRANSFERS, TransferPrice
 from megatron_smartmoe.placement.decisions import MOST_CANDIDATES, Candidate, Decision, digest_of
 from megatron_smartmoe.placement.plan_replicas import replicas_pay
 from megatron_smartmoe.placement.relay import relay_tree
 from megatron_smartmoe.spec.arrays import IntArray
+from megatron_smartmoe.spec.placement import EMPTY
 
 
 class PlannedAnew(Protocol):
@@ -47,12 +49,11 @@ class ReplanOptions:
 
     Attributes:
         limit: max / mean tokens per rank up to which the replicas from history are good enough.
-        price_tokens: tokens of the busiest rank that take as long as one transfer of a replica that serves one
-            micro-batch, weights out and gradients back.
+        price: of the transfers of replicas that serve one micro-batch, weights out and gradients back.
     """
 
     limit: float
-    price_tokens: float = 0.0
+    price: TransferPrice = FREE_TRANSFERS
 
 
 def planned_anew[P: PlannedAnew](
@@ -73,9 +74,7 @@ def planned_anew[P: PlannedAnew](
     # Step 2: others replace them if they save more than they cost.
     anew = plan()
     saved_tokens = busiest - anew.busiest
-    pays = saved_tokens > 0 and replicas_pay(
-        anew.slots_RS, len(load_E) // num_ranks, saved_tokens, options.price_tokens
-    )
+    pays = saved_tokens > 0 and replicas_pay(anew.slots_RS, len(load_E) // num_ranks, saved_tokens, options.price)
     return anew if pays else None
 
 
@@ -99,30 +98,31 @@ class Replan:
     before_tokens: int
     tokens: int
 
-    def candidates(self) -> tuple[Candidate, ...]:
-        """As they are logged: to plan anew, and to keep the replicas from history."""
+    def candidates(self, price: TransferPrice) -> tuple[Candidate, ...]:
+        """As they are logged: to plan anew at this price, and to keep the replicas from history."""
         where = f"layer {self.layer + 1}, micro-batch {self.micro_batch + 1}"
-        transfers = relay_tree(self.slots_RS, len(self.load_E) // len(self.slots_RS)).num_steps
-        return (
-            Candidate(
-                name=f"{where}: replicas planned anew",
-                chosen=True,
+        home_slots = len(self.load_E) // len(self.slots_RS)
+        kept_RS = self.slots_RS.copy()
+        kept_RS[:, home_slots:] = EMPTY  # those from history have been fetched
+        both = (
+            (True, "planned anew", self.tokens, self.slots_RS),
+            (False, "from history", self.before_tokens, kept_RS),
+        )
+        return tuple(
+            Candidate.in_tokens(
+                f"{where}: replicas {name}",
+                chosen=chosen,
                 layer=self.layer,
-                busiest_tokens=self.tokens,
-                transfers=transfers,
-            ),
-            Candidate(
-                name=f"{where}: replicas from history",
-                chosen=False,
-                layer=self.layer,
-                busiest_tokens=self.before_tokens,
-                transfers=0,
-            ),
+                busiest_tokens=tokens,
+                tree=relay_tree(slots_RS, home_slots, price.num_nodes),
+                price=price,
+            )
+            for chosen, name, tokens, slots_RS in both
         )
 
 
 def replans_decision(
-    iteration: int, group: int, history: str, replans: Sequence[Replan], judged: int, price_tokens: float
+    iteration: int, group: int, history: str, replans: Sequence[Replan], judged: int, price: TransferPrice
 ) -> Decision:
     """What `auto` decided in one iteration, as it is logged.
 
@@ -132,7 +132,7 @@ def replans_decision(
         history: digest of the placement with the replicas from history.
         replans: the layers and micro-batches that were planned anew, by layer, then micro-batch.
         judged: layers and micro-batches with tokens.
-        price_tokens: see `ReplanOptions`.
+        price: see `ReplanOptions`.
     """
     most = sorted(replans, key=lambda one: one.tokens - one.before_tokens)[: MOST_CANDIDATES // 2]
     places = np.array([(one.layer, one.micro_batch) for one in replans], dtype=np.int64)
@@ -146,6 +146,6 @@ def replans_decision(
         taken=True,
         why=f"{len(replans)} of {judged} layers and micro-batches planned anew from their own counts",
         changes=(),
-        candidates=tuple(candidate for one in most for candidate in one.candidates()),
-        price_tokens=price_tokens,
+        candidates=tuple(candidate for one in most for candidate in one.candidates(price)),
+        price_tokens=price.each_tokens,
     )

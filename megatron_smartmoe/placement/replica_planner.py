@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_smartmoe.cost.replicas import TransferPrice
 from megatron_smartmoe.errors import PlanError
 from megatron_smartmoe.placement.decisions import Candidate, Decision, Forecast, digest_of
 from megatron_smartmoe.placement.history import History, HistoryOptions
@@ -120,7 +121,7 @@ class ReplicaPlanner:
         if options.replicas == "history" or not self.placement.spare_slots:
             return None
         if options.replicas == "exact":
-            return self._exact(load_E, slots_RS, options.replica.replica_price_tokens)
+            return self._exact(load_E, slots_RS, options.replica.price)
         anew = self.planned_anew(layer, load_E)
         return None if anew is None else anew.slots_RS
 
@@ -128,19 +129,19 @@ class ReplicaPlanner:
         """The layer's plan for the counts of one micro-batch where the rule of `auto` makes one."""
         slots_RS, options = self.placement.slots_LRS[layer], self.options
         before = self._kernels.busiest(self.placement.hosts_LER[layer], load_E)
-        rule = ReplanOptions(limit=options.auto_limit, price_tokens=options.exact_price_tokens)
+        rule = ReplanOptions(limit=options.auto_limit, price=options.exact_price)
         return planned_anew(before, load_E, len(slots_RS), rule, lambda: self._anew(load_E, slots_RS, before))
 
-    def _exact(self, load_E: IntArray, slots_RS: IntArray, price_tokens: float) -> IntArray:
+    def _exact(self, load_E: IntArray, slots_RS: IntArray, price: TransferPrice) -> IntArray:
         """Slots with replicas for exactly these counts, at this price."""
         num_nodes, limit, kernels = self.options.replica.num_nodes, self.options.auto_limit, self._kernels
         return paying_exact_replicas(
-            load_E, slots_RS, self.placement.home_slots, num_nodes, price_tokens, limit, kernels.exact, kernels.drop
+            load_E, slots_RS, self.placement.home_slots, num_nodes, price, limit, kernels.exact, kernels.drop
         )
 
     def _anew(self, load_E: IntArray, slots_RS: IntArray, before: int) -> Anew:
         """Replicas for exactly these counts, as `exact` makes them at their price for one micro-batch."""
-        exact_RS = self._exact(load_E, slots_RS, self.options.exact_price_tokens)
+        exact_RS = self._exact(load_E, slots_RS, self.options.exact_price)
         return Anew(
             slots_RS=exact_RS, busiest=self._kernels.busiest(hosts_of(exact_RS, len(load_E)), load_E), before=before
         )
@@ -213,7 +214,7 @@ class ReplicaPlanner:
             changes=before.diff(after),
             candidates=self._candidates(layer, before, after, rows[layer][0], float(tokens_L[layer])),
             forecast=(Forecast.of(layer, history.forecast_error_L[layer], rows[layer][0]),),
-            price_tokens=self.options.replica.replica_price_tokens,
+            price_tokens=self.options.replica.price.each_tokens,
         )
         return after, decision
 
@@ -229,7 +230,7 @@ class ReplicaPlanner:
             forecast_E: the layer's forecast.
             rank_tokens: mean tokens per rank in an iteration.
         """
-        home_slots, kernels = before.home_slots, self._kernels
+        home_slots, kernels, price = before.home_slots, self._kernels, self.options.replica.price
         none_RS = before.slots_LRS[layer].copy()
         none_RS[:, home_slots:] = EMPTY
         tables = {
@@ -243,12 +244,13 @@ class ReplicaPlanner:
         for name, slots_RS in tables.items():
             if name != "no replicas" and np.array_equal(slots_RS, none_RS):
                 continue  # the last of the three
-            candidate = Candidate(
-                name=f"layer {layer + 1}: {name}",
+            candidate = Candidate.in_tokens(
+                f"layer {layer + 1}: {name}",
                 chosen=np.array_equal(slots_RS, after.slots_LRS[layer]),
                 layer=layer,
                 busiest_tokens=round(kernels.busiest(hosts_of(slots_RS, len(load_E)), load_E) * tokens_each, 3),
-                transfers=kernels.relay(slots_RS, home_slots, 1).num_steps,
+                tree=kernels.relay(slots_RS, home_slots, price.num_nodes),
+                price=price,
             )
             found.append(candidate)
         return tuple(found)

@@ -24,6 +24,14 @@ def stay_whole(num_ranks: int, num_nodes: int, num_groups: int) -> bool:
     return num_groups % num_nodes == 0 or (num_nodes % num_groups == 0 and num_ranks % num_groups == 0)
 
 
+def explain(num_ranks: int, num_nodes: int, num_groups: int) -> str:
+    """What group-limited routing means for homes, for people."""
+    if not stay_whole(num_ranks, num_nodes, num_groups):
+        return "groups do not lie whole on nodes, so homes move without regard to them"
+    whole = num_groups >= num_nodes
+    return "homes move between nodes by whole groups" if whole else "homes stay on the nodes of their group"
+
+
 def domains(num_ranks: int, num_nodes: int, num_groups: int) -> IntArray:
     """Part of the ranks that each rank's homes are swapped within, one by one, `[R]`; one part without groups."""
     if num_groups <= 1 or not stay_whole(num_ranks, num_nodes, num_groups):

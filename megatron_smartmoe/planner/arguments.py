@@ -32,6 +32,7 @@ _NOT_PLANNED = {
     "fp8": "the planner prices bf16 and fp32",
     "fp4": "the planner prices bf16 and fp32",
     "use_precision_aware_optimizer": "the planner counts fp32 main weights and moments, on the GPU",
+    "moe_pad_expert_input_to_capacity": "the planner prices the rows that tokens choose, without padding",
     "optimizer_cpu_offload": "the planner counts fp32 main weights and moments, on the GPU",
 }
 _FLAG_OF = {"fp8": "--fp8-format", "fp4": "--fp4-format"}  # where the argument has another name
@@ -55,6 +56,9 @@ def check_plannable(values: Mapping[str, Any]) -> None:
     if (optimizer := values.get("optimizer") or "adam") != "adam":
         rule = "is not supported with --parallel auto: the planner counts Adam's state"
         raise ConfigError("--optimizer", optimizer, rule, _WAY_OUT)
+    if (dispatcher := values.get("moe_token_dispatcher_type") or "alltoall") != "alltoall":
+        rule = "is not supported with --parallel auto: the planner prices the launches of the all-to-all dispatcher"
+        raise ConfigError("--moe-token-dispatcher-type", dispatcher, rule, _WAY_OUT)
     for name in _REQUIRED:
         if values.get(name) is None:
             way_out = f"Pass {as_flag(name)}, or a --config that has it."
@@ -94,7 +98,7 @@ def model_from_arguments(values: Mapping[str, Any], name: str = "run") -> ModelS
         global_batch=values["global_batch_size"],
         latent=latent,
         norm=norm,
-        gated=bool(values["swiglu"]),
+        gated=bool(values["swiglu"] or values["quick_geglu"]),
         bias=bool(values["add_bias_linear"]),
         qk_norm=bool(values["qk_layernorm"]),
         qkv_bias=bool(values["add_qkv_bias"]),

@@ -58,7 +58,7 @@ class PlanRequest:
     def pricing(self) -> Pricing:
         """The prices of launches under the load."""
         scenarios = scenarios_from_model(self.model) if self.scenarios is None else self.scenarios
-        return Pricing(self.model, self.cluster, LoadModel(scenarios, self.cluster))
+        return Pricing(self.model, self.cluster, LoadModel(scenarios, self.cluster, self.model.moe.routing_groups))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -244,7 +244,6 @@ def _smartmoe(model: ModelSpec, spec: ParallelSpec) -> list[str]:
         return []
     return _pairs(
         smartmoe=True,
-        smartmoe_experts="transformer_engine" if model.bias else None,  # the other kind has no biases
         smartmoe_spare_slots=spec.spare_slots,
         smartmoe_replicas=spec.replicas,
         smartmoe_homes=None if spec.homes_interval else "off",

@@ -186,10 +186,11 @@ class LoadModel:
     Args:
         scenarios: loads with weights.
         cluster: decides where replicas may lie; None for the node of their home.
+        num_groups: groups of group-limited routing, which homes keep whole; 1 for routing without.
     """
 
-    def __init__(self, scenarios: Sequence[Scenario], cluster: ClusterSpec | None = None) -> None:
-        self.scenarios = list(scenarios)
+    def __init__(self, scenarios: Sequence[Scenario], cluster: ClusterSpec | None = None, num_groups: int = 1) -> None:
+        self.scenarios, self._num_groups = list(scenarios), num_groups
         self._cluster = cluster
         self._balanced: dict[Balance, list[BalancedLoad]] = {}
         self._moved: dict[tuple[bytes, Balance], IntArray] = {}
@@ -270,7 +271,11 @@ class LoadModel:
         home_slots = len(counts_E) // balance.ep
         slots_RS = with_empty_slots(np.arange(len(counts_E)).reshape(balance.ep, home_slots), spare_slots)
         domains = self._domains(balance.nodes)
-        options = HomesOptions(num_nodes=domains if domains > 1 else balance.nodes, replica_scope_is_node=domains > 1)
+        options = HomesOptions(
+            num_nodes=domains if domains > 1 else balance.nodes,
+            replica_scope_is_node=domains > 1,
+            num_groups=self._num_groups,
+        )
         for _ in range(HOME_ROUNDS):
             plan = plan_homes(slots_RS, counts_E, home_slots, options)
             if not plan.swaps:

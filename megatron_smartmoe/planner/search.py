@@ -154,7 +154,7 @@ def _best_of_shape(shape: ParallelSpec, pricing: Pricing, options: SpaceOptions,
             continue
         for degree, dispatch in space.exchanges(pricing.model, pricing.cluster, spec, options):
             exchanging = replace(spec, overlap_degree=degree, dispatch=dispatch)
-            if not exchanging.recomputes(exchanging.recompute, pricing.model):
+            if not exchanging.recomputes(exchanging.recompute):
                 continue  # overlap needs this project's experts
             launch = pricing.price(exchanging)
             if best is None or kept.seconds(launch) < kept.seconds(best):
@@ -180,7 +180,7 @@ def first_that_fits(
     """
     least = float("inf")
     for mode in modes:
-        if not spec.recomputes(mode, pricing.model):
+        if not spec.recomputes(mode):
             continue
         tried = replace(spec, recompute=mode)
         used = pricing.memory(tried)

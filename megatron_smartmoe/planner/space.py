@@ -192,20 +192,17 @@ def _unsupported(model: ModelSpec, cluster: ClusterSpec, spec: ParallelSpec, opt
 def spare_slots(model: ModelSpec, spec: ParallelSpec, options: SpaceOptions) -> tuple[int, ...]:
     """The numbers of spare slots to try for a launch: no rank needs more replicas than other ranks have experts.
 
-    Experts with biases and those that drop tokens have no replicas in training.
+    Experts that drop tokens get none: the predicted load has nothing dropped.
     """
     others = model.moe.experts - model.moe.experts // spec.ep
-    if model.bias or model.moe.capacity_factor:
+    if model.moe.capacity_factor:
         others = 0
     return tuple(slots for slots in options.spare_slots if slots <= others)
 
 
 def overlap_degrees(model: ModelSpec, spec: ParallelSpec, options: SpaceOptions) -> tuple[int, ...]:
-    """The overlap degrees to try for a launch: an all-to-all among EP ranks has at most EP chunks.
-
-    With biases experts are TransformerEngine's, which training does not run chunk by chunk.
-    """
-    return tuple(degree for degree in options.overlap_degrees if degree <= (1 if model.bias else spec.ep))
+    """The overlap degrees to try for a launch: an all-to-all among EP ranks has at most EP chunks."""
+    return tuple(degree for degree in options.overlap_degrees if degree <= spec.ep)
 
 
 def exchanges(

@@ -157,7 +157,7 @@ def memory(found: RunAccount) -> list[tuple[str, str]]:
         return []
 
     def gib(num_bytes: float) -> str:
-        return f"{num_bytes / 2**30:.2f}"
+        return f"{num_bytes / 2**30:.3f}"
 
     plan = last["planned_bytes"] or {}
     return [

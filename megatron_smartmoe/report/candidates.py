@@ -63,17 +63,22 @@ def runner_up(decision: dict[str, Any], layer: int | None = None) -> str:
 def _cost(one: Candidate, decision: dict[str, Any]) -> float:
     """What candidates are compared by, less is better: tokens with transfers priced, or seconds per iteration."""
     if "busiest_tokens" in one:
-        return float(one["busiest_tokens"] + one.get("transfers", 0) * decision.get("price_tokens", 0.0))
+        return float(one["busiest_tokens"] + _transfer_tokens(one, decision))
     cost_s = one.get("cost_s", 0.0) * decision.get("margin", 1.0) / decision.get("horizon_iterations", 1)
     return float(cost_s - one.get("gain_s", 0.0))
+
+
+def _transfer_tokens(one: Candidate, decision: dict[str, Any]) -> float:
+    """Tokens that take as long as the transfers: all at one price, unless they are priced together."""
+    return float(one.get("transfer_tokens", one.get("transfers", 0) * decision.get("price_tokens", 0.0)))
 
 
 def price(one: Candidate, decision: dict[str, Any]) -> str:
     """The figures of a candidate, with their units."""
     if "busiest_tokens" in one:
         transfers, tokens = one.get("transfers", 0), one["busiest_tokens"]
-        each = decision.get("price_tokens", 0.0)
-        worth = f", worth {tokens + transfers * each:,.0f} tokens with the transfers" if each and transfers else ""
+        priced = _transfer_tokens(one, decision)
+        worth = f", worth {tokens + priced:,.0f} tokens with the transfers" if priced else ""
         per = "a micro-batch" if decision["kind"] == "replans" else "an iteration"
         return f"busiest rank {tokens:,.0f} tokens {per}, {_number(transfers, 'replica transfer')} in a row{worth}"
     parts = []

@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import io
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
@@ -19,6 +19,7 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from megatron_smartmoe.report.plot_style import BLUE, GREEN, ORANGE, OURS, PINK, SKY, styled
@@ -64,11 +65,13 @@ def lines(
         marks: iterations to mark with a thin line, such as moves.
         at_least: where the vertical axis begins, if the values allow it; NaN for where they begin.
     """
-    with _drawing(7.2, 2.4) as (axes, out):
+
+    def draw(axes: Axes, *, narrow: bool) -> None:
         for curve in curves:
             style = "--" if curve.dashed else "-"
             marker = "o" if len(curve.value) == 1 else None
             axes.plot(curve.iteration, curve.value, style, color=curve.colour, label=curve.name, marker=marker)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         for mark in marks:
             axes.axvline(mark, color=_INK, linewidth=0.7, linestyle=":")
         if np.isfinite(at_least):
@@ -76,8 +79,9 @@ def lines(
         axes.set_xlabel("iteration")
         axes.set_ylabel(y_label)
         if len(curves) > 1:
-            axes.legend(loc="best")
-    return _inline(out[0], title)
+            _add_legend(axes, narrow=narrow, beside={"loc": "best"})
+
+    return _both_widths(draw, 2.4, title)
 
 
 def stacked(
@@ -92,7 +96,8 @@ def stacked(
         title: what a screen reader says.
         line: a value to draw a dashed line at; None for none.
     """
-    with _drawing(7.2, 2.8) as (axes, out):
+
+    def draw(axes: Axes, *, narrow: bool) -> None:
         if len(iteration) == 1:
             bottom = 0.0
             for (name, values), colour in zip(parts.items(), COLOURS, strict=False):
@@ -105,8 +110,9 @@ def stacked(
             axes.axhline(line, color=_INK, linewidth=1.0, linestyle="--")
         axes.set_ylim(bottom=0.0)
         axes.set_ylabel(y_label)
-        axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), reverse=True)
-    return _inline(out[0], title)
+        _add_legend(axes, narrow=narrow, beside={"loc": "center left", "bbox_to_anchor": (1.0, 0.5)}, reverse=True)
+
+    return _both_widths(draw, 2.8, title)
 
 
 def heat_map(values_XY: FloatArray, most: float) -> str:
@@ -121,6 +127,29 @@ def heat_map(values_XY: FloatArray, most: float) -> str:
     out = io.BytesIO()
     picture.save(out, format="png", optimize=True)
     return "data:image/png;base64," + base64.b64encode(out.getvalue()).decode()
+
+
+def _both_widths(draw: Callable[..., None], height: float, title: str) -> str:
+    """A chart for a screen or paper, and one for a phone, on which the first one's text would be too small to read.
+
+    Args:
+        draw: draws on axes; `narrow` says for which of the two.
+        height: of the broad one, in inches.
+        title: what a screen reader says.
+    """
+    found = []
+    for kind, width, tall in (("broad", 7.2, height), ("narrow", 3.9, 3.0)):
+        with _drawing(width, tall) as (axes, out):
+            draw(axes, narrow=kind == "narrow")
+        found.append(_inline(out[0], title, kind))
+    return "".join(found)
+
+
+def _add_legend(axes: Axes, *, narrow: bool, beside: Mapping[str, Any], **options: Any) -> None:
+    """A legend as `beside` places it, or above a narrow chart."""
+    longest = max(len(str(label)) for label in axes.get_legend_handles_labels()[1])
+    above = {"loc": "lower left", "bbox_to_anchor": (0.0, 1.0), "ncols": 1 if longest > 18 else 2, "borderaxespad": 0.2}
+    axes.legend(**(above if narrow else beside), **options)
 
 
 @contextmanager
@@ -138,7 +167,7 @@ def _drawing(width: float, height: float) -> Iterator[tuple[Axes, list[str]]]:
             plt.close(figure)
 
 
-def _inline(svg: str, title: str) -> str:
+def _inline(svg: str, title: str, kind: str) -> str:
     """An SVG document as an element of the page."""
     body = svg[svg.index("<svg") :]
     body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
@@ -146,4 +175,4 @@ def _inline(svg: str, title: str) -> str:
     body = re.sub(r' id="([^"]+)"', lambda match: match[0] if match[1] in referred else "", body)
     body = re.sub(r' (?:width|height)="[\d.]+pt"', "", body, count=2)
     body = body.replace(_INK, "var(--ink)").replace(_FAINT, "var(--faint)")
-    return body.replace("<svg", f'<svg role="img" aria-label="{title}" class="chart"', 1)
+    return body.replace("<svg", f'<svg role="img" aria-label="{title}" class="chart {kind}"', 1)

@@ -96,7 +96,7 @@ def page(runs: Sequence[RunRecord], *, accounts: Sequence[RunAccount | None] = (
         balance=[(balance.layer + 1, *_balance_row(balance)) for balance in run.balance],
         layers=_layers(run),
         most_heat=_MOST_HEAT,
-        decisions=[_decision(decision) for decision in run.decisions[-_MOST_DECISIONS:]],
+        decisions=[_decision(run, decision) for decision in run.decisions[-_MOST_DECISIONS:]],
         decisions_left_out=max(0, len(run.decisions) - _MOST_DECISIONS),
         plan=json.dumps(run.plan, indent=2) if run.plan else "",
         facts=_facts(run),
@@ -135,12 +135,12 @@ def _headline(runs: Sequence[RunRecord], accounts: Sequence[RunAccount | None]) 
     rows = {
         "iterations": [_last_iteration(run) for run in runs],
         "training loss, nats per token": [_last(run, "lm loss", "{:.4f}") for run in runs],
-        "validation loss": [_last(run, "validation loss", "{:.4f}") for run in runs],
+        "validation loss, nats per token": [_last(run, "validation loss", "{:.4f}") for run in runs],
         "seconds per step, median": [_median(run, "seconds_per_step", "{:.3f}") for run in runs],
         "tokens per second, median": [_median(run, "tokens_per_second", "{:,.0f}") for run in runs],
         f"max / mean tokens per rank, {runs[0].compared[0]}": [_mean_balance(run, "homes") for run in runs],
         f"max / mean tokens per rank, {runs[0].compared[1]}": [_mean_balance(run, "split") for run in runs],
-        "moves of homes taken": [_moves(run) for run in runs],
+        "moves of experts taken": [_moves(run) for run in runs],
         "model TFLOP/s per rank, median": [
             _median_interval(found, "model_tflops_per_rank", "{:.3g}") for found in accounts
         ],
@@ -265,7 +265,7 @@ def _layer(run: RunRecord, layer: int, load: Loads | None) -> LayerView:
         hottest = int(np.argmax(load.expert_BE.mean(axis=0)))
         peak = float(load.expert_BE[:, hottest].mean())
         summary = (
-            f"hottest expert {hottest}: {peak:.2f} times an even share; ranks without balancing: "
+            f"hottest expert {hottest}: {peak:.2f} times an even share; busiest rank without balancing: "
             f"{load.mean_B.mean():.2f} times the mean, at worst {load.worst_B.max():.2f}"
         )
         begin, end = int(load.starts[0]), int(load.starts[-1])
@@ -273,7 +273,8 @@ def _layer(run: RunRecord, layer: int, load: Loads | None) -> LayerView:
             text = (
                 f"Layer {layer + 1}: load of {values.shape[1]} {heading} over iterations {begin} to {end}. {summary}."
             )
-            pictures.append((heading, heat_map(values, _MOST_HEAT), text))
+            rows = f"{heading.capitalize()}: 0 at the top to {values.shape[1] - 1} at the bottom"
+            pictures.append((rows, heat_map(values, _MOST_HEAT), text))
     slots = []
     if run.placement is not None and layer < run.placement.num_layers:
         homes = run.placement.home_slots
@@ -285,7 +286,7 @@ def _layer(run: RunRecord, layer: int, load: Loads | None) -> LayerView:
     )
 
 
-def _decision(decision: dict[str, Any]) -> dict[str, Any]:
+def _decision(run: RunRecord, decision: dict[str, Any]) -> dict[str, Any]:
     """A row of the table of decisions."""
 
     def milliseconds(name: str) -> str:
@@ -299,7 +300,9 @@ def _decision(decision: dict[str, Any]) -> dict[str, Any]:
     elif kind == "review":
         what = "moved back" if changes else "kept"
     else:
-        experts = len({(change[0], change[4]) for change in changes if change[4] != EMPTY})
+        slots = run.placement.home_slots if run.placement is not None else None  # those behind them are replicas
+        homes = [change for change in changes if slots is None or change[2] < slots]
+        experts = len({(change[0], change[4]) for change in homes if change[4] != EMPTY})
         what = f"{experts} expert{'' if experts == 1 else 's'}"
     return {
         "iteration": f"{decision['iteration']:,}",

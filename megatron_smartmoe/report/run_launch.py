@@ -15,7 +15,7 @@ from megatron_smartmoe.report.run_record import RunRecord
 from megatron_smartmoe.spec.cluster import ClusterSpec, load_cluster_spec
 from megatron_smartmoe.spec.devices import fitting_cluster
 from megatron_smartmoe.spec.model import ModelSpec
-from megatron_smartmoe.spec.parallel import ParallelSpec
+from megatron_smartmoe.spec.parallel import FLAT, ParallelSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +37,9 @@ class RunLaunch:
     homes: PolicyOptions
 
 
+_BEFORE_THERE_WAS_A_FLAG = {"smartmoe_dispatch": FLAT}  # what earlier releases did, whose runs are read
+
+
 def run_launch(record: RunRecord, cluster: Path | None = None) -> RunLaunch:
     """The model and the launch of a run.
 
@@ -49,6 +52,8 @@ def run_launch(record: RunRecord, cluster: Path | None = None) -> RunLaunch:
         ConfigError: the run has no arguments, trained no experts, or ran on a machine that nobody has named.
     """
     values = _values(record.arguments)
+    if values:
+        values = _BEFORE_THERE_WAS_A_FLAG | values
     if not values:
         raise ConfigError("RUN", record.name, "has no arguments.txt", "Give a run that has begun to train.")
     if not values.get("num_experts"):
@@ -56,10 +61,14 @@ def run_launch(record: RunRecord, cluster: Path | None = None) -> RunLaunch:
     if values.get("smartmoe_pool"):
         rule = "changes settings while training: the run's steps are not of one setting"
         raise ConfigError("--smartmoe-pool", values["smartmoe_pool"], rule, "Give a run without it.")
-    model = model_from_arguments(values, record.name)
-    if not model.vocab and values.get("padded_vocab_size"):
-        model = replace(model, vocab=values["padded_vocab_size"])
-    spec = parallel_from_arguments(values, model, values["world_size"])
+    try:
+        model = model_from_arguments(values, record.name)
+        if not model.vocab and values.get("padded_vocab_size"):
+            model = replace(model, vocab=values["padded_vocab_size"])
+        spec = parallel_from_arguments(values, model, values["world_size"])
+    except KeyError as missing:
+        rule = f"has no {missing.args[0]} in its arguments.txt, as another Megatron or another release wrote it"
+        raise ConfigError("RUN", record.name, rule, "Give a run of this release.") from None
     return RunLaunch(
         model=model,
         spec=spec,

@@ -16,13 +16,13 @@ import numpy as np
 from megatron_smartmoe.placement.decisions import Decision
 from megatron_smartmoe.placement.homes_planner import HomesPlanner, OnlineOptions
 from megatron_smartmoe.placement.kernels import NUMPY, Kernels
-from megatron_smartmoe.placement.layer_cost import Relay
+from megatron_smartmoe.placement.layer_cost import Kept, Relay
 from megatron_smartmoe.placement.layer_plan import LayerPlan, LayerProblem, Rule, Sees
 from megatron_smartmoe.placement.replan import Replan, replans_decision
 from megatron_smartmoe.placement.replica_planner import Anew, ReplicaPlanner
 from megatron_smartmoe.placement.review import LayerSeconds
 from megatron_smartmoe.spec.arrays import IntArray
-from megatron_smartmoe.spec.placement import BoolArray, Placement, hosts_of
+from megatron_smartmoe.spec.placement import Placement, hosts_of
 
 T = TypeVar("T")
 
@@ -33,8 +33,9 @@ class Stats:
 
     Attributes:
         experts_moved: experts whose home changed its rank, over layers; homes are the same in every group.
-        replicas_made: replicas filled with weights: again in every record, since the weights have changed, and within a
-            record when a rank did not hold that replica in the micro-batch before.
+        replicas_made: replicas filled with weights: those from history once in a record, whether they are used or not,
+            those from exact counts in every micro-batch.
+        replicas_returned: likewise, those whose gradients go home.
         slots_changed: experts that a rank holds and did not hold in the micro-batch before, over layers and groups.
         plans: layers planned.
         plan_s: processor seconds of planning them, all threads together, so that a busy machine does not show in it.
@@ -45,6 +46,7 @@ class Stats:
 
     experts_moved: int = 0
     replicas_made: int = 0
+    replicas_returned: int = 0
     slots_changed: int = 0
     plans: int = 0
     plan_s: float = 0.0
@@ -62,26 +64,17 @@ class Stats:
 
 
 class Holdings:
-    """The experts on each rank, by layer and group, so that changes and replicas are counted alike for all policies."""
+    """The experts on each rank, by layer and group, so that changes are counted alike for all policies."""
 
     def __init__(self, placement: Placement, num_groups: int) -> None:
         layers, groups = range(placement.num_layers), range(num_groups)
         self._hosts = {(layer, group): placement.hosts_LER[layer] for layer in layers for group in groups}
-        self._filled: dict[tuple[int, int], BoolArray] = {}  # replicas that have this record's weights
 
-    def next_record(self) -> None:
-        """Begin a record: the optimizer has stepped, so every replica must be filled again."""
-        self._filled.clear()
-
-    def hold(self, stats: Stats, layer: int, group: int, slots_RS: IntArray, home_E: IntArray) -> None:
+    def hold(self, stats: Stats, layer: int, group: int, slots_RS: IntArray, num_experts: int) -> None:
         """Count what changes when a micro-batch of this group and layer runs with these slots."""
-        key, hosts_ER = (layer, group), hosts_of(slots_RS, len(home_E))
+        key, hosts_ER = (layer, group), hosts_of(slots_RS, num_experts)
         stats.slots_changed += int((hosts_ER & ~self._hosts[key]).sum())
         self._hosts[key] = hosts_ER
-        replicas_ER = hosts_ER.copy()
-        replicas_ER[np.arange(len(home_E)), home_E] = False
-        stats.replicas_made += int((replicas_ER & ~self._filled.get(key, np.zeros_like(replicas_ER))).sum())
-        self._filled[key] = replicas_ER
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,12 +84,12 @@ class Planned:
     Attributes:
         plan: slots and split.
         mode: whether the replicas travel as those from history do or as those from exact counts.
-        unused_RS: slots from history whose replicas were fetched all the same; None where there are none.
+        kept: the replicas from history where others were planned anew; else None.
     """
 
     plan: LayerPlan
     mode: Sees
-    unused_RS: IntArray | None = None
+    kept: Kept | None = None
 
 
 class SimulatedPolicy(Protocol):
@@ -154,7 +147,6 @@ class OnlinePolicy:
     def before(self, iteration: int) -> None:
         """Review the last move of homes, re-evaluate the homes when due, then plan every group's replicas."""
         # Step 1: homes, the same for every group. A move that is taken gives every group new homes.
-        self._holdings.next_record()
         self._iteration = iteration
         begin = time.process_time()
         placement = self.groups[0].placement
@@ -190,11 +182,11 @@ class OnlinePolicy:
             exact_RS = None if anew is None else anew.slots_RS
         self.stats.replans += exact_RS is not None
         slots_RS = history_RS if exact_RS is None else exact_RS
-        self._holdings.hold(self.stats, layer, group, slots_RS, self.homes(layer))
+        self._holdings.hold(self.stats, layer, group, slots_RS, len(load_E))
         return Planned(
             plan=LayerPlan(slots_RS=slots_RS, split="exact"),
             mode="history" if exact_RS is None else "exact",
-            unused_RS=history_RS if exact_RS is not None and mode == "auto" else None,
+            kept=Kept(slots_RS=history_RS) if exact_RS is not None and mode == "auto" else None,
         )
 
     def _note(self, layer: int, group: int, load_E: IntArray, anew: Anew | None) -> None:
@@ -217,8 +209,8 @@ class OnlinePolicy:
         for group, (planner, replans) in enumerate(zip(self.groups, self._replans, strict=True)):
             if replans:
                 history, judged = planner.placement.digest, sum(self._judged[group])
-                price_tokens = self.options.exact_price_tokens
-                decision = replans_decision(self._iteration, group, history, replans, judged, price_tokens)
+                price = self.options.exact_price
+                decision = replans_decision(self._iteration, group, history, replans, judged, price)
                 self.decisions.append(decision)
             replans.clear()
             self._judged[group] = [0] * len(self._judged[group])
@@ -274,7 +266,6 @@ class RulePolicy:
 
     def before(self, iteration: int) -> None:
         """Plan every layer again when the interval has passed."""
-        self._holdings.next_record()
         if self.rule.sees == "exact" or self._counts_LRE is None:
             return
         if self._planned_at is None or iteration - self._planned_at >= self.interval:
@@ -292,7 +283,7 @@ class RulePolicy:
             problem = self._problem(layer, counts_RE)
             plan = self.stats.timed(1, lambda: self.rule.plan(problem))
             self._move_homes(layer, plan)
-        self._holdings.hold(self.stats, layer, group, plan.slots_RS, self._homes[layer])
+        self._holdings.hold(self.stats, layer, group, plan.slots_RS, self.num_experts)
         return Planned(plan=plan, mode=self.rule.sees)
 
     def homes(self, layer: int) -> IntArray:

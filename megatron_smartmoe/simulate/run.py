@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from megatron_smartmoe.cost.dispatchers import ALL_TO_ALL, Dispatcher
 from megatron_smartmoe.cost.moe_layer import LayerConstants
 from megatron_smartmoe.placement import layer_cost
 from megatron_smartmoe.placement.decisions import Decision
@@ -21,13 +22,13 @@ from megatron_smartmoe.placement.kernels import NUMPY, Kernels
 from megatron_smartmoe.placement.layer_cost import (
     LayerPricing,
     Relay,
-    idle_replicas_s,
     migration_s,
     price_layer,
 )
 from megatron_smartmoe.placement.layer_plan import Sees
 from megatron_smartmoe.simulate.policies import Planned, SimulatedPolicy, Stats
 from megatron_smartmoe.spec.arrays import FloatArray, IntArray
+from megatron_smartmoe.spec.placement import hosts_of
 from megatron_smartmoe.spec.trace import RoutingTrace
 
 
@@ -45,6 +46,7 @@ class SimulationSetup:
         migration_bytes_s: bandwidth of a rank while homes move.
         prices: of a layer whose replicas come from history or from exact counts; a missing one is made of `constants`.
         kernels: what plans and splits; all of them find the same.
+        dispatcher: what sends the tokens.
     """
 
     num_ranks: int
@@ -56,15 +58,23 @@ class SimulationSetup:
     migration_bytes_s: float = math.inf
     prices: Mapping[Sees, LayerPricing] = field(default_factory=dict)
     kernels: Kernels = NUMPY
+    dispatcher: Dispatcher = ALL_TO_ALL
 
     @property
     def pricing(self) -> LayerPricing:
         """The price of a layer of one group whose replicas travel in every micro-batch, nothing hidden."""
-        return LayerPricing(num_ranks=self.num_ranks, num_nodes=self.num_nodes, constants=self.constants)
+        return LayerPricing(
+            num_ranks=self.num_ranks,
+            num_nodes=self.num_nodes,
+            constants=self.constants,
+            dispatcher=self.dispatcher,
+        )
 
     def pricing_of(self, mode: Sees, relay: Relay | None = None, *, has_trees: bool = False) -> LayerPricing:
         """The price of a layer of one group, its replicas planned in this way and forwarded like this."""
-        return replace(self.prices.get(mode, self.pricing), relay=relay, has_trees=has_trees, kernels=self.kernels)
+        kept = self.prices.get("history", self.pricing).replicas
+        found = self.prices.get(mode, self.pricing)
+        return replace(found, kept=kept, relay=relay, has_trees=has_trees, kernels=self.kernels)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,12 +152,13 @@ def replay(
         share = 1.0 / (_iterations(trace, record) * max(1, trace.num_micro_batches(record)))
         moves_s = [_moving_s(before_L[layer], policy.homes(layer), setup) * share for layer in layers]
         # Step 2: apply the plan to every micro-batch; exact rules plan here, from its counts.
-        for layer, group, micro in np.ndindex(*counts_LGMRE.shape[:3]):
-            counts_RE = counts_LGMRE[layer, group, micro]
-            if not counts_RE.any():
-                continue
-            planned = policy.plan(layer, group, counts_RE)
-            if record >= setup.warmup:
+        for layer, group in np.ndindex(*counts_LGMRE.shape[:2]):
+            counts_MRE = [counts_RE for counts_RE in counts_LGMRE[layer, group] if counts_RE.any()]
+            planned_M = _returned([policy.plan(layer, group, counts_RE) for counts_RE in counts_MRE])
+            _count_replicas(policy.stats, planned_M, trace.num_experts)
+            for counts_RE, planned in zip(counts_MRE, planned_M, strict=True):
+                if record < setup.warmup:
+                    break
                 seconds, worst = price(planned, counts_RE, policy, layer, setup)
                 layer_s.append(seconds)
                 imbalance.append(worst)
@@ -169,13 +180,43 @@ def replay(
 def price(
     planned: Planned, counts_RE: IntArray, policy: SimulatedPolicy, layer: int, setup: SimulationSetup
 ) -> tuple[float, float]:
-    """Seconds of the layer, replicas that it does not use included, and its max / mean tokens per rank."""
+    """Seconds of the layer, replicas from history that it does not use included, and its max / mean tokens per rank."""
     homes_E = policy.homes(layer)
     pricing = setup.pricing_of(planned.mode, policy.relay, has_trees=policy.has_trees)
-    seconds, worst = price_layer(planned.plan, counts_RE, homes_E, pricing)
-    if planned.unused_RS is not None:
-        seconds += idle_replicas_s(planned.unused_RS, homes_E, setup.pricing_of("history"))
-    return seconds, worst
+    return price_layer(planned.plan, counts_RE, homes_E, pricing, planned.kept)
+
+
+def _returned(planned_M: list[Planned]) -> list[Planned]:
+    """The plans of a layer's micro-batches in one iteration. Where all were planned anew, no micro-batch has used the
+    replicas from history, and they have no gradients that go home."""
+    if not all(planned.kept is not None for planned in planned_M):
+        return planned_M
+    return [
+        replace(planned, kept=replace(planned.kept, returns=False)) for planned in planned_M if planned.kept is not None
+    ]
+
+
+def _count_replicas(stats: Stats, planned_M: list[Planned], num_experts: int) -> None:
+    """Count what the replicas of a layer's micro-batches in one record send, as it is priced."""
+    for planned in planned_M:
+        if planned.mode == "exact":
+            num_replicas = _num_replicas(planned.plan.slots_RS, num_experts)
+            stats.replicas_made += num_replicas
+            stats.replicas_returned += num_replicas
+    # those from history are the same in all micro-batches, and in the first of them if in any
+    for planned in planned_M[:1]:
+        if planned.mode == "history":
+            num_replicas = _num_replicas(planned.plan.slots_RS, num_experts)
+        elif planned.kept is not None:
+            num_replicas = _num_replicas(planned.kept.slots_RS, num_experts)
+        else:
+            continue
+        stats.replicas_made += num_replicas
+        stats.replicas_returned += num_replicas * (planned.kept is None or planned.kept.returns)
+
+
+def _num_replicas(slots_RS: IntArray, num_experts: int) -> int:
+    return int(hosts_of(slots_RS, num_experts).sum()) - num_experts
 
 
 def _moving_s(before_E: IntArray, after_E: IntArray, setup: SimulationSetup) -> float:

@@ -74,7 +74,7 @@ GROUPS_OF_PART: dict[Part, tuple[str, ...]] = {
     Part.REPLICAS: ("replicas",),
 }
 _LAYER_TERMS = tuple(term.name for term in fields(LayerTime))
-_EXTRA_TERMS = ("replicas_s", "expert_tensor_s", "chunking_s", "hops_s")
+_EXTRA_TERMS = ("replicas_s", "expert_tensor_s", "chunking_s")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -258,7 +258,10 @@ class _Layers:
         self.machine, self.setup = machine, setup
         spec, model = machine.spec, machine.model
         self.micro_batches = spec.micro_batches
-        self.constants = layer_constants(machine.cluster, model, spec, machine.constants)
+        self.constants_of = {
+            mode: layer_constants(machine.cluster, model, replace(spec, replicas=mode), machine.constants)
+            for mode in ("off", "history", "exact")
+        }
         self.expert = expert_shape(model, spec)
         shape = (trace.num_records, trace.num_layers)
         units = machine.sources if machine.by_rank else spec.edp
@@ -271,16 +274,15 @@ class _Layers:
         record, group, layer, nodes = applied.record, applied.group, applied.layer, self.setup.num_nodes
         flow = flow_of(applied, nodes, self.setup.kernels)
         flows = [(flow, applied.planned.mode)]
-        if (unused_RS := applied.planned.unused_RS) is not None:  # fetched from history, and planned anew
+        if (kept := applied.planned.kept) is not None:  # fetched from history, and planned anew
             nothing_ER, nothing_RR = np.zeros_like(flow.load_ER), np.zeros_like(flow.traffic_RR)
-            idle = relayed_flow(unused_RS, nothing_ER, nothing_RR, nodes, self.setup.kernels)
-            flows.append((idle, "history"))
+            flows.append((relayed_flow(kept.slots_RS, nothing_ER, nothing_RR, nodes, self.setup.kernels), "history"))
         if self.machine.by_rank:
             for rank in range(self.setup.num_ranks):
                 unit = group * self.setup.num_ranks + rank
                 self.terms_NULT[record, unit, layer] += self._rank_terms(flows, rank)
         else:
-            self.terms_NULT[record, group, layer] += self._terms(flows)
+            self.terms_NULT[record, group, layer] += self._terms(*flows[0])
         self._count(record, layer, flows)
 
     def _count(self, record: int, layer: int, flows: list[tuple[LayerFlow, Sees]]) -> None:
@@ -292,7 +294,7 @@ class _Layers:
         self.imbalance_NL[record, layer] += worst / groups / self.micro_batches
         sent = self._through_port(flow.traffic_RR)
         self.exchange_NL[record, layer] += sent * ALL_TO_ALLS * self.expert.token_bytes / groups
-        both_ways_bytes = self.expert.weight_bytes + self.expert.gradient_bytes
+        both_ways_bytes = self.expert.sent_weight_bytes + self.expert.gradient_bytes
         for one, mode in flows:
             copied = self._through_port(one.replicas_RR) * both_ways_bytes
             self.replicas_NL[record, layer] += copied / self._served(mode) / groups
@@ -306,17 +308,16 @@ class _Layers:
         """Micro-batches that one transfer of a replica serves."""
         return 1 if mode == "exact" else self.micro_batches
 
-    def _terms(self, flows: list[tuple[LayerFlow, Sees]]) -> FloatArray:
+    def _terms(self, flow: LayerFlow, mode: Sees) -> FloatArray:
         """Seconds that all ranks of a group take, waiting for the busiest."""
-        machine, times = self.machine, []
-        for flow, mode in flows:
-            spec = machine.spec if machine.spec.replicas == "off" else replace(machine.spec, replicas=mode)
-            times.append(moe_times([flow], self.constants, machine.model, spec, machine.cluster, machine.constants))
-        return _vector(replace(times[0], replicas_s=sum(one.replicas_s for one in times)))
+        machine = self.machine
+        spec = machine.spec if machine.spec.replicas == "off" else replace(machine.spec, replicas=mode)
+        constants = self.constants_of[spec.replicas]
+        return _vector(moe_times([flow], constants, machine.model, spec, machine.cluster, machine.constants))
 
     def _rank_terms(self, flows: list[tuple[LayerFlow, Sees]], rank: int) -> FloatArray:
         """CPU seconds of one rank."""
-        times = [rank_time(flow, rank, self.constants) for flow, _ in flows]
+        times = [rank_time(flow, rank, self.constants_of[mode]) for flow, mode in flows]
         replica_s = sum(time.replicas_s / self._served(mode) for time, (_, mode) in zip(times, flows, strict=True))
         layer = replace(times[0], replicas_s=0.0)
         chunk_s = layer.experts_s + LAUNCHES_PER_CHUNK * self.machine.constants.launch_s
@@ -347,7 +348,7 @@ def flow_of(applied: Applied, num_nodes: int, kernels: Kernels) -> LayerFlow:
     """Who computes what and who sends it where, under the plan that the replay has applied."""
     plan = applied.planned.plan
     outcome = evaluate(plan, applied.counts_RE, num_nodes, kernels.split)
-    return relayed_flow(plan.slots_RS, outcome.load_ER, outcome.traffic_RR, num_nodes, kernels)
+    return relayed_flow(plan.slots_RS, outcome.load_ER, outcome.traffic_RR, num_nodes, kernels, applied.planned.kept)
 
 
 def rank_time(flow: LayerFlow, rank: int, constants: LayerConstants) -> LayerTime:

@@ -17,7 +17,7 @@ inter_node: {bandwidth_bytes_s: {value: 25e9, source: ...}, latency_s: {value: 1
 levels:                        # optional: what lies above the nodes, the smallest domains first
   - name: leaf                 # such as rack, leaf, pod, spine, supernode
     nodes: 4                   # consecutive nodes of one domain
-    bandwidth_bytes_s: {value: 12.5e9, source: ...}   # out of a domain, one GPU's share of it
+    bandwidth_bytes_s: {value: 12.5e9, source: ...}   # out of a domain, one GPU's share of it; narrower outward
     latency_s: {value: 15e-6, source: ...}
 efficiency:                    # optional: shares of the peaks above that training reaches
   gemm: {value: 0.62, source: ...}
@@ -40,7 +40,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -79,6 +79,7 @@ _OF_LEVEL = ("ring", "all_reduce", "all_to_all")  # operations with a share of a
 _OPTIONAL_LINK = ("ring_latency_s", "all_to_all_latency_s")
 
 _MOST_MACHINES = 10**6
+_WIDER = 1.1  # a level that is so many times as wide as what lies inside it: a measurement's noise, not an error
 _LARGEST = 1e30  # of any number in a file, in the units of its name
 
 TAKEN_NAMES = ("node", "group", "intra", "inter")  # no level has one of these
@@ -257,6 +258,7 @@ def _cluster_of(content: Mapping[str, Any], default_name: str) -> ClusterSpec:
         section = _section(content, key, (*_LINK, *_OPTIONAL_LINK))
         named = (*_LINK, *(name for name in _OPTIONAL_LINK if name in section))
         links[key] = LinkSpec(**{name: _sourced(section, f"{key}.{name}", sources) for name in named})
+    _check_narrowing(levels, links["inter_node"])
     return ClusterSpec(
         name=values.text(content.get("name", default_name), "name", example="name: my-cluster"),
         nodes=_whole(content, "nodes"),
@@ -299,6 +301,22 @@ def _levels(content: object, sources: dict[str, str]) -> tuple[LevelSpec, ...]:
         link = LinkSpec(**{key: _sourced(entry, f"levels.{name}.{key}", sources) for key in _LINK})
         levels.append(LevelSpec(name=name, nodes=nodes, link=link))
     return tuple(levels)
+
+
+def _check_narrowing(levels: Sequence[LevelSpec], inter_node: LinkSpec) -> None:
+    """What leaves a domain has left the domains inside it: no level is wider than they are, for one GPU.
+
+    Raises:
+        ConfigError: one is, as where a file has the bandwidth of a whole domain.
+    """
+    inner, most = "inter_node", inter_node.bandwidth_bytes_s
+    for level in levels:
+        found = level.link.bandwidth_bytes_s
+        if found > most * _WIDER:
+            rule = f"must be at most the {most:.4g} of {inner}: one GPU's share of the way out, which narrows outward"
+            way_out = "Divide the bandwidth of a domain by its GPUs, or remove a level that is never the narrower one."
+            raise ConfigError(f"levels.{level.name}.bandwidth_bytes_s.value", found, rule, way_out)
+        inner, most = f"level {level.name}", found
 
 
 def _devices(content: object) -> tuple[str, ...]:

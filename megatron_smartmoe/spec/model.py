@@ -100,6 +100,11 @@ class MoESpec:
     scaling_factor: float = 0.0
     capacity_factor: float = 0.0
 
+    @property
+    def routing_groups(self) -> int:
+        """Groups of experts that limit where a token goes; 1 for routing without."""
+        return self.groups if self.groups and self.group_top_k else 1
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSpec:

@@ -20,8 +20,8 @@ Replicas = Literal["off", "history", "exact", "auto"]
 Precision = Literal["bf16", "fp32"]
 Implementation = Literal["transformer_engine", "local"]
 Dispatch = Literal["flat", "hierarchical"]
-FLAT: Dispatch = "flat"
-HIERARCHICAL: Dispatch = "hierarchical"
+FLAT: Literal["flat"] = "flat"
+HIERARCHICAL: Literal["hierarchical"] = "hierarchical"
 DISPATCHES: tuple[Dispatch, ...] = (FLAT, HIERARCHICAL)
 
 
@@ -113,10 +113,9 @@ class ParallelSpec:
         own_exchange = self.overlap_degree > 1 or self.dispatch != FLAT
         return bool(self.homes_interval or self.replicas != "off" or own_exchange)
 
-    def recomputes(self, mode: Recompute, model: ModelSpec) -> bool:
+    def recomputes(self, mode: Recompute) -> bool:
         """Whether Megatron supports the mode; `act` needs TransformerEngine's grouped GEMM."""
-        own_experts = self.smartmoe and not model.bias  # those of `--smartmoe` have no biases
-        grouped_by_te = self.implementation == "transformer_engine" and not own_experts
+        grouped_by_te = self.implementation == "transformer_engine" and not self.smartmoe
         return is_recomputable(mode, grouped_by_te=grouped_by_te)
 
     def label(self) -> str:
@@ -244,7 +243,7 @@ def _pipeline(model: ModelSpec, spec: ParallelSpec) -> str | None:
             return f"PP x VPP = {total} does not divide {model.layers} layers evenly"
     elif len(spec.layers_of_chunk) != total or sum(spec.layers_of_chunk) != model.layers:
         return f"layers_of_chunk must be {total} numbers that sum to {model.layers}"
-    if not spec.recomputes(spec.recompute, model):
+    if not spec.recomputes(spec.recompute):
         return "recomputation of the experts' activation needs TransformerEngine's grouped GEMM"
     return None
 

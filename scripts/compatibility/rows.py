@@ -27,6 +27,8 @@ SWITCHES = "tests/dist/test_pool.py::test_switching_changes_no_loss"
 TWO_HOPS = "tests/dist/test_hierarchical_dispatch.py::test_a_training_has_the_losses_of_a_flat_dispatch"
 BLOCKS = "tests/dist/test_prediction_blocks.py"
 SLOTS = "tests/dist/test_physical_slots.py::test_losses_and_balance"
+HALVES = "tests/dist/test_physical_slots.py::test_expert_tensor_parallelism"
+GPT_OSS = "tests/dist/test_gpt_oss.py"
 BATCHES = "tests/dist/test_batch_overlap.py"
 OPTIMIZERS = "tests/dist/test_optimizers.py"
 
@@ -65,15 +67,25 @@ def _pieces(mix: str) -> str:
     return f"{PIECES}[{mix}]"
 
 
+def _two_hops(part: str) -> str:
+    return f"{TWO_HOPS}[{_TWO_HOPS[part]}]"
+
+
 def _emerging(optimizer: str) -> dict[str, str]:
     test = f"{OPTIMIZERS}::test_migrations_and_replicas_train_what_stock_megatron_trains[{optimizer}]"
     return {HOMES: test, REPLICAS: test}
 
 
+_TWO_HOPS = {
+    "ETP2": "ETP2, bf16, full recompute, overlapped shared experts, exact replicas",
+    "VPP2": "PP2xVPP2, prediction blocks, auto replicas",
+    "batches": "overlapped micro-batches, dropping, groups, history replicas",
+}
 _VPP = {
     HOMES: _moves("PP2xVPP2xEP2, prediction blocks"),
     REPLICAS: _copies("PP2xVPP2xEP2, overlapped, exact"),
     CHUNKS: _pieces("PP2xVPP2xEP2"),
+    HOPS: _two_hops("VPP2"),
 }
 _OVERLAPPED = {
     HOMES: _moves("EP2xEDP2, overlapped"),
@@ -94,7 +106,7 @@ SECTIONS: dict[str, list[Row]] = {
                 REPLICAS: _copies("EP4"),
                 CHUNKS: _pieces("EP2"),
                 POOL: SWITCHES,
-                HOPS: TWO_HOPS,
+                HOPS: _two_hops("batches"),
             },
         ),
         Row(
@@ -103,11 +115,12 @@ SECTIONS: dict[str, list[Row]] = {
                 HOMES: f"{LAYER}[TP2xEP2]",
                 REPLICAS: _copies("TP2xEP2xETP2"),
                 CHUNKS: _pieces("TP2xEP2xEDP2, overlapped optimizer, shared experts"),
+                HOPS: _two_hops("ETP2"),
             },
         ),
         Row(
             flags="--expert-tensor-parallel-size 2",
-            tests={CHUNKS: _pieces("ETP2xEP2")},
+            tests={HOMES: HALVES, REPLICAS: HALVES, CHUNKS: _pieces("ETP2xEP2"), HOPS: _two_hops("ETP2")},
             otherwise=f"{NO_TEST}; without it experts are split as --tensor-model-parallel-size says, which is trained",
             needs="--tensor-model-parallel-size 2 --sequence-parallel",
         ),
@@ -136,7 +149,7 @@ SECTIONS: dict[str, list[Row]] = {
         Row(flags="--use-torch-fsdp2", otherwise=GPU),
         Row(
             flags="--overlap-moe-expert-parallel-comm",
-            tests={part: f"{BATCHES}::{test}" for part, test in _TWO_BATCHES.items()},
+            tests={part: f"{BATCHES}::{test}" for part, test in _TWO_BATCHES.items()} | {HOPS: _two_hops("batches")},
             needs="--bf16",
         ),
         Row(
@@ -155,6 +168,7 @@ SECTIONS: dict[str, list[Row]] = {
                 HOMES: f"{BLOCKS}::test_migrations_keep_stock_losses_and_parameters",
                 REPLICAS: f"{BLOCKS}::test_replicas_change_no_loss",
                 POOL: f"{BLOCKS}::test_replicas_change_no_loss",
+                HOPS: _two_hops("VPP2"),
             },
         ),
         Row(
@@ -169,6 +183,7 @@ SECTIONS: dict[str, list[Row]] = {
                 HOMES: f"{STOCK}[EP2, shared experts, dense first layer]",
                 REPLICAS: _copies("CP2xEP2, full recompute, shared experts, dense first layer"),
                 CHUNKS: _pieces("TP2xEP2xEDP2, overlapped optimizer, shared experts"),
+                HOPS: _two_hops("ETP2"),
             },
         ),
         Row(
@@ -176,19 +191,27 @@ SECTIONS: dict[str, list[Row]] = {
             tests={
                 REPLICAS: f"{SLOTS}[this project's all-to-all]",
                 CHUNKS: _pieces("TP2xEP2xEDP2, overlapped optimizer, overlapped shared experts"),
+                HOPS: _two_hops("ETP2"),
             },
             needs="--moe-shared-expert-intermediate-size 64",
         ),
         Row(flags="--moe-shared-expert-gate", needs="--moe-shared-expert-intermediate-size 64"),
         Row(flags="--moe-latent-size 32"),
-        Row(flags="--moe-mlp-glu-interleave-size 16", otherwise=TRANSFORMER_ENGINE),
+        Row(
+            flags="--quick-geglu",  # with biases, clamped and with an offset: gpt-oss's experts
+            tests={
+                HOMES: f"{GPT_OSS}::test_homes_move_bit_for_bit",
+                REPLICAS: f"{GPT_OSS}::test_replicas_change_no_loss",
+            },
+        ),
+        Row(flags="--moe-mlp-glu-interleave-size 16"),
         Row(flags="--moe-use-upcycling"),
     ],
     "Router": [
-        Row(flags="--moe-router-topk 4", tests={HOMES: f"{LAYER}[EP2, top-4]"}),
+        Row(flags="--moe-router-topk 4", tests={HOMES: f"{LAYER}[EP2, top-4]", HOPS: _two_hops("batches")}),
         Row(
             flags="--moe-router-num-groups 4 --moe-router-group-topk 2",
-            tests={HOMES: f"{STOCK}[EP2, group-limited]"},
+            tests={HOMES: f"{STOCK}[EP2, group-limited]", HOPS: _two_hops("batches")},
         ),
         Row(
             flags="--moe-router-enable-expert-bias --moe-router-score-function sigmoid",
@@ -230,7 +253,11 @@ SECTIONS: dict[str, list[Row]] = {
         Row(flags="--moe-enable-deepep", otherwise=GPU, needs="--moe-token-dispatcher-type flex"),
         Row(
             flags="--moe-expert-capacity-factor 0.8",
-            tests={HOMES: f"{LAYER}[EP2, dropping]", REPLICAS: f"{SLOTS}[this project's all-to-all, dropping]"},
+            tests={
+                HOMES: f"{LAYER}[EP2, dropping]",
+                REPLICAS: f"{SLOTS}[this project's all-to-all, dropping]",
+                HOPS: _two_hops("batches"),
+            },
         ),
         Row(flags="--moe-token-drop-policy position", needs="--moe-expert-capacity-factor 0.8"),
         Row(
@@ -267,7 +294,7 @@ SECTIONS: dict[str, list[Row]] = {
     "Precision": [
         Row(
             flags="--bf16",
-            tests={HOMES: _moves("EP2, bf16")},
+            tests={HOMES: _moves("EP2, bf16"), HOPS: _two_hops("ETP2")},
         ),
         Row(flags="--fp16 --initial-loss-scale 256"),
         Row(flags="--fp8-format hybrid", otherwise=TRANSFORMER_ENGINE, needs=f"--bf16 {_TE_EXPERTS}"),
@@ -323,6 +350,7 @@ SECTIONS: dict[str, list[Row]] = {
                 HOMES: _moves("EP2, full recompute"),
                 REPLICAS: _copies("CP2xEP2, full recompute, shared experts, dense first layer"),
                 CHUNKS: _pieces("EP2, full recompute"),
+                HOPS: _two_hops("ETP2"),
             },
         ),
         Row(
@@ -341,6 +369,11 @@ SECTIONS: dict[str, list[Row]] = {
         ),
         Row(flags="--moe-paged-stash", otherwise=TRANSFORMER_ENGINE),
         Row(flags="--cuda-graph-impl transformer_engine --cuda-graph-modules attn", otherwise=GPU, needs=_TE),
+        Row(
+            flags="--cuda-graph-modules attn moe_router",
+            otherwise=f"{GPU}; a replay's tokens are counted in `tests/megatron/test_graphed_router.py`",
+            needs=f"{_TE} --cuda-graph-impl transformer_engine",
+        ),
         Row(
             flags="--cuda-graph-impl local",
             otherwise=GPU,

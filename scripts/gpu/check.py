@@ -23,6 +23,7 @@ from typing import Any
 
 RESULT = "result: "
 OPS_TESTS = "tests/gpu/test_ops_gpu.py"
+TRAINING_TESTS = "tests/gpu/test_training_on_one_gpu.py"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +85,12 @@ STEPS = (  # in the order of what each second tells
     ),
     Step(name="kernels, the short list", limit_s=60, command=_pytest(OPS_TESTS, "-k", SHORT_LIST)),
     Step(name="ranks on one GPU", limit_s=100, command=_pytest("tests/gpu/test_ranks_on_one_gpu.py")),
-    Step(name="training on one GPU", limit_s=180, command=_pytest("tests/gpu/test_training_on_one_gpu.py")),
+    Step(name="training on one GPU", limit_s=180, command=_pytest(TRAINING_TESTS, "-k", "not where_a_step_goes")),
+    Step(
+        name="where a step goes, by CUDA events",
+        limit_s=60,
+        command=_pytest(TRAINING_TESTS, "-s", "-k", "where_a_step_goes"),
+    ),
     Step(name="kernels, all", limit_s=90, command=_pytest(OPS_TESTS)),
     _sanitizer("memcheck"),  # not initcheck: a kernel reads what it then overwrites, by design
     _sanitizer("racecheck"),

@@ -110,7 +110,7 @@ def _mro(module: torch.nn.Module) -> str:
     return " <- ".join(cls.__name__ for cls in type(module).__mro__[:4])
 
 
-def build(spare_slots: int, **options: Any) -> Any:
+def build(spare_slots: int, *, delayed: bool = False, **options: Any) -> Any:
     """A MoE layer of this project's with TransformerEngine's experts, as the product builds it."""
     from argparse import Namespace
 
@@ -124,6 +124,7 @@ def build(spare_slots: int, **options: Any) -> Any:
         smartmoe_experts="transformer_engine",
         smartmoe_spare_slots=spare_slots,
         smartmoe_pool=None,
+        smartmoe_gate="top-k",
         smartmoe_overlap_degree="1",
         transformer_impl="transformer_engine",
         attention_backend=AttnBackend.auto,
@@ -132,7 +133,9 @@ def build(spare_slots: int, **options: Any) -> Any:
     )
     modules = Modules.of(args, lambda: 1, everywhere=True)
     spec = get_gpt_layer_with_transformer_engine_spec(num_experts=EXPERTS, moe_grouped_gemm=True)
-    return modules.moe_spec(spec.submodules.mlp)(_config(**options))
+    config = _config(**options)
+    config.delay_wgrad_compute = delayed  # the constructor takes it with the schedule of two micro-batches only
+    return modules.moe_spec(spec.submodules.mlp)(config)
 
 
 def _config(**options: Any) -> Any:
@@ -223,15 +226,22 @@ def grouped_gemm(
     accumulate: bool = False,
     single_output: bool = False,
     m_splits: Any = None,
+    bias: Any = None,
+    use_bias: bool | None = False,
     **kwargs: object,
-) -> tuple[list[None], list[None], None]:
+) -> tuple[list[None], list[torch.Tensor | None], None]:
     """A stand-in for TransformerEngine's `general_grouped_gemm`, with its arguments: in float32, a GEMM at a time."""
     parts = out[0].split([len(part) for part in rows]) if single_output else out
-    for weight, part, target in zip(weights, rows, parts, strict=True):
+    bias_gradients: list[torch.Tensor | None] = [None] * len(rows)
+    for slot, (weight, part, target) in enumerate(zip(weights, rows, parts, strict=True)):
         left, right = part.float(), weight.float()
         value = {"TN": lambda a, b: a @ b.T, "NN": lambda a, b: a @ b, "NT": lambda a, b: a.T @ b}[layout](left, right)
+        if use_bias and layout == "TN":
+            value = value + bias[slot].float()
+        if use_bias and layout == "NT":
+            bias_gradients[slot] = part.float().sum(0).to(part.dtype)
         target.copy_(target + value if accumulate else value)
-    return [None] * len(rows), [None] * len(rows), None
+    return [None] * len(rows), bias_gradients, None
 
 
 def _values() -> Iterator[str]:
@@ -240,13 +250,19 @@ def _values() -> Iterator[str]:
     yield ""
     on_gpu = mock.patch.object(torch.Tensor, "is_cuda", property(lambda _: True))  # its forward pass asks
     with on_gpu, mock.patch.object(grouped_linear, "general_grouped_gemm", grouped_gemm):
-        for fused in (True, False):
-            with_replica, without = (_run(fused=fused, spare=spare) for spare in (True, False))
-            worst = max(_relative(one, other) for one, other in zip(with_replica, without, strict=True))
+        for fused, delayed, biases in (
+            (True, False, False),
+            (False, False, False),
+            (True, True, False),
+            (True, False, True),
+        ):
+            runs = (_run(fused=fused, delayed=delayed, biases=biases, spare=spare) for spare in (True, False))
+            worst = max(_relative(one, other) for one, other in zip(*runs, strict=True))
+            flags = ["--gradient-accumulation-fusion" if fused else "--no-gradient-accumulation-fusion"]
+            flags += ["--delay-wgrad-compute"] * delayed + ["with biases"] * biases
             yield (
-                f"{'--gradient-accumulation-fusion' if fused else '--no-gradient-accumulation-fusion'}: output, and "
-                f"gradients of rows and of the expert, with its rows split over home and replica, equal to without "
-                f"(stand-in GEMM, bf16): {worst < BF16_TOLERANCE}"
+                f"{' '.join(flags)}: output, and gradients of rows and of the expert, with its rows split over home "
+                f"and replica, equal to without (stand-in GEMM, bf16): {worst < BF16_TOLERANCE}"
             )
 
 
@@ -255,12 +271,13 @@ def _relative(one: torch.Tensor, other: torch.Tensor) -> float:
     return float((one.float() - other.float()).abs().max() / other.float().abs().max())
 
 
-def _run(*, fused: bool, spare: bool) -> list[torch.Tensor]:
-    """Rows of the expert in slot 1, all at home or some in a spare slot: output, gradient of rows, of both weights."""
+def _run(*, fused: bool, delayed: bool, biases: bool, spare: bool) -> list[torch.Tensor]:
+    """Rows of the expert in slot 1, all at home or some in a spare slot: output, its gradients and the rows'."""
     from megatron_smartmoe.runtime.replicas.per_slot import tensors_of
 
     torch.manual_seed(1)
-    experts = build(SPARE_SLOTS, gradient_accumulation_fusion=fused).experts
+    options = {"gradient_accumulation_fusion": fused, "add_bias_linear": biases}
+    experts = build(SPARE_SLOTS, delayed=delayed, **options).experts
     homes = experts.slot_weights()
     for weight in tensors_of(homes):
         weight.data.copy_(torch.randn_like(weight) * 0.2)
@@ -271,9 +288,10 @@ def _run(*, fused: bool, spare: bool) -> list[torch.Tensor]:
     tokens = torch.tensor([2, 1, 3] if spare else [2, 4])
     output, _ = experts(rows, tokens, torch.ones(6))
     output.float().square().sum().backward()
+    experts.backward_dw()
     gradients = []
     for home, copy in zip(homes, replica, strict=True):
-        own = home[1].main_grad if fused else home[1].grad
+        own = home[1].main_grad if fused and home[1].dim() > 1 else home[1].grad
         gradients.append(own.float() + (copy.grad[0].float() if copy.grad is not None else 0))
     assert rows.grad is not None
     return [output.detach(), rows.grad, *gradients]
@@ -295,6 +313,12 @@ def _quantizers() -> Iterator[str]:
         with mock.patch.multiple(FP8GlobalStateManager, **{n: mock.Mock(return_value=v) for n, v in answers.items()}):
             experts.linear_fc1.init_fp8_metadata(num_gemms=experts.num_local_experts)
         found = experts.linear_fc1.quantizers["scaling_fwd"]
+        if isinstance(recipe, Float8BlockScaling):
+            yield (
+                f"Float8BlockScaling quantizes a weight in blocks of {found[1].block_len} in "
+                f"{recipe.w_block_scaling_dim} dimensions, scales are powers of two: "
+                f"{recipe.fp8_quant_fwd_weight.power_2_scale and found[1].force_pow_2_scales}"
+            )
         yield f"{type(recipe).__name__}: {len(found)} quantizers for {len(found) // 3} GEMMs, {type(found[1]).__name__}"
 
 

@@ -33,6 +33,7 @@ from unittest import mock
 import numpy as np
 
 from megatron_smartmoe.calibrate.line import LineFit, fit_line
+from megatron_smartmoe.cost.dispatchers import Dispatcher
 from megatron_smartmoe.cost.hierarchical import hops_fixed_s, rows_by_node
 from megatron_smartmoe.cost.moe_layer import (
     ALL_TO_ALLS,
@@ -43,6 +44,7 @@ from megatron_smartmoe.cost.moe_layer import (
 )
 from megatron_smartmoe.spec.arrays import FloatArray, IntArray
 from megatron_smartmoe.spec.cluster import LinkSpec
+from megatron_smartmoe.spec.parallel import HIERARCHICAL
 from scripts.training_bench.one_layer import smart_layer
 from scripts.validation import namespaces
 
@@ -296,11 +298,11 @@ def _predicted(
         replicas_RR=np.zeros_like(traffic_RR),
         num_nodes=options.nodes,
     )
-    once_RN = rows_by_node(_by_node(traffic_RR, options.nodes), options.experts, options.top_k)
+    two_hops = Dispatcher(name=HIERARCHICAL, experts=options.experts, top_k=options.top_k)
     hops_s = hops_fixed_s(slow, options.ranks, LAUNCH_S)
     return {
         "flat": layer_time(flow, constants).total_s,
-        "hierarchical": layer_time(flow, constants, once_RN=once_RN).total_s + hops_s,
+        "hierarchical": layer_time(flow, constants, dispatcher=two_hops).total_s + hops_s,
     }
 
 

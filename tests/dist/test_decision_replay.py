@@ -69,6 +69,16 @@ def pool_run(tmp_path_factory: pytest.TempPathFactory, data_flags: list[str]) ->
     return run_dir
 
 
+@pytest.fixture(scope="module", params=["--pipeline-model-parallel-size 2", ""], ids=["PP2 x EP2", "EP2 x EDP2"])
+def run_of_four(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, data_flags: list[str]
+) -> Path:
+    """Four ranks: two pipeline stages, or two expert-parallel groups that hold the same experts."""
+    run_dir = tmp_path_factory.mktemp("four")
+    train(run_dir, 4, data_flags, *flags(run_dir), *request.param.split(), iterations=14)
+    return run_dir
+
+
 def replayed(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> tuple[int, dict[str, Any]]:
     """Exit status and the printed JSON."""
     capsys.readouterr()
@@ -111,6 +121,15 @@ def test_a_run_with_the_pool(pool_run: Path, capsys: pytest.CaptureFixture[str])
     switches = [one for one in decisions(pool_run) if one["kind"] == "pool"]
     assert switches[0]["taken"]
     assert switches[-1]["realised_gain_s"] is not None
+
+
+def test_a_run_with_stages_or_several_groups(run_of_four: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, found = replayed(run_of_four, capsys)
+    check_all(status, found)
+    assert {"homes", "replicas", "replans"} <= kinds(found)
+    logged = sorted(path for path in run_of_four.glob("*.jsonl") if path.name.startswith(("smartmoe", "replicas")))
+    assert len(logged) == 1 + 2  # homes are decided once, replicas by each stage or group
+    assert found["decisions"] == sum(len(path.read_text().splitlines()) for path in logged)
 
 
 def test_what_was_changed_afterwards_is_not_reproduced(

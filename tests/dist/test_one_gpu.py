@@ -52,6 +52,8 @@ def test_training(tmp_path: Path) -> None:
         for name in names
     }
     one_gpu_jobs.check_losses(curves, iterations)
+    for name, parts in one_gpu_jobs.PARTS.items():
+        one_gpu_jobs.check_account(tmp_path / name.replace(" ", "-"), iterations, parts=parts)
 
 
 def test_ranks_that_use_a_gpu_have_no_facade_and_find_cuda_untouched(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.dist.test_homes import decisions
 from tests.dist.test_replicas import AUTO, EXACT, HISTORY, MOVING, TOLERANCE, WITHOUT
 from tests.dist.test_smartmoe_layer import EP2, UNCLIPPED
 from tests.support.deep_ep import train_with_deep_ep
@@ -70,10 +71,31 @@ def test_losses_and_balance(
     assert split.mean() < homes.mean()
     if "exact" not in replicas:
         spare_slots = 1 + (TWO_SLOTS[-1] == replicas[-1])
-        imbalance, _ = simulated(
+        result, _ = simulated(
             trace_file,
             num_ranks=2,
             spare_slots=spare_slots,
             replicas="history" if "history" in replicas else "auto",
         )
-        assert split.tolist() == imbalance
+        assert split.tolist() == result.imbalance.tolist()
+
+
+ETP = "--tensor-model-parallel-size 2 --sequence-parallel --expert-tensor-parallel-size 2".split()
+# dispatcher -> (its flags, what trains)
+ACROSS_EXPERT_TENSOR_RANKS = {
+    "allgather": ("--moe-token-dispatcher-type allgather", train),
+    "Megatron's all-to-all": ("", train_with_stock_all_to_all),
+    "DeepEP": (f"{FLEX} deepep", train_with_deep_ep),
+}
+
+
+def test_expert_tensor_parallelism(tmp_path: Path, data_flags: list[str]) -> None:
+    """Homes that move and replicas, where two ranks hold a half of each expert, with every dispatcher."""
+    flags = [*_flags(""), *ETP]
+    expected = train(tmp_path / "without", 4, data_flags, *flags, *WITHOUT, iterations=4)
+    for name, (dispatcher, training) in ACROSS_EXPERT_TENSOR_RANKS.items():
+        run_dir = tmp_path / name
+        found = training(run_dir, 4, data_flags, *flags, *dispatcher.split(), *MOVING, iterations=4)
+        assert distance(found, expected) < TOLERANCE, name
+        assert np.sum([line["copies"] for line in balance(run_dir)]) > 0, name
+        assert decisions(run_dir), name

@@ -109,6 +109,60 @@ def test_weights_go_out_and_gradients_come_home(
         assert result["bytes"] == (2 * one if keeps else 0)
 
 
+def _packed() -> dict[str, Any]:
+    import torch
+    import torch.distributed as dist
+
+    from megatron_smartmoe.runtime.replicas.slots import SpareSlots
+    from megatron_smartmoe.runtime.replicas.wire import ReplicaWire
+
+    dist.init_process_group("gloo")
+    generator = torch.Generator().manual_seed(dist.get_rank())
+    weight: Any = torch.nn.Parameter(torch.randn(2, 130, 200, generator=generator).bfloat16())
+    bias: Any = torch.nn.Parameter(torch.randn(2, 130, generator=generator).bfloat16())
+    for home in (weight, bias):
+        home.main_grad = torch.zeros_like(home, dtype=torch.float32)
+    assert dist.group.WORLD is not None
+    wire = ReplicaWire(dist.group.WORLD)
+    sent, operation = list[Any](), wire._operation
+
+    def noted(kind: Any, data: Any, *rest: Any) -> Any:
+        sent.append((kind.__name__, data.dtype, tuple(data.shape)))
+        return operation(kind, data, *rest)
+
+    wire._operation = noted  # type: ignore[method-assign, assignment]
+    totals = [weight.main_grad, bias.main_grad]
+    spare = SpareSlots([weight, bias], 1, wire, lambda: totals, keeps=True, packs=True)
+    spare.use(SLOTS, num_passes=2)
+    for _ in range(2):
+        weights, biases = spare.weights()
+        (weights.float().sum() + biases.float().sum()).backward()
+    spare.finish_returns()
+    return {
+        "homes": [weight.detach(), bias.detach()],
+        "copied": [weights.detach().clone(), biases.detach().clone()],
+        "sent": sent,
+        "total": [total[:, 0].sum().item() for total in totals],
+    }
+
+
+def test_weights_travel_as_fp8_and_gradients_as_they_are(tmp_path: Path) -> None:
+    import torch
+
+    from megatron_smartmoe.runtime.replicas.fp8_blocks import dequantize, message_bytes, quantize
+
+    ranks = run_ranks(_packed, 2, log_dir=tmp_path)
+    for this, other in (ranks, reversed(ranks)):
+        weight, bias = this["copied"]
+        assert torch.equal(weight[0], dequantize(*quantize(other["homes"][0][0])))
+        assert not torch.equal(weight[0], other["homes"][0][0])
+        assert torch.equal(bias[0], other["homes"][1][0])
+        assert this["sent"][:4].count(("isend", torch.uint8, (message_bytes(130, 200),))) == 1
+        assert this["sent"][:4].count(("isend", torch.bfloat16, (130,))) == 1
+        assert {dtype for _, dtype, _ in this["sent"][4:]} == {torch.float32}
+        assert this["total"] == [400.0, 2.0]  # of two passes, sent home once
+
+
 def _planned_anew(once: list[int]) -> dict[str, Any]:
     """Two iterations of three passes, in some of which other replicas are used once."""
     import torch

@@ -136,21 +136,30 @@ def test_gradients_under_way_have_the_bits_of_those_waited_for(tmp_path: Path, d
 
 
 def test_the_simulator_reproduces_the_balance(tmp_path: Path, data_flags: list[str]) -> None:
-    """The trace of a run, replayed offline by the same planner: the same max / mean in every layer, to the last bit."""
-
+    """The trace of a run, replayed offline by the same planner: the same max / mean in every layer, to the last bit,
+    and as many bytes of replicas."""
     trace_file = tmp_path / "trace.npz"
     flags = [
         "--expert-model-parallel-size",
         "4",
         "--global-batch-size",
-        "4",
+        "8",
         "--smartmoe-record-trace",
         str(trace_file),
+        "--smartmoe-record-micro-batches",
     ]
     train(tmp_path / "run", 4, data_flags, *flags, *AUTO, iterations=6)
-    imbalance, planned = simulated(trace_file, num_ranks=4)
+    result, planned = simulated(trace_file, num_ranks=4)
     lines = balance(tmp_path / "run")
-    assert np.ravel([line["split"] for line in lines]).tolist() == imbalance
+    assert np.ravel([line["split"] for line in lines]).tolist() == result.imbalance.tolist()
+    anew_NLM = np.array([line["anew"] for line in lines])
+    assert anew_NLM.shape[2] == 2
+    assert (anew_NLM.any(axis=2) & ~anew_NLM.all(axis=2)).any(), "layers whose replicas from history serve one of two"
+    assert anew_NLM.all(axis=2).any(), "layers whose replicas from history serve none, and do not go home"
+    stats, expert_bytes = result.stats, 3 * 64 * 96 * 4
+    assert sum(line["weight_bytes"] for line in lines) == stats.replicas_made * expert_bytes
+    assert sum(line["gradient_bytes"] for line in lines) == stats.replicas_returned * expert_bytes
+    assert 0 < stats.replicas_returned < stats.replicas_made
     assert 0 < np.mean([line["anew"] for line in lines]) < 1
     decisions = (tmp_path / "run" / "replicas-stage0-group0.jsonl").read_text().splitlines()
     assert planned == decisions

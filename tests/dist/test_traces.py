@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -32,6 +33,11 @@ def stock_trace(tmp_path_factory: pytest.TempPathFactory, data_flags: list[str])
     return folder / "trace.npz"
 
 
+def summary_of(run: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((run / "summary.json").read_text())
+    return found
+
+
 @pytest.mark.fast
 def test_every_layer_rank_and_iteration_is_recorded(stock_trace: Path) -> None:
     trace = load_trace(stock_trace)
@@ -56,7 +62,7 @@ def test_every_rank_and_iteration_is_accounted_for(stock_trace: Path) -> None:
     assert (record.counts_NRC[:, :, Count.BUSIEST_TOKENS] >= record.counts_NRC[:, :, Count.TOKENS]).all()
     assert (record.seconds_NRP[:, :, [Part.OUTSIDE, Part.DISPATCH, Part.EXPERTS]] > 0).all()
     assert not record.seconds_NRP[:, :, [Part.REPLICAS, Part.MIGRATION]].any()
-    summary = json.loads((stock_trace.parent / "summary.json").read_text())
+    summary = summary_of(stock_trace.parent)
     assert summary["account"]["step_s"] == pytest.approx(record.step_NR.max(axis=1).mean(), rel=1e-3)
     assert 0 < summary["mfu"] < 1
     assert 0 < summary["memory"]["peak_bytes"] < summary["memory"]["limit_bytes"]
@@ -75,8 +81,14 @@ def test_the_account_is_written_to_tensorboard(stock_trace: Path) -> None:
 
 def test_smartmoe_routes_what_stock_megatron_routes(stock_trace: Path, tmp_path: Path, data_flags: list[str]) -> None:
     record = ["--smartmoe-record-trace", str(tmp_path / "trace.npz"), "--smartmoe"]
-    train(tmp_path, 4, data_flags, *EP2, *PP2, *record, iterations=3)
+    ideal = ["--smartmoe-ideal-run", str(stock_trace.parent)]  # as if that run were force-balanced
+    train(tmp_path, 4, data_flags, *EP2, *PP2, *record, *ideal, iterations=3)
     assert np.array_equal(load_trace(tmp_path / "trace.npz").counts, load_trace(stock_trace).counts)
+    account = summary_of(tmp_path)["account"]
+    assert account["ideal_s"] == pytest.approx(summary_of(stock_trace.parent)["account"]["step_s"], rel=1e-3)
+    assert account["share_of_ideal"] > 0
+    assert isinstance(account["unexplained_share"], float)
+    assert "  share of ideal   " in (tmp_path / "ranks" / "rank0.log").read_text()
 
 
 DENSE_FIRST = "--moe-layer-freq ([0]*1+[1]*3) --mtp-num-layers 1".split()  # 4 layers with experts again

@@ -6,6 +6,7 @@ Four expert-parallel ranks, bf16, with every way of balancing; the losses are th
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -13,8 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_smartmoe.cost.fitted import Part
 from tests.support import one_gpu_jobs
-from tests.support.training import TINY_MODEL, TINY_TRAINING, losses
+from tests.support.training import TINY_MODEL, TINY_TRAINING, losses, metrics
 
 pytestmark = [
     pytest.mark.gpu,
@@ -30,6 +32,23 @@ def test_balancing_changes_no_losses(tmp_path: Path) -> None:
         for name in one_gpu_jobs.TRAININGS
     }
     one_gpu_jobs.check_losses(curves, ITERATIONS)
+    for name, parts in one_gpu_jobs.PARTS.items():
+        one_gpu_jobs.check_account(tmp_path / name.replace(" ", "-"), ITERATIONS, parts=parts)
+
+
+@pytest.mark.usefixtures("gpu_ranks")
+def test_where_a_step_goes_adds_up_to_the_wall_clock(tmp_path: Path) -> None:
+    """What the events say that a step took is what the log says, and no part of it is missing."""
+    name, iterations = "exact replicas", 12
+    one_gpu_jobs.train(tmp_path, RANKS, "cuda:0", name, iterations=iterations)
+    record = one_gpu_jobs.check_account(tmp_path, iterations, parts=(Part.REPLICAS, Part.PLANNING))
+    wall_s = [line["seconds_per_step"] for line in metrics(tmp_path) if "seconds_per_step" in line]
+    share = record.step_NR.max(axis=1)[-len(wall_s) :].sum() / sum(wall_s)
+    print("result:", json.dumps({"what": "steps by CUDA events over wall time", "value": share, "unit": ""}))
+    for part, seconds in zip(Part, record.seconds_NRP.mean(axis=(0, 1)).tolist(), strict=True):
+        found = {"what": f"where a step goes: {part.name.lower()}", "value": seconds * 1e3, "unit": "ms"}
+        print("result:", json.dumps(found))
+    assert 0.5 < share < 1.05
 
 
 @pytest.mark.usefixtures("gpu_ranks")

@@ -11,7 +11,7 @@ import torch
 
 from tests.support.ranks import run_ranks
 
-pytestmark = [pytest.mark.dist, pytest.mark.fast]
+pytestmark = pytest.mark.dist
 
 
 def python(code: str) -> subprocess.CompletedProcess[str]:
@@ -190,6 +190,7 @@ def _groups() -> None:
         check()
 
 
+@pytest.mark.fast
 def test_each_group_answers_exactly(tmp_path: Path) -> None:
     run_ranks(_groups, 1, log_dir=tmp_path)
 

@@ -128,6 +128,13 @@ CASES = {
         without=LOSS,
         says="--smartmoe-gate = 'moe++': needs --smartmoe: its layer computes them. Add --smartmoe.",
     ),
+    "residuals without their gate": Case(
+        flags="--smartmoe-gate-residuals off",
+        says="--smartmoe-gate-residuals = 'off': needs --smartmoe-gate moe++. Add --smartmoe-gate moe++, or remove it.",
+    ),
+    "no residuals": Case(
+        flags="--smartmoe --smartmoe-gate moe++ --smartmoe-gate-residuals off", without=LOSS, verdict=True
+    ),
     "without experts": Case(
         flags="--smartmoe-gate naive",
         without=("--num-experts",),

@@ -23,6 +23,7 @@ MLA = {
     "qk_pos_emb_head_dim": 16,
     "v_head_dim": 32,
 }
+BIASES: dict[str, Any] = {"add_bias_linear": True, "moe_mlp_glu_interleave_size": 16}
 SHARED: dict[str, Any] = {"moe_shared_expert_intermediate_size": 128}
 CASES = {
     "homes": Case(),
@@ -31,6 +32,8 @@ CASES = {
     "capacity": Case(options={"moe_expert_capacity_factor": 1.0}),
     "shared experts": Case(options=SHARED),
     "overlapped shared experts": Case(options=SHARED | {"moe_shared_expert_overlap": True}),
+    "biases": Case(options=BIASES),
+    "biases, replicas": Case(replicas=True, options=BIASES),
     "4 chunks": Case(degree=4),
     "replicas": Case(replicas=True),
     "replicas, 4 chunks": Case(replicas=True, degree=4),
@@ -47,6 +50,8 @@ LAUNCHES = {
     "capacity": (39, 31),
     "shared experts": (38, 39),
     "overlapped shared experts": (37, 39),
+    "biases": (44, 49),
+    "biases, replicas": (72, 92),
     "4 chunks": (70, 87),
     "replicas": (48, 51),
     "replicas, 4 chunks": (112, 159),

@@ -568,6 +568,36 @@ def test_the_whole_summary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert of_a_script == RENDERED[: RENDERED.index("\n\n  Next:")] + RENDERED[-101:]
 
 
+TERMS = {"machine": 0.02, "imbalance": 0.0123, "shapes": 0.0001, "replicas": 0.031, "planning": 0.0051}
+
+
+@pytest.mark.parametrize(
+    ("terms", "share", "unexplained", "line"),
+    [
+        (TERMS, 0.953, -0.0024, "95.3%; lost most to: replicas 3.1%, imbalance 1.2%; unexplained -0.2%"),
+        ({"machine": 0.02, "shapes": 0.0001}, 1.004, -0.0041, "100.4%; unexplained -0.4%"),
+        (
+            TERMS,
+            None,
+            None,
+            "not measured (--smartmoe-ideal-run RUN); balancing and what it left cost: replicas 3.1%, imbalance 1.2%",
+        ),
+        ({}, None, None, "not measured (--smartmoe-ideal-run RUN)"),
+    ],
+)
+def test_the_summary_says_where_the_time_went(
+    terms: dict[str, float], share: float | None, unexplained: float | None, line: str
+) -> None:
+    account = {
+        "share_of_ideal": share,
+        "unexplained_share": unexplained,
+        "terms": {name: {"label": name, "share": value} for name, value in terms.items()},
+    }
+    content = summary.summarise(GATHERED, arguments()) | {"account": account}
+    lines = summary.render(content, arguments(), None).splitlines()
+    assert f"  share of ideal   {line}" in lines
+
+
 def test_the_summary_of_a_run_that_did_nothing() -> None:
     """Loaded at its last iteration, a dense model, nothing saved."""
     gathered = {"iteration": 0, "train": {}, "step_seconds": [], "load_LE": []}

@@ -52,7 +52,7 @@ def experts_with(dtype: torch.dtype = torch.float32, *, delayed: bool = False, *
 
 
 def results_of(experts: Any, counts: tuple[int, ...] = COUNTS) -> list[torch.Tensor]:
-    """Output, gradients of rows, probabilities and both weights for drawn rows."""
+    """Output, gradients of rows, probabilities and what a slot holds, for drawn rows."""
     generator = torch.Generator().manual_seed(7)
     dtype = experts.weight1.dtype
     rows = torch.randn(sum(counts), HIDDEN, generator=generator).to(dtype).requires_grad_()
@@ -61,7 +61,7 @@ def results_of(experts: Any, counts: tuple[int, ...] = COUNTS) -> list[torch.Ten
     output, bias = experts(rows, torch.tensor(counts), probs)
     assert bias is None
     output.backward(torch.randn(output.shape, generator=generator).to(dtype))
-    return [output.detach(), rows.grad, probs.grad, experts.weight1.grad, experts.weight2.grad]
+    return [output.detach(), rows.grad, probs.grad, *(weight.grad for weight in experts.slot_weights())]
 
 
 def the_fused_activation_is_the_plain_one() -> None:
@@ -84,6 +84,72 @@ def gpt_oss_activation_is_megatrons() -> None:
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
     for name, value in (("activation_func_clamp_value", None), ("glu_linear_offset", 0.0)):
         assert not torch.allclose(results_of(experts_with(**gpt_oss | {name: value}))[0], plain[0])
+
+
+GPT_OSS: dict[str, Any] = {"activation_func_clamp_value": 0.5, "glu_linear_offset": 1.0, "add_bias_linear": True}
+
+
+def stock_with(experts: Any) -> Any:
+    """Megatron's SequentialMLP with the same weights and biases."""
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+    from megatron.core.transformer.mlp import MLPSubmodules
+    from megatron.core.transformer.moe.experts import SequentialMLP
+
+    parts = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    stock = SequentialMLP(SLOTS, experts.config, parts, ProcessGroupCollection.use_mpu_process_groups())
+    missing = stock.load_state_dict(experts.state_dict(), strict=True)
+    assert not missing.missing_keys
+    for expert in stock.local_experts:
+        expert.linear_fc2.explicit_expert_comm = True  # as on several ranks; on one it cannot add a bias
+    return stock
+
+
+def gpt_oss_experts_are_megatrons() -> None:
+    """Biases, gates first, clamped quick GELU: every bit of SequentialMLP's, and the rows of an expert without any."""
+    from megatron.core.fusions.fused_bias_geglu import quick_gelu
+
+    for changes in ({"activation_func": quick_gelu, **GPT_OSS}, {"add_bias_linear": True}):
+        ours = experts_with(**changes)
+        stock = stock_with(ours)
+        stock.zero_grad()
+        generator = torch.Generator().manual_seed(7)
+        rows = torch.randn(sum(COUNTS), HIDDEN, generator=generator).requires_grad_()
+        probs = torch.rand(sum(COUNTS), generator=generator).requires_grad_()
+        output, _ = stock(rows, torch.tensor(COUNTS), probs)
+        output.backward(torch.randn(output.shape, generator=generator))
+        expected = [output.detach(), rows.grad, probs.grad]
+        for linear, kind in (
+            ("linear_fc1", "weight"),
+            ("linear_fc2", "weight"),
+            ("linear_fc1", "bias"),
+            ("linear_fc2", "bias"),
+        ):
+            grads = [getattr(getattr(expert, linear), kind).grad for expert in stock.local_experts]
+            zeros = torch.zeros_like(grads[0])
+            expected.append(torch.stack([zeros if grad is None else grad for grad in grads]))
+        found = results_of(ours)
+        assert len(found) == len(expected) == 7
+        for one, other in zip(found, expected, strict=True):
+            assert other.any()
+            assert torch.equal(one, other.view(one.shape))
+
+
+def blocks_of_gate_and_linear_rows() -> None:
+    """Interleaved experts are those without, whose rows are in another order, in which GEMMs round otherwise."""
+    block = 4
+    changes: dict[str, Any] = {"add_bias_linear": True, "moe_mlp_glu_interleave_size": block}
+    for fused in (False, True):
+        # biases and SwiGLU are fused by no function of Megatron's; the configuration takes it
+        ours = experts_with(bias_activation_fusion=fused, **changes)
+        plain = experts_with(bias_activation_fusion=fused, add_bias_linear=True)
+        order = torch.arange(2 * FFN).view(-1, 2, block).transpose(0, 1).reshape(-1)
+        plain.weight1.data.copy_(ours.weight1.data[:, order])
+        plain.biases1.bias.data.copy_(ours.biases1.bias.data[:, :, order])
+        found, expected = results_of(ours), results_of(plain)
+        found[3], found[5] = found[3][:, order], found[5][:, :, order]
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other)
 
 
 def latent_experts_have_the_projected_size() -> None:
@@ -192,6 +258,8 @@ def in_float32_no_bit_changes() -> None:
 CHECKS: tuple[Callable[[], None], ...] = (
     the_fused_activation_is_the_plain_one,
     gpt_oss_activation_is_megatrons,
+    gpt_oss_experts_are_megatrons,
+    blocks_of_gate_and_linear_rows,
     latent_experts_have_the_projected_size,
     no_rows_are_no_error,
     a_recomputed_activation_changes_no_bit,

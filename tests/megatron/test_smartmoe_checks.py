@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 
+from megatron_smartmoe.cost.fitted import Count, Part
 from megatron_smartmoe.spec.trace import RoutingTrace
 from tests.support.checks import Case, said_of
 
@@ -88,12 +92,16 @@ CASES = {
         flags=f"{ON_GPUS} {TE_REPLICAS} --bf16 --fp8-format e4m3 --fp8-recipe blockwise", ranks=2, te=True, cpu=False
     ),
     "TransformerEngine's experts with replicas and late weight gradients": Case(
+        flags=f"{ON_GPUS} {TE_REPLICAS} --delay-wgrad-compute", ranks=2, te=True, cpu=False
+    ),
+    "replicas of TransformerEngine, biases and late weight gradients": Case(
         flags=f"{ON_GPUS} {TE_REPLICAS} --delay-wgrad-compute",
+        without=("--disable-bias-linear",),
         ranks=2,
         te=True,
         cpu=False,
-        says="--delay-wgrad-compute = True: is not supported with --smartmoe-spare-slots and --smartmoe-experts "
-        "transformer_engine: the weight gradients of replicas are sent home in the backward pass. Remove it, or "
+        says="--delay-wgrad-compute = True: is not supported with --smartmoe-spare-slots and biases: "
+        "TransformerEngine computes the gradients of biases with those of weights, later. Remove it, or "
         "--smartmoe-spare-slots.",
     ),
     "replicas and biases of experts": Case(
@@ -102,8 +110,6 @@ CASES = {
         ranks=2,
         te=True,
         cpu=False,
-        says="--disable-bias-linear = False: is required with --smartmoe-spare-slots: replicas have no biases. Add "
-        "--disable-bias-linear.",
     ),
     "replicas and a history of scales": Case(
         flags=f"{ON_GPUS} {TE_REPLICAS} --smartmoe-homes off --bf16 --fp8-format hybrid --fp8-recipe delayed",
@@ -146,8 +152,8 @@ CASES = {
     ),
     "CUDA graphs": Case(
         flags="--smartmoe --cuda-graph-impl local",
-        says="--cuda-graph-impl = 'local': is not supported with --smartmoe: its dispatcher runs in no CUDA graph yet. "
-        "Add --cuda-graph-modules attn, or remove it.",
+        says="--cuda-graph-impl = 'local': is not supported with --smartmoe, but for attention and the router: behind "
+        "it the host waits for the counts of all ranks. Add --cuda-graph-modules attn moe_router, or remove it.",
     ),
     "CUDA graphs of attention": Case(
         flags=f"--smartmoe {TE} --cuda-graph-impl transformer_engine --cuda-graph-modules attn", te=True
@@ -155,14 +161,34 @@ CASES = {
     "CUDA graphs of attention and router": Case(
         flags=f"--smartmoe {TE} --cuda-graph-impl transformer_engine --cuda-graph-modules attn moe_router",
         te=True,
-        says="--cuda-graph-impl = 'transformer_engine': is not supported with --smartmoe: its dispatcher runs in no "
-        "CUDA graph yet. Add --cuda-graph-modules attn, or remove it.",
     ),
-    "biases": Case(
-        flags="--smartmoe",
-        without=("--disable-bias-linear",),
-        says="--disable-bias-linear = False: is required: --smartmoe-experts grouped_mm has no biases. Add "
-        "--disable-bias-linear.",
+    "CUDA graphs of the preprocessing": Case(
+        flags=f"--smartmoe {TE} --cuda-graph-impl transformer_engine --cuda-graph-modules moe_router moe_preprocess",
+        te=True,
+        says="--cuda-graph-impl = 'transformer_engine': is not supported with --smartmoe, but for attention and the "
+        "router: behind it the host waits for the counts of all ranks. Add --cuda-graph-modules attn moe_router, or "
+        "remove it.",
+    ),
+    "CUDA graphs of the router and two micro-batches at a time": Case(
+        flags=f"--smartmoe {TE} --cuda-graph-impl transformer_engine --cuda-graph-modules attn moe_router --bf16 "
+        "--overlap-moe-expert-parallel-comm --expert-model-parallel-size 2",
+        ranks=2,
+        te=True,
+        says="--overlap-moe-expert-parallel-comm = True: is not supported with --cuda-graph-modules moe_router: its "
+        "schedule calls no layer whose tokens could be counted. Pass --cuda-graph-modules attn.",
+    ),
+    "biases": Case(flags="--smartmoe", without=("--disable-bias-linear",)),
+    "interleaved gate and linear rows": Case(flags="--smartmoe --moe-mlp-glu-interleave-size 8"),
+    "blocks of gate and linear rows that are not whole": Case(
+        flags="--smartmoe --moe-mlp-glu-interleave-size 36",
+        says="--moe-mlp-glu-interleave-size = 36: must divide 96, the inner size of an expert on a rank. Pass 16 or "
+        "32, for example, or remove it.",
+    ),
+    "interleaved rows without a gate": Case(
+        flags="--smartmoe --moe-mlp-glu-interleave-size 8",
+        without=("--swiglu",),
+        says="--moe-mlp-glu-interleave-size = 8: needs a gated activation. Add --swiglu or --quick-geglu, or remove "
+        "it.",
     ),
     "fp8": Case(
         flags=f"--smartmoe {TE} --fp8-format hybrid",
@@ -222,6 +248,24 @@ CASES = {
         says="--smartmoe-record-micro-batches = True: says how --smartmoe-record-trace records, which is not given. "
         "Add --smartmoe-record-trace FILE, or remove it.",
     ),
+    "an ideal run that measured nothing": Case(
+        flags="--smartmoe-ideal-run {data}",
+        says="--smartmoe-ideal-run = '{data}': has no account.jsonl with measured steps. Name the directory of a run "
+        "with --moe-router-force-load-balancing, or remove the flag.",
+    ),
+    "an ideal run of another launch": Case(
+        flags="--smartmoe-ideal-run {data}/ideal",
+        says="--smartmoe-ideal-run = '{data}/ideal': has 2 ranks, and this run 1. Name the force-balanced run of this "
+        "launch, or remove the flag.",
+    ),
+    "an ideal run without an account of this one": Case(
+        flags="--smartmoe-ideal-run {data}/ideal --smartmoe-account off",
+        says="--smartmoe-ideal-run = '{data}/ideal': needs --smartmoe-account on, which measures this run. Pass "
+        "--smartmoe-account on.",
+    ),
+    "an ideal run of this launch": Case(
+        flags="--smartmoe-ideal-run {data}/ideal --expert-model-parallel-size 2", ranks=2, verdict=True
+    ),
     "no trace": Case(
         flags="--smartmoe-replay-trace nowhere.npz",
         says="--smartmoe-replay-trace = 'nowhere.npz': does not exist. Give an .npz trace, Megatron's trace "
@@ -251,6 +295,15 @@ CASES = {
 }
 
 
+def write_account(run: Path, *, ranks: int, micro_batches: int) -> None:
+    """A run directory with one measured step."""
+    header = {"version": 1, "basis": "cpu", "stages": [0] * ranks, "micro_batches": micro_batches, "virtual": 1}
+    zeros = {"seconds": [[0.0] * len(Part)] * ranks, "counts": [[0.0] * len(Count)] * ranks}
+    run.mkdir()
+    lines = [header, {"iteration": 1, "iterations": 1, **zeros}]
+    (run / "account.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
 @pytest.fixture(scope="module")
 def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str | None]:
     data = tmp_path_factory.mktemp("checks")
@@ -259,6 +312,7 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str | None]:
         RoutingTrace(counts=counts, iteration=np.zeros(1, np.int64), layer=np.zeros(1, np.int64)).save(
             data / f"{name}.npz"
         )
+    write_account(data / "ideal", ranks=2, micro_batches=2)
     return said_of(CASES, data)
 
 

@@ -5,6 +5,7 @@ scripts/test_transformer_engine.sh runs the same class on the real one.
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ HOMES, SPARES, ROWS, IN, OUT = 2, 2, 6, 4, 3
 
 
 class _Gemms(torch.autograd.Function):
-    """y = x W^T by slot; weight gradients are added to `main_grad`, or returned, as TransformerEngine's are."""
+    """y = x W^T + b by slot; weight gradients are added to `main_grad`, or returned, as TransformerEngine's are."""
 
     @staticmethod
     def forward(ctx: Any, rows: torch.Tensor, splits: list[int], fused: bool, *weights: torch.Tensor) -> torch.Tensor:
@@ -38,8 +39,10 @@ class _Gemms(torch.autograd.Function):
 class GroupedLinear(torch.nn.Module):
     """A stand-in for the part of TransformerEngine's grouped linear that spare GEMMs touch."""
 
-    def __init__(self, *, fused: bool) -> None:
+    def __init__(self, *, fused: bool, has_bias: bool = False) -> None:
         super().__init__()
+        self.has_bias = has_bias
+        self.wgrad_store = SimpleNamespace(delay_wgrad_compute=lambda: False)
         self.num_gemms, self.fuse_wgrad_accumulation, self.ub_name = HOMES, fused, "fc1"
         self._fp8_workspaces: dict[str, object] = {}
         self.quantizers = 0
@@ -47,7 +50,8 @@ class GroupedLinear(torch.nn.Module):
             weight = torch.nn.Parameter(torch.randn(OUT, IN))
             weight.main_grad, weight.grad_added_to_main_grad = torch.zeros(OUT, IN), False  # type: ignore[attr-defined]
             self.register_parameter(f"weight{slot}", weight)
-            setattr(self, f"bias{slot}", torch.Tensor())
+            bias = torch.nn.Parameter(torch.full((OUT,), float(slot))) if has_bias else torch.Tensor()
+            setattr(self, f"bias{slot}", bias)
 
     def init_fp8_metadata(self, num_gemms: int = 1) -> None:
         self.quantizers = self.quantizers or num_gemms
@@ -57,9 +61,12 @@ class GroupedLinear(torch.nn.Module):
         self.init_fp8_metadata(num_gemms=self.num_gemms)
         self._fp8_workspaces |= {f"weight{slot}": object() for slot in range(self.num_gemms)}
         weights = [getattr(self, f"weight{slot}") for slot in range(self.num_gemms)]
-        assert all(getattr(self, f"bias{slot}").numel() == 0 for slot in range(self.num_gemms))
+        biases = [getattr(self, f"bias{slot}") for slot in range(self.num_gemms)]
         found: torch.Tensor = _Gemms.apply(rows, splits, self.fuse_wgrad_accumulation, *weights)
-        return found
+        if not self.has_bias:
+            assert all(bias.numel() == 0 for bias in biases)
+            return found
+        return found + torch.cat([bias.expand(split, -1) for bias, split in zip(biases, splits, strict=True)])
 
 
 @pytest.mark.parametrize("fused", [True, False], ids=["main_grad", "returned"])
@@ -89,6 +96,21 @@ def test_spare_gemms_get_weights_and_give_gradients(fused: bool) -> None:
         assert not hasattr(linear, f"weight{HOMES}")
         assert sorted(linear._fp8_workspaces) == ["weight0", "weight1"]
     assert linear.quantizers == HOMES + SPARES  # from the first pass on, which had no replicas
+
+
+def test_spare_gemms_have_biases() -> None:
+    from megatron_smartmoe.adapter.moe.te_experts import with_spare_gemms
+
+    linear = with_spare_gemms(GroupedLinear)(fused=False, has_bias=True)
+    weights, biases = torch.zeros(SPARES, OUT, IN), torch.tensor([[5.0], [7.0]]).repeat(1, OUT).requires_grad_()
+    with linear.spare(weights, biases):
+        output = linear(torch.zeros(ROWS, IN), [1, 2, 1, 2])
+    assert output[:, 0].tolist() == [0.0, 1.0, 1.0, 5.0, 7.0, 7.0]
+    output.sum().backward()
+    assert biases.grad is not None
+    assert biases.grad[:, 0].tolist() == [1.0, 2.0]
+    assert linear.bias1.grad.tolist() == [2.0] * OUT
+    assert [name for name, _ in linear.named_parameters()] == ["weight0", "bias0", "weight1", "bias1"]
 
 
 def test_a_weight_of_slots_that_are_parameters() -> None:

@@ -12,7 +12,7 @@ DEFAULTS: dict[str, Any] = {
         "vocab_size".split()
     ),
     **dict.fromkeys(
-        "group_query_attention swiglu add_qkv_bias qk_layernorm untie_embeddings_and_output_weights "
+        "group_query_attention swiglu quick_geglu add_qkv_bias qk_layernorm untie_embeddings_and_output_weights "
         "multi_latent_attention moe_router_pre_softmax moe_router_enable_expert_bias".split(),
         False,
     ),

@@ -9,6 +9,7 @@ from unittest import mock
 import torch
 
 from megatron_smartmoe.adapter.gates.draws import Draws, Part
+from megatron_smartmoe.adapter.gates.residuals import Link
 from megatron_smartmoe.adapter.gates.router import GateRouter, router_of
 from megatron_smartmoe.adapter.gates.table import GATES
 
@@ -49,6 +50,7 @@ def router(gate: str, num_experts: int, top_k: int, cls: type[GateRouter] | None
     built.set_layer_number(1)
     built.draws = Draws(SEED, 0, Part())
     built.draws.begin(1, 1)
+    built.link = Link(before=None, after=None)
     return built
 
 

@@ -338,13 +338,14 @@ def _with_replicas(layer: Any) -> None:
     """Give the layer a spare slot, as `adapter.loops.replicas` does."""
     from megatron.core import parallel_state
 
+    from megatron_smartmoe.cost.replicas import TransferPrice
     from megatron_smartmoe.runtime.replicas.dispatch_plan import ExactOptions
     from megatron_smartmoe.runtime.replicas.slots import SpareSlots
     from megatron_smartmoe.runtime.replicas.wire import ReplicaWire
 
     experts = layer.experts
-    weights = (experts.weight1, experts.weight2)
+    weights = experts.slot_weights()
     wire = ReplicaWire(parallel_state.get_expert_model_parallel_group())
     totals = [torch.zeros_like(weight, dtype=torch.float32) for weight in weights]
     spare = SpareSlots(weights, 1, wire, lambda: totals, keeps=False)
-    layer.add_replicas(spare, exact=ExactOptions(used_slots=1, limit=1.01, price_tokens=1.0))
+    layer.add_replicas(spare, exact=ExactOptions(used_slots=1, limit=1.01, price=TransferPrice.of_each(1.0)))

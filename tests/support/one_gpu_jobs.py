@@ -7,13 +7,17 @@ judge, in `tests/dist/test_one_gpu.py` and `tests/gpu/test_ranks_on_one_gpu.py`.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+import json
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import numpy as np
+import pytest
 
+from megatron_smartmoe.cost.fitted import Part, StepRecord
+from megatron_smartmoe.report.account import read_steps
 from tests.support.ranks import run_ranks
 from tests.support.training import TINY_MODEL, TINY_TRAINING, losses
 
@@ -218,9 +222,11 @@ def check_migration(results: Sequence[dict[str, Any]]) -> None:
 def _train(argv: Sequence[str], device: str) -> None:
     """Train as `torchrun -m megatron_smartmoe.adapter.pretrain` does, with every rank on the one device."""
     from megatron_smartmoe.adapter.pretrain import main
-    from tests.support import one_gpu
+    from tests.support import cuda_events, one_gpu
 
     one_gpu.install()
+    if device == "cpu":
+        cuda_events.time_steps_with_events()
     main([*argv, "--smartmoe-device", "cuda" if device != "cpu" else "cpu"])
 
 
@@ -235,6 +241,10 @@ TRAININGS = {  # name -> flags; all with the experts of --smartmoe
     "all of it": f"{MOVES} {ALWAYS_REPLICAS} exact --smartmoe-overlap-degree 2",
 }
 SAME_BITS = ("shuffled homes",)  # the others add up in another order: replicas' gradients, and those of chunks
+PARTS = {  # of a step, that a training has besides those of every one
+    "nothing moves": (),
+    "all of it": (Part.REPLICAS, Part.PLANNING, Part.MIGRATION),
+}
 TOLERANCE = 0.02  # of a loss of about 5.5 in bf16, whose rounding is 2**-9 of each activation
 
 
@@ -256,6 +266,23 @@ def train(run_dir: Path, world_size: int, device: str, name: str, *flags: str, i
     argv += [*TRAININGS[name].split(), "--expert-model-parallel-size", str(world_size), *flags]
     run_ranks(_train, world_size, [*argv, "--smartmoe-run-dir", str(run_dir)], device, log_dir=run_dir / "ranks")
     return losses(run_dir)
+
+
+def check_account(run_dir: Path, iterations: int, *, parts: Collection[Part]) -> StepRecord:
+    """Judge the account of a training: every step timed by events on every rank, with these parts besides the usual."""
+    found = read_steps(run_dir)
+    assert found is not None
+    record = found.record
+    assert record.basis == "gpu"
+    assert record.iteration_N.tolist() == list(range(1, iterations + 1))
+    taken_P = record.seconds_NRP.sum(axis=(0, 1)) > 0
+    assert [part for part in Part if taken_P[part]] == sorted({Part.OUTSIDE, Part.DISPATCH, Part.EXPERTS, *parts})
+    assert (record.seconds_NRP >= 0).all()
+    account = json.loads((run_dir / "summary.json").read_text())["account"]
+    assert account["basis"] == "gpu"
+    assert sum(account["split_s"].values()) == pytest.approx(account["step_s"])
+    assert " ms GPU, busiest rank" in (run_dir / "ranks" / "rank0.log").read_text()
+    return record
 
 
 def surroundings() -> tuple[bool, bool]:

@@ -51,7 +51,13 @@ def on_the_gpu() -> Iterator[None]:
 
 
 def run_ranks(
-    function: Callable[..., Any], world_size: int, *args: Any, log_dir: Path, timeout_s: float = 300.0, **kwargs: Any
+    function: Callable[..., Any],
+    world_size: int,
+    *args: Any,
+    log_dir: Path,
+    timeout_s: float = 300.0,
+    ranks_per_node: int | None = None,
+    **kwargs: Any,
 ) -> list[Any]:
     """Call `function(*args, **kwargs)` on every rank of a new job and return what each rank returned.
 
@@ -60,30 +66,36 @@ def run_ranks(
             forms its own process groups.
         log_dir: each rank's output goes to `rank<N>.log` there.
         timeout_s: the whole job is killed after that long.
+        ranks_per_node: as the ranks are told; None for one node.
 
     Raises:
         AssertionError: a rank failed or hung; the message ends with the log of the first rank that did.
     """
-    ranks = start_ranks(function, world_size, *args, log_dir=log_dir, **kwargs)
+    ranks = start_ranks(function, world_size, *args, log_dir=log_dir, ranks_per_node=ranks_per_node, **kwargs)
     _wait(ranks, log_dir, timeout_s)
     return [pickle.loads((log_dir / f"rank{rank}.pickle").read_bytes()) for rank in range(world_size)]
 
 
 def start_ranks(
-    function: Callable[..., Any], world_size: int, *args: Any, log_dir: Path, **kwargs: Any
+    function: Callable[..., Any],
+    world_size: int,
+    *args: Any,
+    log_dir: Path,
+    ranks_per_node: int | None = None,
+    **kwargs: Any,
 ) -> list[ForkServerProcess]:
     """Start what `run_ranks` starts, and leave the waiting to the caller."""
     log_dir.mkdir(parents=True, exist_ok=True)
     for old in log_dir.glob("rank*.pickle"):
         old.unlink()
-    (port,) = free_ports(1)
+    (port,), per_node = free_ports(1), ranks_per_node or world_size
     ranks = []
     for rank in range(world_size):
         environment = {
             "RANK": str(rank),
             "WORLD_SIZE": str(world_size),
-            "LOCAL_RANK": str(rank),
-            "LOCAL_WORLD_SIZE": str(world_size),
+            "LOCAL_RANK": str(rank % per_node),
+            "LOCAL_WORLD_SIZE": str(per_node),
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
         }

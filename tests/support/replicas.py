@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 from unittest import mock
 
+from megatron_smartmoe.simulate.run import PolicyResult
 from tests.support.ranks import run_ranks
 from tests.support.training import TINY_MODEL, TINY_TRAINING, losses
 
@@ -54,8 +55,8 @@ def distance(losses: list[float], expected: list[float]) -> float:
 
 def simulated(
     trace_file: Path, *, num_ranks: int, spare_slots: int = 1, replicas: Literal["history", "auto"] = "auto"
-) -> tuple[list[float], list[str]]:
-    """Max / mean tokens per rank of every record and layer of a replayed trace, and the lines of the decisions."""
+) -> tuple[PolicyResult, list[str]]:
+    """A trace replayed by the policy of training, and the lines of its decisions."""
     from megatron_smartmoe.cost.moe_layer import LayerConstants
     from megatron_smartmoe.placement.homes_planner import OnlineOptions
     from megatron_smartmoe.simulate.policies import OnlinePolicy
@@ -73,8 +74,7 @@ def simulated(
     setting = SimulationSetup(
         num_ranks=num_ranks, spare_slots=spare_slots, warmup=0, constants=LayerConstants(token_s=1.0), state_bytes=0
     )
-    imbalance: list[float] = replay(trace, policy, setting).imbalance.tolist()
-    return imbalance, [decision.to_line() for decision in policy.decisions]
+    return replay(trace, policy, setting), [decision.to_line() for decision in policy.decisions]
 
 
 def _dropped(start: Any, links: Any, gradients: Any, *rest: Any) -> Any:

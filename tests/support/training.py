@@ -26,10 +26,30 @@ TINY_TRAINING = (
 INITIAL_WEIGHTS = ("--finetune", "--no-load-optim", "--no-load-rng")  # with --load: weights only, from iteration 0
 
 
-def train(run_dir: Path, world_size: int, data_flags: list[str], *flags: str, iterations: int) -> list[float]:
-    """Train and return the loss of each iteration, as Megatron reduced it (exact values, not the log's rounding)."""
-    argv = [*TINY_MODEL, *TINY_TRAINING, *data_flags, "--train-iters", str(iterations), *flags]
-    run_ranks(_main, world_size, [*argv, "--smartmoe-run-dir", str(run_dir)], log_dir=run_dir / "ranks")
+def train(
+    run_dir: Path,
+    world_size: int,
+    data_flags: list[str],
+    *flags: str,
+    iterations: int,
+    without: tuple[str, ...] = (),
+    ranks_per_node: int | None = None,
+) -> list[float]:
+    """Train and return the loss of each iteration, as Megatron reduced it (exact values, not the log's rounding).
+
+    Args:
+        run_dir: of the run.
+        world_size: ranks.
+        data_flags: of the data.
+        flags: of the run.
+        iterations: until which it trains.
+        without: flags of the tiny model that it does not have.
+        ranks_per_node: see `run_ranks`.
+    """
+    model = [flag for flag in TINY_MODEL if flag not in without]
+    argv = [*model, *TINY_TRAINING, *data_flags, "--train-iters", str(iterations), *flags]
+    argv += ["--smartmoe-run-dir", str(run_dir)]
+    run_ranks(_main, world_size, argv, log_dir=run_dir / "ranks", ranks_per_node=ranks_per_node)
     return losses(run_dir)
 
 

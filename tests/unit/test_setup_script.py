@@ -15,6 +15,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 SYSTEM_PATH = "/usr/bin:/bin"
 
+pytestmark = pytest.mark.slow  # makes environments
+
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:

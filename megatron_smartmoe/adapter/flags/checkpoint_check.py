@@ -7,7 +7,13 @@ from pathlib import Path
 
 from megatron_smartmoe.adapter.flags.parser import attribute
 from megatron_smartmoe.adapter.flags.resume import check_files, checkpoint_to_load, what_is_there
-from megatron_smartmoe.adapter.gates.table import GATE, TOP_K, extra_parameters
+from megatron_smartmoe.adapter.gates.table import (
+    GATE,
+    RESIDUALS,
+    TOP_K,
+    ZERO_EXPERTS,
+    extra_parameters,
+)
 from megatron_smartmoe.checkpoint.directory import RELEASE
 from megatron_smartmoe.checkpoint.manifest import read_manifest
 from megatron_smartmoe.checkpoint.rank_files import RANK_FILE
@@ -57,8 +63,8 @@ def check_state(args: argparse.Namespace) -> None:
     Raises:
         ConfigError: the format cannot be read with these flags; or there is no optimizer state, and no flag says to do
             without; or the optimizer state was saved with expert parallelism and this run has none, or the reverse; or
-            its buffers are those of other experts; or it was saved with a gate of other parameters; or the
-            learning-rate schedule differs and no flag decides which one to use.
+            its buffers are those of other experts; or it was saved with a gate of other parameters; or with other
+            experts that cost nothing; or the learning-rate schedule differs and no flag decides which one to use.
     """
     folder = checkpoint_to_load(args)
     if folder is None or folder.name == RELEASE:
@@ -69,6 +75,7 @@ def check_state(args: argparse.Namespace) -> None:
         return
     _check_format(args, saved, folder, is_sharded=is_sharded)
     _check_left_out(args, saved, folder, is_sharded=is_sharded)
+    _check_zero_experts(args, saved, folder)
     if args.num_experts is None or args.finetune or args.no_load_optim:
         return
     here, there = args.expert_model_parallel_size, saved.expert_model_parallel_size
@@ -152,11 +159,25 @@ def _check_layout(args: argparse.Namespace, saved: argparse.Namespace, folder: P
 
 def _check_gate_state(args: argparse.Namespace, saved: argparse.Namespace, folder: Path) -> None:
     """The optimizer's state is that of all parameters, and some gates have parameters of their own."""
-    here, there = args.smartmoe_gate, getattr(saved, "smartmoe_gate", TOP_K)
-    if extra_parameters(here) == extra_parameters(there):
+    if extra_parameters(args) == extra_parameters(saved):
         return
-    rule = f"the optimizer state in {folder} was saved with {GATE} {there}, whose routers have other parameters"
-    raise ConfigError(GATE, here, rule, f"Pass --no-load-optim for the weights alone, or {GATE} {there}.")
+    here, there = args.smartmoe_gate, getattr(saved, "smartmoe_gate", TOP_K)
+    if here == there:
+        flag, here, there = RESIDUALS, args.smartmoe_gate_residuals, getattr(saved, attribute(RESIDUALS), "off")
+    else:
+        flag = GATE
+    rule = f"the optimizer state in {folder} was saved with {flag} {there}, whose routers have other parameters"
+    raise ConfigError(flag, here, rule, f"Pass --no-load-optim for the weights alone, or {flag} {there}.")
+
+
+def _check_zero_experts(args: argparse.Namespace, saved: argparse.Namespace, folder: Path) -> None:
+    """Experts that cost nothing have rows in the router, which a checkpoint with others does not fit."""
+    if not args.smartmoe_gate == getattr(saved, "smartmoe_gate", TOP_K) == "moe++":
+        return
+    here, there = args.smartmoe_zero_experts, getattr(saved, attribute(ZERO_EXPERTS), args.smartmoe_zero_experts)
+    if here != there:
+        rule = f"the routers in {folder} have rows for {there}"
+        raise ConfigError(ZERO_EXPERTS, here, rule, f"Pass {ZERO_EXPERTS} {there}.")
 
 
 def _experts(args: argparse.Namespace) -> str:

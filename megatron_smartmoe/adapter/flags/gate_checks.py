@@ -13,6 +13,7 @@ from megatron_smartmoe.adapter.gates.table import (
     GATES,
     OUTGOING,
     OUTGOING_DEFAULT,
+    RESIDUALS,
     TAU_DEFAULT,
     TOP_K,
     ZERO_EXPERTS,
@@ -82,6 +83,7 @@ def _check_own_flags(args: argparse.Namespace, name: str) -> None:
         (OUTGOING, "topology", OUTGOING_DEFAULT),
         (ZERO_EXPERTS, "moe++", ZERO_EXPERTS_DEFAULT),
         (ZERO_EXPERTS_TAU, "moe++", TAU_DEFAULT),
+        (RESIDUALS, "moe++", "on"),
     ):
         value = getattr(args, attribute(flag))
         if name != owner and value != default:

@@ -9,6 +9,7 @@ from megatron_smartmoe.adapter.gates.table import (
     GATES,
     OUTGOING,
     OUTGOING_DEFAULT,
+    RESIDUALS,
     TAU_DEFAULT,
     TOP_K,
     ZERO_EXPERTS,
@@ -27,6 +28,7 @@ SWITCH = ("on", "off")
 
 REHEARSAL = "--smartmoe-rehearsal"
 ACCOUNT = "--smartmoe-account"
+IDEAL_RUN = "--smartmoe-ideal-run"
 WATCHDOG = "--smartmoe-watchdog"
 WATCHDOG_FLOOR = "--smartmoe-watchdog-floor-s"
 WATCHDOG_FLOOR_S = 8.0  # with the median step: twice what busy machines were seen to need
@@ -121,6 +123,13 @@ def add_smartmoe_arguments(parser: argparse.ArgumentParser) -> argparse.Argument
         f"them. Above 0. Default: {TAU_DEFAULT}.",
     )
     group.add_argument(
+        RESIDUALS,
+        choices=("on", "off"),
+        default="on",
+        help=f"With {GATE} moe++: whether a router adds the scores of the MoE layer before, times a trained matrix, to "
+        "its own. Each pipeline stage begins anew. Default: on, as in the paper.",
+    )
+    group.add_argument(
         OVERLAP_DEGREE,
         metavar="D",
         default="1",
@@ -168,6 +177,14 @@ def add_smartmoe_arguments(parser: argparse.ArgumentParser) -> argparse.Argument
         "memory, write the same to TensorBoard and W&B, and keep the measurements in account.jsonl for smartmoe "
         "report. It changes nothing that is trained, and works without --smartmoe too. off: measure nothing. "
         "Default: on.",
+    )
+    group.add_argument(
+        IDEAL_RUN,
+        metavar="RUN",
+        default=None,
+        help="Run directory of a run of this launch with --moe-router-force-load-balancing, --smartmoe-homes off and "
+        "no spare slots: the summary at the end then has the share of its speed that was reached, and what is not "
+        "explained. smartmoe report --ideal RUN does the same afterwards. Default: none.",
     )
     _add_watchdog(group)
     _add_checkpoints(group)

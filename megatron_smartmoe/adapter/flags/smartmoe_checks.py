@@ -12,7 +12,9 @@ from megatron_smartmoe.adapter.flags.gate_checks import check_gate
 from megatron_smartmoe.adapter.flags.parser import attribute, has_transformer_engine
 from megatron_smartmoe.adapter.flags.pool_settings import homes_interval, may_overlap, settings_of_pool
 from megatron_smartmoe.adapter.flags.smartmoe_arguments import (
+    ACCOUNT,
     AUTO,
+    IDEAL_RUN,
     POOL,
     POOL_INTERVAL,
     RECORD_MICRO_BATCHES,
@@ -24,6 +26,7 @@ from megatron_smartmoe.adapter.local.muon import OPTIMIZERS as EMERGING_OPTIMIZE
 from megatron_smartmoe.errors import ConfigError
 from megatron_smartmoe.planner.flags import DISPATCH, OVERLAP_DEGREE, SPARE_SLOTS
 from megatron_smartmoe.planner.pool import PoolSetting
+from megatron_smartmoe.report.account import read_steps
 from megatron_smartmoe.spec.cluster import load_cluster_spec
 from megatron_smartmoe.spec.parallel import FLAT, HIERARCHICAL
 from megatron_smartmoe.spec.trace import load_trace
@@ -44,7 +47,6 @@ _NOT_WITH_GROUPED_MM = {
     "--moe-router-padding-for-quantization": "experts are not padded",
     "--moe-use-device-initiated-grouped-gemm": "it is an option of TransformerEngine's experts",
     "--moe-single-grouped-weight": "it is an option of TransformerEngine's experts",
-    "--moe-mlp-glu-interleave-size": "gate and linear rows are not interleaved",
     "--moe-paged-stash": "it is an option of TransformerEngine's experts",
     "--moe-expert-rank-capacity-factor": "it is an option of TransformerEngine's experts",
     "--use-te-activation-func": "the activation is Megatron's",
@@ -63,8 +65,8 @@ _NOT_WITH_TE_REPLICAS = {
     "--fp8-param-gather": "replicas get bf16 weights, and the parameters are fp8",
     "--fp4-param-gather": "replicas get bf16 weights, and the parameters are fp4",
     "--moe-single-grouped-weight": "one packed tensor has the weights of all home slots",
+    "--moe-single-grouped-bias": "one packed tensor has the biases of all home slots",
     "--use-transformer-engine-op-fuser": "its fused experts have a fixed number of slots",
-    "--delay-wgrad-compute": "the weight gradients of replicas are sent home in the backward pass",
     "--overlap-dispatch-backward-with-experts-wgrad": "the weight gradients of replicas are sent home in the backward "
     "pass",
 }
@@ -72,7 +74,6 @@ _NOT_WITH_TE_REPLICAS = {
 _NOT_IN_TWO_HOPS = {
     "--moe-pad-expert-input-to-capacity": "only Megatron's own dispatcher pads",
     "--moe-router-padding-for-quantization": "only Megatron's own dispatcher pads",
-    "--overlap-moe-expert-parallel-comm": "two hops have not been tested in its schedule",
 }
 _UNSCALED_TYPES = ("fp32", "bf16")  # of the precision-aware optimizer's state
 _SCALED_STATE = "a scale is kept for a whole shard, and experts that move would be rounded by one another's"
@@ -91,6 +92,7 @@ def check_smartmoe(args: argparse.Namespace, *, cpu: bool) -> None:
     """
     _check_watchdog(args)
     _check_traces(args)
+    _check_ideal_run(args)
     _check_resume(args)
     _check_replicas(args)
     _check_overlap(args)
@@ -109,18 +111,35 @@ def check_smartmoe(args: argparse.Namespace, *, cpu: bool) -> None:
     if args.transformer_impl == "inference_optimized":
         rule = "is not supported with --smartmoe: it is for inference only"
         raise ConfigError("--transformer-impl", args.transformer_impl, rule, "Pass local or transformer_engine.")
-    if (getattr(args, "cuda_graph_impl", None) or "none") != "none" and not _graphs_attention_only(args):
-        rule = "is not supported with --smartmoe: its dispatcher runs in no CUDA graph yet"
-        way_out = "Add --cuda-graph-modules attn, or remove it."
-        raise ConfigError("--cuda-graph-impl", args.cuda_graph_impl, rule, way_out)
+    _check_graphs(args)
     _check_experts(args, cpu=cpu)
     _check_homes(args)
 
 
-def _graphs_attention_only(args: argparse.Namespace) -> bool:
-    """Whether CUDA graphs hold attention and nothing else; no modules are whole layers."""
+def _check_graphs(args: argparse.Namespace) -> None:
+    """CUDA graphs may hold attention and the router, whose choices Megatron then hands to the layer."""
+    impl, flag = getattr(args, "cuda_graph_impl", None) or "none", "--cuda-graph-impl"
+    if impl == "none":
+        return
+    # No modules are whole layers.
     modules = {str(getattr(module, "name", module)) for module in getattr(args, "cuda_graph_modules", None) or ()}
-    return modules == {"attn"} and not getattr(args, "cuda_graph_scope_deprecated", None)
+    if not modules or modules - {"attn", "moe_router"} or getattr(args, "cuda_graph_scope_deprecated", None):
+        rule = "is not supported with --smartmoe, but for attention and the router: behind it the host waits for the "
+        rule += "counts of all ranks"
+        raise ConfigError(flag, impl, rule, "Add --cuda-graph-modules attn moe_router, or remove it.")
+    if "moe_router" not in modules:
+        return
+    for other, is_set, reason in (
+        ("--smartmoe-replay-trace", args.smartmoe_replay_trace is not None, "a graph would replay one micro-batch"),
+        (
+            "--overlap-moe-expert-parallel-comm",
+            args.overlap_moe_expert_parallel_comm,
+            "its schedule calls no layer whose tokens could be counted",
+        ),
+    ):
+        if is_set:
+            rule = f"is not supported with --cuda-graph-modules moe_router: {reason}"
+            raise ConfigError(other, getattr(args, attribute(other)), rule, "Pass --cuda-graph-modules attn.")
 
 
 def _check_wide_norm(args: argparse.Namespace) -> None:
@@ -211,6 +230,33 @@ def _check_traces(args: argparse.Namespace) -> None:
         raise ConfigError("--moe-expert-capacity-factor", args.moe_expert_capacity_factor, rule, _REMOVE_ONE)
 
 
+def _check_ideal_run(args: argparse.Namespace) -> None:
+    """The force-balanced run has measured steps, of as many ranks, stages and micro-batches."""
+    name = args.smartmoe_ideal_run
+    if name is None:
+        return
+    _needs_experts(args, IDEAL_RUN, name)
+    if args.smartmoe_account == "off":
+        raise ConfigError(IDEAL_RUN, name, f"needs {ACCOUNT} on, which measures this run", f"Pass {ACCOUNT} on.")
+    steps = read_steps(Path(name))
+    if steps is None:
+        way_out = "Name the directory of a run with --moe-router-force-load-balancing, or remove the flag."
+        raise ConfigError(IDEAL_RUN, name, "has no account.jsonl with measured steps", way_out)
+    ideal, stages = steps.record, args.pipeline_model_parallel_size
+    in_batch = args.micro_batch_size * max(
+        1, args.world_size // (args.tensor_model_parallel_size * stages * args.context_parallel_size)
+    )
+    sizes = {
+        "ranks": (len(ideal.stage_R), args.world_size),
+        "pipeline stages": (int(ideal.stage_R.max()) + 1, stages),
+        "micro-batches": (ideal.micro_batches, (args.global_batch_size or in_batch) // in_batch),
+    }
+    for what, (there, here) in sizes.items():
+        if there != here:
+            rule = f"has {there} {what}, and this run {here}"
+            raise ConfigError(IDEAL_RUN, name, rule, "Name the force-balanced run of this launch, or remove the flag.")
+
+
 def _check_experts(args: argparse.Namespace, *, cpu: bool) -> None:
     """What the two implementations of experts can compute."""
     if args.smartmoe_experts == "transformer_engine":
@@ -228,9 +274,7 @@ def _check_experts(args: argparse.Namespace, *, cpu: bool) -> None:
         rule = "is not supported with --smartmoe-experts grouped_mm: it would leave the experts to Adam, because a "
         rule += "parameter holds several of them"
         raise ConfigError("--optimizer", args.optimizer, rule, "Pass adam, sgd, muon or lion.")
-    if args.add_bias_linear:
-        rule = "is required: --smartmoe-experts grouped_mm has no biases"
-        raise ConfigError("--disable-bias-linear", False, rule, "Add --disable-bias-linear.")
+    _check_interleaving(args)
     for flag in ("--fp8-format", "--fp4-format"):
         value = getattr(args, {"--fp8-format": "fp8", "--fp4-format": "fp4"}[flag], None)
         if value:
@@ -238,6 +282,22 @@ def _check_experts(args: argparse.Namespace, *, cpu: bool) -> None:
             raise ConfigError(flag, value, rule, "Remove it, or pass --smartmoe-experts transformer_engine.")
     if not cpu and not args.use_checkpoint_args:
         _check_alignment(args)
+
+
+def _check_interleaving(args: argparse.Namespace) -> None:
+    """Blocks of gate and linear rows in turns must be whole on every rank."""
+    flag = "--moe-mlp-glu-interleave-size"
+    block = getattr(args, attribute(flag), None)
+    if block is None:
+        return
+    if not (args.swiglu or args.quick_geglu):
+        raise ConfigError(flag, block, "needs a gated activation", "Add --swiglu or --quick-geglu, or remove it.")
+    if not (args.moe_ffn_hidden_size or args.ffn_hidden_size):
+        return  # the sizes are in a checkpoint
+    ffn = expert_shape(args).ffn
+    if block < 1 or ffn % block:
+        rule = f"must divide {ffn}, the inner size of an expert on a rank"
+        raise ConfigError(flag, block, rule, "Pass 16 or 32, for example, or remove it.")
 
 
 def _check_experts_memory(args: argparse.Namespace) -> None:
@@ -377,13 +437,14 @@ def _check_replicas_possible(args: argparse.Namespace) -> None:
 
 def _check_te_replicas(args: argparse.Namespace) -> None:
     """What TransformerEngine's experts cannot do in spare slots."""
-    if args.add_bias_linear:
-        rule = f"is required with {SPARE_SLOTS}: replicas have no biases"
-        raise ConfigError("--disable-bias-linear", False, rule, "Add --disable-bias-linear.")
     for flag, reason in _NOT_WITH_TE_REPLICAS.items():
         if getattr(args, attribute(flag), False):
             rule = f"is not supported with {SPARE_SLOTS} and --smartmoe-experts transformer_engine: {reason}"
             raise ConfigError(flag, True, rule, f"Remove it, or {SPARE_SLOTS}.")
+    if args.delay_wgrad_compute and args.add_bias_linear:
+        rule = f"is not supported with {SPARE_SLOTS} and biases: TransformerEngine computes the gradients of biases "
+        rule += "with those of weights, later"
+        raise ConfigError("--delay-wgrad-compute", True, rule, f"Remove it, or {SPARE_SLOTS}.")
     if args.fp8 and args.fp8_recipe not in _FP8_WITHOUT_HISTORY:
         come = "come" if args.fp8_recipe == "delayed" else "may come"
         rule = f"is not supported with {SPARE_SLOTS}: its scales {come} from the history of a slot, in which experts "

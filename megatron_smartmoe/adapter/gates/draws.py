@@ -7,11 +7,11 @@ every mix of parallelism what one process does; a generator's state would be ano
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass
 
 import torch
 
+from megatron_smartmoe.adapter.gates.passes import Passes
 from megatron_smartmoe.adapter.local.attention import zigzag_positions
 from megatron_smartmoe.errors import CompatError
 
@@ -57,13 +57,12 @@ class Draws:
     def __init__(self, seed: int, layer: int, part: Part) -> None:
         self._seed, self._layer, self._part = seed, layer, part
         self._iteration: int | None = None
-        self._num_micro_batches = 1
-        self._passes: Counter[bool] = Counter()  # with gradients or without -> passes in this iteration
+        self._passes = Passes()
 
     def begin(self, iteration: int, num_micro_batches: int) -> None:
         """Start an iteration."""
-        self._iteration, self._num_micro_batches = iteration, num_micro_batches
-        self._passes.clear()
+        self._iteration = iteration
+        self._passes.begin(num_micro_batches)
 
     def uniform(self, num_rows: int, num_samples: int, num_experts: int, device: torch.device) -> torch.Tensor:
         """Numbers between 0 and 1, both left out, for the tokens of the next micro-batch.
@@ -90,24 +89,13 @@ class Draws:
         key = 0
         for part in (self._seed, self._iteration, self._layer):
             key = _mixed(key, part)
-        first = (self._micro_batch() * self._part.dp_size + self._part.dp_rank) * num_samples
+        first = (self._passes.next() * self._part.dp_size + self._part.dp_rank) * num_samples
         samples_B = torch.arange(first, first + num_samples, device=device)
         positions_S = self._part.positions(num_rows).to(device)
         keys_B = _mixed_tensors(torch.tensor(_signed(key), device=device), samples_B)
         keys_T = _mixed_tensors(keys_B.unsqueeze(0), positions_S.unsqueeze(1)).reshape(-1, 1)
         bits_TE = _mixed_tensors(keys_T, torch.arange(num_experts, device=device))
         return (_shifted(bits_TE, 64 - _FRACTION_BITS).to(torch.float32) + 0.5) / (1 << _FRACTION_BITS)
-
-    def _micro_batch(self) -> int:
-        """The micro-batch of this pass.
-
-        Activation checkpoints run a layer without gradients, and once more with them in the backward pass; schedules
-        go through the micro-batches of a layer in the same order both times. So each kind of pass counts by itself.
-        """
-        with_gradients = torch.is_grad_enabled()
-        number = self._passes[with_gradients]
-        self._passes[with_gradients] += 1
-        return number % self._num_micro_batches  # beyond: the iteration is run again
 
 
 def _mixed(key: int, part: int) -> int:

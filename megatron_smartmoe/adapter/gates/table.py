@@ -6,6 +6,7 @@ routers of this package. Nothing here imports torch or Megatron: the parser, the
 
 from __future__ import annotations
 
+from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -14,6 +15,7 @@ OUTGOING = "--smartmoe-gate-outgoing"
 OUTGOING_DEFAULT = 0.14  # of the code of FasterMoE's authors
 ZERO_EXPERTS, ZERO_EXPERTS_TAU = "--smartmoe-zero-experts", "--smartmoe-zero-experts-tau"
 ZERO_EXPERTS_DEFAULT, TAU_DEFAULT = "zero=1,copy=1,constant=2", 0.75  # of MoE++ with 8 and 16 experts
+RESIDUALS, RESIDUAL_WEIGHT = "--smartmoe-gate-residuals", "residual_weight"
 TOP_K = "top-k"  # Megatron's own router, as its flags say
 
 AUX = "--moe-router-load-balancing-type"
@@ -181,14 +183,14 @@ GATES: dict[str, Gate] = {
     ),
     "moe++": Gate(
         paper="MoE++ (arXiv 2410.07348)",
-        what=f"top-k of the experts and of some that cost nothing ({ZERO_EXPERTS}), eq. 3-5; its loss, eq. 7, and "
-        "capacity, eq. 8",
+        what=f"top-k of the experts and of some that cost nothing ({ZERO_EXPERTS}), eq. 3-5; residuals between "
+        "routers, eq. 6; its loss, eq. 7, and capacity, eq. 8",
         sets={AUX: "aux_loss", _DROP: "position", _PRE_SOFTMAX: True, _SCORES: "softmax"},
         suggests={COEFF: "0.01", CAPACITY: "1.1"},
         router="zero_computation:ZeroComputationRouter",
-        depends="capacity per rank",
+        depends="capacity per rank; residuals per pipeline stage",
         drops=True,
-        parameters=("zero_weight", "constant_weight", "constant_vector"),
+        parameters=("zero_weight", "constant_weight", "constant_vector", RESIDUAL_WEIGHT),
         needs_layer=True,
     ),
 }
@@ -209,9 +211,11 @@ def has_router(name: str) -> bool:
     return name in GATES and GATES[name].router is not None
 
 
-def extra_parameters(name: str) -> tuple[str, ...]:
-    """The parameters of a gate's router besides Megatron's."""
-    return GATES[name].parameters if name in GATES else ()
+def extra_parameters(args: Namespace) -> tuple[str, ...]:
+    """The parameters of the gate's router besides Megatron's, by the arguments of a run or of a checkpoint."""
+    names = GATES[gate].parameters if (gate := getattr(args, "smartmoe_gate", TOP_K)) in GATES else ()
+    absent = RESIDUAL_WEIGHT if getattr(args, "smartmoe_gate_residuals", "off") == "off" else None
+    return tuple(name for name in names if name != absent)
 
 
 def parameter_names() -> frozenset[str]:

@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from megatron.core.transformer.moe.moe_utils import router_gating_linear
 
+from megatron_smartmoe.adapter.gates.residuals import Link
 from megatron_smartmoe.adapter.gates.router import Choice, GateRouter, fitting, one_hot, settled, spread
-from megatron_smartmoe.adapter.gates.table import ZeroExperts
+from megatron_smartmoe.adapter.gates.table import GATE, RESIDUALS, TAU_DEFAULT, ZeroExperts
+from megatron_smartmoe.errors import CompatError
 
 
 class ZeroComputationRouter(GateRouter):
@@ -25,8 +27,8 @@ class ZeroComputationRouter(GateRouter):
       others, rounded up. The paper's formula is for tokens; here it is for their choices, as Megatron's is. First
       choices go first.
 
-    The paper's residual between the routers of successive layers (eq. 6) is left out: a layer's router would have to
-    know the one before, across pipeline stages.
+    Gating residuals (eq. 6): the scores of a layer are W x + W_g s with the scores s of the MoE layer before, which are
+    0 for the first one. Pipeline stages exchange hidden states alone: with several of them, each begins with s = 0.
 
     Dispatch, homes, replicas and every count of them know the E experts only: what chose another one never leaves its
     rank. `beside` is the sum of those others.
@@ -34,10 +36,14 @@ class ZeroComputationRouter(GateRouter):
     Attributes:
         experts: how many there are of each kind.
         tau: above.
+        has_residuals: whether there are gating residuals.
+        link: where the scores of the layer before come from; set by `steps.GateSteps`.
     """
 
     experts = ZeroExperts()
-    tau = 0.75
+    tau = TAU_DEFAULT
+    has_residuals = True
+    link: Link | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -46,13 +52,17 @@ class ZeroComputationRouter(GateRouter):
         if constants:
             self.constant_weight = self._parameter(2 * constants, hidden)
             self.constant_vector = self._parameter(constants, hidden)
+        if self.has_residuals:
+            num_all = self.num_experts + self.experts.total
+            self.residual_weight = self._parameter(num_all, num_all)
         self._weights_TZ: torch.Tensor | None = None  # of the tokens that were routed last
 
     @classmethod
     def of_run(cls, args: Namespace) -> type[GateRouter]:
-        """This router with the experts and the tau of a run."""
+        """This router with what a run's flags say."""
         experts, tau = ZeroExperts.parse(args.smartmoe_zero_experts), float(args.smartmoe_zero_experts_tau)
-        return settled(cls, experts=experts, tau=tau)  # type: ignore[arg-type]  # a class is hashable
+        has_residuals = args.smartmoe_gate_residuals == "on"
+        return settled(cls, experts=experts, tau=tau, has_residuals=has_residuals)  # type: ignore[arg-type]  # a class is hashable
 
     def _parameter(self, *shape: int) -> torch.nn.Parameter:
         """A parameter that starts as Megatron's router does."""
@@ -64,13 +74,33 @@ class ZeroComputationRouter(GateRouter):
         return parameter
 
     def gating(self, input: torch.Tensor) -> torch.Tensor:
-        """Logits of the experts, and behind them of those that cost nothing."""
-        logits: torch.Tensor = super().gating(input)
+        """Scores of the experts, and behind them of those that cost nothing.
+
+        Raises:
+            CompatError: the router does not know which layer is before its own.
+        """
         for parameter in self.parameters():
             if parameter.device != input.device:  # as Megatron does for its weight
                 parameter.data = parameter.data.to(device=input.device)
-        zero: torch.Tensor = router_gating_linear(input, self.zero_weight, None, logits.dtype)
-        return torch.cat([logits, zero], dim=-1)
+        if not self.has_residuals:
+            return self._own_scores(input)
+        if self.link is None:
+            raise CompatError(
+                f"{GATE} moe++: the model was called before its layers were linked, so its gating residuals are not "
+                f"defined. Train with Megatron's loop, or a session of your own loop; or pass {RESIDUALS} off."
+            )
+        number = self.link.number(training=self.training)
+        input, before = self.link.take(number, input)
+        scores = self._own_scores(input)
+        before = torch.zeros_like(scores) if before is None else before  # the first layer's matrix has slope 0
+        residual: torch.Tensor = router_gating_linear(before, self.residual_weight, None, scores.dtype)
+        return self.link.give(number, scores + residual)
+
+    def _own_scores(self, input: torch.Tensor) -> torch.Tensor:
+        """W x, of all experts."""
+        scores: torch.Tensor = super().gating(input)
+        zero: torch.Tensor = router_gating_linear(input, self.zero_weight, None, scores.dtype)
+        return torch.cat([scores, zero], dim=-1)
 
     def choose(self, logits_TE: torch.Tensor, num_rows: int) -> Choice:
         """See the class; columns of `logits_TE` are all E + Z experts."""

@@ -18,7 +18,7 @@ class DecisionLog:
 
     def __init__(self, run: Run, *, dry: bool) -> None:
         self._run, self._is_reporter = run, run.is_reporter
-        self._dry = dry
+        self._dry, self._home_slots = dry, run.args.num_experts // run.ranks.ep_size
 
     def decided(self, decision: Decision, before: float, after: float, moved: Moved | None) -> None:
         """See `runtime.controller.Reporter`."""
@@ -35,7 +35,7 @@ class DecisionLog:
         if moved is not None:
             scalars["smartmoe/migration (MiB)"] = moved.wire_bytes / 2**20
             scalars["smartmoe/migration (s)"] = moved.seconds
-            scalars["smartmoe/experts moved"] = float(len(decision.changes))
+            scalars["smartmoe/experts moved"] = float(self._num_experts(decision))
         write_scalars(scalars, decision.iteration)
 
     def switched(self, decision: Decision, index: int) -> None:
@@ -52,9 +52,13 @@ class DecisionLog:
             scalars["smartmoe/pool realised gain (ms)"] = decision.realised_gain_s * 1e3
         write_scalars(scalars, decision.iteration)
 
+    def _num_experts(self, decision: Decision) -> int:
+        """Experts whose home changes; replicas that are dropped with a home are none."""
+        return len({(change.layer, change.after) for change in decision.changes if change.slot < self._home_slots})
+
     def _line(self, decision: Decision, before: float, after: float, moved: Moved | None) -> str:
         """` smartmoe: iteration 100 | homes: ... | max/mean tokens per rank 1.33 -> 1.02 | ... |`"""
-        experts = len({(change.layer, change.after) for change in decision.changes})
+        experts = self._num_experts(decision)
         parts = [f"smartmoe: iteration {decision.iteration:8d}"]
         if decision.kind == "review":
             predicted = f"predicted {(decision.predicted_gain_s or 0.0) * 1e3:.3f} ms/iter"

@@ -20,13 +20,14 @@ from megatron.core import parallel_state as mpu
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 
 from megatron_smartmoe.adapter.cost_inputs import (
+    dispatcher_of,
     homes_options,
     launch_of_run,
     machine_of_job,
     model_of_run,
     nodes_of_group,
     replica_options,
-    replica_price_tokens,
+    replica_price,
 )
 from megatron_smartmoe.adapter.flags.pool_settings import settings_of_pool, starting_setting
 from megatron_smartmoe.adapter.hooks import Callback, Order
@@ -222,7 +223,8 @@ def _prices(args: Namespace, num_layers: int, *, homes_move: bool) -> PoolPrices
         micro_batches=micro_batches,
         layers_in_a_row=num_layers / spec.pp * in_a_row,
         replica=replica_options(args),
-        exact_price_tokens=replica_price_tokens(args, "exact"),
+        exact_price=replica_price(args, "exact"),
         homes=homes_options(args),
         homes_move=homes_move,
+        dispatcher=dispatcher_of(args),
     )

@@ -27,7 +27,13 @@ import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 
-from megatron_smartmoe.adapter.cost_inputs import nodes_of_group, online_options, replica_price_tokens, scope_nodes
+from megatron_smartmoe.adapter.cost_inputs import (
+    nodes_of_group,
+    online_options,
+    replica_price,
+    scope_nodes,
+    sends_fp8,
+)
 from megatron_smartmoe.adapter.flags.smartmoe_arguments import replicas_mode
 from megatron_smartmoe.adapter.hooks import Callback, Order, reduce_through
 from megatron_smartmoe.adapter.loops import saved_state
@@ -88,7 +94,7 @@ class ReplicaLoop(Callback):
         self._layers: list[SmartMoELayer] = [layer for _, layer in run.layers]
         self._tallies = [LayerTally() for _ in self._layers]
         # once: the cluster file may be edited during the run
-        self._price_tokens = {mode: replica_price_tokens(args, mode) for mode in ("history", "exact")}
+        self._price = {mode: replica_price(args, mode) for mode in ("history", "exact")}
         self._gathers = ParameterGathers.of(run)
         for index, (layer, tally) in enumerate(zip(self._layers, self._tallies, strict=True)):
             self._equip(layer, tally, keeps=needs_history, index=index)
@@ -157,7 +163,7 @@ class ReplicaLoop(Callback):
             mode=self._mode,
             used_slots=self._used_slots,
             online=online_options(args, review_records=1),
-            exact_price_tokens=self._price_tokens["exact"],
+            exact_price=self._price["exact"],
             scope_nodes=scope_nodes(args),
             num_nodes=self._wire.num_nodes,
         )
@@ -170,14 +176,15 @@ class ReplicaLoop(Callback):
         if self._mode in FROM_COUNTS:
             at_most = "at most " if self._mode in FROM_HISTORY else ""
             memory += f" and {at_most}{per_batch:.1f} MiB for each micro-batch in flight"
-        price = f"{self._price_tokens['exact' if self._mode == 'exact' else 'history']:,.0f} tokens"
+        price = f"{self._price['exact' if self._mode == 'exact' else 'history'].each_tokens:,.0f} tokens"
         if self._mode == "auto":
-            price += f" of an iteration ({self._price_tokens['exact']:,.0f} of a micro-batch)"
-        hides = self._run.args.smartmoe_replicas_margin and not any(self._price_tokens.values())
+            price += f" of an iteration ({self._price['exact'].each_tokens:,.0f} of a micro-batch)"
+        hides = self._run.args.smartmoe_replicas_margin and not any(price.each_tokens for price in self._price.values())
         why = ": its transfers are hidden behind the computation" if hides else ""
+        travel = ", weights travel as fp8 with a scale for each 128 x 128" if sends_fp8(self._run.args) else ""
         print(
             f"smartmoe: {slots} spare slot{'s' if slots != 1 else ''} per rank and layer, replicas: {self._mode}, "
-            f"{memory}; a replica pays off above {price} taken from the busiest rank{why}",
+            f"{memory}{travel}; a replica pays off above {price} taken from the busiest rank{why}",
             flush=True,
         )
 
@@ -208,6 +215,7 @@ class ReplicaLoop(Callback):
             lambda: [weight.main_grad for weight in weights],
             keeps=keeps,
             accumulates=experts.accumulates,
+            packs=sends_fp8(self._run.args),
         )
         spare.keep(self._mode in FROM_HISTORY)
         exact, falls_short = self._from_counts()
@@ -225,11 +233,9 @@ class ReplicaLoop(Callback):
         """How replicas are planned from the counts of one micro-batch, and when; see `LayerPlanner`."""
         if self._mode not in FROM_COUNTS:
             return None, None
-        price_tokens = self._price_tokens["exact"]
-        exact = ExactOptions(
-            used_slots=self._used_slots, num_nodes=scope_nodes(self._run.args), price_tokens=price_tokens
-        )
-        falls_short = ReplanOptions(limit=BALANCED, price_tokens=price_tokens) if self._mode == "auto" else None
+        price = self._price["exact"]
+        exact = ExactOptions(used_slots=self._used_slots, num_nodes=scope_nodes(self._run.args), price=price)
+        falls_short = ReplanOptions(limit=BALANCED, price=price) if self._mode == "auto" else None
         return exact, falls_short
 
     def _placement(self) -> Placement:
@@ -367,15 +373,14 @@ class ReplicaLoop(Callback):
         if self._mode == "auto":
             assert self._planner is not None
             placement, group = self._planner.placement, self._planner.group
-            price_tokens = self._price_tokens["exact"]
-            decision = replans_of(
-                iteration, group, placement, records, used_slots=self._used_slots, price_tokens=price_tokens
-            )
+            price = self._price["exact"]
+            decision = replans_of(iteration, group, placement, records, used_slots=self._used_slots, price=price)
             if decision is not None:
                 self._write(REPLICAS_LOG, decision.to_line())
         if iteration % self._run.args.log_interval:
             return
-        self._write(BALANCE_FILE, balance_line(iteration, [number for number, _ in self._run.layers], records))
+        numbers = [number for number, _ in self._run.layers]
+        self._write(BALANCE_FILE, balance_line(iteration, numbers, records, self._wire.take_sent_bytes()))
         if self._run.is_reporter:
             before_split, after_split = imbalance(records)
             micros = [micro for record in records for micro in record]

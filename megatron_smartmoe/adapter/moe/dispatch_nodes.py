@@ -13,7 +13,13 @@ from dataclasses import replace
 
 import torch.distributed as dist
 
-from megatron_smartmoe.adapter.cost_inputs import launch_of_run, machine_of_job, model_of_run, nodes_of_group
+from megatron_smartmoe.adapter.cost_inputs import (
+    launch_of_run,
+    machine_of_job,
+    model_of_run,
+    nodes_of_group,
+    use_dispatch,
+)
 from megatron_smartmoe.adapter.flags.smartmoe_checks import on_one_node
 from megatron_smartmoe.adapter.measured_prices import measure_if_unknown
 from megatron_smartmoe.adapter.moe.overlap_degree import even_flow
@@ -46,6 +52,7 @@ class DispatchNodes:
         """
         if self._found is None:
             self._found = 1 if self._args.smartmoe_dispatch == FLAT else _find(self._args)
+            use_dispatch(HIERARCHICAL if self._found > 1 else FLAT)
         return self._found
 
 
@@ -97,8 +104,9 @@ def predicted_seconds(args: Namespace, cluster: ClusterSpec, num_nodes: int) -> 
         num_nodes: nodes of an expert-parallel group.
     """
     model, spec, constants = model_of_run(args), launch_of_run(args), StepConstants.of(cluster)
-    flow, prices = even_flow(model, spec, num_nodes), layer_constants(cluster, model, spec, constants)
-    return {
-        dispatch: moe_times([flow], prices, model, replace(spec, dispatch=dispatch), cluster, constants).total_s
-        for dispatch in DISPATCHES
-    }
+    flow, seconds = even_flow(model, spec, num_nodes), dict[str, float]()
+    for dispatch in DISPATCHES:
+        dispatched = replace(spec, dispatch=dispatch)
+        prices = layer_constants(cluster, model, dispatched, constants)
+        seconds[dispatch] = moe_times([flow], prices, model, dispatched, cluster, constants).total_s
+    return seconds

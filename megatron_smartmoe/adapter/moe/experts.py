@@ -2,9 +2,10 @@
 
 One expert is one contiguous range of each parameter, so that it can be sent, received and copied without packing. A
 rank's home slots are `weight1` `[S, F1, H]` and `weight2` `[S, H, F2]`, where F2 = ffn / ETP and F1 = F2, or 2 x F2 for
-a gated activation (gate rows first). Megatron's TEGroupedMLP has the same GEMMs with a parameter per expert;
-SequentialMLP has a GEMM per expert. On disk all three look alike (see `slot_sharding`), so their checkpoints load into
-each other.
+a gated activation (gate rows first, or blocks of gate and linear rows in turns, as --moe-mlp-glu-interleave-size says).
+With biases there are two more parameters, `biases1.bias` `[S, 1, F1]` and `biases2.bias` `[S, 1, H]`. Megatron's
+TEGroupedMLP has the same GEMMs with a parameter per expert; SequentialMLP has a GEMM per expert. On disk all three look
+alike (see `slot_sharding`), so their checkpoints load into each other.
 """
 
 from __future__ import annotations
@@ -31,14 +32,35 @@ from megatron_smartmoe.adapter.moe import main_gradients
 from megatron_smartmoe.adapter.moe.delayed_gradients import DelayedGradients
 from megatron_smartmoe.adapter.moe.slot_sharding import SlotSharding
 from megatron_smartmoe.ops import swiglu
+from megatron_smartmoe.ops.grouped_bias import bias_of_rows
 from megatron_smartmoe.ops.grouped_linear import Groups, Taker, grouped_linear, recomputed_linear
 from megatron_smartmoe.runtime.replicas.slots import SpareSlots
 
 _EXTRA_STATE = "extra_state_of_experts"  # in a sharded state dict; in no checkpoint
 
 
+class SlotBiases(torch.nn.Module):
+    """The biases of one matrix of every slot.
+
+    Megatron's rules see biases in it by the parameter's name, which ends in `.bias`, and by its three axes, where it
+    holds no matrices: no weight decay, and Adam beside Muon.
+
+    Args:
+        shape: `[S, 1, rows of the matrix]`.
+        dtype: of the weights.
+        device: of the weights.
+    """
+
+    def __init__(self, shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.bias = torch.nn.Parameter(torch.zeros(shape, dtype=dtype, device=device))
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        """Nothing: `SlottedExperts` saves them, by expert."""
+
+
 class SlottedExperts(MegatronModule):
-    """The experts whose home is this rank; a drop-in for Megatron's SequentialMLP and TEGroupedMLP, without biases.
+    """The experts whose home is this rank; a drop-in for Megatron's SequentialMLP and TEGroupedMLP.
 
     Args:
         num_local_experts: S, the number of this rank's home slots.
@@ -49,6 +71,8 @@ class SlottedExperts(MegatronModule):
     Attributes:
         weight1: `[S, F1, H]`.
         weight2: `[S, H, F2]`.
+        biases1: with `bias` `[S, 1, F1]`; None with --disable-bias-linear.
+        biases2: with `bias` `[S, 1, H]`; None with --disable-bias-linear.
         experts_in_slots: logical expert in each home slot; at the start those of a contiguous placement.
         accumulates: whether gradients are added to float32 sums where the weights have some; see `main_gradients`.
         spare_slots: slots for replicas of other ranks' experts, or None. They are not parameters and are never saved.
@@ -78,6 +102,8 @@ class SlottedExperts(MegatronModule):
         local_ffn = ffn // self.tp_group.size()
         self.weight1 = self._parameter(local_ffn * (2 if self._gated else 1), hidden, partition_dim=1)
         self.weight2 = self._parameter(hidden, local_ffn, partition_dim=2)
+        self.biases1 = self._biases_of(self.weight1) if config.add_bias_linear else None
+        self.biases2 = self._biases_of(self.weight2) if config.add_bias_linear else None
         if config.perform_initialization:
             self._initialize(hidden, ffn)
 
@@ -87,15 +113,26 @@ class SlottedExperts(MegatronModule):
         device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
         weight = torch.empty(self.num_local_experts, rows, columns, dtype=config.params_dtype, device=device)
         parameter = torch.nn.Parameter(weight)
+        self._mark(parameter, partition_dim)
+        parameter.skip_backward_post_hook = self._delayed is not None  # type: ignore[attr-defined]
+        mark_matrices(parameter)
+        return parameter
+
+    def _biases_of(self, weight: torch.nn.Parameter) -> SlotBiases:
+        """Zero biases for the rows of a weight's matrices; Megatron allows them without expert tensor parallelism."""
+        biases = SlotBiases((self.num_local_experts, 1, weight.shape[1]), weight.dtype, weight.device)
+        self._mark(biases.bias, partition_dim=2)
+        return biases
+
+    def _mark(self, parameter: torch.nn.Parameter, partition_dim: int) -> None:
+        """Mark a parameter as Megatron marks those of experts."""
+        config = self.config
         stride = 2 if partition_dim == 1 and self._gated else 1
         set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=partition_dim, stride=stride)
         tp_differs = config.expert_tensor_parallel_size != config.tensor_model_parallel_size
         own_group = config.expert_model_parallel_size > 1 or tp_differs
         # Megatron reduces gradients of parameters without `allreduce` over the expert-data-parallel group
         parameter.allreduce = not own_group  # type: ignore[attr-defined]
-        parameter.skip_backward_post_hook = self._delayed is not None  # type: ignore[attr-defined]
-        mark_matrices(parameter)
-        return parameter
 
     def _initialize(self, hidden: int, ffn: int) -> None:
         """Draw the weights in the order in which Megatron's experts do: the same seed gives the same model."""
@@ -123,9 +160,11 @@ class SlottedExperts(MegatronModule):
                     world_size=self.tp_group.size(),
                 )
 
-    def slot_weights(self) -> tuple[torch.nn.Parameter, torch.nn.Parameter]:
-        """The weights of the home slots, `[S, F1, H]` and `[S, H, F2]`."""
-        return self.weight1, self.weight2
+    def slot_weights(self) -> tuple[torch.nn.Parameter, ...]:
+        """What a home slot holds: `[S, F1, H]` and `[S, H, F2]`, and with biases `[S, 1, F1]` and `[S, 1, H]`."""
+        if self.biases1 is None or self.biases2 is None:
+            return self.weight1, self.weight2
+        return self.weight1, self.weight2, self.biases1.bias, self.biases2.bias
 
     def forward(
         self, tokens_NH: torch.Tensor, tokens_per_expert: torch.Tensor, probs_N: torch.Tensor
@@ -145,15 +184,15 @@ class SlottedExperts(MegatronModule):
             tokens_NH = (probs_N.unsqueeze(-1) * tokens_NH).to(tokens_NH.dtype)
             probs_N = torch.ones_like(probs_N)
         if len(tokens_per_expert) == self.num_local_experts:
-            return self._compute(tokens_NH, tokens_per_expert, probs_N, self.weight1, self.weight2), None
+            return self._compute(tokens_NH, tokens_per_expert, probs_N, *self.slot_weights()), None
         assert self.spare_slots is not None, "rows for replicas, and no spare slots"
         home_S, spare_K = torch.split(tokens_per_expert, [self.num_local_experts, self.spare_slots.num_slots])
         rows = [int(home_S.sum()), int(spare_K.sum())]
         home_NH, spare_NH = torch.split(tokens_NH, rows)
         home_probs_N, spare_probs_N = torch.split(probs_N, rows)
-        home_output_NH = self._compute(home_NH, home_S, home_probs_N, self.weight1, self.weight2)
-        spare1, spare2 = self.spare_slots.weights()  # [K, F1, H], [K, H, F2]; on their way while homes were computed
-        spare_output_NH = self._compute(spare_NH, spare_K, spare_probs_N, spare1, spare2)
+        home_output_NH = self._compute(home_NH, home_S, home_probs_N, *self.slot_weights())
+        spares = self.spare_slots.weights()  # [K, F1, H], [K, H, F2], ...; on their way while homes were computed
+        spare_output_NH = self._compute(spare_NH, spare_K, spare_probs_N, *spares)
         return torch.cat((home_output_NH, spare_output_NH)), None
 
     def _compute(
@@ -163,13 +202,22 @@ class SlottedExperts(MegatronModule):
         probs_N: torch.Tensor,
         weight1: torch.Tensor,
         weight2: torch.Tensor,
+        bias1: torch.Tensor | None = None,
+        bias2: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """One set of slots and its rows, `[N, H]`."""
         slots = Groups.of(tokens_NH, tokens_S)
         inner_NF = grouped_linear(tokens_NH, weight1, slots, self._taker(weight1))
+        if bias1 is not None:
+            inner_NF = inner_NF + bias_of_rows(bias1, slots, len(inner_NF))
         if self._recomputes_activation:  # start-up checks refuse it beside delayed gradients
-            return recomputed_linear(self._activate, (inner_NF, probs_N), weight2, slots, self._taker(weight2))
-        return grouped_linear(self._activate(inner_NF, probs_N), weight2, slots, self._taker(weight2))
+            output_NH = recomputed_linear(self._activate, (inner_NF, probs_N), weight2, slots, self._taker(weight2))
+        else:
+            output_NH = grouped_linear(self._activate(inner_NF, probs_N), weight2, slots, self._taker(weight2))
+        if bias2 is None:
+            return output_NH
+        bias_NH = bias_of_rows(bias2, slots, len(output_NH), probs_N)  # the rest has the probability already
+        return (output_NH + bias_NH).to(output_NH.dtype)
 
     def _taker(self, weight: torch.Tensor) -> Taker | None:
         """Who computes the weight's gradient, where it is not autograd."""
@@ -185,6 +233,8 @@ class SlottedExperts(MegatronModule):
         """
         config, probs_N1 = self.config, probs_N.unsqueeze(-1)
         activated: torch.Tensor
+        if self._gated and config.moe_mlp_glu_interleave_size is not None:
+            inner_NF = _gate_first(inner_NF, config.moe_mlp_glu_interleave_size)
         if config.bias_activation_fusion and self._gated and config.activation_func is F.silu:
             if not config.activation_func_fp8_input_store:
                 return swiglu(inner_NF, probs_N)
@@ -226,15 +276,13 @@ class SlottedExperts(MegatronModule):
         singleton = bool(ensure_metadata_has_dp_cp_group(metadata).get("singleton_local_shards"))
         replica_id = (0, 0, self.dp_group.rank())
         state: dict[str, Any] = {}
-        for name, linear, parameter, tp_axis in (
-            ("weight1", "linear_fc1", self.weight1, 0),
-            ("weight2", "linear_fc2", self.weight2, 1),
-        ):
+        for name, linear, kind, parameter in self._saved():
             sharding = SlotSharding(
                 linear=linear,
+                kind=kind,
                 experts=self.experts_in_slots,
                 num_experts=self.num_local_experts * self.ep_group.size(),
-                tp_axis=tp_axis,
+                tp_axis=int(name == "weight2"),
                 tp_rank=self.tp_group.rank(),
                 tp_size=self.tp_group.size(),
                 gated=self._gated and linear == "linear_fc1",
@@ -242,29 +290,44 @@ class SlottedExperts(MegatronModule):
                 singleton=singleton,
             )
             state[f"{prefix}{name}"] = sharding.factory(parameter, f"{prefix}experts", replica_id)
+            if kind == "bias":
+                continue
             for slot, extra in sharding.extra_states(f"{prefix}experts", self.dp_group.rank()).items():
                 state[f"{prefix}{_EXTRA_STATE}.{slot}"] = extra
         return state
+
+    def _saved(self) -> list[tuple[str, str, str, torch.nn.Parameter]]:
+        """Each parameter: its name here, and the linear layer and the kind of which it is in SequentialMLP's keys."""
+        names = ("weight1", "weight2", "biases1.bias", "biases2.bias")
+        linears, kinds = ("linear_fc1", "linear_fc2") * 2, ("weight", "weight", "bias", "bias")
+        return list(zip(names, linears, kinds, self.slot_weights(), strict=False))
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         """A tensor per expert under SequentialMLP's keys: what Megatron's torch format holds, which stock reads.
 
         Experts are in logical order there: they are brought home for a save in this format.
         """
-        for linear, parameter in (("linear_fc1", self.weight1), ("linear_fc2", self.weight2)):
+        for _, linear, kind, parameter in self._saved():
             for slot, weight in enumerate(parameter if keep_vars else parameter.detach()):
                 key = f"{prefix}local_experts.{slot}.{linear}"
-                destination[f"{key}.weight"] = weight.clone()  # a file would hold the memory of all slots for each
+                value = weight if kind == "weight" else weight.squeeze(0)
+                destination[f"{key}.{kind}"] = value.clone()  # a file would hold the memory of all slots for each
                 destination[f"{key}._extra_state"] = None
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         """Load as torch does, from a tensor for all slots or one per expert, and without empty extra states."""
         for key in [key for key in state_dict if key.startswith(f"{prefix}{_EXTRA_STATE}.")]:
             del state_dict[key]
-        for name, linear in (("weight1", "linear_fc1"), ("weight2", "linear_fc2")):
+        for name, linear, kind, parameter in self._saved():
             keys = [f"{prefix}local_experts.{slot}.{linear}" for slot in range(self.num_local_experts)]
-            if all(f"{key}.weight" in state_dict for key in keys):
-                state_dict[prefix + name] = torch.stack([state_dict.pop(f"{key}.weight") for key in keys])
+            if all(f"{key}.{kind}" in state_dict for key in keys):
+                slots = torch.stack([state_dict.pop(f"{key}.{kind}") for key in keys])
+                state_dict[prefix + name] = slots.view(parameter.shape)
                 for key in keys:
                     state_dict.pop(f"{key}._extra_state", None)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+def _gate_first(inner_NF: torch.Tensor, block: int) -> torch.Tensor:
+    """Rows whose gate and linear parts come in turns, in blocks of this many columns, with the whole gate first."""
+    return inner_NF.view(-1, inner_NF.shape[-1] // (2 * block), 2, block).transpose(1, 2).reshape(inner_NF.shape)

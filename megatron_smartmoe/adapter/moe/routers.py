@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core.transformer.cuda_graphs import is_graph_capturing
 from megatron.core.transformer.moe.moe_layer import MoELayer
 
 from megatron_smartmoe.runtime.counts import ExpertCounts, PassCounts
@@ -55,10 +56,10 @@ def count_tokens(layers: Iterable[tuple[int, MoELayer]], counts: ExpertCounts | 
 
     A pass without gradients (evaluation, the first pass of recomputation) is not counted, so each token counts once.
     A router adds its map up once, for all that count its tokens: those that experts compute, after dropping by capacity
-    and before padding to it.
+    and before padding to it. Where a CUDA graph has the router, its tokens are counted behind each replay.
     """
     for number, layer in layers:
-        _counters_of(layer.router).append(functools.partial(counts.add, number))
+        _counters_of(layer).append(functools.partial(counts.add, number))
 
 
 def without_padding(probs_TE: torch.Tensor, routing_map_TE: torch.Tensor) -> torch.Tensor:
@@ -66,14 +67,23 @@ def without_padding(probs_TE: torch.Tensor, routing_map_TE: torch.Tensor) -> tor
     return routing_map_TE & (probs_TE != 0)
 
 
-def _counters_of(router: torch.nn.Module) -> list[Callable[[torch.Tensor], None]]:
-    """Who counts the tokens of a router; the first call puts the counter on it."""
+def _counters_of(layer: MoELayer) -> list[Callable[[torch.Tensor], None]]:
+    """Who counts the tokens of a layer's router; the first call puts the counter on it."""
+    router = layer.router
     counters: list[Callable[[torch.Tensor], None]] | None = vars(router).get(_COUNTERS)
     if counters is None:
         counters = []
         setattr(router, _COUNTERS, counters)
         router.register_forward_hook(functools.partial(_count, counters))
+        layer.register_forward_pre_hook(functools.partial(_count_replayed, counters))
     return counters
+
+
+def _count_replayed(counters: Iterable[Callable[[torch.Tensor], None]], layer: MoELayer, inputs: Any) -> None:
+    """Count what a CUDA graph has routed: Megatron hands it to the layer, and calls no router."""
+    graphed = layer.cudagraph_tensor_store
+    if graphed.routing_map is not None:
+        _count(counters, layer.router, inputs, (graphed.probs, graphed.routing_map))
 
 
 def _count(
@@ -82,7 +92,7 @@ def _count(
     inputs: Any,
     output: tuple[torch.Tensor, torch.Tensor],
 ) -> None:
-    if not torch.is_grad_enabled():
+    if not torch.is_grad_enabled() or is_graph_capturing():  # a graph trains nothing while it is captured
         return
     probs, chosen = output
     if router.config.moe_pad_expert_input_to_capacity:

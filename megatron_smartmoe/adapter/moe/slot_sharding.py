@@ -23,6 +23,7 @@ class SlotSharding:
 
     Attributes:
         linear: `linear_fc1` or `linear_fc2`, as Megatron's experts name it.
+        kind: `weight` or `bias`; biases are `[S, 1, rows]` here, and one axis each in the checkpoint.
         experts: logical expert in each slot.
         num_experts: E, the experts of the whole layer.
         tp_axis: axis of one expert's matrix that expert tensor parallelism splits.
@@ -33,6 +34,7 @@ class SlotSharding:
     """
 
     linear: str
+    kind: str
     experts: Sequence[int]
     num_experts: int
     tp_axis: int
@@ -46,11 +48,11 @@ class SlotSharding:
         """Make the entry of a parameter `[S, rows, columns]` for `sharded_state_dict`.
 
         Args:
-            parameter: weights of all home slots, or optimizer state of the same shape.
+            parameter: weights or biases of all home slots, or optimizer state of the same shape.
             prefix: key of the layer's experts in Megatron's checkpoints.
             replica_id: which of the ranks that hold the same data this one is; Megatron saves the one with zeros.
         """
-        key = prefix if self.singleton else f"{prefix}.{self.linear}.weight"
+        key = prefix if self.singleton else f"{prefix}.{self.linear}.{self.kind}"
         return ShardedTensorFactory(key, parameter, self._build, self._merge, replica_id)
 
     def extra_states(self, prefix: str, data_rank: int) -> dict[str, ShardedObject]:
@@ -73,7 +75,7 @@ class SlotSharding:
         halves = 2 if self.gated else 1
         return [
             self._sharded_matrix(key, rows, expert, half, replica_id)
-            for expert, matrix in zip(self.experts, slots, strict=True)
+            for expert, matrix in zip(self.experts, slots if self.kind == "weight" else slots.squeeze(1), strict=True)
             for half, rows in enumerate(matrix.chunk(halves, dim=0))
         ]
 
@@ -82,7 +84,7 @@ class SlotSharding:
     ) -> ShardedTensor:
         """One expert's matrix; of a gated one only the gate rows (half 0) or the linear rows (half 1)."""
         if self.singleton:  # a key per expert; the halves have keys of their own
-            key = f"{key}.{expert}.{self.linear}.weight" + (("_w", "_v")[half] if self.gated else "")
+            key = f"{key}.{expert}.{self.linear}.{self.kind}" + (("_w", "_v")[half] if self.gated else "")
             offsets, tp_index, tp_parts = self.offsets, self.tp_rank, self.tp_size
         else:  # one tensor [..., E, rows, columns], in which all gate rows come before all linear rows
             offsets = (*self.offsets, (len(self.offsets), expert, self.num_experts))
@@ -96,4 +98,5 @@ class SlotSharding:
     def _merge(self, matrices: list[torch.Tensor]) -> torch.Tensor:
         if self.gated:
             matrices = [torch.cat(halves) for halves in zip(matrices[::2], matrices[1::2], strict=True)]
-        return torch.stack(matrices)
+        slots = torch.stack(matrices)
+        return slots if self.kind == "weight" else slots.unsqueeze(1)

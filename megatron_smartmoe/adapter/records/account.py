@@ -17,6 +17,7 @@ from argparse import Namespace
 from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -35,6 +36,7 @@ from megatron_smartmoe.cost.account import Account, account_of
 from megatron_smartmoe.cost.fitted import Count, Part, StepRecord, fit_step
 from megatron_smartmoe.cost.memory.budget import memory_budget
 from megatron_smartmoe.errors import ConfigError, PlanError, one_line
+from megatron_smartmoe.report.account import read_steps
 from megatron_smartmoe.runtime.counts import ExpertCounts
 from megatron_smartmoe.runtime.peak_memory import GIB, PeakMemory
 from megatron_smartmoe.runtime.step_clock import STEP_CLOCK
@@ -137,8 +139,20 @@ class StepAccount(Callback):
         """For summary.json, on rank 0: the account of the run, and memory against the plan at its last log line."""
         content: dict[str, Any] = {"account": None, **self._last}
         if self._kept:
-            content["account"] = account_of(_joined(list(self._kept))).to_json()
+            content["account"] = self._against_ideal(_joined(list(self._kept))).to_json()
         return content
+
+    def _against_ideal(self, record: StepRecord) -> Account:
+        """The account against the force-balanced run that is named; without it where that no longer fits."""
+        if (name := self._run.args.smartmoe_ideal_run) is not None:
+            try:
+                if (ideal := read_steps(Path(name))) is not None:
+                    return account_of(record, ideal.record)
+                reason = "its account.jsonl is gone"
+            except (ConfigError, PlanError) as error:
+                reason = one_line(error)
+            print(f" smartmoe: WARNING: --smartmoe-ideal-run {name} was not compared with: {reason} |", flush=True)
+        return account_of(record)
 
     # --- a log interval
 
@@ -376,6 +390,6 @@ def _text(iteration: int, account: Account, content: dict[str, Any]) -> str:
         ", ".join(speed),
         f"peak memory {peak:.2f} of {limit:.2f} GiB (rank {memory['rank']})",
     ]
-    if content["dead_experts"]:
-        parts.append(f"{content['dead_experts']} experts without tokens")
+    if dead := content["dead_experts"]:
+        parts.append(f"{dead} expert{'s' if dead != 1 else ''} without tokens")
     return " " + " | ".join(parts) + " |"

@@ -13,7 +13,9 @@ from typing import Any
 from megatron_smartmoe.adapter.corpus.spec import PreparedCorpus
 from megatron_smartmoe.adapter.launch.run_dir import CONFIG_FILE, launcher_command
 from megatron_smartmoe.adapter.run_files import write_text
+from megatron_smartmoe.cost.account import MACHINE
 
+_SMALLEST_SHARE = 5e-4  # of a step, that is shown: less is 0.0%
 SHOWN_TEXT = 80  # characters of the data's text, quotes included
 
 
@@ -92,6 +94,8 @@ def render(summary: dict[str, Any], args: Namespace, run_dir: Path | None) -> st
             f"{summary['tokens_per_second']:,.0f} tokens/s ({summary['seconds_per_step'] * 1e3:.0f} ms a step, median)"
         )
         lines.append(f"  speed            {speed}")
+    if summary.get("account"):
+        lines.append(f"  share of ideal   {_account_text(summary['account'])}")
     if summary["data_begins"] is not None:
         lines.append(f"  the data begin   {quoted(summary['data_begins'])}")
     lines += _load_lines(summary["layers"], args.expert_model_parallel_size)
@@ -120,6 +124,22 @@ def _loss_lines(summary: dict[str, Any]) -> list[str]:
             entropy = f"{summary['unigram_entropy']:.4f} nats per token"
             lines.append(f"  unigram entropy  {entropy}: the loss of knowing only how frequent each token is")
     return lines
+
+
+def _account_text(account: dict[str, Any]) -> str:
+    """The share of a force-balanced run's speed, the two largest of the terms that cost time, and what is unexplained.
+
+    Args:
+        account: `Account.to_json`.
+    """
+    lost = [term for name, term in account["terms"].items() if name != MACHINE and term["share"] >= _SMALLEST_SHARE]
+    lost = sorted(lost, key=lambda term: -float(term["share"]))[:2]
+    terms = ", ".join(f"{term['label']} {term['share']:.1%}" for term in lost)
+    if account["share_of_ideal"] is None:
+        lead = "not measured (--smartmoe-ideal-run RUN)"
+        return f"{lead}; balancing and what it left cost: {terms}" if terms else lead
+    parts = [f"{account['share_of_ideal']:.1%}", *([f"lost most to: {terms}"] if terms else [])]
+    return "; ".join([*parts, f"unexplained {account['unexplained_share']:.1%}"])
 
 
 def _load_lines(layers: list[dict[str, Any]], ep: int) -> list[str]:

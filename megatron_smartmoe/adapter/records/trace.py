@@ -104,11 +104,13 @@ class TraceRecorder(Callback):
         self._continue(counts, layers)
         self._iterations += iterations
         self._parts.append(counts)
+        args = self._run.args
+        groups = {"num_groups": args.moe_router_num_groups} if args.moe_router_group_topk else {}
         trace = RoutingTrace(
             counts=np.concatenate(self._parts).astype(np.uint32),
             iteration=np.array(self._iterations, dtype=np.int64),
             layer=np.array(layers, dtype=np.int64),
-            meta={"top_k": self._run.args.moe_router_topk, "source": "megatron_smartmoe"},
+            meta={"top_k": args.moe_router_topk, "source": "megatron_smartmoe", **groups},
         )
         self._run.attempt(self._path, functools.partial(self._save, trace))
 

@@ -18,7 +18,9 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_smartmoe.adapter.gates.draws import Draws, Part
+from megatron_smartmoe.adapter.gates.residuals import Link
 from megatron_smartmoe.adapter.gates.router import GateRouter
+from megatron_smartmoe.adapter.gates.zero_computation import ZeroComputationRouter
 from megatron_smartmoe.adapter.moe.layer import SmartMoELayer
 
 META = torch.device("meta")
@@ -61,6 +63,8 @@ class Shapes:
             if isinstance(module, GateRouter):
                 module.draws = Draws(seed=0, layer=0, part=Part())
                 module.draws.begin(iteration=0, num_micro_batches=1)
+            if isinstance(module, ZeroComputationRouter):
+                module.link = Link(before=None, after=None)
             if isinstance(module, SmartMoELayer):
                 for name in ("slot_of_expert_E", "expert_of_slot_E"):
                     module._buffers[name] = torch.arange(module.config.num_moe_experts)

@@ -21,7 +21,7 @@ from megatron_smartmoe.cost.moe_layer import (
 )
 from megatron_smartmoe.spec.cluster import SHARES, ClusterSpec, LevelSpec, LinkSpec
 from megatron_smartmoe.spec.model import ModelSpec
-from megatron_smartmoe.spec.parallel import ParallelSpec
+from megatron_smartmoe.spec.parallel import HIERARCHICAL, ParallelSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +104,13 @@ def layer_constants(
         levels=tuple(_scaled_level(cluster, level, constants.all_to_all_inter) for level in cluster.levels),
         efficiency=dict.fromkeys(SHARES, 1.0),  # already applied above
     )
-    found = constants_of(scaled, expert_shape(model, spec), ranks=spec.ep, shared_network_card=shared_card)
+    found = constants_of(
+        scaled,
+        expert_shape(model, spec),
+        ranks=spec.ep,
+        shared_network_card=shared_card,
+        two_hops=spec.dispatch == HIERARCHICAL,
+    )
     # A rank of the expert-parallel group is ETP ranks of the domain.
     levels = tuple(replace(level, ranks=max(1, level.ranks // spec.etp)) for level in found.levels)
     return replace(found, token_s=found.token_s * spec.etp, levels=levels)
@@ -118,6 +124,7 @@ def expert_shape(model: ModelSpec, spec: ParallelSpec) -> ExpertShape:
         gated=model.gated,
         element_bytes=spec.element_bytes,
         grad_bytes=replica_grad_bytes(spec.replicas, spec.element_bytes),
+        biases=model.bias,
     )
 
 

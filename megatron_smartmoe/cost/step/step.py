@@ -101,7 +101,7 @@ LABELS = {
     "grad_sync_s": "exposed gradient reduction",
     "param_gather_s": "exposed parameter all-gather",
     "optimizer_s": "optimizer and per-step overhead",
-    "other_s": "extra all-to-all chunks, hops",
+    "other_s": "extra all-to-all chunks",
 }
 
 
@@ -215,7 +215,7 @@ def _expert_layer(dense: DenseTimes, moe: MoETimes, spec: ParallelSpec) -> Float
         hidden_s=layer.hidden_s,
         tensor_comm_s=dense.tensor_comm_mlp_s if dense.shared_expert_s else 0.0,
         recompute_s=again_s,
-        other_s=moe.chunking_s + moe.hops_s,
+        other_s=moe.chunking_s,
     )
 
 

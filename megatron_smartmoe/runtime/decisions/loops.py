@@ -178,10 +178,8 @@ class ReplayedReplicas:
         if self._mode == "auto":
             records = [self._dispatched(layer, counts_PRE) for layer, counts_PRE in enumerate(counts_LPRE)]
             placement = self._planner.placement
-            price_tokens = self._settings.exact_price_tokens
-            decision = replans_of(
-                iteration, self._group, placement, records, used_slots=self._used_slots, price_tokens=price_tokens
-            )
+            price = self._settings.exact_price
+            decision = replans_of(iteration, self._group, placement, records, used_slots=self._used_slots, price=price)
             if decision is not None:
                 self.decisions.append(decision)
         micro_batches = self._start.micro_batches
@@ -203,9 +201,9 @@ class ReplayedReplicas:
     def _dispatched(self, layer: int, counts_PRE: IntArray) -> list[MicroBatch]:
         """The micro-batches of a layer as its dispatcher planned them, experts numbered by their home."""
         settings, placement = self._settings, self._planner.placement
-        price_tokens = settings.exact_price_tokens
-        exact = ExactOptions(used_slots=self._used_slots, num_nodes=settings.scope_nodes, price_tokens=price_tokens)
-        rule = ReplanOptions(limit=BALANCED, price_tokens=price_tokens)
+        price = settings.exact_price
+        exact = ExactOptions(used_slots=self._used_slots, num_nodes=settings.scope_nodes, price=price)
+        rule = ReplanOptions(limit=BALANCED, price=price)
         unused = self._start.spare_slots - self._used_slots
         slots_RS = with_empty_slots(by_home(placement.slots_LRS[layer], placement.home_slots), unused)
         counts_PRE = counts_PRE[:, :, placement.homes_LRH[layer].ravel()]

@@ -16,6 +16,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from megatron_smartmoe.cost.replicas import TransferPrice
 from megatron_smartmoe.errors import ConfigError
 from megatron_smartmoe.placement.homes_planner import OnlineOptions
 from megatron_smartmoe.placement.layer_cost import LayerPricing
@@ -60,7 +61,7 @@ class ReplicasStart:
         mode: how replicas are planned at first.
         used_slots: spare slots of a rank that are used at first.
         online: options of the planners.
-        exact_price_tokens: price of a transfer for one micro-batch, in tokens of the busiest rank.
+        exact_price: of replicas that serve one micro-batch, in tokens of the busiest rank.
         scope_nodes: nodes that a replica must not leave its home's of; 1 lets it go anywhere.
         num_nodes: nodes that the group lies on.
     """
@@ -68,7 +69,7 @@ class ReplicasStart:
     mode: str
     used_slots: int
     online: OnlineOptions
-    exact_price_tokens: float
+    exact_price: TransferPrice
     scope_nodes: int
     num_nodes: int
 
@@ -205,7 +206,20 @@ def _read_start(path: Path) -> Start:
     if version != VERSION:
         rule = f"has version {version!r:.60}: only version {VERSION} is known"
         raise ConfigError("--replay", str(path), rule, "Replay it with the version of the project that wrote it.")
+    _price_alike(content)
     return build(Start, content, str(path), WAY_OUT)
+
+
+def _price_alike(content: Any) -> None:
+    """Replace the prices of earlier files, which had one number for every transfer, and saw all ranks on one node."""
+    if not isinstance(content, dict):
+        return
+    for old, new in (("replica_price_tokens", "price"), ("exact_price_tokens", "exact_price")):
+        if isinstance(tokens := content.get(old), int | float) and new not in content:
+            del content[old]
+            content[new] = asdict(TransferPrice.of_each(float(tokens)))
+    for each in content.values():
+        _price_alike(each)
 
 
 def read_state(directory: Path, name: str) -> dict[str, NDArray[Any]]:

@@ -17,7 +17,9 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from megatron_smartmoe.cost.dispatchers import Dispatcher
 from megatron_smartmoe.cost.moe_layer import LayerFlow
+from megatron_smartmoe.cost.replicas import FREE_TRANSFERS, TransferPrice
 from megatron_smartmoe.cost.step.constants import StepConstants, layer_constants
 from megatron_smartmoe.cost.step.moe import MoETimes, moe_times
 from megatron_smartmoe.placement.history import History
@@ -63,9 +65,10 @@ class PoolPrices:
         layers_in_a_row: Layers times micro-batches that a step executes one after another: those of a pipeline stage,
             and the bubble.
         replica: Options of the replicas loop.
-        exact_price_tokens: Tokens that a replica for one micro-batch must take from the busiest rank to pay off.
+        exact_price: Of replicas that serve one micro-batch, in tokens of the busiest rank.
         homes: Options of the homes loop.
         homes_move: Whether the homes loop may move experts at all.
+        dispatcher: What sends the tokens; None for that of the launch.
     """
 
     model: ModelSpec
@@ -75,9 +78,10 @@ class PoolPrices:
     micro_batches: int
     layers_in_a_row: float
     replica: ReplicaOptions = field(default_factory=ReplicaOptions)
-    exact_price_tokens: float = 0.0
+    exact_price: TransferPrice = FREE_TRANSFERS
     homes: HomesOptions = field(default_factory=HomesOptions)
     homes_move: bool = True
+    dispatcher: Dispatcher | None = None
 
 
 def moe_seconds(settings: Iterable[PoolSetting], load: PoolLoad, prices: PoolPrices) -> dict[PoolSetting, float]:
@@ -129,12 +133,10 @@ class _Flow:
     Attributes:
         flow: Tokens by expert and rank, tokens and replicas between ranks.
         mode: Whether its replicas travel as those from history or as those from exact counts.
-        unused: Replicas from history that were fetched for the micro-batch and not used; None for none.
     """
 
     flow: LayerFlow
     mode: Replicas
-    unused: LayerFlow | None = None
 
 
 def _flows(
@@ -152,8 +154,10 @@ def _flows(
                 slots_RS, scenarios_KE, home_slots, prices.replica, rank_tokens, kernels.best, kernels.drop
             )
             slots_RS = found.slots_RS
-        for counts_RE in load.batches_BLRE[:, layer]:
-            flows.append(_flow(setting, slots_RS, np.ascontiguousarray(counts_RE), prices))
+        counts_BRE = np.ascontiguousarray(load.batches_BLRE[:, layer])
+        of_layer = [_flow(setting, slots_RS, counts_RE, prices) for counts_RE in counts_BRE]
+        kept_returns = any(one.mode == "history" for one in of_layer)
+        flows += [replace(one, flow=replace(one.flow, kept_returns=kept_returns)) for one in of_layer]
     return flows
 
 
@@ -164,12 +168,12 @@ def _flow(setting: PoolSetting, slots_RS: IntArray, counts_RE: IntArray, prices:
     kept = _Split.of(slots_RS, counts_RE, prices)
     if setting.replicas != "auto":
         return _Flow(flow=kept.flow, mode=setting.replicas)
-    rule = ReplanOptions(limit=BALANCED, price_tokens=prices.exact_price_tokens)
+    rule = ReplanOptions(limit=BALANCED, price=prices.exact_price)
     num_ranks, load_E = len(counts_RE), counts_RE.sum(axis=0)
     anew = planned_anew(kept.busiest, load_E, num_ranks, rule, lambda: _from_counts(slots_RS, counts_RE, prices))
     if anew is None:
         return _Flow(flow=kept.flow, mode="history")
-    return _Flow(flow=anew.flow, mode="exact", unused=kept.flow)
+    return _Flow(flow=replace(anew.flow, kept_steps=kept.flow.replica_steps or (0, 0)), mode="exact")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -200,7 +204,7 @@ def _from_counts(slots_RS: IntArray, counts_RE: IntArray, prices: PoolPrices) ->
         counts_RE.shape[1] // len(counts_RE),
         num_nodes=prices.replica.num_nodes,
         limit=BALANCED,
-        price_tokens=prices.exact_price_tokens,
+        price=prices.exact_price,
     )
     return _Split.of(planned_RS, counts_RE, prices)
 
@@ -212,12 +216,11 @@ def _seconds(setting: PoolSetting, flows: Sequence[_Flow], prices: PoolPrices) -
     def times(mode: Replicas, of_mode: Sequence[LayerFlow]) -> MoETimes:
         spec = replace(prices.spec, overlap_degree=setting.overlap_degree, replicas=mode)
         layer = layer_constants(prices.cluster, prices.model, spec, constants)
-        return moe_times(of_mode, layer, prices.model, spec, prices.cluster, constants, prices.micro_batches)
+        given = (layer, prices.model, spec, prices.cluster, constants, prices.micro_batches, prices.dispatcher)
+        return moe_times(of_mode, *given)
 
     sum_s = 0.0
     for mode in dict.fromkeys(one.mode for one in flows):
         of_mode = [one.flow for one in flows if one.mode == mode]
         sum_s += len(of_mode) * times(mode, of_mode).with_replicas_s
-    if unused := [one.unused for one in flows if one.unused is not None]:
-        sum_s += len(unused) * times("history", unused).replicas_s
     return prices.layers_in_a_row * sum_s / len(flows)

@@ -17,12 +17,14 @@ import numpy as np
 import torch
 
 from megatron_smartmoe import ops
+from megatron_smartmoe.cost.replicas import FREE_TRANSFERS, TransferPrice
 from megatron_smartmoe.placement.replan import ReplanOptions, planned_anew
 from megatron_smartmoe.runtime.replicas.split import (
     BALANCED,
     Replica,
     exact_slots,
     homes_only,
+    price_tensor,
     replicas_of,
     segment_shifts,
     split_tokens,
@@ -39,13 +41,13 @@ class ExactOptions:
     Attributes:
         used_slots: spare slots of a rank that are used; the others stay empty.
         num_nodes: nodes of the group; a replica stays on its home's node. 1 lets it go anywhere.
-        price_tokens: see `placement.paying_replicas.without_losing_replicas`.
+        price: see `placement.paying_replicas.without_losing_replicas`; the trees are those of the view's nodes.
         limit: no replica is made while max / mean tokens per rank of the homes alone are at most this.
     """
 
     used_slots: int
     num_nodes: int = 1
-    price_tokens: float = 0.0
+    price: TransferPrice = FREE_TRANSFERS
     limit: float = BALANCED
 
 
@@ -194,7 +196,7 @@ class DispatchPlanner:
             None if exact is None else options.used_slots,
             options.num_nodes,
             options.limit,
-            options.price_tokens,
+            price_tensor(options.price),
             buffer.whole,
         )
         # What outlives this micro-batch is copied: a few kilobytes, where the next plan would overwrite them.
@@ -260,14 +262,32 @@ def plan_in_steps(
     if exact is not None:
         used_RS = slots_RS[:, : home_slots + exact.used_slots]
         planned_RS = exact_slots(
-            load_RE, used_RS, home_slots, num_nodes=exact.num_nodes, limit=exact.limit, price_tokens=exact.price_tokens
+            load_RE,
+            used_RS,
+            home_slots,
+            num_nodes=exact.num_nodes,
+            limit=exact.limit,
+            price=replace(exact.price, num_nodes=view.num_nodes),
         )
         slots_RS = with_empty_slots(planned_RS, view.num_slots - used_RS.shape[1])
     # Step 2: how many tokens each rank sends to each slot; each of the P ranks that share an expert splits its own.
     sent_PRRS = np.stack([split_tokens(each, slots_RS, home_slots, view.num_nodes) for each in counts_PRE])
-    # Step 3: what concerns this rank.
+    return plan_of_split(view, sent_PRRS, slots_RS)
+
+
+def plan_of_split(view: RankView, sent_PRRS: IntArray, slots_RS: IntArray) -> DispatchPlan:
+    """What concerns this rank of a split.
+
+    Args:
+        view: the group and this rank.
+        sent_PRRS: tokens that each of the P ranks which share an expert sends, `[P, source rank, rank, slot]`.
+        slots_RS: the slots.
+    """
+    home_slots = view.home_slots
     leaving_RS, arriving_PRS = sent_PRRS[view.tp_rank, view.rank], sent_PRRS[:, :, view.rank]
-    load_E, taken_RS = load_RE.sum(axis=0), sent_PRRS.sum(axis=(0, 1))
+    taken_RS = sent_PRRS.sum(axis=(0, 1))
+    filled_RS = slots_RS != EMPTY
+    load_E = np.bincount(slots_RS[filled_RS], weights=taken_RS[filled_RS], minlength=view.num_experts).astype(np.int64)
     return DispatchPlan(
         slots_RS=slots_RS,
         num_rows=int(leaving_RS.sum()),
@@ -277,13 +297,13 @@ def plan_in_steps(
         arriving_PRS=torch.from_numpy(np.ascontiguousarray(arriving_PRS)),
         tokens_S=torch.from_numpy(arriving_PRS.sum(axis=(0, 1))),
         segments_2N=torch.from_numpy(np.stack(segment_shifts(leaving_RS, slots_RS))),
-        has_replicas=bool((slots_RS[:, home_slots:] != EMPTY).any()),
+        has_replicas=bool(filled_RS[:, home_slots:].any()),
         own_replicas=replicas_of(slots_RS, home_slots, view.rank),
         load=MicroBatch(
             load_E=load_E,
             homes_R=load_E.reshape(view.num_ranks, -1).sum(axis=1),
             split_R=taken_RS.sum(axis=1),
-            num_replicas=int(((slots_RS != EMPTY) & (taken_RS > 0))[:, home_slots:].sum()),
+            num_replicas=int((filled_RS & (taken_RS > 0))[:, home_slots:].sum()),
         ),
     )
 

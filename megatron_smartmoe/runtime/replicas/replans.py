@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from megatron_smartmoe.cost.replicas import TransferPrice
 from megatron_smartmoe.placement.decisions import Decision
 from megatron_smartmoe.placement.replan import Replan, replans_decision
 from megatron_smartmoe.runtime.replicas.tally import MicroBatch
@@ -19,7 +20,7 @@ def replans_of(
     records: Sequence[Sequence[MicroBatch]],
     *,
     used_slots: int,
-    price_tokens: float,
+    price: TransferPrice,
 ) -> Decision | None:
     """Which layers were planned anew for which micro-batches, in logical experts; None if none was.
 
@@ -29,7 +30,7 @@ def replans_of(
         placement: the placement with the replicas from history.
         records: the micro-batches of each layer.
         used_slots: spare slots of a rank that are used.
-        price_tokens: see `ReplanOptions`.
+        price: see `ReplanOptions`.
     """
     replans, judged = list[Replan](), 0
     for layer, record in enumerate(records):
@@ -52,4 +53,4 @@ def replans_of(
             replans.append(one)
     if not replans:
         return None
-    return replans_decision(iteration, group, placement.digest, replans, judged, price_tokens)
+    return replans_decision(iteration, group, placement.digest, replans, judged, price)

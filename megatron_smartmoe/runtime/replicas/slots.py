@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from megatron_smartmoe.runtime.replicas import fp8_blocks
 from megatron_smartmoe.runtime.replicas.links import Link, links_of
 from megatron_smartmoe.runtime.replicas.per_slot import SlotWeight, tensors_of
 from megatron_smartmoe.runtime.replicas.transfer import Transfer
@@ -41,6 +42,7 @@ class ReplicasInUse:
         instead_of: Replicas of several passes that these serve one pass for; None for none.
         accumulates: Whether who computes the gradients may add them to the sums, which then are the weights'
             `main_grad`; see `SpareSlots`.
+        packs: Whether matrices travel as fp8; see `SpareSlots`.
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class ReplicasInUse:
         num_passes: int,
         instead_of: ReplicasInUse | None = None,
         accumulates: bool = False,
+        packs: bool = False,
     ) -> None:
         assert sums is not None or num_passes == 1, "gradients of several passes need memory to be summed in"
         self._slots_RS, self._takes_part, self._wire = slots_RS, takes_part, wire
@@ -65,12 +68,21 @@ class ReplicasInUse:
         self._num_passes, self._passes, self._has_sums = num_passes, 0, False
         self._instead_of = instead_of
         self.accumulates, self._is_clear = accumulates and sums is not None, False
+        self._packs = [packs and fp8_blocks.can_pack(home) for home in self._homes]
+        self._messages: dict[int, torch.Tensor] = {}  # of the weights that arrive packed, by their number
         self._fetch: Transfer | None = None
 
     def start(self) -> None:
         """Start to fetch the weights unless that was done already. A call of the whole group."""
         if self._fetch is None:
-            self._fetch = self._wire.start_fetch(self._links(), self._homes, self.spares, self._num_links)
+            sent: list[SlotWeight | fp8_blocks.PackedSlots] = list(self._homes)
+            arrive = list(self.spares)
+            for part in [part for part, packs in enumerate(self._packs) if packs]:
+                num_slots, rows, columns = arrive[part].shape
+                size = num_slots, fp8_blocks.message_bytes(rows, columns)
+                sent[part] = fp8_blocks.PackedSlots(self._homes[part])
+                arrive[part] = self._messages[part] = torch.zeros(size, dtype=torch.uint8, device=self.spares[0].device)
+            self._fetch = self._wire.start_fetch(self._links(), sent, arrive, self._num_links)
 
     def finish(self) -> None:
         """Wait for the fetch if one is under way: nobody else may use its memory before it has ended."""
@@ -81,12 +93,20 @@ class ReplicasInUse:
         """Wait for the replicas' weights and return them as part of the autograd graph. A call of the whole group."""
         self.start()
         self.finish()
+        self._unpack()
         used: tuple[torch.Tensor, ...] = _Use.apply(self, *tensors_of(self._homes))  # type: ignore[no-untyped-call]
         if self.accumulates:
             self._clear_sums()
             for weight, total in zip(used, self._sums or (), strict=True):
                 weight.main_grad = total  # type: ignore[attr-defined]
         return used
+
+    def _unpack(self) -> None:
+        """Turn what has arrived into weights. A slot without a replica has got zeros."""
+        for part, messages in self._messages.items():
+            for message, weight in zip(messages, self.spares[part], strict=True):
+                fp8_blocks.unpack(message, weight)
+        self._messages.clear()
 
     def _clear_sums(self) -> None:
         """Start an iteration's sums from zero, where they are added to from outside; the last ones have to be home."""
@@ -177,6 +197,7 @@ class SpareSlots:
 
         accumulates: Whether gradients of replicas that stay may be added to their float32 sums as they are computed:
             the weights get the sums as their `main_grad`. Otherwise autograd hands them over in the weights' type.
+        packs: Whether matrices in bf16 travel to the replicas as fp8 with a scale per block; see `fp8_blocks`.
 
     A fetch that has been started and whose weights nobody asked for, in an iteration that was broken off, is waited for
     before other replicas are used, or none: `_in_use` changes in `_replace` alone.
@@ -191,8 +212,9 @@ class SpareSlots:
         *,
         keeps: bool,
         accumulates: bool = False,
+        packs: bool = False,
     ) -> None:
-        self._accumulates = accumulates
+        self._accumulates, self._packs = accumulates, packs
         self._homes, self.num_slots, self.wire, self._totals = tuple(homes), num_slots, wire, totals
         self.home_slots = self._homes[0].shape[0]
         self._keeps = keeps
@@ -300,6 +322,7 @@ class SpareSlots:
             num_passes=num_passes,
             instead_of=instead_of,
             accumulates=self._accumulates,
+            packs=self._packs,
         )
 
     def weights(self) -> tuple[torch.Tensor, ...]:

@@ -11,12 +11,14 @@ Experts are numbered by their home here: expert e is at home on rank e // S in h
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from megatron_smartmoe import ops
+from megatron_smartmoe.cost.replicas import TransferPrice
 from megatron_smartmoe.placement import exact_replicas, split
 from megatron_smartmoe.placement.paying_replicas import paying_exact_replicas, without_losing_replicas
 from megatron_smartmoe.spec.arrays import IntArray
@@ -63,7 +65,7 @@ def replicas_of(slots_RS: IntArray, home_slots: int, rank: int | None = None) ->
 
 
 def exact_slots(
-    counts_RE: IntArray, slots_RS: IntArray, home_slots: int, *, num_nodes: int, limit: float, price_tokens: float
+    counts_RE: IntArray, slots_RS: IntArray, home_slots: int, *, num_nodes: int, limit: float, price: TransferPrice
 ) -> IntArray:
     """Slots with replicas planned for exactly these tokens, or without any where replicas would not pay.
 
@@ -73,7 +75,7 @@ def exact_slots(
         home_slots: S, the home slots of a rank.
         num_nodes: Nodes of the group; a replica stays on its home's node. 1 lets it go anywhere.
         limit: No replica is made while max / mean tokens per rank of the homes alone are at most this.
-        price_tokens: See `placement.paying_replicas.without_losing_replicas`.
+        price: See `placement.paying_replicas.without_losing_replicas`.
 
     Returns:
         The slot table `[R, S + K]`.
@@ -81,13 +83,20 @@ def exact_slots(
     plan = compiled_replicas if ops.is_compiled() else exact_replicas.exact_replicas
     drop = compiled_drop_losing if ops.is_compiled() else without_losing_replicas
     load_E = counts_RE.sum(axis=0)
-    return paying_exact_replicas(load_E, slots_RS, home_slots, num_nodes, price_tokens, limit, plan, drop)
+    return paying_exact_replicas(load_E, slots_RS, home_slots, num_nodes, price, limit, plan, drop)
 
 
-def compiled_drop_losing(loads_KE: IntArray, slots_RS: IntArray, home_slots: int, price_tokens: float) -> IntArray:
+def compiled_drop_losing(loads_KE: IntArray, slots_RS: IntArray, home_slots: int, price: TransferPrice) -> IntArray:
     """`without_losing_replicas` by the compiled op."""
-    found = ops.paying_replicas(torch.from_numpy(loads_KE), torch.from_numpy(slots_RS), home_slots, price_tokens)
+    loads, slots = torch.from_numpy(loads_KE), torch.from_numpy(slots_RS)
+    found = ops.paying_replicas(loads, slots, home_slots, price_tensor(price), price.num_nodes)
     return np.asarray(found.numpy())
+
+
+@functools.lru_cache(maxsize=64)
+def price_tensor(price: TransferPrice) -> torch.Tensor:
+    """Of both ways what the compiled functions take, float64 `[2, 3]`; see `TransferPrice.legs`."""
+    return torch.tensor(price.legs, dtype=torch.float64)
 
 
 def compiled_replicas(load_E: IntArray, slots_RS: IntArray, home_slots: int, num_nodes: int) -> IntArray:

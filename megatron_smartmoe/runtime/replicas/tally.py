@@ -82,7 +82,9 @@ def imbalance(records: Sequence[Sequence[MicroBatch]]) -> tuple[float, float]:
     return without, with_replicas
 
 
-def balance_line(iteration: int, layers: Sequence[int], records: Sequence[Sequence[MicroBatch]]) -> str:
+def balance_line(
+    iteration: int, layers: Sequence[int], records: Sequence[Sequence[MicroBatch]], sent_bytes: tuple[int, int]
+) -> str:
     """One line of JSON about an iteration, by layer and micro-batch.
 
     `homes` and `split` are max / mean tokens per rank without and with replicas; `copies` is the number of replicas
@@ -92,6 +94,7 @@ def balance_line(iteration: int, layers: Sequence[int], records: Sequence[Sequen
         iteration: The training iteration.
         layers: The number of each layer.
         records: The micro-batches of each layer.
+        sent_bytes: Weights and gradients of replicas that the group has sent since the line before.
     """
     content = {
         "iteration": iteration,
@@ -100,5 +103,7 @@ def balance_line(iteration: int, layers: Sequence[int], records: Sequence[Sequen
         "split": [[micro.imbalance[1] for micro in record] for record in records],
         "copies": [[micro.num_replicas for micro in record] for record in records],
         "anew": [[micro.replanned_RS is not None for micro in record] for record in records],
+        "weight_bytes": sent_bytes[0],
+        "gradient_bytes": sent_bytes[1],
     }
     return json.dumps(content)

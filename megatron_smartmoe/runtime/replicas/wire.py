@@ -27,6 +27,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_smartmoe.runtime.digest import digest_bounds, is_one_digest
+from megatron_smartmoe.runtime.replicas.fp8_blocks import PackedSlots
 from megatron_smartmoe.runtime.replicas.links import Link
 from megatron_smartmoe.runtime.replicas.per_slot import SlotWeight
 from megatron_smartmoe.runtime.replicas.transfer import Beside, Round, Transfer
@@ -50,6 +51,7 @@ class ReplicaWire:
         self._device = torch.cuda.current_device() if dist.get_backend(group) == "nccl" else "cpu"
         self._under_way: list[Transfer] = []  # in the order of their start
         self._next_tag = 0
+        self._sent_bytes = [0, 0]  # by this rank: weights, gradients
         # NCCL connects a group in its first operation and waits there for all of its ranks. Only the ranks that send or
         # receive something post a fetch, so a fetch must not be that first operation.
         dist.all_reduce(torch.zeros(1, device=self._device), group=group)
@@ -57,14 +59,18 @@ class ReplicaWire:
     @STEP_CLOCK.within(Part.REPLICAS)
     @torch.no_grad()
     def start_fetch(
-        self, links: Sequence[Link], homes: Sequence[SlotWeight], spares: Sequence[torch.Tensor], num_links: int
+        self,
+        links: Sequence[Link],
+        homes: Sequence[SlotWeight | PackedSlots],
+        spares: Sequence[torch.Tensor],
+        num_links: int,
     ) -> Transfer:
         """Start to copy weights to the replicas. A call of the whole group.
 
         Args:
             links: Those in which this rank takes part.
-            homes: Weights of this rank's home slots, `[S, ...]` each.
-            spares: Weights of this rank's spare slots, `[K, ...]` each.
+            homes: Weights of this rank's home slots, `[S, ...]` each, or messages that have them.
+            spares: Weights of this rank's spare slots, `[K, ...]` each, or memory for the messages.
             num_links: All links of the table.
         """
         rounds = [Round() for _ in range(max((link.round + 1 for link in links), default=0))]
@@ -74,6 +80,7 @@ class ReplicaWire:
                 if link.parent == self.rank:
                     data = (home if link.from_home else spare)[link.parent_slot]
                     operation = self._operation(dist.isend, data, link.child, tags(link, part))
+                    self._sent_bytes[0] += data.nbytes
                 else:
                     operation = self._operation(dist.irecv, spare[link.slot], link.parent, tags(link, part))
                 rounds[link.round].operations.append(operation)
@@ -110,6 +117,7 @@ class ReplicaWire:
                 if link.child == self.rank:
                     data = sums.get((part, link.slot), gradient[link.slot])
                     operations.append(self._operation(dist.isend, data, link.parent, tags(link, part)))
+                    self._sent_bytes[1] += data.nbytes
                     continue
                 dtype = torch.float32 if link.relays else gradient.dtype
                 staged = torch.empty(gradient.shape[1:], dtype=dtype, device=gradient.device)
@@ -140,6 +148,14 @@ class ReplicaWire:
         """Wait for transfers that nobody has asked for, and drop what they brought: an iteration was broken off."""
         while self._under_way:
             self._under_way.pop(0).drop()
+
+    def take_sent_bytes(self) -> tuple[int, int]:
+        """Bytes of weights and of gradients that all ranks have sent since the last call. A collective call."""
+        sums = torch.tensor(self._sent_bytes, device=self._device)
+        dist.all_reduce(sums, group=self._group)
+        self._sent_bytes = [0, 0]
+        weights, gradients = sums.tolist()
+        return weights, gradients
 
     def is_equal_on_all_ranks(self, digest: str) -> bool:
         """Whether all ranks of the group pass the same hexadecimal digest. A collective call; the host waits."""

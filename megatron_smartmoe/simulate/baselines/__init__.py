@@ -56,4 +56,5 @@ def relays_by_name(num_nodes: int) -> dict[str, Relay]:
     return {"ultraep": ultraep, "ultraep-min1": ultraep, "laer": laer_traffic}
 
 
+MOVING_HOMES = frozenset({"smartmoe2023", "lpt", "eplb", "eplb-hierarchical"})  # from history, in their systems seldom
 WITHOUT_HOMES = frozenset({"laer"})  # rules of systems whose experts' state is sharded over all ranks: none moves

@@ -291,16 +291,8 @@ def test_a_thousand_files_are_checked_by_looking_at_their_sizes(
 
 
 def test_the_optimizer_state_of_another_gate_is_refused(tmp_path: Path) -> None:
-    folder = checkpoint(tmp_path, 5, manifest=False)
-    saved = {"smartmoe_gate": "noisy-top-k"}
-    manifest = Manifest(iteration=5, format="torch_dist", files=file_entries(folder), arguments=saved)
-    write_manifest(folder, manifest)
-    args = load(tmp_path)
-    vars(args).update(
-        {"num_experts": 8, "expert_model_parallel_size": 1, "ckpt_format": "torch_dist", "smartmoe_gate": "top-k"},
-        **dict.fromkeys("finetune no_load_optim use_distributed_optimizer no_load_rng".split(), False),
-        override_opt_param_scheduler=True,
-    )
+    folder, args = saved_with_gate(tmp_path, {"smartmoe_gate": "noisy-top-k"})
+    args.smartmoe_gate = "top-k"
     with pytest.raises(ConfigError) as refused:
         checkpoint_check.check_state(args)
     assert str(refused.value) == (
@@ -311,3 +303,38 @@ def test_the_optimizer_state_of_another_gate_is_refused(tmp_path: Path) -> None:
     checkpoint_check.check_state(args)
     args.no_load_optim, args.smartmoe_gate = False, "noisy-top-k"
     checkpoint_check.check_state(args)
+
+
+def test_routers_with_other_rows_or_residuals_are_refused(tmp_path: Path) -> None:
+    folder, args = saved_with_gate(tmp_path, {"smartmoe_gate": "moe++", "smartmoe_zero_experts": "zero=1"})
+    args.smartmoe_gate, args.smartmoe_zero_experts, args.smartmoe_gate_residuals = "moe++", "zero=1", "on"
+    with pytest.raises(ConfigError) as refused:
+        checkpoint_check.check_state(args)
+    assert str(refused.value) == (
+        f"--smartmoe-gate-residuals = 'on': the optimizer state in {folder} was saved with --smartmoe-gate-residuals "
+        "off, whose routers have other parameters. Pass --no-load-optim for the weights alone, or "
+        "--smartmoe-gate-residuals off."
+    )
+    args.smartmoe_gate_residuals = "off"
+    checkpoint_check.check_state(args)
+    args.smartmoe_zero_experts, args.no_load_optim = "zero=1,copy=1", True
+    with pytest.raises(ConfigError) as refused:
+        checkpoint_check.check_state(args)
+    assert str(refused.value) == (
+        f"--smartmoe-zero-experts = 'zero=1,copy=1': the routers in {folder} have rows for zero=1. Pass "
+        "--smartmoe-zero-experts zero=1."
+    )
+
+
+def saved_with_gate(tmp_path: Path, saved: dict[str, object]) -> tuple[Path, argparse.Namespace]:
+    """A checkpoint of a run with these arguments, and arguments of a run that loads it."""
+    folder = checkpoint(tmp_path, 5, manifest=False)
+    manifest = Manifest(iteration=5, format="torch_dist", files=file_entries(folder), arguments=saved)
+    write_manifest(folder, manifest)
+    args = load(tmp_path)
+    vars(args).update(
+        {"num_experts": 8, "expert_model_parallel_size": 1, "ckpt_format": "torch_dist"},
+        **dict.fromkeys("finetune no_load_optim use_distributed_optimizer no_load_rng".split(), False),
+        override_opt_param_scheduler=True,
+    )
+    return folder, args

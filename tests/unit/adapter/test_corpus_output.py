@@ -235,6 +235,7 @@ def test_a_killed_worker_is_noticed() -> None:
         list(ordered_map(os._exit, [9] * 4, workers=2))
 
 
+@pytest.mark.slow
 def test_command_line(jsonl: Path, out: Path) -> None:
     command = [sys.executable, str(SCRIPT), "--input", str(jsonl), "--vocab-size", "340", "--output-prefix", str(out)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import types
 from collections.abc import Iterator
 from pathlib import Path
@@ -79,12 +80,11 @@ def test_callbacks_are_called_in_their_order() -> None:
     assert [callback.order for callback in hooks._Loop(callbacks).callbacks] == sorted(hooks.Order)
 
 
-def sources() -> Iterator[tuple[str, ast.Module]]:
+@functools.cache
+def sources() -> list[tuple[str, ast.Module]]:
     """Every module of the package but hooks.py: path and tree."""
-    for path in sorted(PACKAGE.rglob("*.py")):
-        name = path.relative_to(PACKAGE).as_posix()
-        if name != HOOKS:
-            yield name, ast.parse(path.read_text(encoding="utf-8"))
+    paths = {path.relative_to(PACKAGE).as_posix(): path for path in sorted(PACKAGE.rglob("*.py"))}
+    return [(name, ast.parse(path.read_text(encoding="utf-8"))) for name, path in paths.items() if name != HOOKS]
 
 
 def megatron_names(tree: ast.AST) -> set[str]:

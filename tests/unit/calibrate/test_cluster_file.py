@@ -57,6 +57,30 @@ def measured(links: tuple[str, ...] = ("intra", "inter"), **changes: Any) -> Mac
     return replace(found, **changes)
 
 
+def test_a_level_is_no_wider_than_what_lies_inside_it(tmp_path: Path) -> None:
+    """A noisy leaf came out faster than its nodes' links, and the spine is a quarter of them."""
+    base, sizes = measured(), (1e4, 1e6, 1e8)
+    rates = {"leaf": 60e9, "spine": 10e9}
+    more = {(op, link): line(30e-6, 1 / rate, sizes) for link, rate in rates.items() for op in COLLECTIVES}
+    fit = fit_machine(
+        replace(
+            base,
+            nodes=16,
+            links={**base.links, **more},
+            members={**base.members, "leaf": 2, "spine": 2},
+            levels={"leaf": 2, "spine": 8},
+        )
+    )
+    widths = [level.link.bandwidth_bytes_s for level in fit.cluster.levels]
+    assert widths == [fit.cluster.inter_node.bandwidth_bytes_s, pytest.approx(10e9)]
+    source = fit.cluster.sources["levels.leaf.bandwidth_bytes_s"]
+    assert source.startswith("as between nodes, which all of it crosses; alone 6e+10: measured: ")
+    assert fit.cluster.sources["levels.spine.bandwidth_bytes_s"].startswith("measured: ")
+    path = tmp_path / "levels.yaml"
+    path.write_text(cluster_as_yaml(fit.cluster))
+    assert load_cluster_spec(path) == fit.cluster
+
+
 def test_the_file_says_what_was_measured(tmp_path: Path) -> None:
     fit = fit_machine(measured(), NOMINAL, "mine")
     path = tmp_path / "mine.yaml"

@@ -36,6 +36,7 @@ ARGUMENTS: dict[str, Any] = {
     "smartmoe_homes": "off",
     "smartmoe_record_trace": "None",
 }
+ABSENT = object()  # what a release without the flag wrote
 TOKEN_S, REST_S = 1e-4, 0.3  # of the machine of these tests: per assignment of a rank, and all else of a step
 
 
@@ -82,7 +83,8 @@ def run_dir(trace: RoutingTrace, loads_NR: np.ndarray, tmp_path_factory: pytest.
 
 
 def write_arguments(run: Path, changed: dict[str, Any]) -> None:
-    text = "".join(f"  {name} {'.' * (50 - len(name))} {value}\n" for name, value in {**ARGUMENTS, **changed}.items())
+    values = {name: value for name, value in {**ARGUMENTS, **changed}.items() if value is not ABSENT}
+    text = "".join(f"  {name} {'.' * (50 - len(name))} {value}\n" for name, value in values.items())
     (run / "arguments.txt").write_text(text)
 
 
@@ -260,11 +262,21 @@ def test_what_cannot_be_is_refused_by_name(
         ({"num_experts": None}, {}, "RUN = 'run': trained a model without experts. Give a run with --num-experts."),
         ({"distributed_backend": "nccl"}, {}, "--run-cluster = None: is required: the run does not say on which "),
         ({"num_layers": 3}, {}, "--trace = 'trace.npz': has 2 layers, and the run 3 with experts. Pass"),
+        ({"num_layers": 3, "smartmoe_dispatch": ABSENT}, {}, "--trace = 'trace.npz': has 2 layers, and the run 3"),
+        ({"swiglu": ABSENT}, {}, "RUN = 'run': has no swiglu in its arguments.txt, as another Megatron or another "),
         ({}, {"metrics.jsonl": ""}, "RUN = 'run': has 0 measured steps: must be at least 4. Train longer, or with a"),
         (
             {},
             {"cpu.csv": "iteration,rank,seconds\n1,0,0.5\n"},
             "--step-times = 'cpu.csv': lacks rank 1 of iteration 1.",
+        ),
+        (
+            {"smartmoe_dispatch": "hierarchical"},
+            {
+                "cpu.csv": "iteration,rank,seconds\n"
+                + "".join(f"{n + 1},{r},0.5\n" for n, r in np.ndindex(RECORDS, RANKS))
+            },
+            "--smartmoe-dispatch = 'hierarchical': is not predicted from CPU seconds: what a rank passes on as a ",
         ),
     ],
 )

@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 
 from megatron_smartmoe.cost.comm import BusiestPorts, busiest_ports
-from megatron_smartmoe.cost.hierarchical import HopCounts, mean_ports, rows_by_node, rows_copied, to_gateways
+from megatron_smartmoe.cost.dispatchers import ALL_TO_ALL, Dispatcher, RowShares, rows_of_a_choice
+from megatron_smartmoe.cost.hierarchical import (
+    HopCounts,
+    mean_ports,
+    more_rows_by_node,
+    rows_by_node,
+    rows_copied,
+    to_gateways,
+)
 from megatron_smartmoe.cost.moe_layer import LayerConstants, LayerFlow, LevelPrice, layer_time
+from megatron_smartmoe.placement.plan_homes import node_swap_price
+from megatron_smartmoe.spec.parallel import HIERARCHICAL
 from tests.support.distinct_nodes import distinct_groups, tokens_by_group
 
 pytestmark = pytest.mark.fast
@@ -58,15 +69,39 @@ def test_rows_of_both_hops() -> None:
 
 
 def test_the_layers_time_has_half_of_its_exchanges_in_two_hops() -> None:
-    flow = LayerFlow(load_ER=np.zeros((8, 4)), traffic_RR=EVEN_RR, replicas_RR=np.zeros((4, 4)), num_nodes=2)
+    # 4 tokens of a rank have all 4 experts each: 4 rows to either node, instead of 8.
+    two_hops = Dispatcher(name=HIERARCHICAL, experts=4, top_k=4)
+    flow = LayerFlow(load_ER=np.zeros((4, 4)), traffic_RR=EVEN_RR, replicas_RR=np.zeros((4, 4)), num_nodes=2)
     constants = LayerConstants(inter_gpu_token_s=1.0, intra_token_s=0.1, source_token_s=0.01)
-    time = layer_time(flow, constants, once_RN=ONCE_RN)
-    assert time.all_to_all_inter_s == pytest.approx(6.5)
-    assert time.all_to_all_intra_s == pytest.approx(0.6)
-    # A level above the nodes: a node of 2 ranks sends 16 rows out flat and 10 in two hops, 8 and 5 for each rank.
+    time = layer_time(flow, constants, dispatcher=two_hops)
+    assert time.all_to_all_inter_s == pytest.approx((8 + 4) / 2)
+    assert time.all_to_all_intra_s == pytest.approx(0.1 * (4 + 8) / 2)
+    assert time.source_s == pytest.approx(0.01 * (16 + 2 * (8 + 32) / 4))  # 2 of 8 passes over a row
+    # A level above the nodes: of a node of 2 ranks, 8 rows of each go out flat and 4 in two hops.
     leveled = replace(constants, levels=(LevelPrice(ranks=2, token_s=2.0),))
-    assert layer_time(flow, leveled, once_RN=ONCE_RN).all_to_all_inter_s == pytest.approx(13.0)
-    assert time.source_s == pytest.approx(0.01 * (16 + 84 / 4))  # 2 of 8 passes over a row
+    assert layer_time(flow, leveled, dispatcher=two_hops).all_to_all_inter_s == pytest.approx(2.0 * 6)
+    assert layer_time(replace(flow, num_nodes=1), constants, dispatcher=two_hops).all_to_all_inter_s == 0.0
+
+
+@pytest.mark.parametrize(("num_experts", "top_k", "num_nodes"), [(256, 8, 2), (64, 6, 8), (8, 1, 4), (4, 4, 2)])
+def test_rows_of_one_more_choice(num_experts: int, top_k: int, num_nodes: int) -> None:
+    """The derivative of the rows, by a small difference."""
+    share, step = 1 / num_nodes, 1e-6
+    choices = np.array([[share, 1 - share], [share + step, 1 - share - step]])
+    rows = rows_by_node(choices, num_experts, top_k)[:, 0]
+    assert more_rows_by_node(share, num_experts, top_k) == pytest.approx((rows[1] - rows[0]) / step, abs=1e-4)
+
+
+def test_homes_of_another_node_are_worth_less_in_two_hops() -> None:
+    flat, two_hops = ALL_TO_ALL, Dispatcher(name=HIERARCHICAL, experts=256, top_k=8)
+    assert rows_of_a_choice(flat, 2) == RowShares(between=0.5, inside=0.5)
+    # Of 8 choices of a token nearly always one is on the node anyway: one more is a row in 1 of 139 cases.
+    found = rows_of_a_choice(two_hops, 2)
+    assert (found.between, found.inside) == (pytest.approx((0.5 + 0.5 / 139) / 2, rel=1e-4), 0.75)
+    assert rows_of_a_choice(replace(two_hops, top_k=1), 2) == RowShares(between=0.5, inside=0.75)
+    constants = LayerConstants(inter_gpu_token_s=1.0)
+    price = partial(node_swap_price, constants, 100.0, num_nodes=2, swap_s=1.0, worth_s=1.0)
+    assert price(dispatcher=two_hops) == pytest.approx(price(dispatcher=flat) * 0.5 / found.between)
 
 
 @pytest.mark.parametrize(("nodes", "published"), [(2, 3.27), (4, 2.01)])

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from megatron_smartmoe.cost.compute import ExpertShape
-from megatron_smartmoe.cost.moe_layer import LayerConstants, LayerFlow, LayerTime, exposed_replica_tokens, layer_time
+from megatron_smartmoe.cost.moe_layer import LayerConstants, LayerFlow, LayerTime, layer_time, transfer_price
 from megatron_smartmoe.cost.replicas import ReplicaSchedule, schedule_of
 
 # A home feeds two ranks: two transfers of 6 s leave its port, of each a third weights and the rest gradients.
@@ -56,20 +56,63 @@ def test_gradients_hide_behind_the_backward_pass() -> None:
     assert seconds(backward).replicas_hidden_s == pytest.approx(-(2.0 + 2.0))
 
 
+def test_replicas_from_history_are_paid_for_where_they_are_not_used() -> None:
+    """Two transfers of 2 + 4 s for 4 micro-batches, besides those that were planned anew and hide nothing."""
+    kept = replace(BARE, micro_batches=4)
+    unused = replace(FLOW, replicas_RR=np.zeros((3, 3)), kept_steps=(2, 0))
+    assert layer_time(unused, PRICES, replicas=BARE, kept=kept).replicas_s == pytest.approx(12.0 / 4)
+    assert layer_time(
+        replace(unused, kept_returns=False), PRICES, replicas=BARE, kept=kept
+    ).replicas_s == pytest.approx(4.0 / 4)
+    both = layer_time(replace(FLOW, kept_steps=(2, 0)), PRICES, replicas=BARE, kept=kept)
+    assert both.replicas_s == pytest.approx(12.0 + 12.0 / 4)
+
+
+def test_they_hide_behind_what_the_others_leave() -> None:
+    forward = replace(BARE, fetch_hidden="forward", micro_batches=4)  # of 1 + 2 s
+    unused = replace(FLOW, replicas_RR=np.zeros((3, 3)), kept_steps=(2, 0))
+    assert layer_time(unused, PRICES, replicas=BARE, kept=forward).replicas_hidden_s == pytest.approx(-3.0 / 4)
+    # the first permutation, a quarter of 3 s, hides the new ones
+    anew = replace(BARE, fetch_hidden="home_rows")
+    both = layer_time(replace(FLOW, kept_steps=(2, 0)), PRICES, replicas=anew, kept=forward)
+    assert both.replicas_hidden_s == pytest.approx(-0.75 - (3.0 - 0.75) / 4)
+
+
 def test_transfers_that_wait_for_others_follow_one_another() -> None:
     assert seconds(BARE, replace(FLOW, replica_steps=(3, 0))).replicas_s == pytest.approx(18.0)
 
 
-def test_the_exposed_price() -> None:
+def test_the_planners_price_of_a_transfer() -> None:
     """Weights take 2 s and gradients 4 s of a transfer; a token takes 0.3 s."""
 
     def tokens(schedule: ReplicaSchedule, rank_tokens: float = 10.0) -> float:
-        return exposed_replica_tokens(PRICES, schedule, rank_tokens, between_nodes=False)
+        return transfer_price(PRICES, schedule, rank_tokens).each_tokens
 
     assert tokens(BARE) == pytest.approx(6.0 / 0.3)
     # a forward pass of 1 + 1 s hides a third of itself of each of three transfers
     assert tokens(replace(BARE, fetch_hidden="forward")) == pytest.approx((6.0 - 2.0 / 3) / 0.3)
     assert tokens(replace(BARE, fetch_hidden="forward", return_hidden="backward"), 1000.0) == 0.0
+    assert transfer_price(PRICES, BARE, 10.0, margin=2.0).each_tokens == pytest.approx(2 * 6.0 / 0.3)
+
+
+@pytest.mark.parametrize("steps", [(1, 0), (3, 0), (0, 2), (2, 1)])
+@pytest.mark.parametrize("rank_tokens", [3.0, 30.0])
+def test_the_planners_price_is_what_the_layer_takes_longer(steps: tuple[int, int], rank_tokens: float) -> None:
+    prices = replace(PRICES, inter_replica_s=11.0, intra_token_s=0.1, inter_gpu_token_s=0.4)
+    flow = LayerFlow(
+        load_ER=np.full((4, 4), rank_tokens / 4),
+        traffic_RR=np.full((4, 4), rank_tokens / 4),
+        replicas_RR=np.zeros((4, 4)),
+        num_nodes=2,
+        early_tokens=rank_tokens / 2,
+    )
+    for schedule in (BARE, replace(BARE, fetch_hidden="home_rows", return_hidden="backward")):
+        with_replicas, without = (
+            layer_time(replace(flow, replica_steps=each), prices, replicas=schedule).total_s for each in (steps, (0, 0))
+        )
+        price = transfer_price(prices, schedule, rank_tokens, num_nodes=2)
+        token_s = 0.3 + 0.1 / 2 + 0.4 / 2
+        assert price.tokens(*steps) * token_s == pytest.approx(with_replicas - without)
 
 
 def test_holders_that_forward_unburden_the_home() -> None:

@@ -17,6 +17,7 @@ SHARED_BYTES = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 120: 9
 NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 
+@pytest.mark.slow
 def test_results_are_those_of_the_loop_over_groups() -> None:
     command = [sys.executable, "-m", "tests.unit.ops.triton_cases"]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"}

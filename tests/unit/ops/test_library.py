@@ -132,6 +132,7 @@ def test_a_library_of_another_version_is_refused(cpu_checkout: Path, tmp_path: P
     ) in done.stderr
 
 
+@pytest.mark.slow
 def test_a_broken_library_is_refused(tmp_path: Path) -> None:
     checkout = copy_checkout(tmp_path)
     (checkout / "megatron_smartmoe" / "ops" / "_smartmoe.so").write_text("not a library")
@@ -142,6 +143,7 @@ def test_a_broken_library_is_refused(tmp_path: Path) -> None:
     assert "Rebuild it: python megatron_smartmoe/ops/_build.py" in done.stderr
 
 
+@pytest.mark.slow
 def test_without_a_library_torch_serves_the_ops_and_says_so(tmp_path: Path) -> None:
     checkout = copy_checkout(tmp_path)
     done = python(checkout, "-c", CHECK)

@@ -21,6 +21,16 @@ def test_a_swap_that_wins_less_than_its_price_is_not_made() -> None:
     assert len(plan_homes(contiguous_slots(8, 4, 0), load_E, 2, HomesOptions(swap_price=0.01)).swaps) == 1
 
 
+def test_hot_experts_land_on_different_ranks_of_a_node() -> None:
+    """2 nodes of 4 ranks: two of four hot experts go to the other node, and no two of them to one rank."""
+    load_E = np.array([9.0, 9, 9, 9, *[1] * 12])
+    options = HomesOptions(num_nodes=2, node_swap_price=1e-4)
+    homes_RH = plan_homes(contiguous_slots(16, 8, 1), load_E, 2, options).slots_RS[:, :2]
+    hot_R = (homes_RH < 4).sum(axis=1)
+    assert hot_R.reshape(2, 4).sum(axis=1).tolist() == [2, 2]
+    assert hot_R[4:].max() == 1
+
+
 def test_a_swap_between_nodes_is_dearer() -> None:
     load_E = np.array([4.0, 4, 1, 1, 1, 1, 1, 1])
     options = HomesOptions(num_nodes=2)

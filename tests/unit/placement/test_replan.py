@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 
+from megatron_smartmoe.cost.replicas import TransferPrice
 from megatron_smartmoe.placement.homes_planner import OnlineOptions
 from megatron_smartmoe.placement.replan import Replan, ReplanOptions, planned_anew, replans_decision
 from megatron_smartmoe.placement.replica_planner import ReplicaPlanner
@@ -41,7 +42,7 @@ def plan_with(replicas: int, busiest: int = 100) -> Made:
 )
 def test_a_plan_is_taken_where_it_saves_more_than_it_costs(held: int, replicas: int, anew: int, is_taken: bool) -> None:
     made = plan_with(replicas, anew)
-    found = planned_anew(held, LOAD, 4, ReplanOptions(limit=1.01, price_tokens=45.0), lambda: made)
+    found = planned_anew(held, LOAD, 4, ReplanOptions(limit=1.01, price=TransferPrice.of_each(45.0)), lambda: made)
     assert found is (made if is_taken else None)
 
 
@@ -62,7 +63,7 @@ def planner(price_tokens: float = 0.0) -> ReplicaPlanner:
     placement = Placement.contiguous(num_layers=1, num_experts=8, num_ranks=4, spare_slots=1)
     slots_LRS = placement.slots_LRS.copy()
     slots_LRS[0, 1, 2] = 0
-    options = OnlineOptions(replicas="auto", exact_price_tokens=price_tokens)
+    options = OnlineOptions(replicas="auto", exact_price=TransferPrice.of_each(price_tokens))
     return ReplicaPlanner(replace(placement, slots_LRS=slots_LRS), 0, options)
 
 
@@ -81,7 +82,7 @@ def test_a_decision_names_what_was_planned_anew() -> None:
     one = Replan(layer=2, micro_batch=3, load_E=LOAD, slots_RS=slots_RS, before_tokens=180, tokens=100)
 
     def digests(*replans: Replan) -> tuple[str, str]:
-        decision = replans_decision(7, 1, "history", replans, judged=16, price_tokens=45.0)
+        decision = replans_decision(7, 1, "history", replans, judged=16, price=TransferPrice.of_each(45.0))
         assert (decision.iteration, decision.kind, decision.group, decision.before) == (7, "replans", 1, "history")
         assert decision.why.startswith(f"{len(replans)} of 16 layers")
         return decision.inputs, decision.after

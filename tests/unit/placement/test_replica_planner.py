@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from megatron_smartmoe.cost.replicas import TransferPrice
 from megatron_smartmoe.placement.homes_planner import OnlineOptions
 from megatron_smartmoe.placement.plan_replicas import ReplicaOptions, plan_replicas, replicas_pay
 from megatron_smartmoe.placement.replica_planner import ReplicaPlanner
@@ -16,7 +17,7 @@ def homes(num_ranks: int = 4, spare_slots: int = 1) -> Placement:
 
 
 def planner(price_tokens: float = 0.0, num_nodes: int = 1) -> ReplicaPlanner:
-    replica = ReplicaOptions(num_nodes=num_nodes, replica_price_tokens=price_tokens)
+    replica = ReplicaOptions(num_nodes=num_nodes, price=TransferPrice.of_each(price_tokens))
     return ReplicaPlanner(homes(), 0, OnlineOptions(replica=replica))
 
 
@@ -28,18 +29,18 @@ def test_a_layer_makes_replicas_only_where_they_pay() -> None:
     slots_RS = homes().slots_LRS[0]
     free = plan_replicas(slots_RS, HOT, 2)
     assert replicas(free.slots_RS) >= 2
-    dear = plan_replicas(slots_RS, HOT, 2, ReplicaOptions(replica_price_tokens=100.0), rank_tokens=16.0)
+    dear = plan_replicas(slots_RS, HOT, 2, ReplicaOptions(price=TransferPrice.of_each(100.0)), rank_tokens=16.0)
     assert replicas(dear.slots_RS) == 0
     assert dear.imbalance_K[0] == 44 / 16
-    cheap = plan_replicas(slots_RS, HOT, 2, ReplicaOptions(replica_price_tokens=1.0), rank_tokens=16.0)
+    cheap = plan_replicas(slots_RS, HOT, 2, ReplicaOptions(price=TransferPrice.of_each(1.0)), rank_tokens=16.0)
     assert 0 < replicas(cheap.slots_RS) <= replicas(free.slots_RS)
 
 
 def test_the_price_counts_transfers_that_follow_one_another() -> None:
     slots_RS = homes().slots_LRS[0].copy()
     slots_RS[1:, 2] = 0  # three replicas of one expert: two rounds
-    assert replicas_pay(slots_RS, 2, saved_tokens=21.0, price_tokens=10.0)
-    assert not replicas_pay(slots_RS, 2, saved_tokens=20.0, price_tokens=10.0)
+    assert replicas_pay(slots_RS, 2, saved_tokens=21.0, price=TransferPrice.of_each(10.0))
+    assert not replicas_pay(slots_RS, 2, saved_tokens=20.0, price=TransferPrice.of_each(10.0))
 
 
 def test_more_tokens_an_iteration_make_the_same_replicas_pay() -> None:

@@ -72,6 +72,8 @@ def test_every_size_is_needed(missing: str) -> None:
         ("fp8", "hybrid"),
         ("use_precision_aware_optimizer", True),
         ("optimizer", "muon"),
+        ("moe_token_dispatcher_type", "flex"),
+        ("moe_pad_expert_input_to_capacity", True),
     ],
 )
 def test_what_has_no_price_is_refused(name: str, value: Any) -> None:

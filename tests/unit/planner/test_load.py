@@ -75,6 +75,18 @@ def test_balancing_lowers_the_busiest_rank_and_loses_no_token() -> None:
             assert counts.source_tokens == pytest.approx(1.0)
 
 
+def test_groups_of_the_routing_stay_on_their_node() -> None:
+    """With a group for each node the busier node stays as busy as it is, and replicas even out its ranks alone."""
+    scenarios = scenarios_from_skew(SMALL, 5.0, "x")
+    free, limited = (
+        LoadModel(scenarios, num_groups=groups).after_balancing(Balance(8, 2, 1, True)) for groups in (1, 2)
+    )
+    assert limited[0].hot > free[0].hot
+    for load, part in zip(limited[0].counts_P, scenarios[0].share_PE, strict=True):
+        of_nodes = load.tokens_R.reshape(2, 4).sum(axis=1)
+        np.testing.assert_allclose(of_nodes, 8 * part.reshape(2, 8).sum(axis=1), rtol=1e-3)
+
+
 def test_what_is_assumed_depends_on_the_router() -> None:
     assert "a balanced router" in scenarios_from_model(SMALL)[0].name
     free = replace(SMALL, moe=replace(SMALL.moe, balancing="none"))

@@ -56,7 +56,7 @@ def run_dir(tmp_path: Path) -> Path:
     moved = [[0, 0, 1, 1, 2], [0, 1, 0, 2, 1]]
     move = {"name": "move 1 <i> of layer 2", "chosen": True, "layer": 1, "gain_s": 0.002, "cost_s": 1.0}
     prices = {"candidates": [move], "horizon_iterations": 100, "margin": 2.0}
-    refused = decision(15, "homes", [[1, 0, 0, 0, 3]], taken=False, why="does not pay", **prices)
+    refused = decision(15, "homes", [[1, 0, 0, 0, 3], [1, 0, 2, -1, 1]], taken=False, why="does not pay", **prices)
     kept = decision(18, "review", [], realised_gain_s=0.001, why="measured 1.0 ms/iter: kept")
     write_lines(run / "smartmoe.jsonl", [decision(5, "homes", moved), refused, kept])
     write_lines(run / "replicas-stage0-group0.jsonl", [decision(6, "replicas", [[1, 1, 2, -1, 0]])])
@@ -87,7 +87,7 @@ def test_the_page_stands_alone_and_says_what_happened(run_dir: Path, capsys: pyt
     assert main(["report", str(run_dir), "--trace", str(run_dir / "trace.npz")]) == 0
     assert capsys.readouterr().out == f"report: {run_dir / 'report.html'}\n"
     text = (run_dir / "report.html").read_text()
-    assert "<title>some run</title>" in text
+    assert "<title>some run: smartmoe report</title>" in text
     assert not re.search(r"""(?:src|href)=["'](?!data:|#)""", text), "something is loaded from elsewhere"
     assert "<script" not in text
     assert 'http-equiv="refresh"' not in text
@@ -95,8 +95,10 @@ def test_the_page_stands_alone_and_says_what_happened(run_dir: Path, capsys: pyt
     assert text.count('<img class="heat"') == 4  # experts and ranks of two layers
     assert text.count("alt=") == text.count("<img")
     assert "pays &lt;b&gt;: 2.0 ms" in text, "texts of the log are no markup"
-    assert '<tr class="refused"><td class="number">15</td><td>homes</td><td>1 expert</td><td>refused</td>' in text
-    assert '+2.000</td><td class="number">+1.000</td>' in text
+    iteration = '<td class="number" data-label="iteration">15</td>'  # on a phone, a row is a list with these labels
+    assert f'<tr class="refused">{iteration}<td>homes</td><td>1 expert</td><td>refused</td>' in text
+    assert '+2.000</td><td class="number" data-label="measured, ms:">+1.000</td>' in text
+    assert text.count('class="chart broad"') == text.count('class="chart narrow"') > 0
     assert "&gt; move 1 &lt;i&gt; of layer 2  saves +2.000 ms per iteration, costs 1000.000 ms once\n" in text
     assert "a gain counts over 100 iterations, and must be more than 2 times the cost</details>" in text
     assert text.count("<summary>candidates</summary>") == 1
@@ -134,7 +136,7 @@ def test_where_a_step_goes_is_shown_against_the_ideal(
         '<th scope="row">residual imbalance</th><td class="number">50.00</td><td class="number">18.2%</td><td>modelled',
         '<th scope="row">force-balanced ideal</th><td class="number">225.00</td>',
         '<th scope="row">unexplained</th><td class="number">0.00</td>',
-        '<th scope="row">planned: weights</th><td class="number">1.00</td>',
+        '<th scope="row">planned: weights</th><td class="number">1.000</td>',
         '<th scope="row">MFU of the cluster file&#39;s peak, median</th><td class="number">25.0%</td>',
     ):
         assert row in text
@@ -243,6 +245,7 @@ def test_bins_keep_the_worst_moment() -> None:
     assert load.expert_BE[at].tolist() == pytest.approx([4 * 2000 / 2060, *[4 * 20 / 2060] * 3])
 
 
+@pytest.mark.slow
 def test_a_long_run_of_a_large_model_stays_small(run_dir: Path) -> None:
     rng = np.random.default_rng(1)
     counts = rng.integers(0, 255, size=(5000, 60, 1, 256), dtype=np.uint8)
@@ -317,6 +320,7 @@ def test_a_decision_is_explained(run_dir: Path, capsys: pytest.CaptureFixture[st
     assert error == ("smartmoe explain: --iteration = 7: nothing was decided then. Decisions near it: 5, 6, 15, 18.\n")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
 @pytest.mark.parametrize("width", [1400, 400])
 def test_a_browser_draws_it_without_errors(run_dir: Path, tmp_path: Path, width: int) -> None:

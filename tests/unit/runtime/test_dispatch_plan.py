@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_smartmoe import ops
+from megatron_smartmoe.cost.replicas import LegPrice, TransferPrice
 from megatron_smartmoe.runtime.replicas.dispatch_plan import (
     DispatchPlan,
     DispatchPlanner,
@@ -44,6 +45,14 @@ def with_replicas(rng: np.random.Generator, slots_RS: IntArray, home_slots: int)
     return slots_RS
 
 
+LEGS = st.builds(
+    LegPrice,
+    inside_tokens=st.sampled_from([0.0, 0.1, 3.0, 1e3, 1e9]),
+    between_tokens=st.sampled_from([0.0, 3.0, 1e3]),
+    hidden_tokens=st.sampled_from([0.0, 2.0, 100.0]),
+)
+
+
 @st.composite
 def micro_batches(draw: st.DrawFn) -> tuple[RankView, torch.Tensor, IntArray, ExactOptions | None]:
     """A group and a rank of it, counts `[R, P, E]`, slots, and perhaps replicas to be planned from the counts."""
@@ -66,7 +75,7 @@ def micro_batches(draw: st.DrawFn) -> tuple[RankView, torch.Tensor, IntArray, Ex
     exact = ExactOptions(
         used_slots=draw(st.integers(0, spare)),
         num_nodes=draw(divisors(num_ranks)),
-        price_tokens=draw(st.sampled_from([0.0, 0.1, 3.0, 1e3, 1e9])),
+        price=TransferPrice(fetch=draw(LEGS), back=draw(LEGS)),
         limit=draw(st.sampled_from([1.0, 1.01, 1.5, 4.0])),
     )
     counts_RPE = torch.from_numpy(counts).view(num_ranks, tp_size, -1)
@@ -106,7 +115,7 @@ def test_counts_up_to_the_largest(spare: int) -> None:
         for price_tokens in (0.0, float(most) / 2, float(most)):
             counts_RPE = torch.zeros(4, 1, 8, dtype=torch.int64)
             counts_RPE[1, 0] = torch.tensor(load)
-            exact = ExactOptions(used_slots=spare, price_tokens=price_tokens, limit=1.0)
+            exact = ExactOptions(used_slots=spare, price=TransferPrice.of_each(price_tokens), limit=1.0)
             found = DispatchPlanner(view).plan(counts_RPE, homes_RS, exact)
             assert content(found) == content(plan_in_steps(view, counts_RPE, homes_RS, exact))
 
@@ -134,7 +143,7 @@ ARGUMENTS: dict[str, Any] = {
     "used_slots": 1,
     "scope_nodes": 1,
     "limit": 1.01,
-    "price_tokens": 0.0,
+    "price_23": torch.zeros(2, 3, dtype=torch.float64),
     "plan": PlanBuffer(VIEW, pinned=False).whole,
 }
 RULE = "it must be one of the 4 experts that the rank does not hold already, or -1. Pass a valid placement"

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from megatron_smartmoe.cost.moe_layer import LayerFlow
+from megatron_smartmoe.cost.replicas import TransferPrice
 from megatron_smartmoe.cost.step.constants import StepConstants, layer_constants
 from megatron_smartmoe.cost.step.moe import moe_times
 from megatron_smartmoe.placement.plan_replicas import ReplicaOptions
@@ -65,7 +66,7 @@ def test_replicas_help_a_hot_expert_and_cost_where_all_are_even() -> None:
     steady = moe_seconds([OFF, HISTORY, EXACT], STEADY, PRICES)
     assert max(steady[HISTORY], steady[EXACT]) < 0.8 * steady[OFF]
     assert steady[HISTORY] <= steady[EXACT]  # once an iteration, not once a micro-batch; here both are hidden
-    dear = replace(PRICES, replica=ReplicaOptions(replica_price_tokens=1e9))
+    dear = replace(PRICES, replica=ReplicaOptions(price=TransferPrice.of_each(1e9)))
     even = moe_seconds([OFF, HISTORY, EXACT], EVEN, dear)
     assert even[HISTORY] == even[EXACT] == even[OFF]
 
@@ -81,7 +82,7 @@ def test_auto_is_history_until_the_load_jumps() -> None:
     assert steady[AUTO] == steady[HISTORY]
     jumped = moe_seconds([HISTORY, EXACT, AUTO], JUMPED, PRICES)
     assert jumped[EXACT] <= jumped[AUTO] < 0.85 * jumped[HISTORY]  # history's replicas were fetched all the same
-    dear = moe_seconds([HISTORY, AUTO], JUMPED, replace(PRICES, exact_price_tokens=1e9))
+    dear = moe_seconds([HISTORY, AUTO], JUMPED, replace(PRICES, exact_price=TransferPrice.of_each(1e9)))
     assert dear[AUTO] == dear[HISTORY]
 
 

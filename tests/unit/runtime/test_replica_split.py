@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_smartmoe.cost.replicas import FREE_TRANSFERS, TransferPrice
 from megatron_smartmoe.ops import reference
 from megatron_smartmoe.placement.paying_replicas import paying_exact_replicas
 from megatron_smartmoe.runtime.replicas.split import (
@@ -32,8 +33,9 @@ def skewed_counts(seed: int, tokens: int = 40) -> IntArray:
 
 
 def planned(counts_RE: IntArray, *, limit: float = 1.01, price_tokens: float = 0.0, num_nodes: int = 1) -> IntArray:
+    price = TransferPrice.of_each(price_tokens)
     homes_RS = homes_only(EXPERTS, RANKS, SPARE)
-    return exact_slots(counts_RE, homes_RS, HOME_SLOTS, num_nodes=num_nodes, limit=limit, price_tokens=price_tokens)
+    return exact_slots(counts_RE, homes_RS, HOME_SLOTS, num_nodes=num_nodes, limit=limit, price=price)
 
 
 def moved(rows_TK: torch.Tensor, sent_RS: IntArray, slots_RS: IntArray) -> torch.Tensor:
@@ -57,7 +59,7 @@ def test_every_token_goes_to_a_slot_of_its_expert(seed: int) -> None:
 def test_replicas_in_plenty_balance_to_the_token() -> None:
     counts_RE = skewed_counts(0)
     slots_RS = exact_slots(
-        counts_RE, homes_only(EXPERTS, RANKS, 3), HOME_SLOTS, num_nodes=1, limit=1.0, price_tokens=0.0
+        counts_RE, homes_only(EXPERTS, RANKS, 3), HOME_SLOTS, num_nodes=1, limit=1.0, price=FREE_TRANSFERS
     )
     load_R = split_tokens(counts_RE, slots_RS, HOME_SLOTS).sum(axis=(0, 2))
     assert load_R.max() == -(-int(counts_RE.sum()) // RANKS)
@@ -79,7 +81,9 @@ def test_the_simulator_makes_the_same_replicas(price_tokens: float) -> None:
     for seed in range(12):
         counts_RE = skewed_counts(seed)
         slots_RS = planned(counts_RE, price_tokens=price_tokens)
-        again_RS = paying_exact_replicas(counts_RE.sum(axis=0), slots_RS, HOME_SLOTS, 1, price_tokens, BALANCED)
+        again_RS = paying_exact_replicas(
+            counts_RE.sum(axis=0), slots_RS, HOME_SLOTS, 1, TransferPrice.of_each(price_tokens), BALANCED
+        )
         assert np.array_equal(slots_RS, again_RS)
         made += int((slots_RS[:, HOME_SLOTS:] != EMPTY).sum())
     assert (made > 0) == (price_tokens < 1e6)

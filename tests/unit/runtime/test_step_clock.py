@@ -3,10 +3,12 @@ from __future__ import annotations
 import itertools
 
 import pytest
+import torch
 
 from megatron_smartmoe.cost.fitted import Part
 from megatron_smartmoe.runtime import step_clock
-from megatron_smartmoe.runtime.step_clock import StepClock, seconds_of
+from megatron_smartmoe.runtime.step_clock import StepClock, has_passed, seconds_of
+from tests.support import cuda_events
 
 
 @pytest.fixture
@@ -48,3 +50,23 @@ def test_a_part_that_fails_ends_all_the_same(clock: StepClock) -> None:
     with pytest.raises(RuntimeError), clock.within(Part.MIGRATION):
         raise RuntimeError
     assert seconds_of(clock.stop()) == [2, 0, 0, 0, 0, 1]
+
+
+def test_a_device_is_timed_by_events_that_pass_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "Event", cuda_events.Event)
+    clock = StepClock()
+    clock.start(on_gpu=True)
+    clock.enter(Part.EXPERTS)
+    with clock.within(Part.REPLICAS):
+        pass
+    marks = clock.stop()
+    times_s = [event._at_s for _, event in marks]
+    assert not has_passed(marks)
+    with pytest.raises(RuntimeError, match="not ready"):
+        seconds_of(marks)
+    cuda_events.synchronize()
+    assert has_passed(marks)
+    seconds = seconds_of(marks)
+    assert seconds[Part.OUTSIDE] == pytest.approx(times_s[1] - times_s[0])
+    assert seconds[Part.REPLICAS] == pytest.approx(times_s[3] - times_s[2])
+    assert sum(seconds) == pytest.approx(times_s[-1] - times_s[0])

@@ -10,7 +10,7 @@ from megatron_smartmoe.cost.moe_layer import LayerConstants
 from megatron_smartmoe.cost.replicas import ReplicaSchedule
 from megatron_smartmoe.placement.decisions import Decision
 from megatron_smartmoe.placement.homes_planner import OnlineOptions
-from megatron_smartmoe.placement.layer_cost import LayerPricing, layer_seconds
+from megatron_smartmoe.placement.layer_cost import Kept, LayerPricing, layer_seconds
 from megatron_smartmoe.placement.layer_plan import LayerPlan, LayerProblem, Rule, Sees
 from megatron_smartmoe.placement.policy import PolicyOptions
 from megatron_smartmoe.simulate.baselines.eplb import Eplb
@@ -214,9 +214,24 @@ def test_auto_pays_for_the_replicas_that_it_does_not_use() -> None:
     planned = Planned(
         plan=LayerPlan(slots_RS=np.array([[0, EMPTY], [1, 0]]), split="exact"),
         mode="exact",
-        unused_RS=np.array([[0, 1], [1, EMPTY]]),
+        kept=Kept(slots_RS=np.array([[0, 1], [1, EMPTY]])),
     )
     given = setup(prices={"exact": prices, "history": replace(prices, replicas=ReplicaSchedule(micro_batches=4))})
-    policy = RulePolicy(Flipping(), start(), num_groups=1, num_nodes=1, interval=1)
+    policy = OnlinePolicy(start(), 1, OnlineOptions(), layer_seconds(given.pricing))
     seconds, _ = price(planned, np.array([[6, 2], [0, 0]]), policy, 0, given)
     assert seconds == pytest.approx(8.0 + 8.0 / 4)
+
+
+@pytest.mark.parametrize(
+    ("first", "replans", "made", "returned"), [([60, 20], 1, 1 + 1, 1 + 1), ([0, 80], 2, 1 + 2, 0 + 2)]
+)
+def test_replicas_from_history_are_fetched_once_and_returned_where_a_micro_batch_uses_them(
+    first: list[int], replans: int, made: int, returned: int
+) -> None:
+    """Two micro-batches, in the last record the second or both with a burst of the other expert."""
+    counts = np.zeros((3, 1, 2, 2, 2), np.uint32)
+    counts[:, 0, 0] = [[[60, 20], [60, 20]], [[60, 20], [60, 20]], [first, [0, 80]]]
+    trace = RoutingTrace(counts=counts, iteration=np.arange(3), layer=np.array([0]))
+    policy = OnlinePolicy(start(), 1, OnlineOptions(homes_interval=0), layer_seconds(setup().pricing))
+    stats = replay(trace, policy, setup(warmup=2)).stats
+    assert (stats.replans, stats.replicas_made, stats.replicas_returned) == (replans, made, returned)

@@ -189,12 +189,29 @@ def test_levels_above_the_nodes(tmp_path: Path) -> None:
         ("name: leaf", "name: 7", "levels[0].name = 7: must be a name of small letters, digits, _ and -"),
         ("{value: 5e9, source: assumed}", "5e9", "levels.spine.bandwidth_bytes_s = 5000000000.0: must be a mapping"),
         ("    nodes: 8\n", "    nodes: 8\n    ports: 2\n", "levels.spine.ports = 2: is not a known key"),
+        (
+            "{value: 5e9",
+            "{value: 40e9",
+            "levels.spine.bandwidth_bytes_s.value = 40000000000.0: must be at most the 1.25e+10 of level leaf: one "
+            "GPU's share of the way out, which narrows outward. Divide the bandwidth of a domain by its GPUs, or",
+        ),
+        (
+            "{value: 12.5e9",
+            "{value: 28e9",
+            "levels.leaf.bandwidth_bytes_s.value = 28000000000.0: must be at most the 2.5e",
+        ),
     ],
 )
 def test_a_wrong_level_is_named_by_its_path(tmp_path: Path, old: str, new: str, message: str) -> None:
     assert old in LEVELS
     with pytest.raises(ConfigError, match=re.escape(message)):
         load(tmp_path, GOOD + LEVELS.replace(old, new, 1))
+
+
+def test_a_level_may_be_as_wide_as_what_is_inside(tmp_path: Path) -> None:
+    """Up to a measurement's noise."""
+    cluster = load(tmp_path, GOOD + LEVELS.replace("value: 12.5e9", "value: 25.5e9"))
+    assert cluster.levels[0].link.bandwidth_bytes_s == 25.5e9
 
 
 def test_levels_are_a_list(tmp_path: Path) -> None:

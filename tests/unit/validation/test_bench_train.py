@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from scripts import bench_train
+from scripts.training_bench.folder import check_settings
 from scripts.training_bench.predict import as_routed, layer_seconds_of
 from scripts.training_bench.statistics import ratio
 from scripts.training_bench.variants import VARIANTS, Shape, whole
@@ -99,9 +100,7 @@ def runs(busiest: list[list[float]], mean: list[list[float]]) -> bench_train.Run
 
 
 def test_another_model_does_not_mix_with_what_the_folder_has(tmp_path: Path) -> None:
-    args = bench_train.parse(["--trace", "t.npz", "--out", str(tmp_path)])
-    bench_train.check_settings(args, SHAPE)
-    bench_train.check_settings(args, SHAPE)
-    args.ep = 4
+    check_settings(tmp_path, {"ep": 8, "steps": 15})
+    check_settings(tmp_path, {"ep": 8, "steps": 15})
     with pytest.raises(SystemExit, match="its runs have ep = 8, not 4"):
-        bench_train.check_settings(args, SHAPE)
+        check_settings(tmp_path, {"ep": 4, "steps": 15})
