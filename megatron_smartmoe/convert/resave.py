@@ -148,7 +148,7 @@ def _check_whole(contents: Contents, layout: Layout) -> None:
         if len(found) != layout.num_experts:
             reason = f"of {what}, it has {len(found)} of {layout.num_experts} experts"
             raise CheckpointError(str(contents.folder), "is incomplete", reason)
-    layers = {int(found[1]) for key in contents.parameters if (found := _LAYER.match(key.name))}
+    layers = {int(match[1]) for key in contents.parameters if (match := _LAYER.match(key.name))}
     if layers != set(range(layout.num_layers)):
         reason = f"it has {len(layers)} of {layout.num_layers} layers"
         raise CheckpointError(str(contents.folder), "is incomplete", reason)
