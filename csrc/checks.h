@@ -1,6 +1,7 @@
 // Argument checks of all ops, shared by the CPU kernels and the CUDA glue. The order and the texts are those of
 // megatron_smartmoe/ops/checks.py (a test compares them): an error must read the same whichever code serves the op.
 #pragma once
+#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
@@ -320,6 +321,32 @@ inline void check_permute(const torch::stable::Tensor& x_TH, const torch::stable
   check_num_rows(num_rows);
 }
 
+// The same rows, whose elements are neighbours; rows may lie apart, as views of packed rows do.
+inline torch::stable::Tensor dense_rows(const torch::stable::Tensor& rows) {
+  const bool dense = (rows.size(1) <= 1 || rows.stride(1) == 1) && rows.stride(0) >= rows.size(1);
+  return dense ? rows : torch::stable::contiguous(rows);
+}
+
+inline int64_t row_pitch_bytes(const torch::stable::Tensor& rows) {
+  return rows.stride(0) * static_cast<int64_t>(rows.element_size());
+}
+
+// A row with its weight behind it: `width` of megatron_smartmoe/ops/packed.py has the same numbers.
+struct PackedRow {
+  static constexpr int64_t kAlignment = 16;  // bytes
+  int64_t weight_at;                         // where the weight begins, in bytes
+  int64_t bytes, elements;                   // of a packed row
+
+  PackedRow(const torch::stable::Tensor& x_TH, const torch::stable::Tensor& weights_TK)
+      : weight_at(rounded_up(x_TH.size(1) * static_cast<int64_t>(x_TH.element_size()),
+                             static_cast<int64_t>(weights_TK.element_size()))),
+        bytes(rounded_up(weight_at + static_cast<int64_t>(weights_TK.element_size()), kAlignment)),
+        elements(bytes / static_cast<int64_t>(x_TH.element_size())) {}
+
+ private:
+  static int64_t rounded_up(int64_t number, int64_t multiple) { return (number + multiple - 1) / multiple * multiple; }
+};
+
 inline void check_unpermute(const torch::stable::Tensor& y_NH, const torch::stable::Tensor& rows_TK,
                             const std::optional<torch::stable::Tensor>& weights_TK) {
   const ScalarType dtype = y_NH.scalar_type();
@@ -402,6 +429,56 @@ inline void check_permute_weighted(const torch::stable::Tensor& x_TH, const torc
   check_shape("weights_TK", weights_TK, shape_text(weights_TK) == shape_text(rows_TK),
               text_of(shape_text(rows_TK), ", as rows_TK has it"), "Pass a weight per choice");
   check_device("weights_TK", weights_TK, "x_TH", x_TH);
+}
+
+// More tokens, in another piece of memory than those of x_TH.
+inline void check_permute_joined(const torch::stable::Tensor& x_TH, const torch::stable::Tensor& more_TH,
+                                 const torch::stable::Tensor& rows_TK, int64_t num_rows) {
+  check_shape("x_TH", x_TH, x_TH.dim() == 2, "[T, H]", "Pass a row per token");
+  if (more_TH.scalar_type() != x_TH.scalar_type()) {
+    fail("more_TH.dtype = ", dtype_name(more_TH.scalar_type()), ": it must be ", dtype_name(x_TH.scalar_type()),
+         ", as x_TH is. Convert it with more_TH.to(x_TH.dtype)");
+  }
+  check_shape("more_TH", more_TH, more_TH.dim() == 2 && more_TH.size(1) == x_TH.size(1),
+              text_of("[T, H] with H = ", x_TH.size(1), ", as x_TH has it"), "Pass rows of the same size");
+  check_device("more_TH", more_TH, "x_TH", x_TH);
+  check_rows(rows_TK, "x_TH", x_TH);
+  const int64_t num_tokens = x_TH.size(0) + more_TH.size(0);
+  check_shape("rows_TK", rows_TK, rows_TK.size(0) == num_tokens,
+              text_of("[T, K_top] with T = ", num_tokens, ", as x_TH and more_TH have it"),
+              "Pass the rows of the same tokens");
+  check_num_rows(num_rows);
+}
+
+inline void check_weights_of(const char* name, const torch::stable::Tensor& weights_TK, const char* rows_name,
+                             const torch::stable::Tensor& x_TH, int64_t num_choices) {
+  const std::string expected = text_of("[", x_TH.size(0), ", ", num_choices, "]");
+  check_shape(name, weights_TK, shape_text(weights_TK) == expected,
+              text_of("[T, K_top] = ", expected, ", as ", rows_name, " and rows_TK have it"),
+              "Pass a weight per choice");
+  check_device(name, weights_TK, "x_TH", x_TH);
+}
+
+inline void check_permute_packed(const torch::stable::Tensor& x_TH, const torch::stable::Tensor& weights_TK,
+                                 const std::optional<torch::stable::Tensor>& more_TH,
+                                 const std::optional<torch::stable::Tensor>& more_weights_TK,
+                                 const torch::stable::Tensor& rows_TK, int64_t num_rows) {
+  if (more_TH.has_value() != more_weights_TK.has_value())
+    fail("more_TH, more_weights_TK: one is missing: it must be both there or both None. Pass the other one too");
+  if (more_TH)
+    check_permute_joined(x_TH, *more_TH, rows_TK, num_rows);
+  else
+    check_permute(x_TH, rows_TK, num_rows);
+  check_float("x_TH", x_TH);
+  check_float("weights_TK", weights_TK);
+  check_weights_of("weights_TK", weights_TK, "x_TH", x_TH, rows_TK.size(1));
+  if (!more_TH) return;
+  if (more_weights_TK->scalar_type() != weights_TK.scalar_type()) {
+    fail("more_weights_TK.dtype = ", dtype_name(more_weights_TK->scalar_type()), ": it must be ",
+         dtype_name(weights_TK.scalar_type()),
+         ", as weights_TK is. Convert it with more_weights_TK.to(weights_TK.dtype)");
+  }
+  check_weights_of("more_weights_TK", *more_weights_TK, "more_TH", *more_TH, rows_TK.size(1));
 }
 
 inline void check_permute_weighted_backward(const torch::stable::Tensor& grad_NH, const torch::stable::Tensor& grad_N,

@@ -12,6 +12,10 @@ STABLE_TORCH_LIBRARY(smartmoe, m) {
       "history_replicas(Tensor slots_RS, Tensor loads_KE, int home_slots, int num_nodes, bool many, int max_steps, "
       "int max_experts, int max_slots, int trials, float good_enough, float worst_weight, float replica_price, "
       "float change_price, float min_gain, float enough) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "swap_homes(Tensor slots_RS, Tensor loads_KE, int home_slots, int num_nodes, int max_steps, int max_experts, "
+      "int max_slots, int trials, float worst_weight, float replica_price, float change_price, float home_price, "
+      "float min_gain, float enough) -> (Tensor, Tensor, Tensor)");
   m.def("paying_replicas(Tensor loads_KE, Tensor slots_RS, int home_slots, Tensor price_23, int num_nodes) -> Tensor");
   m.def("relay_tree(Tensor slots_RS, int home_slots, int num_nodes) -> Tensor");
   m.def(
@@ -20,6 +24,10 @@ STABLE_TORCH_LIBRARY(smartmoe, m) {
   m.def("exact_split(Tensor counts_RE, int spare_slots, int num_nodes) -> (Tensor, Tensor)");
   m.def("dispatch_map(Tensor ids_TK, Tensor slot_of_E, int num_slots) -> (Tensor, Tensor)");
   m.def("permute(Tensor x_TH, Tensor rows_TK, int num_rows) -> Tensor");
+  m.def("permute_joined(Tensor x_TH, Tensor more_TH, Tensor rows_TK, int num_rows) -> Tensor");
+  m.def(
+      "permute_packed(Tensor x_TH, Tensor weights_TK, Tensor? more_TH, Tensor? more_weights_TK, Tensor rows_TK, "
+      "int num_rows) -> Tensor");
   m.def("unpermute(Tensor y_NH, Tensor rows_TK, Tensor? weights_TK) -> Tensor");
   m.def(
       "unpermute_backward(Tensor grad_TH, Tensor y_NH, Tensor rows_TK, Tensor weights_TK) -> "
@@ -39,12 +47,15 @@ STABLE_TORCH_LIBRARY_IMPL(smartmoe, CPU, m) {
   m.impl("min_max_split", TORCH_BOX(&smartmoe::cpu::min_max_split));
   m.impl("exact_replicas", TORCH_BOX(&smartmoe::cpu::exact_replicas));
   m.impl("history_replicas", TORCH_BOX(&smartmoe::cpu::history_replicas));
+  m.impl("swap_homes", TORCH_BOX(&smartmoe::cpu::swap_homes));
   m.impl("paying_replicas", TORCH_BOX(&smartmoe::cpu::paying_replicas));
   m.impl("relay_tree", TORCH_BOX(&smartmoe::cpu::relay_tree));
   m.impl("plan_dispatch", TORCH_BOX(&smartmoe::cpu::plan_dispatch));
   m.impl("exact_split", TORCH_BOX(&smartmoe::cpu::exact_split));
   m.impl("dispatch_map", TORCH_BOX(&smartmoe::cpu::dispatch_map));
   m.impl("permute", TORCH_BOX(&smartmoe::cpu::permute));
+  m.impl("permute_joined", TORCH_BOX(&smartmoe::cpu::permute_joined));
+  m.impl("permute_packed", TORCH_BOX(&smartmoe::cpu::permute_packed));
   m.impl("unpermute", TORCH_BOX(&smartmoe::cpu::unpermute));
   m.impl("unpermute_backward", TORCH_BOX(&smartmoe::cpu::unpermute_backward));
   m.impl("swiglu", TORCH_BOX(&smartmoe::cpu::swiglu));
@@ -62,6 +73,8 @@ STABLE_TORCH_LIBRARY_IMPL(smartmoe, CUDA, m) {
   m.impl("exact_split", TORCH_BOX(&smartmoe::cuda::exact_split));
   m.impl("dispatch_map", TORCH_BOX(&smartmoe::cuda::dispatch_map));
   m.impl("permute", TORCH_BOX(&smartmoe::cuda::permute));
+  m.impl("permute_joined", TORCH_BOX(&smartmoe::cuda::permute_joined));
+  m.impl("permute_packed", TORCH_BOX(&smartmoe::cuda::permute_packed));
   m.impl("unpermute", TORCH_BOX(&smartmoe::cuda::unpermute));
   m.impl("unpermute_backward", TORCH_BOX(&smartmoe::cuda::unpermute_backward));
   m.impl("swiglu", TORCH_BOX(&smartmoe::cuda::swiglu));

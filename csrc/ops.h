@@ -21,6 +21,11 @@ std::tuple<Tensor, Tensor, Tensor> history_replicas(const Tensor& slots_RS, cons
                                                     int64_t max_experts, int64_t max_slots, int64_t trials,
                                                     double good_enough, double worst_weight, double replica_price,
                                                     double change_price, double min_gain, double enough);
+std::tuple<Tensor, Tensor, Tensor> swap_homes(const Tensor& slots_RS, const Tensor& loads_KE, int64_t home_slots,
+                                              int64_t num_nodes, int64_t max_steps, int64_t max_experts,
+                                              int64_t max_slots, int64_t trials, double worst_weight,
+                                              double replica_price, double change_price, double home_price,
+                                              double min_gain, double enough);
 Tensor paying_replicas(const Tensor& loads_KE, const Tensor& slots_RS, int64_t home_slots, const Tensor& price_23,
                        int64_t num_nodes);
 Tensor relay_tree(const Tensor& slots_RS, int64_t home_slots, int64_t num_nodes);
@@ -29,6 +34,9 @@ void plan_dispatch(const Tensor& counts_RPE, const Tensor& slots_RS, int64_t hom
                    const Tensor& price_23, const Tensor& plan);
 std::tuple<Tensor, Tensor> dispatch_map(const Tensor& ids_TK, const Tensor& slot_of_E, int64_t num_slots);
 Tensor permute(const Tensor& x_TH, const Tensor& rows_TK, int64_t num_rows);
+Tensor permute_joined(const Tensor& x_TH, const Tensor& more_TH, const Tensor& rows_TK, int64_t num_rows);
+Tensor permute_packed(const Tensor& x_TH, const Tensor& weights_TK, const std::optional<Tensor>& more_TH,
+                      const std::optional<Tensor>& more_weights_TK, const Tensor& rows_TK, int64_t num_rows);
 Tensor unpermute(const Tensor& y_NH, const Tensor& rows_TK, const std::optional<Tensor>& weights_TK);
 std::tuple<Tensor, Tensor> unpermute_backward(const Tensor& grad_TH, const Tensor& y_NH, const Tensor& rows_TK,
                                               const Tensor& weights_TK);
@@ -48,6 +56,9 @@ namespace cuda {
 std::tuple<Tensor, Tensor> exact_split(const Tensor& counts_RE, int64_t spare_slots, int64_t num_nodes);
 std::tuple<Tensor, Tensor> dispatch_map(const Tensor& ids_TK, const Tensor& slot_of_E, int64_t num_slots);
 Tensor permute(const Tensor& x_TH, const Tensor& rows_TK, int64_t num_rows);
+Tensor permute_joined(const Tensor& x_TH, const Tensor& more_TH, const Tensor& rows_TK, int64_t num_rows);
+Tensor permute_packed(const Tensor& x_TH, const Tensor& weights_TK, const std::optional<Tensor>& more_TH,
+                      const std::optional<Tensor>& more_weights_TK, const Tensor& rows_TK, int64_t num_rows);
 Tensor unpermute(const Tensor& y_NH, const Tensor& rows_TK, const std::optional<Tensor>& weights_TK);
 std::tuple<Tensor, Tensor> unpermute_backward(const Tensor& grad_TH, const Tensor& y_NH, const Tensor& rows_TK,
                                               const Tensor& weights_TK);

@@ -3,7 +3,8 @@
 Each rank of one expert-parallel group sends all its experts to the next rank: weights in bf16, fp32 main weights and
 two moments. The raw measurement sends as many bytes between the same ranks, from one buffer into another, both
 directions at once; nothing is packed, verified or written. The two alternate. Reported are the medians, and the best of
-each, which is more telling on a machine that does other work too.
+each, which is more telling on a machine that does other work too; and the CPU seconds of a rank, all of its threads
+together, with what the checksums and the copy into place take of them when nothing else runs in the process.
 
     python scripts/bench_migration.py                       # 2 gloo ranks on this machine
     torchrun --nproc-per-node 8 scripts/bench_migration.py  # NCCL, one rank per GPU
@@ -29,6 +30,8 @@ from megatron_smartmoe.placement.migration import MigrationPlan, plan_migration
 from megatron_smartmoe.placement.transfers import LayerLayout, TensorLayout
 from megatron_smartmoe.runtime.migration.exchange import ExpertExchange, MigrationReport
 from megatron_smartmoe.runtime.migration.expert_tensors import LayerState
+from megatron_smartmoe.runtime.migration.staging import chunk_checksum
+from megatron_smartmoe.runtime.migration.wire import DIRECT_BYTES
 
 TIMEOUT_S = 120.0
 
@@ -69,26 +72,49 @@ def live_state(layer: LayerLayout, device: torch.device) -> LayerState:
     return LayerState(layout=layer, shards=(0,) * len(layer.tensors), pieces=pieces)
 
 
-def raw_seconds(plan: MigrationPlan, buffers: tuple[torch.Tensor, torch.Tensor], device: torch.device) -> float:
-    """Seconds to send the bytes of a plan from buffer to buffer."""
+@dataclass(frozen=True, kw_only=True)
+class Spent:
+    """What one measurement took: seconds until the slowest rank was done, and CPU seconds of this one's process."""
+
+    wall_s: float
+    cpu_s: float
+
+
+def raw(plan: MigrationPlan, buffers: tuple[torch.Tensor, torch.Tensor], device: torch.device) -> Spent:
+    """Send the bytes of a plan from buffer to buffer."""
     rank, size = dist.get_rank(), dist.get_world_size()
     dist.barrier()
-    begin = time.perf_counter()
+    begin, begin_cpu = time.perf_counter(), time.process_time()
     operations = [
         dist.P2POp(dist.isend, buffers[0][: int(plan.sent_bytes_W[rank])], (rank + 1) % size),
         dist.P2POp(dist.irecv, buffers[1][: int(plan.received_bytes_W[rank])], (rank - 1) % size),
     ]
     for work in dist.batch_isend_irecv(operations):
         work.wait()
-    return _slowest(begin, device)
+    cpu_s = time.process_time() - begin_cpu
+    return Spent(wall_s=_slowest(begin, device), cpu_s=cpu_s)
 
 
-def migrate(exchange: ExpertExchange, plan: MigrationPlan, state: LayerState) -> tuple[float, MigrationReport]:
-    """Seconds of a migration, from the comparison of plans to the last commit."""
+def migrate(exchange: ExpertExchange, plan: MigrationPlan, state: LayerState) -> tuple[Spent, MigrationReport]:
+    """A migration, from the comparison of plans to the last commit."""
     dist.barrier()
-    begin = time.perf_counter()
+    begin, begin_cpu = time.perf_counter(), time.process_time()
     report = exchange.execute(plan, {0: state}, lambda step: None)
-    return _slowest(begin, state.pieces[0][0].device), report
+    cpu_s = time.process_time() - begin_cpu
+    return Spent(wall_s=_slowest(begin, state.pieces[0][0].device), cpu_s=cpu_s), report
+
+
+def parts(plan: MigrationPlan, buffers: tuple[torch.Tensor, torch.Tensor]) -> tuple[float, float]:
+    """CPU seconds of the checksums of what a rank sends and receives, and of copying what it receives into place."""
+    rank = dist.get_rank()
+    begin = time.process_time()
+    for buffer, nbytes in zip(buffers, (plan.sent_bytes_W[rank], plan.received_bytes_W[rank]), strict=True):
+        for number, start in enumerate(range(0, int(nbytes), DIRECT_BYTES)):
+            chunk_checksum(buffer[start : min(start + DIRECT_BYTES, int(nbytes))], number)
+    checked = time.process_time()
+    received = int(plan.received_bytes_W[rank])
+    buffers[0][:received].copy_(buffers[1][:received])
+    return checked - begin, time.process_time() - checked
 
 
 def _slowest(begin: float, device: torch.device) -> float:
@@ -121,19 +147,22 @@ def measure(options: Options, device: torch.device) -> None:
     )
     most = int(max(plan.sent_bytes_W.max(), plan.received_bytes_W.max()))
     buffers = torch.ones(most, dtype=torch.uint8, device=device), torch.ones(most, dtype=torch.uint8, device=device)
-    raws, moves = [], []
+    raws, moves, partly = list[Spent](), list[Spent](), list[tuple[float, float]]()
     for repeat in range(options.repeats + 1):
-        raw_s = raw_seconds(plan, buffers, device)
-        move_s, report = migrate(exchange, plan, state)
-        if repeat:  # the first one opens connections
-            raws.append(raw_s)
-            moves.append(move_s)
+        raw_spent = raw(plan, buffers, device)
+        move_spent, report = migrate(exchange, plan, state)
+        part_s = parts(plan, buffers)
+        if repeat:  # the first one allocates
+            raws.append(raw_spent)
+            moves.append(move_spent)
+            partly.append(part_s)
         assert report.sent_bytes == plan.sent_bytes_W[rank]
     if rank == 0:
         _print(plan, report, raws, moves)
+        _print_cpu(raws, moves, partly)
 
 
-def _print(plan: MigrationPlan, report: MigrationReport, raws: list[float], moves: list[float]) -> None:
+def _print(plan: MigrationPlan, report: MigrationReport, raws: list[Spent], moves: list[Spent]) -> None:
     sent = int(plan.sent_bytes_W[0])
     print(f"{dist.get_world_size()} ranks, {dist.get_backend()}, {len(plan.steps)} step(s), {len(raws)} repeats")
     print(f"bytes a rank sends    predicted {sent}, sent {report.sent_bytes}")
@@ -141,11 +170,21 @@ def _print(plan: MigrationPlan, report: MigrationReport, raws: list[float], move
         f"staging memory        {report.peak_staging_bytes / 2**20:.0f} MiB, planned {plan.staging_bytes / 2**20:.0f}"
     )
     for name, pick in (("median", statistics.median), ("best", min)):
-        raw_s, move_s = pick(raws), pick(moves)
+        raw_s, move_s = (pick([one.wall_s for one in spent]) for spent in (raws, moves))
         print(
             f"{name:<8} raw {raw_s:.3f} s = {sent / raw_s / 1e9:.2f} GB/s per rank and direction; "
             f"migration {move_s:.3f} s = {sent / move_s / 1e9:.2f} GB/s: {raw_s / move_s:.1%}"
         )
+
+
+def _print_cpu(raws: list[Spent], moves: list[Spent], partly: list[tuple[float, float]]) -> None:
+    """Where the CPU time of a migration goes; medians of rank 0."""
+    raw_s, move_s = (statistics.median([one.cpu_s for one in spent]) for spent in (raws, moves))
+    checksums_s, copy_s = (statistics.median(column) for column in zip(*partly, strict=True))
+    print(
+        f"CPU      raw {raw_s:.3f} s, migration {move_s:.3f} s: {raw_s / move_s:.1%}; "
+        f"alone, the checksums take {checksums_s:.3f} s and the copy into place {copy_s:.3f} s"
+    )
 
 
 def main() -> None:

@@ -85,3 +85,4 @@ if [[ ! -e $cache/site/nvidia ]]; then
 fi
 
 CUDA_VISIBLE_DEVICES="" PYTHONPATH="$cache/site" "$python" -m scripts.te_package.check "$@"
+CUDA_VISIBLE_DEVICES="" PYTHONPATH="$cache/site" "$python" -m scripts.te_package.converted

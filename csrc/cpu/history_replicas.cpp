@@ -28,11 +28,13 @@ constexpr int64_t kNowhere = -1;
 // search/objective.py:Objective.
 struct Objective {
   double worst_weight, replica_price, change_price, min_gain, enough;
+  double home_price = 0.0;
 };
 
-// search/objective.py:Space, without homes that move.
+// search/objective.py:Space.
 struct Space {
   int64_t max_steps, max_experts, max_slots, trials;
+  bool move_homes = false;
 };
 
 // The scenarios and the layout, which no search changes.
@@ -213,33 +215,30 @@ class View {
     return wanted;
   }
 
-  // The excess after each move under the known cuts.
+  // The excess after each move under the known cuts. A move changes few sets; of the others only the largest count.
   std::vector<double> judge(const std::vector<Move>& moves) const {
     std::vector<double> value_M;
     value_M.reserve(moves.size());
     const int64_t num_scenarios = problem_->num_scenarios;
+    const Largest largest(*this);
     std::vector<Worst> worst(num_scenarios);
-    std::vector<int64_t> locked_K(num_scenarios);
-    std::vector<uint64_t> after(problem_->num_words());
-    std::vector<int8_t> change_Q[2] = {std::vector<int8_t>(num_known_), std::vector<int8_t>(num_known_)};
+    std::vector<Change> changed;
+    std::vector<uint8_t> changed_Q(num_known_, 0);
+    std::vector<uint64_t> after(2 * problem_->num_words());
     for (const Move& move : moves) {
-      for (int column = 0; column < 2; ++column) changes(move, column, after, change_Q[column]);
-      std::fill(worst.begin(), worst.end(), Worst{});
-      for (int64_t q = 0; q < num_known_; ++q) {
-        const int64_t* before_K = locked_QK.data() + q * num_scenarios;
-        if (change_Q[0][q] == 0 && change_Q[1][q] == 0) {
-          for (int64_t k = 0; k < num_scenarios; ++k) worst[k].add(before_K[k], pool_->size_Q[q]);
-          continue;
-        }
-        std::copy(before_K, before_K + num_scenarios, locked_K.begin());
-        for (int column = 0; column < 2; ++column) {
-          if (change_Q[column][q] == 0) continue;
-          for (int64_t k = 0; k < num_scenarios; ++k) {
-            locked_K[k] += change_Q[column][q] * problem_->load(k, move.expert[column]);
+      find_changes(move, after, changed);
+      for (const Change& change : changed) changed_Q[change.set] = 1;
+      for (int64_t k = 0; k < num_scenarios; ++k) {
+        worst[k] = largest.without(k, changed_Q);
+        for (const Change& change : changed) {
+          int64_t locked = locked_QK[change.set * num_scenarios + k];
+          for (int column = 0; column < 2; ++column) {
+            if (change.sign[column] != 0) locked += change.sign[column] * problem_->load(k, move.expert[column]);
           }
+          worst[k].add(locked, pool_->size_Q[change.set]);
         }
-        for (int64_t k = 0; k < num_scenarios; ++k) worst[k].add(locked_K[k], pool_->size_Q[q]);
       }
+      for (const Change& change : changed) changed_Q[change.set] = 0;
       value_M.push_back(excess_of(worst, problem_->objective));
     }
     return value_M;
@@ -262,6 +261,7 @@ class View {
     std::vector<int64_t> changed_RS = slots_RS;
     if (move.exchanges) {
       std::swap(changed_RS[move.at[0]], changed_RS[move.at[1]]);
+      for (const int64_t at : move.at) clear_beside_home(changed_RS, at);
     } else {
       changed_RS[move.at[0]] = move.expert[0];
     }
@@ -312,30 +312,120 @@ class View {
     int64_t best = 0;
     double most = -std::numeric_limits<double>::infinity();
     for (int64_t q = 0; q < num_known_; ++q) {
-      const double size = pool_->size_Q[q];
-      const double overflow =
-          static_cast<double>(locked_QK[q * problem_->num_scenarios + k]) - size * static_cast<double>(kMeanLoad);
-      if (of(overflow, size) > most) {
-        most = of(overflow, size);
+      const double value = of(overflow(q, k), pool_->size_Q[q]);
+      if (value > most) {
+        most = value;
         best = q;
       }
     }
     return best;
   }
 
-  // For one of a move's experts: into which sets it becomes locked (1), and out of which free (-1).
-  void changes(const Move& move, int column, std::vector<uint64_t>& after, std::vector<int8_t>& change_Q) const {
-    const int64_t expert = move.expert[column];
-    std::fill(change_Q.begin(), change_Q.end(), int8_t{0});
-    if (expert == kEmpty) return;
-    const uint64_t* before = hosts.row(expert);
-    std::copy(before, before + problem_->num_words(), after.begin());
-    const int64_t from = move.from[column], to = move.to[column];
-    if (from != kNowhere) after[from / 64] &= ~(uint64_t{1} << (from % 64));
-    if (to != kNowhere) after[to / 64] |= uint64_t{1} << (to % 64);
-    for (int64_t q = 0; q < num_known_; ++q) {
-      change_Q[q] = static_cast<int8_t>(pool_->sets.contains(q, after.data()) - pool_->sets.contains(q, before));
+  // A replica on the rank where its own home has arrived is cleared.
+  void clear_beside_home(std::vector<int64_t>& changed_RS, int64_t at) const {
+    const int64_t num_slots = problem_->num_slots, home_slots = problem_->home_slots;
+    if (at % num_slots >= home_slots) return;
+    const auto row = changed_RS.begin() + at / num_slots * num_slots;
+    std::replace(row + home_slots, row + num_slots, changed_RS[at], kEmpty);
+  }
+
+  // A set that becomes (1) or is no longer (-1) one that all hosts of a move's experts are in.
+  struct Change {
+    int64_t set;
+    int sign[2];  // of each expert
+  };
+
+  // `after` is scratch for the hosts of both experts.
+  void find_changes(const Move& move, std::vector<uint64_t>& after, std::vector<Change>& changed) const {
+    const int64_t num_words = problem_->num_words();
+    uint64_t* const after_2[2] = {after.data(), after.data() + num_words};
+    for (int column = 0; column < 2; ++column) {
+      if (move.expert[column] == kEmpty) continue;
+      std::copy_n(hosts.row(move.expert[column]), num_words, after_2[column]);
+      const int64_t from = move.from[column], to = move.to[column];
+      if (from != kNowhere) after_2[column][from / 64] &= ~(uint64_t{1} << (from % 64));
+      if (to != kNowhere) after_2[column][to / 64] |= uint64_t{1} << (to % 64);
     }
+    changed.clear();
+    for (int64_t q = 0; q < num_known_; ++q) {
+      Change change{q, {0, 0}};
+      for (int column = 0; column < 2; ++column) {
+        const int64_t expert = move.expert[column];
+        if (expert == kEmpty) continue;
+        change.sign[column] = pool_->sets.contains(q, after_2[column]) - pool_->sets.contains(q, hosts.row(expert));
+      }
+      if (change.sign[0] != 0 || change.sign[1] != 0) changed.push_back(change);
+    }
+  }
+
+  // The sets with the largest overflow and excess of a rank, by scenario.
+  class Largest {
+   public:
+    explicit Largest(const View& view) : view_(view), top_K(view.problem_->num_scenarios) {
+      for (int64_t k = 0; k < static_cast<int64_t>(top_K.size()); ++k) {
+        for (int64_t q = 0; q < view.num_known_; ++q) {
+          const double over = view.overflow(q, k);
+          top_K[k].overflow.add(q, over);
+          top_K[k].makespan.add(q, over / view.pool_->size_Q[q]);
+        }
+      }
+    }
+
+    // Of all sets but those that are changed.
+    Worst without(int64_t k, const std::vector<uint8_t>& changed_Q) const {
+      Worst worst;
+      const std::optional<double> overflow = top_K[k].overflow.without(changed_Q);
+      const std::optional<double> makespan = top_K[k].makespan.without(changed_Q);
+      if (overflow && makespan) {
+        worst.overflow = std::max(worst.overflow, *overflow);
+        worst.makespan = std::max(worst.makespan, *makespan);
+        return worst;
+      }
+      for (int64_t q = 0; q < view_.num_known_; ++q) {
+        if (!changed_Q[q])
+          worst.add(view_.locked_QK[q * static_cast<int64_t>(top_K.size()) + k], view_.pool_->size_Q[q]);
+      }
+      return worst;
+    }
+
+   private:
+    static constexpr int kKept = 6;
+
+    // The largest values, in order; those that are not among them are no larger.
+    struct Top {
+      int size = 0;
+      int64_t set[kKept];
+      double value[kKept];
+
+      void add(int64_t q, double x) {
+        if (size == kKept && !(x > value[kKept - 1])) return;
+        int at = size < kKept ? size++ : kKept - 1;
+        for (; at > 0 && x > value[at - 1]; --at) {
+          value[at] = value[at - 1];
+          set[at] = set[at - 1];
+        }
+        value[at] = x;
+        set[at] = q;
+      }
+
+      std::optional<double> without(const std::vector<uint8_t>& changed_Q) const {
+        for (int at = 0; at < size; ++at) {
+          if (!changed_Q[set[at]]) return value[at];
+        }
+        return std::nullopt;
+      }
+    };
+    struct Tops {
+      Top overflow, makespan;
+    };
+
+    const View& view_;
+    std::vector<Tops> top_K;
+  };
+
+  double overflow(int64_t q, int64_t k) const {
+    return static_cast<double>(locked_QK[q * problem_->num_scenarios + k]) -
+           pool_->size_Q[q] * static_cast<double>(kMeanLoad);
   }
 };
 
@@ -362,13 +452,15 @@ class Improvement {
     view.evaluate();
     const bool needed = view.excess > objective.enough;
     const std::vector<int64_t> wanted = needed ? view.wanted_experts(space.max_experts) : std::vector<int64_t>{};
-    if (problem_.num_slots == problem_.home_slots || (!needed && !(objective.replica_price > 0))) return false;
-    const std::vector<Move> clear = clearings();
-    if (needed) {
-      const std::vector<int64_t> cheap = cheap_slots(clear, space.max_slots);
-      if (try_moves(replacements(wanted, cheap), space) || try_moves(exchanges(wanted, cheap), space)) return true;
+    if (problem_.num_slots > problem_.home_slots && (needed || objective.replica_price > 0)) {
+      const std::vector<Move> clear = clearings();
+      if (needed) {
+        const std::vector<int64_t> cheap = cheap_slots(clear, space.max_slots);
+        if (try_moves(replacements(wanted, cheap), space) || try_moves(exchanges(wanted, cheap), space)) return true;
+      }
+      if (objective.replica_price > 0 && try_moves(clear, space)) return true;
     }
-    return objective.replica_price > 0 && try_moves(clear, space);
+    return needed && space.move_homes && try_moves(home_swaps(wanted), space);
   }
 
   bool try_moves(const std::vector<Move>& moves, const Space& space) {
@@ -462,24 +554,55 @@ class Improvement {
         if (held(first) == held(second) || !fits(first, second) || !fits(second, first)) continue;
         // a pair that is listed from both sides counts from the lower one
         if (first > second && wanted_S[second] && cheap_S[first]) continue;
-        moves.push_back(exchange(first, second));
+        moves.push_back(exchange(flat(first), flat(second), problem_.objective.change_price));
       }
     }
     return moves;
   }
 
-  Move exchange(int64_t first, int64_t second) const {
-    const int64_t expert[2] = {held(first), held(second)}, rank[2] = {rank_of(first), rank_of(second)};
+  // Swaps of the home of a wanted expert with another home of the same node.
+  std::vector<Move> home_swaps(const std::vector<int64_t>& wanted) const {
+    const int64_t num_homes = problem_.num_ranks * problem_.home_slots;
+    const auto flat = [&](int64_t home) {
+      return home / problem_.home_slots * problem_.num_slots + home % problem_.home_slots;
+    };
+    std::vector<uint8_t> wanted_S(num_homes, 0);
+    for (int64_t home = 0; home < num_homes; ++home) {
+      wanted_S[home] = std::find(wanted.begin(), wanted.end(), view.slots_RS[flat(home)]) != wanted.end();
+    }
+    std::vector<Move> moves;
+    for (int64_t first = 0; first < num_homes; ++first) {
+      if (!wanted_S[first]) continue;
+      for (int64_t second = 0; second < num_homes; ++second) {
+        const int64_t rank = first / problem_.home_slots, other = second / problem_.home_slots;
+        // a pair that is listed from both sides counts from the lower one
+        if (rank == other || problem_.node(rank) != problem_.node(other) || (wanted_S[second] && first > second)) {
+          continue;
+        }
+        Move move = exchange(flat(first), flat(second), problem_.objective.home_price);
+        for (int side = 0; side < 2; ++side) {  // a home that arrives at its own replica: one host less
+          if (view.hosts.has(move.expert[side], move.to[side])) move.to[side] = kNowhere;
+        }
+        moves.push_back(move);
+      }
+    }
+    return moves;
+  }
+
+  // Of two slots, by their flat indices.
+  Move exchange(int64_t first, int64_t second, double price) const {
+    const int64_t expert[2] = {view.slots_RS[first], view.slots_RS[second]};
+    const int64_t rank[2] = {first / problem_.num_slots, second / problem_.num_slots};
     int64_t changed = 0;
     for (int side = 0; side < 2; ++side) {
       changed += is_change(expert[side], rank[1 - side]) - is_change(expert[side], rank[side]);
     }
-    return {.at = {flat(first), flat(second)},
+    return {.at = {first, second},
             .exchanges = true,
             .expert = {expert[0], expert[1]},
             .from = {rank[0], rank[1]},
             .to = {rank[1], rank[0]},
-            .price = problem_.objective.change_price * static_cast<double>(changed)};
+            .price = price * static_cast<double>(changed)};
   }
 
   const Problem& problem_;
@@ -578,6 +701,7 @@ Found best_replicas(const Problem& problem, std::vector<int64_t> slots_RS, const
   last.run(space);
   return found_by(last);
 }
+
 // Throws unless the loads are not negative and those of a row add up to at most 2^53: sums of them are exact.
 void check_scenarios(const int64_t* loads_KE, int64_t num_scenarios, int64_t num_experts) {
   for (int64_t k = 0; k < num_scenarios; ++k) {
@@ -592,26 +716,21 @@ void check_scenarios(const int64_t* loads_KE, int64_t num_scenarios, int64_t num
     }
   }
 }
-}  // namespace
 
-std::tuple<Tensor, Tensor, Tensor> history_replicas(const Tensor& slots_RS, const Tensor& loads_KE, int64_t home_slots,
-                                                    int64_t num_nodes, bool many, int64_t max_steps,
-                                                    int64_t max_experts, int64_t max_slots, int64_t trials,
-                                                    double good_enough, double worst_weight, double replica_price,
-                                                    double change_price, double min_gain, double enough) {
-  check_history_replicas(slots_RS, loads_KE, home_slots, num_nodes, max_steps, max_experts, max_slots, trials);
-  const Tensor dense_RS = torch::stable::contiguous(slots_RS), dense_KE = torch::stable::contiguous(loads_KE);
+// A problem from the tensors of an op, which it checks.
+Problem make_problem(const Tensor& dense_RS, const Tensor& dense_KE, int64_t home_slots, int64_t num_nodes,
+                     const Objective& objective) {
   Problem problem{.loads_KE = dense_KE.const_data_ptr<int64_t>(),
-                  .num_scenarios = loads_KE.size(0),
-                  .num_experts = loads_KE.size(1),
-                  .num_ranks = slots_RS.size(0),
-                  .num_slots = slots_RS.size(1),
+                  .num_scenarios = dense_KE.size(0),
+                  .num_experts = dense_KE.size(1),
+                  .num_ranks = dense_RS.size(0),
+                  .num_slots = dense_RS.size(1),
                   .home_slots = home_slots,
                   .num_nodes = num_nodes,
-                  .node_E = std::vector<int64_t>(loads_KE.size(1)),
-                  .peak_E = std::vector<int64_t>(loads_KE.size(1), 0),
-                  .by_peak_E = std::vector<Index>(loads_KE.size(1)),
-                  .objective = {worst_weight, replica_price, change_price, min_gain, enough}};
+                  .node_E = std::vector<int64_t>(dense_KE.size(1)),
+                  .peak_E = std::vector<int64_t>(dense_KE.size(1), 0),
+                  .by_peak_E = std::vector<Index>(dense_KE.size(1)),
+                  .objective = objective};
   const int64_t* slots = dense_RS.const_data_ptr<int64_t>();
   check_placement({const_cast<int64_t*>(slots), problem.num_ranks, problem.num_slots, home_slots}, problem.num_experts);
   check_scenarios(problem.loads_KE, problem.num_scenarios, problem.num_experts);
@@ -628,8 +747,16 @@ std::tuple<Tensor, Tensor, Tensor> history_replicas(const Tensor& slots_RS, cons
   std::iota(problem.by_peak_E.begin(), problem.by_peak_E.end(), 0);
   std::stable_sort(problem.by_peak_E.begin(), problem.by_peak_E.end(),
                    [&](Index a, Index b) { return problem.peak_E[a] > problem.peak_E[b]; });
-  const Found found = best_replicas(problem, {slots, slots + slots_RS.numel()},
-                                    {max_steps, max_experts, max_slots, trials}, good_enough, many);
+  return problem;
+}
+
+std::vector<int64_t> slots_of(const Tensor& dense_RS) {
+  const int64_t* slots = dense_RS.const_data_ptr<int64_t>();
+  return {slots, slots + dense_RS.numel()};
+}
+
+// What an op returns: the slots, max / mean of each scenario, and the excess and the number of changes.
+std::tuple<Tensor, Tensor, Tensor> to_tensors(const Found& found, const Problem& problem, const Tensor& dense_RS) {
   Tensor new_RS = torch::stable::new_empty(dense_RS, {problem.num_ranks, problem.num_slots});
   Tensor imbalance_K = torch::stable::new_empty(dense_RS, {problem.num_scenarios}, ScalarType::Double);
   Tensor value_2 = torch::stable::new_empty(dense_RS, {2}, ScalarType::Double);
@@ -638,5 +765,34 @@ std::tuple<Tensor, Tensor, Tensor> history_replicas(const Tensor& slots_RS, cons
   value_2.mutable_data_ptr<double>()[0] = found.excess;
   value_2.mutable_data_ptr<double>()[1] = static_cast<double>(found.steps);
   return {new_RS, imbalance_K, value_2};
+}
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor> history_replicas(const Tensor& slots_RS, const Tensor& loads_KE, int64_t home_slots,
+                                                    int64_t num_nodes, bool many, int64_t max_steps,
+                                                    int64_t max_experts, int64_t max_slots, int64_t trials,
+                                                    double good_enough, double worst_weight, double replica_price,
+                                                    double change_price, double min_gain, double enough) {
+  check_history_replicas(slots_RS, loads_KE, home_slots, num_nodes, max_steps, max_experts, max_slots, trials);
+  const Tensor dense_RS = torch::stable::contiguous(slots_RS), dense_KE = torch::stable::contiguous(loads_KE);
+  const Problem problem = make_problem(dense_RS, dense_KE, home_slots, num_nodes,
+                                       {worst_weight, replica_price, change_price, min_gain, enough});
+  const Space space{max_steps, max_experts, max_slots, trials};
+  return to_tensors(best_replicas(problem, slots_of(dense_RS), space, good_enough, many), problem, dense_RS);
+}
+
+std::tuple<Tensor, Tensor, Tensor> swap_homes(const Tensor& slots_RS, const Tensor& loads_KE, int64_t home_slots,
+                                              int64_t num_nodes, int64_t max_steps, int64_t max_experts,
+                                              int64_t max_slots, int64_t trials, double worst_weight,
+                                              double replica_price, double change_price, double home_price,
+                                              double min_gain, double enough) {
+  check_history_replicas(slots_RS, loads_KE, home_slots, num_nodes, max_steps, max_experts, max_slots, trials);
+  const Tensor dense_RS = torch::stable::contiguous(slots_RS), dense_KE = torch::stable::contiguous(loads_KE);
+  const Problem problem = make_problem(dense_RS, dense_KE, home_slots, num_nodes,
+                                       {worst_weight, replica_price, change_price, min_gain, enough, home_price});
+  CutPool pool(problem);
+  Improvement search(problem, pool, slots_of(dense_RS));
+  search.run({max_steps, max_experts, max_slots, trials, true});
+  return to_tensors(found_by(search), problem, dense_RS);
 }
 }  // namespace smartmoe::cpu

@@ -49,15 +49,17 @@ inline bool is_row(int32_t row, int64_t num_rows) {
   return static_cast<uint64_t>(static_cast<int64_t>(row)) < static_cast<uint64_t>(num_rows);
 }
 
-// Clears the rows of y that no choice names. Clearing all of y beforehand would write every other row twice.
-inline void zero_unnamed_rows(const int32_t* rows, int64_t num_choices, char* y, int64_t num_rows, int64_t row_bytes) {
+// Clears the rows of y, a pitch apart, that no choice names. Clearing all of y beforehand would write every other row
+// twice.
+inline void zero_unnamed_rows(const int32_t* rows, int64_t num_choices, char* y, int64_t num_rows, int64_t pitch,
+                              int64_t row_bytes) {
   if (row_bytes == 0) return;  // y may be null then, which memset must not be given
   std::vector<bool> named(static_cast<size_t>(num_rows), false);
   for (int64_t i = 0; i < num_choices; ++i) {
     if (is_row(rows[i], num_rows)) named[static_cast<size_t>(rows[i])] = true;
   }
   for (int64_t row = 0; row < num_rows; ++row) {
-    if (!named[static_cast<size_t>(row)]) std::memset(y + row * row_bytes, 0, static_cast<size_t>(row_bytes));
+    if (!named[static_cast<size_t>(row)]) std::memset(y + row * pitch, 0, static_cast<size_t>(row_bytes));
   }
 }
 }  // namespace smartmoe::cpu

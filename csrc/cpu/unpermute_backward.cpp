@@ -50,7 +50,7 @@ void all_rows(const Tensor& grad, const Tensor& y, const Tensor& map, const Tens
     }
   }
   zero_unnamed_rows(rows_TK, num_tokens * num_choices, static_cast<char*>(grad_y.mutable_data_ptr()), num_rows,
-                    hidden * static_cast<int64_t>(sizeof(T)));
+                    hidden * static_cast<int64_t>(sizeof(T)), hidden * static_cast<int64_t>(sizeof(T)));
 }
 }  // namespace
 

@@ -76,42 +76,89 @@ std::tuple<Tensor, Tensor> dispatch_map(const Tensor& ids_TK, const Tensor& slot
 }
 
 namespace {
-// weights_TK and weights_N are both there or both absent.
-Tensor permute_with(const Tensor& x_TH, const Tensor* weights_TK, const Tensor& rows_TK, int64_t num_rows,
-                    Tensor* weights_N) {
-  const Context context(x_TH);
-  const Tensor x = torch::stable::contiguous(x_TH), rows = torch::stable::contiguous(rows_TK);
-  Tensor y_NH = torch::stable::new_empty(x, {num_rows, x.size(1)});
+// Rows, and weights if there are any, as the kernels read them: whose elements are neighbours.
+struct Rows {
+  Tensor x_TH;
+  std::optional<Tensor> weights_TK;
+
+  static Rows of(const Tensor& x_TH, const std::optional<Tensor>& weights_TK) {
+    return {.x_TH = dense_rows(x_TH), .weights_TK = weights_TK ? std::optional(dense_rows(*weights_TK)) : std::nullopt};
+  }
+
+  TokenBlock block() const {
+    return {.x_TH = x_TH.const_data_ptr(),
+            .x_pitch = row_pitch_bytes(x_TH),
+            .weights_TK = weights_TK ? weights_TK->const_data_ptr() : nullptr,
+            .weights_pitch = weights_TK ? weights_TK->stride(0) : 0};
+  }
+};
+
+// Moves one block of tokens, or two, to y_NH; weights to weights_N, if it is there.
+void permute_into(const Rows& first, const Rows* second, const Tensor& rows_TK, Tensor& y_NH, int64_t y_pitch,
+                  void* weights_N, int64_t weights_N_pitch, const Context& context) {
+  const Tensor rows = torch::stable::contiguous(rows_TK);
+  const int64_t num_rows = y_NH.size(0);
   Tensor choice_of_row = torch::stable::new_empty(rows, {num_rows});
   const PermuteArgs args{
-      .x_TH = x.const_data_ptr(),
+      .first = first.block(),
+      .second = second ? second->block() : TokenBlock{},
+      .num_first = first.x_TH.size(0),
       .rows_TK = rows.const_data_ptr<int32_t>(),
       .num_tokens = rows.size(0),
       .num_choices = static_cast<int>(rows.size(1)),
       .y_NH = y_NH.mutable_data_ptr(),
+      .y_pitch = y_pitch,
       .num_rows = num_rows,
-      .row_bytes = x.size(1) * static_cast<int64_t>(x.element_size()),
+      .row_bytes = first.x_TH.size(1) * static_cast<int64_t>(first.x_TH.element_size()),
       .choice_of_row = choice_of_row.mutable_data_ptr<int32_t>(),
-      .weights_TK = weights_TK ? weights_TK->const_data_ptr() : nullptr,
-      .weights_N = weights_N ? weights_N->mutable_data_ptr() : nullptr,
-      .weight_bytes = weights_TK ? static_cast<int>(weights_TK->element_size()) : 0,
+      .weights_N = weights_N,
+      .weights_N_pitch = weights_N_pitch,
+      .weight_bytes = first.weights_TK ? static_cast<int>(first.weights_TK->element_size()) : 0,
   };
   Context::check("permute", launch_permute(args, context.stream()));
-  return y_NH;
 }
 }  // namespace
 
 Tensor permute(const Tensor& x_TH, const Tensor& rows_TK, int64_t num_rows) {
   check_permute(x_TH, rows_TK, num_rows);
-  return permute_with(x_TH, nullptr, rows_TK, num_rows, nullptr);
+  const Context context(x_TH);
+  const Rows rows = Rows::of(x_TH, std::nullopt);
+  Tensor y_NH = torch::stable::new_empty(x_TH, {num_rows, x_TH.size(1)});
+  permute_into(rows, nullptr, rows_TK, y_NH, row_pitch_bytes(y_NH), nullptr, 0, context);
+  return y_NH;
+}
+
+Tensor permute_joined(const Tensor& x_TH, const Tensor& more_TH, const Tensor& rows_TK, int64_t num_rows) {
+  check_permute_joined(x_TH, more_TH, rows_TK, num_rows);
+  const Context context(x_TH);
+  const Rows first = Rows::of(x_TH, std::nullopt), second = Rows::of(more_TH, std::nullopt);
+  Tensor y_NH = torch::stable::new_empty(x_TH, {num_rows, x_TH.size(1)});
+  permute_into(first, &second, rows_TK, y_NH, row_pitch_bytes(y_NH), nullptr, 0, context);
+  return y_NH;
+}
+
+Tensor permute_packed(const Tensor& x_TH, const Tensor& weights_TK, const std::optional<Tensor>& more_TH,
+                      const std::optional<Tensor>& more_weights_TK, const Tensor& rows_TK, int64_t num_rows) {
+  check_permute_packed(x_TH, weights_TK, more_TH, more_weights_TK, rows_TK, num_rows);
+  const Context context(x_TH);
+  const PackedRow packed(x_TH, weights_TK);
+  const Rows first = Rows::of(x_TH, weights_TK);
+  const std::optional<Rows> second = more_TH ? std::optional(Rows::of(*more_TH, more_weights_TK)) : std::nullopt;
+  Tensor y_NP = torch::stable::new_empty(x_TH, {num_rows, packed.elements});
+  void* weights_N = num_rows > 0 ? static_cast<char*>(y_NP.mutable_data_ptr()) + packed.weight_at : nullptr;
+  permute_into(first, second ? &*second : nullptr, rows_TK, y_NP, packed.bytes, weights_N,
+               packed.bytes / static_cast<int64_t>(weights_TK.element_size()), context);
+  return y_NP;
 }
 
 std::tuple<Tensor, Tensor> permute_weighted(const Tensor& x_TH, const Tensor& weights_TK, const Tensor& rows_TK,
                                             int64_t num_rows) {
   check_permute_weighted(x_TH, weights_TK, rows_TK, num_rows);
-  const Tensor weights = torch::stable::contiguous(weights_TK);
-  Tensor weights_N = torch::stable::new_empty(weights, {num_rows});
-  const Tensor y_NH = permute_with(x_TH, &weights, rows_TK, num_rows, &weights_N);
+  const Context context(x_TH);
+  const Rows rows = Rows::of(x_TH, weights_TK);
+  Tensor weights_N = torch::stable::new_empty(weights_TK, {num_rows});
+  Tensor y_NH = torch::stable::new_empty(x_TH, {num_rows, x_TH.size(1)});
+  permute_into(rows, nullptr, rows_TK, y_NH, row_pitch_bytes(y_NH), weights_N.mutable_data_ptr(), 1, context);
   return {y_NH, weights_N};
 }
 
@@ -120,11 +167,12 @@ Tensor unpermute(const Tensor& y_NH, const Tensor& rows_TK, const std::optional<
   const FloatType type = float_type("y_NH", y_NH);
   const FloatType weight_type = weights_TK ? float_type("weights_TK", *weights_TK) : type;
   const Context context(y_NH);
-  const Tensor y = torch::stable::contiguous(y_NH), rows = torch::stable::contiguous(rows_TK);
+  const Tensor y = dense_rows(y_NH), rows = torch::stable::contiguous(rows_TK);
   const Tensor weights = weights_TK ? torch::stable::contiguous(*weights_TK) : rows;
   Tensor x_TH = torch::stable::new_empty(y, {rows.size(0), y.size(1)});
   const UnpermuteArgs args{
       .y_NH = y.const_data_ptr(),
+      .y_pitch = row_pitch_bytes(y),
       .type = type,
       .num_rows = y.size(0),
       .rows_TK = rows.const_data_ptr<int32_t>(),
@@ -135,6 +183,7 @@ Tensor unpermute(const Tensor& y_NH, const Tensor& rows_TK, const std::optional<
       .x_TH = x_TH.mutable_data_ptr(),
       .hidden = y.size(1),
       .moved_N = nullptr,
+      .moved_pitch = 0,
       .moved_TK = nullptr,
       .moved_bytes = 0,
   };
@@ -147,14 +196,14 @@ std::tuple<Tensor, Tensor> permute_weighted_backward(const Tensor& grad_NH, cons
   check_permute_weighted_backward(grad_NH, grad_N, rows_TK);
   const FloatType type = float_type("grad_NH", grad_NH);
   const Context context(grad_NH);
-  const Tensor grad = torch::stable::contiguous(grad_NH), rows = torch::stable::contiguous(rows_TK);
-  const Tensor moved = torch::stable::contiguous(grad_N);
+  const Tensor grad = dense_rows(grad_NH), rows = torch::stable::contiguous(rows_TK);
   Tensor grad_TH = torch::stable::new_empty(grad, {rows.size(0), grad.size(1)});
-  Tensor grad_TK = torch::stable::new_empty(moved, rows.sizes());
+  Tensor grad_TK = torch::stable::new_empty(grad_N, rows.sizes());
   // memory that a tensor without elements may lack: a value is moved only where a row is named
-  const void* values = moved.numel() > 0 ? moved.const_data_ptr() : static_cast<const void*>(&type);
+  const void* values = grad_N.numel() > 0 ? grad_N.const_data_ptr() : static_cast<const void*>(&type);
   const UnpermuteArgs args{
       .y_NH = grad.const_data_ptr(),
+      .y_pitch = row_pitch_bytes(grad),
       .type = type,
       .num_rows = grad.size(0),
       .rows_TK = rows.const_data_ptr<int32_t>(),
@@ -165,8 +214,9 @@ std::tuple<Tensor, Tensor> permute_weighted_backward(const Tensor& grad_NH, cons
       .x_TH = grad_TH.mutable_data_ptr(),
       .hidden = grad.size(1),
       .moved_N = values,
+      .moved_pitch = grad_N.stride(0),
       .moved_TK = grad_TK.mutable_data_ptr(),
-      .moved_bytes = static_cast<int>(moved.element_size()),
+      .moved_bytes = static_cast<int>(grad_N.element_size()),
   };
   Context::check("permute_weighted_backward", launch_unpermute(args, context.stream()));
   return {grad_TH, grad_TK};

@@ -56,24 +56,35 @@ int64_t exact_split_shared_bytes(int64_t num_ranks, int64_t num_experts, int64_t
 
 LaunchError launch_exact_split(const ExactSplitArgs& args, const Stream& stream);
 
-struct PermuteArgs {
+// Tokens whose rows lie in one piece of memory, a pitch apart, and their weights.
+struct TokenBlock {
   const void* x_TH;
+  int64_t x_pitch;         // bytes from a token's row to the next token's
+  const void* weights_TK;  // moved along with the rows, if PermuteArgs has a place for them
+  int64_t weights_pitch;   // weights from a token's first to the next token's first
+};
+
+struct PermuteArgs {
+  TokenBlock first, second;
+  int64_t num_first;  // tokens of the first block; the others are in the second
   const int32_t* rows_TK;
-  int64_t num_tokens;
-  int num_choices;  // of a token
-  void* y_NH;       // result: the row of x_TH that names it, zero where none does
+  int64_t num_tokens;  // of both
+  int num_choices;     // of a token
+  void* y_NH;          // result: the row of x_TH that names it, zero where none does
+  int64_t y_pitch;     // bytes from a row to the next
   int64_t num_rows;
-  int64_t row_bytes;       // of the H elements of a row
-  int32_t* choice_of_row;  // scratch [N]
-  const void* weights_TK;  // moved along with the rows; nullptr: there are none
-  void* weights_N;         // result: the weight of the choice that names the row, zero where none does
-  int weight_bytes;        // of one
+  int64_t row_bytes;        // of the H elements of a row
+  int32_t* choice_of_row;   // scratch [N]
+  void* weights_N;          // result: the weight of the choice that names the row, zero where none does; nullptr: none
+  int64_t weights_N_pitch;  // weights from a row's to the next row's
+  int weight_bytes;         // of one
 };
 LaunchError launch_permute(const PermuteArgs& args, const Stream& stream);
 
 struct UnpermuteArgs {
   const void* y_NH;
-  FloatType type;  // of y_NH and x_TH
+  int64_t y_pitch;  // bytes from a row to the next
+  FloatType type;   // of y_NH and x_TH
   int64_t num_rows;
   const int32_t* rows_TK;
   const void* weights_TK;  // nullptr: every weight is 1
@@ -83,6 +94,7 @@ struct UnpermuteArgs {
   void* x_TH;       // result: sum of the choices' rows times their weights, in the order of the choices
   int64_t hidden;
   const void* moved_N;  // a value per row that is moved back to the choice; nullptr: there is none
+  int64_t moved_pitch;  // values from a row's to the next row's
   void* moved_TK;       // result: the value of the row that a choice names, zero where it names none
   int moved_bytes;      // of one
 };
@@ -178,10 +190,12 @@ struct ZeroUnnamedRowsArgs {
   int64_t num_choices;           // T x K
   const int32_t* choice_of_row;  // [N], for each row that is named a choice that names it; elsewhere anything
   void* y_NH;
+  int64_t y_pitch;  // bytes from a row to the next
   int64_t num_rows;
   int64_t row_bytes;
-  void* weights_N;   // a value per row that is cleared with it; nullptr: there is none
-  int weight_bytes;  // of one
+  void* weights_N;        // a value per row that is cleared with it; nullptr: there is none
+  int64_t weights_pitch;  // values from a row's to the next row's
+  int weight_bytes;       // of one
 };
 LaunchError launch_zero_unnamed_rows(const ZeroUnnamedRowsArgs& args, const Stream& stream);
 }  // namespace smartmoe::cuda

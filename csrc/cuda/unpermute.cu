@@ -13,9 +13,10 @@ constexpr unsigned kThreads = 256;
 // Block (threads of a token, tokens). K is the number of choices, 0 for any; weights may be nullptr.
 template <class T, int kWidth, int K>
 __global__ void __launch_bounds__(kThreads)
-    sum_rows(const Vector<T, kWidth>* __restrict__ y, int64_t num_rows, const int32_t* __restrict__ rows_TK,
-             const void* __restrict__ weights, FloatType weight_type, int64_t num_tokens, int any_choices,
-             Vector<T, kWidth>* __restrict__ x, int64_t vectors, const void* moved_N, void* moved_TK, int moved_bytes) {
+    sum_rows(const Vector<T, kWidth>* __restrict__ y, int64_t y_vectors, int64_t num_rows,
+             const int32_t* __restrict__ rows_TK, const void* __restrict__ weights, FloatType weight_type,
+             int64_t num_tokens, int any_choices, Vector<T, kWidth>* __restrict__ x, int64_t vectors,
+             const void* moved_N, int64_t moved_pitch, void* moved_TK, int moved_bytes) {
   const int64_t token = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
   if (token >= num_tokens) return;
   const int num_choices = K > 0 ? K : any_choices;
@@ -30,7 +31,7 @@ __global__ void __launch_bounds__(kThreads)
       Vector<T, kWidth> chosen[kStep];
 #pragma unroll
       for (int j = 0; j < kStep; ++j) {
-        if (row[j] >= 0) chosen[j] = load_once(y + row[j] * vectors + c);
+        if (row[j] >= 0) chosen[j] = load_once(y + row[j] * y_vectors + c);
       }
 #pragma unroll
       for (int j = 0; j < kStep; ++j) {
@@ -45,7 +46,8 @@ __global__ void __launch_bounds__(kThreads)
   if (moved_N == nullptr) return;
   for (int j = static_cast<int>(threadIdx.x); j < num_choices; j += static_cast<int>(blockDim.x)) {
     const bool is_named = is_row(token_rows[j], num_rows);
-    move_bits(is_named ? moved_N : nullptr, token_rows[j], moved_TK, token * num_choices + j, moved_bytes);
+    move_bits(is_named ? moved_N : nullptr, token_rows[j] * moved_pitch, moved_TK, token * num_choices + j,
+              moved_bytes);
   }
 }
 
@@ -55,8 +57,10 @@ LaunchError launch(const UnpermuteArgs& args, const Stream& stream) {
   const unsigned threads = threads_for(vectors, 1, kThreads), tokens = kThreads / threads;
   SMARTMOE_LAUNCH((sum_rows<T, kWidth, K>), dim3(static_cast<unsigned>((args.num_tokens + tokens - 1) / tokens)),
                   dim3(threads, tokens), 0, stream.handle, static_cast<const Vector<T, kWidth>*>(args.y_NH),
-                  args.num_rows, args.rows_TK, args.weights_TK, args.weight_type, args.num_tokens, args.num_choices,
-                  static_cast<Vector<T, kWidth>*>(args.x_TH), vectors, args.moved_N, args.moved_TK, args.moved_bytes);
+                  args.y_pitch / static_cast<int64_t>(sizeof(Vector<T, kWidth>)), args.num_rows, args.rows_TK,
+                  args.weights_TK, args.weight_type, args.num_tokens, args.num_choices,
+                  static_cast<Vector<T, kWidth>*>(args.x_TH), vectors, args.moved_N, args.moved_pitch, args.moved_TK,
+                  args.moved_bytes);
   return last_launch_error();
 }
 
@@ -64,7 +68,8 @@ LaunchError launch(const UnpermuteArgs& args, const Stream& stream) {
 template <class T>
 LaunchError launch_widest(const UnpermuteArgs& args, const Stream& stream) {
   constexpr int kWidth = kVectorBytes / static_cast<int>(sizeof(T));
-  if (args.hidden % kWidth != 0 || !is_aligned(args.y_NH, kVectorBytes) || !is_aligned(args.x_TH, kVectorBytes))
+  if (args.hidden % kWidth != 0 || args.y_pitch % kVectorBytes != 0 || !is_aligned(args.y_NH, kVectorBytes) ||
+      !is_aligned(args.x_TH, kVectorBytes))
     return launch<T, 1, 0>(args, stream);
   LaunchError error = nullptr;
   with_choices(args.num_choices, args.rows_TK,

@@ -119,9 +119,11 @@ LaunchError launch_unpermute_backward(const UnpermuteBackwardArgs& args, const S
       .num_choices = args.num_tokens * args.num_choices,
       .choice_of_row = args.choice_of_row,
       .y_NH = args.grad_y_NH,
+      .y_pitch = args.hidden * element_bytes,
       .num_rows = args.num_rows,
       .row_bytes = args.hidden * element_bytes,
       .weights_N = nullptr,
+      .weights_pitch = 0,
       .weight_bytes = 0,
   };
   return launch_zero_unnamed_rows(unnamed, stream);

@@ -154,11 +154,12 @@ def sends_fp8(args: Namespace) -> bool:
     Variables of TransformerEngine's ask for other scales, or for a backward pass that reads the weights themselves;
     further options leave layers in bf16 or choose quantizers.
     """
-    blockwise = args.fp8 and args.fp8_recipe == "blockwise" and args.bf16
-    other = args.first_last_layers_bf16 or args.fp8_quantizer_factory or args.te_precision_config_file
-    other = other or os.environ.get("NVTE_FP8_BLOCK_SCALING_FP32_SCALES") == "1"
-    other = other or os.environ.get("NVTE_BACKWARD_OVERRIDE")
-    return bool(args.smartmoe_experts == "transformer_engine" and blockwise and not other)
+    if args.smartmoe_experts != "transformer_engine" or not args.fp8 or not args.bf16:
+        return False
+    other_scales = os.environ.get("NVTE_FP8_BLOCK_SCALING_FP32_SCALES") == "1"
+    other_backward = bool(os.environ.get("NVTE_BACKWARD_OVERRIDE"))
+    other_layers = args.first_last_layers_bf16 or args.fp8_quantizer_factory or args.te_precision_config_file
+    return args.fp8_recipe == "blockwise" and not (other_scales or other_backward or other_layers)
 
 
 def state_bytes(args: Namespace) -> int:

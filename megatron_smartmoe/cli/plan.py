@@ -14,16 +14,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from megatron_smartmoe.cli.plan_table import as_table, breakdown, rejections
+from megatron_smartmoe.cli.plan_table import as_table, beside_plain, breakdown, rejections
 from megatron_smartmoe.errors import ConfigError
 from megatron_smartmoe.planner.alternatives import alternatives
 from megatron_smartmoe.planner.explain import explain, why
 from megatron_smartmoe.planner.flags import megatron_flags, parallel_from_flags
 from megatron_smartmoe.planner.load import SKEWS, LoadModel, scenarios_of
+from megatron_smartmoe.planner.plain import plain_space, search_beside_plain
 from megatron_smartmoe.planner.plan_json import as_json
 from megatron_smartmoe.planner.pool import make_pool
 from megatron_smartmoe.planner.pricing import Pricing
-from megatron_smartmoe.planner.search import search
 from megatron_smartmoe.planner.space import SpaceOptions
 from megatron_smartmoe.spec.cluster import ClusterSpec, load_cluster_spec
 from megatron_smartmoe.spec.model import ModelSpec, load_model_spec
@@ -76,15 +76,17 @@ def run(options: argparse.Namespace) -> int:
     )
     if options.explain:
         return _explain_flags(options, pricing, space, gpus)
-    result = search(pricing, gpus, space, limit=max(10, options.top), rank=options.rank_by)
+    limit = max(10, options.top)
+    result, plain = search_beside_plain(pricing, gpus, space, limit=limit, rank=options.rank_by)
     del result.best[options.top :]
     best, flags = result.best[0], [megatron_flags(model, launch.spec) for launch in result.best]
-    pool = make_pool(best, pricing, space)
+    pool = make_pool(best, pricing, space if best.spec.smartmoe else plain_space(space))
     print(_headline(model, cluster, gpus, pricing))
     if options.explain is not None:
         print(explain(best, pricing, result.best[1] if len(result.best) > 1 else None))
     else:
-        print(as_table(result, pricing))
+        print(as_table(result, pricing, plain))
+        print(f"\n{beside_plain(best, plain, options.rank_by)}")
         print(f"\n1: {best.spec.label()}\n{breakdown(best, pricing)}")
     print("\nWhy not another:")
     print("\n".join("  " + line for line in why(best, alternatives(best, pricing), pricing)))
@@ -93,7 +95,7 @@ def run(options: argparse.Namespace) -> int:
     print(f"\nsearched in {result.seconds:.1f} s; {_ground(cluster)}")
     if options.json:
         question = {"model": str(options.model), "cluster": str(options.cluster), "gpus": gpus}
-        content = as_json(result, pricing, flags, pool, question)
+        content = as_json(result, pricing, flags, pool, question, plain)
         options.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     if options.pool:
         pool.save(options.pool)
@@ -151,7 +153,7 @@ def _explain_flags(options: argparse.Namespace, pricing: Pricing, space: SpaceOp
         replace(pricing.model, global_batch=spec.global_batch), pricing.cluster, pricing.loads, pricing.constants
     )
     launch = pricing.price(spec)
-    best = search(pricing, gpus, space, limit=10, rank=options.rank_by).best[0]
+    best = search_beside_plain(pricing, gpus, space, rank=options.rank_by)[0].best[0]
     print(_headline(pricing.model, pricing.cluster, gpus, pricing))
     print(explain(launch, pricing, best))
     return 0

@@ -254,7 +254,10 @@ def _verdicts(simulated: Simulated, content: Mapping[str, Any]) -> list[str]:
         line += f"; next: {others[0].name}, {others[0].total_s / first.total_s - 1:+.1%}"
     limit = content["limit_ms"]
     share = content["even_load_ms"] / limit if limit else 1.0
-    bound = f"limit: {limit:.3f} ms, {share:.1%} of an even load's speed: no plan computes and sends replicas in less"
+    bound = (
+        f"limit: {limit:.3f} ms, {share:.1%} of an even load's speed: no plan computes and sends replicas in less; "
+        "tokens travel as under an even load"
+    )
     lines = [line, bound]
     for name, numbers in content["policies"].items():
         if "forecast_error" in numbers:

@@ -12,11 +12,12 @@ from megatron_smartmoe.checkpoint.inspection import readable_bytes
 from megatron_smartmoe.convert.card import model_card
 from megatron_smartmoe.convert.families import table_of, with_prediction
 from megatron_smartmoe.convert.families.table import ModelTable
-from megatron_smartmoe.convert.hf_config import HFConfig
+from megatron_smartmoe.convert.hf_config import IGNORE_KEY, HFConfig
 from megatron_smartmoe.convert.hf_tensors import HFTensors
 from megatron_smartmoe.convert.megatron_tensors import MegatronTensors
 from megatron_smartmoe.convert.options import DTYPES, ConvertOptions
 from megatron_smartmoe.convert.output import check_free
+from megatron_smartmoe.convert.ranks import EXPERT
 from megatron_smartmoe.convert.reduce import (
     KEEP,
     TEXT,
@@ -77,7 +78,13 @@ def convert(options: ConvertOptions) -> int:
 
 
 def _check_changes(options: ConvertOptions, source: Source) -> None:
-    """Experts are made and removed on the way from Hugging Face to Megatron alone."""
+    """Options fit the source: experts are made and removed on the way from Hugging Face to Megatron alone."""
+    if source.kind == "hf" and options.target == "megatron" and options.expert_ranks is not None:
+        rule = "arranges optimizer state, and a Hugging Face model has none: what is written loads at any parallelism"
+        raise ConfigError(EXPERT, options.expert_ranks, rule, "Leave it out.")
+    if source.kind != "hf" and options.ignore_config_key:
+        rule = "is for the config.json of a Hugging Face SOURCE"
+        raise ConfigError(IGNORE_KEY, options.ignore_config_key[0], rule, "Leave it out.")
     for flag, value in (
         (EXPERTS, options.recipe and options.recipe.experts),
         (KEEP, options.reduce and options.reduce.keep),

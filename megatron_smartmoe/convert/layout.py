@@ -23,7 +23,9 @@ _LATENT_NORMS = {
     "self_attention.q_layernorm.weight": "self_attention.linear_q_up_proj.layer_norm_weight",
     "self_attention.kv_layernorm.weight": "self_attention.linear_kv_up_proj.layer_norm_weight",
 }
-LINEAR = re.compile(r"\.(?:linear_\w+|eh_proj)\.weight$")
+# Modules with an `_extra_state`: Megatron's linear layers, and TransformerEngine's linear layers and norms.
+_LINEAR = re.compile(r"\.(?:linear_\w+|eh_proj)\.weight$")
+_LINEAR_OR_NORM = re.compile(r"\.(?:linear_\w+|eh_proj|\w*layernorm|enorm|hnorm)\.weight$")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,17 +105,21 @@ class Layout:
         return with_spec(name) if self.spec == "te" and self.has_latent_attention else name
 
 
-def extra_states(places: Sequence[Place]) -> Iterator[str]:
-    """Keys of the empty `_extra_state` objects that each linear layer asks for when Megatron loads.
+def has_extra_state(name: str, spec: Spec) -> bool:
+    """Whether the module of a weight has an `_extra_state` when Megatron loads, by the end of the weight's name."""
+    return (_LINEAR if spec == "local" else _LINEAR_OR_NORM).search(name) is not None
+
+
+def extra_states(places: Sequence[Place], spec: Spec) -> Iterator[str]:
+    """Keys of the empty `_extra_state` objects that modules ask for when Megatron loads.
 
     Args:
         places: of the parameters.
+        spec: local or te.
     """
     seen: set[str] = set()
     for place in places:
-        if not _LAYER.match(place.key) and not place.key.startswith("decoder.layers."):
-            continue
-        if LINEAR.search(place.key) is None:
+        if not has_extra_state(place.key, spec):
             continue
         index, sizes = place.index or (0,), place.sizes or (1,)
         shard = f"{'.'.join(map(str, index))}_{'.'.join(map(str, sizes))}"

@@ -19,6 +19,8 @@ from megatron_smartmoe.errors import ConfigError
 
 type Target = Literal["hf", "megatron", "torch"]
 TARGETS: tuple[Target, ...] = ("hf", "megatron", "torch")
+NOISE, ROUTER_STD, SEED = "--expert-noise", "--router-std", "--seed"
+_ROUTER_STD, _SEED = 0.02, 1234  # defaults
 DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 
 
@@ -84,6 +86,12 @@ class ConvertOptions:
         for flag, size in ((EXPERT, found.expert_ranks), (TENSOR, found.tensor_ranks), (STAGES, found.stages)):
             if size is not None and size < 1:
                 raise ConfigError(flag, size, "must be at least 1", f"For example: {flag} 4.")
+        if found.target == "hf":
+            for flag, value in (("--for", None if found.spec == "local" else found.spec), (EXPERT, found.expert_ranks)):
+                if value is not None:
+                    raise ConfigError(flag, value, "has no meaning with --to hf", "Leave it out.")
+        elif found.hf_config is not None:
+            raise ConfigError("--hf-config", str(found.hf_config), "needs --to hf", "Leave it out.")
         for flag, size in ((TENSOR, found.tensor_ranks), (STAGES, found.stages)):
             if size is not None and found.target != "torch":
                 rule = "needs --to torch: a torch_dist checkpoint loads at any tensor and pipeline parallelism"
@@ -98,9 +106,15 @@ class ConvertOptions:
 
 def _recipe(parsed: argparse.Namespace) -> Recipe | None:
     if parsed.experts is None:
-        for flag, is_set in ((TOPK, parsed.topk is not None), (GRANULARITY, parsed.granularity != 1)):
-            if is_set:
-                raise ConfigError(flag, True, f"needs {EXPERTS}", f"Add {EXPERTS} 8, for example.")
+        for flag, value, unset in (
+            (TOPK, parsed.topk, None),
+            (GRANULARITY, parsed.granularity, 1),
+            (NOISE, parsed.expert_noise, 0.0),
+            (ROUTER_STD, parsed.router_std, _ROUTER_STD),
+            (SEED, parsed.seed, _SEED),
+        ):
+            if value != unset:
+                raise ConfigError(flag, value, f"needs {EXPERTS}", f"Add {EXPERTS} 8, for example.")
         return None
     return Recipe(
         experts=parsed.experts,
@@ -188,10 +202,10 @@ def _add_upcycling(parser: argparse.ArgumentParser) -> None:
         "add normal noise to the experts' weights, S times the standard deviation of their row (default: 0, with "
     )
     help_text += "which the first loss is the dense model's)"
-    group.add_argument("--expert-noise", type=float, default=0.0, metavar="S", help=help_text)
+    group.add_argument(NOISE, type=float, default=0.0, metavar="S", help=help_text)
     help_text = "standard deviation of the routers' weights (default: 0.02)"
-    group.add_argument("--router-std", type=float, default=0.02, metavar="S", help=help_text)
-    group.add_argument("--seed", type=int, default=1234, metavar="N", help="of routers and noise (default: 1234)")
+    group.add_argument(ROUTER_STD, type=float, default=_ROUTER_STD, metavar="S", help=help_text)
+    group.add_argument(SEED, type=int, default=_SEED, metavar="N", help="of routers and noise (default: 1234)")
 
 
 def _add_reducing(parser: argparse.ArgumentParser) -> None:
@@ -222,11 +236,11 @@ def as_argv(options: ConvertOptions) -> list[str]:
         recipe = options.recipe
         argv += [EXPERTS, str(recipe.experts), TOPK, str(recipe.topk), GRANULARITY, str(recipe.granularity)]
         argv += [
-            "--expert-noise",
+            NOISE,
             str(recipe.noise),
-            "--router-std",
+            ROUTER_STD,
             str(recipe.router_std),
-            "--seed",
+            SEED,
             str(recipe.seed),
         ]
     if options.reduce is not None:

@@ -110,6 +110,8 @@ def check_free(out: Path) -> None:
     Raises:
         ConfigError: something is.
     """
+    if out.is_symlink():
+        raise ConfigError("OUT", str(out), "is a symbolic link", f"Pass the folder itself: {out.resolve()}.")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError("OUT", str(out), "exists and is not empty", "Pass a folder that does not exist yet.")
 

@@ -19,7 +19,7 @@ from megatron_smartmoe.checkpoint.digest import Piece
 from megatron_smartmoe.checkpoint.names import with_norms_apart
 from megatron_smartmoe.checkpoint.rank_files import cut_axis
 from megatron_smartmoe.convert.families.blocks import EMBEDDING, OUTPUT
-from megatron_smartmoe.convert.layout import LINEAR, Layout, Spec
+from megatron_smartmoe.convert.layout import Layout, Spec, has_extra_state
 from megatron_smartmoe.convert.numbers import size_bytes
 from megatron_smartmoe.convert.ranks import EXPERT, STAGES, TENSOR, Ranks
 from megatron_smartmoe.convert.torch_dist_files import SLICE_BYTES, StoredParameter
@@ -27,6 +27,7 @@ from megatron_smartmoe.errors import ConfigError
 
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
 _LAST = ("decoder.final_layernorm.", "output_layer.")  # prefixes of what the last stage holds
+_PROJ = re.compile(r"\.self_attention\.linear_proj\.weight$")
 _DOWN = re.compile(r"\.linear_(?:q|kv)_down_proj\.weight$")
 _OF_EXPERT = re.compile(r"weight\d+$")  # TEGroupedMLP's
 _BY_EXPERT = re.compile(r"\.mlp\.experts\.(linear_fc[12])\.")
@@ -177,17 +178,21 @@ def rank_tensors(
         )
 
 
-def extra_state_names(names: Sequence[str], *, is_last: bool) -> Iterator[str]:
-    """Names of the empty entries that a rank's modules without state of their own have in its file.
+def extra_state_names(names: Sequence[str], spec: Spec, *, is_last: bool) -> Iterator[str]:
+    """Names of the empty entries that modules without further state have in a rank's file.
 
     Args:
         names: of the rank's tensors.
+        spec: local or te.
         is_last: whether it is of the last stage, whose output layer may share the embedding's weight.
     """
     weights = {_OF_EXPERT.sub("weight", name) for name in names}
-    yield from sorted(f"{name.removesuffix('weight')}_extra_state" for name in weights if LINEAR.search(name))
+    found = {name.removesuffix("weight") for name in weights if has_extra_state(name, spec)}
+    if spec == "te":
+        found |= {name.replace("linear_proj.weight", "core_attention.") for name in weights if _PROJ.search(name)}
     if is_last:
-        yield "output_layer._extra_state"
+        found.add("output_layer.")
+    yield from sorted(f"{module}_extra_state" for module in found)
 
 
 def _stages(

@@ -74,7 +74,7 @@ def megatron_to_megatron(
         # Step 3: what makes them a checkpoint.
         folder = partial / name
         weights = [parameter.place for parameter in parameters if parameter.kind == WEIGHT]
-        write_index(folder, parameters, written, common, extra_states(weights), objects)
+        write_index(folder, parameters, written, common, extra_states(weights, spec), objects)
         plain = {key: value for key, value in vars(common["args"]).items() if key != "smartmoe_placement"}
         write_manifest(
             folder,

@@ -43,7 +43,7 @@ _OFF = {
 # Gates whose routers Hugging Face's formats have no place for.
 _GATES = {
     "noisy-top-k": "its routers' noise_weight",
-    "moe++": "its experts that cost nothing (zero_weight, constant_weight, constant_vector)",
+    "moe++": "its experts that cost nothing (zero_weight, constant_weight, constant_vector) and residual_weight",
     "topology": "its choice by the node that an expert is on",
 }
 

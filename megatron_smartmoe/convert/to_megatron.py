@@ -62,7 +62,7 @@ def hf_to_megatron(
         # Step 3: index, arguments, tokenizer, a run, and last the manifest and the tracker.
         arguments = arguments_of(table.flags, dtype=dtype, seq_length=seq_length_of(table.flags))
         folder = partial / RELEASE
-        objects = extra_states([parameter.place for parameter in parameters])
+        objects = extra_states([parameter.place for parameter in parameters], spec)
         write_index(folder, parameters, written, common_state(arguments, 0), objects)
         write_beside(partial, source.folder, table, out, dtype=dtype, ranks=Ranks())
         write_manifest(

@@ -258,7 +258,7 @@ class _Writer:
         ]
         names = [tensor.name for tensor in self._tensors]
         state: dict[str, StreamedTensor | None] = dict(zip(names, streamed, strict=True))
-        state |= dict.fromkeys(extra_state_names(names, is_last=self._is_last))
+        state |= dict.fromkeys(extra_state_names(names, self._model.layout.spec, is_last=self._is_last))
         content = {
             "args": argparse.Namespace(**self._model.arguments),
             "checkpoint_version": 3.0,

@@ -33,10 +33,13 @@ __all__ = [
     "min_max_split",
     "paying_replicas",
     "permute",
+    "permute_joined",
+    "permute_packed",
     "permute_weighted",
     "plan_dispatch",
     "relay_tree",
     "sum_of_rows",
+    "swap_homes",
     "swiglu",
     "unpermute",
 ]
@@ -210,6 +213,71 @@ def history_replicas(
         worst_weight,
         replica_price,
         change_price,
+        min_gain,
+        enough,
+    )
+    return new_RS, imbalance_K, value_2
+
+
+def swap_homes(
+    slots_RS: Tensor,
+    loads_KE: Tensor,
+    home_slots: int,
+    num_nodes: int,
+    max_steps: int,
+    max_experts: int,
+    max_slots: int,
+    trials: int,
+    worst_weight: float,
+    replica_price: float,
+    change_price: float,
+    home_price: float,
+    min_gain: float,
+    enough: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Searches one layer for better replicas and better homes, which stay on their node.
+
+    Returns the same as its numpy twin, megatron_smartmoe.placement.search.improve.improve with homes that may move,
+    which explains the method. It runs on the host in one thread without the interpreter's lock, and only from the
+    compiled library.
+
+    Args:
+        slots_RS: the slots as they are, int64 [R, S] on the CPU, -1 for an empty one.
+        loads_KE: scenarios as `scaled` gives them, int64 [K, E] on the CPU.
+        home_slots: columns of homes, E / R.
+        num_nodes: nodes that the ranks lie on; homes and their replicas stay on one.
+        max_steps: of the search; see `search.objective.Space`, for the next three too.
+        max_experts: see there.
+        max_slots: see there.
+        trials: see there.
+        worst_weight: see `search.objective.Objective`, for the next five too.
+        replica_price: see there.
+        change_price: see there.
+        home_price: see there.
+        min_gain: see there.
+        enough: see there.
+
+    Returns:
+        slots_RS: the homes and replicas found, int64 [R, S].
+        imbalance_K: max / mean tokens per rank in each scenario, float64 [K].
+        value_2: the excess, and the number of changes, float64 [2].
+
+    Raises:
+        RuntimeError: see `history_replicas`.
+    """
+    new_RS, imbalance_K, value_2 = torch.ops.smartmoe.swap_homes(
+        slots_RS,
+        loads_KE,
+        home_slots,
+        num_nodes,
+        max_steps,
+        max_experts,
+        max_slots,
+        trials,
+        worst_weight,
+        replica_price,
+        change_price,
+        home_price,
         min_gain,
         enough,
     )
@@ -421,6 +489,55 @@ def permute_weighted(x_TH: Tensor, weights_TK: Tensor, rows_TK: Tensor, num_rows
     """
     y_NH, weights_N = torch.ops.smartmoe.permute_weighted(x_TH, weights_TK, rows_TK, num_rows)
     return y_NH, weights_N
+
+
+def permute_packed(
+    x_TH: Tensor,
+    weights_TK: Tensor,
+    rows_TK: Tensor,
+    num_rows: int,
+    *,
+    more_TH: Tensor | None = None,
+    more_weights_TK: Tensor | None = None,
+) -> Tensor:
+    """`permute_weighted` into one buffer, each weight behind its row; see `packed`.
+
+    Args:
+        x_TH: a row per token, float16, bfloat16, float32 or float64 [T, H], any strides.
+        weights_TK: a weight per choice, [T, K_top], of any floating-point type.
+        rows_TK: as for `permute`, of all tokens.
+        num_rows: as for `permute`.
+        more_TH: the rows of further tokens, in other memory.
+        more_weights_TK: their weights.
+
+    Returns:
+        packed_NP: [num_rows, P] in the dtype of x_TH; `packed.unpack` gives the two parts. What lies between them is
+        unwritten memory. Gradients flow as those of `permute_weighted`.
+
+    Raises:
+        RuntimeError: a dtype, shape, number or device is wrong.
+    """
+    packed_NP: Tensor = torch.ops.smartmoe.permute_packed(x_TH, weights_TK, more_TH, more_weights_TK, rows_TK, num_rows)
+    return packed_NP
+
+
+def permute_joined(x_TH: Tensor, more_TH: Tensor, rows_TK: Tensor, num_rows: int) -> Tensor:
+    """`permute` on tokens in two pieces of memory, as if they were joined. It has no gradient of its own.
+
+    Args:
+        x_TH: a row per token, [T, H], any dtype and strides.
+        more_TH: the rows of further tokens, of the same dtype.
+        rows_TK: as for `permute`, of all tokens.
+        num_rows: as for `permute`.
+
+    Returns:
+        y_NH: as from `permute`.
+
+    Raises:
+        RuntimeError: a dtype, shape, number or device is wrong.
+    """
+    y_NH: Tensor = torch.ops.smartmoe.permute_joined(x_TH, more_TH, rows_TK, num_rows)
+    return y_NH
 
 
 def chosen_experts(routing_map_TE: Tensor, probs_TE: Tensor, top_k: int) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_smartmoe.ops import packed
+
 
 def _save_permute(ctx: Any, inputs: tuple[Tensor, Tensor, int], output: Tensor) -> None:
     ctx.save_for_backward(inputs[1])
@@ -57,6 +59,21 @@ def _permute_weighted_backward(ctx: Any, grad_NH: Tensor, grad_N: Tensor) -> tup
     return grad_TH, grad_TK, None, None
 
 
+def _save_permute_packed(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x_TH, weights_TK, _, _, rows_TK, _ = inputs
+    ctx.num_tokens, ctx.parts = x_TH.shape[0], (x_TH.shape[1], weights_TK.dtype)
+    ctx.save_for_backward(rows_TK)
+
+
+def _permute_packed_backward(ctx: Any, grad_NP: Tensor) -> tuple[Tensor | None, ...]:
+    (rows_TK,) = ctx.saved_tensors
+    grads = torch.ops.smartmoe.permute_weighted_backward(*packed.views(grad_NP, *ctx.parts), rows_TK)
+    if ctx.num_tokens == rows_TK.shape[0]:
+        return *grads, None, None, None, None
+    (grad_TH, more_TH), (grad_TK, more_TK) = (each.tensor_split([ctx.num_tokens]) for each in grads)
+    return grad_TH, grad_TK, more_TH, more_TK, None, None
+
+
 def _save_chosen_experts(ctx: Any, inputs: tuple[Tensor, Tensor, int], output: tuple[Tensor, Tensor]) -> None:
     ctx.num_experts = inputs[0].shape[1]
     ctx.save_for_backward(output[0])
@@ -73,5 +90,6 @@ FORMULAS = {
     "unpermute": (_unpermute_backward, _save_unpermute),
     "swiglu": (_swiglu_backward, _save_swiglu),
     "permute_weighted": (_permute_weighted_backward, _save_permute_weighted),
+    "permute_packed": (_permute_packed_backward, _save_permute_packed),
     "chosen_experts": (_chosen_experts_backward, _save_chosen_experts),
 }

@@ -112,6 +112,57 @@ def check_permute_weighted(x_TH: Tensor, weights_TK: Tensor, rows_TK: Tensor, nu
     _check_device("weights_TK", weights_TK, "x_TH", x_TH)
 
 
+def check_permute_joined(x_TH: Tensor, more_TH: Tensor, rows_TK: Tensor, num_rows: int) -> None:
+    """Raises RuntimeError, as the compiled op does, unless dtypes, shapes and numbers are those of permute_joined."""
+    _check_shape("x_TH", x_TH, x_TH.dim() == 2, "[T, H]", "Pass a row per token")
+    rule, way_out = f"{_dtype_name(x_TH)}, as x_TH is", "Convert it with more_TH.to(x_TH.dtype)"
+    _check_dtype("more_TH", more_TH, (x_TH.dtype,), rule, way_out)
+    ok = more_TH.dim() == 2 and more_TH.shape[1] == x_TH.shape[1]
+    rule = f"[T, H] with H = {x_TH.shape[1]}, as x_TH has it"
+    _check_shape("more_TH", more_TH, ok, rule, "Pass rows of the same size")
+    _check_device("more_TH", more_TH, "x_TH", x_TH)
+    _check_rows(rows_TK, "x_TH", x_TH)
+    num_tokens = x_TH.shape[0] + more_TH.shape[0]
+    rule = f"[T, K_top] with T = {num_tokens}, as x_TH and more_TH have it"
+    _check_shape("rows_TK", rows_TK, rows_TK.shape[0] == num_tokens, rule, "Pass the rows of the same tokens")
+    _check_num_rows(num_rows)
+
+
+def check_permute_packed(
+    x_TH: Tensor,
+    weights_TK: Tensor,
+    more_TH: Tensor | None,
+    more_weights_TK: Tensor | None,
+    rows_TK: Tensor,
+    num_rows: int,
+) -> None:
+    """Raises RuntimeError, as the compiled op does, unless dtypes, shapes and numbers are those of permute_packed."""
+    both = (more_TH is None) == (more_weights_TK is None)
+    _require(both, "more_TH, more_weights_TK: one is missing", "be both there or both None", "Pass the other one too")
+    if more_TH is not None:
+        check_permute_joined(x_TH, more_TH, rows_TK, num_rows)
+    else:
+        check_permute(x_TH, rows_TK, num_rows)
+    _check_float("x_TH", x_TH)
+    _check_float("weights_TK", weights_TK)
+    _check_weights_of("weights_TK", weights_TK, "x_TH", x_TH, rows_TK)
+    if more_TH is None or more_weights_TK is None:
+        return
+    rule, way_out = (
+        f"{_dtype_name(weights_TK)}, as weights_TK is",
+        "Convert it with more_weights_TK.to(weights_TK.dtype)",
+    )
+    _check_dtype("more_weights_TK", more_weights_TK, (weights_TK.dtype,), rule, way_out)
+    _check_weights_of("more_weights_TK", more_weights_TK, "more_TH", more_TH, rows_TK)
+
+
+def _check_weights_of(name: str, weights_TK: Tensor, rows_name: str, x_TH: Tensor, rows_TK: Tensor) -> None:
+    expected = [x_TH.shape[0], rows_TK.shape[1]]
+    rule = f"[T, K_top] = {expected}, as {rows_name} and rows_TK have it"
+    _check_shape(name, weights_TK, list(weights_TK.shape) == expected, rule, "Pass a weight per choice")
+    _check_device(name, weights_TK, "x_TH", x_TH)
+
+
 def check_permute_weighted_backward(grad_NH: Tensor, grad_N: Tensor, rows_TK: Tensor) -> None:
     """Raises RuntimeError, as the compiled op does, unless dtypes and shapes are those of its gradient."""
     _check_float("grad_NH", grad_NH)

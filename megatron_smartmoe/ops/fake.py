@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from megatron_smartmoe.ops import packed
+
 
 def digest_sum(bits_N: Tensor, positions_L: Tensor, width: int, value_factor: int) -> int:
     """A number that depends on the data: there is none without them."""
@@ -49,6 +51,27 @@ def history_replicas(
     return slots_RS.new_empty(slots_RS.shape), imbalance_K, slots_RS.new_empty((2,), dtype=torch.float64)
 
 
+def swap_homes(
+    slots_RS: Tensor,
+    loads_KE: Tensor,
+    home_slots: int,
+    num_nodes: int,
+    max_steps: int,
+    max_experts: int,
+    max_slots: int,
+    trials: int,
+    worst_weight: float,
+    replica_price: float,
+    change_price: float,
+    home_price: float,
+    min_gain: float,
+    enough: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Shapes of smartmoe::swap_homes: those of smartmoe::history_replicas."""
+    imbalance_K = slots_RS.new_empty((loads_KE.shape[0],), dtype=torch.float64)
+    return slots_RS.new_empty(slots_RS.shape), imbalance_K, slots_RS.new_empty((2,), dtype=torch.float64)
+
+
 def paying_replicas(loads_KE: Tensor, slots_RS: Tensor, home_slots: int, price_23: Tensor, num_nodes: int) -> Tensor:
     """Shape of smartmoe::paying_replicas: slots_RS int64 [R, S]."""
     return slots_RS.new_empty(slots_RS.shape)
@@ -83,6 +106,23 @@ def dispatch_map(ids_TK: Tensor, slot_of_E: Tensor, num_slots: int) -> tuple[Ten
 def permute(x_TH: Tensor, rows_TK: Tensor, num_rows: int) -> Tensor:
     """Shape of smartmoe::permute: y_NH [num_rows, H]."""
     return x_TH.new_empty((num_rows, x_TH.shape[1]))
+
+
+def permute_joined(x_TH: Tensor, more_TH: Tensor, rows_TK: Tensor, num_rows: int) -> Tensor:
+    """Shape of smartmoe::permute_joined: y_NH [num_rows, H]."""
+    return x_TH.new_empty((num_rows, x_TH.shape[1]))
+
+
+def permute_packed(
+    x_TH: Tensor,
+    weights_TK: Tensor,
+    more_TH: Tensor | None,
+    more_weights_TK: Tensor | None,
+    rows_TK: Tensor,
+    num_rows: int,
+) -> Tensor:
+    """Shape of smartmoe::permute_packed: packed_NP [num_rows, P]."""
+    return x_TH.new_empty((num_rows, packed.width(x_TH.shape[1], x_TH.dtype, weights_TK.dtype)))
 
 
 def unpermute(y_NH: Tensor, rows_TK: Tensor, weights_TK: Tensor | None) -> Tensor:

@@ -36,12 +36,18 @@ SCHEMAS = {
     "history_replicas": "(Tensor slots_RS, Tensor loads_KE, int home_slots, int num_nodes, bool many, int max_steps, "
     "int max_experts, int max_slots, int trials, float good_enough, float worst_weight, float replica_price, "
     "float change_price, float min_gain, float enough) -> (Tensor, Tensor, Tensor)",
+    "swap_homes": "(Tensor slots_RS, Tensor loads_KE, int home_slots, int num_nodes, int max_steps, int max_experts, "
+    "int max_slots, int trials, float worst_weight, float replica_price, float change_price, float home_price, "
+    "float min_gain, float enough) -> (Tensor, Tensor, Tensor)",
     "paying_replicas": "(Tensor loads_KE, Tensor slots_RS, int home_slots, Tensor price_23, int num_nodes) -> Tensor",
     "relay_tree": "(Tensor slots_RS, int home_slots, int num_nodes) -> Tensor",
     "plan_dispatch": "(Tensor counts_RPE, Tensor(a!) slots_RS, int home_slots, int num_nodes, int rank, int tp_rank, "
     "int? used_slots, int scope_nodes, float limit, Tensor price_23, Tensor(b!) plan) -> ()",
     "dispatch_map": "(Tensor ids_TK, Tensor slot_of_E, int num_slots) -> (Tensor, Tensor)",
     "permute": "(Tensor x_TH, Tensor rows_TK, int num_rows) -> Tensor",
+    "permute_joined": "(Tensor x_TH, Tensor more_TH, Tensor rows_TK, int num_rows) -> Tensor",
+    "permute_packed": "(Tensor x_TH, Tensor weights_TK, Tensor? more_TH, Tensor? more_weights_TK, Tensor rows_TK, "
+    "int num_rows) -> Tensor",
     "unpermute": "(Tensor y_NH, Tensor rows_TK, Tensor? weights_TK) -> Tensor",
     "unpermute_backward": "(Tensor grad_TH, Tensor y_NH, Tensor rows_TK, Tensor weights_TK) -> (Tensor, Tensor)",
     "swiglu": "(Tensor inner_NG, Tensor probs_N) -> Tensor",
@@ -64,6 +70,7 @@ HOST_OPS = frozenset(
         "paying_replicas",
         "plan_dispatch",
         "relay_tree",
+        "swap_homes",
     }
 )
 # how users build it, relative to a checkout

@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from megatron_smartmoe.ops import packed
 from megatron_smartmoe.ops.checks import (
     check_chosen_experts,
     check_chosen_experts_backward,
@@ -19,6 +20,8 @@ from megatron_smartmoe.ops.checks import (
     check_dispatch_map,
     check_empty_groups,
     check_permute,
+    check_permute_joined,
+    check_permute_packed,
     check_permute_weighted,
     check_permute_weighted_backward,
     check_swiglu,
@@ -51,6 +54,27 @@ def permute(x_TH: Tensor, rows_TK: Tensor, num_rows: int) -> Tensor:
     y_NH = x_TH.new_zeros((num_rows + 1, x_TH.shape[1]))
     y_NH[rows] = x_TH.repeat_interleave(rows_TK.shape[1], 0)
     return y_NH[:num_rows].clone()
+
+
+def permute_joined(x_TH: Tensor, more_TH: Tensor, rows_TK: Tensor, num_rows: int) -> Tensor:
+    """Twin of smartmoe::permute_joined: permute on the tokens of both blocks."""
+    check_permute_joined(x_TH, more_TH, rows_TK, num_rows)
+    return permute(torch.cat((x_TH, more_TH)), rows_TK, num_rows)
+
+
+def permute_packed(
+    x_TH: Tensor,
+    weights_TK: Tensor,
+    more_TH: Tensor | None,
+    more_weights_TK: Tensor | None,
+    rows_TK: Tensor,
+    num_rows: int,
+) -> Tensor:
+    """Twin of smartmoe::permute_packed: permute_weighted on the tokens of both blocks, packed."""
+    check_permute_packed(x_TH, weights_TK, more_TH, more_weights_TK, rows_TK, num_rows)
+    if more_TH is not None and more_weights_TK is not None:
+        x_TH, weights_TK = torch.cat((x_TH, more_TH)), torch.cat((weights_TK, more_weights_TK))
+    return packed.whole(*permute_weighted(x_TH, weights_TK, rows_TK, num_rows))
 
 
 def unpermute(y_NH: Tensor, rows_TK: Tensor, weights_TK: Tensor | None) -> Tensor:

@@ -34,7 +34,6 @@ from megatron_smartmoe.placement.plan_homes import HomesOptions, plan_homes
 from megatron_smartmoe.placement.plan_replicas import ReplicaOptions, plan_replicas, search_space
 from megatron_smartmoe.placement.policy import Policy, PolicyOptions
 from megatron_smartmoe.placement.review import LayerSeconds, MoveReview
-from megatron_smartmoe.placement.search.improve import improve
 from megatron_smartmoe.spec.arrays import IntArray
 from megatron_smartmoe.spec.placement import Placement
 
@@ -380,7 +379,7 @@ class HomesPlanner:
                 # No swap between units pays, and replicas alone do not balance: search for swaps within nodes as well.
                 space = replace(search_space(placement.num_ranks, home_slots, options.replica), move_homes=True)
                 prices = replace(options.replica.objective, home_price=options.homes.swap_price / 2)
-                found_RS = improve(kept_RS, scenarios_KE, prices, space).slots_RS
+                found_RS = kernels.improve(kept_RS, scenarios_KE, prices, space).slots_RS
         # Step 3: price both on the last record.
         saved = None
         if isinstance(self.layer_seconds, PricedLayer):

@@ -13,8 +13,10 @@ from megatron_smartmoe.placement.exact_replicas import exact_replicas
 from megatron_smartmoe.placement.paying_replicas import DropLosing, without_losing_replicas
 from megatron_smartmoe.placement.plan_replicas import BestReplicas, best_replicas
 from megatron_smartmoe.placement.relay import RelayTree, relay_tree
+from megatron_smartmoe.placement.search.improve import ImprovedPlacement, improve
+from megatron_smartmoe.placement.search.objective import Objective, Space
 from megatron_smartmoe.placement.split import binding_cuts, min_max_split, split_graph
-from megatron_smartmoe.spec.arrays import IntArray
+from megatron_smartmoe.spec.arrays import FloatArray, IntArray
 from megatron_smartmoe.spec.placement import BoolArray
 
 
@@ -29,6 +31,7 @@ class Kernels:
 
     Attributes:
         best: see `plan_replicas.best_replicas`.
+        improve: see `search.improve.improve`, for a space in which homes move.
         drop: see `paying_replicas.without_losing_replicas`.
         exact: see `exact_replicas.exact_replicas`; arguments load_E, slots_RS, home_slots, num_nodes.
         split: see `split.min_max_split`; arguments counts_RE, hosts_ER.
@@ -37,6 +40,7 @@ class Kernels:
     """
 
     best: BestReplicas = best_replicas
+    improve: Callable[[IntArray, FloatArray, Objective, Space], ImprovedPlacement] = improve
     drop: DropLosing = without_losing_replicas
     exact: Callable[[IntArray, IntArray, int, int], IntArray] = exact_replicas
     split: Callable[[IntArray, BoolArray], IntArray] = min_max_split

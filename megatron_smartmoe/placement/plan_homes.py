@@ -28,7 +28,10 @@ from megatron_smartmoe.spec.arrays import FloatArray, IntArray
 from megatron_smartmoe.spec.placement import EMPTY
 
 _OVERFLOW_WEIGHT = 0.1  # as in `search.objective`: lets a swap help although another unit is as busy
+_ABOUT = 0.95  # of the best swap's gain
 _RESOLUTION = 1e9  # steps per mean load: gains closer than one step are equal, so that rounding never decides
+_STEPS_APART = 2.0  # of two gains that may be equal once they are rounded, one of them summed in another order
+_LOADS_AT_ONCE = 1 << 22  # numbers of a block of swaps x units
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +56,7 @@ class HomesOptions:
     between_nodes: float = 2.0
     node_swap_price: float | None = None
     max_swaps: int = 8
-    swaps_per_node: int = 4
+    swaps_per_node: int = 8
     num_groups: int = 1
 
     @property
@@ -197,11 +200,14 @@ def _best_expert_swap(
     home_RH: IntArray, load_E: FloatArray, load_U: FloatArray, ranks: _Ranks, options: HomesOptions
 ) -> tuple[float, IntArray] | None:
     """Of two experts in one domain, one of them on the busiest unit: the gain, and `[1, 2]` as in `_best_swap`."""
-    # Every pair of a home slot of the busiest unit and one of another unit that holds a smaller load.
+    # Every pair of a home slot of the busiest unit and one of another unit that holds a smaller load; of slots that are
+    # alike in all that counts, the first.
     unit_R, domain_R = ranks.unit_R, ranks.domain_R
     num_ranks, home_slots = home_RH.shape
-    rank_S = np.repeat(np.arange(num_ranks), home_slots)
     load_S = load_E[home_RH.reshape(-1)]
+    lands = num_ranks > len(load_U) > 1  # it matters which rank of a unit gets the expert
+    slot_S = _first_of_their_kind(load_S, np.repeat(np.arange(num_ranks), home_slots), ranks, apart=lands)
+    load_S, rank_S = load_S[slot_S], slot_S // home_slots
     busy_S = unit_R[rank_S] == int(load_U.argmax())
     busiest = np.flatnonzero(busy_S)
     allowed_SS = domain_R[rank_S[busiest], None] == domain_R[rank_S]
@@ -209,17 +215,59 @@ def _best_expert_swap(
     first = busiest[row]
     if not len(first):
         return None
-    # Loads of the units after each of the M swaps, and what the swap gains above its price.
-    moved_M = load_S[first] - load_S[second]
-    load_MU = load_U[None].repeat(len(first), axis=0)
-    every = np.arange(len(first))
-    load_MU[every, unit_R[rank_S[first]]] -= moved_M
-    load_MU[every, unit_R[rank_S[second]]] += moved_M
     same_node_M = ranks.node_R[rank_S[first]] == ranks.node_R[rank_S[second]]
     price_M = np.where(same_node_M, options.swap_price, options.swap_between_nodes)
-    gain_M = np.rint((_value(load_U[None]) - _value(load_MU) - price_M) * _RESOLUTION)
-    best = int(gain_M.argmax())
-    return (float(gain_M[best]), np.array([[first[best], second[best]]])) if gain_M[best] > 0 else None
+    moved_M, unit_M2 = load_S[first] - load_S[second], unit_R[rank_S[np.stack([first, second], axis=1)]]
+    # The gain of each swap, which is rounded below, to within a step; those that cannot be chosen by then are left out.
+    about_M = _value(load_U[None])[0] - _value_about(load_U, unit_M2, moved_M) - price_M
+    most = float(about_M.max())
+    near = np.flatnonzero(about_M >= (_ABOUT * most if lands and most > 0 else most) - _STEPS_APART / _RESOLUTION)
+    # Loads of the units after each of them, a block at a time, and what the swap gains above its price.
+    gain_N = np.empty(len(near))
+    for part in np.array_split(np.arange(len(near)), -(-len(near) * len(load_U) // _LOADS_AT_ONCE)):
+        load_NU, every, swap_N = load_U[None].repeat(len(part), axis=0), np.arange(len(part)), near[part]
+        load_NU[every, unit_M2[swap_N, 0]] -= moved_M[swap_N]
+        load_NU[every, unit_M2[swap_N, 1]] += moved_M[swap_N]
+        gain_N[part] = np.rint((_value(load_U[None]) - _value(load_NU) - price_M[swap_N]) * _RESOLUTION)
+    best = int(gain_N.argmax())
+    if gain_N[best] <= 0:
+        return None
+    if lands:
+        # Of the swaps that even out the nodes about as well, the one whose expert lands on the emptiest rank: several
+        # hot experts on one rank are more than its node's spare slots can take off it.
+        load_R = load_E[home_RH].sum(axis=1)
+        landing_N = np.rint((load_R[rank_S[second]] + moved_M)[near] * _RESOLUTION)
+        best = int(np.where(gain_N >= _ABOUT * gain_N[best], landing_N, np.inf).argmin())
+    return float(gain_N[best]), slot_S[[[first[near[best]], second[near[best]]]]]
+
+
+def _first_of_their_kind(load_S: FloatArray, rank_S: IntArray, ranks: _Ranks, *, apart: bool) -> IntArray:
+    """The first of the home slots that have the same load, unit, node and domain (`apart`: and rank); ascending."""
+    most = len(ranks.unit_R)  # units, nodes and domains
+    place_R = (ranks.unit_R * most + ranks.node_R) * most + ranks.domain_R
+    kind_R = np.arange(most) if apart else np.unique(place_R, return_inverse=True)[1]
+    load_kind_S = np.unique(load_S, return_inverse=True)[1]
+    first = np.unique(load_kind_S * most + kind_R[rank_S], return_index=True)[1]
+    return np.sort(first)
+
+
+def _value_about(load_U: FloatArray, unit_M2: IntArray, moved_M: FloatArray) -> FloatArray:
+    """`_value` after each swap, the sum in another order.
+
+    Args:
+        load_U: loads of the units before.
+        unit_M2: the busiest unit, and the other one.
+        moved_M: load that moves from one to the other.
+    """
+    over_U = np.maximum(load_U - 1.0, 0.0)
+    from_M, to_M = unit_M2.T
+    after_from_M = np.maximum(load_U[from_M] - moved_M - 1.0, 0.0)
+    after_to_M = np.maximum(load_U[to_M] + moved_M - 1.0, 0.0)
+    # The largest of the units that the swap leaves alone: the second largest of all, or the third.
+    largest = np.argsort(-over_U, kind="stable")[1:3]
+    rest_M = np.where(to_M == largest[0], over_U[largest[1]] if len(largest) > 1 else 0.0, over_U[largest[0]])
+    sum_M = over_U.sum() - over_U[from_M] - over_U[to_M] + after_from_M + after_to_M
+    return np.asarray(np.maximum(np.maximum(after_from_M, after_to_M), rest_M) + _OVERFLOW_WEIGHT * sum_M)
 
 
 def drop_misplaced(slots_RS: IntArray, home_slots: int, node_R: IntArray) -> None:

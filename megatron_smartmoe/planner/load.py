@@ -16,7 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_smartmoe.cost.moe_layer import LayerCounts, LayerFlow
+from megatron_smartmoe.cost.comm import BusiestPorts, busiest_domain, busiest_ports
+from megatron_smartmoe.cost.hierarchical import HopCounts
+from megatron_smartmoe.cost.moe_layer import LayerCounts
 from megatron_smartmoe.errors import ConfigError
 from megatron_smartmoe.placement.exact_replicas import exact_replicas
 from megatron_smartmoe.placement.layer_cost import relayed_flow
@@ -221,7 +223,6 @@ class LoadModel:
         # Step 1: every source rank routes alike, experts in logical order.
         num_ranks, experts = balance.ep, len(share_E)
         counts_E = _counts_E(share_E)
-        counts_RE = np.ascontiguousarray(np.broadcast_to(counts_E, (num_ranks, experts)))
         home_slots = experts // num_ranks
         slots_RS = np.arange(experts).reshape(num_ranks, home_slots)
         slots_RS = with_empty_slots(slots_RS, balance.spare_slots)
@@ -234,13 +235,35 @@ class LoadModel:
         # Step 3: send the tokens, split among the replicas where there are any.
         scale = 1.0 / max(1, int(counts_E.sum()))
         if not (slots_RS[:, home_slots:] != EMPTY).any():
-            flow = LayerFlow.equal_split(counts_RE, slots_RS, num_nodes=balance.nodes)
-            return LayerCounts.of(flow, self._ranks_of_levels(balance)).scaled(scale)
+            return self._homes_alone(counts_E[slots_RS[:, :home_slots]], balance).scaled(scale)
+        counts_RE = np.ascontiguousarray(np.broadcast_to(counts_E, (num_ranks, experts)))
         tokens_ER = min_max_split(counts_RE, hosts_of(slots_RS, experts))
         sent_RRS = assign_sources(counts_RE, slots_RS, tokens_ER, balance.nodes)
         load_ER, traffic_RR = tokens_ER.astype(np.float64), sent_RRS.sum(axis=2).astype(np.float64)
         flow = relayed_flow(slots_RS, load_ER, traffic_RR, balance.nodes)
         return LayerCounts.of(flow, self._ranks_of_levels(balance)).scaled(scale)
+
+    def _homes_alone(self, counts_RH: IntArray, balance: Balance) -> LayerCounts:
+        """A layer without replicas: what `LayerFlow.equal_split` leads to, without tables of experts x ranks.
+
+        Args:
+            counts_RH: assignments of one source rank for the expert in each home slot.
+            balance: ranks and nodes.
+        """
+        to_R = counts_RH.sum(axis=1).astype(np.float64)
+        traffic_RR = np.broadcast_to(to_R, (balance.ep, balance.ep))
+        nothing = BusiestPorts(intra=0.0, inter_gpu=0.0, inter_node=0.0, inter_node_reverse=0.0)
+        return LayerCounts(
+            tokens_R=to_R * balance.ep,
+            active_R=(counts_RH > 0).sum(axis=1),
+            source_tokens=float(to_R.sum()),
+            tokens=busiest_ports(traffic_RR, balance.nodes),
+            fetched=nothing,
+            returned=nothing,
+            early_tokens=0.0,
+            hops=HopCounts.of(traffic_RR, balance.nodes) if balance.nodes > 1 else None,
+            leaving=tuple(busiest_domain(traffic_RR, ranks) for ranks in self._ranks_of_levels(balance)),
+        )
 
     def _ranks_of_levels(self, balance: Balance) -> list[int]:
         """Ranks of the group in one domain of each level above the nodes."""

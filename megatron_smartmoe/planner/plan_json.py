@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron_smartmoe.planner.flags import LaunchFlags
+from megatron_smartmoe.planner.flags import LaunchFlags, megatron_flags
 from megatron_smartmoe.planner.pool import Pool
 from megatron_smartmoe.planner.pricing import Launch, Pricing
 from megatron_smartmoe.planner.search import SearchResult
@@ -12,7 +12,12 @@ from megatron_smartmoe.spec.parallel import ParallelSpec
 
 
 def as_json(
-    result: SearchResult, pricing: Pricing, flags: list[LaunchFlags], pool: Pool | None, question: dict[str, Any]
+    result: SearchResult,
+    pricing: Pricing,
+    flags: list[LaunchFlags],
+    pool: Pool | None,
+    question: dict[str, Any],
+    plain: Launch | None = None,
 ) -> dict[str, Any]:
     """A whole search.
 
@@ -22,11 +27,14 @@ def as_json(
         flags: the flags of each of the best launches.
         pool: the pool of the first launch.
         question: what was asked for.
+        plain: the best launch of plain Megatron, where it was searched for.
     """
+    beside = {} if plain is None else {"plain": launch_json(plain, pricing, megatron_flags(pricing.model, plain.spec))}
     return {
         "version": 1,
         "question": question,
         "best": [launch_json(launch, pricing, one) for launch, one in zip(result.best, flags, strict=True)],
+        **beside,
         "pareto": [
             {"launch": p.spec.label(), "expected_s": p.expected_s, "memory_bytes": p.memory.total}
             for p in result.pareto

@@ -75,7 +75,7 @@ class _Kept:
     counter: Iterator[int] = field(default_factory=itertools.count)
 
     def seconds(self, launch: Launch) -> float:
-        return launch.expected_s if self.rank == "expected" else launch.worst_s
+        return seconds_of(launch, self.rank)
 
     @property
     def slowest(self) -> float:
@@ -94,6 +94,11 @@ class _Kept:
         return [launch for _, _, launch in sorted(self.heap, key=lambda entry: (-entry[0], entry[1]))]
 
 
+def seconds_of(launch: Launch, rank: Ranking) -> float:
+    """Seconds of a step that a launch is ranked by."""
+    return launch.expected_s if rank == "expected" else launch.worst_s
+
+
 def search(
     pricing: Pricing, gpus: int, options: SpaceOptions | None = None, *, limit: int = 10, rank: Ranking = "expected"
 ) -> SearchResult:
@@ -102,7 +107,16 @@ def search(
     Raises:
         ConfigError: nothing fits; the message says how far the nearest miss is.
     """
-    options, began = options or SpaceOptions(), time.perf_counter()
+    options = options or SpaceOptions()
+    found = find(pricing, gpus, options, limit=limit, rank=rank)
+    if not found.best:
+        raise nothing_fits(pricing, gpus, options, found.rejected)
+    return found
+
+
+def find(pricing: Pricing, gpus: int, options: SpaceOptions, *, limit: int, rank: Ranking) -> SearchResult:
+    """The same; without a best launch where nothing fits."""
+    began = time.perf_counter()
     # Step 1: reject what breaks a rule or cannot fit; bound the time of the rest from below.
     rejected: list[Rejected] = []
     waiting, count, memory_bytes = list[_Bounded](), 0, pricing.cluster.gpu.memory_bytes
@@ -134,8 +148,6 @@ def search(
             rejected.append(found)
         else:
             kept.add(found)
-    if not kept.launches:
-        raise _nothing_fits(pricing, gpus, options, rejected)
     # Step 3: give every priced launch that is not among the best its reason.
     best = kept.best()
     rejected.extend(_lost(launch, best, kept) for launch in kept.launches if launch not in best)
@@ -216,7 +228,7 @@ def _pareto(launches: list[Launch]) -> list[Launch]:
     return found
 
 
-def _nothing_fits(pricing: Pricing, gpus: int, options: SpaceOptions, rejected: list[Rejected]) -> ConfigError:
+def nothing_fits(pricing: Pricing, gpus: int, options: SpaceOptions, rejected: list[Rejected]) -> ConfigError:
     """The error for an empty result: the nearest miss where memory is short, else the simplest launch's reason."""
     has = pricing.cluster.gpu.memory_bytes
     misses = [(one.needs_bytes, at) for at, one in enumerate(rejected) if one.needs_bytes is not None]

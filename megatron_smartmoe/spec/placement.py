@@ -133,16 +133,11 @@ class Placement:
                 f"placements of different shape cannot be compared: {self.num_experts} experts in "
                 f"{self.slots_LRS.shape} slots, {after.num_experts} experts in {after.slots_LRS.shape} slots"
             )
-        where = np.argwhere(self.slots_LRS != after.slots_LRS)
+        where = np.nonzero(self.slots_LRS != after.slots_LRS)
+        columns = (*where, self.slots_LRS[where], after.slots_LRS[where])
+        rows = zip(*(column.tolist() for column in columns), strict=True)
         return tuple(
-            SlotChange(
-                layer=int(at[0]),
-                rank=int(at[1]),
-                slot=int(at[2]),
-                before=int(self.slots_LRS[tuple(at)]),
-                after=int(after.slots_LRS[tuple(at)]),
-            )
-            for at in where
+            SlotChange(layer=layer, rank=rank, slot=slot, before=old, after=new) for layer, rank, slot, old, new in rows
         )
 
     def to_json(self) -> dict[str, Any]:

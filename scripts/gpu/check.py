@@ -75,7 +75,7 @@ def _sanitizer(tool: str) -> Step:
     )
 
 
-SHORT_LIST = "kernels_are or many_choices or graph or placement or gradients or tiny"
+SHORT_LIST = "kernels_are or many_choices or packed or graph or placement or gradients or tiny"
 STEPS = (  # in the order of what each second tells
     Step(
         name="grouped GEMM",

@@ -43,7 +43,7 @@ def main() -> int:
 
 def _lines() -> Iterator[str]:
     """Everything that is found, a section after the other."""
-    _prepare()
+    prepare()
     yield from _packages()
     yield from _modules()
     yield from _checkpoint_keys()
@@ -53,7 +53,7 @@ def _lines() -> Iterator[str]:
     yield from _packed_weight()
 
 
-def _prepare() -> None:
+def prepare() -> None:
     """TransformerEngine, the CPU facade and Megatron in one process, and a process group."""
     import transformer_engine.pytorch
 
@@ -110,7 +110,7 @@ def _mro(module: torch.nn.Module) -> str:
     return " <- ".join(cls.__name__ for cls in type(module).__mro__[:4])
 
 
-def build(spare_slots: int, **options: Any) -> Any:
+def build(spare_slots: int, *, delayed: bool = False, **options: Any) -> Any:
     """A MoE layer of this project's with TransformerEngine's experts, as the product builds it."""
     from argparse import Namespace
 
@@ -124,6 +124,7 @@ def build(spare_slots: int, **options: Any) -> Any:
         smartmoe_experts="transformer_engine",
         smartmoe_spare_slots=spare_slots,
         smartmoe_pool=None,
+        smartmoe_gate="top-k",
         smartmoe_overlap_degree="1",
         transformer_impl="transformer_engine",
         attention_backend=AttnBackend.auto,
@@ -132,7 +133,9 @@ def build(spare_slots: int, **options: Any) -> Any:
     )
     modules = Modules.of(args, lambda: 1, everywhere=True)
     spec = get_gpt_layer_with_transformer_engine_spec(num_experts=EXPERTS, moe_grouped_gemm=True)
-    return modules.moe_spec(spec.submodules.mlp)(_config(**options))
+    config = _config(**options)
+    config.delay_wgrad_compute = delayed  # the constructor takes it with the schedule of two micro-batches only
+    return modules.moe_spec(spec.submodules.mlp)(config)
 
 
 def _config(**options: Any) -> Any:
@@ -273,8 +276,8 @@ def _run(*, fused: bool, delayed: bool, biases: bool, spare: bool) -> list[torch
     from megatron_smartmoe.runtime.replicas.per_slot import tensors_of
 
     torch.manual_seed(1)
-    options = {"gradient_accumulation_fusion": fused, "add_bias_linear": biases, "delay_wgrad_compute": delayed}
-    experts = build(SPARE_SLOTS, **options).experts
+    options = {"gradient_accumulation_fusion": fused, "add_bias_linear": biases}
+    experts = build(SPARE_SLOTS, delayed=delayed, **options).experts
     homes = experts.slot_weights()
     for weight in tensors_of(homes):
         weight.data.copy_(torch.randn_like(weight) * 0.2)

@@ -6,7 +6,9 @@ from dataclasses import replace
 from typing import Any
 
 
-def smart_layer(*, ranks: int, experts: int, hidden: int, ffn: int, dispatch_nodes: int = 1, **options: Any) -> Any:
+def smart_layer(
+    *, ranks: int, experts: int, hidden: int, ffn: int, dispatch_nodes: int = 1, degree: int = 1, **options: Any
+) -> Any:
     """A layer with gated experts in slots; process groups exist.
 
     Args:
@@ -15,6 +17,7 @@ def smart_layer(*, ranks: int, experts: int, hidden: int, ffn: int, dispatch_nod
         hidden: H.
         ffn: inner size of an expert.
         dispatch_nodes: see `SmartMoELayer`.
+        degree: chunks of each all-to-all.
         options: of Megatron's TransformerConfig.
     """
     import torch.nn.functional as F
@@ -23,6 +26,7 @@ def smart_layer(*, ranks: int, experts: int, hidden: int, ffn: int, dispatch_nod
 
     from megatron_smartmoe.adapter.moe.experts import SlottedExperts
     from megatron_smartmoe.adapter.moe.layer import SmartMoELayer
+    from megatron_smartmoe.adapter.moe.overlap import OverlappedMoELayer
 
     config = TransformerConfig(
         num_layers=1,
@@ -44,4 +48,6 @@ def smart_layer(*, ranks: int, experts: int, hidden: int, ffn: int, dispatch_nod
     )
     spec: Any = get_moe_module_spec(use_te=False, num_experts=experts, moe_grouped_gemm=False)
     submodules = replace(spec.keywords["submodules"], experts=SlottedExperts)
+    if degree > 1:
+        return OverlappedMoELayer(config, submodules, overlap_degree=degree)
     return SmartMoELayer(config, submodules, dispatch_nodes=dispatch_nodes)

@@ -89,6 +89,17 @@ def test_every_mix_trains_what_it_trains_without_balancing(gate: str, mix: str, 
         assert largest_difference(stayed, losses_of(gate, 1, num_layers)) < FP32_TOLERANCE
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("mix", ["TP2 folded into EP2", "CP2xEP2"])
+@pytest.mark.parametrize("gate", ["gshard", "dynamic-capacity", "distributed-capacity", "moe++"])
+def test_gates_that_drop_nothing_train_what_one_process_trains(gate: str, mix: str, losses_of: Losses) -> None:
+    """Their capacity alone depends on the ranks: losses, weights and residuals do not."""
+    world_size, flags = MIXES[mix]
+    wide = ["--moe-expert-capacity-factor", "8", *STAY]
+    losses = losses_of(gate, world_size, 2, *flags.split(), *wide)
+    assert largest_difference(losses, losses_of(gate, 1, 2, *wide)) < FP32_TOLERANCE
+
+
 RESUMED = {
     "noisy-top-k": ("noise_weight", ""),
     "moe++": ("residual_weight", f"--smartmoe-gate moe++ --smartmoe-gate-residuals off {AUX_LOSS} --smartmoe"),

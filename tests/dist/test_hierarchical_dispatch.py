@@ -82,7 +82,11 @@ def _pass(layer: Any) -> list[Any]:
     generator = torch.Generator().manual_seed(dist.get_rank())
     inputs = torch.randn(TOKENS, 1, HIDDEN, generator=generator).requires_grad_()
     seen: list[Any] = []
-    handle = layer.experts.register_forward_pre_hook(lambda _, args: seen.extend(args))
+
+    def keep(_: Any, args: tuple[Any, ...]) -> None:  # the flat dispatcher brings home rows and spare rows apart
+        seen.extend(each if torch.is_tensor(each) else torch.cat(each) for each in args)
+
+    handle = layer.experts.register_forward_pre_hook(keep)
     output = layer(inputs)[0]
     (output * output.detach().cos()).sum().backward()
     handle.remove()

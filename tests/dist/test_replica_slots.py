@@ -130,7 +130,7 @@ def _packed() -> dict[str, Any]:
         sent.append((kind.__name__, data.dtype, tuple(data.shape)))
         return operation(kind, data, *rest)
 
-    wire._operation = noted  # type: ignore[method-assign]
+    wire._operation = noted  # type: ignore[method-assign, assignment]
     totals = [weight.main_grad, bias.main_grad]
     spare = SpareSlots([weight, bias], 1, wire, lambda: totals, keeps=True, packs=True)
     spare.use(SLOTS, num_passes=2)

@@ -126,6 +126,18 @@ def test_a_run_can_be_repeated_bit_for_bit(tmp_path: Path, data_flags: list[str]
     assert files[0].read_bytes() == files[1].read_bytes() != b""
 
 
+def test_a_plan_on_the_device_is_that_of_the_host(tmp_path: Path, data_flags: list[str]) -> None:
+    """With 2 ranks the host's search finds nothing that the greedy pass has not."""
+    found = {}
+    for place in ("host", "device"):
+        flags = [*EP2.split(), *EXACT, "--smartmoe-plan-on", place]
+        found[place] = train(tmp_path / place, 2, data_flags, *flags, iterations=3), balance(tmp_path / place)
+    assert found["device"] == found["host"]
+    assert np.sum(found["host"][1][-1]["copies"]) > 0
+    line = "smartmoe: replicas of a micro-batch are planned on the device: --smartmoe-plan-on device\n"
+    assert line in (tmp_path / "device" / "ranks" / "rank0.log").read_text()
+
+
 def test_gradients_under_way_have_the_bits_of_those_waited_for(tmp_path: Path, data_flags: list[str]) -> None:
     """Relayed in rounds, of several micro-batches, and reduced over data-parallel ranks in the middle of the pass."""
     flags = ["--expert-model-parallel-size", "4", "--global-batch-size", "8", *OVERLAP.split(), *BUCKETS.split()]

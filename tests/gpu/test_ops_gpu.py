@@ -7,14 +7,18 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from megatron_smartmoe import ops
-from megatron_smartmoe.ops import reference
+from megatron_smartmoe.ops import packed, reference
 from megatron_smartmoe.ops.grouped_linear import Groups, grouped_linear, wants_counts_on_device
+from megatron_smartmoe.runtime.replicas.device_plan import DevicePlanner
+from megatron_smartmoe.runtime.replicas.dispatch_plan import ExactOptions, RankView
 from tests.unit.ops.activation_cases import Gated, assert_equal_to_rounding, gated_rows
 from tests.unit.ops.dispatch_cases import Routing, Rows, assert_near, permuted_rows, routings
-from tests.unit.ops.routing_cases import Routed, chunk_counts, routed_tokens
+from tests.unit.ops.routing_cases import Routed, check_packed, chunk_counts, routed_tokens
+from tests.unit.runtime.test_dispatch_plan import content
 
 pytestmark = [
     pytest.mark.gpu,
@@ -134,6 +138,12 @@ def test_weights_move_with_the_rows(case: Rows) -> None:
         assert torch.equal(on_gpu.cpu(), on_cpu)
 
 
+@given(permuted_rows((torch.float16, torch.bfloat16, torch.float32)), st.floats(0, 1))
+@settings(deadline=None, max_examples=100)
+def test_rows_are_packed_and_joined_as_by_the_twins(case: Rows, share: float) -> None:
+    check_packed(KERNELS, case, share, put)
+
+
 @given(routed_tokens())
 @settings(deadline=None, max_examples=100)
 def test_chosen_experts_equal_their_twin(case: Routed) -> None:
@@ -226,6 +236,17 @@ def test_dispatch_on_a_side_stream_in_a_graph_and_without_waiting() -> None:
     assert torch.equal(captured, dispatch())
 
 
+def test_the_placement_of_a_micro_batch_is_planned_as_on_the_cpu() -> None:
+    view = RankView(num_ranks=8, tp_size=1, num_experts=64, num_slots=9, num_nodes=1, rank=3, tp_rank=0)
+    counts_RE = torch.randint(0, 50, (8, 64)) * (torch.arange(64) % 7 == 0) + 1
+    exact = ExactOptions(used_slots=1)
+    on_cpu, on_gpu = (
+        DevicePlanner(view, pinned=device == "cuda").plan(counts_RE.to(device), exact) for device in ("cpu", "cuda")
+    )
+    assert on_cpu.has_replicas
+    assert content(on_gpu) == content(on_cpu)
+
+
 def test_gradients_flow() -> None:
     ids, slot_of = torch.randint(-1, 8, (100, 4)), torch.randperm(8)
     results = []
@@ -272,5 +293,9 @@ def test_tiny_dispatch(hidden: int) -> None:
     counts_QS = torch.randint(0, 9, (5, 7), device="cuda")
     order = ops.chunk_rows(counts_QS, int(counts_QS.sum()))[0][:, None]
     y_NH = torch.randn(len(order), hidden, device="cuda").requires_grad_()
-    ops.permute_weighted(y_NH, torch.rand(order.shape, device="cuda"), order, len(order))[0].sum().backward()
+    weights_N1 = torch.rand(order.shape, device="cuda")
+    ops.permute_weighted(y_NH, weights_N1, order, len(order))[0].sum().backward()
+    rows_NH, weights_N = packed.unpack(ops.permute_packed(y_NH, weights_N1, order, len(order)), hidden, torch.float32)
+    (rows_NH.sum() + weights_N.sum()).backward()
+    KERNELS.permute_joined(rows_NH[:20].detach(), y_NH[20:].detach(), order, len(order))
     KERNELS.zero_empty_groups(torch.ones(3, 2, hidden, device="cuda"), torch.tensor([0, 4, 4], device="cuda").int())

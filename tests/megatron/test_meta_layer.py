@@ -12,6 +12,7 @@ import pytest
 
 from tests.support.meta_layer import HIDDEN, Case, Found, run
 from tests.support.ranks import run_ranks
+from tests.unit.ops.test_placement import needs_library
 
 pytestmark = [pytest.mark.dist, pytest.mark.fast]
 
@@ -36,11 +37,13 @@ CASES = {
     "biases, replicas": Case(replicas=True, options=BIASES),
     "4 chunks": Case(degree=4),
     "replicas": Case(replicas=True),
+    "replicas planned on the device": Case(replicas=True, on_device=True),
     "replicas, 4 chunks": Case(replicas=True, degree=4),
     "transformer layer": Case(attention=True),
     "transformer layer, MLA": Case(attention=True, options=MLA),
     "transformer layer, MLA, replicas": Case(attention=True, replicas=True, options=MLA),
 }
+NAMES = [pytest.param(name, marks=needs_library) if case.on_device else name for name, case in CASES.items()]
 # The most kernels that a layer may launch, forward and backward: lower a number when the layer launches fewer. Those on
 # empty tensors count too; collectives and messages do not.
 LAUNCHES = {
@@ -50,17 +53,22 @@ LAUNCHES = {
     "capacity": (39, 31),
     "shared experts": (38, 39),
     "overlapped shared experts": (37, 39),
-    "biases": (44, 46),
-    "biases, replicas": (72, 86),
-    "4 chunks": (70, 87),
-    "replicas": (48, 51),
-    "replicas, 4 chunks": (112, 159),
+    "biases": (44, 49),
+    "biases, replicas": (71, 90),
+    "4 chunks": (70, 86),
+    "replicas": (47, 49),
+    "replicas planned on the device": (114, 49),
+    "replicas, 4 chunks": (108, 150),
     "transformer layer": (69, 80),
     "transformer layer, MLA": (114, 111),
-    "transformer layer, MLA, replicas": (130, 132),
+    "transformer layer, MLA, replicas": (129, 130),
 }
 # Host waits for the device, by the function that waits: one a layer, as in Megatron's own dropless dispatch.
-WAITS = {True: {"to_host": 1}, False: {"_maybe_dtoh_and_synchronize": 1}}  # with replicas, without
+WAITS = {
+    "homes": {"_maybe_dtoh_and_synchronize": 1},
+    "replicas": {"to_host": 1},
+    "replicas planned on the device": {"plan": 1},
+}
 
 
 def _hidden_wait(rows: Any) -> Any:
@@ -91,22 +99,35 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Found]:
     return run_ranks(_run, 1, log_dir=log_dir, timeout_s=120)[0]  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", NAMES)
 def test_forward_and_backward(found: dict[str, Found], name: str) -> None:
     assert found[name].error == ""
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", NAMES)
 def test_the_host_waits_once(found: dict[str, Found], name: str) -> None:
-    assert dict(found[name].waits) == WAITS[CASES[name].replicas]
+    kind = name if name in WAITS else "replicas" if CASES[name].replicas else "homes"
+    assert dict(found[name].waits) == WAITS[kind]
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", NAMES)
 def test_launches(found: dict[str, Found], name: str) -> None:
     counted = sum(found[name].forward.values()), sum(found[name].backward.values())
     for direction, launches, bound in zip(("forward", "backward"), counted, LAUNCHES[name], strict=True):
         operators = getattr(found[name], direction)
         assert launches <= bound, f"{direction}: {launches} launches, {bound} were enough: {operators.most_common()}"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_rows_and_weights_are_one_exchange(found: dict[str, Found], name: str) -> None:
+    """A dispatch and a combine, forward and backward, of every chunk."""
+    assert found[name].posted["all_to_all_single"] == 4 * CASES[name].degree
+
+
+def test_rows_of_home_and_spare_slots_are_not_joined(found: dict[str, Found]) -> None:
+    """No `cat` forward, and in the backward pass no more of them than the layer's two activations have."""
+    cats = found["replicas"].forward["cat"], found["replicas"].backward["cat"]
+    assert cats == (0, 2 * found["homes"].backward["cat"])
 
 
 def test_replicas_are_fetched_and_their_gradients_returned(found: dict[str, Found]) -> None:

@@ -73,6 +73,30 @@ CASES = {
     "padding to capacity": Case(
         flags=f"{ONE} --moe-expert-capacity-factor 1.0 --moe-pad-expert-input-to-capacity", ranks=4, verdict=True
     ),
+    "planned on the device": Case(
+        flags=f"{ONE} --smartmoe-replicas exact --smartmoe-replicas-margin 0 --smartmoe-plan-on device",
+        ranks=4,
+        verdict=True,
+    ),
+    "planned on the device, from history": Case(
+        flags=f"{ONE} --smartmoe-replicas-margin 0 --smartmoe-plan-on device",
+        ranks=4,
+        says="--smartmoe-plan-on = 'device': needs --smartmoe-replicas exact, without a pool. Pass that, or "
+        "--smartmoe-plan-on host.",
+    ),
+    "planned on the device, experts on two ranks": Case(
+        flags=f"{ONE} --tensor-model-parallel-size 2 --sequence-parallel --expert-tensor-parallel-size 2 "
+        "--smartmoe-replicas exact --smartmoe-replicas-margin 0 --smartmoe-plan-on device",
+        ranks=8,
+        says="--smartmoe-plan-on = 'device': needs experts on one rank each, and they are on 2. Pass "
+        "--expert-tensor-parallel-size 1, or --smartmoe-plan-on host.",
+    ),
+    "planned on the device, with a margin": Case(
+        flags=f"{ONE} --smartmoe-replicas exact --smartmoe-plan-on device",
+        ranks=4,
+        says="--smartmoe-plan-on = 'device': leaves out no replica that does not pay. Pass "
+        "--smartmoe-replicas-margin 0, or --smartmoe-plan-on host.",
+    ),
     "a negative margin": Case(
         flags=f"{ONE} --smartmoe-replicas-margin -1",
         ranks=4,

@@ -138,7 +138,7 @@ def gpt_oss_experts_are_megatrons() -> None:
 def blocks_of_gate_and_linear_rows() -> None:
     """Interleaved experts are those without, whose rows are in another order, in which GEMMs round otherwise."""
     block = 4
-    changes = {"add_bias_linear": True, "moe_mlp_glu_interleave_size": block}
+    changes: dict[str, Any] = {"add_bias_linear": True, "moe_mlp_glu_interleave_size": block}
     for fused in (False, True):
         # biases and SwiGLU are fused by no function of Megatron's; the configuration takes it
         ours = experts_with(bias_activation_fusion=fused, **changes)

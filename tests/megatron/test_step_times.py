@@ -63,6 +63,30 @@ def test_both_passes_go_through_the_parts_in_turn(
     assert step.seconds_P.sum() > 0
 
 
+class TwoBlocks(Experts):
+    def forward(self, rows: Any, tokens: torch.Tensor, probs: Any) -> Any:  # type: ignore[override]
+        return tuple(Experts.forward(self, rows[i], tokens, probs[i])[0] for i in range(2)), None
+
+
+class LayerInBlocks(Layer):
+    """Its experts get the rows of home slots and of spare slots apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = TwoBlocks(4, 4)
+
+    def forward(self, rows: torch.Tensor) -> Any:
+        blocks = tuple((rows * 2).split([4, 2]))
+        outputs, _ = self.experts(blocks, torch.tensor([2, 0, 4]), tuple(torch.ones(len(block)) for block in blocks))
+        return torch.cat(outputs) * 3, None
+
+
+def test_blocks_of_rows_are_timed_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step_times, "has_passed", lambda marks: False)
+    step = step_of(StepTimes(run_of(layer := LayerInBlocks())), layer)
+    assert [part for part, _ in step.marks] == [Part.OUTSIDE, *ONE_WAY, *ONE_WAY, -1]
+
+
 def test_a_step_that_has_passed_is_read_and_its_marks_given_back() -> None:
     layer = Layer()
     step = step_of(StepTimes(run_of(layer)), layer)

@@ -44,6 +44,7 @@ class Case:
     Attributes:
         degree: chunks of each all-to-all.
         replicas: whether there is a spare slot, planned from exact counts.
+        on_device: whether it is planned where the counts are.
         accumulates: whether weight gradients are added to float32 sums as they are computed.
         attention: whether the whole transformer layer is run and not only its MoE layer.
         options: of Megatron's TransformerConfig.
@@ -51,6 +52,7 @@ class Case:
 
     degree: int = 1
     replicas: bool = False
+    on_device: bool = False
     accumulates: bool = False
     attention: bool = False
     options: dict[str, Any] = field(default_factory=dict)
@@ -131,6 +133,8 @@ class _Host(TorchDispatchMode):
         shape = tuple(tensor.shape)
         if tensor.numel() == EP * EXPERTS:
             return torch.from_numpy(counts_RE(self._skewed)).view(shape)
+        if tensor.numel() == 2 * EP + 3 * EP * (slots + 1) + EXPERTS:
+            return _planned()
         each = {(EP,): rows // EP, (EP, slots): rows // EXPERTS, (slots,): EP * rows // EXPERTS, (1,): rows, (): rows}
         assert shape in each, f"{_caller()} reads a tensor {shape}, and nobody said what is in it"
         return torch.full(shape, each[shape], dtype=tensor.dtype)
@@ -143,6 +147,24 @@ def counts_RE(skewed: bool) -> np.ndarray:
         counts[:, EXPERTS // EP :] -= 8
         counts[:, 0] += 8 * (EXPERTS - EXPERTS // EP)
     return counts
+
+
+def _planned() -> torch.Tensor:
+    """What the host reads of a plan that was made on the device."""
+    from megatron_smartmoe.runtime.replicas.device_plan import DevicePlanner
+    from megatron_smartmoe.runtime.replicas.dispatch_plan import RankView
+
+    sizes = {"num_ranks": EP, "num_experts": EXPERTS, "num_slots": EXPERTS // EP + 1, "num_nodes": 1}
+    planner = DevicePlanner(RankView(**sizes, tp_size=1, rank=0, tp_rank=0), pinned=False)
+    planner.plan(torch.from_numpy(counts_RE(True)), _exact())
+    return planner._on_host.clone()
+
+
+def _exact() -> Any:
+    from megatron_smartmoe.cost.replicas import TransferPrice
+    from megatron_smartmoe.runtime.replicas.dispatch_plan import ExactOptions
+
+    return ExactOptions(used_slots=1, limit=1.01, price=TransferPrice.of_each(1.0))
 
 
 def _caller() -> str:
@@ -330,16 +352,14 @@ def build(case: Case, device: torch.device, *, stock: bool = False) -> tuple[tor
         for weight in whole.mlp.experts.parameters():  # as Megatron's wrapper for data parallelism gives them
             weight.main_grad = torch.empty_like(weight, dtype=torch.float32)
     if case.replicas:
-        _with_replicas(whole.mlp)
+        _with_replicas(whole.mlp, on_device=case.on_device)
     return (whole if case.attention else whole.mlp), config
 
 
-def _with_replicas(layer: Any) -> None:
+def _with_replicas(layer: Any, *, on_device: bool) -> None:
     """Give the layer a spare slot, as `adapter.loops.replicas` does."""
     from megatron.core import parallel_state
 
-    from megatron_smartmoe.cost.replicas import TransferPrice
-    from megatron_smartmoe.runtime.replicas.dispatch_plan import ExactOptions
     from megatron_smartmoe.runtime.replicas.slots import SpareSlots
     from megatron_smartmoe.runtime.replicas.wire import ReplicaWire
 
@@ -348,4 +368,4 @@ def _with_replicas(layer: Any) -> None:
     wire = ReplicaWire(parallel_state.get_expert_model_parallel_group())
     totals = [torch.zeros_like(weight, dtype=torch.float32) for weight in weights]
     spare = SpareSlots(weights, 1, wire, lambda: totals, keeps=False)
-    layer.add_replicas(spare, exact=ExactOptions(used_slots=1, limit=1.01, price=TransferPrice.of_each(1.0)))
+    layer.add_replicas(spare, exact=_exact(), on_device=on_device)

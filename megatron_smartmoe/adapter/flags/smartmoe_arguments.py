@@ -36,6 +36,7 @@ RESUME = "--smartmoe-resume"
 RESUMES = ("newest", "newest-whole")
 
 RECORD_MICRO_BATCHES = "--smartmoe-record-micro-batches"
+PLAN_ON = "--smartmoe-plan-on"
 POOL = "--smartmoe-pool"
 POOL_INTERVAL = "--smartmoe-pool-interval"
 AUTO = "auto"  # of the overlap degree, the dispatch and the pool
@@ -351,6 +352,15 @@ def _add_replicas(group: argparse._ArgumentGroup) -> None:
         help="Make replicas in a layer when the time that they save its busiest rank is more than FACTOR times the "
         "time to send their weights and gradients, both predicted from --smartmoe-cluster. 0: whenever they improve "
         "the balance. Default: 1.",
+    )
+    group.add_argument(
+        PLAN_ON,
+        choices=("auto", "host", "device"),
+        default="auto",
+        help="Where --smartmoe-replicas exact plans replicas. host: one call of the compiled library. device: where "
+        "the counts are, on the GPU; on one node, without expert tensor parallelism and with "
+        "--smartmoe-replicas-margin 0. auto: the host on CPU ranks, else where a plan is predicted to take less time. "
+        "Default: auto.",
     )
 
 

@@ -15,6 +15,7 @@ from megatron_smartmoe.adapter.flags.smartmoe_arguments import (
     ACCOUNT,
     AUTO,
     IDEAL_RUN,
+    PLAN_ON,
     POOL,
     POOL_INTERVAL,
     RECORD_MICRO_BATCHES,
@@ -400,6 +401,8 @@ def _check_replicas(args: argparse.Namespace) -> None:
         rule = "needs spare slots for the replicas"
         raise ConfigError("--smartmoe-replicas", mode, rule, f"Add {SPARE_SLOTS} 1, or remove it.")
     _check_scope(args)
+    if args.smartmoe_plan_on == "device" and (found := not_on_device(args)) is not None:
+        raise ConfigError(PLAN_ON, "device", found[0], f"{found[1]}, or {PLAN_ON} host.")
     if replicas_mode(args) != "off":
         _check_replicas_possible(args)
 
@@ -433,6 +436,18 @@ def _check_replicas_possible(args: argparse.Namespace) -> None:
     if not args.smartmoe_replicas_margin >= 0:  # also refuses NaN
         rule = "must be at least 0"
         raise ConfigError("--smartmoe-replicas-margin", args.smartmoe_replicas_margin, rule, "The default is 1.")
+
+
+def not_on_device(args: argparse.Namespace) -> tuple[str, str] | None:
+    """What keeps replicas from being planned on the device, and the way out; None if the flags allow it."""
+    etp = args.expert_tensor_parallel_size or args.tensor_model_parallel_size
+    if args.smartmoe_replicas != "exact" or args.smartmoe_pool:
+        return "needs --smartmoe-replicas exact, without a pool", "Pass that"
+    if etp > 1:
+        return f"needs experts on one rank each, and they are on {etp}", "Pass --expert-tensor-parallel-size 1"
+    if args.smartmoe_replicas_margin:
+        return "leaves out no replica that does not pay", "Pass --smartmoe-replicas-margin 0"
+    return None
 
 
 def _check_te_replicas(args: argparse.Namespace) -> None:

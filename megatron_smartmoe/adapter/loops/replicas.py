@@ -40,6 +40,7 @@ from megatron_smartmoe.adapter.loops import saved_state
 from megatron_smartmoe.adapter.moe.late_gradients import LateGradients
 from megatron_smartmoe.adapter.moe.layer import SmartMoELayer
 from megatron_smartmoe.adapter.moe.parameter_gathers import ParameterGathers
+from megatron_smartmoe.adapter.moe.plan_place import plans_on_device
 from megatron_smartmoe.adapter.moe.routers import passes_per_micro_batch
 from megatron_smartmoe.adapter.run import Run
 from megatron_smartmoe.errors import PlanError
@@ -96,6 +97,7 @@ class ReplicaLoop(Callback):
         # once: the cluster file may be edited during the run
         self._price = {mode: replica_price(args, mode) for mode in ("history", "exact")}
         self._gathers = ParameterGathers.of(run)
+        self._plans_on_device = plans_on_device(args, messages.size(), self._wire.num_nodes)
         for index, (layer, tally) in enumerate(zip(self._layers, self._tallies, strict=True)):
             self._equip(layer, tally, keeps=needs_history, index=index)
         parameters = [tuple(layer.experts.parameters()) for layer in self._layers]
@@ -223,6 +225,7 @@ class ReplicaLoop(Callback):
             spare,
             num_nodes=self._wire.num_nodes,
             exact=exact,
+            on_device=self._plans_on_device,
             falls_short=falls_short,
             listener=partial(self._count, tally),
             begins=partial(self._begin_layer, index),

@@ -3,6 +3,10 @@
 Megatron cuts rows and weights into a view per chunk and joins them again: sources x slots launches a time, forward and
 backward. Here the device makes a map of rows from the counts, and one kernel moves rows and weights. They are moved and
 not added, so all bits are Megatron's.
+
+It is also where rows come out of an exchange and gradients go into one, and where the rows of home slots and of spare
+slots part and meet again. So it reads and writes packed rows (see `ops.packed`) and two blocks of rows: nothing is
+packed, cut or joined in a pass of its own.
 """
 
 from __future__ import annotations
@@ -12,7 +16,9 @@ from typing import Any
 
 import torch
 
-from megatron_smartmoe.ops import chunk_rows
+from megatron_smartmoe.ops import chunk_rows, packed
+
+Blocks = tuple[torch.Tensor, torch.Tensor]  # what belongs to the rows of home slots, and to those of spare slots
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,46 +42,74 @@ class ChunkOrder:
         to_slots_N, to_sources_N = chunk_rows(counts_QS, rows_NH.shape[0])
         return cls(to_slots_N1=to_slots_N[:, None], to_sources_N1=to_sources_N[:, None])
 
-    def sort(self, rows_NH: torch.Tensor, weights_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rows and their weights in the order (slot, source)."""
-        maps = self.to_slots_N1, self.to_sources_N1
-        rows, weights = _MoveWeighted.apply(rows_NH, weights_N, *maps)  # type: ignore[no-untyped-call]
-        return rows, weights
+    def sort(
+        self, rows_NH: torch.Tensor, weights_N: torch.Tensor, *, packs: bool, home_rows: int | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor] | tuple[Blocks, Blocks]:
+        """Rows and their weights in the order (slot, source).
 
-    def restore(self, rows_NH: torch.Tensor) -> torch.Tensor:
-        """Sorted rows in the order (source, slot) again."""
-        moved_NH: torch.Tensor = _Move.apply(rows_NH, self.to_sources_N1, self.to_slots_N1)  # type: ignore[no-untyped-call]
+        Args:
+            rows_NH: the rows, in the order (source, slot).
+            weights_N: their weights.
+            packs: whether their gradients are exchanged together.
+            home_rows: rows of the home slots; None to leave home rows and spare rows together. Only where `packs`.
+
+        Returns:
+            Rows and weights, each in two blocks where `home_rows` is given.
+        """
+        assert packs or home_rows is None, "gradients of two blocks are packed"
+        maps = self.to_slots_N1, self.to_sources_N1
+        parts = _MoveWeighted.apply(rows_NH, weights_N, *maps, packs, home_rows)  # type: ignore[no-untyped-call]
+        return parts if home_rows is None else (parts[:2], parts[2:])
+
+    def restore(self, rows: torch.Tensor | Blocks) -> torch.Tensor:
+        """Sorted rows, in one piece or in two blocks, in the order (source, slot) again."""
+        blocks = (rows,) if isinstance(rows, torch.Tensor) else rows
+        moved_NH: torch.Tensor = _Move.apply(self.to_sources_N1, self.to_slots_N1, *blocks)  # type: ignore[no-untyped-call]
         return moved_NH
 
 
 class _Move(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows_NH: torch.Tensor, to_N1: torch.Tensor, back_N1: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, to_N1: torch.Tensor, back_N1: torch.Tensor, *blocks: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(back_N1)
-        moved_NH: torch.Tensor = torch.ops.smartmoe.permute(rows_NH, to_N1, rows_NH.shape[0])
+        ctx.sizes = [len(block) for block in blocks]
+        move = torch.ops.smartmoe.permute if len(blocks) == 1 else torch.ops.smartmoe.permute_joined
+        moved_NH: torch.Tensor = move(*blocks, to_N1, len(to_N1))
         return moved_NH
 
     @staticmethod
-    def backward(ctx: Any, grad_NH: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+    def backward(ctx: Any, grad_NH: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (back_N1,) = ctx.saved_tensors
-        return torch.ops.smartmoe.permute(grad_NH, back_N1, grad_NH.shape[0]), None, None
+        moved_NH = torch.ops.smartmoe.permute(grad_NH, back_N1, len(back_N1))
+        return None, None, *torch.split(moved_NH, ctx.sizes)
 
 
 class _MoveWeighted(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, rows_NH: torch.Tensor, weights_N: torch.Tensor, to_N1: torch.Tensor, back_N1: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        ctx: Any,
+        rows_NH: torch.Tensor,
+        weights_N: torch.Tensor,
+        to_N1: torch.Tensor,
+        back_N1: torch.Tensor,
+        packs: bool,
+        home_rows: int | None,
+    ) -> tuple[torch.Tensor, ...]:
         ctx.save_for_backward(back_N1)
-        moved: tuple[torch.Tensor, torch.Tensor] = torch.ops.smartmoe.permute_weighted(
-            rows_NH, weights_N[:, None], to_N1, rows_NH.shape[0]
-        )
-        return moved
+        ctx.packs = packs
+        moved: Blocks = torch.ops.smartmoe.permute_weighted(rows_NH, weights_N[:, None], to_N1, len(to_N1))
+        if home_rows is None:
+            return moved
+        return tuple(block for each in moved for block in each.tensor_split([home_rows]))
 
     @staticmethod
-    def backward(
-        ctx: Any, grad_NH: torch.Tensor, grad_N: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, None, None]:
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (back_N1,) = ctx.saved_tensors
-        rows, weights = torch.ops.smartmoe.permute_weighted(grad_NH, grad_N[:, None], back_N1, grad_NH.shape[0])
-        return rows, weights, None, None
+        rows, weights = grads[: len(grads) // 2], [grad[:, None] for grad in grads[len(grads) // 2 :]]
+        if not ctx.packs:
+            moved = torch.ops.smartmoe.permute_weighted(*rows, *weights, back_N1, len(back_N1))
+        else:
+            blocks = (rows[0], weights[0], *((rows[1], weights[1]) if len(rows) > 1 else (None, None)))
+            packed_NP = torch.ops.smartmoe.permute_packed(*blocks, back_N1, len(back_N1))
+            moved = packed.views(packed_NP, rows[0].shape[1], weights[0].dtype)
+        return *moved, None, None, None, None

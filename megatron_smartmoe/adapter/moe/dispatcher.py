@@ -2,7 +2,7 @@
 
 What differs from `MoEAlltoAllTokenDispatcher`:
 - tokens are sorted by slot, not by expert; the table from experts to slots is fused into the sort, and a token's
-  weights are moved with its rows;
+  weights are moved with its rows, and sent with them in one exchange (see `ops.packed`);
 - what arrives is sorted by slot with one map of rows (see `chunk_order`), and not at all where it has one source;
 - the combine adds a token's k results in the order of its logical experts. Megatron adds them in the order of the
   slots, so that moving an expert would change the last bits for k > 2. With homes in logical order both are the same.
@@ -16,14 +16,15 @@ import torch
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import (
+    all_to_all,
     gather_from_sequence_parallel_region,
     reduce_scatter_to_sequence_parallel_region,
 )
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_smartmoe.adapter.moe.chunk_order import ChunkOrder
-from megatron_smartmoe.ops import chosen_experts, dispatch_map, permute_weighted, unpermute
+from megatron_smartmoe.adapter.moe.chunk_order import Blocks, ChunkOrder
+from megatron_smartmoe.ops import chosen_experts, dispatch_map, packed, permute_packed, permute_weighted, unpermute
 from megatron_smartmoe.ops.grouped_linear import wants_counts_on_device
 
 
@@ -39,7 +40,10 @@ class SlotDispatcher(MoEAlltoAllTokenDispatcher):
 
     Attributes:
         slot_of_expert_E: int64, on the device; the layer sets it before each dispatch.
+        num_chunks: chunks of the exchange, for a layer that exchanges the rows itself and sets it.
     """
+
+    num_chunks = 1
 
     slot_of_expert_E: torch.Tensor
     num_global_tokens_per_local_expert: Any = None  # rows [sources, slots]; Megatron's preprocess sets it
@@ -58,6 +62,18 @@ class SlotDispatcher(MoEAlltoAllTokenDispatcher):
         super().__init__(num_local_experts, local_expert_indices, config, pg_collection)
         self._counts_on_device = counts_on_device
         self._order: ChunkOrder | None = None  # from `dispatch_postprocess` to `combine_preprocess` of one micro-batch
+
+    @property
+    def packs(self) -> bool:
+        """Whether rows and their weights are exchanged together, forward and backward.
+
+        The permutations before and behind the exchange write and read packed rows as they would any. Where one of them
+        is missing, packing would be a copy of all rows: with one slot, or one source in a chunk, nothing is sorted;
+        expert tensor parallelism adds gradients up; and overlapping micro-batches get the gradients of rows and weights
+        apart from each other. On a GPU such a copy takes longer than the collective that it would save.
+        """
+        has_sources = self.ep_size >= 2 * self.num_chunks and self.tp_size == 1
+        return has_sources and self.num_local_experts > 1 and not self.config.overlap_moe_expert_parallel_comm
 
     def dispatch_preprocess(
         self, hidden_states: torch.Tensor, routing_map: torch.Tensor, probs: torch.Tensor
@@ -85,7 +101,10 @@ class SlotDispatcher(MoEAlltoAllTokenDispatcher):
             self.shared_experts.pre_forward_comm(hidden_states)
         self.tokens_per_expert = self._maybe_dtoh_and_synchronize("before_permutation_1", self.tokens_per_expert)
         # Step 4: rows and weights in the order in which they are sent
-        return permute_weighted(tokens_TH, weights_TK, self.rows_TK, int(self.num_out_tokens))
+        arguments = tokens_TH, weights_TK, self.rows_TK, int(self.num_out_tokens)
+        if not self.packs:
+            return permute_weighted(*arguments)
+        return packed.unpack(permute_packed(*arguments), tokens_TH.shape[1], weights_TK.dtype)
 
     def _set_splits(self, rows_TK: torch.Tensor, tokens_E: torch.Tensor) -> torch.Tensor:
         """Set the counts and split sizes that Megatron's all-to-all reads.
@@ -104,10 +123,41 @@ class SlotDispatcher(MoEAlltoAllTokenDispatcher):
             self.num_out_tokens = rows_TK.numel()
         return rows_TK
 
+    def token_dispatch(
+        self, permutated_local_input_tokens: torch.Tensor, permuted_probs: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Megatron's exchange, of rows and weights together where they are packed; shared experts run beside it."""
+        if not self.packs:
+            rows_and_weights: tuple[torch.Tensor, torch.Tensor] = super().token_dispatch(
+                permutated_local_input_tokens, permuted_probs
+            )
+            return rows_and_weights
+        if self.shared_experts is not None:
+            self.shared_experts.wait_current_stream()
+        self.tokens_per_expert = self._maybe_dtoh_and_synchronize("before_ep_alltoall", self.tokens_per_expert)
+        arrived_NP = all_to_all(
+            self.ep_group,
+            packed.pack(permutated_local_input_tokens, permuted_probs),
+            self.output_splits,
+            self.input_splits,
+            use_nccl_stream=self.use_nccl_stream,
+        )
+        if self.shared_experts is not None:
+            self.shared_experts.linear_fc1_forward_and_act(arrived_NP)  # for its place in the graph alone
+        return packed.unpack(arrived_NP, permutated_local_input_tokens.shape[1], permuted_probs.dtype)
+
+    def home_rows(self, tokens_S: torch.Tensor) -> int | None:
+        """Rows of the home slots among those of all slots; None where the experts want them in one piece."""
+        return None
+
     def dispatch_postprocess(
         self, global_input_tokens: torch.Tensor, global_probs: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Sort what has arrived by slot; experts whose GEMMs read the counts on the device get them there."""
+    ) -> tuple[torch.Tensor | Blocks, torch.Tensor, torch.Tensor | Blocks]:
+        """Sort what has arrived by slot; experts whose GEMMs read the counts on the device get them there.
+
+        Returns:
+            Rows, rows of each slot, and weights; rows and weights in two blocks where `home_rows` gives a number.
+        """
         rows_NH, weights_N = global_input_tokens, global_probs
         if self.tp_size > 1:
             sizes_P = None if self.output_splits_tp is None else self.output_splits_tp.tolist()
@@ -117,12 +167,15 @@ class SlotDispatcher(MoEAlltoAllTokenDispatcher):
             )
         tokens_S = self._maybe_dtoh_and_synchronize("before_permutation_2", self.tokens_per_expert)
         self._order = self._order_of(rows_NH)
+        rows: torch.Tensor | Blocks = rows_NH
+        weights: torch.Tensor | Blocks = weights_N
         if self._order is not None:
-            rows_NH, weights_N = self._order.sort(rows_NH, weights_N)
+            home_rows = self.home_rows(tokens_S)
+            rows, weights = self._order.sort(rows_NH, weights_N, packs=self.packs, home_rows=home_rows)
         tokens_S = self._maybe_dtoh_and_synchronize("before_finish", tokens_S)
         self.tokens_per_expert = None
         on_device = self._counts_on_device and wants_counts_on_device(rows_NH)
-        return rows_NH, self._tokens_on_device_S if on_device else tokens_S, weights_N
+        return rows, self._tokens_on_device_S if on_device else tokens_S, weights
 
     def _order_of(self, rows_NH: torch.Tensor) -> ChunkOrder | None:
         """How the rows that have arrived are sorted; None where they are sorted already."""
@@ -131,9 +184,13 @@ class SlotDispatcher(MoEAlltoAllTokenDispatcher):
         counts_QS = self._arriving_QS if self._arriving_QS is not None else self.num_global_tokens_per_local_expert
         return ChunkOrder.of(counts_QS, rows_NH)
 
-    def combine_preprocess(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def combine_preprocess(self, hidden_states: torch.Tensor | Blocks) -> torch.Tensor:
         """Bring the experts' output back into the order in which rows arrived, and add up the expert-tensor parts."""
-        output_NH = hidden_states if self._order is None else self._order.restore(hidden_states)
+        if self._order is None:
+            assert isinstance(hidden_states, torch.Tensor), "rows that nobody has sorted are in one piece"
+            output_NH = hidden_states
+        else:
+            output_NH = self._order.restore(hidden_states)
         if self.tp_size == 1:
             return output_NH
         sizes_P = None if self.output_splits_tp is None else self.output_splits_tp.tolist()

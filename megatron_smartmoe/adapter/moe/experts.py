@@ -11,7 +11,7 @@ alike (see `slot_sharding`), so their checkpoints load into each other.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +29,7 @@ from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
 
 from megatron_smartmoe.adapter.local.muon import mark_matrices
 from megatron_smartmoe.adapter.moe import main_gradients
+from megatron_smartmoe.adapter.moe.chunk_order import Blocks
 from megatron_smartmoe.adapter.moe.delayed_gradients import DelayedGradients
 from megatron_smartmoe.adapter.moe.slot_sharding import SlotSharding
 from megatron_smartmoe.ops import swiglu
@@ -71,8 +72,8 @@ class SlottedExperts(MegatronModule):
     Attributes:
         weight1: `[S, F1, H]`.
         weight2: `[S, H, F2]`.
-        biases1: with `bias` `[S, 1, F1]`; None without --add-bias-linear.
-        biases2: with `bias` `[S, 1, H]`; None without --add-bias-linear.
+        biases1: with `bias` `[S, 1, F1]`; None with --disable-bias-linear.
+        biases2: with `bias` `[S, 1, H]`; None with --disable-bias-linear.
         experts_in_slots: logical expert in each home slot; at the start those of a contiguous placement.
         accumulates: whether gradients are added to float32 sums where the weights have some; see `main_gradients`.
         spare_slots: slots for replicas of other ranks' experts, or None. They are not parameters and are never saved.
@@ -167,33 +168,37 @@ class SlottedExperts(MegatronModule):
         return self.weight1, self.weight2, self.biases1.bias, self.biases2.bias
 
     def forward(
-        self, tokens_NH: torch.Tensor, tokens_per_expert: torch.Tensor, probs_N: torch.Tensor
-    ) -> tuple[torch.Tensor, None]:
+        self, tokens_NH: torch.Tensor | Blocks, tokens_per_expert: torch.Tensor, probs_N: torch.Tensor | Blocks
+    ) -> tuple[torch.Tensor | Blocks, None]:
         """Compute the experts.
 
         Args:
-            tokens_NH: rows sorted by slot.
+            tokens_NH: rows sorted by slot; those of home slots and of spare slots may be two blocks.
             tokens_per_expert: rows of each slot, int64 `[S]`, where `ops.grouped_linear.wants_counts_on_device` says,
                 so that the host does not wait for them. With replicas in use: `[S + K]`, home slots first, on the host.
-            probs_N: weight of each row, multiplied into the activation as Megatron does.
+            probs_N: weight of each row, multiplied into the activation as Megatron does; blocks as the rows are.
 
         Returns:
-            `[N, H]` in the order of the rows (under expert tensor parallelism: a partial sum), and no bias.
+            `[N, H]` in the order of the rows (under expert tensor parallelism: a partial sum), in blocks as the rows
+            were, and no bias.
         """
-        if self.config.moe_apply_probs_on_input:
-            tokens_NH = (probs_N.unsqueeze(-1) * tokens_NH).to(tokens_NH.dtype)
-            probs_N = torch.ones_like(probs_N)
+        if not isinstance(tokens_NH, torch.Tensor):
+            assert not isinstance(probs_N, torch.Tensor), "rows in two blocks, and their weights in one piece"
+            return self._compute_blocks(tokens_NH, tokens_per_expert, probs_N), None
+        assert isinstance(probs_N, torch.Tensor), "rows in one piece, and their weights in two blocks"
         if len(tokens_per_expert) == self.num_local_experts:
             return self._compute(tokens_NH, tokens_per_expert, probs_N, *self.slot_weights()), None
+        home_rows = int(tokens_per_expert[: self.num_local_experts].sum())
+        tokens, probs = (cast(Blocks, each.tensor_split([home_rows])) for each in (tokens_NH, probs_N))
+        return torch.cat(self._compute_blocks(tokens, tokens_per_expert, probs)), None
+
+    def _compute_blocks(self, tokens: Blocks, tokens_per_expert: torch.Tensor, probs: Blocks) -> Blocks:
+        """The rows of home slots, and behind them those of spare slots, whose weights are on their way meanwhile."""
         assert self.spare_slots is not None, "rows for replicas, and no spare slots"
         home_S, spare_K = torch.split(tokens_per_expert, [self.num_local_experts, self.spare_slots.num_slots])
-        rows = [int(home_S.sum()), int(spare_K.sum())]
-        home_NH, spare_NH = torch.split(tokens_NH, rows)
-        home_probs_N, spare_probs_N = torch.split(probs_N, rows)
-        home_output_NH = self._compute(home_NH, home_S, home_probs_N, *self.slot_weights())
-        spares = self.spare_slots.weights()  # [K, F1, H], [K, H, F2], ...; on their way while homes were computed
-        spare_output_NH = self._compute(spare_NH, spare_K, spare_probs_N, *spares)
-        return torch.cat((home_output_NH, spare_output_NH)), None
+        home_NH = self._compute(tokens[0], home_S, probs[0], *self.slot_weights())
+        spares = self.spare_slots.weights()  # [K, F1, H], [K, H, F2], ...
+        return home_NH, self._compute(tokens[1], spare_K, probs[1], *spares)
 
     def _compute(
         self,
@@ -206,6 +211,9 @@ class SlottedExperts(MegatronModule):
         bias2: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """One set of slots and its rows, `[N, H]`."""
+        if self.config.moe_apply_probs_on_input:
+            tokens_NH = (probs_N.unsqueeze(-1) * tokens_NH).to(tokens_NH.dtype)
+            probs_N = torch.ones_like(probs_N)
         slots = Groups.of(tokens_NH, tokens_S)
         inner_NF = grouped_linear(tokens_NH, weight1, slots, self._taker(weight1))
         if bias1 is not None:
@@ -216,8 +224,8 @@ class SlottedExperts(MegatronModule):
             output_NH = grouped_linear(self._activate(inner_NF, probs_N), weight2, slots, self._taker(weight2))
         if bias2 is None:
             return output_NH
-        bias_NH = bias_of_rows(bias2, slots, len(output_NH))  # the router's probability is in the activation already
-        return (output_NH + bias_NH * probs_N.unsqueeze(-1)).to(output_NH.dtype)
+        bias_NH = bias_of_rows(bias2, slots, len(output_NH), probs_N)  # the rest has the probability already
+        return (output_NH + bias_NH).to(output_NH.dtype)
 
     def _taker(self, weight: torch.Tensor) -> Taker | None:
         """Who computes the weight's gradient, where it is not autograd."""

@@ -37,6 +37,7 @@ class _InTwoHops(SlotDispatcher):
     _rows: RowsOnce  # from `dispatch_preprocess` to `token_dispatch` of one micro-batch
     _sizes: ExchangeSizes
     _exchange: HierarchicalExchange  # from `token_dispatch` to `token_combine`
+    packs = False  # rows cross the nodes once for several weights
 
     def token_dispatch(
         self, permutated_local_input_tokens: torch.Tensor, permuted_probs: torch.Tensor

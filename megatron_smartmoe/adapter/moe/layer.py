@@ -124,7 +124,12 @@ class SmartMoELayer(MoELayer):
         if self._fused:
             kind = ReplicaDispatcher if self._dispatch_nodes == 1 else HierarchicalReplicaDispatcher
             self.token_dispatcher = kind(
-                self.num_local_experts, self.local_expert_indices, self.config, self._groups, planner=self._planner
+                self.num_local_experts,
+                self.local_expert_indices,
+                self.config,
+                self._groups,
+                planner=self._planner,
+                in_blocks=isinstance(self.experts, SlottedExperts),
             )
         else:
             self._slots = PhysicalSlots(self.config, self._planner)

@@ -30,6 +30,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_smartmoe.adapter.moe.chunk_order import ChunkOrder
 from megatron_smartmoe.adapter.moe.experts import SlottedExperts
 from megatron_smartmoe.adapter.moe.layer import SmartMoELayer
+from megatron_smartmoe.ops import packed
 from megatron_smartmoe.runtime.chunked_all_to_all import (
     ChunkPeers,
     LaunchOrder,
@@ -49,7 +50,7 @@ class _PeerChunk:
         counts_PQS: rows at each expert-tensor rank from each of its sources for each slot, on the host.
         dispatch: the exchange that brings the rows here; None for a rank's own rows.
         combine: the exchange that will take the results back; None for a rank's own rows.
-        rows: tokens `[N, H]` and their weights `[N]`; unwritten memory until `dispatch` is finished.
+        rows: tokens `[N, H]` and their weights `[N]`, or both packed; unwritten memory until `dispatch` is finished.
     """
 
     counts_PQS: torch.Tensor
@@ -78,12 +79,20 @@ class OverlappedMoELayer(SmartMoELayer):
         super().__init__(config, *args, **kwargs)
         self.set_degree(overlap_degree)
         self._sent_R: list[int] = []  # rows to each rank, from `dispatch` to `combine` of one micro-batch
+        self._parts = 0, torch.float32  # columns of a row and type of its weight, from `dispatch` to the experts
 
     def set_degree(self, overlap_degree: int) -> None:
         """Change the degree. All ranks must do this between the same two iterations."""
         self.overlap_degree = overlap_degree
         self._peers = chunk_peers(self.ep_group.rank(), self.ep_group.size(), overlap_degree)
         self._targets = [peers.targets for peers in self._peers]
+
+    def preprocess(
+        self, hidden_states: torch.Tensor, probs: torch.Tensor, routing_map: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """A SmartMoELayer's, with a dispatcher that knows into how many chunks its rows will be cut."""
+        self.token_dispatcher.num_chunks = self.overlap_degree
+        return super().preprocess(hidden_states, probs, routing_map)
 
     def dispatch(self, hidden_states: torch.Tensor, probs: torch.Tensor) -> Any:
         """Post the dispatch of every chunk.
@@ -102,12 +111,13 @@ class OverlappedMoELayer(SmartMoELayer):
         if shared is not None:  # as in Megatron's dispatcher: they run beside the dispatch, on a stream of their own
             shared.wait_current_stream()
         self._sent_R, arriving_PRS = dispatcher.traffic()
-        rows = split_rows(hidden_states, self._sent_R, self._targets)
-        weights = split_rows(probs, self._sent_R, self._targets)
+        sent = (packed.pack(hidden_states, probs),) if dispatcher.packs else (hidden_states, probs)
+        self._parts = hidden_states.shape[1], probs.dtype
+        rows_of_chunks = zip(*(split_rows(each, self._sent_R, self._targets) for each in sent), strict=True)
         order = LaunchOrder()
         chunks = [
-            self._send(peers, arriving_PRS, order, *chunk)
-            for peers, *chunk in zip(self._peers, rows, weights, strict=True)
+            self._send(peers, arriving_PRS, order, *rows)
+            for peers, rows in zip(self._peers, rows_of_chunks, strict=True)
         ]
         if shared is not None:
             shared.linear_fc1_forward_and_act()
@@ -116,7 +126,7 @@ class OverlappedMoELayer(SmartMoELayer):
     def _send(
         self, peers: ChunkPeers, arriving_PRS: torch.Tensor, order: LaunchOrder, *rows: torch.Tensor
     ) -> _PeerChunk:
-        """Post the dispatch of one chunk: rows `[N, H]` and weights `[N]` for the targets of `peers`."""
+        """Post the dispatch of one chunk, the rows and weights for the targets of `peers`; see `_PeerChunk`."""
         counts_PQS = arriving_PRS[:, list(peers.sources)]
         if peers.sources == (self.ep_group.rank(),):
             return _PeerChunk(counts_PQS=counts_PQS, dispatch=None, combine=None, rows=rows)
@@ -136,6 +146,8 @@ class OverlappedMoELayer(SmartMoELayer):
         with _replicas_fetched_once(self.experts):
             for chunk in chunks:
                 rows = chunk.rows if chunk.dispatch is None else chunk.dispatch.finish(*chunk.rows)
+                if len(rows) == 1:
+                    rows = packed.unpack(rows[0], *self._parts)
                 output_NH = self._compute(chunk.counts_PQS, *rows)
                 posted = (output_NH,) if chunk.combine is None else chunk.combine.start(output_NH)
                 returning.append(_ReturningChunk(combine=chunk.combine, rows=posted))
@@ -161,11 +173,12 @@ class OverlappedMoELayer(SmartMoELayer):
         """The experts on blocks of rows (source, slot), which they need in the order (slot, source)."""
         tokens_S = counts_QS.sum(dim=0)
         order = ChunkOrder.of(counts_QS, rows_NH)
-        if order is not None:
-            rows_NH, weights_N = order.sort(rows_NH, weights_N)
-        output_NH: torch.Tensor
-        output_NH, _ = self.experts(rows_NH, tokens_S, weights_N)
-        return output_NH if order is None else order.restore(output_NH)
+        if order is None:
+            output_NH: torch.Tensor = self.experts(rows_NH, tokens_S, weights_N)[0]
+            return output_NH
+        dispatcher = self.token_dispatcher
+        rows, weights = order.sort(rows_NH, weights_N, packs=dispatcher.packs, home_rows=dispatcher.home_rows(tokens_S))
+        return order.restore(self.experts(rows, tokens_S, weights)[0])
 
     def combine(self, output: Any) -> torch.Tensor:
         """Wait for every chunk; returns `[N, H]` in the order in which `dispatch` got the rows."""

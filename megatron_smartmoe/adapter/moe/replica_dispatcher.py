@@ -34,6 +34,7 @@ class ReplicaDispatcher(ReplicaSteps, SlotDispatcher):
         config: the transformer's configuration.
         pg_collection: process groups; `ep`, `expt_tp` and `tp_ep` are used.
         planner: plans each micro-batch.
+        in_blocks: whether the experts take the rows of home slots and of spare slots apart.
     """
 
     def __init__(
@@ -44,9 +45,10 @@ class ReplicaDispatcher(ReplicaSteps, SlotDispatcher):
         pg_collection: ProcessGroupCollection,
         *,
         planner: LayerPlanner,
+        in_blocks: bool,
     ) -> None:
         super().__init__(num_local_experts, local_expert_indices, config, pg_collection, counts_on_device=True)
-        self.planner = planner
+        self.planner, self._in_blocks = planner, in_blocks
         self._home_slots = num_local_experts
         self.num_local_experts = planner.view.num_slots  # Megatron sorts what arrives by these
         # what arrives is one block of rows for each (source, slot); the experts need the order (slot, source)
@@ -70,6 +72,11 @@ class ReplicaDispatcher(ReplicaSteps, SlotDispatcher):
         self.num_global_tokens_per_local_expert = plan.arriving_PRS.flatten(0, 1)
         tokens_S = plan.tokens_S if self.planner.uses_replicas else plan.tokens_S[: self._home_slots]
         self.tokens_per_expert = self._tokens_on_device_S = tokens_S
+
+    def home_rows(self, tokens_S: torch.Tensor) -> int | None:
+        """See `SlotDispatcher`; where gradients are not packed, both kinds of rows take one way."""
+        has_spare_rows = len(tokens_S) > self._home_slots
+        return int(tokens_S[: self._home_slots].sum()) if has_spare_rows and self._in_blocks and self.packs else None
 
     def _maybe_dtoh_and_synchronize(self, point: str, tokens_per_expert: torch.Tensor | None = None) -> torch.Tensor:
         """Return the counts as they are: they are on the host already."""

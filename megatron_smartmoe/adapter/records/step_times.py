@@ -185,17 +185,18 @@ def _watch(module: torch.nn.Module, *, begins: Part, around: Part) -> None:
     def enter(part: Part) -> Any:
         return lambda gradient: STEP_CLOCK.enter(part)
 
+    def enter_backward(rows: Any, part: Part) -> None:
+        for block in rows if isinstance(rows, tuple) else (rows,):  # experts may get home rows and spare rows apart
+            if STEP_CLOCK.is_running and isinstance(block, torch.Tensor) and block.requires_grad:
+                block.register_hook(enter(part))  # type: ignore[no-untyped-call]
+
     def before(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        rows = args[0] if args else next(iter(kwargs.values()), None)
-        if STEP_CLOCK.is_running and isinstance(rows, torch.Tensor) and rows.requires_grad:
-            rows.register_hook(enter(around))  # type: ignore[no-untyped-call]
+        enter_backward(args[0] if args else next(iter(kwargs.values()), None), around)
         STEP_CLOCK.enter(begins)
 
     def after(module: torch.nn.Module, inputs: Any, output: Any) -> None:
         STEP_CLOCK.enter(around)
-        rows = output[0] if isinstance(output, tuple) else output
-        if STEP_CLOCK.is_running and isinstance(rows, torch.Tensor) and rows.requires_grad:
-            rows.register_hook(enter(begins))  # type: ignore[no-untyped-call]
+        enter_backward(output[0] if isinstance(output, tuple) else output, begins)
 
     module.register_forward_pre_hook(before, with_kwargs=True)
     module.register_forward_hook(after)

@@ -101,7 +101,7 @@ LABELS = {
     "grad_sync_s": "exposed gradient reduction",
     "param_gather_s": "exposed parameter all-gather",
     "optimizer_s": "optimizer and per-step overhead",
-    "other_s": "extra all-to-all chunks, hops",
+    "other_s": "extra all-to-all chunks",
 }
 
 

@@ -8,7 +8,7 @@ import torch
 from megatron_smartmoe import ops
 from megatron_smartmoe.placement.kernels import NUMPY, Kernels
 from megatron_smartmoe.placement.relay import RelayTree
-from megatron_smartmoe.runtime.replicas.history_plan import compiled_best_replicas
+from megatron_smartmoe.runtime.replicas.history_plan import compiled_best_replicas, compiled_improve
 from megatron_smartmoe.runtime.replicas.split import compiled_drop_losing, compiled_replicas
 from megatron_smartmoe.spec.arrays import IntArray
 from megatron_smartmoe.spec.placement import BoolArray
@@ -38,6 +38,7 @@ def _relay(slots_RS: IntArray, home_slots: int, num_nodes: int) -> RelayTree:
 
 COMPILED = Kernels(
     best=compiled_best_replicas,
+    improve=compiled_improve,
     drop=compiled_drop_losing,
     exact=compiled_replicas,
     split=_split,

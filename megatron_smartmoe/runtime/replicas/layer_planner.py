@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_smartmoe.placement.replan import ReplanOptions
+from megatron_smartmoe.runtime.replicas.device_plan import DevicePlanner
 from megatron_smartmoe.runtime.replicas.dispatch_plan import (
     DispatchPlan,
     DispatchPlanner,
@@ -37,6 +38,7 @@ class LayerPlanner:
         spare: this rank's spare slots.
         exact: how replicas are planned from the counts of a micro-batch; None when `slots_RS`, which is set from
             outside, always serves.
+        on_device: whether they are planned where the counts are; see `device_plan`.
         falls_short: when they are, if `slots_RS` is set from outside all the same; None for in every micro-batch.
         listener: called once for every training micro-batch.
         begins: called when the layer begins to dispatch in training; home weights are up to date when it returns.
@@ -57,6 +59,7 @@ class LayerPlanner:
         *,
         spare: SpareSlots,
         exact: ExactOptions | None = None,
+        on_device: bool = False,
         falls_short: ReplanOptions | None = None,
         listener: Listener | None = None,
         begins: Callable[[], None] | None = None,
@@ -71,6 +74,7 @@ class LayerPlanner:
         on_gpu = spare.device.type == "cuda"
         # a plan lies in its planner's memory until the next one; `auto` chooses between two
         self._planner, self._planner_anew = (DispatchPlanner(view, pinned=on_gpu) for _ in range(2))
+        self._device_planner = DevicePlanner(view, pinned=on_gpu) if on_device else None
 
     def plan_with(self, exact: ExactOptions | None, falls_short: ReplanOptions | None = None) -> None:
         """Drop the current replicas and plan in another way from the next iteration on.
@@ -116,11 +120,15 @@ class LayerPlanner:
         return plan
 
     def _gather(self, tokens_E: torch.Tensor) -> torch.Tensor:
-        """Tokens per home slot of all ranks, `[R, P, E]`, on the host."""
+        """Tokens per home slot of all ranks, `[R, P, E]`, where the plan is made."""
         view = self.view
         counts = tokens_E.new_empty(view.num_ranks * view.tp_size * view.num_experts)
         dist.all_gather_into_tensor(counts, tokens_E, group=self._group)
-        return self._planner.to_host(counts)
+        return counts if self._plans_on_device else self._planner.to_host(counts)
+
+    @property
+    def _plans_on_device(self) -> bool:
+        return self.training and self._device_planner is not None
 
     @STEP_CLOCK.within(Part.PLANNING)
     def _plan(self, counts_RPE: torch.Tensor) -> DispatchPlan:
@@ -128,7 +136,10 @@ class LayerPlanner:
             return self._planner.plan(counts_RPE, self._homes_RS)
         if self._exact is not None and self._falls_short is not None:
             return self._plan_where_short(counts_RPE, self._exact, self._falls_short)
-        plan = self._planner.plan(counts_RPE, self.slots_RS, self._exact)
+        if self._device_planner is not None and self._exact is not None:
+            plan = self._device_planner.plan(counts_RPE, self._exact)
+        else:
+            plan = self._planner.plan(counts_RPE, self.slots_RS, self._exact)
         if self._exact is not None:
             self.slots_RS = plan.slots_RS
             self._start(self._spare.use(self.slots_RS, num_passes=1, takes_part=bool(plan.own_replicas)))

@@ -164,33 +164,53 @@ struct Problem {
   Array<int32_t> scratch;
 };
 
+// With weights: rows that lie apart, weights that lie apart, and a third of the tokens in a block of their own.
 template <class T>
 void check_permute(const Shape& shape, bool weighted) {
+  constexpr size_t kGap = 16 / sizeof(T), kWeightGap = 3;
   const Problem<T> p(shape);
-  Array<T> y(p.y.size(), shape.offset);
-  Array<float> weights(p.scratch.size());
+  const size_t hidden = static_cast<size_t>(shape.hidden), tokens = static_cast<size_t>(shape.tokens);
+  const size_t choices = static_cast<size_t>(shape.choices), pitch = hidden + (weighted ? kGap : 0);
+  const size_t num_first = weighted ? tokens / 3 : tokens, weights_pitch = choices + kWeightGap;
+  Array<T> first(num_first * pitch, shape.offset), second((tokens - num_first) * pitch, shape.offset);
+  Array<float> first_weights(num_first * weights_pitch), second_weights((tokens - num_first) * weights_pitch);
+  for (size_t t = 0; t < tokens; ++t) {
+    const size_t at = t < num_first ? t : t - num_first;
+    for (size_t h = 0; h < hidden; ++h) (t < num_first ? first : second)[at * pitch + h] = p.x[t * hidden + h];
+    for (size_t j = 0; j < choices; ++j)
+      (t < num_first ? first_weights : second_weights)[at * weights_pitch + j] = p.weights[t * choices + j];
+  }
+  Array<T> y(p.choice_of.size() * pitch, shape.offset);
+  Array<float> weights(p.scratch.size() * kWeightGap);
+  for (size_t i = 0; i < y.size(); ++i) set(y[i], -7.0f);  // what lies behind a row stays
+  for (size_t i = 0; i < weights.size(); ++i) weights[i] = -7.0f;
+  const auto pitch_bytes = static_cast<int64_t>(pitch * sizeof(T)), weights_step = static_cast<int64_t>(weights_pitch);
   const PermuteArgs args{
-      .x_TH = p.x.data(),
+      .first = {first.data(), pitch_bytes, first_weights.data(), weights_step},
+      .second = {second.data(), pitch_bytes, second_weights.data(), weights_step},
+      .num_first = static_cast<int64_t>(num_first),
       .rows_TK = p.rows.data(),
       .num_tokens = shape.tokens,
       .num_choices = shape.choices,
       .y_NH = y.data(),
+      .y_pitch = pitch_bytes,
       .num_rows = p.num_rows,
       .row_bytes = shape.hidden * static_cast<int64_t>(sizeof(T)),
       .choice_of_row = p.scratch.data(),
-      .weights_TK = weighted ? p.weights.data() : nullptr,
       .weights_N = weighted ? weights.data() : nullptr,
+      .weights_N_pitch = static_cast<int64_t>(kWeightGap),
       .weight_bytes = weighted ? 4 : 0,
   };
   EXPECT(launch_permute(args, kStream) == nullptr);
-  const auto hidden = static_cast<size_t>(shape.hidden);
   for (size_t r = 0; r < p.choice_of.size(); ++r) {
-    if (weighted) EXPECT(weights[r] == (p.choice_of[r] >= 0 ? p.weights[static_cast<size_t>(p.choice_of[r])] : 0.0f));
+    const bool named = p.choice_of[r] >= 0;
+    const float weight = named ? p.weights[static_cast<size_t>(p.choice_of[r])] : 0.0f;
+    if (weighted) EXPECT(weights[r * kWeightGap] == weight && weights[r * kWeightGap + 1] == -7.0f);
     for (size_t h = 0; h < hidden; ++h) {
-      const bool named = p.choice_of[r] >= 0;
       const float expected = named ? value(p.x[p.token_at(static_cast<size_t>(p.choice_of[r])) + h]) : 0.0f;
-      EXPECT(value(y[r * hidden + h]) == expected);
+      EXPECT(value(y[r * pitch + h]) == expected);
     }
+    for (size_t h = hidden; h < pitch; ++h) EXPECT(value(y[r * pitch + h]) == -7.0f);
   }
 }
 
@@ -199,8 +219,16 @@ void check_unpermute(const Shape& shape, bool weighted) {
   const Problem<T> p(shape);
   Array<T> x(p.x.size(), shape.offset);
   Array<int32_t> moved(p.rows.size());
+  const size_t width = static_cast<size_t>(shape.hidden), pitch = width + 16 / sizeof(T);
+  Array<T> y(p.scratch.size() * pitch, shape.offset);  // rows that lie apart, and so do the values that are moved
+  Array<int32_t> values(p.scratch.size() * 2);
+  for (size_t r = 0; r < p.scratch.size(); ++r) {
+    for (size_t h = 0; h < width; ++h) y[r * pitch + h] = p.y[r * width + h];
+    values[2 * r] = p.scratch[r];
+  }
   const UnpermuteArgs args{
-      .y_NH = p.y.data(),
+      .y_NH = y.data(),
+      .y_pitch = static_cast<int64_t>(pitch * sizeof(T)),
       .type = kType<T>,
       .num_rows = p.num_rows,
       .rows_TK = p.rows.data(),
@@ -210,7 +238,8 @@ void check_unpermute(const Shape& shape, bool weighted) {
       .num_choices = shape.choices,
       .x_TH = x.data(),
       .hidden = shape.hidden,
-      .moved_N = weighted ? nullptr : p.scratch.data(),
+      .moved_N = weighted ? nullptr : values.data(),
+      .moved_pitch = 2,
       .moved_TK = weighted ? nullptr : moved.data(),
       .moved_bytes = 4,
   };

@@ -16,6 +16,10 @@ STABLE_TORCH_LIBRARY(smartmoe_emulated, m) {
   m.def("exact_split(Tensor counts_RE, int spare_slots, int num_nodes) -> (Tensor, Tensor)");
   m.def("dispatch_map(Tensor ids_TK, Tensor slot_of_E, int num_slots) -> (Tensor, Tensor)");
   m.def("permute(Tensor x_TH, Tensor rows_TK, int num_rows) -> Tensor");
+  m.def("permute_joined(Tensor x_TH, Tensor more_TH, Tensor rows_TK, int num_rows) -> Tensor");
+  m.def(
+      "permute_packed(Tensor x_TH, Tensor weights_TK, Tensor? more_TH, Tensor? more_weights_TK, Tensor rows_TK, "
+      "int num_rows) -> Tensor");
   m.def("unpermute(Tensor y_NH, Tensor rows_TK, Tensor? weights_TK) -> Tensor");
   m.def(
       "unpermute_backward(Tensor grad_TH, Tensor y_NH, Tensor rows_TK, Tensor weights_TK) -> "
@@ -34,6 +38,8 @@ STABLE_TORCH_LIBRARY_IMPL(smartmoe_emulated, CPU, m) {
   m.impl("exact_split", TORCH_BOX(&smartmoe::cuda::exact_split));
   m.impl("dispatch_map", TORCH_BOX(&smartmoe::cuda::dispatch_map));
   m.impl("permute", TORCH_BOX(&smartmoe::cuda::permute));
+  m.impl("permute_joined", TORCH_BOX(&smartmoe::cuda::permute_joined));
+  m.impl("permute_packed", TORCH_BOX(&smartmoe::cuda::permute_packed));
   m.impl("unpermute", TORCH_BOX(&smartmoe::cuda::unpermute));
   m.impl("unpermute_backward", TORCH_BOX(&smartmoe::cuda::unpermute_backward));
   m.impl("swiglu", TORCH_BOX(&smartmoe::cuda::swiglu));

@@ -20,6 +20,7 @@ from megatron_smartmoe.adapter.cost_inputs import (
     online_options,
     routing_groups_line,
     scope_nodes,
+    sends_fp8,
     state_bytes,
 )
 from megatron_smartmoe.adapter.moe.overlap_degree import predicted_seconds
@@ -62,7 +63,8 @@ EP8 = {"expert_model_parallel_size": 8, "world_size": 16, "bf16": True, "smartmo
 
 
 def arguments(**values: Any) -> Namespace:
-    return Namespace(**VALUES | LAUNCH | SHAPE | EP8 | {"smartmoe_cluster": None} | values)
+    own = {"smartmoe_cluster": None, "smartmoe_experts": "grouped_mm"}
+    return Namespace(**VALUES | LAUNCH | SHAPE | EP8 | own | values)
 
 
 def test_the_model_of_a_run_is_the_one_that_is_planned() -> None:
@@ -231,3 +233,33 @@ def test_what_group_limited_routing_means_for_homes(
     groups = {"moe_router_num_groups": 8, "moe_router_group_topk": 2}
     found = routing_groups_line(Namespace(**vars(on_four_nodes) | groups | values))
     assert found is None if line is None else line in str(found)
+
+
+BLOCKWISE = {
+    "smartmoe_experts": "transformer_engine",
+    "fp8": "e4m3",
+    "fp8_recipe": "blockwise",
+    "first_last_layers_bf16": False,
+    "fp8_quantizer_factory": None,
+    "te_precision_config_file": None,
+}
+
+
+def test_replicas_get_fp8_where_every_expert_is_quantized_by_powers_of_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("NVTE_FP8_BLOCK_SCALING_FP32_SCALES", "NVTE_BACKWARD_OVERRIDE"):
+        monkeypatch.delenv(name, raising=False)
+    blockwise = arguments(**BLOCKWISE)
+    assert sends_fp8(blockwise)
+    assert expert_shape(blockwise).sent_weight_bytes < expert_shape(arguments()).sent_weight_bytes * 0.51
+    for name, value in (
+        ("smartmoe_experts", "grouped_mm"),
+        ("fp8", None),
+        ("fp8_recipe", "mxfp8"),
+        ("fp8_recipe", "tensorwise"),
+        ("bf16", False),
+        ("first_last_layers_bf16", True),
+        ("te_precision_config_file", "layers.yaml"),
+    ):
+        assert not sends_fp8(arguments(**BLOCKWISE | {name: value})), name
+    monkeypatch.setenv("NVTE_FP8_BLOCK_SCALING_FP32_SCALES", "1")
+    assert not sends_fp8(blockwise)

@@ -91,10 +91,13 @@ def check_table(text: str, content: dict[str, Any]) -> None:
     bars = [[at for at, character in enumerate(row) if character == "|"] for row in rows]
     assert all(bar == bars[0] for bar in bars)
     for row in rows[1:]:
-        assert [len(cells.split()) for cells in row.split("|")] == [1, 5, 2, 2, 1, 4], row
+        assert [len(cells.split()) for cells in row.split("|")] == [1, 5, 2, 2, 1, 5], row
     fastest = min(content["policies"], key=lambda name: content["policies"][name]["predicted_total_ms"])
     assert content["fastest"] == fastest
     assert f"fastest: {fastest}, predicted " in text
+    assert f"limit: {content['limit_ms']:.3f} ms, " in text
+    for numbers in content["policies"].values():
+        assert numbers["share_of_limit"] == pytest.approx(content["limit_ms"] / numbers["predicted_total_ms"])
 
 
 def test_exact_load_replicas_are_perfect(trace: Path, tmp_path: Path) -> None:

@@ -114,3 +114,37 @@ def test_one_line_and_nothing_written(damage: Callable[[Path], None], rule: str,
         convert(ConvertOptions(source=source, out=tmp_path / "out", target="megatron"))
     assert "\n" not in str(raised.value)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "rule"),
+    [
+        ({"num_experts_per_tok": 9}, "must be at most the number of experts, 8"),
+        ({"num_hidden_layers": 10**9}, "must be at most 10,000"),
+        ({"num_local_experts": 10**8}, "is not possible: 100,000,000 experts in each of 4 layers"),
+        ({"router_aux_loss_coef": "x"}, "must be a number, at least 0"),
+        ({"rms_norm_eps": None}, "must be a positive number"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 1e6}}}, "it has 'full_attention'"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, "is of kind 'linear'"),
+        ({"tie_word_embeddings": True}, "lm_head.weight differs from model.embed_tokens.weight"),
+    ],
+)
+def test_a_config_that_no_such_model_has(changes: dict[str, object], rule: str, model: Path, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(model, source)
+    hf_models.change_config(source, **changes)
+    with pytest.raises(SmartMoEError, match=rule):
+        convert(ConvertOptions(source=source, out=tmp_path / "out", target="megatron"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
+
+
+def test_an_output_that_is_a_link(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").symlink_to(tmp_path / "real")
+    with pytest.raises(SmartMoEError, match="is a symbolic link"):
+        convert(ConvertOptions(source=model, out=tmp_path / "out", target="megatron"))
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_an_option_that_does_not_fit_the_source(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(SmartMoEError, match="--ep = 4: arranges optimizer state"):
+        convert(ConvertOptions(source=model, out=tmp_path / "out", target="megatron", expert_ranks=4))

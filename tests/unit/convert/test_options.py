@@ -27,6 +27,7 @@ def parsed(*argv: str) -> ConvertOptions:
         ["a", "b", "--to", "megatron", "--experts", "8", "--topk", "4", "--granularity", "2", "--expert-noise", "0.1"],
         ["a", "b", "--to", "megatron", "--ep", "4", "--no-optim"],
         ["a", "b", "--to", "hf", "--hf-config", "c"],
+        ["a", "b", "--to", "torch", "--tp", "2", "--pp", "4", "--ep", "8"],
     ],
 )
 def test_the_started_process_gets_the_same_options(argv: list[str]) -> None:
@@ -37,6 +38,13 @@ def test_the_started_process_gets_the_same_options(argv: list[str]) -> None:
     ("argv", "rule"),
     [
         (["a", "a/b", "--to", "hf"], "is SOURCE or lies in it"),
+        (["a", "b", "--to", "megatron", "--tp", "2"], "needs --to torch"),
+        (["a", "b", "--to", "torch", "--pp", "0"], "must be at least 1"),
+        (["a", "b", "--to", "hf", "--for", "te"], "has no meaning with --to hf"),
+        (["a", "b", "--to", "hf", "--ep", "2"], "has no meaning with --to hf"),
+        (["a", "b", "--to", "torch", "--hf-config", "c"], "needs --to hf"),
+        (["a", "b", "--to", "megatron", "--expert-noise", "0.1"], "needs --experts"),
+        (["a", "b", "--to", "megatron", "--seed", "7"], "needs --experts"),
         (["a", "b", "--to", "hf", "--workers", "0"], "must be at least 1"),
         (["a", "b", "--to", "megatron", "--topk", "2"], "needs --experts"),
         (["a", "b", "--to", "megatron", "--ep", "0"], "must be at least 1"),

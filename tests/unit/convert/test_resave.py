@@ -20,6 +20,7 @@ OF_GATES = {
     "zero_weight": (LAYERS, 4, HIDDEN),
     "constant_weight": (LAYERS, 2 * 2, HIDDEN),
     "constant_vector": (LAYERS, 2, HIDDEN),
+    "residual_weight": (LAYERS, EXPERTS + 4, EXPERTS + 4),
 }
 
 

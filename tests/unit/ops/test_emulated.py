@@ -21,7 +21,7 @@ from megatron_smartmoe.spec.placement import EMPTY, hosts_of, with_empty_slots
 from tests.support import emulator
 from tests.unit.ops.activation_cases import Gated, assert_equal_to_rounding, gated_rows
 from tests.unit.ops.dispatch_cases import Routing, Rows, assert_near, permuted_rows, routings
-from tests.unit.ops.routing_cases import Routed, chunk_counts, routed_tokens
+from tests.unit.ops.routing_cases import Routed, check_packed, chunk_counts, routed_tokens
 from tests.unit.ops.test_placement import random_load
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
@@ -136,6 +136,14 @@ def test_weights_move_with_the_rows(kernels: Any, case: Rows, seed: int) -> None
     expected = reference.permute_weighted_backward(*grads)
     for one, other in zip(kernels.permute_weighted_backward(*grads), expected, strict=True):
         assert torch.equal(one, other)
+
+
+@given(case=permuted_rows(CUDA_DTYPES), share=st.floats(0, 1), seed=SEEDS)
+@settings(deadline=None, max_examples=60)
+def test_rows_are_packed_and_joined_as_by_the_twins(kernels: Any, case: Rows, share: float, seed: int) -> None:
+    """From one block of tokens and from two, and back from the packed rows, which lie apart."""
+    kernels.set_seed(seed)
+    check_packed(kernels, case, share)
 
 
 @given(case=routed_tokens(), seed=SEEDS)

@@ -31,6 +31,34 @@ def test_values_and_gradients(counts: tuple[int, ...], dtype: torch.dtype, on_de
     assert not bias.grad[[count == 0 for count in counts]].any()
 
 
+@pytest.mark.parametrize("on_device", [False, True], ids=["loop", "product"])
+def test_factors(on_device: bool) -> None:
+    """As autograd multiplies, and without rows that are kept."""
+    counts, generator = (5, 0, 7, 1), torch.Generator().manual_seed(1)
+    biases = [torch.randn(4, 1, WIDTH, generator=torch.Generator().manual_seed(2)).requires_grad_() for _ in range(2)]
+    factors = [torch.rand(13, generator=torch.Generator().manual_seed(3)).requires_grad_() for _ in range(2)]
+    gradient, kept = torch.randn(13, WIDTH, generator=generator), list[int]()
+    groups = Groups.of(gradient, torch.tensor(counts))
+    if on_device:
+        groups = Groups(ends_S=torch.tensor(counts).cumsum(0, dtype=torch.int32))
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        found = bias_of_rows(biases[0], groups, 13, factors[0])
+    expected = bias_of_rows(biases[1], groups, 13) * factors[1].unsqueeze(1)
+    found.backward(gradient)
+    expected.backward(gradient)
+    assert torch.equal(found, expected)
+    assert max(kept) == 4 * WIDTH
+    for one, other in (biases, factors):
+        assert one.grad is not None
+        assert other.grad is not None
+        assert torch.equal(one.grad, other.grad)
+
+
 def test_the_loop_has_the_bits_of_torchs() -> None:
     rows = torch.randn(13, WIDTH, generator=torch.Generator().manual_seed(1))
     ours, torchs = torch.zeros(1, 1, WIDTH, requires_grad=True), torch.zeros(WIDTH, requires_grad=True)

@@ -132,7 +132,33 @@ MUTATIONS = [
         "if (@begin + i * threads < vectors@) vector[i]",
         "begin + i * threads <= vectors",
     ),
-    rows("permute", "permute: the last tokens' group is not stopped", "@if (token >= num_tokens) return;@", ""),
+    rows("permute", "permute: the last tokens' group is not stopped", "@if (token >= args.num_tokens) return;@", ""),
+    rows("permute", "permute: the second block is never read", "is_first = @token < args.num_first@;", "true"),
+    rows(
+        "permute",
+        "permute: a token's place is not that in its block",
+        "@is_first ? token : token - args.num_first@",
+        "token",
+    ),
+    rows(
+        "permute",
+        "permute: rows without a gap",
+        "reinterpret_cast<Vector*>(y + row[j] * @args.y_pitch@)",
+        "args.row_bytes",
+    ),
+    rows("permute", "permute: weights without a gap", "token_rows[j] * @args.weights_N_pitch@", "1"),
+    rows(
+        "permute",
+        "zero rows: weights without a gap",
+        "weights, row * @weights_pitch@, weight_bytes",
+        "1",
+        file="zero_rows.cu",
+    ),
+    rows(
+        "permute", "zero rows: rows without a gap", "- 1) * @y_pitch@)", "vectors * sizeof(Vector)", file="zero_rows.cu"
+    ),
+    rows("unpermute", "unpermute: rows without a gap", "y + row[j] * @y_vectors@ + c", "vectors"),
+    rows("unpermute", "unpermute: values without a gap", "token_rows[j] * @moved_pitch@, moved_TK", "1"),
     rows("permute", "permute: rows that no choice names are left", ".num_rows = @args.num_rows@,", "int64_t{0}"),
     rows(
         "permute",
@@ -223,8 +249,18 @@ MUTATIONS = [
     groups("groups: a vector behind the group", "@c < vectors@; c += stride", "c <= vectors"),
     groups("groups: only the first blocks' share", "c += @stride@)\n    to[c]", "vectors"),
     groups("groups: bytes behind the last vector are left", "if (@args.group_bytes % kVectorBytes == 0@ &&", "true"),
-    rows("permute", "permute: a weight at the place of its choice", "weights_N, @token_rows[j]@, weight_bytes", "j"),
-    rows("permute", "permute: the weight of another token", "move_bits(weights_TK, @token * num_choices + j@,", "j"),
+    rows(
+        "permute",
+        "permute: a weight at the place of its choice",
+        "weights_N, @token_rows[j]@ * args.weights_N_pitch",
+        "j",
+    ),
+    rows(
+        "permute",
+        "permute: the weight of another token",
+        "move_bits(block.weights_TK, @at * block.weights_pitch + j@,",
+        "j",
+    ),
     rows(
         "permute",
         "zero rows: weights of rows that no choice names are left",

@@ -7,14 +7,15 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import given, settings
+from hypothesis import strategies as st
 from megatron.core.transformer.moe.moe_utils import sort_chunks_by_idxs
 from torch import Tensor
 
 from megatron_smartmoe import ops
 from megatron_smartmoe.adapter.moe.chunk_order import ChunkOrder
-from megatron_smartmoe.ops import reference
+from megatron_smartmoe.ops import packed, reference
 from tests.unit.ops.dispatch_cases import Rows, permuted_rows
-from tests.unit.ops.routing_cases import Routed, chunk_counts, routed_tokens
+from tests.unit.ops.routing_cases import Routed, check_packed, chunk_counts, routed_tokens
 from tests.unit.ops.test_dispatch import needs_library
 
 KERNELS: Any = torch.ops.smartmoe
@@ -61,6 +62,40 @@ def test_weights_move_with_the_rows(case: Rows) -> None:
 
 
 @needs_library
+@given(permuted_rows(), st.floats(0, 1))
+@settings(deadline=None, max_examples=100)
+def test_rows_are_packed_and_joined_as_by_the_twins(case: Rows, share: float) -> None:
+    for served in (KERNELS, reference):
+        check_packed(served, case, share)
+
+
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("hidden", [0, 1, 7, 8])
+def test_packed_rows_are_found_where_they_lie(hidden: int, weights: torch.dtype) -> None:
+    """What is packed already is taken as it is, and anything else is copied: bits and gradients are the same."""
+    packed_NP = torch.zeros(5, packed.width(hidden, torch.bfloat16, weights), dtype=torch.bfloat16)
+    rows_NH, weights_N = packed.views(packed_NP, hidden, weights)
+    assert packed.whole(rows_NH[1:4], weights_N[1:4]).data_ptr() == packed_NP[1].data_ptr()
+    assert packed.whole(rows_NH[:0], weights_N[:0]).shape == packed_NP[:0].shape
+    rows_NH.copy_(torch.randn(rows_NH.shape))
+    weights_N.copy_(torch.rand(5))
+    others = (rows_NH[:3], weights_N[1:4]), (rows_NH.clone(), weights_N), (rows_NH, weights_N.clone())
+    for one, two in others:
+        copied_NP = packed.whole(one, two)
+        assert copied_NP.data_ptr() != packed_NP.data_ptr()
+        for found, expected in zip(packed.views(copied_NP, hidden, weights), (one, two), strict=True):
+            assert torch.equal(found, expected)
+    leaves = rows_NH.clone().requires_grad_(), weights_N.clone().requires_grad_()
+    sent = packed.unpack(packed.pack(*leaves)[[4, 0, 1]], hidden, weights)
+    ((sent[0].float() * 2).sum() + sent[1].sum()).backward()
+    for leaf, factor in zip(leaves, (2, 1), strict=True):
+        expected = torch.zeros_like(leaf)
+        expected[[4, 0, 1]] = factor
+        assert leaf.grad is not None
+        assert torch.equal(leaf.grad, expected)
+
+
+@needs_library
 @given(chunk_counts())
 @settings(deadline=None, max_examples=100)
 def test_chunk_rows_sort_by_slot_and_back(counts_QS: Tensor) -> None:
@@ -85,21 +120,35 @@ def test_the_second_permutation_has_megatrons_bits(counts: list[list[int]], dtyp
     drawn = torch.randn(num_rows, 8, generator=generator).to(dtype), torch.rand(num_rows, generator=generator)
     drawn[0][:1] = -0.0
     results = []
-    for ours in (True, False):
+    for way in ((True, False, False), (True, True, False), (True, True, True), (False, False, False)):
+        is_ours, packs, in_blocks = way
         rows, weights = (each.clone().requires_grad_() for each in drawn)
-        if ours:
-            order = ChunkOrder.of(counts_QS, rows)
+        if is_ours:
+            order: Any = ChunkOrder.of(counts_QS, rows)
             assert (order is None) == (1 in counts_QS.shape)
-            sorted_NH, sorted_N = (rows, weights) if order is None else order.sort(rows, weights)
-            back_NH = sorted_NH * 2 if order is None else order.restore(sorted_NH * 2)
+            if order is None:
+                sorted_NH, sorted_N, back_NH = rows, weights, rows * 2
+            elif not in_blocks:
+                sorted_NH, sorted_N = order.sort(rows, weights, packs=packs)
+                back_NH = order.restore(sorted_NH * 2)
+            else:
+                home_rows = int(counts_QS[:, 0].sum())
+                rows_of_blocks, weights_of_blocks = order.sort(rows, weights, packs=packs, home_rows=home_rows)
+                assert len(rows_of_blocks[0]) == len(weights_of_blocks[0]) == home_rows
+                sorted_NH, sorted_N = torch.cat(rows_of_blocks), torch.cat(weights_of_blocks)
+                back_NH = order.restore((rows_of_blocks[0] * 2, rows_of_blocks[1] * 2))
         else:
             sorted_NH, sorted_N = sort_chunks_by_idxs(rows, counts_QS.ravel(), to_slots, probs=weights)
             back_NH, _ = sort_chunks_by_idxs(sorted_NH * 2, counts_QS.T.ravel(), to_sources)
         loss = (back_NH.float() * drawn[0].float()).sum() + (sorted_N * torch.arange(num_rows)).sum()
         loss.backward()
         results.append((sorted_NH, sorted_N, back_NH, rows.grad, weights.grad))
-    for found, expected in zip(*results, strict=True):
-        assert found.view(torch.uint8).tolist() == expected.view(torch.uint8).tolist()
+    *ours, megatrons = results
+    for result in ours:
+        for found, expected in zip(result, megatrons, strict=True):
+            assert found is not None
+            assert expected is not None
+            assert found.contiguous().view(torch.uint8).tolist() == expected.view(torch.uint8).tolist()
 
 
 def test_gradients() -> None:
@@ -112,6 +161,13 @@ def test_gradients() -> None:
     weights = torch.randn(3, 2, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x, w: ops.permute_weighted(x, w, rows_TK, 7), (x, weights))
 
+    def of_two_blocks(x: Tensor, w: Tensor, more_x: Tensor, more_w: Tensor) -> tuple[Tensor, Tensor]:
+        packed_NP = ops.permute_packed(x, w, rows_TK, 7, more_TH=more_x, more_weights_TK=more_w)
+        return packed.unpack(packed_NP, 4, w.dtype)
+
+    parts = (each.detach().requires_grad_() for each in (x[:2], weights[:2], x[2:], weights[2:]))
+    assert torch.autograd.gradcheck(of_two_blocks, tuple(parts))
+
 
 def test_opcheck() -> None:
     chosen, probs = torch.rand(6, 5) < 0.4, torch.rand(6, 5, requires_grad=True)
@@ -123,6 +179,10 @@ def test_opcheck() -> None:
     rows_TK, _ = ops.dispatch_map(ids_TK, torch.arange(5), 5)
     x_TH, weights_TK = torch.randn(6, 4, requires_grad=True), torch.rand(6, 2, requires_grad=True)
     torch.library.opcheck(KERNELS.permute_weighted.default, (x_TH, weights_TK, rows_TK, 12))
+    blocks = x_TH[:4], weights_TK[:4], x_TH[4:], weights_TK[4:]
+    # its check of compilation reads what lies between rows and weights
+    torch.library.opcheck(KERNELS.permute_packed.default, (*blocks, rows_TK, 12), test_utils=without_compilation)
+    torch.library.opcheck(KERNELS.permute_joined.default, (x_TH.detach()[:4], x_TH.detach()[4:], rows_TK, 12))
     grads = torch.randn(12, 4), torch.rand(12), rows_TK
     torch.library.opcheck(KERNELS.permute_weighted_backward.default, grads)
     torch.library.opcheck(KERNELS.chunk_rows.default, (torch.tensor([[2, 0], [1, 3]]), 6))
@@ -183,6 +243,39 @@ ERRORS = [
         "permute_weighted_backward",
         (torch.zeros(6, 5), torch.zeros(5), IDS),
         "grad_N.shape = [5]: it must be [N] = [6], as grad_NH has it. Pass the gradient of the permuted weights",
+    ),
+    (
+        "permute_packed",
+        (X, WEIGHTS, X, None, IDS, 6),
+        "more_TH, more_weights_TK: one is missing: it must be both there or both None. Pass the other one too",
+    ),
+    (
+        "permute_packed",
+        (X[:1], WEIGHTS, X[1:], WEIGHTS[1:], IDS, 6),
+        "weights_TK.shape = [3, 2]: it must be [T, K_top] = [1, 2], as x_TH and rows_TK have it. Pass a weight "
+        "per choice",
+    ),
+    (
+        "permute_packed",
+        (X[:1], WEIGHTS[:1], X[1:], WEIGHTS[1:].double(), IDS, 6),
+        "more_weights_TK.dtype = float64: it must be float32, as weights_TK is. Convert it with "
+        "more_weights_TK.to(weights_TK.dtype)",
+    ),
+    (
+        "permute_joined",
+        (X, X, IDS, 6),
+        "rows_TK.shape = [3, 2]: it must be [T, K_top] with T = 6, as x_TH and more_TH have it. Pass the rows of "
+        "the same tokens",
+    ),
+    (
+        "permute_joined",
+        (X[:1], X[1:, :1], IDS, 6),
+        f"more_TH.shape = [2, 1]: it must be [T, H] with H = {X.shape[1]}, as x_TH has it. Pass rows of the same size",
+    ),
+    (
+        "permute_joined",
+        (X[:1], X[1:].half(), IDS, 6),
+        "more_TH.dtype = float16: it must be float32, as x_TH is. Convert it with more_TH.to(x_TH.dtype)",
     ),
     (
         "chunk_rows",

@@ -1,9 +1,12 @@
 """Homes move little and for a reason; the policy says yes, no and why."""
 
 import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from megatron_smartmoe.placement.plan_homes import HomesOptions, plan_homes
 from megatron_smartmoe.placement.policy import Policy, PolicyOptions
+from megatron_smartmoe.spec.arrays import FloatArray
 from megatron_smartmoe.spec.placement import EMPTY, Placement
 from tests.unit.placement.cases import contiguous_slots
 
@@ -19,6 +22,16 @@ def test_a_swap_that_wins_less_than_its_price_is_not_made() -> None:
     load_E = np.array([1.1, 1, 1, 1, 1, 1, 1, 0.9])
     assert plan_homes(contiguous_slots(8, 4, 0), load_E, 2, HomesOptions(swap_price=0.1)).swaps == ()
     assert len(plan_homes(contiguous_slots(8, 4, 0), load_E, 2, HomesOptions(swap_price=0.01)).swaps) == 1
+
+
+def test_hot_experts_land_on_different_ranks_of_a_node() -> None:
+    """2 nodes of 4 ranks: two of four hot experts go to the other node, and no two of them to one rank."""
+    load_E = np.array([9.0, 9, 9, 9, *[1] * 12])
+    options = HomesOptions(num_nodes=2, node_swap_price=1e-4)
+    homes_RH = plan_homes(contiguous_slots(16, 8, 1), load_E, 2, options).slots_RS[:, :2]
+    hot_R = (homes_RH < 4).sum(axis=1)
+    assert hot_R.reshape(2, 4).sum(axis=1).tolist() == [2, 2]
+    assert hot_R[4:].max() == 1
 
 
 def test_a_swap_between_nodes_is_dearer() -> None:
@@ -100,3 +113,33 @@ def test_what_a_stopwatch_cannot_tell_from_nothing_is_no_loss() -> None:
     assert policy.realised(iteration_s=1.0, gain_s=-0.009).take
     assert policy.losses == 0
     assert not policy.realised(iteration_s=1.0, gain_s=-0.011).take
+
+
+def first_swap_of_all(load_RH: FloatArray, price: float) -> tuple[int, int] | None:
+    """The pair of flat home slots with the largest gain, the first of several, each pair judged on its own."""
+    busiest = int(load_RH.sum(axis=1).argmax())
+    home_slots = load_RH.shape[1]
+    before, best, found = worth(load_RH.sum(axis=1)), 0.0, None
+    for first in range(busiest * home_slots, (busiest + 1) * home_slots):
+        for second in range(load_RH.size):
+            after_RH = load_RH.copy()
+            after_RH.flat[[first, second]] = load_RH.flat[[second, first]]
+            gain = round((before - worth(after_RH.sum(axis=1)) - price) * 1e9)
+            if second // home_slots != busiest and gain > best:
+                best, found = gain, (first, second)
+    return found
+
+
+def worth(load_R: FloatArray) -> float:
+    over_R = np.maximum(load_R - 1.0, 0.0)
+    return float(over_R.max() + 0.1 * over_R.sum())
+
+
+@given(st.integers(0, 2**32 - 1), st.sampled_from([2, 3, 8]), st.integers(1, 5), st.sampled_from([0.0, 0.05, 0.3]))
+@settings(deadline=None, max_examples=60)
+def test_it_is_the_best_of_all_swaps(seed: int, num_ranks: int, home_slots: int, price: float) -> None:
+    load_E = np.random.default_rng(seed).integers(0, 5, num_ranks * home_slots) * 0.25 + 0.25  # many are alike
+    slots_RS = contiguous_slots(num_ranks * home_slots, num_ranks, 0)
+    plan = plan_homes(slots_RS, load_E, home_slots, HomesOptions(swap_price=price, max_swaps=1))
+    expected = first_swap_of_all((load_E * (num_ranks / load_E.sum())).reshape(num_ranks, -1), price)
+    assert [*plan.swaps] == ([] if expected is None else [expected])

@@ -8,8 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron_smartmoe.cost.hierarchical import HopCounts
+from megatron_smartmoe.cost.moe_layer import LayerCounts, LayerFlow
 from megatron_smartmoe.errors import ConfigError
 from megatron_smartmoe.planner.load import (
+    SOURCE_TOKENS,
     Balance,
     LoadModel,
     scenarios_from_model,
@@ -18,9 +21,12 @@ from megatron_smartmoe.planner.load import (
     scenarios_of,
     zipf,
 )
+from megatron_smartmoe.spec.cluster import LevelSpec, LinkSpec
 from megatron_smartmoe.spec.trace import RoutingTrace
-from tests.support.models import SMALL
+from tests.support.models import CLUSTER, SMALL
 from tests.support.synthetic import SyntheticSpec, synthetic_trace
+
+POD = LevelSpec(name="pod", nodes=2, link=LinkSpec(bandwidth_bytes_s=10e9, latency_s=2e-5))
 
 
 def test_skew_is_the_hottest_experts_load_over_the_mean() -> None:
@@ -107,3 +113,20 @@ def test_layers_and_records_without_assignments_are_left_out() -> None:
             "2 of 3 records and 2 of 3 layers have assignments, the others are left out",
         )
     assert [len(scenario.share_PE) for scenario in found] == [1, 1]  # of the even record, which is the calmer one
+
+
+@pytest.mark.parametrize(("ep", "nodes", "homes"), [(1, 1, False), (4, 1, True), (8, 2, True), (16, 4, False)])
+def test_homes_alone_have_the_flow_of_an_equal_split(ep: int, nodes: int, homes: bool) -> None:
+    loads = LoadModel(scenarios_from_skew(SMALL, 3.0, "x"), replace(CLUSTER, levels=(POD,)))
+    balance = Balance(ep, nodes, 0, homes)
+    share_E = loads.scenarios[0].share_PE[0]
+    counts_E = np.rint(share_E * SOURCE_TOKENS).astype(np.int64)
+    slots_RS = loads._homes(counts_E, balance) if homes else np.arange(16).reshape(ep, -1)
+    flow = LayerFlow.equal_split(np.broadcast_to(counts_E, (ep, 16)), slots_RS, nodes)
+    expected = LayerCounts.of(flow, [POD.nodes * (ep // nodes)]).scaled(1.0 / counts_E.sum())
+    found = loads.after_balancing(balance)[0].counts_P[0]
+    for name, value in vars(expected).items():
+        mine = getattr(found, name)
+        if isinstance(value, HopCounts):
+            mine, value = vars(mine), vars(value)
+        np.testing.assert_equal(mine, value, err_msg=name)

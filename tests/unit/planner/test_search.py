@@ -17,7 +17,7 @@ from megatron_smartmoe.planner.space import (
     shapes,
     spare_slots,
 )
-from megatron_smartmoe.spec.parallel import FLAT, HIERARCHICAL, violation
+from megatron_smartmoe.spec.parallel import DISPATCHES, FLAT, violation
 from tests.support.models import CLUSTER, SMALL
 from tests.unit.planner.cases import pricing
 
@@ -118,7 +118,7 @@ def test_tokens_cross_nodes_once_where_that_pays(inter_bytes_s: float, dispatch:
     prices = Pricing(model, links, pricing().loads)
     best = search(prices, 8, space).best[0]
     assert best.spec.dispatch == dispatch
-    (other,) = {FLAT, HIERARCHICAL} - {best.spec.dispatch}
+    (other,) = {*DISPATCHES} - {best.spec.dispatch}
     assert prices.price(replace(best.spec, dispatch=other)).expected_s > best.expected_s
     shape = replace(best.spec, spare_slots=0, replicas="off", dispatch=FLAT)
     assert prices.least_s(shape, space, shape.recompute) <= best.expected_s

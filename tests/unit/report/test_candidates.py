@@ -50,6 +50,13 @@ def test_tokens_are_compared_with_their_transfers() -> None:
     assert prices(REPLICAS) == "a replica transfer takes as long as 100 tokens of the busiest rank"
 
 
+def test_transfers_that_are_priced_together() -> None:
+    first, second = REPLICAS["candidates"]
+    together = REPLICAS | {"candidates": [first | {"transfers": 3, "transfer_tokens": 250.0}, second]}
+    assert candidate_lines(together)[0].endswith("3 replica transfers in a row, worth 1,250 tokens with the transfers")
+    assert runner_up(together) == "layer 1: no replicas, 50 tokens worse"
+
+
 def test_the_runner_up_is_the_best_that_was_not_proposed() -> None:
     # 61 us - 2 x 867 us / 500 = 57.5 us an iteration against 20 us - 2 us
     assert runner_up(HOMES) == "move 4 experts of layer 4, 0.040 ms per iteration worse"

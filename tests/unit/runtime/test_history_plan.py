@@ -1,7 +1,8 @@
-"""Replicas planned from history by the compiled library: those of the numpy twin, to the last bit of their value."""
+"""Replicas and homes planned from history by the compiled library: those of the numpy twins, to the last bit."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_smartmoe import ops
-from megatron_smartmoe.placement.plan_replicas import ReplicaOptions, best_replicas
+from megatron_smartmoe.placement.plan_replicas import ReplicaOptions, best_replicas, search_space
+from megatron_smartmoe.placement.search.improve import improve
 from megatron_smartmoe.placement.search.objective import Objective
-from megatron_smartmoe.runtime.replicas.history_plan import compiled_best_replicas
+from megatron_smartmoe.runtime.replicas.history_plan import compiled_best_replicas, compiled_improve
 from megatron_smartmoe.runtime.replicas.kernels import fastest_kernels
 from megatron_smartmoe.spec.arrays import FloatArray, IntArray
 from tests.unit.ops.test_placement import needs_library
@@ -57,8 +59,24 @@ def test_the_same_replicas_and_the_same_value(case: tuple[IntArray, FloatArray, 
     assert np.array_equal(case[0], before)
 
 
-def test_training_uses_the_compiled_one() -> None:
-    assert fastest_kernels().best is compiled_best_replicas
+@given(layers(), st.sampled_from([0.0, 1e-3, 0.02]))
+@settings(deadline=None, max_examples=60)
+def test_the_same_homes_and_the_same_value(
+    case: tuple[IntArray, FloatArray, int, ReplicaOptions], home_price: float
+) -> None:
+    slots_RS, scenarios_KE, home_slots, options = case
+    space = replace(search_space(len(slots_RS), home_slots, options), move_homes=True, max_steps=4 * options.effort)
+    objective = replace(options.objective, home_price=home_price)
+    expected = improve(slots_RS, scenarios_KE, objective, space)
+    found = compiled_improve(slots_RS, scenarios_KE, objective, space)
+    assert np.array_equal(found.slots_RS, expected.slots_RS)
+    assert found.imbalance_K.tolist() == expected.imbalance_K.tolist()
+    assert (found.excess, found.steps) == (expected.excess, expected.steps)
+
+
+def test_training_uses_the_compiled_ones() -> None:
+    kernels = fastest_kernels()
+    assert (kernels.best, kernels.improve) == (compiled_best_replicas, compiled_improve)
 
 
 ARGUMENTS: dict[str, Any] = {
@@ -101,3 +119,6 @@ def test_errors(name: str, value: Any, text: str) -> None:
 
 def test_opcheck() -> None:
     torch.library.opcheck(torch.ops.smartmoe.history_replicas.default, tuple(ARGUMENTS.values()))
+    arguments = {name: value for name, value in ARGUMENTS.items() if name not in ("many", "good_enough")}
+    prices = {name: arguments.pop(name) for name in ("min_gain", "enough")}
+    torch.library.opcheck(torch.ops.smartmoe.swap_homes.default, (*arguments.values(), 1e-3, *prices.values()))
