@@ -138,7 +138,7 @@ def worth(load_R: FloatArray) -> float:
 @given(st.integers(0, 2**32 - 1), st.sampled_from([2, 3, 8]), st.integers(1, 5), st.sampled_from([0.0, 0.05, 0.3]))
 @settings(deadline=None, max_examples=60)
 def test_it_is_the_best_of_all_swaps(seed: int, num_ranks: int, home_slots: int, price: float) -> None:
-    load_E = 0.25 + 0.25 * np.random.default_rng(seed).integers(0, 5, num_ranks * home_slots).astype(np.float64)  # alike
+    load_E = 0.25 + 0.25 * np.random.default_rng(seed).integers(0, 5, num_ranks * home_slots).astype(np.float64)
     slots_RS = contiguous_slots(num_ranks * home_slots, num_ranks, 0)
     plan = plan_homes(slots_RS, load_E, home_slots, HomesOptions(swap_price=price, max_swaps=1))
     expected = first_swap_of_all((load_E * (num_ranks / load_E.sum())).reshape(num_ranks, -1), price)
