@@ -14,13 +14,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_smartmoe.checkpoint.contents import arguments_in
 from megatron_smartmoe.checkpoint.manifest import Level, Manifest, check_files, read_manifest
-from megatron_smartmoe.checkpoint.rank_files import RANK_FILE
+from megatron_smartmoe.checkpoint.rank_files import RANK_FILE, missing_ranks
 from megatron_smartmoe.checkpoint.torch_dist import INDEX_FILE, is_torch_dist, read_common, read_index
 from megatron_smartmoe.errors import CheckpointError
 from megatron_smartmoe.spec.readers.torch_save import read_saved
-
-_MOST_RANKS = 10_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,16 +176,8 @@ def _has_end(path: Path) -> bool:
 
 
 def _missing_ranks(folder: Path) -> Iterator[str]:
-    """Folders of model-parallel ranks that the arguments in the first one ask for and that are not there."""
+    """Files of model-parallel ranks that the arguments in the first one ask for and that are not there."""
     first = min(folder.glob(f"mp_rank_*/{RANK_FILE}"))
     content = read_saved(first, str(first))
-    args = content.get("args") if isinstance(content, dict) else None
-    tp, pp, ep = (getattr(args, f"{name}_model_parallel_size", 1) for name in ("tensor", "pipeline", "expert"))
-    if not all(isinstance(size, int) and 0 < size < _MOST_RANKS for size in (tp, pp, ep)):
-        return
-    for rank in range(tp):
-        for stage in range(pp):
-            for expert_rank in range(ep):
-                name = f"mp_rank_{rank:02d}" + f"_{stage:03d}" * (pp > 1) + f"_{expert_rank:03d}" * (ep > 1)
-                if not (folder / name / RANK_FILE).is_file():
-                    yield f"{name}/{RANK_FILE} is missing"
+    arguments = arguments_in(content) if isinstance(content, dict) else {}
+    return (f"{name} is missing" for name in missing_ranks(folder, arguments))

@@ -11,6 +11,7 @@ optimizer's buffers, the state is counted and not named.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from megatron_smartmoe.spec.readers.torch_save import StoredTensor, read_saved
 
 RANK_FILE = "model_optim_rng.pt"
 OPTIMIZER_FILE = "distrib_optim.pt"
+_MOST_RANKS = 10_000
 _FOLDER = re.compile(r"mp_rank_(\d+)(?:_(\d+))?(?:_(\d+))?")
 _LAYER_NUMBER = re.compile(r"^(?:decoder|encoder)\.layers\.(\d+)\.")
 _EXPERT_MODULE = re.compile(r"\.experts\.local_experts\.(\d+)\.")
@@ -79,6 +81,9 @@ def read_rank_files(folder: Path) -> Contents:
         raise CheckpointError(str(folder), what, f"it has no readable metadata.json and no mp_rank_*/{RANK_FILE}")
     contents = Contents(folder=folder, iteration=iteration_in(files[0].content))
     contents.arguments = arguments_in(files[0].content)
+    missing = next(missing_ranks(folder, contents.arguments), None)
+    if missing is not None:
+        raise CheckpointError(str(folder), "is incomplete", f"{missing} is missing")
     layout = _Layout(files, contents)
     for file in files:
         for number, chunk in enumerate(file.chunks()):
@@ -94,6 +99,17 @@ def read_rank_files(folder: Path) -> Contents:
         for where, tensor in _tensors(read_saved(path, str(path)), OPTIMIZER_FILE):
             contents.buffers[f"{path.parent.name}, {where}"] = tensor.num_elements
     return contents
+
+
+def missing_ranks(folder: Path, args: Mapping[str, Any]) -> Iterator[str]:
+    """Files of model-parallel ranks that the arguments of a checkpoint ask for and that are not there."""
+    tp, pp, ep = (args.get(f"{name}_model_parallel_size", 1) for name in ("tensor", "pipeline", "expert"))
+    if not all(isinstance(size, int) and 0 < size < _MOST_RANKS for size in (tp, pp, ep)):
+        return
+    for rank, stage, expert_rank in itertools.product(range(tp), range(pp), range(ep)):
+        name = f"mp_rank_{rank:02d}" + f"_{stage:03d}" * (pp > 1) + f"_{expert_rank:03d}" * (ep > 1)
+        if not (folder / name / RANK_FILE).is_file():
+            yield f"{name}/{RANK_FILE}"
 
 
 class _Layout:

@@ -21,6 +21,8 @@ TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
+_TIKTOKEN = "*.tiktoken"  # for --tokenizer-type TikTokenizer
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")  # HuggingFaceTokenizer needs one of them
 OTHER_FILES = (CONFIG_FILE, "generation_config.json")
 PADDED_TO = 128  # Megatron's --make-vocab-size-divisible-by
 _SEQUENCE = 4096  # the longest that run.yaml trains with; its users raise it
@@ -31,6 +33,7 @@ def carried_files(folder: Path) -> Iterator[Path]:
     for name in (*OTHER_FILES, *TOKENIZER_FILES):
         if (folder / name).is_file():
             yield folder / name
+    yield from sorted(path for path in folder.glob(_TIKTOKEN) if path.is_file())
 
 
 def copy_carried(folder: Path, out: Path) -> None:
@@ -64,7 +67,7 @@ def write_beside(folder: Path, source: Path, table: ModelTable, out: Path, *, dt
     """
     copy_carried(source, folder / FOLDER)
     (folder / FOLDER / CONFIG_FILE).write_text(json.dumps(table.config.content, indent=2) + "\n")
-    has_tokenizer = any(path.name in TOKENIZER_FILES for path in carried_files(source))
+    has_tokenizer = any((source / name).is_file() for name in _TOKENIZERS)
     place = out.absolute()
     head = (
         f"# Trains the {table.family} model of this folder further, on random tokens until you name your own data:\n"

@@ -25,6 +25,11 @@ from megatron_smartmoe.convert.ranks import EXPERT, STAGES, TENSOR, Ranks
 from megatron_smartmoe.convert.torch_dist_files import SLICE_BYTES, StoredParameter
 from megatron_smartmoe.errors import ConfigError
 
+# Arguments with which tensor parallelism would have to cut a parameter in another way, and why.
+_NOT_CUT = {
+    "smartmoe_wide_qk_norm": "its norms span all heads",
+    "moe_mlp_glu_interleave_size": "gate and linear rows alternate",
+}
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
 _LAST = ("decoder.final_layernorm.", "output_layer.")  # prefixes of what the last stage holds
 _PROJ = re.compile(r"\.self_attention\.linear_proj\.weight$")
@@ -108,9 +113,10 @@ def check_ranks(ranks: Ranks, arguments: Mapping[str, Any]) -> None:
     if arguments.get("mtp_num_layers"):
         rule = "is not supported for a model with layers that predict further tokens (MTP)"
         raise ConfigError("--to", "torch", rule, "Pass --to megatron.")
-    if ranks.tensor > 1 and arguments.get("smartmoe_wide_qk_norm"):
-        rule = "is not supported with --smartmoe-wide-qk-norm, whose norms span all heads"
-        raise ConfigError(TENSOR, ranks.tensor, rule, f"Pass {TENSOR} 1.")
+    for name, why in _NOT_CUT.items():
+        if ranks.tensor > 1 and arguments.get(name):
+            rule = f"is not supported with --{name.replace('_', '-')}: {why}"
+            raise ConfigError(TENSOR, ranks.tensor, rule, f"Pass {TENSOR} 1.")
 
 
 def with_padding(parameter: StoredParameter, num_rows: int) -> StoredParameter:

@@ -8,6 +8,7 @@ effect.
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Callable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from megatron_smartmoe import __version__
-from megatron_smartmoe.checkpoint.contents import Contents, ParameterKey
+from megatron_smartmoe.checkpoint.contents import WORDS, Contents, ParameterKey
 from megatron_smartmoe.checkpoint.digest import MAIN_WEIGHT, WEIGHT
 from megatron_smartmoe.checkpoint.directory import RELEASE, TRACKER, folder_of
 from megatron_smartmoe.checkpoint.manifest import Manifest, write_manifest
@@ -30,6 +31,7 @@ from megatron_smartmoe.convert.torch_dist_files import StoredParameter, digests_
 from megatron_smartmoe.errors import CheckpointError, ConfigError
 
 NO_OPTIMIZER = "--no-optim"
+_LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
 _KEPT = ("checkpoint_version", "iteration", "opt_param_scheduler", "num_floating_point_operations_so_far")
 
 
@@ -106,6 +108,7 @@ def saved_parameters(
     Raises:
         CheckpointError: a parameter is not whole.
     """
+    _check_whole(contents, layout)
     main = "param" if contents.arguments.get("use_distributed_optimizer") else "fp32_param"
     for key in contents.parameters:
         if key.kind != WEIGHT and not with_optimizer:
@@ -129,6 +132,26 @@ def saved_parameters(
             dtype=wanted,
             rows=_rows(contents, key, wanted),
         )
+
+
+def _check_whole(contents: Contents, layout: Layout) -> None:
+    """Every layer is there, and of whatever experts have, all of them.
+
+    Raises:
+        CheckpointError: a layer or an expert is missing.
+    """
+    experts: dict[str, set[int]] = {}
+    for key in contents.parameters:
+        if key.expert is not None:
+            experts.setdefault(f"{key.name}, {WORDS[key.kind]}", set()).add(key.expert)
+    for what, found in experts.items():
+        if len(found) != layout.num_experts:
+            reason = f"of {what}, it has {len(found)} of {layout.num_experts} experts"
+            raise CheckpointError(str(contents.folder), "is incomplete", reason)
+    layers = {int(match[1]) for key in contents.parameters if (match := _LAYER.match(key.name))}
+    if layers != set(range(layout.num_layers)):
+        reason = f"it has {len(layers)} of {layout.num_layers} layers"
+        raise CheckpointError(str(contents.folder), "is incomplete", reason)
 
 
 def _rows(contents: Contents, key: ParameterKey, dtype: str) -> Callable[[int, int], NDArray[Any]]:

@@ -37,13 +37,14 @@ _OFF = {
     "glu_linear_offset": 0.0, "moe_latent_size": None, "moe_expert_capacity_factor": None, "softmax_type": "vanilla",
     "moe_input_jitter_eps": None, "moe_router_topk_scaling_factor": None, "moe_router_num_groups": None,
     "moe_router_group_topk": None, "moe_shared_expert_intermediate_size": None, "moe_apply_probs_on_input": False,
-    "activation_func_clamp_value": None, "qk_clip": False, "attention_output_gate": False,
+    "activation_func_clamp_value": None, "moe_mlp_glu_interleave_size": None, "qk_clip": False,
+    "attention_output_gate": False,
 }  # fmt: skip
 
 # Gates whose routers Hugging Face's formats have no place for.
 _GATES = {
     "noisy-top-k": "its routers' noise_weight",
-    "moe++": "its experts that cost nothing (zero_weight, constant_weight, constant_vector) and residual_weight",
+    "moe++": "its experts that cost nothing (zero_weight and others) and residual_weight",
     "topology": "its choice by the node that an expert is on",
 }
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from megatron_smartmoe.checkpoint.directory import RELEASE, TRACKER, folder_of, iteration_of, iterations, read_tracker
+from megatron_smartmoe.checkpoint.inspection import inspect
 from megatron_smartmoe.checkpoint.rank_files import RANK_FILE
 from megatron_smartmoe.checkpoint.resume import choose_resume
 from megatron_smartmoe.checkpoint.torch_dist import INDEX_FILE, is_torch_dist
@@ -41,14 +42,14 @@ class Source:
 
 
 def recognise(path: Path, wanted: Kind | None = None) -> Source:
-    """What a path is.
+    """What a path is. A checkpoint is read once for the checksums of its manifest, if it has one.
 
     Args:
         path: a folder.
         wanted: the format that the user says it is; None to find out.
 
     Raises:
-        ConfigError: it is none of the formats, or not the one that is wanted.
+        ConfigError: it is none of the formats, not the one that is wanted, or not whole.
     """
     if not path.is_dir():
         raise ConfigError("SOURCE", str(path), "is no directory", "Pass the folder of a model, a checkpoint or a run.")
@@ -65,6 +66,11 @@ def recognise(path: Path, wanted: Kind | None = None) -> Source:
     if wanted is not None and kind != wanted:
         rule = f"{folder} is {_WORDS[kind]}"
         raise ConfigError("--from", wanted, rule, f"Pass --from {kind}, or leave it out.")
+    if not of_run:
+        found = inspect(folder, "full")
+        if found.problems:
+            rule = f"is damaged: {found.problems[0]}"
+            raise ConfigError("SOURCE", str(folder), rule, "Restore it, or pass another checkpoint.")
     run = f"the run {path}: its newest whole checkpoint {folder.name}" if of_run else str(folder)
     return Source(kind=kind, folder=folder, said=f"{run} is {_WORDS[kind]}")
 
@@ -97,7 +103,7 @@ def _iteration(path: Path) -> tuple[Path, bool]:
     of_run = not (path / TRACKER).is_file() and (path / _CHECKPOINTS).is_dir()
     directory = path / _CHECKPOINTS if of_run else path
     if of_run:
-        chosen = choose_resume(directory)
+        chosen = choose_resume(directory, level="full")
         if chosen.found is None:
             rule = chosen.problem or f"has no checkpoint in {directory}"
             raise ConfigError("SOURCE", str(path), rule, "Pass a run that has saved one.")

@@ -56,7 +56,7 @@ class HomesOptions:
     between_nodes: float = 2.0
     node_swap_price: float | None = None
     max_swaps: int = 8
-    swaps_per_node: int = 8
+    swaps_per_node: int = 16
     num_groups: int = 1
 
     @property

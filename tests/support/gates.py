@@ -51,6 +51,7 @@ def router(gate: str, num_experts: int, top_k: int, cls: type[GateRouter] | None
     built.draws = Draws(SEED, 0, Part())
     built.draws.begin(1, 1)
     built.link = Link(before=None, after=None)
+    built.link.begin(1)
     return built
 
 

@@ -13,7 +13,6 @@ import torch
 
 from megatron_smartmoe.adapter.gates.passes import Passes
 from megatron_smartmoe.adapter.local.attention import zigzag_positions
-from megatron_smartmoe.errors import CompatError
 
 # splitmix64: the increment, and the two factors of its finaliser
 _STEP, _FACTORS = 0x9E3779B97F4A7C15, (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
@@ -56,7 +55,7 @@ class Draws:
 
     def __init__(self, seed: int, layer: int, part: Part) -> None:
         self._seed, self._layer, self._part = seed, layer, part
-        self._iteration: int | None = None
+        self._iteration = 0
         self._passes = Passes()
 
     def begin(self, iteration: int, num_micro_batches: int) -> None:
@@ -81,15 +80,11 @@ class Draws:
         Raises:
             CompatError: no iteration was started.
         """
-        if self._iteration is None:
-            raise CompatError(
-                "--smartmoe-gate: the model was called before an iteration started, so its random numbers are not "
-                "defined. Train with Megatron's loop, or tell a session of your own loop where it is."
-            )
+        micro_batch = self._passes.next()
         key = 0
         for part in (self._seed, self._iteration, self._layer):
             key = _mixed(key, part)
-        first = (self._passes.next() * self._part.dp_size + self._part.dp_rank) * num_samples
+        first = (micro_batch * self._part.dp_size + self._part.dp_rank) * num_samples
         samples_B = torch.arange(first, first + num_samples, device=device)
         positions_S = self._part.positions(num_rows).to(device)
         keys_B = _mixed_tensors(torch.tensor(_signed(key), device=device), samples_B)

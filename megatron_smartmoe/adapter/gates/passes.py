@@ -6,6 +6,8 @@ from collections import Counter
 
 import torch
 
+from megatron_smartmoe.errors import CompatError
+
 
 class Passes:
     """Counts the passes of one router through an iteration.
@@ -15,7 +17,7 @@ class Passes:
     """
 
     def __init__(self) -> None:
-        self._num_micro_batches = 1
+        self._num_micro_batches: int | None = None
         self._done: Counter[bool] = Counter()  # with gradients or without -> passes in this iteration
 
     def begin(self, num_micro_batches: int) -> None:
@@ -24,7 +26,16 @@ class Passes:
         self._done.clear()
 
     def next(self) -> int:
-        """The micro-batch of this pass; call it once in each."""
+        """The micro-batch of this pass; call it once in each.
+
+        Raises:
+            CompatError: no iteration was started.
+        """
+        if self._num_micro_batches is None:
+            raise CompatError(
+                "--smartmoe-gate: the model was called before an iteration started, so its random numbers and "
+                "residuals are not defined. Train with Megatron's loop, or tell a session of your own loop where it is."
+            )
         with_gradients = torch.is_grad_enabled()
         number = self._done[with_gradients]
         self._done[with_gradients] += 1

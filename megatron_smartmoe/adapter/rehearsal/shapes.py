@@ -65,6 +65,7 @@ class Shapes:
                 module.draws.begin(iteration=0, num_micro_batches=1)
             if isinstance(module, ZeroComputationRouter):
                 module.link = Link(before=None, after=None)
+                module.link.begin(num_micro_batches=1)
             if isinstance(module, SmartMoELayer):
                 for name in ("slot_of_expert_E", "expert_of_slot_E"):
                     module._buffers[name] = torch.arange(module.config.num_moe_experts)

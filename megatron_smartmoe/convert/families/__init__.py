@@ -22,9 +22,8 @@ FAMILIES: Mapping[str, Callable[[HFConfig], ModelTable]] = {
 
 # Families that were looked at and cannot be built here, with what is missing.
 _MISSING = {
-    "gpt_oss": "its experts have biases, which --smartmoe-experts grouped_mm has not, and its released files are "
-    "MXFP4, which is not dequantised here; its attention, with sinks and windows in every second layer, needs "
-    "--attention-backend unfused",
+    "gpt_oss": "its experts' rows and biases have no table here, and its released files are MXFP4, which is not "
+    "dequantised; its attention, with sinks and windows in every second layer, needs --attention-backend unfused",
 }
 
 

@@ -11,11 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from megatron_smartmoe.checkpoint.reader import read_contents
 from megatron_smartmoe.checkpoint.verify import verify
 from megatron_smartmoe.convert import rank_layout
 from megatron_smartmoe.convert.command import convert
 from megatron_smartmoe.convert.options import ConvertOptions
-from megatron_smartmoe.errors import ConfigError
+from megatron_smartmoe.errors import CheckpointError, ConfigError
 from tests.support import hf_models
 
 
@@ -75,6 +76,30 @@ def test_a_rank_has_its_layers_experts_and_parts(tmp_path: Path) -> None:
     assert not model["output_layer.weight"][122:].any()  # of the 256 padded rows
     assert "embedding.word_embeddings.weight" not in model
     assert not any("layers.2." in name or "local_experts.4" in name for name in model)
+
+
+def test_a_rank_whose_file_is_gone(tmp_path: Path) -> None:
+    """Also the last one, without which all others look like a smaller model."""
+    source = hf_models.make("mixtral", tmp_path / "hf")
+    convert(ConvertOptions(source=source, out=tmp_path / "ranks", target="torch", expert_ranks=2))
+    release = tmp_path / "ranks" / "release"
+    (release / "smartmoe_manifest.json").unlink()
+    (release / "mp_rank_00_001" / "model_optim_rng.pt").unlink()
+    with pytest.raises(ConfigError, match=r"is damaged: mp_rank_00_001/model_optim_rng\.pt is missing"):
+        convert(ConvertOptions(source=tmp_path / "ranks", out=tmp_path / "out", target="megatron"))
+    with pytest.raises(CheckpointError, match=r"is incomplete: mp_rank_00_001/model_optim_rng\.pt is missing"):
+        read_contents(release)
+
+
+def test_a_source_whose_bytes_have_changed(tmp_path: Path) -> None:
+    source = hf_models.make("mixtral", tmp_path / "hf")
+    convert(ConvertOptions(source=source, out=tmp_path / "megatron", target="megatron"))
+    with (tmp_path / "megatron" / "release" / "__0_0.distcp").open("r+b") as file:
+        file.seek(200_000)
+        file.write(b"changed!")
+    with pytest.raises(ConfigError, match=r"is damaged: __0_0\.distcp"):
+        convert(ConvertOptions(source=tmp_path / "megatron", out=tmp_path / "out", target="hf"))
+    assert not (tmp_path / "out.partial").exists()
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from megatron_smartmoe.errors import ConfigError
+from megatron_smartmoe.planner.flags import megatron_flags
 from megatron_smartmoe.planner.pricing import Pricing
 from megatron_smartmoe.planner.search import SearchResult, search
 from megatron_smartmoe.planner.space import (
@@ -14,10 +15,11 @@ from megatron_smartmoe.planner.space import (
     Rejected,
     SpaceOptions,
     exchanges,
+    overlap_degrees,
     shapes,
     spare_slots,
 )
-from megatron_smartmoe.spec.parallel import DISPATCHES, FLAT, violation
+from megatron_smartmoe.spec.parallel import DISPATCHES, FLAT, ParallelSpec, violation
 from tests.support.models import CLUSTER, SMALL
 from tests.unit.planner.cases import pricing
 
@@ -27,6 +29,17 @@ SPACE = SpaceOptions(micro_batches=(1, 2), spare_slots=(0, 1), overlap_degrees=(
 @pytest.fixture(scope="module")
 def result() -> SearchResult:
     return search(pricing(), 8, SPACE, limit=3)
+
+
+def test_experts_with_biases_are_planned_as_others_are() -> None:
+    spec = ParallelSpec(gpus=8, ep=4)
+    biased = replace(SMALL, bias=True)
+    assert spare_slots(biased, spec, SPACE) == spare_slots(SMALL, spec, SPACE) == (0, 1)
+    assert overlap_degrees(biased, spec, SPACE) == (1, 2)
+    replicated = replace(spec, spare_slots=1, replicas="auto")
+    flags = megatron_flags(biased, replicated).all
+    assert "--smartmoe-spare-slots" in flags
+    assert "--smartmoe-experts" not in flags
 
 
 def whole_space(prices: Pricing, options: SpaceOptions) -> list[float]:

@@ -125,3 +125,6 @@ def test_a_router_without_a_place_in_the_row_is_refused() -> None:
     gate.link = None
     with pytest.raises(CompatError, match="called before its layers were linked"):
         gate.gating(torch.zeros(1, 1, HIDDEN))
+    (gate.link,) = linked(1)
+    with pytest.raises(CompatError, match="called before an iteration started"):
+        gate.gating(torch.zeros(1, 1, HIDDEN))
