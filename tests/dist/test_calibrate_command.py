@@ -84,7 +84,7 @@ def test_ranks_of_four_nodes_measure_what_is_between_them(tmp_path: Path) -> Non
     assert "among 2 ranks" in cluster.sources["efficiency.all_to_all_inter"]
     assert cluster.sources["intra_node.bandwidth_bytes_s"].startswith("not measured, one rank per node: ")
     assert [(level.name, level.nodes) for level in cluster.levels] == [("leaf", 2)]
-    assert cluster.sources["levels.leaf.bandwidth_bytes_s"].startswith("measured: ")
+    assert "measured: " in cluster.sources["levels.leaf.bandwidth_bytes_s"]
     assert 0 < cluster.efficiency["all_to_all_leaf"] <= 1
     printed = (tmp_path / "logs" / "rank0.log").read_text()
     assert "measuring all_to_all, leaf ..." in printed
