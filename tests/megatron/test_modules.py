@@ -580,7 +580,7 @@ TERMS = {"machine": 0.02, "imbalance": 0.0123, "shapes": 0.0001, "replicas": 0.0
             TERMS,
             None,
             None,
-            "not measured (--smartmoe-ideal-run RUN); balancing and what it left cost: replicas 3.1%, imbalance 1.2%",
+            "not measured (--smartmoe-ideal-run RUN); known losses: replicas 3.1%, imbalance 1.2%",
         ),
         ({}, None, None, "not measured (--smartmoe-ideal-run RUN)"),
     ],

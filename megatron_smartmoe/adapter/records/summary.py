@@ -137,7 +137,7 @@ def _account_text(account: dict[str, Any]) -> str:
     terms = ", ".join(f"{term['label']} {term['share']:.1%}" for term in lost)
     if account["share_of_ideal"] is None:
         lead = "not measured (--smartmoe-ideal-run RUN)"
-        return f"{lead}; balancing and what it left cost: {terms}" if terms else lead
+        return f"{lead}; known losses: {terms}" if terms else lead
     parts = [f"{account['share_of_ideal']:.1%}", *([f"lost most to: {terms}"] if terms else [])]
     return "; ".join([*parts, f"unexplained {account['unexplained_share']:.1%}"])
 
