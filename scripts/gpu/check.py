@@ -85,7 +85,7 @@ STEPS = (  # in the order of what each second tells
     ),
     Step(name="kernels, the short list", limit_s=60, command=_pytest(OPS_TESTS, "-k", SHORT_LIST)),
     Step(name="ranks on one GPU", limit_s=100, command=_pytest("tests/gpu/test_ranks_on_one_gpu.py")),
-    Step(name="training on one GPU", limit_s=180, command=_pytest(TRAINING_TESTS, "-k", "not where_a_step_goes")),
+    Step(name="training on one GPU", limit_s=160, command=_pytest(TRAINING_TESTS, "-k", "not where_a_step_goes")),
     Step(
         name="where a step goes, by CUDA events",
         limit_s=60,
@@ -105,7 +105,7 @@ STEPS = (  # in the order of what each second tells
         command=("{python}", "-m", "scripts.gpu.trace_layer", "--device", "{device}"),
         on_cpu=True,
     ),
-    Step(name="the launcher, NCCL", limit_s=120, command=_pytest("tests/gpu/test_training_gpu.py")),
+    Step(name="the launcher, NCCL", limit_s=100, command=_pytest("tests/gpu/test_training_gpu.py")),
 )
 
 

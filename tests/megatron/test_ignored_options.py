@@ -145,12 +145,6 @@ def test_our_experts_read_or_refuse_what_megatrons_read(walked: dict[str, Any]) 
 
 EXPERTS = "--smartmoe --expert-model-parallel-size 2"
 CASES = {
-    "gate and linear rows": Case(
-        ranks=2,
-        flags=f"{EXPERTS} --moe-mlp-glu-interleave-size 32",
-        says="--moe-mlp-glu-interleave-size = 32: is not supported with --smartmoe-experts grouped_mm: gate and "
-        "linear rows are not interleaved. Remove one of the two.",
-    ),
     "a profiler": Case(
         flags="--profile",
         says="--profile = True: is not possible on CPU ranks: it starts the CUDA profiler. Add "

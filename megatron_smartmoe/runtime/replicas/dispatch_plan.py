@@ -287,7 +287,8 @@ def plan_of_split(view: RankView, sent_PRRS: IntArray, slots_RS: IntArray) -> Di
     leaving_RS, arriving_PRS = sent_PRRS[view.tp_rank, view.rank], sent_PRRS[:, :, view.rank]
     taken_RS = sent_PRRS.sum(axis=(0, 1))
     filled_RS = slots_RS != EMPTY
-    load_E = np.bincount(slots_RS[filled_RS], weights=taken_RS[filled_RS], minlength=view.num_experts).astype(np.int64)
+    load_E = np.zeros(view.num_experts, dtype=np.int64)  # not by bincount, which sums in float64
+    np.add.at(load_E, slots_RS[filled_RS], taken_RS[filled_RS])
     return DispatchPlan(
         slots_RS=slots_RS,
         num_rows=int(leaving_RS.sum()),
