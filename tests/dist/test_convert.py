@@ -199,6 +199,7 @@ def test_an_upcycled_model_computes_what_the_dense_one_does(
     assert difference(found["logits"], hf_models.logits(source, TOKENS)) < TOLERANCE
 
 
+@pytest.mark.long
 def test_the_loss_on_a_text_of_a_model_without_its_unused_experts(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -42,6 +42,7 @@ def test_twelve_faults(tmp_path: Path) -> None:
     assert Counter(outcome["outcome"] for outcome in outcomes)["stopped"] > 0
 
 
+@pytest.mark.long
 def test_the_heap_stays_whole(tmp_path: Path) -> None:
     """The mix that ended with a corrupted heap once: scripts/soak.sh repeats it 300 times."""
     if (problem := heap.checks_do_nothing()) is not None:

@@ -134,6 +134,7 @@ def hosts() -> Iterator[tuple[str, str]]:
             ip("netns", "del", name)
 
 
+@pytest.mark.long
 def test_two_nodes(tmp_path: Path, data_flags: list[str], hosts: tuple[str, str]) -> None:
     """Node 0 names a rank of node 1, node 1 writes its stacks; a cut link is named by both."""
     run_dir = tmp_path / "run"
