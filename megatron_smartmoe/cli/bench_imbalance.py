@@ -17,6 +17,7 @@ from typing import Any
 from tqdm import tqdm
 
 from megatron_smartmoe.cli.bench_imbalance_table import as_markdown, as_text
+from megatron_smartmoe.cli.kernels import kernels_for
 from megatron_smartmoe.cli.outputs import check_folder
 from megatron_smartmoe.cli.policies import own_policy, peer_policy, setup_of
 from megatron_smartmoe.cli.simulate_prices import Prices, rank_tokens
@@ -96,6 +97,8 @@ def run(options: argparse.Namespace) -> int:
     )
     # Step 2: every workload through every rule on every cluster.
     rows: list[dict[str, Any]] = []
+    ours = sum(name in (HOMES, *OURS) for name in names)
+    kernels = kernels_for(len(chosen) * len(clusters) * ours * options.steps * options.micro_batches, options.ep)
     progress = tqdm(total=len(chosen) * len(clusters) * len(names), unit="replay", leave=False, disable=None)
     for series, workload in chosen:
         case = make_case(series, workload, sizes)
@@ -108,7 +111,7 @@ def run(options: argparse.Namespace) -> int:
             for name in names:
                 progress.set_description(f"{workload}, {name}")
                 spare_slots = 0 if name == HOMES else options.spare_slots
-                setup = setup_of(prices, spare_slots=spare_slots, warmup=options.warmup)
+                setup = setup_of(prices, spare_slots=spare_slots, warmup=options.warmup, kernels=kernels)
                 result = replay(case.trace, _policy(name, options, setup, prices), setup)
                 result_row = row(case, sizes, setup, named, result)
                 rows.append({**result_row, "backend": name, "even_load_ms": even_ms})
