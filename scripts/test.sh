@@ -13,8 +13,9 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 FAST="fast or not (dist or slow or slurm or gpu or long)"
-# Four workers of pytest-xdist on two cores, since ranks wait half of their time; the tests of a file stay together.
-PARALLEL=(-n 4 --no-loadscope-reorder)
+# Four workers of pytest-xdist on two cores, since ranks wait half of their time; the tests of a file stay together. Few of
+# the fast tests have ranks, and each worker takes seconds to collect all tests.
+PARALLEL=(-n 4 --no-loadscope-reorder) FAST_PARALLEL=(-n 3 --no-loadscope-reorder)
 
 seconds=()
 report() {
@@ -41,6 +42,6 @@ step lint-imports --no-logo
 case ${1:-} in
   "") step python -m pytest "${PARALLEL[@]}" -m "not long" ;;
   --long) step python -m pytest -m long "${@:2}" ;;
-  --fast) step python -m pytest "${PARALLEL[@]}" -m "$FAST" "${@:2}" ;;
+  --fast) step python -m pytest "${FAST_PARALLEL[@]}" -m "$FAST" "${@:2}" ;;
   *) step python -m pytest "$@" ;;
 esac

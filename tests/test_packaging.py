@@ -46,6 +46,7 @@ def test_versions_that_fit(package: str, version: str, fits: bool) -> None:
     assert RANGES[package].specifier.contains(version, prereleases=True) is fits  # as pip judges what is installed
 
 
+@pytest.mark.slow
 def test_installing_into_a_fitting_environment_changes_nothing_else() -> None:
     """Asked of pip's own resolver, without an index: it would install this project alone."""
     command = [sys.executable, "-m", "pip", "install", "--dry-run", "--quiet", "--report", "-", "--no-index"]

@@ -18,7 +18,7 @@ from megatron_smartmoe.spec.run import load_run_spec
 from tests.megatron.test_cluster_configs import nodes_of
 from tests.support.ranks import run_ranks
 
-pytestmark = [pytest.mark.dist, pytest.mark.fast]
+pytestmark = pytest.mark.dist
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = [path for path in sorted((ROOT / "configs" / "runs").glob("*.yaml")) if not nodes_of(path)]

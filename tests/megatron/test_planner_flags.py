@@ -16,11 +16,13 @@ from megatron_smartmoe.planner.space import SpaceOptions
 from megatron_smartmoe.spec.cluster import load_cluster_spec
 from megatron_smartmoe.spec.model import ModelSpec, load_model_spec
 from tests.support import gpu_machine
+from tests.support.marks import some_fast
 from tests.support.ranks import run_ranks
 
-pytestmark = [pytest.mark.dist, pytest.mark.fast]
+pytestmark = pytest.mark.dist
 
 CONFIGS = Path(__file__).parents[2] / "configs"
+MODELS = sorted(path.stem for path in (CONFIGS / "models").glob("*.yaml"))
 GPUS = {"deepseek-v3": 512, "qwen3-235b-a22b": 256, "mixtral-8x22b": 128, "quickstart": 4}
 SPACE = SpaceOptions(micro_batches=(1, 2), spare_slots=(0, 1), overlap_degrees=(1, 2), max_virtual=2)
 # What the user adds to a plan's flags; sizes play no part in it.
@@ -30,7 +32,7 @@ USER = (
 ).split()
 
 
-@pytest.fixture(scope="module", params=sorted(path.stem for path in (CONFIGS / "models").glob("*.yaml")))
+@pytest.fixture(scope="module", params=some_fast(MODELS, "mixtral-8x7b"))
 def model(request: pytest.FixtureRequest) -> ModelSpec:
     return load_model_spec(CONFIGS / "models" / f"{request.param}.yaml")
 

@@ -315,6 +315,7 @@ def test_tensors_of_a_gpu_are_refused(name: str) -> None:
         library._refuse(library.host_text(name))(None)
 
 
+@pytest.mark.slow
 def test_without_the_library_they_say_how_to_build_it(tmp_path_factory: pytest.TempPathFactory) -> None:
     checkout = copy_checkout(tmp_path_factory.mktemp("bare"))
     program = """
