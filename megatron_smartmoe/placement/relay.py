@@ -61,16 +61,13 @@ class RelayTree:
         """Rounds until every replica has its weights."""
         return int(self.round_RK.max(initial=EMPTY)) + 1
 
-    @property
-    def num_steps(self) -> int:
-        """Transfers that follow one another until every replica has its weights, where a port carries one at a time.
-
-        It is what a replica's traffic is priced by: at least the busiest port's transfers, and at least the rounds.
-        """
-        return self._steps(self.parent_RK != EMPTY)
-
     def steps_by_link(self, num_nodes: int) -> tuple[int, int]:
-        """The same for the transfers inside nodes, and for those between them."""
+        """Transfers that follow one another, inside nodes and between them, until every replica has its weights, where
+        a port carries one at a time.
+
+        It is what replicas' traffic is priced by: on one node at least the busiest port's transfers, and at least the
+        rounds.
+        """
         node_R = np.arange(len(self.parent_RK)) * num_nodes // len(self.parent_RK)
         crosses_RK = node_R[self.parent_RK] != node_R[:, None]
         filled_RK = self.parent_RK != EMPTY

@@ -23,7 +23,7 @@ from tests.unit.placement.cases import contiguous_slots, random_counts
 def cost(load_E: IntArray, slots_RS: IntArray, home_slots: int, price_tokens: float) -> float:
     """Tokens of the busiest rank, and the price of the transfers."""
     busiest = best_balance(hosts_of(slots_RS, len(load_E)), load_E).bound
-    return busiest + price_tokens * relay_tree(slots_RS, home_slots).num_steps
+    return busiest + price_tokens * relay_tree(slots_RS, home_slots).steps_by_link(1)[0]
 
 
 @settings(max_examples=40, deadline=None)

@@ -121,10 +121,10 @@ def test_no_rank_sends_twice_in_a_round_where_others_could() -> None:
 
 def test_steps_count_the_port_and_the_rounds() -> None:
     one_home = relay_tree(slots_with(8, 4, 1, {0: [1], 1: [2], 2: [3]}), 4)
-    assert (one_home.num_rounds, one_home.num_steps) == (1, 3), "one port sends three experts"
+    assert (one_home.num_rounds, one_home.steps_by_link(1)) == (1, (3, 0)), "one port sends three experts"
     one_expert = relay_tree(slots_with(8, 1, 1, {0: [1, 2, 3]}), 1)
-    assert (one_expert.num_rounds, one_expert.num_steps) == (2, 2)
-    assert relay_tree(slots_with(8, 1, 1, {}), 1).num_steps == 0
+    assert (one_expert.num_rounds, one_expert.steps_by_link(1)) == (2, (2, 0))
+    assert relay_tree(slots_with(8, 1, 1, {}), 1).steps_by_link(1) == (0, 0)
 
 
 @pytest.mark.skipif(not ops.is_compiled(), reason="the library is not built")
