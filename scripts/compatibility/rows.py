@@ -120,7 +120,12 @@ SECTIONS: dict[str, list[Row]] = {
         ),
         Row(
             flags="--expert-tensor-parallel-size 2",
-            tests={HOMES: HALVES, REPLICAS: HALVES, CHUNKS: _pieces("ETP2xEP2"), HOPS: _two_hops("ETP2")},
+            tests={
+                HOMES: HALVES,
+                REPLICAS: HALVES,
+                CHUNKS: _pieces("ETP2xEP2, interleaved gates"),
+                HOPS: _two_hops("ETP2"),
+            },
             otherwise=f"{NO_TEST}; without it experts are split as --tensor-model-parallel-size says, which is trained",
             needs="--tensor-model-parallel-size 2 --sequence-parallel",
         ),
@@ -157,7 +162,11 @@ SECTIONS: dict[str, list[Row]] = {
             tests={part: f"{BATCHES}::test_delayed_weight_gradients[{part}]" for part in (HOMES, REPLICAS)},
             needs=f"--bf16 {_TE} --overlap-moe-expert-parallel-comm",
         ),
-        Row(flags="--overlap-dispatch-backward-with-experts-wgrad", needs=_TE),
+        Row(
+            flags="--overlap-dispatch-backward-with-experts-wgrad",
+            tests={part: f"{BATCHES}::test_weight_gradients_beside_the_dispatch[{part}]" for part in (HOMES, REPLICAS)},
+            needs=f"--bf16 {_TE}",
+        ),
         Row(flags="--ep-overlap-early-attn-memory-release", needs="--bf16 --overlap-moe-expert-parallel-comm"),
     ],
     "Model": [
@@ -204,7 +213,14 @@ SECTIONS: dict[str, list[Row]] = {
                 REPLICAS: f"{GPT_OSS}::test_replicas_change_no_loss",
             },
         ),
-        Row(flags="--moe-mlp-glu-interleave-size 16"),
+        Row(
+            flags="--moe-mlp-glu-interleave-size 16",
+            tests={
+                HOMES: _moves("EP2, full recompute, interleaved gates"),
+                REPLICAS: _copies("TP2xEP2xETP2, exact, experts recomputed, interleaved gates"),
+                CHUNKS: _pieces("ETP2xEP2, interleaved gates"),
+            },
+        ),
         Row(flags="--moe-use-upcycling"),
     ],
     "Router": [
@@ -284,10 +300,22 @@ SECTIONS: dict[str, list[Row]] = {
             otherwise=TRANSFORMER_ENGINE,
             needs=_TE,
         ),
-        Row(flags="--moe-single-grouped-weight", otherwise=TRANSFORMER_ENGINE, needs=_TE_EXPERTS),
-        Row(flags="--moe-single-grouped-bias", otherwise=TRANSFORMER_ENGINE, needs=_TE_EXPERTS),
+        Row(
+            flags="--moe-single-grouped-weight",
+            otherwise=TRANSFORMER_ENGINE,
+            needs=f"--bf16 {_TE_EXPERTS} --use-transformer-engine-op-fuser",
+        ),
+        Row(
+            flags="--moe-single-grouped-bias",
+            otherwise=TRANSFORMER_ENGINE,
+            needs=f"--bf16 {_TE_EXPERTS} --use-transformer-engine-op-fuser --moe-single-grouped-weight",
+        ),
         Row(flags="--use-te-activation-func", otherwise=TRANSFORMER_ENGINE, needs=_TE),
-        Row(flags="--use-transformer-engine-op-fuser", otherwise=TRANSFORMER_ENGINE, needs=_TE),
+        Row(
+            flags="--use-transformer-engine-op-fuser",
+            otherwise=TRANSFORMER_ENGINE,
+            needs=f"--bf16 {_TE_EXPERTS}",
+        ),
         Row(flags="--use-fused-weighted-squared-relu", otherwise=GPU),
         Row(flags="--disable-bias-linear", tests={HOMES: _moves("EP2"), REPLICAS: _copies("EP4")}),
     ],
@@ -347,7 +375,7 @@ SECTIONS: dict[str, list[Row]] = {
         Row(
             flags="--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
             tests={
-                HOMES: _moves("EP2, full recompute"),
+                HOMES: _moves("EP2, full recompute, interleaved gates"),
                 REPLICAS: _copies("CP2xEP2, full recompute, shared experts, dense first layer"),
                 CHUNKS: _pieces("EP2, full recompute"),
                 HOPS: _two_hops("ETP2"),
@@ -357,7 +385,7 @@ SECTIONS: dict[str, list[Row]] = {
             flags="--recompute-modules moe",
             tests={
                 HOMES: f"{STOCK}[EP2, MoE recompute]",
-                REPLICAS: _copies("TP2xEP2xETP2, exact, experts recomputed"),
+                REPLICAS: _copies("TP2xEP2xETP2, exact, experts recomputed, interleaved gates"),
             },
             needs="--recompute-granularity selective",
         ),

@@ -17,6 +17,7 @@ pytestmark = [pytest.mark.dist, pytest.mark.fast]
 ONE_OUT = "Remove one of the two."
 TE = "--transformer-impl transformer_engine"
 TE_EXPERTS = f"{TE} --moe-grouped-gemm --smartmoe-experts transformer_engine"
+FUSER = "--use-transformer-engine-op-fuser"
 PRECISION_AWARE = "--bf16 --use-distributed-optimizer --use-precision-aware-optimizer"
 TE_REPLICAS = f"{TE_EXPERTS} --smartmoe-spare-slots 1"
 ON_GPUS = "--smartmoe --expert-model-parallel-size 2 --distributed-backend nccl"
@@ -100,9 +101,6 @@ CASES = {
         ranks=2,
         te=True,
         cpu=False,
-        says="--delay-wgrad-compute = True: is not supported with --smartmoe-spare-slots and biases: "
-        "TransformerEngine computes the gradients of biases with those of weights, later. Remove it, or "
-        "--smartmoe-spare-slots.",
     ),
     "replicas and biases of experts": Case(
         flags=f"{ON_GPUS} {TE_REPLICAS}",
@@ -119,14 +117,6 @@ CASES = {
         says="--fp8-recipe = 'delayed': is not supported with --smartmoe-spare-slots: its scales come from the history "
         "of a slot, in which experts follow one another. Pass --fp8-recipe tensorwise, blockwise or mxfp8, or remove "
         "--smartmoe-spare-slots.",
-    ),
-    "one packed weight": Case(
-        flags=f"{ON_GPUS} {TE_EXPERTS} --moe-single-grouped-weight",
-        ranks=2,
-        te=True,
-        cpu=False,
-        says="--moe-single-grouped-weight = True: is not supported with --smartmoe-homes on: one packed tensor of "
-        "TransformerEngine's has the experts of a rank. Remove it, or pass --smartmoe-homes off.",
     ),
     "an optimizer that takes no slots": Case(
         flags="--smartmoe --optimizer soap",
@@ -218,11 +208,25 @@ CASES = {
         te=True,
         ranks=2,
     ),
-    "delayed weight gradients": Case(
-        flags=f"--smartmoe {TE} --overlap-dispatch-backward-with-experts-wgrad",
+    "weight gradients beside the dispatch": Case(
+        flags=f"--smartmoe {TE} --overlap-dispatch-backward-with-experts-wgrad", te=True
+    ),
+    "weight gradients beside the dispatch, activations recomputed": Case(
+        flags=f"--smartmoe {TE} --overlap-dispatch-backward-with-experts-wgrad --recompute-granularity selective "
+        "--recompute-modules moe_act",
         te=True,
-        says="--overlap-dispatch-backward-with-experts-wgrad = True: is not supported with --smartmoe-experts "
-        f"grouped_mm: weight gradients are computed in the backward pass. {ONE_OUT}",
+        says="--recompute-modules = 'moe_act': has moe_act, which would drop what the delayed weight gradients of "
+        f"--overlap-dispatch-backward-with-experts-wgrad are made of. {ONE_OUT}",
+    ),
+    "fused operations": Case(
+        flags=f"{ON_GPUS} {TE_EXPERTS} {FUSER} --moe-single-grouped-weight --bf16", te=True, ranks=2, cpu=False
+    ),
+    "one tensor of biases without fused operations": Case(
+        flags=f"--smartmoe {TE_EXPERTS} --moe-single-grouped-bias",
+        te=True,
+        without=("--disable-bias-linear",),
+        says=f"--moe-single-grouped-bias = True: needs {FUSER}: without it TransformerEngine's grouped linear takes a "
+        "tensor of biases per expert. Add it, or remove the flag.",
     ),
     "rows that are not aligned": Case(
         flags="--smartmoe --hidden-size 60 --distributed-backend nccl",

@@ -18,8 +18,10 @@ class _Gemms(torch.autograd.Function):
     """y = x W^T + b by slot; weight gradients are added to `main_grad`, or returned, as TransformerEngine's are."""
 
     @staticmethod
-    def forward(ctx: Any, rows: torch.Tensor, splits: list[int], fused: bool, *weights: torch.Tensor) -> torch.Tensor:
-        ctx.rows, ctx.splits, ctx.fused, ctx.weights = rows, splits, fused, weights
+    def forward(
+        ctx: Any, rows: torch.Tensor, splits: list[int], fused: bool, is_first: bool, *weights: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.rows, ctx.splits, ctx.fused, ctx.is_first, ctx.weights = rows, splits, fused, is_first, weights
         parts = zip(rows.split(splits), weights, strict=True)
         return torch.cat([part @ weight.T for part, weight in parts])
 
@@ -30,10 +32,10 @@ class _Gemms(torch.autograd.Function):
         to_weights: list[torch.Tensor | None] = [gradient.T @ part for part, gradient, _ in parts]
         if ctx.fused:
             for (_, _, weight), gradient in zip(parts, to_weights, strict=True):
-                weight.main_grad.add_(gradient)
+                weight.main_grad.copy_(gradient if ctx.is_first else weight.main_grad + gradient)
                 weight.grad_added_to_main_grad = True
             to_weights = [torch.empty_like(weight) for _, _, weight in parts]  # dummies
-        return (to_rows, None, None, *to_weights)
+        return (to_rows, None, None, None, *to_weights)
 
 
 class GroupedLinear(torch.nn.Module):
@@ -45,6 +47,7 @@ class GroupedLinear(torch.nn.Module):
         self.wgrad_store = SimpleNamespace(delay_wgrad_compute=lambda: False)
         self.num_gemms, self.fuse_wgrad_accumulation, self.ub_name = HOMES, fused, "fc1"
         self._fp8_workspaces: dict[str, object] = {}
+        self.is_first_microbatch = False
         self.quantizers = 0
         for slot in range(HOMES):
             weight = torch.nn.Parameter(torch.randn(OUT, IN))
@@ -62,7 +65,8 @@ class GroupedLinear(torch.nn.Module):
         self._fp8_workspaces |= {f"weight{slot}": object() for slot in range(self.num_gemms)}
         weights = [getattr(self, f"weight{slot}") for slot in range(self.num_gemms)]
         biases = [getattr(self, f"bias{slot}") for slot in range(self.num_gemms)]
-        found: torch.Tensor = _Gemms.apply(rows, splits, self.fuse_wgrad_accumulation, *weights)
+        is_first, self.is_first_microbatch = self.is_first_microbatch, False
+        found: torch.Tensor = _Gemms.apply(rows, splits, self.fuse_wgrad_accumulation, is_first, *weights)
         if not self.has_bias:
             assert all(bias.numel() == 0 for bias in biases)
             return found
@@ -111,6 +115,52 @@ def test_spare_gemms_have_biases() -> None:
     assert biases.grad[:, 0].tolist() == [1.0, 2.0]
     assert linear.bias1.grad.tolist() == [2.0] * OUT
     assert [name for name, _ in linear.named_parameters()] == ["weight0", "bias0", "weight1", "bias1"]
+
+
+@pytest.mark.parametrize("fused", [True, False], ids=["main_grad", "returned"])
+def test_one_parameter_holds_all_home_slots(fused: bool) -> None:
+    from megatron_smartmoe.adapter.moe.te_experts import with_spare_gemms
+
+    linear = with_spare_gemms(GroupedLinear)(fused=fused)
+    weight = torch.nn.Parameter(torch.randn(HOMES, OUT, IN))
+    weight.main_grad = torch.zeros(HOMES, OUT, IN)  # type: ignore[attr-defined]
+    for slot in range(HOMES):
+        linear.register_parameter(f"weight{slot}", None)
+    linear.register_parameter("weight", weight)
+    linear.single_grouped_weight = True
+    homes = linear.home_slots("weight")
+    assert (homes.shape, homes.parameters) == ((HOMES, OUT, IN), (weight,))
+    spare, splits, rows = torch.randn(SPARES, OUT, IN, requires_grad=True), [1, 2, 0, 3], torch.randn(ROWS, IN)
+    with linear.spare(spare):
+        assert not linear.single_grouped_weight  # in this pass each slot has a weight
+        assert linear.get_parameter("weight3").is_meta  # a stand-in, which is replaced after it has been registered
+        output = linear(rows, splits)
+    torch.testing.assert_close(output[:1], rows[:1] @ weight[0].T)
+    output.sum().backward()
+    expected = torch.stack([part.sum(0).expand(OUT, IN) for part in rows.split(splits)])
+    torch.testing.assert_close(homes.main_grad[1] if fused else weight.grad[1], expected[1])  # type: ignore[index]
+    assert spare.grad is not None
+    torch.testing.assert_close(spare.grad, expected[HOMES:])
+    assert [name for name, _ in linear.named_parameters()] == ["weight"]
+    assert linear.single_grouped_weight
+    assert linear.get_parameter("weight") is weight
+    assert linear.weight0 is None
+
+
+@pytest.mark.parametrize("added_up", [True, False])
+def test_gradients_of_several_passes_of_the_first_micro_batch(added_up: bool) -> None:
+    """The last pass of the backward direction, the first one of the forward direction, would overwrite the others'."""
+    from megatron_smartmoe.adapter.moe.te_experts import add_up_passes
+
+    linear = GroupedLinear(fused=True)
+    linear.is_first_microbatch, linear._fp8_workspaces["weight0"] = True, object()
+    if added_up:
+        add_up_passes(SimpleNamespace(linear_fc1=linear, linear_fc2=linear))  # type: ignore[arg-type]
+        assert not linear._fp8_workspaces
+    rows = torch.randn(ROWS, IN)
+    (linear(rows[:3], [1, 2]).sum() + linear(rows[3:], [2, 1]).sum()).backward()
+    found = linear.weight1.main_grad[0]  # type: ignore[union-attr]
+    assert torch.allclose(found, rows[1:3].sum(0) + rows[5]) == added_up
 
 
 def test_a_weight_of_slots_that_are_parameters() -> None:

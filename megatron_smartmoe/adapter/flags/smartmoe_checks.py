@@ -36,6 +36,9 @@ _VALUE_BYTES = 2  # bf16 and fp16; fp32 is aligned when they are
 _GEMM_ALIGNMENT_BYTES = 16  # of a row, in torch's grouped GEMM on a GPU
 _REMOVE_ONE = "Remove one of the two."
 
+_DELAYING = ("--delay-wgrad-compute", "--overlap-dispatch-backward-with-experts-wgrad")
+_FUSED = "--use-transformer-engine-op-fuser"
+
 # flag -> why it is not supported with --smartmoe,
 _NOT_WITH_SMARTMOE = {
     "--use-megatron-fsdp": "it shards parameters in a layout of its own",
@@ -44,7 +47,6 @@ _NOT_WITH_SMARTMOE = {
 }
 # with --smartmoe-experts grouped_mm,
 _NOT_WITH_GROUPED_MM = {
-    "--overlap-dispatch-backward-with-experts-wgrad": "weight gradients are computed in the backward pass",
     "--moe-router-padding-for-quantization": "experts are not padded",
     "--moe-use-device-initiated-grouped-gemm": "it is an option of TransformerEngine's experts",
     "--moe-single-grouped-weight": "it is an option of TransformerEngine's experts",
@@ -58,18 +60,25 @@ _NOT_WITH_GROUPED_MM = {
 _NOT_WITH_HOMES = {
     "--fp8-param-gather": "fp8 parameters have scales that would have to move along",
     "--fp4-param-gather": "fp4 parameters have scales that would have to move along",
-    "--moe-single-grouped-weight": "one packed tensor of TransformerEngine's has the experts of a rank",
-    "--moe-single-grouped-bias": "one packed tensor of TransformerEngine's has the biases of a rank",
 }
 # with --smartmoe-spare-slots and --smartmoe-experts transformer_engine,
 _NOT_WITH_TE_REPLICAS = {
     "--fp8-param-gather": "replicas get bf16 weights, and the parameters are fp8",
     "--fp4-param-gather": "replicas get bf16 weights, and the parameters are fp4",
-    "--moe-single-grouped-weight": "one packed tensor has the weights of all home slots",
-    "--moe-single-grouped-bias": "one packed tensor has the biases of all home slots",
-    "--use-transformer-engine-op-fuser": "its fused experts have a fixed number of slots",
-    "--overlap-dispatch-backward-with-experts-wgrad": "the weight gradients of replicas are sent home in the backward "
-    "pass",
+}
+# with --smartmoe-spare-slots and --use-transformer-engine-op-fuser,
+_NOT_WITH_FUSED_REPLICAS = dict.fromkeys(
+    _DELAYING,
+    "fused operations compute the weight gradients of all slots together, and those of replicas are sent home in the "
+    "backward pass",
+)
+# with --smartmoe-overlap-degree,
+_NOT_IN_CHUNKS = {
+    "--moe-pad-expert-input-to-capacity": "only Megatron's own dispatcher pads",
+    "--moe-router-padding-for-quantization": "only Megatron's own dispatcher pads",
+    "--overlap-moe-expert-parallel-comm": "it overlaps the same all-to-alls with another micro-batch",
+    "--overlap-dispatch-backward-with-experts-wgrad": "it overlaps the same all-to-alls with the weight gradients of "
+    "all chunks",
 }
 # with --smartmoe-dispatch hierarchical or auto,
 _NOT_IN_TWO_HOPS = {
@@ -265,6 +274,10 @@ def _check_experts(args: argparse.Namespace, *, cpu: bool) -> None:
             rule = "needs TransformerEngine, --transformer-impl transformer_engine and --moe-grouped-gemm"
             way_out = "Add them, or remove --smartmoe-experts."
             raise ConfigError("--smartmoe-experts", args.smartmoe_experts, rule, way_out)
+        flag = "--moe-single-grouped-bias"
+        if getattr(args, attribute(flag), False) and not getattr(args, attribute(_FUSED), False):
+            rule = f"needs {_FUSED}: without it TransformerEngine's grouped linear takes a tensor of biases per expert"
+            raise ConfigError(flag, True, rule, "Add it, or remove the flag.")
         return
     for flag, reason in _NOT_WITH_GROUPED_MM.items():
         if value := getattr(args, attribute(flag), False):
@@ -310,9 +323,10 @@ def _check_experts_memory(args: argparse.Namespace) -> None:
             rule = f"has {part}, which is a part of Megatron's experts that --smartmoe-experts grouped_mm replaces"
             way_out = f"Remove {part}, or pass --smartmoe-experts transformer_engine."
             raise ConfigError(flag, " ".join(chosen), rule, way_out)
-    if args.delay_wgrad_compute and "moe_act" in (args.recompute_modules or []):
-        rule = "has moe_act, which would drop what the delayed weight gradients of --delay-wgrad-compute are made of"
-        raise ConfigError("--recompute-modules", " ".join(args.recompute_modules), rule, _REMOVE_ONE)
+    for delays in _DELAYING:
+        if getattr(args, attribute(delays), False) and "moe_act" in (args.recompute_modules or []):
+            rule = f"has moe_act, which would drop what the delayed weight gradients of {delays} are made of"
+            raise ConfigError("--recompute-modules", " ".join(args.recompute_modules), rule, _REMOVE_ONE)
 
 
 def _check_alignment(args: argparse.Namespace) -> None:
@@ -456,10 +470,10 @@ def _check_te_replicas(args: argparse.Namespace) -> None:
         if getattr(args, attribute(flag), False):
             rule = f"is not supported with {SPARE_SLOTS} and --smartmoe-experts transformer_engine: {reason}"
             raise ConfigError(flag, True, rule, f"Remove it, or {SPARE_SLOTS}.")
-    if args.delay_wgrad_compute and args.add_bias_linear:
-        rule = f"is not supported with {SPARE_SLOTS} and biases: TransformerEngine computes the gradients of biases "
-        rule += "with those of weights, later"
-        raise ConfigError("--delay-wgrad-compute", True, rule, f"Remove it, or {SPARE_SLOTS}.")
+    for flag, reason in _NOT_WITH_FUSED_REPLICAS.items() if getattr(args, attribute(_FUSED), False) else ():
+        if getattr(args, attribute(flag), False):
+            rule = f"is not supported with {SPARE_SLOTS} and {_FUSED}: {reason}"
+            raise ConfigError(flag, True, rule, "Remove one of the three.")
     if args.fp8 and args.fp8_recipe not in _FP8_WITHOUT_HISTORY:
         come = "come" if args.fp8_recipe == "delayed" else "may come"
         rule = f"is not supported with {SPARE_SLOTS}: its scales {come} from the history of a slot, in which experts "
@@ -497,19 +511,18 @@ def _check_overlap(args: argparse.Namespace) -> None:
 
 def _check_overlap_possible(args: argparse.Namespace) -> None:
     """For a run that splits all-to-alls into chunks, or has a pool with a setting that does."""
-    for flag, supported, reason in (
-        ("--moe-token-dispatcher-type", "alltoall", "only the alltoall dispatcher can be split into chunks"),
-        ("--smartmoe-experts", "grouped_mm", "TransformerEngine's experts have not been tested on chunks"),
-    ):
-        value = getattr(args, attribute(flag))
-        if value != supported:
-            raise ConfigError(flag, value, f"is not supported with {OVERLAP_DEGREE}: {reason}", f"Pass {supported}.")
-    for flag, reason in (
-        ("--moe-pad-expert-input-to-capacity", "only Megatron's own dispatcher pads"),
-        ("--overlap-moe-expert-parallel-comm", "it overlaps the same all-to-alls with another micro-batch"),
-    ):
+    if args.moe_token_dispatcher_type != "alltoall":
+        rule = f"is not supported with {OVERLAP_DEGREE}: only the alltoall dispatcher can be split into chunks"
+        raise ConfigError("--moe-token-dispatcher-type", args.moe_token_dispatcher_type, rule, "Pass alltoall.")
+    for flag, reason in _NOT_IN_CHUNKS.items():
         if getattr(args, attribute(flag), False):
             raise ConfigError(flag, True, f"is not supported with {OVERLAP_DEGREE}: {reason}", _REMOVE_ONE)
+    chosen = getattr(args, "offload_modules", None) or []
+    for part in ("expert_fc1", "fused_group_mlp"):
+        if part in chosen and args.smartmoe_experts == "transformer_engine":  # the others have no such parts
+            rule = f"has {part}, which is not supported with {OVERLAP_DEGREE}: it frees the memory of a chunk's rows, "
+            rule += "which other chunks may share"
+            raise ConfigError("--offload-modules", " ".join(chosen), rule, _REMOVE_ONE)
 
 
 def _check_pool(args: argparse.Namespace) -> None:

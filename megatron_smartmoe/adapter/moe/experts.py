@@ -30,7 +30,7 @@ from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
 from megatron_smartmoe.adapter.local.muon import mark_matrices
 from megatron_smartmoe.adapter.moe import main_gradients
 from megatron_smartmoe.adapter.moe.chunk_order import Blocks
-from megatron_smartmoe.adapter.moe.delayed_gradients import DelayedGradients
+from megatron_smartmoe.adapter.moe.delayed_gradients import DelayedGradients, are_delayed
 from megatron_smartmoe.adapter.moe.slot_sharding import SlotSharding
 from megatron_smartmoe.ops import swiglu
 from megatron_smartmoe.ops.grouped_bias import bias_of_rows
@@ -98,7 +98,7 @@ class SlottedExperts(MegatronModule):
         selective = config.recompute_granularity == "selective"
         self._recomputes_activation = selective and "moe_act" in (config.recompute_modules or [])
         self.accumulates = bool(config.gradient_accumulation_fusion)
-        self._delayed = DelayedGradients(accumulates=self.accumulates) if config.delay_wgrad_compute else None
+        self._delayed = DelayedGradients(accumulates=self.accumulates) if are_delayed(config) else None
         hidden, ffn = config.moe_latent_size or config.hidden_size, config.moe_ffn_hidden_size
         local_ffn = ffn // self.tp_group.size()
         self.weight1 = self._parameter(local_ffn * (2 if self._gated else 1), hidden, partition_dim=1)
