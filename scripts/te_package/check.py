@@ -303,9 +303,9 @@ _MIXES = (
 
 
 def _values() -> Iterator[str]:
-    import transformer_engine_torch
     from transformer_engine.pytorch.module import grouped_linear
     from transformer_engine.pytorch.ops.basic import grouped_linear as operation
+    from transformer_engine.pytorch.ops.basic import swiglu
 
     yield ""
     stand_ins = contextlib.ExitStack()
@@ -323,7 +323,7 @@ def _values() -> Iterator[str]:
                     "compute_grouped_dbias_dscales": grouped_dbias_dscales,
                 },
             ),
-            (transformer_engine_torch, {"scaled_swiglu": scaled_swiglu, "scaled_dswiglu": scaled_dswiglu}),
+            (swiglu.tex, {"scaled_swiglu": scaled_swiglu, "scaled_dswiglu": scaled_dswiglu}),
         ):
             stand_ins.enter_context(mock.patch.multiple(module, **names))
         for mix in _MIXES:
@@ -518,7 +518,7 @@ def _packed_state(experts: Any) -> Iterator[str]:
     config = OptimizerConfig(optimizer="adam", lr=0.1, bf16=True, params_dtype=torch.bfloat16)
     config.use_distributed_optimizer = True
     optimizer = get_megatron_optimizer(config, [wrapped], use_gloo_process_groups=False)
-    named = dict(_named(experts))
+    named = dict(experts.named_parameters())
     for name, state in zip(named, parameter_states(optimizer, named.values()).values(), strict=True):
         yield f"  {name}: main weight {state.has_main}, shards {state.shards}, here {sorted(state.tensors)}"
     homes = experts.slot_weights()

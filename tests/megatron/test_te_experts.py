@@ -155,12 +155,12 @@ def test_gradients_of_several_passes_of_the_first_micro_batch(added_up: bool) ->
     linear = GroupedLinear(fused=True)
     linear.is_first_microbatch, linear._fp8_workspaces["weight0"] = True, object()
     if added_up:
-        add_up_passes(SimpleNamespace(linear_fc1=linear, linear_fc2=linear))  # type: ignore[arg-type]
+        add_up_passes(SimpleNamespace(linear_fc1=linear, linear_fc2=linear))
         assert not linear._fp8_workspaces
     rows = torch.randn(ROWS, IN)
     (linear(rows[:3], [1, 2]).sum() + linear(rows[3:], [2, 1]).sum()).backward()
-    found = linear.weight1.main_grad[0]  # type: ignore[union-attr]
-    assert torch.allclose(found, rows[1:3].sum(0) + rows[5]) == added_up
+    main_grad: Any = linear.weight1.main_grad
+    assert torch.allclose(main_grad[0], rows[1:3].sum(0) + rows[5]) == added_up
 
 
 def test_a_weight_of_slots_that_are_parameters() -> None:

@@ -86,13 +86,14 @@ class TEExpertsWithSlots(TEGroupedMLP):
         if not self._with_fused_impl:
             yield
             return
-        operations, self._fused_ops = self._fused_ops, (self._make_fused_ops(),)
+        of_homes: tuple[torch.nn.Module] | None = self._fused_ops
+        self._fused_ops = (self._make_fused_ops(),)
         try:
             yield
         finally:
-            self._fused_ops = operations
+            self._fused_ops = of_homes
 
-    def _make_fused_ops(self) -> torch.nn.Module:
+    def _make_fused_ops(self) -> Any:
         """Megatron's, with the tensors of this pass in the place of their stand-ins."""
         operations = super()._make_fused_ops()
         for operation, linear in ((operations[0], self.linear_fc1), (operations[2], self.linear_fc2)):
