@@ -14,6 +14,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -220,6 +221,7 @@ class _Replicas:
         return self._weights
 
 
+@torch.no_grad()
 def grouped_gemm(
     weights: list[torch.Tensor],
     rows: list[torch.Tensor],
@@ -290,6 +292,7 @@ _MIXES = (
     {_FUSION, _BIASES},
     {_FUSION, _DELAY, _BIASES},
     {_FUSION, _BESIDE},
+    {f"--no-{_FUSION[2:]}", _BESIDE, _BIASES},
     {_FUSION, _CHUNKS},
     {f"--no-{_FUSION[2:]}", _CHUNKS},
     {_FUSION, _BIASES, _CHUNKS},
@@ -327,8 +330,8 @@ def _values() -> Iterator[str]:
         ):
             stand_ins.enter_context(mock.patch.multiple(module, **names))
         for mix in _MIXES:
-            # The reference has no replica, no chunks, a parameter for each expert and no fused operations.
-            runs = _run(mix, spare=True), _run(mix - {_CHUNKS, _FUSER, _PACKED, _DELAY, _BESIDE}, spare=False)
+            # The reference has no replica, no chunks, a parameter for each expert, and delays nothing.
+            runs = _run(mix, spare=True), _run(mix - {_CHUNKS, _PACKED, _DELAY, _BESIDE}, spare=False)
             worst = max(_relative(one, other) for one, other in zip(*runs, strict=True))
             flags = sorted(mix, key=lambda flag: (not flag.startswith("--"), not flag.endswith(_FUSION[2:]), flag))
             yield (
@@ -368,10 +371,11 @@ def _run(mix: set[str], *, spare: bool) -> list[torch.Tensor]:
     replica = [home[1].detach()[None].clone().requires_grad_() for home in homes]
     rows = torch.randn(6, HIDDEN, dtype=torch.bfloat16, requires_grad=True)
     experts.spare_slots = _Replicas(*replica)
-    if _CHUNKS in mix:
-        output = _in_chunks(layer, rows)
-    else:
-        output, _ = experts(rows, torch.tensor([2, 1, 3] if spare else [2, 4]), torch.ones(6))
+    forward = partial(_in_chunks, layer) if _CHUNKS in mix else partial(_at_once, layer, spare)
+    if _FUSER in mix:  # operations made without gradients, as of a layer that is recomputed, must not stay
+        with torch.no_grad():
+            forward(rows)
+    output = forward(rows)
     output.float().square().sum().backward()
     experts.backward_dw()
     gradients = []
@@ -388,20 +392,22 @@ def _gradient(home: Any) -> torch.Tensor:
     return gradient
 
 
+def _at_once(layer: Any, spare: bool, rows: torch.Tensor) -> torch.Tensor:
+    """The layer's experts on two rows of slot 0, two of slot 1, and two of the spare slot, or of slot 1."""
+    output: torch.Tensor = layer.experts(rows, torch.tensor([2, 2, 2] if spare else [2, 4]), torch.ones(6))[0]
+    return output
+
+
 def _in_chunks(layer: Any, rows: torch.Tensor) -> torch.Tensor:
-    """The layer's experts on rows of slots 0, 0, 1 and three of the spare slot, that come in two chunks."""
+    """The same rows, that come in two chunks; both have rows of slot 1."""
     from megatron_smartmoe.adapter.moe.overlap import _PeerChunk
 
-    parts, counts = ([0, 2, 3], [1, 4, 5]), ([1, 1, 1], [1, 0, 2])
     chunks = [
-        _PeerChunk(
-            counts_PQS=torch.tensor(count).view(1, 1, -1), dispatch=None, combine=None, rows=(rows[part], torch.ones(3))
-        )
-        for part, count in zip(parts, counts, strict=True)
+        _PeerChunk(counts_PQS=torch.tensor([[count]]), dispatch=None, combine=None, rows=(part, torch.ones(3)))
+        for part, count in zip(rows.split(3), ([2, 1, 0], [0, 1, 2]), strict=True)
     ]
     returning, _ = layer.routed_experts_compute(chunks, None)
-    back = torch.argsort(torch.tensor(parts[0] + parts[1]))
-    return torch.cat([chunk.rows[0] for chunk in returning])[back]
+    return torch.cat([chunk.rows[0] for chunk in returning])
 
 
 # --- fp8

@@ -164,15 +164,18 @@ class _SpareGemms:
             if packed is not None:
                 added |= {f"{kind}{slot}": tensor for slot, tensor in enumerate(self._unpacked(packed))}
         room = _gradient_room(self.ub_name, weights.shape, weights.device) if self.fuse_wgrad_accumulation else None
-        for slot, weight in enumerate(_ToSlots.apply(weights, room)):  # type: ignore[no-untyped-call]
+        for slot, weight in enumerate(_ToSlots.apply(weights, room, False)):  # type: ignore[no-untyped-call]
             if room is not None:
                 weight.main_grad, weight.grad_added_to_main_grad = room[slot], False
             added |= {f"weight{homes + slot}": weight, f"bias{homes + slot}": self.bias0}
-        if biases is not None:  # autograd adds their gradients
-            added |= {f"bias{homes + slot}": bias for slot, bias in enumerate(biases.unbind(0))}
+        delays, of_biases = self.wgrad_store.delay_wgrad_compute(), None
+        if biases is not None:  # autograd adds their gradients, unless a delayed GEMM computes them
+            of_biases = _gradient_room(self.ub_name, biases.shape, biases.device) if delays else None
+            slots = _ToSlots.apply(biases, of_biases, True)  # type: ignore[no-untyped-call]
+            added |= {f"bias{homes + slot}": bias for slot, bias in enumerate(slots)}
         values: dict[str, Any] = added | {"of_one_pass": added, "num_gemms": homes + len(weights)}
-        if self.wgrad_store.delay_wgrad_compute():
-            values["wgrad_store"] = _SparesAtOnce(self.wgrad_store, homes)
+        if delays:
+            values["wgrad_store"] = _SparesAtOnce(self.wgrad_store, homes, of_biases)
         if getattr(self, "weight", None) is not None:
             values["single_grouped_weight"] = False
         if getattr(self, "bias", None) is not None:
@@ -205,10 +208,11 @@ class _SparesAtOnce:
     Args:
         store: keeps what the home slots' gradients are computed from.
         homes: S.
+        of_biases: where the gradients of the spare slots' biases are added, `[K, rows]`; None without biases.
     """
 
-    def __init__(self, store: Any, homes: int) -> None:
-        self._store, self._homes = store, homes
+    def __init__(self, store: Any, homes: int, of_biases: torch.Tensor | None) -> None:
+        self._store, self._homes, self._of_biases = store, homes, of_biases
 
     def delay_wgrad_compute(self) -> bool:
         """As the store that it stands for."""
@@ -229,7 +233,7 @@ class _SparesAtOnce:
                 "--delay-wgrad-compute: TransformerEngine keeps the experts of a rank in one grouped tensor, from "
                 "which replicas cannot be told apart. Remove it, or set --smartmoe-spare-slots 0."
             )
-        for slots, take in ((slice(self._homes), self._store.put), (slice(self._homes, None), _compute)):
+        for slots, take in ((slice(self._homes), self._store.put), (slice(self._homes, None), self._compute)):
             by_slot = {
                 name: value[slots]
                 for name, value in compute.keywords.items()
@@ -237,29 +241,33 @@ class _SparesAtOnce:
             }
             take([part[slots] for part in operands], functools.partial(compute, **by_slot))
 
-
-def _compute(operands: Sequence[Any], compute: Callable[..., object]) -> None:
-    compute(*operands)
+    def _compute(self, operands: Sequence[Any], compute: Callable[..., Any]) -> None:
+        _, bias_gradients, _ = compute(*operands)
+        for slot, gradient in enumerate(bias_gradients):
+            if self._of_biases is not None and gradient is not None and gradient.numel():  # else autograd has them
+                self._of_biases[slot].add_(gradient)
 
 
 class _ToSlots(torch.autograd.Function):
-    """A weight per slot, out of one tensor for all; its backward pass collects their gradients.
+    """A weight or biases per slot, out of one tensor for all; its backward pass collects their gradients.
 
-    TransformerEngine leaves them in `room`, or returns them where it does not accumulate into `main_grad`.
+    They are in `room` where TransformerEngine accumulates them there, and those of autograd are dummies, or where a
+    delayed GEMM would have computed them (`adds`), and those of autograd are added. Otherwise autograd has them.
     """
 
     @staticmethod
-    def forward(ctx: Any, weights: torch.Tensor, room: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
-        ctx.room, ctx.dtype = room, weights.dtype
-        return weights.detach().unbind(0)
+    def forward(ctx: Any, slots: torch.Tensor, room: torch.Tensor | None, adds: bool) -> tuple[torch.Tensor, ...]:
+        ctx.room, ctx.adds, ctx.dtype = room, adds, slots.dtype
+        return slots.detach().unbind(0)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         if ctx.room is None:
-            return torch.stack(gradients), None
-        total = ctx.room.to(ctx.dtype, copy=True)
+            return torch.stack(gradients), None, None
+        total = ctx.room + torch.stack(gradients) if ctx.adds else ctx.room
+        total = total.to(ctx.dtype, copy=True)
         ctx.room.zero_()
-        return total, None
+        return total, None, None
 
 
 class _ToHomes(torch.autograd.Function):
