@@ -5,6 +5,7 @@ scripts/test_transformer_engine.sh runs the same class on the real one.
 
 from __future__ import annotations
 
+import functools
 from types import SimpleNamespace
 from typing import Any
 
@@ -115,6 +116,33 @@ def test_spare_gemms_have_biases() -> None:
     assert biases.grad[:, 0].tolist() == [1.0, 2.0]
     assert linear.bias1.grad.tolist() == [2.0] * OUT
     assert [name for name, _ in linear.named_parameters()] == ["weight0", "bias0", "weight1", "bias1"]
+
+
+def test_spare_slots_do_not_wait_where_weight_gradients_are_delayed() -> None:
+    """TransformerEngine's GEMM would compute the gradients of biases with them, later: these come home with them."""
+    from megatron_smartmoe.adapter.moe.te_experts import with_spare_gemms
+
+    kept: list[Any] = []
+    linear = with_spare_gemms(GroupedLinear)(fused=False, has_bias=True)
+    linear.wgrad_store = SimpleNamespace(delay_wgrad_compute=lambda: True, put=lambda *each: kept.append(each))
+    weights, biases = torch.zeros(SPARES, OUT, IN), torch.zeros(SPARES, OUT, requires_grad=True)
+    slots = [torch.full((OUT,), float(slot)) for slot in range(HOMES + SPARES)]
+    for _ in range(2):  # micro-batches
+        with linear.spare(weights, biases):
+            of_biases, store = linear.bias2 + 0 * linear.bias3, linear.wgrad_store
+
+        def compute(inputs: list[Any], gradients: list[Any], sums: list[Any], m_splits: list[int]) -> Any:
+            assert len(inputs) == len(gradients) == len(sums) == len(m_splits)
+            return None, inputs, None
+
+        store.put([slots, slots, slots], functools.partial(compute, m_splits=[1, 2, 3, 4]))
+        of_biases.sum().backward()
+    assert biases.grad is not None
+    assert biases.grad[:, 0].tolist() == [2 * (2 + 1), 2 * 3]  # autograd's are added
+    (operands, later), _ = kept
+    assert [len(each) for each in operands] == [HOMES] * 3
+    assert later.keywords == {"m_splits": [1, 2]}
+    assert linear.wgrad_store is not store
 
 
 @pytest.mark.parametrize("fused", [True, False], ids=["main_grad", "returned"])
