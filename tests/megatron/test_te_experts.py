@@ -204,3 +204,24 @@ def test_a_weight_of_slots_that_are_parameters() -> None:
     assert slots[1].main_grad.sum() == 6  # type: ignore[attr-defined]
     packed = torch.zeros(4, 2)
     assert [id(tensor) for tensor in tensors_of([weight, packed])] == [*map(id, slots), id(packed)]
+
+
+def test_an_expert_is_a_range_of_the_one_parameter_for_all() -> None:
+    from megatron_smartmoe.adapter.migration.expert_state import slot_pieces
+    from megatron_smartmoe.errors import CompatError
+
+    experts = torch.nn.Module()
+    experts.linear_fc1 = linear = torch.nn.Module()
+    linear.weight = torch.nn.Parameter(torch.zeros(HOMES, OUT, IN))
+    linear.bias = torch.nn.Parameter(torch.zeros(HOMES, OUT))
+    moved = [[(piece.name, piece.start, piece.stop) for piece in pieces] for pieces in slot_pieces(experts, HOMES)]
+    assert moved == [
+        [
+            ("linear_fc1.weight", slot * OUT * IN, (slot + 1) * OUT * IN),
+            ("linear_fc1.bias", slot * OUT, (slot + 1) * OUT),
+        ]
+        for slot in range(HOMES)
+    ]
+    experts.scale = torch.nn.Parameter(torch.zeros(HOMES, OUT))
+    with pytest.raises(CompatError, match=r"scale \(2, 3\): cannot tell which part belongs to which expert"):
+        slot_pieces(experts, HOMES)
