@@ -187,8 +187,8 @@ def test_gradients_of_several_passes_of_the_first_micro_batch(added_up: bool) ->
         assert not linear._fp8_workspaces
     rows = torch.randn(ROWS, IN)
     (linear(rows[:3], [1, 2]).sum() + linear(rows[3:], [2, 1]).sum()).backward()
-    main_grad: Any = linear.weight1.main_grad
-    assert torch.allclose(main_grad[0], rows[1:3].sum(0) + rows[5]) == added_up
+    weight: Any = linear.weight1
+    assert torch.allclose(weight.main_grad[0], rows[1:3].sum(0) + rows[5]) == added_up
 
 
 def test_a_weight_of_slots_that_are_parameters() -> None:

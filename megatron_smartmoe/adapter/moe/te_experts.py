@@ -46,6 +46,7 @@ class TEExpertsWithSlots(TEGroupedMLP):
     """
 
     accumulates = False
+    _fused_ops: tuple[torch.nn.Module] | None
 
     def __init__(self, num_local_experts: int, config: Any, submodules: Any, *args: Any, **kwargs: Any) -> None:
         linears = {name: with_spare_gemms(getattr(submodules, name)) for name in ("linear_fc1", "linear_fc2")}
@@ -86,7 +87,7 @@ class TEExpertsWithSlots(TEGroupedMLP):
         if not self._with_fused_impl:
             yield
             return
-        of_homes: tuple[torch.nn.Module] | None = self._fused_ops
+        of_homes = self._fused_ops
         self._fused_ops = (self._make_fused_ops(),)
         try:
             yield
