@@ -352,12 +352,12 @@ def build(case: Case, device: torch.device, *, stock: bool = False) -> tuple[tor
         for weight in whole.mlp.experts.parameters():  # as Megatron's wrapper for data parallelism gives them
             weight.main_grad = torch.empty_like(weight, dtype=torch.float32)
     if case.replicas:
-        _with_replicas(whole.mlp, on_device=case.on_device)
+        with_replicas(whole.mlp, exact=_exact(), on_device=case.on_device)
     return (whole if case.attention else whole.mlp), config
 
 
-def _with_replicas(layer: Any, *, on_device: bool) -> None:
-    """Give the layer a spare slot, as `adapter.loops.replicas` does."""
+def with_replicas(layer: Any, *, exact: Any, on_device: bool = False) -> None:
+    """Give the layer a spare slot, as `adapter.loops.replicas` does; `exact` as `LayerPlanner` has it."""
     from megatron.core import parallel_state
 
     from megatron_smartmoe.runtime.replicas.slots import SpareSlots
@@ -367,5 +367,5 @@ def _with_replicas(layer: Any, *, on_device: bool) -> None:
     weights = experts.slot_weights()
     wire = ReplicaWire(parallel_state.get_expert_model_parallel_group())
     totals = [torch.zeros_like(weight, dtype=torch.float32) for weight in weights]
-    spare = SpareSlots(weights, 1, wire, lambda: totals, keeps=False)
-    layer.add_replicas(spare, exact=_exact(), on_device=on_device)
+    spare = SpareSlots(weights, 1, wire, lambda: totals, keeps=exact is None)
+    layer.add_replicas(spare, exact=exact, on_device=on_device)

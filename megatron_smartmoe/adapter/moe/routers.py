@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.transformer.cuda_graphs import is_graph_capturing
 from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_smartmoe.runtime.counts import ExpertCounts, PassCounts
 from megatron_smartmoe.runtime.recent_counts import RecentCounts
@@ -67,6 +68,13 @@ def without_padding(probs_TE: torch.Tensor, routing_map_TE: torch.Tensor) -> tor
     return routing_map_TE & (probs_TE != 0)
 
 
+def tokens_of_experts(config: TransformerConfig, probs_TE: torch.Tensor, chosen_TE: torch.Tensor) -> torch.Tensor:
+    """The tokens of each expert, `[E]`, without what pads it to capacity."""
+    if config.moe_pad_expert_input_to_capacity:
+        chosen_TE = without_padding(probs_TE, chosen_TE)
+    return chosen_TE.sum(dim=0)
+
+
 def _counters_of(layer: MoELayer) -> list[Callable[[torch.Tensor], None]]:
     """Who counts the tokens of a layer's router; the first call puts the counter on it."""
     router = layer.router
@@ -84,6 +92,8 @@ def _count_replayed(counters: Iterable[Callable[[torch.Tensor], None]], layer: M
     graphed = layer.cudagraph_tensor_store
     if graphed.routing_map is not None:
         _count(counters, layer.router, inputs, (graphed.probs, graphed.routing_map))
+    elif graphed.probs is not None and torch.is_grad_enabled():  # it has the preprocessing too, and leaves no map
+        _add(counters, layer.token_dispatcher.chosen_E)
 
 
 def _count(
@@ -92,11 +102,10 @@ def _count(
     inputs: Any,
     output: tuple[torch.Tensor, torch.Tensor],
 ) -> None:
-    if not torch.is_grad_enabled() or is_graph_capturing():  # a graph trains nothing while it is captured
-        return
-    probs, chosen = output
-    if router.config.moe_pad_expert_input_to_capacity:
-        chosen = without_padding(probs, chosen)
-    counts_E = chosen.sum(dim=0)
+    if torch.is_grad_enabled() and not is_graph_capturing():  # a graph trains nothing while it is captured
+        _add(counters, tokens_of_experts(router.config, *output))
+
+
+def _add(counters: Iterable[Callable[[torch.Tensor], None]], counts_E: torch.Tensor) -> None:
     for add in counters:
         add(counts_E)
