@@ -34,7 +34,13 @@ from megatron_smartmoe.adapter.moe.delayed_gradients import DelayedGradients
 from megatron_smartmoe.adapter.moe.slot_sharding import SlotSharding
 from megatron_smartmoe.ops import swiglu
 from megatron_smartmoe.ops.grouped_bias import bias_of_rows
-from megatron_smartmoe.ops.grouped_linear import Groups, Taker, grouped_linear, recomputed_linear
+from megatron_smartmoe.ops.grouped_linear import (
+    Groups,
+    Taker,
+    grouped_linear,
+    recomputed_linear,
+    wants_counts_on_device,
+)
 from megatron_smartmoe.runtime.replicas.slots import SpareSlots
 
 _EXTRA_STATE = "extra_state_of_experts"  # in a sharded state dict; in no checkpoint
@@ -187,6 +193,11 @@ class SlottedExperts(MegatronModule):
             return self._compute_blocks(tokens_NH, tokens_per_expert, probs_N), None
         assert isinstance(probs_N, torch.Tensor), "rows in one piece, and their weights in two blocks"
         if len(tokens_per_expert) == self.num_local_experts:
+            if self.config.moe_pad_expert_input_to_capacity and wants_counts_on_device(tokens_NH):
+                # all alike: written by the device, where a CUDA graph refuses a copy from the host
+                tokens_per_expert = tokens_per_expert.new_full(
+                    tokens_per_expert.shape, int(tokens_per_expert[0]), device=tokens_NH.device
+                )
             return self._compute(tokens_NH, tokens_per_expert, probs_N, *self.slot_weights()), None
         home_rows = int(tokens_per_expert[: self.num_local_experts].sum())
         tokens, probs = (cast(Blocks, each.tensor_split([home_rows])) for each in (tokens_NH, probs_N))

@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.transformer.cuda_graphs import is_graph_capturing
+from megatron.core.transformer.cuda_graphs import is_graph_capturing, is_graph_warmup
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_smartmoe.adapter.moe.graphs import holds_experts
 from megatron_smartmoe.runtime.counts import ExpertCounts, PassCounts
 from megatron_smartmoe.runtime.recent_counts import RecentCounts
 
@@ -57,7 +58,8 @@ def count_tokens(layers: Iterable[tuple[int, MoELayer]], counts: ExpertCounts | 
 
     A pass without gradients (evaluation, the first pass of recomputation) is not counted, so each token counts once.
     A router adds its map up once, for all that count its tokens: those that experts compute, after dropping by capacity
-    and before padding to it. Where a CUDA graph has the router, its tokens are counted behind each replay.
+    and before padding to it. Where a CUDA graph has the router, its tokens are counted behind each replay; where it has
+    the experts too, by the replay.
     """
     for number, layer in layers:
         _counters_of(layer).append(functools.partial(counts.add, number))
@@ -102,8 +104,18 @@ def _count(
     inputs: Any,
     output: tuple[torch.Tensor, torch.Tensor],
 ) -> None:
-    if torch.is_grad_enabled() and not is_graph_capturing():  # a graph trains nothing while it is captured
+    if torch.is_grad_enabled() and _trains(router.config):
         _add(counters, tokens_of_experts(router.config, *output))
+
+
+def _trains(config: TransformerConfig) -> bool:
+    """Whether what a router computes now trains: not in the runs before a capture, nor while a graph is captured.
+
+    Where a graph holds the experts too, the counting becomes part of it and takes place in each replay.
+    """
+    if torch.cuda.is_current_stream_capturing():
+        return holds_experts(config)
+    return not (is_graph_capturing() or is_graph_warmup())
 
 
 def _add(counters: Iterable[Callable[[torch.Tensor], None]], counts_E: torch.Tensor) -> None:
