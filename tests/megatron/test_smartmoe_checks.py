@@ -213,6 +213,14 @@ CASES = {
         "cross a node once follows from the routing, and a CUDA graph has a fixed number. Pass --cuda-graph-modules "
         "attn moe_router, or remove it.",
     ),
+    "CUDA graphs of the preprocessing and dropping": Case(
+        flags=f"--smartmoe {TE} {GRAPHED_PARTS} --expert-model-parallel-size 2 --moe-expert-capacity-factor 1.0",
+        ranks=2,
+        te=True,
+        says="--moe-expert-capacity-factor = 1.0: is not supported with --cuda-graph-modules moe_preprocess and the "
+        "alltoall dispatcher: how many rows a rank sends follows from the routing, and a CUDA graph has a fixed "
+        "number. Pass --cuda-graph-modules attn moe_router, or remove it.",
+    ),
     "CUDA graphs of the preprocessing and shared experts beside the exchange": Case(
         flags=f"--smartmoe {TE} {GRAPHED_PARTS} --expert-model-parallel-size 2 --moe-shared-expert-overlap "
         "--moe-shared-expert-intermediate-size 64",

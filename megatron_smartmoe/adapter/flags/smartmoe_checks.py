@@ -172,7 +172,18 @@ def _check_graphed_router(args: argparse.Namespace) -> None:
         rule = f"is not supported with {_MODULES} moe_preprocess: how many rows cross a node once follows from the "
         rule += "routing, and a CUDA graph has a fixed number"
         raise ConfigError(DISPATCH, args.smartmoe_dispatch, rule, only)
-    if args.moe_shared_expert_overlap and args.moe_token_dispatcher_type == "alltoall":
+    if args.moe_token_dispatcher_type != "alltoall":
+        return
+    drops = args.moe_expert_capacity_factor is not None and not args.moe_pad_expert_input_to_capacity
+    for flag, is_set in (
+        ("--moe-router-padding-for-quantization", args.moe_router_padding_for_quantization),
+        ("--moe-expert-capacity-factor", drops),
+    ):
+        if is_set:
+            rule = f"is not supported with {_MODULES} moe_preprocess and the alltoall dispatcher: how many rows a rank "
+            rule += "sends follows from the routing, and a CUDA graph has a fixed number"
+            raise ConfigError(flag, getattr(args, attribute(flag)), rule, only)
+    if args.moe_shared_expert_overlap:
         rule = f"is not supported with {_MODULES} moe_preprocess: Megatron's shared experts begin in the preprocessing "
         rule += "then, and refuse to continue behind a replay"
         raise ConfigError("--moe-shared-expert-overlap", True, rule, only)

@@ -193,15 +193,18 @@ class SlottedExperts(MegatronModule):
             return self._compute_blocks(tokens_NH, tokens_per_expert, probs_N), None
         assert isinstance(probs_N, torch.Tensor), "rows in one piece, and their weights in two blocks"
         if len(tokens_per_expert) == self.num_local_experts:
-            if self.config.moe_pad_expert_input_to_capacity and wants_counts_on_device(tokens_NH):
-                # all alike: written by the device, where a CUDA graph refuses a copy from the host
-                tokens_per_expert = tokens_per_expert.new_full(
-                    tokens_per_expert.shape, int(tokens_per_expert[0]), device=tokens_NH.device
-                )
-            return self._compute(tokens_NH, tokens_per_expert, probs_N, *self.slot_weights()), None
+            tokens_S = self._without_copies(tokens_NH, tokens_per_expert)
+            return self._compute(tokens_NH, tokens_S, probs_N, *self.slot_weights()), None
         home_rows = int(tokens_per_expert[: self.num_local_experts].sum())
         tokens, probs = (cast(Blocks, each.tensor_split([home_rows])) for each in (tokens_NH, probs_N))
         return torch.cat(self._compute_blocks(tokens, tokens_per_expert, probs)), None
+
+    def _without_copies(self, tokens_NH: torch.Tensor, tokens_S: torch.Tensor) -> torch.Tensor:
+        """Rows of each slot; padded to capacity all alike, and written by the device: graphs refuse the host's."""
+        is_padded = self.config.moe_pad_expert_input_to_capacity
+        if not (is_padded and tokens_S.is_cpu and wants_counts_on_device(tokens_NH)):
+            return tokens_S
+        return tokens_S.new_full(tokens_S.shape, int(tokens_S[0]), device=tokens_NH.device)
 
     def _compute_blocks(self, tokens: Blocks, tokens_per_expert: torch.Tensor, probs: Blocks) -> Blocks:
         """The rows of home slots, and behind them those of spare slots, whose weights are on their way meanwhile."""

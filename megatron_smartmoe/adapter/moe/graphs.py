@@ -1,6 +1,6 @@
 """What CUDA graphs hold of a MoE layer, by Megatron's options: of its arguments, or of a transformer's configuration.
 
-Arguments that Megatron has not validated yet may have the former names.
+Arguments that Megatron has not validated yet may have the former names, and in Megatron 0.17 the options still do.
 
 Megatron's own graphs (`local`) are of whole layers in GPT models: its graphs of parts are those of hybrid models.
 """
@@ -28,8 +28,8 @@ def graphed_modules(options: Any) -> frozenset[str]:
 
 
 def _names(options: Any) -> frozenset[str]:
-    former = getattr(options, "cuda_graph_scope_deprecated", None)
-    modules = former or getattr(options, "cuda_graph_modules", None) or ()
+    names = ("cuda_graph_scope_deprecated", "cuda_graph_modules", "cuda_graph_scope")  # the last in Megatron 0.17
+    modules = next(filter(None, (getattr(options, name, None) for name in names)), ())
     listed = (modules,) if isinstance(modules, str) else modules
     return frozenset(str(getattr(module, "name", module)) for module in listed)
 
