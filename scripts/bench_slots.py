@@ -83,6 +83,8 @@ def _own_kernels() -> Callable[[type], Any]:
     from megatron_smartmoe.adapter.moe.physical_slots import with_slots
 
     class OwnKernels(with_slots(SlotDispatcher)):  # type: ignore[misc]
+        slot_of_expert_E: torch.Tensor
+
         def dispatch_preprocess(self, hidden: torch.Tensor, routing_map: torch.Tensor, probs: torch.Tensor) -> Any:
             probs, routing_map = self.slots.translate(probs, routing_map, self.slot_of_expert_E)
             self.slot_of_expert_E = torch.arange(self.num_experts)
