@@ -147,10 +147,11 @@ class LayerPlanner:
         view = self.view
         counts = tokens_E.new_empty(view.num_ranks * view.tp_size * view.num_experts)
         dist.all_gather_into_tensor(counts, tokens_E, group=self._group)
-        if not self.training or self._device_planner is None or self._exact is None:
-            return StartedPlan(awaited=counts, segments_3C=None)
-        numbers, segments_3C = self._device_planner.start(counts, self._exact)
-        return StartedPlan(awaited=numbers, segments_3C=segments_3C)
+        if self.training and self._device_planner is not None and self._exact is not None:
+            with STEP_CLOCK.within(Part.PLANNING):
+                numbers, segments_3C = self._device_planner.start(counts, self._exact)
+            return StartedPlan(awaited=numbers, segments_3C=segments_3C)
+        return StartedPlan(awaited=counts, segments_3C=None)
 
     def finish(self, started: StartedPlan) -> DispatchPlan:
         """The other half of `plan`: the host waits for what `start` has left, and the fetch starts."""
