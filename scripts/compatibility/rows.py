@@ -95,6 +95,8 @@ _OVERLAPPED = {
 _TWO_BATCHES = {HOMES: "test_homes_move_bit_for_bit", REPLICAS: "test_replicas_change_no_loss[exact]"}
 _TE = "--transformer-impl transformer_engine"
 _TE_EXPERTS = f"{_TE} --moe-grouped-gemm --smartmoe-experts transformer_engine"
+_FIXED_ROWS = "--moe-expert-capacity-factor 1.0 --moe-pad-expert-input-to-capacity --no-check-for-nan-in-loss-and-grad"
+_GRAPHED = "needs a GPU; a layer that pads runs on meta tensors in `tests/megatron/test_meta_layer.py`"
 _SIGMOID = "--moe-router-score-function sigmoid"
 
 SECTIONS: dict[str, list[Row]] = {
@@ -403,9 +405,13 @@ SECTIONS: dict[str, list[Row]] = {
             needs=f"{_TE} --cuda-graph-impl transformer_engine",
         ),
         Row(
-            flags="--cuda-graph-impl local",
-            otherwise=GPU,
+            flags="--cuda-graph-modules attn moe_router moe_preprocess",
+            otherwise=f"{GPU}; captured and replayed with a stand-in for the graph in "
+            "`tests/dist/test_graphed_preprocessing.py`",
+            needs=f"{_TE} --cuda-graph-impl transformer_engine",
         ),
+        Row(flags="--cuda-graph-impl full_iteration", otherwise=_GRAPHED, needs=_FIXED_ROWS),
+        Row(flags="--cuda-graph-impl local", otherwise=_GRAPHED, needs=_FIXED_ROWS),
     ],
     "Checkpoints": [
         Row(

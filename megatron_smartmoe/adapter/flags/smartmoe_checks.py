@@ -24,6 +24,7 @@ from megatron_smartmoe.adapter.flags.smartmoe_arguments import (
     replicas_mode,
 )
 from megatron_smartmoe.adapter.local.muon import OPTIMIZERS as EMERGING_OPTIMIZERS
+from megatron_smartmoe.adapter.moe.graphs import graph_kind, graphed_modules, holds_experts, holds_preprocessing
 from megatron_smartmoe.errors import ConfigError
 from megatron_smartmoe.planner.flags import DISPATCH, OVERLAP_DEGREE, SPARE_SLOTS
 from megatron_smartmoe.planner.pool import PoolSetting
@@ -35,6 +36,8 @@ from megatron_smartmoe.spec.trace import load_trace
 _VALUE_BYTES = 2  # bf16 and fp16; fp32 is aligned when they are
 _GEMM_ALIGNMENT_BYTES = 16  # of a row, in torch's grouped GEMM on a GPU
 _REMOVE_ONE = "Remove one of the two."
+_MODULES = "--cuda-graph-modules"
+_GRAPHED_PARTS = f"--cuda-graph-impl transformer_engine {_MODULES} attn moe_router moe_preprocess"
 
 _DELAYING = ("--delay-wgrad-compute", "--overlap-dispatch-backward-with-experts-wgrad")
 _FUSED = "--use-transformer-engine-op-fuser"
@@ -127,29 +130,72 @@ def check_smartmoe(args: argparse.Namespace, *, cpu: bool) -> None:
 
 
 def _check_graphs(args: argparse.Namespace) -> None:
-    """CUDA graphs may hold attention and the router, whose choices Megatron then hands to the layer."""
-    impl, flag = getattr(args, "cuda_graph_impl", None) or "none", "--cuda-graph-impl"
-    if impl == "none":
+    """CUDA graphs hold parts of a layer, and the host works between them; or they hold the experts too."""
+    kind, modules = graph_kind(args), graphed_modules(args)
+    if kind == "none":
         return
-    # No modules are whole layers.
-    modules = {str(getattr(module, "name", module)) for module in getattr(args, "cuda_graph_modules", None) or ()}
-    if not modules or modules - {"attn", "moe_router"} or getattr(args, "cuda_graph_scope_deprecated", None):
-        rule = "is not supported with --smartmoe, but for attention and the router: behind it the host waits for the "
-        rule += "counts of all ranks"
-        raise ConfigError(flag, impl, rule, "Add --cuda-graph-modules attn moe_router, or remove it.")
-    if "moe_router" not in modules:
+    if kind == "local" and modules and not modules & {"attn", "mlp"}:
+        rule = f"captures nothing of a GPT model with {_MODULES} {' '.join(sorted(modules))}: Megatron's own graphs of "
+        rule += "parts of a MoE layer are those of hybrid models"
+        raise ConfigError("--cuda-graph-impl", kind, rule, f"Pass {_GRAPHED_PARTS}.")
+    if args.smartmoe_replay_trace is not None and (holds_experts(args) or "moe_router" in modules):
+        rule = "is not supported with CUDA graphs that hold the router: a graph would replay one micro-batch"
+        way_out = f"Pass --cuda-graph-impl transformer_engine {_MODULES} attn."
+        raise ConfigError("--smartmoe-replay-trace", args.smartmoe_replay_trace, rule, way_out)
+    if holds_experts(args):
+        _check_graphed_experts(args)
+    elif "moe_router" in modules:
+        _check_graphed_router(args)
+
+
+def _check_graphed_experts(args: argparse.Namespace) -> None:
+    """Nothing in such a graph is the host's: no messages of replicas, no plan, and no number of rows."""
+    wider = f"is not supported with CUDA graphs that hold the experts (--cuda-graph-impl {args.cuda_graph_impl})"
+    way_out = f"Remove it, or pass {_GRAPHED_PARTS}."
+    if replicas_mode(args) != "off":
+        rule = f"{wider}: the host plans replicas, and sends and receives their weights, in every layer"
+        raise ConfigError(SPARE_SLOTS, args.smartmoe_spare_slots, rule, way_out)
+    if args.smartmoe_pool:
+        rule = f"{wider}: settings are switched while training, and a graph keeps those of its capture"
+        raise ConfigError(POOL, args.smartmoe_pool, rule, way_out)
+    if args.smartmoe_record_micro_batches:
+        rule = f"{wider}: the host tells micro-batches apart, and takes no part in a replay"
+        raise ConfigError(RECORD_MICRO_BATCHES, True, rule, way_out)
+    is_padded = args.moe_pad_expert_input_to_capacity and args.moe_token_dispatcher_type != "allgather"
+    if not is_padded and getattr(args, "moe_expert_rank_capacity_factor", None) is None:
+        rule = "holds the experts, whose numbers of rows follow from the routing: a CUDA graph has fixed ones"
+        way_out = "Add --moe-expert-capacity-factor 1.0 --moe-pad-expert-input-to-capacity, with the alltoall "
+        way_out += f"dispatcher, or pass {_GRAPHED_PARTS}."
+        raise ConfigError("--cuda-graph-impl", args.cuda_graph_impl, rule, way_out)
+
+
+def _check_graphed_router(args: argparse.Namespace) -> None:
+    """The host counts tokens behind each replay, and continues where the graph ends."""
+    if args.overlap_moe_expert_parallel_comm:
+        rule = f"is not supported with {_MODULES} moe_router: its schedule calls no layer whose tokens could be counted"
+        raise ConfigError("--overlap-moe-expert-parallel-comm", True, rule, f"Pass {_MODULES} attn.")
+    if not holds_preprocessing(args):
         return
-    for other, is_set, reason in (
-        ("--smartmoe-replay-trace", args.smartmoe_replay_trace is not None, "a graph would replay one micro-batch"),
-        (
-            "--overlap-moe-expert-parallel-comm",
-            args.overlap_moe_expert_parallel_comm,
-            "its schedule calls no layer whose tokens could be counted",
-        ),
+    only = f"Pass {_MODULES} attn moe_router, or remove it."
+    if args.smartmoe_dispatch != FLAT:
+        rule = f"is not supported with {_MODULES} moe_preprocess: how many rows cross a node once follows from the "
+        rule += "routing, and a CUDA graph has a fixed number"
+        raise ConfigError(DISPATCH, args.smartmoe_dispatch, rule, only)
+    if args.moe_token_dispatcher_type != "alltoall":
+        return
+    drops = args.moe_expert_capacity_factor is not None and not args.moe_pad_expert_input_to_capacity
+    for flag, is_set in (
+        ("--moe-router-padding-for-quantization", args.moe_router_padding_for_quantization),
+        ("--moe-expert-capacity-factor", drops),
     ):
         if is_set:
-            rule = f"is not supported with --cuda-graph-modules moe_router: {reason}"
-            raise ConfigError(other, getattr(args, attribute(other)), rule, "Pass --cuda-graph-modules attn.")
+            rule = f"is not supported with {_MODULES} moe_preprocess and the alltoall dispatcher: how many rows a rank "
+            rule += "sends follows from the routing, and a CUDA graph has a fixed number"
+            raise ConfigError(flag, getattr(args, attribute(flag)), rule, only)
+    if args.moe_shared_expert_overlap:
+        rule = f"is not supported with {_MODULES} moe_preprocess: Megatron's shared experts begin in the preprocessing "
+        rule += "then, and refuse to continue behind a replay"
+        raise ConfigError("--moe-shared-expert-overlap", True, rule, only)
 
 
 def _check_wide_norm(args: argparse.Namespace) -> None:

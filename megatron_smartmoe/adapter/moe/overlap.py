@@ -108,6 +108,7 @@ class OverlappedMoELayer(SmartMoELayer):
         """
         if self.overlap_degree == 1:
             return super().dispatch(hidden_states, probs)
+        hidden_states, probs = self.resumed(hidden_states, probs)
         dispatcher = self.token_dispatcher
         shared = dispatcher.shared_experts
         if shared is not None:  # as in Megatron's dispatcher: they run beside the dispatch, on a stream of their own
