@@ -107,7 +107,7 @@ def test_constants_of_a_datasheet() -> None:
     # 2 x 3 x 5 = 30 weights: 60 bytes a replica, 180 operations and 6 bytes a token. Memory and links: 80% of 1000 B/s.
     constants = constants_of(cluster(), ExpertShape(hidden=3, ffn=5, gated=False))
     row_s = 6 / 800
-    assert constants.fixed_s == pytest.approx(200 * 10e-6 + (6 + 2) * 2.0)  # sizes among 2 ranks go 2 messages deep
+    assert constants.fixed_s == pytest.approx(200 * 10e-6 + (4 + 2) * 2.0)  # sizes among 2 ranks go 2 messages deep
     assert constants.source_token_s == pytest.approx(8 * row_s)
     assert constants.token_s == pytest.approx(180 / 600 + 8 * row_s)
     assert constants.expert_s == pytest.approx(3 * 60 / 800)
