@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -163,9 +164,21 @@ def even_load_s(num_tokens: float, num_experts: int, pricing: LayerPricing) -> f
 
 def even_load(num_tokens: float, num_experts: int, pricing: LayerPricing) -> LayerFlow:
     """The flow of that layer."""
-    counts_RE = np.full((pricing.num_ranks, num_experts), num_tokens / (pricing.num_ranks * num_experts))
-    homes_RS = np.arange(num_experts).reshape(pricing.num_ranks, -1)
-    return LayerFlow.equal_split(counts_RE, homes_RS, pricing.num_nodes)
+    num_ranks = pricing.num_ranks
+    counts_RE = np.full((num_ranks, num_experts), num_tokens / (num_ranks * num_experts))
+    is_home_ER = _is_home(num_ranks, num_experts)
+    return LayerFlow(
+        load_ER=counts_RE.sum(axis=0)[:, None] * is_home_ER,
+        traffic_RR=counts_RE @ is_home_ER,
+        replicas_RR=np.zeros((num_ranks, num_ranks)),
+        num_nodes=pricing.num_nodes,
+    )
+
+
+@functools.lru_cache(maxsize=4)
+def _is_home(num_ranks: int, num_experts: int) -> FloatArray:
+    """1 where an expert is at home in logical order, else 0, `[E, R]`."""
+    return np.repeat(np.eye(num_ranks), num_experts // num_ranks, axis=0)
 
 
 def relayed_flow(
