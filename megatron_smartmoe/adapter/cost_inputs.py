@@ -200,12 +200,13 @@ def online_setting(args: Namespace, mode: str | None = None) -> LayerPricing:
     num_ranks = mpu.get_expert_model_parallel_world_size()
     expert, mode = expert_shape(args, mode), mode or replicas_mode(args)
     early, dispatcher = not args.overlap_param_gather, dispatcher_of(args)
+    degree = args.smartmoe_overlap_degree
     exchanges = exchanges_of(
         dispatcher.name,
         ranks=num_ranks,
         slots=args.num_experts // num_ranks + args.smartmoe_spare_slots,
-        chunks=args.smartmoe_overlap_degree,
-        expert_tensor_ranks=args.expert_tensor_parallel_size,
+        chunks=int(degree) if degree.isdecimal() else 1,  # "auto" is chosen later
+        expert_tensor_ranks=args.expert_tensor_parallel_size or args.tensor_model_parallel_size,
         overlaps_micro_batches=args.overlap_moe_expert_parallel_comm,
     )
     return LayerPricing(

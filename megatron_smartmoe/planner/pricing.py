@@ -147,8 +147,7 @@ class Pricing:
         travels = (spec.replicas, spec.micro_batches, spec.overlap_param_gather)
         key = (self.balance(spec), *sizes, *travels, spec.precision)
         if key not in self._layers:
-            exchanges = None if spec.smartmoe else APART_EXCHANGES  # as stock Megatron's layer has them
-            layer = layer_constants(self.cluster, self.model, spec, self.constants, exchanges=exchanges)
+            layer = layer_constants(self.cluster, self.model, spec, self.constants)
             balanced = self.loads.after_balancing(self.balance(spec))
             bare = self.loads.after_balancing(replace(self.balance(spec), spare_slots=0))
             self._layers[key] = [
@@ -190,8 +189,8 @@ class Pricing:
         Of a hierarchical dispatch's exchanges half are flat, and the others carry at least one row of K between nodes.
         """
         spec = ParallelSpec(gpus=1, tp=tp, ep=ep, etp=etp, cp=cp, micro_batch=micro_batch, precision=precision)
-        exchanges = ALL_TO_ALLS if etp == 1 else APART_EXCHANGES
-        layer = layer_constants(self.cluster, self.model, spec, self.constants, exchanges=exchanges)
+        fewest = ALL_TO_ALLS if etp == 1 else APART_EXCHANGES
+        layer = layer_constants(self.cluster, self.model, spec, self.constants, exchanges=fewest)
         num_nodes = spec_nodes(self.cluster, ep * etp)
         costlier_between = num_nodes == 1 or layer.inter_gpu_token_s >= layer.intra_token_s
         counts = self._counts(ep, num_nodes, slots, costlier_between)
