@@ -32,6 +32,7 @@ def ordered_map[T, R](
     *,
     workers: int | None,
     items_per_worker: int = 2,
+    in_flight_per_worker: int = IN_FLIGHT_PER_WORKER,
     start: Literal["spawn", "fork"] = "spawn",
     flag: str = "--workers",
 ) -> Generator[R, None, None]:
@@ -42,6 +43,7 @@ def ordered_map[T, R](
         items: picklable.
         workers: processes at most, None for one per CPU; with one, everything runs in this process.
         items_per_worker: starting a process pays off for this many items.
+        in_flight_per_worker: a worker is at most this many items ahead of the oldest one that is not done.
         start: how processes start, see the module.
         flag: what the user sets the number of workers with, for errors.
 
@@ -57,7 +59,7 @@ def ordered_map[T, R](
         workers, multiprocessing.get_context(start), initializer=_start_worker, initargs=(function,)
     )
     try:
-        yield from _in_order(executor, items, IN_FLIGHT_PER_WORKER * workers)
+        yield from _in_order(executor, items, in_flight_per_worker * workers)
     except BrokenProcessPool as error:
         rule = "a worker process was killed, most likely for memory"
         raise ConfigError(flag, workers, rule, f"Pass {flag} {max(1, workers // 2)}.") from error

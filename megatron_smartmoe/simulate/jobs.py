@@ -86,6 +86,7 @@ def compare(
         items,
         workers=jobs,
         items_per_worker=1,
+        in_flight_per_worker=len(items),  # one part takes much longer than another
         start="fork",
         flag=flag,
     )

@@ -1,6 +1,7 @@
 """Terms by hand, terms that add up, and the directions in which they must move."""
 
 from dataclasses import fields, replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,7 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_smartmoe.cost.compute import ExpertShape
-from megatron_smartmoe.cost.moe_layer import LayerFlow, LevelPrice, constants_of, crossing_bytes_s, layer_time
+from megatron_smartmoe.cost.moe_layer import (
+    LayerFlow,
+    LevelPrice,
+    constants_of,
+    crossing_bytes_s,
+    exchanges_of,
+    layer_time,
+)
 from megatron_smartmoe.errors import PlanError
 from megatron_smartmoe.spec.cluster import LevelSpec, LinkSpec
 from tests.unit.cost.cases import ROUND, cluster, contiguous_flow
@@ -117,6 +125,24 @@ def test_constants_of_a_datasheet() -> None:
     assert constants.inter_node_token_s == 0
     assert constants.intra_replica_s == pytest.approx((60 + 120) / 80)
     assert constants.inter_replica_s == pytest.approx((60 + 120) / 8)
+
+
+@pytest.mark.parametrize(
+    ("changes", "exchanges"),
+    [
+        ({}, 4),
+        ({"dispatcher": "flex"}, 4),
+        ({"chunks": 4}, 4),
+        ({"chunks": 8}, 6),  # one source in a chunk
+        ({"slots": 1}, 6),
+        ({"expert_tensor_ranks": 2}, 6),
+        ({"dispatcher": "hierarchical"}, 6),
+        ({"dispatcher": "allgather"}, 6),
+        ({"overlaps_micro_batches": True}, 6),
+    ],
+)
+def test_rows_and_weights_travel_together_where_the_layer_packs_them(changes: dict[str, Any], exchanges: int) -> None:
+    assert exchanges_of(**{"ranks": 8, "slots": 4, **changes}) == exchanges
 
 
 def test_a_shared_card_is_as_fast_as_all_its_shares() -> None:
