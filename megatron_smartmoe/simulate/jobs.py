@@ -66,9 +66,8 @@ def compare(
         jobs: processes at most; None for one per CPU where the replays take longer than starting them.
         flag: what the user sets them with, for errors.
     """
-    if jobs is None:
-        plans = trace.counts.size // trace.num_experts // min(trace.num_sources, setup.num_ranks) * len(entrants)
-        jobs = num_cpus() if plans >= _WORTH_WORKERS else 1
+    plans = trace.counts.size // trace.num_experts // min(trace.num_sources, setup.num_ranks) * len(entrants)
+    jobs = jobs or default_jobs(plans)
     counter = Value("q", 0)  # records that have been replayed, in all processes
     # Step 1: the parts of the work.
     parts = [_parts(trace.num_layers, jobs if each.layers_apart else 1) for each in entrants]
@@ -79,26 +78,48 @@ def compare(
     ]
     num_replays = len(tasks)
     tasks += [partial(each, trace, setup) for each in (limits_s, lower_bounds, even_load_s)]
-    # Step 2: run them. Workers are forked for the first item, which is none, and the bar's threads start after that.
-    items = range(-1, len(tasks))
-    done = ordered_map(
-        lambda item: tasks[item]() if item >= 0 else None,
-        items,
-        workers=jobs,
-        items_per_worker=1,
-        in_flight_per_worker=len(items),  # one part takes much longer than another
-        start="fork",
-        flag=flag,
-    )
-    with closing(done):
-        next(done)
-        with _progress(trace.num_records * num_replays, counter):
-            found = list(done)
+    # Step 2: run them.
+    found = run_tasks(tasks, jobs=jobs, flag=flag, total=trace.num_records * num_replays, unit="record", done=counter)
     # Step 3: put the parts together.
     replays = iter(found[:num_replays])
     limit_s, bounds, even_s = found[num_replays:]
     results = [_joined([next(replays) for _ in layers_P]) for layers_P in parts]
     return Compared(results=results, bounds=bounds, even_s=even_s, limit_s=limit_s)
+
+
+def default_jobs(plans: int) -> int:
+    """One process per CPU for so many plans of a layer, or one where starting others takes longer."""
+    return num_cpus() if plans >= _WORTH_WORKERS else 1
+
+
+def run_tasks[T](
+    tasks: Sequence[Callable[[], T]], *, jobs: int, flag: str, total: int, unit: str, done: Synchronized[int]
+) -> list[T]:
+    """The results of tasks, which run in forked processes: they share all that was loaded before.
+
+    Args:
+        tasks: functions without arguments, whose results can be pickled.
+        jobs: processes at most.
+        flag: what the user sets them with, for errors.
+        total: units of work of all tasks, for the bar.
+        unit: a unit's name.
+        done: counter of units, to which the tasks add.
+    """
+    # Workers are forked for the first item, which is none, and the bar's threads start after that.
+    items = range(-1, len(tasks))
+    results = ordered_map(
+        lambda item: tasks[item]() if item >= 0 else None,
+        items,
+        workers=jobs,
+        items_per_worker=1,
+        in_flight_per_worker=len(items),  # one task takes much longer than another
+        start="fork",
+        flag=flag,
+    )
+    with closing(results):
+        next(results)
+        with _progress(total, unit, done):
+            return [result for result in results if result is not None]
 
 
 def _parts(num_layers: int, parts: int) -> list[slice]:
@@ -119,8 +140,13 @@ def _replayed(
 def _counting(records: int, counter: Synchronized[int]) -> Iterator[int]:
     for record in range(records):
         yield record
-        with counter.get_lock():
-            counter.value += 1
+        add_one(counter)
+
+
+def add_one(counter: Synchronized[int]) -> None:
+    """Count a unit of work, in any process."""
+    with counter.get_lock():
+        counter.value += 1
 
 
 def _joined(parts: Sequence[PolicyResult]) -> PolicyResult:
@@ -145,10 +171,10 @@ def _by_record(parts: Sequence[PolicyResult], values: Sequence[FloatArray]) -> F
 
 
 @contextmanager
-def _progress(total: int, counter: Synchronized[int]) -> Iterator[None]:
-    """A bar of the records that all processes have replayed."""
+def _progress(total: int, unit: str, counter: Synchronized[int]) -> Iterator[None]:
+    """A bar of what all processes have done."""
     over = Event()
-    with tqdm(total=total, unit="record", leave=False, disable=None) as bar:
+    with tqdm(total=total, unit=unit, leave=False, disable=None) as bar:
 
         def follow() -> None:
             while not over.wait(_REFRESH_S):
