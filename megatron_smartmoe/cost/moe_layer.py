@@ -144,15 +144,14 @@ class RelayedFlow:
     kept_returns: bool = True
 
 
-def on_the_wire[Flow: (LayerFlow, RelayedFlow)](flow: Flow, dispatcher: Dispatcher) -> Flow:
+def on_the_wire(flow: LayerFlow, dispatcher: Dispatcher) -> LayerFlow:
     """A flow, with the rows that a dispatcher sends for it, and those that ranks compute if it pads.
 
     Args:
-        flow: tokens from source to the ranks of their experts, one for each choice; with padding by expert.
+        flow: tokens from source to the ranks of their experts, one for each choice.
         dispatcher: what sends them.
     """
     if dispatcher.padded_factor:
-        assert isinstance(flow, LayerFlow), "padded rows are counted by expert"
         has_replicas = bool(flow.replicas_RR.any())
         load_ER, traffic_RR = padded(flow.load_ER, flow.traffic_RR, dispatcher, replicas=has_replicas)
         flow = replace(flow, load_ER=load_ER, traffic_RR=traffic_RR)
@@ -357,10 +356,7 @@ def layer_time(
     """
     # Step 1: counts. What the busiest rank computes, and what the busiest ports carry.
     levels = [level.ranks for level in constants.levels]
-    if isinstance(flow, LayerCounts):
-        counts = flow
-    else:
-        counts = LayerCounts.of(on_the_wire(flow, dispatcher), levels, two_hops=dispatcher.name == "hierarchical")
+    counts = flow if isinstance(flow, LayerCounts) else _counted(flow, dispatcher, levels)
     busy = busiest_rank(counts.tokens_R, counts.active_R, constants.half_rate_tokens, ranks_per_device)
     exchange = carried(counts.tokens, counts.leaving, counts.hops, dispatcher, levels)
     tokens = exchange.ports
@@ -403,6 +399,16 @@ def layer_time(
         hidden_s=0.0 - min(may_hide_s, gemm_s + experts_s),
         replicas_hidden_s=0.0 - replicas_hidden_s / replicas.micro_batches - kept_hidden_s / kept.micro_batches,
     )
+
+
+def _counted(flow: LayerFlow | RelayedFlow, dispatcher: Dispatcher, ranks_of_levels: Sequence[int]) -> LayerCounts:
+    """What a dispatcher makes of a flow, counted."""
+    if isinstance(flow, LayerFlow):
+        flow = on_the_wire(flow, dispatcher)
+    else:
+        assert not dispatcher.padded_factor, "padded rows are counted by expert"
+        flow = replace(flow, wire_RR=wire_rows(flow.traffic_RR, flow.num_nodes, dispatcher))
+    return LayerCounts.of(flow, ranks_of_levels, two_hops=dispatcher.name == "hierarchical")
 
 
 def _idle_s(
