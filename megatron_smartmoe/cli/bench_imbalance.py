@@ -126,7 +126,7 @@ def _rows(
     kernels: Kernels,
     clusters: dict[str, ClusterSpec],
     names: Sequence[str],
-    series: str,
+    series: Series,
     workload: str,
     counter: Synchronized[int],
 ) -> list[dict[str, Any]]:

@@ -105,6 +105,7 @@ def _layer_time(
         pricing: ranks, nodes and constants.
         kept: the replicas from history, where the plan was made anew for this micro-batch.
     """
+    flow: LayerFlow | RelayedFlow
     if pricing.has_trees and plan.split == "exact" and not pricing.dispatcher.padded_factor:
         flow = _relayed(plan.slots_RS, counts_RE, pricing, kept)
         load_R = flow.tokens_R
