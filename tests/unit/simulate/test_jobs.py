@@ -55,14 +55,14 @@ ENTRANTS = [Entrant(make=ours, layers_apart=False), rule(Eplb()), rule(UltraEp(m
 
 
 def trace() -> RoutingTrace:
-    """Two groups and two micro-batches; in one record a layer has no tokens, in another a micro-batch."""
+    """Two groups and two micro-batches; in one record a layer has no tokens, in another it has them in one of these."""
     spec = SyntheticSpec(
         kind="drifting", num_records=7, num_layers=5, num_sources=8, num_experts=8, micro_batches=2, drift=0.3
     )
     drawn = synthetic_trace(spec)
     counts = drawn.counts.copy()
     counts[4, 1] = 0
-    counts[5, :, :, 1] = 0
+    counts[5, 0, :, 1] = 0
     return replace(drawn, counts=counts)
 
 
