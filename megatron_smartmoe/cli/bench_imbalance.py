@@ -73,7 +73,7 @@ def add_parser(tools: Any) -> None:
     add("--hidden", type=int, default=4096, help="model hidden size (default: 4096)")
     add("--ffn", type=int, default=1536, help="intermediate size of one expert (default: 1536)")
     add("--seed", type=int, default=1234, help="of all draws (default: 1234)")
-    add("--jobs", type=int, metavar="N", help="processes that replay side by side (default: one per CPU)")
+    add("--jobs", type=int, metavar="N", help="processes side by side (default: one per CPU, or 1 for a short replay)")
     add("--jsonl", type=Path, metavar="FILE", help="write one row per workload, cluster and rule")
     add("--markdown", type=Path, metavar="FILE", help="write the tables as Markdown")
     text = "write every workload as a routing trace (.npz), to simulate, plan or train with it"

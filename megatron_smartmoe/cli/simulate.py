@@ -119,7 +119,7 @@ def add_parser(tools: Any) -> None:
     add("--hidden", type=int, help="model hidden size (default: of --model, else 4096)")
     add("--ffn", type=int, help="intermediate size of one expert (default: of --model, else 1536)")
     simulate_routing.add_arguments(parser)
-    add("--jobs", type=int, metavar="N", help="processes that replay side by side (default: one per CPU)")
+    add("--jobs", type=int, metavar="N", help="processes side by side (default: one per CPU, or 1 for a short replay)")
     add("--json", type=Path, metavar="FILE", help="write the table's numbers as JSON")
     add(
         "--plot", type=Path, metavar="FILE", help="plot the distribution of imbalance of each policy (.svg, .png, .pdf)"
