@@ -1,7 +1,7 @@
 """What a layer's time depends on where replicas travel along relay trees and the split is best for the busiest rank.
 
-The simulator and the reviews of moved homes price every layer and micro-batch of a trace; the compiled twin takes all of
-the steps below in one call.
+The simulator and the reviews of moved homes price every layer and micro-batch of a trace; the compiled twin takes all
+steps below in one call.
 """
 
 from __future__ import annotations
