@@ -207,6 +207,7 @@ def online_setting(args: Namespace, mode: str | None = None) -> LayerPricing:
         slots=args.num_experts // num_ranks + args.smartmoe_spare_slots,
         chunks=int(degree) if degree.isdecimal() else 1,  # "auto" is chosen later
         expert_tensor_ranks=args.expert_tensor_parallel_size or args.tensor_model_parallel_size,
+        padded=dispatcher.padded_factor > 0,
         overlaps_micro_batches=args.overlap_moe_expert_parallel_comm,
     )
     return LayerPricing(

@@ -543,6 +543,7 @@ def exchanges_of(
     slots: int,
     chunks: int = 1,
     expert_tensor_ranks: int = 1,
+    padded: bool = False,
     overlaps_micro_batches: bool = False,
 ) -> int:
     """Collectives of a layer's all-to-alls: four where a row and its weight travel together, else six.
@@ -556,12 +557,13 @@ def exchanges_of(
         slots: of a rank, spare ones included; a single one is not sorted.
         chunks: of every all-to-all; a chunk of one source is not sorted.
         expert_tensor_ranks: that share an expert, and add its gradients up.
+        padded: whether experts' rows are padded to capacity, which Megatron's own all-to-all does.
         overlaps_micro_batches: --overlap-moe-expert-parallel-comm, with which the gradients of both come apart.
     """
     if dispatcher == "flex":
         return ALL_TO_ALLS
     is_sorted = slots > 1 and ranks >= 2 * chunks
-    apart = dispatcher != "alltoall" or expert_tensor_ranks > 1 or overlaps_micro_batches
+    apart = dispatcher != "alltoall" or expert_tensor_ranks > 1 or padded or overlaps_micro_batches
     return ALL_TO_ALLS if is_sorted and not apart else APART_EXCHANGES
 
 

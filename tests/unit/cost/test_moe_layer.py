@@ -138,6 +138,7 @@ def test_constants_of_a_datasheet() -> None:
         ({"expert_tensor_ranks": 2}, 6),
         ({"dispatcher": "hierarchical"}, 6),
         ({"dispatcher": "allgather"}, 6),
+        ({"padded": True}, 6),
         ({"overlaps_micro_batches": True}, 6),
     ],
 )
