@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import fields, replace
 
-from megatron_smartmoe.cost.moe_layer import LayerFlow
+from megatron_smartmoe.cost.moe_layer import LayerCounts
 from megatron_smartmoe.cost.step.constants import StepConstants, expert_shape, layer_constants, spec_nodes
 from megatron_smartmoe.cost.step.moe import moe_times
 from megatron_smartmoe.cost.step.step import StepTime, step_time
 from megatron_smartmoe.spec.cluster import ClusterSpec
 from scripts.validation.measured import MeasuredRun, Part
-from scripts.validation.routed import PADDED, GateLaw, flows_of
+from scripts.validation.routed import PADDED, GateLaw, counts_of
 
 SHARED_CARD = True  # the GPUs of a node share its network card
 # Seconds that SmartMoE's online placement spends on each assignment of a layer and micro-batch: it copies them to the
@@ -56,16 +56,16 @@ def _part(
     if not padded:
         layer = replace(layer, expert_s=layer.expert_s + system["expert_round"])
     # Step 2: each layer under its own load, and what the system adds to all of them.
-    flows_L = flows_of(run, part, gate, spec_nodes(cluster, part.spec.ep))
-    moe_L = [moe_times([flow], layer, part.model, part.spec, cluster, constants) for flow in flows_L]
-    extra_s = _added_s(run, part, flows_L, cluster, constants, system)
+    counts_L = counts_of(run, part, gate, spec_nodes(cluster, part.spec.ep))
+    moe_L = [moe_times([counts], layer, part.model, part.spec, cluster, constants) for counts in counts_L]
+    extra_s = _added_s(run, part, counts_L, cluster, constants, system)
     moe_L = [replace(one, layer=replace(one.layer, source_s=one.layer.source_s + extra_s)) for one in moe_L]
     # Step 3: shadowed experts travel in every micro-batch.
     if run.shadow:
         replica_s = _broadcast_s(part, cluster, constants) / system["broadcast"]
         moe_L = [
-            replace(one, replicas_s=float(flow.replicas_RR.sum(axis=1).max()) * replica_s)
-            for one, flow in zip(moe_L, flows_L, strict=True)
+            replace(one, replicas_s=max(counts.returned.intra, counts.returned.inter_gpu) * replica_s)
+            for one, counts in zip(moe_L, counts_L, strict=True)
         ]
     return step_time(part.model, part.spec, cluster, constants, moe_L)
 
@@ -73,7 +73,7 @@ def _part(
 def _added_s(
     run: MeasuredRun,
     part: Part,
-    flows_L: list[LayerFlow],
+    counts_L: list[LayerCounts],
     cluster: ClusterSpec,
     constants: StepConstants,
     system: Mapping[str, float],
@@ -81,7 +81,7 @@ def _added_s(
     """Seconds of a layer and micro-batch that the planner's own layers do not have."""
     added_s = system["padded_layer"] if run.system in PADDED else 0.0
     if run.system == "deepspeed":
-        added_s += _einsum_s(part, flows_L, cluster, constants)
+        added_s += _einsum_s(part, counts_L, cluster, constants)
     if run.dynamic:
         added_s += REMAP_S * part.spec.micro_batch * part.model.seq_length * part.model.moe.top_k
     return added_s
@@ -100,12 +100,12 @@ def _broadcast_s(part: Part, cluster: ClusterSpec, constants: StepConstants) -> 
     return 2 * expert.weight_bytes / bandwidth
 
 
-def _einsum_s(part: Part, flows_L: list[LayerFlow], cluster: ClusterSpec, constants: StepConstants) -> float:
+def _einsum_s(part: Part, counts_L: list[LayerCounts], cluster: ClusterSpec, constants: StepConstants) -> float:
     """Dispatch and combine as products with a one-hot [tokens, experts, capacity], forward and backward.
 
     Each is 2 x tokens x (experts x capacity) x H operations; a rank's padded rows are as many as it computes.
     """
     tokens = part.spec.micro_batch * part.model.seq_length
-    busiest = sum(float(flow.load_ER.sum(axis=0).max()) for flow in flows_L) / len(flows_L)
+    busiest = sum(float(counts.tokens_R.max()) for counts in counts_L) / len(counts_L)
     flops = 5 * 2.0 * tokens * busiest * part.model.hidden
     return flops / (cluster.gpu.peak_flops * constants.gemm)

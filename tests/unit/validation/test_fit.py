@@ -153,6 +153,20 @@ def test_equal_blocks_are_exchanged_faster() -> None:
     assert slow.all_to_all_inter_s == pytest.approx(2 * fast.all_to_all_inter_s)
 
 
+def test_a_network_that_a_cluster_file_knows_is_not_guessed() -> None:
+    run, known = run_of(as_row(ROW)), validate_planner.clusters_of(["inky=a100-sxm4-80gb"])
+    guessed, given, other = (
+        Fitted({**TRUE, **cards}, {}, clusters).predict(run)
+        for cards, clusters in (
+            ({"card": 0.25}, CLUSTERS),
+            ({"card": 0.25, "stated_card": 1.0}, known),
+            ({"card": 0.5, "stated_card": 0.25}, known),
+        )
+    )
+    assert given.all_to_all_inter_s < guessed.all_to_all_inter_s
+    assert other == guessed
+
+
 def test_regret_is_what_the_first_choice_costs() -> None:
     runs = [replace(run_of(as_row({**ROW, "ep": ep})), time_s=s) for ep, s in (("16", 2.0), ("8", 1.0))]
     (setting,) = fit_settings(runs, [0.5, 0.6])
