@@ -48,6 +48,9 @@ def validate(args: argparse.Namespace) -> dict[str, object]:
     to_predict, more = read_runs(args.predict)
     for line in left_out + more:
         print(f"left out: {line}")
+    for name in sorted({run.cluster for run in fitted_to + to_predict} - set(clusters)):
+        taken_for = clusters[""].spec.name
+        print(f"cluster {name}: no file for it, so it is taken for {taken_for}; --cluster {name}=YAML gives one")
     lines, content = [], dict[str, object]()
     for kind, vision in KINDS.items():
         asked = [run for run in to_predict if run.vision == vision]

@@ -219,11 +219,13 @@ def test_image_runs_that_were_not_fitted_are_predicted_from_the_priors(
 ) -> None:
     monkeypatch.setattr(validate_planner, "fit", lambda runs, clusters: fit([], clusters))
     fitted, out = write(tmp_path / "gpt.csv", rows()[:1]), tmp_path / "out.json"
-    both = write(tmp_path / "both.csv", [rows()[0], {**ROW, **SWIN}])
+    both = write(tmp_path / "both.csv", [rows()[0], {**ROW, **SWIN, "cluster": "other"}])
     assert validate_planner.main(["--fit", str(fitted), "--predict", str(both), "--json", str(out)]) == 0
     content = json.loads(out.read_text())
     assert (content["rows"], content["images"]["rows"]) == (1, 1)
-    assert "images: --fit has no such run, so the priors alone predict" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "images: --fit has no such run, so the priors alone predict" in printed
+    assert "cluster other: no file for it, so it is taken for 2x8-a100-sxm4-80gb; --cluster other=YAML" in printed
 
 
 def test_a_file_without_a_run_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
