@@ -53,6 +53,7 @@ PRIORS = {
     "kept": Prior(0.7, 0.3, "second choices that GShard's gate keeps"),
     "expert_round": Prior(0.76e-3, 0.5, "seconds per local expert: this code runs experts one after another"),
     "padded_layer": Prior(3e-3, 1.0, "seconds per layer that the padding systems spend on masks"),
+    "read_image": Prior(0.5e-3, 1.0, "seconds of an image on its way from the storage that all nodes share"),
 }
 SHARED_SPREAD = 0.3  # of a cluster's deviation from the common constant, in logarithms
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import fields, replace
 
-from megatron_smartmoe.cost.moe_layer import LayerCounts
+from megatron_smartmoe.cost.moe_layer import LayerConstants, LayerCounts
 from megatron_smartmoe.cost.step.constants import StepConstants, expert_shape, layer_constants, spec_nodes
 from megatron_smartmoe.cost.step.moe import moe_times
 from megatron_smartmoe.cost.step.step import StepTime, step_time
@@ -17,6 +17,10 @@ SHARED_CARD = True  # the GPUs of a node share its network card
 # Seconds that SmartMoE's online placement spends on each assignment of a layer and micro-batch: it copies them to the
 # host and remaps them one by one in Python. Measured on one CPU core: 2 to 4 ms for 8,192.
 REMAP_S = 3e-3 / 8192
+# Image runs keep fp32 parameters and let autocast choose. A LayerNorm returns fp32, so tokens are exchanged in it. The
+# products of FastMoE's experts, which autocast does not know, are fp32 as well; Tutel's are ordinary ones.
+FP32_TIMES = 8.0  # V100 datasheet: 112 TFLOPS of fp16 on tensor cores, 14 of fp32
+FP32_SHARE = 0.8  # of that peak, which is easier to reach; an estimate
 
 
 def predict(
@@ -32,7 +36,10 @@ def predict(
         _part(run, part, cluster, once if at else constants, gates[run.gate], system)
         for at, part in enumerate(run.parts)
     ]
-    return StepTime(**{term.name: sum(getattr(time, term.name) for time in times) for term in fields(StepTime)})
+    terms = {term.name: sum(getattr(time, term.name) for time in times) for term in fields(StepTime)}
+    if run.vision:
+        terms["optimizer_s"] += run.samples * system["read_image"]
+    return StepTime(**terms)
 
 
 def _part(
@@ -52,7 +59,7 @@ def _part(
             all_to_all_intra=constants.all_to_all_intra * system["even_exchange"],
             all_to_all_inter=constants.all_to_all_inter * system["even_exchange"],
         )
-    layer = layer_constants(cluster, part.model, part.spec, constants, shared_card=SHARED_CARD)
+    layer = _layer(run, part, cluster, constants)
     if not padded:
         layer = replace(layer, expert_s=layer.expert_s + system["expert_round"])
     # Step 2: each layer under its own load, and what the system adds to all of them.
@@ -68,6 +75,17 @@ def _part(
             for one, counts in zip(moe_L, counts_L, strict=True)
         ]
     return step_time(part.model, part.spec, cluster, constants, moe_L)
+
+
+def _layer(run: MeasuredRun, part: Part, cluster: ClusterSpec, constants: StepConstants) -> LayerConstants:
+    """Constants of the layer in the run's types."""
+    spec = part.spec
+    if run.vision:
+        spec = replace(spec, precision="fp32")
+        if run.system not in PADDED:
+            cluster = replace(cluster, gpu=replace(cluster.gpu, peak_flops=cluster.gpu.peak_flops / FP32_TIMES))
+            constants = replace(constants, gemm=FP32_SHARE)
+    return layer_constants(cluster, part.model, spec, constants, shared_card=SHARED_CARD)
 
 
 def _added_s(

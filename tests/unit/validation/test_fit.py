@@ -167,6 +167,19 @@ def test_a_network_that_a_cluster_file_knows_is_not_guessed() -> None:
     assert other == guessed
 
 
+def test_an_image_run_reads_its_images_and_computes_fastmoes_experts_in_fp32() -> None:
+    run = run_of(as_row({**ROW, **SWIN, "system": "fastmoe"}))
+    slow, base, fast = (
+        Fitted({**TRUE, **constants}, {}, CLUSTERS)
+        for constants in ({"read_image": 1.5e-3}, {"read_image": 0.5e-3}, {"read_image": 0.5e-3, "gemm": 0.6})
+    )
+    assert slow.predict(run).total_s - base.predict(run).total_s == pytest.approx(4096 * 1e-3)
+    assert fast.predict(run).attention_s < base.predict(run).attention_s
+    assert fast.predict(run).moe_gemm_s == base.predict(run).moe_gemm_s
+    tutel = replace(run, system="tutel", capacity=1.0)
+    assert fast.predict(tutel).moe_gemm_s < base.predict(tutel).moe_gemm_s
+
+
 def test_regret_is_what_the_first_choice_costs() -> None:
     runs = [replace(run_of(as_row({**ROW, "ep": ep})), time_s=s) for ep, s in (("16", 2.0), ("8", 1.0))]
     (setting,) = fit_settings(runs, [0.5, 0.6])
