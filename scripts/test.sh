@@ -30,6 +30,9 @@ step() {
 }
 trap report EXIT
 
+# Where Python is told to keep no compiled modules, every worker and every rank compiles them all again.
+unset PYTHONDONTWRITEBYTECODE
+
 step scripts/setup.sh --dev
 export PATH="$PWD/.venv/bin:$PATH"
 export SMARTMOE_REQUIRE_BUILD=1 # a library that is missing is a failure here, not a slow run
