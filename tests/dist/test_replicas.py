@@ -55,12 +55,12 @@ MIXES = {
 }
 
 
-@pytest.mark.parametrize("mix", some_fast(MIXES, "EP4", "PP2xVPP2xEP2, overlapped, exact"))
+@pytest.mark.parametrize("mix", some_fast(MIXES, "EP4"))
 def test_copies_change_no_loss(mix: str, tmp_path: Path, data_flags: list[str]) -> None:
     world_size, flags, copies = MIXES[mix]
     common = [*flags.split(), *UNCLIPPED]
-    expected = train(tmp_path / "without", world_size, data_flags, *common, *WITHOUT, iterations=6)
-    found = train(tmp_path / "with", world_size, data_flags, *common, *copies, iterations=6)
+    expected = train(tmp_path / "without", world_size, data_flags, *common, *WITHOUT, iterations=4)
+    found = train(tmp_path / "with", world_size, data_flags, *common, *copies, iterations=4)
     assert distance(found, expected) < TOLERANCE
     last = balance(tmp_path / "with")[-1]
     assert np.sum(last["copies"]) > 0
@@ -120,8 +120,8 @@ def test_a_fault_in_the_gradients_shows(
 
 def test_a_run_can_be_repeated_bit_for_bit(tmp_path: Path, data_flags: list[str]) -> None:
     flags = ["--expert-model-parallel-size", "4", *AUTO]
-    first = train(tmp_path / "first", 4, data_flags, *flags, iterations=6)
-    assert train(tmp_path / "second", 4, data_flags, *flags, iterations=6) == first
+    first = train(tmp_path / "first", 4, data_flags, *flags, iterations=4)
+    assert train(tmp_path / "second", 4, data_flags, *flags, iterations=4) == first
     files = [tmp_path / run / "replicas-stage0-group0.jsonl" for run in ("first", "second")]
     assert files[0].read_bytes() == files[1].read_bytes() != b""
 
