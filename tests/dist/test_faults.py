@@ -1,4 +1,4 @@
-"""A fault of each kind, from a fixed seed: the same losses or a stop with one clear line; and a mix under heap checks."""
+"""A fault of each kind, from a fixed seed: the same losses or a stop with one line; and a mix under heap checks."""
 
 from __future__ import annotations
 
