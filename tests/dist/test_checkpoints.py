@@ -61,7 +61,16 @@ def test_resumed_losses_are_bit_equal(saved: Saved, tmp_path: Path) -> None:
     assert saved.resume(tmp_path, 2, *EP2) == saved.losses[4:]
 
 
-@pytest.mark.parametrize("mix", FROM_EP2)
+@pytest.mark.parametrize(
+    ("saved", "mix"),
+    [
+        pytest.param(optimizer, mix, marks=[] if mix == "EP4" or optimizer == "distributed" else [pytest.mark.long])
+        for optimizer in OPTIMIZERS
+        for mix in FROM_EP2
+    ],
+    indirect=["saved"],
+    scope="module",
+)
 def test_resumed_at_another_parallelism(saved: Saved, mix: str, tmp_path: Path) -> None:
     world_size, flags = FROM_EP2[mix]
     losses = saved.resume(tmp_path, world_size, *flags.split())

@@ -12,7 +12,7 @@ from megatron_smartmoe.runtime.decisions.command import main as replay
 from tests.dist.test_smartmoe_layer import EP2, UNCLIPPED
 from tests.support.checkpoints import different, tensors
 from tests.support.marks import some_fast
-from tests.support.training import losses, metrics, train
+from tests.support.training import losses, metrics, train, two_layers
 
 pytestmark = pytest.mark.dist
 
@@ -51,7 +51,8 @@ def compare(root: Path, world_size: int, data_flags: list[str], flags: str, iter
     runs = {"shuffled": [*SHUFFLE, "--smartmoe-homes-interval", str(every)], "stayed": STAY}
     for name, homes in runs.items():
         save = ["--save", str(root / name / "saved"), "--save-interval", str(iterations)]
-        train(root / name, world_size, data_flags, *flags.split(), *UNCLIPPED, *homes, *save, iterations=iterations)
+        everything = [*flags.split(), *two_layers(flags), *UNCLIPPED, *homes, *save]
+        train(root / name, world_size, data_flags, *everything, iterations=iterations)
     assert losses(root / "shuffled") == losses(root / "stayed")
     saved = {name: tensors(root / name / "saved", iterations) for name in runs}
     assert not different(saved["shuffled"], saved["stayed"])

@@ -11,7 +11,7 @@ import pytest
 from tests.dist.test_parallel_equality import MIXES
 from tests.support.homes import train_with_homes
 from tests.support.marks import some_fast
-from tests.support.training import train
+from tests.support.training import train, two_layers
 
 pytestmark = pytest.mark.dist
 
@@ -46,11 +46,6 @@ MORE_MIXES = {
 Losses = Callable[..., list[float]]
 
 
-def layers(flags: str) -> list[str]:
-    """Two layers show what four do, but where four stages need one each and where one of them is dense."""
-    return [] if "virtual" in flags or "layer-freq" in flags else ["--num-layers", "2"]
-
-
 @pytest.fixture(scope="module")
 def losses_of(tmp_path_factory: pytest.TempPathFactory, data_flags: list[str]) -> Losses:
     """Runs are compared with several others: each is made once."""
@@ -58,7 +53,7 @@ def losses_of(tmp_path_factory: pytest.TempPathFactory, data_flags: list[str]) -
     @functools.cache
     def run(world_size: int, flags: str, *more: str) -> list[float]:
         run_dir = tmp_path_factory.mktemp("run")
-        everything = [*flags.split(), *layers(flags), *UNCLIPPED, *more]
+        everything = [*flags.split(), *two_layers(flags), *UNCLIPPED, *more]
         return train(run_dir, world_size, data_flags, *everything, iterations=4)
 
     return run
@@ -93,7 +88,7 @@ def test_losses_do_not_depend_on_where_experts_live(
     mix: str, tmp_path: Path, data_flags: list[str], losses_of: Losses
 ) -> None:
     world_size, flags = HOMES[mix]
-    everything = [*flags.split(), *layers(flags), *UNCLIPPED, "--smartmoe"]
+    everything = [*flags.split(), *two_layers(flags), *UNCLIPPED, "--smartmoe"]
     moved = train_with_homes(tmp_path, world_size, data_flags, *everything, iterations=4, seed=5)
     assert moved == losses_of(world_size, flags, "--smartmoe")
 
@@ -101,7 +96,7 @@ def test_losses_do_not_depend_on_where_experts_live(
 @pytest.mark.fast
 def test_a_wrong_table_is_noticed(tmp_path: Path, data_flags: list[str], losses_of: Losses) -> None:
     """The equality above can fail: tables that do not match where the weights are give other losses."""
-    everything = [*EP2.split(), *layers(EP2), *UNCLIPPED, "--smartmoe"]
+    everything = [*EP2.split(), *two_layers(EP2), *UNCLIPPED, "--smartmoe"]
     wrong = train_with_homes(tmp_path, 2, data_flags, *everything, iterations=4, seed=5, move_weights=False)
     assert wrong[0] != losses_of(2, EP2, "--smartmoe")[0]
 
