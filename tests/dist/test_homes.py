@@ -63,7 +63,7 @@ def compare(root: Path, world_size: int, data_flags: list[str], flags: str, iter
 @pytest.mark.parametrize("mix", some_fast(MIXES, "EP2, bf16"))
 def test_random_migrations_change_nothing(mix: str, tmp_path: Path, data_flags: list[str]) -> None:
     world_size, flags = MIXES[mix]
-    assert compare(tmp_path, world_size, data_flags, flags, iterations=5, every=2) == 2
+    assert compare(tmp_path, world_size, data_flags, flags, iterations=6, every=2) == 2
 
 
 @pytest.mark.parametrize("steps", [10, pytest.param(200, marks=pytest.mark.long)])
