@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Everything that must hold before a change lands: style, types, who imports whom, and the tests.
 #
-#   scripts/test.sh                  all of it but the long ones, before a change lands: about 20 minutes on 2 cores
+#   scripts/test.sh                  all of it but the long ones, before a change lands: less than 20 minutes on 2 cores
 #   scripts/test.sh --fast           while you work on a change: the checks, tests/unit, and one training test of each kind
-#                                    (pytest -m "$FAST", below), about 3 minutes on 2 cores
+#                                    (pytest -m "$FAST", below), less than 3 minutes on 2 cores
 #   scripts/test.sh --long           the checks, and the tests that train for minutes: before a release
 #   scripts/test.sh tests/unit -x    the checks, and these tests in one process (arguments are pytest's)
 #
