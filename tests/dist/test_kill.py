@@ -17,7 +17,7 @@ from tests.support.training import TINY_MODEL, TINY_TRAINING, metrics, train
 
 pytestmark = pytest.mark.dist
 
-ITERATIONS = 60  # more than either start reaches
+ITERATIONS = 30  # more than either start reaches
 FLAGS = ["--expert-model-parallel-size", "2", "--use-distributed-optimizer", "--dist-ckpt-optim-fully-reshardable"]
 SAVING = ["--save", "{run_dir}/checkpoints", "--load", "{run_dir}/checkpoints", "--save-interval", "5"]
 
