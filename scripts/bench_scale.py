@@ -6,7 +6,8 @@
 Every plan runs in a process of its own, whose CPU seconds and largest memory are counted; its result is a file in DIR,
 and what is there is not run again. The first table has one model and batch on 256 to 96,000 GPUs; the second an uneven
 load, planned with and without balancing (each with the sizes that suit it best), on a cluster with NVLink and on one
-without. All step times are predictions of the cost model; only the planner's own time and memory are measured.
+without. Either plan may be one of plain Megatron, which `smartmoe plan` searches for as well, and is marked so. All
+step times are predictions of the cost model; only the planner's own CPU time and memory are measured.
 """
 
 from __future__ import annotations
@@ -107,7 +108,7 @@ def growth_table(answers: list[dict[str, Any]]) -> list[str]:
     lines += ["|---|---|---|---|---|---|---|---|"]
     for each in answers:
         best = each["best"]
-        cells = [f"{each['question']['gpus']:,}", best["launch"], f"{best['expected_s']:.2f} s"]
+        cells = [f"{each['question']['gpus']:,}", _launch(best), f"{best['expected_s']:.2f} s"]
         cells += [f"{best['tokens_per_s_per_gpu']:,.0f}", f"{each['shapes']:,}", f"{each['priced']:,}"]
         cells += [f"{each['cpu_s']:.1f} s", f"{each['memory_bytes'] / 1e6:.0f} MB"]
         lines.append("| " + " | ".join(cells) + " |")
@@ -131,7 +132,7 @@ def pays_table(pairs: list[tuple[dict[str, Any], dict[str, Any]]]) -> list[str]:
         step_s, time_s = on["best"]["expected_s"], on["best"]["time_s"]
         inside_s, between_s = (time_s.get(f"all-to-all {where} nodes", 0.0) for where in ("inside", "between"))
         gemm_s = time_s["experts: GEMM of the busiest rank's tokens"]
-        cells += [f"{one['best']['launch']}: {one['best']['expected_s']:.2f} s" for one in (off, on)]
+        cells += [f"{_launch(one['best'])}: {one['best']['expected_s']:.2f} s" for one in (off, on)]
         cells += [
             f"{_gain(on, off):.1%}",
             f"{gemm_s / step_s:.0%}",
@@ -140,6 +141,11 @@ def pays_table(pairs: list[tuple[dict[str, Any], dict[str, Any]]]) -> list[str]:
         cells += [f"{_sent_bytes(inside_s, between_s, question['cluster']) / 1e9:,.0f} GB"]
         lines.append("| " + " | ".join(cells) + " |")
     return lines
+
+
+def _launch(best: dict[str, Any]) -> str:
+    """A launch, marked where it is one of plain Megatron."""
+    return str(best["launch"]) + ("" if best["flags"]["smartmoe"] else " plain")
 
 
 def _gain(on: dict[str, Any], off: dict[str, Any]) -> float:
