@@ -9,6 +9,7 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from megatron_smartmoe.errors import ConfigError
 from megatron_smartmoe.spec.parallel import Dispatch
 from megatron_smartmoe.spec.readers.files import Named
 from megatron_smartmoe.spec.readers.json_text import read_object
@@ -47,4 +48,8 @@ def read_chosen(directory: Path) -> Chosen | None:
     if not path.is_file():
         return None
     content = read_object(Named(path=path, field="RUN", way_out=_WAY_OUT))
-    return build(Chosen, content, str(path), _WAY_OUT, known_only=False)
+    chosen = build(Chosen, content, str(path), _WAY_OUT, known_only=False)
+    for name in ("overlap_degree", "ranks_per_node"):
+        if getattr(chosen, name) < 1:
+            raise ConfigError(f"{path}.{name}", getattr(chosen, name), "must be at least 1", _WAY_OUT)
+    return chosen

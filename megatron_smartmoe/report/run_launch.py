@@ -66,15 +66,16 @@ def run_launch(record: RunRecord, cluster: Path | None = None) -> RunLaunch:
     if values.get("smartmoe_pool"):
         rule = "changes settings while training: the run's steps are not of one setting"
         raise ConfigError("--smartmoe-pool", values["smartmoe_pool"], rule, "Give a run without it.")
+    chosen = record.chosen if values.get("smartmoe") else None  # else it is of an earlier start of the run
     try:
         model = model_from_arguments(values, record.name)
         if not model.vocab and values.get("padded_vocab_size"):
             model = replace(model, vocab=values["padded_vocab_size"])
-        spec = _as_chosen(parallel_from_arguments(values, model, values["world_size"]), record.chosen)
+        spec = _as_chosen(parallel_from_arguments(values, model, values["world_size"]), chosen)
     except KeyError as missing:
         rule = f"has no {missing.args[0]} in its arguments.txt, as another Megatron or another release wrote it"
         raise ConfigError("RUN", record.name, rule, "Give a run of this release.") from None
-    nodes = None if record.chosen is None else -(-spec.gpus // record.chosen.ranks_per_node)
+    nodes = None if chosen is None else -(-spec.gpus // chosen.ranks_per_node)
     return RunLaunch(
         model=model,
         spec=spec,
@@ -85,7 +86,7 @@ def run_launch(record: RunRecord, cluster: Path | None = None) -> RunLaunch:
             margin=float(values.get("smartmoe_homes_margin", PolicyOptions.margin)),
             cooldown_iterations=int(values.get("smartmoe_homes_interval", PolicyOptions.cooldown_iterations)),
         ),
-        notes=tuple(_auto_notes(values, record.chosen)),
+        notes=tuple(_auto_notes(values, chosen)),
     )
 
 

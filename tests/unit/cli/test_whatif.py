@@ -293,6 +293,11 @@ def test_what_cannot_be_is_refused_by_name(
             "--step-times = 'cpu.csv': lacks rank 1 of iteration 1.",
         ),
         (
+            {},
+            {"launch.json": '{"dispatch": "flat", "overlap_degree": 1, "ranks_per_node": 0}'},
+            "DIR/launch.json.ranks_per_node = 0: must be at least 1. Take it away, or restore it.",
+        ),
+        (
             {"smartmoe_dispatch": "hierarchical"},
             {
                 "cpu.csv": "iteration,rank,seconds\n"
@@ -321,4 +326,4 @@ def test_a_run_that_says_nothing_is_refused(
     monkeypatch.chdir(run)
     times = ["--step-times", "cpu.csv"] if "cpu.csv" in files else []
     assert main(["whatif", str(run), "--ep", "2", *times]) == 2
-    assert capsys.readouterr().err.startswith(f"smartmoe whatif: {said}")
+    assert capsys.readouterr().err.startswith(f"smartmoe whatif: {said.replace('DIR', str(run))}")
