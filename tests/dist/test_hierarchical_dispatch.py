@@ -121,37 +121,40 @@ BF16 = "--bf16 --recompute-granularity full --recompute-method uniform --recompu
 SHARED = "--moe-shared-expert-intermediate-size 64 --moe-shared-expert-overlap"
 SPARE = "--smartmoe-spare-slots 1 --smartmoe-replicas-margin 0 --smartmoe-replicas"
 SHUFFLE = "--smartmoe-homes shuffle --smartmoe-homes-interval 1"
-DELAYED = "delayed weight gradients"
-TRAININGS: dict[str, tuple[int, int, str]] = {  # ranks of a node, iterations, flags; 4 ranks in all
+DELAY = "--delay-wgrad-compute"
+TRAININGS: dict[str, tuple[int, int, str, str]] = {  # ranks of a node, iterations, flags, in two hops alone; 4 ranks
     "ETP2, bf16, full recompute, overlapped shared experts, exact replicas": (
         2,
         3,
         f"{EP2} --tensor-model-parallel-size 2 --sequence-parallel --expert-tensor-parallel-size 2 {BF16} {SHARED} "
         f"{SPARE} exact --smartmoe-replicas-scope group {SHUFFLE}",
+        "",
     ),
     "PP2xVPP2, prediction blocks, auto replicas": (
         1,
         3,
         f"{EP2} --pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1 --mtp-num-layers 1 "
         f"{SPARE} auto --smartmoe-replicas-scope group {SHUFFLE}",
+        "",
     ),
-    f"overlapped micro-batches, {DELAYED}, dropping, groups, history replicas": (
+    "overlapped micro-batches, delayed weight gradients, dropping, groups, history replicas": (
         2,
         4,
         f"{TOP4} --expert-model-parallel-size 4 --bf16 --overlap-moe-expert-parallel-comm "
         "--moe-expert-capacity-factor 0.8 --moe-router-num-groups 4 --moe-router-group-topk 2 --smartmoe-homes on "
         f"--smartmoe-homes-interval 1 --smartmoe-homes-margin 1 {SPARE} history --smartmoe-record-micro-batches",
+        f"--ep-overlap-early-attn-memory-release {DELAY}",
     ),
 }
 
 
-def _train(argv: list[str], per_node: int, *, delays: bool) -> None:
+def _train(argv: list[str], per_node: int) -> None:
     from megatron_smartmoe.adapter.pretrain import main
 
     local_rank = int(os.environ["RANK"]) % per_node
     os.environ.update(LOCAL_WORLD_SIZE=str(per_node), LOCAL_RANK=str(local_rank))  # as if of one of several nodes
-    with delayed_weight_gradients() if delays else contextlib.nullcontext():
-        main(argv)
+    with delayed_weight_gradients() if DELAY in argv else contextlib.nullcontext():
+        main([flag for flag in argv if flag != DELAY])
 
 
 @pytest.mark.parametrize(
@@ -162,16 +165,15 @@ def test_a_training_has_the_losses_of_a_flat_dispatch(mix: str, tmp_path: Path, 
 
     What Megatron's schedule of two micro-batches may do in another order is done so in two hops alone.
     """
-    per_node, iterations, flags = TRAININGS[mix]
+    per_node, iterations, flags, in_two_hops = TRAININGS[mix]
     argv = [*TINY_MODEL, *TINY_TRAINING, *data_flags, "--train-iters", str(iterations), *flags.split(), "--smartmoe"]
     found, chosen, sent = {}, {}, {}
     for dispatch in ("auto", "hierarchical"):
         run_dir = tmp_path / dispatch
         more = ["--smartmoe-dispatch", dispatch, "--smartmoe-run-dir", str(run_dir)]
         more += ["--smartmoe-record-trace", str(run_dir / "trace.npz")] if "groups" in mix else []
-        delays = DELAYED in mix and dispatch == "hierarchical"
-        more += ["--ep-overlap-early-attn-memory-release"] if delays else []
-        run_ranks(_train, RANKS, [*argv, *more], per_node, delays=delays, log_dir=run_dir / "ranks")
+        more += in_two_hops.split() if dispatch == "hierarchical" else []
+        run_ranks(_train, RANKS, [*argv, *more], per_node, log_dir=run_dir / "ranks")
         found[dispatch] = losses(run_dir)
         chosen[dispatch] = json.loads((run_dir / "launch.json").read_text())
         steps = read_steps(run_dir)
