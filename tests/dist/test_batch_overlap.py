@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from argparse import Namespace
 from pathlib import Path
 from unittest import mock
 
@@ -15,7 +14,7 @@ from tests.dist.test_replicas import EXACT, HISTORY, MOVING, distance
 from tests.dist.test_smartmoe_layer import EP2, UNCLIPPED
 from tests.support.ranks import run_ranks
 from tests.support.replicas import balance
-from tests.support.training import TINY_MODEL, TINY_TRAINING, losses, train
+from tests.support.training import TINY_MODEL, TINY_TRAINING, delayed_weight_gradients, losses, train
 
 pytestmark = pytest.mark.dist
 
@@ -66,7 +65,7 @@ def _late_fetches(argv: list[str]) -> int:
 def test_delayed_weight_gradients(
     loops: list[str], tolerance: float, stock_losses: list[float], tmp_path: Path, data_flags: list[str]
 ) -> None:
-    """`--delay-wgrad-compute`: Megatron allows it with TransformerEngine's layers only; here only experts delay."""
+    """`--delay-wgrad-compute`; here only experts delay."""
     overlapped = ["--overlap-grad-reduce", "--use-distributed-optimizer", TWO_BATCHES]
     argv = [*TINY_MODEL, *TINY_TRAINING, *data_flags, *FLAGS, *overlapped, *loops, "--train-iters", "4"]
     run_ranks(_train_delaying, 2, [*argv, "--smartmoe-run-dir", str(tmp_path)], log_dir=tmp_path / "ranks")
@@ -74,24 +73,15 @@ def test_delayed_weight_gradients(
 
 
 def _train_delaying(argv: list[str]) -> None:
-    """Train with the option set after Megatron's validation, which asks for TransformerEngine."""
     from megatron_smartmoe.adapter import pretrain
     from megatron_smartmoe.adapter.moe.delayed_gradients import DelayedGradients
 
-    validated, compute, calls = pretrain.megatron_args, DelayedGradients.compute, []
-
-    def delaying(argv: list[str]) -> Namespace:
-        args = validated(argv)
-        args.delay_wgrad_compute = True
-        return args
+    compute, calls = DelayedGradients.compute, []
 
     def counted(delayed: DelayedGradients) -> None:
         calls.append(len(delayed._pending))
         compute(delayed)
 
-    with (
-        mock.patch.object(pretrain, "megatron_args", delaying),
-        mock.patch.object(DelayedGradients, "compute", counted),
-    ):
+    with delayed_weight_gradients(), mock.patch.object(DelayedGradients, "compute", counted):
         pretrain.main(argv)
     assert calls == [2] * (4 * 4 * 2)  # layers, iterations and micro-batches; two weights each
