@@ -53,7 +53,7 @@ class Case:
     spare_slots: int = 1
 
 
-def synthetic(sizes: list[int]) -> Iterator[Case]:
+def synthetic(sizes: list[int], seed: int) -> Iterator[Case]:
     """Drift, burst and neither, for each number of ranks."""
     for num_ranks in sizes:
         experts = EXPERTS.get(num_ranks, 8 * num_ranks)
@@ -65,7 +65,7 @@ def synthetic(sizes: list[int]) -> Iterator[Case]:
                 num_sources=num_ranks,
                 num_experts=experts,
                 micro_batches=4,
-                seed=1,
+                seed=seed,
             )
             yield Case(name=name, trace=synthetic_trace(spec), num_ranks=num_ranks)
 
@@ -171,6 +171,7 @@ def main() -> int:
     parser.add_argument("--ep", type=int, nargs="+", default=[8, 16, 64])
     parser.add_argument("--trace", type=Path, nargs="*", default=[])
     parser.add_argument("--workloads", action="store_true")
+    parser.add_argument("--seed", type=int, default=1, help="of the synthetic traces (default: 1)")
     parser.add_argument("--case", nargs="*", default=[], help="traces by name (default: all)")
     parser.add_argument("--peers", nargs="*", default=[], help="rules to compare with (default: all)")
     parser.add_argument("--cluster", nargs="+", default=["h100-sxm"])
@@ -181,7 +182,7 @@ def main() -> int:
     parser.add_argument("--each", action="store_true")
     options = parser.parse_args()
     cases = list(recorded(options.trace, options.ep, options.records))
-    cases += list(synthetic(options.ep)) if options.workloads or not cases else []
+    cases += list(synthetic(options.ep, options.seed)) if options.workloads or not cases else []
     cases += list(workloads(options.ep)) if options.workloads else []
     cases = [case for case in cases if not options.case or case.name in options.case]
     if not options.each:

@@ -20,6 +20,7 @@ def callbacks_for(args: Namespace, overlap_degree: OverlapDegree) -> list[Callba
     from megatron_smartmoe.adapter.loops.pool import PoolLoop
     from megatron_smartmoe.adapter.loops.replicas import ReplicaLoop
     from megatron_smartmoe.adapter.records.account import StepAccount, measures_steps
+    from megatron_smartmoe.adapter.records.chosen import ChosenRecorder
     from megatron_smartmoe.adapter.records.decisions import DecisionRecorder
     from megatron_smartmoe.adapter.records.metrics import Metrics
     from megatron_smartmoe.adapter.records.progress import ProgressRecorder
@@ -39,6 +40,7 @@ def callbacks_for(args: Namespace, overlap_degree: OverlapDegree) -> list[Callba
         GateSteps() if has_router(args.smartmoe_gate) else None,
         account,
         Metrics(account),
+        ChosenRecorder(overlap_degree) if args.smartmoe and args.num_experts is not None else None,
         homes,
         replicas,
         pool,

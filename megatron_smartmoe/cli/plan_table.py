@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 
 from megatron_smartmoe.planner.explain import GB, memory_lines, time_lines
@@ -76,4 +77,5 @@ def _kind(reason: str) -> str:
         return "cannot be among the best"
     if reason.startswith("needs"):
         return "too large"
-    return "breaks a rule: " + reason.split(" = ")[0].split(" does not")[0].rstrip("0123456789 ")
+    rule = reason.split(" = ")[0].split(" does not")[0].split(", there are")[0]
+    return "breaks a rule: " + re.sub(r" \d+", "", rule)  # one kind, whatever its numbers

@@ -270,6 +270,7 @@ def _spec(launch: RunLaunch, values: dict[str, Any]) -> ParallelSpec:
         spare_slots=spare,
         replicas=cast(Replicas, values["replicas"] if spare else "off"),
         homes_interval=values["homes_interval"] if ep > 1 else 0,
+        overlap_degree=run.overlap_degree if ep > 1 else 1,
         micro_batch=values["micro_batch"],
     )
 
@@ -420,7 +421,7 @@ def _prediction(
 
 def _notes(trace: RoutingTrace, launch: RunLaunch, settings: Sequence[Setting]) -> list[str]:
     """What the predictions leave out, for this run and these settings."""
-    notes = list(trace.notes)
+    notes = [*trace.notes, *launch.notes]
     specs = [launch.spec, *(setting.spec for setting in settings)]
     if not trace.has_micro_batches and any(spec.micro_batches > 1 for spec in specs):
         notes.append("the trace adds micro-batches up: those of an iteration are taken to route alike")

@@ -57,7 +57,8 @@ class Count(IntEnum):
         TOKENS: rows that its experts computed.
         GROUPS: experts and replicas with rows.
         CALLS: calls of the experts: one for each layer, micro-batch and chunk.
-        PORT_TOKENS: rows that it sent to other ranks or received from them, the greater of the two.
+        PORT_TOKENS: rows that it sent to other ranks or received from them, the greater of the two; the mean of a
+            layer's exchanges, where they differ.
         REPLICAS: replicas with rows.
         BUSIEST_TOKENS: rows of the busiest rank of its expert-parallel group, layer by layer.
         BUSIEST_GROUPS: groups of that rank.

@@ -15,6 +15,7 @@ from megatron_smartmoe.report.account import CLOCKS, RunAccount, memory, parts_o
 from megatron_smartmoe.report.binning import Loads, loads_of
 from megatron_smartmoe.report.candidates import candidate_lines, prices
 from megatron_smartmoe.report.charts import COLOURS, Line, heat_map, lines, stacked
+from megatron_smartmoe.report.chosen import Chosen
 from megatron_smartmoe.report.run_record import Balance, RunRecord, is_move, whole
 from megatron_smartmoe.spec.placement import EMPTY
 
@@ -317,6 +318,13 @@ def _decision(run: RunRecord, decision: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _exchange(chosen: Chosen | None) -> str:
+    if chosen is None:
+        return ""
+    chunks = f"{chosen.overlap_degree} chunk{'' if chosen.overlap_degree == 1 else 's'}"
+    return f"{chosen.dispatch} dispatch in {chunks}, {chosen.ranks_per_node} ranks a node"
+
+
 def _facts(run: RunRecord) -> list[tuple[str, str]]:
     """Where the run was made."""
     environment = run.environment
@@ -327,5 +335,6 @@ def _facts(run: RunRecord) -> list[tuple[str, str]]:
         "revision": str(environment.get("git", "")),
         "versions": ", ".join(f"{name} {value}" for name, value in versions.items()),
         "command line": " ".join(map(str, environment.get("argv", []))),
+        "exchange of tokens": _exchange(run.chosen),
     }
     return [(name, value) for name, value in facts.items() if value]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 from megatron_smartmoe.errors import ConfigError
 from megatron_smartmoe.placement.policy import PolicyOptions
 from megatron_smartmoe.planner.arguments import model_from_arguments, parallel_from_arguments
+from megatron_smartmoe.report.chosen import Chosen
 from megatron_smartmoe.report.run_record import RunRecord
 from megatron_smartmoe.spec.cluster import ClusterSpec, load_cluster_spec
 from megatron_smartmoe.spec.devices import fitting_cluster
@@ -25,9 +26,10 @@ class RunLaunch:
     Attributes:
         model: what it trained; its vocabulary is 0 where no argument has it.
         spec: its launch.
-        cluster: the machine that it ran on, with the nodes of the run.
+        cluster: the machine that it ran on, with the nodes of the run, as few as hold its ranks where it wrote none.
         replicas_margin: its --smartmoe-replicas-margin.
         homes: when its homes moved.
+        notes: what was `auto`, and is taken to be in every setting.
     """
 
     model: ModelSpec
@@ -35,8 +37,11 @@ class RunLaunch:
     cluster: ClusterSpec
     replicas_margin: float
     homes: PolicyOptions
+    notes: tuple[str, ...] = ()
 
 
+# Flags that may be `auto`, and what they are taken to have been where the run did not write it: as a plan has them
+_ASSUMED = {"dispatch": FLAT, "overlap_degree": 1}
 _BEFORE_THERE_WAS_A_FLAG = {"smartmoe_dispatch": FLAT}  # what earlier releases did, whose runs are read
 
 
@@ -61,25 +66,45 @@ def run_launch(record: RunRecord, cluster: Path | None = None) -> RunLaunch:
     if values.get("smartmoe_pool"):
         rule = "changes settings while training: the run's steps are not of one setting"
         raise ConfigError("--smartmoe-pool", values["smartmoe_pool"], rule, "Give a run without it.")
+    chosen = record.chosen if values.get("smartmoe") else None  # else it is of an earlier start of the run
     try:
         model = model_from_arguments(values, record.name)
         if not model.vocab and values.get("padded_vocab_size"):
             model = replace(model, vocab=values["padded_vocab_size"])
-        spec = parallel_from_arguments(values, model, values["world_size"])
+        spec = _as_chosen(parallel_from_arguments(values, model, values["world_size"]), chosen)
     except KeyError as missing:
         rule = f"has no {missing.args[0]} in its arguments.txt, as another Megatron or another release wrote it"
         raise ConfigError("RUN", record.name, rule, "Give a run of this release.") from None
+    nodes = None if chosen is None else -(-spec.gpus // chosen.ranks_per_node)
     return RunLaunch(
         model=model,
         spec=spec,
-        cluster=on_ranks(_cluster(values, cluster), spec.gpus),
+        cluster=on_ranks(_cluster(values, cluster), spec.gpus, nodes),
         replicas_margin=float(values.get("smartmoe_replicas_margin", 1.0)),
         homes=PolicyOptions(
             horizon_iterations=int(values.get("smartmoe_homes_horizon", PolicyOptions.horizon_iterations)),
             margin=float(values.get("smartmoe_homes_margin", PolicyOptions.margin)),
             cooldown_iterations=int(values.get("smartmoe_homes_interval", PolicyOptions.cooldown_iterations)),
         ),
+        notes=tuple(_auto_notes(values, chosen)),
     )
+
+
+def _as_chosen(spec: ParallelSpec, chosen: Chosen | None) -> ParallelSpec:
+    """The launch, with what its ranks chose when they started."""
+    if chosen is None:
+        return spec
+    return replace(spec, dispatch=chosen.dispatch, overlap_degree=chosen.overlap_degree)
+
+
+def _auto_notes(values: Mapping[str, Any], chosen: Chosen | None) -> Iterator[str]:
+    for name, assumed in _ASSUMED.items():
+        if values.get(f"smartmoe_{name}") == "auto":
+            flag = f"--smartmoe-{name.replace('_', '-')} auto"
+            if chosen is None:
+                yield f"the run did not write what {flag} was: taken to be {assumed}"
+            else:
+                yield f"{flag} was {getattr(chosen, name)} in the run, and is taken to be so in every setting"
 
 
 def on_ranks(cluster: ClusterSpec, ranks: int, nodes: int | None = None) -> ClusterSpec:

@@ -12,6 +12,7 @@ import numpy as np
 
 from megatron_smartmoe.errors import ConfigError, PlanError
 from megatron_smartmoe.placement.plan_homes import drop_misplaced
+from megatron_smartmoe.report.chosen import Chosen, read_chosen
 from megatron_smartmoe.spec.arrays import FloatArray
 from megatron_smartmoe.spec.placement import Placement
 from megatron_smartmoe.spec.readers.files import Named, read_text
@@ -70,6 +71,7 @@ class RunRecord:
         config: the configuration, as text.
         plan: the chosen launch, with --parallel auto.
         notes: what could not be read.
+        chosen: what `auto` in its arguments was, where the run wrote it.
         compared: what `homes` and `split` of the balance are, in words.
     """
 
@@ -86,6 +88,7 @@ class RunRecord:
     config: str
     plan: dict[str, Any]
     notes: list[str]
+    chosen: Chosen | None = None
     compared: tuple[str, str] = ("homes alone", "with replicas")
 
     @property
@@ -127,6 +130,7 @@ def read_run(directory: Path, trace: Path | None = None) -> RunRecord:
         config=_text(directory / "config.yaml"),
         plan=_object(directory / "plan.json"),
         notes=notes,
+        chosen=read_chosen(directory),
     )
 
 

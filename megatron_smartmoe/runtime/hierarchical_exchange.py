@@ -122,6 +122,23 @@ class ExchangeSizes:
             received_NL=sent_RR[:, rank].reshape(num_nodes, per_node),
         )
 
+    def port_rows(self, rank: int) -> int:
+        """Rows that a rank sends to others or receives from them, the greater of the two, in the mean exchange.
+
+        Two of a layer's four exchanges are flat, and two have both hops.
+
+        Args:
+            rank: of the group.
+        """
+        num_nodes, per_node = self.sent_NL.shape
+        node, place = divmod(rank, per_node)
+        away_N, away_L = np.arange(num_nodes) != node, np.arange(per_node) != place
+        away_NL = away_N[:, None] | away_L
+        flat = max(int(each_NL[away_NL].sum()) for each_NL in (self.sent_NL, self.received_NL))
+        out = self.once_sent_N[away_N].sum() + self.relayed_NL[:, away_L].sum()
+        arriving = self.once_received_N[away_N].sum() + self.received_NL[:, away_L].sum()
+        return (flat + max(int(out), int(arriving))) // 2
+
 
 def exchange_sizes(
     group: dist.ProcessGroup, number_N: torch.Tensor, sent_NL: IntArray, received_NL: IntArray

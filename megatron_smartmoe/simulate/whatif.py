@@ -20,9 +20,10 @@ from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
-from megatron_smartmoe.cost.comm import busiest_ports
+from megatron_smartmoe.cost.comm import BusiestPorts, busiest_ports
+from megatron_smartmoe.cost.dispatchers import carried
 from megatron_smartmoe.cost.fitted import Part
-from megatron_smartmoe.cost.moe_layer import ALL_TO_ALLS, LayerConstants, LayerFlow, LayerTime
+from megatron_smartmoe.cost.moe_layer import ALL_TO_ALLS, LayerConstants, LayerCounts, LayerFlow, LayerTime, on_the_wire
 from megatron_smartmoe.cost.step.constants import StepConstants, expert_shape, layer_constants
 from megatron_smartmoe.cost.step.moe import LAUNCHES_PER_CHUNK, MoETimes, moe_times
 from megatron_smartmoe.cost.step.step import StepTime, step_time
@@ -292,17 +293,13 @@ class _Layers:
         worst = float(load_R.max() / load_R.mean())
         self.hottest_NL[record, layer] = max(self.hottest_NL[record, layer], worst)
         self.imbalance_NL[record, layer] += worst / groups / self.micro_batches
-        sent = self._through_port(flow.traffic_RR)
+        counts = LayerCounts.of(on_the_wire(flow, self.setup.dispatcher))
+        sent = _through(carried(counts.tokens, (), counts.hops, self.setup.dispatcher).ports)
         self.exchange_NL[record, layer] += sent * ALL_TO_ALLS * self.expert.token_bytes / groups
         both_ways_bytes = self.expert.sent_weight_bytes + self.expert.gradient_bytes
         for one, mode in flows:
-            copied = self._through_port(one.replicas_RR) * both_ways_bytes
+            copied = _through(busiest_ports(one.replicas_RR, self.setup.num_nodes)) * both_ways_bytes
             self.replicas_NL[record, layer] += copied / self._served(mode) / groups
-
-    def _through_port(self, traffic_RR: FloatArray) -> float:
-        """What the busiest ports carry, inside nodes and between them."""
-        ports = busiest_ports(traffic_RR, self.setup.num_nodes)
-        return ports.intra + ports.inter_gpu
 
     def _served(self, mode: Sees) -> int:
         """Micro-batches that one transfer of a replica serves."""
@@ -342,6 +339,11 @@ class _Layers:
         for layer, terms_T in zip(machine.expert_layers, terms_LT, strict=True):
             moe[layer] = _of_vector(terms_T)
         return step_time(machine.model, spec, cluster, machine.constants, moe)
+
+
+def _through(ports: BusiestPorts) -> float:
+    """What the busiest ports carry, inside nodes and between them."""
+    return ports.intra + ports.inter_gpu
 
 
 def flow_of(applied: Applied, num_nodes: int, kernels: Kernels) -> LayerFlow:

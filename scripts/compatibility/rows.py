@@ -79,7 +79,7 @@ def _emerging(optimizer: str) -> dict[str, str]:
 _TWO_HOPS = {
     "ETP2": "ETP2, bf16, full recompute, overlapped shared experts, exact replicas",
     "VPP2": "PP2xVPP2, prediction blocks, auto replicas",
-    "batches": "overlapped micro-batches, dropping, groups, history replicas",
+    "batches": "overlapped micro-batches, delayed weight gradients, dropping, groups, history replicas",
 }
 _VPP = {
     HOMES: _moves("PP2xVPP2xEP2, prediction blocks"),
@@ -161,7 +161,8 @@ SECTIONS: dict[str, list[Row]] = {
         ),
         Row(
             flags="--delay-wgrad-compute",
-            tests={part: f"{BATCHES}::test_delayed_weight_gradients[{part}]" for part in (HOMES, REPLICAS)},
+            tests={part: f"{BATCHES}::test_delayed_weight_gradients[{part}]" for part in (HOMES, REPLICAS)}
+            | {HOPS: _two_hops("batches")},
             needs=f"--bf16 {_TE} --overlap-moe-expert-parallel-comm",
         ),
         Row(
@@ -169,7 +170,11 @@ SECTIONS: dict[str, list[Row]] = {
             tests={part: f"{BATCHES}::test_weight_gradients_beside_the_dispatch[{part}]" for part in (HOMES, REPLICAS)},
             needs=f"--bf16 {_TE}",
         ),
-        Row(flags="--ep-overlap-early-attn-memory-release", needs="--bf16 --overlap-moe-expert-parallel-comm"),
+        Row(
+            flags="--ep-overlap-early-attn-memory-release",
+            tests=dict.fromkeys((HOMES, REPLICAS, HOPS), _two_hops("batches")),
+            needs="--bf16 --overlap-moe-expert-parallel-comm",
+        ),
     ],
     "Model": [
         Row(flags="--moe-layer-freq ([0]*1+[1]*3)", tests={HOMES: f"{STOCK}[EP2, shared experts, dense first layer]"}),

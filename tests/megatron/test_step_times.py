@@ -111,6 +111,13 @@ def test_rows_are_counted_once_and_not_in_evaluation() -> None:
     assert not STEP_CLOCK.is_running
 
 
+def test_a_dispatch_in_two_hops_counts_its_own_rows() -> None:
+    layer = Layer()
+    layer.token_dispatcher.port_rows = 3
+    step = step_of(times := StepTimes(run_of(layer)), layer)
+    assert times.units_of(step, micro_batches=1).counts_U3.tolist() == [[6, 2, 3]]
+
+
 def test_chunks_of_a_micro_batch_are_added_up() -> None:
     times = StepTimes(run_of())
     rows = [[1, 2], [3, 0], [5, 5], [0, 1]]

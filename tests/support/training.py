@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from tests.support.ranks import run_ranks
 
@@ -57,6 +61,22 @@ def train(
     argv += ["--smartmoe-run-dir", str(run_dir)]
     run_ranks(_main, world_size, argv, log_dir=run_dir / "ranks", ranks_per_node=ranks_per_node)
     return losses(run_dir)
+
+
+@contextlib.contextmanager
+def delayed_weight_gradients() -> Iterator[None]:
+    """Set `--delay-wgrad-compute` after Megatron's validation, which allows it with TransformerEngine's layers only."""
+    from megatron_smartmoe.adapter import pretrain
+
+    validated = pretrain.megatron_args
+
+    def delaying(argv: Sequence[str]) -> Namespace:
+        args = validated(argv)
+        args.delay_wgrad_compute = True
+        return args
+
+    with mock.patch.object(pretrain, "megatron_args", delaying):
+        yield
 
 
 def losses(run_dir: Path) -> list[float]:

@@ -8,6 +8,7 @@ runs/quickstart-20260102-030405/
   environment.json   git revision, versions, host, Slurm's variables, settings of NCCL and other libraries
   train.log          the output (node1.log, ... for further nodes; with a Slurm task per rank, Slurm writes it)
   arguments.txt      every argument of Megatron after validation
+  launch.json        with --smartmoe: what `auto` was for the exchange of tokens, and the ranks of a node
   metrics.jsonl      a line per logged iteration
   summary.json       how it ended
   stacks-rank3.txt   stacks of a rank that held training up (docs/reliability.md)

@@ -39,6 +39,11 @@ class _InTwoHops(SlotDispatcher):
     _exchange: HierarchicalExchange  # from `token_dispatch` to `token_combine`
     packs = False  # rows cross the nodes once for several weights
 
+    @property
+    def port_rows(self) -> int:
+        """Rows over this rank's port in the micro-batch's mean exchange; what times the steps reads it."""
+        return self._sizes.port_rows(self.ep_rank)
+
     def token_dispatch(
         self, permutated_local_input_tokens: torch.Tensor, permuted_probs: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:

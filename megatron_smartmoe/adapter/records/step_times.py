@@ -31,7 +31,8 @@ class Call:
         layer: its number.
         rows_S: rows of each slot, home slots first.
         home_slots: S, those of homes.
-        port_tokens: rows that this rank sent to other ranks or received from them, the greater of the two.
+        port_tokens: rows that this rank sent to other ranks or received from them, the greater of the two, in the mean
+            of the layer's exchanges.
     """
 
     layer: int
@@ -134,6 +135,9 @@ class StepTimes:
 
     def _port_tokens(self, dispatcher: Any) -> int | None:
         """Rows over this rank's port, where the dispatcher has the sizes of its all-to-all on the host."""
+        in_two_hops: int | None = getattr(dispatcher, "port_rows", None)
+        if in_two_hops is not None:
+            return in_two_hops
         found = []
         for name in ("input_splits", "output_splits"):
             sizes = getattr(dispatcher, name, None)

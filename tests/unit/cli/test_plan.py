@@ -8,7 +8,11 @@ from pathlib import Path
 import pytest
 
 from megatron_smartmoe.cli.main import main
+from megatron_smartmoe.cli.plan_table import rejections
 from megatron_smartmoe.planner.pool import Pool
+from megatron_smartmoe.planner.search import SearchResult
+from megatron_smartmoe.planner.space import Rejected
+from megatron_smartmoe.spec.parallel import ParallelSpec
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 MODEL = str(CONFIGS / "models" / "olmoe.yaml")
@@ -67,3 +71,12 @@ def test_a_model_that_does_not_fit_says_so(capsys: pytest.CaptureFixture[str]) -
     model = str(CONFIGS / "models" / "mixtral-8x22b.yaml")
     assert main(["plan", "--model", model, "--cluster", CLUSTER, "--gpus", "1", "--no-overlap"]) == 2
     assert "no launch fits: the smallest needs" in capsys.readouterr().err
+
+
+def test_what_differs_in_its_numbers_is_one_kind_of_rejection() -> None:
+    reasons = [f"the interleaved schedule needs {stages} micro-batches, there are 1" for stages in (2, 4)]
+    rejected = [Rejected(ParallelSpec(gpus=8), reason) for reason in reasons]
+    lines = rejections(SearchResult([], [], rejected, 2, 0, 0.0)).splitlines()
+    assert [line.partition(" e.g. ")[0].split(maxsplit=1) for line in lines[1:]] == [
+        ["2", "breaks a rule: the interleaved schedule needs micro-batches"]
+    ]

@@ -169,6 +169,28 @@ def test_wall_time_of_the_log(run_dir: Path) -> None:
     assert moving["step_s"] < fixed["step_s"]
 
 
+def test_what_auto_chose_is_what_is_priced(run_dir: Path, tmp_path: Path) -> None:
+    """On two nodes of two ranks, a hierarchical dispatch sends fewer rows."""
+    found = {}
+    for dispatch in ("", "flat", "hierarchical"):
+        run = tmp_path / f"run {dispatch}"
+        shutil.copytree(run_dir, run)
+        write_arguments(run, {"smartmoe_dispatch": "auto"})
+        if dispatch:
+            chosen = {"dispatch": dispatch, "overlap_degree": 1, "ranks_per_node": 2}
+            (run / "launch.json").write_text(json.dumps(chosen))
+        found[dispatch] = whatif(run, "--ep", "2", of=())
+    said = {dispatch: [note for note in content["notes"] if "auto" in note] for dispatch, content in found.items()}
+    assert said[""] == ["the run did not write what --smartmoe-dispatch auto was: taken to be flat"]
+    assert said["flat"] == ["--smartmoe-dispatch auto was flat in the run, and is taken to be so in every setting"]
+    flat, hops = (found[dispatch]["settings"][0] for dispatch in ("flat", "hierarchical"))
+    assert hops["exchange_bytes"] < 0.99 * flat["exchange_bytes"]
+    assert [one["launch"].get("dispatch", "flat") for one in found["hierarchical"]["settings"]] == [
+        "hierarchical",
+        "flat",  # EP 2 lies on one node
+    ]
+
+
 def test_measured_parts_of_steps_narrow_the_bars(run_dir: Path, loads_NR: np.ndarray) -> None:
     """account.jsonl of the same machine: the experts' time apart from the rest, a tenth of which is dispatch."""
     rng = np.random.default_rng(4)
@@ -271,6 +293,11 @@ def test_what_cannot_be_is_refused_by_name(
             "--step-times = 'cpu.csv': lacks rank 1 of iteration 1.",
         ),
         (
+            {},
+            {"launch.json": '{"dispatch": "flat", "overlap_degree": 1, "ranks_per_node": 0}'},
+            "DIR/launch.json.ranks_per_node = 0: must be at least 1. Take it away, or restore it.",
+        ),
+        (
             {"smartmoe_dispatch": "hierarchical"},
             {
                 "cpu.csv": "iteration,rank,seconds\n"
@@ -299,4 +326,4 @@ def test_a_run_that_says_nothing_is_refused(
     monkeypatch.chdir(run)
     times = ["--step-times", "cpu.csv"] if "cpu.csv" in files else []
     assert main(["whatif", str(run), "--ep", "2", *times]) == 2
-    assert capsys.readouterr().err.startswith(f"smartmoe whatif: {said}")
+    assert capsys.readouterr().err.startswith(f"smartmoe whatif: {said.replace('DIR', str(run))}")

@@ -63,3 +63,5 @@ def test_sizes_of_one_rank_follow_from_everybodys_counts() -> None:
     assert sizes.relayed_NL.tolist() == [[2, 3], [10, 11]]
     assert sizes.sent_NL.tolist() == [[8, 9], [10, 11]]
     assert sizes.received_NL.tolist() == [[2, 6], [10, 14]]
+    # flat: 8 + 9 + 11 out; in two hops: 5 out to the other node and 3 + 11 to the neighbour, 2 and 6 + 14 in
+    assert sizes.port_rows(2) == (28 + 22) // 2
