@@ -112,7 +112,7 @@ def _run(argv: list[str], folder: Path, still: dict[bool, list[float]], steps: d
             if iteration % SAVE_EVERY == 1 and number > 2:
                 steps[number % 2 == 0].append(time.perf_counter() - self._began)
 
-    Finishing.wait_for_digests = waited  # type: ignore[method-assign]
+    Finishing.wait_for_digests = waited  # type: ignore[method-assign, assignment]
     CheckpointSaves.around_save_checkpoint = in_turn  # type: ignore[method-assign, assignment]
     main(argv, callbacks=[Steps()])
 

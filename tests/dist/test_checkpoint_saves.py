@@ -6,7 +6,7 @@ import os
 import random
 import shutil
 import signal
-import time
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -214,16 +214,14 @@ def _train_on_full_disk(argv: list[str]) -> None:
     main(argv, callbacks=[FullDisk()])
 
 
-def test_training_goes_on_beside_a_save_that_is_finished_whatever_ends_it(
-    tmp_path: Path, data_flags: list[str]
-) -> None:
-    """Digests and checksums take longer than a step here. Still they are of what was saved: the optimizer waits. And
-    the second checkpoint comes into force although rank 1 leaves the training by an exception in the step after it."""
+def test_a_save_is_finished_beside_the_training_whatever_ends_that(tmp_path: Path, data_flags: list[str]) -> None:
+    """Digests that begin with the optimizer's step are of what was saved: it waits for them. And the second checkpoint
+    comes into force although rank 1 leaves the training by an exception before that step."""
     directory = tmp_path / "saved"
     argv = [*TINY_MODEL, *TINY_TRAINING, *data_flags, *EP2, *SHARDED, "--smartmoe", "--train-iters", "6"]
     argv += ["--save", str(directory), "--save-interval", "2"]
-    with pytest.raises(AssertionError, match="ends the training of this rank"):
-        run_ranks(_train_with_slow_digests, 2, argv, log_dir=tmp_path / "ranks")
+    with pytest.raises(AssertionError, match="this ends the training of this rank"):
+        run_ranks(_train_with_late_digests, 2, argv, log_dir=tmp_path / "ranks")
     assert (directory / TRACKER).read_text() == "4"
     for iteration in (2, 4):
         manifest = read_manifest(folder := directory / f"iter_{iteration:07d}")
@@ -234,30 +232,37 @@ def test_training_goes_on_beside_a_save_that_is_finished_whatever_ends_it(
         assert f"iteration {iteration:8d} | checkpoint: complete, and the tracker names it" in log(tmp_path)
 
 
-def _train_with_slow_digests(argv: list[str]) -> None:
-    from megatron_smartmoe.adapter.checkpoint import finishing
+def _train_with_late_digests(argv: list[str]) -> None:
+    """Digests are computed when the optimizer waits for them; if it does not, after its step."""
     from megatron_smartmoe.adapter.checkpoint.digests import LocalDigests
     from megatron_smartmoe.adapter.hooks import Callback
     from megatron_smartmoe.adapter.pretrain import main
 
-    compute, entries = LocalDigests._compute_on_host, finishing.own_entries
+    begin = threading.Event()
+    compute, wait = LocalDigests._compute_on_host, LocalDigests.wait
 
-    def slow(self: LocalDigests) -> None:
-        time.sleep(0.5)
+    def late(self: LocalDigests) -> None:
+        begin.wait(2)
+        begin.clear()
         compute(self)
 
-    def slow_entries(*args: Any) -> Any:
-        time.sleep(0.5)
-        return entries(*args)
+    def waited(self: LocalDigests) -> None:
+        begin.set()
+        wait(self)
 
-    class Leaving(Callback):
+    class Steps(Callback):
         def before_step(self, iteration: int) -> None:
             if iteration == 5 and int(os.environ["RANK"]) == 1:
                 raise RuntimeError("this ends the training of this rank")
 
-    LocalDigests._compute_on_host = slow  # type: ignore[method-assign]
-    finishing.own_entries = slow_entries
-    main(argv, callbacks=[Leaving()])
+        def after_step(self, iteration: int, losses: Any) -> None:
+            begin.set()
+
+        def between_steps(self, iteration: int) -> None:
+            begin.clear()
+
+    LocalDigests._compute_on_host, LocalDigests.wait = late, waited  # type: ignore[method-assign]
+    main(argv, callbacks=[Steps()])
 
 
 @pytest.mark.parametrize(("point", "victim"), [("save: checksums", 1), ("save: manifest", 0)])
@@ -275,7 +280,7 @@ def test_a_rank_that_is_killed_behind_a_save_leaves_the_checkpoint_before_it(
     assert not (directory / "iter_0000004" / MANIFEST_FILE).exists()
     if victim == 0:
         return  # what is on the disk is the same
-    train(tmp_path / "resumed", 2, flags, "--load", str(directory), iterations=3)
+    train(tmp_path / "resumed", 2, flags, "--load", str(directory), iterations=6)
     assert (
         f"smartmoe: {directory} has checkpoints newer than iteration 2 that are not used (half-written: 4); training "
         "replaces those whose iterations it saves\n"

@@ -120,7 +120,7 @@ class _OnDevice:
         self._places = np.array([place for place, _ in parts])
         sums = [start_digest(part.tensor, part.piece) for _, part in parts if part.tensor is not None]
         self._sums = torch.stack(sums).to("cpu", non_blocking=True)  # to pinned memory
-        self._done = torch.cuda.Event()
+        self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
         self._done.record()
 
     def add_to(self, values: NDArray[np.uint64]) -> None:

@@ -102,7 +102,8 @@ class Finishing:
         self._ended, self._prefix = ended, f"smartmoe/save/{number}"
         self._lock, self._later = threading.Lock(), list[Callable[[], Any]]()
         self._written, self._has_sent = threading.Event(), threading.Event()
-        self._is_given_up, self._verdict, self._error = False, "", None
+        self._is_given_up, self._verdict = False, ""
+        self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name=f"save {save.iteration}", daemon=True)
 
     def begin(self) -> None:

@@ -300,6 +300,8 @@ class CheckpointSaves(Callback):
         if problem:
             self._say_not_saved(save, problem)
             return
+        if _tracked(save.directory) != save.iteration:
+            return  # `_tracker_failed` has said why
         seconds = time.perf_counter() - save.began_s
         lacks = f"; its manifest has no digests ({finishing.lacks})" if finishing.lacks and save.digests else ""
         when = f"{seconds:.2f} s after the save began"
