@@ -71,6 +71,7 @@ def _run(argv: list[str], folder: Path, still: dict[bool, list[float]], steps: d
 
     put_around, waiting = CheckpointSaves.around_save_checkpoint, Finishing.wait_for_digests
     stood = [0.0]  # for the last save, on this rank
+    turns = [0]  # saves so far
 
     def waited(finishing: Finishing) -> None:
         began = time.perf_counter()
@@ -81,15 +82,15 @@ def _run(argv: list[str], folder: Path, still: dict[bool, list[float]], steps: d
         guarded = put_around(saves, save)
 
         def timed(iteration: int, *args: Any, **kwargs: Any) -> None:
-            number = iteration // SAVE_EVERY
-            has_manifest = number % 2 == 0
+            turns[0] += 1
+            has_manifest = turns[0] % 2 == 0
             # Step 1: the save before this one has come to its end.
             began = time.perf_counter()
             saves.finish_saves()
             stood[0] += time.perf_counter() - began
             longest = torch.tensor(stood, dtype=torch.float64)
             dist.all_reduce(longest, op=dist.ReduceOp.MAX)
-            if number > 3:  # the save before it was not the first of its kind
+            if turns[0] > 3:  # the save before it was not the first of its kind
                 still[not has_manifest].append(float(longest))
             # Step 2: this one.
             if dist.get_rank() == 0:
@@ -108,9 +109,8 @@ def _run(argv: list[str], folder: Path, still: dict[bool, list[float]], steps: d
             self._began = time.perf_counter()
 
         def after_step(self, iteration: int, losses: Mapping[str, torch.Tensor]) -> None:
-            number = (iteration - 1) // SAVE_EVERY
-            if iteration % SAVE_EVERY == 1 and number > 2:
-                steps[number % 2 == 0].append(time.perf_counter() - self._began)
+            if iteration % SAVE_EVERY == 1 and turns[0] > 2:
+                steps[turns[0] % 2 == 0].append(time.perf_counter() - self._began)
 
     Finishing.wait_for_digests = waited  # type: ignore[method-assign, assignment]
     CheckpointSaves.around_save_checkpoint = in_turn  # type: ignore[method-assign, assignment]
