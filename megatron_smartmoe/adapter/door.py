@@ -112,6 +112,9 @@ class Door:
                 result = pretrain(*args, **kwargs)
             except CompatError as error:
                 _stop(error, is_reporter=int(os.environ.get("LOCAL_RANK", "0")) == 0)
+            except BaseException:
+                hooks.fail()
+                raise
             hooks.end()
             return result
 

@@ -115,6 +115,17 @@ class Callback:
             folder: of the checkpoint, to add files to.
         """
 
+    def saved(self, iteration: int, seconds: float) -> None:
+        """On rank 0, perhaps in another thread than the training: a checkpoint is in force.
+
+        Args:
+            iteration: that was saved.
+            seconds: since the save began.
+        """
+
+    def finish_saves(self) -> None:
+        """Training ends: what goes on beside it must come to its end. A collective call of all ranks."""
+
     def after_evaluation(self, split: str, losses: Mapping[str, torch.Tensor]) -> None:
         """After an evaluation.
 
@@ -125,6 +136,9 @@ class Callback:
 
     def on_end(self) -> None:
         """Once: training and the last evaluation are over. Process groups still exist."""
+
+    def on_failure(self) -> None:
+        """Once, instead: an exception has ended the training of this rank. The other ranks answer no more."""
 
 
 class _Loop:
@@ -221,7 +235,10 @@ class _Loop:
         if not bound.arguments.get("blocking"):
             return call()
         with self._contexts(lambda callback: callback.around_saving()):
-            return call()
+            call()
+            for callback in self.callbacks:
+                callback.finish_saves()
+            return call()  # waits for what has only now begun to delete an older checkpoint
 
     def save_checkpoint_and_time(self, call: Callable[..., Any], bound: inspect.BoundArguments) -> Any:
         """Calls `save_checkpoint`, whatever this project has put around it."""
@@ -287,7 +304,6 @@ def attach_checkpoints(saves: CheckpointSaves, loads: CheckpointLoads) -> None:
     Raises:
         CompatError: this Megatron lacks a function that has to be hooked.
     """
-    from megatron_smartmoe.adapter.checkpoint.writer import hashing
     from megatron_smartmoe.adapter.gates import loading as gate_loading
 
     training = importlib.import_module(_LOOP_MODULE)
@@ -309,7 +325,6 @@ def attach_checkpoints(saves: CheckpointSaves, loads: CheckpointLoads) -> None:
     rebind(checkpointing, "ensure_directory_exists", saves.recorded, key=key)
     rebind(serialization, "save_config", saves.recorded, key=key)
     rebind(writer, "finish", saves.recorded, key=key)
-    rebind(writer, "write_preloaded_data", hashing, key="checksum")
     rebind(writer, "write_preloaded_data", saves.noted, key=key)
     rebind(checkpointing.torch, "save", saves.recorded_if_legacy, key=key)
 
@@ -324,6 +339,18 @@ def end() -> None:
     """Call `on_end` of the attached callbacks. A collective call of all ranks."""
     for callback in _attached.callbacks if _attached is not None else ():
         callback.on_end()
+
+
+def fail() -> None:
+    """Call `on_failure` of the attached callbacks."""
+    for callback in _attached.callbacks if _attached is not None else ():
+        callback.on_failure()
+
+
+def saved(iteration: int, seconds: float) -> None:
+    """Call `saved` of the attached callbacks: a checkpoint is in force."""
+    for callback in _attached.callbacks if _attached is not None else ():
+        callback.saved(iteration, seconds)
 
 
 def _dispatching(name: str, original: Callable[..., Any]) -> Callable[..., Any]:

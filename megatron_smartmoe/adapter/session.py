@@ -13,6 +13,7 @@ same. Arguments and process groups have to be Megatron's (`initialize_megatron`)
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -75,10 +76,12 @@ class Session:
             iteration: that is saved.
             folder: of the checkpoint: what the loops need to continue as if they had not stopped is added to it.
         """
+        began_s = time.perf_counter()
         with self._loop.around_save(iteration):
             yield
             if folder is not None:
                 self._loop.after_save(iteration, Path(folder))
+        hooks.saved(iteration, time.perf_counter() - began_s)
 
 
 @contextlib.contextmanager

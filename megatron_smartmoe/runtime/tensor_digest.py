@@ -26,11 +26,22 @@ def digest_of_tensor(tensor: torch.Tensor, piece: Piece) -> int:
         tensor: the piece's elements in order, any shape, contiguous.
         piece: where they are.
     """
-    dtype = str(tensor.dtype).removeprefix("torch.")
-    bits = tensor.detach().contiguous().view(-1).view(_BITS[tensor.element_size()])
-    if not tensor.is_cuda:
-        return digest(bits.numpy(), dtype, piece, ops.sum_of_rows if ops.is_compiled() else None)
-    return int(_digest(bits, dtype, piece).item()) % MODULUS
+    if tensor.is_cuda:
+        return int(start_digest(tensor, piece).item()) % MODULUS
+    return digest(_bits(tensor).numpy(), _dtype(tensor), piece, ops.sum_of_rows if ops.is_compiled() else None)
+
+
+def start_digest(tensor: torch.Tensor, piece: Piece) -> torch.Tensor:
+    """What `digest_of_tensor` returns, as an int64 on the tensor's device, enqueued there; the host does not wait."""
+    return _digest(_bits(tensor), _dtype(tensor), piece)
+
+
+def _dtype(tensor: torch.Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().contiguous().view(-1).view(_BITS[tensor.element_size()])
 
 
 def _digest(bits: torch.Tensor, dtype: str, piece: Piece) -> torch.Tensor:
@@ -38,7 +49,8 @@ def _digest(bits: torch.Tensor, dtype: str, piece: Piece) -> torch.Tensor:
     assert bits.numel() == piece.num_elements, (bits.numel(), piece)
     total = torch.zeros((), dtype=torch.int64, device=bits.device)
     for rows in rows_of(piece):
-        positions = torch.from_numpy(rows.positions.astype(np.int64)).to(bits.device)
+        on_host = torch.from_numpy(rows.positions.astype(np.int64))
+        positions = (on_host.pin_memory() if bits.is_cuda else on_host).to(bits.device, non_blocking=True)
         block = bits[rows.first : rows.first + rows.width * len(positions)].view(len(positions), rows.width)
         num_columns = min(rows.width, _CHUNK_ELEMENTS)
         num_rows = max(1, _CHUNK_ELEMENTS // num_columns)

@@ -33,8 +33,10 @@ FUNCTIONS = {
         "megatron.core.dist_checkpointing.strategies.filesystem_async:FileSystemWriterAsync.retrieve_write_results"
     ),
     "save: index": "megatron.core.dist_checkpointing.strategies.filesystem_async:FileSystemWriterAsync.finish",
-    "save: manifest": "megatron_smartmoe.adapter.checkpoint.saving:write_manifest",
-    "save: tracker": "megatron_smartmoe.adapter.checkpoint.saving:write_tracker",
+    "save: digests": "megatron_smartmoe.adapter.checkpoint.digests:LocalDigests.compute",
+    "save: checksums": "megatron_smartmoe.adapter.checkpoint.finishing:own_entries",
+    "save: manifest": "megatron_smartmoe.adapter.checkpoint.finishing:write_manifest",
+    "save: tracker": "megatron_smartmoe.adapter.checkpoint.finishing:write_tracker",
 }
 MIGRATION = {f"migration: {point}": point for point in ("received", "staged", "agreed", "committed")}
 MOMENTS = ("start", "save: begin", "save: end", "evaluation", "end")  # of a Callback

@@ -68,14 +68,13 @@ def _order_of_a_save(argv: list[str]) -> list[str]:
     from megatron_smartmoe.runtime.controller import AtHome
 
     order: list[str] = []
-    compute, enter, leave = LocalDigests._compute, AtHome.__enter__, AtHome.__exit__
+    compute, enter, leave = LocalDigests._compute_on_host, AtHome.__enter__, AtHome.__exit__
 
-    def slow(self: LocalDigests, parts: Any) -> list[int]:
+    def slow(self: LocalDigests) -> None:
         order.append("digests")
         time.sleep(0.5)
-        result = compute(self, parts)
+        compute(self)
         order.append("digested")
-        return result
 
     def there(self: AtHome) -> AtHome:
         result = enter(self)
@@ -87,7 +86,7 @@ def _order_of_a_save(argv: list[str]) -> list[str]:
         return leave(self, *args)
 
     for owner, name, function in (
-        (LocalDigests, "_compute", slow),
+        (LocalDigests, "_compute_on_host", slow),
         (AtHome, "__enter__", there),
         (AtHome, "__exit__", back),
     ):

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
+import signal
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from megatron_smartmoe.checkpoint.directory import TRACKER
-from megatron_smartmoe.checkpoint.manifest import check_files, read_manifest
+from megatron_smartmoe.checkpoint.manifest import MANIFEST_FILE, check_files, read_manifest
 from megatron_smartmoe.checkpoint.verify import verify
+from scripts.reliability.fault_job import run_ranks_with
+from scripts.reliability.fault_points import Order
 from tests.support.ranks import run_ranks
 from tests.support.replicas import ALWAYS
 from tests.support.training import TINY_MODEL, TINY_TRAINING, losses, train
@@ -207,3 +212,76 @@ def _train_on_full_disk(argv: list[str]) -> None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
 
     main(argv, callbacks=[FullDisk()])
+
+
+def test_a_save_is_finished_beside_the_training_whatever_ends_that(tmp_path: Path, data_flags: list[str]) -> None:
+    """Digests that begin with the optimizer's step are of what was saved: it waits for them. And the second checkpoint
+    comes into force although rank 1 leaves the training by an exception before that step."""
+    directory = tmp_path / "saved"
+    argv = [*TINY_MODEL, *TINY_TRAINING, *data_flags, *EP2, *SHARDED, "--smartmoe", "--train-iters", "6"]
+    argv += ["--save", str(directory), "--save-interval", "2"]
+    with pytest.raises(AssertionError, match="this ends the training of this rank"):
+        run_ranks(_train_with_late_digests, 2, argv, log_dir=tmp_path / "ranks")
+    assert (directory / TRACKER).read_text() == "4"
+    for iteration in (2, 4):
+        manifest = read_manifest(folder := directory / f"iter_{iteration:07d}")
+        assert manifest is not None
+        assert manifest.digests
+        assert manifest.consumed_samples == iteration * 4  # not of the step that was under way
+        assert verify(folder).is_whole
+        assert f"iteration {iteration:8d} | checkpoint: complete, and the tracker names it" in log(tmp_path)
+
+
+def _train_with_late_digests(argv: list[str]) -> None:
+    """Digests are computed when the optimizer waits for them; if it does not, after its step."""
+    from megatron_smartmoe.adapter.checkpoint.digests import LocalDigests
+    from megatron_smartmoe.adapter.hooks import Callback
+    from megatron_smartmoe.adapter.pretrain import main
+
+    begin = threading.Event()
+    compute, wait = LocalDigests._compute_on_host, LocalDigests.wait
+
+    def late(self: LocalDigests) -> None:
+        begin.wait(2)
+        begin.clear()
+        compute(self)
+
+    def waited(self: LocalDigests) -> None:
+        begin.set()
+        wait(self)
+
+    class Steps(Callback):
+        def before_step(self, iteration: int) -> None:
+            if iteration == 5 and int(os.environ["RANK"]) == 1:
+                raise RuntimeError("this ends the training of this rank")
+
+        def after_step(self, iteration: int, losses: Any) -> None:
+            begin.set()
+
+        def between_steps(self, iteration: int) -> None:
+            begin.clear()
+
+    LocalDigests._compute_on_host, LocalDigests.wait = late, waited  # type: ignore[method-assign]
+    main(argv, callbacks=[Steps()])
+
+
+@pytest.mark.parametrize(("point", "victim"), [("save: checksums", 1), ("save: manifest", 0)])
+def test_a_rank_that_is_killed_behind_a_save_leaves_the_checkpoint_before_it(
+    point: str, victim: int, tmp_path: Path, data_flags: list[str]
+) -> None:
+    directory, flags = tmp_path / "saved", [*data_flags, *EP2, "--smartmoe"]
+    argv = [*TINY_MODEL, *TINY_TRAINING, *flags, "--save", str(directory), "--save-interval", "2", "--train-iters", "6"]
+    marker = str(tmp_path / "struck")
+    order = Order(action="kill", point=point, victim=victim, iteration=4, seconds=0, mount="", marker=marker)
+    end = run_ranks_with(argv, 2, tmp_path / "ranks", order)
+    assert end.struck
+    assert end.status[victim] == -signal.SIGKILL
+    assert (directory / TRACKER).read_text() == "2"
+    assert not (directory / "iter_0000004" / MANIFEST_FILE).exists()
+    if victim == 0:
+        return  # what is on the disk is the same
+    train(tmp_path / "resumed", 2, flags, "--load", str(directory), iterations=6)
+    assert (
+        f"smartmoe: {directory} has checkpoints newer than iteration 2 that are not used (half-written: 4); training "
+        "replaces those whose iterations it saves\n"
+    ) in log(tmp_path / "resumed")

@@ -152,9 +152,11 @@ def _logical(box: _Box) -> Iterator[tuple[Held, int]]:
 
 
 def _weights(box: _Box) -> Iterator[Held]:
-    """The weights of a box."""
+    """The weights of a box. Buffers are copied: an expert bias changes before the optimizer's step, and is small."""
     is_main = all(index == 0 for index in box.sharded.replica_id)
     flat = box.parameter.detach().view(-1)
+    if not isinstance(box.parameter, torch.nn.Parameter):
+        flat = flat.clone()
     for held, start in _logical(box):
         tensor = flat[start : start + held.piece.num_elements] if is_main else None
         yield replace(held, kind=WEIGHT, tensor=tensor)

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from megatron.core.utils import unwrap_model
 from megatron.training import get_args
 
-from megatron_smartmoe.adapter.checkpoint.digests import DigestReduction, LocalDigests
+from megatron_smartmoe.adapter.checkpoint.digests import DigestPart, LocalDigests, combined
 from megatron_smartmoe.adapter.checkpoint.folders import NON_PERSISTENT
 from megatron_smartmoe.adapter.checkpoint.held import held_tensors
 from megatron_smartmoe.adapter.flags.checkpoint_check import check_state
@@ -155,27 +155,39 @@ def _compared_numbers(args: Namespace, manifest: Manifest, folder: Path, ddp_mod
     started, saved = time.perf_counter(), {(entry.name, entry.kind): entry for entry in manifest.digests}
     with_optimizer = _loads_optimizer(args, saved)
     # Step 1: what this rank holds; no model is an error here that Megatron could load.
-    local, problem = None, ""
+    own: DigestPart | str
     try:
         held, _ = held_tensors(unwrap_model(list(ddp_model)), optimizer if with_optimizer else None)
-        local = LocalDigests(held, args.num_experts or 0, beside=None)
+        local = LocalDigests(held, args.num_experts or 0)
+        local.compute()
+        own = local.part()
     except Exception as error:
-        problem = f"{type(error).__name__}: {error}"
-    problems: list[str] = [""] * dist.get_world_size()
-    dist.all_gather_object(problems, problem)
-    if local is None or any(problems):
-        return f"what was loaded could not be compared: {next(filter(None, problems))}"
-    # Step 2: the digests over all ranks.
-    loaded = DigestReduction().reduce(local, any_is_new=True)
-    wrong, compared = _compare(loaded, saved)
+        own = f"{type(error).__name__}: {error}"
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.gather_object(own, parts if dist.get_rank() == 0 else None, dst=0)
+    # Step 2: the digests over all ranks, compared by one of them.
+    problem, wrong, compared, num_loaded = from_rank_0(functools.partial(_compare_parts, parts, saved))
+    if problem:
+        return f"what was loaded could not be compared: {problem}"
     if wrong:
         rule = f"what was loaded from {folder} is not what was saved: {wrong} differs"
         way_out = "Pass --ckpt-step N for another iteration, or --smartmoe-checkpoint-check sizes to train with it all "
         raise ConfigError("--load", args.load, rule, way_out + "the same.")
     seconds = time.perf_counter() - started
-    others = f" ({len(loaded) - compared} have other shapes or types here)" if compared < len(loaded) else ""
+    others = f" ({num_loaded - compared} have other shapes or types here)" if compared < num_loaded else ""
     kinds = "weights, main weights and moments" if with_optimizer else "weights"
     return f"{kinds} as loaded have the digests of the save: {compared} tensors{others}, {seconds:.2f} s"
+
+
+def _compare_parts(
+    parts: Sequence[DigestPart | str], saved: Mapping[tuple[str, str], ParameterDigest]
+) -> tuple[str, str, int, int]:
+    """On rank 0: why a rank has nothing to compare, what differs, how many parameters were compared, of how many."""
+    problems = [part for part in parts if isinstance(part, str)]
+    if problems:
+        return problems[0], "", 0, 0
+    loaded = combined(part for part in parts if isinstance(part, DigestPart))
+    return "", *_compare(loaded, saved), len(loaded)
 
 
 def from_rank_0(decide: Callable[[], Any]) -> Any:

@@ -95,19 +95,16 @@ class Metrics(Callback):
         speed = {"seconds_per_step": round(seconds, 6), "tokens_per_second": round(tokens_per_step / seconds, 1)}
         self._write({"iteration": iteration, **self._train, **speed})
 
-    @contextlib.contextmanager
-    def around_save(self, iteration: int) -> Iterator[None]:
+    def saved(self, iteration: int, seconds: float) -> None:
         """Mark for the batch script (scripts/pretrain_gpt_moe.slurm) that the run can be resumed from now on.
 
-        The mark holds the seconds that training needs to save and stop: the step that is under way, a save, and half as
-        much again.
+        The mark holds the seconds that training needs to save and stop: the step that is under way, a save until its
+        checkpoint is in force, and half as much again.
         """
-        began = time.perf_counter()
-        yield
         marker = os.environ.get(batch_job.VARIABLE)
         if marker and self._run.is_reporter:
-            seconds = time.perf_counter() - began + max(self._step_seconds[-_RECENT_STEPS:], default=0.0)
-            text = f"{math.ceil(1.5 * seconds)}\n"
+            needed = seconds + max(self._step_seconds[-_RECENT_STEPS:], default=0.0)
+            text = f"{math.ceil(1.5 * needed)}\n"
             self._run.attempt(Path(marker), functools.partial(write_text, Path(marker), text))
 
     @contextlib.contextmanager
