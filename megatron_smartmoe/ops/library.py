@@ -42,7 +42,7 @@ SCHEMAS = {
     "paying_replicas": "(Tensor loads_KE, Tensor slots_RS, int home_slots, Tensor price_23, int num_nodes) -> Tensor",
     "relay_tree": "(Tensor slots_RS, int home_slots, int num_nodes) -> Tensor",
     "plan_dispatch": "(Tensor counts_RPE, Tensor(a!) slots_RS, int home_slots, int num_nodes, int rank, int tp_rank, "
-    "int? used_slots, int scope_nodes, float limit, Tensor price_23, Tensor(b!) plan) -> ()",
+    "int? used_slots, int scope_nodes, bool or_group, float limit, Tensor price_23, Tensor(b!) plan) -> ()",
     "dispatch_map": "(Tensor ids_TK, Tensor slot_of_E, int num_slots) -> (Tensor, Tensor)",
     "permute": "(Tensor x_TH, Tensor rows_TK, int num_rows) -> Tensor",
     "permute_joined": "(Tensor x_TH, Tensor more_TH, Tensor rows_TK, int num_rows) -> Tensor",
