@@ -17,7 +17,9 @@
 
 namespace smartmoe::cpu {
 namespace {
-constexpr int64_t kOneByOne = 32;  // paying_replicas.py:_ONE_BY_ONE
+constexpr int64_t kOneByOne = 16;  // paying_replicas.py:_ONE_BY_ONE
+constexpr double kAtMost = 0.75;   // paying_replicas.py:_AT_MOST
+constexpr int64_t kParts = 8;      // paying_replicas.py:_PARTS
 
 double price_of(const SlotTable& slots, int64_t num_experts, const TransferPrice& price) {
   const Placed placed = find_placed(slots, num_experts);
@@ -66,11 +68,11 @@ class Judged {
     std::vector<int64_t> fewer_RS = slots_RS_;
     const SlotTable fewer{fewer_RS.data(), table_.num_ranks, table_.num_slots, table_.home_slots};
     const int64_t filled = static_cast<int64_t>(smallest_first.size());
-    const int64_t at_once = std::max<int64_t>(1, filled / kOneByOne);
+    const int64_t at_once = filled <= kOneByOne ? 1 : filled / kParts;
     // Step 1: drop.
     double transfers = transfers_;
     int64_t dropped = 0;
-    while (transfers >= transfers_) {
+    while (transfers >= transfers_ || (at_once > 1 && transfers > kAtMost * transfers_)) {
       const int64_t stop = std::min(dropped + at_once, filled);
       for (; dropped < stop; ++dropped) fewer_RS[smallest_first[dropped]] = kEmpty;
       transfers = price_of(fewer, num_experts, price);

@@ -32,7 +32,9 @@ from megatron_smartmoe.placement.split import best_balance
 from megatron_smartmoe.spec.arrays import FloatArray, IntArray
 from megatron_smartmoe.spec.placement import EMPTY, hosts_of
 
-_ONE_BY_ONE = 32  # replicas up to which they are dropped one by one
+_ONE_BY_ONE = 16  # replicas up to which they are dropped one by one
+_AT_MOST = 0.75  # of the price of the transfers is left when more than that are dropped: few plans are judged,
+_PARTS = 8  # and few trees built
 
 # (loads_KE, slots_RS, home_slots, price) -> slots_RS: `without_losing_replicas`, or its compiled twin.
 DropLosing = Callable[[IntArray, IntArray, int, TransferPrice], IntArray]
@@ -105,10 +107,10 @@ class _Judged:
         fewer_RS = self.slots_RS.copy()
         rank_N, slot_N = np.unravel_index(np.argsort(self.taken_RK, axis=None, kind="stable"), self.taken_RK.shape)
         filled = int(np.isfinite(self.taken_RK).sum())
-        at_once = max(1, filled // _ONE_BY_ONE)
+        at_once = 1 if filled <= _ONE_BY_ONE else filled // _PARTS
         # Step 1: drop.
         transfers, dropped = self.transfers, 0
-        while transfers >= self.transfers:
+        while transfers >= self.transfers or (at_once > 1 and transfers > _AT_MOST * self.transfers):
             more = slice(dropped, min(dropped + at_once, filled))
             fewer_RS[rank_N[more], self.home_slots + slot_N[more]] = EMPTY
             transfers, dropped = _price(fewer_RS, self.home_slots, self.price), more.stop
