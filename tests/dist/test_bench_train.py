@@ -18,11 +18,11 @@ def test_a_round_of_two_variants(tmp_path: Path, capsys: pytest.CaptureFixture[s
     spec = SyntheticSpec(kind="drifting", num_records=8, num_layers=1, num_sources=2, num_experts=4, skew=1.5)
     synthetic_trace(spec).save(trace)
     arguments = ["--trace", str(trace), "--out", str(out), "--ep", "2", "--rounds", "1", "--steps", "7", "--first", "1"]
-    arguments += ["--hidden", "64", "--ffn", "64", "--tokens", "64", "--variants", "ideal", "ultraep"]
+    arguments += ["--hidden", "64", "--ffn", "64", "--tokens", "64", "--variants", "ideal", "exact", "ultraep"]
     bench_train.main(arguments)
     printed = capsys.readouterr()
     assert "round 1 of 1: ultraep done" in printed.err
-    assert [line.split()[0] for line in printed.out.splitlines()[2:]] == ["variant", "ideal", "ultraep"]
+    assert [line.split()[0] for line in printed.out.splitlines()[2:]] == ["variant", "ideal", "exact", "ultraep"]
     found = json.loads((out / "summary.json").read_text())["variants"]
     for row in found.values():
         assert row["mean_ms"][0] <= row["busiest_ms"][0]
