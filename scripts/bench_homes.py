@@ -39,7 +39,7 @@ def cost(slots_RS: IntArray, load_E: IntArray, home_slots: int, price: TransferP
     """Tokens of the busiest rank and the price of the transfers, over the mean."""
     tree = KERNELS.relay(slots_RS, home_slots, price.num_nodes)
     tokens = KERNELS.busiest(hosts_of(slots_RS, len(load_E)), load_E) + tree.price_tokens(price)
-    return tokens * len(slots_RS) / int(load_E.sum())
+    return float(tokens) * len(slots_RS) / int(load_E.sum())
 
 
 def limit(load_E: IntArray, num_ranks: int, price: TransferPrice) -> float:

@@ -44,8 +44,8 @@ def cheapest_replicas(
     if options.or_group and options.num_nodes > 1:
         # Step 1: the scope that is the cheaper one for the likeliest load.
         load_E = np.rint(scenarios_KE[0] * max(rank_tokens, 1.0) * num_ranks).astype(np.int64)
-        given = (options.price, 1 + options.good_enough, kernels)
-        num_nodes, _ = _cheaper_scope(load_E, slots_RS, home_slots, options.num_nodes, *given)
+        judged = (options.price, 1 + options.good_enough, kernels)
+        num_nodes, _ = _cheaper_scope(load_E, slots_RS, home_slots, options.num_nodes, *judged)
         scope = replace(options, num_nodes=num_nodes)
         # Step 2: present replicas that have left their nodes are no part of a plan within nodes.
         kept_RS = slots_RS.copy()

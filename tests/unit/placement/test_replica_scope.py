@@ -65,7 +65,9 @@ def test_nodes_that_are_even_are_planned_once() -> None:
 def test_never_dearer_than_within_nodes_or_over_the_group(seed: int) -> None:
     rng = np.random.default_rng(seed)
     load_E, slots_RS = random_counts(rng, 8, 16, sigma=1.5).sum(axis=0), contiguous_slots(16, 8, 1)
-    price = TransferPrice(fetch=LegPrice(inside_tokens=30.0, between_tokens=rng.choice([30.0, 300.0])), num_nodes=4)
+    price = TransferPrice(
+        fetch=LegPrice(inside_tokens=30.0, between_tokens=float(rng.choice([30.0, 300.0]))), num_nodes=4
+    )
 
     def cost(num_nodes: int, *, or_group: bool) -> float:
         found_RS = cheapest_exact_replicas(
