@@ -46,7 +46,8 @@ def limit(load_E: IntArray, num_ranks: int, price: TransferPrice) -> float:
     """What no plan with replicas can beat, over the mean."""
     mean = int(load_E.sum()) / num_ranks
     steps = range(1, (num_ranks - 1).bit_length() + 1)
-    return min(max(mean, int(load_E.max()) / min(2**each, num_ranks)) + price.tokens(each, 0) for each in steps) / mean
+    hottest = int(load_E.max())
+    return min(max(mean, hottest / min(1 << each, num_ranks)) + price.tokens(each, 0) for each in steps) / mean
 
 
 def main() -> int:

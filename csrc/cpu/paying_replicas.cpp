@@ -17,7 +17,7 @@
 
 namespace smartmoe::cpu {
 namespace {
-constexpr int64_t kOneByOne = 16;  // paying_replicas.py:_ONE_BY_ONE
+constexpr int64_t kOneByOne = 32;  // paying_replicas.py:_ONE_BY_ONE
 constexpr double kAtMost = 0.75;   // paying_replicas.py:_AT_MOST
 constexpr int64_t kParts = 8;      // paying_replicas.py:_PARTS
 

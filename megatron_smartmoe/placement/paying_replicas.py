@@ -32,7 +32,7 @@ from megatron_smartmoe.placement.split import best_balance
 from megatron_smartmoe.spec.arrays import FloatArray, IntArray
 from megatron_smartmoe.spec.placement import EMPTY, hosts_of
 
-_ONE_BY_ONE = 16  # replicas up to which they are dropped one by one
+_ONE_BY_ONE = 32  # replicas up to which they are dropped one by one
 _AT_MOST = 0.75  # of the price of the transfers is left when more than that are dropped: few plans are judged,
 _PARTS = 8  # and few trees built
 
