@@ -18,7 +18,8 @@ from megatron_smartmoe.simulate.run import SimulationSetup, even_load_s, replay
 from megatron_smartmoe.spec.cluster import load_cluster_spec
 from megatron_smartmoe.spec.placement import Placement
 from megatron_smartmoe.spec.trace import RoutingTrace
-from scripts.training_bench.variants import ULTRAEP, Shape
+from scripts.training_bench.peers import PEERS, rule_of
+from scripts.training_bench.variants import HOMES_INTERVAL, Shape
 
 
 def as_routed(trace: RoutingTrace, ranks: int, shape: Shape) -> RoutingTrace:
@@ -59,8 +60,9 @@ def layer_seconds_of(
     def policy(variant: str) -> SimulatedPolicy:
         if variant in ("stock", "off"):
             return RulePolicy(Contiguous(), start, 1, 1, 1)
-        if variant == "ultraep":
-            return RulePolicy(ULTRAEP, start, 1, 1, 1)
+        if variant in PEERS:
+            rule = rule_of(variant, prices.cluster, hidden=shape.hidden, ffn=shape.ffn)
+            return RulePolicy(rule, start, 1, 1, HOMES_INTERVAL)
         mode = cast(ReplicaMode, variant)
         options = OnlineOptions(homes_interval=0, replicas=mode, micro_batches=shape.micro_batches)
         return OnlinePolicy(start, 1, options, layer_seconds(setup.pricing_of("history")))

@@ -22,9 +22,10 @@ def main(variant: str, run_dir: Path, flags: list[str]) -> None:
     """Train, and write the times of this rank, `[step, field]`."""
     from megatron_smartmoe.adapter.hooks import Callback, Order
     from megatron_smartmoe.adapter.pretrain import main as pretrain
-    from scripts.training_bench.variants import RuleInExecutor
+    from megatron_smartmoe.spec.cluster import load_cluster_spec
+    from scripts.training_bench.peers import PEERS, RuleInExecutor, rule_of
 
-    experts, rows = ExpertClock(), list[tuple[float, ...]]()
+    experts, rows, peers = ExpertClock(), list[tuple[float, ...]](), list[RuleInExecutor]()
 
     class Start(Callback):
         order = Order.REPLAY  # before what the loops do ahead of a step
@@ -32,8 +33,10 @@ def main(variant: str, run_dir: Path, flags: list[str]) -> None:
         def on_start(self, run: Any) -> None:
             for _, layer in run.layers:
                 experts.watch(layer.experts)
-            if variant == "ultraep":
-                rule.install()  # not before Megatron may be imported
+            if variant in PEERS:
+                hidden, ffn = run.args.hidden_size, run.args.moe_ffn_hidden_size
+                peers.append(RuleInExecutor(rule_of(variant, load_cluster_spec(Path("cpu")), hidden=hidden, ffn=ffn)))
+                peers[0].install()  # not before Megatron may be imported
 
         def before_step(self, iteration: int) -> None:
             self.began = time.perf_counter(), time.process_time(), experts.seconds, _faults()
@@ -45,10 +48,10 @@ def main(variant: str, run_dir: Path, flags: list[str]) -> None:
             ended = time.perf_counter(), time.process_time(), experts.seconds, _faults()
             rows.append(tuple(after - before for after, before in zip(ended, start.began, strict=True)))
 
-    start, rule = Start(), RuleInExecutor()
+    start = Start()
     pretrain(flags, callbacks=[start, Stop()])
-    if variant == "ultraep" and not rule.plans:
-        raise SystemExit("the executor never asked the peer's rule for a plan")
+    if peers and not peers[0].plans:
+        raise SystemExit("training never asked the peer's rule for a plan")
     np.save(run_dir / f"times{os.environ['RANK']}.npy", np.array(rows))
 
 

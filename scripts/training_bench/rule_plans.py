@@ -17,12 +17,10 @@ from megatron_smartmoe.cli.policies import own_policy, setup_of
 from megatron_smartmoe.cli.simulate_prices import Prices, rank_tokens
 from megatron_smartmoe.cost.compute import ExpertShape
 from megatron_smartmoe.placement.homes_planner import ReplicaMode
-from megatron_smartmoe.placement.layer_plan import LayerPlan, Rule, tokens_by_rank
-from megatron_smartmoe.placement.split import assign_sources
+from megatron_smartmoe.placement.layer_plan import Rule
 from megatron_smartmoe.runtime.replicas.split import homes_only, split_tokens
 from megatron_smartmoe.simulate.baselines.contiguous import Contiguous
 from megatron_smartmoe.simulate.baselines.echo import Echo
-from megatron_smartmoe.simulate.baselines.fastermoe import FasterMoE
 from megatron_smartmoe.simulate.baselines.llep import Llep
 from megatron_smartmoe.simulate.baselines.lplb import Lplb
 from megatron_smartmoe.simulate.baselines.moonep import MoonEp
@@ -33,7 +31,7 @@ from megatron_smartmoe.spec.arrays import IntArray
 from megatron_smartmoe.spec.cluster import load_cluster_spec
 from megatron_smartmoe.spec.placement import EMPTY, Placement
 from megatron_smartmoe.spec.trace import RoutingTrace
-from scripts.training_bench.variants import whole
+from scripts.training_bench.peers import sent_tokens, shadowing
 
 EVEN, NONE = "even load", Contiguous.name
 OURS: dict[str, ReplicaMode] = {"smartmoe-history": "history", "smartmoe-exact": "exact", "smartmoe-auto": "auto"}
@@ -114,17 +112,10 @@ def plans_of(trace: RoutingTrace, sizes: Sizes, warmup: int, cluster: str) -> di
     start = Placement.contiguous(
         num_layers=1, num_experts=sizes.experts, num_ranks=sizes.ranks, spare_slots=sizes.spare_slots
     )
-    shadowing = FasterMoE(
-        hidden=sizes.hidden,
-        ffn_factor=1.5 * sizes.ffn / sizes.hidden,  # three matrices of an expert, where FastMoE has two
-        network_bytes_s=spec.intra_node.bandwidth_bytes_s,
-        gpu_flops=spec.gpu.peak_flops,
-        element_bytes=4,
-    )
     # 1,024 tokens are what a piece of work has to be worth on a GPU: here a whole rank has no more
     peers: tuple[Rule, ...] = (
         Contiguous(),
-        shadowing,
+        shadowing(spec, hidden=sizes.hidden, ffn=sizes.ffn),
         Echo(),
         UltraEp(min_tokens_per_replica=1),
         Llep(min_tokens=1),
@@ -165,24 +156,6 @@ def _step(applied: Applied) -> StepPlan:
         fetch=fetch if planned.kept is None else "instead",
         ahead_RS=None if planned.kept is None else planned.kept.slots_RS,
     )
-
-
-def sent_tokens(plan: LayerPlan, counts_RE: IntArray) -> IntArray:
-    """Tokens that each source rank sends to each slot, `[source rank, rank, slot]`."""
-    home_slots = counts_RE.shape[1] // len(counts_RE)
-    if plan.split == "exact":
-        return split_tokens(counts_RE, plan.slots_RS, home_slots)
-    if plan.split != "local":
-        tokens_ER = whole(tokens_by_rank(plan, counts_RE), counts_RE.sum(axis=0))
-        return assign_sources(counts_RE, plan.slots_RS, tokens_ER)
-    sent_RRS = np.zeros((len(counts_RE), *plan.slots_RS.shape), dtype=np.int64)
-    for expert, sources in enumerate(counts_RE.T):
-        slot_of = {int(rank): int(slot) for rank, slot in zip(*np.nonzero(plan.slots_RS == expert), strict=True)}
-        home = expert // home_slots
-        for source, tokens in enumerate(sources):
-            rank = source if source in slot_of else home
-            sent_RRS[source, rank, slot_of[rank]] += tokens
-    return sent_RRS
 
 
 def _at_home(counts_RE: IntArray) -> StepPlan:

@@ -1,18 +1,13 @@
-"""What is compared: flags of each variant, and a peer's rule in this project's executor."""
+"""What is compared: flags of each variant, and the model that all of them train."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
-
-import numpy as np
-
-from megatron_smartmoe.placement.layer_plan import LayerPlan, LayerProblem, tokens_by_rank
-from megatron_smartmoe.placement.split import assign_sources
-from megatron_smartmoe.simulate.baselines.ultraep import UltraEp
 
 WITHOUT_BALANCING = ("--smartmoe", "--smartmoe-homes", "off")
 SPARE = (*WITHOUT_BALANCING, "--smartmoe-spare-slots", "1", "--smartmoe-replicas-margin", "0")
+HOMES_INTERVAL = 3  # steps: the first move falls among those that do not count
+SHADOWS = 8  # slots of a rank for FasterMoE's shadows, which takes memory for them as it comes
 VARIANTS = {
     "ideal": WITHOUT_BALANCING,  # with a trace that is rewritten to even load
     "stock": (),
@@ -21,8 +16,15 @@ VARIANTS = {
     "history": (*SPARE, "--smartmoe-replicas", "history"),
     "auto": (*SPARE, "--smartmoe-replicas", "auto"),
     "ultraep": (*SPARE, "--smartmoe-replicas", "exact"),
+    "fastermoe": (
+        *WITHOUT_BALANCING,
+        *("--smartmoe-spare-slots", str(SHADOWS), "--smartmoe-replicas-margin", "0", "--smartmoe-replicas", "exact"),
+    ),
+    "smartmoe2023": (
+        *("--smartmoe", "--smartmoe-homes", "on", "--smartmoe-homes-interval", str(HOMES_INTERVAL)),
+        *("--smartmoe-homes-margin", "1", "--smartmoe-homes-horizon", "1000000"),  # whatever a move costs
+    ),
 }
-ULTRAEP = UltraEp(min_tokens_per_replica=1)  # its 1,024 are for larger batches: here it would make no replica
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,48 +63,3 @@ class Shape:
             "--logging-level 40 --rerun-mode disabled --mock-data --tokenizer-type NullTokenizer --vocab-size 1023 "
             "--num-workers 0 --smartmoe-rehearsal off"
         ).split()
-
-
-class RuleInExecutor:
-    """Has the executor place replicas and split tokens by UltraEP's rule, in place of our exact plan."""
-
-    def __init__(self) -> None:
-        self.plans = 0
-        self._latest: LayerPlan | None = None
-
-    def install(self) -> None:
-        """Replace the two functions that the executor plans with, in the plan that is made step by step."""
-        from megatron_smartmoe.runtime.replicas import dispatch_plan
-
-        for name, own in (("exact_slots", self.exact_slots), ("split_tokens", self.split_tokens)):
-            if not hasattr(dispatch_plan, name):
-                raise SystemExit(
-                    f"{dispatch_plan.__name__} no longer calls {name}: a peer's rule cannot be put into it"
-                )
-            setattr(dispatch_plan, name, own)
-        planner = dispatch_plan.DispatchPlanner
-        planner.plan = lambda at, *planned: dispatch_plan.plan_in_steps(at.view, *planned)  # type: ignore[method-assign]
-
-    def exact_slots(self, counts_RE: Any, slots_RS: Any, home_slots: int, **prices: Any) -> Any:
-        """Slots by the rule, as wide as the executor's."""
-        num_slots = slots_RS.shape[1]
-        problem = LayerProblem(counts_RE=counts_RE, slots_RS=slots_RS, spare_slots=num_slots - home_slots)
-        plan = ULTRAEP.plan(problem)
-        assert (plan.slots_RS[:, :home_slots] == slots_RS[:, :home_slots]).all(), "the rule moves homes"
-        self._latest, self.plans = plan, self.plans + 1
-        missing = num_slots - plan.slots_RS.shape[1]
-        return np.pad(plan.slots_RS, ((0, 0), (0, missing)), constant_values=-1)
-
-    def split_tokens(self, counts_RE: Any, slots_RS: Any, home_slots: int, num_nodes: int = 1) -> Any:
-        """Tokens by the rule's quotas."""
-        assert self._latest is not None, "the executor splits before it plans"
-        tokens_ER = whole(tokens_by_rank(self._latest, counts_RE), counts_RE.sum(axis=0))
-        return assign_sources(counts_RE, slots_RS, tokens_ER, num_nodes)
-
-
-def whole(tokens_ER: Any, load_E: Any) -> Any:
-    """Whole tokens with the same sum for every expert, the largest remainders rounded up."""
-    whole_ER = np.floor(tokens_ER + 1e-9).astype(np.int64)
-    for expert, missing in enumerate(load_E - whole_ER.sum(axis=1)):
-        whole_ER[expert, np.argsort(whole_ER[expert] - tokens_ER[expert], kind="stable")[:missing]] += 1
-    return whole_ER

@@ -1,4 +1,4 @@
-"""The training benchmark as a program: two short runs, their files, and that nothing is repeated. Not its speeds."""
+"""The training benchmark as a program: short runs, their files, and that nothing is repeated. Not its speeds."""
 
 from __future__ import annotations
 
@@ -13,21 +13,22 @@ from tests.support.synthetic import SyntheticSpec, synthetic_trace
 pytestmark = [pytest.mark.dist, pytest.mark.long]
 
 
-def test_a_round_of_two_variants(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_round(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     trace, out = tmp_path / "trace.npz", tmp_path / "out"
     spec = SyntheticSpec(kind="drifting", num_records=8, num_layers=1, num_sources=2, num_experts=4, skew=1.5)
     synthetic_trace(spec).save(trace)
     arguments = ["--trace", str(trace), "--out", str(out), "--ep", "2", "--rounds", "1", "--steps", "7", "--first", "1"]
-    arguments += ["--hidden", "64", "--ffn", "64", "--tokens", "64", "--variants", "ideal", "exact", "ultraep"]
+    variants = ["ideal", "exact", "ultraep", "smartmoe2023"]
+    arguments += ["--hidden", "64", "--ffn", "64", "--tokens", "64", "--variants", *variants]
     bench_train.main(arguments)
     printed = capsys.readouterr()
     assert "round 1 of 1: ultraep done" in printed.err
-    assert [line.split()[0] for line in printed.out.splitlines()[2:]] == ["variant", "ideal", "exact", "ultraep"]
+    assert [line.split()[0] for line in printed.out.splitlines()[2:]] == ["variant", *variants]
     found = json.loads((out / "summary.json").read_text())["variants"]
     for row in found.values():
         assert row["mean_ms"][0] <= row["busiest_ms"][0]
         assert 0 < row["experts_share"] < 1
-        assert 0 < row["of_ideal"]["predicted"] <= 1
+        assert 0 < row["of_ideal"]["predicted"] < 1.01  # tokens that stay on their rank travel nowhere
     assert found["ideal"]["max_over_mean_tokens"] == 1.0
     assert (
         1

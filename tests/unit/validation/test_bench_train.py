@@ -10,9 +10,10 @@ import pytest
 
 from scripts import bench_train
 from scripts.training_bench.folder import check_settings
+from scripts.training_bench.peers import whole
 from scripts.training_bench.predict import as_routed, layer_seconds_of
 from scripts.training_bench.statistics import ratio
-from scripts.training_bench.variants import VARIANTS, Shape, whole
+from scripts.training_bench.variants import VARIANTS, Shape
 from tests.support.synthetic import SyntheticSpec, synthetic_trace
 
 SHAPE = Shape(layers=1, hidden=512, ffn=512, tokens=512, experts=8, top_k=2, micro_batches=1)
