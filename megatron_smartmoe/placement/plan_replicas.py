@@ -43,8 +43,8 @@ class ReplicaOptions:
 
     Attributes:
         num_nodes: nodes that the group's ranks lie on when replicas must stay on their home's node, else 1.
-        or_group: whether a layer's replicas may be anywhere in the group where that is cheaper; see `replica_scope`,
-            which makes use of it.
+        or_group: whether a layer's replicas may be anywhere in the group where that is cheaper; read by
+            `replica_scope`, not here.
         objective: what a plan is worth; its prices decide how many replicas there are and how often they change. The
             price of a replica is meant for about 8 ranks; on more than 16 it falls in proportion, because ranks
             receive their replicas side by side and each waits for its own only.
