@@ -192,6 +192,16 @@ inline void check_relay_tree(const torch::stable::Tensor& slots_RS, int64_t home
   check_nodes("num_nodes", num_nodes, slots_RS.size(0));
 }
 
+inline void check_relayed_flow(const torch::stable::Tensor& counts_RE, const torch::stable::Tensor& slots_RS,
+                               int64_t home_slots, int64_t num_nodes,
+                               const std::optional<torch::stable::Tensor>& kept_RS) {
+  check_history_replicas(slots_RS, counts_RE, home_slots, num_nodes, 0, 0, 0, 0);
+  check_shape("counts_RE", counts_RE, counts_RE.size(0) == slots_RS.size(0),
+              text_of("[R, E] with R = ", slots_RS.size(0), ", as slots_RS has it"),
+              "Pass the counts of the same ranks");
+  if (kept_RS) check_history_replicas(*kept_RS, counts_RE, home_slots, num_nodes, 0, 0, 0, 0);
+}
+
 inline void check_price(const torch::stable::Tensor& price_23) {
   if (!price_23.is_cpu() || price_23.scalar_type() != ScalarType::Double) {
     fail("price_23.dtype = ", dtype_name(price_23.scalar_type()),

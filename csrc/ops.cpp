@@ -19,6 +19,9 @@ STABLE_TORCH_LIBRARY(smartmoe, m) {
   m.def("paying_replicas(Tensor loads_KE, Tensor slots_RS, int home_slots, Tensor price_23, int num_nodes) -> Tensor");
   m.def("relay_tree(Tensor slots_RS, int home_slots, int num_nodes) -> Tensor");
   m.def(
+      "relayed_flow(Tensor counts_RE, Tensor slots_RS, int home_slots, int num_nodes, Tensor? kept_RS) -> "
+      "(Tensor, Tensor, Tensor)");
+  m.def(
       "plan_dispatch(Tensor counts_RPE, Tensor(a!) slots_RS, int home_slots, int num_nodes, int rank, int tp_rank, "
       "int? used_slots, int scope_nodes, bool or_group, float limit, Tensor price_23, Tensor(b!) plan) -> ()");
   m.def("exact_split(Tensor counts_RE, int spare_slots, int num_nodes) -> (Tensor, Tensor)");
@@ -50,6 +53,7 @@ STABLE_TORCH_LIBRARY_IMPL(smartmoe, CPU, m) {
   m.impl("swap_homes", TORCH_BOX(&smartmoe::cpu::swap_homes));
   m.impl("paying_replicas", TORCH_BOX(&smartmoe::cpu::paying_replicas));
   m.impl("relay_tree", TORCH_BOX(&smartmoe::cpu::relay_tree));
+  m.impl("relayed_flow", TORCH_BOX(&smartmoe::cpu::relayed_flow));
   m.impl("plan_dispatch", TORCH_BOX(&smartmoe::cpu::plan_dispatch));
   m.impl("exact_split", TORCH_BOX(&smartmoe::cpu::exact_split));
   m.impl("dispatch_map", TORCH_BOX(&smartmoe::cpu::dispatch_map));

@@ -10,6 +10,7 @@
 #include "../ops.h"
 #include "planning.h"
 #include "rows.h"
+#include "sources.h"
 
 namespace smartmoe::cpu {
 namespace {
@@ -104,146 +105,36 @@ void plan_exact(const std::vector<int64_t>& load_E, const SlotTable& slots, cons
   }
 }
 
-// The product may have more than 64 bits.
-int64_t in_proportion(int64_t at, int64_t supply, int64_t total) {
-  return static_cast<int64_t>(static_cast<__int128>(at) * supply / total);
+// Which source rank's tokens go to which host, as far as this rank is concerned.
+// sent_C gets what this rank sends to each host, arriving_RS what each rank sends to each slot of this rank; tokens_C
+// is what each host takes, and is used up.
+void assign_own(const Counts& counts, const Placed& placed, int64_t num_slots, int64_t own, int64_t num_nodes,
+                std::vector<int64_t>& tokens_C, int64_t* sent_C, int64_t* arriving_RS) {
+  const Hosts& hosts = placed.hosts;
+  std::fill(sent_C, sent_C + tokens_C.size(), int64_t{0});
+  std::fill(arriving_RS, arriving_RS + counts.num_ranks * num_slots, int64_t{0});
+  // Step 1: the experts with one host. What arrives is read row by row, as the counts lie in memory.
+  std::vector<Index> own_C, own_E;
+  for (int64_t expert = 0; expert < counts.num_experts; ++expert) {
+    if (hosts.num_hosts(expert) != 1) continue;
+    const Index c = hosts.begin_E[expert];
+    sent_C[c] = counts.row(own)[expert];
+    if (hosts.rank_C[c] != own) continue;
+    own_C.push_back(c);
+    own_E.push_back(static_cast<Index>(expert));
+  }
+  for (int64_t source = 0; source < counts.num_ranks; ++source) {
+    for (size_t i = 0; i < own_C.size(); ++i) {
+      arriving_RS[source * num_slots + placed.slot_C[own_C[i]]] = counts.row(source)[own_E[i]];
+    }
+  }
+  // Step 2: those with several.
+  const auto record = [&](int64_t source, Index c, int64_t tokens) {
+    if (source == own) sent_C[c] += tokens;
+    if (hosts.rank_C[c] == own) arriving_RS[source * num_slots + placed.slot_C[c]] += tokens;
+  };
+  Sources(counts, hosts, record).assign(tokens_C, num_nodes);
 }
-
-// Which source rank's tokens go to which host, as far as this rank is concerned: `placement.split.assign_sources`.
-class Sources {
- public:
-  // sent_C gets what this rank sends to each host, arriving_RS what each rank sends to each slot of this rank.
-  Sources(const Counts& counts, const Placed& placed, int64_t own, int64_t* sent_C, int64_t* arriving_RS,
-          int64_t num_slots)
-      : counts_(counts),
-        placed_(placed),
-        own_(own),
-        sent_C_(sent_C),
-        arriving_RS_(arriving_RS),
-        num_slots_(num_slots) {}
-
-  // tokens_C is what each host takes; it is used up.
-  void assign(std::vector<int64_t>& tokens_C, int64_t num_nodes) {
-    std::fill(sent_C_, sent_C_ + tokens_C.size(), int64_t{0});
-    std::fill(arriving_RS_, arriving_RS_ + counts_.num_ranks * num_slots_, int64_t{0});
-    // Step 1: an expert with one host gets every token there; the others' tokens are routed.
-    settle_single_hosts();
-    gather_left();
-    for (size_t f = 0; f < expert_F_.size(); ++f) {
-      const Index begin = placed_.hosts.begin_E[expert_F_[f]], end = placed_.hosts.begin_E[expert_F_[f] + 1];
-      int64_t* left_R = left_FR_.data() + f * counts_.num_ranks;
-      // Step 2: on several nodes, what each host takes from its own; else all.
-      later_C_.assign(end - begin, 0);
-      if (num_nodes > 1) put_off(begin, end, left_R, tokens_C, counts_.num_ranks / num_nodes);
-      // Step 3: tokens that are already on a host of their expert stay there, then sources of the same node are met.
-      for (Index c = begin; c < end; ++c) {
-        const Index rank = placed_.hosts.rank_C[c];
-        meet(left_R[rank], rank, tokens_C[c], c);
-      }
-      if (num_nodes > 1) meet_by_node(begin, end, left_R, tokens_C, counts_.num_ranks / num_nodes);
-      // Step 4: then all sources.
-      for (Index c = begin; c < end; ++c) tokens_C[c] += later_C_[c - begin];
-      meet_in_order(begin, end, left_R, 0, counts_.num_ranks, tokens_C);
-    }
-  }
-
- private:
-  void settle_single_hosts() {
-    own_single_C_.clear();
-    own_single_E_.clear();
-    expert_F_.clear();
-    for (int64_t expert = 0; expert < counts_.num_experts; ++expert) {
-      if (placed_.hosts.num_hosts(expert) > 1) expert_F_.push_back(static_cast<Index>(expert));
-      if (placed_.hosts.num_hosts(expert) != 1) continue;
-      const Index c = placed_.hosts.begin_E[expert];
-      sent_C_[c] = counts_.row(own_)[expert];
-      if (placed_.hosts.rank_C[c] != own_) continue;
-      own_single_C_.push_back(c);
-      own_single_E_.push_back(static_cast<Index>(expert));
-    }
-    for (int64_t source = 0; source < counts_.num_ranks; ++source) {
-      for (size_t i = 0; i < own_single_C_.size(); ++i) {
-        arriving_RS_[source * num_slots_ + placed_.slot_C[own_single_C_[i]]] = counts_.row(source)[own_single_E_[i]];
-      }
-    }
-  }
-
-  // What each source still has of the experts with several hosts; row by row, as the counts lie in memory.
-  void gather_left() {
-    left_FR_.resize(expert_F_.size() * counts_.num_ranks);
-    for (int64_t source = 0; source < counts_.num_ranks; ++source) {
-      const int64_t* counts_E = counts_.row(source);
-      for (size_t f = 0; f < expert_F_.size(); ++f) left_FR_[f * counts_.num_ranks + source] = counts_E[expert_F_[f]];
-    }
-  }
-
-  // One source and one host meet: as many tokens as both have move.
-  void meet(int64_t& left, int64_t source, int64_t& need, Index c) {
-    const int64_t tokens = std::min(left, need);
-    left -= tokens;
-    need -= tokens;
-    if (source == own_) sent_C_[c] += tokens;
-    if (placed_.hosts.rank_C[c] == own_) arriving_RS_[source * num_slots_ + placed_.slot_C[c]] += tokens;
-  }
-
-  // Supply and demand laid end to end: the sources in [source, end_source) and the hosts in [c, end).
-  void meet_in_order(Index c, Index end, int64_t* left_R, int64_t source, int64_t end_source,
-                     std::vector<int64_t>& need_C) {
-    while (c < end && source < end_source) {
-      if (need_C[c] == 0) {
-        ++c;
-      } else if (left_R[source] == 0) {
-        ++source;
-      } else {
-        meet(left_R[source], source, need_C[c], c);
-      }
-    }
-  }
-
-  // The hosts from `begin` on that are on the same node as that one: up to which.
-  Index end_of_node(Index begin, Index end, int64_t per_node) const {
-    const int64_t node = placed_.hosts.rank_C[begin] / per_node;
-    while (begin < end && placed_.hosts.rank_C[begin] / per_node == node) ++begin;
-    return begin;
-  }
-
-  // Put off what hosts take from other nodes: the same share of each need where the node has less than they take.
-  void put_off(Index begin, Index end, const int64_t* left_R, std::vector<int64_t>& need_C, int64_t per_node) {
-    for (Index c = begin; c < end;) {
-      const int64_t* node_R = left_R + placed_.hosts.rank_C[c] / per_node * per_node;
-      const int64_t supply = std::accumulate(node_R, node_R + per_node, int64_t{0});
-      const Index next = end_of_node(c, end, per_node);
-      const int64_t total = std::accumulate(need_C.begin() + c, need_C.begin() + next, int64_t{0});
-      int64_t before = 0;
-      for (; c < next; ++c) {
-        if (supply >= total) continue;
-        const int64_t after = before + need_C[c];
-        const int64_t now = in_proportion(after, supply, total) - in_proportion(before, supply, total);
-        later_C_[c - begin] = need_C[c] - now;
-        need_C[c] = now;
-        before = after;
-      }
-    }
-  }
-
-  void meet_by_node(Index begin, Index end, int64_t* left_R, std::vector<int64_t>& need_C, int64_t per_node) {
-    while (begin < end) {
-      const int64_t node = placed_.hosts.rank_C[begin] / per_node;
-      const Index next = end_of_node(begin, end, per_node);
-      meet_in_order(begin, next, left_R, node * per_node, (node + 1) * per_node, need_C);
-      begin = next;
-    }
-  }
-
-  const Counts& counts_;
-  const Placed& placed_;
-  const int64_t own_;
-  int64_t* sent_C_;
-  int64_t* arriving_RS_;
-  const int64_t num_slots_;
-  std::vector<Index> expert_F_, own_single_C_, own_single_E_;
-  std::vector<int64_t> left_FR_, later_C_;  // later: what the hosts of one expert take from other nodes
-};
 
 // The parts of the result, one behind the other: runtime/replicas/dispatch_plan.py:PlanBuffer has the same order.
 struct Result {
@@ -371,7 +262,7 @@ void plan_dispatch(const Tensor& counts_RPE, const Tensor& slots_RS, int64_t hom
     for (size_t c = 0; c < num_hosts; ++c) taken_C[c] += tokens_C[c];
     int64_t* sent = p == tp_rank ? sent_C.data() : other_C.data();
     int64_t* arriving_RS = result.arriving_PRS + p * num_ranks * slots.num_slots;
-    Sources(own, placed, rank, sent, arriving_RS, slots.num_slots).assign(tokens_C, num_nodes);
+    assign_own(own, placed, slots.num_slots, rank, num_nodes, tokens_C, sent, arriving_RS);
   }
   // Step 3: this rank's segments, the sizes of its exchange, and how balanced it all is.
   write_segments(placed, slots, sent_C.data(), result);

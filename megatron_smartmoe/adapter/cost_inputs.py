@@ -18,7 +18,7 @@ from megatron_smartmoe.adapter.flags.smartmoe_arguments import replicas_mode
 from megatron_smartmoe.cost.compute import ExpertShape, replica_grad_bytes
 from megatron_smartmoe.cost.dispatchers import Dispatcher
 from megatron_smartmoe.cost.memory.buffers import MAIN_BYTES, MOMENT_BYTES, expert_state_bytes
-from megatron_smartmoe.cost.moe_layer import constants_of, crossing_bytes_s, transfer_price
+from megatron_smartmoe.cost.moe_layer import constants_of, crossing_bytes_s, exchanges_of, transfer_price
 from megatron_smartmoe.cost.replicas import TransferPrice, schedule_of
 from megatron_smartmoe.placement.homes_planner import OnlineOptions
 from megatron_smartmoe.placement.layer_cost import LayerPricing
@@ -200,10 +200,20 @@ def online_setting(args: Namespace, mode: str | None = None) -> LayerPricing:
     num_ranks = mpu.get_expert_model_parallel_world_size()
     expert, mode = expert_shape(args, mode), mode or replicas_mode(args)
     early, dispatcher = not args.overlap_param_gather, dispatcher_of(args)
+    degree = args.smartmoe_overlap_degree
+    exchanges = exchanges_of(
+        dispatcher.name,
+        ranks=num_ranks,
+        slots=args.num_experts // num_ranks + args.smartmoe_spare_slots,
+        chunks=int(degree) if degree.isdecimal() else 1,  # "auto" is chosen later
+        expert_tensor_ranks=args.expert_tensor_parallel_size or args.tensor_model_parallel_size,
+        padded=dispatcher.padded_factor > 0,
+        overlaps_micro_batches=args.overlap_moe_expert_parallel_comm,
+    )
     return LayerPricing(
         num_ranks=num_ranks,
         num_nodes=nodes_of_group(num_ranks),
-        constants=constants_of(machine(args), expert, two_hops=dispatcher.name == HIERARCHICAL),
+        constants=constants_of(machine(args), expert, two_hops=dispatcher.name == HIERARCHICAL, exchanges=exchanges),
         replicas=schedule_of(mode, expert, micro_batches=get_num_microbatches(), fetched_early=early),
         has_trees=True,
         dispatcher=dispatcher,

@@ -500,6 +500,7 @@ def prepare_megatron(*, cpu: bool) -> None:
     _repair_optimizer_checkpoints(training)
     _skip_compiled_helpers()
     _train_slots_with_muon()
+    _take_delayed_gradients()
     _collect_write_results(cpu=cpu)
     if cpu:
         _run_on_cpu(training)
@@ -610,6 +611,15 @@ def _train_slots_with_muon() -> None:
             replace(param, predicate=replace(param.predicate, fn=is_for_adam)): override
             for param, override in entry.default_param_overrides.items()
         }
+
+
+def _take_delayed_gradients() -> None:
+    """Have Megatron's data parallelism take weight gradients that are computed later when they are there."""
+    from megatron.core.distributed import DistributedDataParallel
+
+    from megatron_smartmoe.adapter.moe.delayed_gradients import taken_when_there
+
+    rebind(DistributedDataParallel, "__init__", taken_when_there)
 
 
 def complete_tokenizers() -> None:

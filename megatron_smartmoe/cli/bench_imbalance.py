@@ -11,10 +11,11 @@ import argparse
 import json
 import os
 from collections.abc import Sequence
+from functools import partial
+from multiprocessing import Value
+from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
 from typing import Any
-
-from tqdm import tqdm
 
 from megatron_smartmoe.cli.bench_imbalance_table import as_markdown, as_text
 from megatron_smartmoe.cli.kernels import kernels_for
@@ -24,8 +25,10 @@ from megatron_smartmoe.cli.simulate_prices import Prices, rank_tokens
 from megatron_smartmoe.cost.compute import ExpertShape
 from megatron_smartmoe.errors import ConfigError
 from megatron_smartmoe.placement.homes_planner import ReplicaMode
+from megatron_smartmoe.placement.kernels import Kernels
 from megatron_smartmoe.simulate.baselines import MOVING_HOMES, by_name
 from megatron_smartmoe.simulate.imbalance import SERIES, BenchSizes, Case, Series, make_case, row
+from megatron_smartmoe.simulate.jobs import add_one, default_jobs, run_tasks
 from megatron_smartmoe.simulate.policies import SimulatedPolicy
 from megatron_smartmoe.simulate.run import SimulationSetup, even_load_s, replay
 from megatron_smartmoe.spec.cluster import ClusterSpec, load_cluster_spec
@@ -39,9 +42,9 @@ OURS: dict[str, ReplicaMode] = {
 HOMES = "smartmoe-homes"  # no spare slots
 EVEN = "even load"
 _LEAST = {"experts": 2, "top_k": 1, "tokens": 1, "ep": 2, "spare_slots": 1, "steps": 2, "micro_batches": 1}
-_LEAST |= {"seed": 0, "hidden": 1, "ffn": 1, "homes_interval": 0, "warmup": 1}
+_LEAST |= {"seed": 0, "hidden": 1, "ffn": 1, "homes_interval": 0, "warmup": 1, "jobs": 1}
 _MOST = {"experts": 4096, "top_k": 256, "tokens": 1 << 20, "ep": 4096, "spare_slots": 64, "steps": 100_000}
-_MOST |= {"micro_batches": 1024, "seed": 2**31 - 1}
+_MOST |= {"micro_batches": 1024, "seed": 2**31 - 1, "jobs": 1024}
 
 
 def add_parser(tools: Any) -> None:
@@ -70,6 +73,7 @@ def add_parser(tools: Any) -> None:
     add("--hidden", type=int, default=4096, help="model hidden size (default: 4096)")
     add("--ffn", type=int, default=1536, help="intermediate size of one expert (default: 1536)")
     add("--seed", type=int, default=1234, help="of all draws (default: 1234)")
+    add("--jobs", type=int, metavar="N", help="processes side by side (default: one per CPU, or 1 for a short replay)")
     add("--jsonl", type=Path, metavar="FILE", help="write one row per workload, cluster and rule")
     add("--markdown", type=Path, metavar="FILE", help="write the tables as Markdown")
     text = "write every workload as a routing trace (.npz), to simulate, plan or train with it"
@@ -96,27 +100,17 @@ def run(options: argparse.Namespace) -> int:
         seed=options.seed,
     )
     # Step 2: every workload through every rule on every cluster.
-    rows: list[dict[str, Any]] = []
     ours = sum(name in (HOMES, *OURS) for name in names)
     kernels = kernels_for(len(chosen) * len(clusters) * ours * options.steps * options.micro_batches, options.ep)
-    progress = tqdm(total=len(chosen) * len(clusters) * len(names), unit="replay", leave=False, disable=None)
-    for series, workload in chosen:
-        case = make_case(series, workload, sizes)
-        if options.save_traces:
-            case.trace.save(options.save_traces / f"{workload}.npz")
-        for named, cluster in clusters.items():
-            prices = _prices(options, cluster, case)
-            even = setup_of(prices, spare_slots=0, warmup=options.warmup)
-            even_ms = float(even_load_s(case.trace, even).mean()) * 1e3
-            for name in names:
-                progress.set_description(f"{workload}, {name}")
-                spare_slots = 0 if name == HOMES else options.spare_slots
-                setup = setup_of(prices, spare_slots=spare_slots, warmup=options.warmup, kernels=kernels)
-                result = replay(case.trace, _policy(name, options, setup, prices), setup)
-                result_row = row(case, sizes, setup, named, result)
-                rows.append({**result_row, "backend": name, "even_load_ms": even_ms})
-                progress.update()
-    progress.close()
+    counter = Value("q", 0)
+    tasks = [
+        partial(_rows, options, sizes, kernels, clusters, names, series, workload, counter)
+        for series, workload in chosen
+    ]
+    total = len(chosen) * len(clusters) * len(names)
+    jobs = options.jobs or default_jobs(total * options.steps * options.micro_batches)
+    found = run_tasks(tasks, jobs=jobs, flag="--jobs", total=total, unit="replay", done=counter)
+    rows = [one for of_workload in found for one in of_workload]
     # Step 3: tables and files.
     print(as_text(rows))
     if options.jsonl:
@@ -124,6 +118,35 @@ def run(options: argparse.Namespace) -> int:
     if options.markdown:
         options.markdown.write_text(as_markdown(rows), encoding="utf-8")
     return 0
+
+
+def _rows(
+    options: argparse.Namespace,
+    sizes: BenchSizes,
+    kernels: Kernels,
+    clusters: dict[str, ClusterSpec],
+    names: Sequence[str],
+    series: Series,
+    workload: str,
+    counter: Synchronized[int],
+) -> list[dict[str, Any]]:
+    """One workload through every rule on every cluster."""
+    rows: list[dict[str, Any]] = []
+    case = make_case(series, workload, sizes)
+    if options.save_traces:
+        case.trace.save(options.save_traces / f"{workload}.npz")
+    for named, cluster in clusters.items():
+        prices = _prices(options, cluster, case)
+        even = setup_of(prices, spare_slots=0, warmup=options.warmup)
+        even_ms = float(even_load_s(case.trace, even).mean()) * 1e3
+        for name in names:
+            spare_slots = 0 if name == HOMES else options.spare_slots
+            setup = setup_of(prices, spare_slots=spare_slots, warmup=options.warmup, kernels=kernels)
+            result = replay(case.trace, _policy(name, options, setup, prices), setup)
+            result_row = row(case, sizes, setup, named, result)
+            rows.append({**result_row, "backend": name, "even_load_ms": even_ms})
+            add_one(counter)
+    return rows
 
 
 def _policies() -> list[str]:
@@ -134,7 +157,7 @@ def _checked(options: argparse.Namespace) -> dict[str, ClusterSpec]:
     """The clusters, after every number and place is checked."""
     for name, least in _LEAST.items():
         value, flag = getattr(options, name), "--" + name.replace("_", "-")
-        if not least <= value <= _MOST.get(name, 10**6):
+        if value is not None and not least <= value <= _MOST.get(name, 10**6):
             rule = f"must be from {least} to {_MOST.get(name, 10**6):,}"
             raise ConfigError(flag, value, rule, f"For example: {flag} {max(least, 1)}.")
     if options.warmup >= options.steps:

@@ -14,10 +14,9 @@ import json
 import math
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
-
-from tqdm import tqdm
 
 from megatron_smartmoe.cli import simulate_routing
 from megatron_smartmoe.cli.kernels import kernels_for
@@ -26,11 +25,12 @@ from megatron_smartmoe.cli.policies import own_policy, peer_policy, setup_of
 from megatron_smartmoe.cli.simulate_prices import DEFAULT_CLUSTER, Prices, rank_tokens
 from megatron_smartmoe.cli.simulate_table import Simulated, as_json, as_table
 from megatron_smartmoe.cost.compute import ExpertShape
+from megatron_smartmoe.cost.moe_layer import ALL_TO_ALLS, APART_EXCHANGES, exchanges_of
 from megatron_smartmoe.errors import ConfigError
 from megatron_smartmoe.simulate.baselines import by_name
-from megatron_smartmoe.simulate.limit import limits_s
+from megatron_smartmoe.simulate.jobs import Entrant, compare
 from megatron_smartmoe.simulate.policies import SimulatedPolicy
-from megatron_smartmoe.simulate.run import PolicyResult, SimulationSetup, even_load_s, lower_bounds, replay
+from megatron_smartmoe.simulate.run import PolicyResult, SimulationSetup
 from megatron_smartmoe.spec.cluster import ClusterSpec, load_cluster_spec
 from megatron_smartmoe.spec.model import ModelSpec, load_model_spec
 from megatron_smartmoe.spec.placement import Placement
@@ -45,8 +45,10 @@ _REPLAY_MODULE = "megatron_smartmoe.runtime.decisions"  # started, not imported:
 _SETTINGS = ("ep", "spare_slots", "nodes", "homes_interval", "replicas", "warmup", "hidden", "ffn", "cluster")
 _MARGIN = "replicas_margin"  # likewise, but files of before it existed lack it: they have the first version's prices
 _GATED = "gated"  # of the model's experts; not an option of its own
+_EXCHANGES = "exchanges"  # likewise: files of before it existed were made with rows and weights apart
 _REPLANS = "replans"  # whether what `auto` planned anew is among the decisions; not so in files of earlier versions
 _MOST_MARGIN = 1000.0
+_OURS = "smartmoe"
 
 _LEAST = {
     "ep": 1,
@@ -60,9 +62,16 @@ _LEAST = {
     "hidden": 1,
     "ffn": 1,
     "top_k": 1,
+    "jobs": 1,
 }
 
-_MOST = {"ep": 65_536, "nodes": 65_536, "trace_experts": 65_536, "spare_slots": 1000}  # a typing error beyond these
+_MOST = {
+    "ep": 65_536,
+    "nodes": 65_536,
+    "trace_experts": 65_536,
+    "spare_slots": 1000,
+    "jobs": 1024,
+}  # a typing error beyond these
 _MOST_OF_ANY = 10**9
 
 
@@ -110,6 +119,7 @@ def add_parser(tools: Any) -> None:
     add("--hidden", type=int, help="model hidden size (default: of --model, else 4096)")
     add("--ffn", type=int, help="intermediate size of one expert (default: of --model, else 1536)")
     simulate_routing.add_arguments(parser)
+    add("--jobs", type=int, metavar="N", help="processes side by side (default: one per CPU, or 1 for a short replay)")
     add("--json", type=Path, metavar="FILE", help="write the table's numbers as JSON")
     add(
         "--plot", type=Path, metavar="FILE", help="plot the distribution of imbalance of each policy (.svg, .png, .pdf)"
@@ -120,7 +130,7 @@ def add_parser(tools: Any) -> None:
     add("--replay", type=Path, metavar="RUN|FILE", help=text)
     text = "with --replay RUN: how to print what was reproduced (default: text)"
     add("--format", choices=("text", "json"), default="text", help=text)
-    parser.set_defaults(run=run, gated=True, replans=True)
+    parser.set_defaults(run=run, gated=True, replans=True, exchanges=None)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -147,15 +157,12 @@ def run(options: argparse.Namespace) -> int:
     if options.save_trace:
         trace.save(options.save_trace)
     # Step 2: replay it through every policy.
-    results = []
-    for policy in _policies(options, trace, setup, prices):
-        records = tqdm(range(trace.num_records), desc=policy.name, unit="record", leave=False, disable=None)
-        results.append(replay(trace, policy, setup, records))
+    compared = compare(trace, _entrants(options, trace, setup, prices), setup, jobs=options.jobs)
     simulated = Simulated(
-        results=results,
-        bounds=lower_bounds(trace, setup),
-        even_s=even_load_s(trace, setup),
-        limit_s=limits_s(trace, setup),
+        results=compared.results,
+        bounds=compared.bounds,
+        even_s=compared.even_s,
+        limit_s=compared.limit_s,
         setup=setup,
         trace=trace,
         prices=prices,
@@ -170,7 +177,9 @@ def run(options: argparse.Namespace) -> int:
         from megatron_smartmoe.cli.simulate_plot import draw  # matplotlib is slow to import
 
         draw(simulated, options.plot)
-    lines = _decision_lines(options, trace, prices, results)
+    if saved is None and options.save_decisions is None:
+        return 0
+    lines = _decision_lines(options, trace, prices, compared.results)
     if options.save_decisions:
         options.save_decisions.write_text("\n".join(lines) + "\n")
     return _compare(saved, lines) if saved is not None else 0
@@ -235,9 +244,12 @@ def _prices(
         raise ConfigError(
             "--nodes", num_nodes, f"must divide --ep {options.ep}", "Every node has as many ranks: --nodes 1."
         )
+    dispatcher = simulate_routing.dispatcher_of(options, trace, model, num_nodes)
+    slots = trace.num_experts // options.ep + options.spare_slots
     return Prices(
         cluster=cluster,
-        dispatcher=simulate_routing.dispatcher_of(options, trace, model, num_nodes),
+        dispatcher=dispatcher,
+        exchanges=options.exchanges or exchanges_of(dispatcher.name, ranks=options.ep, slots=slots),
         num_groups=simulate_routing.groups_of(options, trace, model),
         expert=ExpertShape(hidden=options.hidden, ffn=options.ffn, gated=options.gated),
         num_ranks=options.ep,
@@ -289,29 +301,31 @@ def _setup(options: argparse.Namespace, trace: RoutingTrace, prices: Prices) -> 
     return setup_of(prices, spare_slots=options.spare_slots, warmup=options.warmup, kernels=kernels)
 
 
-def _policies(
+def _entrants(
     options: argparse.Namespace, trace: RoutingTrace, setup: SimulationSetup, prices: Prices
-) -> list[SimulatedPolicy]:
+) -> list[Entrant]:
     """The policies that --policy names."""
     rules = by_name()
-    names = ["smartmoe", *rules] if options.policy == "all" else options.policy.split(",")
+    names = [_OURS, *rules] if options.policy == "all" else options.policy.split(",")
     for name in names:
-        if name != "smartmoe" and name not in rules:
-            known = ", ".join(["smartmoe", *rules, "all"])
+        if name != _OURS and name not in rules:
+            known = ", ".join([_OURS, *rules, "all"])
             raise ConfigError("--policy", name, "is not a known policy", f"Known: {known}.")
-    placement = Placement.contiguous(
-        num_layers=trace.num_layers,
-        num_experts=trace.num_experts,
-        num_ranks=setup.num_ranks,
-        spare_slots=setup.spare_slots,
-    )
     num_groups = max(1, trace.num_sources // setup.num_ranks)
-    return [
-        own_policy(options.replicas, placement, num_groups, setup, prices, homes_interval=options.homes_interval)
-        if name == "smartmoe"
-        else peer_policy(name, placement, num_groups, setup, interval=options.peers_interval)
-        for name in names
-    ]
+
+    def policy(name: str, num_layers: int) -> SimulatedPolicy:
+        placement = Placement.contiguous(
+            num_layers=num_layers,
+            num_experts=trace.num_experts,
+            num_ranks=setup.num_ranks,
+            spare_slots=setup.spare_slots,
+        )
+        if name == _OURS:
+            interval = options.homes_interval
+            return own_policy(options.replicas, placement, num_groups, setup, prices, homes_interval=interval)
+        return peer_policy(name, placement, num_groups, setup, interval=options.peers_interval)
+
+    return [Entrant(make=partial(policy, name), layers_apart=name != _OURS) for name in names]
 
 
 def _decision_lines(
@@ -321,7 +335,7 @@ def _decision_lines(
     settings = {name: getattr(options, name) for name in _SETTINGS}
     settings["cluster"] = str(options.cluster) if options.cluster else None
     if not prices.first_version:
-        settings |= {_MARGIN: options.replicas_margin, _GATED: options.gated}
+        settings |= {_MARGIN: options.replicas_margin, _GATED: options.gated, _EXCHANGES: prices.exchanges}
     settings |= simulate_routing.settings(prices.dispatcher, prices.num_groups)
     if options.replans and options.replicas == "auto":
         settings[_REPLANS] = True
@@ -329,7 +343,7 @@ def _decision_lines(
     decisions = [
         decision
         for result in results
-        if result.name == "smartmoe"
+        if result.name == _OURS
         for decision in result.decisions
         if decision.kind != "replans" or options.replans
     ]
@@ -367,6 +381,8 @@ def _read_decisions(options: argparse.Namespace) -> list[dict[str, Any]]:
             raise ConfigError(field, margin, f"must be from 0 to {_MOST_MARGIN:,.0f}", "Make the file again.")
         options.replicas_margin, options.gated = float(margin), lines[0].get(_GATED, True) is not False
     options.replans = lines[0].get(_REPLANS, False) is True
+    found = lines[0].get(_EXCHANGES, APART_EXCHANGES)
+    options.exchanges = values.whole(found, f"{named.at(1)}: {_EXCHANGES}", least=ALL_TO_ALLS, most=APART_EXCHANGES)
     simulate_routing.take(lines[0], options, f"{named.at(1)}: ")
     options.policy, options.model = "smartmoe", None
     return lines

@@ -8,7 +8,7 @@ import numpy as np
 
 from megatron_smartmoe.cost.compute import ExpertShape, replica_grad_bytes
 from megatron_smartmoe.cost.dispatchers import ALL_TO_ALL, Dispatcher
-from megatron_smartmoe.cost.moe_layer import constants_of, crossing_bytes_s, transfer_price
+from megatron_smartmoe.cost.moe_layer import ALL_TO_ALLS, constants_of, crossing_bytes_s, transfer_price
 from megatron_smartmoe.cost.replicas import TransferPrice, schedule_of
 from megatron_smartmoe.placement.layer_cost import LayerPricing
 from megatron_smartmoe.placement.layer_plan import Sees
@@ -45,6 +45,7 @@ class Prices:
         first_version: replicas travel in every micro-batch, with fp32 gradients, and nothing is hidden: the prices of
             decision files that were made before replicas had a schedule.
         dispatcher: what sends the tokens.
+        exchanges: collectives of a layer's all-to-alls, see `moe_layer.exchanges_of`.
     """
 
     cluster: ClusterSpec
@@ -57,6 +58,7 @@ class Prices:
     margin: float = 1.0
     first_version: bool = False
     dispatcher: Dispatcher = ALL_TO_ALL
+    exchanges: int = ALL_TO_ALLS
 
     @property
     def domains(self) -> int:
@@ -86,7 +88,9 @@ class Prices:
         pricing = LayerPricing(
             num_ranks=self.num_ranks,
             num_nodes=self.num_nodes,
-            constants=constants_of(self.cluster, expert, two_hops=self.dispatcher.name == HIERARCHICAL),
+            constants=constants_of(
+                self.cluster, expert, two_hops=self.dispatcher.name == HIERARCHICAL, exchanges=self.exchanges
+            ),
             dispatcher=self.dispatcher,
         )
         if self.first_version:

@@ -25,7 +25,7 @@ from megatron_smartmoe.cli.policies import own_policy, setup_of
 from megatron_smartmoe.cli.simulate_prices import Prices, rank_tokens
 from megatron_smartmoe.cli.whatif_table import Basis, Prediction, as_json, as_table, label
 from megatron_smartmoe.cost.memory.budget import memory_budget
-from megatron_smartmoe.cost.step.constants import StepConstants, expert_shape, spec_nodes
+from megatron_smartmoe.cost.step.constants import StepConstants, exchanges_of_launch, expert_shape, spec_nodes
 from megatron_smartmoe.cost.step.moe import dispatcher_of
 from megatron_smartmoe.errors import ConfigError, PlanError
 from megatron_smartmoe.placement.homes_planner import ReplicaMode
@@ -328,6 +328,7 @@ def _replay(
         micro_batches=spec.micro_batches,
         rank_tokens=rank_tokens(trace, spec.ep),
         dispatcher=dispatcher_of(model, spec),
+        exchanges=exchanges_of_launch(model, spec),
         num_groups=model.moe.routing_groups,
         margin=launch.replicas_margin,
     )

@@ -45,6 +45,10 @@ def busiest_ports(traffic_RR: FloatArray, num_nodes: int) -> BusiestPorts:
     """Busiest ports of one exchange; `traffic_RR[source, target]`, what stays on its rank is free."""
     # Step 1: split the traffic into what stays on a node and what leaves it.
     num_ranks = traffic_RR.shape[0]
+    if num_nodes == 1:
+        all_RR = np.array(traffic_RR)
+        np.fill_diagonal(all_RR, 0.0)
+        return BusiestPorts(intra=_busiest(all_RR), inter_gpu=0.0, inter_node=0.0, inter_node_reverse=0.0)
     node_R = np.arange(num_ranks) * num_nodes // num_ranks
     same_RR = node_R[:, None] == node_R[None, :]
     inter_RR, intra_RR = np.where(same_RR, 0.0, traffic_RR), np.where(same_RR, traffic_RR, 0.0)

@@ -129,5 +129,8 @@ def time_shared(work_R: FloatArray | Sequence[float], ranks_per_device: float) -
             a scheduler shares cores out. With 1 the result is the longest work.
     """
     ranks = len(work_R)
-    faster_R = np.maximum(1.0, np.minimum(ranks_per_device, ranks / np.arange(ranks, 0, -1)))
-    return float(np.cumsum(np.diff(np.sort(work_R), prepend=0.0) / faster_R)[-1])
+    more_R = np.sort(np.asarray(work_R, dtype=np.float64))
+    more_R[1:] -= more_R[:-1]  # than the rank before it
+    if ranks_per_device > 1:
+        more_R /= np.maximum(1.0, np.minimum(ranks_per_device, ranks / np.arange(ranks, 0, -1)))
+    return float(more_R.cumsum()[-1])

@@ -25,7 +25,15 @@ import numpy as np
 
 from megatron_smartmoe.cost.comm import NOTHING, BusiestPorts, busiest_domain, busiest_ports, replica_traffic
 from megatron_smartmoe.cost.compute import ExpertShape, busiest_rank
-from megatron_smartmoe.cost.dispatchers import ALL_TO_ALL, Dispatcher, carried, padded, rows_at_a_rank, wire_rows
+from megatron_smartmoe.cost.dispatchers import (
+    ALL_TO_ALL,
+    Dispatcher,
+    DispatcherName,
+    carried,
+    padded,
+    rows_at_a_rank,
+    wire_rows,
+)
 from megatron_smartmoe.cost.hierarchical import HopCounts, hops_fixed_s
 from megatron_smartmoe.cost.replicas import (
     EVERY_MICRO_BATCH,
@@ -42,7 +50,8 @@ from megatron_smartmoe.spec.cluster import ClusterSpec, LevelSpec, LinkSpec
 from megatron_smartmoe.spec.placement import EMPTY
 
 ALL_TO_ALLS = 4  # dispatch, combine, and the gradient of each
-EXCHANGES = 6  # as collectives: dispatch sends probabilities apart from tokens, and so do its gradients
+# As collectives, where the dispatch sends rows and their weights apart, and so do its gradients.
+APART_EXCHANGES = 6
 # Estimates that hold until `scripts.validation.layer_fit` replaces the constants made from them; none is measured. The
 # three efficiencies give way to those of the cluster file, which `smartmoe calibrate` sets to 1 for what it measured.
 LAUNCHES_PER_LAYER = 200  # small kernels and collectives: router, permute, exchange of counts, and their backward
@@ -114,6 +123,27 @@ class LayerFlow:
         return cls.from_shares(counts_RE, hosts_ER, slots_RS, num_nodes)
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class RelayedFlow:
+    """A `LayerFlow` whose replicas travel along relay trees, added up over the experts: all that its time depends on.
+
+    Attributes:
+        tokens_R: tokens that each rank computes.
+        active_R: experts that have any of them.
+        traffic_RR: see `LayerFlow`; so are the others.
+    """
+
+    tokens_R: FloatArray
+    active_R: IntArray
+    traffic_RR: FloatArray
+    num_nodes: int
+    replica_steps: tuple[int, int]
+    early_tokens: float
+    wire_RR: FloatArray | None = None
+    kept_steps: tuple[int, int] = (0, 0)
+    kept_returns: bool = True
+
+
 def on_the_wire(flow: LayerFlow, dispatcher: Dispatcher) -> LayerFlow:
     """A flow, with the rows that a dispatcher sends for it, and those that ranks compute if it pads.
 
@@ -161,24 +191,36 @@ class LayerCounts:
     leaving: tuple[float, ...] = ()
 
     @classmethod
-    def of(cls, flow: LayerFlow, ranks_of_levels: Sequence[int] = ()) -> LayerCounts:
-        """Count a flow, and what leaves the domains of so many consecutive ranks."""
+    def of(
+        cls, flow: LayerFlow | RelayedFlow, ranks_of_levels: Sequence[int] = (), *, two_hops: bool = True
+    ) -> LayerCounts:
+        """Count a flow, and what leaves the domains of so many consecutive ranks.
+
+        Args:
+            flow: tokens and replicas.
+            ranks_of_levels: consecutive ranks of a domain of each level.
+            two_hops: count on several nodes also what a dispatch in two hops carries.
+        """
         wire_RR = flow.traffic_RR if flow.wire_RR is None else flow.wire_RR
-        if flow.replica_steps is None:
-            returned = busiest_ports(flow.replicas_RR, flow.num_nodes)
+        if isinstance(flow, RelayedFlow):
+            tokens_R, active_R = flow.tokens_R, flow.active_R
+            returned = fetched = _in_a_row(flow.replica_steps)
         else:
-            returned = _in_a_row(flow.replica_steps)
+            tokens_R, active_R = flow.load_ER.sum(axis=0), (flow.load_ER > 0).sum(axis=0)
+            direct, steps, nodes = flow.fetch_RR, flow.replica_steps, flow.num_nodes
+            returned = busiest_ports(flow.replicas_RR, nodes) if steps is None else _in_a_row(steps)
+            fetched = returned if direct is None else busiest_ports(direct, nodes)
         return cls(
-            tokens_R=flow.load_ER.sum(axis=0),
-            active_R=(flow.load_ER > 0).sum(axis=0),
+            tokens_R=tokens_R,
+            active_R=active_R,
             source_tokens=float(flow.traffic_RR.sum(axis=1).max()),
             tokens=busiest_ports(wire_RR, flow.num_nodes),
-            fetched=returned if flow.fetch_RR is None else busiest_ports(flow.fetch_RR, flow.num_nodes),
+            fetched=fetched,
             returned=returned,
             early_tokens=flow.early_tokens,
             kept=_in_a_row(flow.kept_steps),
             kept_returns=flow.kept_returns,
-            hops=HopCounts.of(flow.traffic_RR, flow.num_nodes) if flow.num_nodes > 1 else None,
+            hops=HopCounts.of(flow.traffic_RR, flow.num_nodes) if two_hops and flow.num_nodes > 1 else None,
             leaving=tuple(busiest_domain(wire_RR, ranks) for ranks in ranks_of_levels),
         )
 
@@ -292,7 +334,7 @@ class LayerTime:
 
 
 def layer_time(
-    flow: LayerFlow | LayerCounts,
+    flow: LayerFlow | RelayedFlow | LayerCounts,
     constants: LayerConstants,
     *,
     all_to_all_chunks: int = 1,
@@ -314,7 +356,7 @@ def layer_time(
     """
     # Step 1: counts. What the busiest rank computes, and what the busiest ports carry.
     levels = [level.ranks for level in constants.levels]
-    counts = flow if isinstance(flow, LayerCounts) else LayerCounts.of(on_the_wire(flow, dispatcher), levels)
+    counts = flow if isinstance(flow, LayerCounts) else _counted(flow, dispatcher, levels)
     busy = busiest_rank(counts.tokens_R, counts.active_R, constants.half_rate_tokens, ranks_per_device)
     exchange = carried(counts.tokens, counts.leaving, counts.hops, dispatcher, levels)
     tokens = exchange.ports
@@ -357,6 +399,16 @@ def layer_time(
         hidden_s=0.0 - min(may_hide_s, gemm_s + experts_s),
         replicas_hidden_s=0.0 - replicas_hidden_s / replicas.micro_batches - kept_hidden_s / kept.micro_batches,
     )
+
+
+def _counted(flow: LayerFlow | RelayedFlow, dispatcher: Dispatcher, ranks_of_levels: Sequence[int]) -> LayerCounts:
+    """What a dispatcher makes of a flow, counted."""
+    if isinstance(flow, LayerFlow):
+        flow = on_the_wire(flow, dispatcher)
+    else:
+        assert not dispatcher.padded_factor, "padded rows are counted by expert"
+        flow = replace(flow, wire_RR=wire_rows(flow.traffic_RR, flow.num_nodes, dispatcher))
+    return LayerCounts.of(flow, ranks_of_levels, two_hops=dispatcher.name == "hierarchical")
 
 
 def _idle_s(
@@ -423,6 +475,7 @@ def constants_of(
     ranks: int = 2,
     shared_network_card: bool = False,
     two_hops: bool = False,
+    exchanges: int = ALL_TO_ALLS,
 ) -> LayerConstants:
     """Constants of the layer from a cluster file; with datasheet numbers, what to expect before anything is measured.
 
@@ -434,6 +487,7 @@ def constants_of(
             it is what limits them. What a GPU exchanges with other nodes then goes through the same port as what it
             exchanges inside its own, and on through the card.
         two_hops: whether tokens are dispatched in two, which have more collectives and kernels.
+        exchanges: collectives of the all-to-alls, see `exchanges_of`.
     """
     gpu, link = cluster.gpu, cluster.inter_node if cluster.nodes > 1 else cluster.intra_node
     memory_bytes_s = gpu.memory_bandwidth_bytes_s * cluster.efficiency.get("memory", MEMORY_EFFICIENCY)
@@ -447,7 +501,7 @@ def constants_of(
     replica_bytes = expert.sent_weight_bytes + expert.gradient_bytes
     intra_token_s = ALL_TO_ALLS * expert.token_bytes / intra_bytes_s
     inter_token_s = ALL_TO_ALLS * expert.token_bytes / inter_bytes_s
-    fixed_s = LAUNCHES_PER_LAYER * LAUNCH_S + exchange_latency_s(link, ranks)
+    fixed_s = LAUNCHES_PER_LAYER * LAUNCH_S + exchange_latency_s(link, ranks, exchanges)
     if two_hops:
         fixed_s += hops_fixed_s(cluster.inter_node, ranks, LAUNCH_S)
     return LayerConstants(
@@ -482,9 +536,40 @@ def crossing_bytes_s(cluster: ClusterSpec, num_nodes: int) -> float:
     return min([exchange_bytes_s(cluster, between_nodes=num_nodes > 1), *crossed])
 
 
-def exchange_latency_s(link: LinkSpec, ranks: int) -> float:
+def exchanges_of(
+    dispatcher: DispatcherName = "alltoall",
+    *,
+    ranks: int,
+    slots: int,
+    chunks: int = 1,
+    expert_tensor_ranks: int = 1,
+    padded: bool = False,
+    overlaps_micro_batches: bool = False,
+) -> int:
+    """Collectives of a layer's all-to-alls: four where a row and its weight travel together, else six.
+
+    They do where a permutation beside the exchange packs them on its way (`adapter.moe.dispatcher.SlotDispatcher`), and
+    in the exchanges of the flex dispatchers.
+
+    Args:
+        dispatcher: what sends the tokens.
+        ranks: of the expert-parallel group.
+        slots: of a rank, spare ones included; a single one is not sorted.
+        chunks: of every all-to-all; a chunk of one source is not sorted.
+        expert_tensor_ranks: that share an expert, and add its gradients up.
+        padded: whether experts' rows are padded to capacity, which Megatron's own all-to-all does.
+        overlaps_micro_batches: --overlap-moe-expert-parallel-comm, with which the gradients of both come apart.
+    """
+    if dispatcher == "flex":
+        return ALL_TO_ALLS
+    is_sorted = slots > 1 and ranks >= 2 * chunks
+    apart = dispatcher != "alltoall" or expert_tensor_ranks > 1 or padded or overlaps_micro_batches
+    return ALL_TO_ALLS if is_sorted and not apart else APART_EXCHANGES
+
+
+def exchange_latency_s(link: LinkSpec, ranks: int, exchanges: int) -> float:
     """Seconds of a layer's exchanges without a token: the all-to-alls, and the all-gather of their sizes."""
-    return EXCHANGES * link.all_to_all_latency_of(ranks) + link.ring_latency_of(ranks) if ranks > 1 else 0.0
+    return exchanges * link.all_to_all_latency_of(ranks) + link.ring_latency_of(ranks) if ranks > 1 else 0.0
 
 
 def exchange_bytes_s(cluster: ClusterSpec, *, between_nodes: bool) -> float:

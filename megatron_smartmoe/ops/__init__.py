@@ -38,6 +38,7 @@ __all__ = [
     "permute_weighted",
     "plan_dispatch",
     "relay_tree",
+    "relayed_flow",
     "sum_of_rows",
     "swap_homes",
     "swiglu",
@@ -333,6 +334,36 @@ def relay_tree(slots_RS: Tensor, home_slots: int, num_nodes: int = 1) -> Tensor:
     """
     tree_3RK: Tensor = torch.ops.smartmoe.relay_tree(slots_RS, home_slots, num_nodes)
     return tree_3RK
+
+
+def relayed_flow(
+    counts_RE: Tensor, slots_RS: Tensor, home_slots: int, num_nodes: int, kept_RS: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What of a layer decides its time: the best split, its traffic, and the transfers of replicas along their trees.
+
+    Returns the same as its numpy twin, megatron_smartmoe.placement.layer_cost.relayed_layer. It runs on the host in one
+    thread without the interpreter's lock, and only from the compiled library.
+
+    Args:
+        counts_RE: tokens of source rank r for expert e, int64 on the CPU.
+        slots_RS: expert in each slot, int64 [R, S] on the CPU, homes first, -1 for none.
+        home_slots: columns of homes, E / R.
+        num_nodes: nodes that the ranks lie on.
+        kept_RS: other slots, of whose replicas the transfers are counted too.
+
+    Returns:
+        The tokens that each rank sends to each, float64 [R, R]; each rank's tokens and its experts with tokens, int64
+        [2, R]; and, int64 [5], the tokens for homes on the rank with replicas that has fewest of them, and the
+        transfers that follow one another inside nodes and between them, of the slots and of `kept_RS`.
+
+    Raises:
+        RuntimeError: a dtype, shape or number is wrong, the slots are no placement, a count is negative, the counts add
+            up to 2^63 or more, a tensor is on a GPU, or the library is not built.
+    """
+    found: tuple[Tensor, Tensor, Tensor] = torch.ops.smartmoe.relayed_flow(
+        counts_RE, slots_RS, home_slots, num_nodes, kept_RS
+    )
+    return found
 
 
 def plan_dispatch(

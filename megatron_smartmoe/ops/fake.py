@@ -82,6 +82,15 @@ def relay_tree(slots_RS: Tensor, home_slots: int, num_nodes: int) -> Tensor:
     return slots_RS.new_empty((3, slots_RS.shape[0], slots_RS.shape[1] - home_slots))
 
 
+def relayed_flow(
+    counts_RE: Tensor, slots_RS: Tensor, home_slots: int, num_nodes: int, kept_RS: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Shapes of smartmoe::relayed_flow: traffic_RR float64, ranks_2R and numbers_5 int64."""
+    num_ranks = counts_RE.shape[0]
+    traffic_RR = counts_RE.new_empty((num_ranks, num_ranks), dtype=torch.float64)
+    return traffic_RR, counts_RE.new_empty((2, num_ranks)), counts_RE.new_empty((5,))
+
+
 def plan_dispatch(
     counts_RPE: Tensor,
     slots_RS: Tensor,

@@ -41,6 +41,8 @@ SCHEMAS = {
     "float min_gain, float enough) -> (Tensor, Tensor, Tensor)",
     "paying_replicas": "(Tensor loads_KE, Tensor slots_RS, int home_slots, Tensor price_23, int num_nodes) -> Tensor",
     "relay_tree": "(Tensor slots_RS, int home_slots, int num_nodes) -> Tensor",
+    "relayed_flow": "(Tensor counts_RE, Tensor slots_RS, int home_slots, int num_nodes, Tensor? kept_RS) -> "
+    "(Tensor, Tensor, Tensor)",
     "plan_dispatch": "(Tensor counts_RPE, Tensor(a!) slots_RS, int home_slots, int num_nodes, int rank, int tp_rank, "
     "int? used_slots, int scope_nodes, bool or_group, float limit, Tensor price_23, Tensor(b!) plan) -> ()",
     "dispatch_map": "(Tensor ids_TK, Tensor slot_of_E, int num_slots) -> (Tensor, Tensor)",
@@ -70,6 +72,7 @@ HOST_OPS = frozenset(
         "paying_replicas",
         "plan_dispatch",
         "relay_tree",
+        "relayed_flow",
         "swap_homes",
     }
 )

@@ -19,6 +19,7 @@ function and so is equal on every machine.
 from __future__ import annotations
 
 import copy
+import functools
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -244,8 +245,13 @@ class History:
 
 def perturbations(spreads: tuple[float, ...], num_experts: int) -> FloatArray:
     """Fixed factors around 1 with the given standard deviations, one row each."""
-    uniform = np.random.default_rng(_SEED).random((len(spreads), num_experts))
+    uniform = _uniform(len(spreads), num_experts)
     return np.asarray(np.maximum(1 + np.array(spreads)[:, None] * np.sqrt(3.0) * (2 * uniform - 1), 0.0))
+
+
+@functools.lru_cache(maxsize=16)
+def _uniform(rows: int, num_experts: int) -> FloatArray:
+    return np.asarray(np.random.default_rng(_SEED).random((rows, num_experts)))
 
 
 def _shares(load_NE: FloatArray) -> FloatArray:

@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from megatron_smartmoe.cost.moe_layer import RelayedFlow
 from megatron_smartmoe.placement.exact_replicas import exact_replicas
 from megatron_smartmoe.placement.paying_replicas import DropLosing, without_losing_replicas
 from megatron_smartmoe.placement.plan_replicas import BestReplicas, best_replicas
 from megatron_smartmoe.placement.relay import RelayTree, relay_tree
+from megatron_smartmoe.placement.relayed_layer import relayed_layer
 from megatron_smartmoe.placement.search.improve import ImprovedPlacement, improve
 from megatron_smartmoe.placement.search.objective import Objective, Space
 from megatron_smartmoe.placement.split import busiest_rank_tokens, min_max_split
@@ -32,6 +34,7 @@ class Kernels:
         split: see `split.min_max_split`; arguments counts_RE, hosts_ER.
         busiest: see `split.busiest_rank_tokens`.
         relay: see `relay.relay_tree`; arguments slots_RS, home_slots, num_nodes.
+        flow: see `relayed_layer.relayed_layer`.
     """
 
     best: BestReplicas = best_replicas
@@ -41,6 +44,7 @@ class Kernels:
     split: Callable[[IntArray, BoolArray], IntArray] = min_max_split
     busiest: Callable[[BoolArray, IntArray], int] = busiest_rank_tokens
     relay: Callable[[IntArray, int, int], RelayTree] = relay_tree
+    flow: Callable[[IntArray, IntArray, int, int, IntArray | None], RelayedFlow] = relayed_layer
 
 
 NUMPY = Kernels()

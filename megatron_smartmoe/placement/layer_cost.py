@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from megatron_smartmoe.cost.dispatchers import ALL_TO_ALL, Dispatcher
-from megatron_smartmoe.cost.moe_layer import LayerConstants, LayerFlow, LayerTime, layer_time
+from megatron_smartmoe.cost.moe_layer import LayerConstants, LayerFlow, LayerTime, RelayedFlow, layer_time
 from megatron_smartmoe.cost.replicas import EVERY_MICRO_BATCH, ReplicaSchedule
 from megatron_smartmoe.placement.kernels import NUMPY, Kernels
 from megatron_smartmoe.placement.layer_plan import LayerPlan, evaluate
+from megatron_smartmoe.placement.relayed_layer import early_tokens, home_ranks
 from megatron_smartmoe.spec.arrays import FloatArray, IntArray
 from megatron_smartmoe.spec.placement import BoolArray, hosts_of
 
@@ -74,8 +76,7 @@ class PricedLayer:
 
     def terms(self, slots_RS: IntArray, counts_RE: IntArray) -> LayerTime:
         """The seconds, by what takes them."""
-        home_slots = counts_RE.shape[1] // len(slots_RS)
-        home_E = np.argsort(slots_RS[:, :home_slots].ravel(), kind="stable") // home_slots
+        home_E = home_ranks(slots_RS, counts_RE.shape[1] // len(slots_RS))
         return _layer_time(LayerPlan(slots_RS=slots_RS, split="exact"), counts_RE, home_E, self.pricing)[0]
 
 
@@ -104,33 +105,52 @@ def _layer_time(
         pricing: ranks, nodes and constants.
         kept: the replicas from history, where the plan was made anew for this micro-batch.
     """
-    # Step 1: where the tokens go.
-    outcome = evaluate(plan, counts_RE, pricing.num_nodes, pricing.kernels.split)
-    # Step 2: which ranks get a replica's weights from which home, or from another holder.
-    if pricing.has_trees:
-        flow = relayed_flow(
-            plan.slots_RS, outcome.load_ER, outcome.traffic_RR, pricing.num_nodes, pricing.kernels, kept
-        )
+    flow: LayerFlow | RelayedFlow
+    if pricing.has_trees and plan.split == "exact" and not pricing.dispatcher.padded_factor:
+        flow = _relayed(plan.slots_RS, counts_RE, pricing, kept)
+        load_R = flow.tokens_R
     else:
-        hosts_ER = hosts_of(plan.slots_RS, counts_RE.shape[1])
-        returned_RR, fetch_RR = direct_replicas(hosts_ER, home_E), None
-        if pricing.relay is not None:
-            fetch_RR, returned_RR = pricing.relay(home_E, hosts_ER)
-        flow = LayerFlow(
-            load_ER=outcome.load_ER,
-            traffic_RR=outcome.traffic_RR,
-            replicas_RR=returned_RR,
-            num_nodes=pricing.num_nodes,
-            fetch_RR=fetch_RR,
-            early_tokens=_early_tokens(outcome.load_ER, home_E, hosts_ER),
-        )
-    load_R = outcome.load_ER.sum(axis=0)
+        flow = _by_expert(plan, counts_RE, home_E, pricing, kept)
+        load_R = flow.load_ER.sum(axis=0)
     imbalance = float(load_R.max() / load_R.mean()) if load_R.any() else 1.0
     assert imbalance >= 1 - 1e-9, f"a maximum below the mean: {load_R}"
     time = layer_time(
         flow, pricing.constants, replicas=pricing.replicas, kept=pricing.kept, dispatcher=pricing.dispatcher
     )
     return time, imbalance
+
+
+def _relayed(slots_RS: IntArray, counts_RE: IntArray, pricing: LayerPricing, kept: Kept | None) -> RelayedFlow:
+    """The flow with the exact split and relay trees."""
+    home_slots = counts_RE.shape[1] // len(slots_RS)
+    kept_RS = None if kept is None else kept.slots_RS
+    flow = pricing.kernels.flow(counts_RE, slots_RS, home_slots, pricing.num_nodes, kept_RS)
+    return flow if kept is None or kept.returns else replace(flow, kept_returns=False)
+
+
+def _by_expert(
+    plan: LayerPlan, counts_RE: IntArray, home_E: IntArray, pricing: LayerPricing, kept: Kept | None
+) -> LayerFlow:
+    """The flow with any split and way of the replicas."""
+    # Step 1: where the tokens go.
+    outcome = evaluate(plan, counts_RE, pricing.num_nodes, pricing.kernels.split)
+    # Step 2: which ranks get a replica's weights from which home, or from another holder.
+    if pricing.has_trees:
+        return relayed_flow(
+            plan.slots_RS, outcome.load_ER, outcome.traffic_RR, pricing.num_nodes, pricing.kernels, kept
+        )
+    hosts_ER = hosts_of(plan.slots_RS, counts_RE.shape[1])
+    returned_RR, fetch_RR = direct_replicas(hosts_ER, home_E), None
+    if pricing.relay is not None:
+        fetch_RR, returned_RR = pricing.relay(home_E, hosts_ER)
+    return LayerFlow(
+        load_ER=outcome.load_ER,
+        traffic_RR=outcome.traffic_RR,
+        replicas_RR=returned_RR,
+        num_nodes=pricing.num_nodes,
+        fetch_RR=fetch_RR,
+        early_tokens=early_tokens(outcome.load_ER, home_E, hosts_ER),
+    )
 
 
 def even_load_s(num_tokens: float, num_experts: int, pricing: LayerPricing) -> float:
@@ -145,9 +165,21 @@ def even_load_s(num_tokens: float, num_experts: int, pricing: LayerPricing) -> f
 
 def even_load(num_tokens: float, num_experts: int, pricing: LayerPricing) -> LayerFlow:
     """The flow of that layer."""
-    counts_RE = np.full((pricing.num_ranks, num_experts), num_tokens / (pricing.num_ranks * num_experts))
-    homes_RS = np.arange(num_experts).reshape(pricing.num_ranks, -1)
-    return LayerFlow.equal_split(counts_RE, homes_RS, pricing.num_nodes)
+    num_ranks = pricing.num_ranks
+    counts_RE = np.full((num_ranks, num_experts), num_tokens / (num_ranks * num_experts))
+    is_home_ER = _is_home(num_ranks, num_experts)
+    return LayerFlow(
+        load_ER=counts_RE.sum(axis=0)[:, None] * is_home_ER,
+        traffic_RR=counts_RE @ is_home_ER,
+        replicas_RR=np.zeros((num_ranks, num_ranks)),
+        num_nodes=pricing.num_nodes,
+    )
+
+
+@functools.lru_cache(maxsize=4)
+def _is_home(num_ranks: int, num_experts: int) -> FloatArray:
+    """1 where an expert is at home in logical order, else 0, `[E, R]`."""
+    return np.repeat(np.eye(num_ranks), num_experts // num_ranks, axis=0)
 
 
 def relayed_flow(
@@ -171,27 +203,19 @@ def relayed_flow(
     num_experts, num_ranks = load_ER.shape
     home_slots = num_experts // num_ranks
     tree = kernels.relay(slots_RS, home_slots, num_nodes)
-    home_E = np.argsort(slots_RS[:, :home_slots].ravel(), kind="stable") // home_slots
+    home_E = home_ranks(slots_RS, home_slots)
     return LayerFlow(
         load_ER=load_ER,
         traffic_RR=traffic_RR,
         replicas_RR=tree.transfers_RR().astype(np.float64),
         num_nodes=num_nodes,
         replica_steps=tree.steps_by_link(num_nodes),
-        early_tokens=_early_tokens(load_ER, home_E, hosts_of(slots_RS, num_experts)),
+        early_tokens=early_tokens(load_ER, home_E, hosts_of(slots_RS, num_experts)),
         kept_steps=(0, 0)
         if kept is None
         else kernels.relay(kept.slots_RS, home_slots, num_nodes).steps_by_link(num_nodes),
         kept_returns=kept is None or kept.returns,
     )
-
-
-def _early_tokens(load_ER: FloatArray, home_E: IntArray, hosts_ER: BoolArray) -> float:
-    """Tokens for homes on that rank with replicas which has fewest of them."""
-    is_home_ER = np.zeros_like(hosts_ER)
-    is_home_ER[np.arange(len(home_E)), home_E] = True
-    holds_R = (hosts_ER & ~is_home_ER).any(axis=0)
-    return float(np.where(is_home_ER, load_ER, 0.0).sum(axis=0)[holds_R].min()) if holds_R.any() else 0.0
 
 
 def migration_s(before_E: IntArray, after_E: IntArray, num_ranks: int, state_bytes: int, bytes_s: float) -> float:

@@ -25,7 +25,7 @@ import numpy as np
 from megatron_smartmoe.cost.replicas import FREE_TRANSFERS, TransferPrice
 from megatron_smartmoe.placement.exact_replicas import exact_replicas
 from megatron_smartmoe.placement.paying_replicas import DropLosing, without_losing_replicas
-from megatron_smartmoe.placement.relay import relay_tree
+from megatron_smartmoe.placement.relay import RelayTree, relay_tree
 from megatron_smartmoe.placement.search.cuts import ALL_SETS_UP_TO_RANKS, MEAN_LOAD, CutPool, scaled
 from megatron_smartmoe.placement.search.improve import ImprovedPlacement, improve
 from megatron_smartmoe.placement.search.objective import Objective, Space
@@ -154,7 +154,13 @@ def _imbalance_K(slots_RS: IntArray, loads_KE: IntArray, busiest: Callable[[Bool
     return np.asarray(bound_K * len(slots_RS) / np.maximum(loads_KE.sum(axis=1), 1))
 
 
-def replicas_pay(slots_RS: IntArray, home_slots: int, saved_tokens: float, price: TransferPrice) -> bool:
+def replicas_pay(
+    slots_RS: IntArray,
+    home_slots: int,
+    saved_tokens: float,
+    price: TransferPrice,
+    relay: Callable[[IntArray, int, int], RelayTree] = relay_tree,
+) -> bool:
     """Whether a layer's replicas take more off the busiest rank than their traffic costs.
 
     Args:
@@ -162,8 +168,9 @@ def replicas_pay(slots_RS: IntArray, home_slots: int, saved_tokens: float, price
         home_slots: columns of homes.
         saved_tokens: tokens that the replicas take off the busiest rank.
         price: of their transfers.
+        relay: builds the trees that they travel along.
     """
-    return saved_tokens > relay_tree(slots_RS, home_slots, price.num_nodes).price_tokens(price)
+    return saved_tokens > relay(slots_RS, home_slots, price.num_nodes).price_tokens(price)
 
 
 def fill_spare_slots(slots_RS: IntArray, load_E: IntArray, space: Space) -> IntArray:

@@ -26,7 +26,7 @@ import numpy as np
 from megatron_smartmoe.cost.replicas import FREE_TRANSFERS, TransferPrice
 from megatron_smartmoe.placement.decisions import MOST_CANDIDATES, Candidate, Decision, digest_of
 from megatron_smartmoe.placement.plan_replicas import replicas_pay
-from megatron_smartmoe.placement.relay import relay_tree
+from megatron_smartmoe.placement.relay import RelayTree, relay_tree
 from megatron_smartmoe.spec.arrays import IntArray
 from megatron_smartmoe.spec.placement import EMPTY
 
@@ -57,7 +57,12 @@ class ReplanOptions:
 
 
 def planned_anew[P: PlannedAnew](
-    busiest: int, load_E: IntArray, num_ranks: int, options: ReplanOptions, plan: Callable[[], P]
+    busiest: int,
+    load_E: IntArray,
+    num_ranks: int,
+    options: ReplanOptions,
+    plan: Callable[[], P],
+    relay: Callable[[IntArray, int, int], RelayTree] = relay_tree,
 ) -> P | None:
     """The layer's plan for exactly this micro-batch, or None where the replicas from history stay.
 
@@ -67,6 +72,7 @@ def planned_anew[P: PlannedAnew](
         num_ranks: R.
         options: when to plan anew.
         plan: plans the layer for exactly these counts; called only where history falls short.
+        relay: builds the trees that replicas travel along.
     """
     # Step 1: replicas from history that balance the layer well enough stay.
     if busiest * num_ranks <= options.limit * int(load_E.sum()):
@@ -74,7 +80,9 @@ def planned_anew[P: PlannedAnew](
     # Step 2: others replace them if they save more than they cost.
     anew = plan()
     saved_tokens = busiest - anew.busiest
-    pays = saved_tokens > 0 and replicas_pay(anew.slots_RS, len(load_E) // num_ranks, saved_tokens, options.price)
+    pays = saved_tokens > 0 and replicas_pay(
+        anew.slots_RS, len(load_E) // num_ranks, saved_tokens, options.price, relay
+    )
     return anew if pays else None
 
 

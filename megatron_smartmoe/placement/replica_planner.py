@@ -129,7 +129,8 @@ class ReplicaPlanner:
         slots_RS, options = self.placement.slots_LRS[layer], self.options
         before = self._kernels.busiest(self.placement.hosts_LER[layer], load_E)
         rule = ReplanOptions(limit=options.auto_limit, price=options.exact_price)
-        return planned_anew(before, load_E, len(slots_RS), rule, lambda: self._anew(load_E, slots_RS, before))
+        relay = self._kernels.relay
+        return planned_anew(before, load_E, len(slots_RS), rule, lambda: self._anew(load_E, slots_RS, before), relay)
 
     def _exact(self, load_E: IntArray, slots_RS: IntArray, price: TransferPrice) -> IntArray:
         """Slots with replicas for exactly these counts, at this price."""

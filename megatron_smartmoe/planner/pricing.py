@@ -15,7 +15,7 @@ import numpy as np
 from megatron_smartmoe.cost.comm import BusiestPorts
 from megatron_smartmoe.cost.memory.budget import MemoryBudget, memory_budget
 from megatron_smartmoe.cost.memory.buffers import least_state_bytes
-from megatron_smartmoe.cost.moe_layer import LayerConstants, LayerCounts
+from megatron_smartmoe.cost.moe_layer import ALL_TO_ALLS, APART_EXCHANGES, LayerConstants, LayerCounts
 from megatron_smartmoe.cost.step.constants import StepConstants, layer_constants, spec_nodes
 from megatron_smartmoe.cost.step.dense import tokens_of
 from megatron_smartmoe.cost.step.moe import MoETimes, moe_times
@@ -189,7 +189,8 @@ class Pricing:
         Of a hierarchical dispatch's exchanges half are flat, and the others carry at least one row of K between nodes.
         """
         spec = ParallelSpec(gpus=1, tp=tp, ep=ep, etp=etp, cp=cp, micro_batch=micro_batch, precision=precision)
-        layer = layer_constants(self.cluster, self.model, spec, self.constants)
+        fewest = ALL_TO_ALLS if etp == 1 else APART_EXCHANGES
+        layer = layer_constants(self.cluster, self.model, spec, self.constants, exchanges=fewest)
         num_nodes = spec_nodes(self.cluster, ep * etp)
         costlier_between = num_nodes == 1 or layer.inter_gpu_token_s >= layer.intra_token_s
         counts = self._counts(ep, num_nodes, slots, costlier_between)

@@ -40,6 +40,8 @@ from megatron_smartmoe.simulate.run import SimulationSetup
 from megatron_smartmoe.spec.arrays import FloatArray, IntArray
 from megatron_smartmoe.spec.trace import RoutingTrace
 
+# Seconds by transfers in a row, tokens and experts of the busiest rank, and tokens of the busiest source.
+Known = dict[tuple[int, int, float, float], float]
 _MODES: tuple[Sees, ...] = ("history", "exact")
 
 
@@ -48,6 +50,7 @@ def limits_s(trace: RoutingTrace, setup: SimulationSetup) -> FloatArray:
     prices = [setup.pricing_of(mode) for mode in _MODES]
     levels = [level.ranks for level in setup.constants.levels]
     even: dict[int, LayerCounts] = {}
+    known: dict[tuple[int, int], Known] = {}
     found = []
     for record in range(setup.warmup, trace.num_records):
         counts_LGMRE = trace.groups(setup.num_ranks, record)
@@ -58,11 +61,18 @@ def limits_s(trace: RoutingTrace, setup: SimulationSetup) -> FloatArray:
                 even[tokens] = LayerCounts.of(
                     on_the_wire(even_load(tokens, trace.num_experts, setup.pricing), setup.pricing.dispatcher), levels
                 )
-            found.append(min(limit_s(counts_RE, setup.spare_slots, each, even[tokens]) for each in prices))
+            found.append(
+                min(
+                    limit_s(counts_RE, setup.spare_slots, each, even[tokens], known.setdefault((mode, tokens), {}))
+                    for mode, each in enumerate(prices)
+                )
+            )
     return np.array(found)
 
 
-def limit_s(counts_RE: IntArray, spare_slots: int, pricing: LayerPricing, even: LayerCounts) -> float:
+def limit_s(
+    counts_RE: IntArray, spare_slots: int, pricing: LayerPricing, even: LayerCounts, known: Known | None = None
+) -> float:
     """Seconds that the layer takes at least.
 
     Args:
@@ -70,7 +80,9 @@ def limit_s(counts_RE: IntArray, spare_slots: int, pricing: LayerPricing, even: 
         spare_slots: of a rank; without any there are no replicas.
         pricing: constants, and how replicas travel.
         even: an even load of as many tokens, for what the formula does not bound.
+        known: seconds found before with these prices and this even load; most layers share them.
     """
+    known = {} if known is None else known
     constants, num_ranks = pricing.constants, len(counts_RE)
     # Step 1: tokens of the busiest rank after so many transfers in a row.
     load_E = np.sort(counts_RE.sum(axis=0))
@@ -83,19 +95,25 @@ def limit_s(counts_RE: IntArray, spare_slots: int, pricing: LayerPricing, even: 
     # as much to do as the mean of tokens and experts.
     active, half = np.count_nonzero(load_E) / num_ranks, constants.half_rate_tokens
     crosses = pricing.num_nodes > 1 and constants.inter_replica_s < constants.intra_replica_s
+    source_tokens = float(counts_RE.sum(axis=1).max())
     seconds = []
     for steps, busiest in enumerate(least):
         experts = max(1.0, active - (busiest - mean) / half) if half else 1.0
+        key = (steps, busiest, experts, source_tokens)
+        if key in known:
+            seconds.append(known[key])
+            continue
         transfers = replace(NOTHING, **{"inter_gpu" if crosses else "intra": steps})
         counts = replace(
             even,
             tokens_R=np.array([float(busiest)]),
             active_R=np.array([experts]),
-            source_tokens=float(counts_RE.sum(axis=1).max()),
+            source_tokens=source_tokens,
             fetched=transfers,
             returned=transfers,
             early_tokens=float(busiest),
         )
         time = layer_time(counts, constants, replicas=pricing.replicas, dispatcher=pricing.dispatcher)
+        known[key] = time.total_s
         seconds.append(time.total_s)
     return min(seconds)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Protocol, TypeVar
 
 import numpy as np
@@ -53,6 +53,10 @@ class Stats:
     replans: int = 0
     homes_s: float = 0.0
     forecast_errors: list[float] = field(default_factory=list)
+
+    def plus(self, other: Stats) -> Stats:
+        """Of both together."""
+        return Stats(**{each.name: getattr(self, each.name) + getattr(other, each.name) for each in fields(self)})
 
     def timed(self, plans: int, function: Callable[[], T]) -> T:
         """Call a function that plans `plans` layers and add its time."""

@@ -86,6 +86,7 @@ class PolicyResult:
         imbalance: max / mean tokens per rank.
         layer_s: predicted seconds of the layer.
         moving_s: its share of the seconds in which homes move, those of a record over its iterations and micro-batches.
+        end_N: number of values up to the end of each counted record.
         stats: what moved, and how long planning took.
         decisions: of ours.
     """
@@ -94,6 +95,7 @@ class PolicyResult:
     imbalance: FloatArray
     layer_s: FloatArray
     moving_s: FloatArray
+    end_N: IntArray
     stats: Stats
     decisions: list[Decision]
 
@@ -128,6 +130,7 @@ def replay(
     setup: SimulationSetup,
     records: Iterable[int] | None = None,
     watch: Callable[[Applied], None] | None = None,
+    whole: RoutingTrace | None = None,
 ) -> PolicyResult:
     """Replay a trace through one policy.
 
@@ -137,10 +140,13 @@ def replay(
         setup: ranks, slots and prices.
         records: numbers of the records in order, wrapped to show progress; None takes all of them.
         watch: called with every plan of a counted record, for those who count something else.
+        whole: the trace that this one has a part of the layers of; None for itself.
     """
+    whole = trace if whole is None else whole
     imbalance: list[float] = []
     layer_s: list[float] = []
     moving_s: list[float] = []
+    ends: list[int] = []
     layers = range(trace.num_layers)
     for record in range(trace.num_records) if records is None else records:
         if record == setup.warmup:
@@ -149,7 +155,7 @@ def replay(
         # Step 1: plan from the records before this one; what homes that move take is shared by the record's iterations.
         before_L = [policy.homes(layer) for layer in layers]
         policy.before(int(trace.iteration[record]))
-        share = 1.0 / (_iterations(trace, record) * max(1, trace.num_micro_batches(record)))
+        share = 1.0 / (_iterations(trace, record) * max(1, whole.num_micro_batches(record)))
         moves_s = [_moving_s(before_L[layer], policy.homes(layer), setup) * share for layer in layers]
         # Step 2: apply the plan to every micro-batch; exact rules plan here, from its counts.
         for layer, group in np.ndindex(*counts_LGMRE.shape[:2]):
@@ -165,6 +171,8 @@ def replay(
                 moving_s.append(moves_s[layer])
                 if watch is not None:
                     watch(Applied(record=record, layer=layer, group=group, counts_RE=counts_RE, planned=planned))
+        if record >= setup.warmup:
+            ends.append(len(imbalance))
         # Step 3: observe the record.
         policy.observe(counts_LGMRE)
     return PolicyResult(
@@ -172,6 +180,7 @@ def replay(
         imbalance=np.array(imbalance),
         layer_s=np.array(layer_s),
         moving_s=np.array(moving_s),
+        end_N=np.array(ends, dtype=np.int64),
         stats=policy.stats,
         decisions=policy.decisions,
     )

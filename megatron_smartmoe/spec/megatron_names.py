@@ -111,7 +111,10 @@ def _names() -> Iterator[MegatronName]:
     yield from hooked(experts, "TransformerEngine's experts with spare slots", "TEGroupedMLP.forward", is_hooked=False)
     yield from hooked(f"{core}.transformer.moe.moe_layer", "the layer that ours is", *steps, is_hooked=False)
     wait, use = "DistributedDataParallel._make_forward_pre_hook", "replicas with --overlap-param-gather"
-    yield from hooked(f"{core}.distributed.distributed_data_parallel", use, wait, is_hooked=False)
+    parallel = f"{core}.distributed.distributed_data_parallel"
+    yield from hooked(parallel, use, wait, is_hooked=False)
+    delayed, arguments = "DistributedDataParallel.__init__", ("config", "ddp_config")
+    yield from hooked(parallel, "weight gradients that are computed later", delayed, arguments=arguments)
 
 
 NAMES = tuple(_names())

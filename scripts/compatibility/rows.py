@@ -95,6 +95,8 @@ _OVERLAPPED = {
 _TWO_BATCHES = {HOMES: "test_homes_move_bit_for_bit", REPLICAS: "test_replicas_change_no_loss[exact]"}
 _TE = "--transformer-impl transformer_engine"
 _TE_EXPERTS = f"{_TE} --moe-grouped-gemm --smartmoe-experts transformer_engine"
+_FIXED_ROWS = "--moe-expert-capacity-factor 1.0 --moe-pad-expert-input-to-capacity --no-check-for-nan-in-loss-and-grad"
+_GRAPHED = "needs a GPU; a layer that pads runs on meta tensors in `tests/megatron/test_meta_layer.py`"
 _SIGMOID = "--moe-router-score-function sigmoid"
 
 SECTIONS: dict[str, list[Row]] = {
@@ -120,7 +122,12 @@ SECTIONS: dict[str, list[Row]] = {
         ),
         Row(
             flags="--expert-tensor-parallel-size 2",
-            tests={HOMES: HALVES, REPLICAS: HALVES, CHUNKS: _pieces("ETP2xEP2"), HOPS: _two_hops("ETP2")},
+            tests={
+                HOMES: HALVES,
+                REPLICAS: HALVES,
+                CHUNKS: _pieces("ETP2xEP2, interleaved gates"),
+                HOPS: _two_hops("ETP2"),
+            },
             otherwise=f"{NO_TEST}; without it experts are split as --tensor-model-parallel-size says, which is trained",
             needs="--tensor-model-parallel-size 2 --sequence-parallel",
         ),
@@ -157,7 +164,11 @@ SECTIONS: dict[str, list[Row]] = {
             tests={part: f"{BATCHES}::test_delayed_weight_gradients[{part}]" for part in (HOMES, REPLICAS)},
             needs=f"--bf16 {_TE} --overlap-moe-expert-parallel-comm",
         ),
-        Row(flags="--overlap-dispatch-backward-with-experts-wgrad", needs=_TE),
+        Row(
+            flags="--overlap-dispatch-backward-with-experts-wgrad",
+            tests={part: f"{BATCHES}::test_weight_gradients_beside_the_dispatch[{part}]" for part in (HOMES, REPLICAS)},
+            needs=f"--bf16 {_TE}",
+        ),
         Row(flags="--ep-overlap-early-attn-memory-release", needs="--bf16 --overlap-moe-expert-parallel-comm"),
     ],
     "Model": [
@@ -204,7 +215,14 @@ SECTIONS: dict[str, list[Row]] = {
                 REPLICAS: f"{GPT_OSS}::test_replicas_change_no_loss",
             },
         ),
-        Row(flags="--moe-mlp-glu-interleave-size 16"),
+        Row(
+            flags="--moe-mlp-glu-interleave-size 16",
+            tests={
+                HOMES: _moves("EP2, full recompute, interleaved gates"),
+                REPLICAS: _copies("TP2xEP2xETP2, exact, experts recomputed, interleaved gates"),
+                CHUNKS: _pieces("ETP2xEP2, interleaved gates"),
+            },
+        ),
         Row(flags="--moe-use-upcycling"),
     ],
     "Router": [
@@ -284,10 +302,22 @@ SECTIONS: dict[str, list[Row]] = {
             otherwise=TRANSFORMER_ENGINE,
             needs=_TE,
         ),
-        Row(flags="--moe-single-grouped-weight", otherwise=TRANSFORMER_ENGINE, needs=_TE_EXPERTS),
-        Row(flags="--moe-single-grouped-bias", otherwise=TRANSFORMER_ENGINE, needs=_TE_EXPERTS),
+        Row(
+            flags="--moe-single-grouped-weight",
+            otherwise=TRANSFORMER_ENGINE,
+            needs=f"--bf16 {_TE_EXPERTS} --use-transformer-engine-op-fuser",
+        ),
+        Row(
+            flags="--moe-single-grouped-bias",
+            otherwise=TRANSFORMER_ENGINE,
+            needs=f"--bf16 {_TE_EXPERTS} --use-transformer-engine-op-fuser --moe-single-grouped-weight",
+        ),
         Row(flags="--use-te-activation-func", otherwise=TRANSFORMER_ENGINE, needs=_TE),
-        Row(flags="--use-transformer-engine-op-fuser", otherwise=TRANSFORMER_ENGINE, needs=_TE),
+        Row(
+            flags="--use-transformer-engine-op-fuser",
+            otherwise=TRANSFORMER_ENGINE,
+            needs=f"--bf16 {_TE_EXPERTS}",
+        ),
         Row(flags="--use-fused-weighted-squared-relu", otherwise=GPU),
         Row(flags="--disable-bias-linear", tests={HOMES: _moves("EP2"), REPLICAS: _copies("EP4")}),
     ],
@@ -347,7 +377,7 @@ SECTIONS: dict[str, list[Row]] = {
         Row(
             flags="--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
             tests={
-                HOMES: _moves("EP2, full recompute"),
+                HOMES: _moves("EP2, full recompute, interleaved gates"),
                 REPLICAS: _copies("CP2xEP2, full recompute, shared experts, dense first layer"),
                 CHUNKS: _pieces("EP2, full recompute"),
                 HOPS: _two_hops("ETP2"),
@@ -357,7 +387,7 @@ SECTIONS: dict[str, list[Row]] = {
             flags="--recompute-modules moe",
             tests={
                 HOMES: f"{STOCK}[EP2, MoE recompute]",
-                REPLICAS: _copies("TP2xEP2xETP2, exact, experts recomputed"),
+                REPLICAS: _copies("TP2xEP2xETP2, exact, experts recomputed, interleaved gates"),
             },
             needs="--recompute-granularity selective",
         ),
@@ -375,9 +405,13 @@ SECTIONS: dict[str, list[Row]] = {
             needs=f"{_TE} --cuda-graph-impl transformer_engine",
         ),
         Row(
-            flags="--cuda-graph-impl local",
-            otherwise=GPU,
+            flags="--cuda-graph-modules attn moe_router moe_preprocess",
+            otherwise=f"{GPU}; captured and replayed with a stand-in for the graph in "
+            "`tests/dist/test_graphed_preprocessing.py`",
+            needs=f"{_TE} --cuda-graph-impl transformer_engine",
         ),
+        Row(flags="--cuda-graph-impl full_iteration", otherwise=_GRAPHED, needs=_FIXED_ROWS),
+        Row(flags="--cuda-graph-impl local", otherwise=_GRAPHED, needs=_FIXED_ROWS),
     ],
     "Checkpoints": [
         Row(

@@ -23,6 +23,7 @@ from typing import Any
 
 RESULT = "result: "
 OPS_TESTS = "tests/gpu/test_ops_gpu.py"
+GRAPHS_TESTS = "tests/gpu/test_graphs_gpu.py"
 TRAINING_TESTS = "tests/gpu/test_training_on_one_gpu.py"
 
 
@@ -83,7 +84,7 @@ STEPS = (  # in the order of what each second tells
         command=("{python}", "-m", "scripts.gpu.grouped_gemm", "--device", "{device}"),
         on_cpu=True,
     ),
-    Step(name="kernels, the short list", limit_s=60, command=_pytest(OPS_TESTS, "-k", SHORT_LIST)),
+    Step(name="kernels, the short list", limit_s=60, command=_pytest(OPS_TESTS, GRAPHS_TESTS, "-k", SHORT_LIST)),
     Step(name="ranks on one GPU", limit_s=100, command=_pytest("tests/gpu/test_ranks_on_one_gpu.py")),
     Step(name="training on one GPU", limit_s=160, command=_pytest(TRAINING_TESTS, "-k", "not where_a_step_goes")),
     Step(

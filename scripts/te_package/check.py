@@ -10,9 +10,11 @@ The process group is torch's fake one: this process is rank 0 of two expert-para
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -110,7 +112,7 @@ def _mro(module: torch.nn.Module) -> str:
     return " <- ".join(cls.__name__ for cls in type(module).__mro__[:4])
 
 
-def build(spare_slots: int, *, delayed: bool = False, **options: Any) -> Any:
+def build(spare_slots: int, *, delayed: bool = False, chunks: int = 1, **options: Any) -> Any:
     """A MoE layer of this project's with TransformerEngine's experts, as the product builds it."""
     from argparse import Namespace
 
@@ -125,17 +127,19 @@ def build(spare_slots: int, *, delayed: bool = False, **options: Any) -> Any:
         smartmoe_spare_slots=spare_slots,
         smartmoe_pool=None,
         smartmoe_gate="top-k",
-        smartmoe_overlap_degree="1",
+        smartmoe_overlap_degree=str(chunks),
         transformer_impl="transformer_engine",
         attention_backend=AttnBackend.auto,
         sequence_parallel=False,
         context_parallel_size=1,
     )
-    modules = Modules.of(args, lambda: 1, everywhere=True)
+    modules = Modules.of(args, lambda: chunks, everywhere=True)
     spec = get_gpt_layer_with_transformer_engine_spec(num_experts=EXPERTS, moe_grouped_gemm=True)
     config = _config(**options)
     config.delay_wgrad_compute = delayed  # the constructor takes it with the schedule of two micro-batches only
-    return modules.moe_spec(spec.submodules.mlp)(config)
+    packs = str(int(config.moe_single_grouped_weight))  # without these TransformerEngine and Megatron refuse them
+    with mock.patch.dict(os.environ, NVTE_GROUPED_LINEAR_SINGLE_PARAM=packs, NVTE_CUTEDSL_FUSED_GROUPED_MLP="1"):
+        return modules.moe_spec(spec.submodules.mlp)(config)
 
 
 def _config(**options: Any) -> Any:
@@ -217,6 +221,7 @@ class _Replicas:
         return self._weights
 
 
+@torch.no_grad()
 def grouped_gemm(
     weights: list[torch.Tensor],
     rows: list[torch.Tensor],
@@ -244,22 +249,91 @@ def grouped_gemm(
     return [None] * len(rows), bias_gradients, None
 
 
+def scaled_swiglu(rows: torch.Tensor, scales: torch.Tensor, *args: object) -> torch.Tensor:
+    """A stand-in for the kernel of TransformerEngine's fused operations."""
+    gate, linear = rows.float().chunk(2, dim=-1)
+    value = torch.nn.functional.silu(gate) * linear * scales.float().unsqueeze(-1)
+    return value.to(rows.dtype)
+
+
+def scaled_dswiglu(
+    gradient: torch.Tensor, rows: torch.Tensor, scales: torch.Tensor, *args: object
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A stand-in for its backward pass: gradients of rows and of scales."""
+    with torch.enable_grad():
+        leaves = rows.detach().requires_grad_(), scales.detach().requires_grad_()
+        found = torch.autograd.grad(scaled_swiglu(*leaves), leaves, gradient)
+    return found[0], found[1]
+
+
+def grouped_dbias(gradient: torch.Tensor, offsets: torch.Tensor, num_groups: int) -> torch.Tensor:
+    """A stand-in for the kernel that sums the gradients of biases."""
+    parts = gradient.float().split(offsets.diff().tolist())
+    return torch.stack([part.sum(0) for part in parts])
+
+
+def grouped_dbias_dscales(
+    gradient: torch.Tensor, scales: torch.Tensor, biases: torch.Tensor, *, offsets: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A stand-in for the kernel that does so where biases are scaled by row."""
+    of_rows = biases.float().repeat_interleave(offsets.diff(), dim=0)
+    scaled = gradient.float() * scales.unsqueeze(-1)
+    return grouped_dbias(scaled, offsets, len(biases)), (gradient.float() * of_rows).sum(-1)
+
+
+_DELAY, _BESIDE = "--delay-wgrad-compute", "--overlap-dispatch-backward-with-experts-wgrad"
+_FUSER, _PACKED = "--use-transformer-engine-op-fuser", "--moe-single-grouped-weight"
+_BIASES, _CHUNKS = "with biases", "in 2 chunks"
+_FUSION = "--gradient-accumulation-fusion"
+_MIXES = (
+    {_FUSION},
+    {f"--no-{_FUSION[2:]}"},
+    {_FUSION, _DELAY},
+    {_FUSION, _BIASES},
+    {_FUSION, _DELAY, _BIASES},
+    {_FUSION, _BESIDE},
+    {f"--no-{_FUSION[2:]}", _BESIDE, _BIASES},
+    {_FUSION, _CHUNKS},
+    {f"--no-{_FUSION[2:]}", _CHUNKS},
+    {_FUSION, _BIASES, _CHUNKS},
+    {_FUSION, _FUSER},
+    {f"--no-{_FUSION[2:]}", _FUSER, _BIASES},
+    {_FUSION, _FUSER, _BIASES, _CHUNKS},
+    {_FUSION, _FUSER, _PACKED},
+    {f"--no-{_FUSION[2:]}", _FUSER, _PACKED},
+    {_FUSION, _FUSER, _PACKED, _BIASES, _CHUNKS},
+)
+
+
 def _values() -> Iterator[str]:
     from transformer_engine.pytorch.module import grouped_linear
+    from transformer_engine.pytorch.ops.basic import grouped_linear as operation
+    from transformer_engine.pytorch.ops.basic import swiglu
 
     yield ""
-    on_gpu = mock.patch.object(torch.Tensor, "is_cuda", property(lambda _: True))  # its forward pass asks
-    with on_gpu, mock.patch.object(grouped_linear, "general_grouped_gemm", grouped_gemm):
-        for fused, delayed, biases in (
-            (True, False, False),
-            (False, False, False),
-            (True, True, False),
-            (True, False, True),
+    stand_ins = contextlib.ExitStack()
+    with stand_ins:
+        # its forward pass asks
+        stand_ins.enter_context(mock.patch.object(torch.Tensor, "is_cuda", property(lambda _: True)))
+        for module, names in (
+            (grouped_linear, {"general_grouped_gemm": grouped_gemm}),
+            (
+                operation,
+                {
+                    "general_grouped_gemm": grouped_gemm,
+                    "is_op_fuser_grouped_tensor_path_supported": lambda *_: False,
+                    "compute_grouped_dbias": grouped_dbias,
+                    "compute_grouped_dbias_dscales": grouped_dbias_dscales,
+                },
+            ),
+            (swiglu.tex, {"scaled_swiglu": scaled_swiglu, "scaled_dswiglu": scaled_dswiglu}),
         ):
-            runs = (_run(fused=fused, delayed=delayed, biases=biases, spare=spare) for spare in (True, False))
+            stand_ins.enter_context(mock.patch.multiple(module, **names))
+        for mix in _MIXES:
+            # The reference has no replica, no chunks, a parameter for each expert, and delays nothing.
+            runs = _run(mix, spare=True), _run(mix - {_CHUNKS, _PACKED, _DELAY, _BESIDE}, spare=False)
             worst = max(_relative(one, other) for one, other in zip(*runs, strict=True))
-            flags = ["--gradient-accumulation-fusion" if fused else "--no-gradient-accumulation-fusion"]
-            flags += ["--delay-wgrad-compute"] * delayed + ["with biases"] * biases
+            flags = sorted(mix, key=lambda flag: (not flag.startswith("--"), not flag.endswith(_FUSION[2:]), flag))
             yield (
                 f"{' '.join(flags)}: output, and gradients of rows and of the expert, with its rows split over home "
                 f"and replica, equal to without (stand-in GEMM, bf16): {worst < BF16_TOLERANCE}"
@@ -271,30 +345,69 @@ def _relative(one: torch.Tensor, other: torch.Tensor) -> float:
     return float((one.float() - other.float()).abs().max() / other.float().abs().max())
 
 
-def _run(*, fused: bool, delayed: bool, biases: bool, spare: bool) -> list[torch.Tensor]:
+def _run(mix: set[str], *, spare: bool) -> list[torch.Tensor]:
     """Rows of the expert in slot 1, all at home or some in a spare slot: output, its gradients and the rows'."""
     from megatron_smartmoe.runtime.replicas.per_slot import tensors_of
 
     torch.manual_seed(1)
-    options = {"gradient_accumulation_fusion": fused, "add_bias_linear": biases}
-    experts = build(SPARE_SLOTS, delayed=delayed, **options).experts
+    fused, biases = _FUSION in mix, _BIASES in mix
+    options: dict[str, Any] = {
+        "gradient_accumulation_fusion": fused,
+        "add_bias_linear": biases,
+        "overlap_dispatch_backward_with_experts_wgrad": _BESIDE in mix,
+        "use_transformer_engine_op_fuser": _FUSER in mix,
+        "moe_single_grouped_weight": _PACKED in mix,
+        "moe_single_grouped_bias": _PACKED in mix and biases,
+    }
+    layer = build(SPARE_SLOTS, delayed=_DELAY in mix, chunks=2 if _CHUNKS in mix else 1, **options)
+    experts = layer.experts
     homes = experts.slot_weights()
+    for home in homes:
+        for slot in home.slots:
+            slot.data.copy_(torch.randn_like(slot) * 0.2)
     for weight in tensors_of(homes):
-        weight.data.copy_(torch.randn_like(weight) * 0.2)
-        weight.main_grad, weight.grad_added_to_main_grad = torch.zeros_like(weight, dtype=torch.float32), False  # type: ignore[attr-defined]
+        weight.main_grad = torch.zeros(weight.shape, dtype=torch.float32)  # type: ignore[attr-defined]
+        weight.grad_added_to_main_grad = False  # type: ignore[attr-defined]
     replica = [home[1].detach()[None].clone().requires_grad_() for home in homes]
     rows = torch.randn(6, HIDDEN, dtype=torch.bfloat16, requires_grad=True)
     experts.spare_slots = _Replicas(*replica)
-    tokens = torch.tensor([2, 1, 3] if spare else [2, 4])
-    output, _ = experts(rows, tokens, torch.ones(6))
+    forward = partial(_in_chunks, layer) if _CHUNKS in mix else partial(_at_once, layer, spare)
+    if _FUSER in mix:  # operations made without gradients, as of a layer that is recomputed, must not stay
+        with torch.no_grad():
+            forward(rows)
+    output = forward(rows)
     output.float().square().sum().backward()
     experts.backward_dw()
     gradients = []
     for home, copy in zip(homes, replica, strict=True):
-        own = home[1].main_grad if fused and home[1].dim() > 1 else home[1].grad
+        own = home.main_grad[1] if fused and home[1].dim() > 1 else _gradient(home)
         gradients.append(own.float() + (copy.grad[0].float() if copy.grad is not None else 0))
     assert rows.grad is not None
     return [output.detach(), rows.grad, *gradients]
+
+
+def _gradient(home: Any) -> torch.Tensor:
+    """What autograd has for the expert in slot 1."""
+    gradient: torch.Tensor = home[1].grad if home.packed is None else home.packed.grad[1]
+    return gradient
+
+
+def _at_once(layer: Any, spare: bool, rows: torch.Tensor) -> torch.Tensor:
+    """The layer's experts on two rows of slot 0, two of slot 1, and two of the spare slot, or of slot 1."""
+    output: torch.Tensor = layer.experts(rows, torch.tensor([2, 2, 2] if spare else [2, 4]), torch.ones(6))[0]
+    return output
+
+
+def _in_chunks(layer: Any, rows: torch.Tensor) -> torch.Tensor:
+    """The same rows, that come in two chunks; both have rows of slot 1."""
+    from megatron_smartmoe.adapter.moe.overlap import _PeerChunk
+
+    chunks = [
+        _PeerChunk(counts_PQS=torch.tensor([[count]]), dispatch=None, combine=None, rows=(part, torch.ones(3)))
+        for part, count in zip(rows.split(3), ([2, 1, 0], [0, 1, 2]), strict=True)
+    ]
+    returning, _ = layer.routed_experts_compute(chunks, None)
+    return torch.cat([chunk.rows[0] for chunk in returning])
 
 
 # --- fp8
@@ -371,13 +484,53 @@ def _optimizer_state() -> Iterator[str]:
 
 
 def _packed_weight() -> Iterator[str]:
-    from transformer_engine.pytorch import GroupedLinear
+    """One parameter for all experts of a rank: what moves, checkpoints' keys, and what the optimizer has of it."""
+    from megatron_smartmoe.adapter.migration.expert_state import slot_pieces
 
-    with mock.patch.dict(os.environ, NVTE_GROUPED_LINEAR_SINGLE_PARAM="1"):  # without it TransformerEngine ignores it
-        linear = GroupedLinear(2, HIDDEN, FFN, bias=False, params_dtype=torch.bfloat16, single_grouped_weight=True)
-    found = ", ".join(f"{name} {list(tensor.shape)} {type(tensor).__name__}" for name, tensor in _named(linear))
+    options = {
+        "use_transformer_engine_op_fuser": True,
+        "moe_single_grouped_weight": True,
+        "moe_single_grouped_bias": True,
+        "add_bias_linear": True,
+    }
+    experts = build(SPARE_SLOTS, **options).experts
     yield ""
-    yield f"--moe-single-grouped-weight: {found}; refused for homes and replicas by the start-up checks"
+    yield "--moe-single-grouped-weight --moe-single-grouped-bias"
+    yield from (f"  parameter {name} {list(tensor.shape)} {type(tensor).__name__}" for name, tensor in _named(experts))
+    slots = slot_pieces(experts, experts.num_local_experts)
+    for slot, pieces in enumerate(slots):
+        yield f"  moves with the expert in slot {slot}: " + ", ".join(
+            f"{piece.name} {piece.start} to {piece.stop}" for piece in pieces
+        )
+    for piece in slots[1]:
+        piece.parameter.detach().view(-1)[piece.start : piece.stop].fill_(3.0)
+    written = all(bool((home[1] == 3).all()) and not (home[0] == 3).any() for home in experts.slot_weights())
+    yield f"  what is written there is read in slot 1 alone: {written}"
+    alike = _keys(build(SPARE_SLOTS, add_bias_linear=True).experts) == _keys(experts)
+    yield f"  checkpoint keys are those of a parameter for each expert: {alike}"
+    yield from _packed_state(experts)
+
+
+def _packed_state(experts: Any) -> Iterator[str]:
+    """What Megatron's distributed optimizer keeps of the one parameter, as this project finds it."""
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+
+    from megatron_smartmoe.adapter.migration.optimizer_state import parameter_states
+
+    wrapped = DistributedDataParallel(
+        experts.config, DistributedDataParallelConfig(use_distributed_optimizer=True), experts
+    )
+    config = OptimizerConfig(optimizer="adam", lr=0.1, bf16=True, params_dtype=torch.bfloat16)
+    config.use_distributed_optimizer = True
+    optimizer = get_megatron_optimizer(config, [wrapped], use_gloo_process_groups=False)
+    named = dict(experts.named_parameters())
+    for name, state in zip(named, parameter_states(optimizer, named.values()).values(), strict=True):
+        yield f"  {name}: main weight {state.has_main}, shards {state.shards}, here {sorted(state.tensors)}"
+    homes = experts.slot_weights()
+    inside = all(home[0].data_ptr() == home.packed.detach().view(-1).data_ptr() for home in homes)
+    yield f"  slots are in the memory that Megatron's buffers have given the parameter: {inside}"
+    yield f"  gradients that replicas add to: {[list(home.main_grad.shape) for home in homes]}"
 
 
 if __name__ == "__main__":

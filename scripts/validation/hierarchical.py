@@ -37,6 +37,7 @@ from megatron_smartmoe.cost.dispatchers import Dispatcher
 from megatron_smartmoe.cost.hierarchical import hops_fixed_s, rows_by_node
 from megatron_smartmoe.cost.moe_layer import (
     ALL_TO_ALLS,
+    APART_EXCHANGES,
     LayerConstants,
     LayerFlow,
     exchange_latency_s,
@@ -288,7 +289,7 @@ def _predicted(
     token_bytes, per_node = options.hidden * ELEMENT_BYTES, options.ranks // options.nodes
     slow = LinkSpec(bandwidth_bytes_s=1 / links["between"].unit_s, latency_s=links["between"].fixed_s)
     constants = LayerConstants(
-        fixed_s=compute_s + exchange_latency_s(slow, options.ranks),
+        fixed_s=compute_s + exchange_latency_s(slow, options.ranks, APART_EXCHANGES),
         intra_token_s=ALL_TO_ALLS * token_bytes * links["inside"].unit_s,
         inter_node_token_s=ALL_TO_ALLS * token_bytes * links["between"].unit_s / per_node,  # the ranks share a card
     )

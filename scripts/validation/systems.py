@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import fields, replace
 
-from megatron_smartmoe.cost.moe_layer import LayerFlow
+from megatron_smartmoe.cost.moe_layer import APART_EXCHANGES, LayerFlow
 from megatron_smartmoe.cost.step.constants import StepConstants, expert_shape, layer_constants, spec_nodes
 from megatron_smartmoe.cost.step.moe import moe_times
 from megatron_smartmoe.cost.step.step import StepTime, step_time
@@ -52,7 +52,10 @@ def _part(
             all_to_all_intra=constants.all_to_all_intra * system["even_exchange"],
             all_to_all_inter=constants.all_to_all_inter * system["even_exchange"],
         )
-    layer = layer_constants(cluster, part.model, part.spec, constants, shared_card=SHARED_CARD)
+    # The constants were chosen with six collectives a layer, whatever each system has.
+    layer = layer_constants(
+        cluster, part.model, part.spec, constants, shared_card=SHARED_CARD, exchanges=APART_EXCHANGES
+    )
     if not padded:
         layer = replace(layer, expert_s=layer.expert_s + system["expert_round"])
     # Step 2: each layer under its own load, and what the system adds to all of them.

@@ -25,7 +25,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the checkout, when the script is run by its path
 
 from megatron_smartmoe.cost.compute import ExpertShape
-from megatron_smartmoe.cost.moe_layer import LayerConstants, LayerFlow, constants_of, layer_time
+from megatron_smartmoe.cost.moe_layer import APART_EXCHANGES, LayerConstants, LayerFlow, constants_of, layer_time
 from megatron_smartmoe.errors import ConfigError
 from megatron_smartmoe.spec.cluster import ClusterSpec, load_cluster_spec, shipped_directory
 from megatron_smartmoe.spec.placement import Placement
@@ -70,7 +70,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def prior_of(cluster: ClusterSpec, hidden: int, ffn: int) -> LayerConstants:
     """Constants before any measurement: two-matrix experts, GPUs that share their node's network card."""
     expert = ExpertShape(hidden=hidden, ffn=ffn, gated=False)
-    return constants_of(cluster, expert, shared_network_card=True)
+    return constants_of(cluster, expert, shared_network_card=True, exchanges=APART_EXCHANGES)
 
 
 def measurements(path: Path, trace: RoutingTrace, gpus_per_node: int) -> list[Measurement]:

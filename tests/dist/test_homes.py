@@ -33,9 +33,10 @@ MIXES = {
         f"{PP2} --num-layers-per-virtual-pipeline-stage 1 {EP2} --moe-layer-freq ([0]*1+[1]*3)",
     ),
     "ETP2xEP2": (4, f"--tensor-model-parallel-size 2 --sequence-parallel {EP2}"),
-    "EP2, full recompute": (
+    "EP2, full recompute, interleaved gates": (
         2,
-        f"{EP2} --recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
+        f"{EP2} --recompute-granularity full --recompute-method uniform --recompute-num-layers 1 "
+        "--moe-mlp-glu-interleave-size 16",
     ),
 }
 SHUFFLE = "--smartmoe --smartmoe-homes shuffle --smartmoe-homes-interval 2".split()

@@ -35,7 +35,12 @@ CASES = {  # ranks, flags of both, degree, flags of the overlapped run alone
     "EP4, 3 pieces": (4, EP4, 3, ""),
     "EP4, 4 pieces, copies for each micro-batch": (4, EP4, 4, f"{COPIES} exact"),
     "PP2xVPP2xEP2": (4, STAGES, 2, ""),
-    "ETP2xEP2": (4, f"{TP2} {EP2} --expert-tensor-parallel-size 2", 2, ""),
+    "ETP2xEP2, interleaved gates": (
+        4,
+        f"{TP2} {EP2} --expert-tensor-parallel-size 2 --moe-mlp-glu-interleave-size 16",
+        2,
+        "",
+    ),
     "TP2xEP2xEDP2, overlapped optimizer, shared experts": (4, SHARED, 2, ""),
     "TP2xEP2xEDP2, overlapped optimizer, overlapped shared experts": (4, SHARED, 2, "--moe-shared-expert-overlap"),
 }

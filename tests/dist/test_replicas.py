@@ -41,9 +41,9 @@ MIXES = {
     "EP2xEDP2, overlapped, homes move": (4, f"{EP2} {OVERLAP} {BUCKETS}", MOVING),
     "TP2xEP2xETP2": (4, f"{TP2} {EP2}", AUTO),
     "PP2xVPP2xEP2, overlapped": (4, f"{VPP2} {EP2} {OVERLAP}", AUTO),
-    "TP2xEP2xETP2, exact, experts recomputed": (
+    "TP2xEP2xETP2, exact, experts recomputed, interleaved gates": (
         4,
-        f"{TP2} {EP2} --recompute-granularity selective --recompute-modules moe",
+        f"{TP2} {EP2} --recompute-granularity selective --recompute-modules moe --moe-mlp-glu-interleave-size 16",
         EXACT,
     ),
     "CP2xEP2, full recompute, shared experts, dense first layer": (

@@ -25,6 +25,7 @@ MLA = {
     "v_head_dim": 32,
 }
 BIASES: dict[str, Any] = {"add_bias_linear": True, "moe_mlp_glu_interleave_size": 16}
+GRAPHS = {"cuda_graph_impl": "transformer_engine", "cuda_graph_modules": ["moe_router", "moe_preprocess"]}
 SHARED: dict[str, Any] = {"moe_shared_expert_intermediate_size": 128}
 CASES = {
     "homes": Case(),
@@ -35,14 +36,22 @@ CASES = {
     "overlapped shared experts": Case(options=SHARED | {"moe_shared_expert_overlap": True}),
     "biases": Case(options=BIASES),
     "biases, replicas": Case(replicas=True, options=BIASES),
+    "padded": Case(options={"moe_expert_capacity_factor": 1.0, "moe_pad_expert_input_to_capacity": True}),
     "4 chunks": Case(degree=4),
     "replicas": Case(replicas=True),
     "replicas planned on the device": Case(replicas=True, on_device=True),
     "replicas, 4 chunks": Case(replicas=True, degree=4),
+    "graphed": Case(graphed=True, options=GRAPHS),
+    "graphed, replicas": Case(graphed=True, replicas=True, options=GRAPHS),
+    "graphed, replicas planned on the device": Case(graphed=True, replicas=True, on_device=True, options=GRAPHS),
+    "graphed, allgather, replicas planned on the device": Case(
+        graphed=True, replicas=True, on_device=True, options=GRAPHS | {"moe_token_dispatcher_type": "allgather"}
+    ),
     "transformer layer": Case(attention=True),
     "transformer layer, MLA": Case(attention=True, options=MLA),
     "transformer layer, MLA, replicas": Case(attention=True, replicas=True, options=MLA),
 }
+NAMES_OF_GRAPHS = [name for name, case in CASES.items() if case.graphed]
 NAMES = [pytest.param(name, marks=needs_library) if case.on_device else name for name, case in CASES.items()]
 # The most kernels that a layer may launch, forward and backward: lower a number when the layer launches fewer. Those on
 # empty tensors count too; collectives and messages do not.
@@ -55,10 +64,15 @@ LAUNCHES = {
     "overlapped shared experts": (37, 39),
     "biases": (44, 49),
     "biases, replicas": (71, 90),
+    "padded": (42, 35),
     "4 chunks": (70, 86),
     "replicas": (47, 49),
     "replicas planned on the device": (114, 49),
     "replicas, 4 chunks": (108, 150),
+    "graphed": (21, 0),
+    "graphed, replicas": (14, 0),
+    "graphed, replicas planned on the device": (92, 0),
+    "graphed, allgather, replicas planned on the device": (98, 0),
     "transformer layer": (69, 80),
     "transformer layer, MLA": (114, 111),
     "transformer layer, MLA, replicas": (129, 130),
@@ -67,7 +81,9 @@ LAUNCHES = {
 WAITS = {
     "homes": {"_maybe_dtoh_and_synchronize": 1},
     "replicas": {"to_host": 1},
-    "replicas planned on the device": {"plan": 1},
+    "replicas planned on the device": {"read": 1},
+    "padded": {},  # as where a CUDA graph holds the whole layer
+    **{name: {} for name, case in CASES.items() if case.graphed},
 }
 
 
@@ -120,8 +136,15 @@ def test_launches(found: dict[str, Found], name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_rows_and_weights_are_one_exchange(found: dict[str, Found], name: str) -> None:
-    """A dispatch and a combine, forward and backward, of every chunk."""
-    assert found[name].posted["all_to_all_single"] == 4 * CASES[name].degree
+    """A dispatch and a combine, forward and backward, of every chunk; Megatron's own sends weights apart."""
+    exchanges = 0 if CASES[name].graphed else 6 if name == "padded" else 4
+    assert found[name].posted["all_to_all_single"] == exchanges * CASES[name].degree
+
+
+@pytest.mark.parametrize("name", ["padded", *NAMES_OF_GRAPHS])
+def test_a_graph_holds_no_copy_from_the_host(found: dict[str, Found], name: str) -> None:
+    assert not +found[name].sent
+    assert +found["replicas"].sent
 
 
 def test_rows_of_home_and_spare_slots_are_not_joined(found: dict[str, Found]) -> None:

@@ -22,6 +22,7 @@ from tests.support.ranks import run_ranks
 CLUSTERS = Path(__file__).parents[2] / "configs" / "clusters"
 EP4 = "--expert-model-parallel-size 4"
 TWO = f"--smartmoe {EP4} --smartmoe-overlap-degree 2"
+TE_EXPERTS = "--transformer-impl transformer_engine --moe-grouped-gemm --smartmoe-experts transformer_engine"
 NOT_WITH = "is not supported with --smartmoe-overlap-degree"
 CASES = {
     "all well": Case(flags=TWO, ranks=4, verdict=True),
@@ -60,11 +61,27 @@ CASES = {
         says=f"--moe-token-dispatcher-type = 'allgather': {NOT_WITH}: only the alltoall dispatcher can be split into "
         "chunks. Pass alltoall.",
     ),
-    "TransformerEngine's experts": Case(
-        flags=f"{TWO} --smartmoe-experts transformer_engine",
+    "TransformerEngine's experts": Case(flags=f"{TWO} {TE_EXPERTS}", ranks=4, te=True),
+    "rows of a chunk that are offloaded": Case(
+        flags=f"{TWO} {TE_EXPERTS} --fine-grained-activation-offloading --offload-modules expert_fc1",
         ranks=4,
-        says=f"--smartmoe-experts = 'transformer_engine': {NOT_WITH}: TransformerEngine's experts have not been tested "
-        "on chunks. Pass grouped_mm.",
+        te=True,
+        says=f"--offload-modules = 'expert_fc1': has expert_fc1, which {NOT_WITH}: it frees the memory of a chunk's "
+        "rows, which other chunks may share. Remove one of the two.",
+    ),
+    "weight gradients beside the dispatch": Case(
+        flags=f"{TWO} {TE_EXPERTS} --overlap-dispatch-backward-with-experts-wgrad",
+        ranks=4,
+        te=True,
+        says=f"--overlap-dispatch-backward-with-experts-wgrad = True: {NOT_WITH}: it overlaps the same all-to-alls "
+        "with the weight gradients of all chunks. Remove one of the two.",
+    ),
+    "padding for fp8": Case(
+        flags=f"{TWO} {TE_EXPERTS} --moe-router-padding-for-quantization",
+        ranks=4,
+        te=True,
+        says=f"--moe-router-padding-for-quantization = True: {NOT_WITH}: only Megatron's own dispatcher pads. Remove "
+        "one of the two.",
     ),
     "padding to capacity": Case(
         flags=f"{TWO} --moe-expert-capacity-factor 1.0 --moe-pad-expert-input-to-capacity",

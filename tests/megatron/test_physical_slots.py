@@ -39,11 +39,16 @@ class _Planner:
         )
         self.uses_replicas = True
 
-    def plan(self, tokens_E: torch.Tensor) -> Any:
+    def start(self, tokens_E: torch.Tensor) -> Any:
+        from megatron_smartmoe.runtime.replicas.layer_planner import StartedPlan
+
+        return StartedPlan(awaited=tokens_E.view(1, 1, -1).expand(RANKS, 1, -1).contiguous(), segments_3C=None)
+
+    def finish(self, started: Any) -> Any:
         from megatron_smartmoe.runtime.replicas.dispatch_plan import ExactOptions, plan_in_steps
         from megatron_smartmoe.runtime.replicas.split import homes_only
 
-        counts_RPE = tokens_E.view(1, 1, -1).expand(RANKS, 1, -1).contiguous()
+        counts_RPE = started.awaited
         homes_RS = homes_only(EXPERTS, RANKS, SPARE)
         self.last = plan_in_steps(self.view, counts_RPE, homes_RS, ExactOptions(used_slots=SPARE, limit=1.0))
         return self.last

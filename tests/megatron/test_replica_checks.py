@@ -9,6 +9,8 @@ from tests.support.checks import Case, said_of
 EP4 = "--expert-model-parallel-size 4"
 ONE = f"--smartmoe {EP4} --smartmoe-spare-slots 1"
 FLEX = "--moe-token-dispatcher-type flex --moe-flex-dispatcher-backend"
+TE_EXPERTS = "--transformer-impl transformer_engine --moe-grouped-gemm --smartmoe-experts transformer_engine"
+FUSER = "--use-transformer-engine-op-fuser"
 NOT_WITH = "is not supported with --smartmoe-spare-slots"
 OUT = "or remove --smartmoe-spare-slots."
 CASES = {
@@ -63,6 +65,20 @@ CASES = {
         ranks=2,
         says="--smartmoe-spare-slots = 1: makes 10 slots with the experts of 2 ranks, and HybridEP needs a multiple of "
         "4. Pass 2, or another dispatcher.",
+    ),
+    "TransformerEngine's experts, fused and in one tensor": Case(
+        flags=f"{ONE} --bf16 {TE_EXPERTS} {FUSER} --moe-single-grouped-weight", ranks=4, te=True
+    ),
+    "weight gradients beside the dispatch": Case(
+        flags=f"{ONE} --bf16 {TE_EXPERTS} --overlap-dispatch-backward-with-experts-wgrad", ranks=4, te=True
+    ),
+    "weight gradients beside the dispatch, of fused operations": Case(
+        flags=f"{ONE} --bf16 {TE_EXPERTS} {FUSER} --overlap-dispatch-backward-with-experts-wgrad",
+        ranks=4,
+        te=True,
+        says=f"--overlap-dispatch-backward-with-experts-wgrad = True: {NOT_WITH} and {FUSER}: fused operations compute "
+        "the weight gradients of all slots together, and those of replicas are sent home in the backward pass. Remove "
+        "one of the three.",
     ),
     "rows of unknown number": Case(
         flags=f"{ONE} --bf16 {FLEX} ncclep --moe-ncclep-static-shape",

@@ -16,7 +16,11 @@ pytestmark = [pytest.mark.dist, pytest.mark.fast]
 
 ONE_OUT = "Remove one of the two."
 TE = "--transformer-impl transformer_engine"
+GRAPHED_PARTS = "--cuda-graph-impl transformer_engine --cuda-graph-modules attn moe_router moe_preprocess"
+WHOLE_GRAPH = "--cuda-graph-impl full_iteration --moe-expert-capacity-factor 1.0 --moe-pad-expert-input-to-capacity "
+WHOLE_GRAPH += "--no-check-for-nan-in-loss-and-grad --te-rng-tracker"
 TE_EXPERTS = f"{TE} --moe-grouped-gemm --smartmoe-experts transformer_engine"
+FUSER = "--use-transformer-engine-op-fuser"
 PRECISION_AWARE = "--bf16 --use-distributed-optimizer --use-precision-aware-optimizer"
 TE_REPLICAS = f"{TE_EXPERTS} --smartmoe-spare-slots 1"
 ON_GPUS = "--smartmoe --expert-model-parallel-size 2 --distributed-backend nccl"
@@ -100,9 +104,6 @@ CASES = {
         ranks=2,
         te=True,
         cpu=False,
-        says="--delay-wgrad-compute = True: is not supported with --smartmoe-spare-slots and biases: "
-        "TransformerEngine computes the gradients of biases with those of weights, later. Remove it, or "
-        "--smartmoe-spare-slots.",
     ),
     "replicas and biases of experts": Case(
         flags=f"{ON_GPUS} {TE_REPLICAS}",
@@ -119,14 +120,6 @@ CASES = {
         says="--fp8-recipe = 'delayed': is not supported with --smartmoe-spare-slots: its scales come from the history "
         "of a slot, in which experts follow one another. Pass --fp8-recipe tensorwise, blockwise or mxfp8, or remove "
         "--smartmoe-spare-slots.",
-    ),
-    "one packed weight": Case(
-        flags=f"{ON_GPUS} {TE_EXPERTS} --moe-single-grouped-weight",
-        ranks=2,
-        te=True,
-        cpu=False,
-        says="--moe-single-grouped-weight = True: is not supported with --smartmoe-homes on: one packed tensor of "
-        "TransformerEngine's has the experts of a rank. Remove it, or pass --smartmoe-homes off.",
     ),
     "an optimizer that takes no slots": Case(
         flags="--smartmoe --optimizer soap",
@@ -150,10 +143,44 @@ CASES = {
         says="--smartmoe-migration-staging-mib = 1: must be at least 6: no expert of this model would fit. Pass 6 or "
         "more, or --smartmoe-homes off.",
     ),
-    "CUDA graphs": Case(
+    "CUDA graphs of experts with any number of rows": Case(
         flags="--smartmoe --cuda-graph-impl local",
-        says="--cuda-graph-impl = 'local': is not supported with --smartmoe, but for attention and the router: behind "
-        "it the host waits for the counts of all ranks. Add --cuda-graph-modules attn moe_router, or remove it.",
+        says="--cuda-graph-impl = 'local': holds the experts, whose numbers of rows follow from the routing: a CUDA "
+        "graph has fixed ones. Add --moe-expert-capacity-factor 1.0 --moe-pad-expert-input-to-capacity, with the "
+        f"alltoall dispatcher, or pass {GRAPHED_PARTS}.",
+    ),
+    "a CUDA graph of the iteration": Case(flags=f"--smartmoe {WHOLE_GRAPH}"),
+    "a CUDA graph of the iteration, by its former name": Case(
+        flags="--smartmoe --cuda-graph-impl local --cuda-graph-scope full_iteration",
+        says="--cuda-graph-impl = 'local': holds the experts, whose numbers of rows follow from the routing: a CUDA "
+        "graph has fixed ones. Add --moe-expert-capacity-factor 1.0 --moe-pad-expert-input-to-capacity, with the "
+        f"alltoall dispatcher, or pass {GRAPHED_PARTS}.",
+    ),
+    "a CUDA graph of the iteration and replicas": Case(
+        flags=f"--smartmoe --expert-model-parallel-size 2 --smartmoe-spare-slots 1 {WHOLE_GRAPH}",
+        ranks=2,
+        says="--smartmoe-spare-slots = 1: is not supported with CUDA graphs that hold the experts (--cuda-graph-impl "
+        "full_iteration): the host plans replicas, and sends and receives their weights, in every layer. Remove it, or "
+        f"pass {GRAPHED_PARTS}.",
+    ),
+    "a CUDA graph of the iteration and a pool": Case(
+        flags=f"--smartmoe --expert-model-parallel-size 2 --smartmoe-pool auto {WHOLE_GRAPH}",
+        ranks=2,
+        says="--smartmoe-pool = 'auto': is not supported with CUDA graphs that hold the experts (--cuda-graph-impl "
+        "full_iteration): settings are switched while training, and a graph keeps those of its capture. Remove it, or "
+        f"pass {GRAPHED_PARTS}.",
+    ),
+    "a CUDA graph of the iteration and micro-batches": Case(
+        flags=f"--smartmoe --smartmoe-record-trace x.npz --smartmoe-record-micro-batches {WHOLE_GRAPH}",
+        says="--smartmoe-record-micro-batches = True: is not supported with CUDA graphs that hold the experts "
+        "(--cuda-graph-impl full_iteration): the host tells micro-batches apart, and takes no part in a replay. Remove "
+        f"it, or pass {GRAPHED_PARTS}.",
+    ),
+    "Megatron's CUDA graphs of parts": Case(
+        flags="--smartmoe --cuda-graph-impl local --cuda-graph-modules moe_router",
+        says="--cuda-graph-impl = 'local': captures nothing of a GPT model with --cuda-graph-modules moe_router: "
+        "Megatron's own graphs of parts of a MoE layer are those of hybrid models. "
+        f"Pass {GRAPHED_PARTS}.",
     ),
     "CUDA graphs of attention": Case(
         flags=f"--smartmoe {TE} --cuda-graph-impl transformer_engine --cuda-graph-modules attn", te=True
@@ -162,12 +189,43 @@ CASES = {
         flags=f"--smartmoe {TE} --cuda-graph-impl transformer_engine --cuda-graph-modules attn moe_router",
         te=True,
     ),
-    "CUDA graphs of the preprocessing": Case(
-        flags=f"--smartmoe {TE} --cuda-graph-impl transformer_engine --cuda-graph-modules moe_router moe_preprocess",
+    "CUDA graphs of the preprocessing": Case(flags=f"--smartmoe {TE} {GRAPHED_PARTS}", te=True),
+    "CUDA graphs of the preprocessing and replicas": Case(
+        flags=f"--smartmoe {TE} {GRAPHED_PARTS} --expert-model-parallel-size 2 --smartmoe-spare-slots 1",
+        ranks=2,
         te=True,
-        says="--cuda-graph-impl = 'transformer_engine': is not supported with --smartmoe, but for attention and the "
-        "router: behind it the host waits for the counts of all ranks. Add --cuda-graph-modules attn moe_router, or "
-        "remove it.",
+    ),
+    "CUDA graphs of the preprocessing and two hops": Case(
+        flags=f"--smartmoe {TE} {GRAPHED_PARTS} --expert-model-parallel-size 2 --smartmoe-dispatch auto",
+        ranks=2,
+        te=True,
+        says="--smartmoe-dispatch = 'auto': is not supported with --cuda-graph-modules moe_preprocess: how many rows "
+        "cross a node once follows from the routing, and a CUDA graph has a fixed number. Pass --cuda-graph-modules "
+        "attn moe_router, or remove it.",
+    ),
+    "CUDA graphs of the preprocessing and dropping": Case(
+        flags=f"--smartmoe {TE} {GRAPHED_PARTS} --expert-model-parallel-size 2 --moe-expert-capacity-factor 1.0",
+        ranks=2,
+        te=True,
+        says="--moe-expert-capacity-factor = 1.0: is not supported with --cuda-graph-modules moe_preprocess and the "
+        "alltoall dispatcher: how many rows a rank sends follows from the routing, and a CUDA graph has a fixed "
+        "number. Pass --cuda-graph-modules attn moe_router, or remove it.",
+    ),
+    "CUDA graphs of the preprocessing and shared experts beside the exchange": Case(
+        flags=f"--smartmoe {TE} {GRAPHED_PARTS} --expert-model-parallel-size 2 --moe-shared-expert-overlap "
+        "--moe-shared-expert-intermediate-size 64",
+        ranks=2,
+        te=True,
+        says="--moe-shared-expert-overlap = True: is not supported with --cuda-graph-modules moe_preprocess: "
+        "Megatron's shared experts begin in the preprocessing then, and refuse to continue behind a replay. Pass "
+        "--cuda-graph-modules attn moe_router, or remove it.",
+    ),
+    "CUDA graphs of the router and a replayed trace": Case(
+        flags=f"--smartmoe {TE} --cuda-graph-impl transformer_engine --cuda-graph-modules attn moe_router "
+        "--smartmoe-replay-trace {data}/eight.npz",
+        te=True,
+        says="--smartmoe-replay-trace = '{data}/eight.npz': is not supported with CUDA graphs that hold the router: a "
+        "graph would replay one micro-batch. Pass --cuda-graph-impl transformer_engine --cuda-graph-modules attn.",
     ),
     "CUDA graphs of the router and two micro-batches at a time": Case(
         flags=f"--smartmoe {TE} --cuda-graph-impl transformer_engine --cuda-graph-modules attn moe_router --bf16 "
@@ -218,11 +276,25 @@ CASES = {
         te=True,
         ranks=2,
     ),
-    "delayed weight gradients": Case(
-        flags=f"--smartmoe {TE} --overlap-dispatch-backward-with-experts-wgrad",
+    "weight gradients beside the dispatch": Case(
+        flags=f"--smartmoe {TE} --overlap-dispatch-backward-with-experts-wgrad", te=True
+    ),
+    "weight gradients beside the dispatch, activations recomputed": Case(
+        flags=f"--smartmoe {TE} --overlap-dispatch-backward-with-experts-wgrad --recompute-granularity selective "
+        "--recompute-modules moe_act",
         te=True,
-        says="--overlap-dispatch-backward-with-experts-wgrad = True: is not supported with --smartmoe-experts "
-        f"grouped_mm: weight gradients are computed in the backward pass. {ONE_OUT}",
+        says="--recompute-modules = 'moe_act': has moe_act, which would drop what the delayed weight gradients of "
+        f"--overlap-dispatch-backward-with-experts-wgrad are made of. {ONE_OUT}",
+    ),
+    "fused operations": Case(
+        flags=f"{ON_GPUS} {TE_EXPERTS} {FUSER} --moe-single-grouped-weight --bf16", te=True, ranks=2, cpu=False
+    ),
+    "one tensor of biases without fused operations": Case(
+        flags=f"--smartmoe {TE_EXPERTS} --moe-single-grouped-bias",
+        te=True,
+        without=("--disable-bias-linear",),
+        says=f"--moe-single-grouped-bias = True: needs {FUSER}: without it TransformerEngine's grouped linear takes a "
+        "tensor of biases per expert. Add it, or remove the flag.",
     ),
     "rows that are not aligned": Case(
         flags="--smartmoe --hidden-size 60 --distributed-backend nccl",

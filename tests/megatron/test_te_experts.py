@@ -5,6 +5,7 @@ scripts/test_transformer_engine.sh runs the same class on the real one.
 
 from __future__ import annotations
 
+import functools
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,8 +19,10 @@ class _Gemms(torch.autograd.Function):
     """y = x W^T + b by slot; weight gradients are added to `main_grad`, or returned, as TransformerEngine's are."""
 
     @staticmethod
-    def forward(ctx: Any, rows: torch.Tensor, splits: list[int], fused: bool, *weights: torch.Tensor) -> torch.Tensor:
-        ctx.rows, ctx.splits, ctx.fused, ctx.weights = rows, splits, fused, weights
+    def forward(
+        ctx: Any, rows: torch.Tensor, splits: list[int], fused: bool, is_first: bool, *weights: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.rows, ctx.splits, ctx.fused, ctx.is_first, ctx.weights = rows, splits, fused, is_first, weights
         parts = zip(rows.split(splits), weights, strict=True)
         return torch.cat([part @ weight.T for part, weight in parts])
 
@@ -30,10 +33,10 @@ class _Gemms(torch.autograd.Function):
         to_weights: list[torch.Tensor | None] = [gradient.T @ part for part, gradient, _ in parts]
         if ctx.fused:
             for (_, _, weight), gradient in zip(parts, to_weights, strict=True):
-                weight.main_grad.add_(gradient)
+                weight.main_grad.copy_(gradient if ctx.is_first else weight.main_grad + gradient)
                 weight.grad_added_to_main_grad = True
             to_weights = [torch.empty_like(weight) for _, _, weight in parts]  # dummies
-        return (to_rows, None, None, *to_weights)
+        return (to_rows, None, None, None, *to_weights)
 
 
 class GroupedLinear(torch.nn.Module):
@@ -45,6 +48,7 @@ class GroupedLinear(torch.nn.Module):
         self.wgrad_store = SimpleNamespace(delay_wgrad_compute=lambda: False)
         self.num_gemms, self.fuse_wgrad_accumulation, self.ub_name = HOMES, fused, "fc1"
         self._fp8_workspaces: dict[str, object] = {}
+        self.is_first_microbatch = False
         self.quantizers = 0
         for slot in range(HOMES):
             weight = torch.nn.Parameter(torch.randn(OUT, IN))
@@ -62,7 +66,8 @@ class GroupedLinear(torch.nn.Module):
         self._fp8_workspaces |= {f"weight{slot}": object() for slot in range(self.num_gemms)}
         weights = [getattr(self, f"weight{slot}") for slot in range(self.num_gemms)]
         biases = [getattr(self, f"bias{slot}") for slot in range(self.num_gemms)]
-        found: torch.Tensor = _Gemms.apply(rows, splits, self.fuse_wgrad_accumulation, *weights)
+        is_first, self.is_first_microbatch = self.is_first_microbatch, False
+        found: torch.Tensor = _Gemms.apply(rows, splits, self.fuse_wgrad_accumulation, is_first, *weights)
         if not self.has_bias:
             assert all(bias.numel() == 0 for bias in biases)
             return found
@@ -113,6 +118,79 @@ def test_spare_gemms_have_biases() -> None:
     assert [name for name, _ in linear.named_parameters()] == ["weight0", "bias0", "weight1", "bias1"]
 
 
+def test_spare_slots_do_not_wait_where_weight_gradients_are_delayed() -> None:
+    """TransformerEngine's GEMM would compute the gradients of biases with them, later: these come home with them."""
+    from megatron_smartmoe.adapter.moe.te_experts import with_spare_gemms
+
+    kept: list[Any] = []
+    linear = with_spare_gemms(GroupedLinear)(fused=False, has_bias=True)
+    linear.wgrad_store = SimpleNamespace(delay_wgrad_compute=lambda: True, put=lambda *each: kept.append(each))
+    weights, biases = torch.zeros(SPARES, OUT, IN), torch.zeros(SPARES, OUT, requires_grad=True)
+    slots = [torch.full((OUT,), float(slot)) for slot in range(HOMES + SPARES)]
+    for _ in range(2):  # micro-batches
+        with linear.spare(weights, biases):
+            of_biases, store = linear.bias2 + 0 * linear.bias3, linear.wgrad_store
+
+        def compute(inputs: list[Any], gradients: list[Any], sums: list[Any], m_splits: list[int]) -> Any:
+            assert len(inputs) == len(gradients) == len(sums) == len(m_splits)
+            return None, inputs, None
+
+        store.put([slots, slots, slots], functools.partial(compute, m_splits=[1, 2, 3, 4]))
+        of_biases.sum().backward()
+    assert biases.grad is not None
+    assert biases.grad[:, 0].tolist() == [2 * (2 + 1), 2 * 3]  # autograd's are added
+    (operands, later), _ = kept
+    assert [len(each) for each in operands] == [HOMES] * 3
+    assert later.keywords == {"m_splits": [1, 2]}
+    assert linear.wgrad_store is not store
+
+
+@pytest.mark.parametrize("fused", [True, False], ids=["main_grad", "returned"])
+def test_one_parameter_holds_all_home_slots(fused: bool) -> None:
+    from megatron_smartmoe.adapter.moe.te_experts import with_spare_gemms
+
+    linear = with_spare_gemms(GroupedLinear)(fused=fused)
+    weight = torch.nn.Parameter(torch.randn(HOMES, OUT, IN))
+    weight.main_grad = torch.zeros(HOMES, OUT, IN)  # type: ignore[attr-defined]
+    for slot in range(HOMES):
+        linear.register_parameter(f"weight{slot}", None)
+    linear.register_parameter("weight", weight)
+    linear.single_grouped_weight = True
+    homes = linear.home_slots("weight")
+    assert (homes.shape, homes.parameters) == ((HOMES, OUT, IN), (weight,))
+    spare, splits, rows = torch.randn(SPARES, OUT, IN, requires_grad=True), [1, 2, 0, 3], torch.randn(ROWS, IN)
+    with linear.spare(spare):
+        assert not linear.single_grouped_weight  # in this pass each slot has a weight
+        assert linear.get_parameter("weight3").is_meta  # a stand-in, which is replaced after it has been registered
+        output = linear(rows, splits)
+    torch.testing.assert_close(output[:1], rows[:1] @ weight[0].T)
+    output.sum().backward()
+    expected = torch.stack([part.sum(0).expand(OUT, IN) for part in rows.split(splits)])
+    torch.testing.assert_close(homes.main_grad[1] if fused else weight.grad[1], expected[1])  # type: ignore[index]
+    assert spare.grad is not None
+    torch.testing.assert_close(spare.grad, expected[HOMES:])
+    assert [name for name, _ in linear.named_parameters()] == ["weight"]
+    assert linear.single_grouped_weight
+    assert linear.get_parameter("weight") is weight
+    assert linear.weight0 is None
+
+
+@pytest.mark.parametrize("added_up", [True, False])
+def test_gradients_of_several_passes_of_the_first_micro_batch(added_up: bool) -> None:
+    """The last pass of the backward direction, the first one of the forward direction, would overwrite the others'."""
+    from megatron_smartmoe.adapter.moe.te_experts import add_up_passes
+
+    linear = GroupedLinear(fused=True)
+    linear.is_first_microbatch, linear._fp8_workspaces["weight0"] = True, object()
+    if added_up:
+        add_up_passes(SimpleNamespace(linear_fc1=linear, linear_fc2=linear))
+        assert not linear._fp8_workspaces
+    rows = torch.randn(ROWS, IN)
+    (linear(rows[:3], [1, 2]).sum() + linear(rows[3:], [2, 1]).sum()).backward()
+    weight: Any = linear.weight1
+    assert torch.allclose(weight.main_grad[0], rows[1:3].sum(0) + rows[5]) == added_up
+
+
 def test_a_weight_of_slots_that_are_parameters() -> None:
     from megatron_smartmoe.runtime.replicas.per_slot import PerSlot, tensors_of
 
@@ -126,3 +204,24 @@ def test_a_weight_of_slots_that_are_parameters() -> None:
     assert slots[1].main_grad.sum() == 6  # type: ignore[attr-defined]
     packed = torch.zeros(4, 2)
     assert [id(tensor) for tensor in tensors_of([weight, packed])] == [*map(id, slots), id(packed)]
+
+
+def test_an_expert_is_a_range_of_the_one_parameter_for_all() -> None:
+    from megatron_smartmoe.adapter.migration.expert_state import slot_pieces
+    from megatron_smartmoe.errors import CompatError
+
+    experts = torch.nn.Module()
+    experts.linear_fc1 = linear = torch.nn.Module()
+    linear.weight = torch.nn.Parameter(torch.zeros(HOMES, OUT, IN))
+    linear.bias = torch.nn.Parameter(torch.zeros(HOMES, OUT))
+    moved = [[(piece.name, piece.start, piece.stop) for piece in pieces] for pieces in slot_pieces(experts, HOMES)]
+    assert moved == [
+        [
+            ("linear_fc1.weight", slot * OUT * IN, (slot + 1) * OUT * IN),
+            ("linear_fc1.bias", slot * OUT, (slot + 1) * OUT),
+        ]
+        for slot in range(HOMES)
+    ]
+    experts.scale = torch.nn.Parameter(torch.zeros(HOMES, OUT))
+    with pytest.raises(CompatError, match=r"scale \(2, 3\): cannot tell which part belongs to which expert"):
+        slot_pieces(experts, HOMES)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import collections
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
@@ -47,6 +47,7 @@ class Case:
         on_device: whether it is planned where the counts are.
         accumulates: whether weight gradients are added to float32 sums as they are computed.
         attention: whether the whole transformer layer is run and not only its MoE layer.
+        graphed: whether only what a CUDA graph of the preprocessing holds is run.
         options: of Megatron's TransformerConfig.
     """
 
@@ -55,6 +56,7 @@ class Case:
     on_device: bool = False
     accumulates: bool = False
     attention: bool = False
+    graphed: bool = False
     options: dict[str, Any] = field(default_factory=dict)
 
 
@@ -67,6 +69,7 @@ class Found:
         backward: those of its backward pass.
         posted: collectives and messages, by name.
         waits: waits of the host for the device, by the function that waits.
+        sent: copies from the host to the device, which no CUDA graph may hold, by the function that makes them.
         error: where and why it stopped, if it did.
     """
 
@@ -74,6 +77,7 @@ class Found:
     backward: collections.Counter[str] = field(default_factory=collections.Counter)
     posted: collections.Counter[str] = field(default_factory=collections.Counter)
     waits: collections.Counter[str] = field(default_factory=collections.Counter)
+    sent: collections.Counter[str] = field(default_factory=collections.Counter)
     error: str = ""
 
 
@@ -112,6 +116,7 @@ class _Host(TorchDispatchMode):
         from_host = [tensor for tensor in tensors if not tensor.is_meta and tensor.dim()]
         if name in ("_to_copy", "copy_"):
             moves = (name == "copy_" and args[0].is_meta) or torch.device(kwargs.get("device") or "cpu").type == "meta"
+            self._found.sent[_caller()] += bool(from_host and moves)
             if from_host and moves and not (kwargs.get("non_blocking") or (len(args) > 2 and args[2])):
                 self._waits()  # torch copies to the device and synchronizes the stream
         elif from_host and len(from_host) < len(tensors):
@@ -223,11 +228,13 @@ def _run(case: Case) -> Found:
         with _pretending(found):
             layer, config = build(case, META)
             rows = torch.empty(TOKENS, 1, HIDDEN, device=META, dtype=config.params_dtype, requires_grad=True)
-            with _Host(found, case.replicas) as host:
+            with _Host(found, case.replicas) as host, _captured() if case.graphed else nullcontext():
                 output = layer(rows, attention_mask=None)[0] if case.attention else layer(rows)[0]
             found.forward = host.launches
             with _Host(found, case.replicas) as host:
                 output.backward(torch.empty_like(output))
+                if case.graphed:
+                    return found
                 for module in layer.modules():
                     spare: Any = getattr(module, "spare_slots", None)
                     if spare is not None:
@@ -238,6 +245,18 @@ def _run(case: Case) -> Found:
         last = traceback.extract_tb(error.__traceback__)[-1]
         found.error = f"{type(error).__name__}: {str(error)[:300]} ({last.filename}:{last.lineno})"
     return found
+
+
+@contextmanager
+def _captured() -> Iterator[None]:
+    """Megatron's state while it captures a CUDA graph: a layer returns what the graph leaves."""
+    from megatron.core.transformer import cuda_graphs
+
+    cuda_graphs._set_capture_start()
+    try:
+        yield
+    finally:
+        cuda_graphs._set_capture_end()
 
 
 def _check_gradients(layer: torch.nn.Module, rows: torch.Tensor) -> None:
@@ -352,12 +371,12 @@ def build(case: Case, device: torch.device, *, stock: bool = False) -> tuple[tor
         for weight in whole.mlp.experts.parameters():  # as Megatron's wrapper for data parallelism gives them
             weight.main_grad = torch.empty_like(weight, dtype=torch.float32)
     if case.replicas:
-        _with_replicas(whole.mlp, on_device=case.on_device)
+        with_replicas(whole.mlp, exact=_exact(), on_device=case.on_device)
     return (whole if case.attention else whole.mlp), config
 
 
-def _with_replicas(layer: Any, *, on_device: bool) -> None:
-    """Give the layer a spare slot, as `adapter.loops.replicas` does."""
+def with_replicas(layer: Any, *, exact: Any, on_device: bool = False) -> None:
+    """Give the layer a spare slot, as `adapter.loops.replicas` does; `exact` as `LayerPlanner` has it."""
     from megatron.core import parallel_state
 
     from megatron_smartmoe.runtime.replicas.slots import SpareSlots
@@ -367,5 +386,5 @@ def _with_replicas(layer: Any, *, on_device: bool) -> None:
     weights = experts.slot_weights()
     wire = ReplicaWire(parallel_state.get_expert_model_parallel_group())
     totals = [torch.zeros_like(weight, dtype=torch.float32) for weight in weights]
-    spare = SpareSlots(weights, 1, wire, lambda: totals, keeps=False)
-    layer.add_replicas(spare, exact=_exact(), on_device=on_device)
+    spare = SpareSlots(weights, 1, wire, lambda: totals, keeps=exact is None)
+    layer.add_replicas(spare, exact=exact, on_device=on_device)

@@ -164,7 +164,7 @@ def migration(device: str, *, distributed: bool) -> dict[str, Any]:
     exchange = job.exchange()
     for each in (job, twin):
         each.step()
-    before = job.fingerprints()
+    before, addresses = job.fingerprints(), [weight.data_ptr() for weight in job.ddp.parameters()]
     _, report = job.migrate(job.random_homes(1), exchange)
     unchanged = job.fingerprints() == before
     for each in (job, twin):
@@ -172,6 +172,7 @@ def migration(device: str, *, distributed: bool) -> dict[str, Any]:
     return {
         "sent": report.sent_bytes,
         "unchanged by the move": unchanged,
+        "in place": addresses == [weight.data_ptr() for weight in job.ddp.parameters()],
         "as if nothing had moved": job.fingerprints() == twin.fingerprints(),
         "main weights agree": job.main_weights_agree(),
     }
@@ -215,6 +216,7 @@ def check_migration(results: Sequence[dict[str, Any]]) -> None:
     assert sum(result["sent"] for result in results) > 0
     for result in results:
         assert result["unchanged by the move"]
+        assert result["in place"]  # a CUDA graph holds addresses
         assert result["as if nothing had moved"]
         assert result["main weights agree"]
 

@@ -11,6 +11,7 @@ Of several ranks that hold the same elements one counts: the one that Megatron w
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -33,6 +34,7 @@ from megatron_smartmoe.checkpoint.names import logical_pieces
 from megatron_smartmoe.errors import CompatError, ConfigError
 from megatron_smartmoe.spec.readers.torch_save import ITEM_BYTES
 
+_PACKED = re.compile(r"\.experts\.linear_fc[12]\.(weight|bias)$")  # TEGroupedMLP's parameter of all experts of a rank
 _KIND_OF_STATE = {MAIN: MAIN_WEIGHT, EXP_AVG: EXP_AVG, EXP_AVG_SQ: EXP_AVG_SQ}
 _FP32 = "float32"  # type of main weights and moments
 
@@ -82,6 +84,8 @@ def held_tensors(chunks: Sequence[Any], optimizer: Any | None) -> tuple[list[Hel
         return held, f"{skipped + '; ' if skipped else ''}main weights and moments (of the {kind})"
     parameters = {id(box.parameter): box.parameter for box in boxes if isinstance(box.parameter, torch.nn.Parameter)}
     trained = [parameter for parameter in parameters.values() if parameter.requires_grad]
+    if any(_PACKED.search(name) for chunk in chunks for name, _ in chunk.named_parameters()):
+        skipped += ("; " if skipped else "") + "main weights and moments of experts that are one parameter"
     try:
         check_optimizer(optimizer, chunks)
         states = parameter_states(optimizer, trained)

@@ -16,8 +16,8 @@ from megatron_smartmoe.adapter.corpus.bad_lines import BadLine, BadLines
 from megatron_smartmoe.adapter.corpus.records import BadRecordError, Document, RecordReader, invalid_utf8
 from megatron_smartmoe.adapter.corpus.sources import Span, SpanGroup, group_spans, topic_text
 from megatron_smartmoe.adapter.corpus.spec import CorpusSpec
-from megatron_smartmoe.adapter.corpus.workers import ordered_map
 from megatron_smartmoe.errors import ConfigError
+from megatron_smartmoe.workers import ordered_map
 
 logger = logging.getLogger(__name__)
 

@@ -28,7 +28,6 @@ from megatron_smartmoe.adapter.corpus.output import (
 from megatron_smartmoe.adapter.corpus.records import RecordReader
 from megatron_smartmoe.adapter.corpus.sources import InputFile, find_inputs, find_spans, stdlib_spans
 from megatron_smartmoe.adapter.corpus.spec import DEFAULT_TIKTOKEN_SPECIALS, CorpusSpec, PreparedCorpus
-from megatron_smartmoe.adapter.corpus.workers import ordered_map
 from megatron_smartmoe.adapter.tokenizers.base import HUGGING_FACE, SENTENCEPIECE, TIKTOKEN, TextTokenizer
 from megatron_smartmoe.adapter.tokenizers.chat import ChatTemplate, ChatTemplateError
 from megatron_smartmoe.adapter.tokenizers.huggingface import HuggingFaceTextTokenizer
@@ -36,6 +35,7 @@ from megatron_smartmoe.adapter.tokenizers.load import TokenizerOptions, load_tok
 from megatron_smartmoe.adapter.tokenizers.sentencepiece import load_sentencepiece
 from megatron_smartmoe.adapter.tokenizers.tiktoken import TikTokenOptions
 from megatron_smartmoe.errors import ConfigError, one_line
+from megatron_smartmoe.workers import ordered_map
 
 logger = logging.getLogger(__name__)
 

@@ -24,6 +24,7 @@ from megatron_smartmoe.adapter.flags.smartmoe_arguments import (
     replicas_mode,
 )
 from megatron_smartmoe.adapter.local.muon import OPTIMIZERS as EMERGING_OPTIMIZERS
+from megatron_smartmoe.adapter.moe.graphs import graph_kind, graphed_modules, holds_experts, holds_preprocessing
 from megatron_smartmoe.errors import ConfigError
 from megatron_smartmoe.planner.flags import DISPATCH, OVERLAP_DEGREE, SPARE_SLOTS
 from megatron_smartmoe.planner.pool import PoolSetting
@@ -35,6 +36,11 @@ from megatron_smartmoe.spec.trace import load_trace
 _VALUE_BYTES = 2  # bf16 and fp16; fp32 is aligned when they are
 _GEMM_ALIGNMENT_BYTES = 16  # of a row, in torch's grouped GEMM on a GPU
 _REMOVE_ONE = "Remove one of the two."
+_MODULES = "--cuda-graph-modules"
+_GRAPHED_PARTS = f"--cuda-graph-impl transformer_engine {_MODULES} attn moe_router moe_preprocess"
+
+_DELAYING = ("--delay-wgrad-compute", "--overlap-dispatch-backward-with-experts-wgrad")
+_FUSED = "--use-transformer-engine-op-fuser"
 
 # flag -> why it is not supported with --smartmoe,
 _NOT_WITH_SMARTMOE = {
@@ -44,7 +50,6 @@ _NOT_WITH_SMARTMOE = {
 }
 # with --smartmoe-experts grouped_mm,
 _NOT_WITH_GROUPED_MM = {
-    "--overlap-dispatch-backward-with-experts-wgrad": "weight gradients are computed in the backward pass",
     "--moe-router-padding-for-quantization": "experts are not padded",
     "--moe-use-device-initiated-grouped-gemm": "it is an option of TransformerEngine's experts",
     "--moe-single-grouped-weight": "it is an option of TransformerEngine's experts",
@@ -58,18 +63,25 @@ _NOT_WITH_GROUPED_MM = {
 _NOT_WITH_HOMES = {
     "--fp8-param-gather": "fp8 parameters have scales that would have to move along",
     "--fp4-param-gather": "fp4 parameters have scales that would have to move along",
-    "--moe-single-grouped-weight": "one packed tensor of TransformerEngine's has the experts of a rank",
-    "--moe-single-grouped-bias": "one packed tensor of TransformerEngine's has the biases of a rank",
 }
 # with --smartmoe-spare-slots and --smartmoe-experts transformer_engine,
 _NOT_WITH_TE_REPLICAS = {
     "--fp8-param-gather": "replicas get bf16 weights, and the parameters are fp8",
     "--fp4-param-gather": "replicas get bf16 weights, and the parameters are fp4",
-    "--moe-single-grouped-weight": "one packed tensor has the weights of all home slots",
-    "--moe-single-grouped-bias": "one packed tensor has the biases of all home slots",
-    "--use-transformer-engine-op-fuser": "its fused experts have a fixed number of slots",
-    "--overlap-dispatch-backward-with-experts-wgrad": "the weight gradients of replicas are sent home in the backward "
-    "pass",
+}
+# with --smartmoe-spare-slots and --use-transformer-engine-op-fuser,
+_NOT_WITH_FUSED_REPLICAS = dict.fromkeys(
+    _DELAYING,
+    "fused operations compute the weight gradients of all slots together, and those of replicas are sent home in the "
+    "backward pass",
+)
+# with --smartmoe-overlap-degree,
+_NOT_IN_CHUNKS = {
+    "--moe-pad-expert-input-to-capacity": "only Megatron's own dispatcher pads",
+    "--moe-router-padding-for-quantization": "only Megatron's own dispatcher pads",
+    "--overlap-moe-expert-parallel-comm": "it overlaps the same all-to-alls with another micro-batch",
+    "--overlap-dispatch-backward-with-experts-wgrad": "it overlaps the same all-to-alls with the weight gradients of "
+    "all chunks",
 }
 # with --smartmoe-dispatch hierarchical or auto,
 _NOT_IN_TWO_HOPS = {
@@ -118,29 +130,72 @@ def check_smartmoe(args: argparse.Namespace, *, cpu: bool) -> None:
 
 
 def _check_graphs(args: argparse.Namespace) -> None:
-    """CUDA graphs may hold attention and the router, whose choices Megatron then hands to the layer."""
-    impl, flag = getattr(args, "cuda_graph_impl", None) or "none", "--cuda-graph-impl"
-    if impl == "none":
+    """CUDA graphs hold parts of a layer, and the host works between them; or they hold the experts too."""
+    kind, modules = graph_kind(args), graphed_modules(args)
+    if kind == "none":
         return
-    # No modules are whole layers.
-    modules = {str(getattr(module, "name", module)) for module in getattr(args, "cuda_graph_modules", None) or ()}
-    if not modules or modules - {"attn", "moe_router"} or getattr(args, "cuda_graph_scope_deprecated", None):
-        rule = "is not supported with --smartmoe, but for attention and the router: behind it the host waits for the "
-        rule += "counts of all ranks"
-        raise ConfigError(flag, impl, rule, "Add --cuda-graph-modules attn moe_router, or remove it.")
-    if "moe_router" not in modules:
+    if kind == "local" and modules and not modules & {"attn", "mlp"}:
+        rule = f"captures nothing of a GPT model with {_MODULES} {' '.join(sorted(modules))}: Megatron's own graphs of "
+        rule += "parts of a MoE layer are those of hybrid models"
+        raise ConfigError("--cuda-graph-impl", kind, rule, f"Pass {_GRAPHED_PARTS}.")
+    if args.smartmoe_replay_trace is not None and (holds_experts(args) or "moe_router" in modules):
+        rule = "is not supported with CUDA graphs that hold the router: a graph would replay one micro-batch"
+        way_out = f"Pass --cuda-graph-impl transformer_engine {_MODULES} attn."
+        raise ConfigError("--smartmoe-replay-trace", args.smartmoe_replay_trace, rule, way_out)
+    if holds_experts(args):
+        _check_graphed_experts(args)
+    elif "moe_router" in modules:
+        _check_graphed_router(args)
+
+
+def _check_graphed_experts(args: argparse.Namespace) -> None:
+    """Nothing in such a graph is the host's: no messages of replicas, no plan, and no number of rows."""
+    wider = f"is not supported with CUDA graphs that hold the experts (--cuda-graph-impl {args.cuda_graph_impl})"
+    way_out = f"Remove it, or pass {_GRAPHED_PARTS}."
+    if replicas_mode(args) != "off":
+        rule = f"{wider}: the host plans replicas, and sends and receives their weights, in every layer"
+        raise ConfigError(SPARE_SLOTS, args.smartmoe_spare_slots, rule, way_out)
+    if args.smartmoe_pool:
+        rule = f"{wider}: settings are switched while training, and a graph keeps those of its capture"
+        raise ConfigError(POOL, args.smartmoe_pool, rule, way_out)
+    if args.smartmoe_record_micro_batches:
+        rule = f"{wider}: the host tells micro-batches apart, and takes no part in a replay"
+        raise ConfigError(RECORD_MICRO_BATCHES, True, rule, way_out)
+    is_padded = args.moe_pad_expert_input_to_capacity and args.moe_token_dispatcher_type != "allgather"
+    if not is_padded and getattr(args, "moe_expert_rank_capacity_factor", None) is None:
+        rule = "holds the experts, whose numbers of rows follow from the routing: a CUDA graph has fixed ones"
+        way_out = "Add --moe-expert-capacity-factor 1.0 --moe-pad-expert-input-to-capacity, with the alltoall "
+        way_out += f"dispatcher, or pass {_GRAPHED_PARTS}."
+        raise ConfigError("--cuda-graph-impl", args.cuda_graph_impl, rule, way_out)
+
+
+def _check_graphed_router(args: argparse.Namespace) -> None:
+    """The host counts tokens behind each replay, and continues where the graph ends."""
+    if args.overlap_moe_expert_parallel_comm:
+        rule = f"is not supported with {_MODULES} moe_router: its schedule calls no layer whose tokens could be counted"
+        raise ConfigError("--overlap-moe-expert-parallel-comm", True, rule, f"Pass {_MODULES} attn.")
+    if not holds_preprocessing(args):
         return
-    for other, is_set, reason in (
-        ("--smartmoe-replay-trace", args.smartmoe_replay_trace is not None, "a graph would replay one micro-batch"),
-        (
-            "--overlap-moe-expert-parallel-comm",
-            args.overlap_moe_expert_parallel_comm,
-            "its schedule calls no layer whose tokens could be counted",
-        ),
+    only = f"Pass {_MODULES} attn moe_router, or remove it."
+    if args.smartmoe_dispatch != FLAT:
+        rule = f"is not supported with {_MODULES} moe_preprocess: how many rows cross a node once follows from the "
+        rule += "routing, and a CUDA graph has a fixed number"
+        raise ConfigError(DISPATCH, args.smartmoe_dispatch, rule, only)
+    if args.moe_token_dispatcher_type != "alltoall":
+        return
+    drops = args.moe_expert_capacity_factor is not None and not args.moe_pad_expert_input_to_capacity
+    for flag, is_set in (
+        ("--moe-router-padding-for-quantization", args.moe_router_padding_for_quantization),
+        ("--moe-expert-capacity-factor", drops),
     ):
         if is_set:
-            rule = f"is not supported with --cuda-graph-modules moe_router: {reason}"
-            raise ConfigError(other, getattr(args, attribute(other)), rule, "Pass --cuda-graph-modules attn.")
+            rule = f"is not supported with {_MODULES} moe_preprocess and the alltoall dispatcher: how many rows a rank "
+            rule += "sends follows from the routing, and a CUDA graph has a fixed number"
+            raise ConfigError(flag, getattr(args, attribute(flag)), rule, only)
+    if args.moe_shared_expert_overlap:
+        rule = f"is not supported with {_MODULES} moe_preprocess: Megatron's shared experts begin in the preprocessing "
+        rule += "then, and refuse to continue behind a replay"
+        raise ConfigError("--moe-shared-expert-overlap", True, rule, only)
 
 
 def _check_wide_norm(args: argparse.Namespace) -> None:
@@ -265,6 +320,10 @@ def _check_experts(args: argparse.Namespace, *, cpu: bool) -> None:
             rule = "needs TransformerEngine, --transformer-impl transformer_engine and --moe-grouped-gemm"
             way_out = "Add them, or remove --smartmoe-experts."
             raise ConfigError("--smartmoe-experts", args.smartmoe_experts, rule, way_out)
+        flag = "--moe-single-grouped-bias"
+        if getattr(args, attribute(flag), False) and not getattr(args, attribute(_FUSED), False):
+            rule = f"needs {_FUSED}: without it TransformerEngine's grouped linear takes a tensor of biases per expert"
+            raise ConfigError(flag, True, rule, "Add it, or remove the flag.")
         return
     for flag, reason in _NOT_WITH_GROUPED_MM.items():
         if value := getattr(args, attribute(flag), False):
@@ -310,9 +369,10 @@ def _check_experts_memory(args: argparse.Namespace) -> None:
             rule = f"has {part}, which is a part of Megatron's experts that --smartmoe-experts grouped_mm replaces"
             way_out = f"Remove {part}, or pass --smartmoe-experts transformer_engine."
             raise ConfigError(flag, " ".join(chosen), rule, way_out)
-    if args.delay_wgrad_compute and "moe_act" in (args.recompute_modules or []):
-        rule = "has moe_act, which would drop what the delayed weight gradients of --delay-wgrad-compute are made of"
-        raise ConfigError("--recompute-modules", " ".join(args.recompute_modules), rule, _REMOVE_ONE)
+    for delays in _DELAYING:
+        if getattr(args, attribute(delays), False) and "moe_act" in (args.recompute_modules or []):
+            rule = f"has moe_act, which would drop what the delayed weight gradients of {delays} are made of"
+            raise ConfigError("--recompute-modules", " ".join(args.recompute_modules), rule, _REMOVE_ONE)
 
 
 def _check_alignment(args: argparse.Namespace) -> None:
@@ -456,10 +516,10 @@ def _check_te_replicas(args: argparse.Namespace) -> None:
         if getattr(args, attribute(flag), False):
             rule = f"is not supported with {SPARE_SLOTS} and --smartmoe-experts transformer_engine: {reason}"
             raise ConfigError(flag, True, rule, f"Remove it, or {SPARE_SLOTS}.")
-    if args.delay_wgrad_compute and args.add_bias_linear:
-        rule = f"is not supported with {SPARE_SLOTS} and biases: TransformerEngine computes the gradients of biases "
-        rule += "with those of weights, later"
-        raise ConfigError("--delay-wgrad-compute", True, rule, f"Remove it, or {SPARE_SLOTS}.")
+    for flag, reason in _NOT_WITH_FUSED_REPLICAS.items() if getattr(args, attribute(_FUSED), False) else ():
+        if getattr(args, attribute(flag), False):
+            rule = f"is not supported with {SPARE_SLOTS} and {_FUSED}: {reason}"
+            raise ConfigError(flag, True, rule, "Remove one of the three.")
     if args.fp8 and args.fp8_recipe not in _FP8_WITHOUT_HISTORY:
         come = "come" if args.fp8_recipe == "delayed" else "may come"
         rule = f"is not supported with {SPARE_SLOTS}: its scales {come} from the history of a slot, in which experts "
@@ -497,19 +557,18 @@ def _check_overlap(args: argparse.Namespace) -> None:
 
 def _check_overlap_possible(args: argparse.Namespace) -> None:
     """For a run that splits all-to-alls into chunks, or has a pool with a setting that does."""
-    for flag, supported, reason in (
-        ("--moe-token-dispatcher-type", "alltoall", "only the alltoall dispatcher can be split into chunks"),
-        ("--smartmoe-experts", "grouped_mm", "TransformerEngine's experts have not been tested on chunks"),
-    ):
-        value = getattr(args, attribute(flag))
-        if value != supported:
-            raise ConfigError(flag, value, f"is not supported with {OVERLAP_DEGREE}: {reason}", f"Pass {supported}.")
-    for flag, reason in (
-        ("--moe-pad-expert-input-to-capacity", "only Megatron's own dispatcher pads"),
-        ("--overlap-moe-expert-parallel-comm", "it overlaps the same all-to-alls with another micro-batch"),
-    ):
+    if args.moe_token_dispatcher_type != "alltoall":
+        rule = f"is not supported with {OVERLAP_DEGREE}: only the alltoall dispatcher can be split into chunks"
+        raise ConfigError("--moe-token-dispatcher-type", args.moe_token_dispatcher_type, rule, "Pass alltoall.")
+    for flag, reason in _NOT_IN_CHUNKS.items():
         if getattr(args, attribute(flag), False):
             raise ConfigError(flag, True, f"is not supported with {OVERLAP_DEGREE}: {reason}", _REMOVE_ONE)
+    chosen = getattr(args, "offload_modules", None) or []
+    for part in ("expert_fc1", "fused_group_mlp"):
+        if part in chosen and args.smartmoe_experts == "transformer_engine":  # the others have no such parts
+            rule = f"has {part}, which is not supported with {OVERLAP_DEGREE}: it frees the memory of a chunk's rows, "
+            rule += "which other chunks may share"
+            raise ConfigError("--offload-modules", " ".join(chosen), rule, _REMOVE_ONE)
 
 
 def _check_pool(args: argparse.Namespace) -> None:

@@ -1,7 +1,8 @@
 """This rank's experts in the form that the exchange needs: from Megatron's modules and optimizer to layouts and pieces.
 
 Three kinds of expert modules are supported. In `SlottedExperts` an expert is a row of two 3-D parameters; in
-SequentialMLP and TEGroupedMLP every expert has its own parameters. Either way an expert is a list of (parameter, flat
+SequentialMLP and TEGroupedMLP every expert has its own parameters, or in the latter a row of one for all
+(--moe-single-grouped-weight). Either way an expert is a list of (parameter, flat
 range), and what the optimizer holds of that range is its state.
 """
 
@@ -27,6 +28,7 @@ from megatron_smartmoe.spec.arrays import IntArray
 
 _TYPE_OF_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.float32, 8: torch.float64}  # for tensors without elements
 _PER_EXPERT = re.compile(r"(?P<kind>.*\.(?:weight|bias))(?P<slot>\d+)")  # TEGroupedMLP: linear_fc1.weight3
+_PACKED_BIASES = ("linear_fc1.bias", "linear_fc2.bias")  # TEGroupedMLP's, with --moe-single-grouped-bias
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -54,7 +56,7 @@ def slot_pieces(experts: torch.nn.Module, num_slots: int) -> list[list[Piece]]:
         elif match:
             piece = Piece(name=match["kind"], parameter=parameter, start=0, stop=parameter.numel())
             slots[int(match["slot"])].append(piece)
-        elif parameter.dim() == 3 and len(parameter) == num_slots:
+        elif parameter.dim() == (2 if name in _PACKED_BIASES else 3) and len(parameter) == num_slots:
             size = parameter.numel() // num_slots
             for slot, pieces in enumerate(slots):
                 pieces.append(Piece(name=name, parameter=parameter, start=slot * size, stop=(slot + 1) * size))

@@ -1,18 +1,48 @@
-"""Weight gradients of the experts later than their inputs' (`--delay-wgrad-compute`).
+"""Weight gradients of the experts later than their inputs', while tokens travel.
 
-Megatron's schedule of two micro-batches computes the weight gradients while the other micro-batch's tokens travel: it
-calls `backward_dw` of the experts after their backward pass. Until then the operands are kept here; the backward pass
-gives the weights no gradient, and Megatron's wrapper for data parallelism hooks the module instead of the weights.
+Megatron's schedule of two micro-batches computes them while the other micro-batch's tokens travel
+(`--delay-wgrad-compute`); without it, they are computed beside the dispatch's backward pass of the same micro-batch
+(`--overlap-dispatch-backward-with-experts-wgrad`). Both call `backward_dw` of the experts after their backward pass.
+Until then the operands are kept here; the backward pass gives the weights no gradient, and Megatron's wrapper for data
+parallelism hooks the module instead of the weights.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
 from megatron_smartmoe.adapter.moe import main_gradients
 from megatron_smartmoe.ops.grouped_linear import Groups, weight_gradient
+
+
+def are_delayed(config: Any) -> bool:
+    """Whether `backward_dw` of the experts computes their weight gradients.
+
+    Args:
+        config: the transformer's configuration; a release of Megatron's may lack the younger option.
+    """
+    overlaps = getattr(config, "overlap_dispatch_backward_with_experts_wgrad", False)
+    return bool(config.delay_wgrad_compute or overlaps)
+
+
+def taken_when_there(construct: Callable[..., None]) -> Callable[..., None]:
+    """`DistributedDataParallel.__init__` that hooks the modules of delayed gradients with either option.
+
+    Megatron's does so with `--delay-wgrad-compute` alone. With the other one it takes the weight gradients, and with
+    `--overlap-grad-reduce` reduces them, in the backward pass, before they are computed.
+    """
+
+    @functools.wraps(construct)
+    def constructed(wrapper: Any, config: Any, ddp_config: Any, *args: Any, **kwargs: Any) -> None:
+        if are_delayed(config):
+            ddp_config.delay_wgrad_compute = True
+        construct(wrapper, config, ddp_config, *args, **kwargs)
+
+    return constructed
 
 
 class DelayedGradients:

@@ -24,6 +24,7 @@ from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispa
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_smartmoe.adapter.moe.chunk_order import Blocks, ChunkOrder
+from megatron_smartmoe.adapter.moe.graphs import holds_preprocessing
 from megatron_smartmoe.ops import chosen_experts, dispatch_map, packed, permute_packed, permute_weighted, unpermute
 from megatron_smartmoe.ops.grouped_linear import wants_counts_on_device
 
@@ -48,7 +49,7 @@ class SlotDispatcher(MoEAlltoAllTokenDispatcher):
     slot_of_expert_E: torch.Tensor
     num_global_tokens_per_local_expert: Any = None  # rows [sources, slots]; Megatron's preprocess sets it
     _arriving_QS: torch.Tensor | None = None  # the same on the device, where it is there
-    tokens_per_expert: Any  # rows of each slot of this rank, or None; Megatron's dispatcher reads it
+    tokens_per_expert: Any = None  # rows of each slot of this rank, or None; Megatron's dispatcher reads it
     num_out_tokens: Any  # rows that this rank sends, an int or a tensor; Megatron's dispatcher reads it
 
     def __init__(
@@ -61,6 +62,7 @@ class SlotDispatcher(MoEAlltoAllTokenDispatcher):
     ) -> None:
         super().__init__(num_local_experts, local_expert_indices, config, pg_collection)
         self._counts_on_device = counts_on_device
+        self.cudagraph_attrs += ["rows_TK", "_tokens_on_device_S", "_arriving_QS"]
         self._order: ChunkOrder | None = None  # from `dispatch_postprocess` to `combine_preprocess` of one micro-batch
 
     @property
@@ -69,11 +71,18 @@ class SlotDispatcher(MoEAlltoAllTokenDispatcher):
 
         The permutations before and behind the exchange write and read packed rows as they would any. Where one of them
         is missing, packing would be a copy of all rows: with one slot, or one source in a chunk, nothing is sorted;
-        expert tensor parallelism adds gradients up; and overlapping micro-batches get the gradients of rows and weights
-        apart from each other. On a GPU such a copy takes longer than the collective that it would save.
+        expert tensor parallelism adds gradients up; and overlapping micro-batches, and the permutation in a CUDA graph,
+        get the gradients of rows and weights apart from each other. On a GPU such a copy takes longer than the
+        collective that it would save.
         """
         has_sources = self.ep_size >= 2 * self.num_chunks and self.tp_size == 1
-        return has_sources and self.num_local_experts > 1 and not self.config.overlap_moe_expert_parallel_comm
+        apart = self.config.overlap_moe_expert_parallel_comm or self._permutes_in_graph
+        return has_sources and self.num_local_experts > 1 and not apart
+
+    @property
+    def _permutes_in_graph(self) -> bool:
+        """Whether the permutation before the exchange is made for a CUDA graph."""
+        return holds_preprocessing(self.config)
 
     def dispatch_preprocess(
         self, hidden_states: torch.Tensor, routing_map: torch.Tensor, probs: torch.Tensor
@@ -101,6 +110,10 @@ class SlotDispatcher(MoEAlltoAllTokenDispatcher):
             self.shared_experts.pre_forward_comm(hidden_states)
         self.tokens_per_expert = self._maybe_dtoh_and_synchronize("before_permutation_1", self.tokens_per_expert)
         # Step 4: rows and weights in the order in which they are sent
+        return self._permuted(tokens_TH, weights_TK)
+
+    def _permuted(self, tokens_TH: torch.Tensor, weights_TK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows and weights in the order in which they are sent, `[N, H]` and `[N]`."""
         arguments = tokens_TH, weights_TK, self.rows_TK, int(self.num_out_tokens)
         if not self.packs:
             return permute_weighted(*arguments)

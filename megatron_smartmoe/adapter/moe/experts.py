@@ -30,11 +30,17 @@ from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
 from megatron_smartmoe.adapter.local.muon import mark_matrices
 from megatron_smartmoe.adapter.moe import main_gradients
 from megatron_smartmoe.adapter.moe.chunk_order import Blocks
-from megatron_smartmoe.adapter.moe.delayed_gradients import DelayedGradients
+from megatron_smartmoe.adapter.moe.delayed_gradients import DelayedGradients, are_delayed
 from megatron_smartmoe.adapter.moe.slot_sharding import SlotSharding
 from megatron_smartmoe.ops import swiglu
 from megatron_smartmoe.ops.grouped_bias import bias_of_rows
-from megatron_smartmoe.ops.grouped_linear import Groups, Taker, grouped_linear, recomputed_linear
+from megatron_smartmoe.ops.grouped_linear import (
+    Groups,
+    Taker,
+    grouped_linear,
+    recomputed_linear,
+    wants_counts_on_device,
+)
 from megatron_smartmoe.runtime.replicas.slots import SpareSlots
 
 _EXTRA_STATE = "extra_state_of_experts"  # in a sharded state dict; in no checkpoint
@@ -98,7 +104,7 @@ class SlottedExperts(MegatronModule):
         selective = config.recompute_granularity == "selective"
         self._recomputes_activation = selective and "moe_act" in (config.recompute_modules or [])
         self.accumulates = bool(config.gradient_accumulation_fusion)
-        self._delayed = DelayedGradients(accumulates=self.accumulates) if config.delay_wgrad_compute else None
+        self._delayed = DelayedGradients(accumulates=self.accumulates) if are_delayed(config) else None
         hidden, ffn = config.moe_latent_size or config.hidden_size, config.moe_ffn_hidden_size
         local_ffn = ffn // self.tp_group.size()
         self.weight1 = self._parameter(local_ffn * (2 if self._gated else 1), hidden, partition_dim=1)
@@ -187,10 +193,18 @@ class SlottedExperts(MegatronModule):
             return self._compute_blocks(tokens_NH, tokens_per_expert, probs_N), None
         assert isinstance(probs_N, torch.Tensor), "rows in one piece, and their weights in two blocks"
         if len(tokens_per_expert) == self.num_local_experts:
-            return self._compute(tokens_NH, tokens_per_expert, probs_N, *self.slot_weights()), None
+            tokens_S = self._without_copies(tokens_NH, tokens_per_expert)
+            return self._compute(tokens_NH, tokens_S, probs_N, *self.slot_weights()), None
         home_rows = int(tokens_per_expert[: self.num_local_experts].sum())
         tokens, probs = (cast(Blocks, each.tensor_split([home_rows])) for each in (tokens_NH, probs_N))
         return torch.cat(self._compute_blocks(tokens, tokens_per_expert, probs)), None
+
+    def _without_copies(self, tokens_NH: torch.Tensor, tokens_S: torch.Tensor) -> torch.Tensor:
+        """Rows of each slot; padded to capacity all alike, and written by the device: graphs refuse the host's."""
+        is_padded = self.config.moe_pad_expert_input_to_capacity
+        if not (is_padded and tokens_S.is_cpu and wants_counts_on_device(tokens_NH)):
+            return tokens_S
+        return tokens_S.new_full(tokens_S.shape, int(tokens_S[0]), device=tokens_NH.device)
 
     def _compute_blocks(self, tokens: Blocks, tokens_per_expert: torch.Tensor, probs: Blocks) -> Blocks:
         """The rows of home slots, and behind them those of spare slots, whose weights are on their way meanwhile."""

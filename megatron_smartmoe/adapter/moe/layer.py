@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.cuda_graphs import is_graph_capturing
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -20,9 +21,11 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_smartmoe.adapter.gates.zero_computation import ZeroComputationRouter
 from megatron_smartmoe.adapter.moe.dispatcher import SlotDispatcher
 from megatron_smartmoe.adapter.moe.experts import SlottedExperts
+from megatron_smartmoe.adapter.moe.graphs import holds_preprocessing
 from megatron_smartmoe.adapter.moe.hierarchical_dispatcher import HierarchicalDispatcher, HierarchicalReplicaDispatcher
 from megatron_smartmoe.adapter.moe.physical_slots import PhysicalSlots
 from megatron_smartmoe.adapter.moe.replica_dispatcher import ReplicaDispatcher
+from megatron_smartmoe.adapter.moe.routers import tokens_of_experts
 from megatron_smartmoe.errors import CompatError
 from megatron_smartmoe.runtime.replicas.dispatch_plan import RankView
 from megatron_smartmoe.runtime.replicas.layer_planner import LayerPlanner
@@ -74,12 +77,13 @@ class SmartMoELayer(MoELayer):
         self.experts_by_slot = list(range(len(identity)))
         self._planner: LayerPlanner | None = None
         self._beside: torch.Tensor | None = None  # between routing and the end of the layer
-        self._slots: PhysicalSlots | None = None
+        self._is_graphed = holds_preprocessing(config)
         self._groups = pg_collection or get_default_pg_collection()
         self._fused, self._dispatch_nodes = self._has_own_all_to_all(config), dispatch_nodes
         if self._fused:
             self.token_dispatcher = self._dispatcher_of_homes(config)
             self._overlap_shared_experts()
+        self._count_behind_graphs()
 
     def _dispatcher_of_homes(self, config: TransformerConfig) -> SlotDispatcher:
         """This project's all-to-all, without spare slots."""
@@ -98,6 +102,15 @@ class SmartMoELayer(MoELayer):
         """Have the shared experts run beside the exchanges of a dispatcher that has just been built."""
         if self.shared_experts is not None and self.shared_expert_overlap:
             self.token_dispatcher.set_shared_experts(self.shared_experts)
+
+    def _count_behind_graphs(self) -> None:
+        """Have a CUDA graph of the preprocessing leave the tokens of each expert, which nobody sees routed."""
+        self.token_dispatcher.cudagraph_attrs.append("chosen_E")
+
+    @property
+    def _looks_up(self) -> bool:
+        """Whether the dispatcher knows slots, and gets the router's columns as they are."""
+        return self._fused or self._planner is not None
 
     def add_replicas(self, spare: SpareSlots, *, num_nodes: int = 1, **options: Any) -> None:
         """Give the layer spare slots, a planner of its micro-batches, and a dispatcher that reaches all slots.
@@ -132,9 +145,9 @@ class SmartMoELayer(MoELayer):
                 in_blocks=isinstance(self.experts, SlottedExperts),
             )
         else:
-            self._slots = PhysicalSlots(self.config, self._planner)
-            self.token_dispatcher = self._slots.dispatcher(built, self._groups)
+            self.token_dispatcher = PhysicalSlots(self.config, self._planner).dispatcher(built, self._groups)
         self._overlap_shared_experts()
+        self._count_behind_graphs()
 
     @property
     def planner(self) -> LayerPlanner:
@@ -162,6 +175,17 @@ class SmartMoELayer(MoELayer):
             self._beside = self.router.beside(hidden_states)
         return routed
 
+    def dispatch(self, hidden_states: torch.Tensor, probs: torch.Tensor) -> Any:
+        """Megatron's; before it the host continues where a CUDA graph has ended."""
+        return super().dispatch(*self.resumed(hidden_states, probs))
+
+    def resumed(self, hidden_states: torch.Tensor, probs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows and weights to exchange, once the host has read the plan that a CUDA graph has left."""
+        if self._planner is None or not self._is_graphed:
+            return hidden_states, probs
+        rows_and_weights: tuple[torch.Tensor, torch.Tensor] = self.token_dispatcher.resume(hidden_states, probs)
+        return rows_and_weights
+
     def postprocess(self, output: torch.Tensor, shared_expert_output: torch.Tensor | None) -> torch.Tensor:
         """Megatron's, and the experts that cost nothing."""
         output = super().postprocess(output, shared_expert_output)
@@ -175,11 +199,15 @@ class SmartMoELayer(MoELayer):
         """Megatron's preprocess, on columns in the order of the slots where the dispatcher does not look them up."""
         if self._planner is not None:
             self._planner.training = self.training  # here: overlapping micro-batches skip `forward`
-            self._planner.begin()
-        if self._fused:
+            if not is_graph_capturing():
+                self._planner.begin()
+        if self._is_graphed:
+            if routing_map is None:  # a graph has done all of it
+                done: tuple[torch.Tensor, torch.Tensor] = super().preprocess(hidden_states, probs, routing_map)
+                return done
+            self.token_dispatcher.chosen_E = tokens_of_experts(self.config, probs, routing_map)
+        if self._looks_up:
             self.token_dispatcher.slot_of_expert_E = self.slot_of_expert_E  # the tensor may have been moved: .cuda()
-        elif self._slots is not None:
-            probs, routing_map = self._slots.translate(probs, routing_map, self.slot_of_expert_E)
         else:
             probs = probs.index_select(1, self.expert_of_slot_E)
             routing_map = routing_map.index_select(1, self.expert_of_slot_E)

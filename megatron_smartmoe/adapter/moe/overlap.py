@@ -25,11 +25,13 @@ from megatron.core.tensor_parallel import (
     gather_from_sequence_parallel_region,
     reduce_scatter_to_sequence_parallel_region,
 )
+from megatron.core.transformer.moe.experts import TEGroupedMLP
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_smartmoe.adapter.moe.chunk_order import ChunkOrder
 from megatron_smartmoe.adapter.moe.experts import SlottedExperts
 from megatron_smartmoe.adapter.moe.layer import SmartMoELayer
+from megatron_smartmoe.adapter.moe.te_experts import TEExpertsWithSlots, add_up_passes
 from megatron_smartmoe.ops import packed
 from megatron_smartmoe.runtime.chunked_all_to_all import (
     ChunkPeers,
@@ -106,6 +108,7 @@ class OverlappedMoELayer(SmartMoELayer):
         """
         if self.overlap_degree == 1:
             return super().dispatch(hidden_states, probs)
+        hidden_states, probs = self.resumed(hidden_states, probs)
         dispatcher = self.token_dispatcher
         shared = dispatcher.shared_experts
         if shared is not None:  # as in Megatron's dispatcher: they run beside the dispatch, on a stream of their own
@@ -143,6 +146,8 @@ class OverlappedMoELayer(SmartMoELayer):
             return super().routed_experts_compute(hidden_states, probs)
         chunks: list[_PeerChunk] = hidden_states
         returning = []
+        if isinstance(self.experts, TEGroupedMLP):
+            add_up_passes(self.experts)
         with _replicas_fetched_once(self.experts):
             for chunk in chunks:
                 rows = chunk.rows if chunk.dispatch is None else chunk.dispatch.finish(*chunk.rows)
@@ -214,9 +219,9 @@ class _FetchedOnce:
 
 
 @contextmanager
-def _replicas_fetched_once(experts: SlottedExperts) -> Iterator[None]:
+def _replicas_fetched_once(experts: SlottedExperts | TEGroupedMLP) -> Iterator[None]:
     """Have `experts` fetch the replicas' weights once for all chunks of one micro-batch."""
-    spare = experts.spare_slots
+    spare = experts.spare_slots if isinstance(experts, SlottedExperts | TEExpertsWithSlots) else None
     if spare is None:
         yield
         return

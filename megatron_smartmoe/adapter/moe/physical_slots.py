@@ -32,11 +32,12 @@ from megatron.core.transformer.moe.moe_utils import get_capacity
 from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_smartmoe.adapter.moe.replica_steps import ReplicaSteps
+from megatron_smartmoe.adapter.moe.replica_steps import LEFT_BY_GRAPH, ReplicaSteps
 from megatron_smartmoe.adapter.moe.routers import without_padding
 from megatron_smartmoe.ops import chosen_experts, dispatch_map
-from megatron_smartmoe.runtime.replicas.layer_planner import LayerPlanner
-from megatron_smartmoe.runtime.replicas.split import slot_of_rows
+from megatron_smartmoe.runtime.replicas.dispatch_plan import DispatchPlan
+from megatron_smartmoe.runtime.replicas.layer_planner import LayerPlanner, StartedPlan
+from megatron_smartmoe.runtime.replicas.split import slot_of_device_rows, slot_of_rows
 
 
 class PhysicalSlots:
@@ -66,16 +67,38 @@ class PhysicalSlots:
         Returns:
             Probabilities and map by physical slot, `[T, R x (S + K)]` each.
         """
+        started, rows_TK, weights_TK = self.start(probs_TE, routing_map_TE, slot_of_expert_E)
+        return self.maps(weights_TK, self.slots_of(rows_TK, self._planner.finish(started)))
+
+    def start(
+        self, probs_TE: torch.Tensor, routing_map_TE: torch.Tensor, slot_of_expert_E: torch.Tensor
+    ) -> tuple[StartedPlan, torch.Tensor, torch.Tensor]:
+        """The plan, of which the host has read nothing yet, and rows and weights of the choices, `[T, K_top]` each.
+
+        Args:
+            probs_TE: see `translate`.
+            routing_map_TE: see `translate`.
+            slot_of_expert_E: see `translate`.
+        """
         if self.config.moe_pad_expert_input_to_capacity:
             routing_map_TE = without_padding(probs_TE, routing_map_TE)
-        # Step 1: the place of every choice among its rank's tokens, by home slot, then token
+        # the place of every choice among its rank's tokens, by home slot, then token
         ids_TK, weights_TK = chosen_experts(routing_map_TE, probs_TE, self._top_k)
         rows_TK, tokens_E = dispatch_map(ids_TK, slot_of_expert_E, slot_of_expert_E.numel())
-        # Step 2: the split of the micro-batch, and from it the slot of every choice
-        plan = self._planner.plan(tokens_E)
-        slot_TK = slot_of_rows(rows_TK, plan.segments_2N, plan.slots_RS, plan.num_rows)
-        # Step 3: as maps; the last column takes the choices that were dropped
-        wide = weights_TK.new_zeros(len(slot_TK), self.num_slots + 1)
+        return self._planner.start(tokens_E), rows_TK, weights_TK
+
+    def slots_of(self, rows_TK: torch.Tensor, plan: DispatchPlan) -> torch.Tensor:
+        """The slot of every choice, from a plan that the host knows; see `slot_of_rows`."""
+        return slot_of_rows(rows_TK, plan.segments_2N, plan.slots_RS, plan.num_rows)
+
+    def maps(self, weights_TK: torch.Tensor, slot_TK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Probabilities and map by physical slot, `[T, R x (S + K)]` each.
+
+        Args:
+            weights_TK: the probability of every choice.
+            slot_TK: its slot; the number of all slots where it was dropped.
+        """
+        wide = weights_TK.new_zeros(len(slot_TK), self.num_slots + 1)  # the last column takes what was dropped
         chosen = torch.zeros_like(wide, dtype=torch.bool).scatter(1, slot_TK, True)
         probs_TS = wide.scatter(1, slot_TK, weights_TK)[:, :-1].contiguous()
         return probs_TS, self._padded(chosen[:, :-1].contiguous())
@@ -102,7 +125,8 @@ class PhysicalSlots:
         indices = list(range(first, first + view.num_slots))
         kind = with_slots(type(built))  # type: ignore[arg-type]
         dispatcher: MoETokenDispatcher = kind(view.num_slots, indices, config=self.config, pg_collection=groups)
-        dispatcher.planner = self._planner
+        dispatcher.planner, dispatcher.slots = self._planner, self
+        dispatcher.cudagraph_attrs += LEFT_BY_GRAPH
         return dispatcher
 
 
@@ -145,9 +169,51 @@ class _CapacityFactor(float):
 
 
 class _ForSlots(ReplicaSteps):
-    """What a dispatcher of physical slots does besides: it hands no rows of empty slots to the experts."""
+    """What a dispatcher of physical slots does besides: it turns choices of experts into choices of slots, and hands no
+    rows of empty slots to the experts.
 
+    Attributes:
+        slots: how.
+        slot_of_expert_E: the home slot of each logical expert, on the device; the layer sets it before each dispatch.
+    """
+
+    slots: PhysicalSlots
+    slot_of_expert_E: torch.Tensor
     _empty_rows = 0  # rows of spare slots without an expert, from `dispatch_postprocess` to `combine_preprocess`
+
+    def dispatch_preprocess(self, hidden_states: torch.Tensor, routing_map: torch.Tensor, probs: torch.Tensor) -> Any:
+        """Megatron's, on the columns of the slots.
+
+        Args:
+            hidden_states: `[..., H]`, T tokens.
+            routing_map: which logical experts each token chose, bool `[T, E]`.
+            probs: their weights, `[T, E]`.
+        """
+        if not self.is_graphed:
+            probs, routing_map = self.slots.translate(probs, routing_map, self.slot_of_expert_E)
+            return super().dispatch_preprocess(hidden_states, routing_map, probs)
+        started, self.rows_TK, weights_TK = self.slots.start(probs, routing_map, self.slot_of_expert_E)
+        self.keep_started(started)
+        if started.segments_3C is None:  # the host plans, behind the graph
+            return hidden_states, weights_TK
+        slot_TK = slot_of_device_rows(self.rows_TK, started.segments_3C, self.slots.num_slots)
+        return self._preprocessed(hidden_states, weights_TK, slot_TK)
+
+    def _preprocessed(self, hidden_states: torch.Tensor, weights_TK: torch.Tensor, slot_TK: torch.Tensor) -> Any:
+        """Megatron's, for these slots of the choices."""
+        probs_TS, routing_map_TS = self.slots.maps(weights_TK, slot_TK)
+        return super().dispatch_preprocess(hidden_states, routing_map_TS, probs_TS)
+
+    def after_plan(
+        self, plan: DispatchPlan, hidden_states: torch.Tensor, probs: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `ReplicaSteps`: Megatron's preprocessing where a graph does not hold it."""
+        if self.segments_3C is not None:
+            return hidden_states, probs
+        rows_and_weights: tuple[torch.Tensor, torch.Tensor] = self._preprocessed(
+            hidden_states, probs, self.slots.slots_of(self.rows_TK, plan)
+        )
+        return rows_and_weights
 
     def dispatch_postprocess(self, hidden_states: torch.Tensor, probs: torch.Tensor) -> Any:
         """Megatron's; where there are no replicas, the rows that pad spare slots to capacity are taken away."""

@@ -8,9 +8,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.transformer.cuda_graphs import is_graph_capturing
+from megatron.core.transformer.cuda_graphs import is_graph_capturing, is_graph_warmup
 from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_smartmoe.adapter.moe.graphs import holds_experts
 from megatron_smartmoe.runtime.counts import ExpertCounts, PassCounts
 from megatron_smartmoe.runtime.recent_counts import RecentCounts
 
@@ -56,7 +58,8 @@ def count_tokens(layers: Iterable[tuple[int, MoELayer]], counts: ExpertCounts | 
 
     A pass without gradients (evaluation, the first pass of recomputation) is not counted, so each token counts once.
     A router adds its map up once, for all that count its tokens: those that experts compute, after dropping by capacity
-    and before padding to it. Where a CUDA graph has the router, its tokens are counted behind each replay.
+    and before padding to it. Where a CUDA graph has the router, its tokens are counted behind each replay; where it has
+    the experts too, by the replay.
     """
     for number, layer in layers:
         _counters_of(layer).append(functools.partial(counts.add, number))
@@ -65,6 +68,13 @@ def count_tokens(layers: Iterable[tuple[int, MoELayer]], counts: ExpertCounts | 
 def without_padding(probs_TE: torch.Tensor, routing_map_TE: torch.Tensor) -> torch.Tensor:
     """What tokens chose, of a router's map that is padded to capacity: what pads an expert has probability 0."""
     return routing_map_TE & (probs_TE != 0)
+
+
+def tokens_of_experts(config: TransformerConfig, probs_TE: torch.Tensor, chosen_TE: torch.Tensor) -> torch.Tensor:
+    """The tokens of each expert, `[E]`, without what pads it to capacity."""
+    if config.moe_pad_expert_input_to_capacity:
+        chosen_TE = without_padding(probs_TE, chosen_TE)
+    return chosen_TE.sum(dim=0)
 
 
 def _counters_of(layer: MoELayer) -> list[Callable[[torch.Tensor], None]]:
@@ -84,6 +94,8 @@ def _count_replayed(counters: Iterable[Callable[[torch.Tensor], None]], layer: M
     graphed = layer.cudagraph_tensor_store
     if graphed.routing_map is not None:
         _count(counters, layer.router, inputs, (graphed.probs, graphed.routing_map))
+    elif graphed.probs is not None and torch.is_grad_enabled():  # it has the preprocessing too, and leaves no map
+        _add(counters, layer.token_dispatcher.chosen_E)
 
 
 def _count(
@@ -92,11 +104,20 @@ def _count(
     inputs: Any,
     output: tuple[torch.Tensor, torch.Tensor],
 ) -> None:
-    if not torch.is_grad_enabled() or is_graph_capturing():  # a graph trains nothing while it is captured
-        return
-    probs, chosen = output
-    if router.config.moe_pad_expert_input_to_capacity:
-        chosen = without_padding(probs, chosen)
-    counts_E = chosen.sum(dim=0)
+    if torch.is_grad_enabled() and _trains(router.config):
+        _add(counters, tokens_of_experts(router.config, *output))
+
+
+def _trains(config: TransformerConfig) -> bool:
+    """Whether what a router computes now trains: not in the runs before a capture, nor while a graph is captured.
+
+    Where a graph holds the experts too, the counting becomes part of it and takes place in each replay.
+    """
+    if torch.cuda.is_current_stream_capturing():
+        return holds_experts(config)
+    return not (is_graph_capturing() or is_graph_warmup())
+
+
+def _add(counters: Iterable[Callable[[torch.Tensor], None]], counts_E: torch.Tensor) -> None:
     for add in counters:
         add(counts_E)

@@ -18,6 +18,7 @@ from megatron_smartmoe.cost.moe_layer import (
     MEMORY_EFFICIENCY,
     LayerConstants,
     constants_of,
+    exchanges_of,
 )
 from megatron_smartmoe.spec.cluster import SHARES, ClusterSpec, LevelSpec, LinkSpec
 from megatron_smartmoe.spec.model import ModelSpec
@@ -84,11 +85,25 @@ class StepConstants:
 
 
 def layer_constants(
-    cluster: ClusterSpec, model: ModelSpec, spec: ParallelSpec, constants: StepConstants, *, shared_card: bool = False
+    cluster: ClusterSpec,
+    model: ModelSpec,
+    spec: ParallelSpec,
+    constants: StepConstants,
+    *,
+    shared_card: bool = False,
+    exchanges: int | None = None,
 ) -> LayerConstants:
     """Constants of the MoE layer: per token that reaches a rank's expert-tensor group, per expert, per replica.
 
     With ETP > 1 a rank computes 1 / ETP of every expert on the tokens of ETP ranks, hence the factor.
+
+    Args:
+        cluster: the machine.
+        model: the model.
+        spec: the launch.
+        constants: shares of the peaks.
+        shared_card: see `constants_of`.
+        exchanges: collectives of a layer's all-to-alls, for a system of another kind; None for this project's layer.
     """
     gpu = replace(
         cluster.gpu,
@@ -110,10 +125,22 @@ def layer_constants(
         ranks=spec.ep,
         shared_network_card=shared_card,
         two_hops=spec.dispatch == HIERARCHICAL,
+        exchanges=exchanges_of_launch(model, spec) if exchanges is None else exchanges,
     )
     # A rank of the expert-parallel group is ETP ranks of the domain.
     levels = tuple(replace(level, ranks=max(1, level.ranks // spec.etp)) for level in found.levels)
     return replace(found, token_s=found.token_s * spec.etp, levels=levels)
+
+
+def exchanges_of_launch(model: ModelSpec, spec: ParallelSpec) -> int:
+    """Collectives of the all-to-alls of this project's layer."""
+    return exchanges_of(
+        "hierarchical" if spec.dispatch == HIERARCHICAL else "alltoall",
+        ranks=spec.ep,
+        slots=model.moe.experts // spec.ep + spec.spare_slots,
+        chunks=spec.overlap_degree,
+        expert_tensor_ranks=spec.etp,
+    )
 
 
 def expert_shape(model: ModelSpec, spec: ParallelSpec) -> ExpertShape:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields, replace
 from megatron_smartmoe.cost.dispatchers import Dispatcher, DispatcherName
 from megatron_smartmoe.cost.moe_layer import (
     ALL_TO_ALLS,
-    EXCHANGES,
+    APART_EXCHANGES,
     LayerConstants,
     LayerCounts,
     LayerFlow,
@@ -109,7 +109,7 @@ def moe_times(
     gathered = busiest * spec.etp * model.hidden * spec.element_bytes
     tensor_group = Group(spec.etp, 1)
     tensor_s = ALL_TO_ALLS * ring_s(gathered, tensor_group, cluster, constants)
-    tensor_s += (EXCHANGES - ALL_TO_ALLS) * ring_s(1.0, tensor_group, cluster, constants)  # the probabilities
+    tensor_s += (APART_EXCHANGES - ALL_TO_ALLS) * ring_s(1.0, tensor_group, cluster, constants)  # the weights
     per_chunk_s = mean["experts_s"] + LAUNCHES_PER_CHUNK * constants.launch_s
     return MoETimes(LayerTime(**mean), replicas_s, tensor_s, (spec.overlap_degree - 1) * per_chunk_s)
 

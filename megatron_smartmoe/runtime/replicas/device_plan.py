@@ -40,6 +40,15 @@ class DevicePlanner:
 
     def plan(self, counts_RE: torch.Tensor, exact: ExactOptions) -> DispatchPlan:
         """The plan for these counts, with replicas planned from them; see `DispatchPlanner.plan`."""
+        return self.read(*self.start(counts_RE, exact))
+
+    def start(self, counts_RE: torch.Tensor, exact: ExactOptions) -> tuple[torch.Tensor, torch.Tensor]:
+        """The plan where the counts are. The host waits for nothing, and no shape depends on a count.
+
+        Returns:
+            The numbers that the host needs, for `read`; and `segments_3C`: this rank's segments as
+            `split.segment_shifts` has them, lengths and shifts, and the slot of each, rank x slots of a rank + slot.
+        """
         view, shape = self.view, (self.view.num_ranks, self.view.num_slots)
         counts_RE = counts_RE.view(view.num_ranks, view.num_experts)
         # Step 1: the replicas, and how many tokens each slot takes.
@@ -52,15 +61,15 @@ class DevicePlanner:
         # Step 3: this rank's segments, as `split.segment_shifts` has them.
         length_C = sent_RC[view.rank]
         begin_C = (leaving_RS.flatten().cumsum(0) - leaving_RS.flatten())[order_C]
-        segments_2C = torch.stack((length_C, begin_C - (length_C.cumsum(0) - length_C)))
-        # Step 4: what the host needs, in one copy, for which it waits.
+        segments_3C = torch.stack((length_C, begin_C - (length_C.cumsum(0) - length_C), order_C))
+        # Step 4: what the host needs, in one piece.
         parts = (leaving_RS.sum(1), arriving_RS.sum(1), arriving_RS, slots_RS, tokens_RS, counts_RE.sum(0))
-        self._on_host.copy_(torch.cat([part.flatten() for part in parts]))
-        return self._read(segments_2C)
+        return torch.cat([part.flatten() for part in parts]), segments_3C
 
-    def _read(self, segments_2C: torch.Tensor) -> DispatchPlan:
-        """The plan, from the numbers that have come to the host."""
+    def read(self, numbers: torch.Tensor, segments_3C: torch.Tensor) -> DispatchPlan:
+        """The plan on the host, which waits for its numbers; see `start`."""
         view = self.view
+        self._on_host.copy_(numbers)
         sent_R, received_R, arriving, slots, tokens, load_E = torch.split(self._on_host.clone(), self._sizes)
         arriving_PRS = arriving.view(1, view.num_ranks, view.num_slots)
         slots_RS = slots.view(view.num_ranks, view.num_slots).numpy()
@@ -74,7 +83,7 @@ class DevicePlanner:
             arriving_P=arriving_PRS.sum(dim=(1, 2)),
             arriving_PRS=arriving_PRS,
             tokens_S=arriving_PRS.sum(dim=(0, 1)),
-            segments_2N=segments_2C,
+            segments_2N=segments_3C[:2],
             has_replicas=bool((spare_RK != EMPTY).any()),
             own_replicas=replicas_of(slots_RS, view.home_slots, view.rank),
             load=MicroBatch(

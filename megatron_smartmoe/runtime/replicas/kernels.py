@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from megatron_smartmoe import ops
+from megatron_smartmoe.cost.moe_layer import RelayedFlow
 from megatron_smartmoe.cost.replicas import TransferPrice
 from megatron_smartmoe.placement.kernels import NUMPY, Kernels
 from megatron_smartmoe.placement.relay import RelayTree
@@ -74,6 +75,27 @@ def _relay(slots_RS: IntArray, home_slots: int, num_nodes: int) -> RelayTree:
     return RelayTree(parent_RK=parent_RK, parent_slot_RK=parent_slot_RK, round_RK=round_RK, home_slots=home_slots)
 
 
+def _flow(
+    counts_RE: IntArray, slots_RS: IntArray, home_slots: int, num_nodes: int, kept_RS: IntArray | None
+) -> RelayedFlow:
+    counts = torch.from_numpy(np.ascontiguousarray(counts_RE, dtype=np.int64))
+    kept = None if kept_RS is None else torch.from_numpy(np.array(kept_RS))
+    traffic_RR, ranks_2R, numbers_5 = ops.relayed_flow(
+        counts, torch.from_numpy(np.array(slots_RS)), home_slots, num_nodes, kept
+    )
+    tokens_R, active_R = np.asarray(ranks_2R.numpy())
+    early, inside, between, kept_inside, kept_between = numbers_5.tolist()
+    return RelayedFlow(
+        tokens_R=tokens_R.astype(np.float64),
+        active_R=active_R,
+        traffic_RR=np.asarray(traffic_RR.numpy()),
+        num_nodes=num_nodes,
+        replica_steps=(inside, between),
+        early_tokens=float(early),
+        kept_steps=(kept_inside, kept_between),
+    )
+
+
 COMPILED = Kernels(
     best=compiled_best_replicas,
     improve=compiled_improve,
@@ -82,4 +104,5 @@ COMPILED = Kernels(
     split=_split,
     busiest=_busiest,
     relay=_relay,
+    flow=_flow,
 )

@@ -7,6 +7,7 @@ listens to the loads. A dispatcher passes it this rank's tokens of each expert a
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -27,6 +28,20 @@ from megatron_smartmoe.runtime.replicas.wire import ReplicaWire
 from megatron_smartmoe.runtime.step_clock import STEP_CLOCK, Part
 
 Listener = Callable[[MicroBatch], None]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class StartedPlan:
+    """A plan of which the host has read nothing yet.
+
+    Attributes:
+        awaited: what the host will read: the counts of all ranks, or the numbers of a plan that was made where they
+            are.
+        segments_3C: of such a plan, this rank's segments; see `DevicePlanner.start`. None where the host plans.
+    """
+
+    awaited: torch.Tensor
+    segments_3C: torch.Tensor | None
 
 
 class LayerPlanner:
@@ -102,6 +117,11 @@ class LayerPlanner:
             self._ends()
 
     @property
+    def plans_on_device(self) -> bool:
+        """Whether replicas are planned where the counts are."""
+        return self._device_planner is not None
+
+    @property
     def uses_replicas(self) -> bool:
         """Whether any rank has a replica in the micro-batch that was planned last."""
         return self.training and self._spare.in_use is not None
@@ -114,35 +134,55 @@ class LayerPlanner:
         Args:
             tokens_E: this rank's tokens of each expert, by home slot, int64.
         """
-        plan = self._plan(self._gather(tokens_E))
+        return self.finish(self.start(tokens_E))
+
+    def start(self, tokens_E: torch.Tensor) -> StartedPlan:
+        """The half of `plan` that a CUDA graph can hold: the host waits for nothing, and no shape depends on a count.
+
+        All ranks of the group call it.
+
+        Args:
+            tokens_E: see `plan`.
+        """
+        view = self.view
+        counts = tokens_E.new_empty(view.num_ranks * view.tp_size * view.num_experts)
+        dist.all_gather_into_tensor(counts, tokens_E, group=self._group)
+        if self.training and self._device_planner is not None and self._exact is not None:
+            with STEP_CLOCK.within(Part.PLANNING):
+                numbers, segments_3C = self._device_planner.start(counts, self._exact)
+            return StartedPlan(awaited=numbers, segments_3C=segments_3C)
+        return StartedPlan(awaited=counts, segments_3C=None)
+
+    def finish(self, started: StartedPlan) -> DispatchPlan:
+        """The other half of `plan`: the host waits for what `start` has left, and the fetch starts."""
+        if started.segments_3C is None:
+            plan = self._plan(self._planner.to_host(started.awaited))
+        else:
+            plan = self._read(started.awaited, started.segments_3C)
         if self._listener is not None and self.training and torch.is_grad_enabled():  # recomputation counts once
             self._listener(plan.load)
         return plan
 
-    def _gather(self, tokens_E: torch.Tensor) -> torch.Tensor:
-        """Tokens per home slot of all ranks, `[R, P, E]`, where the plan is made."""
-        view = self.view
-        counts = tokens_E.new_empty(view.num_ranks * view.tp_size * view.num_experts)
-        dist.all_gather_into_tensor(counts, tokens_E, group=self._group)
-        return counts if self._plans_on_device else self._planner.to_host(counts)
-
-    @property
-    def _plans_on_device(self) -> bool:
-        return self.training and self._device_planner is not None
+    @STEP_CLOCK.within(Part.PLANNING)
+    def _read(self, numbers: torch.Tensor, segments_3C: torch.Tensor) -> DispatchPlan:
+        """The plan that was made where the counts are."""
+        assert self._device_planner is not None
+        return self._used(self._device_planner.read(numbers, segments_3C))
 
     @STEP_CLOCK.within(Part.PLANNING)
     def _plan(self, counts_RPE: torch.Tensor) -> DispatchPlan:
+        """The plan for counts `[R, P, E]` on the host."""
         if not self.training:
             return self._planner.plan(counts_RPE, self._homes_RS)
         if self._exact is not None and self._falls_short is not None:
             return self._plan_where_short(counts_RPE, self._exact, self._falls_short)
-        if self._device_planner is not None and self._exact is not None:
-            plan = self._device_planner.plan(counts_RPE, self._exact)
-        else:
-            plan = self._planner.plan(counts_RPE, self.slots_RS, self._exact)
-        if self._exact is not None:
-            self.slots_RS = plan.slots_RS
-            self._start(self._spare.use(self.slots_RS, num_passes=1, takes_part=bool(plan.own_replicas)))
+        plan = self._planner.plan(counts_RPE, self.slots_RS, self._exact)
+        return plan if self._exact is None else self._used(plan)
+
+    def _used(self, plan: DispatchPlan) -> DispatchPlan:
+        """The same plan; its replicas, planned for one micro-batch, are used from now on."""
+        self.slots_RS = plan.slots_RS
+        self._start(self._spare.use(self.slots_RS, num_passes=1, takes_part=bool(plan.own_replicas)))
         return plan
 
     def _plan_where_short(self, counts_RPE: torch.Tensor, exact: ExactOptions, rule: ReplanOptions) -> DispatchPlan:

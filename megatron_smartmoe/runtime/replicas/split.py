@@ -151,6 +151,22 @@ def slot_of_rows(rows_TK: torch.Tensor, segments_2P: torch.Tensor, slots_RS: Int
     return slot_N[rows_TK.long()]
 
 
+def slot_of_device_rows(rows_TK: torch.Tensor, segments_3C: torch.Tensor, num_slots: int) -> torch.Tensor:
+    """`slot_of_rows` from a plan that the host has not read; no shape depends on it.
+
+    Args:
+        rows_TK: see `slot_of_rows`.
+        segments_3C: the segments' lengths, shifts and slots.
+        num_slots: all slots of the group.
+    """
+    none = segments_3C.new_full((1,), num_slots)
+    dropped = rows_TK.numel() - segments_3C[0].sum(0, keepdim=True)  # rows that no choice has, behind all others
+    slot_of_segment = torch.cat((segments_3C[2], none))
+    lengths = torch.cat((segments_3C[0], dropped))
+    slot_N = torch.repeat_interleave(slot_of_segment, lengths, output_size=rows_TK.numel())
+    return torch.cat((slot_N, none))[rows_TK.long()]  # -1 refers to the last
+
+
 def shifted_rows(rows_TK: torch.Tensor, segments_2P: torch.Tensor, num_rows: int) -> torch.Tensor:
     """The rows `[T, K_top]` after the segments have moved; -1 stays -1. The host does not wait for the device.
 

@@ -209,7 +209,7 @@ def finish_when_awaited(spec: CorpusSpec, ready: Event) -> None:
 
 def test_workers_end_with_a_killed_parent() -> None:
     code = (
-        "import time; from megatron_smartmoe.adapter.corpus.workers import ordered_map;"
+        "import time; from megatron_smartmoe.workers import ordered_map;"
         "list(ordered_map(time.sleep, [60] * 4, workers=2))"
     )
     parent = subprocess.Popen([sys.executable, "-c", code])
@@ -229,7 +229,7 @@ def test_workers_end_with_a_killed_parent() -> None:
 
 
 def test_a_killed_worker_is_noticed() -> None:
-    from megatron_smartmoe.adapter.corpus.workers import ordered_map
+    from megatron_smartmoe.workers import ordered_map
 
     with pytest.raises(ConfigError, match="a worker process was killed"):
         list(ordered_map(os._exit, [9] * 4, workers=2))

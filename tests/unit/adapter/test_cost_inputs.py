@@ -63,7 +63,7 @@ EP8 = {"expert_model_parallel_size": 8, "world_size": 16, "bf16": True, "smartmo
 
 
 def arguments(**values: Any) -> Namespace:
-    own = {"smartmoe_cluster": None, "smartmoe_experts": "grouped_mm"}
+    own = {"smartmoe_cluster": None, "smartmoe_experts": "grouped_mm", "overlap_moe_expert_parallel_comm": False}
     return Namespace(**VALUES | LAUNCH | SHAPE | EP8 | own | values)
 
 

@@ -341,6 +341,7 @@ def test_wrong_input_is_one_line(
         ({"warmup": "1"}, ":1: warmup = '1': must be a whole number"),
         ({"replicas_margin": "1"}, ":1: replicas_margin = '1': must be from 0 to 1,000"),
         ({"dispatcher": "two"}, ":1: dispatcher = 'two': must be one of alltoall, hierarchical, allgather, flex"),
+        ({"exchanges": 3}, ":1: exchanges = 3: must be a whole number of at least 4 and at most 6"),
         ({"router_num_groups": "8"}, ":1: router_num_groups = '8': must be a whole number of at least 1"),
     ],
 )

@@ -1,6 +1,7 @@
 """Terms by hand, terms that add up, and the directions in which they must move."""
 
 from dataclasses import fields, replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,7 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_smartmoe.cost.compute import ExpertShape
-from megatron_smartmoe.cost.moe_layer import LayerFlow, LevelPrice, constants_of, crossing_bytes_s, layer_time
+from megatron_smartmoe.cost.moe_layer import (
+    LayerFlow,
+    LevelPrice,
+    constants_of,
+    crossing_bytes_s,
+    exchanges_of,
+    layer_time,
+)
 from megatron_smartmoe.errors import PlanError
 from megatron_smartmoe.spec.cluster import LevelSpec, LinkSpec
 from tests.unit.cost.cases import ROUND, cluster, contiguous_flow
@@ -107,7 +115,7 @@ def test_constants_of_a_datasheet() -> None:
     # 2 x 3 x 5 = 30 weights: 60 bytes a replica, 180 operations and 6 bytes a token. Memory and links: 80% of 1000 B/s.
     constants = constants_of(cluster(), ExpertShape(hidden=3, ffn=5, gated=False))
     row_s = 6 / 800
-    assert constants.fixed_s == pytest.approx(200 * 10e-6 + (6 + 2) * 2.0)  # sizes among 2 ranks go 2 messages deep
+    assert constants.fixed_s == pytest.approx(200 * 10e-6 + (4 + 2) * 2.0)  # sizes among 2 ranks go 2 messages deep
     assert constants.source_token_s == pytest.approx(8 * row_s)
     assert constants.token_s == pytest.approx(180 / 600 + 8 * row_s)
     assert constants.expert_s == pytest.approx(3 * 60 / 800)
@@ -117,6 +125,25 @@ def test_constants_of_a_datasheet() -> None:
     assert constants.inter_node_token_s == 0
     assert constants.intra_replica_s == pytest.approx((60 + 120) / 80)
     assert constants.inter_replica_s == pytest.approx((60 + 120) / 8)
+
+
+@pytest.mark.parametrize(
+    ("changes", "exchanges"),
+    [
+        ({}, 4),
+        ({"dispatcher": "flex"}, 4),
+        ({"chunks": 4}, 4),
+        ({"chunks": 8}, 6),  # one source in a chunk
+        ({"slots": 1}, 6),
+        ({"expert_tensor_ranks": 2}, 6),
+        ({"dispatcher": "hierarchical"}, 6),
+        ({"dispatcher": "allgather"}, 6),
+        ({"padded": True}, 6),
+        ({"overlaps_micro_batches": True}, 6),
+    ],
+)
+def test_rows_and_weights_travel_together_where_the_layer_packs_them(changes: dict[str, Any], exchanges: int) -> None:
+    assert exchanges_of(**{"ranks": 8, "slots": 4, **changes}) == exchanges
 
 
 def test_a_shared_card_is_as_fast_as_all_its_shares() -> None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from megatron_smartmoe.cost.moe_layer import EXCHANGES, LayerConstants, LayerFlow, LayerTime
+from megatron_smartmoe.cost.moe_layer import ALL_TO_ALLS, LayerConstants, LayerFlow, LayerTime
 from megatron_smartmoe.cost.step.constants import StepConstants, layer_constants
 from megatron_smartmoe.cost.step.dense import dense_times
 from megatron_smartmoe.cost.step.groups import Group, all_reduce_s, ring_s, send_s
@@ -90,7 +90,7 @@ def test_an_all_reduce_is_two_rings_unless_it_was_measured() -> None:
 def test_alone_a_rank_exchanges_nothing() -> None:
     alone, four = (layer_constants(CLUSTER, SMALL, replace(SPEC, ep=ep), CONSTANTS).fixed_s for ep in (1, 4))
     link = CLUSTER.intra_node
-    assert four - alone == pytest.approx(EXCHANGES * link.latency_s + link.ring_latency_of(4))
+    assert four - alone == pytest.approx(ALL_TO_ALLS * link.latency_s + link.ring_latency_of(4))
 
 
 @pytest.mark.parametrize(

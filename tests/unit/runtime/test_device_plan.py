@@ -8,10 +8,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_smartmoe import ops
 from megatron_smartmoe.placement.exact_replicas import exact_replicas
 from megatron_smartmoe.runtime.replicas.device_plan import DevicePlanner
 from megatron_smartmoe.runtime.replicas.dispatch_plan import ExactOptions, RankView, plan_in_steps
-from megatron_smartmoe.runtime.replicas.split import homes_only
+from megatron_smartmoe.runtime.replicas.split import homes_only, slot_of_device_rows, slot_of_rows
 from megatron_smartmoe.spec.placement import with_empty_slots
 from tests.unit.ops.test_placement import needs_library, random_load
 from tests.unit.runtime.test_dispatch_plan import content
@@ -50,6 +51,23 @@ def test_the_plan_is_that_of_the_host(seed: int, num_ranks: int, home_slots: int
     planner.plan(counts.flip(1), exact)
     expected = plan_in_steps(view, counts[:, None], with_empty_slots(slots_RS, spare - exact.used_slots))
     assert first == content(expected)
+
+
+@given(seed=st.integers(0, 2**32 - 1), num_ranks=st.integers(1, 6), spare=st.integers(0, 2), tokens=st.integers(0, 40))
+@settings(deadline=None, max_examples=30)
+def test_slots_of_choices_before_the_host_has_read_the_plan(seed: int, num_ranks: int, spare: int, tokens: int) -> None:
+    """Some choices are dropped, as a capacity drops them: no shape depends on how many."""
+    rng = np.random.default_rng(seed)
+    view = view_of(num_ranks, 3, spare, int(rng.integers(num_ranks)))
+    ids_TK = torch.from_numpy(rng.integers(-1, view.num_experts, (tokens, 2)).astype(np.int32))
+    rows_TK, tokens_E = ops.dispatch_map(ids_TK, torch.arange(view.num_experts), view.num_experts)
+    counts = torch.from_numpy(random_load(rng, num_ranks, view.num_experts).astype(np.int64))
+    counts[view.rank] = tokens_E
+    planner = DevicePlanner(view, pinned=False)
+    numbers, segments_3C = planner.start(counts, ExactOptions(used_slots=spare, limit=1.0))
+    found = slot_of_device_rows(rows_TK, segments_3C, num_ranks * view.num_slots)
+    plan = planner.read(numbers, segments_3C)
+    assert torch.equal(found, slot_of_rows(rows_TK, plan.segments_2N, plan.slots_RS, plan.num_rows))
 
 
 def test_what_it_cannot_plan_is_refused() -> None:
