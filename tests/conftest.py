@@ -1,5 +1,6 @@
 """Settings for every test: one thread per rank, no time limit on a generated example; skipped tests are counted."""
 
+import gc
 import os
 from collections import Counter
 from typing import Any
@@ -14,6 +15,15 @@ os.environ["GLOO_SOCKET_IFNAME"] = "lo"
 os.environ.setdefault("MALLOC_PERTURB_", "165")  # ranks fill what they free: a use after that shows (scripts/soak.sh)
 settings.register_profile("any machine", deadline=None)  # a busy one is slow, not wrong
 settings.load_profile("any machine")
+
+
+gc.disable()  # until all tests are collected: modules and tests make millions of objects, and hardly any garbage
+
+
+def pytest_collection_finish() -> None:
+    """What is there now stays there; no later collection has to walk it."""
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

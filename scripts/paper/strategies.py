@@ -59,8 +59,7 @@ def choices(runs: Sequence[MeasuredRun], model: Fitted) -> Iterator[Choice]:
         if baseline is None:
             continue
         fastest = min(members, key=lambda run: run.time_s)
-        cluster = model.clusters.get(baseline.cluster, model.clusters[""])
-        candidates = list(strategies(baseline, cluster))
+        candidates = list(strategies(baseline, model.machines_of(baseline).spec))
         chosen = min(candidates, key=lambda run: model.predict(run).total_s)
         even = replace(model, values={**model.values, chosen.gate: 0.0})
         yield Choice(

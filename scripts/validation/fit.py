@@ -38,7 +38,10 @@ class Prior:
 
 PRIORS = {
     "gemm": Prior(0.45, 0.3, "of the fp16 peak, with kernels of 2022", per_cluster=True),
-    "card": Prior(0.5, 0.7, "of a card per GPU: what a node has; the network is not known", per_cluster=True),
+    "card": Prior(
+        0.35, 0.8, "of a card per GPU: 8 GPUs share 1, 2, 4 or 8 of them; the geometric mean", per_cluster=True
+    ),
+    "stated_card": Prior(1.0, 0.3, "of the cards that a cluster file gives a node, where it knows them"),
     "ring": Prior(0.8, 0.2, "of a node's cards, in collectives"),
     "all_to_all_intra": Prior(0.5, 0.7, "grouped sends inside a node", per_cluster=True),
     "all_to_all": Prior(0.6, 0.3, "of a node's cards, in grouped sends of unequal sizes"),
@@ -50,8 +53,23 @@ PRIORS = {
     "kept": Prior(0.7, 0.3, "second choices that GShard's gate keeps"),
     "expert_round": Prior(0.76e-3, 0.5, "seconds per local expert: this code runs experts one after another"),
     "padded_layer": Prior(3e-3, 1.0, "seconds per layer that the padding systems spend on masks"),
+    "read_image": Prior(0.5e-3, 1.0, "seconds of an image on its way from the storage that all nodes share"),
 }
 SHARED_SPREAD = 0.3  # of a cluster's deviation from the common constant, in logarithms
+
+
+@dataclass(frozen=True)
+class Machines:
+    """A cluster's machines.
+
+    Attributes:
+        spec: its file.
+        knows_cards: the network between nodes is the cluster's own; False where the file gives each GPU a card because
+            nobody has said how many a node has.
+    """
+
+    spec: ClusterSpec
+    knows_cards: bool = True
 
 
 @dataclass(frozen=True)
@@ -66,17 +84,19 @@ class Fitted:
 
     values: Mapping[str, float]
     deviations: Mapping[tuple[str, str], float]
-    clusters: Mapping[str, ClusterSpec]
+    clusters: Mapping[str, Machines]
 
     def predict(self, run: MeasuredRun) -> StepTime:
         """The run's step."""
         value = {name: v * self.deviations.get((run.cluster, name), 1.0) for name, v in self.values.items()}
+        machines = self.machines_of(run)
+        card = value["stated_card" if machines.knows_cards else "card"]
         constants = StepConstants(
             fused_attention=False,
             gemm=value["gemm"],
-            ring_inter=value["card"] * value["ring"],
+            ring_inter=card * value["ring"],
             all_to_all_intra=value["all_to_all_intra"],
-            all_to_all_inter=value["card"] * value["all_to_all"],
+            all_to_all_inter=card * value["all_to_all"],
         )
         kept = min(1.0, value["kept"])
         gates = {
@@ -85,12 +105,15 @@ class Fitted:
             "deepspeed-top1": GateLaw(value["deepspeed-top1"]),
         }
         gates.setdefault(run.gate, GateLaw(value["gshard"]))
-        cluster = self.clusters.get(run.cluster, self.clusters[""])
-        cluster = replace(cluster, nodes=max(1, run.gpus // cluster.gpus_per_node))
+        cluster = replace(machines.spec, nodes=max(1, run.gpus // machines.spec.gpus_per_node))
         return predict(run, cluster, constants, gates, value)
 
+    def machines_of(self, run: MeasuredRun) -> Machines:
+        """The machines that a run was measured on."""
+        return self.clusters.get(run.cluster, self.clusters[""])
 
-def fit(runs: Sequence[MeasuredRun], clusters: Mapping[str, ClusterSpec]) -> Fitted:
+
+def fit(runs: Sequence[MeasuredRun], clusters: Mapping[str, Machines]) -> Fitted:
     """Constants that explain `runs`; without runs, the priors' middles."""
     seen = sorted({run.cluster for run in runs})
     own = [(cluster, name) for cluster in seen for name, p in PRIORS.items() if p.per_cluster] if len(seen) > 1 else []

@@ -51,6 +51,7 @@ class MeasuredRun:
         cluster: name of the machines.
         shadow: FasterMoE's shadowing was on.
         dynamic: SmartMoE's online placement was on.
+        samples: sequences or images of a step.
         parts: what was trained, first layers first.
         time_s: median step after warm-up.
     """
@@ -63,6 +64,7 @@ class MeasuredRun:
     cluster: str
     shadow: bool
     dynamic: bool
+    samples: int
     parts: tuple[Part, ...]
     time_s: float
 
@@ -102,6 +104,7 @@ def run_of(row: Row) -> MeasuredRun:
         cluster=row.text("cluster"),
         shadow=_is_on(row, SHADOW),
         dynamic=_is_on(row, DYNAMIC),
+        samples=row.whole("gbs", least=1),
         parts=parts,
         time_s=row.number("median_ms_skip10") * 1e-3,
     )

@@ -15,7 +15,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from megatron_smartmoe.cost.moe_layer import LayerFlow
+from megatron_smartmoe.cost.moe_layer import LayerCounts, LayerFlow
 from megatron_smartmoe.spec.arrays import FloatArray, IntArray
 from scripts.validation.measured import MeasuredRun, Part
 
@@ -50,6 +50,11 @@ def popularity(gate: GateLaw, experts: int, top_k: int) -> FloatArray:
 
 
 @lru_cache(maxsize=4096)
+def counts_of(run: MeasuredRun, part: Part, gate: GateLaw, nodes: int) -> list[LayerCounts]:
+    """What of each layer's flow decides its time; a fit asks for the same ones again and again."""
+    return [LayerCounts.of(flow) for flow in flows_of(run, part, gate, nodes)]
+
+
 def flows_of(run: MeasuredRun, part: Part, gate: GateLaw, nodes: int) -> list[LayerFlow]:
     """The flow of each layer with experts: its own exponent, its own order of the experts."""
     model, spec = part.model, part.spec

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_smartmoe.spec.cluster import ClusterSpec
-from scripts.validation.fit import FitSetting, Fitted, fit, fit_settings
+from scripts.validation.fit import FitSetting, Fitted, Machines, fit, fit_settings
 from scripts.validation.measured import MeasuredRun
 
 LEFT_OUT: dict[str, Callable[[MeasuredRun], object]] = {
@@ -69,7 +68,7 @@ class Answers:
         )
 
 
-def held_out(runs: Sequence[MeasuredRun], clusters: Mapping[str, ClusterSpec]) -> Iterator[tuple[str, Answers]]:
+def held_out(runs: Sequence[MeasuredRun], clusters: Mapping[str, Machines]) -> Iterator[tuple[str, Answers]]:
     """(what was held back, the answers for it): each capacity, system and strategy in turn, then the larger jobs."""
     for name, of in LEFT_OUT.items():
         values = list(dict.fromkeys(map(of, runs)))

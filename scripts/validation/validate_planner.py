@@ -24,14 +24,15 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the checkout, when the script is run by its path
 
 from megatron_smartmoe.errors import ConfigError
-from megatron_smartmoe.spec.cluster import ClusterSpec, load_cluster_spec, shipped_directory
+from megatron_smartmoe.spec.cluster import load_cluster_spec, shipped_directory
 from scripts.validation import command
-from scripts.validation.fit import fit
+from scripts.validation.fit import Machines, fit
 from scripts.validation.measured import COLUMNS, MeasuredRun, run_of
 from scripts.validation.splits import HEADER, Answers, held_out
 
 ROWS = "measured training runs"
 CLUSTERS = {"inky": "a100-sxm4-80gb.yaml", "nico": "v100-pcie.yaml", "": "a100-sxm4-80gb.yaml"}
+NETWORK_UNKNOWN = ("inky", "")  # the file has the cards of another machine with the same GPUs
 KINDS = {"GPT": False, "images": True}  # name -> whether it is an image model
 
 
@@ -47,6 +48,9 @@ def validate(args: argparse.Namespace) -> dict[str, object]:
     to_predict, more = read_runs(args.predict)
     for line in left_out + more:
         print(f"left out: {line}")
+    for name in sorted({run.cluster for run in fitted_to + to_predict} - set(clusters)):
+        taken_for = clusters[""].spec.name
+        print(f"cluster {name}: no file for it, so it is taken for {taken_for}; --cluster {name}=YAML gives one")
     lines, content = [], dict[str, object]()
     for kind, vision in KINDS.items():
         asked = [run for run in to_predict if run.vision == vision]
@@ -64,7 +68,7 @@ def result_of(
     kind: str,
     seen: Sequence[MeasuredRun],
     asked: Sequence[MeasuredRun],
-    clusters: Mapping[str, ClusterSpec],
+    clusters: Mapping[str, Machines],
     *,
     cross: bool,
 ) -> tuple[dict[str, object], list[str]]:
@@ -97,22 +101,23 @@ def result_of(
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = command.parser_of(__doc__, ROWS)
-    text = "cluster file for the runs of cluster NAME, or with =YAML alone for any other; may be repeated"
+    text = "cluster file, with its network, for runs of cluster NAME; =YAML alone: for any other; may be repeated"
     parser.add_argument("--cluster", action="append", default=[], metavar="NAME=YAML", help=text)
     text = "also hold back parts of the fitted runs in turn and predict them"
     parser.add_argument("--cross-validate", action="store_true", help=text)
     return parser.parse_args(argv)
 
 
-def clusters_of(given: Sequence[str]) -> dict[str, ClusterSpec]:
-    """Machines by the clusters' names in the CSV; the empty name is for all others."""
-    paths = {name: shipped_directory("clusters") / file for name, file in CLUSTERS.items()}
+def clusters_of(given: Sequence[str]) -> dict[str, Machines]:
+    """Machines by the clusters' names in the CSV; the empty name is for all others. Given files know their network."""
+    shipped = {name: load_cluster_spec(shipped_directory("clusters") / file) for name, file in CLUSTERS.items()}
+    machines = {name: Machines(spec, knows_cards=name not in NETWORK_UNKNOWN) for name, spec in shipped.items()}
     for text in given:
         name, found, path = text.partition("=")
         if not found:
             raise ConfigError("--cluster", text, "must be NAME=YAML", "For example: inky=configs/clusters/mine.yaml.")
-        paths[name] = Path(path)
-    return {name: load_cluster_spec(path) for name, path in paths.items()}
+        machines[name] = Machines(load_cluster_spec(Path(path)))
+    return machines
 
 
 def read_runs(path: Path) -> tuple[list[MeasuredRun], list[str]]:

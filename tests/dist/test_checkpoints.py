@@ -14,7 +14,7 @@ import pytest
 
 from tests.dist.test_parallel_equality import largest_difference
 from tests.support.marks import some_fast
-from tests.support.training import TINY_MODEL, TINY_TRAINING, losses, train
+from tests.support.training import TINY_MODEL, TINY_TRAINING, train
 
 pytestmark = pytest.mark.dist
 
@@ -61,7 +61,16 @@ def test_resumed_losses_are_bit_equal(saved: Saved, tmp_path: Path) -> None:
     assert saved.resume(tmp_path, 2, *EP2) == saved.losses[4:]
 
 
-@pytest.mark.parametrize("mix", FROM_EP2)
+@pytest.mark.parametrize(
+    ("saved", "mix"),
+    [
+        pytest.param(optimizer, mix, marks=[] if mix == "EP4" or optimizer == "distributed" else [pytest.mark.long])
+        for optimizer in OPTIMIZERS
+        for mix in FROM_EP2
+    ],
+    indirect=["saved"],
+    scope="module",
+)
 def test_resumed_at_another_parallelism(saved: Saved, mix: str, tmp_path: Path) -> None:
     world_size, flags = FROM_EP2[mix]
     losses = saved.resume(tmp_path, world_size, *flags.split())
@@ -88,11 +97,11 @@ def test_a_longer_run_has_to_choose_its_schedule(saved: Saved, tmp_path: Path) -
         "Add --override-opt-param-scheduler for the schedule of these flags, or --use-checkpoint-opt-param-scheduler "
         "for the saved one.\n"
     )
-    done = launch(saved, tmp_path, "2", *EP2, "--train-iters", "9", "--override-opt-param-scheduler")
-    assert done.returncode == 0, done.stdout[-3000:]
-    assert "Finished after 9 iterations." in done.stdout
+    longer = ["--load", str(saved.checkpoint), *EP2, "--override-opt-param-scheduler"]
+    assert len(train(tmp_path / "longer", 2, saved.flags, *longer, iterations=9)) == 5
 
 
+@pytest.mark.parametrize("saved", ["distributed"], indirect=True, scope="module")
 def test_optimizer_state_between_ep_1_and_more_is_refused_before_it_fails(saved: Saved, tmp_path: Path) -> None:
     """Megatron keeps the experts' optimizer apart only under expert parallelism."""
     done = launch(saved, tmp_path, "1", "--train-iters", "8")
@@ -110,7 +119,7 @@ def test_optimizer_state_between_ep_1_and_more_is_refused_before_it_fails(saved:
 
 @pytest.mark.parametrize("saved", ["distributed"], indirect=True, scope="module")
 def test_a_truncated_shard_is_refused_or_left_out(saved: Saved, tmp_path: Path) -> None:
-    """By the launcher: in one line, or from the checkpoint before it, whose losses go on with the same bits."""
+    """By the launcher; what ranks do, and with which losses, tests/dist/test_checkpoint_saves.py shows."""
     directory = tmp_path / "checkpoint"
     shutil.copytree(saved.checkpoint, directory)
     (directory / "latest_checkpointed_iteration.txt").write_text("8")
@@ -126,11 +135,6 @@ def test_a_truncated_shard_is_refused_or_left_out(saved: Saved, tmp_path: Path) 
         r"4 iterations of training are lost\.\n",
         done.stderr,
     )
-    done = launch(there, tmp_path, "2", *EP2, "--train-iters", "8", "--smartmoe-resume", "newest-whole")
-    assert done.returncode == 0, done.stdout[-3000:]
-    assert re.search(
-        rf"smartmoe: iter_0000008: {what}; resuming from iteration 4, the newest whole checkpoint; 4 iterations of "
-        r"training are lost\n",
-        done.stdout,
-    )
-    assert losses(tmp_path / "run") == saved.losses[4:]
+    left_out = ["--smartmoe-resume", "newest-whole", "--dry-run"]
+    done = launch(there, tmp_path, "2", *EP2, "--train-iters", "8", *left_out)
+    assert done.returncode == 0, done.stderr

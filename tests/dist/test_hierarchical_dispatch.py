@@ -13,7 +13,7 @@ from scripts.training_bench.one_layer import smart_layer
 from tests.dist.test_homes import decisions
 from tests.support.ranks import run_ranks
 from tests.support.replicas import balance
-from tests.support.training import TINY_MODEL, TINY_TRAINING, losses
+from tests.support.training import TINY_MODEL, TINY_TRAINING, losses, two_layers
 
 pytestmark = pytest.mark.dist
 
@@ -155,6 +155,7 @@ def test_a_training_has_the_losses_of_a_flat_dispatch(mix: str, tmp_path: Path, 
     """To the bit, while homes move and replicas are made; the CPU's prices say that two hops do not pay."""
     per_node, iterations, flags = TRAININGS[mix]
     argv = [*TINY_MODEL, *TINY_TRAINING, *data_flags, "--train-iters", str(iterations), *flags.split(), "--smartmoe"]
+    argv += two_layers(flags)
     found = {}
     for dispatch in ("auto", "hierarchical"):
         run_dir = tmp_path / dispatch

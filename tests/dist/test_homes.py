@@ -12,7 +12,7 @@ from megatron_smartmoe.runtime.decisions.command import main as replay
 from tests.dist.test_smartmoe_layer import EP2, UNCLIPPED
 from tests.support.checkpoints import different, tensors
 from tests.support.marks import some_fast
-from tests.support.training import losses, metrics, train
+from tests.support.training import losses, metrics, train, two_layers
 
 pytestmark = pytest.mark.dist
 
@@ -52,7 +52,8 @@ def compare(root: Path, world_size: int, data_flags: list[str], flags: str, iter
     runs = {"shuffled": [*SHUFFLE, "--smartmoe-homes-interval", str(every)], "stayed": STAY}
     for name, homes in runs.items():
         save = ["--save", str(root / name / "saved"), "--save-interval", str(iterations)]
-        train(root / name, world_size, data_flags, *flags.split(), *UNCLIPPED, *homes, *save, iterations=iterations)
+        everything = [*flags.split(), *two_layers(flags), *UNCLIPPED, *homes, *save]
+        train(root / name, world_size, data_flags, *everything, iterations=iterations)
     assert losses(root / "shuffled") == losses(root / "stayed")
     saved = {name: tensors(root / name / "saved", iterations) for name in runs}
     assert not different(saved["shuffled"], saved["stayed"])
@@ -66,7 +67,7 @@ def test_random_migrations_change_nothing(mix: str, tmp_path: Path, data_flags: 
     assert compare(tmp_path, world_size, data_flags, flags, iterations=6, every=2) == 2
 
 
-@pytest.mark.parametrize("steps", [20, pytest.param(200, marks=pytest.mark.long)])
+@pytest.mark.parametrize("steps", [10, pytest.param(200, marks=pytest.mark.long)])
 def test_a_migration_every_5_steps(steps: int, tmp_path: Path, data_flags: list[str]) -> None:
     flags = f"{PP2} {EP2} {OVERLAP} --global-batch-size 4"
     assert compare(tmp_path, 8, data_flags, flags, iterations=steps, every=5) == steps // 5 - 1

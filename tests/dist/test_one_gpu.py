@@ -56,6 +56,7 @@ def test_training(tmp_path: Path) -> None:
         one_gpu_jobs.check_account(tmp_path / name.replace(" ", "-"), iterations, parts=parts)
 
 
+@pytest.mark.long  # starts two more fork servers; who uses a GPU's notices without it
 def test_ranks_that_use_a_gpu_have_no_facade_and_find_cuda_untouched(tmp_path: Path) -> None:
     """Everything is imported before they are forked; a process cannot use CUDA if its parent has initialized it."""
     with ranks.on_the_gpu():

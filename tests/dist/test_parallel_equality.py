@@ -35,15 +35,13 @@ MIXES = {
         f"{EP2} --recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
     ),
 }
-BF16_MIXES = (
+BF16_MIXES = (  # with fp32 every mix; what bf16 changes are messages, norms and the optimizer, each of which is here
     "EP2",
-    "PP2",
     "TP2+SP",
-    "PP2xEP2",
-    "EP2xEDP2, distributed optimizer",
-    "TP2 folded into EP2",
     "PP2xVPP2",
+    "EP2xEDP2, distributed optimizer",
     "CP2",
+    *(pytest.param(mix, marks=pytest.mark.long) for mix in ("PP2", "PP2xEP2", "TP2 folded into EP2")),
 )
 
 
@@ -54,7 +52,7 @@ def largest_difference(losses: list[float], reference: list[float]) -> float:
     return difference
 
 
-@pytest.mark.parametrize("mix", some_fast(MIXES, "EP2", "PP2xEP2"))
+@pytest.mark.parametrize("mix", some_fast(MIXES, "PP2xEP2"))
 def test_fp32_losses_equal_the_single_process(
     mix: str, tmp_path: Path, data_flags: list[str], initial_weights: list[str], reference_losses: list[float]
 ) -> None:
@@ -67,7 +65,7 @@ def test_fp32_losses_equal_the_single_process(
 def bf16_reference(
     tmp_path_factory: pytest.TempPathFactory, data_flags: list[str], initial_weights: list[str]
 ) -> list[float]:
-    return train(tmp_path_factory.mktemp("bf16"), 1, data_flags, *initial_weights, "--bf16", iterations=6)
+    return train(tmp_path_factory.mktemp("bf16"), 1, data_flags, *initial_weights, "--bf16", iterations=4)
 
 
 @pytest.mark.parametrize("mix", BF16_MIXES)
@@ -75,7 +73,7 @@ def test_bf16_losses_equal_the_single_process(
     mix: str, tmp_path: Path, data_flags: list[str], initial_weights: list[str], bf16_reference: list[float]
 ) -> None:
     world_size, flags = MIXES[mix]
-    losses = train(tmp_path, world_size, data_flags, *initial_weights, "--bf16", *flags.split(), iterations=6)
+    losses = train(tmp_path, world_size, data_flags, *initial_weights, "--bf16", *flags.split(), iterations=4)
     assert largest_difference(losses, bf16_reference) < BF16_TOLERANCE
 
 

@@ -39,7 +39,7 @@ TURNS = [  # every kind of change, most of them there and back, some of them at 
 
 def test_switching_changes_no_loss(tmp_path: Path, data_flags: list[str]) -> None:
     iterations = 2 * len(TURNS) + 1
-    common = [*EP2.split(), *UNCLIPPED, "--lr", "1e-4", "--global-batch-size", "4"]
+    common = [*EP2.split(), *UNCLIPPED, "--lr", "1e-4", "--global-batch-size", "4", "--num-layers", "2"]
     still = [*common, "--smartmoe", "--smartmoe-homes", "off"]
     expected = train(tmp_path / "still", 2, data_flags, *still, iterations=iterations)
     flags = [*common, *POOL.split(), *SLOTS.split(), *MOVING.split()]
@@ -55,7 +55,7 @@ def test_switching_changes_no_loss(tmp_path: Path, data_flags: list[str]) -> Non
 
 def _check_copies(lines: list[dict[str, Any]], turns: dict[int, str]) -> None:
     """Each setting makes copies where it should, and no more than its slots hold."""
-    ranks, layers_and_batches = 2, 4 * 2
+    ranks, layers_and_batches = 2, 2 * 2
     for line in lines:
         name = turns.get(line["iteration"] - 1 - (line["iteration"] - 1) % 2)
         if name is None:
@@ -81,7 +81,7 @@ def test_a_switch_is_logged(tmp_path: Path, data_flags: list[str]) -> None:
     shipped = Path(__file__).parents[2] / "configs" / "clusters" / "cpu.yaml"
     cluster.write_text(shipped.read_text().replace("value: 26e9", "value: 26e6"))
     flags = [*EP2.split(), *POOL.split(), "--smartmoe-homes", "off", "--smartmoe-cluster", str(cluster)]
-    small = ["--global-batch-size", "2", "--smartmoe-pool-interval", "22"]
+    small = ["--num-layers", "2", "--global-batch-size", "2", "--smartmoe-pool-interval", "22"]
     train(tmp_path, 2, data_flags, *flags, *small, iterations=44)
     lines = [line for line in (tmp_path / "ranks" / "rank0.log").read_text().splitlines() if "pool" in line]
     assert lines[0] == ("smartmoe: pool: 2 settings, re-evaluated every 22 iterations, starting with homes0-K0-off-ov2")

@@ -29,7 +29,7 @@ PROGRAMS = ("munged", "slurmctld", "slurmd", "srun", "sbatch", "scontrol", "setp
 START_DEADLINE_S = 60.0
 STOP_DEADLINE_S = 20.0
 LEFTOVER_GRACE_S = 3.0
-POLL_S = 0.2
+POLL_S = 0.5  # most looks start a program of Slurm's
 LOG_TAIL_LINES = 25
 ENDED = frozenset(
     {"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "TIMEOUT"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ from .cluster import Job, SlurmCluster
 ROOT = Path(__file__).parents[2]
 LAUNCHER = ROOT / "scripts" / "pretrain_gpt_moe.sh"
 BATCH_SCRIPT = ROOT / "scripts" / "pretrain_gpt_moe.slurm"
+ASK_EVERY_S = 2.0
 TIMEOUT_S = 400.0  # a run takes 15 to 30 s alone on two cores, and minutes where others use them
 
 DATA = "--mock-data --tokenizer-type NullTokenizer --vocab-size 255".split()
@@ -75,17 +77,22 @@ class Watched:
 
     def wait_until(self, holds: Callable[[], bool], what: str) -> None:
         """Wait while the job has not ended."""
-        deadline = time.monotonic() + TIMEOUT_S
+        deadline, asked = time.monotonic() + TIMEOUT_S, 0.0
         while not holds():
-            state = self.slurm.job_record(self.job_id)["JobState"]
-            is_alive = state in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "REQUEUED", "PREEMPTED")
-            assert is_alive, f"{state} before {what}: {self.output[-6000:]}"
+            if time.monotonic() > asked + ASK_EVERY_S:  # each time starts a program
+                state, asked = self.slurm.job_record(self.job_id)["JobState"], time.monotonic()
+                is_alive = state in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "REQUEUED", "PREEMPTED")
+                assert is_alive, f"{state} before {what}: {self.output[-6000:]}"
             assert time.monotonic() < deadline, f"{what} not within {TIMEOUT_S:g} s: {self.output[-6000:]}"
             time.sleep(0.2)
 
+    @functools.cached_property
+    def _log(self) -> Path:
+        return Path(self.slurm.job_record(self.job_id)["StdOut"])
+
     @property
     def output(self) -> str:
-        return Path(self.slurm.job_record(self.job_id)["StdOut"]).read_text(errors="replace")
+        return self._log.read_text(errors="replace")
 
     def process_of_rank(self, rank: int) -> tuple[int, str]:
         """The process of a rank, neither torchrun nor a launcher, and its node."""

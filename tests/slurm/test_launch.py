@@ -107,30 +107,17 @@ def test_nodes_of_one_switch_are_neighbours(slurm: SlurmCluster) -> None:
     assert sorted(done.stdout.splitlines()) == [f"{place} n{node} {line}" for place, node in enumerate((1, 3, 2, 4))]
 
 
-def test_a_job_goes_on_after_everything_that_happens_to_it(
-    slurm: SlurmCluster, tmp_path: Path, expected_long: list[float]
-) -> None:
-    """A node fails, a rank is killed, Slurm preempts the job, its time is up: every loss is that of a run in peace."""
+def submit_long(slurm: SlurmCluster, tmp_path: Path, nodes: int, **environ: str) -> Watched:
+    """A job of two ranks on two nodes that saves, may be queued again once after a rank has died, and is preempted."""
     run_dir = tmp_path / "run"
     flags = ["--nproc", "1", "--run-dir", str(run_dir), *tiny(*EP2, *SAVING, iterations=LONG_ITERATIONS)]
-    options = sbatch_options(tmp_path, "--nodes", "3", "--no-kill", "--partition", "preemptible")
-    environ = from_anywhere() | {"SMARTMOE_SPARE_NODES": "1", "SMARTMOE_MAX_REQUEUES": "1", "NCCL_IB_SL": "1"}
-    job_id = slurm.submit(BATCH_SCRIPT, *options, *flags, env=environ, cwd=tmp_path)
-    job = Watched(slurm, job_id, run_dir)
+    options = sbatch_options(tmp_path, "--nodes", str(nodes), "--no-kill", "--partition", "preemptible")
+    environ = from_anywhere() | {"SMARTMOE_MAX_REQUEUES": "1"} | environ
+    return Watched(slurm, slurm.submit(BATCH_SCRIPT, *options, *flags, env=environ, cwd=tmp_path), run_dir)
 
-    # Step 1: a node fails. The spare one takes its place, in the same allocation.
-    job.wait_for_steps(5)
-    assert "num-experts: '8'" in (run_dir / "config.yaml").read_text()
-    assert "--nnodes 2" in (run_dir / "command.sh").read_text()
-    noted = json.loads((run_dir / "environment.json").read_text())
-    assert (noted["slurm"]["SLURM_JOB_ID"], noted["settings"]["NCCL_IB_SL"]) == (str(job_id), "1")
-    _, failed = job.process_of_rank(1)
-    slurm.run("scontrol", "update", f"NodeName={failed}", "State=DOWN", "Reason=test")
-    job.wait_for_line(f"Node {failed} failed: the run is started again on ")
-    assert slurm.job_record(job_id)["Restarts"] == "0"
 
-    # Step 2: a rank is killed, and no spare node is left. The launchers' last line is neither srun's nor torchrun's.
-    job.wait_for_steps(2)
+def kill_a_rank(job: Watched) -> None:
+    """The job is queued again, and the launchers' last line is neither srun's nor torchrun's."""
     victim, node = job.process_of_rank(1)
     os.kill(victim, signal.SIGKILL)
     queued = f"A rank died on {node}: the job is queued again, for the 1. of 1 times."
@@ -139,25 +126,73 @@ def test_a_job_goes_on_after_everything_that_happens_to_it(
     assert last.startswith(f"smartmoe: rank 1 on {os.uname().nodename} was killed by SIGKILL | it was in iteration ")
     assert " | saved: iteration " in last
     assert "(first observed failure)" not in job.output
-    assert all((run_dir / log).read_text().splitlines()[-1] == last for log in ("train.log", "node1.log"))
+    assert all((job.run_dir / log).read_text().splitlines()[-1] == last for log in ("train.log", "node1.log"))
 
-    # Step 3: another job takes the nodes. Slurm sends SIGTERM to the job's steps, and waits for GraceTime.
-    job.wait_for_steps(2)
+
+def preempt(job: Watched, tmp_path: Path) -> None:
+    """Another job takes the nodes. Slurm sends SIGTERM to the job's steps, and waits for GraceTime."""
     urgent = tmp_path / "urgent.sh"
     urgent.write_text("#!/bin/bash\ntrue\n")
-    assert_completed(slurm.sbatch(urgent, "--partition", "urgent", "--nodes", "4", "--exclusive", cwd=tmp_path))
+    assert_completed(job.slurm.sbatch(urgent, "--partition", "urgent", "--nodes", "4", "--exclusive", cwd=tmp_path))
     assert job.output.count("Preempted: the run was saved, and the job is queued again.") == 1
+
+
+def assert_losses(job: Watched, expected: list[float]) -> None:
+    """Every loss is, bit for bit, that of a run in peace."""
+    lines = metrics(job.run_dir)
+    for line in lines:
+        assert line["lm loss"] == expected[line["iteration"] - 1], line
+    assert lines[-1]["iteration"] > 4
+
+
+def test_a_job_goes_on_after_a_crash_and_a_preemption(
+    slurm: SlurmCluster, tmp_path: Path, expected_long: list[float]
+) -> None:
+    """What a batch script does when nodes fail and its time is up, tests/slurm/test_batch_script.py shows."""
+    job = submit_long(slurm, tmp_path, nodes=2, NCCL_IB_SL="1")
+    job.wait_for_steps(5)
+    assert "num-experts: '8'" in (job.run_dir / "config.yaml").read_text()
+    assert "--nnodes 2" in (job.run_dir / "command.sh").read_text()
+    noted = json.loads((job.run_dir / "environment.json").read_text())
+    assert (noted["slurm"]["SLURM_JOB_ID"], noted["settings"]["NCCL_IB_SL"]) == (str(job.job_id), "1")
+    kill_a_rank(job)
+    job.wait_for_steps(2)
+    preempt(job, tmp_path)
+    slurm.run("scancel", str(job.job_id))
+    assert_losses(job, expected_long)
+    saved = (job.run_dir / "checkpoints" / "latest_checkpointed_iteration.txt").read_text()
+    assert int(saved) == metrics(job.run_dir)[-1]["iteration"]  # the stop lost nothing
+
+
+@pytest.mark.long
+def test_a_job_goes_on_after_everything_that_happens_to_it(
+    slurm: SlurmCluster, tmp_path: Path, expected_long: list[float]
+) -> None:
+    """A node fails, a rank is killed, Slurm preempts the job, its time is up: every loss is that of a run in peace."""
+    # Step 1: a node fails. The spare one takes its place, in the same allocation.
+    job = submit_long(slurm, tmp_path, nodes=3, SMARTMOE_SPARE_NODES="1")
+    job.wait_for_steps(5)
+    _, failed = job.process_of_rank(1)
+    slurm.run("scontrol", "update", f"NodeName={failed}", "State=DOWN", "Reason=test")
+    job.wait_for_line(f"Node {failed} failed: the run is started again on ")
+    assert slurm.job_record(job.job_id)["Restarts"] == "0"
+
+    # Step 2: a rank is killed, and no spare node is left.
+    job.wait_for_steps(2)
+    kill_a_rank(job)
+
+    # Step 3: another job takes the nodes.
+    job.wait_for_steps(2)
+    preempt(job, tmp_path)
 
     # Step 4: USR1 to the batch script is what Slurm sends before the time limit (--signal=B:USR1@300).
     job.wait_for_steps(2)
-    slurm.run("scancel", "--batch", "--signal=USR1", str(job_id))
+    slurm.run("scancel", "--batch", "--signal=USR1", str(job.job_id))
     job.wait_for_line("Time limit: the run was saved, and the job is queued again.")
-    job.wait_until(lambda: slurm.job_record(job_id)["Restarts"] == "3", "the third restart")
-    slurm.run("scancel", str(job_id))
-    for line in metrics(run_dir):
-        assert line["lm loss"] == expected_long[line["iteration"] - 1], line  # bit for bit
-    iterations = [line["iteration"] for line in metrics(run_dir)]
+    job.wait_until(lambda: slurm.job_record(job.job_id)["Restarts"] == "3", "the third restart")
+    slurm.run("scancel", str(job.job_id))
+    assert_losses(job, expected_long)
+    iterations = [line["iteration"] for line in metrics(job.run_dir)]
     assert (
         sum(second <= first for first, second in itertools.pairwise(iterations)) <= 2
     )  # stops that saved lost nothing
-    assert iterations[-1] > 4

@@ -26,6 +26,12 @@ TINY_TRAINING = (
 INITIAL_WEIGHTS = ("--finetune", "--no-load-optim", "--no-load-rng")  # with --load: weights only, from iteration 0
 
 
+def two_layers(flags: str) -> list[str]:
+    """The flags of a model of two layers, which show what four do, unless a mix of parallelism needs all four."""
+    needs_four = any(part in flags for part in ("virtual", "layout", "layer-freq"))
+    return [] if needs_four else ["--num-layers", "2"]
+
+
 def train(
     run_dir: Path,
     world_size: int,

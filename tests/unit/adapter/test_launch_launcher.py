@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -313,5 +314,8 @@ def test_an_error_is_one_line_from_one_task(
         monkeypatch.delenv(name, raising=False)
     for name, value in slurm.items():
         monkeypatch.setenv(name, value)
+    slept: list[float] = []
+    monkeypatch.setattr(time, "sleep", slept.append)
     assert launcher.main(["--config", "a.yaml"]) == 2
     assert capsys.readouterr() == ("", says)
+    assert slept == ([] if says else [launcher._REPORT_GRACE_S])  # task 0 has the time to say it

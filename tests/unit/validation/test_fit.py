@@ -153,6 +153,33 @@ def test_equal_blocks_are_exchanged_faster() -> None:
     assert slow.all_to_all_inter_s == pytest.approx(2 * fast.all_to_all_inter_s)
 
 
+def test_a_network_that_a_cluster_file_knows_is_not_guessed() -> None:
+    run, known = run_of(as_row(ROW)), validate_planner.clusters_of(["inky=a100-sxm4-80gb"])
+    guessed, given, other = (
+        Fitted({**TRUE, **cards}, {}, clusters).predict(run)
+        for cards, clusters in (
+            ({"card": 0.25}, CLUSTERS),
+            ({"card": 0.25, "stated_card": 1.0}, known),
+            ({"card": 0.5, "stated_card": 0.25}, known),
+        )
+    )
+    assert given.all_to_all_inter_s < guessed.all_to_all_inter_s
+    assert other == guessed
+
+
+def test_an_image_run_reads_its_images_and_computes_fastmoes_experts_in_fp32() -> None:
+    run = run_of(as_row({**ROW, **SWIN, "system": "fastmoe"}))
+    slow, base, fast = (
+        Fitted({**TRUE, **constants}, {}, CLUSTERS)
+        for constants in ({"read_image": 1.5e-3}, {"read_image": 0.5e-3}, {"read_image": 0.5e-3, "gemm": 0.6})
+    )
+    assert slow.predict(run).total_s - base.predict(run).total_s == pytest.approx(4096 * 1e-3)
+    assert fast.predict(run).attention_s < base.predict(run).attention_s
+    assert fast.predict(run).moe_gemm_s == base.predict(run).moe_gemm_s
+    tutel = replace(run, system="tutel", capacity=1.0)
+    assert fast.predict(tutel).moe_gemm_s < base.predict(tutel).moe_gemm_s
+
+
 def test_regret_is_what_the_first_choice_costs() -> None:
     runs = [replace(run_of(as_row({**ROW, "ep": ep})), time_s=s) for ep, s in (("16", 2.0), ("8", 1.0))]
     (setting,) = fit_settings(runs, [0.5, 0.6])
@@ -205,11 +232,13 @@ def test_image_runs_that_were_not_fitted_are_predicted_from_the_priors(
 ) -> None:
     monkeypatch.setattr(validate_planner, "fit", lambda runs, clusters: fit([], clusters))
     fitted, out = write(tmp_path / "gpt.csv", rows()[:1]), tmp_path / "out.json"
-    both = write(tmp_path / "both.csv", [rows()[0], {**ROW, **SWIN}])
+    both = write(tmp_path / "both.csv", [rows()[0], {**ROW, **SWIN, "cluster": "other"}])
     assert validate_planner.main(["--fit", str(fitted), "--predict", str(both), "--json", str(out)]) == 0
     content = json.loads(out.read_text())
     assert (content["rows"], content["images"]["rows"]) == (1, 1)
-    assert "images: --fit has no such run, so the priors alone predict" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "images: --fit has no such run, so the priors alone predict" in printed
+    assert "cluster other: no file for it, so it is taken for 2x8-a100-sxm4-80gb; --cluster other=YAML" in printed
 
 
 def test_a_file_without_a_run_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

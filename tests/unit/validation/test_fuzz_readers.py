@@ -12,7 +12,7 @@ from megatron_smartmoe.errors import ConfigError
 from scripts.validation import fuzz_readers
 from scripts.validation.hostile_files import CANARY, READERS, Case
 
-CASES, SEED = 300, 14
+CASES, SEED = 150, 14
 
 
 @pytest.fixture
