@@ -23,7 +23,7 @@ STABLE_TORCH_LIBRARY(smartmoe, m) {
       "(Tensor, Tensor, Tensor)");
   m.def(
       "plan_dispatch(Tensor counts_RPE, Tensor(a!) slots_RS, int home_slots, int num_nodes, int rank, int tp_rank, "
-      "int? used_slots, int scope_nodes, float limit, Tensor price_23, Tensor(b!) plan) -> ()");
+      "int? used_slots, int scope_nodes, bool or_group, float limit, Tensor price_23, Tensor(b!) plan) -> ()");
   m.def("exact_split(Tensor counts_RE, int spare_slots, int num_nodes) -> (Tensor, Tensor)");
   m.def("dispatch_map(Tensor ids_TK, Tensor slot_of_E, int num_slots) -> (Tensor, Tensor)");
   m.def("permute(Tensor x_TH, Tensor rows_TK, int num_rows) -> Tensor");

@@ -32,8 +32,8 @@ Tensor relay_tree(const Tensor& slots_RS, int64_t home_slots, int64_t num_nodes)
 std::tuple<Tensor, Tensor, Tensor> relayed_flow(const Tensor& counts_RE, const Tensor& slots_RS, int64_t home_slots,
                                                 int64_t num_nodes, const std::optional<Tensor>& kept_RS);
 void plan_dispatch(const Tensor& counts_RPE, const Tensor& slots_RS, int64_t home_slots, int64_t num_nodes,
-                   int64_t rank, int64_t tp_rank, std::optional<int64_t> used_slots, int64_t scope_nodes, double limit,
-                   const Tensor& price_23, const Tensor& plan);
+                   int64_t rank, int64_t tp_rank, std::optional<int64_t> used_slots, int64_t scope_nodes, bool or_group,
+                   double limit, const Tensor& price_23, const Tensor& plan);
 std::tuple<Tensor, Tensor> dispatch_map(const Tensor& ids_TK, const Tensor& slot_of_E, int64_t num_slots);
 Tensor permute(const Tensor& x_TH, const Tensor& rows_TK, int64_t num_rows);
 Tensor permute_joined(const Tensor& x_TH, const Tensor& more_TH, const Tensor& rows_TK, int64_t num_rows);

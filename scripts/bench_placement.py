@@ -6,6 +6,7 @@
     python scripts/bench_placement.py --host              host time of a layer's dispatch, from the counts on
     python scripts/bench_placement.py --search            balance and time of exact replicas, greedy and searched
     python scripts/bench_placement.py --history           planning a layer from history, C++ against numpy
+    python scripts/bench_placement.py --hard              the slowest plans from history, of loads that are hard to plan
     python scripts/bench_placement.py --ahead             what planning from history costs the training loop
     python scripts/bench_placement.py --balance           bursts and drift: ours against EPLB's and UltraEP's rules
 
@@ -39,7 +40,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout, wh
 
 from megatron_smartmoe import ops
 from megatron_smartmoe.cost.moe_layer import LayerConstants
+from megatron_smartmoe.cost.replicas import LegPrice, TransferPrice
 from megatron_smartmoe.placement.exact_replicas import exact_replicas
 from megatron_smartmoe.placement.history import History, HistoryOptions
 from megatron_smartmoe.placement.homes_planner import OnlineOptions
@@ -58,6 +60,7 @@ from megatron_smartmoe.placement.layer_cost import layer_seconds
 from megatron_smartmoe.placement.layer_plan import Rule
 from megatron_smartmoe.placement.plan_replicas import ReplicaOptions, best_replicas
 from megatron_smartmoe.placement.replica_planner import ReplicaPlanner
+from megatron_smartmoe.placement.replica_scope import cheapest_replicas
 from megatron_smartmoe.placement.split import best_balance, min_max_split
 from megatron_smartmoe.runtime.replicas.ahead import PlansAhead
 from megatron_smartmoe.runtime.replicas.dispatch_plan import (
@@ -247,6 +250,52 @@ def history_table(records: int) -> None:
         print(f"| {experts} | {ranks} | {spare} | {' | '.join(texts)} |", flush=True)
 
 
+HARD_KINDS = ("fresh", "drift", "burst", "rotating", "Zipf")
+# of replicas of 4096 x 1536 experts on H100 with 4 micro-batches an iteration, rounded; as if half was not hidden
+HARD_PRICE = TransferPrice(
+    fetch=LegPrice(inside_tokens=300.0, between_tokens=2700.0, hidden_tokens=3000.0),
+    back=LegPrice(inside_tokens=600.0, between_tokens=5400.0, hidden_tokens=5000.0),
+)
+
+
+def hard_loads(kind: str, records: int, experts: int, ranks: int, rng: np.random.Generator) -> Iterator[IntArray]:
+    """Counts `[M, E]` of 4 micro-batches whose popularities differ by a tenth, record by record."""
+    popularity = rng.lognormal(0, 1, experts)
+    for record in range(records):
+        if kind == "drift":
+            popularity = popularity * rng.lognormal(0, 0.2, experts)
+        elif kind == "fresh":
+            popularity = rng.lognormal(0, 1, experts)
+        elif kind == "Zipf" and record % 4 == 0:
+            popularity = 1 / rng.permutation(np.arange(1.0, experts + 1))
+        now = popularity.copy()
+        if kind == "rotating":
+            now[:] = 1.0
+            now[record // 3 * experts // 8 % experts :][: experts // 8] = 8.0
+        if kind == "burst" and record % 3 == 0:
+            now[rng.integers(experts)] *= 16
+        shares = now * rng.lognormal(0, 0.1, (4, experts))
+        yield np.stack([rng.multinomial(2048 * ranks, share / share.sum()) for share in shares])
+
+
+def hard_table(records: int) -> None:
+    """Print the time of all that plans a layer from history, scenarios and pricing included, on one node and on 8."""
+    experts, ranks, home_slots, kernels = 256, 64, 4, fastest_kernels()
+    print("| load | spare slots | nodes | median ms | slowest ms |\n|---|---|---|---|---|")
+    for kind, spare, nodes in itertools.product(HARD_KINDS, (1, 2), (1, 8)):
+        rng, times_ms = np.random.default_rng(0), list[float]()
+        slots_RS = draw(rng, ranks, experts, spare, 1, 0.0).slots_RS
+        history = History(1, experts, HistoryOptions.for_ranks(ranks))
+        options = ReplicaOptions(num_nodes=nodes, or_group=True, price=replace(HARD_PRICE, num_nodes=nodes))
+        for counts_ME in hard_loads(kind, records, experts, ranks, rng):
+            history.update(counts_ME[None])
+            start_ns = time.thread_time_ns()
+            found = cheapest_replicas(slots_RS, history.scenarios_KE(0), home_slots, options, 8192.0, kernels)
+            times_ms.append((time.thread_time_ns() - start_ns) / 1e6)
+            slots_RS = found.slots_RS
+        print(f"| {kind} | {spare} | {nodes} | {np.median(times_ms):.2f} | {max(times_ms[2:]):.2f} |", flush=True)
+
+
 AHEAD_SHAPES = ((58, 256, 64, 1), (58, 256, 64, 2), (12, 64, 16, 1))  # layers, experts, ranks, spare slots
 
 
@@ -395,6 +444,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the draws")
     parser.add_argument("--host", action="store_true", help="time a layer's dispatch from the counts on instead")
     parser.add_argument("--history", action="store_true", help="time the planning of a layer from history instead")
+    parser.add_argument("--hard", action="store_true", help="the slowest plans from history of hard loads instead")
     parser.add_argument("--ahead", action="store_true", help="what planning from history costs a step instead")
     parser.add_argument("--step-s", type=float, default=1.0, help="with --ahead: seconds of a step after its counts")
     parser.add_argument("--search", action="store_true", help="what the search of exact replicas is worth instead")
@@ -408,6 +458,9 @@ def main() -> None:
     torch.set_num_threads(1)
     if args.history:
         history_table(30)
+        return
+    if args.hard:
+        hard_table(24)
         return
     if args.ahead:
         ahead_table(8, args.step_s)

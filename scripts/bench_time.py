@@ -34,7 +34,7 @@ from megatron_smartmoe.simulate.imbalance import SERIES, BenchSizes, make_case
 from megatron_smartmoe.simulate.limit import limits_s
 from megatron_smartmoe.simulate.policies import SimulatedPolicy
 from megatron_smartmoe.simulate.run import even_load_s, replay
-from megatron_smartmoe.spec.cluster import load_cluster_spec
+from megatron_smartmoe.spec.cluster import SCOPES, load_cluster_spec
 from megatron_smartmoe.spec.placement import Placement
 from megatron_smartmoe.spec.trace import RoutingTrace, load_trace
 from tests.support.synthetic import SyntheticSpec, synthetic_trace
@@ -109,6 +109,7 @@ class Found:
 def replays(case: Case, cluster: str, options: argparse.Namespace) -> dict[str, Found]:
     """Every policy of ours and the peers' rules, an even load, and the limit."""
     machine, homes_interval = load_cluster_spec(Path(cluster)), options.homes_interval
+    machine = replace(machine, replica_scope=options.replicas_scope or machine.replica_scope)
     prices = Prices(
         cluster=machine,
         expert=ExpertShape(hidden=4096, ffn=1536),
@@ -179,6 +180,7 @@ def main() -> int:
     parser.add_argument("--warmup", type=int, default=6)
     parser.add_argument("--spare-slots", type=int, help="default: 1, and 2 for W0 to W7")
     parser.add_argument("--homes-interval", type=int, default=100)
+    parser.add_argument("--replicas-scope", choices=SCOPES, help="default: that of the cluster file")
     parser.add_argument("--each", action="store_true")
     options = parser.parse_args()
     cases = list(recorded(options.trace, options.ep, options.records))

@@ -17,6 +17,16 @@
 
 namespace smartmoe::cpu {
 namespace {
+constexpr int64_t kOneByOne = 32;  // paying_replicas.py:_ONE_BY_ONE
+constexpr double kAtMost = 0.75;   // paying_replicas.py:_AT_MOST
+constexpr int64_t kParts = 8;      // paying_replicas.py:_PARTS
+
+double price_of(const SlotTable& slots, int64_t num_experts, const TransferPrice& price) {
+  const Placed placed = find_placed(slots, num_experts);
+  const Steps steps = relay_steps(slots, relay_transfers(slots, placed, price.num_nodes()), price.num_nodes());
+  return price.tokens(steps.inside, steps.between);
+}
+
 // A slot table judged on all loads.
 class Judged {
  public:
@@ -35,32 +45,45 @@ class Judged {
     }
     const Steps steps = relay_steps(table_, relay_transfers(table_, placed, price.num_nodes()), price.num_nodes());
     transfers_ = price.tokens(steps.inside, steps.between);
-    const double most = std::numeric_limits<double>::max();
-    const double inside = steps.inside > 0 ? price.tokens(steps.inside - 1, steps.between) : most;
-    const double between = steps.between > 0 ? price.tokens(steps.inside, steps.between - 1) : most;
-    least_transfers_ = std::min(inside, between) < most ? std::min(inside, between) : 0.0;
   }
   Judged(Judged&&) = default;
   Judged& operator=(Judged&&) = default;
 
   double busiest() const { return busiest_; }
-  double transfers() const { return transfers_; }              // their price
-  double least_transfers() const { return least_transfers_; }  // with one fewer of them in a row
+  double transfers() const { return transfers_; }  // their price
   double cost() const { return busiest_ + transfers_; }
   const std::vector<int64_t>& slots_RS() const { return slots_RS_; }
 
-  // Without the replica that takes the fewest tokens.
-  Judged without_smallest(const Loads& loads, const TransferPrice& price) const {
-    int64_t smallest = -1;
+  // The slots without the smallest replicas, as many as it takes until the transfers cost less.
+  std::vector<int64_t> with_cheaper_transfers(int64_t num_experts, const TransferPrice& price) const {
+    std::vector<int64_t> smallest_first;  // the filled spare slots
     for (int64_t rank = 0; rank < table_.num_ranks; ++rank) {
       for (int64_t slot = table_.home_slots; slot < table_.num_slots; ++slot) {
         const int64_t at = rank * table_.num_slots + slot;
-        if (slots_RS_[at] != kEmpty && (smallest < 0 || taken_RS_[at] < taken_RS_[smallest])) smallest = at;
+        if (slots_RS_[at] != kEmpty) smallest_first.push_back(at);
       }
     }
+    std::stable_sort(smallest_first.begin(), smallest_first.end(),
+                     [&](int64_t a, int64_t b) { return taken_RS_[a] < taken_RS_[b]; });
     std::vector<int64_t> fewer_RS = slots_RS_;
-    fewer_RS[smallest] = kEmpty;
-    return Judged(loads, table_, std::move(fewer_RS), price);
+    const SlotTable fewer{fewer_RS.data(), table_.num_ranks, table_.num_slots, table_.home_slots};
+    const int64_t filled = static_cast<int64_t>(smallest_first.size());
+    const int64_t at_once = filled <= kOneByOne ? 1 : filled / kParts;
+    // Step 1: drop.
+    double transfers = transfers_;
+    int64_t dropped = 0;
+    while (transfers >= transfers_ || (at_once > 1 && transfers > kAtMost * transfers_)) {
+      const int64_t stop = std::min(dropped + at_once, filled);
+      for (; dropped < stop; ++dropped) fewer_RS[smallest_first[dropped]] = kEmpty;
+      transfers = price_of(fewer, num_experts, price);
+    }
+    // Step 2: put back what costs nothing.
+    for (int64_t i = dropped - 2; at_once == 1 && i >= 0; --i) {
+      const int64_t at = smallest_first[i];
+      fewer_RS[at] = slots_RS_[at];
+      if (price_of(fewer, num_experts, price) > transfers) fewer_RS[at] = kEmpty;
+    }
+    return fewer_RS;
   }
 
  private:
@@ -68,7 +91,7 @@ class Judged {
   SlotTable table_;
   std::vector<double> taken_RS_;  // tokens of all loads together
   double busiest_ = 0.0;          // mean over the loads
-  double transfers_, least_transfers_;
+  double transfers_;
 };
 }  // namespace
 
@@ -88,23 +111,24 @@ double TransferPrice::tokens(int64_t inside, int64_t between) const {
   return sum;
 }
 
+double cost_of_replicas(const std::vector<int64_t>& load_E, const SlotTable& slots, const TransferPrice& price) {
+  return Judged({load_E}, slots, {slots.data, slots.data + slots.num_ranks * slots.num_slots}, price).cost();
+}
+
 void drop_losing_replicas(const Loads& loads, const SlotTable& slots, const TransferPrice& price) {
   const int64_t num_all = slots.num_ranks * slots.num_slots;
   if (price.is_free()) return;
-  Judged state(loads, slots, {slots.data, slots.data + num_all}, price);
-  std::vector<int64_t> best_RS = state.slots_RS();
-  double best = state.cost();
-  // Step 1: drop the smallest replicas until their transfers cost less, as long as that pays.
-  bool pays = true;
-  while (pays && state.transfers() > 0) {
-    const double before = state.transfers(), least = state.least_transfers();
-    while (pays && state.transfers() >= before) {
-      state = state.without_smallest(loads, price);
-      pays = state.busiest() + least < best;
+  const int64_t num_experts = static_cast<int64_t>(loads.front().size());
+  Judged judged(loads, slots, {slots.data, slots.data + num_all}, price);
+  std::vector<int64_t> best_RS = judged.slots_RS();
+  double best = judged.cost();
+  // Step 1: drop the smallest replicas until their transfers cost less, as long as that can pay.
+  while (judged.transfers() > 0 && judged.busiest() < best) {
+    judged = Judged(loads, slots, judged.with_cheaper_transfers(num_experts, price), price);
+    if (judged.cost() < best) {
+      best = judged.cost();
+      best_RS = judged.slots_RS();
     }
-    if (!pays) break;
-    best = state.cost();
-    best_RS = state.slots_RS();
   }
   // Step 2: no replicas at all may be cheaper still.
   std::vector<int64_t> bare_RS(slots.data, slots.data + num_all);

@@ -45,11 +45,24 @@ void check_slots(const SlotTable& slots, int64_t num_experts) {
 struct ExactOptions {
   int64_t used_slots;   // of the spare slots of a rank; the others stay empty
   int64_t num_nodes;    // a replica stays on its home's node; 1 lets it go anywhere
+  bool or_group;        // whether it may go anywhere where that is cheaper
   double limit;         // max / mean tokens per rank up to which there are no replicas
   TransferPrice price;  // of their transfers
 };
 
-// Replicas for exactly these tokens, as many as pay: runtime/replicas/split.py:exact_slots.
+// Whether the homes of a node have more than `limit` times its share of the tokens.
+bool falls_short_of_nodes(const std::vector<int64_t>& load_E, int64_t num_nodes, double limit) {
+  const int64_t per_node = static_cast<int64_t>(load_E.size()) / num_nodes;
+  int64_t busiest = 0, total = 0;
+  for (auto first = load_E.begin(); first != load_E.end(); first += per_node) {
+    const int64_t load = std::accumulate(first, first + per_node, int64_t{0});
+    busiest = std::max(busiest, load);
+    total += load;
+  }
+  return !at_most(static_cast<__int128>(busiest) * num_nodes, limit * static_cast<double>(total));
+}
+
+// Replicas for exactly these tokens, as many as pay: runtime/replicas/kernels.py:exact_slots.
 void plan_exact(const std::vector<int64_t>& load_E, const SlotTable& slots, const ExactOptions& options) {
   for (int64_t rank = 0; rank < slots.num_ranks; ++rank) {
     std::fill(slots.row(rank) + slots.home_slots, slots.row(rank) + slots.num_slots, kEmpty);
@@ -70,9 +83,23 @@ void plan_exact(const std::vector<int64_t>& load_E, const SlotTable& slots, cons
   for (int64_t rank = 0; rank < slots.num_ranks; ++rank) {
     std::copy(slots.row(rank), slots.row(rank) + slots.home_slots, used.row(rank));
   }
-  fill_spare_slots(load_E, used, options.num_nodes, kTrials);
-  // Step 3: keep those that pay.
-  drop_losing_replicas({load_E}, used, options.price);
+  const auto plan = [&](const SlotTable& table, int64_t num_nodes) {
+    fill_spare_slots(load_E, table, num_nodes, kTrials);
+    drop_losing_replicas({load_E}, table, options.price);  // keep those that pay
+  };
+  // Step 3: over the group too, where a node has too much as a whole; the cheaper plan is taken.
+  std::vector<int64_t> anywhere_RS;
+  const bool tries_group =
+      options.or_group && options.num_nodes > 1 && falls_short_of_nodes(load_E, options.num_nodes, options.limit);
+  if (tries_group) anywhere_RS = used_RS;
+  plan(used, options.num_nodes);
+  if (tries_group) {
+    const SlotTable anywhere{anywhere_RS.data(), slots.num_ranks, num_used, slots.home_slots};
+    plan(anywhere, 1);
+    if (cost_of_replicas(load_E, anywhere, options.price) < cost_of_replicas(load_E, used, options.price)) {
+      std::copy(anywhere_RS.begin(), anywhere_RS.end(), used_RS.begin());
+    }
+  }
   for (int64_t rank = 0; rank < slots.num_ranks; ++rank) {
     std::copy(used.row(rank) + slots.home_slots, used.row(rank) + num_used, slots.row(rank) + slots.home_slots);
   }
@@ -205,8 +232,8 @@ void write_replicas(const SlotTable& slots, int64_t own, const Result& result) {
 }  // namespace
 
 void plan_dispatch(const Tensor& counts_RPE, const Tensor& slots_RS, int64_t home_slots, int64_t num_nodes,
-                   int64_t rank, int64_t tp_rank, std::optional<int64_t> used_slots, int64_t scope_nodes, double limit,
-                   const Tensor& price_23, const Tensor& plan) {
+                   int64_t rank, int64_t tp_rank, std::optional<int64_t> used_slots, int64_t scope_nodes, bool or_group,
+                   double limit, const Tensor& price_23, const Tensor& plan) {
   check_plan_dispatch(counts_RPE, slots_RS, home_slots, num_nodes, rank, tp_rank, used_slots, scope_nodes, price_23,
                       plan);
   const int64_t num_ranks = counts_RPE.size(0), tp_size = counts_RPE.size(1), num_experts = counts_RPE.size(2);
@@ -220,6 +247,7 @@ void plan_dispatch(const Tensor& counts_RPE, const Tensor& slots_RS, int64_t hom
     plan_exact(load_E, slots,
                {.used_slots = *used_slots,
                 .num_nodes = scope_nodes,
+                .or_group = or_group,
                 .limit = limit,
                 .price = TransferPrice(price_23.const_data_ptr<double>(), num_nodes)});
   }

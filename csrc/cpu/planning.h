@@ -117,6 +117,9 @@ class TransferPrice {
 // Clears the spare slots whose replicas cost more time than they save: placement/paying_replicas.py.
 void drop_losing_replicas(const Loads& loads, const SlotTable& slots, const TransferPrice& price);
 
+// Tokens of the busiest rank, and the price of the transfers.
+double cost_of_replicas(const std::vector<int64_t>& load_E, const SlotTable& slots, const TransferPrice& price);
+
 // Replaces replicas one at a time while the busiest rank has more than it would have to: placement/exact_search.py.
 void improve_replicas(const std::vector<int64_t>& load_E, const SlotTable& slots, int64_t num_nodes, int64_t trials);
 

@@ -296,18 +296,25 @@ def routing_groups_line(args: Namespace) -> str | None:
         return f"{routing}: {moves}"
     if args.smartmoe_homes == "shuffle":
         moves = "--smartmoe-homes shuffle takes groups apart, and tokens go to more nodes than without"
-    if args.smartmoe_spare_slots and not options.replica_scope_is_node:
-        moves += "; --smartmoe-replicas-scope group puts replicas on other nodes than their group's"
+    scope = args.smartmoe_replicas_scope
+    if args.smartmoe_spare_slots and scope in ("auto", "group"):
+        puts = "puts replicas" if scope == "group" else "may put replicas"
+        moves += f"; --smartmoe-replicas-scope {scope} {puts} on other nodes than their group's"
     return f"{routing}: {moves}"
 
 
 def replica_options(args: Namespace) -> ReplicaOptions:
     """Where replicas may be placed, and what one costs."""
-    return ReplicaOptions(num_nodes=scope_nodes(args), price=replica_price(args))
+    return ReplicaOptions(num_nodes=scope_nodes(args), or_group=may_leave_nodes(args), price=replica_price(args))
+
+
+def may_leave_nodes(args: Namespace) -> bool:
+    """Whether a layer's replicas are planned over the group as well where nodes are uneven."""
+    return bool(args.smartmoe_replicas_scope == "auto")
 
 
 def scope_nodes(args: Namespace) -> int:
-    """Nodes of the group, or wider domains, between which replicas must not cross; 1 lets them be anywhere in it."""
+    """Nodes of the group, or wider domains, that replicas are planned in; 1 lets them be anywhere in it."""
     from megatron.core import parallel_state as mpu
 
     num_nodes = nodes_of_group(mpu.get_expert_model_parallel_world_size())

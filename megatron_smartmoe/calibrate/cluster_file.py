@@ -24,7 +24,7 @@ from typing import Any
 
 from megatron_smartmoe.calibrate.line import LineFit
 from megatron_smartmoe.calibrate.measurement import COLLECTIVES, LINKS, MachineMeasurement, Series
-from megatron_smartmoe.spec.cluster import ClusterSpec, GpuSpec, LevelSpec, LinkSpec
+from megatron_smartmoe.spec.cluster import SCOPES, ClusterSpec, GpuSpec, LevelSpec, LinkSpec
 
 _SHARED = ("all_to_all", "ring", "all_reduce")  # operations with a share; single messages have none in the model
 NOISY_SPREAD = 0.5  # interquartile range of the repeats over their median above which a point is noisy
@@ -153,8 +153,8 @@ def _narrowing(levels: Sequence[LevelSpec], inter_node: LinkSpec, sources: dict[
 
 def _scope(nominal: ClusterSpec | None, levels: Sequence[LevelSpec]) -> str:
     """Where replicas may be: as `nominal` has it, as long as there is that level."""
-    scope = "node" if nominal is None else nominal.replica_scope
-    return scope if scope in ("node", "group", *(level.name for level in levels)) else "node"
+    scope = "auto" if nominal is None else nominal.replica_scope
+    return scope if scope in (*SCOPES, *(level.name for level in levels)) else "auto"
 
 
 def _has(measured: MachineMeasurement, link: str) -> bool:

@@ -92,7 +92,7 @@ def own_policy(
             ),
             num_groups=prices.num_groups,
         ),
-        replica=ReplicaOptions(num_nodes=prices.domains, price=prices.replica_price(sees)),
+        replica=ReplicaOptions(num_nodes=prices.domains, or_group=prices.or_group, price=prices.replica_price(sees)),
         auto_limit=1.0 if prices.first_version and sees == "exact" else OnlineOptions.auto_limit,
         exact_price=prices.replica_price("exact"),
         policy=judge,

@@ -62,8 +62,13 @@ class Prices:
 
     @property
     def domains(self) -> int:
-        """Parts of the group that keep their replicas: its nodes, with the default of --smartmoe-replicas-scope."""
+        """Parts of the group that replicas are planned in; see `or_group`."""
         return self.cluster.domains(self.num_nodes, self.cluster.replica_scope)
+
+    @property
+    def or_group(self) -> bool:
+        """Whether replicas may be anywhere where that is cheaper: the default of --smartmoe-replicas-scope."""
+        return self.cluster.replica_scope == "auto"
 
     @property
     def balanced_nodes(self) -> int:

@@ -495,7 +495,7 @@ def constants_of(
     intra_bytes_s = exchange_bytes_s(cluster, between_nodes=False)
     inter_bytes_s = exchange_bytes_s(cluster, between_nodes=True)
     # A replica that may be anywhere may have to cross every level; in any other scope it never leaves a domain.
-    crossed = cluster.levels if cluster.replica_scope == "group" else ()
+    crossed = cluster.levels if cluster.replica_scope in ("auto", "group") else ()
     row_s = expert.token_bytes / memory_bytes_s
     token_s = expert.flops_per_token / flops + ROWS_MOVED_PER_TOKEN * row_s
     replica_bytes = expert.sent_weight_bytes + expert.gradient_bytes

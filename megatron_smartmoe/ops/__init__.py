@@ -375,6 +375,7 @@ def plan_dispatch(
     tp_rank: int,
     used_slots: int | None,
     scope_nodes: int,
+    or_group: bool,
     limit: float,
     price_23: Tensor,
     plan: Tensor,
@@ -395,6 +396,7 @@ def plan_dispatch(
         tp_rank: which of the P this rank is.
         used_slots: spare slots of a rank to plan replicas for; None uses the replicas of slots_RS.
         scope_nodes: nodes to plan with: a replica stays on its home's node.
+        or_group: whether replicas may be anywhere in the group where that is cheaper.
         limit: max / mean tokens per rank of the homes alone up to which no replica is planned.
         price_23: see `paying_replicas`.
         plan: the result, int64 on the CPU, contiguous; see PlanBuffer.
@@ -404,7 +406,18 @@ def plan_dispatch(
             slots are no placement, a tensor is on a GPU, or the library is not built.
     """
     torch.ops.smartmoe.plan_dispatch(
-        counts_RPE, slots_RS, home_slots, num_nodes, rank, tp_rank, used_slots, scope_nodes, limit, price_23, plan
+        counts_RPE,
+        slots_RS,
+        home_slots,
+        num_nodes,
+        rank,
+        tp_rank,
+        used_slots,
+        scope_nodes,
+        or_group,
+        limit,
+        price_23,
+        plan,
     )
 
 

@@ -100,6 +100,7 @@ def plan_dispatch(
     tp_rank: int,
     used_slots: int | None,
     scope_nodes: int,
+    or_group: bool,
     limit: float,
     price_23: Tensor,
     plan: Tensor,

@@ -44,7 +44,7 @@ SCHEMAS = {
     "relayed_flow": "(Tensor counts_RE, Tensor slots_RS, int home_slots, int num_nodes, Tensor? kept_RS) -> "
     "(Tensor, Tensor, Tensor)",
     "plan_dispatch": "(Tensor counts_RPE, Tensor(a!) slots_RS, int home_slots, int num_nodes, int rank, int tp_rank, "
-    "int? used_slots, int scope_nodes, float limit, Tensor price_23, Tensor(b!) plan) -> ()",
+    "int? used_slots, int scope_nodes, bool or_group, float limit, Tensor price_23, Tensor(b!) plan) -> ()",
     "dispatch_map": "(Tensor ids_TK, Tensor slot_of_E, int num_slots) -> (Tensor, Tensor)",
     "permute": "(Tensor x_TH, Tensor rows_TK, int num_rows) -> Tensor",
     "permute_joined": "(Tensor x_TH, Tensor more_TH, Tensor rows_TK, int num_rows) -> Tensor",

@@ -26,13 +26,14 @@ from megatron_smartmoe.placement.decisions import (
     Forecast,
     digest_of,
 )
+from megatron_smartmoe.placement.fewer_transfers import homes_for_fewer_transfers
 from megatron_smartmoe.placement.history import History, HistoryOptions
 from megatron_smartmoe.placement.kernels import NUMPY, Kernels
 from megatron_smartmoe.placement.layer_cost import PricedLayer, migration_s
-from megatron_smartmoe.placement.paying_replicas import paying_exact_replicas
 from megatron_smartmoe.placement.plan_homes import HomesOptions, plan_homes
-from megatron_smartmoe.placement.plan_replicas import ReplicaOptions, plan_replicas, search_space
+from megatron_smartmoe.placement.plan_replicas import ReplicaOptions, search_space
 from megatron_smartmoe.placement.policy import Policy, PolicyOptions
+from megatron_smartmoe.placement.replica_scope import cheapest_exact_replicas, cheapest_replicas
 from megatron_smartmoe.placement.review import LayerSeconds, MoveReview
 from megatron_smartmoe.spec.arrays import IntArray
 from megatron_smartmoe.spec.placement import Placement
@@ -317,7 +318,7 @@ class HomesPlanner:
         modelled_s, layers_s = move.gain_s(self.layer_seconds, self.options.replica.num_nodes, self._kernels)
         gain_s = modelled_s * self.options.micro_batches if gain_s is None else gain_s
         iteration_s = layers_s * self.options.micro_batches
-        proposal = move.reverted(placement, self.options.replica.num_nodes)
+        proposal = move.reverted(placement, self.options.replica.kept_nodes)
         pairs = zip(placement.slots_LRS, proposal.slots_LRS, strict=True)
         layers = [self._migration(*pair, placement.home_slots) for pair in pairs]
         cost_s, moved = sum(cost_s for cost_s, _ in layers), sum(experts for _, experts in layers)
@@ -356,30 +357,36 @@ class HomesPlanner:
         # Step 2: plan replicas for the present homes and for the swapped ones.
         if options.replicas == "exact":
             kept_RS, found_RS = (
-                paying_exact_replicas(
+                cheapest_exact_replicas(
                     counts_RE.sum(axis=0),
                     homes_RS,
                     home_slots,
-                    options.replica.num_nodes,
-                    options.replica.price,
-                    options.auto_limit,
-                    kernels.exact,
-                    kernels.drop,
+                    num_nodes=options.replica.num_nodes,
+                    or_group=options.replica.or_group,
+                    price=options.replica.price,
+                    limit=options.auto_limit,
+                    kernels=kernels,
                 )
                 for homes_RS in (slots_RS, plan.slots_RS)
             )
         else:
             tokens = int(counts_RE.sum()) * options.micro_batches / placement.num_ranks
-            given = (scenarios_KE, home_slots, options.replica, tokens, kernels.best, kernels.drop)
-            kept = plan_replicas(slots_RS, *given)
+            given = (scenarios_KE, home_slots, options.replica, tokens, kernels)
+            kept = cheapest_replicas(slots_RS, *given)
             kept_RS, found_RS = kept.slots_RS, kept.slots_RS
             if plan.swaps:
-                found_RS = plan_replicas(plan.slots_RS, *given).slots_RS
+                found_RS = cheapest_replicas(plan.slots_RS, *given).slots_RS
             elif placement.spare_slots and kept.excess > options.replica.good_enough and self._may_swap_anywhere:
                 # No swap between units pays, and replicas alone do not balance: search for swaps within nodes as well.
                 space = replace(search_space(placement.num_ranks, home_slots, options.replica), move_homes=True)
                 prices = replace(options.replica.objective, home_price=options.homes.swap_price / 2)
                 found_RS = kernels.improve(kept_RS, scenarios_KE, prices, space).slots_RS
+            elif not plan.swaps and self._may_swap_anywhere:
+                # Replicas balance the layer: other homes may need fewer transfers for it.
+                load_E = np.rint(scenarios_KE[0] * tokens * placement.num_ranks).astype(np.int64)
+                fewer_RS = homes_for_fewer_transfers(kept_RS, load_E, home_slots, options.replica, kernels)
+                if fewer_RS is not None:
+                    found_RS = cheapest_replicas(fewer_RS, *given).slots_RS
         # Step 3: price both on the last record.
         saved = None
         if isinstance(self.layer_seconds, PricedLayer):

@@ -17,14 +17,9 @@ from megatron_smartmoe.placement.relay import RelayTree, relay_tree
 from megatron_smartmoe.placement.relayed_layer import relayed_layer
 from megatron_smartmoe.placement.search.improve import ImprovedPlacement, improve
 from megatron_smartmoe.placement.search.objective import Objective, Space
-from megatron_smartmoe.placement.split import binding_cuts, min_max_split, split_graph
+from megatron_smartmoe.placement.split import busiest_rank_tokens, min_max_split
 from megatron_smartmoe.spec.arrays import FloatArray, IntArray
 from megatron_smartmoe.spec.placement import BoolArray
-
-
-def busiest_rank_tokens(hosts_ER: BoolArray, load_E: IntArray) -> int:
-    """Tokens of the busiest rank with the best split."""
-    return binding_cuts(split_graph(hosts_ER, load_E), load_E)[0]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +32,7 @@ class Kernels:
         drop: see `paying_replicas.without_losing_replicas`.
         exact: see `exact_replicas.exact_replicas`; arguments load_E, slots_RS, home_slots, num_nodes.
         split: see `split.min_max_split`; arguments counts_RE, hosts_ER.
-        busiest: see `busiest_rank_tokens`.
+        busiest: see `split.busiest_rank_tokens`.
         relay: see `relay.relay_tree`; arguments slots_RS, home_slots, num_nodes.
         flow: see `relayed_layer.relayed_layer`.
     """

@@ -2,10 +2,11 @@
 
 Method. The time of a plan, in tokens of the busiest rank, is the tokens that this rank has with the best split, plus
 the price of the transfers that have to follow one another until all replicas have their weights (`relay.py`), inside
-nodes and between them, as far as no computation hides them (`cost.replicas.TransferPrice`). Of the planned replicas the
-one that takes the fewest tokens is dropped, then the next, until the transfers cost less. If that is faster it is kept,
-and the search goes on from there; as soon as it cannot be, the search ends. Last, the plan is compared with no replicas
-at all.
+nodes and between them, as far as no computation hides them (`cost.replicas.TransferPrice`). Of the planned replicas
+those that take the fewest tokens are dropped until the transfers cost less, and of these the ones that made no
+difference are put back, the largest first. What is left is judged, and the search goes on from there as long as the
+busiest rank alone has less than the cheapest plan costs. Last, that plan is compared with no replicas at all. With many
+replicas several are dropped at once and none is put back, which bounds the time.
 
 Example. On one node a transfer costs 700 tokens, none of it hidden. 7 replicas leave 4,096 tokens on the busiest rank
 and need 3 transfers in a row: 4,096 + 2,100. Without the smallest two 2 are enough, and the busiest rank has 4,250:
@@ -31,6 +32,10 @@ from megatron_smartmoe.placement.split import best_balance
 from megatron_smartmoe.spec.arrays import FloatArray, IntArray
 from megatron_smartmoe.spec.placement import EMPTY, hosts_of
 
+_ONE_BY_ONE = 32  # replicas up to which they are dropped one by one
+_AT_MOST = 0.75  # of the price of the transfers is left when more than that are dropped: few plans are judged,
+_PARTS = 8  # and few trees built
+
 # (loads_KE, slots_RS, home_slots, price) -> slots_RS: `without_losing_replicas`, or its compiled twin.
 DropLosing = Callable[[IntArray, IntArray, int, TransferPrice], IntArray]
 
@@ -46,30 +51,25 @@ def without_losing_replicas(loads_KE: IntArray, slots_RS: IntArray, home_slots: 
     """
     if price.is_free:
         return slots_RS
-    state = _Judged.of(loads_KE, slots_RS, home_slots, price)
-    best_RS, best = slots_RS, state.busiest + state.transfers
-    # Step 1: drop the smallest replicas until their transfers cost less, as long as that pays.
-    pays = True
-    while pays and state.transfers > 0:
-        before, least = state.transfers, state.least_transfers
-        while pays and state.transfers >= before:
-            state = state.without_smallest(loads_KE)
-            pays = state.busiest + least < best
-        if pays:
-            best_RS, best = state.slots_RS, state.busiest + state.transfers
+    best = judged = _Judged.of(loads_KE, slots_RS, home_slots, price)
+    # Step 1: drop the smallest replicas until their transfers cost less, as long as that can pay.
+    while judged.transfers > 0 and judged.busiest < best.cost:
+        judged = _Judged.of(loads_KE, judged.with_cheaper_transfers(), home_slots, price)
+        if judged.cost < best.cost:
+            best = judged
     # Step 2: no replicas at all may be cheaper still.
     bare_RS = slots_RS.copy()
     bare_RS[:, home_slots:] = EMPTY
     bare = 0.0
     for load_E in loads_KE:
         bare += float(load_E[bare_RS[:, :home_slots]].sum(axis=1).max()) / len(loads_KE)
-    return bare_RS if bare <= best else best_RS
+    return bare_RS if bare <= best.cost else best.slots_RS
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Judged:
     """A slot table judged on all loads: tokens of the busiest rank (the mean of the loads), those that each spare slot
-    takes (the sum of the loads), the price of the transfers, and what they cost with one fewer of them in a row."""
+    takes (the sum of the loads), and the price of the transfers."""
 
     slots_RS: IntArray
     home_slots: int
@@ -77,7 +77,6 @@ class _Judged:
     taken_RK: FloatArray
     price: TransferPrice
     transfers: float
-    least_transfers: float
 
     @classmethod
     def of(cls, loads_KE: IntArray, slots_RS: IntArray, home_slots: int, price: TransferPrice) -> _Judged:
@@ -89,25 +88,45 @@ class _Judged:
             balance = best_balance(hosts_ER, load_E)
             busiest += float(balance.bound) / len(loads_KE)
             taken_RK[rank_N, slot_N] += balance.tokens_ER[slots_RS[rank_N, home_slots + slot_N], rank_N]
-        inside, between = relay_tree(slots_RS, home_slots, price.num_nodes).steps_by_link(price.num_nodes)
-        fewer = [price.tokens(inside - 1, between)] if inside else []
-        fewer += [price.tokens(inside, between - 1)] if between else []
         return cls(
             slots_RS=slots_RS,
             home_slots=home_slots,
             busiest=busiest,
             taken_RK=taken_RK,
             price=price,
-            transfers=price.tokens(inside, between),
-            least_transfers=min(fewer, default=0.0),
+            transfers=_price(slots_RS, home_slots, price),
         )
 
-    def without_smallest(self, loads_KE: IntArray) -> _Judged:
-        """Without the replica that takes the fewest tokens."""
-        rank, slot = np.unravel_index(int(np.argmin(self.taken_RK)), self.taken_RK.shape)
+    @property
+    def cost(self) -> float:
+        """Tokens of the busiest rank that take as long as the layer."""
+        return self.busiest + self.transfers
+
+    def with_cheaper_transfers(self) -> IntArray:
+        """The slots without the smallest replicas, as many as it takes until the transfers cost less."""
         fewer_RS = self.slots_RS.copy()
-        fewer_RS[rank, self.home_slots + int(slot)] = EMPTY
-        return _Judged.of(loads_KE, fewer_RS, self.home_slots, self.price)
+        rank_N, slot_N = np.unravel_index(np.argsort(self.taken_RK, axis=None, kind="stable"), self.taken_RK.shape)
+        filled = int(np.isfinite(self.taken_RK).sum())
+        at_once = 1 if filled <= _ONE_BY_ONE else filled // _PARTS
+        # Step 1: drop.
+        transfers, dropped = self.transfers, 0
+        while transfers >= self.transfers or (at_once > 1 and transfers > _AT_MOST * self.transfers):
+            more = slice(dropped, min(dropped + at_once, filled))
+            fewer_RS[rank_N[more], self.home_slots + slot_N[more]] = EMPTY
+            transfers, dropped = _price(fewer_RS, self.home_slots, self.price), more.stop
+        # Step 2: put back what costs nothing.
+        if at_once == 1:
+            for rank, slot in zip(
+                rank_N[: dropped - 1][::-1], self.home_slots + slot_N[: dropped - 1][::-1], strict=True
+            ):
+                fewer_RS[rank, slot] = self.slots_RS[rank, slot]
+                if _price(fewer_RS, self.home_slots, self.price) > transfers:
+                    fewer_RS[rank, slot] = EMPTY
+        return fewer_RS
+
+
+def _price(slots_RS: IntArray, home_slots: int, price: TransferPrice) -> float:
+    return relay_tree(slots_RS, home_slots, price.num_nodes).price_tokens(price)
 
 
 def paying_exact_replicas(

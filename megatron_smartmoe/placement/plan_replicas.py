@@ -29,7 +29,7 @@ from megatron_smartmoe.placement.relay import RelayTree, relay_tree
 from megatron_smartmoe.placement.search.cuts import ALL_SETS_UP_TO_RANKS, MEAN_LOAD, CutPool, scaled
 from megatron_smartmoe.placement.search.improve import ImprovedPlacement, improve
 from megatron_smartmoe.placement.search.objective import Objective, Space
-from megatron_smartmoe.placement.split import binding_cuts, split_graph
+from megatron_smartmoe.placement.split import busiest_rank_tokens
 from megatron_smartmoe.spec.arrays import FloatArray, IntArray
 from megatron_smartmoe.spec.placement import EMPTY, BoolArray, hosts_of
 
@@ -43,6 +43,8 @@ class ReplicaOptions:
 
     Attributes:
         num_nodes: nodes that the group's ranks lie on when replicas must stay on their home's node, else 1.
+        or_group: whether a layer's replicas may be anywhere in the group where that is cheaper; read by
+            `replica_scope`, not here.
         objective: what a plan is worth; its prices decide how many replicas there are and how often they change. The
             price of a replica is meant for about 8 ranks; on more than 16 it falls in proportion, because ranks
             receive their replicas side by side and each waits for its own only.
@@ -55,10 +57,16 @@ class ReplicaOptions:
     """
 
     num_nodes: int = 1
+    or_group: bool = False
     objective: Objective = field(default_factory=lambda: Objective(replica_price=1e-3, change_price=2e-5))
     good_enough: float = 0.01
     effort: int = 1
     price: TransferPrice = FREE_TRANSFERS
+
+    @property
+    def kept_nodes(self) -> int:
+        """Nodes that no replica leaves, whatever the load; 1 where one may."""
+        return 1 if self.or_group else self.num_nodes
 
 
 class BestReplicas(Protocol):
@@ -111,6 +119,7 @@ def plan_replicas(
     rank_tokens: float = 0.0,
     best: BestReplicas = best_replicas,
     drop: DropLosing = without_losing_replicas,
+    busiest: Callable[[BoolArray, IntArray], int] = busiest_rank_tokens,
 ) -> ImprovedPlacement:
     """New contents of the spare slots; homes stay.
 
@@ -122,6 +131,7 @@ def plan_replicas(
         rank_tokens: mean tokens per rank of an iteration, which the price is compared with.
         best: what finds them.
         drop: what drops those that do not pay.
+        busiest: what judges what is left.
     """
     options = options or ReplicaOptions()
     # Step 1: the best replicas, priced in imbalance.
@@ -134,13 +144,13 @@ def plan_replicas(
     fewer_RS = drop(loads_KE, found.slots_RS, home_slots, options.price.scaled(MEAN_LOAD / rank_tokens))
     if np.array_equal(fewer_RS, found.slots_RS):
         return found
-    return replace(found, slots_RS=fewer_RS, imbalance_K=_imbalance_K(fewer_RS, loads_KE))
+    return replace(found, slots_RS=fewer_RS, imbalance_K=_imbalance_K(fewer_RS, loads_KE, busiest))
 
 
-def _imbalance_K(slots_RS: IntArray, loads_KE: IntArray) -> FloatArray:
+def _imbalance_K(slots_RS: IntArray, loads_KE: IntArray, busiest: Callable[[BoolArray, IntArray], int]) -> FloatArray:
     """Max / mean tokens per rank in each scenario, split best."""
     hosts_ER = hosts_of(slots_RS, loads_KE.shape[1])
-    bound_K = np.array([binding_cuts(split_graph(hosts_ER, load_E), load_E)[0] for load_E in loads_KE])
+    bound_K = np.array([busiest(hosts_ER, load_E) for load_E in loads_KE])
     return np.asarray(bound_K * len(slots_RS) / np.maximum(loads_KE.sum(axis=1), 1))
 
 

@@ -15,10 +15,9 @@ from megatron_smartmoe.placement.decisions import Candidate, Decision, Forecast,
 from megatron_smartmoe.placement.history import History, HistoryOptions
 from megatron_smartmoe.placement.homes_planner import OnlineOptions
 from megatron_smartmoe.placement.kernels import NUMPY, Kernels
-from megatron_smartmoe.placement.paying_replicas import paying_exact_replicas
 from megatron_smartmoe.placement.plan_homes import drop_misplaced
-from megatron_smartmoe.placement.plan_replicas import plan_replicas
 from megatron_smartmoe.placement.replan import ReplanOptions, planned_anew
+from megatron_smartmoe.placement.replica_scope import cheapest_exact_replicas, cheapest_replicas
 from megatron_smartmoe.placement.search.cuts import scaled
 from megatron_smartmoe.placement.search.improve import ImprovedPlacement
 from megatron_smartmoe.spec.arrays import FloatArray, IntArray
@@ -135,9 +134,15 @@ class ReplicaPlanner:
 
     def _exact(self, load_E: IntArray, slots_RS: IntArray, price: TransferPrice) -> IntArray:
         """Slots with replicas for exactly these counts, at this price."""
-        num_nodes, limit, kernels = self.options.replica.num_nodes, self.options.auto_limit, self._kernels
-        return paying_exact_replicas(
-            load_E, slots_RS, self.placement.home_slots, num_nodes, price, limit, kernels.exact, kernels.drop
+        return cheapest_exact_replicas(
+            load_E,
+            slots_RS,
+            self.placement.home_slots,
+            num_nodes=self.options.replica.num_nodes,
+            or_group=self.options.replica.or_group,
+            price=price,
+            limit=self.options.auto_limit,
+            kernels=self._kernels,
         )
 
     def _anew(self, load_E: IntArray, slots_RS: IntArray, before: int) -> Anew:
@@ -151,7 +156,7 @@ class ReplicaPlanner:
         """Adopt the homes of another placement; replicas stay where their homes still allow it."""
         slots_LRS, home_slots = self.placement.slots_LRS.copy(), self.placement.home_slots
         slots_LRS[:, :, :home_slots] = homes.homes_LRH
-        num_ranks, num_nodes = self.placement.num_ranks, self.options.replica.num_nodes
+        num_ranks, num_nodes = self.placement.num_ranks, self.options.replica.kept_nodes
         for slots_RS in slots_LRS:
             drop_misplaced(slots_RS, home_slots, np.arange(num_ranks) * num_nodes // num_ranks)
         self.placement = replace(self.placement, slots_LRS=slots_LRS)
@@ -190,10 +195,8 @@ class ReplicaPlanner:
         for layer, (slots_RS, tokens) in enumerate(zip(before.slots_LRS, tokens_L.tolist(), strict=True)):
             try:
                 rows.append(history.scenarios_KE(layer))
-                best, drop = self._kernels.best, self._kernels.drop
-                results.append(
-                    plan_replicas(slots_RS, rows[-1], before.home_slots, self.options.replica, tokens, best, drop)
-                )
+                replica, kernels = self.options.replica, self._kernels
+                results.append(cheapest_replicas(slots_RS, rows[-1], before.home_slots, replica, tokens, kernels))
             except Exception as error:
                 number = self._layer_numbers[layer]
                 raise PlanError(f"layer {number} cannot be planned: {type(error).__name__}: {error}") from error

@@ -138,6 +138,11 @@ def best_balance(hosts_ER: BoolArray, load_E: IntArray) -> Balance:
     return Balance(bound=bound, tokens_ER=tokens_ER, load=load, cut=cuts[-1] if cuts else [])
 
 
+def busiest_rank_tokens(hosts_ER: BoolArray, load_E: IntArray) -> int:
+    """Tokens of the busiest rank with the best split."""
+    return binding_cuts(split_graph(hosts_ER, load_E), load_E)[0]
+
+
 def binding_cuts(graph: SplitGraph, load_E: IntArray) -> tuple[int, list[list[int]]]:
     """The smallest possible largest rank load, and the sets of ranks (cuts) that prove it, loosest first.
 

@@ -4,7 +4,7 @@
 name: 2x8-a100
 nodes: 2
 gpus_per_node: 8
-replica_scope: node            # node: replicas stay on the node of their home; group: anywhere among the EP ranks
+replica_scope: auto            # auto: replicas leave the node of their home where that pays; node: never; group: freely
 gpu:
   name: A100-SXM4-80GB
   devices: [NVIDIA A100-SXM4-80GB]   # optional: the driver's names of GPUs that the file is for
@@ -56,7 +56,8 @@ from megatron_smartmoe.spec.yaml_io import (
     shipped_directory,
 )
 
-ReplicaScope = str  # node, group, or the name of a level
+ReplicaScope = str  # auto, node, group, or the name of a level
+SCOPES = ("auto", "node", "group")  # those that every cluster has
 
 SHARES = (
     "gemm",
@@ -170,8 +171,8 @@ class ClusterSpec:
         gpu: the accelerator.
         intra_node: link between GPUs of one node.
         inter_node: link between nodes, one GPU's share of it.
-        replica_scope: `node`: a replica lies on the node of its expert's home; `group`: anywhere in the group; the name
-            of a level: in the same domain of it.
+        replica_scope: `node`: a replica lies on the node of its expert's home; `group`: anywhere in the group; `auto`:
+            on the node, and anywhere in a layer where that is cheaper; the name of a level: in the same domain of it.
         levels: what lies above the nodes, the smallest domains first; none where all nodes are alike to one another.
         sources: dotted path of each hardware number -> where it comes from.
         efficiency: shares of the peaks that training reaches, by the names of `SHARES`, and for levels such as
@@ -184,7 +185,7 @@ class ClusterSpec:
     gpu: GpuSpec
     intra_node: LinkSpec
     inter_node: LinkSpec
-    replica_scope: ReplicaScope = "node"
+    replica_scope: ReplicaScope = "auto"
     levels: tuple[LevelSpec, ...] = ()
     sources: Mapping[str, str] = field(default_factory=dict)
     efficiency: Mapping[str, float] = field(default_factory=dict)
@@ -204,7 +205,7 @@ class ClusterSpec:
         return num_ranks // self.gpus_per_node
 
     def domains(self, num_nodes: int, scope: str) -> int:
-        """Domains that keep their replicas, of a group that lies on so many consecutive nodes.
+        """Domains that replicas are planned in, with `auto` first, of a group on so many consecutive nodes.
 
         Args:
             num_nodes: nodes of the group.
@@ -213,11 +214,11 @@ class ClusterSpec:
         Raises:
             ConfigError: no such level, or nodes that fill no whole domains of it.
         """
-        if scope in ("node", "group"):
-            return num_nodes if scope == "node" else 1
+        if scope in SCOPES:
+            return 1 if scope == "group" else num_nodes
         nodes = next((level.nodes for level in self.levels if level.name == scope), None)
         if nodes is None:
-            known = ", ".join(["node", "group", *(level.name for level in self.levels)])
+            known = ", ".join([*SCOPES, *(level.name for level in self.levels)])
             raise ConfigError("replica scope", scope, f"is not a level of cluster {self.name}", f"Known: {known}.")
         if num_nodes > nodes and num_nodes % nodes:
             rule = f"an expert-parallel group on {num_nodes} nodes fills no whole domains of {nodes} nodes"
@@ -241,10 +242,10 @@ def _cluster_of(content: Mapping[str, Any], default_name: str) -> ClusterSpec:
     refuse_unknown_keys("", content, _KNOWN)
     sources: dict[str, str] = {}
     levels = _levels(content.get("levels", []), sources)
-    scope, scopes = content.get("replica_scope", "node"), ["node", "group", *(level.name for level in levels)]
+    scope, scopes = content.get("replica_scope", "auto"), [*SCOPES, *(level.name for level in levels)]
     if not isinstance(scope, str) or scope not in scopes:
         rule = f"must be {', '.join(scopes[:-1])} or {scopes[-1]}"
-        raise ConfigError("replica_scope", scope, rule, "For example: replica_scope: node.")
+        raise ConfigError("replica_scope", scope, rule, "For example: replica_scope: auto.")
     numbers: tuple[str, ...] = ("peak_flops", "memory_bytes", "memory_bandwidth_bytes_s")
     gpu = _section(content, "gpu", ("name", "devices", "capability", *numbers, *_OPTIONAL_GPU))
     numbers = (*numbers, *(name for name in _OPTIONAL_GPU if name in gpu))

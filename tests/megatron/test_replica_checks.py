@@ -43,8 +43,8 @@ CASES = {
     "a domain that no level has": Case(
         flags=f"{ONE} --smartmoe-replicas-scope rack",
         ranks=4,
-        says="--smartmoe-replicas-scope = 'rack': is not node, group or the name of a level in the file of "
-        "--smartmoe-cluster. Known: node, group.",
+        says="--smartmoe-replicas-scope = 'rack': is not auto, node, group or the name of a level in the file of "
+        "--smartmoe-cluster. Known: auto, node, group.",
     ),
     "one rank": Case(
         flags="--smartmoe --smartmoe-spare-slots 1",

@@ -339,10 +339,11 @@ def _add_replicas(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--smartmoe-replicas-scope",
         metavar="SCOPE",
-        default="node",
+        default="auto",
         help="node: a replica is placed on the node of its expert's home. group: anywhere in the expert-parallel "
-        "group. LEVEL: in the same domain of a level that the file of --smartmoe-cluster names, such as leaf. "
-        "Default: node.",
+        "group. auto: on the node, but anywhere in a layer whose nodes are uneven where that is predicted to be "
+        "faster. LEVEL: in the same domain of a level that the file of --smartmoe-cluster names, such as leaf. "
+        "Default: auto.",
     )
     group.add_argument(
         "--smartmoe-replicas-margin",

@@ -29,7 +29,7 @@ from megatron_smartmoe.errors import ConfigError
 from megatron_smartmoe.planner.flags import DISPATCH, OVERLAP_DEGREE, SPARE_SLOTS
 from megatron_smartmoe.planner.pool import PoolSetting
 from megatron_smartmoe.report.account import read_steps
-from megatron_smartmoe.spec.cluster import load_cluster_spec
+from megatron_smartmoe.spec.cluster import SCOPES, load_cluster_spec
 from megatron_smartmoe.spec.parallel import FLAT, HIERARCHICAL
 from megatron_smartmoe.spec.trace import load_trace
 
@@ -470,12 +470,12 @@ def _check_replicas(args: argparse.Namespace) -> None:
 def _check_scope(args: argparse.Namespace) -> None:
     """The domains that replicas stay in are nodes, or those of a level that the cluster file names."""
     scope = args.smartmoe_replicas_scope
-    if scope in ("node", "group"):
+    if scope in SCOPES:
         return
     names = [level.name for level in machine(args).levels]
     if scope not in names:
-        known = ", ".join(["node", "group", *names])
-        rule = "is not node, group or the name of a level in the file of --smartmoe-cluster"
+        known = ", ".join([*SCOPES, *names])
+        rule = "is not auto, node, group or the name of a level in the file of --smartmoe-cluster"
         raise ConfigError("--smartmoe-replicas-scope", scope, rule, f"Known: {known}.")
 
 

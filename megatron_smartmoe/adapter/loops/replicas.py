@@ -28,6 +28,7 @@ from megatron.core import parallel_state as mpu
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 
 from megatron_smartmoe.adapter.cost_inputs import (
+    may_leave_nodes,
     nodes_of_group,
     online_options,
     replica_price,
@@ -237,7 +238,12 @@ class ReplicaLoop(Callback):
         if self._mode not in FROM_COUNTS:
             return None, None
         price = self._price["exact"]
-        exact = ExactOptions(used_slots=self._used_slots, num_nodes=scope_nodes(self._run.args), price=price)
+        exact = ExactOptions(
+            used_slots=self._used_slots,
+            num_nodes=scope_nodes(self._run.args),
+            or_group=may_leave_nodes(self._run.args),
+            price=price,
+        )
         falls_short = ReplanOptions(limit=BALANCED, price=price) if self._mode == "auto" else None
         return exact, falls_short
 

@@ -202,7 +202,12 @@ class ReplayedReplicas:
         """The micro-batches of a layer as its dispatcher planned them, experts numbered by their home."""
         settings, placement = self._settings, self._planner.placement
         price = settings.exact_price
-        exact = ExactOptions(used_slots=self._used_slots, num_nodes=settings.scope_nodes, price=price)
+        exact = ExactOptions(
+            used_slots=self._used_slots,
+            num_nodes=settings.scope_nodes,
+            or_group=settings.online.replica.or_group,
+            price=price,
+        )
         rule = ReplanOptions(limit=BALANCED, price=price)
         unused = self._start.spare_slots - self._used_slots
         slots_RS = with_empty_slots(by_home(placement.slots_LRS[layer], placement.home_slots), unused)

@@ -25,11 +25,12 @@ from megatron_smartmoe.cost.step.moe import MoETimes, moe_times
 from megatron_smartmoe.placement.history import History
 from megatron_smartmoe.placement.layer_cost import relayed_flow
 from megatron_smartmoe.placement.plan_homes import HomesOptions, plan_homes
-from megatron_smartmoe.placement.plan_replicas import ReplicaOptions, plan_replicas
+from megatron_smartmoe.placement.plan_replicas import ReplicaOptions
 from megatron_smartmoe.placement.replan import ReplanOptions, planned_anew
+from megatron_smartmoe.placement.replica_scope import cheapest_replicas
 from megatron_smartmoe.planner.pool import PoolSetting
-from megatron_smartmoe.runtime.replicas.kernels import fastest_kernels
-from megatron_smartmoe.runtime.replicas.split import BALANCED, exact_slots, split_tokens
+from megatron_smartmoe.runtime.replicas.kernels import exact_slots, fastest_kernels
+from megatron_smartmoe.runtime.replicas.split import BALANCED, split_tokens
 from megatron_smartmoe.spec.arrays import IntArray
 from megatron_smartmoe.spec.cluster import ClusterSpec
 from megatron_smartmoe.spec.model import ModelSpec
@@ -149,9 +150,8 @@ def _flows(
         if setting.replicas in ("history", "auto"):
             rank_tokens = float(load.totals_ILE[-2, layer].sum()) / len(homes_RH)
             scenarios_KE = history.scenarios_KE(layer)
-            kernels = fastest_kernels()
-            found = plan_replicas(
-                slots_RS, scenarios_KE, home_slots, prices.replica, rank_tokens, kernels.best, kernels.drop
+            found = cheapest_replicas(
+                slots_RS, scenarios_KE, home_slots, prices.replica, rank_tokens, fastest_kernels()
             )
             slots_RS = found.slots_RS
         counts_BRE = np.ascontiguousarray(load.batches_BLRE[:, layer])
@@ -203,6 +203,7 @@ def _from_counts(slots_RS: IntArray, counts_RE: IntArray, prices: PoolPrices) ->
         slots_RS,
         counts_RE.shape[1] // len(counts_RE),
         num_nodes=prices.replica.num_nodes,
+        or_group=prices.replica.or_group,
         limit=BALANCED,
         price=prices.exact_price,
     )

@@ -19,10 +19,10 @@ import torch
 from megatron_smartmoe import ops
 from megatron_smartmoe.cost.replicas import FREE_TRANSFERS, TransferPrice
 from megatron_smartmoe.placement.replan import ReplanOptions, planned_anew
+from megatron_smartmoe.runtime.replicas.kernels import exact_slots
 from megatron_smartmoe.runtime.replicas.split import (
     BALANCED,
     Replica,
-    exact_slots,
     homes_only,
     price_tensor,
     replicas_of,
@@ -41,12 +41,14 @@ class ExactOptions:
     Attributes:
         used_slots: spare slots of a rank that are used; the others stay empty.
         num_nodes: nodes of the group; a replica stays on its home's node. 1 lets it go anywhere.
+        or_group: whether it may go anywhere where that is cheaper; see `placement.replica_scope`.
         price: see `placement.paying_replicas.without_losing_replicas`; the trees are those of the view's nodes.
         limit: no replica is made while max / mean tokens per rank of the homes alone are at most this.
     """
 
     used_slots: int
     num_nodes: int = 1
+    or_group: bool = False
     price: TransferPrice = FREE_TRANSFERS
     limit: float = BALANCED
 
@@ -195,6 +197,7 @@ class DispatchPlanner:
             view.tp_rank,
             None if exact is None else options.used_slots,
             options.num_nodes,
+            options.or_group,
             options.limit,
             price_tensor(options.price),
             buffer.whole,
@@ -266,6 +269,7 @@ def plan_in_steps(
             used_RS,
             home_slots,
             num_nodes=exact.num_nodes,
+            or_group=exact.or_group,
             limit=exact.limit,
             price=replace(exact.price, num_nodes=view.num_nodes),
         )

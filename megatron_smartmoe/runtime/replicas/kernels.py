@@ -7,8 +7,10 @@ import torch
 
 from megatron_smartmoe import ops
 from megatron_smartmoe.cost.moe_layer import RelayedFlow
+from megatron_smartmoe.cost.replicas import TransferPrice
 from megatron_smartmoe.placement.kernels import NUMPY, Kernels
 from megatron_smartmoe.placement.relay import RelayTree
+from megatron_smartmoe.placement.replica_scope import cheapest_exact_replicas
 from megatron_smartmoe.runtime.replicas.history_plan import compiled_best_replicas, compiled_improve
 from megatron_smartmoe.runtime.replicas.split import compiled_drop_losing, compiled_replicas
 from megatron_smartmoe.spec.arrays import IntArray
@@ -18,6 +20,42 @@ from megatron_smartmoe.spec.placement import BoolArray
 def fastest_kernels() -> Kernels:
     """The compiled functions, or numpy's where the library is not built. Both find the same."""
     return COMPILED if ops.is_compiled() else NUMPY
+
+
+def exact_slots(
+    counts_RE: IntArray,
+    slots_RS: IntArray,
+    home_slots: int,
+    *,
+    num_nodes: int,
+    limit: float,
+    price: TransferPrice,
+    or_group: bool = False,
+) -> IntArray:
+    """Slots with replicas planned for exactly these tokens, or without any where replicas would not pay.
+
+    Args:
+        counts_RE: Tokens of source rank r for expert e.
+        slots_RS: The slot table; only its home slots are read.
+        home_slots: S, the home slots of a rank.
+        num_nodes: Nodes of the group; a replica stays on its home's node. 1 lets it go anywhere.
+        limit: No replica is made while max / mean tokens per rank of the homes alone are at most this.
+        price: See `placement.paying_replicas.without_losing_replicas`.
+        or_group: Whether it may go anywhere where that is cheaper; see `placement.replica_scope`.
+
+    Returns:
+        The slot table `[R, S + K]`.
+    """
+    return cheapest_exact_replicas(
+        counts_RE.sum(axis=0),
+        slots_RS,
+        home_slots,
+        num_nodes=num_nodes,
+        or_group=or_group,
+        price=price,
+        limit=limit,
+        kernels=fastest_kernels(),
+    )
 
 
 def _split(counts_RE: IntArray, hosts_ER: BoolArray) -> IntArray:

@@ -19,8 +19,7 @@ import torch
 
 from megatron_smartmoe import ops
 from megatron_smartmoe.cost.replicas import TransferPrice
-from megatron_smartmoe.placement import exact_replicas, split
-from megatron_smartmoe.placement.paying_replicas import paying_exact_replicas, without_losing_replicas
+from megatron_smartmoe.placement import split
 from megatron_smartmoe.spec.arrays import IntArray
 from megatron_smartmoe.spec.placement import EMPTY, hosts_of, with_empty_slots
 
@@ -62,28 +61,6 @@ def replicas_of(slots_RS: IntArray, home_slots: int, rank: int | None = None) ->
     home_rank_N, home_slot_N = np.divmod(expert_N, home_slots)
     columns = (expert_N, home_rank_N, home_slot_N, rank_N, slot_N)  # in the order of the fields
     return tuple(map(Replica, *(column.tolist() for column in columns)))
-
-
-def exact_slots(
-    counts_RE: IntArray, slots_RS: IntArray, home_slots: int, *, num_nodes: int, limit: float, price: TransferPrice
-) -> IntArray:
-    """Slots with replicas planned for exactly these tokens, or without any where replicas would not pay.
-
-    Args:
-        counts_RE: Tokens of source rank r for expert e.
-        slots_RS: The slot table; only its home slots are read.
-        home_slots: S, the home slots of a rank.
-        num_nodes: Nodes of the group; a replica stays on its home's node. 1 lets it go anywhere.
-        limit: No replica is made while max / mean tokens per rank of the homes alone are at most this.
-        price: See `placement.paying_replicas.without_losing_replicas`.
-
-    Returns:
-        The slot table `[R, S + K]`.
-    """
-    plan = compiled_replicas if ops.is_compiled() else exact_replicas.exact_replicas
-    drop = compiled_drop_losing if ops.is_compiled() else without_losing_replicas
-    load_E = counts_RE.sum(axis=0)
-    return paying_exact_replicas(load_E, slots_RS, home_slots, num_nodes, price, limit, plan, drop)
 
 
 def compiled_drop_losing(loads_KE: IntArray, slots_RS: IntArray, home_slots: int, price: TransferPrice) -> IntArray:

@@ -199,6 +199,11 @@ def test_homes_of_a_run_know_its_nodes(on_four_nodes: Namespace) -> None:
     price = homes_options(two_hops).node_swap_price
     assert price is not None
     assert price > options.homes.node_swap_price  # a swap takes less off the links between nodes
+    assert (scope_nodes(on_four_nodes), online_options(on_four_nodes, review_records=8).replica.or_group) == (4, False)
+    where_it_pays = Namespace(**vars(on_four_nodes) | {"smartmoe_replicas_scope": "auto"})
+    assert homes_options(where_it_pays) == homes_options(on_four_nodes)
+    replica = online_options(where_it_pays, review_records=8).replica
+    assert (replica.num_nodes, replica.or_group) == (4, True)
     anywhere = Namespace(**vars(on_four_nodes) | {"smartmoe_replicas_scope": "group"})
     assert (homes_options(anywhere).num_nodes, homes_options(anywhere).replica_scope_is_node) == (4, False)
 
@@ -224,6 +229,7 @@ def test_replicas_may_stay_in_the_domains_of_a_level(on_four_nodes: Namespace, t
         ({"moe_router_num_groups": 6}, "groups do not lie whole on nodes, so homes move without regard to them"),
         ({"smartmoe_homes": "shuffle"}, "--smartmoe-homes shuffle takes groups apart, and tokens go to more nodes"),
         ({"smartmoe_replicas_scope": "group"}, "--smartmoe-replicas-scope group puts replicas on other nodes than"),
+        ({"smartmoe_replicas_scope": "auto"}, "--smartmoe-replicas-scope auto may put replicas on other nodes than"),
         ({"moe_router_group_topk": None}, None),
     ],
 )

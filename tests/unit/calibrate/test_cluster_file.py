@@ -87,7 +87,7 @@ def test_the_file_says_what_was_measured(tmp_path: Path) -> None:
     path.write_text(cluster_as_yaml(fit.cluster, "a comment"))
     cluster = load_cluster_spec(path)
     assert cluster == fit.cluster
-    assert (cluster.name, cluster.nodes, cluster.gpus_per_node, cluster.replica_scope) == ("mine", 2, 8, "node")
+    assert (cluster.name, cluster.nodes, cluster.gpus_per_node, cluster.replica_scope) == ("mine", 2, 8, "auto")
     assert cluster.gpu.peak_flops == pytest.approx(FLOPS, rel=1e-3)
     assert cluster.gpu.memory_bandwidth_bytes_s == pytest.approx(MEMORY_S, rel=1e-3)
     assert cluster.intra_node.bandwidth_bytes_s == pytest.approx(400e9, rel=1e-3)  # the best of four operations

@@ -26,7 +26,7 @@ START = Start(
     replicas=ReplicasStart(
         mode="auto",
         used_slots=1,
-        online=OnlineOptions(replica=ReplicaOptions(price=PRICE), exact_price=PRICE),
+        online=OnlineOptions(replica=ReplicaOptions(or_group=True, price=PRICE), exact_price=PRICE),
         exact_price=PRICE,
         scope_nodes=1,
         num_nodes=2,
@@ -48,6 +48,7 @@ def test_prices_are_read_back(tmp_path: Path) -> None:
 def test_one_number_for_every_transfer_as_earlier_versions_wrote_it(tmp_path: Path) -> None:
     content = asdict(START)
     replicas = content["replicas"]
+    del replicas["online"]["replica"]["or_group"]  # written before replicas could leave their nodes where it pays
     del replicas["exact_price"], replicas["online"]["exact_price"], replicas["online"]["replica"]["price"]
     replicas["exact_price_tokens"], replicas["online"]["exact_price_tokens"] = 155.0, 0.0
     replicas["online"]["replica"]["replica_price_tokens"] = 61

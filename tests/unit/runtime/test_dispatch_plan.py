@@ -75,6 +75,7 @@ def micro_batches(draw: st.DrawFn) -> tuple[RankView, torch.Tensor, IntArray, Ex
     exact = ExactOptions(
         used_slots=draw(st.integers(0, spare)),
         num_nodes=draw(divisors(num_ranks)),
+        or_group=draw(st.booleans()),
         price=TransferPrice(fetch=draw(LEGS), back=draw(LEGS)),
         limit=draw(st.sampled_from([1.0, 1.01, 1.5, 4.0])),
     )
@@ -142,6 +143,7 @@ ARGUMENTS: dict[str, Any] = {
     "tp_rank": 0,
     "used_slots": 1,
     "scope_nodes": 1,
+    "or_group": False,
     "limit": 1.01,
     "price_23": torch.zeros(2, 3, dtype=torch.float64),
     "plan": PlanBuffer(VIEW, pinned=False).whole,

@@ -9,9 +9,9 @@ import torch
 from megatron_smartmoe.cost.replicas import FREE_TRANSFERS, TransferPrice
 from megatron_smartmoe.ops import reference
 from megatron_smartmoe.placement.paying_replicas import paying_exact_replicas
+from megatron_smartmoe.runtime.replicas.kernels import exact_slots
 from megatron_smartmoe.runtime.replicas.split import (
     BALANCED,
-    exact_slots,
     homes_only,
     replicas_of,
     segment_shifts,

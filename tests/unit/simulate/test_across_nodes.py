@@ -1,4 +1,4 @@
-"""64 ranks on 8 nodes, one spare slot, copies inside nodes: homes even out the nodes, replicas the rest."""
+"""64 ranks on 8 nodes, one spare slot: homes even out the nodes, replicas the rest, and what homes leave."""
 
 from typing import Literal
 
@@ -42,6 +42,6 @@ def test_homes_even_out_the_nodes(kind: str, policy: ReplicaMode) -> None:
 
 def test_a_steady_load_is_even_and_faster_than_with_the_fastest_peer() -> None:
     ours = replayed("lognormal", "history", homes_interval=4)
-    assert replayed("lognormal", "history", homes_interval=0).imbalance.mean() > 1.15
+    assert replayed("lognormal", "history", homes_interval=0).imbalance.mean() > 1.05  # replicas that leave their nodes
     assert ours.imbalance.mean() < 1.015  # what is left pays for no replica
     assert ours.layer_s.mean() < 0.95 * replayed("lognormal", "laer", 0).layer_s.mean()

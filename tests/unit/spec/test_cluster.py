@@ -36,7 +36,7 @@ def load(tmp_path: Path, text: str) -> ClusterSpec:
 
 def test_numbers_and_their_sources(tmp_path: Path) -> None:
     cluster = load(tmp_path, GOOD)
-    assert (cluster.name, cluster.nodes, cluster.gpus_per_node, cluster.replica_scope) == ("two-boxes", 2, 8, "node")
+    assert (cluster.name, cluster.nodes, cluster.gpus_per_node, cluster.replica_scope) == ("two-boxes", 2, 8, "auto")
     assert cluster.gpu.peak_flops == 312e12
     assert cluster.inter_node.latency_s == 1e-5
     assert cluster.sources["gpu.peak_flops"] == "datasheet"
@@ -57,7 +57,7 @@ def test_nodes_of_a_group(tmp_path: Path) -> None:
         ("nodes: 2\n", "nodes: two\n", "nodes = 'two': must be a positive whole number"),
         ("nodes: 2\n", "nodes: true\n", "nodes = True: must be a positive whole number"),
         ("nodes: 2\n", "nodes: 2\nracks: 1\n", "racks = 1: is not a known key"),
-        ("nodes: 2\n", "nodes: 2\nreplica_scope: rack\n", "replica_scope = 'rack': must be node or group"),
+        ("nodes: 2\n", "nodes: 2\nreplica_scope: rack\n", "replica_scope = 'rack': must be auto, node or group"),
         ("name: A100", "nick: A100", "gpu.nick = 'A100': is not a known key"),
         ("{value: 312e12, source: datasheet}", "312e12", "gpu.peak_flops = 312000000000000.0: must be a mapping"),
         ("{value: 312e12, source: datasheet}", "{value: 312e12}", "gpu.peak_flops.source = None: must state where"),
@@ -171,10 +171,10 @@ def test_levels_above_the_nodes(tmp_path: Path) -> None:
     assert (again.levels, again.replica_scope, again.sources) == (cluster.levels, "leaf", cluster.sources)
     # Parts of a group that keep their replicas.
     assert [cluster.domains(nodes, "leaf") for nodes in (1, 2, 4, 16)] == [1, 1, 2, 8]
-    assert (cluster.domains(4, "node"), cluster.domains(4, "group"), cluster.domains(4, "spine")) == (4, 1, 1)
+    assert [cluster.domains(4, scope) for scope in ("auto", "node", "group", "spine")] == [4, 4, 1, 1]
     with pytest.raises(ConfigError, match="replica scope = 'leaf': an expert-parallel group on 3 nodes fills no whole"):
         cluster.domains(3, "leaf")
-    with pytest.raises(ConfigError, match=r"is not a level of cluster .* Known: node, group, leaf, spine"):
+    with pytest.raises(ConfigError, match=r"is not a level of cluster .* Known: auto, node, group, leaf, spine"):
         cluster.domains(3, "rack")
 
 
