@@ -153,7 +153,7 @@ def _report(what: str, seconds: Mapping[bool, list[float]]) -> None:
     for kind, name in ((False, "Megatron's save alone"), (True, "with a manifest")):
         print(f"{name}: {what} {medians[kind]:.3f} s (median), {best[kind]:.3f} s (best) of {len(seconds[kind])}")
     for name, of in (("median", medians), ("best", best)):
-        print(f"{what}, {name}: {100 * (of[True] / of[False] - 1):+.1f} %", flush=True)
+        print(f"a manifest adds {100 * (of[True] / of[False] - 1):+.1f} % ({name})", flush=True)
 
 
 if __name__ == "__main__":

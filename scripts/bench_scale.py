@@ -5,8 +5,9 @@
 
 Every plan runs in a process of its own, whose CPU seconds and largest memory are counted; its result is a file in DIR,
 and what is there is not run again. The first table has one model and batch on 256 to 96,000 GPUs; the second an uneven
-load, planned with and without balancing (each with the sizes that suit it best), on a cluster with NVLink and on one
-without. All step times are predictions of the cost model; only the planner's own time and memory are measured.
+load on a cluster with NVLink and on one without: the plan, beside that of plain Megatron, which `smartmoe plan`
+searches for as well (each with the sizes that suit it best). A plan that is plain Megatron's is marked so. All step
+times are predictions of the cost model; only the planner's own CPU time and memory are measured.
 """
 
 from __future__ import annotations
@@ -50,20 +51,17 @@ class Question:
     gpus: int
     batch: int
     skew: str = ""
-    balances: bool = True
 
     @property
     def name(self) -> str:
         """Of the file that its result is in."""
-        load, balancing = self.skew or "assumed", "on" if self.balances else "off"
-        return f"{Path(self.model).stem}_{self.cluster}_{self.gpus}_{self.batch}_{load}_{balancing}"
+        return f"{Path(self.model).stem}_{self.cluster}_{self.gpus}_{self.batch}_{self.skew or 'assumed'}"
 
     def command(self, path: Path) -> list[str]:
         """`smartmoe plan`, its JSON written to `path`."""
         given = ["--model", self.model, "--cluster", self.cluster, "--gpus", str(self.gpus)]
         given += ["--global-batch-size", str(self.batch), "--json", str(path)]
         given += ["--skew", self.skew] if self.skew else []
-        given += [] if self.balances else ["--no-spare-slots", "--homes-interval", "0"]
         code = "import sys; from megatron_smartmoe.cli.main import main; sys.exit(main(sys.argv[1:]))"
         return [sys.executable, "-c", code, "plan", *given]
 
@@ -75,11 +73,7 @@ def questions() -> Iterator[tuple[str, Question]]:
     for model, sizes in PAYS.items():
         for gpus, batch in sizes:
             for cluster in (NVLINK, COMMODITY):
-                for balances in (True, False):
-                    yield (
-                        "pays",
-                        Question(model=model, cluster=cluster, gpus=gpus, batch=batch, skew=SKEW, balances=balances),
-                    )
+                yield "pays", Question(model=model, cluster=cluster, gpus=gpus, batch=batch, skew=SKEW)
 
 
 def answer(question: Question, out: Path) -> dict[str, Any]:
@@ -96,7 +90,8 @@ def answer(question: Question, out: Path) -> dict[str, Any]:
         content |= {"memory_bytes": used.ru_maxrss * 1024, "refused": said.strip() if process.returncode else ""}
         if not process.returncode:
             found = json.loads(plan.read_text())
-            content |= {"best": found["best"][0], "shapes": found["shapes"], "priced": found["priced"]}
+            content |= {"best": found["best"][0], "plain": found.get("plain")}
+            content |= {"shapes": found["shapes"], "priced": found["priced"]}
         path.write_text(json.dumps(content, indent=1) + "\n")
     return dict(json.loads(path.read_text()))
 
@@ -107,44 +102,46 @@ def growth_table(answers: list[dict[str, Any]]) -> list[str]:
     lines += ["|---|---|---|---|---|---|---|---|"]
     for each in answers:
         best = each["best"]
-        cells = [f"{each['question']['gpus']:,}", best["launch"], f"{best['expected_s']:.2f} s"]
+        cells = [f"{each['question']['gpus']:,}", _launch(best), f"{best['expected_s']:.2f} s"]
         cells += [f"{best['tokens_per_s_per_gpu']:,.0f}", f"{each['shapes']:,}", f"{each['priced']:,}"]
         cells += [f"{each['cpu_s']:.1f} s", f"{each['memory_bytes'] / 1e6:.0f} MB"]
         lines.append("| " + " | ".join(cells) + " |")
     return lines
 
 
-def pays_table(pairs: list[tuple[dict[str, Any], dict[str, Any]]]) -> list[str]:
-    """Predicted steps with balancing and without, side by side, and what the balanced one spends its time on."""
+def pays_table(answers: list[dict[str, Any]]) -> list[str]:
+    """The best launch beside plain Megatron's, and what it spends its time on."""
     lines = [
-        "| model | GPUs | cluster | without balancing | with | faster by | expert GEMMs | all-to-all inside, between "
+        "| model | GPUs | cluster | plain Megatron | planned | faster by | expert GEMMs | all-to-all inside, between "
         "| sent |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for on, off in pairs:
-        question = on["question"]
+    for each in answers:
+        question = each["question"]
         cells = [Path(question["model"]).stem, f"{question['gpus']:,}", question["cluster"]]
-        if on["refused"] or off["refused"]:
-            verdict = "does not fit" if on["refused"] else "fits only with it"
-            lines.append("| " + " | ".join([*cells, verdict, "", "", "", "", ""]) + " |")
+        if each["refused"]:
+            lines.append("| " + " | ".join([*cells, "does not fit", "does not fit", "", "", "", ""]) + " |")
             continue
-        step_s, time_s = on["best"]["expected_s"], on["best"]["time_s"]
+        plain, best = each["plain"], each["best"]
+        step_s, time_s = best["expected_s"], best["time_s"]
         inside_s, between_s = (time_s.get(f"all-to-all {where} nodes", 0.0) for where in ("inside", "between"))
         gemm_s = time_s["experts: GEMM of the busiest rank's tokens"]
-        cells += [f"{one['best']['launch']}: {one['best']['expected_s']:.2f} s" for one in (off, on)]
-        cells += [
-            f"{_gain(on, off):.1%}",
-            f"{gemm_s / step_s:.0%}",
-            f"{inside_s / step_s:.0%}, {between_s / step_s:.0%}",
-        ]
+        cells += ["does not fit" if plain is None else f"{plain['launch']}: {plain['expected_s']:.2f} s"]
+        cells += [f"{_launch(best)}: {step_s:.2f} s", "" if plain is None else f"{_gain(each):.1%}"]
+        cells += [f"{gemm_s / step_s:.0%}", f"{inside_s / step_s:.0%}, {between_s / step_s:.0%}"]
         cells += [f"{_sent_bytes(inside_s, between_s, question['cluster']) / 1e9:,.0f} GB"]
         lines.append("| " + " | ".join(cells) + " |")
     return lines
 
 
-def _gain(on: dict[str, Any], off: dict[str, Any]) -> float:
-    """By how much the step with balancing is faster."""
-    return float(off["best"]["expected_s"] / on["best"]["expected_s"] - 1)
+def _launch(best: dict[str, Any]) -> str:
+    """A launch, marked where it is one of plain Megatron."""
+    return str(best["launch"]) + ("" if best["flags"]["smartmoe"] else " plain")
+
+
+def _gain(answer: dict[str, Any]) -> float:
+    """By how much the planned step is faster than plain Megatron's."""
+    return float(answer["plain"]["expected_s"] / answer["best"]["expected_s"] - 1)
 
 
 def _sent_bytes(inside_s: float, between_s: float, cluster: str) -> float:
@@ -154,8 +151,8 @@ def _sent_bytes(inside_s: float, between_s: float, cluster: str) -> float:
     return inside_s * inside + between_s * between
 
 
-def draw(growth: list[dict[str, Any]], pairs: list[tuple[dict[str, Any], dict[str, Any]]], path: Path) -> None:
-    """Time and memory of the planner by GPUs; what balancing gains, on both clusters."""
+def draw(growth: list[dict[str, Any]], pays: list[dict[str, Any]], path: Path) -> None:
+    """Time and memory of the planner by GPUs; what is gained over plain Megatron, on both clusters."""
     from matplotlib.ticker import NullLocator
 
     from megatron_smartmoe.report import plot_style
@@ -171,17 +168,17 @@ def draw(growth: list[dict[str, Any]], pairs: list[tuple[dict[str, Any], dict[st
         cost.xaxis.set_minor_locator(NullLocator())
         cost.legend()
         found: dict[str, dict[str, float]] = {}
-        for on, off in pairs:
-            if not on["refused"] and not off["refused"]:
-                question = on["question"]
+        for each in pays:
+            if not each["refused"] and each["plain"] is not None:
+                question = each["question"]
                 label = f"{Path(question['model']).stem}, {question['gpus']:,}"
-                found.setdefault(label, {})[question["cluster"]] = 100 * _gain(on, off)
+                found.setdefault(label, {})[question["cluster"]] = 100 * _gain(each)
         for place, (cluster, colour) in enumerate(((NVLINK, plot_style.BLUE), (COMMODITY, plot_style.OURS))):
             rows = [at + 0.4 * place for at in range(len(found))]
             gain.barh(rows, [gains.get(cluster, 0.0) for gains in found.values()], 0.4, color=colour, label=cluster)
         gain.set_yticks([at + 0.2 for at in range(len(found))], list(found))
         gain.invert_yaxis()
-        gain.set(xlabel="faster by, %", title=f"Step with balancing, {SKEW} load, predicted")
+        gain.set(xlabel="faster by, %", title=f"Step against plain Megatron, {SKEW} load, predicted")
         gain.legend()
         plot_style.save(figure, path)
 
@@ -205,9 +202,8 @@ def main() -> None:
             file=sys.stderr,
             flush=True,
         )
-    pairs = list(zip(found["pays"][::2], found["pays"][1::2], strict=True))
-    print("\n".join([*growth_table(found["growth"]), "", *pays_table(pairs)]))
-    draw(found["growth"], pairs, options.plot)
+    print("\n".join([*growth_table(found["growth"]), "", *pays_table(found["pays"])]))
+    draw(found["growth"], found["pays"], options.plot)
 
 
 if __name__ == "__main__":

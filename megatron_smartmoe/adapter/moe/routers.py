@@ -104,16 +104,16 @@ def _count(
     inputs: Any,
     output: tuple[torch.Tensor, torch.Tensor],
 ) -> None:
-    if torch.is_grad_enabled() and _trains(router.config):
+    if torch.is_grad_enabled() and _trains(router.config, on_cuda=output[0].is_cuda):
         _add(counters, tokens_of_experts(router.config, *output))
 
 
-def _trains(config: TransformerConfig) -> bool:
+def _trains(config: TransformerConfig, *, on_cuda: bool) -> bool:
     """Whether what a router computes now trains: not in the runs before a capture, nor while a graph is captured.
 
     Where a graph holds the experts too, the counting becomes part of it and takes place in each replay.
     """
-    if torch.cuda.is_current_stream_capturing():
+    if on_cuda and torch.cuda.is_current_stream_capturing():
         return holds_experts(config)
     return not (is_graph_capturing() or is_graph_warmup())
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 from typing import NoReturn
 
 import numpy as np
@@ -97,19 +98,23 @@ def test_a_killed_worker_names_the_flag() -> None:
         compare(trace(), [killed], SETUP, jobs=2)
 
 
-def test_ctrl_c_ends_all_processes_at_once() -> None:
-    code = (
-        "import time; from megatron_smartmoe.workers import ordered_map;"
-        "list(ordered_map(time.sleep, [0.01, 60, 60], workers=2, items_per_worker=1, start='fork'))"
-    )
-    parent = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL, start_new_session=True)
-    deadline = time.monotonic() + 30
-    workers: list[psutil.Process] = []
-    while len(workers) < 2 and time.monotonic() < deadline:
+def test_ctrl_c_ends_all_processes_at_once(tmp_path: Path) -> None:
+    code = """
+import pathlib, sys, time
+from megatron_smartmoe.workers import ordered_map
+def begin(path):
+    pathlib.Path(path).touch()
+    time.sleep(60)
+list(ordered_map(begin, sys.argv[1:], workers=2, items_per_worker=1, start="fork"))
+"""
+    begun = [tmp_path / "first", tmp_path / "second"]
+    command = [sys.executable, "-c", code, *map(str, begun)]
+    parent = subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True)
+    deadline = time.monotonic() + 60
+    while not all(path.exists() for path in begun) and time.monotonic() < deadline:
         time.sleep(0.05)
-        workers = psutil.Process(parent.pid).children()
-    assert len(workers) == 2
-    time.sleep(0.3)  # until they ignore the signal, which reaches the whole group
+    workers = psutil.Process(parent.pid).children()
+    assert len(workers) >= 2
     os.killpg(parent.pid, signal.SIGINT)
     parent.wait(timeout=20)
     assert not psutil.wait_procs(workers, timeout=20)[1]
