@@ -157,11 +157,20 @@ def train(variant: str, args: argparse.Namespace, shape: Shape, path: Path) -> N
         flags = [*shape.flags(args.ep, args.steps), *VARIANTS[variant], "--smartmoe-run-dir", folder]
         flags += ["--smartmoe-replay-trace", str(trace)]
         times = run_ranks(variant, args.ep, flags, run_dir, name=variant)
-        lines = run_dir / "balance-stage0-group0.jsonl"
-        balance = [float(np.mean(json.loads(line)["split"])) for line in lines.open()] if lines.exists() else []
+        balance = balance_of(run_dir)
         unfinished = path.with_suffix(".part.npz")
         np.savez(unfinished, times=times, balance=np.array(balance))
         unfinished.replace(path)
+
+
+def balance_of(run_dir: Path) -> list[float]:
+    """Max / mean tokens per rank in each step, mean over layers; none of stock Megatron."""
+    lines = run_dir / "balance-stage0-group0.jsonl"
+    if lines.exists():  # with replicas, each micro-batch by itself
+        return [float(np.mean(json.loads(line)["split"])) for line in lines.open()]
+    account = run_dir / "account.jsonl"
+    found = [json.loads(line).get("imbalance") for line in account.open()] if account.exists() else []
+    return [float(np.mean([layer[0] for layer in layers.values()])) for layers in found if layers]
 
 
 def read(variant: str, args: argparse.Namespace, routed: RoutingTrace) -> Runs:

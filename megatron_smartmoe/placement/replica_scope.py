@@ -39,7 +39,6 @@ def cheapest_replicas(
     kernels: Kernels,
 ) -> ImprovedPlacement:
     """`plan_replicas` in the cheaper scope; see there for the arguments."""
-
     scope, kept_RS, num_ranks = options, slots_RS, len(slots_RS)
     if options.or_group and options.num_nodes > 1:
         # Step 1: the scope that is the cheaper one for the likeliest load.
@@ -78,7 +77,6 @@ def cheapest_exact_replicas(
             this.
         kernels: what plans.
     """
-
     if or_group and num_nodes > 1:
         return _cheaper_scope(load_E, slots_RS, home_slots, num_nodes, price, limit, kernels)[1]
     given = (load_E, slots_RS, home_slots, num_nodes, price, limit)

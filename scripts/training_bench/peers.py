@@ -18,6 +18,7 @@ from megatron_smartmoe.spec.arrays import FloatArray, IntArray
 from megatron_smartmoe.spec.cluster import ClusterSpec
 from megatron_smartmoe.spec.placement import EMPTY
 
+MILLION = 1_000_000
 PEERS = ("ultraep", "fastermoe", "smartmoe2023")
 
 
@@ -65,9 +66,12 @@ class RuleInExecutor:
         self, slots_RS: IntArray, load_E: FloatArray, home_slots: int, options: HomesOptions | None = None
     ) -> HomesPlan:
         """Homes by the rule."""
-        counts_RE = np.rint(load_E).astype(np.int64)[None].repeat(len(slots_RS), axis=0)  # only their sum is asked for
-        plan = self._plan(counts_RE, slots_RS, home_slots)
-        return HomesPlan(slots_RS=plan.slots_RS, swaps=())
+        parts_E = np.rint(load_E * (MILLION / load_E.sum())).astype(np.int64)  # a forecast is in shares
+        counts_RE = parts_E[None].repeat(len(slots_RS), axis=0)  # only their sum is asked for
+        after_RS = self._plan(counts_RE, slots_RS, home_slots).slots_RS
+        moved_RS = after_RS != slots_RS
+        swaps = zip(slots_RS[moved_RS].tolist(), after_RS[moved_RS].tolist(), strict=True)
+        return HomesPlan(slots_RS=after_RS, swaps=tuple(swaps))
 
     def exact_slots(self, counts_RE: IntArray, slots_RS: IntArray, home_slots: int, **prices: Any) -> IntArray:
         """Slots by the rule, as wide as the executor's."""

@@ -30,13 +30,10 @@ def test_a_round(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert 0 < row["experts_share"] < 1
         assert 0 < row["of_ideal"]["predicted"] < 1.01  # tokens that stay on their rank travel nowhere
     assert found["ideal"]["max_over_mean_tokens"] == 1.0
-    assert (
-        1
-        <= found["ultraep"]["max_over_mean_tokens"]
-        < bench_train.contiguous_balance(
-            bench_train.as_routed(bench_train.load_trace(out / "as-recorded.npz"), 2, shape(out))
-        )
+    contiguous = bench_train.contiguous_balance(
+        bench_train.as_routed(bench_train.load_trace(out / "as-recorded.npz"), 2, shape(out))
     )
+    assert all(1 <= found[name]["max_over_mean_tokens"] < contiguous for name in ("ultraep", "smartmoe2023"))
     # Again: all runs are there, so none is made.
     bench_train.main(arguments)
     again = capsys.readouterr()

@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from megatron_smartmoe.simulate.baselines.greedy import SmartMoE2023
 from scripts import bench_train
 from scripts.training_bench.folder import check_settings
-from scripts.training_bench.peers import whole
+from scripts.training_bench.peers import RuleInExecutor, whole
 from scripts.training_bench.predict import as_routed, layer_seconds_of
 from scripts.training_bench.statistics import ratio
 from scripts.training_bench.variants import VARIANTS, Shape
@@ -105,3 +106,13 @@ def test_another_model_does_not_mix_with_what_the_folder_has(tmp_path: Path) -> 
     check_settings(tmp_path, {"ep": 8, "steps": 15})
     with pytest.raises(SystemExit, match="its runs have ep = 8, not 4"):
         check_settings(tmp_path, {"ep": 4, "steps": 15})
+
+
+def test_training_gets_the_homes_of_a_rule() -> None:
+    """Shares of the load, as a forecast has them: the two hot experts part, and training is told that homes change."""
+    executor = RuleInExecutor(SmartMoE2023())
+    slots_RS = np.arange(4).reshape(2, 2)
+    plan = executor.plan_homes(slots_RS, np.array([0.4, 0.4, 0.1, 0.1]), 2)
+    assert sorted(sorted(homes) for homes in plan.slots_RS.tolist()) in ([[0, 2], [1, 3]], [[0, 3], [1, 2]])
+    assert plan.swaps
+    assert executor.plan_homes(plan.slots_RS, np.array([0.4, 0.4, 0.1, 0.1]), 2).swaps == ()
