@@ -13,7 +13,7 @@ run of each variant makes a round; the order turns round from one round to the n
     history     one spare slot per rank, replicas planned from earlier iterations
     auto        one spare slot per rank, replicas from history, and from a micro-batch's counts where that pays
     ultraep     the same executor and spare slot, replicas and token split by UltraEP's rule
-    fastermoe   the same executor, hot experts on all ranks by FasterMoE's rule, which takes up to eight spare slots
+    fastermoe   the same executor, hot experts on all ranks by FasterMoE's rule, which takes up to sixteen spare slots
     smartmoe2023  no spare slots, homes by the rule of SmartMoE (2023), every three steps and whatever a move costs
 
 Reported: CPU time of the busiest and of the mean rank (all threads of a rank; what the wall time would be with a core

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 WITHOUT_BALANCING = ("--smartmoe", "--smartmoe-homes", "off")
 SPARE = (*WITHOUT_BALANCING, "--smartmoe-spare-slots", "1", "--smartmoe-replicas-margin", "0")
 HOMES_INTERVAL = 3  # steps: the first move falls among those that do not count
-SHADOWS = 8  # slots of a rank for FasterMoE's shadows, which takes memory for them as it comes
+SHADOWS = 16  # slots of a rank for FasterMoE's shadows, which takes memory for them as it comes
 VARIANTS = {
     "ideal": WITHOUT_BALANCING,  # with a trace that is rewritten to even load
     "stock": (),
