@@ -62,6 +62,7 @@ class SlotDispatcher(MoEAlltoAllTokenDispatcher):
     ) -> None:
         super().__init__(num_local_experts, local_expert_indices, config, pg_collection)
         self._counts_on_device = counts_on_device
+        self._is_graphed = holds_preprocessing(config)
         self.cudagraph_attrs += ["rows_TK", "_tokens_on_device_S", "_arriving_QS"]
         self._order: ChunkOrder | None = None  # from `dispatch_postprocess` to `combine_preprocess` of one micro-batch
 
@@ -82,7 +83,7 @@ class SlotDispatcher(MoEAlltoAllTokenDispatcher):
     @property
     def _permutes_in_graph(self) -> bool:
         """Whether the permutation before the exchange is made for a CUDA graph."""
-        return holds_preprocessing(self.config)
+        return self._is_graphed
 
     def dispatch_preprocess(
         self, hidden_states: torch.Tensor, routing_map: torch.Tensor, probs: torch.Tensor

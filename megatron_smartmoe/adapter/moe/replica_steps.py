@@ -7,6 +7,7 @@ names in `cudagraph_attrs` as outputs of the graph, and sets them again behind e
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -35,7 +36,7 @@ class ReplicaSteps:
     segments_3C: torch.Tensor | None = None
     rows_TK: torch.Tensor
 
-    @property
+    @functools.cached_property
     def is_graphed(self) -> bool:
         """Whether the preprocessing is made for a CUDA graph."""
         return holds_preprocessing(self.config)
