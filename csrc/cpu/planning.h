@@ -92,7 +92,7 @@ void check_placement(const SlotTable& slots, int64_t num_experts);
 // Which rank feeds each replica: placement/relay.py. The ranks lie on `num_nodes` nodes.
 std::vector<Transfer> relay_transfers(const SlotTable& slots, const Placed& placed, int64_t num_nodes);
 
-// Transfers that follow one another until every replica has its weights.
+// Transfers that follow one another until every replica has its weights: placement/relay.py:steps_by_link.
 struct Steps {
   int64_t inside, between;  // inside nodes, and between them
 };

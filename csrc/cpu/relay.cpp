@@ -3,7 +3,6 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
-#include <tuple>
 #include <vector>
 
 #include "../checks.h"
@@ -116,28 +115,42 @@ std::vector<Transfer> relay_transfers(const SlotTable& slots, const Placed& plac
 
 namespace {
 // Of the transfers that cross nodes, or of those that do not; in the order of their rounds.
-int64_t steps_of(const SlotTable& slots, const std::vector<Transfer>& transfers, int64_t per_node, bool crossing) {
-  std::vector<int64_t> sent_R(slots.num_ranks, 0), received_R(slots.num_ranks, 0);
-  std::vector<int64_t> has_RS(slots.num_ranks * slots.num_slots, 0);
-  int64_t last = 0;
-  for (const Transfer& transfer : transfers) {
-    if ((transfer.parent / per_node != transfer.rank / per_node) != crossing) continue;
-    const int64_t has = has_RS[transfer.parent * slots.num_slots + transfer.parent_slot];
-    const int64_t step = std::max({has, sent_R[transfer.parent], received_R[transfer.rank]}) + 1;
-    sent_R[transfer.parent] = received_R[transfer.rank] = step;
-    has_RS[transfer.rank * slots.num_slots + transfer.slot] = step;
-    last = std::max(last, step);
+int64_t steps_of(int64_t num_ranks, const std::vector<Transfer>& transfers, int64_t per_node, bool crossing) {
+  std::vector<int64_t> ended_R(num_ranks, 0), next_R(num_ranks, 0);  // of the rounds so far
+  std::vector<int64_t> sent_R(num_ranks, 0), received_R(num_ranks, 0);
+  const auto counts = [&](const Transfer& transfer) {
+    return (transfer.parent / per_node != transfer.rank / per_node) == crossing;
+  };
+  for (auto first = transfers.begin(); first != transfers.end();) {
+    auto last = first;
+    for (; last != transfers.end() && last->round == first->round; ++last) {
+      if (!counts(*last)) continue;
+      ++sent_R[last->parent];
+      ++received_R[last->rank];
+    }
+    for (auto at = first; at != last; ++at) {
+      if (!counts(*at)) continue;
+      const int64_t end = std::max(ended_R[at->parent], ended_R[at->rank]) +
+                          std::max(sent_R[at->parent], received_R[at->rank]);
+      next_R[at->parent] = std::max(next_R[at->parent], end);
+      next_R[at->rank] = std::max(next_R[at->rank], end);
+    }
+    for (; first != last; ++first) {
+      for (const int64_t rank : {first->parent, first->rank}) {
+        ended_R[rank] = next_R[rank];
+        sent_R[rank] = received_R[rank] = 0;
+      }
+    }
   }
-  return last;
+  return *std::max_element(ended_R.begin(), ended_R.end());
 }
 }  // namespace
 
 Steps relay_steps(const SlotTable& slots, std::vector<Transfer> transfers, int64_t num_nodes) {
-  std::sort(transfers.begin(), transfers.end(), [](const Transfer& a, const Transfer& b) {
-    return std::tie(a.round, a.parent, a.rank, a.slot) < std::tie(b.round, b.parent, b.rank, b.slot);
-  });
+  std::sort(transfers.begin(), transfers.end(),
+            [](const Transfer& a, const Transfer& b) { return a.round < b.round; });
   const int64_t per_node = slots.num_ranks / num_nodes;
-  return {steps_of(slots, transfers, per_node, false), num_nodes > 1 ? steps_of(slots, transfers, per_node, true) : 0};
+  return {steps_of(slots.num_ranks, transfers, per_node, false), num_nodes > 1 ? steps_of(slots.num_ranks, transfers, per_node, true) : 0};
 }
 
 Tensor relay_tree(const Tensor& slots_RS, int64_t home_slots, int64_t num_nodes) {

@@ -75,7 +75,7 @@ class LayerFlow:
         fetch_RR: replicas that rank r sends the weights of to rank q, where that is not the way of the gradients; None
             where it is.
         replica_steps: transfers of replicas that follow one another, inside nodes and between them, where holders wait
-            for what they forward; None for as many as the busiest port has.
+            for what they forward (`RelayTree.steps_by_link`); None for as many as the busiest port has.
         early_tokens: tokens for homes on that rank with replicas which has fewest of them; they are computed before
             the replicas' weights are needed.
         wire_RR: rows that rank r sends to rank q in an exchange, where a dispatcher sends others than one for each

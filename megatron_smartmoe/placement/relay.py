@@ -62,11 +62,11 @@ class RelayTree:
         return int(self.round_RK.max(initial=EMPTY)) + 1
 
     def steps_by_link(self, num_nodes: int) -> tuple[int, int]:
-        """Transfers that follow one another, inside nodes and between them, until every replica has its weights, where
-        a port carries one at a time.
+        """Transfers that follow one another, inside nodes and between them, until every replica has its weights.
 
-        It is what replicas' traffic is priced by: on one node at least the busiest port's transfers, and at least the
-        rounds.
+        It is what replicas' traffic is priced by, counted as the messages run (`runtime/replicas/transfer.py`): those
+        of a round all start together and share the ports, so that one takes as long as the busier of its two ports has
+        messages in that round; a rank begins a round when its messages of the rounds before have arrived.
         """
         node_R = np.arange(len(self.parent_RK)) * num_nodes // len(self.parent_RK)
         crosses_RK = node_R[self.parent_RK] != node_R[:, None]
@@ -78,20 +78,15 @@ class RelayTree:
         return price.tokens(*self.steps_by_link(price.num_nodes))
 
     def _steps(self, counted_RK: BoolArray) -> int:
-        rank_N, slot_N = np.nonzero(counted_RK)
-        if not len(rank_N):
-            return 0
-        columns = (array[rank_N, slot_N].tolist() for array in (self.round_RK, self.parent_RK, self.parent_slot_RK))
-        round_N, parent_N, parent_slot_N = columns
-        order = sorted(zip(round_N, parent_N, rank_N.tolist(), slot_N.tolist(), parent_slot_N, strict=True))
-        num_ranks = len(self.parent_RK)
-        sent_R, received_R = [0] * num_ranks, [0] * num_ranks
-        has: dict[tuple[int, int], int] = {}  # step at which a spare slot has its weights; homes always have theirs
-        for _, parent, rank, slot, parent_slot in order:
-            spare = parent_slot - self.home_slots
-            step = max(has.get((parent, spare), 0), sent_R[parent], received_R[rank]) + 1
-            sent_R[parent] = received_R[rank] = has[rank, slot] = step
-        return max(has.values(), default=0)
+        ended_R = np.zeros(len(self.parent_RK), dtype=np.int64)  # of the rounds so far
+        for turn in range(self.num_rounds):
+            rank_N, slot_N = np.nonzero(counted_RK & (self.round_RK == turn))
+            parent_N = self.parent_RK[rank_N, slot_N]
+            sent_R, received_R = (np.bincount(each_N, minlength=len(ended_R)) for each_N in (parent_N, rank_N))
+            end_N = np.maximum(ended_R[parent_N], ended_R[rank_N]) + np.maximum(sent_R[parent_N], received_R[rank_N])
+            np.maximum.at(ended_R, parent_N, end_N)
+            np.maximum.at(ended_R, rank_N, end_N)
+        return int(ended_R.max(initial=0))
 
     def transfers_RR(self) -> IntArray:
         """Replicas that rank r sends to rank q."""

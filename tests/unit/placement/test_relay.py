@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from megatron_smartmoe import ops
 from megatron_smartmoe.placement.relay import RelayTree, relay_tree
+from megatron_smartmoe.runtime.replicas.kernels import COMPILED
 from megatron_smartmoe.spec.arrays import IntArray
 from megatron_smartmoe.spec.placement import EMPTY, with_empty_slots
 from tests.unit.placement.cases import contiguous_slots
@@ -125,6 +126,32 @@ def test_steps_count_the_port_and_the_rounds() -> None:
     one_expert = relay_tree(slots_with(8, 1, 1, {0: [1, 2, 3]}), 1)
     assert (one_expert.num_rounds, one_expert.steps_by_link(1)) == (2, (2, 0))
     assert relay_tree(slots_with(8, 1, 1, {}), 1).steps_by_link(1) == (0, 0)
+
+
+def test_messages_of_a_round_share_the_ports() -> None:
+    """Four homes feed two ranks each, and each of those is fed by two: every port has two messages, in one round. In no
+    order of single transfers would a port wait longer than that."""
+    ring = {2 * home + each: [4 + (home + each) % 4] for home in range(4) for each in range(2)}
+    tree = relay_tree(slots_with(8, 2, 2, ring), 2)
+    assert (tree.num_rounds, tree.steps_by_link(1)) == (1, (2, 0))
+
+
+def test_a_round_begins_when_the_one_before_has_arrived() -> None:
+    """Rank 0 sends expert 0 and two others at once, so expert 0 arrives after three transfers; then rank 1 forwards it, and
+    rank 0 sends it again."""
+    tree = relay_tree(slots_with(8, 4, 1, {0: [1, 2, 3], 1: [4], 2: [5]}), 4)
+    assert tree.parent_RK[:, 0].tolist() == [EMPTY, 0, 1, 0, 0, 0, EMPTY, EMPTY]
+    assert (tree.num_rounds, tree.steps_by_link(1)) == (2, (4, 0))
+
+
+@pytest.mark.skipif(not ops.is_compiled(), reason="the library is not built")
+@settings(max_examples=60, deadline=None)
+@given(slot_tables())
+def test_the_op_counts_the_same_steps(case: tuple[IntArray, int, int]) -> None:
+    slots_RS, home_slots, num_nodes = case
+    counts_RE = np.ones((len(slots_RS), len(slots_RS) * home_slots), dtype=np.int64)
+    found = COMPILED.flow(counts_RE, slots_RS, home_slots, num_nodes, None).replica_steps
+    assert found == relay_tree(slots_RS, home_slots, num_nodes).steps_by_link(num_nodes)
 
 
 @pytest.mark.skipif(not ops.is_compiled(), reason="the library is not built")
