@@ -225,6 +225,14 @@ inline void check_paying_replicas(const torch::stable::Tensor& loads_KE, const t
   check_price(price_23);
 }
 
+inline void check_exact_plan(const torch::stable::Tensor& load_E, const torch::stable::Tensor& slots_RS,
+                             int64_t home_slots, int64_t scope_nodes, const torch::stable::Tensor& price_23,
+                             int64_t num_nodes) {
+  check_replicas(load_E, slots_RS, home_slots, num_nodes, 0);
+  check_nodes("scope_nodes", scope_nodes, slots_RS.size(0));
+  check_price(price_23);
+}
+
 inline void check_dense(const char* name, const torch::stable::Tensor& tensor) {
   if (!tensor.is_contiguous()) fail(name, ": it must be contiguous. Convert it with ", name, ".contiguous()");
 }

@@ -17,6 +17,9 @@ STABLE_TORCH_LIBRARY(smartmoe, m) {
       "int max_slots, int trials, float worst_weight, float replica_price, float change_price, float home_price, "
       "float min_gain, float enough) -> (Tensor, Tensor, Tensor)");
   m.def("paying_replicas(Tensor loads_KE, Tensor slots_RS, int home_slots, Tensor price_23, int num_nodes) -> Tensor");
+  m.def(
+      "exact_plan(Tensor load_E, Tensor slots_RS, int home_slots, int scope_nodes, bool or_group, float limit, "
+      "Tensor price_23, int num_nodes) -> (Tensor, int)");
   m.def("relay_tree(Tensor slots_RS, int home_slots, int num_nodes) -> Tensor");
   m.def(
       "relayed_flow(Tensor counts_RE, Tensor slots_RS, int home_slots, int num_nodes, Tensor? kept_RS) -> "
@@ -52,6 +55,7 @@ STABLE_TORCH_LIBRARY_IMPL(smartmoe, CPU, m) {
   m.impl("history_replicas", TORCH_BOX(&smartmoe::cpu::history_replicas));
   m.impl("swap_homes", TORCH_BOX(&smartmoe::cpu::swap_homes));
   m.impl("paying_replicas", TORCH_BOX(&smartmoe::cpu::paying_replicas));
+  m.impl("exact_plan", TORCH_BOX(&smartmoe::cpu::exact_plan));
   m.impl("relay_tree", TORCH_BOX(&smartmoe::cpu::relay_tree));
   m.impl("relayed_flow", TORCH_BOX(&smartmoe::cpu::relayed_flow));
   m.impl("plan_dispatch", TORCH_BOX(&smartmoe::cpu::plan_dispatch));

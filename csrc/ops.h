@@ -28,6 +28,9 @@ std::tuple<Tensor, Tensor, Tensor> swap_homes(const Tensor& slots_RS, const Tens
                                               double min_gain, double enough);
 Tensor paying_replicas(const Tensor& loads_KE, const Tensor& slots_RS, int64_t home_slots, const Tensor& price_23,
                        int64_t num_nodes);
+std::tuple<Tensor, int64_t> exact_plan(const Tensor& load_E, const Tensor& slots_RS, int64_t home_slots,
+                                       int64_t scope_nodes, bool or_group, double limit, const Tensor& price_23,
+                                       int64_t num_nodes);
 Tensor relay_tree(const Tensor& slots_RS, int64_t home_slots, int64_t num_nodes);
 std::tuple<Tensor, Tensor, Tensor> relayed_flow(const Tensor& counts_RE, const Tensor& slots_RS, int64_t home_slots,
                                                 int64_t num_nodes, const std::optional<Tensor>& kept_RS);

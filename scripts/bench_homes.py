@@ -23,8 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout, wh
 from megatron_smartmoe.cli.simulate_prices import Prices, rank_tokens
 from megatron_smartmoe.cost.compute import ExpertShape
 from megatron_smartmoe.cost.replicas import TransferPrice
+from megatron_smartmoe.placement.exact_plan import ExactPlanOptions
 from megatron_smartmoe.placement.fewer_transfers import TRIALS, homes_for_fewer_transfers
-from megatron_smartmoe.placement.paying_replicas import paying_exact_replicas
 from megatron_smartmoe.placement.plan_replicas import ReplicaOptions
 from megatron_smartmoe.runtime.replicas.kernels import fastest_kernels
 from megatron_smartmoe.spec.arrays import IntArray
@@ -75,7 +75,7 @@ def main() -> int:
     rows, seconds = [], [0.0, 0.0]
     for layer, counts_MRE in enumerate(trace.groups(ranks, trace.num_records - 1)[:, 0]):
         load_E = counts_MRE.sum(axis=(0, 1)).astype(np.int64)
-        numbered_RS = paying_exact_replicas(load_E, bare_RS, home_slots, 1, price, 1.0, KERNELS.exact, KERNELS.drop)
+        numbered_RS = KERNELS.exact_plan(load_E, bare_RS, home_slots, ExactPlanOptions(price=price, limit=1.0)).slots_RS
         row = [cost(numbered_RS, load_E, home_slots, price)]
         for column, times in enumerate((1, options.times)):
             begin = time.process_time()

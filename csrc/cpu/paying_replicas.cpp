@@ -111,15 +111,11 @@ double TransferPrice::tokens(int64_t inside, int64_t between) const {
   return sum;
 }
 
-double cost_of_replicas(const std::vector<int64_t>& load_E, const SlotTable& slots, const TransferPrice& price) {
-  return Judged({load_E}, slots, {slots.data, slots.data + slots.num_ranks * slots.num_slots}, price).cost();
-}
-
-void drop_losing_replicas(const Loads& loads, const SlotTable& slots, const TransferPrice& price) {
+double drop_losing_replicas(const Loads& loads, const SlotTable& slots, const TransferPrice& price) {
   const int64_t num_all = slots.num_ranks * slots.num_slots;
-  if (price.is_free()) return;
   const int64_t num_experts = static_cast<int64_t>(loads.front().size());
   Judged judged(loads, slots, {slots.data, slots.data + num_all}, price);
+  if (price.is_free()) return judged.cost();
   std::vector<int64_t> best_RS = judged.slots_RS();
   double best = judged.cost();
   // Step 1: drop the smallest replicas until their transfers cost less, as long as that can pay.
@@ -147,6 +143,7 @@ void drop_losing_replicas(const Loads& loads, const SlotTable& slots, const Tran
     bare += static_cast<double>(busiest) / static_cast<double>(loads.size());
   }
   std::copy_n(bare <= best ? bare_RS.data() : best_RS.data(), num_all, slots.data);
+  return std::min(bare, best);
 }
 
 Tensor paying_replicas(const Tensor& loads_KE, const Tensor& slots_RS, int64_t home_slots, const Tensor& price_23,

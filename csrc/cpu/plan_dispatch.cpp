@@ -14,13 +14,6 @@
 
 namespace smartmoe::cpu {
 namespace {
-// Whether lhs <= rhs, exactly, as Python compares an integer with a float.
-bool at_most(__int128 lhs, double rhs) {
-  constexpr double kTooLarge = 1.7e38;  // above it, every product of two int64 is smaller
-  if (rhs >= kTooLarge) return true;
-  return lhs <= static_cast<__int128>(rhs);  // rhs is not negative, so truncation rounds down
-}
-
 // The slots where experts are numbered by their homes; a replica lies beside other experts.
 void check_slots(const SlotTable& slots, int64_t num_experts) {
   std::vector<Index> last_rank_E(num_experts, -1);
@@ -41,67 +34,18 @@ void check_slots(const SlotTable& slots, int64_t num_experts) {
   }
 }
 
-// What replicas are planned with.
-struct ExactOptions {
-  int64_t used_slots;   // of the spare slots of a rank; the others stay empty
-  int64_t num_nodes;    // a replica stays on its home's node; 1 lets it go anywhere
-  bool or_group;        // whether it may go anywhere where that is cheaper
-  double limit;         // max / mean tokens per rank up to which there are no replicas
-  TransferPrice price;  // of their transfers
-};
-
-// Whether the homes of a node have more than `limit` times its share of the tokens.
-bool falls_short_of_nodes(const std::vector<int64_t>& load_E, int64_t num_nodes, double limit) {
-  const int64_t per_node = static_cast<int64_t>(load_E.size()) / num_nodes;
-  int64_t busiest = 0, total = 0;
-  for (auto first = load_E.begin(); first != load_E.end(); first += per_node) {
-    const int64_t load = std::accumulate(first, first + per_node, int64_t{0});
-    busiest = std::max(busiest, load);
-    total += load;
-  }
-  return !at_most(static_cast<__int128>(busiest) * num_nodes, limit * static_cast<double>(total));
-}
-
-// Replicas for exactly these tokens, as many as pay: runtime/replicas/kernels.py:exact_slots.
-void plan_exact(const std::vector<int64_t>& load_E, const SlotTable& slots, const ExactOptions& options) {
-  for (int64_t rank = 0; rank < slots.num_ranks; ++rank) {
-    std::fill(slots.row(rank) + slots.home_slots, slots.row(rank) + slots.num_slots, kEmpty);
-  }
-  // Step 1: homes that are balanced well enough get no replicas.
-  int64_t busiest = 0, total = 0;
-  for (int64_t rank = 0; rank < slots.num_ranks; ++rank) {
-    const int64_t* first = load_E.data() + rank * slots.home_slots;
-    const int64_t load = std::accumulate(first, first + slots.home_slots, int64_t{0});
-    busiest = std::max(busiest, load);
-    total += load;
-  }
-  if (at_most(static_cast<__int128>(busiest) * slots.num_ranks, options.limit * static_cast<double>(total))) return;
-  // Step 2: plan replicas into the spare slots that are used.
-  const int64_t num_used = slots.home_slots + options.used_slots;
+// Replicas for exactly these tokens in the first spare slots of each rank, as many as may be used; the others stay
+// empty.
+void plan_into(const std::vector<int64_t>& load_E, const SlotTable& slots, int64_t used_slots,
+               const ExactPlanOptions& options) {
+  const int64_t num_used = slots.home_slots + used_slots;
   std::vector<int64_t> used_RS(slots.num_ranks * num_used);
   const SlotTable used{used_RS.data(), slots.num_ranks, num_used, slots.home_slots};
+  for (int64_t rank = 0; rank < slots.num_ranks; ++rank) std::copy_n(slots.row(rank), num_used, used.row(rank));
+  plan_exact(load_E, used, options);
   for (int64_t rank = 0; rank < slots.num_ranks; ++rank) {
-    std::copy(slots.row(rank), slots.row(rank) + slots.home_slots, used.row(rank));
-  }
-  const auto plan = [&](const SlotTable& table, int64_t num_nodes) {
-    fill_spare_slots(load_E, table, num_nodes, kTrials);
-    drop_losing_replicas({load_E}, table, options.price);  // keep those that pay
-  };
-  // Step 3: over the group too, where a node has too much as a whole; the cheaper plan is taken.
-  std::vector<int64_t> anywhere_RS;
-  const bool tries_group =
-      options.or_group && options.num_nodes > 1 && falls_short_of_nodes(load_E, options.num_nodes, options.limit);
-  if (tries_group) anywhere_RS = used_RS;
-  plan(used, options.num_nodes);
-  if (tries_group) {
-    const SlotTable anywhere{anywhere_RS.data(), slots.num_ranks, num_used, slots.home_slots};
-    plan(anywhere, 1);
-    if (cost_of_replicas(load_E, anywhere, options.price) < cost_of_replicas(load_E, used, options.price)) {
-      std::copy(anywhere_RS.begin(), anywhere_RS.end(), used_RS.begin());
-    }
-  }
-  for (int64_t rank = 0; rank < slots.num_ranks; ++rank) {
-    std::copy(used.row(rank) + slots.home_slots, used.row(rank) + num_used, slots.row(rank) + slots.home_slots);
+    std::copy_n(used.row(rank), num_used, slots.row(rank));
+    std::fill(slots.row(rank) + num_used, slots.row(rank) + slots.num_slots, kEmpty);
   }
 }
 
@@ -244,12 +188,11 @@ void plan_dispatch(const Tensor& counts_RPE, const Tensor& slots_RS, int64_t hom
   // Step 1: the load, and the replicas that are planned for it.
   const std::vector<int64_t> load_E = total_load("counts_RPE", {counts, num_ranks * tp_size, num_experts, num_experts});
   if (used_slots) {
-    plan_exact(load_E, slots,
-               {.used_slots = *used_slots,
-                .num_nodes = scope_nodes,
-                .or_group = or_group,
-                .limit = limit,
-                .price = TransferPrice(price_23.const_data_ptr<double>(), num_nodes)});
+    plan_into(load_E, slots, *used_slots,
+              {.num_nodes = scope_nodes,
+               .or_group = or_group,
+               .limit = limit,
+               .price = TransferPrice(price_23.const_data_ptr<double>(), num_nodes)});
   }
   const Placed placed = find_placed(slots, num_experts);
   // Step 2: each expert-tensor rank splits its own tokens; what this rank sends is kept of its own ones alone.

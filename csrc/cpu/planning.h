@@ -114,11 +114,9 @@ class TransferPrice {
   int64_t num_nodes_;
 };
 
-// Clears the spare slots whose replicas cost more time than they save: placement/paying_replicas.py.
-void drop_losing_replicas(const Loads& loads, const SlotTable& slots, const TransferPrice& price);
-
-// Tokens of the busiest rank, and the price of the transfers.
-double cost_of_replicas(const std::vector<int64_t>& load_E, const SlotTable& slots, const TransferPrice& price);
+// Clears the spare slots whose replicas cost more time than they save: placement/paying_replicas.py. Returns what is
+// left: tokens of the busiest rank, the mean over the loads, and the price of the transfers.
+double drop_losing_replicas(const Loads& loads, const SlotTable& slots, const TransferPrice& price);
 
 // Replaces replicas one at a time while the busiest rank has more than it would have to: placement/exact_search.py.
 void improve_replicas(const std::vector<int64_t>& load_E, const SlotTable& slots, int64_t num_nodes, int64_t trials);
@@ -126,4 +124,19 @@ void improve_replicas(const std::vector<int64_t>& load_E, const SlotTable& slots
 // Writes the replicas that the op exact_replicas plans into the spare slots. A replica
 // stays on the node of its home, of which there are `num_nodes`. The homes are each expert once.
 void fill_spare_slots(const std::vector<int64_t>& load_E, const SlotTable& slots, int64_t num_nodes, int64_t trials);
+
+// Writes few large replicas into the spare slots instead: placement/spilled_replicas.py.
+void spill_into_slots(const std::vector<int64_t>& load_E, const SlotTable& slots, int64_t num_nodes);
+
+// Where replicas may be, and what they cost: placement/exact_plan.py:ExactPlanOptions.
+struct ExactPlanOptions {
+  int64_t num_nodes;
+  bool or_group;
+  double limit;
+  TransferPrice price;
+};
+
+// Writes the cheapest replicas for exactly these tokens into the spare slots: placement/exact_plan.py. Returns the
+// nodes that they stay on, or 1 where they were planned over the group. The homes are each expert once.
+int64_t plan_exact(const std::vector<int64_t>& load_E, const SlotTable& slots, const ExactPlanOptions& options);
 }  // namespace smartmoe::cpu

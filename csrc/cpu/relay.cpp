@@ -130,8 +130,8 @@ int64_t steps_of(int64_t num_ranks, const std::vector<Transfer>& transfers, int6
     }
     for (auto at = first; at != last; ++at) {
       if (!counts(*at)) continue;
-      const int64_t end = std::max(ended_R[at->parent], ended_R[at->rank]) +
-                          std::max(sent_R[at->parent], received_R[at->rank]);
+      const int64_t end =
+          std::max(ended_R[at->parent], ended_R[at->rank]) + std::max(sent_R[at->parent], received_R[at->rank]);
       next_R[at->parent] = std::max(next_R[at->parent], end);
       next_R[at->rank] = std::max(next_R[at->rank], end);
     }
@@ -147,10 +147,10 @@ int64_t steps_of(int64_t num_ranks, const std::vector<Transfer>& transfers, int6
 }  // namespace
 
 Steps relay_steps(const SlotTable& slots, std::vector<Transfer> transfers, int64_t num_nodes) {
-  std::sort(transfers.begin(), transfers.end(),
-            [](const Transfer& a, const Transfer& b) { return a.round < b.round; });
+  std::sort(transfers.begin(), transfers.end(), [](const Transfer& a, const Transfer& b) { return a.round < b.round; });
   const int64_t per_node = slots.num_ranks / num_nodes;
-  return {steps_of(slots.num_ranks, transfers, per_node, false), num_nodes > 1 ? steps_of(slots.num_ranks, transfers, per_node, true) : 0};
+  return {steps_of(slots.num_ranks, transfers, per_node, false),
+          num_nodes > 1 ? steps_of(slots.num_ranks, transfers, per_node, true) : 0};
 }
 
 Tensor relay_tree(const Tensor& slots_RS, int64_t home_slots, int64_t num_nodes) {

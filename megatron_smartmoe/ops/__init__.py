@@ -26,6 +26,7 @@ __all__ = [
     "chunk_rows",
     "digest_sum",
     "dispatch_map",
+    "exact_plan",
     "exact_replicas",
     "exact_split",
     "history_replicas",
@@ -311,6 +312,46 @@ def paying_replicas(
     """
     new_RS: Tensor = torch.ops.smartmoe.paying_replicas(loads_KE, slots_RS, home_slots, price_23, num_nodes)
     return new_RS
+
+
+def exact_plan(
+    load_E: Tensor,
+    slots_RS: Tensor,
+    home_slots: int,
+    *,
+    scope_nodes: int,
+    or_group: bool,
+    limit: float,
+    price_23: Tensor,
+    num_nodes: int = 1,
+) -> tuple[Tensor, int]:
+    """Plans the replicas of one micro-batch from the exact load of each expert, as many as pay, where they pay.
+
+    Returns the same as its numpy twin, megatron_smartmoe.placement.exact_plan.cheapest_exact_plan, which explains the
+    method. It runs on the host in one thread without the interpreter's lock, and only from the compiled library.
+
+    Args:
+        load_E: tokens of each expert, int64 [E] on the CPU; their sum is below 2^63.
+        slots_RS: expert in each slot, int64 [R, S] on the CPU. Each expert has one home; the contents of the spare
+            slots are ignored.
+        home_slots: columns of homes, E / R.
+        scope_nodes: nodes, R / scope_nodes consecutive ranks each, that replicas stay on; 1 for anywhere.
+        or_group: whether they may be anywhere where that is cheaper.
+        limit: max / mean up to which homes, nodes, or a plan with its transfers are good enough.
+        price_23: see `paying_replicas`.
+        num_nodes: nodes that the ranks lie on, which the price is for.
+
+    Returns:
+        The slots, int64 [R, S], -1 for an empty one; and the nodes that their replicas stay on, 1 for anywhere.
+
+    Raises:
+        RuntimeError: a dtype, shape or number is wrong, a load is negative, the loads add up to 2^63 or more, an expert
+            has no home or two, a tensor is on a GPU, or the library is not built.
+    """
+    found: tuple[Tensor, int] = torch.ops.smartmoe.exact_plan(
+        load_E, slots_RS, home_slots, scope_nodes, or_group, limit, price_23, num_nodes
+    )
+    return found
 
 
 def relay_tree(slots_RS: Tensor, home_slots: int, num_nodes: int = 1) -> Tensor:

@@ -77,6 +77,20 @@ def paying_replicas(loads_KE: Tensor, slots_RS: Tensor, home_slots: int, price_2
     return slots_RS.new_empty(slots_RS.shape)
 
 
+def exact_plan(
+    load_E: Tensor,
+    slots_RS: Tensor,
+    home_slots: int,
+    scope_nodes: int,
+    or_group: bool,
+    limit: float,
+    price_23: Tensor,
+    num_nodes: int,
+) -> tuple[Tensor, int]:
+    """Shape of smartmoe::exact_plan: slots_RS int64 [R, S], and a number that depends on the counts."""
+    return slots_RS.new_empty(slots_RS.shape), scope_nodes
+
+
 def relay_tree(slots_RS: Tensor, home_slots: int, num_nodes: int) -> Tensor:
     """Shape of smartmoe::relay_tree: int64 [3, R, K]."""
     return slots_RS.new_empty((3, slots_RS.shape[0], slots_RS.shape[1] - home_slots))

@@ -40,6 +40,8 @@ SCHEMAS = {
     "int max_slots, int trials, float worst_weight, float replica_price, float change_price, float home_price, "
     "float min_gain, float enough) -> (Tensor, Tensor, Tensor)",
     "paying_replicas": "(Tensor loads_KE, Tensor slots_RS, int home_slots, Tensor price_23, int num_nodes) -> Tensor",
+    "exact_plan": "(Tensor load_E, Tensor slots_RS, int home_slots, int scope_nodes, bool or_group, float limit, "
+    "Tensor price_23, int num_nodes) -> (Tensor, int)",
     "relay_tree": "(Tensor slots_RS, int home_slots, int num_nodes) -> Tensor",
     "relayed_flow": "(Tensor counts_RE, Tensor slots_RS, int home_slots, int num_nodes, Tensor? kept_RS) -> "
     "(Tensor, Tensor, Tensor)",
@@ -66,6 +68,7 @@ HOST_OPS = frozenset(
     {
         "digest_sum",
         "min_max_split",
+        "exact_plan",
         "exact_replicas",
         "exact_split",
         "history_replicas",

@@ -26,7 +26,6 @@ import numpy as np
 
 from megatron_smartmoe.cost.replicas import LegPrice, TransferPrice
 from megatron_smartmoe.placement.kernels import Kernels
-from megatron_smartmoe.placement.paying_replicas import paying_exact_replicas
 from megatron_smartmoe.placement.plan_replicas import ReplicaOptions, is_many
 from megatron_smartmoe.spec.arrays import IntArray
 from megatron_smartmoe.spec.placement import EMPTY, hosts_of
@@ -85,9 +84,8 @@ class _Layer:
 
     def planned(self, slots_RS: IntArray, price: TransferPrice) -> IntArray:
         """Replicas for these homes, as many as pay."""
-        nodes, kernels = self.options.num_nodes, self.kernels
-        given = (self.load_E, slots_RS, self.home_slots, nodes, price, 1.0)
-        return paying_exact_replicas(*given, kernels.exact, kernels.drop)
+        found_RS = self.kernels.exact(self.load_E, slots_RS, self.home_slots, self.options.num_nodes)
+        return self.kernels.drop(self.load_E[None], found_RS, self.home_slots, price)
 
     def busiest(self, slots_RS: IntArray) -> int:
         """Tokens of the busiest rank."""

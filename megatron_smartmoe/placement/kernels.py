@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from megatron_smartmoe.cost.moe_layer import RelayedFlow
+from megatron_smartmoe.placement.exact_plan import ExactPlan, ExactPlanOptions, cheapest_exact_plan
 from megatron_smartmoe.placement.exact_replicas import exact_replicas
 from megatron_smartmoe.placement.paying_replicas import DropLosing, without_losing_replicas
 from megatron_smartmoe.placement.plan_replicas import BestReplicas, best_replicas
@@ -31,6 +32,7 @@ class Kernels:
         improve: see `search.improve.improve`, for a space in which homes move.
         drop: see `paying_replicas.without_losing_replicas`.
         exact: see `exact_replicas.exact_replicas`; arguments load_E, slots_RS, home_slots, num_nodes.
+        exact_plan: see `exact_plan.cheapest_exact_plan`; arguments load_E, slots_RS, home_slots, options.
         split: see `split.min_max_split`; arguments counts_RE, hosts_ER.
         busiest: see `split.busiest_rank_tokens`.
         relay: see `relay.relay_tree`; arguments slots_RS, home_slots, num_nodes.
@@ -41,6 +43,7 @@ class Kernels:
     improve: Callable[[IntArray, FloatArray, Objective, Space], ImprovedPlacement] = improve
     drop: DropLosing = without_losing_replicas
     exact: Callable[[IntArray, IntArray, int, int], IntArray] = exact_replicas
+    exact_plan: Callable[[IntArray, IntArray, int, ExactPlanOptions], ExactPlan] = cheapest_exact_plan
     split: Callable[[IntArray, BoolArray], IntArray] = min_max_split
     busiest: Callable[[BoolArray, IntArray], int] = busiest_rank_tokens
     relay: Callable[[IntArray, int, int], RelayTree] = relay_tree

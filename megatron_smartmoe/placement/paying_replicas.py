@@ -26,7 +26,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_smartmoe.cost.replicas import TransferPrice
-from megatron_smartmoe.placement.exact_replicas import exact_replicas
 from megatron_smartmoe.placement.relay import relay_tree
 from megatron_smartmoe.placement.split import best_balance
 from megatron_smartmoe.spec.arrays import FloatArray, IntArray
@@ -129,34 +128,14 @@ def _price(slots_RS: IntArray, home_slots: int, price: TransferPrice) -> float:
     return relay_tree(slots_RS, home_slots, price.num_nodes).price_tokens(price)
 
 
-def paying_exact_replicas(
-    load_E: IntArray,
-    slots_RS: IntArray,
-    home_slots: int,
-    num_nodes: int,
-    price: TransferPrice,
-    limit: float,
-    plan: Callable[[IntArray, IntArray, int, int], IntArray] = exact_replicas,
-    drop: DropLosing = without_losing_replicas,
-) -> IntArray:
-    """Slots with replicas planned for exactly these tokens, as many as pay.
+def cost_of_replicas(load_E: IntArray, slots_RS: IntArray, home_slots: int, price: TransferPrice) -> float:
+    """Tokens of the busiest rank with the best split, and the price of the transfers, in tokens.
 
     Args:
         load_E: tokens of each expert.
-        slots_RS: the slots as they are; only the homes are read.
-        home_slots: columns of homes, E / R.
-        num_nodes: a replica stays on the node of its home; 1 lets it go anywhere.
-        price: see `without_losing_replicas`.
-        limit: no replica is made while max / mean tokens per rank of the homes alone are at most this.
-        plan: plans them; its arguments are the first four of `exact_replicas`.
-        drop: drops those that do not pay.
+        slots_RS: homes and replicas.
+        home_slots: columns of homes.
+        price: of their transfers.
     """
-    bare_RS = slots_RS.copy()
-    bare_RS[:, home_slots:] = EMPTY
-    num_ranks, tokens = len(slots_RS), int(load_E.sum())
-    busiest = int(load_E[slots_RS[:, :home_slots]].sum(axis=1).max())
-    # Step 1: homes that are balanced well enough get no replicas.
-    if busiest * num_ranks <= limit * tokens:
-        return bare_RS
-    # Step 2: plan replicas, and keep those that pay.
-    return drop(load_E[None], plan(load_E, bare_RS, home_slots, num_nodes), home_slots, price)
+    busiest = best_balance(hosts_of(slots_RS, len(load_E)), load_E).bound
+    return float(busiest) + _price(slots_RS, home_slots, price)

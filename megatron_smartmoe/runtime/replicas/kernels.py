@@ -12,7 +12,11 @@ from megatron_smartmoe.placement.kernels import NUMPY, Kernels
 from megatron_smartmoe.placement.relay import RelayTree
 from megatron_smartmoe.placement.replica_scope import cheapest_exact_replicas
 from megatron_smartmoe.runtime.replicas.history_plan import compiled_best_replicas, compiled_improve
-from megatron_smartmoe.runtime.replicas.split import compiled_drop_losing, compiled_replicas
+from megatron_smartmoe.runtime.replicas.split import (
+    compiled_drop_losing,
+    compiled_exact_plan,
+    compiled_replicas,
+)
 from megatron_smartmoe.spec.arrays import IntArray
 from megatron_smartmoe.spec.placement import BoolArray
 
@@ -101,6 +105,7 @@ COMPILED = Kernels(
     improve=compiled_improve,
     drop=compiled_drop_losing,
     exact=compiled_replicas,
+    exact_plan=compiled_exact_plan,
     split=_split,
     busiest=_busiest,
     relay=_relay,

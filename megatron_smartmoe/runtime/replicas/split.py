@@ -20,6 +20,7 @@ import torch
 from megatron_smartmoe import ops
 from megatron_smartmoe.cost.replicas import TransferPrice
 from megatron_smartmoe.placement import split
+from megatron_smartmoe.placement.exact_plan import ExactPlan, ExactPlanOptions
 from megatron_smartmoe.spec.arrays import IntArray
 from megatron_smartmoe.spec.placement import EMPTY, hosts_of, with_empty_slots
 
@@ -74,6 +75,21 @@ def compiled_drop_losing(loads_KE: IntArray, slots_RS: IntArray, home_slots: int
 def price_tensor(price: TransferPrice) -> torch.Tensor:
     """Of both ways what the compiled functions take, float64 `[2, 3]`; see `TransferPrice.legs`."""
     return torch.tensor(price.legs, dtype=torch.float64)
+
+
+def compiled_exact_plan(load_E: IntArray, slots_RS: IntArray, home_slots: int, options: ExactPlanOptions) -> ExactPlan:
+    """`cheapest_exact_plan` by the compiled op."""
+    new_RS, num_nodes = ops.exact_plan(
+        torch.from_numpy(load_E),
+        torch.from_numpy(np.array(slots_RS)),
+        home_slots,
+        scope_nodes=options.num_nodes,
+        or_group=options.or_group,
+        limit=options.limit,
+        price_23=price_tensor(options.price),
+        num_nodes=options.price.num_nodes,
+    )
+    return ExactPlan(slots_RS=np.asarray(new_RS.numpy()), num_nodes=num_nodes)
 
 
 def compiled_replicas(load_E: IntArray, slots_RS: IntArray, home_slots: int, num_nodes: int) -> IntArray:

@@ -3,10 +3,10 @@
 import numpy as np
 
 from megatron_smartmoe.cost.replicas import TransferPrice
+from megatron_smartmoe.placement.exact_plan import ExactPlanOptions, cheapest_exact_plan
 from megatron_smartmoe.placement.fewer_transfers import homes_for_fewer_transfers
 from megatron_smartmoe.placement.homes_planner import HomesPlanner, OnlineOptions
 from megatron_smartmoe.placement.kernels import NUMPY
-from megatron_smartmoe.placement.paying_replicas import paying_exact_replicas
 from megatron_smartmoe.placement.plan_replicas import ReplicaOptions
 from megatron_smartmoe.placement.relay import relay_tree
 from megatron_smartmoe.placement.split import busiest_rank_tokens
@@ -21,7 +21,7 @@ BARE_RS = contiguous_slots(8, 4, 1)
 
 def planned(slots_RS: IntArray, price: TransferPrice) -> tuple[IntArray, int, int]:
     """Slots with replicas, tokens of the busiest rank, transfers in a row."""
-    found_RS = paying_exact_replicas(LOAD_E, slots_RS, 2, 1, price, 1.0)
+    found_RS = cheapest_exact_plan(LOAD_E, slots_RS, 2, ExactPlanOptions(price=price, limit=1.0)).slots_RS
     return found_RS, busiest_rank_tokens(hosts_of(found_RS, 8), LOAD_E), relay_tree(found_RS, 2).steps_by_link(1)[0]
 
 
@@ -43,7 +43,8 @@ def test_homes_stay_where_transfers_cost_nothing_or_nodes_would_be_left() -> Non
         ReplicaOptions(price=TransferPrice.of_each(0.4)),  # below a hundredth of the mean
         ReplicaOptions(price=TransferPrice.of_each(40.0), num_nodes=4),  # a rank a node: nowhere to swap to
     ):
-        slots_RS = paying_exact_replicas(LOAD_E, BARE_RS, 2, options.num_nodes, options.price, 1.0)
+        exact = ExactPlanOptions(num_nodes=options.num_nodes, price=options.price, limit=1.0)
+        slots_RS = cheapest_exact_plan(LOAD_E, BARE_RS, 2, exact).slots_RS
         assert homes_for_fewer_transfers(slots_RS, LOAD_E, 2, options, NUMPY) is None
 
 

@@ -137,8 +137,8 @@ def test_messages_of_a_round_share_the_ports() -> None:
 
 
 def test_a_round_begins_when_the_one_before_has_arrived() -> None:
-    """Rank 0 sends expert 0 and two others at once, so expert 0 arrives after three transfers; then rank 1 forwards it, and
-    rank 0 sends it again."""
+    """Rank 0 sends expert 0 and two others at once, so expert 0 arrives after three transfers; then rank 1 forwards it
+    while rank 0 sends it again."""
     tree = relay_tree(slots_with(8, 4, 1, {0: [1, 2, 3], 1: [4], 2: [5]}), 4)
     assert tree.parent_RK[:, 0].tolist() == [EMPTY, 0, 1, 0, 0, 0, EMPTY, EMPTY]
     assert (tree.num_rounds, tree.steps_by_link(1)) == (2, (4, 0))

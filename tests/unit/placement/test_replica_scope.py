@@ -1,13 +1,11 @@
 """Replicas leave their nodes only where that is cheaper, and are not searched for over the group where it cannot be."""
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from megatron_smartmoe.cost.replicas import LegPrice, TransferPrice
-from megatron_smartmoe.placement.exact_replicas import exact_replicas
 from megatron_smartmoe.placement.kernels import NUMPY
 from megatron_smartmoe.placement.plan_replicas import ReplicaOptions
 from megatron_smartmoe.placement.relay import relay_tree
@@ -44,21 +42,6 @@ def test_replicas_leave_an_uneven_node_where_that_pays(planned: Callable[..., In
     assert away_RS[:, 1].tolist() in ([EMPTY, EMPTY, 0, 1], [EMPTY, EMPTY, 1, 0])
     assert (planned(UNEVEN, between(120.0)) == BARE_RS).all()
     assert (planned(UNEVEN, between(60.0), or_group=False) == BARE_RS).all()
-
-
-def test_nodes_that_are_even_are_planned_once() -> None:
-    nodes: list[int] = []
-
-    def counted(load_E: IntArray, slots_RS: IntArray, home_slots: int, num_nodes: int) -> IntArray:
-        nodes.append(num_nodes)
-        return exact_replicas(load_E, slots_RS, home_slots, num_nodes)
-
-    kernels = replace(NUMPY, exact=counted)
-    given = {"num_nodes": 2, "or_group": True, "price": between(0.0), "limit": 1.01, "kernels": kernels}
-    cheapest_exact_replicas(np.array([300, 100, 200, 203]), BARE_RS, 1, **given)  # type: ignore[arg-type]
-    assert nodes == [2]
-    cheapest_exact_replicas(np.array([300, 100, 200, 230]), BARE_RS, 1, **given)  # type: ignore[arg-type]
-    assert nodes == [2, 2, 1]
 
 
 @pytest.mark.parametrize("seed", range(12))

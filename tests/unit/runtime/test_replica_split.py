@@ -8,7 +8,7 @@ import torch
 
 from megatron_smartmoe.cost.replicas import FREE_TRANSFERS, TransferPrice
 from megatron_smartmoe.ops import reference
-from megatron_smartmoe.placement.paying_replicas import paying_exact_replicas
+from megatron_smartmoe.placement.exact_plan import ExactPlanOptions, cheapest_exact_plan
 from megatron_smartmoe.runtime.replicas.kernels import exact_slots
 from megatron_smartmoe.runtime.replicas.split import (
     BALANCED,
@@ -81,9 +81,8 @@ def test_the_simulator_makes_the_same_replicas(price_tokens: float) -> None:
     for seed in range(12):
         counts_RE = skewed_counts(seed)
         slots_RS = planned(counts_RE, price_tokens=price_tokens)
-        again_RS = paying_exact_replicas(
-            counts_RE.sum(axis=0), slots_RS, HOME_SLOTS, 1, TransferPrice.of_each(price_tokens), BALANCED
-        )
+        options = ExactPlanOptions(price=TransferPrice.of_each(price_tokens), limit=BALANCED)
+        again_RS = cheapest_exact_plan(counts_RE.sum(axis=0), slots_RS, HOME_SLOTS, options).slots_RS
         assert np.array_equal(slots_RS, again_RS)
         made += int((slots_RS[:, HOME_SLOTS:] != EMPTY).sum())
     assert (made > 0) == (price_tokens < 1e6)
