@@ -1,0 +1,226 @@
+"""When `auto` suspends the replicas from history in a layer: the rule that training and the simulator both call.
+
+Replicas from history are fetched in every iteration, whether its micro-batches use them or are planned anew
+(`replan.py`). A load that history cannot forecast pays for both. There it is cheaper to fetch none, and to plan every
+micro-batch from its own counts. Whether a load is of that kind shows afterwards, so each layer is judged when the
+counts of an iteration are known:
+
+1. With history: the price of fetching its replicas, and in every micro-batch the tokens of the busiest rank with them,
+   or with others planned anew and the price of those, whichever `replan.py` takes.
+2. From exact counts alone: in every micro-batch the tokens of the busiest rank with the homes, or with replicas planned
+   for its counts and their price.
+3. What (2) saves, as a share of the iteration's tokens, is added to the layer's credit, which stays within 10% either
+   way. At +2% the replicas from history are suspended, at -2% they are back.
+
+While they are suspended they are planned as ever and not fetched, so that (1) is what they would have cost. The rule
+sees counts, slots and prices, no clock: every rank, a resumed run and a replay decide the same.
+
+The second cost means planning for every micro-batch, so it is only found where it can matter. What can be saved is at
+most the price of the fetch: if that is below 1% of the iteration's tokens, history is good enough. And a plan from
+exact counts costs at least the mean, and one transfer where the homes alone are not balanced: if that much is not
+enough to lift the credit from its lower end, nothing is planned either.
+
+Example. Mean 1,000 tokens per rank, one micro-batch. The fetch of history's replicas costs 60 tokens, and the busiest
+rank has 1,400 with them; others planned anew leave 1,000 and cost 100. With history: 60 + min(1400, 1000 + 100) =
+1,160. From exact counts alone: 1,100. Saved are 60 tokens, 6%: a layer with credit 0 is suspended at once, one that
+had done well for long, with credit -10%, after two such iterations. When the load turns predictable, so that the
+busiest rank has 1,000 with history's replicas, history costs 1,060, 4% less than 1,100: from +6% the credit falls below
+-2% in two iterations.
+
+Alternatives: the two decayed sums compared with a margin decide alike on loads of one kind, and need both costs in
+every iteration, where a bounded credit says beforehand that one of them cannot matter. Judging by the error of the
+forecast misses that the same error is harmless where transfers are hidden. Suspending single replicas instead of a
+layer saves little: those that follow one another are what costs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron_smartmoe.cost.replicas import LegPrice, TransferPrice
+from megatron_smartmoe.placement.kernels import Kernels
+from megatron_smartmoe.spec.arrays import IntArray
+from megatron_smartmoe.spec.placement import hosts_of
+
+MOST_CREDIT = 0.10  # of an iteration's tokens, either way: how long the past counts
+TURN = (
+    0.02  # credit at which a layer is suspended, and resumed where it is negative: no noise of 1% turns a layer twice
+)
+ENOUGH = 0.01  # of an iteration's tokens that may be lost without notice, as `ReplanOptions.limit` has it
+
+
+@dataclass(frozen=True, kw_only=True)
+class Standing:
+    """How history has done in a layer.
+
+    Attributes:
+        credit: what planning from exact counts alone would have saved lately, in even loads of an iteration.
+        suspended: whether the layer's replicas from history are not fetched.
+    """
+
+    credit: float = 0.0
+    suspended: bool = False
+
+    def after(self, saved: float) -> Standing:
+        """After an iteration in which planning from exact counts alone would have saved so much."""
+        credit = min(max(self.credit + saved, -MOST_CREDIT), MOST_CREDIT)
+        return Standing(credit=credit, suspended=credit > -TURN if self.suspended else credit >= TURN)
+
+
+@dataclass(frozen=True, kw_only=True)
+class JudgedPrices:
+    """What replicas cost, and when a layer is planned anew.
+
+    Attributes:
+        history: of an iteration's transfers of replicas from history.
+        exact: of a micro-batch's transfers of those from exact counts.
+        limit: max / mean tokens per rank up to which nothing is planned from exact counts.
+    """
+
+    history: TransferPrice
+    exact: TransferPrice
+    limit: float
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Fetched:
+    """The replicas from history of a layer: the transfers that follow one another, inside nodes and between them."""
+
+    steps: tuple[int, int]
+    prices: JudgedPrices
+
+    @property
+    def most(self) -> float:
+        """Their price if whatever hides transfers hides others first."""
+        taken = (self.prices.exact.fetch.hidden_tokens, self.prices.exact.back.hidden_tokens)
+        return self._exposed(taken, returns=True)
+
+    def beside(self, exact_steps: tuple[int, int] | None, *, returns: bool) -> float:
+        """Their price in a micro-batch that is planned anew with so many transfers in a row, or with None is not.
+
+        Args:
+            exact_steps: what hides these transfers does not hide the others as well.
+            returns: whether their gradients go home, because another micro-batch has used them.
+        """
+        if exact_steps is None:
+            return self._exposed((0.0, 0.0), returns=returns)
+        fetch, back = (
+            min(leg.carried(*exact_steps), leg.hidden_tokens)
+            for leg in (self.prices.exact.fetch, self.prices.exact.back)
+        )
+        return self._exposed((fetch, back), returns=returns)
+
+    def _exposed(self, taken: tuple[float, float], *, returns: bool) -> float:
+        def exposed(leg: LegPrice, taken_tokens: float) -> float:
+            return max(0.0, leg.carried(*self.steps) - max(0.0, leg.hidden_tokens - taken_tokens))
+
+        price = self.prices.history
+        return exposed(price.fetch, taken[0]) + (exposed(price.back, taken[1]) if returns else 0.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _MicroBatch:
+    """A layer and micro-batch, in tokens of the busiest rank.
+
+    Attributes:
+        load_E: tokens of each expert.
+        mean: per rank.
+        homes: with the homes alone.
+        history: with the replicas from history.
+    """
+
+    load_E: IntArray
+    mean: float
+    homes: int
+    history: int
+
+    def least(self, prices: JudgedPrices) -> float:
+        """What planning from its counts alone costs at least."""
+        if self.homes <= prices.limit * self.mean:
+            return float(self.homes)
+        return min(float(self.homes), self.mean + min(prices.exact.tokens(1, 0), prices.exact.tokens(0, 1)))
+
+
+def saved_by_exact(
+    credit: float,
+    load_ME: IntArray,
+    rank_tokens: float,
+    slots_RS: IntArray,
+    home_slots: int,
+    prices: JudgedPrices,
+    plan: Callable[[IntArray], IntArray],
+    kernels: Kernels,
+) -> float:
+    """What planning a layer from exact counts alone would have saved in an iteration, as a share of its tokens.
+
+    Args:
+        credit: the layer's so far; see `Standing`.
+        load_ME: tokens of each expert in micro-batches of the iteration, some of them or all.
+        rank_tokens: mean tokens per rank of the whole iteration.
+        slots_RS: homes, and the replicas that history had or would have had.
+        home_slots: columns of homes, E / R.
+        prices: of both kinds of replicas.
+        plan: returns slots with replicas for exactly the tokens of each expert that it is called with.
+        kernels: what judges the slots.
+    """
+    steps = kernels.relay(slots_RS, home_slots, prices.history.num_nodes).steps_by_link(prices.history.num_nodes)
+    if not any(steps) or not load_ME.any():
+        return 0.0  # no replicas from history, or nothing to judge them by: both ways are the same
+    # Step 1: what can be saved is at most the price of the fetch.
+    fetched = _Fetched(steps=steps, prices=prices)
+    if fetched.most <= ENOUGH * rank_tokens:
+        return -ENOUGH
+    # Step 2: whether that much could change anything.
+    micros = _micro_batches(load_ME, slots_RS, home_slots, kernels)
+    scale = rank_tokens / sum(micro.mean for micro in micros)  # to all micro-batches of the iteration
+    may_save = sum(micro.history - micro.least(prices) for micro in micros) * scale
+    most = (fetched.most + may_save) / rank_tokens
+    if credit + most <= -MOST_CREDIT:
+        return most
+    # Step 3: plan every micro-batch from its counts.
+    return _saved(micros, fetched, slots_RS, home_slots, plan, kernels, scale) / rank_tokens
+
+
+def _micro_batches(load_ME: IntArray, slots_RS: IntArray, home_slots: int, kernels: Kernels) -> list[_MicroBatch]:
+    hosts_ER, homes_RH = hosts_of(slots_RS, load_ME.shape[1]), slots_RS[:, :home_slots]
+    return [
+        _MicroBatch(
+            load_E=load_E,
+            mean=float(load_E.sum()) / len(slots_RS),
+            homes=int(load_E[homes_RH].sum(axis=1).max()),
+            history=kernels.busiest(hosts_ER, load_E),
+        )
+        for load_E in load_ME
+        if load_E.any()
+    ]
+
+
+def _saved(
+    micros: list[_MicroBatch],
+    fetched: _Fetched,
+    slots_RS: IntArray,
+    home_slots: int,
+    plan: Callable[[IntArray], IntArray],
+    kernels: Kernels,
+    scale: float,
+) -> float:
+    """Tokens of the busiest rank that planning from exact counts alone would have saved in an iteration."""
+    limit, price = fetched.prices.limit, fetched.prices.exact
+    saved, anew = 0.0, list[tuple[int, int] | None]()  # transfers of what history's replicas were replaced by
+    for micro in micros:
+        exact_cost, exact_steps = np.inf, (0, 0)
+        if micro.homes > limit * micro.mean:
+            exact_RS = plan(micro.load_E)
+            exact_steps = kernels.relay(exact_RS, home_slots, price.num_nodes).steps_by_link(price.num_nodes)
+            exact_cost = kernels.busiest(hosts_of(exact_RS, len(micro.load_E)), micro.load_E) + price.tokens(
+                *exact_steps
+            )
+        stays = micro.history <= limit * micro.mean or micro.history <= exact_cost
+        anew.append(None if stays else exact_steps)
+        saved += (micro.history if stays else exact_cost) - min(float(micro.homes), exact_cost)
+    returns = None in anew
+    kept = sum(fetched.beside(steps, returns=returns) for steps in anew) / len(anew)
+    return kept + saved * scale
