@@ -1,47 +1,48 @@
-"""When `auto` suspends the replicas from history in a layer: the rule that training and the simulator both call.
+"""When `auto` suspends the replicas from history in a layer: a rule that training and the simulator both call.
 
 Replicas from history are fetched in every iteration, whether its micro-batches use them or are planned anew
 (`replan.py`). A load that history cannot forecast pays for both. There it is cheaper to fetch none, and to plan every
-micro-batch from its own counts. Whether a load is of that kind shows afterwards, so each layer is judged when the
+micro-batch from its own counts alone. Whether a load is of that kind shows afterwards, so each layer is judged when the
 counts of an iteration are known:
 
 1. With history: the price of fetching its replicas, and in every micro-batch the tokens of the busiest rank with them,
-   or with others planned anew and the price of those, whichever `replan.py` takes.
+   or with replicas planned anew and the price of those, whichever `replan.py` takes.
 2. From exact counts alone: in every micro-batch the tokens of the busiest rank with the homes, or with replicas planned
    for its counts and their price.
-3. What (2) saves, as a share of the iteration's tokens, is added to the layer's credit, which stays within 10% either
-   way. At +2% the replicas from history are suspended, at -2% they are back.
+3. What (2) would have saved, as a share of the iteration's tokens, is added to the layer's credit, which stays within
+   10% either way. At +2% the replicas from history are suspended, at -2% they are resumed.
 
-While they are suspended they are planned as ever and not fetched, so that (1) is what they would have cost. The rule
-sees counts, slots and prices, no clock: every rank, a resumed run and a replay decide the same.
+While they are suspended they are planned as before but not fetched, so that (1) is what they would have cost. The rule
+uses counts, slots and prices, no clock: all ranks, a resumed run and a replay decide the same.
 
-The second cost means planning for every micro-batch, so it is only found where it can matter. What can be saved is at
-most the price of the fetch: if that is below 1% of the iteration's tokens, history is good enough. And a plan from
-exact counts costs at least the mean, and one transfer where the homes alone are not balanced: if that much is not
-enough to lift the credit from its lower end, nothing is planned either.
+(2) needs a plan for every micro-batch, so it is only made where it can matter. At most the price of the fetch can be
+saved: if that is below 1% of the iteration's tokens, history is good enough. And exact counts cost at least the mean,
+and one transfer where the homes alone are not balanced: if that lifts the credit not even from its lower end, nothing
+is planned either. Of many micro-batches a few are judged, those that the history keeps.
 
-Example. Mean 1,000 tokens per rank, one micro-batch. The fetch of history's replicas costs 60 tokens, and the busiest
-rank has 1,400 with them; others planned anew leave 1,000 and cost 100. With history: 60 + min(1400, 1000 + 100) =
-1,160. From exact counts alone: 1,100. Saved are 60 tokens, 6%: a layer with credit 0 is suspended at once, one that
-had done well for long, with credit -10%, after two such iterations. When the load turns predictable, so that the
-busiest rank has 1,000 with history's replicas, history costs 1,060, 4% less than 1,100: from +6% the credit falls below
--2% in two iterations.
+Example. Mean 1,000 tokens per rank, one micro-batch. The fetch of history's replicas costs 70 tokens, and the busiest
+rank has 1,400 with them; replicas planned anew leave 1,000 and cost 110. With history: 70 + min(1400, 1000 + 110) =
+1,180. From exact counts alone: 1,110. That saves 70 tokens, 7%: a layer with credit 0 is suspended at once, one with
+credit -10%, because history has done well for long, after two such iterations. If the load then turns predictable, so
+that the busiest rank has 1,000 with history's replicas, history costs 1,070, 4% less than 1,110: from +7% the credit is
++3%, -1% and -5%, and the third iteration resumes them.
 
-Alternatives: the two decayed sums compared with a margin decide alike on loads of one kind, and need both costs in
-every iteration, where a bounded credit says beforehand that one of them cannot matter. Judging by the error of the
-forecast misses that the same error is harmless where transfers are hidden. Suspending single replicas instead of a
-layer saves little: those that follow one another are what costs.
+Alternatives: two running sums compared with a margin decide alike on loads of one kind, and need both costs in every
+iteration, where a bounded credit says beforehand that one of them cannot matter. The error of the forecast alone is no
+measure: it does no harm where computation hides the fetch. To suspend single replicas saves little, because of those
+that travel side by side the slowest counts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from megatron_smartmoe.cost.replicas import LegPrice, TransferPrice
 from megatron_smartmoe.placement.kernels import Kernels
+from megatron_smartmoe.placement.relayed_layer import early_tokens, home_ranks
 from megatron_smartmoe.spec.arrays import IntArray
 from megatron_smartmoe.spec.placement import hosts_of
 
@@ -98,19 +99,16 @@ class _Fetched:
         taken = (self.prices.exact.fetch.hidden_tokens, self.prices.exact.back.hidden_tokens)
         return self._exposed(taken, returns=True)
 
-    def beside(self, exact_steps: tuple[int, int] | None, *, returns: bool) -> float:
-        """Their price in a micro-batch that is planned anew with so many transfers in a row, or with None is not.
+    def beside(self, anew: _Anew | None, *, returns: bool) -> float:
+        """Their price in a micro-batch.
 
         Args:
-            exact_steps: what hides these transfers does not hide the others as well.
+            anew: the plan for its counts, if it is used: what hides its transfers does not hide the others as well.
             returns: whether their gradients go home, because another micro-batch has used them.
         """
-        if exact_steps is None:
+        if anew is None:
             return self._exposed((0.0, 0.0), returns=returns)
-        fetch, back = (
-            min(leg.carried(*exact_steps), leg.hidden_tokens)
-            for leg in (self.prices.exact.fetch, self.prices.exact.back)
-        )
+        fetch, back = (min(leg.carried(*anew.steps), leg.hidden_tokens) for leg in (anew.price.fetch, anew.price.back))
         return self._exposed((fetch, back), returns=returns)
 
     def _exposed(self, taken: tuple[float, float], *, returns: bool) -> float:
@@ -119,6 +117,55 @@ class _Fetched:
 
         price = self.prices.history
         return exposed(price.fetch, taken[0]) + (exposed(price.back, taken[1]) if returns else 0.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Anew:
+    """A plan for exactly the counts of a micro-batch.
+
+    Attributes:
+        busiest: tokens of the busiest rank.
+        steps: transfers that follow one another, inside nodes and between them.
+        expected: what they cost by the planners' price, which decides.
+        price: the same with what hides them here.
+    """
+
+    busiest: int
+    steps: tuple[int, int]
+    expected: float
+    price: TransferPrice
+
+    @classmethod
+    def of(cls, slots_RS: IntArray, home_slots: int, load_E: IntArray, price: TransferPrice, kernels: Kernels) -> _Anew:
+        """Judge the slots.
+
+        Weights from exact counts travel while home rows are computed. The planners' price takes half of a rank's tokens
+        to be home rows; where a hot expert's home has all of its rows elsewhere, there are none.
+        """
+        num_ranks, hosts_ER = len(slots_RS), hosts_of(slots_RS, len(load_E))
+        steps = kernels.relay(slots_RS, home_slots, price.num_nodes).steps_by_link(price.num_nodes)
+        # Sources are not known here: every rank is one of as many tokens.
+        counts_RE = load_E // num_ranks + (np.arange(num_ranks)[:, None] < load_E % num_ranks)
+        tokens_ER = kernels.split(counts_RE, hosts_ER)
+        early = early_tokens(tokens_ER.astype(np.float64), home_ranks(slots_RS, home_slots), hosts_ER)
+        share = min(1.0, early / (float(load_E.sum()) / num_ranks / 2))
+        fetch = replace(price.fetch, hidden_tokens=price.fetch.hidden_tokens * share)
+        return cls(
+            busiest=int(tokens_ER.sum(axis=0).max()),
+            steps=steps,
+            expected=price.tokens(*steps),
+            price=replace(price, fetch=fetch),
+        )
+
+    @property
+    def decided_by(self) -> float:
+        """Tokens that the plan is compared with others by."""
+        return self.busiest + self.expected
+
+    @property
+    def cost(self) -> float:
+        """Tokens that it takes."""
+        return self.busiest + self.price.tokens(*self.steps)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,7 +228,7 @@ def saved_by_exact(
     if credit + most <= -MOST_CREDIT:
         return most
     # Step 3: plan every micro-batch from its counts.
-    return _saved(micros, fetched, slots_RS, home_slots, plan, kernels, scale) / rank_tokens
+    return _saved(micros, fetched, home_slots, plan, kernels, scale) / rank_tokens
 
 
 def _micro_batches(load_ME: IntArray, slots_RS: IntArray, home_slots: int, kernels: Kernels) -> list[_MicroBatch]:
@@ -201,26 +248,24 @@ def _micro_batches(load_ME: IntArray, slots_RS: IntArray, home_slots: int, kerne
 def _saved(
     micros: list[_MicroBatch],
     fetched: _Fetched,
-    slots_RS: IntArray,
     home_slots: int,
     plan: Callable[[IntArray], IntArray],
     kernels: Kernels,
     scale: float,
 ) -> float:
     """Tokens of the busiest rank that planning from exact counts alone would have saved in an iteration."""
-    limit, price = fetched.prices.limit, fetched.prices.exact
-    saved, anew = 0.0, list[tuple[int, int] | None]()  # transfers of what history's replicas were replaced by
+    limit, saved = fetched.prices.limit, 0.0
+    used = list[_Anew | None]()  # instead of the replicas from history
     for micro in micros:
-        exact_cost, exact_steps = np.inf, (0, 0)
-        if micro.homes > limit * micro.mean:
-            exact_RS = plan(micro.load_E)
-            exact_steps = kernels.relay(exact_RS, home_slots, price.num_nodes).steps_by_link(price.num_nodes)
-            exact_cost = kernels.busiest(hosts_of(exact_RS, len(micro.load_E)), micro.load_E) + price.tokens(
-                *exact_steps
-            )
-        stays = micro.history <= limit * micro.mean or micro.history <= exact_cost
-        anew.append(None if stays else exact_steps)
-        saved += (micro.history if stays else exact_cost) - min(float(micro.homes), exact_cost)
-    returns = None in anew
-    kept = sum(fetched.beside(steps, returns=returns) for steps in anew) / len(anew)
+        if micro.homes <= limit * micro.mean:  # no replicas are planned from these counts
+            used.append(None)
+            saved += micro.history - micro.homes
+            continue
+        anew = _Anew.of(plan(micro.load_E), home_slots, micro.load_E, fetched.prices.exact, kernels)
+        alone = anew.cost if anew.decided_by < micro.homes else float(micro.homes)
+        stays = micro.history <= limit * micro.mean or micro.history <= anew.decided_by
+        used.append(None if stays else anew)
+        saved += (micro.history if stays else anew.cost) - alone
+    returns = None in used
+    kept = sum(fetched.beside(anew, returns=returns) for anew in used) / len(used)
     return kept + saved * scale

@@ -27,7 +27,7 @@ from megatron_smartmoe.placement.replica_scope import cheapest_exact_replicas, c
 from megatron_smartmoe.placement.search.cuts import scaled
 from megatron_smartmoe.placement.search.improve import ImprovedPlacement
 from megatron_smartmoe.spec.arrays import FloatArray, IntArray
-from megatron_smartmoe.spec.placement import EMPTY, BoolArray, Placement, hosts_of
+from megatron_smartmoe.spec.placement import EMPTY, Placement, hosts_of
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -73,6 +73,12 @@ class PlanAhead:
     plan: Planned
 
 
+def planners_mode(mode: str) -> ReplicaMode:
+    """The mode of the planners in a run that may be switched from `off` to another one: they keep their history."""
+    modes: Mapping[str, ReplicaMode] = {"auto": "auto", "exact": "exact"}
+    return modes.get(mode, "history")
+
+
 class ReplicaPlanner:
     """The medium loop of one expert-parallel group.
 
@@ -113,9 +119,13 @@ class ReplicaPlanner:
         self._placement = self._planned = placement
 
     @property
-    def suspended_L(self) -> BoolArray:
+    def num_suspended(self) -> int:
         """Layers whose replicas from history are suspended."""
-        return np.array([standing.suspended for standing in self._standings])
+        return sum(standing.suspended for standing in self._standings)
+
+    def is_suspended(self, layer: int) -> bool:
+        """Whether a layer's replicas from history are suspended."""
+        return self._standings[layer].suspended
 
     def switch_to(self, mode: str, placement: Placement) -> None:
         """Go on with these slots, for replicas that are planned in another way.
@@ -124,8 +134,7 @@ class ReplicaPlanner:
             mode: how; the history is kept up to date whatever it is.
             placement: homes, and slots of which there may be another number than before.
         """
-        modes: Mapping[str, ReplicaMode] = {"auto": "auto", "exact": "exact"}
-        self.options = replace(self.options, replicas=modes.get(mode, "history"))
+        self.options = replace(self.options, replicas=planners_mode(mode))
         self.placement, self._standings = placement, (Standing(),) * placement.num_layers
 
     def observe(self, counts_LME: IntArray) -> FloatArray:
@@ -145,7 +154,7 @@ class ReplicaPlanner:
             "slots_LRS": self.placement.slots_LRS,
             "planned_LRS": self._planned.slots_LRS,
             "credit_L": np.array([standing.credit for standing in self._standings]),
-            "suspended_L": self.suspended_L.astype(np.int64),
+            "suspended_L": np.array([int(standing.suspended) for standing in self._standings]),
         }
 
     def restore(self, state: Mapping[str, NDArray[Any]]) -> None:

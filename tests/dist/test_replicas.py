@@ -179,6 +179,35 @@ def test_the_simulator_reproduces_the_balance(tmp_path: Path, data_flags: list[s
     assert {json.loads(line)["kind"] for line in decisions} == {"replicas", "replans"}
 
 
+def test_the_simulator_reproduces_layers_that_are_suspended(tmp_path: Path, data_flags: list[str]) -> None:
+    """Routing at random, which no history forecasts, and links on which transfers show."""
+    trace_file, run_dir = tmp_path / "trace.npz", tmp_path / "run"
+    slower = (shipped_directory("clusters") / "cpu.yaml").read_text().replace("value: 1.7e9", "value: 1.2e9")
+    (tmp_path / "slower.yaml").write_text(slower)
+    flags = [
+        *["--expert-model-parallel-size", "4", "--global-batch-size", "8", "--moe-router-force-load-balancing"],
+        *["--smartmoe", "--smartmoe-spare-slots", "1", "--smartmoe-homes", "off", *OVERLAP.split()],
+        *["--smartmoe-cluster", str(tmp_path / "slower.yaml")],
+        *["--smartmoe-record-trace", str(trace_file), "--smartmoe-record-micro-batches"],
+    ]
+    train(run_dir, 4, data_flags, *flags, iterations=8)
+    result, planned = simulated(trace_file, num_ranks=4, priced_as=run_dir)
+    log = (run_dir / "replicas-stage0-group0.jsonl").read_text().splitlines()
+    assert planned == log
+    suspended = [
+        decision["why"].count("suspended") for decision in map(json.loads, log) if decision["kind"] == "replicas"
+    ]
+    assert 0 in suspended[suspended.index(1) :], "suspended, and resumed"
+    assert 0 < result.stats.suspended < result.stats.replans + result.stats.suspended
+    lines = balance(run_dir)
+    assert np.ravel([line["split"] for line in lines]).tolist() == result.imbalance.tolist()
+    stats, expert_bytes = result.stats, 3 * 64 * 96 * 4
+    assert sum(line["weight_bytes"] for line in lines) == stats.replicas_made * expert_bytes
+    assert sum(line["gradient_bytes"] for line in lines) == stats.replicas_returned * expert_bytes
+    shown = [line for line in (run_dir / "ranks" / "rank0.log").read_text().splitlines() if "suspended in" in line]
+    assert shown
+
+
 def test_the_memory_is_what_the_planner_predicts(tmp_path: Path, data_flags: list[str]) -> None:
     """K slots of weights and float32 gradients for every layer, and nothing else that stays."""
     train(tmp_path, 2, data_flags, *EP2.split(), *HISTORY, iterations=2)
