@@ -18,14 +18,16 @@ uses counts, slots and prices, no clock: all ranks, a resumed run and a replay d
 (2) needs a plan for every micro-batch, so it is only made where it can matter. At most the price of the fetch can be
 saved: if that is below 1% of the iteration's tokens, history is good enough. And exact counts cost at least the mean,
 and one transfer where the homes alone are not balanced: if that lifts the credit not even from its lower end, nothing
-is planned either. Of many micro-batches a few are judged, those that the history keeps.
+is planned either. A layer whose credit has reached either end is not judged in the next 5 to 9 iterations, unless its
+homes move. How many is drawn from its counts, so that not all layers are judged in the same iteration. Of many
+micro-batches a few are judged, those that the history keeps.
 
 Example. Mean 1,000 tokens per rank, one micro-batch. The fetch of history's replicas costs 70 tokens, and the busiest
 rank has 1,400 with them; replicas planned anew leave 1,000 and cost 110. With history: 70 + min(1400, 1000 + 110) =
 1,180. From exact counts alone: 1,110. That saves 70 tokens, 7%: a layer with credit 0 is suspended at once, one with
-credit -10%, because history has done well for long, after two such iterations. If the load then turns predictable, so
-that the busiest rank has 1,000 with history's replicas, history costs 1,070, 4% less than 1,110: from +7% the credit is
-+3%, -1% and -5%, and the third iteration resumes them.
+credit -10%, because history has done well for long, after two such iterations that are judged. If the load then turns
+predictable, so that the busiest rank has 1,000 with history's replicas, history costs 1,070, 4% less than 1,110: from
++7% the credit is +3%, -1% and -5%, and the third iteration resumes them.
 
 Alternatives: two running sums compared with a margin decide alike on loads of one kind, and need both costs in every
 iteration, where a bounded credit says beforehand that one of them cannot matter. The error of the forecast alone is no
@@ -50,6 +52,7 @@ MOST_CREDIT = 0.10  # of an iteration's tokens, either way: how long the past co
 TURN = (
     0.02  # credit at which a layer is suspended, and resumed where it is negative: no noise of 1% turns a layer twice
 )
+LEAST_REST = 5  # iterations for which a clear case is not judged, up to twice as many
 ENOUGH = 0.01  # of an iteration's tokens that may be lost without notice, as `ReplanOptions.limit` has it
 
 
@@ -60,15 +63,26 @@ class Standing:
     Attributes:
         credit: what planning from exact counts alone would have saved lately, in even loads of an iteration.
         suspended: whether the layer's replicas from history are not fetched.
+        rest: iterations that are not judged from now on.
     """
 
     credit: float = 0.0
     suspended: bool = False
+    rest: int = 0
 
-    def after(self, saved: float) -> Standing:
-        """After an iteration in which planning from exact counts alone would have saved so much."""
+    def after(self, saved: float, draw: int = 0) -> Standing:
+        """After an iteration in which planning from exact counts alone would have saved so much.
+
+        Args:
+            saved: share of the iteration's tokens.
+            draw: any number; decides within narrow limits how long a layer is not judged that is a clear case.
+        """
         credit = min(max(self.credit + saved, -MOST_CREDIT), MOST_CREDIT)
-        return Standing(credit=credit, suspended=credit > -TURN if self.suspended else credit >= TURN)
+        return Standing(
+            credit=credit,
+            suspended=credit > -TURN if self.suspended else credit >= TURN,
+            rest=LEAST_REST + draw % LEAST_REST if abs(credit) == MOST_CREDIT else 0,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,7 +238,9 @@ def saved_by_exact(
     micros = _micro_batches(load_ME, slots_RS, home_slots, kernels)
     scale = rank_tokens / sum(micro.mean for micro in micros)  # to all micro-batches of the iteration
     may_save = sum(micro.history - micro.least(prices) for micro in micros) * scale
-    most = (fetched.most + may_save) / rank_tokens
+    is_short_M = [micro.history > prices.limit * micro.mean for micro in micros]  # where others may be planned anew
+    fetch = sum(fetched.most if short else fetched.beside(None, returns=True) for short in is_short_M) / len(micros)
+    most = (fetch + may_save) / rank_tokens
     if credit + most <= -MOST_CREDIT:
         return most
     # Step 3: plan every micro-batch from its counts.

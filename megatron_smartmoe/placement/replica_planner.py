@@ -155,6 +155,7 @@ class ReplicaPlanner:
             "planned_LRS": self._planned.slots_LRS,
             "credit_L": np.array([standing.credit for standing in self._standings]),
             "suspended_L": np.array([int(standing.suspended) for standing in self._standings]),
+            "rest_L": np.array([standing.rest for standing in self._standings]),
         }
 
     def restore(self, state: Mapping[str, NDArray[Any]]) -> None:
@@ -165,11 +166,12 @@ class ReplicaPlanner:
         Raises:
             PlanError: it is of another shape, or no placement.
         """
+        names = ("tokens_L", "slots_LRS", "planned_LRS", "credit_L", "suspended_L", "rest_L")
         present = self.state()
-        known = {"planned_LRS": state.get("slots_LRS"), "credit_L": np.zeros(len(self._tokens_L))}
-        known["suspended_L"] = np.zeros(len(self._tokens_L))
-        state = {**{name: array for name, array in known.items() if array is not None}, **state}
-        for name in ("tokens_L", "slots_LRS", "planned_LRS", "credit_L", "suspended_L"):
+        if "slots_LRS" in state and "planned_LRS" not in state:
+            state = {**state, **{name: np.zeros(len(self._tokens_L)) for name in names[3:]}}
+            state["planned_LRS"] = state["slots_LRS"]
+        for name in names:
             if name not in state or state[name].shape != present[name].shape:
                 found = state[name].shape if name in state else "missing"
                 raise PlanError(f"{name} of the saved plan is {found}: must be {present[name].shape}")
@@ -179,8 +181,11 @@ class ReplicaPlanner:
         )
         self.history.restore(state)
         self._placement, self._planned, self._tokens_L = placement, planned, state["tokens_L"].astype(np.float64)
-        rows = zip(state["credit_L"].tolist(), state["suspended_L"].tolist(), strict=True)
-        self._standings = tuple(Standing(credit=float(credit), suspended=bool(off)) for credit, off in rows)
+        rows = zip(*(state[name].tolist() for name in names[3:]), strict=True)
+        self._standings = tuple(
+            Standing(credit=float(credit), suspended=bool(suspended), rest=int(rest))
+            for credit, suspended, rest in rows
+        )
 
     def forget(self, placement: Placement) -> None:
         """Start again, with an empty history and the slots of `placement`."""
@@ -232,6 +237,7 @@ class ReplicaPlanner:
     def rehome(self, homes: Placement) -> None:
         """Adopt the homes of another placement; replicas stay where their homes still allow it."""
         self._placement, self._planned = self._rehomed(self._placement, homes), self._rehomed(self._planned, homes)
+        self._standings = tuple(replace(standing, rest=0) for standing in self._standings)
 
     def _rehomed(self, placement: Placement, homes: Placement) -> Placement:
         slots_LRS, home_slots = placement.slots_LRS.copy(), placement.home_slots
@@ -304,14 +310,16 @@ class ReplicaPlanner:
         standing, options, planned = self._standings[layer], self.options, self._planned
         if not self._may_suspend or not tokens:
             return standing
+        if standing.rest:
+            return replace(standing, rest=standing.rest - 1)
         passes = self._passes[layer]
         prices = JudgedPrices(
             history=options.replica.price, exact=options.exact_price.scaled(passes), limit=options.auto_limit
         )
-        slots_RS = planned.slots_LRS[layer]
+        slots_RS, load_ME = planned.slots_LRS[layer], history.last_micro_batches_ME(layer)
         saved = saved_by_exact(
             standing.credit,
-            history.last_micro_batches_ME(layer),
+            load_ME,
             tokens,
             slots_RS,
             planned.home_slots,
@@ -319,7 +327,7 @@ class ReplicaPlanner:
             lambda load_E: self._exact(load_E, slots_RS, prices.exact),
             self._kernels,
         )
-        return standing.after(saved)
+        return standing.after(saved, draw=int(load_ME.max(initial=0)))
 
     @property
     def _may_suspend(self) -> bool:

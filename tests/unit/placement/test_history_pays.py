@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 
 from megatron_smartmoe.cost.replicas import LegPrice, TransferPrice
 from megatron_smartmoe.errors import PlanError
+from megatron_smartmoe.placement import replica_planner
 from megatron_smartmoe.placement.decisions import Decision
 from megatron_smartmoe.placement.history_pays import JudgedPrices, Standing, saved_by_exact
 from megatron_smartmoe.placement.homes_planner import OnlineOptions
@@ -75,7 +77,7 @@ def test_the_standing_turns_late_and_remembers_little() -> None:
         found.append((round(standing.credit, 3), standing.suspended))
     suspended = [(0.04, True), (0.1, True), (0.05, True), (0.0, True)]
     assert found == [(-0.03, False), *suspended, (-0.05, False), (0.01, False)]
-    assert Standing(credit=0.1, suspended=True).after(-5.0) == Standing(credit=-0.1)
+    assert Standing(credit=0.1, suspended=True).after(-5.0, draw=13) == Standing(credit=-0.1, rest=8)
 
 
 def test_nothing_is_planned_where_it_cannot_matter() -> None:
@@ -188,17 +190,33 @@ def test_a_resumed_run_decides_as_the_uninterrupted_one(stop: int) -> None:
     assert all(np.array_equal(whole.state()[name], array) for name, array in second.state().items())
 
 
+NEWER = ("planned_LRS", "credit_L", "suspended_L", "rest_L")  # in what is saved
+
+
 def test_a_state_of_before_layers_could_be_suspended_is_continued() -> None:
     one, other = planner(), planner()
     run(one, steady, range(4))
-    state = {name: one.state()[name] for name in one.state() if name not in ("planned_LRS", "credit_L", "suspended_L")}
+    state = {name: one.state()[name] for name in one.state() if name not in NEWER}
     other.restore(state)
     assert other.state()["planned_LRS"].tolist() == other.placement.slots_LRS.tolist() == state["slots_LRS"].tolist()
     assert not other.is_suspended(0)
     with pytest.raises(PlanError, match="credit_L of the saved plan"):
-        other.restore({**state, "credit_L": np.zeros(2)})
+        other.restore({**one.state(), "credit_L": np.zeros(2)})
     with pytest.raises(PlanError, match="slots_LRS of the saved plan is missing"):
         other.restore({name: state[name] for name in state if name != "slots_LRS"})
+
+
+@pytest.mark.parametrize("load", [steady, rotating])
+def test_a_clear_case_is_judged_now_and_then(load: Callable[[int], IntArray]) -> None:
+    one = planner()
+    run(one, load, range(20))
+    with mock.patch.object(replica_planner, "saved_by_exact", wraps=saved_by_exact) as judged:
+        run(one, load, range(20, 60))
+        assert 40 // 10 <= judged.call_count <= 40 // 6
+        calls = judged.call_count
+        one.rehome(HOMES)
+        run(one, load, range(60, 61))
+        assert judged.call_count == calls + 1, "homes have moved"
 
 
 def test_planning_ahead_leads_to_the_same() -> None:
