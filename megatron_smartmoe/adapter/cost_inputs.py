@@ -25,6 +25,7 @@ from megatron_smartmoe.placement.layer_cost import LayerPricing
 from megatron_smartmoe.placement.plan_homes import HomesOptions, node_swap_price
 from megatron_smartmoe.placement.plan_replicas import ReplicaOptions
 from megatron_smartmoe.placement.policy import BETWEEN_NODES_TOLERANCE, PolicyOptions
+from megatron_smartmoe.placement.replica_planner import planners_mode
 from megatron_smartmoe.placement.routing_groups import explain, stay_whole
 from megatron_smartmoe.planner.arguments import model_from_arguments, parallel_from_arguments
 from megatron_smartmoe.spec.cluster import ClusterSpec, load_cluster_spec
@@ -246,12 +247,13 @@ def online_options(args: Namespace, review_records: int) -> OnlineOptions:
     num_nodes = nodes_of_group(mpu.get_expert_model_parallel_world_size())
     return OnlineOptions(
         homes_interval=1,  # the controller calls the planner once per interval
-        replicas="exact" if replicas_mode(args) == "exact" else "history",
+        replicas=planners_mode(replicas_mode(args)),
         micro_batches=get_num_microbatches(),
         state_bytes=state_bytes(args),
         migration_bytes_s=crossing_bytes_s(machine(args), num_nodes),
         homes=homes_options(args),
         replica=replica_options(args),
+        exact_price=replica_price(args, "exact"),
         policy=PolicyOptions(
             horizon_iterations=args.smartmoe_homes_horizon,
             margin=args.smartmoe_homes_margin,

@@ -55,6 +55,7 @@ def own_policy(
     homes_policy: PolicyOptions | None = None,
     first_evaluation: int = 0,
     moves: Sequence[Move] | None = None,
+    may_suspend: bool = True,
 ) -> OnlinePolicy:
     """Homes, replicas and split as training runs them.
 
@@ -68,6 +69,7 @@ def own_policy(
         homes_policy: when a move of homes is worth its cost; None for the defaults.
         first_evaluation: iteration before which homes are left alone.
         moves: those of a real run, which homes then follow instead of deciding; None to decide.
+        may_suspend: see `ReplicaOptions`; not so in decision files of earlier versions.
     """
     sees: Sees = "exact" if mode == "exact" else "history"
     pace = _pace(setup.num_nodes, homes_interval if moves is None else 0)
@@ -92,7 +94,12 @@ def own_policy(
             ),
             num_groups=prices.num_groups,
         ),
-        replica=ReplicaOptions(num_nodes=prices.domains, or_group=prices.or_group, price=prices.replica_price(sees)),
+        replica=ReplicaOptions(
+            num_nodes=prices.domains,
+            or_group=prices.or_group,
+            price=prices.replica_price(sees),
+            may_suspend=may_suspend,
+        ),
         auto_limit=1.0 if prices.first_version and sees == "exact" else OnlineOptions.auto_limit,
         exact_price=prices.replica_price("exact"),
         policy=judge,

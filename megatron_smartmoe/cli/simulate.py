@@ -47,6 +47,7 @@ _MARGIN = "replicas_margin"  # likewise, but files of before it existed lack it:
 _GATED = "gated"  # of the model's experts; not an option of its own
 _EXCHANGES = "exchanges"  # likewise: files of before it existed were made with rows and weights apart
 _REPLANS = "replans"  # whether what `auto` planned anew is among the decisions; not so in files of earlier versions
+_SUSPENDS = "suspends"  # whether `auto` may suspend replicas from history; not so in files of earlier versions
 _MOST_MARGIN = 1000.0
 _OURS = "smartmoe"
 
@@ -130,7 +131,7 @@ def add_parser(tools: Any) -> None:
     add("--replay", type=Path, metavar="RUN|FILE", help=text)
     text = "with --replay RUN: how to print what was reproduced (default: text)"
     add("--format", choices=("text", "json"), default="text", help=text)
-    parser.set_defaults(run=run, gated=True, replans=True, exchanges=None)
+    parser.set_defaults(run=run, gated=True, replans=True, suspends=True, exchanges=None)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -321,8 +322,15 @@ def _entrants(
             spare_slots=setup.spare_slots,
         )
         if name == _OURS:
-            interval = options.homes_interval
-            return own_policy(options.replicas, placement, num_groups, setup, prices, homes_interval=interval)
+            return own_policy(
+                options.replicas,
+                placement,
+                num_groups,
+                setup,
+                prices,
+                homes_interval=options.homes_interval,
+                may_suspend=options.suspends,
+            )
         return peer_policy(name, placement, num_groups, setup, interval=options.peers_interval)
 
     return [Entrant(make=partial(policy, name), layers_apart=name != _OURS) for name in names]
@@ -339,6 +347,8 @@ def _decision_lines(
     settings |= simulate_routing.settings(prices.dispatcher, prices.num_groups)
     if options.replans and options.replicas == "auto":
         settings[_REPLANS] = True
+    if options.suspends and options.replicas == "auto":
+        settings[_SUSPENDS] = True
     header = {"kind": "simulation", "trace": _digest(trace), **settings}
     decisions = [
         decision
@@ -380,7 +390,7 @@ def _read_decisions(options: argparse.Namespace) -> list[dict[str, Any]]:
             field = f"{named.at(1)}: {_MARGIN}"
             raise ConfigError(field, margin, f"must be from 0 to {_MOST_MARGIN:,.0f}", "Make the file again.")
         options.replicas_margin, options.gated = float(margin), lines[0].get(_GATED, True) is not False
-    options.replans = lines[0].get(_REPLANS, False) is True
+    options.replans, options.suspends = (lines[0].get(name, False) is True for name in (_REPLANS, _SUSPENDS))
     found = lines[0].get(_EXCHANGES, APART_EXCHANGES)
     options.exchanges = values.whole(found, f"{named.at(1)}: {_EXCHANGES}", least=ALL_TO_ALLS, most=APART_EXCHANGES)
     simulate_routing.take(lines[0], options, f"{named.at(1)}: ")

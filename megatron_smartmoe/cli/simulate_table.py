@@ -105,6 +105,7 @@ def _numbers(result: PolicyResult, setup: SimulationSetup, even_s: float, limit_
     if stats.forecast_errors:
         numbers["forecast_error"] = float(np.mean(stats.forecast_errors))
         numbers["replans"] = stats.replans / max(len(imbalance), 1)
+        numbers["suspended"] = stats.suspended / max(len(imbalance), 1)
         numbers["reviews"] = [_review(decision) for decision in result.decisions if decision.kind == "review"]
     return numbers
 
@@ -263,9 +264,9 @@ def _verdicts(simulated: Simulated, content: Mapping[str, Any]) -> list[str]:
         if "forecast_error" in numbers:
             share = numbers["forecast_error"]
             lines.append(f"{name}: {share:.1%} of the tokens went to other experts than forecast")
-            lines.append(
-                f"{name}: replicas replanned from the exact counts in {numbers['replans']:.1%} of the micro-batches"
-            )
+            replanned = f"replicas replanned from the exact counts in {numbers['replans']:.1%} of the micro-batches"
+            suspended = f"; those from history suspended in {numbers['suspended']:.1%}" if numbers["suspended"] else ""
+            lines.append(f"{name}: {replanned}{suspended}")
         for review in numbers.get("reviews", ()):
             verdict = "kept" if review["kept"] else "reverted"
             lines.append(

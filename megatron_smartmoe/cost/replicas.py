@@ -83,9 +83,13 @@ class LegPrice:
     between_tokens: float = 0.0
     hidden_tokens: float = 0.0
 
+    def carried(self, inside: float, between: float) -> float:
+        """So many transfers that follow one another, hidden or not."""
+        return inside * self.inside_tokens + between * self.between_tokens
+
     def exposed(self, inside: float, between: float) -> float:
         """What is not hidden of so many transfers that follow one another."""
-        return max(0.0, inside * self.inside_tokens + between * self.between_tokens - self.hidden_tokens)
+        return max(0.0, self.carried(inside, between) - self.hidden_tokens)
 
     def scaled(self, factor: float) -> LegPrice:
         """Every token counted `factor` times."""

@@ -207,6 +207,10 @@ class History:
             self._window.append(_Record(total_LE=total_LE, micro_LME=micro[age].astype(np.int64)))
         self.num_records = num_records
 
+    def last_micro_batches_ME(self, layer: int) -> IntArray:
+        """Counts of the last record's micro-batches, of as many as are kept."""
+        return np.asarray(self._window[-1].micro_LME[layer])
+
     def forecast_LE(self) -> FloatArray:
         """Expected share of the tokens for each expert; even shares before the first record."""
         if not self.num_records:

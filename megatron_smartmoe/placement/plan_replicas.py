@@ -54,6 +54,8 @@ class ReplicaOptions:
         price: tokens of an iteration that take the busiest rank as long as the transfers of replicas take of it, out
             and back, hidden parts left out. A replica that saves less is not made; see `paying_replicas`. Where
             transfers are free every replica that improves the balance is made.
+        may_suspend: whether `auto` makes none in a layer where plans from exact counts alone are cheaper; read by
+            `replica_planner`, not here.
     """
 
     num_nodes: int = 1
@@ -62,6 +64,7 @@ class ReplicaOptions:
     good_enough: float = 0.01
     effort: int = 1
     price: TransferPrice = FREE_TRANSFERS
+    may_suspend: bool = True
 
     @property
     def kept_nodes(self) -> int:

@@ -56,6 +56,8 @@ def runner_up(decision: dict[str, Any], layer: int | None = None) -> str:
         return _NOTHING.get(decision["kind"], "")
     best = min(others, key=lambda one: _cost(one, decision))
     worse = _cost(best, decision) - min(_cost(one, decision) for one in chosen)
+    if worse < 0 and decision["kind"] == "replicas":  # suspended in spite of the forecast: past ones were wrong
+        return f"{best['name']}, {-worse:,.0f} tokens better if the forecast is right"
     unit = f"{worse:,.0f} tokens" if "busiest_tokens" in best else f"{worse * 1e3:.3f} ms per iteration"
     return f"{best['name']}, {unit} worse"
 

@@ -40,6 +40,7 @@ class Stats:
         plans: layers planned.
         plan_s: processor seconds of planning them, all threads together, so that a busy machine does not show in it.
         replans: layers and micro-batches whose replicas were planned from their own counts.
+        suspended: layers and micro-batches without replicas from history, because these do not pay there.
         homes_s: processor seconds of re-evaluating homes, kept apart: that is rare and off the critical path.
         forecast_errors: total variation between each forecast and its record, for a policy that forecasts.
     """
@@ -51,6 +52,7 @@ class Stats:
     plans: int = 0
     plan_s: float = 0.0
     replans: int = 0
+    suspended: int = 0
     homes_s: float = 0.0
     forecast_errors: list[float] = field(default_factory=list)
 
@@ -183,6 +185,7 @@ class OnlinePolicy:
         elif mode == "auto" and planner.placement.spare_slots:
             anew = self.stats.timed(0, lambda: planner.planned_anew(layer, load_E))  # that from history was counted
             self._note(layer, group, load_E, anew)
+            self.stats.suspended += planner.is_suspended(layer)
             exact_RS = None if anew is None else anew.slots_RS
         self.stats.replans += exact_RS is not None
         slots_RS = history_RS if exact_RS is None else exact_RS

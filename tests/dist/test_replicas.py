@@ -7,12 +7,14 @@ each token's output, and the order in which its experts' outputs are added.
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from megatron_smartmoe.runtime.decisions.command import main as replay
 from megatron_smartmoe.spec.yaml_io import shipped_directory
 from tests.dist.test_smartmoe_layer import EP2, UNCLIPPED
 from tests.support.checkpoints import tensors
@@ -177,6 +179,58 @@ def test_the_simulator_reproduces_the_balance(tmp_path: Path, data_flags: list[s
     decisions = (tmp_path / "run" / "replicas-stage0-group0.jsonl").read_text().splitlines()
     assert planned == decisions
     assert {json.loads(line)["kind"] for line in decisions} == {"replicas", "replans"}
+
+
+def random_routing(root: Path) -> list[str]:
+    """Flags of a run that no history forecasts, on links on which transfers show; it saves every 3 iterations."""
+    slower = (shipped_directory("clusters") / "cpu.yaml").read_text().replace("value: 1.7e9", "value: 1.2e9")
+    (root / "slower.yaml").write_text(slower)
+    return [
+        *["--expert-model-parallel-size", "4", "--global-batch-size", "8", "--moe-router-force-load-balancing"],
+        *["--smartmoe", "--smartmoe-spare-slots", "1", "--smartmoe-homes", "off", *OVERLAP.split()],
+        *["--smartmoe-cluster", str(root / "slower.yaml"), "--save", str(root / "saved"), "--save-interval", "3"],
+    ]
+
+
+def tracing(file: Path) -> list[str]:
+    return ["--smartmoe-record-trace", str(file), "--smartmoe-record-micro-batches"]
+
+
+@pytest.fixture(scope="module")
+def unforeseen(tmp_path_factory: pytest.TempPathFactory, data_flags: list[str]) -> Path:
+    """Directory of a run with `random_routing`, its trace, and what it saved."""
+    root = tmp_path_factory.mktemp("unforeseen")
+    train(root / "run", 4, data_flags, *random_routing(root), *tracing(root / "trace.npz"), iterations=8)
+    return root
+
+
+def test_the_simulator_reproduces_layers_that_are_suspended(unforeseen: Path) -> None:
+    log = (unforeseen / "run" / "replicas-stage0-group0.jsonl").read_text().splitlines()
+    result, planned = simulated(unforeseen / "trace.npz", num_ranks=4, priced_as=unforeseen / "run")
+    assert planned == log
+    plans = [decision for decision in map(json.loads, log) if decision["kind"] == "replicas"]
+    suspended = ["suspended in" in decision["why"] for decision in plans]
+    assert False in suspended[suspended.index(True) :], "suspended, and resumed"
+    assert 0 < result.stats.suspended < result.stats.replans + result.stats.suspended
+    lines, stats, expert_bytes = balance(unforeseen / "run"), result.stats, 3 * 64 * 96 * 4
+    assert np.ravel([line["split"] for line in lines]).tolist() == result.imbalance.tolist()
+    assert sum(line["weight_bytes"] for line in lines) == stats.replicas_made * expert_bytes
+    assert sum(line["gradient_bytes"] for line in lines) == stats.replicas_returned * expert_bytes
+    assert "those from history suspended in" in (unforeseen / "run" / "ranks" / "rank0.log").read_text()
+
+
+def test_a_run_that_resumes_while_layers_are_suspended(unforeseen: Path, tmp_path: Path, data_flags: list[str]) -> None:
+    """The plans begin where the checkpoint left them, as a replay shows. Losses cannot: Megatron resumes random routing
+    with the numbers of the first rank on all ranks."""
+    shutil.copytree(unforeseen / "saved", tmp_path / "saved")
+    (tmp_path / "saved" / "latest_checkpointed_iteration.txt").write_text("3")
+    run_dir = tmp_path / "run"
+    flags = [*random_routing(unforeseen), "--load", str(tmp_path / "saved")]
+    train(run_dir, 4, data_flags, *flags, *tracing(run_dir / "trace.npz"), iterations=8)
+    with np.load(run_dir / "decisions" / "start-000003-replicas-stage0-group0.npz") as state:
+        assert 0 < state["suspended_L"].sum() < 4
+    for run in (unforeseen / "run", run_dir):
+        assert replay([str(run)]) == 0
 
 
 def test_the_memory_is_what_the_planner_predicts(tmp_path: Path, data_flags: list[str]) -> None:

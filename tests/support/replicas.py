@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 from unittest import mock
@@ -54,11 +55,25 @@ def distance(losses: list[float], expected: list[float]) -> float:
 
 
 def simulated(
-    trace_file: Path, *, num_ranks: int, spare_slots: int = 1, replicas: Literal["history", "auto"] = "auto"
+    trace_file: Path,
+    *,
+    num_ranks: int,
+    spare_slots: int = 1,
+    replicas: Literal["history", "auto"] = "auto",
+    priced_as: Path | None = None,
 ) -> tuple[PolicyResult, list[str]]:
-    """A trace replayed by the policy of training, and the lines of its decisions."""
+    """A trace replayed by the policy of training, and the lines of its decisions.
+
+    Args:
+        trace_file: of one expert-parallel group.
+        num_ranks: of the group.
+        spare_slots: of a rank.
+        replicas: what they are planned from.
+        priced_as: directory of the run, for its prices; None for free transfers.
+    """
     from megatron_smartmoe.cost.moe_layer import LayerConstants
     from megatron_smartmoe.placement.homes_planner import OnlineOptions
+    from megatron_smartmoe.runtime.decisions.record import read_starts
     from megatron_smartmoe.simulate.policies import OnlinePolicy
     from megatron_smartmoe.simulate.run import SimulationSetup, replay
     from megatron_smartmoe.spec.placement import Placement
@@ -69,7 +84,12 @@ def simulated(
     placement = Placement.contiguous(
         num_layers=layers, num_experts=experts, num_ranks=num_ranks, spare_slots=spare_slots
     )
-    options = OnlineOptions(homes_interval=0, replicas=replicas)
+    priced = OnlineOptions()
+    if priced_as is not None:
+        recorded = read_starts(priced_as)[0].replicas
+        assert recorded is not None
+        priced = OnlineOptions(replica=recorded.online.replica, exact_price=recorded.exact_price)
+    options = replace(priced, homes_interval=0, replicas=replicas)
     policy = OnlinePolicy(placement, 1, options, lambda slots_RS, counts_RE: 0.0)
     setting = SimulationSetup(
         num_ranks=num_ranks, spare_slots=spare_slots, warmup=0, constants=LayerConstants(token_s=1.0), state_bytes=0

@@ -108,8 +108,9 @@ class ReplicaLoop(Callback):
         if needs_history and self._layers:
             online = online_options(args, review_records=1)
             numbers = [number for number, _ in run.layers]
+            passes = [passes_per_micro_batch(layer) for layer in self._layers]
             group, kernels = run.ranks.edp_rank, fastest_kernels()
-            self._planner = ReplicaPlanner(self._placement(), group, online, kernels, numbers)
+            self._planner = ReplicaPlanner(self._placement(), group, online, kernels, numbers, passes)
             self._ahead = PlansAhead(self._planner)
         if run.is_reporter:
             self._announce()
@@ -205,7 +206,7 @@ class ReplicaLoop(Callback):
         if self._planner is not None and self._ahead is not None:
             self._ahead.observe()
             self._ahead.discard()
-            self._planner.placement = self._placement()
+            self._planner.switch_to(mode, self._placement())
 
     def _equip(self, layer: SmartMoELayer, tally: LayerTally, *, keeps: bool, index: int) -> None:
         """Give a layer's experts spare slots, and the layer a dispatcher that uses them."""
@@ -396,6 +397,8 @@ class ReplicaLoop(Callback):
             per_layer = float(np.mean([micro.num_replicas for micro in micros]))
             anew = float(np.mean([micro.replanned_RS is not None for micro in micros]))
             planned = f", {anew:.0%} planned anew" if self._mode == "auto" else ""
+            if self._planner is not None and (suspended := self._planner.num_suspended):
+                planned += f", those from history suspended in {suspended} of {len(records)} layers"
             print(
                 f" smartmoe: iteration {iteration:8d} | replicas: {per_layer:.1f} per layer{planned} | "
                 f"max/mean tokens per rank {before_split:.3f} -> {after_split:.3f} |",

@@ -139,7 +139,9 @@ class ReplayedReplicas:
             num_ranks=start.num_ranks,
             spare_slots=self._used_slots,
         )
-        self._planner = ReplicaPlanner(empty, group, start.replicas.online, fastest_kernels(), layers.layers)
+        self._planner = ReplicaPlanner(
+            empty, group, start.replicas.online, fastest_kernels(), layers.layers, layers.passes
+        )
         self._planner.restore(state)
         home_slots = start.num_experts // start.num_ranks
         view = RankView(
@@ -193,7 +195,7 @@ class ReplayedReplicas:
     def switch_to(self, setting: PoolSetting, homes_LRH: IntArray) -> None:
         """Follow a switch of the pool."""
         self._mode, self._used_slots = setting.replicas, setting.spare_slots
-        self._planner.placement = self._placement(homes_LRH)
+        self._planner.switch_to(self._mode, self._placement(homes_LRH))
 
     def _placement(self, homes_LRH: IntArray) -> Placement:
         return Placement(slots_LRS=with_empty_slots(homes_LRH, self._used_slots), num_experts=self._start.num_experts)

@@ -207,6 +207,7 @@ def _read_start(path: Path) -> Start:
         rule = f"has version {version!r:.60}: only version {VERSION} is known"
         raise ConfigError("--replay", str(path), rule, "Replay it with the version of the project that wrote it.")
     _price_alike(content)
+    _never_suspend(content)
     return build(Start, content, str(path), WAY_OUT)
 
 
@@ -220,6 +221,16 @@ def _price_alike(content: Any) -> None:
             content[new] = asdict(TransferPrice.of_each(float(tokens)))
     for each in content.values():
         _price_alike(each)
+
+
+def _never_suspend(content: Any) -> None:
+    """Have a run of before replicas from history could be suspended replayed without."""
+    if not isinstance(content, dict):
+        return
+    if "objective" in content and "good_enough" in content:  # of `ReplicaOptions`
+        content.setdefault("may_suspend", False)
+    for each in content.values():
+        _never_suspend(each)
 
 
 def read_state(directory: Path, name: str) -> dict[str, NDArray[Any]]:

@@ -1,7 +1,7 @@
 """Predicted seconds of a step's MoE layers under each setting of the pool, for the load of the last iterations.
 
 Method. Replicas of `history` are planned from all iterations but the last, those of `exact` from the last one's
-micro-batches, those of `auto` in one way or the other as its rule says, all by the functions that training calls; then
+micro-batches, those of `auto` in one way or the other as its rules say, all by the functions that training calls; then
 the last iteration's micro-batches are split over homes and replicas as in the dispatcher, and `cost.step.moe` prices
 the flows, as it does for the planner. So the prediction includes the forecast's error, which shows in the last
 iteration. Replicas from history travel once per iteration, exact ones once per micro-batch. If homes may move, they are
@@ -23,6 +23,7 @@ from megatron_smartmoe.cost.replicas import FREE_TRANSFERS, TransferPrice
 from megatron_smartmoe.cost.step.constants import StepConstants, layer_constants
 from megatron_smartmoe.cost.step.moe import MoETimes, moe_times
 from megatron_smartmoe.placement.history import History
+from megatron_smartmoe.placement.history_pays import JudgedPrices, Standing, saved_by_exact
 from megatron_smartmoe.placement.layer_cost import relayed_flow
 from megatron_smartmoe.placement.plan_homes import HomesOptions, plan_homes
 from megatron_smartmoe.placement.plan_replicas import ReplicaOptions
@@ -155,10 +156,31 @@ def _flows(
             )
             slots_RS = found.slots_RS
         counts_BRE = np.ascontiguousarray(load.batches_BLRE[:, layer])
+        if setting.replicas == "auto" and _suspends(slots_RS, home_slots, counts_BRE, load, layer, prices):
+            slots_RS = with_empty_slots(homes_RH, setting.spare_slots)
         of_layer = [_flow(setting, slots_RS, counts_RE, prices) for counts_RE in counts_BRE]
         kept_returns = any(one.mode == "history" for one in of_layer)
         flows += [replace(one, flow=replace(one.flow, kept_returns=kept_returns)) for one in of_layer]
     return flows
+
+
+def _suspends(
+    slots_RS: IntArray, home_slots: int, counts_BRE: IntArray, load: PoolLoad, layer: int, prices: PoolPrices
+) -> bool:
+    """Whether `auto`, judged by the latest iteration, makes no replicas from history in a layer."""
+    if not prices.replica.may_suspend:
+        return False
+    saved = saved_by_exact(
+        Standing().credit,
+        counts_BRE.sum(axis=1),
+        float(load.totals_ILE[-1, layer].sum()) / len(slots_RS),
+        slots_RS,
+        home_slots,
+        JudgedPrices(history=prices.replica.price, exact=prices.exact_price, limit=BALANCED),
+        lambda load_E: _exact_slots(slots_RS, load_E[None], prices),
+        fastest_kernels(),
+    )
+    return Standing().after(saved).suspended
 
 
 def _flow(setting: PoolSetting, slots_RS: IntArray, counts_RE: IntArray, prices: PoolPrices) -> _Flow:
@@ -198,16 +220,19 @@ class _Split:
 
 def _from_counts(slots_RS: IntArray, counts_RE: IntArray, prices: PoolPrices) -> _Split:
     """The layer with replicas planned for exactly these counts."""
-    planned_RS = exact_slots(
+    return _Split.of(_exact_slots(slots_RS, counts_RE, prices), counts_RE, prices)
+
+
+def _exact_slots(slots_RS: IntArray, counts_RE: IntArray, prices: PoolPrices) -> IntArray:
+    return exact_slots(
         counts_RE,
         slots_RS,
-        counts_RE.shape[1] // len(counts_RE),
+        counts_RE.shape[1] // len(slots_RS),
         num_nodes=prices.replica.num_nodes,
         or_group=prices.replica.or_group,
         limit=BALANCED,
         price=prices.exact_price,
     )
-    return _Split.of(planned_RS, counts_RE, prices)
 
 
 def _seconds(setting: PoolSetting, flows: Sequence[_Flow], prices: PoolPrices) -> float:

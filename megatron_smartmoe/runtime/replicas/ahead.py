@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
 
 from megatron_smartmoe.placement.decisions import Decision
 from megatron_smartmoe.placement.replica_planner import PlanAhead, ReplicaPlanner
@@ -80,7 +79,4 @@ class PlansAhead:
         self._found = self._error = None
         if error is not None:
             raise error
-        if found is None or found.before is not self.planner.placement:
-            return self.planner.plan(iteration)
-        self.planner.placement = found.after
-        return None if found.decision is None else replace(found.decision, iteration=iteration)
+        return self.planner.plan(iteration) if found is None else self.planner.adopt_plan(found, iteration)

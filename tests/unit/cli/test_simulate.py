@@ -272,6 +272,27 @@ def test_what_auto_planned_anew_is_replayed(tmp_path: Path, capsys: pytest.Captu
         assert main(["simulate", "--trace", str(path), "--replay", str(saved)]) == status
 
 
+def test_files_of_before_history_could_be_suspended_are_replayed_without(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A load that is a new one in almost every record, where transfers are dear."""
+    path, saved = tmp_path / "drifting.npz", tmp_path / "decisions.jsonl"
+    spec = SyntheticSpec(kind="drifting", num_records=12, num_layers=2, num_sources=8, skew=0.3, drift=0.3)
+    synthetic_trace(spec).save(path)
+    dear = ["--ep", "8", "--spare-slots", "2", "--cluster", "a100-pcie-40gb", "--policy", "smartmoe"]
+    _, content = simulate(path, tmp_path, *dear, "--save-decisions", str(saved))
+    share = content["policies"]["smartmoe"]["suspended"]
+    assert 0 < share < 1
+    assert f"; those from history suspended in {share:.1%}" in capsys.readouterr().out
+    text = saved.read_text()
+    assert "replicas from history suspended in " in text
+    assert main(["simulate", "--trace", str(path), "--replay", str(saved)]) == 0
+    saved.write_text(text.replace('"suspends": true, ', ""))
+    capsys.readouterr()
+    assert main(["simulate", "--trace", str(path), "--replay", str(saved)]) == 1
+    assert "suspended" not in capsys.readouterr().out.partition("replay:")[0]
+
+
 def test_a_replay_on_another_trace_says_so(trace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     saved, other = tmp_path / "decisions.jsonl", tmp_path / "other.npz"
     simulate(trace, tmp_path, "--ep", "16", "--spare-slots", "1", "--save-decisions", str(saved))

@@ -57,6 +57,12 @@ def test_transfers_that_are_priced_together() -> None:
     assert runner_up(together) == "layer 1: no replicas, 50 tokens worse"
 
 
+def test_replicas_that_are_suspended_in_spite_of_the_forecast() -> None:
+    first, second = REPLICAS["candidates"]
+    suspended = REPLICAS | {"candidates": [first | {"chosen": False}, second | {"chosen": True}]}
+    assert runner_up(suspended) == f"{first['name']}, 200 tokens better if the forecast is right"
+
+
 def test_the_runner_up_is_the_best_that_was_not_proposed() -> None:
     # 61 us - 2 x 867 us / 500 = 57.5 us an iteration against 20 us - 2 us
     assert runner_up(HOMES) == "move 4 experts of layer 4, 0.040 ms per iteration worse"

@@ -48,13 +48,14 @@ def test_prices_are_read_back(tmp_path: Path) -> None:
 def test_one_number_for_every_transfer_as_earlier_versions_wrote_it(tmp_path: Path) -> None:
     content = asdict(START)
     replicas = content["replicas"]
-    del replicas["online"]["replica"]["or_group"]  # written before replicas could leave their nodes where it pays
+    del replicas["online"]["replica"]["or_group"]  # written before replicas could leave their nodes where it pays,
+    del replicas["online"]["replica"]["may_suspend"]  # and before those from history could be suspended
     del replicas["exact_price"], replicas["online"]["exact_price"], replicas["online"]["replica"]["price"]
     replicas["exact_price_tokens"], replicas["online"]["exact_price_tokens"] = 155.0, 0.0
     replicas["online"]["replica"]["replica_price_tokens"] = 61
     found = read(tmp_path, json.dumps(content)).replicas
     assert found is not None
-    online = OnlineOptions(replica=ReplicaOptions(price=TransferPrice.of_each(61.0)))
+    online = OnlineOptions(replica=ReplicaOptions(price=TransferPrice.of_each(61.0), may_suspend=False))
     expected = replace(online, exact_price=TransferPrice.of_each(0.0))
     assert found == ReplicasStart(
         mode="auto",
