@@ -4,6 +4,24 @@
 state of an expert is shared by the groups. `replica_planner.ReplicaPlanner` sees one group's counts and micro-batches:
 replicas are filled anew in every iteration, so every group may have its own. Both are functions of the counts they were
 given; neither uses a clock, a process group or a device.
+
+Method. Other homes of a layer are searched for on the history as it was before the last record, with replicas planned
+from it as training would have planned them for the last record. They are worth what they would have saved on the last
+record, which they were not found on, and no more than on the record before it, the last one that they were found on. So
+the first evaluation takes two records.
+
+Why both. On a record that it was found on, a plan also saves what is that record's noise, and the layers that move are
+those in which it seems to save most. A record that it was not found on has no such noise; but where the load has just
+jumped, replicas from history suit neither homes, and which of the two they suit less is chance. A plan that is better
+in earnest saves on both.
+
+Example. 256 experts on 64 ranks of 8 nodes, A100 with PCIe links, hot experts spread evenly over the ranks. Priced on
+the record that they were found on, other homes seemed to save 3.8 ms an iteration; on the 8 records after it they lost
+2.2 ms, and all 12 experts moved back. On the first record that they had not been found on they lose 2.8 ms, and stay.
+
+Alternatives: pricing on the records that homes were found on (above). Searching once more with the last record where
+homes pay, and moving to those: 0.4% faster where loads drift, but what is moved to was never judged, and the search,
+which is greedy, ends elsewhere (docs/log.md).
 """
 
 from __future__ import annotations
@@ -35,7 +53,7 @@ from megatron_smartmoe.placement.plan_replicas import ReplicaOptions, search_spa
 from megatron_smartmoe.placement.policy import Policy, PolicyOptions
 from megatron_smartmoe.placement.replica_scope import cheapest_exact_replicas, cheapest_replicas
 from megatron_smartmoe.placement.review import LayerSeconds, MoveReview
-from megatron_smartmoe.spec.arrays import IntArray
+from megatron_smartmoe.spec.arrays import FloatArray, IntArray
 from megatron_smartmoe.spec.placement import Placement
 
 ReplicaMode = Literal["history", "exact", "auto"]
@@ -79,6 +97,19 @@ class OnlineOptions:
     exact_price: TransferPrice = FREE_TRANSFERS
     policy: PolicyOptions = field(default_factory=PolicyOptions)
     review_records: int = 8
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Seen:
+    """What homes are found on.
+
+    Attributes:
+        history: of all records before the last one.
+        counts_LRE: the latest of them.
+    """
+
+    history: History
+    counts_LRE: IntArray
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,12 +195,15 @@ class HomesPlanner:
         self.options, self.layer_seconds, self._kernels = options, layer_seconds, kernels
         self.history = History(num_layers, num_experts, options.history)
         self.policy = Policy(options.policy)
+        self._earlier: _Seen | None = None  # None until there are two records
         self._counts_LRE: IntArray | None = None
         self._last_evaluation: int | None = None
         self._move: MoveReview | None = None
 
     def observe(self, counts_LRE: IntArray) -> None:
         """Add the counts of one iteration: by source rank of a group, mean over groups and micro-batches."""
+        if self._counts_LRE is not None:
+            self._earlier = _Seen(history=self.history.copy(), counts_LRE=self._counts_LRE)
         self._counts_LRE = counts_LRE
         self.history.update(counts_LRE.sum(axis=1)[:, None])
         if self._move is not None:
@@ -182,6 +216,9 @@ class HomesPlanner:
         state["policy"] = np.array([self.policy.losses, *(NEVER if one is None else one for one in last)])
         if self._counts_LRE is not None:
             state["counts_LRE"] = self._counts_LRE
+        if self._earlier is not None:
+            state |= {f"earlier_{name}": array for name, array in self._earlier.history.state().items()}
+            state["earlier_counts_LRE"] = self._earlier.counts_LRE
         if self._move is not None:
             move = self._move
             state["move_before_LRS"], state["move_after_LRS"] = move.before.slots_LRS, move.after.slots_LRS
@@ -193,26 +230,31 @@ class HomesPlanner:
         """Continue from what `state` gave, for the same layers, ranks and options.
 
         Args:
-            state: as `state` gave it.
+            state: as `state` gave it. One that an older version saved says nothing of the history before the last
+                record; then no evaluation is due before another record was observed.
             placement: the present one.
 
         Raises:
             PlanError: it is of another shape, or incomplete.
         """
-        counts_LRE = state.get("counts_LRE")
-        sizes = (placement.num_layers, placement.num_ranks, placement.num_experts)
         if "policy" not in state or state["policy"].shape != (3,):
             raise PlanError("the saved state of the homes has no policy")
-        if counts_LRE is not None and counts_LRE.shape != sizes:
-            raise PlanError(f"counts_LRE of the saved homes is {counts_LRE.shape}: must be {sizes}")
-        move = self._restored_move(state, placement)
-        self.history.restore({name.removeprefix("history_"): array for name, array in state.items()})
+        counts_LRE = _restored_counts(state, "counts_LRE", placement)
+        move, earlier = self._restored_move(state, placement), self._restored_earlier(state, placement)
+        self.history.restore(_part(state, "history_"))
         losses, last_evaluation, last_taken = (int(one) for one in state["policy"])
         self.policy.losses = losses
         self.policy.last_taken = None if last_taken == NEVER else last_taken
         self._last_evaluation = None if last_evaluation == NEVER else last_evaluation
-        self._counts_LRE = None if counts_LRE is None else counts_LRE.astype(np.int64)
-        self._move = move
+        self._counts_LRE, self._earlier, self._move = counts_LRE, earlier, move
+
+    def _restored_earlier(self, state: Mapping[str, NDArray[Any]], placement: Placement) -> _Seen | None:
+        counts_LRE = _restored_counts(state, "earlier_counts_LRE", placement)
+        if counts_LRE is None:
+            return None
+        history = History(self.history.num_layers, self.history.num_experts, self.history.options)
+        history.restore(_part(state, "earlier_"))
+        return _Seen(history=history, counts_LRE=counts_LRE)
 
     def _restored_move(self, state: Mapping[str, NDArray[Any]], placement: Placement) -> MoveReview | None:
         if "move_gain_s" not in state:
@@ -228,9 +270,9 @@ class HomesPlanner:
         return move
 
     def due(self, iteration: int) -> bool:
-        """Whether the homes are to be re-evaluated; never while a move is under review."""
+        """Whether the homes are to be re-evaluated; never before the second record, or while a move is under review."""
         interval = self.options.homes_interval
-        if not interval or self._counts_LRE is None or self._move is not None:
+        if not interval or self._earlier is None or self._move is not None:
             return False
         if iteration < self.options.first_evaluation:
             return False
@@ -242,7 +284,8 @@ class HomesPlanner:
         The proposal consists of the layers whose move pays by itself. When none does, it consists of all layers with
         better homes, so that the verdict says why they stay as they are.
         """
-        assert self._counts_LRE is not None, "observe before you propose"
+        assert self._counts_LRE is not None, "observe two records before you propose"
+        assert self._earlier is not None, "observe two records before you propose"
         self._last_evaluation = iteration
         # Step 1: better homes for each layer on its own, and what they are worth.
         found = [self._layer_proposal(layer, placement) for layer in range(placement.num_layers)]
@@ -264,7 +307,7 @@ class HomesPlanner:
             iteration=iteration,
             kind="homes",
             group=-1,
-            inputs=digest_of(placement.slots_LRS, self._counts_LRE, self.history.forecast_LE()),
+            inputs=digest_of(placement.slots_LRS, self._counts_LRE, self._earlier.history.forecast_LE()),
             before=placement.digest,
             after=proposal.digest,
             taken=verdict.take,
@@ -274,7 +317,7 @@ class HomesPlanner:
             cost_s=verdict.cost_s,
             moved_bytes=sum(each.experts for each in chosen) * self.options.state_bytes if verdict.take else 0,
             candidates=self._candidates(found, chosen),
-            forecast=self._forecast(chosen),
+            forecast=_forecast(self._earlier.history, chosen),
             horizon_iterations=self.options.policy.horizon_iterations,
             margin=self.options.policy.margin,
         )
@@ -289,12 +332,6 @@ class HomesPlanner:
         first = taken[: MOST_CANDIDATES - bool(others)]
         shown = [*first, *others[: MOST_CANDIDATES - len(first)]]
         return tuple(each.candidate(chosen=each in chosen) for each in shown)
-
-    def _forecast(self, chosen: Sequence[LayerProposal]) -> tuple[Forecast, ...]:
-        """Of the layers that would save most."""
-        best = sorted(chosen, key=lambda each: each.gain_s, reverse=True)[:MOST_FORECASTS]
-        share_LE, error_L = self.history.forecast_LE(), self.history.forecast_error_L
-        return tuple(Forecast.of(each.layer, error_L[each.layer], share_LE[each.layer]) for each in best)
 
     def abandon(self) -> None:
         """Forget the move that `propose` wanted: it could not be carried out."""
@@ -347,63 +384,86 @@ class HomesPlanner:
         )
 
     def _layer_proposal(self, layer: int, placement: Placement) -> LayerProposal:
-        """Better homes for one layer; both sides of the comparison have the replicas that training would give them."""
+        """Better homes for one layer, and what they save beside the present ones, both with the replicas that training
+        would give them."""
         assert self._counts_LRE is not None
+        assert self._earlier is not None
         slots_RS, home_slots, options = placement.slots_LRS[layer], placement.home_slots, self.options
-        kernels = self._kernels
-        scenarios_KE, counts_RE = self.history.scenarios_KE(layer), self._counts_LRE[layer]
+        records = (self._counts_LRE[layer], self._earlier.counts_LRE[layer])
+        # Step 1: find other homes on the earlier records, and plan replicas for both: exact ones for each record.
+        if options.replicas == "exact":
+            forecast_E = self._earlier.history.forecast_LE()[layer]
+            homes_RS = plan_homes(slots_RS, forecast_E, home_slots, options.homes).slots_RS
+            pairs = [
+                (self._exact(slots_RS, counts_RE, home_slots), self._exact(homes_RS, counts_RE, home_slots))
+                for counts_RE in records
+            ]
+        else:
+            scenarios_KE = self._earlier.history.scenarios_KE(layer)
+            tokens = int(records[1].sum()) * options.micro_batches / placement.num_ranks
+            pairs = [self._from_history(slots_RS, scenarios_KE, home_slots, tokens)] * len(records)
+        found_RS = pairs[0][1]
+        cost_s, experts = self._migration(slots_RS, found_RS, home_slots)
+        # Step 2: price both on the last record and on the one before it; the smaller gain counts.
+        gain_s, saved = 0.0, None
+        if experts:
+            priced = [self._priced(*pair, counts_RE) for pair, counts_RE in zip(pairs, records, strict=True)]
+            gain_s, saved = min(priced, key=lambda each: each[0])
+        return LayerProposal(layer=layer, slots_RS=found_RS, gain_s=gain_s, cost_s=cost_s, experts=experts, saved=saved)
+
+    def _exact(self, homes_RS: IntArray, counts_RE: IntArray, home_slots: int) -> IntArray:
+        """Slots with replicas for exactly these counts."""
+        replica = self.options.replica
+        return cheapest_exact_replicas(
+            counts_RE.sum(axis=0),
+            homes_RS,
+            home_slots,
+            num_nodes=replica.num_nodes,
+            or_group=replica.or_group,
+            price=replica.price,
+            limit=self.options.auto_limit,
+            kernels=self._kernels,
+        )
+
+    def _from_history(
+        self, slots_RS: IntArray, scenarios_KE: FloatArray, home_slots: int, tokens: float
+    ) -> tuple[IntArray, IntArray]:
+        """Slots with the present homes and with better ones, or the present ones again; replicas from history.
+
+        Args:
+            slots_RS: present slots.
+            scenarios_KE: loads to plan for.
+            home_slots: columns of homes, E / R.
+            tokens: of a rank in an iteration, mean.
+        """
+        options, kernels, spare_slots = self.options, self._kernels, slots_RS.shape[1] - home_slots
+        given = (scenarios_KE, home_slots, options.replica, tokens, kernels)
         # Step 1: swap homes on the forecast.
         plan = plan_homes(slots_RS, scenarios_KE[0], home_slots, options.homes)
-        # Step 2: plan replicas for the present homes and for the swapped ones.
-        if options.replicas == "exact":
-            kept_RS, found_RS = (
-                cheapest_exact_replicas(
-                    counts_RE.sum(axis=0),
-                    homes_RS,
-                    home_slots,
-                    num_nodes=options.replica.num_nodes,
-                    or_group=options.replica.or_group,
-                    price=options.replica.price,
-                    limit=options.auto_limit,
-                    kernels=kernels,
-                )
-                for homes_RS in (slots_RS, plan.slots_RS)
-            )
-        else:
-            tokens = int(counts_RE.sum()) * options.micro_batches / placement.num_ranks
-            given = (scenarios_KE, home_slots, options.replica, tokens, kernels)
-            kept = cheapest_replicas(slots_RS, *given)
-            kept_RS, found_RS = kept.slots_RS, kept.slots_RS
-            if plan.swaps:
-                found_RS = cheapest_replicas(plan.slots_RS, *given).slots_RS
-            elif placement.spare_slots and kept.excess > options.replica.good_enough and self._may_swap_anywhere:
-                # No swap between units pays, and replicas alone do not balance: search for swaps within nodes as well.
-                space = replace(search_space(placement.num_ranks, home_slots, options.replica), move_homes=True)
-                prices = replace(options.replica.objective, home_price=options.homes.swap_price / 2)
-                found_RS = kernels.improve(kept_RS, scenarios_KE, prices, space).slots_RS
-            elif not plan.swaps and self._may_swap_anywhere:
-                # Replicas balance the layer: other homes may need fewer transfers for it.
-                load_E = np.rint(scenarios_KE[0] * tokens * placement.num_ranks).astype(np.int64)
-                fewer_RS = homes_for_fewer_transfers(kept_RS, load_E, home_slots, options.replica, kernels)
-                if fewer_RS is not None:
-                    found_RS = cheapest_replicas(fewer_RS, *given).slots_RS
-        # Step 3: price both on the last record.
-        saved = None
-        if isinstance(self.layer_seconds, PricedLayer):
-            kept_time, found_time = (self.layer_seconds.terms(each_RS, counts_RE) for each_RS in (kept_RS, found_RS))
-            gain_s = kept_time.total_s - found_time.total_s
-            saved = Saved.of(kept_time, found_time, options.micro_batches)
-        else:
+        kept = cheapest_replicas(slots_RS, *given)
+        if plan.swaps:
+            return kept.slots_RS, cheapest_replicas(plan.slots_RS, *given).slots_RS
+        if not self._may_swap_anywhere:
+            return kept.slots_RS, kept.slots_RS
+        if spare_slots and kept.excess > options.replica.good_enough:
+            # Step 2: no swap between units pays, and replicas alone do not balance: also search for swaps within nodes.
+            space = replace(search_space(len(slots_RS), home_slots, options.replica), move_homes=True)
+            prices = replace(options.replica.objective, home_price=options.homes.swap_price / 2)
+            return kept.slots_RS, kernels.improve(kept.slots_RS, scenarios_KE, prices, space).slots_RS
+        # Step 3: replicas balance the layer: other homes may need fewer transfers for it.
+        load_E = np.rint(scenarios_KE[0] * tokens * len(slots_RS)).astype(np.int64)
+        fewer_RS = homes_for_fewer_transfers(kept.slots_RS, load_E, home_slots, options.replica, kernels)
+        found_RS = kept.slots_RS if fewer_RS is None else cheapest_replicas(fewer_RS, *given).slots_RS
+        return kept.slots_RS, found_RS
+
+    def _priced(self, kept_RS: IntArray, found_RS: IntArray, counts_RE: IntArray) -> tuple[float, Saved | None]:
+        """Seconds per iteration that other slots save on a record, and their parts where the cost model has parts."""
+        micro_batches = self.options.micro_batches
+        if not isinstance(self.layer_seconds, PricedLayer):
             gain_s = self.layer_seconds(kept_RS, counts_RE) - self.layer_seconds(found_RS, counts_RE)
-        cost_s, experts = self._migration(slots_RS, found_RS, home_slots)
-        return LayerProposal(
-            layer=layer,
-            slots_RS=found_RS,
-            gain_s=gain_s * options.micro_batches,
-            cost_s=cost_s,
-            experts=experts,
-            saved=saved,
-        )
+            return gain_s * micro_batches, None
+        kept, found = (self.layer_seconds.terms(each_RS, counts_RE) for each_RS in (kept_RS, found_RS))
+        return (kept.total_s - found.total_s) * micro_batches, Saved.of(kept, found, micro_batches)
 
     @property
     def _may_swap_anywhere(self) -> bool:
@@ -418,3 +478,24 @@ class HomesPlanner:
         options = self.options
         cost_s = migration_s(before_E, after_E, len(before_RS), options.state_bytes, options.migration_bytes_s)
         return cost_s, int((before_E != after_E).sum())
+
+
+def _forecast(history: History, chosen: Sequence[LayerProposal]) -> tuple[Forecast, ...]:
+    """Of the layers that would save most, as they were planned for."""
+    best = sorted(chosen, key=lambda each: each.gain_s, reverse=True)[:MOST_FORECASTS]
+    share_LE, error_L = history.forecast_LE(), history.forecast_error_L
+    return tuple(Forecast.of(each.layer, error_L[each.layer], share_LE[each.layer]) for each in best)
+
+
+def _part(state: Mapping[str, NDArray[Any]], prefix: str) -> dict[str, NDArray[Any]]:
+    """The arrays whose names begin with a prefix, without it."""
+    return {name.removeprefix(prefix): array for name, array in state.items() if name.startswith(prefix)}
+
+
+def _restored_counts(state: Mapping[str, NDArray[Any]], name: str, placement: Placement) -> IntArray | None:
+    sizes = (placement.num_layers, placement.num_ranks, placement.num_experts)
+    if name not in state:
+        return None
+    if state[name].shape != sizes:
+        raise PlanError(f"{name} of the saved homes is {state[name].shape}: must be {sizes}")
+    return state[name].astype(np.int64)

@@ -16,12 +16,13 @@ from megatron_smartmoe.runtime.decisions.command import main
 from megatron_smartmoe.spec.trace import load_trace
 from tests.dist.test_homes import decisions
 from tests.dist.test_smartmoe_layer import EP2
-from tests.support.training import train
+from tests.support.homes import train_with_hot_experts
 
 pytestmark = pytest.mark.dist
 
 MOVES = "--smartmoe --smartmoe-homes-interval 3 --smartmoe-homes-margin 1 --smartmoe-homes-horizon 100000"
 SLOTS = "--smartmoe-spare-slots 1 --smartmoe-replicas-margin 0"
+HOT = 3  # experts of rank 0 that one replica cannot make up for
 SAVED_AT, STOPPED_AT, ENDED_AT = 10, 14, 18  # a move at 10 is under review when the run is saved
 
 
@@ -39,7 +40,7 @@ def saving(run_dir: Path) -> list[str]:
 def auto_run(tmp_path_factory: pytest.TempPathFactory, data_flags: list[str]) -> Path:
     """Homes that move, and replicas from history and from counts; two micro-batches."""
     run_dir = tmp_path_factory.mktemp("auto")
-    train(run_dir, 2, data_flags, *flags(run_dir), *saving(run_dir), iterations=STOPPED_AT)
+    train_with_hot_experts(run_dir, 2, data_flags, *flags(run_dir), *saving(run_dir), iterations=STOPPED_AT, hot=HOT)
     return run_dir
 
 
@@ -52,7 +53,9 @@ def resumed_run(auto_run: Path, tmp_path_factory: pytest.TempPathFactory, data_f
     (checkpoints / "latest_checkpointed_iteration.txt").write_text(str(SAVED_AT))
     shutil.rmtree(checkpoints / f"iter_{STOPPED_AT:07d}")
     longer = "--override-opt-param-scheduler"
-    train(run_dir, 2, data_flags, *flags(run_dir), *saving(run_dir), longer, iterations=ENDED_AT)
+    train_with_hot_experts(
+        run_dir, 2, data_flags, *flags(run_dir), *saving(run_dir), longer, iterations=ENDED_AT, hot=HOT
+    )
     return run_dir
 
 
@@ -65,7 +68,9 @@ def pool_run(tmp_path_factory: pytest.TempPathFactory, data_flags: list[str]) ->
     cluster.write_text(shipped.read_text().replace("value: 26e9", "value: 26e6"))
     pool = "--smartmoe-pool auto --smartmoe-pool-interval 11 --smartmoe-overlap-degree 2 --global-batch-size 2"
     cluster_flag = ["--smartmoe-cluster", str(cluster)]
-    train(run_dir, 2, data_flags, *flags(run_dir), *pool.split(), *cluster_flag, iterations=36)
+    train_with_hot_experts(
+        run_dir, 2, data_flags, *flags(run_dir), *pool.split(), *cluster_flag, iterations=36, hot=HOT
+    )
     return run_dir
 
 
@@ -75,7 +80,7 @@ def run_of_four(
 ) -> Path:
     """Four ranks: two pipeline stages, or two expert-parallel groups that hold the same experts."""
     run_dir = tmp_path_factory.mktemp("four")
-    train(run_dir, 4, data_flags, *flags(run_dir), *request.param.split(), iterations=14)
+    train_with_hot_experts(run_dir, 4, data_flags, *flags(run_dir), *request.param.split(), iterations=14, hot=HOT)
     return run_dir
 
 

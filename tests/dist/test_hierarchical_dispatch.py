@@ -139,10 +139,11 @@ TRAININGS: dict[str, tuple[int, int, str, str]] = {  # ranks of a node, iteratio
     ),
     "overlapped micro-batches, delayed weight gradients, dropping, groups, history replicas": (
         2,
-        4,
+        6,
         f"{TOP4} --expert-model-parallel-size 4 --bf16 --overlap-moe-expert-parallel-comm "
         "--moe-expert-capacity-factor 0.8 --moe-router-num-groups 4 --moe-router-group-topk 2 --smartmoe-homes on "
-        f"--smartmoe-homes-interval 1 --smartmoe-homes-margin 1 {SPARE} history --smartmoe-record-micro-batches",
+        f"--smartmoe-homes-interval 1 --smartmoe-homes-horizon 1000000 {SPARE} history "  # every small gain pays
+        "--smartmoe-record-micro-batches",
         f"--ep-overlap-early-attn-memory-release {DELAY}",
     ),
 }

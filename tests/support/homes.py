@@ -42,6 +42,32 @@ def _main(argv: list[str], seed: int, move_weights: bool) -> None:
     main(argv, callbacks=[ScatterHomes()])
 
 
+def train_with_hot_experts(
+    run_dir: Path, world_size: int, data_flags: list[str], *flags: str, iterations: int, hot: int
+) -> None:
+    """Do what `training.train` does, with the first experts of each layer chosen by most tokens, so that other homes
+    would save time in every iteration."""
+    argv = [*TINY_MODEL, *TINY_TRAINING, *data_flags, "--train-iters", str(iterations), *flags]
+    run_ranks(
+        _with_hot_experts, world_size, [*argv, "--smartmoe-run-dir", str(run_dir)], hot, log_dir=run_dir / "ranks"
+    )
+
+
+def _with_hot_experts(argv: list[str], hot: int) -> None:
+    from megatron_smartmoe.adapter.hooks import Callback
+    from megatron_smartmoe.adapter.pretrain import main
+
+    class LongRows(Callback):
+        def on_start(self, run: Any) -> None:
+            if run.args.iteration:  # resumed: they are long already
+                return
+            for _, layer in run.layers:
+                layer.router.weight.data[:hot] *= 10  # of either sign, so in every second token
+            run.optimizer.reload_model_params()
+
+    main(argv, callbacks=[LongRows()])
+
+
 def scatter_homes(layers: Iterable[tuple[int, Any]], seed: int, move_weights: bool) -> None:
     """Give every layer random homes; before the first step weights are all there is to move."""
     import torch

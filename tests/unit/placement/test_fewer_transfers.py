@@ -60,8 +60,9 @@ def test_the_homes_loop_proposes_them() -> None:
     planner = HomesPlanner(1, 8, options, seconds)
     counts_RE = np.zeros((4, 8), dtype=np.int64)
     counts_RE[0] = LOAD_E
-    planner.observe(counts_RE[None])
-    found = planner.propose(1, start)
+    for _ in range(2):
+        planner.observe(counts_RE[None])
+    found = planner.propose(2, start)
     assert found is not None
     proposal, decision = found
     assert decision.taken

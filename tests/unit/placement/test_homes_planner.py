@@ -7,10 +7,11 @@ from hypothesis import strategies as st
 
 from megatron_smartmoe.cost.moe_layer import LayerConstants
 from megatron_smartmoe.placement.decisions import MOST_CANDIDATES, digest_of
-from megatron_smartmoe.placement.homes_planner import HomesPlanner, OnlineOptions
+from megatron_smartmoe.placement.history import History
+from megatron_smartmoe.placement.homes_planner import HomesPlanner, OnlineOptions, ReplicaMode
 from megatron_smartmoe.placement.layer_cost import LayerPricing, layer_seconds
 from megatron_smartmoe.placement.layer_plan import LayerPlan
-from megatron_smartmoe.placement.plan_homes import HomesOptions
+from megatron_smartmoe.placement.plan_homes import HomesOptions, plan_homes
 from megatron_smartmoe.placement.policy import PolicyOptions
 from megatron_smartmoe.placement.replica_planner import ReplicaPlanner
 from megatron_smartmoe.spec.arrays import IntArray
@@ -83,16 +84,22 @@ def test_never_worse_than_the_present_placement_on_what_was_seen(seed: int, spar
     assert busiest(planner.placement.slots_LRS[0], counts_RE) <= busiest(start.slots_LRS[0], counts_RE)
     homes = HomesPlanner(1, 32, options, busiest)
     homes.observe(counts_RE[None])
-    if found := homes.propose(1, planner.placement):
+    homes.observe(counts_RE[None])
+    if found := homes.propose(2, planner.placement):
         assert busiest(found[0].slots_LRS[0], counts_RE) <= busiest(planner.placement.slots_LRS[0], counts_RE)
 
 
+def in_nanoseconds(slots_RS: IntArray, counts_RE: IntArray) -> float:
+    return busiest(slots_RS, counts_RE) * 1e-9
+
+
 def test_a_move_that_does_not_pay_is_logged_and_not_taken() -> None:
-    counts_LGMRE = synthetic_trace(SPEC).groups(8)[0]
+    first, second = synthetic_trace(SPEC).groups(8)[:2]
     start = Placement.contiguous(num_layers=2, num_experts=32, num_ranks=8)
     options = OnlineOptions(state_bytes=10**12, policy=PolicyOptions(horizon_iterations=1))
-    homes = HomesPlanner(2, 32, options, lambda slots_RS, counts_RE: busiest(slots_RS, counts_RE) * 1e-9)
-    homes.observe(counts_LGMRE[:, 0, 0])
+    homes = HomesPlanner(2, 32, options, in_nanoseconds)
+    homes.observe(first[:, 0, 0])
+    homes.observe(second[:, 0, 0])
     found = homes.propose(1, start)
     assert found is not None
     proposal, decision = found
@@ -106,13 +113,14 @@ def test_a_move_that_does_not_pay_is_logged_and_not_taken() -> None:
 
 
 def test_a_decision_has_its_candidates_and_their_parts_add_up() -> None:
-    counts_LGMRE = synthetic_trace(SPEC).groups(8)[0]
+    first, second = synthetic_trace(SPEC).groups(8)[:2]
     start = Placement.contiguous(num_layers=2, num_experts=32, num_ranks=8)
     price = layer_seconds(
         LayerPricing(num_ranks=8, constants=LayerConstants(token_s=1e-6, intra_token_s=1e-7, fixed_s=1e-5))
     )
     homes = HomesPlanner(2, 32, OnlineOptions(state_bytes=1000), price)
-    homes.observe(counts_LGMRE[:, 0, 0])
+    homes.observe(first[:, 0, 0])
+    homes.observe(second[:, 0, 0])
     found = homes.propose(1, start)
     assert found is not None
     decision = found[1]
@@ -129,9 +137,73 @@ def test_a_decision_has_its_candidates_and_their_parts_add_up() -> None:
 
 def test_homes_that_cannot_be_better_give_no_decision() -> None:
     start = Placement.contiguous(num_layers=1, num_experts=8, num_ranks=4)
-    homes = HomesPlanner(1, 8, OnlineOptions(), lambda slots_RS, counts_RE: busiest(slots_RS, counts_RE) * 1e-9)
-    homes.observe(np.ones((1, 4, 8), dtype=np.int64))
-    assert homes.propose(1, start) is None
+    homes = HomesPlanner(1, 8, OnlineOptions(), in_nanoseconds)
+    for _ in range(2):
+        homes.observe(np.ones((1, 4, 8), dtype=np.int64))
+    assert homes.propose(2, start) is None
+
+
+def of_one_source(*loads_E: list[int]) -> list[IntArray]:
+    """Records of one layer on 2 ranks, whose tokens are all of rank 0."""
+    return [np.array([[load_E, [0] * len(load_E)]]) for load_E in loads_E]
+
+
+TWO_RANKS = Placement.contiguous(num_layers=1, num_experts=4, num_ranks=2)
+HOT_01, HOT_03 = [40, 40, 10, 10], [40, 10, 10, 40]  # contiguous homes suit the second
+
+
+@pytest.mark.parametrize("replicas", ["history", "exact"])
+def test_homes_move_for_what_they_save_on_a_record_that_they_were_not_found_on(replicas: ReplicaMode) -> None:
+    for loads, gain in (((HOT_01, HOT_01), 30), ((HOT_01, [40, 30, 10, 20]), 10), ((HOT_01, HOT_03), -30)):
+        homes = HomesPlanner(1, 4, OnlineOptions(replicas=replicas), busiest)
+        for counts_LRE in of_one_source(*loads):
+            homes.observe(counts_LRE)
+        found = homes.propose(2, TWO_RANKS)
+        assert found is not None
+        assert found[1].predicted_gain_s == gain
+        assert found[1].taken == (gain > 0)
+
+
+def test_a_gain_is_no_more_than_on_the_last_record_that_homes_were_found_on() -> None:
+    homes = HomesPlanner(1, 4, OnlineOptions(), busiest)
+    for counts_LRE in of_one_source([40, 30, 10, 20], HOT_01):
+        homes.observe(counts_LRE)
+    found = homes.propose(2, TWO_RANKS)
+    assert found is not None
+    assert found[1].predicted_gain_s == 70 - 50
+
+
+def test_homes_are_found_on_what_came_before_the_last_record() -> None:
+    counts = synthetic_trace(SPEC).groups(8)[:3, :, 0, 0]
+    start = Placement.contiguous(num_layers=2, num_experts=32, num_ranks=8)
+    homes, earlier = HomesPlanner(2, 32, OnlineOptions(), busiest), History(2, 32)
+    for counts_LRE in counts:
+        homes.observe(counts_LRE)
+    for counts_LRE in counts[:-1]:
+        earlier.update(counts_LRE.sum(axis=1)[:, None])
+    found = homes.propose(3, start)
+    assert found is not None
+    assert found[1].taken
+    for layer, load_E in enumerate(earlier.forecast_LE()):
+        wanted_RS = plan_homes(start.slots_LRS[layer], load_E, 4, HomesOptions()).slots_RS
+        assert np.array_equal(found[0].slots_LRS[layer], wanted_RS)
+
+
+def test_an_evaluation_takes_two_records_and_one_more_after_an_older_checkpoint() -> None:
+    homes, resumed = (HomesPlanner(1, 4, OnlineOptions(), busiest) for _ in range(2))
+    one, two, three = of_one_source(HOT_01, HOT_01, HOT_01)
+    homes.observe(one)
+    assert not homes.due(1)
+    homes.observe(two)
+    assert homes.due(2)
+    older = {name: array for name, array in homes.state().items() if not name.startswith("earlier_")}
+    resumed.restore(older, TWO_RANKS)
+    assert not resumed.due(2)
+    homes.observe(three)
+    resumed.observe(three)
+    decisions = [each.propose(3, TWO_RANKS) for each in (homes, resumed)]
+    assert decisions[0] is not None
+    assert decisions[0] == decisions[1]
 
 
 def test_before_anything_was_seen_nothing_is_planned() -> None:

@@ -35,9 +35,10 @@ def replayed(kind: str, policy: ReplicaMode | Literal["laer"], homes_interval: i
     return replay(trace, own_policy(policy, start, 1, setup, prices, homes_interval=homes_interval), setup)
 
 
-@pytest.mark.parametrize(("kind", "policy"), [("drifting", "history"), ("burst", "auto")])
-def test_homes_even_out_the_nodes(kind: str, policy: ReplicaMode) -> None:
-    assert replayed(kind, policy, homes_interval=4).imbalance.mean() < 1.05
+@pytest.mark.parametrize(("kind", "policy", "limit"), [("drifting", "history", 1.06), ("burst", "auto", 1.05)])
+def test_homes_even_out_the_nodes(kind: str, policy: ReplicaMode, limit: float) -> None:
+    """Where the load drifts, homes that were found before the last record are a record older."""
+    assert replayed(kind, policy, homes_interval=4).imbalance.mean() < limit
 
 
 def test_a_steady_load_is_even_and_faster_than_with_the_fastest_peer() -> None:

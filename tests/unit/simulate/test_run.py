@@ -150,7 +150,7 @@ def test_a_move_that_wins_is_reviewed_and_kept() -> None:
 
 
 def test_a_move_that_loses_is_reverted_and_the_next_one_waits_longer() -> None:
-    decisions, policy = homes_only(flipping_load(14, 1))
+    decisions, policy = homes_only(flipping_load(14, 2))
     move, review, *later = decisions
     assert (move.kind, review.kind) == ("homes", "review")
     assert review.realised_gain_s == pytest.approx(-30.0)
