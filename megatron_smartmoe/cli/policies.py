@@ -104,7 +104,10 @@ def own_policy(
         exact_price=prices.replica_price("exact"),
         policy=judge,
     )
-    seconds = layer_seconds(setup.pricing_of(sees, has_trees=not prices.first_version))
+    kinds: dict[str, Sees] = {mode: sees, "exact": "exact"}
+    seconds = layer_seconds(
+        {name: setup.pricing_of(kind, has_trees=not prices.first_version) for name, kind in kinds.items()}, mode
+    )
     if moves is not None:
         return RecordedPolicy(placement, num_groups, options, seconds, moves, setup.kernels)
     return OnlinePolicy(placement, num_groups, options, seconds, setup.kernels)

@@ -18,9 +18,9 @@ uses counts, slots and prices, no clock: all ranks, a resumed run and a replay d
 (2) needs a plan for every micro-batch, so it is only made where it can matter. At most the price of the fetch can be
 saved: if that is below 1% of the iteration's tokens, history is good enough. And exact counts cost at least the mean,
 and one transfer where the homes alone are not balanced: if that lifts the credit not even from its lower end, nothing
-is planned either. A layer whose credit has reached either end is not judged in the next 5 to 9 iterations, unless its
-homes move. How many is drawn from its counts, so that not all layers are judged in the same iteration. Of many
-micro-batches a few are judged, those that the history keeps.
+is planned either. A layer whose credit has reached either end is not judged in the next 5 to 9 iterations. How many is
+drawn from its counts, so that not all layers are judged in the same iteration. Of many micro-batches a few are judged,
+those that the history keeps. A layer whose homes move begins anew.
 
 Example. Mean 1,000 tokens per rank, one micro-batch. The fetch of history's replicas costs 70 tokens, and the busiest
 rank has 1,400 with them; replicas planned anew leave 1,000 and cost 110. With history: 70 + min(1400, 1000 + 110) =
@@ -49,9 +49,8 @@ from megatron_smartmoe.spec.arrays import IntArray
 from megatron_smartmoe.spec.placement import hosts_of
 
 MOST_CREDIT = 0.10  # of an iteration's tokens, either way: how long the past counts
-TURN = (
-    0.02  # credit at which a layer is suspended, and resumed where it is negative: no noise of 1% turns a layer twice
-)
+# Credit at which a layer is suspended, and resumed where it is negative: no noise of 1% turns a layer twice.
+TURN = 0.02
 LEAST_REST = 5  # iterations for which a clear case is not judged, up to twice as many
 ENOUGH = 0.01  # of an iteration's tokens that may be lost without notice, as `ReplanOptions.limit` has it
 

@@ -393,9 +393,12 @@ class HomesPlanner:
         # Step 1: find other homes on the earlier records, and plan replicas for both: exact ones for each record.
         if options.replicas == "exact":
             forecast_E = self._earlier.history.forecast_LE()[layer]
-            homes_RS = plan_homes(slots_RS, forecast_E, home_slots, options.homes).slots_RS
+            homes_RS, price = (
+                plan_homes(slots_RS, forecast_E, home_slots, options.homes).slots_RS,
+                options.replica.price,
+            )
             pairs = [
-                (self._exact(slots_RS, counts_RE, home_slots), self._exact(homes_RS, counts_RE, home_slots))
+                (self._exact(slots_RS, counts_RE, price), self._exact(homes_RS, counts_RE, price))
                 for counts_RE in records
             ]
         else:
@@ -411,16 +414,16 @@ class HomesPlanner:
             gain_s, saved = min(priced, key=lambda each: each[0])
         return LayerProposal(layer=layer, slots_RS=found_RS, gain_s=gain_s, cost_s=cost_s, experts=experts, saved=saved)
 
-    def _exact(self, homes_RS: IntArray, counts_RE: IntArray, home_slots: int) -> IntArray:
-        """Slots with replicas for exactly these counts."""
+    def _exact(self, slots_RS: IntArray, counts_RE: IntArray, price: TransferPrice) -> IntArray:
+        """Slots with the same homes and replicas for exactly these counts."""
         replica = self.options.replica
         return cheapest_exact_replicas(
             counts_RE.sum(axis=0),
-            homes_RS,
-            home_slots,
+            slots_RS,
+            counts_RE.shape[1] // len(slots_RS),
             num_nodes=replica.num_nodes,
             or_group=replica.or_group,
-            price=replica.price,
+            price=price,
             limit=self.options.auto_limit,
             kernels=self._kernels,
         )
@@ -462,8 +465,16 @@ class HomesPlanner:
         if not isinstance(self.layer_seconds, PricedLayer):
             gain_s = self.layer_seconds(kept_RS, counts_RE) - self.layer_seconds(found_RS, counts_RE)
             return gain_s * micro_batches, None
-        kept, found = (self.layer_seconds.terms(each_RS, counts_RE) for each_RS in (kept_RS, found_RS))
+        kept, found = (self._terms(each_RS, counts_RE, self.layer_seconds) for each_RS in (kept_RS, found_RS))
         return (kept.total_s - found.total_s) * micro_batches, Saved.of(kept, found, micro_batches)
+
+    def _terms(self, slots_RS: IntArray, counts_RE: IntArray, layer: PricedLayer) -> LayerTime:
+        """Time of a micro-batch; with `auto` with replicas from exact counts alone where that is less."""
+        terms = layer.terms(slots_RS, counts_RE)
+        if layer.alone is None:
+            return terms
+        exact_RS = self._exact(slots_RS, counts_RE, self.options.exact_price)
+        return min(terms, PricedLayer(pricing=layer.alone).terms(exact_RS, counts_RE), key=lambda each: each.total_s)
 
     @property
     def _may_swap_anywhere(self) -> bool:

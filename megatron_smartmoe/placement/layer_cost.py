@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -66,9 +66,15 @@ class Kept:
 
 @dataclass(frozen=True, kw_only=True)
 class PricedLayer:
-    """The function (slots_RS, counts_RE) -> predicted seconds of a layer with the exact split, for the planners."""
+    """The function (slots_RS, counts_RE) -> predicted seconds of a layer with the exact split, for the planners.
+
+    Attributes:
+        pricing: of the replicas that the mode plans.
+        alone: with `auto`, of replicas that are planned from exact counts alone, where those from history are suspended.
+    """
 
     pricing: LayerPricing
+    alone: LayerPricing | None = None
 
     def __call__(self, slots_RS: IntArray, counts_RE: IntArray) -> float:
         """Seconds of a micro-batch with these slots and counts."""
@@ -80,9 +86,14 @@ class PricedLayer:
         return _layer_time(LayerPlan(slots_RS=slots_RS, split="exact"), counts_RE, home_E, self.pricing)[0]
 
 
-def layer_seconds(pricing: LayerPricing) -> PricedLayer:
-    """What prices a layer for the planners."""
-    return PricedLayer(pricing=pricing)
+def layer_seconds(pricing: Mapping[str, LayerPricing], mode: str) -> PricedLayer:
+    """What prices a layer for the planners.
+
+    Args:
+        pricing: price of a layer by the way that replicas are planned.
+        mode: one of them.
+    """
+    return PricedLayer(pricing=pricing[mode], alone=pricing["exact"] if mode == "auto" else None)
 
 
 def price_layer(

@@ -236,8 +236,11 @@ class ReplicaPlanner:
 
     def rehome(self, homes: Placement) -> None:
         """Adopt the homes of another placement; replicas stay where their homes still allow it."""
+        moved_L = (self._placement.homes_LRH != homes.homes_LRH).any(axis=(1, 2)).tolist()
         self._placement, self._planned = self._rehomed(self._placement, homes), self._rehomed(self._planned, homes)
-        self._standings = tuple(replace(standing, rest=0) for standing in self._standings)
+        # How history has done with other homes says little about these, for which it has planned nothing yet.
+        pairs = zip(self._standings, moved_L, strict=True)
+        self._standings = tuple(Standing(rest=1) if moved else standing for standing, moved in pairs)
 
     def _rehomed(self, placement: Placement, homes: Placement) -> Placement:
         slots_LRS, home_slots = placement.slots_LRS.copy(), placement.home_slots

@@ -80,7 +80,7 @@ class HomesLoop(Callback):
                 len(numbers),
                 args.num_experts,
                 online_options(args, review_records=windows),
-                layer_seconds(self._pricing[replicas_mode(args)]),
+                layer_seconds(self._pricing, replicas_mode(args)),
             ),
             IntervalCounts(counts, shape),
             self._mover,
@@ -186,7 +186,7 @@ class HomesLoop(Callback):
 
     def switch_to(self, setting: PoolSetting) -> None:
         """Move homes or not, as a setting of the pool says, and plan them for its replicas from now on."""
-        self._controller.switch_to(setting, layer_seconds(self._pricing[setting.replicas]))
+        self._controller.switch_to(setting, layer_seconds(self._pricing, setting.replicas))
 
     def recorded(self) -> tuple[HomesStart, State]:
         """What a replay of the next decisions begins with. A collective call."""

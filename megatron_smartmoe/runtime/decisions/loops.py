@@ -67,7 +67,7 @@ class ReplayedHomes:
         placement = Placement(slots_LRS=state["slots_LRS"].astype(np.int64), num_experts=shape.num_experts)
         self._counts = _TraceCounts(shape, start.options.windows)
         planner = HomesPlanner(
-            placement.num_layers, shape.num_experts, start.online, layer_seconds(start.pricing[start.mode])
+            placement.num_layers, shape.num_experts, start.online, layer_seconds(start.pricing, start.mode)
         )
         self.controller = Controller(start.options, planner, self._counts, self, self, placement)
         self.controller.restore(state, adds_sums=True)
@@ -79,7 +79,7 @@ class ReplayedHomes:
 
     def switch_to(self, setting: PoolSetting) -> None:
         """Follow a switch of the pool."""
-        self.controller.switch_to(setting, layer_seconds(self._pricing[setting.replicas]))
+        self.controller.switch_to(setting, layer_seconds(self._pricing, setting.replicas))
 
     def move(self, before: Placement, after: Placement) -> Moved:
         """See `runtime.controller.Mover`: moves nothing, and fails where the run's migration failed."""
