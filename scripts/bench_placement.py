@@ -56,7 +56,7 @@ from megatron_smartmoe.cost.replicas import LegPrice, TransferPrice
 from megatron_smartmoe.placement.exact_replicas import exact_replicas
 from megatron_smartmoe.placement.history import History, HistoryOptions
 from megatron_smartmoe.placement.homes_planner import OnlineOptions
-from megatron_smartmoe.placement.layer_cost import layer_seconds
+from megatron_smartmoe.placement.layer_cost import PricedLayer
 from megatron_smartmoe.placement.layer_plan import Rule
 from megatron_smartmoe.placement.plan_replicas import ReplicaOptions, best_replicas
 from megatron_smartmoe.placement.replica_planner import ReplicaPlanner
@@ -425,7 +425,7 @@ def balance_of(trace: RoutingTrace, ranks: int, spare: int) -> dict[str, FloatAr
     policies: dict[str, SimulatedPolicy] = {}
     for mode in ("history", "auto"):
         options = OnlineOptions(replicas=mode)
-        policies[f"ours, {mode}"] = OnlinePolicy(start, 1, options, layer_seconds(setup.pricing))
+        policies[f"ours, {mode}"] = OnlinePolicy(start, 1, options, PricedLayer(pricing=setup.pricing))
     for name, rule in RIVALS.items():
         policies[name] = RulePolicy(rule, start, num_groups=1, num_nodes=1, interval=1)
     return {name: replay(trace, policy, setup).imbalance for name, policy in policies.items()}

@@ -7,8 +7,9 @@ given; neither uses a clock, a process group or a device.
 
 Method. Other homes of a layer are searched for on the history as it was before the last record, with replicas planned
 from it as training would have planned them for the last record. They are worth what they would have saved on the last
-record, which they were not found on, and no more than on the record before it, the last one that they were found on. So
-the first evaluation takes two records.
+record, which they were not found on, and no more than on the record before it, the last one that they were found on.
+With `auto` either side has the cheaper of the replicas from history and those from exact counts alone, as in training.
+So the first evaluation takes two records.
 
 Why both. On a record that it was found on, a plan also saves what is that record's noise, and the layers that move are
 those in which it seems to save most. A record that it was not found on has no such noise; but where the load has just
@@ -393,10 +394,8 @@ class HomesPlanner:
         # Step 1: find other homes on the earlier records, and plan replicas for both: exact ones for each record.
         if options.replicas == "exact":
             forecast_E = self._earlier.history.forecast_LE()[layer]
-            homes_RS, price = (
-                plan_homes(slots_RS, forecast_E, home_slots, options.homes).slots_RS,
-                options.replica.price,
-            )
+            homes_RS = plan_homes(slots_RS, forecast_E, home_slots, options.homes).slots_RS
+            price = options.replica.price
             pairs = [
                 (self._exact(slots_RS, counts_RE, price), self._exact(homes_RS, counts_RE, price))
                 for counts_RE in records

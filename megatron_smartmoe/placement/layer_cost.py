@@ -70,7 +70,7 @@ class PricedLayer:
 
     Attributes:
         pricing: of the replicas that the mode plans.
-        alone: with `auto`, of replicas that are planned from exact counts alone, where those from history are suspended.
+        alone: with `auto`, of those planned from exact counts alone, where replicas from history are suspended.
     """
 
     pricing: LayerPricing

@@ -10,7 +10,7 @@ import numpy as np
 from megatron_smartmoe.cli.simulate_prices import Prices
 from megatron_smartmoe.cost.compute import ExpertShape
 from megatron_smartmoe.placement.homes_planner import OnlineOptions, ReplicaMode
-from megatron_smartmoe.placement.layer_cost import layer_seconds
+from megatron_smartmoe.placement.layer_cost import PricedLayer
 from megatron_smartmoe.runtime.replay import scaled_counts
 from megatron_smartmoe.simulate.baselines.contiguous import Contiguous
 from megatron_smartmoe.simulate.policies import OnlinePolicy, RulePolicy, SimulatedPolicy
@@ -65,7 +65,7 @@ def layer_seconds_of(
             return RulePolicy(rule, start, 1, 1, HOMES_INTERVAL)
         mode = cast(ReplicaMode, variant)
         options = OnlineOptions(homes_interval=0, replicas=mode, micro_batches=shape.micro_batches)
-        return OnlinePolicy(start, 1, options, layer_seconds(setup.pricing_of("history")))
+        return OnlinePolicy(start, 1, options, PricedLayer(pricing=setup.pricing_of("history")))
 
     seconds = {"ideal": float(even_load_s(trace, setup).mean())}
     for variant in variants:

@@ -213,10 +213,23 @@ def test_a_clear_case_is_judged_now_and_then(load: Callable[[int], IntArray]) ->
     with mock.patch.object(replica_planner, "saved_by_exact", wraps=saved_by_exact) as judged:
         run(one, load, range(20, 60))
         assert 40 // 10 <= judged.call_count <= 1 + 40 // 6
-        calls = judged.call_count
-        one.rehome(HOMES)
-        run(one, load, range(60, 61))
-        assert judged.call_count == calls + 1, "homes have moved"
+
+
+def test_a_layer_whose_homes_move_begins_anew() -> None:
+    one = planner()
+    run(one, rotating, range(20))
+    assert one.is_suspended(0)
+    one.rehome(HOMES)
+    assert one.is_suspended(0), "these are the same homes"
+    moved_LRS = HOMES.slots_LRS.copy()
+    moved_LRS[0, [0, 1], 0] = moved_LRS[0, [1, 0], 0]
+    one.rehome(replace(HOMES, slots_LRS=moved_LRS))
+    with mock.patch.object(replica_planner, "saved_by_exact", wraps=saved_by_exact) as judged:
+        run(one, rotating, range(20, 21))
+        assert not judged.called, "history has planned nothing for these homes"
+        assert not one.is_suspended(0)
+        run(one, rotating, range(21, 22))
+        assert judged.called
 
 
 def test_planning_ahead_leads_to_the_same() -> None:

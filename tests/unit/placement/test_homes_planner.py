@@ -6,12 +6,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_smartmoe.cost.moe_layer import LayerConstants
+from megatron_smartmoe.cost.replicas import TransferPrice
 from megatron_smartmoe.placement.decisions import MOST_CANDIDATES, digest_of
 from megatron_smartmoe.placement.history import History
 from megatron_smartmoe.placement.homes_planner import HomesPlanner, OnlineOptions, ReplicaMode
-from megatron_smartmoe.placement.layer_cost import LayerPricing, layer_seconds
+from megatron_smartmoe.placement.layer_cost import LayerPricing, PricedLayer
 from megatron_smartmoe.placement.layer_plan import LayerPlan
 from megatron_smartmoe.placement.plan_homes import HomesOptions, plan_homes
+from megatron_smartmoe.placement.plan_replicas import ReplicaOptions
 from megatron_smartmoe.placement.policy import PolicyOptions
 from megatron_smartmoe.placement.replica_planner import ReplicaPlanner
 from megatron_smartmoe.spec.arrays import IntArray
@@ -115,8 +117,8 @@ def test_a_move_that_does_not_pay_is_logged_and_not_taken() -> None:
 def test_a_decision_has_its_candidates_and_their_parts_add_up() -> None:
     first, second = synthetic_trace(SPEC).groups(8)[:2]
     start = Placement.contiguous(num_layers=2, num_experts=32, num_ranks=8)
-    price = layer_seconds(
-        LayerPricing(num_ranks=8, constants=LayerConstants(token_s=1e-6, intra_token_s=1e-7, fixed_s=1e-5))
+    price = PricedLayer(
+        pricing=LayerPricing(num_ranks=8, constants=LayerConstants(token_s=1e-6, intra_token_s=1e-7, fixed_s=1e-5))
     )
     homes = HomesPlanner(2, 32, OnlineOptions(state_bytes=1000), price)
     homes.observe(first[:, 0, 0])
@@ -162,6 +164,22 @@ def test_homes_move_for_what_they_save_on_a_record_that_they_were_not_found_on(r
         assert found is not None
         assert found[1].predicted_gain_s == gain
         assert found[1].taken == (gain > 0)
+
+
+def test_with_auto_other_homes_save_nothing_where_plans_from_exact_counts_balance_as_well() -> None:
+    """Replicas from history are too dear to be made here, those from exact counts cost nothing."""
+    pricing = LayerPricing(num_ranks=2, num_nodes=2, constants=LayerConstants(token_s=1.0))
+    start = Placement.contiguous(num_layers=1, num_experts=4, num_ranks=2, spare_slots=1)
+    replica = ReplicaOptions(num_nodes=2, or_group=True, price=TransferPrice.of_each(1e6))
+    options = OnlineOptions(homes=HomesOptions(num_nodes=2), replica=replica)
+    for alone, gain_s in ((None, 30.0), (pricing, 0.0)):
+        homes = HomesPlanner(1, 4, options, PricedLayer(pricing=pricing, alone=alone))
+        for counts_LRE in of_one_source(HOT_01, HOT_01):
+            homes.observe(counts_LRE)
+        found = homes.propose(2, start)
+        assert found is not None
+        assert found[1].predicted_gain_s == pytest.approx(gain_s)
+        assert found[1].taken == (gain_s > 0)
 
 
 def test_a_gain_is_no_more_than_on_the_last_record_that_homes_were_found_on() -> None:

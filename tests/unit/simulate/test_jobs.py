@@ -16,7 +16,7 @@ import pytest
 from megatron_smartmoe.cost.moe_layer import LayerConstants
 from megatron_smartmoe.errors import ConfigError, PlanError
 from megatron_smartmoe.placement.homes_planner import OnlineOptions
-from megatron_smartmoe.placement.layer_cost import layer_seconds
+from megatron_smartmoe.placement.layer_cost import PricedLayer
 from megatron_smartmoe.placement.layer_plan import Rule
 from megatron_smartmoe.simulate.baselines.eplb import Eplb
 from megatron_smartmoe.simulate.baselines.ultraep import UltraEp
@@ -45,7 +45,7 @@ def start(num_layers: int) -> Placement:
 
 def ours(num_layers: int) -> SimulatedPolicy:
     options = OnlineOptions(homes_interval=2, state_bytes=7, migration_bytes_s=1e5)
-    return OnlinePolicy(start(num_layers), 2, options, layer_seconds(SETUP.pricing_of("history", has_trees=True)))
+    return OnlinePolicy(start(num_layers), 2, options, PricedLayer(pricing=SETUP.pricing_of("history", has_trees=True)))
 
 
 def rule(one: Rule) -> Entrant:

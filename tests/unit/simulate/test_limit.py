@@ -8,7 +8,7 @@ import pytest
 
 from megatron_smartmoe.cost.moe_layer import LayerConstants, LayerCounts
 from megatron_smartmoe.cost.replicas import EVERY_MICRO_BATCH, ReplicaSchedule
-from megatron_smartmoe.placement.layer_cost import LayerPricing, even_load, layer_seconds
+from megatron_smartmoe.placement.layer_cost import LayerPricing, PricedLayer, even_load
 from megatron_smartmoe.simulate.limit import limit_s
 from megatron_smartmoe.spec.arrays import IntArray
 from megatron_smartmoe.spec.placement import EMPTY
@@ -46,7 +46,7 @@ def all_plans(num_ranks: int, home_slots: int) -> Iterator[IntArray]:
 )
 def test_no_plan_beats_it(num_ranks: int, home_slots: int, num_nodes: int, schedule: ReplicaSchedule) -> None:
     pricing = LayerPricing(num_ranks=num_ranks, num_nodes=num_nodes, constants=SLOW, replicas=schedule, has_trees=True)
-    seconds, plans = layer_seconds(pricing), list(all_plans(num_ranks, home_slots))
+    seconds, plans = PricedLayer(pricing=pricing), list(all_plans(num_ranks, home_slots))
     num_experts = num_ranks * home_slots
     rng, reached = np.random.default_rng(0), 0
     for skew in (1.0, 3.0):

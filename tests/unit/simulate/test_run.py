@@ -10,7 +10,7 @@ from megatron_smartmoe.cost.moe_layer import LayerConstants
 from megatron_smartmoe.cost.replicas import ReplicaSchedule
 from megatron_smartmoe.placement.decisions import Decision
 from megatron_smartmoe.placement.homes_planner import OnlineOptions
-from megatron_smartmoe.placement.layer_cost import Kept, LayerPricing, layer_seconds
+from megatron_smartmoe.placement.layer_cost import Kept, LayerPricing, PricedLayer
 from megatron_smartmoe.placement.layer_plan import LayerPlan, LayerProblem, Rule, Sees
 from megatron_smartmoe.placement.policy import PolicyOptions
 from megatron_smartmoe.simulate.baselines.eplb import Eplb
@@ -115,7 +115,7 @@ def test_lower_bounds_with_and_without_spare_slots() -> None:
 
 
 def test_ours_reaches_the_bound_on_a_steady_load() -> None:
-    policy = OnlinePolicy(start(), 1, OnlineOptions(replicas="history"), layer_seconds(setup().pricing))
+    policy = OnlinePolicy(start(), 1, OnlineOptions(replicas="history"), PricedLayer(pricing=setup().pricing))
     result = replay(trace_of(*[[6, 2]] * 4), policy, setup(warmup=1))
     assert result.imbalance.tolist() == [1, 1, 1]
     assert result.stats.replicas_made == 3
@@ -133,7 +133,7 @@ def flipping_load(records: int, flip_at: int) -> RoutingTrace:
 def homes_only(trace: RoutingTrace) -> tuple[list[Decision], OnlinePolicy]:
     start = Placement.contiguous(num_layers=1, num_experts=4, num_ranks=2)
     options = OnlineOptions(homes_interval=4, review_records=2, policy=PolicyOptions(cooldown_iterations=6))
-    policy = OnlinePolicy(start, 1, options, layer_seconds(setup().pricing))
+    policy = OnlinePolicy(start, 1, options, PricedLayer(pricing=setup().pricing))
     return replay(trace, policy, setup(spare_slots=0)).decisions, policy
 
 
@@ -178,7 +178,7 @@ def test_never_worse_than_the_better_peer_under_bursts_and_drift(
     given = setup(num_ranks=ranks, spare_slots=spare, warmup=4)
 
     def ours(**options: Any) -> FloatArray:
-        policy = OnlinePolicy(begin, 1, OnlineOptions(homes_interval=0, **options), layer_seconds(given.pricing))
+        policy = OnlinePolicy(begin, 1, OnlineOptions(homes_interval=0, **options), PricedLayer(pricing=given.pricing))
         return replay(trace, policy, given).imbalance
 
     def peer(rule: Rule) -> FloatArray:
@@ -217,7 +217,7 @@ def test_auto_pays_for_the_replicas_that_it_does_not_use() -> None:
         kept=Kept(slots_RS=np.array([[0, 1], [1, EMPTY]])),
     )
     given = setup(prices={"exact": prices, "history": replace(prices, replicas=ReplicaSchedule(micro_batches=4))})
-    policy = OnlinePolicy(start(), 1, OnlineOptions(), layer_seconds(given.pricing))
+    policy = OnlinePolicy(start(), 1, OnlineOptions(), PricedLayer(pricing=given.pricing))
     seconds, _ = price(planned, np.array([[6, 2], [0, 0]]), policy, 0, given)
     assert seconds == pytest.approx(8.0 + 8.0 / 4)
 
@@ -232,6 +232,6 @@ def test_replicas_from_history_are_fetched_once_and_returned_where_a_micro_batch
     counts = np.zeros((3, 1, 2, 2, 2), np.uint32)
     counts[:, 0, 0] = [[[60, 20], [60, 20]], [[60, 20], [60, 20]], [first, [0, 80]]]
     trace = RoutingTrace(counts=counts, iteration=np.arange(3), layer=np.array([0]))
-    policy = OnlinePolicy(start(), 1, OnlineOptions(homes_interval=0), layer_seconds(setup().pricing))
+    policy = OnlinePolicy(start(), 1, OnlineOptions(homes_interval=0), PricedLayer(pricing=setup().pricing))
     stats = replay(trace, policy, setup(warmup=2)).stats
     assert (stats.replans, stats.replicas_made, stats.replicas_returned) == (replans, made, returned)
