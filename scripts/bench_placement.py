@@ -55,9 +55,9 @@ from megatron_smartmoe.cost.moe_layer import LayerConstants
 from megatron_smartmoe.cost.replicas import LegPrice, TransferPrice
 from megatron_smartmoe.placement.exact_replicas import exact_replicas
 from megatron_smartmoe.placement.history import History, HistoryOptions
-from megatron_smartmoe.placement.homes_planner import OnlineOptions
 from megatron_smartmoe.placement.layer_cost import PricedLayer
 from megatron_smartmoe.placement.layer_plan import Rule
+from megatron_smartmoe.placement.online_options import OnlineOptions
 from megatron_smartmoe.placement.plan_replicas import ReplicaOptions, best_replicas
 from megatron_smartmoe.placement.replica_planner import ReplicaPlanner
 from megatron_smartmoe.placement.replica_scope import cheapest_replicas

@@ -20,8 +20,8 @@ from megatron_smartmoe.cost.dispatchers import Dispatcher
 from megatron_smartmoe.cost.memory.buffers import MAIN_BYTES, MOMENT_BYTES, expert_state_bytes
 from megatron_smartmoe.cost.moe_layer import constants_of, crossing_bytes_s, exchanges_of, transfer_price
 from megatron_smartmoe.cost.replicas import TransferPrice, schedule_of
-from megatron_smartmoe.placement.homes_planner import OnlineOptions
 from megatron_smartmoe.placement.layer_cost import LayerPricing
+from megatron_smartmoe.placement.online_options import OnlineOptions
 from megatron_smartmoe.placement.plan_homes import HomesOptions, node_swap_price
 from megatron_smartmoe.placement.plan_replicas import ReplicaOptions
 from megatron_smartmoe.placement.policy import BETWEEN_NODES_TOLERANCE, PolicyOptions

@@ -24,8 +24,8 @@ from megatron_smartmoe.cli.policies import own_policy, peer_policy, setup_of
 from megatron_smartmoe.cli.simulate_prices import Prices, rank_tokens
 from megatron_smartmoe.cost.compute import ExpertShape
 from megatron_smartmoe.errors import ConfigError
-from megatron_smartmoe.placement.homes_planner import ReplicaMode
 from megatron_smartmoe.placement.kernels import Kernels
+from megatron_smartmoe.placement.online_options import ReplicaMode
 from megatron_smartmoe.simulate.baselines import MOVING_HOMES, by_name
 from megatron_smartmoe.simulate.imbalance import SERIES, BenchSizes, Case, Series, make_case, row
 from megatron_smartmoe.simulate.jobs import add_one, default_jobs, run_tasks

@@ -7,10 +7,10 @@ from dataclasses import replace
 
 from megatron_smartmoe.cli.simulate_prices import Prices
 from megatron_smartmoe.cost.memory.buffers import expert_state_bytes
-from megatron_smartmoe.placement.homes_planner import OnlineOptions, ReplicaMode
 from megatron_smartmoe.placement.kernels import NUMPY, Kernels
 from megatron_smartmoe.placement.layer_cost import layer_seconds
 from megatron_smartmoe.placement.layer_plan import Sees
+from megatron_smartmoe.placement.online_options import OnlineOptions, ReplicaMode
 from megatron_smartmoe.placement.plan_homes import HomesOptions, node_swap_price
 from megatron_smartmoe.placement.plan_replicas import ReplicaOptions
 from megatron_smartmoe.placement.policy import BETWEEN_NODES_TOLERANCE, PolicyOptions

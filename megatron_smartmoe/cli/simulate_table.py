@@ -11,7 +11,7 @@ import numpy as np
 from megatron_smartmoe.cli.simulate_prices import Prices
 from megatron_smartmoe.cost.dispatchers import ALL_TO_ALL
 from megatron_smartmoe.placement.decisions import Decision
-from megatron_smartmoe.placement.homes_planner import ReplicaMode
+from megatron_smartmoe.placement.online_options import ReplicaMode
 from megatron_smartmoe.placement.routing_groups import explain
 from megatron_smartmoe.simulate.run import PolicyResult, SimulationSetup, left_out
 from megatron_smartmoe.spec.arrays import FloatArray

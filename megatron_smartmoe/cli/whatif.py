@@ -28,7 +28,7 @@ from megatron_smartmoe.cost.memory.budget import memory_budget
 from megatron_smartmoe.cost.step.constants import StepConstants, exchanges_of_launch, expert_shape, spec_nodes
 from megatron_smartmoe.cost.step.moe import dispatcher_of
 from megatron_smartmoe.errors import ConfigError, PlanError
-from megatron_smartmoe.placement.homes_planner import ReplicaMode
+from megatron_smartmoe.placement.online_options import ReplicaMode
 from megatron_smartmoe.report.fit import Fitted, busiest_s, fit_factors
 from megatron_smartmoe.report.run_launch import RunLaunch, on_ranks, run_launch
 from megatron_smartmoe.report.run_record import RunRecord, is_move, read_run, with_homes

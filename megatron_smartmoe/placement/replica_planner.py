@@ -19,8 +19,8 @@ from megatron_smartmoe.errors import PlanError
 from megatron_smartmoe.placement.decisions import Candidate, Decision, Forecast, digest_of
 from megatron_smartmoe.placement.history import History, HistoryOptions
 from megatron_smartmoe.placement.history_pays import JudgedPrices, Standing, saved_by_exact
-from megatron_smartmoe.placement.homes_planner import OnlineOptions, ReplicaMode
 from megatron_smartmoe.placement.kernels import NUMPY, Kernels
+from megatron_smartmoe.placement.online_options import OnlineOptions, ReplicaMode
 from megatron_smartmoe.placement.plan_homes import drop_misplaced
 from megatron_smartmoe.placement.replan import ReplanOptions, planned_anew
 from megatron_smartmoe.placement.replica_scope import cheapest_exact_replicas, cheapest_replicas

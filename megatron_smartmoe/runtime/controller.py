@@ -23,7 +23,8 @@ from numpy.typing import NDArray
 
 from megatron_smartmoe.errors import MigrationError
 from megatron_smartmoe.placement.decisions import Decision, digest_of
-from megatron_smartmoe.placement.homes_planner import HomesPlanner, ReplicaMode
+from megatron_smartmoe.placement.homes_planner import HomesPlanner
+from megatron_smartmoe.placement.online_options import ReplicaMode
 from megatron_smartmoe.placement.review import LayerSeconds
 from megatron_smartmoe.planner.pool import PoolSetting
 from megatron_smartmoe.runtime.counts import IntervalCounts

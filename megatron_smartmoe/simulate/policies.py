@@ -14,10 +14,11 @@ from typing import Protocol, TypeVar
 import numpy as np
 
 from megatron_smartmoe.placement.decisions import Decision
-from megatron_smartmoe.placement.homes_planner import HomesPlanner, OnlineOptions
+from megatron_smartmoe.placement.homes_planner import HomesPlanner
 from megatron_smartmoe.placement.kernels import NUMPY, Kernels
 from megatron_smartmoe.placement.layer_cost import Kept, Relay
 from megatron_smartmoe.placement.layer_plan import LayerPlan, LayerProblem, Rule, Sees
+from megatron_smartmoe.placement.online_options import OnlineOptions
 from megatron_smartmoe.placement.replan import Replan, replans_decision
 from megatron_smartmoe.placement.replica_planner import Anew, ReplicaPlanner
 from megatron_smartmoe.placement.review import LayerSeconds

@@ -27,10 +27,10 @@ from megatron_smartmoe.cost.moe_layer import ALL_TO_ALLS, LayerConstants, LayerC
 from megatron_smartmoe.cost.step.constants import StepConstants, expert_shape, layer_constants
 from megatron_smartmoe.cost.step.moe import LAUNCHES_PER_CHUNK, MoETimes, moe_times
 from megatron_smartmoe.cost.step.step import StepTime, step_time
-from megatron_smartmoe.placement.homes_planner import OnlineOptions
 from megatron_smartmoe.placement.kernels import NUMPY, Kernels
 from megatron_smartmoe.placement.layer_cost import relayed_flow
 from megatron_smartmoe.placement.layer_plan import Sees, evaluate
+from megatron_smartmoe.placement.online_options import OnlineOptions
 from megatron_smartmoe.placement.review import LayerSeconds
 from megatron_smartmoe.simulate.policies import OnlinePolicy, SimulatedPolicy
 from megatron_smartmoe.simulate.run import Applied, SimulationSetup, replay

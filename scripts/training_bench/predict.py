@@ -9,8 +9,8 @@ import numpy as np
 
 from megatron_smartmoe.cli.simulate_prices import Prices
 from megatron_smartmoe.cost.compute import ExpertShape
-from megatron_smartmoe.placement.homes_planner import OnlineOptions, ReplicaMode
 from megatron_smartmoe.placement.layer_cost import PricedLayer
+from megatron_smartmoe.placement.online_options import OnlineOptions, ReplicaMode
 from megatron_smartmoe.runtime.replay import scaled_counts
 from megatron_smartmoe.simulate.baselines.contiguous import Contiguous
 from megatron_smartmoe.simulate.policies import OnlinePolicy, RulePolicy, SimulatedPolicy

@@ -16,8 +16,8 @@ import numpy as np
 from megatron_smartmoe.cli.policies import own_policy, setup_of
 from megatron_smartmoe.cli.simulate_prices import Prices, rank_tokens
 from megatron_smartmoe.cost.compute import ExpertShape
-from megatron_smartmoe.placement.homes_planner import ReplicaMode
 from megatron_smartmoe.placement.layer_plan import Rule
+from megatron_smartmoe.placement.online_options import ReplicaMode
 from megatron_smartmoe.runtime.replicas.split import homes_only, split_tokens
 from megatron_smartmoe.simulate.baselines.contiguous import Contiguous
 from megatron_smartmoe.simulate.baselines.echo import Echo

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from megatron_smartmoe.placement.decisions import Decision
-from megatron_smartmoe.placement.homes_planner import HomesPlanner, OnlineOptions
+from megatron_smartmoe.placement.homes_planner import HomesPlanner
+from megatron_smartmoe.placement.online_options import OnlineOptions
 from megatron_smartmoe.placement.policy import PolicyOptions
 from megatron_smartmoe.runtime.controller import Controller, ControllerOptions, Moved
 from megatron_smartmoe.spec.arrays import IntArray

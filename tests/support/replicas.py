@@ -72,7 +72,7 @@ def simulated(
         priced_as: directory of the run, for its prices; None for free transfers.
     """
     from megatron_smartmoe.cost.moe_layer import LayerConstants
-    from megatron_smartmoe.placement.homes_planner import OnlineOptions
+    from megatron_smartmoe.placement.online_options import OnlineOptions
     from megatron_smartmoe.runtime.decisions.record import read_starts
     from megatron_smartmoe.simulate.policies import OnlinePolicy
     from megatron_smartmoe.simulate.run import SimulationSetup, replay

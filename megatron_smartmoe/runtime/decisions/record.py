@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 
 from megatron_smartmoe.cost.replicas import TransferPrice
 from megatron_smartmoe.errors import ConfigError
-from megatron_smartmoe.placement.homes_planner import OnlineOptions
 from megatron_smartmoe.placement.layer_cost import LayerPricing
+from megatron_smartmoe.placement.online_options import OnlineOptions
 from megatron_smartmoe.planner.pool import PoolSetting
 from megatron_smartmoe.runtime.controller import ControllerOptions
 from megatron_smartmoe.runtime.pool.prediction import PoolPrices

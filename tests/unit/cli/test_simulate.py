@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from megatron_smartmoe.cli.main import main
-from megatron_smartmoe.placement.homes_planner import ReplicaMode
+from megatron_smartmoe.placement.online_options import ReplicaMode
 from megatron_smartmoe.report.run_record import with_homes
 from megatron_smartmoe.spec.placement import Placement
 from megatron_smartmoe.spec.trace import load_trace

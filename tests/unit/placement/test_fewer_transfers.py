@@ -5,8 +5,9 @@ import numpy as np
 from megatron_smartmoe.cost.replicas import TransferPrice
 from megatron_smartmoe.placement.exact_plan import ExactPlanOptions, cheapest_exact_plan
 from megatron_smartmoe.placement.fewer_transfers import homes_for_fewer_transfers
-from megatron_smartmoe.placement.homes_planner import HomesPlanner, OnlineOptions
+from megatron_smartmoe.placement.homes_planner import HomesPlanner
 from megatron_smartmoe.placement.kernels import NUMPY
+from megatron_smartmoe.placement.online_options import OnlineOptions
 from megatron_smartmoe.placement.plan_replicas import ReplicaOptions
 from megatron_smartmoe.placement.relay import relay_tree
 from megatron_smartmoe.placement.split import busiest_rank_tokens

@@ -15,8 +15,8 @@ from megatron_smartmoe.errors import PlanError
 from megatron_smartmoe.placement import replica_planner
 from megatron_smartmoe.placement.decisions import Decision
 from megatron_smartmoe.placement.history_pays import JudgedPrices, Standing, saved_by_exact
-from megatron_smartmoe.placement.homes_planner import OnlineOptions
 from megatron_smartmoe.placement.kernels import NUMPY
+from megatron_smartmoe.placement.online_options import OnlineOptions
 from megatron_smartmoe.placement.plan_replicas import ReplicaOptions
 from megatron_smartmoe.placement.replica_planner import ReplicaPlanner
 from megatron_smartmoe.spec.arrays import IntArray

@@ -9,9 +9,10 @@ from megatron_smartmoe.cost.moe_layer import LayerConstants
 from megatron_smartmoe.cost.replicas import TransferPrice
 from megatron_smartmoe.placement.decisions import MOST_CANDIDATES, digest_of
 from megatron_smartmoe.placement.history import History
-from megatron_smartmoe.placement.homes_planner import HomesPlanner, OnlineOptions, ReplicaMode
+from megatron_smartmoe.placement.homes_planner import HomesPlanner
 from megatron_smartmoe.placement.layer_cost import LayerPricing, PricedLayer
 from megatron_smartmoe.placement.layer_plan import LayerPlan
+from megatron_smartmoe.placement.online_options import OnlineOptions, ReplicaMode
 from megatron_smartmoe.placement.plan_homes import HomesOptions, plan_homes
 from megatron_smartmoe.placement.plan_replicas import ReplicaOptions
 from megatron_smartmoe.placement.policy import PolicyOptions

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from megatron_smartmoe.cost.replicas import TransferPrice
-from megatron_smartmoe.placement.homes_planner import OnlineOptions
+from megatron_smartmoe.placement.online_options import OnlineOptions
 from megatron_smartmoe.placement.replan import Replan, ReplanOptions, planned_anew, replans_decision
 from megatron_smartmoe.placement.replica_planner import ReplicaPlanner
 from megatron_smartmoe.spec.arrays import IntArray

@@ -3,7 +3,7 @@
 import numpy as np
 
 from megatron_smartmoe.cost.replicas import TransferPrice
-from megatron_smartmoe.placement.homes_planner import OnlineOptions
+from megatron_smartmoe.placement.online_options import OnlineOptions
 from megatron_smartmoe.placement.plan_replicas import ReplicaOptions, plan_replicas, replicas_pay
 from megatron_smartmoe.placement.replica_planner import ReplicaPlanner
 from megatron_smartmoe.spec.arrays import IntArray

@@ -5,7 +5,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from megatron_smartmoe.cost.replicas import LegPrice, TransferPrice
-from megatron_smartmoe.placement.homes_planner import OnlineOptions
+from megatron_smartmoe.placement.online_options import OnlineOptions
 from megatron_smartmoe.placement.plan_replicas import ReplicaOptions
 from megatron_smartmoe.runtime.decisions.record import ReplicasStart, Stage, Start, read_starts
 

@@ -11,8 +11,8 @@ from megatron_smartmoe.cli.kernels import WORTH_LOADING, kernels_for
 from megatron_smartmoe.cli.policies import own_policy, setup_of
 from megatron_smartmoe.cli.simulate_prices import Prices
 from megatron_smartmoe.cost.compute import ExpertShape
-from megatron_smartmoe.placement.homes_planner import ReplicaMode
 from megatron_smartmoe.placement.kernels import NUMPY, Kernels
+from megatron_smartmoe.placement.online_options import ReplicaMode
 from megatron_smartmoe.runtime.replicas.kernels import COMPILED, fastest_kernels
 from megatron_smartmoe.simulate.run import PolicyResult, replay
 from megatron_smartmoe.spec.cluster import load_cluster_spec

@@ -13,7 +13,7 @@ import pytest
 
 from megatron_smartmoe.errors import PlanError
 from megatron_smartmoe.placement.history import History
-from megatron_smartmoe.placement.homes_planner import OnlineOptions
+from megatron_smartmoe.placement.online_options import OnlineOptions
 from megatron_smartmoe.placement.replica_planner import ReplicaPlanner
 from megatron_smartmoe.runtime.replicas.ahead import PlansAhead
 from megatron_smartmoe.spec.arrays import IntArray

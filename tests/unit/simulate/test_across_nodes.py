@@ -7,7 +7,7 @@ import pytest
 from megatron_smartmoe.cli.policies import own_policy, peer_policy, setup_of
 from megatron_smartmoe.cli.simulate_prices import DEFAULT_CLUSTER, Prices, rank_tokens
 from megatron_smartmoe.cost.compute import ExpertShape
-from megatron_smartmoe.placement.homes_planner import ReplicaMode
+from megatron_smartmoe.placement.online_options import ReplicaMode
 from megatron_smartmoe.simulate.run import PolicyResult, replay
 from megatron_smartmoe.spec.placement import Placement
 from tests.support.synthetic import SyntheticSpec, synthetic_trace

@@ -15,9 +15,9 @@ import pytest
 
 from megatron_smartmoe.cost.moe_layer import LayerConstants
 from megatron_smartmoe.errors import ConfigError, PlanError
-from megatron_smartmoe.placement.homes_planner import OnlineOptions
 from megatron_smartmoe.placement.layer_cost import PricedLayer
 from megatron_smartmoe.placement.layer_plan import Rule
+from megatron_smartmoe.placement.online_options import OnlineOptions
 from megatron_smartmoe.simulate.baselines.eplb import Eplb
 from megatron_smartmoe.simulate.baselines.ultraep import UltraEp
 from megatron_smartmoe.simulate.jobs import Entrant, compare

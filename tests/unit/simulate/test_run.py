@@ -9,9 +9,9 @@ import pytest
 from megatron_smartmoe.cost.moe_layer import LayerConstants
 from megatron_smartmoe.cost.replicas import ReplicaSchedule
 from megatron_smartmoe.placement.decisions import Decision
-from megatron_smartmoe.placement.homes_planner import OnlineOptions
 from megatron_smartmoe.placement.layer_cost import Kept, LayerPricing, PricedLayer
 from megatron_smartmoe.placement.layer_plan import LayerPlan, LayerProblem, Rule, Sees
+from megatron_smartmoe.placement.online_options import OnlineOptions
 from megatron_smartmoe.placement.policy import PolicyOptions
 from megatron_smartmoe.simulate.baselines.eplb import Eplb
 from megatron_smartmoe.simulate.baselines.ultraep import UltraEp

@@ -10,8 +10,8 @@ import pytest
 
 from megatron_smartmoe.cost.moe_layer import LayerConstants, LayerFlow
 from megatron_smartmoe.cost.step.step import StepTime
-from megatron_smartmoe.placement.homes_planner import OnlineOptions
 from megatron_smartmoe.placement.kernels import NUMPY
+from megatron_smartmoe.placement.online_options import OnlineOptions
 from megatron_smartmoe.simulate.whatif import GROUP_OF, GROUPS, Move, RecordedPolicy, rank_time, regrouped
 from megatron_smartmoe.spec.placement import Placement
 from megatron_smartmoe.spec.trace import RoutingTrace

@@ -1,0 +1,249 @@
+"""Other homes of one layer: where they are looked for, and what they are worth.
+
+Method. Other homes of a layer are searched for on the history as it was before the last record, with replicas planned
+from it as training would have planned them for the last record. They are worth what they would have saved on the last
+record, which they were not found on, and no more than on the record before it, the last one that they were found on.
+With `auto` either side has the cheaper of the replicas from history and those from exact counts alone, as in training.
+So the first evaluation takes two records.
+
+Why both. On a record that it was found on, a plan also saves what is that record's noise, and the layers that move are
+those in which it seems to save most. A record that it was not found on has no such noise; but where the load has just
+jumped, replicas from history suit neither homes, and which of the two they suit less is chance. A plan that is better
+in earnest saves on both.
+
+Example. 256 experts on 64 ranks of 8 nodes, A100 with PCIe links, hot experts spread evenly over the ranks. Priced on
+the record that they were found on, other homes seemed to save 3.8 ms an iteration; on the 8 records after it they lost
+2.2 ms, and all 12 experts moved back. On the first record that they had not been found on they lose 2.8 ms, and stay.
+
+Alternatives: pricing on the records that homes were found on (above). Searching once more with the last record where
+homes pay, and moving to those: 0.4% faster where loads drift, but what is moved to was never judged, and the search,
+which is greedy, ends elsewhere (docs/log.md).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from megatron_smartmoe.cost.moe_layer import LayerTime
+from megatron_smartmoe.cost.replicas import TransferPrice
+from megatron_smartmoe.placement.decisions import Candidate
+from megatron_smartmoe.placement.fewer_transfers import homes_for_fewer_transfers
+from megatron_smartmoe.placement.history import History
+from megatron_smartmoe.placement.kernels import Kernels
+from megatron_smartmoe.placement.layer_cost import PricedLayer, migration_s
+from megatron_smartmoe.placement.online_options import OnlineOptions
+from megatron_smartmoe.placement.plan_homes import plan_homes
+from megatron_smartmoe.placement.plan_replicas import search_space
+from megatron_smartmoe.placement.policy import PolicyOptions
+from megatron_smartmoe.placement.replica_scope import cheapest_exact_replicas, cheapest_replicas
+from megatron_smartmoe.placement.review import LayerSeconds
+from megatron_smartmoe.spec.arrays import FloatArray, IntArray
+from megatron_smartmoe.spec.placement import Placement
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Earlier:
+    """What other homes are found on.
+
+    Attributes:
+        history: of all records before the last one.
+        counts_LRE: the latest of them.
+    """
+
+    history: History
+    counts_LRE: IntArray
+
+
+@dataclass(frozen=True, kw_only=True)
+class Saved:
+    """Seconds per iteration that other homes of a layer save, by what takes them."""
+
+    compute_s: float
+    traffic_s: float
+    replicas_s: float
+
+    @classmethod
+    def of(cls, kept: LayerTime, found: LayerTime, micro_batches: int) -> Saved:
+        """From the seconds of a micro-batch with the present homes and with the other ones."""
+        traffic_s = [one.all_to_all_intra_s + one.all_to_all_inter_s + one.hidden_s for one in (kept, found)]
+        replicas_s = [one.replicas_s + one.replicas_hidden_s for one in (kept, found)]
+        total_s = [one.total_s for one in (kept, found)]
+        traffic, replicas, total = (micro_batches * (one[0] - one[1]) for one in (traffic_s, replicas_s, total_s))
+        return cls(compute_s=total - traffic - replicas, traffic_s=traffic, replicas_s=replicas)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LayerProposal:
+    """The best homes found for one layer, and what moving there is worth.
+
+    Attributes:
+        layer: row of the layer in the placement.
+        slots_RS: slots with better homes, or the present ones.
+        gain_s: predicted seconds per iteration that they save.
+        cost_s: one-time seconds of the migration.
+        experts: number of experts that would move to another rank.
+        saved: the parts of the gain, where the cost model has parts.
+    """
+
+    layer: int
+    slots_RS: IntArray
+    gain_s: float
+    cost_s: float
+    experts: int
+    saved: Saved | None = None
+
+    def pays(self, options: PolicyOptions) -> bool:
+        """Whether moving this layer's experts alone is worth it."""
+        return bool(self.experts) and self.worth_s(options) > 0
+
+    def worth_s(self, options: PolicyOptions) -> float:
+        """Seconds that it saves over the horizon, beyond what it must."""
+        return self.gain_s * options.horizon_iterations - self.cost_s * options.margin
+
+    def candidate(self, *, chosen: bool) -> Candidate:
+        """As it is logged."""
+        saved = self.saved
+        return Candidate(
+            name=f"move {self.experts} experts of layer {self.layer + 1}",
+            chosen=chosen,
+            layer=self.layer,
+            gain_s=self.gain_s,
+            compute_s=None if saved is None else saved.compute_s,
+            traffic_s=None if saved is None else saved.traffic_s,
+            replicas_s=None if saved is None else saved.replicas_s,
+            cost_s=self.cost_s,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class OtherHomes:
+    """Finds and prices other homes.
+
+    Attributes:
+        options: prices of homes and replicas.
+        layer_seconds: cost model.
+        kernels: what plans the replicas that both sides of a comparison have.
+    """
+
+    options: OnlineOptions
+    layer_seconds: LayerSeconds
+    kernels: Kernels
+
+    def of_layer(self, layer: int, placement: Placement, earlier: Earlier, counts_LRE: IntArray) -> LayerProposal:
+        """Other homes of a layer, and what they save beside the present ones, both with the replicas that training
+        would give them.
+
+        Args:
+            layer: row of the layer in the placement.
+            placement: the present one.
+            earlier: what homes are found on.
+            counts_LRE: the last record.
+        """
+        slots_RS, home_slots, options = placement.slots_LRS[layer], placement.home_slots, self.options
+        records = (counts_LRE[layer], earlier.counts_LRE[layer])
+        # Step 1: find other homes on the earlier records, and plan replicas for both: exact ones for each record.
+        if options.replicas == "exact":
+            forecast_E = earlier.history.forecast_LE()[layer]
+            homes_RS = plan_homes(slots_RS, forecast_E, home_slots, options.homes).slots_RS
+            price = options.replica.price
+            pairs = [
+                (self._exact(slots_RS, counts_RE, price), self._exact(homes_RS, counts_RE, price))
+                for counts_RE in records
+            ]
+        else:
+            scenarios_KE = earlier.history.scenarios_KE(layer)
+            tokens = int(records[1].sum()) * options.micro_batches / placement.num_ranks
+            pairs = [self._from_history(slots_RS, scenarios_KE, home_slots, tokens)] * len(records)
+        found_RS = pairs[0][1]
+        cost_s, experts = migration_of(slots_RS, found_RS, home_slots, options)
+        # Step 2: price both on the last record and on the one before it; the smaller gain counts.
+        gain_s, saved = 0.0, None
+        if experts:
+            priced = [self._priced(*pair, counts_RE) for pair, counts_RE in zip(pairs, records, strict=True)]
+            gain_s, saved = min(priced, key=lambda each: each[0])
+        return LayerProposal(layer=layer, slots_RS=found_RS, gain_s=gain_s, cost_s=cost_s, experts=experts, saved=saved)
+
+    def _exact(self, slots_RS: IntArray, counts_RE: IntArray, price: TransferPrice) -> IntArray:
+        """Slots with the same homes and replicas for exactly these counts."""
+        replica = self.options.replica
+        return cheapest_exact_replicas(
+            counts_RE.sum(axis=0),
+            slots_RS,
+            counts_RE.shape[1] // len(slots_RS),
+            num_nodes=replica.num_nodes,
+            or_group=replica.or_group,
+            price=price,
+            limit=self.options.auto_limit,
+            kernels=self.kernels,
+        )
+
+    def _from_history(
+        self, slots_RS: IntArray, scenarios_KE: FloatArray, home_slots: int, tokens: float
+    ) -> tuple[IntArray, IntArray]:
+        """Slots with the present homes and with better ones, or the present ones again; replicas from history.
+
+        Args:
+            slots_RS: present slots.
+            scenarios_KE: loads to plan for.
+            home_slots: columns of homes, E / R.
+            tokens: of a rank in an iteration, mean.
+        """
+        options, kernels, spare_slots = self.options, self.kernels, slots_RS.shape[1] - home_slots
+        given = (scenarios_KE, home_slots, options.replica, tokens, kernels)
+        # Step 1: swap homes on the forecast.
+        plan = plan_homes(slots_RS, scenarios_KE[0], home_slots, options.homes)
+        kept = cheapest_replicas(slots_RS, *given)
+        if plan.swaps:
+            return kept.slots_RS, cheapest_replicas(plan.slots_RS, *given).slots_RS
+        if not self._may_swap_anywhere:
+            return kept.slots_RS, kept.slots_RS
+        if spare_slots and kept.excess > options.replica.good_enough:
+            # Step 2: no swap between units pays, and replicas alone do not balance: also search for swaps within nodes.
+            space = replace(search_space(len(slots_RS), home_slots, options.replica), move_homes=True)
+            prices = replace(options.replica.objective, home_price=options.homes.swap_price / 2)
+            return kept.slots_RS, kernels.improve(kept.slots_RS, scenarios_KE, prices, space).slots_RS
+        # Step 3: replicas balance the layer: other homes may need fewer transfers for it.
+        load_E = np.rint(scenarios_KE[0] * tokens * len(slots_RS)).astype(np.int64)
+        fewer_RS = homes_for_fewer_transfers(kept.slots_RS, load_E, home_slots, options.replica, kernels)
+        found_RS = kept.slots_RS if fewer_RS is None else cheapest_replicas(fewer_RS, *given).slots_RS
+        return kept.slots_RS, found_RS
+
+    def _priced(self, kept_RS: IntArray, found_RS: IntArray, counts_RE: IntArray) -> tuple[float, Saved | None]:
+        """Seconds per iteration that other slots save on a record, and their parts where the cost model has parts."""
+        micro_batches = self.options.micro_batches
+        if not isinstance(self.layer_seconds, PricedLayer):
+            gain_s = self.layer_seconds(kept_RS, counts_RE) - self.layer_seconds(found_RS, counts_RE)
+            return gain_s * micro_batches, None
+        kept, found = (self._terms(each_RS, counts_RE, self.layer_seconds) for each_RS in (kept_RS, found_RS))
+        return (kept.total_s - found.total_s) * micro_batches, Saved.of(kept, found, micro_batches)
+
+    def _terms(self, slots_RS: IntArray, counts_RE: IntArray, layer: PricedLayer) -> LayerTime:
+        """Time of a micro-batch; with `auto` with replicas from exact counts alone where that is less."""
+        terms = layer.terms(slots_RS, counts_RE)
+        if layer.alone is None:
+            return terms
+        exact_RS = self._exact(slots_RS, counts_RE, self.options.exact_price)
+        return min(terms, PricedLayer(pricing=layer.alone).terms(exact_RS, counts_RE), key=lambda each: each.total_s)
+
+    @property
+    def _may_swap_anywhere(self) -> bool:
+        """Whether a swap within the part of the group that replicas stay in keeps the routing's groups whole."""
+        homes, replica = self.options.homes, self.options.replica
+        return homes.num_groups == 1 or replica.num_nodes == homes.num_nodes
+
+
+def migration_of(before_RS: IntArray, after_RS: IntArray, home_slots: int, options: OnlineOptions) -> tuple[float, int]:
+    """Seconds until the busiest rank has sent and received its experts' state, and how many experts move.
+
+    Args:
+        before_RS: slots of a layer.
+        after_RS: the same after the move.
+        home_slots: columns of homes, E / R.
+        options: what a move costs.
+    """
+    before_E = np.argsort(before_RS[:, :home_slots].ravel()) // home_slots
+    after_E = np.argsort(after_RS[:, :home_slots].ravel()) // home_slots
+    cost_s = migration_s(before_E, after_E, len(before_RS), options.state_bytes, options.migration_bytes_s)
+    return cost_s, int((before_E != after_E).sum())
