@@ -5,12 +5,12 @@
 
 #include <algorithm>
 #include <limits>
+#include <numeric>
 #include <vector>
 
 #include "../checks.h"
 #include "../ops.h"
 #include "planning.h"
-#include "rows.h"
 
 namespace smartmoe::cpu {
 namespace {
@@ -19,17 +19,6 @@ bool at_most(__int128 lhs, double rhs) {
   constexpr double kTooLarge = 1.7e38;  // above it, every product of two int64 is smaller
   if (rhs >= kTooLarge) return true;
   return lhs <= static_cast<__int128>(rhs);  // rhs is not negative, so truncation rounds down
-}
-
-// Tokens of the homes on the busiest of so many parts of the group, ranks or nodes.
-int64_t busiest_part(const std::vector<int64_t>& load_E, const SlotTable& slots, int64_t num_parts) {
-  int64_t busiest = 0, load = 0;
-  for (int64_t rank = 0; rank < slots.num_ranks; ++rank) {
-    if (rank % (slots.num_ranks / num_parts) == 0) load = 0;
-    for (int64_t slot = 0; slot < slots.home_slots; ++slot) load += load_E[slots.row(rank)[slot]];
-    busiest = std::max(busiest, load);
-  }
-  return busiest;
 }
 
 void clear_spare_slots(const SlotTable& slots) {
@@ -41,17 +30,21 @@ void clear_spare_slots(const SlotTable& slots) {
 
 int64_t plan_exact(const std::vector<int64_t>& load_E, const SlotTable& slots, const ExactPlanOptions& options) {
   clear_spare_slots(slots);
-  int64_t total = 0;
-  for (const int64_t load : load_E) total += load;
-  const double enough = options.limit * static_cast<double>(total);
+  const double enough = options.limit * static_cast<double>(std::accumulate(load_E.begin(), load_E.end(), int64_t{0}));
   // Step 1: homes that are balanced well enough.
   const auto is_even = [&](int64_t parts) {
-    return at_most(static_cast<__int128>(busiest_part(load_E, slots, parts)) * parts, enough);
+    const std::vector<int64_t> load_P = load_of_parts(load_E, slots, parts);
+    return at_most(static_cast<__int128>(*std::max_element(load_P.begin(), load_P.end())) * parts, enough);
   };
   if (is_even(slots.num_ranks)) return options.num_nodes;
   // Step 2: within nodes, and over the group where a node has too much as a whole; both ways to plan.
   std::vector<int64_t> places{options.num_nodes};
   if (options.or_group && options.num_nodes > 1 && !is_even(options.num_nodes)) places.push_back(1);
+  // One place and free transfers leave nothing to compare, so that nothing is judged.
+  if (options.price.is_free() && places.size() == 1) {
+    fill_spare_slots(load_E, slots, options.num_nodes, kTrials);
+    return options.num_nodes;
+  }
   const int64_t num_all = slots.num_ranks * slots.num_slots;
   std::vector<int64_t> best_RS(slots.data, slots.data + num_all), tried_RS(num_all);
   const SlotTable tried{tried_RS.data(), slots.num_ranks, slots.num_slots, slots.home_slots};

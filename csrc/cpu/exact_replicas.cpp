@@ -60,8 +60,6 @@ class Filling {
     }
   }
 
-  int64_t total() const { return std::accumulate(load_R_.begin(), load_R_.end(), int64_t{0}); }
-
   // Adds replicas until no rank is above `mean` or no slot helps; returns whether no rank is above it.
   bool run(int64_t mean) {
     mean_ = mean;
@@ -234,14 +232,13 @@ void check_placement(const SlotTable& slots, int64_t num_experts) {
 
 void fill_spare_slots(const std::vector<int64_t>& load_E, const SlotTable& slots, int64_t num_nodes, int64_t trials) {
   const int64_t per_node = slots.num_ranks / num_nodes;
-  const int64_t mean = ceil_div(std::accumulate(load_E.begin(), load_E.end(), int64_t{0}), slots.num_ranks);
+  const std::vector<int64_t> bound_N = node_bounds(load_E, slots, num_nodes);
   std::vector<int64_t> home_rank_E(slots.num_ranks * slots.home_slots, -1);
   bool is_even = true;
-  // a node that is above the mean as a whole has a bound of its own
   for (int64_t node = 0; node < num_nodes; ++node) {
     int64_t* first = slots.row(node * per_node);
     Filling filling(load_E.data(), first, per_node, slots.num_slots, slots.home_slots, home_rank_E);
-    is_even = filling.run(std::max(mean, ceil_div(filling.total(), per_node))) && is_even;
+    is_even = filling.run(bound_N[node]) && is_even;
     filling.write(first);
   }
   if (!is_even) improve_replicas(load_E, slots, num_nodes, trials);

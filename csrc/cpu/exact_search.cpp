@@ -25,17 +25,13 @@ class Search {
  public:
   Search(const std::vector<int64_t>& load_E, const SlotTable& slots, int64_t num_nodes)
       : load_E_(load_E), slots_(slots), per_node_(slots.num_ranks / num_nodes), node_E_(load_E.size()) {
-    std::vector<int64_t> load_N(num_nodes, 0);
+    const std::vector<int64_t> bound_N = node_bounds(load_E, slots, num_nodes);
+    target_ = *std::max_element(bound_N.begin(), bound_N.end());
     for (int64_t rank = 0; rank < slots.num_ranks; ++rank) {
       for (int64_t slot = 0; slot < slots.home_slots; ++slot) {
-        const int64_t expert = slots.row(rank)[slot];
-        node_E_[expert] = rank / per_node_;
-        load_N[rank / per_node_] += load_E[expert];
+        node_E_[slots.row(rank)[slot]] = rank / per_node_;
       }
     }
-    const int64_t total = std::accumulate(load_N.begin(), load_N.end(), int64_t{0});
-    target_ = std::max(ceil_div(total, slots.num_ranks),
-                       ceil_div(*std::max_element(load_N.begin(), load_N.end()), per_node_));
     evaluate();
   }
 
@@ -158,6 +154,22 @@ Placed find_placed(const SlotTable& slots, int64_t num_experts) {
     }
   }
   return placed;
+}
+
+std::vector<int64_t> load_of_parts(const std::vector<int64_t>& load_E, const SlotTable& slots, int64_t num_parts) {
+  std::vector<int64_t> load_P(num_parts, 0);
+  for (int64_t rank = 0; rank < slots.num_ranks; ++rank) {
+    int64_t& load = load_P[rank * num_parts / slots.num_ranks];
+    for (int64_t slot = 0; slot < slots.home_slots; ++slot) load += load_E[slots.row(rank)[slot]];
+  }
+  return load_P;
+}
+
+std::vector<int64_t> node_bounds(const std::vector<int64_t>& load_E, const SlotTable& slots, int64_t num_nodes) {
+  std::vector<int64_t> bound_N = load_of_parts(load_E, slots, num_nodes);
+  const int64_t mean = ceil_div(std::accumulate(bound_N.begin(), bound_N.end(), int64_t{0}), slots.num_ranks);
+  for (int64_t& bound : bound_N) bound = std::max(mean, ceil_div(bound, slots.num_ranks / num_nodes));
+  return bound_N;
 }
 
 void improve_replicas(const std::vector<int64_t>& load_E, const SlotTable& slots, int64_t num_nodes, int64_t trials) {

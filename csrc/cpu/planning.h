@@ -118,6 +118,13 @@ class TransferPrice {
 // left: tokens of the busiest rank, the mean over the loads, and the price of the transfers.
 double drop_losing_replicas(const Loads& loads, const SlotTable& slots, const TransferPrice& price);
 
+// Tokens of the homes on each of so many parts of the group, ranks or nodes.
+std::vector<int64_t> load_of_parts(const std::vector<int64_t>& load_E, const SlotTable& slots, int64_t num_parts);
+
+// Tokens per rank that no replicas within nodes can take the busiest rank of each node below:
+// placement/exact_search.py.
+std::vector<int64_t> node_bounds(const std::vector<int64_t>& load_E, const SlotTable& slots, int64_t num_nodes);
+
 // Replaces replicas one at a time while the busiest rank has more than it would have to: placement/exact_search.py.
 void improve_replicas(const std::vector<int64_t>& load_E, const SlotTable& slots, int64_t num_nodes, int64_t trials);
 

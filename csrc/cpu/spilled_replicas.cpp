@@ -2,13 +2,10 @@
 // method: same steps, same order, same choices among equals.
 #include <algorithm>
 #include <functional>
-#include <numeric>
 #include <queue>
-#include <tuple>
 #include <vector>
 
 #include "planning.h"
-#include "rows.h"
 
 namespace smartmoe::cpu {
 namespace {
@@ -29,8 +26,6 @@ class Spilling {
       }
     }
   }
-
-  int64_t total() const { return std::accumulate(load_R_.begin(), load_R_.end(), int64_t{0}); }
 
   void run(int64_t mean) {
     // Step 1: pieces that a rank may spill or take.
@@ -54,7 +49,7 @@ class Spilling {
     };
     for (int64_t rank = 0; rank < slots_.num_ranks; ++rank) cut(rank);
     // Step 3: the largest of them goes where it fits best.
-    for (; !pieces.empty();) {
+    while (!pieces.empty()) {
       const Piece piece = pieces.top();
       pieces.pop();
       const int64_t expert = slots_.row(piece.rank)[piece.slot];
@@ -122,15 +117,13 @@ class Spilling {
 
 void spill_into_slots(const std::vector<int64_t>& load_E, const SlotTable& slots, int64_t num_nodes) {
   const int64_t per_node = slots.num_ranks / num_nodes;
-  const int64_t mean = ceil_div(std::accumulate(load_E.begin(), load_E.end(), int64_t{0}), slots.num_ranks);
+  const std::vector<int64_t> bound_N = node_bounds(load_E, slots, num_nodes);
   for (int64_t node = 0; node < num_nodes; ++node) {
     const SlotTable part{slots.row(node * per_node), per_node, slots.num_slots, slots.home_slots};
     for (int64_t rank = 0; rank < per_node; ++rank) {
       std::fill(part.row(rank) + part.home_slots, part.row(rank) + part.num_slots, kEmpty);
     }
-    // a node that is above the mean as a whole has a bound of its own
-    Spilling spilling(load_E, part);
-    spilling.run(std::max(mean, ceil_div(spilling.total(), per_node)));
+    Spilling(load_E, part).run(bound_N[node]);
   }
 }
 }  // namespace smartmoe::cpu

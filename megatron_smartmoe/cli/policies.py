@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 from megatron_smartmoe.cli.simulate_prices import Prices
 from megatron_smartmoe.cost.memory.buffers import expert_state_bytes
 from megatron_smartmoe.placement.kernels import NUMPY, Kernels
-from megatron_smartmoe.placement.layer_cost import layer_seconds
+from megatron_smartmoe.placement.layer_cost import PricedLayer
 from megatron_smartmoe.placement.layer_plan import Sees
 from megatron_smartmoe.placement.online_options import OnlineOptions, ReplicaMode
 from megatron_smartmoe.placement.plan_homes import HomesOptions, node_swap_price
@@ -104,10 +105,8 @@ def own_policy(
         exact_price=prices.replica_price("exact"),
         policy=judge,
     )
-    kinds: dict[str, Sees] = {mode: sees, "exact": "exact"}
-    seconds = layer_seconds(
-        {name: setup.pricing_of(kind, has_trees=not prices.first_version) for name, kind in kinds.items()}, mode
-    )
+    priced = partial(setup.pricing_of, has_trees=not prices.first_version)
+    seconds = PricedLayer(pricing=priced(sees), alone=priced("exact") if mode == "auto" else None)
     if moves is not None:
         return RecordedPolicy(placement, num_groups, options, seconds, moves, setup.kernels)
     return OnlinePolicy(placement, num_groups, options, seconds, setup.kernels)

@@ -19,7 +19,7 @@ from __future__ import annotations
 from bisect import bisect_right, insort
 
 from megatron_smartmoe.placement.checks import check_replicas
-from megatron_smartmoe.placement.exact_search import TRIALS, improve_replicas
+from megatron_smartmoe.placement.exact_search import TRIALS, improve_replicas, node_bounds
 from megatron_smartmoe.spec.arrays import IntArray
 from megatron_smartmoe.spec.placement import EMPTY
 
@@ -41,19 +41,16 @@ def exact_replicas(
         PlanError: see `checks.check_replicas`.
     """
     check_replicas(load_E, slots_RS, home_slots, num_nodes, trials)
-    # Step 1: clear the spare slots, and take the mean rank load, rounded up, as the bound.
+    # Step 1: clear the spare slots.
     new_RS = slots_RS.copy()
     new_RS[:, home_slots:] = EMPTY
     num_ranks, num_slots = slots_RS.shape
     per_node = num_ranks // num_nodes
-    mean = -(-int(load_E.sum()) // num_ranks)
-    # Step 2: fill the ranks of each node to the bound; a node that is above the mean as a whole has a bound of its own.
+    # Step 2: fill the ranks of each node to its bound.
     is_even = True
-    for node in range(num_nodes):
+    for node, bound in enumerate(node_bounds(load_E, slots_RS[:, :home_slots], num_nodes)):
         ranks = slice(node * per_node, (node + 1) * per_node)
-        node_mean = -(-int(load_E[slots_RS[ranks, :home_slots]].sum()) // per_node)
         filling = _Filling(slots_RS[ranks, :home_slots].tolist(), load_E.tolist(), num_slots - home_slots)
-        bound = max(mean, node_mean)
         for rank, replicas in enumerate(filling.run(bound)):
             new_RS[ranks.start + rank, home_slots : home_slots + len(replicas)] = replicas
         is_even = is_even and max(filling.load) <= bound

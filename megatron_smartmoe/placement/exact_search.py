@@ -27,6 +27,21 @@ _EXPERTS, _SLOTS = 4, 8  # candidates of a step
 _ENOUGH = 1000  # stop within a thousandth of the bound that no replicas could beat
 
 
+def node_bounds(load_E: IntArray, homes_RH: IntArray, num_nodes: int) -> list[int]:
+    """Tokens per rank, rounded up, that no replicas within nodes can take the busiest rank of each node below: the mean
+    over all ranks, or over the node's where the node has more as a whole.
+
+    Args:
+        load_E: tokens of each expert.
+        homes_RH: home slots of the ranks.
+        num_nodes: nodes that the ranks lie on.
+    """
+    num_ranks = len(homes_RH)
+    mean = -(-int(load_E.sum()) // num_ranks)
+    load_N = load_E[homes_RH].sum(axis=1).reshape(num_nodes, -1).sum(axis=1).tolist()
+    return [max(mean, -(-load // (num_ranks // num_nodes))) for load in load_N]
+
+
 def improve_replicas(
     load_E: IntArray, slots_RS: IntArray, home_slots: int, num_nodes: int = 1, trials: int = TRIALS
 ) -> IntArray:
@@ -43,8 +58,7 @@ def improve_replicas(
     if trials == 0 or num_slots == home_slots or not len(load_E):
         return slots_RS
     node_R = np.arange(num_ranks) // (num_ranks // num_nodes)
-    load_N = load_E[slots_RS[:, :home_slots]].reshape(num_nodes, -1).sum(axis=1).tolist()
-    target = max(-(-sum(load_N) // num_ranks), -(-max(load_N) // (num_ranks // num_nodes)))
+    target = max(node_bounds(load_E, slots_RS[:, :home_slots], num_nodes))
     state = _State.of(slots_RS.copy(), load_E)
     while trials and state.balance.bound - target > target // _ENOUGH:
         better = None

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from megatron_smartmoe.cost.replicas import FREE_TRANSFERS, TransferPrice
+from megatron_smartmoe.placement.exact_plan import ExactPlanOptions
 from megatron_smartmoe.placement.history import HistoryOptions
 from megatron_smartmoe.placement.plan_homes import HomesOptions
 from megatron_smartmoe.placement.plan_replicas import ReplicaOptions
@@ -51,3 +52,10 @@ class OnlineOptions:
     exact_price: TransferPrice = FREE_TRANSFERS
     policy: PolicyOptions = field(default_factory=PolicyOptions)
     review_records: int = 8
+
+    def exact_plan(self, price: TransferPrice) -> ExactPlanOptions:
+        """Of a plan for exactly the counts of a micro-batch, at this price of its transfers."""
+        replica = self.replica
+        return ExactPlanOptions(
+            num_nodes=replica.num_nodes, or_group=replica.or_group, price=price, limit=self.auto_limit
+        )

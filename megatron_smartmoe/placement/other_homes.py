@@ -37,7 +37,7 @@ from megatron_smartmoe.placement.online_options import OnlineOptions
 from megatron_smartmoe.placement.plan_homes import plan_homes
 from megatron_smartmoe.placement.plan_replicas import search_space
 from megatron_smartmoe.placement.policy import PolicyOptions
-from megatron_smartmoe.placement.replica_scope import cheapest_exact_replicas, cheapest_replicas
+from megatron_smartmoe.placement.replica_scope import cheapest_replicas
 from megatron_smartmoe.placement.review import LayerSeconds
 from megatron_smartmoe.spec.arrays import FloatArray, IntArray
 from megatron_smartmoe.spec.placement import Placement
@@ -167,17 +167,8 @@ class OtherHomes:
 
     def _exact(self, slots_RS: IntArray, counts_RE: IntArray, price: TransferPrice) -> IntArray:
         """Slots with the same homes and replicas for exactly these counts."""
-        replica = self.options.replica
-        return cheapest_exact_replicas(
-            counts_RE.sum(axis=0),
-            slots_RS,
-            counts_RE.shape[1] // len(slots_RS),
-            num_nodes=replica.num_nodes,
-            or_group=replica.or_group,
-            price=price,
-            limit=self.options.auto_limit,
-            kernels=self.kernels,
-        )
+        load_E, home_slots = counts_RE.sum(axis=0), counts_RE.shape[1] // len(slots_RS)
+        return self.kernels.exact_plan(load_E, slots_RS, home_slots, self.options.exact_plan(price)).slots_RS
 
     def _from_history(
         self, slots_RS: IntArray, scenarios_KE: FloatArray, home_slots: int, tokens: float

@@ -23,7 +23,7 @@ from megatron_smartmoe.placement.kernels import NUMPY, Kernels
 from megatron_smartmoe.placement.online_options import OnlineOptions, ReplicaMode
 from megatron_smartmoe.placement.plan_homes import drop_misplaced
 from megatron_smartmoe.placement.replan import ReplanOptions, planned_anew
-from megatron_smartmoe.placement.replica_scope import cheapest_exact_replicas, cheapest_replicas
+from megatron_smartmoe.placement.replica_scope import cheapest_replicas
 from megatron_smartmoe.placement.search.cuts import scaled
 from megatron_smartmoe.placement.search.improve import ImprovedPlacement
 from megatron_smartmoe.spec.arrays import FloatArray, IntArray
@@ -216,16 +216,8 @@ class ReplicaPlanner:
 
     def _exact(self, load_E: IntArray, slots_RS: IntArray, price: TransferPrice) -> IntArray:
         """Slots with replicas for exactly these counts, at this price."""
-        return cheapest_exact_replicas(
-            load_E,
-            slots_RS,
-            self.placement.home_slots,
-            num_nodes=self.options.replica.num_nodes,
-            or_group=self.options.replica.or_group,
-            price=price,
-            limit=self.options.auto_limit,
-            kernels=self._kernels,
-        )
+        options = self.options.exact_plan(price)
+        return self._kernels.exact_plan(load_E, slots_RS, self.placement.home_slots, options).slots_RS
 
     def _anew(self, load_E: IntArray, slots_RS: IntArray, before: int) -> Anew:
         """Replicas for exactly these counts, as `exact` makes them at their price for one micro-batch."""

@@ -11,7 +11,6 @@ from dataclasses import replace
 
 import numpy as np
 
-from megatron_smartmoe.cost.replicas import TransferPrice
 from megatron_smartmoe.placement.exact_plan import ExactPlanOptions
 from megatron_smartmoe.placement.kernels import Kernels
 from megatron_smartmoe.placement.plan_homes import drop_misplaced
@@ -43,19 +42,3 @@ def cheapest_replicas(
         drop_misplaced(kept_RS, home_slots, np.arange(num_ranks) * num_nodes // num_ranks)
     given = (scenarios_KE, home_slots, scope, rank_tokens)
     return plan_replicas(kept_RS, *given, kernels.best, kernels.drop, kernels.busiest)
-
-
-def cheapest_exact_replicas(
-    load_E: IntArray,
-    slots_RS: IntArray,
-    home_slots: int,
-    *,
-    num_nodes: int,
-    or_group: bool,
-    price: TransferPrice,
-    limit: float,
-    kernels: Kernels,
-) -> IntArray:
-    """The slots of `exact_plan.cheapest_exact_plan`; see there and `ExactPlanOptions` for the arguments."""
-    options = ExactPlanOptions(num_nodes=num_nodes, or_group=or_group, price=price, limit=limit)
-    return kernels.exact_plan(load_E, slots_RS, home_slots, options).slots_RS

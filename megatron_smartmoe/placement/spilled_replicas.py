@@ -23,6 +23,7 @@ from __future__ import annotations
 import heapq
 
 from megatron_smartmoe.placement.checks import check_replicas
+from megatron_smartmoe.placement.exact_search import node_bounds
 from megatron_smartmoe.spec.arrays import IntArray
 from megatron_smartmoe.spec.placement import EMPTY
 
@@ -43,14 +44,9 @@ def spilled_replicas(load_E: IntArray, slots_RS: IntArray, home_slots: int, num_
     check_replicas(load_E, slots_RS, home_slots, num_nodes)
     new_RS = slots_RS.copy()
     new_RS[:, home_slots:] = EMPTY
-    num_ranks = len(slots_RS)
-    per_node = num_ranks // num_nodes
-    mean = -(-int(load_E.sum()) // num_ranks)
-    for first in range(0, num_ranks, per_node):
-        ranks = slice(first, first + per_node)
-        # a node that is above the mean as a whole has a bound of its own
-        node_mean = -(-int(load_E[slots_RS[ranks, :home_slots]].sum()) // per_node)
-        _spill(load_E, new_RS[ranks], home_slots, max(mean, node_mean))
+    per_node = len(slots_RS) // num_nodes
+    for node, bound in enumerate(node_bounds(load_E, slots_RS[:, :home_slots], num_nodes)):
+        _spill(load_E, new_RS[node * per_node : (node + 1) * per_node], home_slots, bound)
     return new_RS
 
 

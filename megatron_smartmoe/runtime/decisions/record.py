@@ -206,31 +206,23 @@ def _read_start(path: Path) -> Start:
     if version != VERSION:
         rule = f"has version {version!r:.60}: only version {VERSION} is known"
         raise ConfigError("--replay", str(path), rule, "Replay it with the version of the project that wrote it.")
-    _price_alike(content)
-    _never_suspend(content)
+    _bring_up_to_date(content)
     return build(Start, content, str(path), WAY_OUT)
 
 
-def _price_alike(content: Any) -> None:
-    """Replace the prices of earlier files, which had one number for every transfer, and saw all ranks on one node."""
+def _bring_up_to_date(content: Any) -> None:
+    """Give the content of earlier files what they lack: they had one number as the price of every transfer, saw all
+    ranks on one node, and never suspended replicas from history."""
     if not isinstance(content, dict):
         return
     for old, new in (("replica_price_tokens", "price"), ("exact_price_tokens", "exact_price")):
         if isinstance(tokens := content.get(old), int | float) and new not in content:
             del content[old]
             content[new] = asdict(TransferPrice.of_each(float(tokens)))
-    for each in content.values():
-        _price_alike(each)
-
-
-def _never_suspend(content: Any) -> None:
-    """Have a run of before replicas from history could be suspended replayed without."""
-    if not isinstance(content, dict):
-        return
     if "objective" in content and "good_enough" in content:  # of `ReplicaOptions`
         content.setdefault("may_suspend", False)
     for each in content.values():
-        _never_suspend(each)
+        _bring_up_to_date(each)
 
 
 def read_state(directory: Path, name: str) -> dict[str, NDArray[Any]]:

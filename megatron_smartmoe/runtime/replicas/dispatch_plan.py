@@ -41,7 +41,7 @@ class ExactOptions:
     Attributes:
         used_slots: spare slots of a rank that are used; the others stay empty.
         num_nodes: nodes of the group; a replica stays on its home's node. 1 lets it go anywhere.
-        or_group: whether it may go anywhere where that is cheaper; see `placement.replica_scope`.
+        or_group: whether it may go anywhere where that is cheaper; see `placement.exact_plan`.
         price: see `placement.paying_replicas.without_losing_replicas`; the trees are those of the view's nodes.
         limit: no replica is made while max / mean tokens per rank of the homes alone are at most this.
     """

@@ -8,9 +8,9 @@ import torch
 from megatron_smartmoe import ops
 from megatron_smartmoe.cost.moe_layer import RelayedFlow
 from megatron_smartmoe.cost.replicas import TransferPrice
+from megatron_smartmoe.placement.exact_plan import ExactPlanOptions
 from megatron_smartmoe.placement.kernels import NUMPY, Kernels
 from megatron_smartmoe.placement.relay import RelayTree
-from megatron_smartmoe.placement.replica_scope import cheapest_exact_replicas
 from megatron_smartmoe.runtime.replicas.history_plan import compiled_best_replicas, compiled_improve
 from megatron_smartmoe.runtime.replicas.split import (
     compiled_drop_losing,
@@ -45,21 +45,13 @@ def exact_slots(
         num_nodes: Nodes of the group; a replica stays on its home's node. 1 lets it go anywhere.
         limit: No replica is made while max / mean tokens per rank of the homes alone are at most this.
         price: See `placement.paying_replicas.without_losing_replicas`.
-        or_group: Whether it may go anywhere where that is cheaper; see `placement.replica_scope`.
+        or_group: Whether it may go anywhere where that is cheaper; see `placement.exact_plan`.
 
     Returns:
         The slot table `[R, S + K]`.
     """
-    return cheapest_exact_replicas(
-        counts_RE.sum(axis=0),
-        slots_RS,
-        home_slots,
-        num_nodes=num_nodes,
-        or_group=or_group,
-        price=price,
-        limit=limit,
-        kernels=fastest_kernels(),
-    )
+    options = ExactPlanOptions(num_nodes=num_nodes, or_group=or_group, price=price, limit=limit)
+    return fastest_kernels().exact_plan(counts_RE.sum(axis=0), slots_RS, home_slots, options).slots_RS
 
 
 def _split(counts_RE: IntArray, hosts_ER: BoolArray) -> IntArray:

@@ -1,10 +1,19 @@
 """Problems that the placement tests draw: counts and slots of one layer."""
 
 import numpy as np
+from hypothesis import strategies as st
 
+from megatron_smartmoe.cost.replicas import LegPrice
 from megatron_smartmoe.placement.layer_plan import LayerPlan, tokens_by_rank
 from megatron_smartmoe.spec.arrays import FloatArray, IntArray
 from megatron_smartmoe.spec.placement import EMPTY
+
+LEGS = st.builds(
+    LegPrice,
+    inside_tokens=st.sampled_from([0.0, 3.0, 40.0]),
+    between_tokens=st.sampled_from([0.0, 20.0, 200.0]),
+    hidden_tokens=st.sampled_from([0.0, 15.0]),
+)  # prices of a way of replicas
 
 
 def contiguous_slots(num_experts: int, num_ranks: int, spare_slots: int) -> IntArray:

@@ -16,7 +16,7 @@ from megatron_smartmoe.placement.paying_replicas import cost_of_replicas, withou
 from megatron_smartmoe.placement.spilled_replicas import spilled_replicas
 from megatron_smartmoe.runtime.replicas.split import compiled_exact_plan
 from megatron_smartmoe.spec.arrays import IntArray
-from tests.unit.placement.cases import contiguous_slots, random_counts
+from tests.unit.placement.cases import LEGS, contiguous_slots, random_counts
 
 BARE_RS = contiguous_slots(4, 4, 1)
 TWO_NODES = TransferPrice(fetch=LegPrice(inside_tokens=10.0, between_tokens=20.0), num_nodes=2)
@@ -77,14 +77,6 @@ def test_few_transfers_where_they_are_dear_and_balance_where_they_are_not() -> N
     assert (planned(0.0) == balanced_RS).all()
     assert (planned(0.05 * mean) == spilled_RS).all()
     assert (planned(2 * mean) == bare_RS).all()
-
-
-LEGS = st.builds(
-    LegPrice,
-    inside_tokens=st.sampled_from([0.0, 3.0, 40.0]),
-    between_tokens=st.sampled_from([0.0, 20.0, 200.0]),
-    hidden_tokens=st.sampled_from([0.0, 15.0]),
-)
 
 
 @st.composite

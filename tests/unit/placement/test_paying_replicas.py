@@ -17,7 +17,7 @@ from megatron_smartmoe.placement.split import best_balance
 from megatron_smartmoe.runtime.replicas.split import compiled_drop_losing
 from megatron_smartmoe.spec.arrays import IntArray
 from megatron_smartmoe.spec.placement import EMPTY, hosts_of
-from tests.unit.placement.cases import contiguous_slots, random_counts
+from tests.unit.placement.cases import LEGS, contiguous_slots, random_counts
 
 
 def cost(load_E: IntArray, slots_RS: IntArray, home_slots: int, price_tokens: float) -> float:
@@ -87,14 +87,6 @@ def test_a_transfer_between_nodes_has_a_price_of_its_own() -> None:
     assert (without_losing_replicas(load_E[None], far_RS, 1, price)[:, 1] == EMPTY).all()
     on_one_node = replace(price, num_nodes=1)
     assert (without_losing_replicas(load_E[None], far_RS, 1, on_one_node) == far_RS).all()
-
-
-LEGS = st.builds(
-    LegPrice,
-    inside_tokens=st.sampled_from([0.0, 3.0, 40.0]),
-    between_tokens=st.sampled_from([0.0, 20.0, 200.0]),
-    hidden_tokens=st.sampled_from([0.0, 15.0]),
-)
 
 
 @pytest.mark.skipif(not ops.is_compiled(), reason="the library is not built")

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 
 from megatron_smartmoe.cost.replicas import LegPrice, TransferPrice
+from megatron_smartmoe.placement.exact_plan import ExactPlanOptions, cheapest_exact_plan
 from megatron_smartmoe.placement.kernels import NUMPY
 from megatron_smartmoe.placement.plan_replicas import ReplicaOptions
 from megatron_smartmoe.placement.relay import relay_tree
-from megatron_smartmoe.placement.replica_scope import cheapest_exact_replicas, cheapest_replicas
+from megatron_smartmoe.placement.replica_scope import cheapest_replicas
 from megatron_smartmoe.placement.split import busiest_rank_tokens
 from megatron_smartmoe.spec.arrays import IntArray
 from megatron_smartmoe.spec.placement import EMPTY, hosts_of
@@ -26,9 +27,8 @@ def between(tokens: float) -> TransferPrice:
 
 
 def exact(load_E: IntArray, price: TransferPrice, *, or_group: bool = True) -> IntArray:
-    return cheapest_exact_replicas(
-        load_E, BARE_RS, 1, num_nodes=2, or_group=or_group, price=price, limit=1.01, kernels=NUMPY
-    )
+    options = ExactPlanOptions(num_nodes=2, or_group=or_group, price=price, limit=1.01)
+    return cheapest_exact_plan(load_E, BARE_RS, 1, options).slots_RS
 
 
 def history(load_E: IntArray, price: TransferPrice, *, or_group: bool = True) -> IntArray:
@@ -53,9 +53,8 @@ def test_never_dearer_than_within_nodes_or_over_the_group(seed: int) -> None:
     )
 
     def cost(num_nodes: int, *, or_group: bool) -> float:
-        found_RS = cheapest_exact_replicas(
-            load_E, slots_RS, 2, num_nodes=num_nodes, or_group=or_group, price=price, limit=1.01, kernels=NUMPY
-        )
+        options = ExactPlanOptions(num_nodes=num_nodes, or_group=or_group, price=price, limit=1.01)
+        found_RS = cheapest_exact_plan(load_E, slots_RS, 2, options).slots_RS
         return busiest_rank_tokens(hosts_of(found_RS, 16), load_E) + relay_tree(found_RS, 2, 4).price_tokens(price)
 
     within, anywhere = cost(4, or_group=False), cost(1, or_group=False)
