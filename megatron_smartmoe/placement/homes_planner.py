@@ -31,7 +31,7 @@ from megatron_smartmoe.placement.decisions import (
 from megatron_smartmoe.placement.history import History
 from megatron_smartmoe.placement.kernels import NUMPY, Kernels
 from megatron_smartmoe.placement.online_options import OnlineOptions
-from megatron_smartmoe.placement.other_homes import Earlier, LayerProposal, OtherHomes, migration_of
+from megatron_smartmoe.placement.other_homes import Known, LayerProposal, OtherHomes, migration_of
 from megatron_smartmoe.placement.policy import Policy
 from megatron_smartmoe.placement.review import LayerSeconds, MoveReview
 from megatron_smartmoe.spec.arrays import IntArray
@@ -62,7 +62,7 @@ class HomesPlanner:
         self.options, self.layer_seconds, self._kernels = options, layer_seconds, kernels
         self.history = History(num_layers, num_experts, options.history)
         self.policy = Policy(options.policy)
-        self._earlier: Earlier | None = None  # None until there are two records
+        self._earlier: Known | None = None  # None until there are two records
         self._counts_LRE: IntArray | None = None
         self._last_evaluation: int | None = None
         self._move: MoveReview | None = None
@@ -70,7 +70,7 @@ class HomesPlanner:
     def observe(self, counts_LRE: IntArray) -> None:
         """Add the counts of one iteration: by source rank of a group, mean over groups and micro-batches."""
         if self._counts_LRE is not None:
-            self._earlier = Earlier(history=self.history.copy(), counts_LRE=self._counts_LRE)
+            self._earlier = Known(history=self.history.copy(), counts_LRE=self._counts_LRE)
         self._counts_LRE = counts_LRE
         self.history.update(counts_LRE.sum(axis=1)[:, None])
         if self._move is not None:
@@ -115,13 +115,13 @@ class HomesPlanner:
         self._last_evaluation = None if last_evaluation == NEVER else last_evaluation
         self._counts_LRE, self._earlier, self._move = counts_LRE, earlier, move
 
-    def _restored_earlier(self, state: Mapping[str, NDArray[Any]], placement: Placement) -> Earlier | None:
+    def _restored_earlier(self, state: Mapping[str, NDArray[Any]], placement: Placement) -> Known | None:
         counts_LRE = _restored_counts(state, "earlier_counts_LRE", placement)
         if counts_LRE is None:
             return None
         history = History(self.history.num_layers, self.history.num_experts, self.history.options)
         history.restore(_part(state, "earlier_"))
-        return Earlier(history=history, counts_LRE=counts_LRE)
+        return Known(history=history, counts_LRE=counts_LRE)
 
     def _restored_move(self, state: Mapping[str, NDArray[Any]], placement: Placement) -> MoveReview | None:
         if "move_gain_s" not in state:
@@ -157,7 +157,8 @@ class HomesPlanner:
         self._last_evaluation = iteration
         # Step 1: better homes for each layer on its own, and what they are worth.
         other = OtherHomes(options=self.options, layer_seconds=self.layer_seconds, kernels=self._kernels)
-        found = [other.of_layer(layer, placement, earlier, counts_LRE) for layer in range(placement.num_layers)]
+        latest = Known(history=self.history, counts_LRE=counts_LRE)
+        found = [other.of_layer(layer, placement, earlier, latest) for layer in range(placement.num_layers)]
         # Step 2: keep the layers that pay.
         paying = [each for each in found if each.pays(self.options.policy)]
         chosen = paying or [each for each in found if each.experts]

@@ -11,13 +11,15 @@ those in which it seems to save most. A record that it was not found on has no s
 jumped, replicas from history suit neither homes, and which of the two they suit less is chance. A plan that is better
 in earnest saves on both.
 
+Where they pay, they are by now a record behind a load that drifts. So the search goes on from them with the last
+record. What it swaps besides must pay on that record, and the layer must still pay with the gain that was judged.
+
 Example. 256 experts on 64 ranks of 8 nodes, A100 with PCIe links, hot experts spread evenly over the ranks. Priced on
 the record that they were found on, other homes seemed to save 3.8 ms an iteration; on the 8 records after it they lost
 2.2 ms, and all 12 experts moved back. On the first record that they had not been found on they lose 2.8 ms, and stay.
 
-Alternatives: pricing on the records that homes were found on (above). Searching once more with the last record where
-homes pay, and moving to those: 0.4% faster where loads drift, but what is moved to was never judged, and the search,
-which is greedy, ends elsewhere (docs/log.md).
+Alternatives: pricing on the records that homes were found on (above). Searching anew with the last record where homes
+pay: what is moved to was never judged, and the search, which is greedy, ends elsewhere, up to 4% slower (docs/log.md).
 """
 
 from __future__ import annotations
@@ -44,12 +46,12 @@ from megatron_smartmoe.spec.placement import Placement
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Earlier:
+class Known:
     """What other homes are found on.
 
     Attributes:
-        history: of all records before the last one.
-        counts_LRE: the latest of them.
+        history: of the records up to one of them.
+        counts_LRE: that one.
     """
 
     history: History
@@ -81,7 +83,7 @@ class LayerProposal:
     Attributes:
         layer: row of the layer in the placement.
         slots_RS: slots with better homes, or the present ones.
-        gain_s: predicted seconds per iteration that they save.
+        gain_s: predicted seconds per iteration that they save, as judged (`of_layer`).
         cost_s: one-time seconds of the migration.
         experts: number of experts that would move to another rank.
         saved: the parts of the gain, where the cost model has parts.
@@ -131,39 +133,68 @@ class OtherHomes:
     layer_seconds: LayerSeconds
     kernels: Kernels
 
-    def of_layer(self, layer: int, placement: Placement, earlier: Earlier, counts_LRE: IntArray) -> LayerProposal:
+    def of_layer(self, layer: int, placement: Placement, earlier: Known, latest: Known) -> LayerProposal:
         """Other homes of a layer, and what they save beside the present ones, both with the replicas that training
         would give them.
 
         Args:
             layer: row of the layer in the placement.
             placement: the present one.
-            earlier: what homes are found on.
-            counts_LRE: the last record.
+            earlier: all but the last record.
+            latest: with the last record.
         """
-        slots_RS, home_slots, options = placement.slots_LRS[layer], placement.home_slots, self.options
-        records = (counts_LRE[layer], earlier.counts_LRE[layer])
-        # Step 1: find other homes on the earlier records, and plan replicas for both: exact ones for each record.
-        if options.replicas == "exact":
-            forecast_E = earlier.history.forecast_LE()[layer]
-            homes_RS = plan_homes(slots_RS, forecast_E, home_slots, options.homes).slots_RS
-            price = options.replica.price
-            pairs = [
-                (self._exact(slots_RS, counts_RE, price), self._exact(homes_RS, counts_RE, price))
-                for counts_RE in records
-            ]
-        else:
-            scenarios_KE = earlier.history.scenarios_KE(layer)
-            tokens = int(records[1].sum()) * options.micro_batches / placement.num_ranks
-            pairs = [self._from_history(slots_RS, scenarios_KE, home_slots, tokens)] * len(records)
-        found_RS = pairs[0][1]
-        cost_s, experts = migration_of(slots_RS, found_RS, home_slots, options)
+        slots_RS, options = placement.slots_LRS[layer], self.options
+        records = (latest.counts_LRE[layer], earlier.counts_LRE[layer])
+        # Step 1: find other homes on the earlier records.
+        kept_RS, found_RS = self._searched(layer, slots_RS, placement.home_slots, earlier)
+        cost_s, experts = migration_of(slots_RS, found_RS, placement.home_slots, options)
         # Step 2: price both on the last record and on the one before it; the smaller gain counts.
         gain_s, saved = 0.0, None
         if experts:
-            priced = [self._priced(*pair, counts_RE) for pair, counts_RE in zip(pairs, records, strict=True)]
+            priced = [self._priced(kept_RS, found_RS, counts_RE) for counts_RE in records]
             gain_s, saved = min(priced, key=lambda each: each[0])
-        return LayerProposal(layer=layer, slots_RS=found_RS, gain_s=gain_s, cost_s=cost_s, experts=experts, saved=saved)
+        found = LayerProposal(
+            layer=layer, slots_RS=found_RS, gain_s=gain_s, cost_s=cost_s, experts=experts, saved=saved
+        )
+        # Step 3: where they pay, go on from them with the last record.
+        if found.pays(options.policy):
+            found = self._brought_up_to_date(found, slots_RS, placement.home_slots, latest)
+        return replace(found, slots_RS=self._as_trained(found.slots_RS, records[0]))
+
+    def _brought_up_to_date(
+        self, judged: LayerProposal, slots_RS: IntArray, home_slots: int, latest: Known
+    ) -> LayerProposal:
+        """The judged homes, and the swaps that the last record adds to them where those pay.
+
+        Args:
+            judged: homes that were found without the last record.
+            slots_RS: present slots.
+            home_slots: columns of homes, E / R.
+            latest: with the last record.
+        """
+        options = self.options
+        kept_RS, found_RS = self._searched(judged.layer, judged.slots_RS, home_slots, latest)
+        cost_s, experts = migration_of(slots_RS, found_RS, home_slots, options)
+        moved = replace(judged, slots_RS=found_RS, cost_s=cost_s, experts=experts)
+        _, added_experts = migration_of(judged.slots_RS, found_RS, home_slots, options)
+        added_s, _ = self._priced(kept_RS, found_RS, latest.counts_LRE[judged.layer])
+        added = replace(moved, gain_s=added_s, cost_s=cost_s - judged.cost_s, experts=added_experts)
+        return moved if added.pays(options.policy) and moved.pays(options.policy) else judged
+
+    def _searched(self, layer: int, slots_RS: IntArray, home_slots: int, known: Known) -> tuple[IntArray, IntArray]:
+        """Slots with the given homes and with better ones, or the given ones again; their replicas from history, or
+        none yet where they are planned for the exact counts of a record."""
+        if self.options.replicas == "exact":
+            forecast_E = known.history.forecast_LE()[layer]
+            return slots_RS, plan_homes(slots_RS, forecast_E, home_slots, self.options.homes).slots_RS
+        tokens = int(known.counts_LRE[layer].sum()) * self.options.micro_batches / len(slots_RS)
+        return self._from_history(slots_RS, known.history.scenarios_KE(layer), home_slots, tokens)
+
+    def _as_trained(self, slots_RS: IntArray, counts_RE: IntArray) -> IntArray:
+        """Slots that `_searched` found, with the replicas of a record that are planned for its exact counts, if any."""
+        if self.options.replicas != "exact":
+            return slots_RS
+        return self._exact(slots_RS, counts_RE, self.options.replica.price)
 
     def _exact(self, slots_RS: IntArray, counts_RE: IntArray, price: TransferPrice) -> IntArray:
         """Slots with the same homes and replicas for exactly these counts."""
@@ -173,10 +204,10 @@ class OtherHomes:
     def _from_history(
         self, slots_RS: IntArray, scenarios_KE: FloatArray, home_slots: int, tokens: float
     ) -> tuple[IntArray, IntArray]:
-        """Slots with the present homes and with better ones, or the present ones again; replicas from history.
+        """Slots with the given homes and with better ones, or the given ones again; replicas from history.
 
         Args:
-            slots_RS: present slots.
+            slots_RS: slots to start from.
             scenarios_KE: loads to plan for.
             home_slots: columns of homes, E / R.
             tokens: of a rank in an iteration, mean.
@@ -204,6 +235,7 @@ class OtherHomes:
     def _priced(self, kept_RS: IntArray, found_RS: IntArray, counts_RE: IntArray) -> tuple[float, Saved | None]:
         """Seconds per iteration that other slots save on a record, and their parts where the cost model has parts."""
         micro_batches = self.options.micro_batches
+        kept_RS, found_RS = self._as_trained(kept_RS, counts_RE), self._as_trained(found_RS, counts_RE)
         if not isinstance(self.layer_seconds, PricedLayer):
             gain_s = self.layer_seconds(kept_RS, counts_RE) - self.layer_seconds(found_RS, counts_RE)
             return gain_s * micro_batches, None

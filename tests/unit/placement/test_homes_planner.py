@@ -208,6 +208,27 @@ def test_homes_are_found_on_what_came_before_the_last_record() -> None:
         assert np.array_equal(found[0].slots_LRS[layer], wanted_RS)
 
 
+@pytest.mark.parametrize("replicas", ["history", "exact"])
+@pytest.mark.parametrize(("swap_s", "swaps"), [(4, 2), (6, 1), (16, 0)])
+def test_homes_that_pay_follow_the_last_record_as_far_as_that_pays(
+    replicas: ReplicaMode, swap_s: int, swaps: int
+) -> None:
+    """Found on the first record, a swap saves 30 on it and 20 on the last one, where a second swap saves 10 more."""
+    start = Placement.contiguous(num_layers=1, num_experts=6, num_ranks=2)
+    policy = PolicyOptions(horizon_iterations=1, margin=2.0)
+    options = OnlineOptions(replicas=replicas, state_bytes=swap_s, migration_bytes_s=1.0, policy=policy)
+    homes = HomesPlanner(1, 6, options, busiest)
+    for counts_LRE in of_one_source([40, 40, 10, 10, 10, 10], [20, 40, 40, 0, 30, 10]):
+        homes.observe(counts_LRE)
+    found = homes.propose(2, start)
+    assert found is not None
+    proposal, decision = found
+    assert decision.taken == (swaps > 0)
+    assert decision.predicted_gain_s == 20  # as it was judged, whether or not it follows the last record
+    assert decision.cost_s == swap_s * max(swaps, 1)
+    assert busiest(proposal.slots_LRS[0], counts_LRE[0]) == (70 if swaps == 2 else 80)
+
+
 def test_an_evaluation_takes_two_records_and_one_more_after_an_older_checkpoint() -> None:
     homes, resumed = (HomesPlanner(1, 4, OnlineOptions(), busiest) for _ in range(2))
     one, two, three = of_one_source(HOT_01, HOT_01, HOT_01)
