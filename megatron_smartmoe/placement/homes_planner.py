@@ -222,7 +222,8 @@ class HomesPlanner:
         if move is None or not move.ready:
             return None
         self._move = None
-        modelled_s, layers_s = move.gain_s(self.layer_seconds, self.options.replica.num_nodes, self._kernels)
+        replicas = self.options.exact_plan(self.options.replica.price)
+        modelled_s, layers_s = move.gain_s(self.layer_seconds, replicas, self._kernels)
         gain_s = modelled_s * self.options.micro_batches if gain_s is None else gain_s
         iteration_s = layers_s * self.options.micro_batches
         proposal = move.reverted(placement, self.options.replica.kept_nodes)

@@ -1,10 +1,10 @@
 """What a move of homes saved: the same counts priced with the homes before and the homes after it.
 
 Method. After a move the counts of the next records are kept. When there are enough, each is priced twice with
-the cost model, with the old homes and with the new ones, both with replicas planned for exactly these counts, so that
-nothing but the homes differs. Comparing iteration times before and after the move instead would blame the move for
-whatever else changed, above all the load itself. A measured time can be given to `HomesPlanner.review` instead; the
-policy decides either way.
+the cost model, with the old homes and with the new ones, both with the cheapest replicas for exactly these counts that
+may be, so that nothing but the homes differs. Comparing iteration times before and after the move instead would blame
+the move for whatever else changed, above all the load itself. A measured time can be given to `HomesPlanner.review`
+instead; the policy decides either way.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from megatron_smartmoe.placement.exact_plan import ExactPlanOptions
 from megatron_smartmoe.placement.kernels import NUMPY, Kernels
 from megatron_smartmoe.placement.plan_homes import drop_misplaced
 from megatron_smartmoe.spec.arrays import IntArray
@@ -47,20 +48,28 @@ class MoveReview:
         if not self.ready:
             self.counts.append(counts_LRE)
 
-    def gain_s(self, layer_seconds: LayerSeconds, num_nodes: int, kernels: Kernels = NUMPY) -> tuple[float, float]:
+    def gain_s(
+        self, layer_seconds: LayerSeconds, replicas: ExactPlanOptions, kernels: Kernels = NUMPY
+    ) -> tuple[float, float]:
         """Seconds per micro-batch that the move saves in the layers that it changed, and the seconds of all layers with
-        it; means over the records."""
+        it; means over the records.
+
+        Args:
+            layer_seconds: cost model.
+            replicas: where the replicas of either side may be, and what they cost.
+            kernels: what plans them.
+        """
         home_slots = self.before.home_slots
         touched_L = (self.before.home_rank_LE != self.after.home_rank_LE).any(axis=1)
         gain_s, total_s = 0.0, 0.0
         for counts_LRE in self.counts:
             for layer, counts_RE in enumerate(counts_LRE):
                 load_E = counts_RE.sum(axis=0)
-                slots_RS = kernels.exact(load_E, self.after.slots_LRS[layer], home_slots, num_nodes)
+                slots_RS = kernels.exact_plan(load_E, self.after.slots_LRS[layer], home_slots, replicas).slots_RS
                 now_s = layer_seconds(slots_RS, counts_RE)
                 total_s += now_s
                 if touched_L[layer]:
-                    slots_RS = kernels.exact(load_E, self.before.slots_LRS[layer], home_slots, num_nodes)
+                    slots_RS = kernels.exact_plan(load_E, self.before.slots_LRS[layer], home_slots, replicas).slots_RS
                     gain_s += layer_seconds(slots_RS, counts_RE) - now_s
         return gain_s / len(self.counts), total_s / len(self.counts)
 

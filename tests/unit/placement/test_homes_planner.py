@@ -1,5 +1,7 @@
 """The planners of training: equal inputs give equal decisions everywhere, and the load is never worse for them."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -17,8 +19,9 @@ from megatron_smartmoe.placement.plan_homes import HomesOptions, plan_homes
 from megatron_smartmoe.placement.plan_replicas import ReplicaOptions
 from megatron_smartmoe.placement.policy import PolicyOptions
 from megatron_smartmoe.placement.replica_planner import ReplicaPlanner
+from megatron_smartmoe.placement.review import MoveReview
 from megatron_smartmoe.spec.arrays import IntArray
-from megatron_smartmoe.spec.placement import Placement
+from megatron_smartmoe.spec.placement import EMPTY, Placement
 from tests.support.synthetic import SyntheticSpec, synthetic_trace
 from tests.unit.placement.cases import rank_loads
 
@@ -244,6 +247,17 @@ def test_an_evaluation_takes_two_records_and_one_more_after_an_older_checkpoint(
     decisions = [each.propose(3, TWO_RANKS) for each in (homes, resumed)]
     assert decisions[0] is not None
     assert decisions[0] == decisions[1]
+
+
+@pytest.mark.parametrize(("or_group", "gain_s"), [(False, 30.0), (True, 0.0)])
+def test_a_review_gives_both_homes_the_replicas_that_may_be(or_group: bool, gain_s: float) -> None:
+    """One rank a node: replicas even out the old homes too, but only where they may leave their nodes."""
+    before = Placement.contiguous(num_layers=1, num_experts=4, num_ranks=2, spare_slots=1)
+    after = replace(before, slots_LRS=np.array([[[0, 2, EMPTY], [1, 3, EMPTY]]]))
+    review = MoveReview(before, after, gain_s, records=1)
+    review.observe(of_one_source(HOT_01)[0])
+    options = OnlineOptions(replica=ReplicaOptions(num_nodes=2, or_group=or_group))
+    assert review.gain_s(busiest, options.exact_plan(options.replica.price)) == (gain_s, 50.0)
 
 
 def test_before_anything_was_seen_nothing_is_planned() -> None:
