@@ -272,6 +272,6 @@ def _verdicts(simulated: Simulated, content: Mapping[str, Any]) -> list[str]:
             lines.append(
                 f"{name}: homes moved, reviewed at iteration {review['iteration']}: "
                 f"predicted {review['predicted_gain_ms']:.3f} ms/iter, "
-                f"measured {review['realised_gain_ms']:.3f} ms/iter: {verdict}"
+                f"found {review['realised_gain_ms']:.3f} ms/iter on the loads since: {verdict}"
             )
     return lines

@@ -112,7 +112,8 @@ class Decision:
         why: the reason in words, with the numbers.
         changes: slots that the proposal changes.
         predicted_gain_s: predicted seconds saved per iteration; in a review, what was predicted for the move.
-        realised_gain_s: measured seconds saved per iteration; only a review has them.
+        realised_gain_s: seconds saved per iteration, in reviews alone: of homes as priced on the loads since the move,
+            of a switch as measured.
         cost_s: one-time seconds of the move.
         moved_bytes: expert state that moves.
         failure: why the migration did not carry it out; None if it did, or if nothing was to move.

@@ -207,25 +207,20 @@ class HomesPlanner:
         """Forget the move that `propose` wanted: it could not be carried out."""
         self._move = None
 
-    def review(
-        self, iteration: int, placement: Placement, gain_s: float | None = None
-    ) -> tuple[Placement, Decision] | None:
+    def review(self, iteration: int, placement: Placement) -> tuple[Placement, Decision] | None:
         """Review the last move of homes when enough records have followed it; returns the placement and the verdict.
 
         Args:
             iteration: before which the verdict takes effect.
             placement: the present slots.
-            gain_s: measured seconds per iteration that the move saves; with None the cost model compares both homes on
-                the counts that were observed since.
         """
         move = self._move
         if move is None or not move.ready:
             return None
         self._move = None
         replicas = self.options.exact_plan(self.options.replica.price)
-        modelled_s, layers_s = move.gain_s(self.layer_seconds, replicas, self._kernels)
-        gain_s = modelled_s * self.options.micro_batches if gain_s is None else gain_s
-        iteration_s = layers_s * self.options.micro_batches
+        per_micro_batch = move.gain_s(self.layer_seconds, replicas, self._kernels)
+        gain_s, iteration_s = (seconds * self.options.micro_batches for seconds in per_micro_batch)
         proposal = move.reverted(placement, self.options.replica.kept_nodes)
         pairs = zip(placement.slots_LRS, proposal.slots_LRS, strict=True)
         layers = [migration_of(*pair, placement.home_slots, self.options) for pair in pairs]

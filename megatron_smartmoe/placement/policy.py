@@ -2,8 +2,8 @@
 
 A plan is taken when its predicted gain per iteration, over the iterations it is expected to last, beats its one-time
 cost by a margin. After a move there is a cooldown in which nothing moves (hysteresis: homes must not swing to and fro
-with the load). The gain is measured; a move that lost time is reverted, and each loss in a row doubles the cooldown
-(back-off), until a move gains. Every verdict states its reason with the numbers.
+with the load). Then the gain is found again on what followed; a move that lost time is reverted, and each loss in a row
+doubles the cooldown (back-off), until a move gains. Every verdict states its reason with the numbers.
 
 Alternatives: a fixed period with "any strictly smaller maximum" (SmartMoE 2023) or with a threshold on the balance
 alone (MindSpeed) moves weights for gains that never pay for the move.
@@ -100,7 +100,7 @@ class Policy:
 
         Args:
             iteration_s: seconds of an iteration, which the tolerance is a share of.
-            gain_s: measured seconds per iteration that the plan saves.
+            gain_s: seconds per iteration that the plan was found to save on what followed it.
             cost_s: one-time seconds of reverting it.
             iteration: the iteration before which it would be reverted, from which the cooldown counts; with None it
                 counts from the iteration in which the plan was taken.
@@ -116,7 +116,7 @@ class Policy:
             outcome += f", reverting does not pay ({saved_s:.3f} s against {price_s:.3f} s)"
         return Verdict(
             take=keep,
-            why=f"measured {gain_s * 1e3:.3f} ms/iter: {outcome}",
+            why=f"found {gain_s * 1e3:.3f} ms/iter on the loads since: {outcome}",
             gain_s=gain_s,
             cost_s=cost_s,
             horizon_iterations=self.options.horizon_iterations,

@@ -3,8 +3,7 @@
 Method. After a move the counts of the next records are kept. When there are enough, each is priced twice with
 the cost model, with the old homes and with the new ones, both with the cheapest replicas for exactly these counts that
 may be, so that nothing but the homes differs. Comparing iteration times before and after the move instead would blame
-the move for whatever else changed, above all the load itself. A measured time can be given to `HomesPlanner.review`
-instead; the policy decides either way.
+the move for whatever else changed, above all the load itself.
 """
 
 from __future__ import annotations

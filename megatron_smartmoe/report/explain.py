@@ -214,7 +214,7 @@ def _busiest(load_E: FloatArray, slots_RS: IntArray, homes: int) -> float:
 
 
 def _outcome(run: RunRecord, decision: dict[str, Any], layer: int | None) -> list[str]:
-    """What it turned out to be: predicted and measured gain, or how balanced the iteration was."""
+    """What it turned out to be: predicted and realised gain, or how balanced the iteration was."""
     if decision.get("failure"):
         return [f"the experts did not move: {decision['failure']}"]
     if decision.get("realised_gain_s") is not None:
@@ -233,11 +233,12 @@ def _outcome(run: RunRecord, decision: dict[str, Any], layer: int | None) -> lis
 
 
 def _compared(decision: dict[str, Any]) -> str:
-    """Predicted and measured gain of what a verdict is about."""
-    predicted, measured = (decision.get(name) for name in ("predicted_gain_s", "realised_gain_s"))
-    assert measured is not None
+    """Predicted and realised gain of what a verdict is about: that of homes is priced, that of a switch measured."""
+    predicted, realised = (decision.get(name) for name in ("predicted_gain_s", "realised_gain_s"))
+    assert realised is not None
+    saved = f"{realised * 1e3:+.3f} ms per iteration"
     before = "" if predicted is None else f"predicted {predicted * 1e3:+.3f} ms per iteration, "
-    return f"{before}measured {measured * 1e3:+.3f} ms per iteration"
+    return before + (f"measured {saved}" if decision["kind"] == "pool" else f"found {saved} on the loads since")
 
 
 def _balance(run: RunRecord, decision: dict[str, Any], layer: int | None) -> list[str]:

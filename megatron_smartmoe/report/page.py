@@ -311,7 +311,7 @@ def _decision(run: RunRecord, decision: dict[str, Any]) -> dict[str, Any]:
         "what": what,
         "verdict": "taken" if decision["taken"] else "refused",
         "predicted": milliseconds("predicted_gain_s"),
-        "measured": milliseconds("realised_gain_s"),
+        "found": milliseconds("realised_gain_s"),
         "why": str(decision["why"]),
         "candidates": candidate_lines(decision) if decision.get("candidates") else [],
         "prices": prices(decision),

@@ -79,7 +79,7 @@ def test_a_move_has_a_cooldown_and_losses_a_longer_one() -> None:
     assert policy.judge(50, gain_s=1.0, cost_s=0.0).take
     lost = policy.realised(iteration_s=1.0, gain_s=-0.2)
     assert not lost.take
-    assert lost.why == "measured -200.000 ms/iter: reverted, next attempt in 100 iterations"
+    assert lost.why == "found -200.000 ms/iter on the loads since: reverted, next attempt in 100 iterations"
     assert "(1 losing move)" in policy.judge(149, gain_s=1.0, cost_s=0.0).why
     policy.realised(iteration_s=1.0, gain_s=-0.2)
     assert policy.cooldown_iterations == 150
@@ -93,7 +93,9 @@ def test_a_loss_is_reverted_only_where_reverting_pays() -> None:
     policy = Policy(PolicyOptions(horizon_iterations=100, margin=2.0, cooldown_iterations=50))
     kept = policy.realised(iteration_s=1.0, gain_s=-0.01, cost_s=0.6)
     assert kept.take
-    assert kept.why == "measured -10.000 ms/iter: kept, reverting does not pay (1.000 s against 1.200 s)"
+    assert (
+        kept.why == "found -10.000 ms/iter on the loads since: kept, reverting does not pay (1.000 s against 1.200 s)"
+    )
     assert policy.cooldown_iterations == 100  # it was a loss all the same
     assert not policy.realised(iteration_s=1.0, gain_s=-0.01, cost_s=0.4).take
 

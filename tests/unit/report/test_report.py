@@ -57,7 +57,7 @@ def run_dir(tmp_path: Path) -> Path:
     move = {"name": "move 1 <i> of layer 2", "chosen": True, "layer": 1, "gain_s": 0.002, "cost_s": 1.0}
     prices = {"candidates": [move], "horizon_iterations": 100, "margin": 2.0}
     refused = decision(15, "homes", [[1, 0, 0, 0, 3], [1, 0, 2, -1, 1]], taken=False, why="does not pay", **prices)
-    kept = decision(18, "review", [], realised_gain_s=0.001, why="measured 1.0 ms/iter: kept")
+    kept = decision(18, "review", [], realised_gain_s=0.001, why="found 1.0 ms/iter on the loads since: kept")
     write_lines(run / "smartmoe.jsonl", [decision(5, "homes", moved), refused, kept])
     write_lines(run / "replicas-stage0-group0.jsonl", [decision(6, "replicas", [[1, 1, 2, -1, 0]])])
     balance = {"layers": [0, 1], "homes": [[1.5, 1.8], [1.2, 1.1]], "split": [[1.0, 1.1], [1.0, 1.0]]}
@@ -97,7 +97,7 @@ def test_the_page_stands_alone_and_says_what_happened(run_dir: Path, capsys: pyt
     assert "pays &lt;b&gt;: 2.0 ms" in text, "texts of the log are no markup"
     iteration = '<td class="number" data-label="iteration">15</td>'  # on a phone, a row is a list with these labels
     assert f'<tr class="refused">{iteration}<td>homes</td><td>1 expert</td><td>refused</td>' in text
-    assert '+2.000</td><td class="number" data-label="measured, ms:">+1.000</td>' in text
+    assert '+2.000</td><td class="number" data-label="found, ms:">+1.000</td>' in text
     assert text.count('class="chart broad"') == text.count('class="chart narrow"') > 0
     assert "&gt; move 1 &lt;i&gt; of layer 2  saves +2.000 ms per iteration, costs 1000.000 ms once\n" in text
     assert "a gain counts over 100 iterations, and must be more than 2 times the cost</details>" in text
@@ -292,8 +292,8 @@ def test_a_decision_is_explained(run_dir: Path, capsys: pytest.CaptureFixture[st
     assert "             predicted to save +2.000 ms per iteration\n" in text
     load = "busiest rank over the mean by homes: 1.600 -> 1.000 on the 20 iterations before, 1.600 -> 1.000 on the 20"
     assert load in text
-    assert "  outcome    iteration 18: measured 1.0 ms/iter: kept\n" in text
-    assert "predicted +2.000 ms per iteration, measured +1.000 ms per iteration\n" in text
+    assert "  outcome    iteration 18: found 1.0 ms/iter on the loads since: kept\n" in text
+    assert "predicted +2.000 ms per iteration, found +1.000 ms per iteration on the loads since\n" in text
     assert "  candidates not recorded: the run is of an earlier version\n" in text
     assert main(["explain", str(run_dir), "--iteration", "6"]) == 0
     assert "  changes    layer 2: expert 0 as a replica on rank 1\n" in capsys.readouterr().out

@@ -144,7 +144,7 @@ def test_a_move_that_wins_is_reviewed_and_kept() -> None:
     assert move.taken
     assert review.iteration == move.iteration + 2
     assert review.predicted_gain_s == review.realised_gain_s == pytest.approx(30.0)  # 80 tokens on a rank, then 50
-    assert review.why.startswith("measured 30000.000 ms/iter: kept")
+    assert review.why.startswith("found 30000.000 ms/iter on the loads since: kept")
     assert review.changes == ()
     assert policy.homes_planner.policy.losses == 0
 
@@ -154,7 +154,7 @@ def test_a_move_that_loses_is_reverted_and_the_next_one_waits_longer() -> None:
     move, review, *later = decisions
     assert (move.kind, review.kind) == ("homes", "review")
     assert review.realised_gain_s == pytest.approx(-30.0)
-    assert review.why.startswith("measured -30000.000 ms/iter: reverted, next attempt in 12 iterations")
+    assert review.why.startswith("found -30000.000 ms/iter on the loads since: reverted, next attempt in 12 iterations")
     assert review.after == move.before
     assert review.moved_bytes == move.moved_bytes
     assert policy.homes(0).tolist() == [0, 0, 1, 1]
