@@ -81,6 +81,7 @@ class HomesPlanner:
         state = {f"history_{name}": array for name, array in self.history.state().items()}
         last = [self._last_evaluation, self.policy.last_taken]
         state["policy"] = np.array([self.policy.losses, *(NEVER if one is None else one for one in last)])
+        state["policy_wrong_s"] = np.array([self.policy.wrong_s])
         if self._counts_LRE is not None:
             state["counts_LRE"] = self._counts_LRE
         if self._earlier is not None:
@@ -98,7 +99,8 @@ class HomesPlanner:
 
         Args:
             state: as `state` gave it. One that an older version saved says nothing of the history before the last
-                record; then no evaluation is due before another record was observed.
+                record; then no evaluation is due before another record was observed. Nor does it say how wrong losing
+                moves were; then the next one waits for its cooldown.
             placement: the present one.
 
         Raises:
@@ -111,6 +113,7 @@ class HomesPlanner:
         self.history.restore(_part(state, "history_"))
         losses, last_evaluation, last_taken = (int(one) for one in state["policy"])
         self.policy.losses = losses
+        self.policy.wrong_s = float(state["policy_wrong_s"][0]) if "policy_wrong_s" in state else np.inf
         self.policy.last_taken = None if last_taken == NEVER else last_taken
         self._last_evaluation = None if last_evaluation == NEVER else last_evaluation
         self._counts_LRE, self._earlier, self._move = counts_LRE, earlier, move
@@ -225,7 +228,7 @@ class HomesPlanner:
         pairs = zip(placement.slots_LRS, proposal.slots_LRS, strict=True)
         layers = [migration_of(*pair, placement.home_slots, self.options) for pair in pairs]
         cost_s, moved = sum(cost_s for cost_s, _ in layers), sum(experts for _, experts in layers)
-        verdict = self.policy.realised(iteration_s, gain_s, cost_s, iteration)
+        verdict = self.policy.realised(iteration_s, gain_s, cost_s, iteration, move.predicted_gain_s)
         after = placement if verdict.take else proposal
         return after, Decision(
             iteration=iteration,

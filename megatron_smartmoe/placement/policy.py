@@ -3,7 +3,9 @@
 A plan is taken when its predicted gain per iteration, over the iterations it is expected to last, beats its one-time
 cost by a margin. After a move there is a cooldown in which nothing moves (hysteresis: homes must not swing to and fro
 with the load). Then the gain is found again on what followed; a move that lost time is reverted, and each loss in a row
-doubles the cooldown (back-off), until a move gains. Every verdict states its reason with the numbers.
+doubles the cooldown (back-off), until a move gains. A move that promises several times what the losing ones were wrong
+by need not wait: early in training a load changes so much that a first move loses a little, and the next one would
+save a hundred times as much. Every verdict states its reason with the numbers.
 
 Alternatives: a fixed period with "any strictly smaller maximum" (SmartMoE 2023) or with a threshold on the balance
 alone (MindSpeed) moves weights for gains that never pay for the move.
@@ -11,6 +13,7 @@ alone (MindSpeed) moves weights for gains that never pay for the move.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 # For `PolicyOptions.tolerance` where homes move between nodes: swaps there pay for a fraction of a percent, and whether
@@ -24,7 +27,8 @@ class PolicyOptions:
 
     Attributes:
         horizon_iterations: iterations that a plan is expected to last.
-        margin: gain x horizon must be above cost x margin.
+        margin: gain x horizon must be above cost x margin; a gain that is above margin x what losing moves were wrong
+            by need not wait for the cooldown.
         cooldown_iterations: iterations after a move in which no other is made.
         backoff_factor: each loss in a row multiplies the cooldown by this.
         max_cooldown_iterations: the longest cooldown.
@@ -60,12 +64,20 @@ class Verdict:
 
 
 class Policy:
-    """Judges plans one after another, with the iteration of the last move and the number of losses in a row."""
+    """Judges plans one after another.
+
+    Attributes:
+        losses: losing moves in a row.
+        last_taken: iteration of the last move; None before the first.
+        wrong_s: what the losing moves in a row were predicted to save beyond what they did, the most of them; infinite
+            where that is not known.
+    """
 
     def __init__(self, options: PolicyOptions | None = None) -> None:
         self.options = options or PolicyOptions()
         self.losses = 0
         self.last_taken: int | None = None
+        self.wrong_s = 0.0
 
     @property
     def cooldown_iterations(self) -> int:
@@ -82,11 +94,12 @@ class Policy:
             f"cost {cost_s:.3f} s x margin {margin:g} = {cost_s * margin:.3f} s"
         )
         since = None if self.last_taken is None else iteration - self.last_taken
+        is_sure = self.losses > 0 and gain_s > margin * self.wrong_s
         if gain_s <= 0:
             take, why = False, f"no gain: {numbers}"
         elif saved_s <= cost_s * margin:
             take, why = False, f"does not pay: {numbers}"
-        elif since is not None and since < self.cooldown_iterations:
+        elif since is not None and since < self.cooldown_iterations and not is_sure:
             moves = "losing move" if self.losses == 1 else "losing moves in a row"
             after = f" ({self.losses} {moves})" if self.losses else ""
             take, why = False, f"cooldown {since}/{self.cooldown_iterations} iterations{after}; {numbers}"
@@ -95,7 +108,14 @@ class Policy:
             self.last_taken = iteration
         return Verdict(take=take, why=why, gain_s=gain_s, cost_s=cost_s, horizon_iterations=horizon)
 
-    def realised(self, iteration_s: float, gain_s: float, cost_s: float = 0.0, iteration: int | None = None) -> Verdict:
+    def realised(
+        self,
+        iteration_s: float,
+        gain_s: float,
+        cost_s: float = 0.0,
+        iteration: int | None = None,
+        predicted_s: float = math.inf,
+    ) -> Verdict:
         """Whether to keep a plan that was taken; one that loses time is reverted if that pays, as any move must.
 
         Args:
@@ -104,11 +124,13 @@ class Policy:
             cost_s: one-time seconds of reverting it.
             iteration: the iteration before which it would be reverted, from which the cooldown counts; with None it
                 counts from the iteration in which the plan was taken.
+            predicted_s: seconds per iteration that the plan was predicted to save; infinite if that is not known.
         """
         lost_s = max(0.0, -gain_s - self.options.tolerance * iteration_s)
         saved_s, price_s = lost_s * self.options.horizon_iterations, cost_s * self.options.margin
         keep = lost_s == 0 or saved_s <= price_s
         self.losses = 0 if lost_s == 0 else self.losses + 1
+        self.wrong_s = 0.0 if lost_s == 0 else max(self.wrong_s, predicted_s - gain_s)
         if not keep and iteration is not None:
             self.last_taken = iteration
         outcome = "kept" if keep else f"reverted, next attempt in {self.cooldown_iterations} iterations"

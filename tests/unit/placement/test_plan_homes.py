@@ -89,6 +89,22 @@ def test_a_move_has_a_cooldown_and_losses_a_longer_one() -> None:
     assert policy.cooldown_iterations == 50
 
 
+def test_after_a_loss_a_gain_that_dwarfs_its_error_need_not_wait() -> None:
+    """Losing moves were wrong by 0.3 s an iteration, then by 0.7."""
+    policy = Policy(PolicyOptions(margin=2.0, cooldown_iterations=50))
+    assert policy.judge(0, gain_s=0.1, cost_s=0.0).take
+    assert policy.judge(10, gain_s=9.0, cost_s=0.0).why.startswith("cooldown 10/50")  # nothing has lost yet
+    policy.realised(iteration_s=1.0, gain_s=-0.2, iteration=10, predicted_s=0.1)
+    assert policy.judge(11, gain_s=0.6, cost_s=0.0).why.startswith("cooldown 1/100 iterations (1 losing move); ")
+    assert policy.judge(12, gain_s=0.61, cost_s=0.0).why.startswith("pays: ")
+    assert policy.judge(12, gain_s=0.61, cost_s=1e6).why.startswith("does not pay: ")
+    policy.realised(iteration_s=1.0, gain_s=-0.09, iteration=20, predicted_s=0.61)
+    assert not policy.judge(21, gain_s=1.4, cost_s=0.0).take
+    assert policy.judge(22, gain_s=1.41, cost_s=0.0).take
+    policy.realised(iteration_s=1.0, gain_s=0.5, iteration=30, predicted_s=1.41)
+    assert policy.wrong_s == 0.0
+
+
 def test_a_loss_is_reverted_only_where_reverting_pays() -> None:
     policy = Policy(PolicyOptions(horizon_iterations=100, margin=2.0, cooldown_iterations=50))
     kept = policy.realised(iteration_s=1.0, gain_s=-0.01, cost_s=0.6)
