@@ -94,17 +94,20 @@ class Policy:
             f"cost {cost_s:.3f} s x margin {margin:g} = {cost_s * margin:.3f} s"
         )
         since = None if self.last_taken is None else iteration - self.last_taken
-        is_sure = self.losses > 0 and gain_s > margin * self.wrong_s
+        is_cooling = since is not None and since < self.cooldown_iterations
+        lost = f"{self.losses} losing move" + ("" if self.losses == 1 else "s in a row")
         if gain_s <= 0:
             take, why = False, f"no gain: {numbers}"
         elif saved_s <= cost_s * margin:
             take, why = False, f"does not pay: {numbers}"
-        elif since is not None and since < self.cooldown_iterations and not is_sure:
-            moves = "losing move" if self.losses == 1 else "losing moves in a row"
-            after = f" ({self.losses} {moves})" if self.losses else ""
+        elif is_cooling and not (self.losses and gain_s > margin * self.wrong_s):
+            after = f" ({lost})" if self.losses else ""
             take, why = False, f"cooldown {since}/{self.cooldown_iterations} iterations{after}; {numbers}"
         else:
-            take, why = True, f"pays: {numbers}"
+            waived = (
+                f"; no cooldown: {lost} promised at most {self.wrong_s * 1e3:.3f} ms too much" if is_cooling else ""
+            )
+            take, why = True, f"pays: {numbers}{waived}"
             self.last_taken = iteration
         return Verdict(take=take, why=why, gain_s=gain_s, cost_s=cost_s, horizon_iterations=horizon)
 

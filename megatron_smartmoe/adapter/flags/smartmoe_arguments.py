@@ -273,7 +273,8 @@ def _add_homes(group: argparse._ArgumentGroup) -> None:
         metavar="FACTOR",
         default=2.0,
         help="Move experts when the gain predicted over the horizon is more than FACTOR times the cost of moving them. "
-        "Default: 2.",
+        "After moves that lost time, a gain of more than FACTOR times what those promised too much need not wait for "
+        "the cooldown. Default: 2.",
     )
     group.add_argument(
         "--smartmoe-homes-horizon",
