@@ -1,7 +1,7 @@
 """`smartmoe report`: a run as one HTML file that opens from disk.
 
 Losses, step times, balance with and without replicas, loads over time where the counts were recorded, where the experts
-are, and every decision with its predicted and measured gain. It works while the run trains, too. Of a routing trace, of
+are, and every decision with its predicted and realised gain. It works while the run trains, too. Of a routing trace, of
 stock Megatron's too, it shows what balancing would have given, by the simulator.
 """
 

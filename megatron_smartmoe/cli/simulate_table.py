@@ -111,7 +111,7 @@ def _numbers(result: PolicyResult, setup: SimulationSetup, even_s: float, limit_
 
 
 def _review(decision: Decision) -> dict[str, Any]:
-    """Predicted and measured gain of a move of homes, in warm-up records too."""
+    """Predicted and realised gain of a move of homes, in warm-up records too."""
     return {
         "iteration": decision.iteration,
         "predicted_gain_ms": (decision.predicted_gain_s or 0.0) * 1e3,
