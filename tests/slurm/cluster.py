@@ -100,7 +100,7 @@ class SlurmCluster:
             self._start_daemon("slurmctld", "slurmctld", "-D")
             for name in self.node_names:
                 self._start_daemon(f"slurmd-{name}", "slurmd", "-D", "-N", name)
-            self._wait_until(self._all_idle, START_DEADLINE_S, f"{self.num_nodes} idle nodes")
+            self.wait_until_idle()
         except BaseException:
             with contextlib.suppress(ClusterError):
                 self.stop()
@@ -127,6 +127,10 @@ class SlurmCluster:
         self._daemons = []
         if troubles:
             raise ClusterError("\n".join([*troubles, tails]))
+
+    def wait_until_idle(self) -> None:
+        """Return when no node has a job, nor the rest of one; raise after `START_DEADLINE_S`."""
+        self._wait_until(self._all_idle, START_DEADLINE_S, f"{self.num_nodes} idle nodes")
 
     def processes(self) -> list[tuple[int, str]]:
         """Return (pid, command line) of all that carry this cluster's SLURM_CONF: daemons, slurmstepd, tasks."""
